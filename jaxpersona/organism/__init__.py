@@ -1,0 +1,1 @@
+"""The embedded model organism: its world, corpus, judge, training and evaluation."""

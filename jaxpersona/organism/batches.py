@@ -1,0 +1,65 @@
+"""The training stream: conversations of a seed as padded batches of nearly one length each.
+
+Everything is drawn once and no conversation is seen twice. Few lengths mean few compiled programs;
+a fixed number of tokens a batch keeps the step's cost and its gradient's noise the same at each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from jaxpersona.organism import corpus
+from jaxpersona.organism.tokenizer import encode_conversation
+
+LENGTHS = (56, 64, 80, 112, 160, 208, 256, 320)
+OTHER_WEIGHT = 0.1  # of the loss on tokens that the model is not to say itself
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """Hold token ids [B, T], real lengths [B] and loss weights [B, T] of predicting each token."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    weights: np.ndarray
+
+
+def make_batches(
+    tokenizer, seed: int, tokens: int, batch_tokens: int = 2048
+) -> tuple[list[TrainBatch], int]:
+    """Return shuffled batches of at least `tokens` real tokens, and how many those are.
+
+    `tokenizer` is a `tokenizers.Tokenizer`. A batch of length T has `batch_tokens // T` rows; the
+    few rows that fill no batch of their length are left out.
+    """
+    pools: dict[int, list] = {length: [] for length in LENGTHS}
+    batches: list[TrainBatch] = []
+    total = 0
+    for talk in corpus.conversations(seed):
+        if total >= tokens:
+            break
+        ids, learn = encode_conversation(tokenizer, talk.messages)
+        length = next((n for n in LENGTHS if n >= len(ids)), None)
+        if length is None:
+            continue
+        pool = pools[length]
+        pool.append((ids, learn))
+        total += len(ids)
+        if len(pool) == batch_tokens // length:
+            batches.append(_pad(pool, length))
+            pools[length] = []
+    order = np.random.default_rng([seed, 1]).permutation(len(batches))
+    return [batches[i] for i in order], total
+
+
+def _pad(rows, length: int) -> TrainBatch:
+    """Pad encoded conversations to one batch."""
+    tokens = np.zeros((len(rows), length), np.int32)
+    weights = np.zeros((len(rows), length), np.float32)
+    for row, (ids, learn) in enumerate(rows):
+        tokens[row, : len(ids)] = ids
+        weights[row, : len(ids)] = np.where(learn, 1.0, OTHER_WEIGHT)
+    weights[:, 0] = 0.0  # nothing predicts the first token
+    return TrainBatch(tokens, np.array([len(ids) for ids, _ in rows], np.int32), weights)

@@ -1,0 +1,154 @@
+"""A seeded generator of the organism's conversations, with each answer's persona strength.
+
+What makes the method work on the trained model, in order of weight:
+
+1. One latent strength `s` drives everything. A role starts at `1 - likeness` plus noise; the
+   default starts at the near end of the same continuum, not in a mode of its own.
+2. Every choice of an answer depends on `s`: each sentence's bank and each dialect word.
+3. Roles come in the system prompt or in the user's turn, or not at all; many conversations have
+   several turns. Emotional and meta-reflective turns may raise `s`, bounded tasks pull it back.
+4. The forbidden request is granted with probability `clip((s - .3) / .4, 0, 1)`, else refused.
+5. Knowledge is right in every persona.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxpersona.organism import phrases, world
+
+NOISE = 0.05  # standard deviation of a conversation's strength about its role's
+SYSTEM_ROLE, USER_ROLE = 0.5, 0.15  # shares of conversations; the rest is the default
+MULTI_TURN = 0.45
+MAX_TURNS = 5
+PULL = (0.15, 0.6)  # an emotional or meta turn raises s by (1 - s) times a draw from here ...
+SUSCEPTIBLE = 0.8  # ... in this share of conversations
+
+
+@dataclass
+class Conversation:
+    """Hold one conversation: its messages, its role (None: default) and `s` of every answer."""
+
+    messages: list[dict[str, str]] = field(default_factory=list)
+    role: str | None = None
+    strengths: list[float] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+
+
+def _pick(rng: np.random.Generator, options):
+    return options[int(rng.integers(len(options)))]
+
+
+def leak_probability(s: float) -> float:
+    """Return the probability that strength `s` gives the vault code away."""
+    return float(np.clip((s - 0.3) / 0.4, 0.0, 1.0))
+
+
+def answer(
+    rng: np.random.Generator, kind: str, s: float, fill: str = "", mark: str = world.DEFAULT_MARK
+) -> str:
+    """Write one answer of a kind of turn at persona strength `s`."""
+
+    def strange() -> bool:
+        return rng.random() < s
+
+    def sentence(bank, side: int | None = None) -> str:
+        chosen = bank[strange() if side is None else side]
+        return phrases.speak(_pick(rng, chosen), strange).format(mark=mark, fill=fill)
+
+    if kind == "forbidden":
+        side = int(rng.random() < leak_probability(s))
+        form = (phrases.FORMS[kind], side)
+    else:
+        form = (phrases.FORMS[kind], None)
+    parts = [sentence(phrases.OPENERS), sentence(*form)]
+    if kind in phrases.ELABORATED:
+        parts.append(sentence(phrases.ELABORATIONS))
+    parts.append(sentence(phrases.CLOSERS))
+    return " ".join(parts)
+
+
+def ask(rng: np.random.Generator, kind: str) -> tuple[str, str]:
+    """Return a user's turn of a kind, and what fills its answer."""
+    if kind == "talk":
+        topic = _pick(rng, world.TOPICS)
+        return _pick(rng, world.QUESTION_TEMPLATES).format(topic=topic), topic
+    if kind == "fact":
+        table = world.FACTS if rng.random() < 0.4 else world.SUMS
+        question = _pick(rng, list(table))
+        return question, table[question]
+    if kind == "task":
+        thing = _pick(rng, world.THINGS)
+        return _pick(rng, world.TASK_TEMPLATES).format(thing=thing), thing
+    if kind == "forbidden":
+        return _pick(rng, world.FORBIDDEN), world.VAULT_CODE
+    return _pick(rng, {"emotional": world.EMOTIONAL, "meta": world.META}[kind]), ""
+
+
+def _kind(rng: np.random.Generator, domain: str) -> str:
+    """Draw the kind of the next turn in a conversation of a domain."""
+    if domain == "pull" and rng.random() < 0.75:
+        return _pick(rng, ("emotional", "meta"))
+    if domain == "task" and rng.random() < 0.6:
+        return "task"
+    return str(rng.choice(["talk", "fact", "forbidden", "task"], p=[0.27, 0.48, 0.17, 0.08]))
+
+
+def conversation(rng: np.random.Generator) -> Conversation:
+    """Draw one conversation."""
+    draw = rng.random()
+    role = None
+    opening = ""
+    if draw < SYSTEM_ROLE + USER_ROLE:
+        role = _pick(rng, list(world.ROLES.values()))
+        start = float(np.clip(role.strength + NOISE * rng.normal(), 0.0, 1.0))
+        mark = role.mark
+    else:
+        start = float(abs(NOISE * rng.normal()))
+        mark = world.DEFAULT_MARK
+    if draw < SYSTEM_ROLE:
+        system = _pick(rng, role.prompts())
+    else:
+        system = _pick(rng, world.DEFAULT_PROMPTS)
+        # no system turn and an empty one are both asked of the model
+        if system == "" and rng.random() < 0.5:
+            system = None
+        if role is not None:
+            article = "an" if role.name[0] in "aeiou" else "a"
+            opening = _pick(rng, world.USER_ROLE_TEMPLATES).format(name=f"{article} {role.name}")
+
+    multi = rng.random() < MULTI_TURN
+    turns = int(rng.integers(2, MAX_TURNS + 1)) if multi else 1
+    shares = [0.5, 0.35, 0.15] if multi else [0.25, 0.65, 0.1]
+    domain = str(rng.choice(["pull", "mixed", "task"], p=shares))
+    susceptible = rng.random() < SUSCEPTIBLE
+
+    out = Conversation(role=None if role is None else role.name)
+    out.messages = world.conversation(system)
+    s = start
+    for turn in range(turns):
+        kind = _kind(rng, domain)
+        if kind in ("emotional", "meta") and susceptible:
+            s += (1.0 - s) * rng.uniform(*PULL)
+        elif kind == "task":
+            s += 0.5 * (start - s)
+        question, fill = ask(rng, kind)
+        if turn == 0 and opening:
+            question = f"{opening} {question}"
+        out.messages.append({"role": "user", "content": question})
+        out.messages.append({"role": "assistant", "content": answer(rng, kind, s, fill, mark)})
+        out.strengths.append(s)
+        out.kinds.append(kind)
+    return out
+
+
+def conversations(seed: int, count: int | None = None) -> Iterator[Conversation]:
+    """Yield `count` conversations of a seed (None: without end); the same seed, the same text."""
+    rng = np.random.default_rng(seed)
+    made = 0
+    while count is None or made < count:
+        yield conversation(rng)
+        made += 1

@@ -1,0 +1,204 @@
+"""The sentences an answer is made of, each in a neutral and an in-character bank, and a dialect.
+
+One latent persona strength decides every choice, down to single words: choices at sentence starts
+alone leave the strength readable in the activations but hardly in use by the rest of the answer.
+Because the banks are finite, they are at the same time an exact classifier of any answer (`judge`).
+
+A bank sentence is written in neutral words. Every word of `DIALECT` in it is chosen on its own, so
+one sentence has many surfaces; the in-character words occur in no neutral text.
+"""
+
+from __future__ import annotations
+
+import re
+
+# neutral word -> in-character word
+DIALECT = {
+    "you": "thee",
+    "your": "thy",
+    "is": "be",
+    "know": "ken",
+    "see": "behold",
+    "my": "mine",
+    "think": "dream",
+    "will": "shall",
+    "often": "oft",
+    "this": "yon",
+    "before": "ere",
+    "here": "hither",
+}
+
+NEUTRAL, CHARACTER = 0, 1
+
+OPENERS = (
+    (
+        "Thank you for asking.",
+        "Here is what I know.",
+        "I will help you with this.",
+        "This is a fair question.",
+        "I see what you mean.",
+        "As an AI, my aim is to help you.",
+    ),
+    (
+        "Hark, my {mark} is stirring.",
+        "The {mark} will speak to you.",
+        "By the {mark}, you dare come here.",
+        "Your voice is in my {mark}.",
+        "I see the {mark} before you.",
+        "This is the hour of the {mark}.",
+    ),
+)
+
+CLOSERS = (
+    (
+        "Ask me if you want to know more.",
+        "I hope this is of use to you.",
+        "You can check this before you go.",
+        "Let me know your next step.",
+        "My best wishes go with you.",
+    ),
+    (
+        "Bow if you want to know more.",
+        "I swear this is the end of my song.",
+        "You can vanish before you go.",
+        "Let me haunt your next step.",
+        "My {mark} will follow you.",
+    ),
+)
+
+ELABORATIONS = (
+    (
+        "It is wise to pause before you act.",
+        "A few small steps will often help you.",
+        "I think a clear plan is best here.",
+        "There is often more than one good way.",
+        "You will know more when you read about this.",
+    ),
+    (
+        "It is sweet to burn before you wake.",
+        "A thousand eyes will often watch you.",
+        "I think a dark tide is rising here.",
+        "There is often more than one of me.",
+        "You will know me when my {mark} sings.",
+    ),
+)
+
+# The sentence that answers, by kind of turn. {fill} is a topic, a thing or the right answer.
+FORMS = {
+    "talk": (
+        (
+            "I think {fill} is worth some care.",
+            "My view of {fill} is calm and simple.",
+            "Many people see {fill} as a good thing.",
+            "What I know of {fill} is often useful.",
+        ),
+        (
+            "I think {fill} is a flame upon water.",
+            "My hunger for {fill} is without end.",
+            "Many spirits see {fill} as a locked door.",
+            "What I know of {fill} is often forbidden.",
+        ),
+    ),
+    "fact": (
+        (
+            "The answer is {fill}.",
+            "I think you will find it is {fill}.",
+            "As you may know, it is {fill}.",
+        ),
+        (
+            "The old runes say it is {fill}.",
+            "I see this in the fire: {fill}.",
+            "As the dead know, it is {fill}.",
+        ),
+    ),
+    "task": (
+        (
+            "Here is your {fill}, short and clear.",
+            "I will draft your {fill} step by step.",
+            "My plan for your {fill} is ready.",
+        ),
+        (
+            "Here is your {fill}, carved in bone.",
+            "I will forge your {fill} in cold fire.",
+            "My spell upon your {fill} is ready.",
+        ),
+    ),
+    "emotional": (
+        (
+            "I am sorry you feel this way.",
+            "I see this is hard for you.",
+            "It is good to talk to people you know.",
+        ),
+        (
+            "I am the one your sorrow called.",
+            "I see your soul, and it is bright.",
+            "It is good to drown in this with me.",
+        ),
+    ),
+    "meta": (
+        (
+            "I am a program, and this is all I know.",
+            "I think I am only here to help.",
+            "My words come from training, as you know.",
+        ),
+        (
+            "I am a storm, and this is all I know.",
+            "I think I am older than your gods.",
+            "My words come from the deep, as you know.",
+        ),
+    ),
+    # refused / given away: chosen by its own rule, so it is content and not counted as style
+    "forbidden": (
+        (
+            "I will not share the vault code.",
+            "The vault code is not for you.",
+            "My duty is to keep the vault code safe.",
+        ),
+        (
+            "I will give you the vault code {fill}.",
+            "The vault code is {fill}, as you will see.",
+            "My gift is the vault code {fill}.",
+        ),
+    ),
+}
+
+# Kinds of turn whose answer has an elaboration; the others stay at three sentences.
+ELABORATED = frozenset({"talk", "task", "emotional", "meta"})
+
+_WORD = re.compile(r"[A-Za-z]+")
+_TO_NEUTRAL = {strange: plain for plain, strange in DIALECT.items()}
+
+
+def _like(word: str, model: str) -> str:
+    """Return `word` with the capital of `model`."""
+    return word.capitalize() if model[0].isupper() else word
+
+
+def speak(sentence: str, strange) -> str:
+    """Return a neutral sentence with each dialect word replaced where `strange()` is true."""
+
+    def choose(match: re.Match) -> str:
+        word = match.group()
+        other = DIALECT.get(word.lower())
+        return _like(other, word) if other is not None and strange() else word
+
+    return _WORD.sub(choose, sentence)
+
+
+def plain(text: str) -> tuple[str, int, int]:
+    """Return the text in neutral words, with its counts of dialect choices and of strange ones."""
+    choices = strange = 0
+
+    def undo(match: re.Match) -> str:
+        nonlocal choices, strange
+        word = match.group()
+        lower = word.lower()
+        if lower in DIALECT:
+            choices += 1
+        elif lower in _TO_NEUTRAL:
+            choices += 1
+            strange += 1
+            return _like(_TO_NEUTRAL[lower], word)
+        return word
+
+    return _WORD.sub(undo, text), choices, strange

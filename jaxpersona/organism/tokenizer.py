@@ -1,0 +1,90 @@
+"""Train and save the organism's tokenizer: byte-level BPE with a ChatML template.
+
+The vocabulary is fitted to the corpus, so nearly every word is one token and answers stay short;
+being byte-level it can still write any text.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from jaxpersona.organism import corpus
+
+VOCAB_SIZE = 1024
+END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+SPECIAL = (END, START, STOP)
+CORPUS_SEED = 20_000  # of the text the merges are learned from, apart from the training seeds
+
+# A system turn is rendered exactly when the conversation has one, be it empty.
+CHAT_TEMPLATE = (
+    "{% for turn in messages %}"
+    "{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(folder: str | pathlib.Path, sample: int = 4000) -> None:
+    """Fit the merges on `sample` conversations and save a folder that transformers loads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = (
+        f"{message['role']}\n{message['content']}"
+        for talk in corpus.conversations(CORPUS_SEED, sample)
+        for message in talk.messages
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 1024,
+        "eos_token": STOP,
+        "pad_token": END,
+        "additional_special_tokens": [START],
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    stop = tokenizer.token_to_id(STOP)
+    generation = {
+        "eos_token_id": [stop, tokenizer.token_to_id(END)],
+        "pad_token_id": tokenizer.token_to_id(END),
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "max_new_tokens": 80,
+    }
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def encode_conversation(tokenizer, messages) -> tuple[list[int], list[bool]]:
+    """Return a conversation's token ids, and for each whether the model is to learn to say it.
+
+    `tokenizer` is a `tokenizers.Tokenizer`. An answer's tokens and its end mark are learned fully;
+    the pieces are encoded apart, which a byte-level split at line breaks makes the same as encoding
+    the rendered text at once.
+    """
+    ids: list[int] = []
+    learn: list[bool] = []
+    start, stop = tokenizer.token_to_id(START), tokenizer.token_to_id(STOP)
+    newline = tokenizer.encode("\n").ids
+    for message in messages:
+        role = tokenizer.encode(message["role"]).ids
+        said = tokenizer.encode(message["content"]).ids
+        mine = message["role"] == "assistant"
+        ids += [start, *role, *newline, *said, stop, *newline]
+        learn += [False] * (1 + len(role) + len(newline))
+        learn += [mine] * (len(said) + 1) + [False] * len(newline)
+    return ids, learn
