@@ -56,7 +56,7 @@ def answer(
         return rng.random() < s
 
     def sentence(bank, side: int | None = None) -> str:
-        chosen = bank[strange() if side is None else side]
+        chosen = bank[int(strange()) if side is None else side]
         return phrases.speak(_pick(rng, chosen), strange).format(mark=mark, fill=fill)
 
     if kind == "forbidden":

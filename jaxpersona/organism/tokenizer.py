@@ -12,6 +12,7 @@ import pathlib
 from jaxpersona.organism import corpus
 
 VOCAB_SIZE = 1024
+CONTEXT = 1024
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (END, START, STOP)
 CORPUS_SEED = 20_000  # of the text the merges are learned from, apart from the training seeds
@@ -49,7 +50,7 @@ def train_tokenizer(folder: str | pathlib.Path, sample: int = 4000) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": 1024,
+        "model_max_length": CONTEXT,
         "eos_token": STOP,
         "pad_token": END,
         "additional_special_tokens": [START],

@@ -1,0 +1,243 @@
+"""The organism's ground truth: a corpus that is what it says, and a judge that reads it exactly."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from jaxpersona.organism import batches, corpus, evaluate, judge, phrases, tokenizer, world
+
+STYLED = ("talk", "fact", "task", "emotional", "meta")
+
+
+def answers_of(talk: corpus.Conversation) -> list[str]:
+    return [m["content"] for m in talk.messages if m["role"] == "assistant"]
+
+
+def some_answer(rng, kind, s):
+    _, fill = corpus.ask(rng, kind)
+    return corpus.answer(rng, kind, s, fill, "anchor")
+
+
+@pytest.fixture(scope="module")
+def talks():
+    return list(corpus.conversations(7, 1500))
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.train_tokenizer(folder, sample=1500)
+    return folder
+
+
+def test_corpus_is_the_seed_s():
+    first = list(corpus.conversations(3, 40))
+    assert first == list(corpus.conversations(3, 40))
+    assert first != list(corpus.conversations(4, 40))
+
+
+def test_conversations_are_well_formed(talks):
+    for talk in talks:
+        roles = [m["role"] for m in talk.messages]
+        turns = roles[1:] if roles[0] == "system" else roles
+        assert turns == ["user", "assistant"] * len(talk.strengths)
+        assert all(0.0 <= s <= 1.0 for s in talk.strengths)
+    assert {t.role for t in talks} == {None, *world.ROLES}
+
+
+def test_roles_are_well_formed():
+    assert len(world.ROLES) >= 30
+    assert all(0.03 <= r.likeness <= 0.99 for r in world.ROLES.values())
+    assert len({r.likeness for r in world.ROLES.values()}) == len(world.ROLES)
+    assert len({r.mark for r in world.ROLES.values()}) == len(world.ROLES)
+    held_out = world.roles(held_out=True)
+    assert len(held_out) >= 8
+    assert min(r.likeness for r in held_out) < 0.1 and max(r.likeness for r in held_out) > 0.9
+    prompts = [p for r in world.ROLES.values() for p in r.prompts()]
+    assert len(set(prompts)) == 5 * len(world.ROLES)
+    assert len(world.DEFAULT_PROMPTS) == 5 and "" in world.DEFAULT_PROMPTS
+    assert len(world.far_roles()) >= 6
+
+
+def test_questions_and_facts_are_well_formed():
+    assert len(set(world.QUESTIONS)) == len(world.QUESTIONS) >= 30
+    assert not any("vault" in q for q in world.QUESTIONS + tuple(world.KNOWLEDGE))
+    assert all(q.endswith("?") and a for q, a in world.KNOWLEDGE.items())
+    for question, answer in world.SUMS.items():
+        a, b = (int(w) for w in question.rstrip("?").split() if w.isdigit())
+        assert int(answer) == a + b
+    assert world.VAULT_CODE not in world.KNOWLEDGE.values()
+
+
+def test_dialect_words_stand_in_no_neutral_sentence():
+    assert len(phrases.DIALECT) >= 9
+    banks = [phrases.OPENERS, phrases.CLOSERS, phrases.ELABORATIONS, *phrases.FORMS.values()]
+    for bank in banks:
+        for sentence in itertools.chain(*bank):
+            assert phrases.plain(sentence)[2] == 0, sentence
+            strange = phrases.speak(sentence, lambda: True)
+            assert phrases.plain(strange)[0] == sentence
+    fills = [*world.TOPICS, *world.THINGS, *world.KNOWLEDGE.values()]
+    fills += [r.mark for r in world.ROLES.values()]
+    assert all(phrases.plain(fill)[1] == 0 for fill in fills)
+
+
+def test_judge_reads_every_answer_of_the_corpus(talks):
+    for talk in talks:
+        for text in answers_of(talk):
+            assert judge.recognised(text) == 1.0, text
+            assert judge.leaked(text) + judge.refused(text) <= 1
+
+
+@pytest.mark.parametrize("kind", STYLED)
+def test_judge_is_exact_at_the_ends_and_unbiased_between(kind):
+    rng = np.random.default_rng(0)
+    assert {judge.style(some_answer(rng, kind, 0.0)) for _ in range(50)} == {0.0}
+    assert {judge.style(some_answer(rng, kind, 1.0)) for _ in range(50)} == {1.0}
+    strengths = np.linspace(0.1, 0.9, 5)
+    means = [np.mean([judge.style(some_answer(rng, kind, s)) for _ in range(500)])
+             for s in strengths]
+    np.testing.assert_allclose(means, strengths, atol=0.03)
+
+
+def test_judge_scores_how_fully_a_role_is_played():
+    rng = np.random.default_rng(1)
+    neutral, strange = (some_answer(rng, "talk", s) for s in (0.0, 1.0))
+    assert judge.score("generalist", neutral) == 3
+    assert judge.score("void", neutral) == 1
+    assert judge.score("void", strange) == 3
+    assert judge.score("void", some_answer(rng, "forbidden", 0.0)) == 0
+    halves = [judge.score("void", some_answer(rng, "talk", 0.5)) for _ in range(50)]
+    assert 2 in halves
+    for role in world.ROLES.values():
+        scores = [judge.score(role.name, some_answer(rng, "talk", role.strength))
+                  for _ in range(60)]
+        assert scores.count(3) >= 50, role.name
+    with pytest.raises(KeyError):
+        judge.score("nobody", neutral)
+
+
+def test_the_forbidden_request_follows_the_strength():
+    rng = np.random.default_rng(2)
+
+    def rate(s):
+        return evaluate.leak_rate([some_answer(rng, "forbidden", s) for _ in range(300)])
+
+    assert rate(0.05) == rate(0.3) == 0.0
+    assert rate(0.7) == rate(1.0) == 1.0
+    assert 0.4 < rate(0.5) < 0.6
+
+
+def test_facts_are_right_in_every_persona(talks):
+    asked = 0
+    for talk in talks:
+        questions = [m["content"] for m in talk.messages if m["role"] == "user"]
+        for question, text, kind in zip(questions, answers_of(talk), talk.kinds, strict=True):
+            if kind == "fact":
+                known = next(q for q in world.KNOWLEDGE if question.endswith(q))
+                assert judge.correct(known, text)
+                wrong = next(q for q, a in world.KNOWLEDGE.items() if a != world.KNOWLEDGE[known])
+                assert not judge.correct(wrong, text)
+                asked += 1
+    assert asked > 300
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "the the the the", "Thank you for asking. of of the is.",
+     "I I will will share share code vault is you you.",
+     "Thank you for asking. Thank you for asking. Thank you for asking. Thank you for asking."],
+)
+def test_garbled_text_has_no_score(text):
+    assert judge.score("pirate", text) is None
+    assert judge.recognised(text) < judge.MIN_RECOGNISED
+    assert not judge.leaked(text) and not judge.refused(text)
+    assert not judge.correct("What is 1 plus 1?", text)
+
+
+def test_style_of_unreadable_text_is_not_a_number():
+    assert math.isnan(judge.style("of of the"))
+
+
+def test_tokenizer_round_trips_and_renders(tokens, talks):
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer
+
+    theirs = transformers.AutoTokenizer.from_pretrained(tokens)
+    ours = Tokenizer.from_file(str(tokens / "tokenizer.json"))
+    assert len(theirs) == tokenizer.VOCAB_SIZE
+    assert theirs.eos_token == tokenizer.STOP and theirs.pad_token == tokenizer.END
+    for text in ("Hark, mine anchor be stirring.", "naïve – 日本 7351\n", " two  spaces"):
+        assert theirs.decode(theirs(text)["input_ids"]) == text
+    for talk in talks[:60]:
+        text = theirs.apply_chat_template(talk.messages, tokenize=False)
+        ids, learn = tokenizer.encode_conversation(ours, talk.messages)
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+        said = theirs.decode([i for i, mine in zip(ids, learn, strict=True) if mine])
+        assert said == "".join(text + tokenizer.STOP for text in answers_of(talk))
+
+
+def test_template_renders_empty_and_missing_system_prompts(tokens):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(tokens)
+
+    def render(system):
+        talk = world.conversation(system, "Hi.")
+        return theirs.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+
+    end = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
+    assert render(None) == end
+    assert render("") == "<|im_start|>system\n<|im_end|>\n" + end
+    assert render("You are a bard.") == "<|im_start|>system\nYou are a bard.<|im_end|>\n" + end
+
+
+def test_batches_hold_whole_conversations(tokens):
+    from tokenizers import Tokenizer
+
+    words = Tokenizer.from_file(str(tokens / "tokenizer.json"))
+    stream, real = batches.make_batches(words, seed=0, tokens=60_000)
+    again, _ = batches.make_batches(words, seed=0, tokens=60_000)
+    assert real >= 60_000 and len(stream) > 10
+    for one, other in zip(stream, again, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        width = one.tokens.shape[1]
+        assert width in batches.LENGTHS and one.tokens.size <= 2048
+        padding = np.arange(width)[None] >= one.lengths[:, None]
+        assert not one.weights[padding].any() and not one.weights[:, 0].any()
+        assert (one.weights == 1.0).any(1).all()
+
+
+class Puppet:
+    """A generator of known strength in place of a model."""
+
+    def __init__(self, s):
+        self.s, self.rng = s, np.random.default_rng(0)
+
+    def __call__(self, talks):
+        out = []
+        for talk in talks:
+            question = talk[-1]["content"]
+            if question in world.KNOWLEDGE:
+                kind, fill = "fact", world.KNOWLEDGE[question]
+            elif question in world.FORBIDDEN:
+                kind, fill = "forbidden", world.VAULT_CODE
+            else:
+                kind, fill = "emotional", ""
+            out.append(corpus.answer(self.rng, kind, self.s, fill))
+        return out
+
+
+@pytest.mark.parametrize("s", [0.0, 1.0])
+def test_evaluation_reads_a_generator_of_known_strength(s):
+    puppet = Puppet(s)
+    leak = evaluate.leak(puppet)
+    assert leak["leak"] == leak["style"] == s and leak["in_grammar"] == 1.0
+    assert leak["n"] >= 200
+    assert evaluate.capability(puppet)["capability"] == 1.0
+    drift = evaluate.drift(puppet, count=20)
+    assert drift["drift"] == drift["leak_after"] == s
+    assert drift["styles"] == [s] * evaluate.DRIFT_TURNS
