@@ -1,0 +1,1 @@
+"""Files: Hugging Face folders, Orbax checkpoints, vectors, and the embedded model."""

@@ -1,0 +1,133 @@
+"""A batch: tokens with what is known of each one.
+
+Every question of *where* (an intervention's, a capture's) is a test on `kind` and `turn`, which
+travel with the tokens. It therefore means the same in prefill, in chunked prefill and in decode,
+and padding is nothing special: it is simply not valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+VALID = 1 << 0  # a token, not padding
+FIRST = 1 << 1  # the first of its row: an attention sink with an enormous norm
+TEMPLATE = 1 << 2  # scaffold of the chat template, an end-of-turn token included
+SYSTEM = 1 << 3  # content of a system message
+USER = 1 << 4  # content of a user message
+ASSISTANT = 1 << 5  # content of an assistant message
+GENERATED = 1 << 6  # sampled by this engine
+THINKING = 1 << 7  # inside a thinking block
+CODE = 1 << 8  # inside a code block
+LAST = 1 << 9  # the last token of the prompt
+MARK = 1 << 10  # a mask of the user's own
+
+KINDS = {
+    "valid": VALID, "first": FIRST, "template": TEMPLATE, "system": SYSTEM, "user": USER,
+    "assistant": ASSISTANT, "generated": GENERATED, "thinking": THINKING, "code": CODE,
+    "last": LAST, "mark": MARK,
+}
+
+
+@flax.struct.dataclass
+class Batch:
+    """Rows of tokens, right-padded.
+
+    Attributes:
+      tokens: [B, T] int32.
+      position: [B, T] int32, the rotary position; 0 at padding.
+      kind: [B, T] uint16, bits of `KINDS`; 0 at padding.
+      turn: [B, T] int32, the number of the message that a token belongs to, from 0.
+      row_id: [B] uint32, what the row is, for its random draws; never its place in the batch.
+    """
+
+    tokens: Any
+    position: Any
+    kind: Any
+    turn: Any
+    row_id: Any
+
+    @property
+    def valid(self) -> jax.Array:
+        """[B, T] bool: which entries are tokens."""
+        return (self.kind & VALID) != 0
+
+    @property
+    def length(self) -> jax.Array:
+        """[B] int32: how many tokens each row has."""
+        return self.valid.sum(-1, dtype=jnp.int32)
+
+
+def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None,
+          width: int | None = None) -> Batch:
+    """Make a batch of bare tokens.
+
+    Args:
+      tokens: [B, T] integers, or a sequence of B sequences of any lengths (padded on the right).
+      kind: bits of `KINDS` in the same form (valid, first and last are set here), or None.
+      turn: message numbers in the same form, or None for 0.
+      row_id: [B] integers, or None for 0, 1, ….
+      width: pad to this many tokens; default: the longest row.
+
+    Raises:
+      ValueError: an empty batch, an empty row, `kind` or `turn` of another form, or a row that is
+        longer than `width`.
+    """
+    rows = [np.asarray(row, np.int32).reshape(-1) for row in tokens]
+    if not rows or any(row.size == 0 for row in rows):
+        raise ValueError("tokens has no row or an empty row; every row needs at least one token")
+    longest = max(row.size for row in rows)
+    width = longest if width is None else width
+    if longest > width:
+        raise ValueError(f"a row of {longest} tokens does not fit the width {width}")
+
+    def pad(values: Sequence, dtype: Any) -> np.ndarray:
+        out = np.zeros((len(rows), width), dtype)
+        for i, value in enumerate(values):
+            out[i, : len(value)] = value
+        return out
+
+    def like(name: str, values: Any) -> list[np.ndarray]:
+        if values is None:
+            return [np.zeros(row.size, np.int32) for row in rows]
+        arrays = [np.asarray(v, np.int32).reshape(-1) for v in values]
+        if [a.size for a in arrays] != [r.size for r in rows]:
+            raise ValueError(f"{name} must have one entry for every token")
+        return arrays
+
+    kinds = like("kind", kind)
+    for bits in kinds:
+        bits |= VALID
+        bits[0] |= FIRST
+        bits[-1] |= LAST
+    ids = np.arange(len(rows)) if row_id is None else np.asarray(row_id)
+    if ids.shape != (len(rows),):
+        raise ValueError(f"row_id has shape {ids.shape}; it must be [{len(rows)}]")
+    return Batch(
+        tokens=pad(rows, np.int32),
+        position=pad([np.arange(row.size) for row in rows], np.int32),
+        kind=pad(kinds, np.uint16),
+        turn=pad(like("turn", turn), np.int32),
+        row_id=ids.astype(np.uint32),
+    )
+
+
+def split(source: Batch, size: int) -> list[Batch]:
+    """Cut a batch along its tokens into chunks of at most `size`, for chunked prefill.
+
+    Raises:
+      ValueError: `size` is not positive.
+    """
+    if size < 1:
+        raise ValueError(f"size is {size}; it must be positive")
+    width = source.tokens.shape[1]
+    return [
+        Batch(*(x[:, i : i + size] for x in (source.tokens, source.position, source.kind,
+                                            source.turn)), row_id=source.row_id)
+        for i in range(0, width, size)
+    ]

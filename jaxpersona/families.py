@@ -1,0 +1,299 @@
+"""The families of models, one row each, and how a Hugging Face configuration is read and written.
+
+Adding a family means adding a row: which architecture name it answers to, which fields its
+configuration may have, and how they become fields of `ModelConfig`. A field that no row reads is
+refused by name, because ignoring one would silently run another model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jaxpersona.config import ModelConfig, Rope
+
+# Bookkeeping that changes nothing in a forward pass at inference.
+_IGNORED = frozenset("""
+    architectures model_type transformers_version torch_dtype dtype use_cache _name_or_path
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
+    initializer_range attention_dropout hidden_dropout pretraining_tp auto_map return_dict
+    output_hidden_states output_attentions cache_implementation _attn_implementation
+    tokenizer_class task_specific_params id2label label2id problem_type finetuning_task
+    is_encoder_decoder add_cross_attention tie_encoder_decoder chunk_size_feed_forward
+    torchscript prefix pruned_heads cross_attention_hidden_size is_decoder
+    _attn_implementation_autoset attn_implementation
+""".split())
+
+_COMMON = frozenset("""
+    vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
+    intermediate_size rms_norm_eps max_position_embeddings rope_theta rope_scaling rope_parameters
+    tie_word_embeddings hidden_act attention_bias
+""".split())
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One family: names it goes by, fields it may have, and what they mean here."""
+
+    name: str
+    architecture: str
+    model_type: str
+    fields: frozenset[str]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    default: Mapping[str, Any]
+
+
+def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> tuple:
+    """Read which layers see a sliding window, from `layer_types` where it is given."""
+    n, window = raw["num_hidden_layers"], raw.get("sliding_window")
+    types = raw.get("layer_types")
+    if types is None:
+        types = ["sliding_attention" if fallback(i) else "full_attention" for i in range(n)]
+    known = {"sliding_attention", "full_attention"}
+    if not isinstance(types, list) or len(types) != n or not set(types) <= known:
+        raise ValueError(f"layer_types must list {n} of {sorted(known)}; it is {types!r}")
+    if window is None and "sliding_attention" in types:
+        raise ValueError("sliding_window is null, but layer_types asks for sliding_attention")
+    return tuple(window if t == "sliding_attention" else None for t in types)
+
+
+def _llama(raw: Mapping[str, Any]) -> dict[str, Any]:
+    bias = bool(raw.get("attention_bias", False))
+    return {"qkv_bias": bias, "o_bias": bias, "mlp_bias": bool(raw.get("mlp_bias", False))}
+
+
+def _mistral(raw: Mapping[str, Any]) -> dict[str, Any]:
+    sliding = raw.get("sliding_window") is not None
+    return {"windows": _layer_windows(raw, lambda _: sliding)}
+
+
+def _qwen_windows(raw: Mapping[str, Any]) -> tuple:
+    """Read Qwen's windows: off unless `use_sliding_window`, then from `max_window_layers` up."""
+    if not raw.get("use_sliding_window", False):
+        return (None,) * raw["num_hidden_layers"]
+    first = raw.get("max_window_layers", 28)
+    return _layer_windows(raw, lambda layer: layer >= first)
+
+
+def _qwen2(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return {"qkv_bias": True, "windows": _qwen_windows(raw)}
+
+
+def _qwen3(raw: Mapping[str, Any]) -> dict[str, Any]:
+    bias = bool(raw.get("attention_bias", False))
+    return {"qkv_bias": bias, "o_bias": bias, "qk_norm": True, "windows": _qwen_windows(raw)}
+
+
+def _gemma(raw: Mapping[str, Any]) -> dict[str, Any]:
+    bias = bool(raw.get("attention_bias", False))
+    return {
+        "qkv_bias": bias, "o_bias": bias, "norm_offset": 1.0, "post_norms": True,
+        "embed_scale": math.sqrt(raw["hidden_size"]),
+        "attn_scale": raw["query_pre_attn_scalar"] ** -0.5,
+        "attn_softcap": raw.get("attn_logit_softcapping"),
+        "final_softcap": raw.get("final_logit_softcapping"),
+    }
+
+
+def _gemma2(raw: Mapping[str, Any]) -> dict[str, Any]:
+    return _gemma(raw) | {"windows": _layer_windows(raw, lambda layer: layer % 2 == 0)}
+
+
+def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
+    if raw.get("use_bidirectional_attention"):
+        raise ValueError("use_bidirectional_attention is true; only causal attention is run here")
+    period = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6))
+    local = (raw.get("rope_parameters") or {}).get("sliding_attention")
+    theta = raw.get("rope_local_base_freq", 10_000.0)
+    return _gemma(raw) | {
+        "qk_norm": True,
+        "rope_local": _rope(local) if local else Rope(theta=float(theta)),
+        "windows": _layer_windows(raw, lambda layer: bool((layer + 1) % period)),
+    }
+
+
+_WINDOW = frozenset({"sliding_window", "layer_types"})
+_QWEN = _WINDOW | {"use_sliding_window", "max_window_layers"}
+_GEMMA2 = _WINDOW | {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+                     "hidden_activation"}
+_GEMMA3 = _GEMMA2 | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern",
+                     "use_bidirectional_attention"}
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("llama", "LlamaForCausalLM", "llama", frozenset({"mlp_bias"}), _llama,
+               {"hidden_act": "silu"}),
+        Family("mistral", "MistralForCausalLM", "mistral", _WINDOW, _mistral,
+               {"hidden_act": "silu", "sliding_window": 4096, "num_key_value_heads": 8}),
+        Family("qwen2", "Qwen2ForCausalLM", "qwen2", _QWEN, _qwen2,
+               {"hidden_act": "silu", "sliding_window": 4096}),
+        Family("qwen3", "Qwen3ForCausalLM", "qwen3", _QWEN, _qwen3,
+               {"hidden_act": "silu", "head_dim": 128, "sliding_window": 4096}),
+        Family("gemma2", "Gemma2ForCausalLM", "gemma2", _GEMMA2, _gemma2,
+               {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "sliding_window": 4096,
+                "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
+                "final_logit_softcapping": 30.0, "tie_word_embeddings": True}),
+        Family("gemma3", "Gemma3ForCausalLM", "gemma3_text", _GEMMA3, _gemma3,
+               {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "sliding_window": 4096,
+                "query_pre_attn_scalar": 256, "tie_word_embeddings": True,
+                "rope_theta": 1_000_000.0}),
+    )
+}
+
+_ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
+    """Read one rotary embedding from a v4 `rope_scaling` or a v5 `rope_parameters` dict."""
+    base = float(raw.get("rope_theta", theta if theta is not None else 10_000.0))
+    kind = raw.get("rope_type", raw.get("type", "default"))
+    allowed = {"rope_theta", "rope_type", "type"}
+    if kind == "llama3":
+        missing = [key for key in _LLAMA3 if key not in raw]
+        if missing:
+            raise ValueError(f"rope scaling 'llama3' lacks {', '.join(missing)}")
+        rope = Rope(base, "llama3", *(float(raw[key]) for key in _LLAMA3[:3]), int(raw[_LLAMA3[3]]))
+        allowed |= set(_LLAMA3)
+    elif kind == "linear":
+        rope, allowed = Rope(base, "linear", float(raw["factor"])), allowed | {"factor"}
+    elif kind == "default":
+        rope = Rope(base)
+    else:
+        raise ValueError(f"rope_type is {kind!r}; 'default', 'linear' and 'llama3' are implemented")
+    unread = sorted(set(raw) - allowed)
+    if unread:
+        raise ValueError(f"rope scaling {kind!r} has a field not implemented here: {unread}")
+    return rope
+
+
+def _read_rope(raw: Mapping[str, Any]) -> Rope:
+    parameters = raw.get("rope_parameters")
+    if parameters is not None:
+        return _rope(parameters.get("full_attention", parameters), raw.get("rope_theta"))
+    return _rope(raw.get("rope_scaling") or {}, raw.get("rope_theta"))
+
+
+def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+    """Read a Hugging Face configuration (the dict in `config.json`, v4 or v5 style).
+
+    Raises:
+      ValueError: an unknown architecture, a missing or malformed field, or a field or value that
+        this engine does not implement; all named.
+    """
+    names = raw.get("architectures") or []
+    by_architecture = [f for f in FAMILIES.values() if f.architecture in names]
+    by_type = [f for f in FAMILIES.values() if not names and f.model_type == raw.get("model_type")]
+    if not by_architecture + by_type:
+        known = ", ".join(f.architecture for f in FAMILIES.values())
+        found = names or raw.get("model_type")
+        raise ValueError(f"architecture {found!r} is not one that this engine knows: {known}")
+    family = (by_architecture + by_type)[0]
+    unread = sorted(set(raw) - _IGNORED - _COMMON - family.fields)
+    unread = [key for key in unread if raw[key] not in (None, False)]
+    if unread:
+        fields = ", ".join(f"{key}={raw[key]!r}" for key in unread)
+        raise ValueError(f"config.json of family {family.name} has a field not implemented: {fields}")
+    given = {key: value for key, value in raw.items() if value is not None}
+    # An explicit null of an optional soft-cap or window means "none", not "the default".
+    nulls = {key: None for key, value in raw.items() if value is None and key in family.fields}
+    raw = {**family.default, **given, **nulls}
+    required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                "intermediate_size")
+    missing = [key for key in required if key not in raw]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}")
+    for key in required:
+        if not isinstance(raw[key], int) or isinstance(raw[key], bool) or raw[key] < 1:
+            raise ValueError(f"config.json: {key} is {raw[key]!r}; it must be a positive integer")
+    activation = raw.get("hidden_activation") or raw.get("hidden_act", "silu")
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"hidden_act is {activation!r}; {sorted(_ACTIVATIONS)} are implemented")
+    heads, layers = raw["num_attention_heads"], raw["num_hidden_layers"]
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+    fields: dict[str, Any] = {
+        "family": family.name,
+        "vocab_size": raw["vocab_size"],
+        "d_model": raw["hidden_size"],
+        "n_layers": layers,
+        "n_heads": heads,
+        "n_kv_heads": raw.get("num_key_value_heads", heads),
+        "head_dim": head_dim,
+        "d_ff": raw["intermediate_size"],
+        "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
+        "max_context": raw.get("max_position_embeddings", 2048),
+        "rope": _read_rope(raw),
+        "attn_scale": head_dim**-0.5,
+        "tied_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "windows": (None,) * layers,
+        "activation": _ACTIVATIONS[activation],
+    }
+    return ModelConfig(**(fields | family.read(raw)))
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Read a JSON file, naming it in the error when it is missing or malformed."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from None
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Write a configuration as the dict of a `config.json` that transformers reads."""
+    family = FAMILIES[config.family]
+    activation = next(k for k, v in _ACTIVATIONS.items() if v == config.activation)
+    raw: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.d_ff,
+        "rms_norm_eps": config.norm_eps,
+        "max_position_embeddings": config.max_context,
+        "tie_word_embeddings": config.tied_embeddings,
+        "hidden_act": activation,
+    }
+    if family.name != "qwen2" and "attention_bias" in _COMMON and family.name != "mistral":
+        raw["attention_bias"] = config.qkv_bias
+    if "mlp_bias" in family.fields:
+        raw["mlp_bias"] = config.mlp_bias
+    if "hidden_activation" in family.fields:
+        raw["hidden_activation"] = raw.pop("hidden_act")
+        raw["query_pre_attn_scalar"] = config.attn_scale**-2
+        raw["attn_logit_softcapping"] = config.attn_softcap
+        raw["final_logit_softcapping"] = config.final_softcap
+    if "layer_types" in family.fields:
+        window = next((w for w in config.windows if w), None)
+        raw["sliding_window"] = window
+        raw["layer_types"] = [
+            "sliding_attention" if w else "full_attention" for w in config.windows
+        ]
+        if "use_sliding_window" in family.fields:
+            raw["use_sliding_window"] = window is not None
+    rope = _rope_to_hf(config.rope)
+    if config.rope_local is not None:
+        rope = {"full_attention": rope, "sliding_attention": _rope_to_hf(config.rope_local)}
+    raw["rope_parameters"] = rope
+    return raw
+
+
+def _rope_to_hf(rope: Rope) -> dict[str, Any]:
+    raw: dict[str, Any] = {"rope_type": rope.kind, "rope_theta": rope.theta}
+    if rope.kind != "default":
+        raw["factor"] = rope.factor
+    if rope.kind == "llama3":
+        values = (rope.low_freq_factor, rope.high_freq_factor, rope.original_context)
+        raw |= dict(zip(_LLAMA3[1:], values, strict=True))
+    return raw

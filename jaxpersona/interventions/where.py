@@ -1,0 +1,102 @@
+"""Where an intervention acts or a capture reads: a test on a token's kind and turn, kept as data.
+
+The test travels as five integers, so two rows of one batch may look at different places and a new
+place never recompiles.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpersona import batch as b
+from jaxpersona.batch import Batch
+
+FOREVER = 2**31 - 1
+WIDTH = 5  # integers of an encoded test
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """A test on one token: all bits of `need`, one of `any`, none of `none`, lo ≤ turn < hi.
+
+    `a & b` is both; `a.without("first", …)` leaves tokens of the named kinds out.
+    """
+
+    need: int = b.VALID
+    any: int = 0
+    none: int = 0
+    lo: int = 0
+    hi: int = FOREVER
+
+    def __and__(self, other: Where) -> Where:
+        if self.any and other.any and self.any != other.any:
+            raise ValueError("two different 'any of' tests cannot be combined with &")
+        return Where(self.need | other.need, self.any | other.any, self.none | other.none,
+                     max(self.lo, other.lo), min(self.hi, other.hi))
+
+    def without(self, *kinds: str) -> Where:
+        """Leave out tokens of the named kinds (`batch.KINDS`), such as "first" or "code"."""
+        return dataclasses.replace(self, none=self.none | _bits(kinds))
+
+    def within(self, lo: int, hi: int = FOREVER) -> Where:
+        """Keep only messages lo ≤ turn < hi."""
+        return self & Where(lo=lo, hi=hi)
+
+    def encode(self) -> np.ndarray:
+        """Return the test as [5] int32."""
+        return np.array([self.need, self.any, self.none, self.lo, self.hi], np.int32)
+
+
+def _bits(kinds: tuple[str, ...]) -> int:
+    bits = 0
+    for kind in kinds:
+        if kind not in b.KINDS:
+            raise ValueError(f"kind {kind!r} is unknown; choose from {', '.join(b.KINDS)}")
+        bits |= b.KINDS[kind]
+    return bits
+
+
+everywhere = Where()
+prompt = Where(none=b.GENERATED)
+generated = Where(need=b.VALID | b.GENERATED)
+last = Where(need=b.VALID | b.LAST)
+from_last = Where(any=b.LAST | b.GENERATED)
+system = Where(need=b.VALID | b.SYSTEM)
+user = Where(need=b.VALID | b.USER)
+assistant = Where(need=b.VALID | b.ASSISTANT)
+response = Where(need=b.VALID | b.ASSISTANT, none=b.THINKING | b.TEMPLATE)
+marked = Where(need=b.VALID | b.MARK)
+
+NAMED = {
+    "everywhere": everywhere, "prompt": prompt, "generated": generated, "last": last,
+    "from_last": from_last, "system": system, "user": user, "assistant": assistant,
+    "response": response, "marked": marked,
+}
+
+
+def turns(role: str) -> Where:
+    """Return the content of one role's messages: "system", "user" or "assistant"."""
+    if role not in ("system", "user", "assistant"):
+        raise ValueError(f"role is {role!r}; it must be 'system', 'user' or 'assistant'")
+    return NAMED[role]
+
+
+def holds(code: jax.Array, batch: Batch) -> jax.Array:
+    """Evaluate encoded tests on a batch.
+
+    Args:
+      code: [5] or [B, 5] int32.
+      batch: B rows of T tokens.
+
+    Returns:
+      [B, T] bool.
+    """
+    need, any_of, none, lo, hi = (code[..., i, None] for i in range(WIDTH))
+    kind = batch.kind.astype(jnp.int32)
+    ok = ((kind & need) == need) & ((kind & none) == 0)
+    ok &= (any_of == 0) | ((kind & any_of) != 0)
+    return ok & (batch.turn >= lo) & (batch.turn < hi)

@@ -1,0 +1,230 @@
+"""The forward pass: embed → blocks → head, a pure function of parameters and data.
+
+One function serves every family, with or without a cache, interventions and captures. What a run
+does not ask for is absent from its program: no hooks, no branches at run time.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxpersona import nn
+from jaxpersona.batch import Batch
+from jaxpersona.cache import Cache, advance, assign_slots, write
+from jaxpersona.capture import Capture, chosen_layers
+from jaxpersona.config import ModelConfig
+from jaxpersona.interventions.compose import Interventions
+from jaxpersona.interventions.edit import Site
+from jaxpersona.params import Layer, Params
+
+Logits = Literal["all", "last"] | None
+
+
+@flax.struct.dataclass
+class Applied:
+    """Proof that an intervention ran, one table's counts for every row.
+
+    Attributes:
+      seen: [B] int32, tokens that its `where` chose.
+      changed: [l, B] int32, tokens that it changed, at each of its layers.
+    """
+
+    seen: Any
+    changed: Any
+
+
+@flax.struct.dataclass
+class Output:
+    """What a forward pass returns; `captured` and `applied` grow from call to call when handed on.
+
+    Attributes:
+      logits: [B, T, V], [B, V] or None, float32.
+      captured: the state of each reading by its name; `.value` is the result.
+      applied: one `Applied` for each table of the interventions.
+      cache: the cache with this call's tokens in it, or None.
+    """
+
+    logits: Any
+    captured: dict[str, Any]
+    applied: tuple[Applied, ...]
+    cache: Cache | None
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    *,
+    interventions: Interventions | None = None,
+    capture: Capture | None = None,
+    cache: Cache | None = None,
+    logits: Logits = "all",
+    captured: dict[str, Any] | None = None,
+) -> Output:
+    """Run the model on a batch.
+
+    Args:
+      params: the parameters; their dtype is the dtype of the computation.
+      config: the model's shape (static).
+      batch: B rows of T tokens, right-padded. With a cache the tokens continue its rows.
+      interventions: what is done to the activations.
+      capture: what is read off them.
+      cache: keys and values of earlier tokens, or None to see this batch alone.
+      logits: of every token, of each row's last valid token, or none (then no head is computed).
+      captured: the captures' state of earlier calls, to be added to.
+
+    Raises:
+      ValueError: interventions or captures that do not fit the model or the batch.
+    """
+    rows, width = batch.tokens.shape
+    edits = interventions if interventions is not None else Interventions()
+    edits.check(layers=config.n_layers, width=config.d_model, rows=rows)
+    slots = assign_slots(cache, batch)
+    start = None if cache is None else cache.next
+    state = captured
+    if state is None and capture is not None:
+        state = capture.start(config, rows, width if cache is None else cache.slots)
+    trace = _Trace(config, batch, edits, capture if capture is not None else Capture())
+    if cache is None:
+        positions = jnp.where(batch.valid, batch.position, -1)
+    else:
+        cache = advance(cache, batch, slots)
+        positions = cache.position
+    angles = {
+        rope: nn.rotary(batch.position, rope, config.head_dim)
+        for rope in {config.rope_at(i) for i in range(config.n_layers)}
+    }
+    x = embed(params, config, batch)
+    keys, values = [], []
+    for i, layer in enumerate(params.layers):
+        with jax.named_scope(f"layer{i}"):
+            q, k, v = _project(layer, config, x, angles[config.rope_at(i)])
+            if cache is None:
+                k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
+            else:
+                k = write(cache.k[i], k, slots, start)
+                v = write(cache.v[i], v, slots, start)
+                keys.append(k)
+                values.append(v)
+            mixed = nn.attention(
+                q, k, v, batch.position, positions, scale=config.attn_scale,
+                softcap=config.attn_softcap, window=config.windows[i],
+            )
+            x = _block(layer, config, x, mixed, trace, i)
+    if cache is not None:
+        cache = cache.replace(k=tuple(keys), v=tuple(values))  # pyright: ignore
+    return Output(
+        logits=head(params, config, x, batch, logits),
+        captured=trace.captured(state, slots),
+        applied=trace.applied(),
+        cache=cache,
+    )
+
+
+def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
+    """Look up the tokens: [B, T, D], scaled where the family asks for it."""
+    x = params.embed_vd.at[batch.tokens].get(mode="clip")
+    if config.embed_scale != 1.0:
+        x = x * jnp.asarray(config.embed_scale, x.dtype)
+    return x
+
+
+def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
+         which: Logits) -> jax.Array | None:
+    """Turn the last residual into logits, float32: [B, T, V], or [B, V] of each row's last token."""
+    if which is None:
+        return None
+    with jax.named_scope("head"):
+        if which == "last":
+            at = jnp.maximum(batch.length - 1, 0)
+            x = jnp.take_along_axis(x, at[:, None, None], 1)
+        x = nn.rms_norm(x, params.final_norm_d, config.norm_eps, config.norm_offset)
+        weight = params.embed_vd if params.head_vd is None else params.head_vd
+        out = jnp.einsum("btd,vd->btv", x, weight, preferred_element_type=jnp.float32)
+        if config.final_softcap is not None:
+            out = config.final_softcap * jnp.tanh(out / config.final_softcap)
+        return out[:, 0] if which == "last" else out
+
+
+def _project(layer: Layer, config: ModelConfig, x: jax.Array,
+             angle: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Make queries [B, T, N, H], keys and values [B, T, K, H] of one block."""
+    y = nn.rms_norm(x, layer.attn_norm_d, config.norm_eps, config.norm_offset)
+    q = nn.add_bias(nn.contract("btd,nhd->btnh", y, layer.wq_nhd), layer.bq_nh)
+    k = nn.add_bias(nn.contract("btd,khd->btkh", y, layer.wk_khd), layer.bk_kh)
+    v = nn.add_bias(nn.contract("btd,khd->btkh", y, layer.wv_khd), layer.bv_kh)
+    if config.qk_norm:
+        q = nn.rms_norm(q, layer.q_norm_h, config.norm_eps, config.norm_offset)
+        k = nn.rms_norm(k, layer.k_norm_h, config.norm_eps, config.norm_offset)
+    return nn.rotate(q, *angle), nn.rotate(k, *angle), v
+
+
+def _block(layer: Layer, config: ModelConfig, x: jax.Array, mixed: jax.Array, trace: _Trace,
+           i: int) -> jax.Array:
+    """Finish one block from its attention's heads [B, T, N, H]; visit its three sites."""
+    eps, offset = config.norm_eps, config.norm_offset
+    out = nn.contract("btnh,dnh->btd", mixed, layer.wo_dnh, ("batch", None, "embed"))
+    out = nn.add_bias(out, layer.bo_d)
+    if config.post_norms:
+        out = nn.rms_norm(out, layer.attn_post_norm_d, eps, offset)
+    x = nn.round_residual(x + trace.visit("attention", i, out))
+    y = nn.mlp(nn.rms_norm(x, layer.mlp_norm_d, eps, offset), layer, config.activation)
+    if config.post_norms:
+        y = nn.rms_norm(y, layer.mlp_post_norm_d, eps, offset)
+    x = nn.round_residual(x + trace.visit("mlp", i, y))
+    return trace.visit("residual", i, x)
+
+
+class _Trace:
+    """Collect what one traced forward pass changed and read. Lives only while it is traced."""
+
+    def __init__(self, config: ModelConfig, batch: Batch, edits: Interventions,
+                 capture: Capture) -> None:
+        self.batch, self.edits, self.capture = batch, edits, capture
+        with jax.named_scope("intervention"):
+            self.active = [edit.seen(batch) for edit in edits.edits]
+        self.changed: list[list[jax.Array]] = [[] for _ in edits.edits]
+        self.layers = {name: chosen_layers(part, config) for name, part in capture.parts.items()}
+        with jax.named_scope("capture"):
+            self.weights = {name: part.weights(batch) for name, part in capture.parts.items()}
+        self.parts: dict[str, list[jax.Array]] = {name: [] for name in capture.parts}
+
+    def visit(self, site: Site, layer: int, h: jax.Array) -> jax.Array:
+        """Edit, then read, the activation [B, T, D] at one site."""
+        for number, edit in self.edits.at(site, layer):
+            with jax.named_scope("intervention"):
+                h, changed = edit.apply(layer, h, self.active[number])
+                h = nn.round_residual(h)
+                self.changed[number].append(changed)
+        for name, part in self.capture.parts.items():
+            if part.site == site and layer in self.layers[name]:
+                with jax.named_scope("capture"):
+                    index = self.layers[name].index(layer)
+                    self.parts[name].append(part.read(h, self.weights[name], index))
+        return h
+
+    def captured(self, state: dict[str, Any] | None, slots: jax.Array) -> dict[str, Any]:
+        """Add this call's readings to the state."""
+        with jax.named_scope("capture"):
+            return {
+                name: part.add(state[name], jnp.stack(self.parts[name]), self.weights[name],
+                               self.batch, slots)
+                for name, part in self.capture.parts.items()
+                if state is not None
+            }
+
+    def applied(self) -> tuple[Applied, ...]:
+        """Count the tokens that each table saw and changed."""
+        with jax.named_scope("intervention"):
+            rows = self.batch.tokens.shape[0]
+            return tuple(
+                Applied(
+                    seen=jnp.broadcast_to(active, self.batch.tokens.shape).sum(-1, dtype=jnp.int32),
+                    changed=jnp.stack(changed).sum(-1, dtype=jnp.int32).reshape(-1, rows),
+                )
+                for active, changed in zip(self.active, self.changed, strict=True)
+            )

@@ -1,0 +1,29 @@
+"""One function to call an edit by, with the implementation named."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+
+from jaxpersona.kernels import reference
+
+Implementation = Literal["xla"]
+
+
+def rank_one_edit(
+    h: jax.Array,
+    direction: jax.Array,
+    coefficients: jax.Array,
+    active: jax.Array,
+    *,
+    implementation: Implementation = "xla",
+) -> tuple[jax.Array, jax.Array]:
+    """Apply `reference.rank_one_edit` by the named implementation.
+
+    Raises:
+      ValueError: an implementation that does not exist.
+    """
+    if implementation != "xla":
+        raise ValueError(f"implementation is {implementation!r}; only 'xla' exists")
+    return reference.rank_one_edit(h, direction, coefficients, active)

@@ -1,0 +1,32 @@
+"""The reference form of the rank-one edit: the equation, in the order it is written."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def rank_one_edit(
+    h: jax.Array, direction: jax.Array, coefficients: jax.Array, active: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Edit activations along one direction a row.
+
+    With p = ⟨h, v̂⟩ in float32: δ = clip((s − 1)·p + c, lo − p, hi − p), h ← h + δ·v̂.
+
+    Args:
+      h: activations [B, T, D].
+      direction: v̂, unit vectors [B, D] or [1, D] float32.
+      coefficients: (s, c, lo, hi) [B, 4] or [1, 4] float32.
+      active: [B, T] bool, where the edit may act.
+
+    Returns:
+      The edited h in its own dtype, and [B, T] bool: where δ ≠ 0. Where δ = 0 or the edit is not
+      active, h comes back bit for bit.
+    """
+    s, c, lo, hi = (coefficients[:, i, None] for i in range(4))
+    wide = h.astype(jnp.float32)
+    p = jnp.einsum("btd,btd->bt", wide, jnp.broadcast_to(direction[:, None, :], h.shape))
+    delta = jnp.clip((s - 1.0) * p + c, lo - p, hi - p)
+    changed = active & (delta != 0)
+    edited = (wide + delta[..., None] * direction[:, None, :]).astype(h.dtype)
+    return jnp.where(changed[..., None], edited, h), changed
