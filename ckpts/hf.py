@@ -1,0 +1,276 @@
+"""Hugging Face folders: config.json and safetensors, to parameters and back.
+
+A folder is read tensor by tensor, each shard straight to the devices that hold it, without PyTorch
+and without a second copy in memory. Whatever is wrong with it is said at once, before anything
+is read.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxpersona import sharding
+from jaxpersona.ckpts import tensorfile
+from jaxpersona.ckpts.tensorfile import DTYPES, Entry
+from jaxpersona.config import ModelConfig
+from jaxpersona.families import from_hf, read_json, to_hf
+from jaxpersona.params import Params, Spec, layout
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+Progress = Callable[[int, int], None]
+
+
+def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Read a folder's config.json.
+
+    Returns:
+      The configuration, and the file's dict as it stands.
+
+    Raises:
+      ValueError: no such folder, no or a malformed config.json, or a model not implemented here.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: not a model folder (it has no config.json)")
+    raw = read_json(folder / "config.json")
+    if not isinstance(raw, dict):
+        raise ValueError(f"{folder / 'config.json'}: holds {type(raw).__name__}, not a table")
+    try:
+        return from_hf(raw), raw
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+
+
+def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *, dtype: Any = None,
+         mesh: Mesh | None = None, progress: Progress | None = None) -> Params:
+    """Read the parameters of a folder.
+
+    Args:
+      folder: holds `model.safetensors`, or shards and their index.
+      config: the model's shape; read from the folder if None.
+      dtype: float32, bfloat16 or float16; each tensor's own if None.
+      mesh: spreads the parameters by `sharding.RULES`; each process reads only its own shards.
+      progress: called with the bytes read so far and in all.
+
+    Raises:
+      ValueError: everything that is wrong with the folder's files, in one message.
+    """
+    folder = pathlib.Path(folder)
+    if config is None:
+        config, _ = read_config(folder)
+    target = None if dtype is None else np.dtype(dtype)
+    if target is not None and target not in DTYPES.values():
+        raise ValueError(f"dtype is {target}; parameters are float32, bfloat16 or float16")
+    specs, tree = jax.tree.flatten(layout(config))
+    entries, faults = read_entries(folder)
+    faults += _mismatches(entries, specs, config)
+    if faults:
+        listed = "\n".join(f"  - {fault}" for fault in faults)
+        raise ValueError(f"{folder}: {_count(len(faults), 'fault')}\n{listed}")
+    total = sum(entries[spec.file_name].size for spec in specs)
+    done, arrays = 0, []
+    for spec in specs:
+        entry = entries[spec.file_name]
+        arrays.append(_read(entry, spec, target or DTYPES[entry.dtype], mesh))
+        done += entry.size
+        if progress is not None:
+            progress(done, total)
+    return jax.tree.unflatten(tree, arrays)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}" + ("" if n == 1 else "s")
+
+
+def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
+    """Find every tensor of a folder's files.
+
+    Returns:
+      The tensors by name, and the faults of the index and of the files.
+    """
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / SINGLE).exists():
+            other = sorted(p.name for p in folder.glob("*.bin"))
+            hint = f"; {other[0]} is a PyTorch file: convert it to safetensors" if other else ""
+            return {}, [f"there is neither {SINGLE} nor {INDEX}{hint}"]
+        entries, _, faults = tensorfile.read_header(folder / SINGLE)
+        return entries, faults
+    try:
+        raw = read_json(index)
+        table = raw["weight_map"]
+        if not all(isinstance(v, str) and pathlib.PurePath(v).name == v for v in table.values()):
+            raise TypeError
+    except ValueError as error:
+        return {}, [f"{INDEX}: corrupt ({error})"]
+    except (TypeError, KeyError, AttributeError):
+        return {}, [f"{INDEX}: corrupt (weight_map must give a file for each tensor)"]
+    entries, faults = {}, []
+    for name in sorted(set(table.values())):
+        named = {tensor for tensor, file in table.items() if file == name}
+        if not (folder / name).is_file():
+            faults.append(f"{name}: missing; {INDEX} names it for {_some(named)}")
+            continue
+        held, _, wrong = tensorfile.read_header(folder / name)
+        faults += wrong
+        if wrong:
+            continue
+        if absent := named - set(held):
+            faults.append(f"{name}: does not hold {_some(absent)}, which {INDEX} says it does")
+        if unnamed := set(held) - named:
+            faults.append(f"{name}: holds {_some(unnamed)}, which {INDEX} does not name there")
+        entries |= {tensor: held[tensor] for tensor in named & set(held)}
+    return entries, faults
+
+
+def _some(names: set[str], limit: int = 6) -> str:
+    listed = sorted(names)
+    rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + rest
+
+
+def _mismatches(entries: Mapping[str, Entry], specs: list[Spec], config: ModelConfig) -> list[str]:
+    """Compare a folder's tensors with those that the configuration asks for."""
+    if not entries:
+        return []
+    expected = {spec.file_name: spec for spec in specs}
+    faults = []
+    if missing := set(expected) - set(entries):
+        faults.append(f"missing: {_some(missing, 1000)}")
+    extra = {name for name in set(entries) - set(expected) if not name.endswith("inv_freq")}
+    if config.tied_embeddings and "lm_head.weight" in extra:
+        extra.remove("lm_head.weight")  # some writers keep the tied head's second name
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    if extra:
+        faults.append(f"extra: {_some(extra, 1000)}")
+    for name in sorted(set(expected) & set(entries)):
+        entry, shape = entries[name], expected[name].file_shape
+        if entry.shape != shape:
+            faults.append(f"{name}: shape {list(entry.shape)}, expected {list(shape)}")
+        if entry.dtype not in DTYPES:
+            faults.append(f"{name}: dtype {entry.dtype}; {', '.join(DTYPES)} can be read")
+    return faults
+
+
+def _read(entry: Entry, spec: Spec, dtype: np.dtype, mesh: Mesh | None) -> jax.Array:
+    """Read one tensor to where it belongs."""
+    if mesh is None:
+        return jax.device_put(_cast(tensorfile.read_slice(entry), dtype).reshape(spec.shape))
+
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        ranges = [s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True)]
+        part = tensorfile.read_slice(entry, file_index(spec, ranges))
+        return _cast(part, dtype).reshape([stop - start for start, stop in ranges])
+
+    placed = NamedSharding(mesh, sharding.spec(spec.axes))
+    return jax.make_array_from_callback(spec.shape, placed, shard, dtype=dtype)
+
+
+def file_index(spec: Spec, ranges: list[tuple[int, int]]) -> tuple[slice, ...]:
+    """Translate ranges of a parameter's dimensions to slices of its tensor in the file.
+
+    A dimension of the file is one of ours, or several of ours flattened; of those only the first
+    may be cut, because heads are split over devices and a head is not.
+    """
+    out, at = [], 0
+    for extent in spec.file_shape:
+        first, inner = at, 1
+        at += 1
+        while spec.shape[first] * inner < extent:
+            if ranges[at] != (0, spec.shape[at]):
+                raise ValueError(f"{spec.file_name}: a head cannot be split over devices")
+            inner *= spec.shape[at]
+            at += 1
+        out.append(slice(ranges[first][0] * inner, ranges[first][1] * inner))
+    return tuple(out)
+
+
+def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    if values.dtype == dtype:
+        return values
+    out = tensorfile.aligned(values.shape, dtype)
+    np.copyto(out, values, casting="unsafe")
+    return out
+
+
+def save(folder: str | pathlib.Path, params: Params, config: ModelConfig, *,
+         shard_bytes: float = 5e9, extra_config: Mapping[str, Any] | None = None) -> None:
+    """Write a folder that transformers loads, and `load` too.
+
+    Every file is written under a temporary name; when all are whole they are renamed, config.json
+    last, so that a folder cut short in the making is not taken for a model.
+
+    Args:
+      folder: made where it does not exist.
+      params: in the dtype that is to be written.
+      config: their model's shape.
+      shard_bytes: a file grows to this many bytes before another is begun.
+      extra_config: entries that are added to config.json.
+
+    Raises:
+      ValueError: the parameters do not fit the configuration, or the folder cannot be written to.
+    """
+    folder = pathlib.Path(folder)
+    arrays = _named(params, config)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, (_, array) in arrays.items():
+        if shards[-1] and size + array.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += array.nbytes
+    names = [SINGLE] if len(shards) == 1 else [
+        f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+    ]
+
+    def value(name: str) -> np.ndarray:
+        return np.asarray(arrays[name][1])
+
+    files: dict[str, Iterable[Any]] = {}
+    for file, held in zip(names, shards, strict=True):
+        tensors = {n: (np.dtype(arrays[n][1].dtype), arrays[n][0].file_shape) for n in held}
+        files[file] = tensorfile.pieces(tensors, value, {"format": "pt"})
+    if len(shards) > 1:
+        where = {n: file for file, held in zip(names, shards, strict=True) for n in held}
+        total = sum(array.nbytes for _, array in arrays.values())
+        files[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": where})
+    dtype = np.dtype(next(iter(arrays.values()))[1].dtype).name
+    files["config.json"] = _json({**to_hf(config), "dtype": dtype, **(extra_config or {})})
+    old = [path.name for path in folder.glob("model*.safetensors*")]
+    tensorfile.replace_files(folder, files, [name for name in old if name not in files])
+
+
+def _named(params: Params, config: ModelConfig) -> dict[str, tuple[Spec, jax.Array]]:
+    """Pair every parameter with its file's tensor.
+
+    Raises:
+      ValueError: a structure, shape or dtype that the configuration or the format does not allow.
+    """
+    specs, tree = jax.tree.flatten(layout(config))
+    arrays, found = jax.tree.flatten(params)
+    if found != tree:
+        raise ValueError("the parameters have another structure than the configuration describes")
+    faults = [
+        f"{spec.file_name}: {array.dtype}{list(array.shape)}, expected {list(spec.shape)} in "
+        "float32, bfloat16 or float16"
+        for spec, array in zip(specs, arrays, strict=True)
+        if array.shape != spec.shape or np.dtype(array.dtype) not in DTYPES.values()
+    ]
+    if faults:
+        raise ValueError("the parameters do not fit the configuration: " + "; ".join(faults))
+    return {s.file_name: (s, a) for s, a in zip(specs, arrays, strict=True)}
+
+
+def _json(value: Mapping[str, Any]) -> list[bytes]:
+    return [(json.dumps(value, indent=2) + "\n").encode()]
