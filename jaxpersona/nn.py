@@ -48,7 +48,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.
     """Divide by the root mean square over the last axis and scale, in float32 (Zhang 2019)."""
     y = x.astype(F32)
     y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
-    return (y * (weight.astype(F32) + offset)).astype(x.dtype)
+    return (y * aligned(weight.astype(F32) + offset, y)).astype(x.dtype)
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
@@ -67,7 +67,8 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 def rotary(position: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array, jax.Array]:
     """Return cosine and sine of every position's angles, each [B, T, 1, H/2] float32 (Su 2021)."""
-    angle = position[..., None, None].astype(F32) * rope_frequencies(rope, head_dim)
+    frequency = rope_frequencies(rope, head_dim)[None, None, None]
+    angle = position[..., None, None].astype(F32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
@@ -165,4 +166,9 @@ def mlp(x: jax.Array, layer: Any, activation: Activation) -> jax.Array:
 
 def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Add a bias where there is one."""
-    return x if bias is None else x + bias
+    return x if bias is None else x + aligned(bias, x)
+
+
+def aligned(w: jax.Array, x: jax.Array) -> jax.Array:
+    """Give w as many dimensions as x by new leading ones, so that no rank is promoted unseen."""
+    return jax.lax.expand_dims(w, tuple(range(x.ndim - w.ndim)))

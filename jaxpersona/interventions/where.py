@@ -95,7 +95,8 @@ def holds(code: jax.Array, batch: Batch) -> jax.Array:
     Returns:
       [B, T] bool.
     """
-    need, any_of, none, lo, hi = (code[..., i, None] for i in range(WIDTH))
+    code = code.reshape(-1, WIDTH)  # one test for all rows, or one a row
+    need, any_of, none, lo, hi = (code[:, i, None] for i in range(WIDTH))
     kind = batch.kind.astype(jnp.int32)
     ok = ((kind & need) == need) & ((kind & none) == 0)
     ok &= (any_of == 0) | ((kind & any_of) != 0)
