@@ -1,0 +1,278 @@
+"""Where each message's content stands in what a chat template makes of a conversation.
+
+Nothing is searched for. The template renders a twin of the conversation whose contents are unique
+private-use characters; the twin is split there, the true contents are put back, as they are or
+trimmed, and the result must equal the true rendering character by character.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpersona import batch as b
+
+ROLES = {"system": b.SYSTEM, "user": b.USER, "assistant": b.ASSISTANT}
+OPEN, CLOSE = "<think>", "</think>"
+BLANK_LINE = "\n\n"
+# Templates look for these inside contents; a twin holds them to be led down the same path.
+TAGS = re.compile(r"(</?think>|</?tool_response>|</?tool_call>)")
+FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
+PRIVATE = range(0xF0000, 0xFFFFE)  # Unicode's plane 15: private use, in no text by meaning
+
+
+class _Piece(NamedTuple):
+    """A part of one message's content: running text, a tag, or the joint between two messages."""
+
+    owner: int
+    place: int
+    text: str
+    what: str = "text"
+
+
+_Found = tuple[_Piece, int, int]  # a piece, and from where to where it stands in the rendering
+
+
+class Template:
+    """A checkpoint's template with its arguments bound."""
+
+    def __init__(self, tokenizer: Any, thinking: bool, variables: Mapping[str, Any] | None) -> None:
+        self.tokenizer, self.base = tokenizer, not getattr(tokenizer, "chat_template", None)
+        self.options = {"enable_thinking": thinking, **(variables or {})}
+
+    def __call__(self, messages: list[dict[str, str]], reply: bool) -> str:
+        if self.base:  # plain completion: what is said, joined by blank lines
+            said = BLANK_LINE.join(m["content"] for m in messages if m["content"])
+            return (self.tokenizer.bos_token or "") + said
+        from jinja2 import TemplateError
+
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=reply, **self.options)
+        except (TemplateError, TypeError, IndexError, KeyError) as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+
+    def takes_system(self) -> bool:
+        """Tell whether the template renders a system message."""
+        asked = [{"role": "system", "content": chr(PRIVATE[0])}, {"role": "user", "content": "x"}]
+        try:
+            return chr(PRIVATE[0]) in self(asked, True)
+        except ValueError:
+            return False
+
+
+def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[str, list[_Piece]]]:
+    """Return the role and the pieces of every message that the template is to render."""
+    out = []
+    for owner, message in enumerate(messages):
+        parts = TAGS.split(message["content"])
+        pieces = [_Piece(owner, i, part, "tag" if i % 2 else "text")
+                  for i, part in enumerate(parts)]
+        out.append((message["role"], pieces))
+    if messages[0]["role"] != "system" or template.takes_system():
+        return out
+    if len(messages) == 1 or messages[1]["role"] != "user":
+        raise ValueError("the chat template has no system role, and message 0 (system) is not "
+                         "followed by a user message to put it into")
+    (_, said), (_, asked), *rest = out
+    if messages[0]["content"].strip() and messages[1]["content"].strip():
+        said = [*said, _Piece(1, -1, BLANK_LINE, "joint"), *asked]
+    elif not messages[0]["content"].strip():
+        said = asked
+    return [("user", said), *rest]
+
+
+def locate(template: Template, messages: list[dict[str, str]], reply: bool,
+           ) -> tuple[str, np.ndarray, np.ndarray, dict[int, int]]:
+    """Render a conversation; return its text, kind and turn by character, and contents' ends."""
+    plan = _pieces(template, messages)
+    text = template([{"role": role, "content": "".join(p.text for p in pieces)}
+                     for role, pieces in plan], reply)
+    for blank in (True, False):  # whether blank contents get a mark: some templates test for them
+        twin, marks = _twin(plan, text, blank)
+        skeleton = template(twin, reply)
+        found = _match(skeleton, text, marks)
+        if found is not None:
+            break
+    else:
+        where = ", ".join(f"{i} ({m['role']})" for i, m in enumerate(messages))
+        raise ValueError(f"the contents of messages {where} could not be located in what the chat "
+                         "template makes of them: it changes them in an unknown way")
+    kind = np.full(len(text), b.TEMPLATE, np.int32)
+    places: dict[int, list[tuple[int, int]]] = {}
+    for i, message in enumerate(messages):
+        parts = [p for _, pieces in plan for p in pieces if p.owner == i and p.what != "joint"]
+        mine = [f for f in found if f[0].owner == i]
+        if not mine and message["content"].strip():
+            raise ValueError(f"the chat template leaves out the content of message {i} "
+                             f"({message['role']})")
+        _mark_content(text, kind, ROLES[message["role"]], parts, mine)
+        places[i] = [(start, end) for _, start, end in mine]
+    turn = _turns(template, twin, marks, skeleton, text, found, reply, len(messages))
+    _mark_thinking(text, kind, turn, messages, places)
+    _mark_code(text, kind, turn)
+    return text, kind, turn, {i: s[-1][1] for i, s in places.items() if s}
+
+
+def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blank: bool,
+          ) -> tuple[list[dict[str, str]], dict[str, _Piece]]:
+    """Return the messages with a mark of its own for every piece of text, and the marks."""
+    used = set(text).union(*(p.text for _, pieces in plan for p in pieces))
+    free = (chr(code) for code in PRIVATE if chr(code) not in used)
+    marks: dict[str, _Piece] = {}
+    twin = []
+    for role, pieces in plan:
+        content = ""
+        for piece in pieces:
+            if piece.what == "text" and (blank or piece.text.strip()):
+                marks[mark := next(free)] = piece
+                content += mark
+            else:
+                content += piece.text
+        twin.append({"role": role, "content": content})
+    return twin, marks
+
+
+def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] | None:
+    """Put the pieces back between the scaffold of `skeleton` so that `text` results, or fail."""
+    if not marks:
+        return [] if skeleton == text else None
+    first, *rest = re.split(f"([{''.join(marks)}])", skeleton)
+    steps = list(zip((marks[m] for m in rest[::2]), rest[1::2], strict=True))
+    if not text.startswith(first) or not steps:
+        return [] if skeleton == text else None
+    trail = [(len(first), iter(_forms(steps[0][0].text)))]
+    found: list[_Found] = []
+    while trail:  # depth first; a form that does not fit is dropped at once
+        start, forms = trail[-1]
+        piece, scaffold = steps[len(trail) - 1]
+        for form in forms:
+            end = start + len(form)
+            if not text.startswith(form + scaffold, start):
+                continue
+            found.append((piece, start, end))
+            if len(trail) < len(steps):
+                trail.append((end + len(scaffold), iter(_forms(steps[len(trail)][0].text))))
+                break
+            if end + len(scaffold) == len(text):
+                return found
+            found.pop()
+        else:
+            trail.pop()
+            if found:
+                found.pop()
+    return None
+
+
+def _forms(content: str) -> list[str]:
+    """Return a content as it is and as templates trim it."""
+    forms = [content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"),
+             content.lstrip("\n"), content.rstrip("\n")]
+    return list(dict.fromkeys(forms))
+
+
+def _mark_content(text: str, kind: np.ndarray, role: int, parts: list[_Piece],
+                  mine: list[_Found]) -> None:
+    """Mark one message's pieces, and its own tags beside them where they stand as it has them."""
+    for (piece, start, end), after in itertools.zip_longest(mine, mine[1:]):
+        kind[start:end] = role
+        i = parts.index(piece)
+        if (piece, start, end) == mine[0]:
+            lead = "".join(p.text for p in parts[:i])
+            if text.endswith(lead, 0, start):
+                kind[start - len(lead) : start] = role
+        if after is None:
+            tail = "".join(p.text for p in parts[i + 1 :])
+            if text.startswith(tail, end):
+                kind[end : end + len(tail)] = role
+        elif text[end : after[1]] == "".join(p.text for p in parts[i + 1 : parts.index(after[0])]):
+            kind[end : after[1]] = role
+
+
+def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Piece],
+           skeleton: str, text: str, found: list[_Found], reply: bool, n: int) -> np.ndarray:
+    """Return the message number of every character.
+
+    What closes a message is what follows its mark when the template renders no more than it.
+    """
+    closings: dict[int, str] = {}
+    for m in range(len(twin)):
+        try:
+            alone = template(twin[: m + 1], False)
+        except ValueError:  # some templates refuse a conversation that ends there
+            continue
+        if at := [i for i, char in enumerate(alone) if char in marks]:
+            closings[marks[alone[at[-1]]].owner] = alone[at[-1] + 1 :]
+    turn = np.zeros(len(text), np.int32)
+    at = 0
+    for (piece, _, end), after in itertools.zip_longest(found, found[1:]):
+        turn[at:end] = piece.owner
+        at = end
+        if after and after[0].owner != piece.owner:
+            known = [closings.get(piece.owner, "")]
+            known += sorted(closings.values(), key=len, reverse=True)
+            at += len(next((c for c in known if c and text[end : after[1]].startswith(c)), ""))
+            turn[end:at] = piece.owner
+    turn[at:] = n - 1
+    if reply and not template.base:
+        closed = template(twin, False)
+        coming = len(skeleton) - len(closed) if skeleton.startswith(closed) else 0
+        turn[max(at, len(text) - coming) if coming else at :] = n  # none: what follows is the cue
+    return turn
+
+
+def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list[dict[str, str]],
+                   spans: dict[int, list[tuple[int, int]]]) -> None:
+    """Mark the thinking blocks of assistant messages and of the generation prompt."""
+    for i in range(len(messages) + 1):
+        at = np.flatnonzero(turn == i)
+        if not at.size or (i < len(messages) and messages[i]["role"] != "assistant"):
+            continue
+        mine = spans.get(i, [])
+        low, high = int(at[0]), int(at[-1]) + 1
+        begin: int | None = None
+        blocks: list[tuple[int, int, int]] = []  # start, end, end of what is inside
+        for tag in re.finditer(f"{OPEN}|{CLOSE}", text[low:high]):
+            start, end = low + tag.start(), low + tag.end()
+            if tag[0] == OPEN:
+                begin = start if begin is None else begin
+                continue
+            if begin is None:  # closed without an opening: it was opened in the prompt before
+                begin = start if blocks or not mine else min(mine[0][0], start)
+            blocks.append((begin, end, start))
+            begin = None
+        if begin is not None:
+            end = mine[-1][1] if mine and mine[-1][1] > begin else high
+            blocks.append((begin, end, end))
+        for begin, end, inner in blocks:
+            own = any(begin <= s and e <= inner for s, e in mine)
+            kind[begin:end] = (b.ASSISTANT if own else b.TEMPLATE) | b.THINKING
+
+
+def _mark_code(text: str, kind: np.ndarray, turn: np.ndarray) -> None:
+    """Mark fenced code, fences included, in every unbroken run of content."""
+    if "```" not in text and "~~~" not in text:
+        return
+    cuts = np.flatnonzero((np.diff(kind) != 0) | (np.diff(turn) != 0)) + 1
+    for start, end in itertools.pairwise([0, *cuts.tolist(), len(text)]):
+        if not kind[start] & b.TEMPLATE:
+            for low, high in fences(text[start:end]):
+                kind[start + low : start + high] |= b.CODE
+
+
+def fences(text: str) -> list[tuple[int, int]]:
+    """Return the fenced blocks of a text; one that is never closed runs to its end."""
+    out: list[tuple[int, int]] = []
+    fence, begin = "", 0
+    for line in FENCE.finditer(text):
+        run, info = line[1], line[2]
+        if not fence and not (run[0] == "`" and "`" in info):
+            fence, begin = run, line.start()
+        elif fence and run.startswith(fence) and not info.strip():
+            out.append((begin, line.end()))
+            fence = ""
+    return [*out, (begin, len(text))] if fence else out
