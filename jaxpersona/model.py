@@ -83,6 +83,7 @@ def forward(
     rows, width = batch.tokens.shape
     edits = interventions if interventions is not None else Interventions()
     edits.check(layers=config.n_layers, width=config.d_model, rows=rows)
+    edits = edits.by_row(rows)
     slots = assign_slots(cache, batch)
     start = None if cache is None else cache.next
     state = captured

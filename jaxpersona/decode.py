@@ -1,0 +1,165 @@
+"""Prefill and decode as two compiled programs; the whole decode is one loop on the device.
+
+The state that goes round the loop is a pytree: cache, captures and counts grow in it, and a bound
+on the number of steps is data, so a caller may stop between chunks without another program.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxpersona import batch as b
+from jaxpersona.batch import Batch
+from jaxpersona.cache import Cache, init_cache
+from jaxpersona.capture import Capture
+from jaxpersona.config import ModelConfig
+from jaxpersona.interventions.compose import Interventions
+from jaxpersona.model import Applied, forward
+from jaxpersona.params import Params
+from jaxpersona.sampling import Sampling, choose
+
+TRACES: Counter[str] = Counter()  # how often each program was traced, for tests and benches
+
+
+@flax.struct.dataclass
+class State:
+    """A batch in the midst of being generated.
+
+    Attributes:
+      cache: keys and values of everything but `token`.
+      token: [B] int32, chosen but not yet run.
+      position: [B] int32, the position of `token`.
+      turn: [B] int32, the message being written.
+      row_id: [B] uint32.
+      done: [B] bool, rows with nothing left to run.
+      thinking: [B] bool, rows inside a thinking block.
+      limit: [B] int32, the most tokens a row may get.
+      length: [B] int32, tokens chosen so far, a stop token included.
+      tokens: [B, M] int32, the tokens chosen; −1 beyond `length`.
+      step: [] int32, steps taken.
+      captured, applied: as in `model.Output`.
+    """
+
+    cache: Cache
+    token: Any
+    position: Any
+    turn: Any
+    row_id: Any
+    done: Any
+    thinking: Any
+    limit: Any
+    length: Any
+    tokens: Any
+    step: Any
+    captured: dict[str, Any]
+    applied: tuple[Applied, ...]
+
+
+@flax.struct.dataclass
+class Stops:
+    """Token ids that matter to the loop, as data.
+
+    Attributes:
+      ids: [n] int32, any of which ends a row (−1: none).
+      think: [2] int32, the opening and closing ids of a thinking block (−1: none).
+    """
+
+    ids: Any
+    think: Any
+
+
+@functools.partial(jax.jit, static_argnames=("config", "slots", "max_new", "greedy"))
+def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
+            capture: Capture, how: Sampling, stops: Stops, limit: jax.Array, *, slots: int,
+            max_new: int, greedy: bool) -> State:
+    """Run the prompts and choose each row's first token."""
+    TRACES["prefill"] += 1
+    rows = batch.tokens.shape[0]
+    cache = init_cache(config, rows, slots, params.embed_vd.dtype)
+    out = forward(params, config, batch, interventions=edits, capture=capture, cache=cache,
+                  logits="last")
+    length = batch.length
+    inside = (batch.kind.astype(jnp.int32) & b.THINKING) != 0
+    at = jnp.maximum(length - 1, 0)[:, None]
+    state = State(
+        cache=out.cache,  # pyright: ignore[reportArgumentType]
+        token=jnp.zeros((rows,), jnp.int32),
+        position=length - 1,
+        turn=jnp.take_along_axis(batch.turn, at, 1)[:, 0],
+        row_id=batch.row_id,
+        done=length == 0,
+        thinking=jnp.take_along_axis(inside, at, 1)[:, 0],
+        limit=limit,
+        length=jnp.zeros((rows,), jnp.int32),
+        tokens=jnp.full((rows, max_new), -1, jnp.int32),
+        step=jnp.zeros((), jnp.int32),
+        captured=out.captured,
+        applied=out.applied,
+    )
+    return _choose_next(state, out.logits, how, stops, greedy)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "greedy"), donate_argnames=("state",))
+def decode(params: Params, config: ModelConfig, state: State, edits: Interventions,
+           capture: Capture, how: Sampling, stops: Stops, until: jax.Array, *,
+           greedy: bool) -> State:
+    """Run steps until every row is done or `until` steps were taken.
+
+    A step runs every pending token (so that its activation is read even when the length limit ends
+    the row there) and chooses the next.
+    """
+    TRACES["decode"] += 1
+    edits = edits.by_row(state.token.shape[0])
+
+    def pending(state: State) -> jax.Array:
+        return (state.step < until) & ~state.done.all()
+
+    def step(state: State) -> State:
+        kind = b.VALID | b.ASSISTANT | b.GENERATED | b.THINKING * state.thinking.astype(jnp.int32)
+        tag = (state.token[:, None] == stops.think).any(-1)
+        kind = jnp.where(tag, kind | b.THINKING, kind)
+        kind = jnp.where(state.done, 0, kind).astype(jnp.uint16)
+        one = Batch(tokens=state.token[:, None], position=state.position[:, None],
+                    kind=kind[:, None], turn=state.turn[:, None], row_id=state.row_id)
+        out = forward(params, config, one, interventions=edits, capture=capture,
+                      cache=state.cache, captured=state.captured, logits="last")
+        opened = state.thinking | (state.token == stops.think[0])
+        thinking = opened & (state.token != stops.think[1])
+        grown = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+            cache=out.cache,
+            done=state.done | (state.length >= state.limit),
+            thinking=jnp.where(state.done, state.thinking, thinking),
+            step=state.step + 1,
+            captured=out.captured,
+            applied=jax.tree.map(jnp.add, state.applied, out.applied),
+        )
+        return _choose_next(grown, out.logits, how, stops, greedy)
+
+    return jax.lax.while_loop(pending, step, state)
+
+
+def _choose_next(state: State, logits: jax.Array, how: Sampling, stops: Stops,
+                 greedy: bool) -> State:
+    """Choose a token for every row that is not done, and note whether it ends the row."""
+    position = state.position + 1
+    if greedy:
+        token = jnp.argmax(logits, -1).astype(jnp.int32)
+    else:
+        token = choose(logits, how, state.row_id, position)
+    live = ~state.done
+    rows = jnp.arange(token.shape[0], dtype=jnp.int32)
+    slot = jnp.where(live, state.length, state.tokens.shape[1])
+    stopped = (token[:, None] == stops.ids).any(-1)
+    return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        token=jnp.where(live, token, state.token),
+        position=jnp.where(live, position, state.position),
+        length=state.length + live,
+        tokens=state.tokens.at[rows, slot].set(token, mode="drop"),
+        done=state.done | stopped,
+    )

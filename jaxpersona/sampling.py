@@ -1,0 +1,151 @@
+"""Choose the next token: greedy, or by one uniform draw a row and the inverse CDF.
+
+Nothing sorts the vocabulary. The nucleus is found among the `CANDIDATES` most probable tokens; a
+row whose nucleus is wider gets its threshold by bisection instead. Which way a row goes depends on
+that row alone, so what it draws does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+F32 = jnp.float32
+CANDIDATES = 256
+_BISECTIONS = 30
+_BLOCK = 512
+
+
+@flax.struct.dataclass
+class Sampling:
+    """How tokens are drawn, as data: rows may differ and new values never recompile.
+
+    Attributes:
+      temperature: [B] float32; 0 is greedy.
+      top_p: [B] float32 in (0, 1]; the least set of tokens whose probability reaches it is kept.
+      top_k: [B] int32; 0 keeps all, else the k most probable (at most `CANDIDATES`).
+      seed: [B] uint32.
+    """
+
+    temperature: Any
+    top_p: Any
+    top_k: Any
+    seed: Any
+
+    def take(self, rows: Any) -> Sampling:
+        """Choose rows; −1 takes row 0, for padding."""
+        rows = jnp.maximum(jnp.asarray(rows, jnp.int32), 0)
+        return jax.tree.map(lambda x: x[rows], self)
+
+
+def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any = 0,
+             seed: Any = 0) -> Sampling:
+    """Check and spread the settings to `rows` rows.
+
+    Raises:
+      ValueError: temperature < 0 or not finite, top_p outside (0, 1], top_k outside
+        0…`CANDIDATES`, a negative seed, or a setting with another number of rows.
+    """
+    import numpy as np
+
+    def spread(name: str, value: Any, dtype: Any, ok: Any, want: str) -> jax.Array:
+        given = np.asarray(value)
+        if given.ndim > 1 or (given.ndim == 1 and given.size != rows):
+            raise ValueError(f"{name} has shape {given.shape}; it must be a number or [{rows}]")
+        if not np.all(ok(given)):
+            raise ValueError(f"{name} is {value}; it must be {want}")
+        return jnp.asarray(np.broadcast_to(given, (rows,)), dtype)
+
+    return Sampling(
+        temperature=spread("temperature", temperature, F32,
+                           lambda x: np.isfinite(x) & (x >= 0), "finite and at least 0"),
+        top_p=spread("top_p", top_p, F32, lambda x: (x > 0) & (x <= 1), "in (0, 1]"),
+        top_k=spread("top_k", top_k, jnp.int32, lambda x: (x >= 0) & (x <= CANDIDATES)
+                     & (x == np.floor(x)), f"an integer in 0…{CANDIDATES} (0: no limit)"),
+        seed=spread("seed", seed, jnp.uint32, lambda x: (x >= 0) & (x < 2**32)
+                    & (x == np.floor(x)), "an integer in 0…2³²−1"),
+    )
+
+
+def uniforms(seed: jax.Array, row_id: jax.Array, position: jax.Array) -> jax.Array:
+    """Draw one uniform in [0, 1) a row from (seed, row id, position) alone: [B] float32."""
+
+    def one(seed: jax.Array, row: jax.Array, place: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), row), place)
+        return jax.random.uniform(key, (), F32)
+
+    return jax.vmap(one)(seed, row_id, position)
+
+
+def choose(logits: jax.Array, how: Sampling, row_id: jax.Array, position: jax.Array) -> jax.Array:
+    """Choose a token a row.
+
+    Args:
+      logits: [B, V] float32.
+      how: settings of the B rows.
+      row_id: [B] uint32.
+      position: [B] int32, the position that the new token will have.
+
+    Returns:
+      [B] int32; where temperature is 0 the first of the greatest logits.
+    """
+    greedy = jnp.argmax(logits, -1).astype(jnp.int32)
+    warm = how.temperature > 0
+    scaled = logits / jnp.where(warm, how.temperature, 1.0)[:, None]
+    probability = jax.nn.softmax(scaled, -1)
+    draw = uniforms(how.seed, row_id, position)
+    count = min(CANDIDATES, logits.shape[-1])
+    top, tokens = jax.lax.top_k(probability, count)
+    rank = jnp.arange(count, dtype=jnp.int32)
+    limited = (how.top_k[:, None] == 0) | (rank[None] < how.top_k[:, None])
+    top = jnp.where(limited, top, 0.0)
+    reach = jnp.where(how.top_k > 0, top.sum(-1), 1.0)  # mass that the nucleus is a share of
+    before = jnp.cumsum(top, -1) - top
+    kept = jnp.where(before < (how.top_p * reach)[:, None], top, 0.0)
+    near = jnp.take_along_axis(tokens, _inverse(kept, draw)[:, None], 1)[:, 0]
+    wide = warm & (how.top_k == 0) & (top.sum(-1) < how.top_p) & (count < logits.shape[-1])
+
+    def bisect() -> jax.Array:
+        return _wide(probability, how.top_p, draw)
+
+    far = jax.lax.cond(wide.any(), bisect, lambda: greedy)
+    return jnp.where(warm, jnp.where(wide, far, near.astype(jnp.int32)), greedy)
+
+
+def _inverse(weights: jax.Array, draw: jax.Array) -> jax.Array:
+    """Return [B] the first index whose cumulative weight exceeds draw · total, weight > 0."""
+    cumulative = jnp.cumsum(weights, -1)
+    target = draw[:, None] * cumulative[:, -1:]
+    return jnp.argmax((cumulative > target) & (weights > 0), -1).astype(jnp.int32)
+
+
+def _wide(probability: jax.Array, top_p: jax.Array, draw: jax.Array) -> jax.Array:
+    """Draw from a nucleus of any width: its least probability by bisection, then two-level CDF."""
+
+    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        low, high = bounds  # mass above `low` reaches top_p, mass above `high` does not
+        middle = (low + high) / 2
+        mass = jnp.where(probability >= middle[:, None], probability, 0.0).sum(-1)
+        enough = mass >= top_p
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    zero = jnp.zeros_like(top_p)
+    low, _ = jax.lax.fori_loop(0, _BISECTIONS, halve, (zero, zero + 1.0))
+    low = jnp.where(top_p >= 1.0, 0.0, low)
+    kept = jnp.where(probability >= low[:, None], probability, 0.0)
+    rows, vocabulary = kept.shape
+    blocks = -(-vocabulary // _BLOCK)
+    kept = jnp.pad(kept, ((0, 0), (0, blocks * _BLOCK - vocabulary)))
+    kept = kept.reshape(rows, blocks, _BLOCK)
+    mass = kept.sum(-1)
+    cumulative = jnp.cumsum(mass, -1)
+    target = draw * cumulative[:, -1]
+    block = jnp.argmax((cumulative > target[:, None]) & (mass > 0), -1)
+    chosen = jnp.take_along_axis(kept, block[:, None, None], 1)[:, 0]
+    total = jnp.take_along_axis(mass, block[:, None], 1)[:, 0]
+    start = jnp.take_along_axis(cumulative, block[:, None], 1)[:, 0] - total
+    inner = jnp.clip((target - start) / total, 0.0, 1.0 - 2.0**-24)
+    return (block.astype(jnp.int32) * _BLOCK + _inverse(chosen, inner)).astype(jnp.int32)

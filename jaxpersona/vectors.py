@@ -1,0 +1,113 @@
+"""Named directions that say what they are: of which model, site and layers, and with which sign.
+
+A bare array can be added to the wrong model at the wrong layer with the wrong sign, and nothing
+will complain. A `Vector` knows, and the interventions ask it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxpersona.interventions.edit import Site
+
+POPULATIONS = ("default", "all")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Vector:
+    """A direction in the residual stream at every layer of one model.
+
+    Attributes:
+      values: [L, D] float32, not normalised; row l is the residual after block l (zero-based).
+      name: what it is a direction of.
+      model: the model's name.
+      fingerprint: the model's sixteen digits, or "" where nothing is known.
+      site: where in a block it was measured.
+      notes: more about its making (strings and numbers), kept with it in its file.
+    """
+
+    values: np.ndarray
+    name: str = "vector"
+    model: str = ""
+    fingerprint: str = ""
+    site: Site = "residual"
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    kind = "vector"
+
+    def __post_init__(self) -> None:
+        values = np.asarray(self.values, np.float32)
+        if values.ndim != 2:
+            raise ValueError(f"values has shape {values.shape}; it must be [L, D]")
+        if not np.isfinite(values).all():
+            raise ValueError(f"{self.kind} {self.name!r} holds a value that is not finite")
+        object.__setattr__(self, "values", values)
+
+    @property
+    def n_layers(self) -> int:
+        """The number of layers L."""
+        return self.values.shape[0]
+
+    @property
+    def unit(self) -> np.ndarray:
+        """[L, D] float32: v̂; a zero row stays zero."""
+        norm = np.linalg.norm(self.values, axis=1, keepdims=True)
+        return (self.values / np.where(norm == 0, 1, norm)).astype(np.float32)
+
+    @property
+    def origin(self) -> int:
+        """Half the fingerprint as an integer; 0 where nothing is known of the model."""
+        return int(self.fingerprint[8:], 16) if self.fingerprint else 0
+
+    def at_layers(self, layers: tuple[int, ...]) -> np.ndarray:
+        """Return the rows of some layers [l, D]."""
+        return self.values[list(layers)]
+
+    def check_site(self, site: Site) -> None:
+        """Refuse to act at another site than the one it was measured at.
+
+        Raises:
+          ValueError: the sites differ.
+        """
+        if site != self.site:
+            raise ValueError(
+                f"{self.kind} {self.name!r} was measured at site {self.site!r}; to use it at "
+                f"{site!r} pass its bare array"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Axis(Vector):
+    """The Assistant Axis: it points toward the Assistant, higher is more Assistant-like.
+
+    Attributes:
+      percentiles: population → "p25" → [L] float32, percentiles of the projections of that
+        population's response means on the unit axis.
+    """
+
+    percentiles: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
+
+    kind = "axis"
+
+    def thresholds(self, percentile: str, *, of: str) -> np.ndarray:
+        """Return the projection at a percentile for every layer, [L] float32.
+
+        Args:
+          percentile: such as "p25", along +axis: a quarter of the population lies below.
+          of: the population, "default" (the default persona's rollouts) or "all" (every rollout's).
+
+        Raises:
+          ValueError: a population or percentile that the axis was not calibrated for.
+        """
+        if of not in self.percentiles:
+            raise ValueError(
+                f"of is {of!r}; this axis knows the populations {sorted(self.percentiles)}"
+            )
+        known = self.percentiles[of]
+        if percentile not in known:
+            raise ValueError(f"percentile is {percentile!r}; this axis knows {sorted(known)}")
+        return np.asarray(known[percentile], np.float32)
