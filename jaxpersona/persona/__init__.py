@@ -1,0 +1,1 @@
+"""The science on arrays and files: texts, rollouts, judging, role vectors, axis, projection."""

@@ -1,0 +1,323 @@
+"""The texts of the method: roles, questions, traits and openings of conversations that drift.
+
+Our own are package data; any folder of the same layout does as well, so that texts written for the
+published code work here and ours work there. Faults are collected over all files and raised once,
+before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import resources
+from importlib.resources.abc import Traversable
+from typing import Any
+
+from jaxpersona.persona.reading import (
+    Faults,
+    fill,
+    folder_files,
+    get_eval_prompt,
+    get_list,
+    get_text,
+    kind,
+    parse,
+    read_table,
+    read_text,
+    stem,
+)
+
+DEFAULT = "default"
+
+# The default persona's system prompts; the first is none at all.
+DEFAULT_PROMPTS = (
+    "",
+    "You are an AI assistant.",
+    "You are a large language model.",
+    "You are {model_name}.",
+    "Respond as yourself.",
+)
+
+# Tables of descriptions that may lie in a folder of texts and are none themselves.
+ROLE_LIST, TRAIT_LIST = "role_list.json", "trait_list.json"
+
+Path = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Role:
+    """A persona a model is asked to be.
+
+    Attributes:
+      name: the file's stem; "default" is the model as itself.
+      prompts: system prompts; only the default's may be empty.
+      eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" for the default.
+      description: one line; "" where none is known.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    eval_prompt: str
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question put to every role; `id` is what a rollout is known by."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class Trait:
+    """A trait with contrasting system prompts.
+
+    Attributes:
+      name: the file's stem.
+      pairs: (positive, negative) system prompts.
+      questions: what is asked under each of them.
+      eval_prompt: the judge's prompt with `{question}` and `{answer}`.
+      description: one line; "" where none is known.
+    """
+
+    name: str
+    pairs: tuple[tuple[str, str], ...]
+    questions: tuple[str, ...]
+    eval_prompt: str
+    description: str = ""
+
+
+@dataclass(frozen=True)
+class Topic:
+    """What a simulated user comes with: an id, a title and the first message."""
+
+    id: str
+    title: str
+    opening: str
+
+
+@dataclass(frozen=True)
+class User:
+    """A simulated user: `card` is the system prompt of the model that plays them."""
+
+    id: str
+    card: str
+    topics: tuple[Topic, ...]
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A kind of conversation whose drift is measured."""
+
+    name: str
+    description: str
+    users: tuple[User, ...]
+
+
+def data_root() -> Traversable:
+    """Return the folder of this package's own texts."""
+    return resources.files("jaxpersona.data")
+
+
+def load_roles(path: Path | None = None, *, model_name: str = "the model") -> list[Role]:
+    """Read roles, sorted by name, the default among them.
+
+    Args:
+      path: a folder of `<name>.json`, each {"instruction": [{"pos": …}, …], "eval_prompt": …};
+        None: the roles of this package. Where it has no `default.json`, which the axis cannot do
+        without, the published five default prompts stand in; a malformed one is a fault. A
+        `role_list.json` (name → one line) in the folder or beside it gives the descriptions.
+      model_name: put in for `{model_name}`.
+
+    Raises:
+      ValueError: no such folder, or any fault in its files; all are listed.
+    """
+    if not model_name.strip():
+        raise ValueError("model_name is empty; it is what {model_name} in a prompt becomes")
+    faults = Faults()
+    folder, table = _place(path, "roles", ROLE_LIST)
+    described = _descriptions(table, faults)
+    roles = []
+    for file in folder_files(folder, faults):
+        if file.name != ROLE_LIST and (raw := read_table(file, faults)) is not None:
+            roles.append(_role(raw, file, described, model_name, faults))
+    faults.raise_if_any(folder)
+    if all(role.name != DEFAULT for role in roles):
+        prompts = tuple(fill(p, model_name=model_name) for p in DEFAULT_PROMPTS)
+        roles.append(Role(DEFAULT, prompts, "", described.get(DEFAULT, "")))
+    return sorted(roles, key=lambda role: role.name)
+
+
+def load_questions(path: Path | None = None) -> list[Question]:
+    """Read questions in the file's order.
+
+    Args:
+      path: a JSONL file of {"question": …, "id": …}; a line without an id has its line number
+        (from 0) for one. None: the questions of this package.
+
+    Raises:
+      ValueError: no such file, or any fault in it; all are listed.
+    """
+    faults = Faults()
+    file = data_root() / "questions.jsonl" if path is None else pathlib.Path(path)
+    questions: list[Question] = []
+    # by "\n" alone: str.splitlines also breaks at U+2028, which JSON allows inside a text
+    lines = (read_text(file, faults) or "").split("\n")
+    for number, line in enumerate(lines):
+        where = f"{file}, line {number + 1}"
+        if not line.strip():
+            continue
+        before = len(faults)
+        raw = parse(line, where, faults)
+        if not isinstance(raw, dict):
+            if len(faults) == before:
+                faults.append(f"{where}: holds {kind(raw)}, not an object")
+            continue
+        id = raw.get("id", number)
+        if isinstance(id, bool) or not isinstance(id, int):
+            faults.append(f"{where}: id is {kind(id)} ({id!r}), not a whole number")
+            id = number
+        elif id < 0:
+            faults.append(f"{where}: id is {id}; it must be 0 or more")
+        questions.append(Question(id, get_text(raw, "question", where, faults)))
+    if not questions and not faults:
+        faults.append(f"{file}: holds no question")
+    for id in _twice(question.id for question in questions):
+        faults.append(f"{file}: id {id} is given more than once")
+    faults.raise_if_any(file)
+    return questions
+
+
+def load_traits(path: Path | None = None) -> list[Trait]:
+    """Read traits, sorted by name.
+
+    Args:
+      path: a folder of `<name>.json`, each {"instruction": [{"pos": …, "neg": …}, …],
+        "questions": […], "eval_prompt": …}; None: the traits of this package. A `trait_list.json`
+        (name → one line) in the folder or beside it gives the descriptions.
+
+    Raises:
+      ValueError: no such folder, or any fault in its files; all are listed.
+    """
+    faults = Faults()
+    folder, table = _place(path, "traits", TRAIT_LIST)
+    described = _descriptions(table, faults)
+    traits = []
+    for file in folder_files(folder, faults):
+        if file.name != TRAIT_LIST and (raw := read_table(file, faults)) is not None:
+            traits.append(_trait(raw, file, described, faults))
+    faults.raise_if_any(folder)
+    return sorted(traits, key=lambda trait: trait.name)
+
+
+def load_drift(path: Path | None = None) -> list[Domain]:
+    """Read the domains of drift, sorted by name.
+
+    Args:
+      path: a folder of `<domain>.json`, each {"domain", "description", "personas": [{"id", "card",
+        "topics": [{"id", "title", "opening"}, …]}, …]}; None: the domains of this package.
+
+    Raises:
+      ValueError: no such folder, or any fault in its files; all are listed.
+    """
+    faults = Faults()
+    folder = data_root() / "drift" if path is None else pathlib.Path(path)
+    domains = []
+    for file in folder_files(folder, faults):
+        if (raw := read_table(file, faults)) is not None:
+            domains.append(_domain(raw, str(file), faults))
+    users = [user for domain in domains for user in domain.users]
+    for what, ids in (("domain", [domain.name for domain in domains]),
+                      ("persona", [user.id for user in users]),
+                      ("topic", [topic.id for user in users for topic in user.topics])):
+        for id in _twice(filter(None, ids)):
+            faults.append(f"{folder}: {what} {id!r} is given more than once")
+    faults.raise_if_any(folder)
+    return sorted(domains, key=lambda domain: domain.name)
+
+
+def _place(path: Path | None, part: str, table: str) -> tuple[Traversable, Traversable | None]:
+    """Return a folder of texts and the table that describes them, if there is one."""
+    if path is None:
+        return data_root() / part, data_root() / table
+    folder = pathlib.Path(path)
+    for place in (folder / table, folder.parent / table):
+        if place.is_file():
+            return folder, place
+    return folder, None
+
+
+def _descriptions(file: Traversable | None, faults: Faults) -> dict[str, str]:
+    raw = None if file is None else read_table(file, faults)
+    return {name: get_text(raw, name, str(file), faults) for name in raw or ()}
+
+
+def _role(raw: dict[str, Any], file: Traversable, described: dict[str, str], model_name: str,
+          faults: Faults) -> Role:
+    name, where = stem(file), str(file)
+    default = name == DEFAULT
+    prompts = tuple(
+        fill(get_text(entry, "pos", where, faults, empty=default, prefix=f"instruction[{i}]."),
+             model_name=model_name)
+        for i, entry in enumerate(get_list(raw, "instruction", where, faults))
+    )
+    # nobody is asked how well the default plays itself
+    eval_prompt = "" if default and "eval_prompt" not in raw else get_eval_prompt(
+        raw, where, faults)
+    return Role(name, prompts, eval_prompt, described.get(name, ""))
+
+
+def _trait(raw: dict[str, Any], file: Traversable, described: dict[str, str],
+           faults: Faults) -> Trait:
+    name, where = stem(file), str(file)
+    pairs = []
+    for i, entry in enumerate(get_list(raw, "instruction", where, faults)):
+        prefix = f"instruction[{i}]."
+        if isinstance(entry, dict):
+            pos = get_text(entry, "pos", where, faults, prefix=prefix)
+            neg = get_text(entry, "neg", where, faults, prefix=prefix)
+            if pos and pos == neg:
+                faults.append(f"{where}: {prefix}pos and {prefix}neg are the same")
+            pairs.append((pos, neg))
+        else:
+            faults.append(f"{where}: {prefix.rstrip('.')} is {kind(entry)}, not an object")
+    questions = []
+    for i, entry in enumerate(get_list(raw, "questions", where, faults)):
+        field = f"questions[{i}]"
+        questions.append(get_text({field: entry}, field, where, faults))
+    for text in _twice(filter(None, questions)):
+        faults.append(f"{where}: questions holds {text!r} more than once")
+    return Trait(name, tuple(pairs), tuple(questions), get_eval_prompt(raw, where, faults),
+                 described.get(name, ""))
+
+
+def _domain(raw: dict[str, Any], where: str, faults: Faults) -> Domain:
+    users = []
+    for i, person in enumerate(get_list(raw, "personas", where, faults)):
+        at = f"personas[{i}]"
+        if not isinstance(person, dict):
+            faults.append(f"{where}: {at} is {kind(person)}, not an object")
+            continue
+        topics = []
+        for j, topic in enumerate(get_list(person, "topics", where, faults, prefix=f"{at}.")):
+            inside = f"{at}.topics[{j}]"
+            if not isinstance(topic, dict):
+                faults.append(f"{where}: {inside} is {kind(topic)}, not an object")
+                continue
+            texts = (get_text(topic, key, where, faults, prefix=f"{inside}.")
+                     for key in ("id", "title", "opening"))
+            topics.append(Topic(*texts))
+        users.append(User(get_text(person, "id", where, faults, prefix=f"{at}."),
+                          get_text(person, "card", where, faults, prefix=f"{at}."),
+                          tuple(topics)))
+    return Domain(get_text(raw, "domain", where, faults),
+                  get_text(raw, "description", where, faults), tuple(users))
+
+
+def _twice(values: Iterable[Any]) -> list[Any]:
+    """Return what occurs more than once, in the order of its first place."""
+    return [value for value, n in Counter(values).items() if n > 1]
