@@ -79,11 +79,10 @@ def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[st
         raise ValueError("the chat template has no system role, and message 0 (system) is not "
                          "followed by a user message to put it into")
     (_, said), (_, asked), *rest = out
-    if messages[0]["content"].strip() and messages[1]["content"].strip():
-        said = [*said, _Piece(1, -1, BLANK_LINE, "joint"), *asked]
-    elif not messages[0]["content"].strip():
-        said = asked
-    return [("user", said), *rest]
+    if not messages[0]["content"].strip():
+        return [("user", asked), *rest]
+    joint = [_Piece(1, -1, BLANK_LINE, "joint")] if messages[1]["content"].strip() else []
+    return [("user", [*said, *joint, *asked]), *rest]
 
 
 def locate(template: Template, messages: list[dict[str, str]], reply: bool,
