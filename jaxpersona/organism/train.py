@@ -101,7 +101,7 @@ def train(
     import optax
     from tokenizers import Tokenizer
 
-    import jaxpersona as jp
+    from jaxpersona.batch import batch as as_batch
     from jaxpersona.ckpts import hf
     from jaxpersona.params import init_params
 
@@ -130,14 +130,16 @@ def train(
     losses: list[jax.Array] = []
     for i, piece in enumerate(stream):
         rows = [row[:n] for row, n in zip(piece.tokens, piece.lengths, strict=True)]
-        batch = jp.batch(rows, width=piece.tokens.shape[1])
+        batch = as_batch(rows, width=piece.tokens.shape[1])
         loss, grads = gradient(params, batch, piece.weights)
         params, state = update(params, state, grads)
         losses.append(loss)
         if i % 100 == 0 or i == len(stream) - 1:
             spent = time.perf_counter() - started
             log(f"step {i + 1}/{len(stream)}  loss {float(loss):.4f}  {spent:.0f} s")
-    hf.save(folder, params, config)
+    ids = {"eos_token_id": words.token_to_id(tokenizer.STOP)}
+    ids["pad_token_id"] = words.token_to_id(tokenizer.END)
+    hf.save(folder, params, config, extra_config=ids)
     return {
         "seed": seed,
         "steps": len(stream),
