@@ -159,8 +159,10 @@ def mlp(x: jax.Array, layer: Any, activation: Activation) -> jax.Array:
     """Apply the gated MLP, down(act(gate(x)) · up(x)) (Shazeer 2020), to x [B, T, D]."""
     gate = add_bias(contract("btd,fd->btf", x, layer.w_gate_fd), layer.b_gate_f)
     up = add_bias(contract("btd,fd->btf", x, layer.w_up_fd), layer.b_up_f)
-    act = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    out = contract("btf,df->btd", act * up, layer.w_down_df, ("batch", None, "embed"))
+    wide = gate.astype(F32)  # rounded once, after the product
+    act = jax.nn.silu(wide) if activation == "silu" else jax.nn.gelu(wide, approximate=True)
+    inner = (act * up.astype(F32)).astype(x.dtype)
+    out = contract("btf,df->btd", inner, layer.w_down_df, ("batch", None, "embed"))
     return add_bias(out, layer.b_down_d)
 
 
