@@ -1,0 +1,201 @@
+"""From a name to a model: a folder, the embedded model, random weights or a repository of the hub.
+
+Libraries are imported when a source needs them, so that random weights need neither transformers
+nor a network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxpersona import sharding
+from jaxpersona.ckpts import hf
+from jaxpersona.config import ModelConfig
+from jaxpersona.families import read_json
+from jaxpersona.params import Params, fingerprint, init_params, layout
+from jaxpersona.presets import preset
+
+DTYPES = ("float32", "bfloat16", "float16")
+_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+_MINI_VOCABULARY = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A model that is ready to run.
+
+    Attributes:
+      config, params: its shape and its parameters.
+      tokenizer: of transformers, or None where the source has none.
+      mesh: the devices that the parameters are spread over, or None for one.
+      name: what it was loaded as.
+      fingerprint: sixteen digits that name its shape and weights (`params.fingerprint`).
+      stop_ids: the tokens that end a reply.
+      template: whether the tokenizer has a chat template; a base model has none.
+    """
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Any
+    mesh: Mesh | None
+    name: str
+    fingerprint: str
+    stop_ids: tuple[int, ...]
+    template: bool
+
+
+def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any = None,
+         progress: hf.Progress | None = None, revision: str | None = None) -> Model:
+    """Load a model.
+
+    Args:
+      source: a folder in the Hugging Face layout; "mini", the embedded model; "random:<preset>",
+        random weights of a real shape; or the name of a repository of the hub.
+      mesh: spreads the parameters over devices.
+      dtype: "float32", "bfloat16" or "float16"; by default float32 on a CPU, else bfloat16.
+      progress: called with the bytes read so far and in all.
+      revision: a branch, tag or commit of the hub's repository.
+
+    Raises:
+      ValueError: no such model, or one that is faulty or not implemented; it says which and why.
+    """
+    name, kind = os.fspath(source), _dtype(dtype)
+    if name.startswith("random:"):
+        return _random(name, kind, mesh)
+    if name == "mini":
+        with importlib.resources.as_file(_mini()) as folder:
+            return _folder(folder, name, kind, mesh, progress)
+    path = pathlib.Path(name).expanduser()
+    if path.exists() or name.startswith((".", "/", "~")) or isinstance(source, pathlib.PurePath):
+        return _folder(path, name, kind, mesh, progress)
+    if not _is_repository(name):
+        raise ValueError(f"{name}: no such folder")
+    return _folder(_download(name, revision), name, kind, mesh, progress)
+
+
+def _mini() -> Any:
+    return importlib.resources.files("jaxpersona.ckpts") / "mini"
+
+
+def _is_repository(name: str) -> bool:
+    """Whether a name has the form of a repository of the hub: owner/name."""
+    parts = name.split("/")
+    plain = all(part and part.strip(".-_") and " " not in part for part in parts)
+    return len(parts) == 2 and plain
+
+
+def _dtype(dtype: Any) -> np.dtype:
+    if dtype is None:
+        return np.dtype(np.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    try:
+        found = np.dtype(getattr(jnp, dtype) if isinstance(dtype, str) else dtype)
+    except (TypeError, AttributeError):
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    return found
+
+
+def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
+    config = preset(name.removeprefix("random:"))
+
+    def draw() -> Params:
+        return init_params(config, jax.random.key(0), dtype)
+
+    if mesh is None:
+        params = draw()
+    else:  # made where they belong: no device ever holds them all
+        places = jax.tree.map(lambda s: NamedSharding(mesh, sharding.spec(s.axes)), layout(config))
+        params = jax.jit(draw, out_shardings=places)()
+    tokenizer, stop_ids = None, ()
+    if config.vocab_size >= _MINI_VOCABULARY and (_mini() / "tokenizer.json").is_file():
+        with importlib.resources.as_file(_mini()) as folder:
+            tokenizer = read_tokenizer(folder)
+            stop_ids = _stop_ids(folder, {}, tokenizer)
+    return _model(config, params, tokenizer, mesh, name, stop_ids)
+
+
+def _folder(folder: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
+            progress: hf.Progress | None) -> Model:
+    config, raw = hf.read_config(folder)
+    params = hf.load(folder, config, dtype=dtype, mesh=mesh, progress=progress)
+    tokenizer = read_tokenizer(folder)
+    return _model(config, params, tokenizer, mesh, name, _stop_ids(folder, raw, tokenizer))
+
+
+def _model(config: ModelConfig, params: Params, tokenizer: Any, mesh: Mesh | None, name: str,
+           stop_ids: tuple[int, ...]) -> Model:
+    template = bool(getattr(tokenizer, "chat_template", None))
+    mark = fingerprint(config, params)
+    return Model(config, params, tokenizer, mesh, name, mark, stop_ids, template)
+
+
+def read_tokenizer(folder: pathlib.Path) -> Any:
+    """Read a folder's tokenizer through transformers, or None where it has none.
+
+    Raises:
+      ValueError: its files are malformed.
+    """
+    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds, tokenizers a bare Exception
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{folder}: the tokenizer cannot be read ({reason})") from None
+
+
+def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
+    """Collect the ids that end a reply, from every place that names one, in that order."""
+    path = folder / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    if not isinstance(generation, dict):
+        raise ValueError(f"{path}: holds {type(generation).__name__}, not a table")
+    found: list[int] = []
+    for place, value in (
+        (path.name, generation.get("eos_token_id")),
+        ("config.json", raw.get("eos_token_id")),
+        ("the tokenizer", getattr(tokenizer, "eos_token_id", None)),
+    ):
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(i) is not int or i < 0 for i in ids):
+            raise ValueError(f"{folder}: eos_token_id of {place} is {value!r}; it must be an "
+                             "integer or a list of them")
+        found += ids
+    return tuple(dict.fromkeys(found))
+
+
+def _download(name: str, revision: str | None) -> pathlib.Path:
+    """Fetch a repository's files, or find them in the hub's local cache."""
+    from huggingface_hub import errors, snapshot_download
+
+    at = f"{name}@{revision}" if revision else name
+    try:
+        return pathlib.Path(snapshot_download(name, revision=revision,
+                                              allow_patterns=list(_PATTERNS)))
+    except errors.GatedRepoError:
+        raise ValueError(f"{at}: the repository is gated; accept its terms on huggingface.co and "
+                         "log in with `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise ValueError(f"{at}: the repository has no such revision") from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(f"{at}: no such folder, and no such repository on the hub (a private one "
+                         "needs `hf auth login`)") from None
+    except errors.LocalEntryNotFoundError:
+        raise ValueError(f"{at}: no such folder, and the hub cannot be reached (offline); "
+                         "download the repository first") from None
+    except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{at}: not a folder, and fetching it failed ({reason})") from None
