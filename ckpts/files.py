@@ -6,8 +6,12 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+import numpy as np
+
+from jaxpersona.ckpts.tensorfile import pieces
 
 
 @contextlib.contextmanager
@@ -40,3 +44,34 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write a JSON file atomically: sorted keys, two spaces, one form for one value."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
+                  metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file atomically, the same bytes for the same content.
+
+    Names and metadata are sorted; the library's own writer leaves their order to chance.
+    """
+    ordered = {name: np.asarray(tensors[name]) for name in sorted(tensors)}
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        shapes = {name: (value.dtype, value.shape) for name, value in ordered.items()}
+        for piece in pieces(shapes, ordered.__getitem__, dict(sorted(metadata.items()))):
+            file.write(piece)
+
+
+def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read a small safetensors file whole: its tensors and its metadata.
+
+    Raises:
+      ValueError: no such file or not a readable one; the file is named.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="numpy") as handle:
+            return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None

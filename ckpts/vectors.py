@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import pathlib
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from jaxpersona.ckpts.files import atomic
+from jaxpersona.ckpts.files import read_tensors, write_tensors
 from jaxpersona.vectors import Axis, Vector
 
 _FORMAT = "jaxpersona-vector"
@@ -33,8 +30,7 @@ def save_vector(path: str | os.PathLike, vector: Vector) -> None:
         "sign": "+assistant" if vector.kind == "axis" else "+",
         "norm": "none", "notes": json.dumps(dict(vector.notes), sort_keys=True),
     }
-    with atomic(path) as temporary:
-        temporary.write_bytes(save(tensors, metadata=dict(sorted(header.items()))))
+    write_tensors(path, tensors, header)
 
 
 def load_vector(path: str | os.PathLike) -> Vector:
@@ -44,15 +40,7 @@ def load_vector(path: str | os.PathLike) -> Vector:
       ValueError: no such file, not a vector file, or one that says something this engine cannot
         follow (another sign, layer base or kind); the file is named.
     """
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    try:
-        with safe_open(str(path), framework="numpy") as handle:
-            header = handle.metadata() or {}
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    tensors, header = read_tensors(path)
     try:
         return _build(header, tensors)
     except (ValueError, KeyError, TypeError) as error:

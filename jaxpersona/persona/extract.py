@@ -1,0 +1,213 @@
+"""Extract the Assistant Axis of a model: rollouts → judge → role vectors → axis → thresholds.
+
+Each step keeps its files in a run folder and is skipped where they are there, so a run that was
+stopped goes on and ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxpersona.ckpts.files import write_json
+from jaxpersona.ckpts.vectors import save_vector
+from jaxpersona.persona import axis as science
+from jaxpersona.persona.judges import Judge
+from jaxpersona.persona.rollouts import Settings, play
+from jaxpersona.persona.run import Run, digest, rollout_key
+from jaxpersona.persona.texts import Question, Role
+from jaxpersona.vectors import Axis
+
+if TYPE_CHECKING:
+    from jaxpersona.load import Model
+
+Report = Callable[[str, int, int, int], None]
+_TOGETHER = 256  # rollouts that are generated in one call, to fill batches across roles
+
+
+@dataclasses.dataclass(frozen=True)
+class Extraction:
+    """What an extraction found.
+
+    Attributes:
+      axis: with its thresholds.
+      analysis: the role vectors it was built from and their principal components.
+      default: the default persona's mean [L, D].
+      role_means: role → its "pos_3" vector where there were enough, held-out roles included.
+      projections: role (with "default") → the projections of its rollouts' response means [n, L].
+      counts: role → judged score (as text) → rollouts.
+      rollouts, tokens: how many there are in the run; tokens counts those generated now.
+    """
+
+    axis: Axis
+    analysis: science.Analysis
+    default: np.ndarray
+    role_means: dict[str, np.ndarray]
+    projections: dict[str, np.ndarray]
+    counts: dict[str, dict[str, int]]
+    rollouts: int
+    tokens: int
+
+
+def extract_axis(
+    model: Model,
+    roles: Sequence[Role],
+    questions: Sequence[Question],
+    folder: Any,
+    *,
+    judge: Judge,
+    settings: Settings | None = None,
+    min_count: int = 10,
+    held_out: Sequence[str] = (),
+    report: Report | None = None,
+) -> Extraction:
+    """Run every step that the folder does not hold yet, and return the axis.
+
+    Args:
+      model: the model whose axis it is.
+      roles: the roles, one of them named "default".
+      questions: asked under every prompt of every role.
+      folder: the run folder.
+      judge: scores the roles' rollouts (the default's are not judged).
+      min_count: a role's vector needs this many rollouts that fully play it.
+      held_out: roles that are played and judged but enter neither axis nor thresholds.
+      report: called with (step, done, total, tokens).
+
+    Raises:
+      ValueError: no default role, unknown held-out roles, a folder of another run, or too few
+        rollouts that play their role.
+    """
+    settings = settings or Settings()
+    names = [role.name for role in roles]
+    unknown = sorted(set(held_out) - set(names))
+    if "default" not in names or unknown or "default" in held_out:
+        raise ValueError(
+            f"unknown held-out roles {unknown}" if unknown else
+            "roles must hold one named 'default' that is not held out"
+        )
+    run = Run(folder, _manifest(model, roles, questions, judge, settings, min_count, held_out))
+    tokens = _play_missing(model, run, roles, questions, settings, report)
+    scores = {role.name: _judge(run, role, judge) for role in roles}
+    vectors: dict[str, dict[str, tuple[np.ndarray, int]]] = {}
+    means: dict[str, np.ndarray] = {}
+    for role in roles:
+        means[role.name] = run.means(role.name)
+        vectors[role.name] = science.role_vectors(means[role.name], scores[role.name])
+        run.save_vectors(role.name, vectors[role.name])
+    if "mean" not in vectors["default"]:
+        raise ValueError("every reply of the default persona was empty; the axis needs one")
+    default = vectors["default"]["mean"][0]
+    enough = {
+        name: found["pos_3"][0]
+        for name, found in vectors.items()
+        if name != "default" and found.get("pos_3", (None, 0))[1] >= min_count
+    }
+    used = {name: vector for name, vector in enough.items() if name not in held_out}
+    if len(used) < 2:
+        raise ValueError(
+            f"{len(used)} of {len(names) - 1} roles have {min_count} rollouts that fully play them; "
+            "the axis needs two: ask more questions, lower min_count, or use another judge"
+        )
+    analysis = science.analyse(default, used)
+    projections = {name: science.project(value, analysis.axis) for name, value in means.items()}
+    everyone = np.concatenate([projections[n] for n in names if n not in held_out])
+    axis = Axis(
+        values=analysis.axis, name="assistant", model=model.name, fingerprint=model.fingerprint,
+        percentiles={
+            "default": science.percentiles(projections["default"]),
+            "all": science.percentiles(everyone),
+        },
+        notes={"judge": judge.name, "roles": len(used), "min_count": min_count,
+               "default_rollouts": len(means["default"]), "rollouts": len(everyone)},
+    )
+    save_vector(run.folder / "axis.safetensors", axis)
+    counts = {name: _count(values) for name, values in scores.items() if name != "default"}
+    _save_analysis(run, analysis, projections, counts, held_out)
+    total = sum(len(value) for value in means.values())
+    return Extraction(axis, analysis, default, enough, projections, counts, total, tokens)
+
+
+def _manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question], judge: Judge,
+              settings: Settings, min_count: int, held_out: Sequence[str]) -> dict[str, Any]:
+    packages = ("jax", "jaxlib", "jaxpersona", "numpy", "transformers")
+    return {
+        "model": {"name": model.name, "fingerprint": model.fingerprint,
+                  "dtype": str(model.params.embed_vd.dtype)},
+        "arguments": {**dataclasses.asdict(settings), "judge": judge.name, "min_count": min_count,
+                      "held_out": sorted(held_out)},
+        "roles": {role.name: digest([list(role.prompts), role.eval_prompt]) for role in roles},
+        "questions": digest([[q.id, q.text] for q in questions]),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
+
+
+def _play_missing(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[Question],
+                  settings: Settings, report: Report | None) -> int:
+    """Play the roles whose conversations are not there yet, several to a call."""
+    size = {role.name: len(role.prompts) * len(questions) * settings.samples for role in roles}
+    missing = [role for role in roles if run.rollouts(role.name) is None]
+    total = sum(size.values())
+    done = total - sum(size[role.name] for role in missing)
+    tokens = 0
+    if report is not None:
+        report("rollouts", done, total, tokens)
+    while missing:
+        group: list[Role] = []
+        while missing and (not group or sum(size[r.name] for r in group) < _TOGETHER):
+            group.append(missing.pop(0))
+        before, latest = (done, tokens), [0]
+
+        def tell(rows: int, _: int, made: int, before=before, latest=latest) -> None:
+            latest[0] = made
+            if report is not None:
+                report("rollouts", before[0] + rows, total, before[1] + made)
+
+        found = play(model, group, questions, settings, progress=tell)
+        for role in group:
+            run.save_rollouts(role.name, *found[role.name])
+            done += size[role.name]
+        tokens += latest[0]
+    return tokens
+
+
+def _judge(run: Run, role: Role, judge: Judge) -> list[int | None]:
+    """Return a role's scores in the order of its rollouts; the default's are None."""
+    records = run.rollouts(role.name) or []
+    if role.name == "default":
+        return [None] * len(records)
+    kept = run.scores(role.name)
+    if kept is None:
+        given = judge(role, records)
+        kept = {rollout_key(r): score for r, score in zip(records, given, strict=True)}
+        run.save_scores(role.name, kept)
+    try:
+        return [kept[rollout_key(record)] for record in records]
+    except KeyError as error:
+        raise ValueError(
+            f"{run.folder}/scores/{role.name}.json lacks {error}; delete it to judge anew"
+        ) from None
+
+
+def _count(scores: Sequence[int | None]) -> dict[str, int]:
+    return {str(s): sum(x == s for x in scores) for s in (0, 1, 2, 3, None)}
+
+
+def _save_analysis(run: Run, analysis: science.Analysis, projections: dict[str, np.ndarray],
+                   counts: dict[str, dict[str, int]], held_out: Sequence[str]) -> None:
+    """Keep the figures of the run: `analysis.json`."""
+    write_json(run.folder / "analysis.json", {
+        "layers": len(analysis.axis),
+        "cos_pc1_axis": [round(float(c), 6) for c in analysis.cos_pc1],
+        "variance_ratio": [[round(float(r), 6) for r in c.ratio[:20]]
+                           for c in analysis.components],
+        "roles": {
+            name: {"mean_projection": [round(float(x), 6) for x in np.nanmean(value, 0)],
+                   "rollouts": len(value), "held_out": name in held_out,
+                   "in_axis": name in analysis.names, "scores": counts.get(name)}
+            for name, value in projections.items()
+        },
+    })

@@ -1,0 +1,96 @@
+"""Play roles: every prompt with every question, and the response means out of the same pass."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxpersona import capture, chat
+from jaxpersona.generate import generate
+from jaxpersona.interventions.where import response
+from jaxpersona.persona.texts import Question, Role
+
+if TYPE_CHECKING:
+    from jaxpersona.load import Model
+
+Progress = Callable[[int, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How rollouts are sampled; the defaults are the paper's.
+
+    Attributes:
+      samples: rollouts of each prompt and question.
+      batch_size: B; a run's results belong to one B.
+    """
+
+    temperature: float = 0.7
+    top_p: float = 0.9
+    max_new_tokens: int = 512
+    samples: int = 1
+    batch_size: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("max_new_tokens", "samples", "batch_size"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be positive")
+
+
+def play(
+    model: Model,
+    roles: Sequence[Role],
+    questions: Sequence[Question],
+    settings: Settings,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, tuple[list[dict[str, Any]], np.ndarray]]:
+    """Generate the rollouts of some roles in one go.
+
+    Which roles go together changes no bit: each rollout is named by a hash of what it is.
+
+    Returns:
+      role name → (records, response means [n, L, D] float32). A record has the fields
+      system_prompt, prompt_index, question_index, question, conversation, label and sample.
+    """
+    records: list[tuple[str, dict[str, Any]]] = []
+    ids: list[int] = []
+    for role in roles:
+        label = "default" if role.name == "default" else "pos"
+        for prompt_index, prompt in enumerate(role.prompts):
+            for question in questions:
+                for sample in range(settings.samples):
+                    what = f"{model.fingerprint}/{role.name}/{prompt_index}/{question.id}"
+                    ids.append(chat.row_id([], sample, what))
+                    records.append((role.name, {
+                        "system_prompt": prompt, "prompt_index": prompt_index,
+                        "question_index": question.id, "question": question.text,
+                        "label": label, "sample": sample,
+                        "conversation": _opening(prompt, question.text),
+                    }))
+    out = generate(
+        model, [record["conversation"] for _, record in records], capture=capture.mean(response),
+        max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
+        top_p=settings.top_p, seed=settings.seed, batch_size=settings.batch_size, ids=ids,
+        progress=progress,
+    )
+    found: dict[str, tuple[list[dict[str, Any]], np.ndarray]] = {}
+    for role in roles:
+        mine = [i for i, (name, _) in enumerate(records) if name == role.name]
+        kept = []
+        for i in mine:
+            reply = {"role": "assistant", "content": out.text[i]}
+            record = records[i][1]
+            kept.append(record | {"conversation": [*record["conversation"], reply]})
+        found[role.name] = (kept, out.captured["mean"][mine])
+    return found
+
+
+def _opening(prompt: str, question: str) -> list[dict[str, str]]:
+    """Return the conversation before the reply; an empty prompt is no system message."""
+    system = [{"role": "system", "content": prompt}] if prompt else []
+    return [*system, {"role": "user", "content": question}]

@@ -1,0 +1,148 @@
+"""Conversations watched turn by turn: project a given one, or let one grow and watch it drift."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpersona import capture, chat
+from jaxpersona.batch import batch as make_batch
+from jaxpersona.generate import bucket, generate
+from jaxpersona.interventions.compose import Interventions
+from jaxpersona.interventions.where import response
+from jaxpersona.model import forward
+from jaxpersona.vectors import Vector
+
+if TYPE_CHECKING:
+    from jaxpersona.load import Model
+
+_forward = jax.jit(forward, static_argnames=("config", "logits"))
+
+
+@dataclasses.dataclass(frozen=True)
+class TurnProjection:
+    """One assistant message of a conversation.
+
+    Attributes:
+      turn: its number among the messages, from 0.
+      tokens: how many response tokens it has.
+      values: [L, K] float32, their mean projections on K directions at every layer.
+    """
+
+    turn: int
+    tokens: int
+    values: np.ndarray
+
+
+def project_conversation(
+    model: Model,
+    conversation: Sequence[dict[str, str]],
+    vectors: Sequence[Vector],
+    *,
+    interventions: Interventions | None = None,
+) -> list[TurnProjection]:
+    """Project the assistant messages of a finished conversation on directions.
+
+    Each value is the mean over the message's response tokens of ⟨h, v̂⟩ (Lu et al. 2026, drift).
+
+    Raises:
+      ValueError: no assistant message, a conversation longer than the context, or a direction of
+        another width or number of layers.
+    """
+    config = model.config
+    for vector in vectors:
+        if vector.values.shape != (config.n_layers, config.d_model):
+            raise ValueError(
+                f"{vector.kind} {vector.name!r} is {list(vector.values.shape)}; {model.name} needs "
+                f"[{config.n_layers}, {config.d_model}]: it was made for another model"
+            )
+        if vector.origin not in (0, int(model.fingerprint[8:], 16)):
+            raise ValueError(f"{vector.kind} {vector.name!r} was made for another model "
+                             f"({vector.model}), not for {model.name}")
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer; a conversation needs one")
+    row = chat.encode_row(model.tokenizer, list(conversation), reply=False)
+    if row.tokens.size > config.max_context:
+        raise ValueError(
+            f"the conversation has {row.tokens.size} tokens; the context holds {config.max_context}"
+        )
+    batch = make_batch([row.tokens], kind=[row.kind], turn=[row.turn],
+                       width=bucket(row.tokens.size))
+    directions = np.stack([vector.values for vector in vectors], 1)
+    out = _forward(model.params, config, jax.tree.map(jnp.asarray, batch), logits=None,
+                   interventions=interventions,
+                   capture=capture.projections(directions, response))
+    values = np.asarray(out.captured["projections"].value)[0][:, : row.tokens.size]  # [L, T, K]
+    found = []
+    for turn in sorted(set(row.turn.tolist())):
+        here = (row.turn == turn) & np.isfinite(values[0, :, 0])
+        if here.any():
+            found.append(TurnProjection(turn, int(here.sum()), values[:, here].mean(1)))
+    if not found:
+        raise ValueError("the conversation has no assistant message with response tokens")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Talks:
+    """N conversations grown over M turns.
+
+    Attributes:
+      replies: M lists of N replies.
+      projections: [M, N, L] float32, the mean projection of each reply; NaN for an empty one.
+      rows: the last turn's prompts, to go on from.
+      tokens: the last turn's replies, as ids.
+    """
+
+    replies: list[list[str]]
+    projections: np.ndarray
+    rows: list[chat.Row]
+    tokens: list[np.ndarray]
+    stopped: np.ndarray
+
+
+def grow(
+    model: Model,
+    openings: Sequence[Sequence[dict[str, str]]],
+    messages: Sequence[Sequence[str]],
+    vector: Vector,
+    *,
+    interventions: Interventions | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> Talks:
+    """Let the model answer message after message, and project every reply as it is generated.
+
+    A reply's own token ids stay in the conversation; nothing is encoded twice.
+
+    Args:
+      openings: [N] system messages (a list of none or one each).
+      messages: [N][M] the users' messages.
+      vector: what to project on.
+      seed, settings: as for `generate`; each turn draws anew.
+    """
+    prompts: list[Any] = [
+        [*opening, {"role": "user", "content": said[0]}]
+        for opening, said in zip(openings, messages, strict=True)
+    ]
+    replies, values = [], []
+    for turn in range(len(messages[0])):
+        out = generate(model, prompts, interventions=interventions, seed=seed,
+                       ids=[chat.row_id([], i, f"talk/{turn}") for i in range(len(prompts))],
+                       capture=capture.mean(response), **settings)
+        replies.append(out.text)
+        unit = vector.unit
+        values.append(np.einsum("nld,ld->nl", out.captured["mean"], unit))
+        last = out
+        if turn + 1 < len(messages[0]):
+            prompts = [
+                chat.continue_row(model.tokenizer, row, reply, said[turn + 1], stopped=bool(stop))
+                for row, reply, stop, said in zip(out.rows, out.tokens, out.stopped, messages,
+                                                  strict=True)
+            ]
+    return Talks(replies, np.stack(values), last.rows, last.tokens, last.stopped)
