@@ -256,8 +256,8 @@ def test_continuing_from_ids_equals_the_rendering_of_the_whole(family, stop, sys
     ids = np.array(t.encode("the sea", add_special_tokens=False))
     end = t.convert_tokens_to_ids(stop)
     whole = chat.encode_row(t, says("Who are you?", "the sea", " the ship\n", system=system))
-    stopped_ids = [*ids, end]
-    for generated, stopped in ((ids, False), (ids, True), (stopped_ids, True), (stopped_ids, False)):
+    both = [*ids, end]
+    for generated, stopped in ((ids, False), (ids, True), (both, True), (both, False)):
         more = chat.continue_row(t, row, np.array(generated), " the ship\n", stopped=stopped)
         assert more.tokens.tolist() == whole.tokens.tolist()
         assert more.text == whole.text
