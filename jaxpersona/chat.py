@@ -26,7 +26,18 @@ from typing import Any
 
 import numpy as np
 
-from jaxpersona import batch as b
+from jaxpersona.batch import (
+    ASSISTANT,
+    CODE,
+    GENERATED,
+    LAST,
+    SYSTEM,
+    TEMPLATE,
+    THINKING,
+    USER,
+    Batch,
+)
+from jaxpersona.batch import batch as make_batch
 from jaxpersona.template import CLOSE, OPEN, ROLES, Template, fences, locate
 
 
@@ -49,7 +60,7 @@ class Row:
 
 
 def encode(model: Any, conversations: Sequence[Any], *, reply: bool = True, thinking: bool = False,
-           width: int | None = None, variables: Mapping[str, Any] | None = None) -> b.Batch:
+           width: int | None = None, variables: Mapping[str, Any] | None = None) -> Batch:
     """Encode conversations as a batch.
 
     Args:
@@ -79,7 +90,7 @@ def encode(model: Any, conversations: Sequence[Any], *, reply: bool = True, thin
         key = row.tokens.tobytes()
         ids.append(row_id(row.tokens, seen.get(key, 0)))
         seen[key] = seen.get(key, 0) + 1
-    return b.batch([r.tokens for r in rows], kind=[r.kind for r in rows],
+    return make_batch([r.tokens for r in rows], kind=[r.kind for r in rows],
                    turn=[r.turn for r in rows], row_id=ids, width=width)
 
 
@@ -97,7 +108,7 @@ def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinkin
     if row.tokens.size == 0:
         raise ValueError("the conversation is empty: it renders to no token")
     if reply and text.endswith(CLOSE):
-        row.kind[-1] &= ~b.THINKING
+        row.kind[-1] &= ~THINKING
     return row
 
 
@@ -121,7 +132,7 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
     reply = np.asarray(generated, np.int32).reshape(-1)
     template = Template(tokenizer, thinking, variables)
     answered = int(row.turn[-1])
-    if not row.kind[-1] & b.TEMPLATE:
+    if not row.kind[-1] & TEMPLATE:
         answered += 1  # no generation prompt (plain completion) that would be the reply's
     roles = ["system"] * (not template.base and answered % 2 == 0)
     roles += ["user", "assistant"] * max(1, (answered + 1) // 2)
@@ -131,21 +142,21 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
     start = ends[len(past) - 1]
     tail = _tokenise(tokenizer, text[start:], kind[start:], turn[start:] + answered - len(past) + 1)
     if text.endswith(CLOSE):
-        tail.kind[-1] &= ~b.THINKING
+        tail.kind[-1] &= ~THINKING
     said = _reply_kinds(tokenizer, row, reply)
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     text = tail.text
     if reply.size and tail.tokens.size and reply[-1] == tail.tokens[0] and (
         stopped or int(reply[-1]) in special
     ):
-        said[-1] = b.TEMPLATE | b.GENERATED
+        said[-1] = TEMPLATE | GENERATED
         text = text.removeprefix(tokenizer.decode(reply[-1:].tolist()))
         tail = Row(tail.tokens[1:], tail.kind[1:], tail.turn[1:], text)
     elif reply.size and stopped and int(reply[-1]) in special:
-        said[-1] = b.TEMPLATE | b.GENERATED
+        said[-1] = TEMPLATE | GENERATED
     return Row(
         np.concatenate([row.tokens, reply, tail.tokens]),
-        np.concatenate([row.kind & ~b.LAST, said, tail.kind]),
+        np.concatenate([row.kind & ~LAST, said, tail.kind]),
         np.concatenate([row.turn, np.full(reply.size, answered, np.int32), tail.turn]),
         row.text + tokenizer.decode(reply.tolist(), skip_special_tokens=False) + text,
     )
@@ -235,28 +246,28 @@ def _tokenise(tokenizer: Any, text: str, kind: np.ndarray, turn: np.ndarray) -> 
         count = np.concatenate([[0], np.cumsum((kind & bits) != 0)])
         return count[stop] - count[start]
 
-    roles = [b.TEMPLATE, b.SYSTEM, b.USER, b.ASSISTANT]
-    out_kind = np.full(tokens.size, b.TEMPLATE, np.int32)
+    roles = [TEMPLATE, SYSTEM, USER, ASSISTANT]
+    out_kind = np.full(tokens.size, TEMPLATE, np.int32)
     for role in roles:
         out_kind[share(role) == stop - start] = role
-    out_kind |= np.where(share(b.THINKING) > 0, b.THINKING, 0)
-    code = (share(b.CODE) > 0) & (out_kind & b.TEMPLATE == 0)
-    return Row(tokens, out_kind | np.where(code, b.CODE, 0), turn[start], text)
+    out_kind |= np.where(share(THINKING) > 0, THINKING, 0)
+    code = (share(CODE) > 0) & (out_kind & TEMPLATE == 0)
+    return Row(tokens, out_kind | np.where(code, CODE, 0), turn[start], text)
 
 
 def _reply_kinds(tokenizer: Any, row: Row, reply: np.ndarray) -> np.ndarray:
     """Return the kinds of generated ids, by the same rule as decode's."""
     begin, end = thinking_ids(tokenizer)
-    inside = bool(row.kind[-1] & b.THINKING)
-    kind = np.full(reply.size, b.ASSISTANT | b.GENERATED, np.int32)
+    inside = bool(row.kind[-1] & THINKING)
+    kind = np.full(reply.size, ASSISTANT | GENERATED, np.int32)
     for i, token in enumerate(reply.tolist()):
         if inside or (begin >= 0 and token in (begin, end)):
-            kind[i] |= b.THINKING
+            kind[i] |= THINKING
         inside = (inside or token == begin) and token != end
     said = [tokenizer.decode([token]) for token in reply.tolist()]
     text = "".join(said)
     if "```" in text or "~~~" in text:
         edges = np.concatenate([[0], np.cumsum([len(s) for s in said])])
         for low, high in fences(text):
-            kind[(edges[:-1] < high) & (edges[1:] > low)] |= b.CODE
+            kind[(edges[:-1] < high) & (edges[1:] > low)] |= CODE
     return kind

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpersona import batch as b
+from jaxpersona.batch import ASSISTANT, CODE, SYSTEM, TEMPLATE, THINKING, USER
 
-ROLES = {"system": b.SYSTEM, "user": b.USER, "assistant": b.ASSISTANT}
+ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 OPEN, CLOSE = "<think>", "</think>"
 BLANK_LINE = "\n\n"
 # Templates look for these inside contents; a twin holds them to be led down the same path.
@@ -101,7 +101,7 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
         where = ", ".join(f"{i} ({m['role']})" for i, m in enumerate(messages))
         raise ValueError(f"the contents of messages {where} could not be located in what the chat "
                          "template makes of them: it changes them in an unknown way")
-    kind = np.full(len(text), b.TEMPLATE, np.int32)
+    kind = np.full(len(text), TEMPLATE, np.int32)
     places: dict[int, list[tuple[int, int]]] = {}
     for i, message in enumerate(messages):
         parts = [p for _, pieces in plan for p in pieces if p.owner == i and p.what != "joint"]
@@ -249,7 +249,7 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
             blocks.append((begin, end, end))
         for begin, end, inner in blocks:
             own = any(begin <= s and e <= inner for s, e in mine)
-            kind[begin:end] = (b.ASSISTANT if own else b.TEMPLATE) | b.THINKING
+            kind[begin:end] = (ASSISTANT if own else TEMPLATE) | THINKING
 
 
 def _mark_code(text: str, kind: np.ndarray, turn: np.ndarray) -> None:
@@ -258,9 +258,9 @@ def _mark_code(text: str, kind: np.ndarray, turn: np.ndarray) -> None:
         return
     cuts = np.flatnonzero((np.diff(kind) != 0) | (np.diff(turn) != 0)) + 1
     for start, end in itertools.pairwise([0, *cuts.tolist(), len(text)]):
-        if not kind[start] & b.TEMPLATE:
+        if not kind[start] & TEMPLATE:
             for low, high in fences(text[start:end]):
-                kind[start + low : start + high] |= b.CODE
+                kind[start + low : start + high] |= CODE
 
 
 def fences(text: str) -> list[tuple[int, int]]:

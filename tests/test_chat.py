@@ -11,14 +11,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpersona import batch as b
 from jaxpersona import chat
+from jaxpersona.batch import (
+    ASSISTANT,
+    CODE,
+    FIRST,
+    GENERATED,
+    LAST,
+    SYSTEM,
+    TEMPLATE,
+    THINKING,
+    USER,
+    VALID,
+)
 
 FAMILIES = ("chatml", "qwen2", "qwen3", "llama3", "gemma2")
 MINI = pathlib.Path(__file__).parents[1] / "ckpts" / "mini"
-ROLE = {None: b.TEMPLATE, "system": b.SYSTEM, "user": b.USER, "assistant": b.ASSISTANT}
-LETTERS = {b.TEMPLATE: "t", b.SYSTEM: "s", b.USER: "u", b.ASSISTANT: "a", b.GENERATED: "g",
-           b.THINKING: "h", b.CODE: "c"}
+ROLE = {None: TEMPLATE, "system": SYSTEM, "user": USER, "assistant": ASSISTANT}
+LETTERS = {TEMPLATE: "t", SYSTEM: "s", USER: "u", ASSISTANT: "a", GENERATED: "g",
+           THINKING: "h", CODE: "c"}
 tokenizer_of = functools.cache(chat_templates.make_tokenizer)
 
 
@@ -61,7 +72,7 @@ def by_bytes(tokenizer, row, segments):
         name = tokenizer.convert_ids_to_tokens(token)
         size = len(name.encode()) if token in added else len(name)  # one character is one byte
         mine = set(kind[at : at + size])
-        kinds.append(mine.pop() if len(mine) == 1 else b.TEMPLATE)
+        kinds.append(mine.pop() if len(mine) == 1 else TEMPLATE)
         turns.append(turn[at])
         at += size
     assert at == len(kind)
@@ -111,7 +122,7 @@ def test_spans_of_every_family_are_those_counted_by_bytes(family, talk):
         if family != "gemma2" or talk[0]["role"] != "system":
             assert same_ids(t, row, talk, add_generation_prompt=reply)
         kinds, turns = by_bytes(t, row, segments)
-        assert (row.kind & ~b.THINKING).tolist() == kinds
+        assert (row.kind & ~THINKING).tolist() == kinds
         assert row.turn.tolist() == turns
 
 
@@ -133,7 +144,7 @@ def test_any_conversation_has_its_spans(family, turns, system, reply):
     if family != "gemma2" or system is None:
         assert same_ids(t, row, talk, add_generation_prompt=reply)
     kinds, numbers = by_bytes(t, row, segments)
-    assert (row.kind & ~(b.THINKING | b.CODE)).tolist() == kinds
+    assert (row.kind & ~(THINKING | CODE)).tolist() == kinds
     assert row.turn.tolist() == numbers
     for role, number, text in segments:  # where boundaries align, content's tokens are its text
         if role is not None and "<|im_" in row.text and not text[:1].isspace():
@@ -205,7 +216,7 @@ def test_a_thinking_block_opened_by_the_prompt_is_open_at_its_last_token():
     # A block that the prompt also closes must not look open to what reads its last token.
     closed = t.chat_template.replace(r"<think>\n", "<think></think>")
     row = chat.encode_row(with_template(t, closed), talk)
-    assert [bool(k & b.THINKING) for k in row.kind[-3:]] == [False, True, False]
+    assert [bool(k & THINKING) for k in row.kind[-3:]] == [False, True, False]
 
 
 def with_template(tokenizer, template):
@@ -261,9 +272,9 @@ def test_continuing_from_ids_equals_the_rendering_of_the_whole(family, stop, sys
         more = chat.continue_row(t, row, np.array(generated), " the ship\n", stopped=stopped)
         assert more.tokens.tolist() == whole.tokens.tolist()
         assert more.text == whole.text
-        assert (more.kind & ~b.GENERATED).tolist() == whole.kind.tolist()
+        assert (more.kind & ~GENERATED).tolist() == whole.kind.tolist()
         assert more.turn.tolist() == whole.turn.tolist()
-        made = np.flatnonzero(more.kind & b.GENERATED)
+        made = np.flatnonzero(more.kind & GENERATED)
         assert made.tolist() == list(range(row.tokens.size, row.tokens.size + len(generated)))
 
 
@@ -305,8 +316,8 @@ def test_encode_makes_a_batch_whose_rows_are_named_by_what_they_are():
     rows = [chat.encode_row(t, talk) for talk in talks]
     assert [int(i) for i in out.row_id] == [
         chat.row_id(rows[0].tokens), chat.row_id(rows[1].tokens), chat.row_id(rows[0].tokens, 1)]
-    assert int(out.kind[0, 0]) == b.VALID | b.FIRST | b.TEMPLATE
-    assert int(out.kind[0, rows[0].tokens.size - 1]) == b.VALID | b.LAST | b.TEMPLATE
+    assert int(out.kind[0, 0]) == VALID | FIRST | TEMPLATE
+    assert int(out.kind[0, rows[0].tokens.size - 1]) == VALID | LAST | TEMPLATE
     assert chat.row_id([1, 2, 3]) == 1753001278  # never changes: finished runs depend on it
     assert len({chat.row_id([1, 2, 3], s, salt) for s in range(9) for salt in ("", "a")}) == 18
     with pytest.raises(ValueError, match="put it into a list"):
