@@ -122,7 +122,7 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
 
     def step(state: State) -> State:
         kind = b.VALID | b.ASSISTANT | b.GENERATED | b.THINKING * state.thinking.astype(jnp.int32)
-        tag = (state.token[:, None] == stops.think).any(-1)
+        tag = (state.token[:, None] == stops.think[None]).any(-1)
         kind = jnp.where(tag, kind | b.THINKING, kind)
         kind = jnp.where(state.done, 0, kind).astype(jnp.uint16)
         one = Batch(tokens=state.token[:, None], position=state.position[:, None],
@@ -155,11 +155,11 @@ def _choose_next(state: State, logits: jax.Array, how: Sampling, stops: Stops,
     live = ~state.done
     rows = jnp.arange(token.shape[0], dtype=jnp.int32)
     slot = jnp.where(live, state.length, state.tokens.shape[1])
-    stopped = (token[:, None] == stops.ids).any(-1)
+    stopped = (token[:, None] == stops.ids[None]).any(-1)
     return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
         token=jnp.where(live, token, state.token),
         position=jnp.where(live, position, state.position),
-        length=state.length + live,
+        length=state.length + live.astype(jnp.int32),
         tokens=state.tokens.at[rows, slot].set(token, mode="drop"),
         done=state.done | stopped,
     )

@@ -1,0 +1,127 @@
+"""Tiny random models and the distances that the tests judge by."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpersona import capture
+from jaxpersona.config import ModelConfig, Rope
+from jaxpersona.interventions.where import everywhere
+from jaxpersona.model import forward
+from jaxpersona.params import Params, fingerprint, layout
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tiny:
+    """A model as `generate` takes one (`load.Model` without a folder)."""
+
+    config: ModelConfig
+    params: Params
+    stop_ids: tuple[int, ...] = (3,)
+    name: str = "tiny"
+    fingerprint: str = ""
+    tokenizer: Any = None
+    mesh: Any = None
+
+
+def tiny_config(**fields: Any) -> ModelConfig:
+    """A Qwen 3 of 3 layers, D 32, 2 queries a key head; `fields` replace its own."""
+    base: dict[str, Any] = dict(
+        family="qwen3", vocab_size=97, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2,
+        head_dim=12, d_ff=48, norm_eps=1e-6, max_context=512, rope=Rope(10_000.0),
+        tied_embeddings=False, qk_norm=True,
+    )
+    base.update(fields)
+    base.setdefault("attn_scale", base["head_dim"] ** -0.5)
+    base.setdefault("windows", (None,) * base["n_layers"])
+    return ModelConfig(**base)
+
+
+def random_params(config: ModelConfig, seed: int = 0, dtype: Any = jnp.float32) -> Params:
+    """Draw weights so large that attention and logits are far from uniform, and random norms."""
+    rng = np.random.default_rng(seed)
+
+    def draw(spec: Any) -> jax.Array:
+        if spec.init is None:
+            value = rng.uniform(0.3, 2.0, spec.shape) - config.norm_offset
+        elif len(spec.file_shape) == 1:
+            value = rng.normal(0, 0.5, spec.shape)
+        elif "embed" in spec.file_name:
+            value = rng.normal(0, 1.0, spec.shape)
+        else:
+            value = rng.normal(0, 1.2 / math.sqrt(spec.file_shape[1]), spec.shape)
+        return jnp.asarray(value, dtype)
+
+    return jax.tree.map(draw, layout(config))
+
+
+@functools.lru_cache
+def tiny_model(seed: int = 0, dtype: Any = jnp.float32, stop_ids: tuple[int, ...] = (3,),
+               **fields: Any) -> Tiny:
+    """Make a random model of `tiny_config(**fields)`; the same arguments give the same object."""
+    config = tiny_config(**fields)
+    params = random_params(config, seed, dtype)
+    return Tiny(config, params, stop_ids, fingerprint=fingerprint(config, params))
+
+
+def prompts(lengths: Any, vocabulary: int = 97, seed: int = 0) -> list[list[int]]:
+    """Draw random prompts of the given lengths, without the lowest ids (stops, padding)."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(4, vocabulary, int(n)).tolist() for n in lengths]
+
+
+run = jax.jit(forward, static_argnames=("logits",))  # the configuration is a plain argument
+
+READ = capture.full(everywhere)
+
+
+def residuals(model: Any, batch: Any, edits: Any = None) -> tuple[np.ndarray, np.ndarray]:
+    """Run one full forward pass: residuals [B, L, T, D] (NaN at padding), logits [B, T, V]."""
+    out = run(model.params, model.config, batch, interventions=edits, capture=READ)
+    return np.asarray(out.captured["full"].value), np.asarray(out.logits)
+
+
+def relative(a: Any, b: Any) -> np.ndarray:
+    """Return ‖a − b‖₂ / ‖b‖₂ over the last two axes: [B, L] for [B, L, T, D].
+
+    Entries that are NaN in both (padding) count as nothing; NaN in one of them is a failure.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    assert a.shape == b.shape, f"{a.shape} against {b.shape}"
+    nothing = np.isnan(a) & np.isnan(b)
+    a, b = np.where(nothing, 0, a), np.where(nothing, 0, b)
+    far = np.linalg.norm(a - b, axis=(-2, -1))
+    return far / np.maximum(np.linalg.norm(b, axis=(-2, -1)), 1e-30)
+
+
+def rowwise(a: Any, b: Any) -> np.ndarray:
+    """Return `relative` over the last axis alone: [B, L] for means [B, L, D]."""
+    return relative(np.asarray(a)[..., None, :], np.asarray(b)[..., None, :])
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two pytrees have one structure and every array is equal bit for bit."""
+    pairs = jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b)
+    return all(jax.tree.leaves(pairs))
+
+
+def differing(a: Any, b: Any) -> list[str]:
+    """Name the arrays of two pytrees that differ in any bit."""
+    left, right = (jax.tree_util.tree_leaves_with_path(x) for x in (a, b))
+    return [
+        jax.tree_util.keystr(path) for (path, x), (_, y) in zip(left, right, strict=True)
+        if np.asarray(x).tobytes() != np.asarray(y).tobytes()
+    ]
+
+
+def top2_margin(logits: Any) -> np.ndarray:
+    """Return the greatest logit less the second: [...] for [..., V]."""
+    two = np.partition(np.asarray(logits, np.float64), -2, axis=-1)
+    return two[..., -1] - two[..., -2]

@@ -1,0 +1,194 @@
+"""One forward pass, however it is cut into calls; and what jit, grad and vmap may do with it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support as s
+
+from jaxpersona import nn
+from jaxpersona.batch import batch, split
+from jaxpersona.cache import init_cache
+from jaxpersona.interventions import cap, steer
+from jaxpersona.model import forward
+
+LENGTHS = (13, 8, 1)
+MODEL = s.tiny_model()
+ROWS = s.prompts(LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return s.residuals(MODEL, batch(ROWS))
+
+
+def in_pieces(pieces, slots):
+    cache, captured = init_cache(MODEL.config, len(ROWS), slots), None
+    logits = []
+    for piece in pieces:
+        out = s.run(MODEL.params, MODEL.config, piece, capture=s.READ, cache=cache,
+                    captured=captured)
+        cache, captured = out.cache, out.captured
+        logits.append(np.asarray(out.logits))
+    return np.asarray(captured["full"].value), np.concatenate(logits, 1), cache
+
+
+@pytest.mark.parametrize(("size", "slots"), [(1, 13), (3, 13), (7, 32), (13, 32)])
+def test_chunks_equal_the_whole(whole, size, slots):
+    wide, logits, cache = in_pieces(split(batch(ROWS), size), slots)
+    assert np.isnan(wide[:, :, 13:]).all()
+    assert s.relative(wide[:, :, :13], whole[0]).max() <= 1e-5
+    for row, n in enumerate(LENGTHS):
+        assert s.relative(logits[row, :n], whole[1][row, :n]) <= 1e-5
+        # a row's slots have no holes, whatever padding its chunks had
+        np.testing.assert_array_equal(cache.position[row, :n], np.arange(n))
+        assert (np.asarray(cache.position[row, n:]) == -1).all()
+    np.testing.assert_array_equal(cache.next, LENGTHS)
+
+
+def test_prefill_then_decode_of_ragged_rows(whole):
+    # every row is prefilled but for its last token, which is then decoded at its own position
+    source = batch(ROWS)
+    kind = np.array(source.kind)
+    for row, n in enumerate(LENGTHS):
+        kind[row, n - 1] = 0
+    head = dataclasses.replace(source, kind=kind)
+    at = np.array(LENGTHS)[:, None] - 1
+    tail = dataclasses.replace(source, **{
+        name: np.take_along_axis(np.asarray(getattr(source, name)), at, 1)
+        for name in ("tokens", "position", "kind", "turn")
+    })
+    wide, logits, _ = in_pieces([head, tail], 32)
+    assert s.relative(wide[:, :, :13], whole[0]).max() <= 1e-5
+    for row, n in enumerate(LENGTHS):
+        assert s.relative(logits[row, -1:], whole[1][row, n - 1 : n]) <= 1e-5
+
+
+def test_padding_content_never_matters(whole):
+    source, rng = batch(ROWS), np.random.default_rng(1)
+    empty = (np.asarray(source.kind) & 1) == 0
+    noise = {name: np.where(empty, rng.integers(0, 90, empty.shape),
+                            getattr(source, name)).astype(np.int32)
+             for name in ("tokens", "position", "turn")}
+    noisy = dataclasses.replace(source, **noise)
+    found, logits = s.residuals(MODEL, noisy)
+    assert s.same_bits(found, whole[0])
+    assert s.same_bits(logits[~empty], whole[1][~empty])
+    wider, _ = s.residuals(MODEL, batch(ROWS, width=16))
+    assert s.relative(wider[:, :, :13], whole[0]).max() <= 1e-5
+    cached = in_pieces([noisy], 32)
+    assert s.same_bits(cached[2], in_pieces([source], 32)[2])
+
+
+def test_which_logits(whole):
+    source = batch(ROWS)
+    at_end = s.run(MODEL.params, MODEL.config, source, logits="last").logits
+    picked = np.stack([whole[1][row, n - 1] for row, n in enumerate(LENGTHS)])
+    assert at_end.shape == (3, 97) and s.relative(at_end, picked) <= 1e-5
+    lowered = s.run.lower(MODEL.params, MODEL.config, source, logits=None, capture=s.READ)
+    assert "head" not in lowered.compile().as_text()
+    out = s.run(MODEL.params, MODEL.config, source, logits=None, capture=s.READ)
+    assert out.logits is None and s.relative(out.captured["full"].value, whole[0]).max() <= 1e-5
+    assert out.cache is None and out.applied == ()
+
+
+def test_rows_do_not_see_each_other(whole):
+    other = [s.prompts([11], seed=9)[0], ROWS[1], s.prompts([4], seed=8)[0]]
+    found, _ = s.residuals(MODEL, batch(other, width=13))
+    assert s.same_bits(found[1], whole[0][1])
+    assert s.relative(found[0, :, :1], whole[0][0, :, :1]).max() > 0.1
+
+
+def test_queries_in_chunks(monkeypatch, whole):
+    # 13 queries in chunks of 4, the last one padded, also under a gradient
+    monkeypatch.setattr(nn, "QUERY_CHUNK", 4)
+    source = jax.tree.map(jnp.asarray, batch(ROWS))
+
+    def total(params):
+        out = forward(params, MODEL.config, source, capture=s.READ)
+        return (jax.nn.log_softmax(out.logits)[0, :, 5]).sum(), out
+
+    (_, out), grad = jax.jit(jax.value_and_grad(total, has_aux=True))(MODEL.params)
+    assert s.relative(out.captured["full"].value, whole[0]).max() <= 1e-5
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grad))
+
+
+def test_gradient_against_finite_differences():
+    source = jax.tree.map(jnp.asarray, batch(ROWS))
+    rng = np.random.default_rng(0)
+    v = rng.normal(size=32)
+    edits = cap(v, layers=[1], floor=0.5)
+    count = float((np.asarray(source.kind)[:, 1:] != 0).sum())
+
+    @jax.jit
+    def loss(params, scale):
+        bent = steer(v, layers=[0, 2])
+        table = bent.edits[0]
+        moved = table.replace(coefficients=table.coefficients.at[..., 1].multiply(scale))
+        both = bent.replace(edits=(moved, *edits.edits))
+        out = forward(params, MODEL.config, source, interventions=both)
+        score = jax.nn.log_softmax(out.logits[:, :-1])
+        picked = jnp.take_along_axis(score, source.tokens[:, 1:, None], -1)[..., 0]
+        return -jnp.where(source.valid[:, 1:], picked, 0.0).sum() / count
+
+    scale = jnp.float32(0.2)
+    slope_params, slope_scale = jax.jit(jax.grad(loss, argnums=(0, 1)))(MODEL.params, scale)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope_params))
+    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(slope_params)), "a parameter is unused"
+    step = 1e-2
+    by_hand = (loss(MODEL.params, scale + step) - loss(MODEL.params, scale - step)) / (2 * step)
+    np.testing.assert_allclose(slope_scale, by_hand, rtol=2e-2, atol=2e-3)
+    # along the gradient itself, where the difference is far above the rounding
+    norm = float(np.sqrt(sum((np.asarray(x) ** 2).sum() for x in jax.tree.leaves(slope_params))))
+    step = 2e-3 / norm
+
+    def moved(sign):
+        return jax.tree.map(lambda p, g: p + jnp.float32(sign * step) * g, MODEL.params,
+                            slope_params)
+
+    by_hand = (loss(moved(1), scale) - loss(moved(-1), scale)) / (2 * step)
+    np.testing.assert_allclose(by_hand, norm**2, rtol=2e-2)
+
+
+def test_one_trace_serves_equal_configurations_and_new_values():
+    traces = []
+
+    @jax.jit
+    def counted(params, config, source):
+        traces.append(1)
+        return forward(params, config, source, logits="last").logits
+
+    twin = dataclasses.replace(MODEL.config)
+    assert twin is not MODEL.config and hash(twin) == hash(MODEL.config)
+    counted(MODEL.params, MODEL.config, batch(ROWS))
+    counted(s.random_params(twin, seed=1), twin, batch(s.prompts((2, 13, 5), seed=3)))
+    assert len(traces) == 1 and counted._cache_size() == 1
+
+
+def test_vmap_over_a_strength():
+    source = jax.tree.map(jnp.asarray, batch(ROWS))
+    table = steer(np.ones(32), layers=[1]).edits[0]
+
+    def logits(scale):
+        edit = table.replace(coefficients=table.coefficients.at[..., 1].multiply(scale))
+        edits = steer(np.ones(32), layers=[1]).replace(edits=(edit,))
+        return forward(MODEL.params, MODEL.config, source, interventions=edits,
+                       logits="last").logits
+
+    together = jax.jit(jax.vmap(logits))(jnp.asarray([0.0, 0.5], jnp.float32))
+    plain = s.run(MODEL.params, MODEL.config, source, logits="last").logits
+    assert s.relative(together[0], plain) <= 1e-5
+    assert s.relative(together[1], plain) > 1e-2
+
+
+@pytest.mark.parametrize("bad", [
+    cap(np.ones(31), layers=[1], floor=0.0), cap(np.ones(32), layers=[3], floor=0.0),
+    cap(np.ones((2, 32)), layers=[1], floor=0.0, rows=[0, 1]),
+])
+def test_forward_refuses_what_does_not_fit(bad):
+    with pytest.raises(ValueError, match="width 31|layers|rows"):
+        forward(MODEL.params, MODEL.config, batch(ROWS), interventions=bad)
