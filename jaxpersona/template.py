@@ -91,8 +91,8 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
     plan = _pieces(template, messages)
     text = template([{"role": role, "content": "".join(p.text for p in pieces)}
                      for role, pieces in plan], reply)
-    for blank in (True, False):  # whether blank contents get a mark: some templates test for them
-        twin, marks = _twin(plan, text, blank)
+    for blanks in ("all", "within", "none"):  # templates may test whether a content is empty
+        twin, marks = _twin(plan, text, blanks)
         skeleton = template(twin, reply)
         found = _match(skeleton, text, marks)
         if found is not None:
@@ -117,15 +117,20 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
     return text, kind, turn, {i: s[-1][1] for i, s in places.items() if s}
 
 
-def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blank: bool,
+def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
           ) -> tuple[list[dict[str, str]], dict[str, _Piece]]:
-    """Return the messages with a mark of its own for every piece of text, and the marks."""
+    """Return the messages with a mark of its own for every piece of text, and the marks.
+
+    `blanks` says which blank pieces get one: all, those within contents that are not blank, none.
+    """
     used = set(text).union(*(p.text for _, pieces in plan for p in pieces))
     free = (chr(code) for code in PRIVATE if chr(code) not in used)
     marks: dict[str, _Piece] = {}
     twin = []
     for role, pieces in plan:
         content = ""
+        said = any(piece.text.strip() for piece in pieces)
+        blank = blanks == "all" or (blanks == "within" and said)
         for piece in pieces:
             if piece.what == "text" and (blank or piece.text.strip()):
                 marks[mark := next(free)] = piece
