@@ -7,6 +7,7 @@ is read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
@@ -74,9 +75,7 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *, dtype
     specs, tree = jax.tree.flatten(layout(config))
     entries, faults = read_entries(folder)
     faults += _mismatches(entries, specs, config)
-    if faults:
-        listed = "\n".join(f"  - {fault}" for fault in faults)
-        raise ValueError(f"{folder}: {_count(len(faults), 'fault')}\n{listed}")
+    _refuse(folder, faults)
     total = sum(entries[spec.file_name].size for spec in specs)
     done, arrays = 0, []
     for spec in specs:
@@ -86,6 +85,42 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *, dtype
         if progress is not None:
             progress(done, total)
     return jax.tree.unflatten(tree, arrays)
+
+
+def verify(folder: str | pathlib.Path, sha256: Mapping[str, str] | None = None) -> dict[str, int]:
+    """Check a folder's files without loading them: sizes, headers, index, tensors, and hashes.
+
+    Args:
+      folder: the folder.
+      sha256: hexadecimal digests by file name, to be compared with those of the files.
+
+    Returns:
+      The size in bytes of every file of weights, by name.
+
+    Raises:
+      ValueError: everything that is wrong, in one message.
+    """
+    folder = pathlib.Path(folder)
+    config, _ = read_config(folder)
+    entries, faults = read_entries(folder)
+    faults += _mismatches(entries, jax.tree.leaves(layout(config)), config)
+    for name, wanted in (sha256 or {}).items():
+        try:
+            with open(folder / name, "rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            faults.append(f"{name}: not readable ({error.strerror})")
+            continue
+        if found != wanted.lower():
+            faults.append(f"{name}: sha256 is {found}, expected {wanted}")
+    _refuse(folder, faults)
+    return {path.name: path.stat().st_size for path in sorted({e.path for e in entries.values()})}
+
+
+def _refuse(folder: pathlib.Path, faults: list[str]) -> None:
+    if faults:
+        listed = "\n".join(f"  - {fault}" for fault in faults)
+        raise ValueError(f"{folder}: {_count(len(faults), 'fault')}\n{listed}")
 
 
 def _count(n: int, what: str) -> str:
@@ -123,7 +158,7 @@ def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
             continue
         held, _, wrong = tensorfile.read_header(folder / name)
         faults += wrong
-        if wrong:
+        if not held:
             continue
         if absent := named - set(held):
             faults.append(f"{name}: does not hold {_some(absent)}, which {INDEX} says it does")

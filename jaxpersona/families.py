@@ -53,9 +53,9 @@ def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> t
     types = raw.get("layer_types")
     if types is None:
         types = ["sliding_attention" if fallback(i) else "full_attention" for i in range(n)]
-    known = {"sliding_attention", "full_attention"}
-    if not isinstance(types, list) or len(types) != n or not set(types) <= known:
-        raise ValueError(f"layer_types must list {n} of {sorted(known)}; it is {types!r}")
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != n or any(t not in known for t in types):
+        raise ValueError(f"layer_types must list {n} of {known}; it is {types!r}")
     if window is None and "sliding_attention" in types:
         raise ValueError("sliding_window is null, but layer_types asks for sliding_attention")
     return tuple(window if t == "sliding_attention" else None for t in types)
@@ -76,7 +76,8 @@ def _qwen_windows(raw: Mapping[str, Any]) -> tuple:
     if not raw.get("use_sliding_window", False):
         return (None,) * raw["num_hidden_layers"]
     first = raw.get("max_window_layers", 28)
-    return _layer_windows(raw, lambda layer: layer >= first)
+    sliding = raw.get("sliding_window") is not None
+    return _layer_windows(raw, lambda layer: sliding and layer >= first)
 
 
 def _qwen2(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,6 +107,8 @@ def _gemma2(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("use_bidirectional_attention"):
         raise ValueError("use_bidirectional_attention is true; only causal attention is run here")
+    if raw.get("attn_logit_softcapping") is not None:
+        raise ValueError("attn_logit_softcapping is set; Gemma 3 attends without a soft-cap")
     period = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6))
     local = (raw.get("rope_parameters") or {}).get("sliding_attention")
     theta = raw.get("rope_local_base_freq", 10_000.0)
@@ -151,6 +154,12 @@ _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 
 def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
     """Read one rotary embedding from a v4 `rope_scaling` or a v5 `rope_parameters` dict."""
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"rope scaling is {raw!r}; it must be a table")
+    for key in ("rope_theta", *_LLAMA3):
+        value = raw.get(key, 1)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"rope scaling: {key} is {value!r}; it must be a positive number")
     base = float(raw.get("rope_theta", theta if theta is not None else 10_000.0))
     kind = raw.get("rope_type", raw.get("type", "default"))
     allowed = {"rope_theta", "rope_type", "type"}
@@ -161,6 +170,8 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
         rope = Rope(base, "llama3", *(float(raw[key]) for key in _LLAMA3[:3]), int(raw[_LLAMA3[3]]))
         allowed |= set(_LLAMA3)
     elif kind == "linear":
+        if "factor" not in raw:
+            raise ValueError("rope scaling 'linear' lacks factor")
         rope, allowed = Rope(base, "linear", float(raw["factor"])), allowed | {"factor"}
     elif kind == "default":
         rope = Rope(base)
@@ -187,6 +198,8 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         this engine does not implement; all named.
     """
     names = raw.get("architectures") or []
+    if not isinstance(names, list):
+        raise ValueError(f"architectures is {names!r}; it must be a list of names")
     by_architecture = [f for f in FAMILIES.values() if f.architecture in names]
     by_type = [f for f in FAMILIES.values() if not names and f.model_type == raw.get("model_type")]
     if not by_architecture + by_type:
@@ -198,7 +211,8 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     unread = [key for key in unread if raw[key] not in (None, False)]
     if unread:
         fields = ", ".join(f"{key}={raw[key]!r}" for key in unread)
-        raise ValueError(f"config.json of family {family.name} has a field not implemented: {fields}")
+        raise ValueError(f"config.json of family {family.name} has a field that is not implemented: "
+                         f"{fields}")
     given = {key: value for key, value in raw.items() if value is not None}
     # An explicit null of an optional soft-cap or window means "none", not "the default".
     nulls = {key: None for key, value in raw.items() if value is None and key in family.fields}
@@ -211,6 +225,7 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     for key in required:
         if not isinstance(raw[key], int) or isinstance(raw[key], bool) or raw[key] < 1:
             raise ValueError(f"config.json: {key} is {raw[key]!r}; it must be a positive integer")
+    _check_types(raw)
     activation = raw.get("hidden_activation") or raw.get("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
         raise ValueError(f"hidden_act is {activation!r}; {sorted(_ACTIVATIONS)} are implemented")
@@ -234,6 +249,48 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
         "activation": _ACTIVATIONS[activation],
     }
     return ModelConfig(**(fields | family.read(raw)))
+
+
+_MOST_LAYERS = 10_000  # beyond any model; a corrupt number must not fill the memory
+_INTEGERS = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
+             "sliding_window_pattern", "_sliding_window_pattern")
+_REALS = ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping",
+          "final_logit_softcapping", "rope_local_base_freq")
+_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_window")
+
+
+def _check_types(raw: Mapping[str, Any]) -> None:
+    """Check the optional fields' types, so that what reads them need not.
+
+    Raises:
+      ValueError: all malformed fields, named.
+    """
+    faults = []
+
+    def check(key: str, good: bool, wanted: str) -> None:
+        if raw.get(key) is not None and not good:
+            faults.append(f"{key} is {raw[key]!r}; it must be {wanted}")
+
+    for key in _INTEGERS:
+        value = raw.get(key)
+        check(key, type(value) is int and value > 0, "a positive integer")
+    for key in _REALS:
+        value = raw.get(key)
+        good = type(value) in (int, float) and 0 < value < math.inf
+        check(key, good, "a positive number")
+    for key in _FLAGS:
+        check(key, isinstance(raw.get(key), bool), "true or false")
+    first = raw.get("max_window_layers")
+    check("max_window_layers", type(first) is int and first >= 0, "an integer from 0 up")
+    for key in ("hidden_act", "hidden_activation"):
+        check(key, isinstance(raw.get(key), str), "a name")
+    for key in ("rope_scaling", "rope_parameters"):
+        check(key, isinstance(raw.get(key), Mapping), "a table")
+    if raw["num_hidden_layers"] > _MOST_LAYERS:
+        faults.append(f"num_hidden_layers is {raw['num_hidden_layers']}; the most is "
+                      f"{_MOST_LAYERS}")
+    if faults:
+        raise ValueError("config.json: " + "; ".join(faults))
 
 
 def read_json(path: pathlib.Path) -> Any:

@@ -90,7 +90,7 @@ def cast(made: Any, dtype: Any) -> Any:
 
 
 def params(made: Any, folder: pathlib.Path, dtype: Any = None) -> tuple[Any, Any]:
-    """Carry a model over through a folder that transformers writes: parameters and configuration."""
+    """Carry a model over through a folder that transformers writes: parameters, configuration."""
     from jaxpersona.ckpts import hf
 
     made.save_pretrained(folder)

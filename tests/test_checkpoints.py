@@ -1,0 +1,212 @@
+"""Folders of weights: there and back bit for bit, and every fault named."""
+
+import hashlib
+import json
+import random
+
+import hf as oracle
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from jaxpersona.ckpts import hf
+from jaxpersona.ckpts.tensorfile import read_header, read_slice
+from jaxpersona.params import init_params
+from jaxpersona.sharding import make_mesh
+
+TORCH = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+
+
+def tensors(folder):
+    """Every tensor of a folder's files, by name."""
+    entries, faults = hf.read_entries(folder)
+    assert not faults
+    return {name: read_slice(entry) for name, entry in entries.items()}
+
+
+@pytest.mark.parametrize("dtype", TORCH)
+@pytest.mark.parametrize("shard", [None, 30_000])
+@pytest.mark.parametrize("tied", [True, False])
+def test_round_trip_through_transformers_is_bit_exact(dtype, shard, tied, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    made = oracle.model("qwen3", tie_word_embeddings=tied, attention_bias=True)
+    oracle.cast(made, getattr(torch, dtype))
+    made.save_pretrained(tmp_path / "a", max_shard_size=shard or "5GB")
+    assert (tmp_path / "a" / hf.INDEX).exists() == bool(shard)
+    params, config = hf.load(tmp_path / "a"), hf.read_config(tmp_path / "a")[0]
+    assert params.embed_vd.dtype == jnp.dtype(dtype)
+    hf.save(tmp_path / "b", params, config, shard_bytes=shard or 5e9)
+    assert (tmp_path / "b" / hf.INDEX).exists() == bool(shard)
+    assert hf.read_config(tmp_path / "b")[0] == config
+    a, b = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert set(a) == set(b)
+    assert all(a[name].tobytes() == b[name].tobytes() for name in a)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    assert back.dtype == getattr(torch, dtype)
+    state = back.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder of two shards, its configuration and its parameters."""
+    folder = tmp_path_factory.mktemp("small")
+    settings = oracle.config("qwen3", num_hidden_layers=2, hidden_size=8, head_dim=4,
+                             intermediate_size=8, vocab_size=16)
+    config = hf.from_hf(settings.to_dict() | {"architectures": ["Qwen3ForCausalLM"]})
+    params = init_params(config, jax.random.key(0))
+    hf.save(folder, params, config, shard_bytes=3000)
+    assert (folder / hf.INDEX).exists()
+    return folder, config, params
+
+
+def copy(folder, to):
+    """Copy a folder's files."""
+    to.mkdir()
+    for path in folder.iterdir():
+        (to / path.name).write_bytes(path.read_bytes())
+    return to
+
+
+def test_load_onto_a_mesh_reads_the_same_numbers(small):
+    folder, config, params = small
+    seen = []
+    loaded = hf.load(folder, mesh=make_mesh(2, 2), progress=lambda *at: seen.append(at))
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    assert loaded.layers[0].wo_dnh.sharding.spec == P(None, "model", None)
+    assert seen[-1][0] == seen[-1][1] == config.bytes(4)
+
+
+@pytest.mark.parametrize("to", TORCH)
+def test_load_casts_to_a_dtype(to, small):
+    folder, _, params = small
+    loaded = hf.load(folder, dtype=to if to != "bfloat16" else jnp.bfloat16)
+    wanted = jax.tree.map(lambda x: x.astype(to), params)
+    jax.tree.map(np.testing.assert_array_equal, loaded, wanted)
+
+
+def edit(path, change):
+    """Rewrite a file's safetensors header."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+
+def test_all_faults_are_named_at_once(small, tmp_path):
+    folder = copy(small[0], tmp_path / "m")
+    first, *others = sorted(folder.glob("model-*.safetensors"))
+    index = json.loads((folder / hf.INDEX).read_text())
+    where = index["weight_map"]
+    gone = "model.layers.1.mlp.up_proj.weight"
+    where["model.layers.9.mlp.up_proj.weight"] = where.pop(gone)
+    where["other.weight"] = "absent.safetensors"
+    (folder / hf.INDEX).write_text(json.dumps(index))
+    norm = "model.layers.0.input_layernorm.weight"
+
+    def change(header):
+        header[norm]["shape"] = [2, 4]
+        header["model.embed_tokens.weight"]["dtype"] = "I32"
+
+    edit(first, change)
+    others[-1].write_bytes(others[-1].read_bytes()[:-8])
+    with pytest.raises(ValueError) as caught:
+        hf.load(folder)
+    for part in ("missing: ", gone, "model.layers.9.mlp.up_proj.weight", "absent.safetensors",
+                 f"{norm}: shape [2, 4], expected [8]", "dtype I32", "truncated", others[-1].name):
+        assert part in str(caught.value)
+    with pytest.raises(ValueError, match="truncated"):
+        hf.verify(folder)
+
+
+@pytest.mark.parametrize(("damage", "words"), [
+    (lambda f: (f / "config.json").unlink(), "not a model folder"),
+    (lambda f: (f / "config.json").write_text("{"), "not readable as JSON"),
+    (lambda f: (f / "config.json").write_text("[]"), "not a table"),
+    (lambda f: (f / hf.INDEX).write_text("{"), "corrupt"),
+    (lambda f: (f / hf.INDEX).write_text('{"weight_map": {"a": "../b"}}'), "corrupt"),
+    (lambda f: (f / hf.INDEX).unlink(), "neither"),
+])
+def test_faults_of_a_folder(damage, words, small, tmp_path):
+    folder = copy(small[0], tmp_path / "m")
+    damage(folder)
+    with pytest.raises(ValueError, match=words):
+        hf.load(folder)
+
+
+def test_harmless_extras_pass_and_others_are_named(small, tmp_path):
+    _, config, params = small
+    hf.save(tmp_path, params, config)
+    file = tmp_path / hf.SINGLE
+
+    def add(name):
+        data = file.read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        at = len(data) - 8 - length
+        file.write_bytes(data + bytes(16))
+        spec = {"dtype": "F32", "shape": [4], "data_offsets": [at, at + 16]}
+        edit(file, lambda header: header.update({name: spec}))
+
+    add("model.layers.0.self_attn.rotary_emb.inv_freq")
+    hf.load(tmp_path)
+    add("model.layers.0.surprise.weight")
+    with pytest.raises(ValueError, match="extra: model.layers.0.surprise.weight"):
+        hf.load(tmp_path)
+
+
+def test_verify_compares_hashes(small):
+    folder = small[0]
+    sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+            for p in folder.glob("*.safetensors")}
+    assert set(hf.verify(folder, sums)) == set(sums)
+    with pytest.raises(ValueError, match="sha256"):
+        hf.verify(folder, dict.fromkeys(sums, "0" * 64))
+
+
+def test_save_replaces_another_model_and_refuses_what_does_not_fit(small, tmp_path):
+    folder, config, params = copy(small[0], tmp_path / "m"), *small[1:]
+    hf.save(folder, params, config)
+    assert [p.name for p in sorted(folder.iterdir())] == ["config.json", hf.SINGLE]
+    assert read_header(folder / hf.SINGLE)[1] == {"format": "pt"}
+    with pytest.raises(ValueError, match="model.norm.weight"):
+        hf.save(folder, params.replace(final_norm_d=jnp.ones(3)), config)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        hf.save(tmp_path / "file" / "m", params, config)
+
+
+def test_a_thousand_corruptions_end_in_a_clear_error_or_a_load(small, tmp_path):
+    folder = copy(small[0], tmp_path / "m")
+    original = {path.name: path.read_bytes() for path in folder.iterdir()}
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(1000):
+        name = draw.choice(sorted(original))
+        data = bytearray(original[name])
+        kind = draw.choice(("flip", "header", "cut", "insert", "swap"))
+        limit = len(data) if kind == "flip" else min(len(data), 600)
+        at = draw.randrange(limit)
+        if kind in ("flip", "header"):
+            for _ in range(draw.choice((1, 1, 4))):
+                data[draw.randrange(limit)] = draw.randrange(256)
+        elif kind == "cut":
+            del data[draw.randrange(len(data)):]
+        elif kind == "insert":
+            data[at:at] = draw.choice((b"9", b"-", b"null", b'"', b"{", b"[]", b"1e9", b"\xff"))
+        else:
+            end = draw.randrange(at, limit)
+            data[at:end] = data[at:end][::-1]
+        (folder / name).write_bytes(data)
+        try:
+            jax.block_until_ready(hf.load(folder))
+        except ValueError as error:
+            refused += 1
+            assert str(folder) in str(error)
+        (folder / name).write_bytes(original[name])
+    assert refused > 500
