@@ -14,8 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxpersona import batch as b
-from jaxpersona.batch import Batch
+from jaxpersona.batch import ASSISTANT, GENERATED, THINKING, VALID, Batch
 from jaxpersona.cache import Cache, init_cache
 from jaxpersona.capture import Capture
 from jaxpersona.config import ModelConfig
@@ -85,7 +84,7 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
     out = forward(params, config, batch, interventions=edits, capture=capture, cache=cache,
                   logits="last")
     length = batch.length
-    inside = (batch.kind.astype(jnp.int32) & b.THINKING) != 0
+    inside = (batch.kind.astype(jnp.int32) & THINKING) != 0
     at = jnp.maximum(length - 1, 0)[:, None]
     state = State(
         cache=out.cache,  # pyright: ignore[reportArgumentType]
@@ -121,9 +120,9 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
         return (state.step < until) & ~state.done.all()
 
     def step(state: State) -> State:
-        kind = b.VALID | b.ASSISTANT | b.GENERATED | b.THINKING * state.thinking.astype(jnp.int32)
+        kind = VALID | ASSISTANT | GENERATED | THINKING * state.thinking.astype(jnp.int32)
         tag = (state.token[:, None] == stops.think[None]).any(-1)
-        kind = jnp.where(tag, kind | b.THINKING, kind)
+        kind = jnp.where(tag, kind | THINKING, kind)
         kind = jnp.where(state.done, 0, kind).astype(jnp.uint16)
         one = Batch(tokens=state.token[:, None], position=state.position[:, None],
                     kind=kind[:, None], turn=state.turn[:, None], row_id=state.row_id)

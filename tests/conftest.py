@@ -40,5 +40,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     wanted = [item for item in items if item.get_closest_marker("gpu")]
     if not wanted or jax.default_backend() == "gpu":
         return
+    reason = f"needs a GPU; jax runs on {jax.default_backend()}"
     for item in wanted:
-        item.add_marker(pytest.mark.skip(reason=f"needs a GPU; jax runs on {jax.default_backend()}"))
+        item.add_marker(pytest.mark.skip(reason=reason))

@@ -12,8 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import batch as b
-from jaxpersona.batch import Batch
+from jaxpersona.batch import (
+    ASSISTANT,
+    GENERATED,
+    KINDS,
+    LAST,
+    MARK,
+    SYSTEM,
+    TEMPLATE,
+    THINKING,
+    USER,
+    VALID,
+    Batch,
+)
 
 FOREVER = 2**31 - 1
 WIDTH = 5  # integers of an encoded test
@@ -26,7 +37,7 @@ class Where:
     `a & b` is both; `a.without("first", …)` leaves tokens of the named kinds out.
     """
 
-    need: int = b.VALID
+    need: int = VALID
     any: int = 0
     none: int = 0
     lo: int = 0
@@ -54,22 +65,22 @@ class Where:
 def _bits(kinds: tuple[str, ...]) -> int:
     bits = 0
     for kind in kinds:
-        if kind not in b.KINDS:
-            raise ValueError(f"kind {kind!r} is unknown; choose from {', '.join(b.KINDS)}")
-        bits |= b.KINDS[kind]
+        if kind not in KINDS:
+            raise ValueError(f"kind {kind!r} is unknown; choose from {', '.join(KINDS)}")
+        bits |= KINDS[kind]
     return bits
 
 
 everywhere = Where()
-prompt = Where(none=b.GENERATED)
-generated = Where(need=b.VALID | b.GENERATED)
-last = Where(need=b.VALID | b.LAST)
-from_last = Where(any=b.LAST | b.GENERATED)
-system = Where(need=b.VALID | b.SYSTEM)
-user = Where(need=b.VALID | b.USER)
-assistant = Where(need=b.VALID | b.ASSISTANT)
-response = Where(need=b.VALID | b.ASSISTANT, none=b.THINKING | b.TEMPLATE)
-marked = Where(need=b.VALID | b.MARK)
+prompt = Where(none=GENERATED)
+generated = Where(need=VALID | GENERATED)
+last = Where(need=VALID | LAST)
+from_last = Where(any=LAST | GENERATED)
+system = Where(need=VALID | SYSTEM)
+user = Where(need=VALID | USER)
+assistant = Where(need=VALID | ASSISTANT)
+response = Where(need=VALID | ASSISTANT, none=THINKING | TEMPLATE)
+marked = Where(need=VALID | MARK)
 
 NAMED = {
     "everywhere": everywhere, "prompt": prompt, "generated": generated, "last": last,

@@ -1,0 +1,160 @@
+"""What the operators and their composition refuse, and the tables they make of what they accept."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+import support as s
+
+from jaxpersona.batch import ASSISTANT, CODE, GENERATED, TEMPLATE, THINKING, USER, batch
+from jaxpersona.generate import generate
+from jaxpersona.interventions import cap, chain, stack_rows, steer, turns
+from jaxpersona.interventions.compose import Interventions
+from jaxpersona.interventions.edit import table
+from jaxpersona.interventions.operators import resolve_layers
+from jaxpersona.interventions.where import (
+    Where,
+    everywhere,
+    from_last,
+    generated,
+    holds,
+    last,
+    prompt,
+    response,
+)
+from jaxpersona.vectors import Axis, Vector
+
+V, ZERO = np.ones(8), np.zeros(8)
+AXIS = Axis(np.ones((4, 8)), fingerprint="0" * 8 + "0000002a",
+            percentiles={"default": {"p25": np.arange(4.0)}})
+NAN = np.array([np.nan] * 8)
+REFUSED = {
+    "neither a floor": lambda: cap(V, layers=1),
+    "floor is above ceiling": lambda: cap(V, layers=1, floor=2, ceiling=1),
+    "site is 'head'": lambda: cap(V, layers=1, floor=0, site="head"),
+    "say with `rows=`": lambda: steer([AXIS, AXIS], layers=1),
+    "vector holds a value that is not finite": lambda: steer(NAN, layers=1),
+    "it has no direction": lambda: steer(ZERO, layers=1),
+    "vector has shape \\(2, 8\\)": lambda: steer(np.ones((2, 8)), layers=1),
+    "vector has shape \\(\\)": lambda: steer(np.float32(2), layers=1),
+    "vector has 3 layers, but 2 were chosen": lambda: steer(np.ones((1, 3, 8)), layers=[1, 2]),
+    "scale is NaN": lambda: steer(V, layers=1, scale=np.nan),
+    "floor is NaN": lambda: cap(V, layers=1, floor=np.nan),
+    "floor has shape \\(3,\\)": lambda: cap(V, layers=[1, 2], floor=[1, 2, 3]),
+    "scale has shape \\(2, 2\\)": lambda: steer(V, layers=[1, 2], scale=np.ones((2, 2))),
+    "without a named axis": lambda: steer(V, layers=slice(1, None)),
+    "reach beyond 0…3": lambda: steer(AXIS, layers=slice(2, 5)),
+    "must be an int, a slice": lambda: steer(V, layers=[1.5]),
+    "chooses none": lambda: steer(V, layers=slice(3, 3)),
+    "repeats one": lambda: steer(V, layers=[1, 1]),
+    "out of range$": lambda: steer(V, layers=-1),
+    "out of range; they are 0…3": lambda: steer(AXIS, layers=4),
+    "bank has entries 0…1": lambda: steer(np.ones((2, 8)), layers=1, rows=[0, 2]),
+    "measured at site 'residual'": lambda: steer(AXIS, layers=1, site="mlp"),
+    "of is 'all'": lambda: AXIS.thresholds("p25", of="all"),
+    "percentile is 'p50'": lambda: AXIS.thresholds("p50", of="default"),
+    "needs at least one row": lambda: stack_rows([]),
+    "row 1 already has rows": lambda: stack_rows([None, steer(V[None], layers=1, rows=[0, 0])]),
+    "different widths": lambda: stack_rows([steer(V, layers=1), steer(np.ones(9), layers=1)]),
+    "different numbers of rows": lambda: chain(
+        steer(V[None], layers=1, rows=[0, 0]), steer(V[None], layers=1, rows=[0])).rows,
+    "row 2 was asked for": lambda: steer(V[None], layers=1, rows=[0, 0]).take([2]),
+    "width 8; the model": lambda: steer(V, layers=1).check(layers=4, width=9, rows=1),
+    "beyond the model's layers 0…0": lambda: steer(V, layers=1).check(layers=1, width=8, rows=1),
+    "for 2 rows, the batch has 3": lambda: steer(V[None], layers=1, rows=[0, 0]).check(
+        layers=4, width=8, rows=3),
+    "role is 'tool'": lambda: turns("tool"),
+    "kind 'sink' is unknown": lambda: everywhere.without("sink"),
+    "'any of' tests": lambda: from_last & Where(any=USER),
+    "\\[L, D\\]": lambda: Vector(np.ones(3)),
+    "vector 'x' holds a value": lambda: Vector(NAN[None], name="x"),
+}
+REFUSED["cap needs a floor, a ceiling or both"] = REFUSED.pop("neither a floor")
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused(message):
+    with pytest.raises(ValueError, match=message):
+        REFUSED[message]()
+
+
+def test_another_site_is_refused_by_check():
+    edit = steer(V, layers=1).edits[0].replace(site="head")
+    with pytest.raises(ValueError, match="site is 'head'"):
+        Interventions((edit,)).check(layers=4, width=8, rows=1)
+
+
+def test_tables():
+    edit = cap(2 * AXIS.values[0], layers=[0, 2], floor=[1, 3]).edits[0]
+    np.testing.assert_allclose(np.linalg.norm(edit.direction, axis=-1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(edit.coefficients[:, 0, 2], [1, 3])
+    assert edit.direction.shape == (2, 1, 8) and edit.layers == (0, 2)
+    # a model's thresholds, one a layer, are picked at the chosen layers
+    edit = cap(AXIS, layers=slice(1, 3), floor=AXIS.thresholds("p25", of="default")).edits[0]
+    np.testing.assert_array_equal(edit.coefficients[:, 0, 2], [1, 2])
+    assert edit.origin[0] == 0x2A
+    # strength counts in multiples of v, not of its unit
+    edit = steer(3 * V, layers=1, scale=2).edits[0]
+    np.testing.assert_allclose(edit.coefficients[0, 0], [1, 6 * np.sqrt(8), -np.inf, np.inf])
+    edit = steer(np.ones((3, 2, 8)), layers=[0, 1], scale=np.arange(6).reshape(3, 2),
+                 rows=[0, 2]).edits[0]
+    assert edit.entries == 4 and {x.dtype.name for x in (
+        edit.direction, edit.coefficients, edit.where, edit.origin, edit.index)} == {
+        "float32", "int32", "uint32"}
+    np.testing.assert_allclose(edit.coefficients[1, :3, 1], np.array([1, 3, 5]) * np.sqrt(8))
+    assert not any(x.weak_type for x in (edit.direction, edit.coefficients))
+
+
+def test_layers():
+    assert resolve_layers(np.int64(3), None) == (3,)
+    assert resolve_layers(slice(-2, None), 6) == (4, 5)
+    assert resolve_layers([4, 1], 6) == (1, 4)
+    assert resolve_layers(slice(46, 54), None) == tuple(range(46, 54))
+    with pytest.raises(ValueError, match="True"):
+        resolve_layers([True], None)
+
+
+def test_chain_keeps_order_and_stack_merges_slots():
+    a, b = steer(V, layers=1), cap(V, layers=2, floor=0)
+    assert chain(a, None, b).edits == (*a.edits, *b.edits)
+    stacked = stack_rows([chain(a, b), None, b, chain(b, a)])
+    assert [e.layers for e in stacked.edits] == [(1, 2), (1, 2)]
+    np.testing.assert_array_equal(stacked.edits[0].index >= 0, [True, False, True, True])
+    np.testing.assert_array_equal(stacked.edits[1].index >= 0, [True, False, False, True])
+    assert stack_rows([None, None]).edits == ()
+
+
+@pytest.mark.parametrize("index", [np.array([0.5]), np.array([[0]]), np.array([2])])
+def test_table_refuses_an_index(index):
+    with pytest.raises(ValueError, match="rows"):
+        table(np.ones((1, 2, 8)), np.ones((1, 2, 4)), np.zeros((2, 5)), np.zeros(2), (0,),
+              "residual", index)
+
+
+def test_where_asks_kind_and_turn():
+    kinds = [USER, TEMPLATE, ASSISTANT | THINKING, ASSISTANT | CODE, ASSISTANT,
+             ASSISTANT | GENERATED]
+    row = batch([[5] * 6, [5]], kind=[kinds, [USER]], turn=[[0, 1, 1, 1, 3, 5], [0]])
+
+    def at(where):
+        found = np.asarray(holds(where.encode(), types.SimpleNamespace(
+            kind=row.kind, turn=row.turn)))
+        assert not found[1, 1:].any()  # padding is never chosen
+        return np.flatnonzero(found[0]).tolist()
+
+    assert at(everywhere) == [0, 1, 2, 3, 4, 5] and at(prompt) == [0, 1, 2, 3, 4]
+    assert at(response) == [3, 4, 5] and at(generated) == [5] and at(last) == [5]
+    assert at(turns("assistant")) == [2, 3, 4, 5] and at(turns("user")) == [0]
+    assert at(response.without("code")) == [4, 5] and at(everywhere.without("first"))[0] == 1
+    assert at(everywhere.within(1, 3)) == [1, 2, 3] and at(response.within(3)) == [4, 5]
+
+
+def test_a_direction_of_another_model_is_refused():
+    model = s.tiny_model()
+    mine = Vector(np.ones((3, 32)), fingerprint=model.fingerprint)
+    other = Vector(np.ones((3, 32)), fingerprint="ab" * 8)
+    with pytest.raises(ValueError, match="made for another model"):
+        generate(model, [[5]], interventions=steer(other, layers=1))
+    generate(model, [[5]], interventions=steer(mine, layers=1), max_new_tokens=2, batch_size=1)

@@ -1,0 +1,112 @@
+"""Rows that differ in everything, in one program: equal to single runs, and never retraced."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support as s
+
+from jaxpersona import capture, decode
+from jaxpersona.generate import generate
+from jaxpersona.interventions import cap, chain, stack_rows, steer
+from jaxpersona.interventions.edit import IDENTITY
+from jaxpersona.interventions.where import generated
+
+MODEL = s.tiny_model()
+B, NEW = 32, 12
+RNG = np.random.default_rng(5)
+ROWS = s.prompts(RNG.integers(3, 30, B))
+BANK = RNG.normal(size=(B, 32))
+MEAN = capture.mean()
+HOW = dict(capture=MEAN, max_new_tokens=NEW, batch_size=B, temperature=1.0, top_p=0.9, seed=4)
+
+
+def setting(i):
+    """32 different settings of four structures."""
+    v = BANK[i]
+    if i % 4 == 0:
+        return None if i else cap(v, layers=[1, 2], floor=-1e9)
+    if i % 4 == 1:
+        return cap(v, layers=[1, 2], floor=i / 8)
+    if i % 4 == 2:
+        return steer(v, layers=[0], scale=i / 16, where=generated)
+    return chain(steer(v, layers=[0], scale=-0.3), cap(BANK[0], layers=[1, 2], ceiling=-i / 16))
+
+
+def counts():
+    return (dict(decode.TRACES), decode.decode._cache_size(), decode.prefill._cache_size())
+
+
+def test_32_settings_equal_their_single_runs():
+    settings = [setting(i) for i in range(B)]
+    ids = np.arange(B) + 100
+    together = generate(MODEL, ROWS, interventions=stack_rows(settings), ids=ids, **HOW)
+    plain = generate(MODEL, ROWS, ids=ids, **HOW)
+    moved = 0
+    for i in range(B):
+        alone = generate(MODEL, [ROWS[i]], interventions=settings[i], ids=ids[i : i + 1], **HOW)
+        np.testing.assert_array_equal(together.tokens[i], alone.tokens[0], err_msg=f"row {i}")
+        a, b = together.captured["mean"][i : i + 1], alone.captured["mean"]
+        assert s.rowwise(a, b).max() <= 1e-5, f"row {i}"
+        counted = sum(int(x.changed.sum()) for x in alone.applied)
+        assert counted == sum(int(x.changed[:, i].sum()) for x in together.applied)
+        moved += len(plain.tokens[i]) != len(alone.tokens[0]) or (
+            plain.tokens[i] != alone.tokens[0]).any()
+    assert moved > B // 3, "the settings do too little for the comparison to tell"
+    for i in (4, 8, 28):  # a row without edits is as if there were none
+        np.testing.assert_array_equal(together.tokens[i], plain.tokens[i])
+
+
+def test_a_bank_equals_its_entries():
+    index = RNG.permutation(np.arange(B) % 6 - 1)
+    floor = np.linspace(0.5, 2, 5)
+    both = generate(MODEL, ROWS, interventions=cap(BANK[:5], layers=[1, 2], floor=floor,
+                                                   rows=index), **HOW)
+    stacked = generate(MODEL, ROWS, interventions=stack_rows(
+        [None if i < 0 else cap(BANK[i], layers=[1, 2], floor=floor[i]) for i in index]), **HOW)
+    for i in range(B):
+        np.testing.assert_array_equal(both.tokens[i], stacked.tokens[i])
+    np.testing.assert_array_equal(both.applied[0].changed, stacked.applied[0].changed)
+    assert (both.applied[0].changed[:, index < 0] == 0).all()
+    assert (both.applied[0].seen[index < 0] == 0).all()
+
+
+def test_new_values_retrace_nothing():
+    def go(edits, rows=ROWS, **changes):
+        generate(MODEL, rows, interventions=edits, **{**HOW, **changes})
+
+    def bank(vectors=BANK[:4], floor=0.5, seed=0, **more):
+        index = np.random.default_rng(seed).integers(-1, 3, B)
+        return cap(vectors, layers=[1, 2], floor=floor, rows=index, **more)
+
+    go(bank())
+    go(cap(BANK[0], layers=[1, 2], floor=0.0))
+    before = counts()
+    go(bank(BANK[4:8].astype(np.float32), floor=np.float64(0.1), seed=1))
+    go(bank(jnp.asarray(BANK[:3], jnp.bfloat16), floor=2, seed=2))  # 3 entries are padded to 4
+    go(bank(BANK[:4].tolist(), floor=[0.1, 0.2, 0.3, 0.4], seed=3))
+    go(bank(jnp.asarray(BANK[:4], jnp.float32), floor=jnp.float32(0.5), where=generated))
+    go(bank(ceiling=5.0), seed=9, temperature=0.3, top_p=0.5, top_k=7)
+    go(bank(), rows=s.prompts(RNG.integers(3, 32, B), seed=8))
+    go(cap(jnp.asarray(BANK[1], jnp.bfloat16), layers=slice(1, 3), floor=np.float32(1)))
+    go(cap(BANK[1].astype(np.float16), layers=(2, 1), floor=np.array([0.1, 0.2])))
+    go(steer(BANK[2].tolist(), layers=[1, 2], scale=3))
+    go(bank(), temperature=np.linspace(0.1, 1, B), seed=np.arange(B))
+    assert counts() == before
+    go(steer(BANK[2], layers=[1], scale=3))  # another layer set is another program: the count works
+    assert counts() != before
+
+
+def test_minus_one_is_the_identity_and_not_the_last_entry():
+    edit = cap(BANK[:4], layers=[1], floor=1.0, rows=[3, -1, 0]).edits[0].by_row(3)
+    np.testing.assert_array_equal(edit.coefficients[0, 1], np.array(IDENTITY, np.float32))
+    np.testing.assert_allclose(edit.direction[0, 0], BANK[3] / np.linalg.norm(BANK[3]), rtol=1e-6)
+    taken = cap(BANK[:4], layers=[1], floor=1.0, rows=[3, -1, 0]).take([2, -1, 0, 1])
+    np.testing.assert_array_equal(taken.edits[0].index, [0, -1, 3, -1])
+
+
+@pytest.mark.parametrize("rows", [[0, 4], [-2, 0], [0.0, 1.0], [[0, 1]], [True, False]])
+def test_wrong_rows_are_refused(rows):
+    with pytest.raises(ValueError, match="rows"):
+        cap(BANK[:4], layers=[1], floor=0.0, rows=rows)
