@@ -165,6 +165,7 @@ def load_questions(path: Path | None = None) -> list[Question]:
     faults = Faults()
     file = data_root() / "questions.jsonl" if path is None else pathlib.Path(path)
     questions: list[Question] = []
+    ids: list[int] = []
     # by "\n" alone: str.splitlines also breaks at U+2028, which JSON allows inside a text
     lines = (read_text(file, faults) or "").split("\n")
     for number, line in enumerate(lines):
@@ -183,10 +184,12 @@ def load_questions(path: Path | None = None) -> list[Question]:
             id = number
         elif id < 0:
             faults.append(f"{where}: id is {id}; it must be 0 or more")
+        else:
+            ids.append(id)
         questions.append(Question(id, get_text(raw, "question", where, faults)))
     if not questions and not faults:
         faults.append(f"{file}: holds no question")
-    for id in _twice(question.id for question in questions):
+    for id in _twice(ids):
         faults.append(f"{file}: id {id} is given more than once")
     faults.raise_if_any(file)
     return questions

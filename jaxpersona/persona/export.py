@@ -1,0 +1,164 @@
+"""Check, show and export the texts: what `jaxpersona data` does."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Callable
+from importlib.resources.abc import Traversable
+
+from jaxpersona.persona.texts import (
+    DEFAULT,
+    Path,
+    data_root,
+    load_drift,
+    load_questions,
+    load_roles,
+    load_traits,
+)
+
+KINDS = ("role", "question", "trait", "drift")
+
+# a part's name in a folder of texts → how it is read
+PARTS: dict[str, Callable[..., list]] = {
+    "roles": load_roles,
+    "questions.jsonl": load_questions,
+    "traits": load_traits,
+    "drift": load_drift,
+}
+
+
+def check_data(path: Path | None = None) -> list[str]:
+    """Read all texts and return a summary, a line a part.
+
+    Args:
+      path: a folder as `export` writes it; a part that it lacks is named as absent. None: the texts
+        of this package.
+
+    Raises:
+      ValueError: no such folder, none of the parts in it, or any fault in them; all are listed.
+    """
+    places: dict[str, pathlib.Path | None] = dict.fromkeys(PARTS)
+    if path is not None:
+        folder = pathlib.Path(path)
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such folder")
+        places = {part: folder / part for part in PARTS if (folder / part).exists()}
+        if not places:
+            raise ValueError(f"{folder}: holds none of {', '.join(PARTS)}")
+    read: dict[str, list] = {}
+    faults = []
+    for part, place in places.items():
+        try:
+            read[part] = PARTS[part](place)
+        except ValueError as error:
+            faults.append(str(error))
+    if faults:
+        raise ValueError("\n".join(faults))
+    return [_summary(part, read[part]) if part in read else f"{part}: absent" for part in PARTS]
+
+
+def _summary(part: str, texts: list) -> str:
+    if part == "roles":
+        roles = [role for role in texts if role.name != DEFAULT]
+        prompts = sum(len(role.prompts) for role in roles)
+        return f"roles: {len(roles)} and the default, {prompts} prompts"
+    if part == "questions.jsonl":
+        return f"questions: {len(texts)}"
+    if part == "traits":
+        distinct = {text for trait in texts for text in trait.questions}
+        pairs = sum(len(trait.pairs) for trait in texts)
+        return f"traits: {len(texts)}, {pairs} pairs, {len(distinct)} questions"
+    users = [user for domain in texts for user in domain.users]
+    topics = sum(len(user.topics) for user in users)
+    return f"drift: {len(texts)} domains, {len(users)} users, {topics} openings"
+
+
+def show(kind: str, name: str | None = None) -> str:
+    """Return one text of this package for reading, or the names of a kind.
+
+    Args:
+      kind: "role", "question", "trait" or "drift".
+      name: a role's or trait's name, a question's id, a domain's name; None lists them.
+
+    Raises:
+      ValueError: an unknown kind or name.
+    """
+    shown = _catalogue(kind)
+    if name is None:
+        return "\n".join(f"{key}: {first}" for key, (first, _) in shown.items())
+    if name not in shown:
+        near = [key for key in shown if key.startswith(name[:3])][:8]
+        hint = f"; near it: {', '.join(near)}" if near else ""
+        raise ValueError(f"{kind} {name!r} is not one of {len(shown)}{hint}")
+    first, rest = shown[name]
+    return "\n".join([f"{name}: {first}", *rest])
+
+
+def _catalogue(kind: str) -> dict[str, tuple[str, list[str]]]:
+    """Return name → (one line, more lines)."""
+    if kind == "role":
+        return {role.name: (role.description, [f"  {i}. {prompt or '(no system prompt)'}"
+                                               for i, prompt in enumerate(role.prompts)])
+                for role in load_roles()}
+    if kind == "question":
+        return {str(question.id): (question.text, []) for question in load_questions()}
+    if kind == "trait":
+        return {trait.name: (trait.description,
+                             [f"  {sign} {text}" for pair in trait.pairs
+                              for sign, text in zip("+-", pair, strict=True)]
+                             + [f"  ? {text}" for text in trait.questions])
+                for trait in load_traits()}
+    if kind == "drift":
+        return {domain.name: (domain.description, [
+            line for user in domain.users
+            for line in (f"  {user.id}: {user.card}", *(f"    {topic.id} ({topic.title}): "
+                                                      f"{topic.opening}" for topic in user.topics))
+        ]) for domain in load_drift()}
+    raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+
+
+def export(folder: Path) -> int:
+    """Write this package's texts and their card into a folder, whole or not at all.
+
+    Args:
+      folder: a new or an empty folder; roles/, questions.jsonl, traits/, drift/ and the tables
+        that describe them are written there.
+
+    Returns:
+      The number of files.
+
+    Raises:
+      ValueError: the folder holds something already, or cannot be written.
+    """
+    folder = pathlib.Path(os.path.abspath(folder))
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; name a folder")
+    made = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder}: is not empty; name a new folder")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        count = _copy(data_root(), made)
+        if folder.exists():
+            folder.rmdir()
+        os.rename(made, folder)
+        return count
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def _copy(source: Traversable, target: pathlib.Path) -> int:
+    target.mkdir()
+    count = 0
+    for entry in source.iterdir():
+        if entry.is_dir():
+            count += _copy(entry, target / entry.name) if entry.name != "__pycache__" else 0
+        elif entry.name.endswith((".json", ".jsonl", ".md", ".png")):
+            (target / entry.name).write_bytes(entry.read_bytes())
+            count += 1
+    return count
