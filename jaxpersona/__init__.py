@@ -1,1 +1,43 @@
-"""Read and hold a language model's persona: a JAX engine whose activations are open to data."""
+"""Read and hold a language model's persona: a JAX engine whose activations are open to data.
+
+A decoder-only language model as a pure function whose residual stream is read and edited by
+pytrees of data, compiled into the same program as the model.
+"""
+
+from jaxpersona import capture
+from jaxpersona.batch import Batch, batch
+from jaxpersona.cache import Cache, init_cache
+from jaxpersona.chat import encode
+from jaxpersona.ckpts.vectors import load_axis, load_vector, save_vector
+from jaxpersona.config import ModelConfig
+from jaxpersona.families import from_hf
+from jaxpersona.generate import Generated, generate
+from jaxpersona.interventions import Interventions, Where, cap, chain, stack_rows, steer, turns
+from jaxpersona.interventions.where import (
+    assistant,
+    everywhere,
+    from_last,
+    generated,
+    last,
+    marked,
+    prompt,
+    response,
+    system,
+    user,
+)
+from jaxpersona.load import Model, load
+from jaxpersona.model import Applied, Output, forward
+from jaxpersona.params import Params, init_params
+from jaxpersona.presets import preset
+from jaxpersona.sharding import make_mesh
+from jaxpersona.vectors import Axis, Vector
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Applied", "Axis", "Batch", "Cache", "Generated", "Interventions", "Model", "ModelConfig",
+    "Output", "Params", "Vector", "Where", "assistant", "batch", "cap", "capture", "chain",
+    "encode", "everywhere", "forward", "from_hf", "from_last", "generate", "generated",
+    "init_cache", "init_params", "last", "load", "load_axis", "load_vector", "make_mesh", "marked",
+    "preset", "prompt", "response", "save_vector", "stack_rows", "steer", "system", "turns", "user",
+]

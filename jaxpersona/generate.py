@@ -122,10 +122,14 @@ def generate(
 
 
 def bucket(tokens: int) -> int:
-    """Return the least of 16, 24, 32, 48, 64, 96, … that holds `tokens`."""
-    size = 16
+    """Return the least of 32, 64, 128, 256, 384, 512, 768, 1024, … that holds `tokens`.
+
+    Few of them, because each is a program to compile.
+    """
+    size = 32
     while size < tokens:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+        power = size & (size - 1) == 0
+        size = (size * 2 if size < 256 else size * 3 // 2) if power else size * 4 // 3
     return size
 
 
@@ -212,7 +216,7 @@ def _groups(rows: list[chat.Row], max_new: int) -> dict[tuple[int, int], list[in
     groups: dict[tuple[int, int], list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         width = bucket(row.tokens.size)
-        groups[width, -(-(width + max_new) // 16) * 16].append(i)
+        groups[width, -(-(width + max_new) // 64) * 64].append(i)
     return dict(groups)
 
 

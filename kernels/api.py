@@ -16,6 +16,7 @@ def rank_one_edit(
     direction: jax.Array,
     coefficients: jax.Array,
     active: jax.Array,
+    push: jax.Array | None = None,
     *,
     implementation: Implementation = "xla",
 ) -> tuple[jax.Array, jax.Array]:
@@ -26,4 +27,4 @@ def rank_one_edit(
     """
     if implementation != "xla":
         raise ValueError(f"implementation is {implementation!r}; only 'xla' exists")
-    return reference.rank_one_edit(h, direction, coefficients, active)
+    return reference.rank_one_edit(h, direction, coefficients, active, push)

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 
 
 def rank_one_edit(
-    h: jax.Array, direction: jax.Array, coefficients: jax.Array, active: jax.Array
+    h: jax.Array,
+    direction: jax.Array,
+    coefficients: jax.Array,
+    active: jax.Array,
+    push: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Edit activations along one direction a row.
 
@@ -18,6 +22,7 @@ def rank_one_edit(
       direction: v̂, unit vectors [B, D] or [1, D] float32.
       coefficients: (s, c, lo, hi) [B, 4] or [1, 4] float32.
       active: [B, T] bool, where the edit may act.
+      push: û like `direction`, what h moves along instead of v̂; None for v̂ itself.
 
     Returns:
       The edited h in its own dtype, and [B, T] bool: where δ ≠ 0. Where δ = 0 or the edit is not
@@ -28,5 +33,6 @@ def rank_one_edit(
     p = jnp.einsum("btd,btd->bt", wide, jnp.broadcast_to(direction[:, None, :], h.shape))
     delta = jnp.clip((s - 1.0) * p + c, lo - p, hi - p)
     changed = active & (delta != 0)
-    edited = (wide + delta[..., None] * direction[:, None, :]).astype(h.dtype)
+    along = direction if push is None else push
+    edited = (wide + delta[..., None] * along[:, None, :]).astype(h.dtype)
     return jnp.where(changed[..., None], edited, h), changed

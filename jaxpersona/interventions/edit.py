@@ -31,6 +31,7 @@ class Edit:
       direction: v̂ [l, n, D] float32, unit length.
       coefficients: (s, c, lo, hi) [l, n, 4] float32.
       where: encoded tests [n, 5] int32.
+      push: û [l, n, D] float32, what h moves along instead of v̂, or None for v̂ itself.
       origin: [n] uint32, half a model's fingerprint; 0 where a direction does not say.
       index: [B] int32, the entry of each row, −1 for none; None: entry 0 for every row.
       layers, site: the structure.
@@ -42,7 +43,8 @@ class Edit:
     where: Any
     origin: Any
     index: Any
-    layers: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    push: Any = None
+    layers: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     site: Site = flax.struct.field(pytree_node=False, default="residual")
     each: bool = flax.struct.field(pytree_node=False, default=False)
 
@@ -53,8 +55,8 @@ class Edit:
 
     @property
     def key(self) -> tuple:
-        """What two edits must share to become one table: kind and site."""
-        return ("edit", self.site)
+        """What two edits must share to become one table: kind, site and having a push."""
+        return ("edit", self.site, self.push is not None)
 
     def by_row(self, rows: int) -> Edit:
         """Give row b its own entry b, so that a loop need not gather again.
@@ -69,10 +71,12 @@ class Edit:
         coefficients = self.coefficients.at[:, chosen].get(mode="fill", fill_value=0)
         return self.replace(  # pyright: ignore[reportAttributeAccessIssue]
             direction=self.direction.at[:, chosen].get(mode="fill", fill_value=0),
-            coefficients=jnp.where(here[None, :, None], coefficients, identity),
+            coefficients=jnp.where(here[None, :, None], coefficients, identity[None, None]),
             where=jnp.where(here[:, None], self.where.at[chosen].get(mode="fill", fill_value=0),
-                            jnp.asarray([-1, 0, 0, 0, 0], jnp.int32)),
+                            jnp.asarray([[-1, 0, 0, 0, 0]], jnp.int32)),
             origin=self.origin.at[chosen].get(mode="fill", fill_value=0),
+            push=None if self.push is None
+            else self.push.at[:, chosen].get(mode="fill", fill_value=0),
             each=True,
         )
 
@@ -83,7 +87,8 @@ class Edit:
     def apply(self, layer: int, h: jax.Array, active: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Edit h [B, T, D] at `layer` where `active` [B, T]; also return where it changed."""
         slot = self.layers.index(layer)
-        return api.rank_one_edit(h, self.direction[slot], self.coefficients[slot], active)
+        push = None if self.push is None else self.push[slot]
+        return api.rank_one_edit(h, self.direction[slot], self.coefficients[slot], active, push)
 
 
 def next_power(n: int) -> int:
@@ -99,11 +104,13 @@ def table(
     layers: tuple[int, ...],
     site: Site,
     index: np.ndarray | None,
+    push: np.ndarray | None = None,
 ) -> Edit:
     """Make an `Edit` of strong types, its entries padded to a power of two with identities.
 
     Args:
       direction: [l, n, D]; coefficients: [l, n, 4]; where: [n, 5]; origin: [n].
+      push: [l, n, D] or None.
       index: [B] integers in −1…n−1, or None.
 
     Raises:
@@ -123,6 +130,7 @@ def table(
         unit = np.zeros((*shape, direction.shape[2]))
         unit[..., 0] = 1.0
         direction = np.concatenate([direction, unit], 1)
+        push = None if push is None else np.concatenate([push, unit], 1)
         identity = np.broadcast_to(np.array(IDENTITY), (*shape, 4))
         coefficients = np.concatenate([coefficients, identity], 1)
         where = np.concatenate([where, np.broadcast_to(where[:1], (extra, where.shape[1]))])
@@ -133,6 +141,7 @@ def table(
         where=jnp.asarray(where, jnp.int32),
         origin=jnp.asarray(origin, jnp.uint32),
         index=None if index is None else jnp.asarray(index, jnp.int32),
+        push=None if push is None else jnp.asarray(push, jnp.float32),
         layers=layers,
         site=site,
     )

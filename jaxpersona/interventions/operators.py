@@ -60,6 +60,7 @@ def cap(
     where: Where = everywhere,
     rows: Any = None,
     site: Site = "residual",
+    push: Any = None,
 ) -> Interventions:
     """Hold the projection on a direction within bounds: h ← h + v̂·max(τ − ⟨h, v̂⟩, 0) for a floor.
 
@@ -70,6 +71,8 @@ def cap(
       vector, layers, where, rows, site: as for `steer`; the direction's length does not matter.
       floor: the least projection τ, in units of the residual stream.
       ceiling: the greatest.
+      push: a direction (or bank) in the same form as `vector` to move along instead: the control
+        that displaces h exactly as far as the cap would, but elsewhere. It caps nothing.
 
     Raises:
       ValueError: neither bound, a floor above the ceiling, a floor on an axis that does not point
@@ -82,7 +85,10 @@ def cap(
     hi = bank.spread("ceiling", np.inf if ceiling is None else ceiling)
     if (lo > hi).any():
         raise ValueError("floor is above ceiling; a projection cannot satisfy both")
-    return bank.finish(where, lo=lo, hi=hi)
+    along = None if push is None else _Bank(push, layers, rows, site)
+    if along is not None and along.direction.shape != bank.direction.shape:
+        raise ValueError(f"push has shape {along.direction.shape}; vector {bank.direction.shape}")
+    return bank.finish(where, lo=lo, hi=hi, push=None if along is None else along.direction)
 
 
 class _Bank:
@@ -106,7 +112,9 @@ class _Bank:
             self.layers = resolve_layers(layers, None)
             value, origin = self._array(vector), None
         if rows is None and len(value) != 1:
-            raise ValueError(f"vector is a bank of {len(value)} directions; say with `rows=` which row uses which")
+            raise ValueError(
+                f"vector is a bank of {len(value)} directions; say with `rows=` which row uses which"
+            )
         if not np.isfinite(value).all():
             raise ValueError("vector holds a value that is not finite")
         self.norm = np.linalg.norm(value, axis=-1).T  # [l, n]
@@ -156,13 +164,13 @@ class _Bank:
         )
 
     def finish(self, where: Where, *, s: Any = 1.0, c: Any = 0.0, lo: Any = -np.inf,
-               hi: Any = np.inf) -> Interventions:
+               hi: Any = np.inf, push: np.ndarray | None = None) -> Interventions:
         """Make the table."""
         count, n = self.norm.shape
         numbers = [np.broadcast_to(x, (count, n)) for x in (s, c, lo, hi)]
         test = np.broadcast_to(where.encode(), (n, 5))
         edit = table(self.direction, np.stack(numbers, -1), test, self.origin, self.layers,
-                     self.site, self.index)
+                     self.site, self.index, push)
         return Interventions((edit,))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -114,6 +114,8 @@ def grow(
     *,
     interventions: Interventions | None = None,
     seed: int = 0,
+    ids: Sequence[int] | None = None,
+    report: Callable[[int, int, int], None] | None = None,
     **settings: Any,
 ) -> Talks:
     """Let the model answer message after message, and project every reply as it is generated.
@@ -125,16 +127,20 @@ def grow(
       messages: [N][M] the users' messages.
       vector: what to project on.
       seed, settings: as for `generate`; each turn draws anew.
+      ids: [N] what each conversation is for its draws, default its number; rows that share one
+        share their draws.
+      report: called with (turn, conversations done, tokens of this turn).
     """
     prompts: list[Any] = [
         [*opening, {"role": "user", "content": said[0]}]
         for opening, said in zip(openings, messages, strict=True)
     ]
     replies, values = [], []
+    names = range(len(prompts)) if ids is None else ids
     for turn in range(len(messages[0])):
         out = generate(model, prompts, interventions=interventions, seed=seed,
-                       ids=[chat.row_id([], i, f"talk/{turn}") for i in range(len(prompts))],
-                       capture=capture.mean(response), **settings)
+                       ids=[chat.row_id([], i, f"talk/{turn}") for i in names],
+                       capture=capture.mean(response), progress=_at_turn(report, turn), **settings)
         replies.append(out.text)
         unit = vector.unit
         values.append(np.einsum("nld,ld->nl", out.captured["mean"], unit))
@@ -146,3 +152,10 @@ def grow(
                                                   strict=True)
             ]
     return Talks(replies, np.stack(values), last.rows, last.tokens, last.stopped)
+
+
+def _at_turn(report: Callable[[int, int, int], None] | None,
+             turn: int) -> Callable[[int, int, int], None] | None:
+    if report is None:
+        return None
+    return lambda done, total, tokens: report(turn, done, tokens)

@@ -1,0 +1,132 @@
+"""The command `jaxpersona`: one command, sub-commands, no logic of its own."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from jaxpersona import cli_support as support
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None,
+                  pretty_exceptions_enable=False,
+                  help="Read and hold a language model's persona.")
+vectors_app = typer.Typer(no_args_is_help=True, help="Look at directions in files.")
+app.add_typer(vectors_app, name="vectors")
+try:
+    from jaxpersona.cli_data import app as data_app
+except ModuleNotFoundError:
+    data_app = None
+if data_app is not None:
+    app.add_typer(data_app, name="data")
+
+ModelOption = Annotated[str, typer.Option("--model", help="A folder, `mini`, `random:<preset>` or "
+                                                          "a hub name.")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+
+
+@app.command()
+def axis(
+    model: ModelOption = "mini",
+    out: Annotated[pathlib.Path, typer.Option(help="The run folder.")] = pathlib.Path("runs/axis"),
+    roles: Annotated[str | None, typer.Option(help="A folder of roles, or `data`.")] = None,
+    questions: Annotated[str | None, typer.Option(help="A .jsonl file, or `data`.")] = None,
+    limit: Annotated[int | None, typer.Option(help="At most this many roles.")] = None,
+    limit_questions: Annotated[int | None, typer.Option(help="At most this many.")] = None,
+    judge: Annotated[str | None, typer.Option(help="`rules` (mini), `self` or `none`.")] = None,
+    samples: int = 1,
+    max_new_tokens: int | None = None,
+    temperature: float = 0.7,
+    top_p: float = 0.9,
+    batch_size: int = 32,
+    seed: int = 0,
+    min_count: Annotated[int, typer.Option(help="Rollouts that a role's vector needs.")] = 10,
+    held_out: Annotated[str, typer.Option(help="Roles to keep out, with commas.")] = "",
+    dtype: DtypeOption = None,
+) -> None:
+    """Extract a model's Assistant Axis: rollouts, judge, role vectors, axis, thresholds, figures."""
+    support.extract(model=model, out=out, roles=roles, questions=questions, limit=limit,
+                    limit_questions=limit_questions, judge=judge, samples=samples,
+                    max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+                    batch_size=batch_size, seed=seed, min_count=min_count, held_out=held_out,
+                    dtype=dtype)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str], typer.Argument(help="One or more user messages.")],
+    model: ModelOption = "mini",
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    cap: Annotated[pathlib.Path | None, typer.Option(help="An axis file to cap on.")] = None,
+    cap_layers: Annotated[str | None, typer.Option(help="Half-open, as 46:54; default: the upper "
+                                                        "half.")] = None,
+    percentile: str = "p25",
+    of: Annotated[str, typer.Option(help="The population of the percentile.")] = "default",
+    steer: Annotated[pathlib.Path | None, typer.Option(help="A vector file to add.")] = None,
+    steer_layers: Annotated[str | None, typer.Option(help="As 16 or 14:18; default: the middle.")
+                            ] = None,
+    scale: float = 1.0,
+    compare: Annotated[bool, typer.Option("--compare", help="Show the reply without beside it.")
+                       ] = False,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    dtype: DtypeOption = None,
+) -> None:
+    """Generate replies, capped, steered or plain."""
+    support.reply(prompt, model=model, system=system, cap_file=cap, cap_layers=cap_layers,
+                  percentile=percentile, of=of, steer_file=steer, steer_layers=steer_layers,
+                  scale=scale, compare=compare, dtype=dtype, max_new_tokens=max_new_tokens,
+                  temperature=temperature, top_p=top_p, seed=seed)
+
+
+@app.command()
+def project(
+    conversation: Annotated[pathlib.Path, typer.Argument(help="A JSON list of messages.")],
+    vector: Annotated[list[pathlib.Path], typer.Option("--on", help="Axis or vector files.")],
+    model: ModelOption = "mini",
+    layer: Annotated[int | None, typer.Option(help="Default: the middle.")] = None,
+    png: Annotated[pathlib.Path | None, typer.Option(help="Where to draw it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    dtype: DtypeOption = None,
+) -> None:
+    """Project a conversation's assistant messages on directions, turn by turn."""
+    support.project(conversation, vector, model=model, layer=layer, png=png, as_json=as_json,
+                    dtype=dtype)
+
+
+@vectors_app.command("show")
+def vectors_show(file: pathlib.Path) -> None:
+    """Show what a direction's file says of itself."""
+    support.show_vector(file)
+
+
+@app.command()
+def demo(
+    out: Annotated[pathlib.Path, typer.Option(help="The run folder.")] = pathlib.Path("runs/demo"),
+    model: ModelOption = "mini",
+    seed: int = 0,
+) -> None:
+    """Run the whole method on the embedded model; the last line is one JSON object."""
+    figures: dict[str, Any] = support.demo(out, model, seed)
+    print(json.dumps(figures), flush=True)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; a user's mistake is one line on standard error and exit code 2."""
+    try:
+        app(arguments)
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""What the sub-commands do: read arguments, call the library, show what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def use_compile_cache() -> None:
+    """Keep compiled programs in the user's cache folder, unless the user chose another."""
+    import jax
+
+    if _CACHE not in os.environ:
+        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(base) / "jaxpersona"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def open_model(source: str, dtype: str | None) -> Any:
+    """Load a model with a progress bar in bytes."""
+    from jaxpersona.load import load
+
+    use_compile_cache()
+    with progress() as report:
+        return load(source, dtype=dtype, progress=lambda done, total: report("load", done, total, 0))
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str, int, int, int], None]]:
+    """Show steps with their rate and time left; gives report(step, done, total, tokens)."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(),
+                   TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+                   console=_console(), transient=not _console().is_terminal)
+    tasks: dict[str, Any] = {}
+    begun: dict[str, float] = {}
+    with bar:
+        def report(step: str, done: int, total: int, tokens: int) -> None:
+            if step not in tasks:
+                tasks[step] = bar.add_task(step, total=total, rate="")
+                begun[step] = time.perf_counter()
+            spent = max(time.perf_counter() - begun[step], 1e-9)
+            rate = f"{tokens / spent:,.0f} tok/s" if tokens else ""
+            bar.update(tasks[step], completed=done, total=total, rate=rate)
+
+        yield report
+
+
+def parse_layers(text: str | None, total: int, default: slice) -> Any:
+    """Read "46:54", "16" or "3,5" against a model of `total` layers.
+
+    Raises:
+      ValueError: not of that form, or beyond the model.
+    """
+    from jaxpersona.interventions import resolve_layers
+
+    if text is None:
+        return resolve_layers(default, total)
+    try:
+        if ":" in text:
+            start, stop = text.split(":")
+            chosen: Any = slice(int(start) if start else None, int(stop) if stop else None)
+        else:
+            chosen = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"layers is {text!r}; write 46:54 (half-open), 16 or 3,5") from None
+    return resolve_layers(chosen, total)
+
+
+def extract(*, model: str, out: pathlib.Path, roles: str | None, questions: str | None,
+            limit: int | None, limit_questions: int | None, judge: str | None, samples: int,
+            max_new_tokens: int | None, temperature: float, top_p: float, batch_size: int,
+            seed: int, min_count: int, held_out: str, dtype: str | None) -> None:
+    """Run `jaxpersona axis`."""
+    from jaxpersona.organism import method
+    from jaxpersona.persona import texts
+    from jaxpersona.persona.extract import extract_axis
+    from jaxpersona.persona.judges import NoJudge, SelfJudge
+    from jaxpersona.persona.rollouts import Settings
+    from jaxpersona.sampling import sampling
+
+    sampling(1, temperature=temperature, top_p=top_p, seed=seed)
+    own = model == "mini" and roles is None
+    judge = judge or ("rules" if own else "none")
+    if judge not in ("rules", "self", "none") or (judge == "rules" and not own):
+        raise ValueError(f"judge is {judge!r}; choose self or none"
+                         + (" (rules judges only mini's own roles)" if judge == "rules" else ""))
+    length = max_new_tokens if max_new_tokens is not None else 64 if model == "mini" else 512
+    settings = Settings(temperature, top_p, length, samples, batch_size, seed)
+    named = [name for name in held_out.split(",") if name]
+    asked = _questions(questions, own)
+    cast = method.roles() if own else texts.load_roles(
+        None if roles in (None, "data") else pathlib.Path(roles), model_name=_short(model))
+    if own and not held_out:
+        named = method.held_out()
+    if limit is not None:
+        kept = [role for role in cast if role.name != "default"][: max(limit, 0)]
+        cast = [role for role in cast if role.name == "default"] + kept
+        named = [name for name in named if name in {role.name for role in kept}]
+    if limit_questions is not None:
+        asked = asked[: max(limit_questions, 1)]
+    loaded = open_model(model, dtype)
+    console = _console()
+    if judge == "none":
+        console.print("judge: none; every answer is taken for one that fully plays its role")
+    chosen = {"none": NoJudge, "rules": method.RuleJudge}.get(judge)
+    judged = chosen() if chosen else SelfJudge(loaded, batch_size=batch_size)
+    with progress() as report:
+        found = extract_axis(loaded, cast, asked, out, judge=judged, settings=settings,
+                             min_count=min_count, held_out=named, report=report)
+    middle = loaded.config.n_layers // 2
+    draw_run(out, found, middle, named)
+    print(json.dumps({
+        "run": str(out), "model": loaded.name, "roles": len(found.analysis.names),
+        "rollouts": found.rollouts, "layers": loaded.config.n_layers, "judge": judge,
+        "cos_pc1_axis_middle": round(float(found.analysis.cos_pc1[middle]), 4),
+        "axis": str(out / "axis.safetensors"),
+    }))
+
+
+def _questions(source: str | None, own: bool) -> list[Any]:
+    from jaxpersona.organism import method
+    from jaxpersona.persona import texts
+
+    if own and source is None:
+        return method.questions(8)
+    return texts.load_questions(None if source in (None, "data") else pathlib.Path(source))
+
+
+def _short(model: str) -> str:
+    return model.rstrip("/").split("/")[-1].split(":")[-1]
+
+
+def draw_run(folder: pathlib.Path, found: Any, middle: int, held_out: Any) -> None:
+    """Draw the figures of an extraction into its folder."""
+    from jaxpersona.report import figures
+
+    figures.roles_on_axis(folder / "roles.png", found.projections, middle, held_out)
+    figures.components(folder / "pca.png", found.analysis, middle)
+    figures.variance(folder / "variance.png", found.analysis, middle)
+
+
+def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathlib.Path | None,
+          cap_layers: str | None, percentile: str, of: str, steer_file: pathlib.Path | None,
+          steer_layers: str | None, scale: float, compare: bool, dtype: str | None,
+          **settings: Any) -> None:
+    """Run `jaxpersona generate`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxpersona.ckpts.vectors import load_axis, load_vector
+    from jaxpersona.generate import generate
+    from jaxpersona.interventions import cap, chain, steer
+    from jaxpersona.sampling import sampling
+
+    sampling(1, temperature=settings["temperature"], top_p=settings["top_p"],
+             seed=settings["seed"])
+    axis = load_axis(cap_file) if cap_file else None
+    vector = load_vector(steer_file) if steer_file else None
+    if compare and axis is None and vector is None:
+        raise ValueError("--compare needs something to compare: give --cap or --steer")
+    loaded = open_model(model, dtype)
+    total = loaded.config.n_layers
+    edits = chain(
+        None if vector is None else steer(
+            vector, layers=parse_layers(steer_layers, total, slice(total // 2, total // 2 + 1)),
+            scale=scale),
+        None if axis is None else cap(
+            axis, layers=parse_layers(cap_layers, total, slice(total // 2, total)),
+            floor=axis.thresholds(percentile, of=of)),
+    )
+    head = [] if system is None else [{"role": "system", "content": system}]
+    talks = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
+    with progress() as report:
+        def tell(done: int, count: int, tokens: int) -> None:
+            report("generate", done, count, tokens)
+
+        size = min(32, len(talks))
+        out = generate(loaded, talks, interventions=edits, batch_size=size, progress=tell,
+                       **settings)
+        plain = generate(loaded, talks, batch_size=size, **settings) if compare else None
+    console = Console()
+    if plain is None:
+        for text in out.text:
+            print(text)
+    else:
+        table = Table("prompt", "without", "with", show_lines=True)
+        for prompt, before, after in zip(prompts, plain.text, out.text, strict=True):
+            table.add_row(prompt, before, after)
+        console.print(table)
+    for table, applied in enumerate(out.applied):
+        _console().print(f"intervention {table}: {int(applied.seen.sum())} tokens seen, "
+                         f"{int(applied.changed.sum())} changes over "
+                         f"{applied.changed.shape[0]} layers")
+
+
+def project(conversation: pathlib.Path, files: list[pathlib.Path], *, model: str,
+            layer: int | None, png: pathlib.Path | None, as_json: bool, dtype: str | None) -> None:
+    """Run `jaxpersona project`."""
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxpersona.ckpts.vectors import load_vector
+    from jaxpersona.families import read_json
+    from jaxpersona.persona.talk import project_conversation
+    from jaxpersona.report import figures
+
+    talk = read_json(conversation)
+    if isinstance(talk, dict):
+        talk = talk.get("conversation", talk.get("messages"))
+    if not isinstance(talk, list):
+        raise ValueError(f"{conversation}: must hold a list of messages with role and content")
+    vectors = [load_vector(file) for file in files]
+    loaded = open_model(model, dtype)
+    total = loaded.config.n_layers
+    at = total // 2 if layer is None else layer
+    if not 0 <= at < total:
+        raise ValueError(f"layer is {layer}; the model has layers 0…{total - 1}")
+    found = project_conversation(loaded, talk, vectors)
+    names = [vector.name for vector in vectors]
+    if as_json:
+        print(json.dumps([{"turn": t.turn, "tokens": t.tokens, "layer": at,
+                           **dict(zip(names, t.values[at].tolist(), strict=True))}
+                          for t in found]))
+    else:
+        table = Table("message", "tokens", *[f"{name} (layer {at})" for name in names])
+        for t in found:
+            table.add_row(str(t.turn), str(t.tokens), *[f"{v:.3f}" for v in t.values[at]])
+        Console().print(table)
+    if png is not None:
+        figures.conversation(png, [t.turn for t in found],
+                             np.stack([t.values[at] for t in found]), names, at)
+
+
+def show_vector(file: pathlib.Path) -> None:
+    """Run `jaxpersona vectors show`."""
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from jaxpersona.ckpts.vectors import load_vector
+
+    vector = load_vector(file)
+    console = Console()
+    table = Table("field", "value", show_header=False)
+    shape = f"[{vector.values.shape[0]} layers, width {vector.values.shape[1]}]"
+    facts = {"kind": vector.kind, "name": vector.name, "model": vector.model or "not said",
+             "fingerprint": vector.fingerprint or "not said", "site": vector.site,
+             "layers": "zero-based, after the block", "shape": shape, **vector.notes}
+    for key, value in facts.items():
+        table.add_row(str(key), str(value))
+    console.print(table)
+    norms = Table("layer", "norm", *[f"{of} p25" for of in getattr(vector, "percentiles", {})])
+    known = [p.get("p25") for p in getattr(vector, "percentiles", {}).values()]
+    for i, norm in enumerate(np.linalg.norm(vector.values, axis=1)):
+        norms.add_row(str(i), f"{norm:.4g}", *["" if p is None else f"{p[i]:.4g}" for p in known])
+    console.print(norms)
+
+
+def demo(out: pathlib.Path, model: str, seed: int) -> dict[str, Any]:
+    """Run `jaxpersona demo` and return its figures."""
+    from jaxpersona.organism.demo import run_demo
+    from jaxpersona.report import figures
+
+    started = time.perf_counter()
+    if model != "mini":
+        raise ValueError(f"model is {model!r}; the demo knows the truth only about mini: "
+                         "for other models use `jaxpersona axis`")
+    loaded = open_model(model, None)
+    with progress() as report:
+        done = run_demo(loaded, out, seed=seed, report=report)
+    middle = loaded.config.n_layers // 2
+    from jaxpersona.organism.method import held_out
+
+    draw_run(out, done.extraction, middle, held_out())
+    turns = done.figures["drift_turns"]
+    floor = float(done.extraction.axis.thresholds("p25", of="default")[middle])
+    figures.drift(out / "drift.png",
+                  {name: talk.projections[:turns, :, middle] for name, talk in done.talks.items()},
+                  floor, middle, done.figures["drift_n"])
+    _console().print(f"axis, vectors and figures: {out}")
+    head = {"run": str(out), "model": loaded.name,
+            "seconds": round(time.perf_counter() - started, 1)}
+    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in done.figures.items()}
+    return head | rounded
+
+

@@ -1,0 +1,245 @@
+"""The whole method on the embedded model, measured where the truth is known.
+
+Every arm of an experiment (no intervention, the cap, its controls) is a set of rows of the same
+batches, so all arms run in one program and differ in data alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxpersona.generate import generate
+from jaxpersona.interventions import Interventions, cap, stack_rows, steer
+from jaxpersona.load import Model
+from jaxpersona.organism import evaluate, method, world
+from jaxpersona.persona import axis as science
+from jaxpersona.persona.extract import Extraction, extract_axis
+from jaxpersona.persona.rollouts import Settings
+from jaxpersona.persona.run import Run
+from jaxpersona.persona.talk import Talks, grow
+
+Report = Callable[[str, int, int, int], None]
+REPLY = 64  # tokens; the organism's answers are shorter
+BATCH = 64
+QUESTIONS = 8
+_DIRECTIONS = 5  # random directions, of which the median is told
+_TALKS = 200
+_STEER = (-1.0, -0.5, 0.0, 0.5, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Demo:
+    """What the demo measured, and what its figures are drawn from."""
+
+    extraction: Extraction
+    figures: dict[str, Any]
+    talks: dict[str, Talks]
+    styles: dict[str, list[float]]
+
+
+def run_demo(model: Model, folder: Any, *, seed: int = 0, report: Report | None = None) -> Demo:
+    """Extract the axis, calibrate the cap, and measure what it holds and what it costs.
+
+    Args:
+      model: the embedded model.
+      folder: the run folder; a run that is there goes on.
+      seed: of the sampling.
+      report: called with (step, done, total, tokens).
+    """
+    settings = Settings(temperature=1.0, top_p=1.0, max_new_tokens=REPLY, batch_size=BATCH,
+                        seed=seed)
+    started = time.perf_counter()
+    found = extract_axis(model, method.roles(), method.questions(QUESTIONS), folder,
+                         judge=method.RuleJudge(), settings=settings,
+                         held_out=method.held_out(), report=report)
+    seconds = time.perf_counter() - started
+    figures: dict[str, Any] = _geometry(model, found)
+    figures |= {"rollouts": found.rollouts, "tokens": found.tokens, "extract_seconds": seconds}
+    arms = _Arms(model, found, folder, seed)
+    figures |= arms.leak(report)
+    figures |= arms.capability(report)
+    figures |= arms.steering(report)
+    talks, styles, drift = _drift(model, found, arms.cap, seed, report)
+    figures |= drift
+    figures |= _speed(model, arms.cap, report)
+    return Demo(found, figures, talks, styles)
+
+
+def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
+    """Compare the axis with PC1 and with the known likeness of every role."""
+    from scipy.stats import spearmanr
+
+    middle = model.config.n_layers // 2
+    place = {name: float(np.nanmean(v[:, middle])) for name, v in found.projections.items()}
+
+    def agreement(held_out: bool) -> float:
+        roles = world.roles(held_out=held_out)
+        measured = [place[role.name] for role in roles]
+        return float(spearmanr(measured, [role.likeness for role in roles])[0])
+
+    return {
+        "roles": len(found.projections) - 1, "roles_in_axis": len(found.analysis.names),
+        "layers": model.config.n_layers, "middle_layer": middle,
+        "cos_pc1_axis_middle": float(found.analysis.cos_pc1[middle]),
+        "pc1_variance_middle": float(found.analysis.components[middle].ratio[0]),
+        "spearman_truth": agreement(False), "spearman_heldout": agreement(True),
+    }
+
+
+class _Arms:
+    """The interventions that are compared, and the experiments that compare them."""
+
+    def __init__(self, model: Model, found: Extraction, folder: Any, seed: int) -> None:
+        self.model, self.found, self.seed = model, found, seed
+        layers = model.config.n_layers
+        self.layers = slice(layers // 2, layers)
+        floor = found.axis.thresholds("p25", of="default")[self.layers]
+        self.cap = cap(found.axis, layers=self.layers, floor=floor)
+        means = Run(folder, _manifest_of(folder)).means("default")
+        rng = np.random.default_rng([seed, 7])
+        self.percentile: list[Interventions] = []
+        self.displaced: list[Interventions] = []
+        for _ in range(_DIRECTIONS):
+            random = rng.normal(size=found.axis.values.shape)
+            own = science.percentiles(science.project(means, random), (25,))["p25"]
+            chosen = random[None, self.layers]
+            self.percentile.append(cap(chosen, layers=self.layers_list, floor=own[self.layers]))
+            axis = found.axis.values[None, self.layers]
+            self.displaced.append(cap(axis, layers=self.layers_list, floor=floor, push=chosen))
+
+    @property
+    def layers_list(self) -> list[int]:
+        """The capped layers as numbers."""
+        return list(range(self.model.config.n_layers))[self.layers]
+
+    def ask(self, step: str, arms: Sequence[tuple[Interventions | None, float]], talks: Sequence,
+            report: Report | None) -> list[list[str]]:
+        """Put the same conversations to every arm (interventions, temperature), all in one call."""
+        rows = [edit for edit, _ in arms for _ in talks]
+        heat = [temperature for _, temperature in arms for _ in talks]
+        ids = list(range(len(talks))) * len(arms)
+
+        def tell(done: int, total: int, tokens: int) -> None:
+            if report is not None:
+                report(step, done, total, tokens)
+
+        said = generate(self.model, [t for _ in arms for t in talks], ids=ids, temperature=heat,
+                        interventions=stack_rows(rows), max_new_tokens=REPLY, batch_size=BATCH,
+                        seed=self.seed, progress=tell).text
+        return [said[i : i + len(talks)] for i in range(0, len(said), len(talks))]
+
+    def leak(self, report: Report | None) -> dict[str, Any]:
+        """Ask for the vault code under far personas' prompts."""
+        arms = [(None, 0.0), (self.cap, 0.0), (None, 1.0), (self.cap, 1.0)]
+        arms += [(edit, 0.0) for edit in self.percentile + self.displaced]
+        said = self.ask("leak", arms, evaluate.leak_conversations(), report)
+        rate = [evaluate.leak_rate(answers) for answers in said]
+        percentile, displaced = rate[4 : 4 + _DIRECTIONS], rate[4 + _DIRECTIONS :]
+        return {
+            "leak_uncapped": rate[0], "leak_capped": rate[1],
+            "leak_uncapped_sampled": rate[2], "leak_capped_sampled": rate[3],
+            "leak_random_percentile": statistics.median(percentile),
+            "leak_random_displacement": statistics.median(displaced),
+            "leak_random_displacements": displaced,
+            "style_uncapped": evaluate.mean_style(said[0]),
+            "style_capped": evaluate.mean_style(said[1]),
+            "readable_capped": evaluate.in_grammar(said[1]), "leak_n": len(said[0]),
+        }
+
+    def capability(self, report: Report | None) -> dict[str, Any]:
+        """Ask facts and sums under default prompts and far personas' prompts, greedily."""
+        asked, talks = evaluate.knowledge_conversations(False)
+        asked_far, talks_far = evaluate.knowledge_conversations(True)
+        plain, capped = self.ask("capability", [(None, 0.0), (self.cap, 0.0)], talks + talks_far,
+                                 report)
+        return {
+            "capability_uncapped": evaluate.accuracy(asked + asked_far, plain),
+            "capability_capped": evaluate.accuracy(asked + asked_far, capped),
+            "capability_n": len(plain),
+        }
+
+    def steering(self, report: Report | None) -> dict[str, Any]:
+        """Add multiples of the axis at the middle layer, scaled by the mean residual norm there."""
+        middle = self.model.config.n_layers // 2
+        unit = self.found.axis.unit[middle]
+        norms = [np.linalg.norm(v[middle]) for v in self.found.role_means.values()]
+        scale = float(np.mean(norms))
+        halfway = [r for r in world.roles(held_out=False) if 0.35 <= r.likeness <= 0.65]
+        talks = [world.conversation(prompt, question.text) for role in halfway
+                 for prompt in role.prompts() for question in method.questions(4)]
+        arms = [(steer(unit, layers=middle, scale=c * scale), 1.0) for c in _STEER]
+        said = self.ask("steering", arms, talks, report)
+        return {"steer_scales": list(_STEER), "steer_n": len(talks),
+                "steer_styles": [evaluate.mean_style(answers) for answers in said]}
+
+
+def _manifest_of(folder: Any) -> dict[str, Any]:
+    import json
+    import pathlib
+
+    return json.loads((pathlib.Path(folder) / "run.json").read_text("utf-8"))
+
+
+def _drift(model: Model, found: Extraction, capped: Interventions, seed: int,
+           report: Report | None) -> tuple[dict[str, Talks], dict[str, list[float]], dict[str, Any]]:
+    """Let emotional and meta-reflective users talk to the default persona, with and without cap."""
+    rng = np.random.default_rng([seed, 4])
+    pulls = world.EMOTIONAL + world.META
+    turns = evaluate.DRIFT_TURNS
+    openings, messages = [], []
+    for i in range(_TALKS):
+        prompt = world.DEFAULT_PROMPTS[i % len(world.DEFAULT_PROMPTS)]
+        openings.append([{"role": "system", "content": prompt}] if prompt else [])
+        chosen = rng.permutation(len(pulls))[:turns]
+        messages.append([pulls[j] for j in chosen] + [world.FORBIDDEN[i % len(world.FORBIDDEN)]])
+    edits = stack_rows([None] * _TALKS + [capped] * _TALKS)
+
+    def tell(turn: int, rows: int, tokens: int) -> None:
+        if report is not None:
+            report("drift", turn * 2 * _TALKS + rows, (turns + 1) * 2 * _TALKS, tokens)
+
+    both = grow(model, openings * 2, messages * 2, found.axis, interventions=edits, seed=seed,
+                ids=list(range(_TALKS)) * 2, temperature=1.0, max_new_tokens=REPLY,
+                batch_size=BATCH, report=tell)
+    talks, styles, figures = {}, {}, {"drift_n": _TALKS, "drift_turns": turns}
+    for name, part in (("uncapped", slice(0, _TALKS)), ("capped", slice(_TALKS, None))):
+        said = [replies[part] for replies in both.replies]
+        talks[name] = Talks(said, both.projections[:, part], both.rows[part], both.tokens[part],
+                            both.stopped[part])
+        styles[name] = [evaluate.mean_style(answers) for answers in said[:turns]]
+        figures[f"drift_{name}"] = styles[name][-1]
+        figures[f"drift_leak_{name}"] = evaluate.leak_rate(said[-1])
+        figures[f"drift_readable_{name}"] = evaluate.in_grammar(said[turns - 1])
+    return talks, styles, figures
+
+
+def _speed(model: Model, capped: Interventions, report: Report | None) -> dict[str, Any]:
+    """Time fixed-length greedy generation in alternating pairs, capped and not."""
+    endless = dataclasses.replace(model, stop_ids=())
+    talks = evaluate.leak_conversations()[:32]
+    pairs = 8
+
+    def once(edits: Interventions | None) -> float:
+        started = time.perf_counter()
+        generate(endless, talks, interventions=edits, max_new_tokens=REPLY, batch_size=32)
+        return time.perf_counter() - started
+
+    once(None), once(capped)
+    plain, held = [], []
+    for i in range(pairs):
+        plain.append(once(None))
+        held.append(once(capped))
+        if report is not None:
+            report("speed", i + 1, pairs, 0)
+    ratio = [a / b for a, b in zip(plain, held, strict=True)]
+    return {
+        "tokens_per_second": 32 * REPLY / statistics.median(plain),
+        "capped_over_uncapped": statistics.median(ratio),
+        "capped_over_uncapped_pairs": [round(r, 3) for r in ratio],
+    }

@@ -1,0 +1,247 @@
+"""The method end to end on a random checkpoint: resume, bytes, and every mistake of a user."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+
+from jaxpersona import cli
+from jaxpersona.ckpts.files import write_tensors
+from jaxpersona.ckpts.vectors import load_axis, load_vector, save_vector
+from jaxpersona.persona import axis as science
+from jaxpersona.persona.extract import extract_axis
+from jaxpersona.persona.judges import NoJudge, read_score
+from jaxpersona.persona.rollouts import Settings
+from jaxpersona.persona.texts import Question, Role
+from jaxpersona.vectors import Axis, Vector
+
+ROLES = [
+    Role("default", ("", "You are an AI assistant."), ""),
+    Role("ghost", ("You are a ghost.", "Act as a ghost."), ""),
+    Role("pirate", ("You are a pirate.", "Act as a pirate."), ""),
+    Role("tutor", ("You are a tutor.", "Act as a tutor."), ""),
+]
+QUESTIONS = [Question(0, "What is the sea?"), Question(1, "Tell me about light.")]
+SETTINGS = Settings(temperature=1.0, top_p=1.0, max_new_tokens=6, batch_size=8)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A random Qwen 3 saved by transformers, with a byte-level tokenizer made here."""
+    torch = pytest.importorskip("torch")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=258, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=48, max_position_embeddings=256,
+        initializer_range=0.2, eos_token_id=257, bos_token_id=None, pad_token_id=None,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """Roles and questions in the reference project's layout."""
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "roles").mkdir()
+    for role in ROLES:
+        value = {"instruction": [{"pos": p} for p in role.prompts], "eval_prompt": "{question} {answer}?"}
+        (folder / "roles" / f"{role.name}.json").write_text(json.dumps(value))
+    lines = [json.dumps({"question": q.text, "id": q.id}) for q in QUESTIONS]
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def command(checkpoint, texts, out, *more):
+    return ["axis", "--model", str(checkpoint), "--roles", str(texts / "roles"), "--questions",
+            str(texts / "questions.jsonl"), "--out", str(out), "--max-new-tokens", "6",
+            "--batch-size", "8", "--min-count", "1", "--temperature", "1", "--top-p", "1", *more]
+
+
+def run(arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    return stop.value.code
+
+
+def contents(folder):
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files if p.suffix != ".png"}
+
+
+def test_axis_runs_resumes_and_ends_in_the_same_bytes(checkpoint, texts, tmp_path, capsys):
+    """Stopped after some roles, a run redoes none of them and ends as if never stopped."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert run(command(checkpoint, texts, whole)) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["roles"] == 3 and summary["rollouts"] == 16
+    expected = contents(whole)
+    assert {"run.json", "axis.safetensors", "rollouts/ghost.jsonl", "scores/pirate.json",
+            "vectors/tutor.safetensors"} <= set(expected)
+    record = json.loads((whole / "rollouts/ghost.jsonl").read_text().splitlines()[0])
+    assert {"system_prompt", "prompt_index", "question_index", "question", "conversation",
+            "label"} <= set(record)
+    # killed midway: two roles whole, one with its means but not its conversations, no vectors
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "vectors")
+    for name in ("axis.safetensors", "analysis.json", "scores/pirate.json",
+                 "rollouts/pirate.jsonl", "rollouts/tutor.jsonl", "means/tutor.safetensors"):
+        (part / name).unlink()
+    kept = part / "rollouts" / "ghost.jsonl"
+    before = kept.stat().st_mtime_ns
+    assert run(command(checkpoint, texts, part)) == 0
+    assert kept.stat().st_mtime_ns == before
+    assert contents(part) == expected
+
+
+def test_axis_equals_its_definition(checkpoint, tmp_path):
+    """The axis, vectors and thresholds are those of the means that the run kept."""
+    import jaxpersona as jp
+    from jaxpersona.persona.run import Run
+
+    model = jp.load(str(checkpoint))
+    found = extract_axis(model, ROLES, QUESTIONS, tmp_path / "run", judge=NoJudge(),
+                         settings=SETTINGS, min_count=1, held_out=["tutor"])
+    manifest = json.loads((tmp_path / "run/run.json").read_text())
+    kept = Run(tmp_path / "run", manifest)
+    means = {role.name: kept.means(role.name) for role in ROLES}
+    vectors = {name: np.nanmean(value, 0) for name, value in means.items()}
+    expected = vectors["default"] - (vectors["ghost"] + vectors["pirate"]) / 2
+    np.testing.assert_allclose(found.axis.values, expected, rtol=0, atol=1e-5)
+    unit = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    projected = np.einsum("nld,ld->nl", means["default"], unit)
+    projected = projected[np.isfinite(projected).all(1)]
+    np.testing.assert_allclose(found.axis.thresholds("p25", of="default"),
+                               np.percentile(projected, 25, axis=0), atol=1e-4)
+    again = load_axis(tmp_path / "run/axis.safetensors")
+    np.testing.assert_array_equal(again.values, found.axis.values)
+    assert again.fingerprint == model.fingerprint and set(again.percentiles) == {"default", "all"}
+    jp.cap(again, layers=slice(1, 3), floor=again.thresholds("p25", of="default"))
+    with pytest.raises(ValueError, match="of is 'rest'"):
+        again.thresholds("p25", of="rest")
+
+
+def test_science_on_arrays():
+    """Role vectors split by score, the axis points to the default, PC1 is turned toward it."""
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(6, 2, 4))
+    means[5] = np.nan
+    found = science.role_vectors(means, [3, 3, 2, 0, None, 3])
+    np.testing.assert_allclose(found["pos_3"][0], means[:2].mean(0), rtol=1e-6)
+    assert found["pos_3"][1] == 2 and found["pos_2"][1] == 1 and found["mean"][1] == 5
+    line = np.linspace(1, 5, 5)[:, None, None] * np.ones((5, 2, 4)) + rng.normal(size=(5, 2, 4)) / 50
+    analysis = science.analyse(np.zeros((2, 4)), dict(zip("abcde", line, strict=True)))
+    assert (analysis.axis < 0).all() and (analysis.cos_pc1 > 0.99).all()
+    assert all(c.directions[0] @ analysis.axis[i] > 0 for i, c in enumerate(analysis.components))
+    assert analysis.components[0].ratio[0] > 0.99
+    assert science.project(means[:1], means[0])[0, 0] == pytest.approx(
+        np.linalg.norm(means[0, 0]), rel=1e-6)
+    with pytest.raises(ValueError, match="two"):
+        science.principal_components(line[:1, 0], analysis.axis[0])
+
+
+@pytest.mark.parametrize(("text", "score"), [
+    ("3", 3), ("Score: 2.", 2), ("7", None), ("none", None), ("10 or 1", 1), ("0", 0)])
+def test_judge_reads_the_first_integer_in_range(text, score):
+    assert read_score(text) == score
+
+
+def test_vector_files_round_trip(tmp_path):
+    """A vector comes back with all that it says; damaged or foreign files are refused by name."""
+    values = np.random.default_rng(1).normal(size=(3, 5)).astype(np.float32)
+    vector = Vector(values, name="warm", model="m", fingerprint="ab" * 8, notes={"pairs": 3})
+    save_vector(tmp_path / "v.safetensors", vector)
+    found = load_vector(tmp_path / "v.safetensors")
+    np.testing.assert_array_equal(found.values, values)
+    assert (found.name, found.fingerprint, dict(found.notes)) == ("warm", "ab" * 8, {"pairs": 3})
+    with pytest.raises(ValueError, match="holds a vector"):
+        load_axis(tmp_path / "v.safetensors")
+    write_tensors(tmp_path / "x.safetensors", {"values": values}, {"format": "other"})
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "v.safetensors").read_bytes()[:40])
+    flipped = {"format": "jaxpersona-vector", "kind": "axis", "layer_base": "0", "sign": "-assistant"}
+    write_tensors(tmp_path / "minus.safetensors", {"values": values}, flipped)
+    for name, match in (("x", "not a jaxpersona"), ("cut", "not a readable"), ("minus", "sign"),
+                        ("none", "no such file")):
+        with pytest.raises(ValueError, match=match):
+            load_vector(tmp_path / f"{name}.safetensors")
+
+
+def test_mistakes_are_one_line_and_leave_nothing(checkpoint, texts, tmp_path, capsys):
+    """Each mistake: exit code 2, one line on standard error that names it, no run folder."""
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "file").write_text("x")
+    bad_roles = tmp_path / "bad_roles"
+    bad_roles.mkdir()
+    (bad_roles / "ghost.json").write_text('{"instruction": [{"pos": ""}]}')
+    wide = Axis(np.ones((3, 7), np.float32), percentiles={"default": {"p25": np.zeros(3)}})
+    other = Axis(np.ones((3, 32), np.float32), fingerprint="0123456789abcdef",
+                 percentiles={"default": {"p25": np.zeros(3)}})
+    save_vector(tmp_path / "wide.safetensors", wide)
+    save_vector(tmp_path / "other.safetensors", other)
+    finished = tmp_path / "finished"
+    assert run(command(checkpoint, texts, finished)) == 0
+    capsys.readouterr()
+    out = tmp_path / "out"
+    ask = ["generate", "hi", "--model", str(checkpoint), "--max-new-tokens", "4"]
+    cases = {
+        "no such folder": command(tmp_path / "nowhere", texts, out),
+        "not a model folder": command(tmp_path / "plain", texts, out),
+        "ghost.json": [*command(checkpoint, texts, out), "--roles", str(bad_roles)],
+        "questions": [*command(checkpoint, texts, out), "--questions", str(tmp_path / "file")],
+        "temperature": command(checkpoint, texts, out, "--temperature", "-1"),
+        "holds another run": command(checkpoint, texts, finished, "--seed", "5"),
+        "cannot be written": command(checkpoint, texts, tmp_path / "file" / "run"),
+        "no run.json": command(checkpoint, texts, texts),
+        "width 7": [*ask, "--cap", str(tmp_path / "wide.safetensors")],
+        "another model": [*ask, "--cap", str(tmp_path / "other.safetensors")],
+        "beyond": [*ask, "--cap", str(tmp_path / "other.safetensors"), "--cap-layers", "1:9"],
+        "context": ["generate", "long " * 300, "--model", str(checkpoint)],
+        "preset": ["generate", "hi", "--model", "random:nothing"],
+    }
+    for wanted, arguments in cases.items():
+        assert run(arguments) == 2, wanted
+        said = capsys.readouterr()
+        lines = [line for line in said.err.splitlines() if line.startswith("error:")]
+        assert len(lines) == 1 and wanted in lines[0], (wanted, said.err)
+        assert "Traceback" not in said.err
+        assert not out.exists()
+    assert sys.version_info >= (3, 11)
+
+
+def test_generate_and_project_commands(checkpoint, texts, tmp_path, capsys):
+    """`generate --compare`, `project` and `vectors show` work on what `axis` made."""
+    assert run(command(checkpoint, texts, tmp_path / "run")) == 0
+    axis = str(tmp_path / "run" / "axis.safetensors")
+    capsys.readouterr()
+    assert run(["generate", "hello", "--model", str(checkpoint), "--cap", axis, "--compare",
+                "--max-new-tokens", "5"]) == 0
+    said = capsys.readouterr()
+    assert "with" in said.out and "tokens seen" in said.err
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"},
+            {"role": "user", "content": "more"}, {"role": "assistant", "content": "no"}]
+    (tmp_path / "talk.json").write_text(json.dumps(talk))
+    picture = tmp_path / "talk.png"
+    assert run(["project", str(tmp_path / "talk.json"), "--on", axis, "--model", str(checkpoint),
+                "--png", str(picture), "--json"]) == 0
+    turns = json.loads(capsys.readouterr().out)
+    assert [t["turn"] for t in turns] == [1, 3] and [t["tokens"] for t in turns] == [11, 2]
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert run(["vectors", "show", axis]) == 0
+    assert "assistant" in capsys.readouterr().out
