@@ -204,7 +204,7 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, texts, tmp_path, ca
         "no such folder": command(tmp_path / "nowhere", texts, out),
         "not a model folder": command(tmp_path / "plain", texts, out),
         "ghost.json": [*command(checkpoint, texts, out), "--roles", str(bad_roles)],
-        "questions": [*command(checkpoint, texts, out), "--questions", str(tmp_path / "file")],
+        "line 1": [*command(checkpoint, texts, out), "--questions", str(tmp_path / "file")],
         "temperature": command(checkpoint, texts, out, "--temperature", "-1"),
         "holds another run": command(checkpoint, texts, finished, "--seed", "5"),
         "cannot be written": command(checkpoint, texts, tmp_path / "file" / "run"),
