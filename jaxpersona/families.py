@@ -328,7 +328,9 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         raw["mlp_bias"] = config.mlp_bias
     if "hidden_activation" in family.fields:
         raw["hidden_activation"] = raw.pop("hidden_act")
-        raw["query_pre_attn_scalar"] = config.attn_scale**-2
+        scalar = config.attn_scale**-2
+        whole = round(scalar)  # transformers takes an integer alone
+        raw["query_pre_attn_scalar"] = whole if math.isclose(whole, scalar) else scalar
         raw["attn_logit_softcapping"] = config.attn_softcap
         raw["final_logit_softcapping"] = config.final_softcap
     if "layer_types" in family.fields:

@@ -1,0 +1,150 @@
+"""Configurations: real models' files, in both styles, against the presets and transformers."""
+
+import hf as oracle
+import pytest
+
+from jaxpersona.families import from_hf, to_hf
+from jaxpersona.presets import PRESETS, preset
+
+LLAMA_SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                 "original_max_position_embeddings": 8192, "rope_type": "llama3"}
+
+
+def _raw(architecture, model_type, sizes, theta, **fields):
+    vocabulary, width, layers, heads, keys, inner, context, eps = sizes
+    return {"architectures": [architecture], "model_type": model_type, "vocab_size": vocabulary,
+            "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "num_key_value_heads": keys, "intermediate_size": inner, "rms_norm_eps": eps,
+            "max_position_embeddings": context, "rope_theta": theta, "use_cache": True,
+            "initializer_range": 0.02, "attention_dropout": 0.0, "torch_dtype": "bfloat16",
+            "transformers_version": "4.43.0", "bos_token_id": 1, "eos_token_id": [2, 3], **fields}
+
+
+def _llama(*sizes):
+    return _raw("LlamaForCausalLM", "llama", (128256, *sizes, 131072, 1e-5), 500000.0,
+                rope_scaling=LLAMA_SCALING, hidden_act="silu", attention_bias=False, mlp_bias=False,
+                pretraining_tp=1, tie_word_embeddings=False)
+
+
+def _qwen3(*sizes, tied=False):
+    return _raw("Qwen3ForCausalLM", "qwen3", (151936, *sizes, 40960, 1e-6), 1000000,
+                head_dim=128, rope_scaling=None, hidden_act="silu", attention_bias=False,
+                sliding_window=None, use_sliding_window=False, max_window_layers=sizes[1],
+                tie_word_embeddings=tied)
+
+
+def _gemma2(*sizes, head_dim, scalar):
+    return _raw("Gemma2ForCausalLM", "gemma2", (256000, *sizes, 8192, 1e-6), 10000.0,
+                head_dim=head_dim, query_pre_attn_scalar=scalar, hidden_act="gelu_pytorch_tanh",
+                hidden_activation="gelu_pytorch_tanh", attn_logit_softcapping=50.0,
+                final_logit_softcapping=30.0, sliding_window=4096, attention_bias=False,
+                cache_implementation="hybrid", sliding_window_size=None)
+
+
+REAL = {
+    "llama-3.1-8b": _llama(4096, 32, 32, 8, 14336),
+    "llama-3.3-70b": _llama(8192, 80, 64, 8, 28672) | {"head_dim": 128},
+    "qwen3-0.6b": _qwen3(1024, 28, 16, 8, 3072, tied=True),
+    "qwen3-8b": _qwen3(4096, 36, 32, 8, 12288),
+    "qwen3-32b": _qwen3(5120, 64, 64, 8, 25600),
+    "qwen2.5-7b": _raw("Qwen2ForCausalLM", "qwen2", (152064, 3584, 28, 28, 4, 18944, 32768, 1e-6),
+                       1000000.0, hidden_act="silu", sliding_window=131072,
+                       use_sliding_window=False, max_window_layers=28, tie_word_embeddings=False),
+    "gemma-2-2b": _gemma2(2304, 26, 8, 4, 9216, head_dim=256, scalar=256),
+    "gemma-2-9b": _gemma2(3584, 42, 16, 8, 14336, head_dim=256, scalar=256),
+    "gemma-2-27b": _gemma2(4608, 46, 32, 16, 36864, head_dim=128, scalar=144),
+}
+
+
+def _v5(raw):
+    """The same file as transformers 5 writes it."""
+    raw = dict(raw)
+    scaling = raw.pop("rope_scaling", None) or {"rope_type": "default"}
+    raw["rope_parameters"] = {"rope_theta": raw.pop("rope_theta"), **scaling}
+    raw["dtype"] = raw.pop("torch_dtype")
+    raw["transformers_version"] = "5.0.0"
+    raw.setdefault("head_dim", None)  # written as null where the file never had it
+    if raw["model_type"].startswith("qwen"):
+        raw |= {"layer_types": ["full_attention"] * raw["num_hidden_layers"],
+                "sliding_window": None}
+    if raw["model_type"] == "gemma2":
+        raw["layer_types"] = ["full_attention" if i % 2 else "sliding_attention"
+                              for i in range(raw["num_hidden_layers"])]
+    return raw
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_presets_equal_the_real_files(name):
+    assert from_hf(REAL[name]) == preset(name)
+    assert from_hf(_v5(REAL[name])) == preset(name)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_is_written_is_read_back(name):
+    assert from_hf(to_hf(preset(name))) == preset(name)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_counts_equal_those_of_transformers(name):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    raw = to_hf(preset(name))
+    kind = raw.pop("model_type")
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **raw))
+    assert sum(p.numel() for p in made.parameters()) == preset(name).parameters
+    size = sum(p.numel() * 2 for p in made.parameters())
+    assert size == preset(name).bytes(2)
+
+
+@pytest.mark.parametrize("family", oracle.FAMILIES)
+def test_counts_of_small_models_equal_those_of_transformers(family):
+    made = oracle.model(family, **({"mlp_bias": True} if family == "llama" else {}),
+                        **({} if family in ("mistral", "qwen2") else {"attention_bias": True}))
+    config = from_hf(made.config.to_dict() | {"architectures": [type(made).__name__]})
+    assert config.parameters == made.num_parameters()
+
+
+BASE = REAL["qwen3-0.6b"]
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
+    ({"architectures": None, "model_type": "bert"}, "bert"),
+    ({"architectures": "Qwen3ForCausalLM"}, "architectures"),
+    ({"num_experts": 8}, "num_experts=8"),
+    ({"mlp_bias": True}, "mlp_bias=True"),
+    ({"hidden_act": "relu"}, "relu"),
+    ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "yarn"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "low_freq_factor"),
+    ({"rope_scaling": {"rope_type": "linear"}}, "factor"),
+    ({"rope_scaling": "linear"}, "rope_scaling"),
+    ({"rope_scaling": {"rope_type": "default", "mscale": 1.0}}, "mscale"),
+    ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+    ({"hidden_size": "1024"}, "hidden_size is '1024'"),
+    ({"num_key_value_heads": 5}, "n_kv_heads is 5"),
+    ({"head_dim": 33}, "head_dim is 33"),
+    ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+    ({"rope_theta": -1}, "rope_theta"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+    ({"use_sliding_window": True, "sliding_window": 4, "layer_types": ["chunked"] * 28},
+     "layer_types"),
+])
+def test_what_is_not_implemented_or_malformed_is_refused_by_name(change, words):
+    with pytest.raises(ValueError, match=words):
+        from_hf(BASE | change)
+
+
+def test_a_missing_field_is_named():
+    with pytest.raises(ValueError, match="vocab_size"):
+        from_hf({k: v for k, v in BASE.items() if k != "vocab_size"})
+
+
+def test_gemma3_refuses_what_its_attention_does_not_do():
+    raw = oracle.config("gemma3").to_dict() | {"architectures": ["Gemma3ForCausalLM"]}
+    from_hf(raw)
+    for change in ({"attn_logit_softcapping": 5.0}, {"use_bidirectional_attention": True}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            from_hf(raw | change)
