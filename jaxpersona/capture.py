@@ -214,13 +214,23 @@ def chosen_layers(part: Any, config: ModelConfig) -> tuple[int, ...]:
     """Return the layers a capture reads, all if it names none.
 
     Raises:
-      ValueError: a layer that the model does not have.
+      ValueError: a layer that the model does not have, or directions of another shape.
     """
     layers = part.layers if part.layers is not None else tuple(range(config.n_layers))
     if layers[-1] >= config.n_layers:
         raise ValueError(
             f"a capture reads layer {layers[-1]}; the model has layers 0…{config.n_layers - 1}"
         )
+    if isinstance(part, Projections):
+        count, _, width = part.directions.shape
+        if count not in (1, len(layers)):  # else the last set would serve all layers beyond it
+            raise ValueError(
+                f"directions are for {count} layers, but {len(layers)} are read: {list(layers)}"
+            )
+        if width != config.d_model:
+            raise ValueError(
+                f"directions have width {width}; the model's residual stream has {config.d_model}"
+            )
     return layers
 
 

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from jaxpersona.kernels import api, reference
 
 B, T, D = 3, 4, 8

@@ -1,0 +1,204 @@
+"""Interventions against PyTorch forward hooks written from the equations, and caps that do nothing."""
+
+from __future__ import annotations
+
+import re
+
+import hf
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support as s
+
+from jaxpersona import capture
+from jaxpersona.batch import batch
+from jaxpersona.decode import Stops, decode, prefill
+from jaxpersona.generate import generate
+from jaxpersona.interventions import Interventions, cap, chain, steer
+from jaxpersona.interventions.where import everywhere, generated
+from jaxpersona.sampling import sampling
+
+NEW = 64
+LENGTHS = (31, 5, 18, 2, 11)
+CONFIGS = {
+    "grouped": {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+    "tied": {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 8,
+             "tie_word_embeddings": True, "attention_bias": True, "rms_norm_eps": 1e-3},
+}
+RNG = np.random.default_rng(0)
+U, V, W = RNG.normal(size=(3, 48))
+W = W - V  # at odds with V, so that the second of two caps undoes some of the first
+
+
+def steered(v, c):
+    """h ← h + c·v"""
+    return lambda h, torch: h + c * torch.tensor(v, dtype=torch.float32)
+
+
+def capped(v, floor):
+    """h ← h − v̂·min(⟨h, v̂⟩ − τ, 0)"""
+
+    def act(h, torch):
+        unit = torch.tensor(v / np.linalg.norm(v), dtype=torch.float32)
+        return h - unit * torch.clamp((h @ unit)[..., None] - floor, max=0)
+
+    return act
+
+
+CASES = {  # our interventions, and by layer the hooks in order
+    "none": (lambda where: None, {}),
+    "steer": (lambda where: steer(U, layers=1, scale=0.5, where=where), {1: [steered(U, 0.5)]}),
+    "two caps": (
+        lambda where: chain(cap(V, layers=1, floor=3.0, where=where),
+                            cap(W, layers=1, floor=1.0, where=where)),
+        {1: [capped(V, 3.0), capped(W, 1.0)]}),
+    "two caps, swapped": (
+        lambda where: chain(cap(W, layers=1, floor=1.0, where=where),
+                            cap(V, layers=1, floor=3.0, where=where)),
+        {1: [capped(W, 1.0), capped(V, 3.0)]}),
+    "cap of two layers after a steer": (
+        lambda where: chain(steer(U, layers=0, scale=-0.4, where=where),
+                            cap(V, layers=slice(1, 3), floor=1.0, where=where)),
+        {0: [steered(U, -0.4)], 1: [capped(V, 1.0)], 2: [capped(V, 1.0)]}),
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def models(request, tmp_path_factory):
+    made = hf.model("qwen3", seed=1, **CONFIGS[request.param])
+    made.generation_config.eos_token_id = None
+    params, config = hf.params(made, tmp_path_factory.mktemp("qwen3"))
+    return made, s.Tiny(config, params, stop_ids=(), fingerprint="0" * 16)
+
+
+def theirs(made, rows, hooks, decode_only):
+    """Greedy generation with hooks, left-padded: tokens [B, NEW], residuals [B, L, T + NEW − 1, D]."""
+    import torch
+
+    width = max(map(len, rows))
+    tokens = torch.tensor([[0] * (width - len(r)) + r for r in rows])
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+    read = [[] for _ in made.model.layers]
+
+    def hook(layer):
+        def act(module, args, output):
+            h = output[0] if isinstance(output, tuple) else output
+            if not decode_only or h.shape[1] == 1:
+                for edit in hooks.get(layer, ()):
+                    h = edit(h, torch)
+            read[layer].append(h)
+            return (h, *output[1:]) if isinstance(output, tuple) else h
+
+        return act
+
+    handles = [m.register_forward_hook(hook(i)) for i, m in enumerate(made.model.layers)]
+    try:
+        with torch.no_grad():
+            out = made.generate(tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False,
+                                pad_token_id=0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    stream = np.stack([torch.cat(x, 1).numpy() for x in read], 1)
+    return out[:, width:].numpy(), stream, width
+
+
+@pytest.mark.parametrize(("case", "where"), [
+    ("none", everywhere), ("steer", everywhere), ("steer", generated), ("two caps", everywhere),
+    ("two caps", generated), ("two caps, swapped", everywhere),
+    ("cap of two layers after a steer", everywhere), ("cap of two layers after a steer", generated),
+])
+def test_equals_hooks(models, case, where):
+    made, model = models
+    rows = hf.prompts(list(LENGTHS), 199)
+    make, hooks = CASES[case]
+    tokens, stream, width = theirs(made, rows, hooks, where is generated)
+    ours = generate(model, rows, interventions=make(where), capture=s.READ, max_new_tokens=NEW,
+                    batch_size=len(rows))
+    worst = 0.0
+    for b, row in enumerate(rows):
+        np.testing.assert_array_equal(ours.tokens[b], tokens[b])
+        want = stream[b, :, width - len(row) :]
+        worst = max(worst, s.relative(ours.captured["full"][b][:, :-1], want).max())
+    assert worst <= 1e-4
+    for counts in ours.applied:
+        assert (counts.changed > 0).any(), "an intervention never acted"
+    print(f"{case}: {worst:.1e}")
+
+
+def test_order_of_two_caps_matters(models):
+    _, model = models
+    rows = batch(hf.prompts(list(LENGTHS), 199))
+    one, other = (s.residuals(model, rows, CASES[name][0](everywhere))[0]
+                  for name in ("two caps", "two caps, swapped"))
+    assert s.relative(one, other)[:, 1].min() > 1e-2
+    # what was applied last holds
+    for found, v, floor in ((one, W, 1.0), (other, V, 3.0)):
+        p = found[:, 1] @ (v / np.linalg.norm(v))
+        assert np.nanmin(p) >= floor - 1e-4
+
+
+def _state(model, rows, edits):
+    """Prefill and eight decode steps with every kind of capture."""
+    read = s.READ | capture.mean(everywhere) | capture.last(everywhere)
+    how, limit = sampling(4), jnp.full((4,), 8, jnp.int32)
+    stops = Stops(jnp.full((4,), -1, jnp.int32), jnp.full((2,), -1, jnp.int32))
+    args = (edits, read, how, stops)
+    first = prefill(model.params, model.config, rows, *args, limit, slots=32, max_new=8,
+                    greedy=True)
+    kept = {name: np.asarray(x.value) for name, x in first.captured.items()}
+    kept["k"] = [np.asarray(x.astype(jnp.float32)) for x in first.cache.k]
+    end = decode(model.params, model.config, first, *args, jnp.int32(8), greedy=True)
+    return (kept, end.replace(applied=())), end.applied
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_cap_that_never_binds_is_bit_exact_with_none(dtype):
+    model = s.tiny_model(dtype=dtype)
+    rows = batch(s.prompts((13, 8, 1, 16)), width=16)
+    v = np.random.default_rng(2).normal(size=(5, 32))
+    plain, _ = _state(model, rows, Interventions())
+    shared = chain(*(cap(v[0], layers=slice(0, 3), floor=-1e6, ceiling=1e6, site=site)
+                     for site in ("attention", "mlp", "residual")))
+    by_row = cap(v, layers=slice(0, 3), floor=-1e6, rows=[3, -1, 0, 4])
+    for edits in (shared, by_row):
+        found, applied = _state(model, rows, edits)
+        assert s.differing(found, plain) == []
+        assert all((x.changed == 0).all() for x in applied)
+        assert all((x.seen > 0).any() for x in applied)
+    found, applied = _state(model, rows, cap(v, layers=slice(0, 3), floor=0.5, rows=[3, -1, 0, 4]))
+    assert len(s.differing(found, plain)) > 5, "the comparison sees nothing"
+
+
+def test_applied_counts_what_was_done():
+    model = s.tiny_model()
+    rows = s.prompts((9, 21, 4), seed=2)
+    v = np.random.default_rng(3).normal(size=32)
+    unit = v / np.linalg.norm(v)
+    edits = chain(cap(v, layers=[0, 2], floor=0.8), cap(v, layers=[1], floor=0.4, where=generated))
+    out = generate(model, rows, interventions=edits, max_new_tokens=20, batch_size=3)
+    below = chain(cap(v, layers=[0], floor=0.8))
+    for b, row in enumerate(rows):
+        said = out.tokens[b]
+        made = np.arange(len(row) + len(said)) >= len(row)
+        text = batch([[*row, *said]], kind=[np.where(made, 1 << 6, 0)], width=48)
+        n = made.size
+        # what each table sees is the stream of a run in which only the earlier ones act
+        first = s.residuals(model, text)[0][0, 0, :n] @ unit < 0.8
+        second = (s.residuals(model, text, below)[0][0, 1, :n] @ unit < 0.4) & made
+        both = chain(below, cap(v, layers=[1], floor=0.4, where=generated))
+        third = s.residuals(model, text, both)[0][0, 2, :n] @ unit < 0.8
+        assert 0 < first.sum() < n and 0 < second.sum() < made.sum()
+        np.testing.assert_array_equal(out.applied[0].changed[:, b], [first.sum(), third.sum()])
+        assert out.applied[1].changed[0, b] == second.sum()
+        assert (out.applied[0].seen[b], out.applied[1].seen[b]) == (n, made.sum())
+
+
+def test_layers_without_an_edit_carry_none_in_the_compiled_program():
+    model = s.tiny_model()
+    text = s.run.lower(model.params, model.config, batch(s.prompts((5, 3))), interventions=chain(
+        cap(np.ones(32), layers=[1], floor=0.0))).compile().as_text()
+    assert set(re.findall(r"layer(\d+)/intervention", text)) == {"1"}
+    assert {"0", "1", "2"} <= set(re.findall(r"layer(\d+)/", text))
+    bare = s.run.lower(model.params, model.config, batch(s.prompts((5, 3)))).compile().as_text()
+    assert "/intervention" not in bare and "/capture" not in bare
