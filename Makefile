@@ -19,7 +19,7 @@ bench: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/pip install -q -e '.[dev]'
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)

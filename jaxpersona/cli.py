@@ -10,18 +10,14 @@ from typing import Annotated, Any
 import typer
 
 from jaxpersona import cli_support as support
+from jaxpersona.cli_data import app as data_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False,
                   help="Read and hold a language model's persona.")
 vectors_app = typer.Typer(no_args_is_help=True, help="Look at directions in files.")
 app.add_typer(vectors_app, name="vectors")
-try:
-    from jaxpersona.cli_data import app as data_app
-except ModuleNotFoundError:
-    data_app = None
-if data_app is not None:
-    app.add_typer(data_app, name="data")
+app.add_typer(data_app, name="data")
 
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, `mini`, `random:<preset>` or "
                                                           "a hub name.")]
@@ -47,7 +43,7 @@ def axis(
     held_out: Annotated[str, typer.Option(help="Roles to keep out, with commas.")] = "",
     dtype: DtypeOption = None,
 ) -> None:
-    """Extract a model's Assistant Axis: rollouts, judge, role vectors, axis, thresholds, figures."""
+    """Extract a model's Assistant Axis: rollouts, judge, vectors, axis, thresholds, figures."""
     support.extract(model=model, out=out, roles=roles, questions=questions, limit=limit,
                     limit_questions=limit_questions, judge=judge, samples=samples,
                     max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,

@@ -35,7 +35,8 @@ def open_model(source: str, dtype: str | None) -> Any:
 
     use_compile_cache()
     with progress() as report:
-        return load(source, dtype=dtype, progress=lambda done, total: report("load", done, total, 0))
+        return load(source, dtype=dtype,
+                    progress=lambda done, total: report("load", done, total, 0))
 
 
 @contextlib.contextmanager

@@ -211,8 +211,8 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     unread = [key for key in unread if raw[key] not in (None, False)]
     if unread:
         fields = ", ".join(f"{key}={raw[key]!r}" for key in unread)
-        raise ValueError(f"config.json of family {family.name} has a field that is not implemented: "
-                         f"{fields}")
+        raise ValueError(f"config.json of family {family.name} has a field that is not "
+                         f"implemented: {fields}")
     given = {key: value for key, value in raw.items() if value is not None}
     # An explicit null of an optional soft-cap or window means "none", not "the default".
     nulls = {key: None for key, value in raw.items() if value is None and key in family.fields}
@@ -276,8 +276,8 @@ def _check_types(raw: Mapping[str, Any]) -> None:
         check(key, type(value) is int and value > 0, "a positive integer")
     for key in _REALS:
         value = raw.get(key)
-        good = type(value) in (int, float) and 0 < value < math.inf
-        check(key, good, "a positive number")
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        check(key, good and 0 < value < math.inf, "a positive number")
     for key in _FLAGS:
         check(key, isinstance(raw.get(key), bool), "true or false")
     first = raw.get("max_window_layers")

@@ -136,7 +136,7 @@ def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
 
 def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
          which: Logits) -> jax.Array | None:
-    """Turn the last residual into logits, float32: [B, T, V], or [B, V] of each row's last token."""
+    """Turn the last residual into logits, float32: [B, T, V], or [B, V] of each row's last."""
     if which is None:
         return None
     with jax.named_scope("head"):

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpersona.config import ModelConfig
-from jaxpersona.sharding import Axes
+from jaxpersona.sharding import Axes, out_sharding
 
 
 @flax.struct.dataclass
@@ -149,7 +149,7 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Params:
 
 
 def fingerprint(config: ModelConfig, params: Params) -> str:
-    """Return sixteen hexadecimal digits that identify a model: its shape and a sample of its weights.
+    """Return sixteen hexadecimal digits for a model: its shape and a sample of its weights.
 
     The sample is the first 64 numbers of every array's first row rounded to bfloat16, so that one
     checkpoint has one fingerprint in every dtype it is loaded in.
@@ -159,7 +159,12 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
     import numpy as np
 
     def sample(x: jax.Array) -> jax.Array:
-        return jax.lax.reduce_precision(x[(0,) * (x.ndim - 1)][:64].astype(jnp.float32), 8, 7)
+        whole = out_sharding((None,), x)  # on a mesh every device gets the row
+        if x.ndim > 1:
+            x = x.at[(0,) * (x.ndim - 1)].get(out_sharding=whole)
+        elif whole is not None:
+            x = jax.sharding.reshard(x, whole)
+        return jax.lax.reduce_precision(x[:64].astype(jnp.float32), 8, 7)
 
     pieces = jax.device_get([sample(x) for x in jax.tree.leaves(params)])
     digest = hashlib.sha256(b"".join(np.asarray(p, np.float32).tobytes() for p in pieces))

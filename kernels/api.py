@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 import jax
-
 from jaxpersona.kernels import reference
 
 Implementation = Literal["xla"]

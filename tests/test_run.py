@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 import pytest
-
-from jaxpersona import cli
 from jaxpersona.ckpts.files import write_tensors
 from jaxpersona.ckpts.vectors import load_axis, load_vector, save_vector
+
+from jaxpersona import cli
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.persona.judges import NoJudge, read_score
@@ -62,7 +62,8 @@ def texts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("texts")
     (folder / "roles").mkdir()
     for role in ROLES:
-        value = {"instruction": [{"pos": p} for p in role.prompts], "eval_prompt": "{question} {answer}?"}
+        value = {"instruction": [{"pos": p} for p in role.prompts],
+                 "eval_prompt": "{question} {answer}?"}
         (folder / "roles" / f"{role.name}.json").write_text(json.dumps(value))
     lines = [json.dumps({"question": q.text, "id": q.id}) for q in QUESTIONS]
     (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
@@ -146,7 +147,8 @@ def test_science_on_arrays():
     found = science.role_vectors(means, [3, 3, 2, 0, None, 3])
     np.testing.assert_allclose(found["pos_3"][0], means[:2].mean(0), rtol=1e-6)
     assert found["pos_3"][1] == 2 and found["pos_2"][1] == 1 and found["mean"][1] == 5
-    line = np.linspace(1, 5, 5)[:, None, None] * np.ones((5, 2, 4)) + rng.normal(size=(5, 2, 4)) / 50
+    line = np.linspace(1, 5, 5)[:, None, None] * np.ones((5, 2, 4))
+    line += rng.normal(size=(5, 2, 4)) / 50
     analysis = science.analyse(np.zeros((2, 4)), dict(zip("abcde", line, strict=True)))
     assert (analysis.axis < 0).all() and (analysis.cos_pc1 > 0.99).all()
     assert all(c.directions[0] @ analysis.axis[i] > 0 for i, c in enumerate(analysis.components))
@@ -175,7 +177,8 @@ def test_vector_files_round_trip(tmp_path):
         load_axis(tmp_path / "v.safetensors")
     write_tensors(tmp_path / "x.safetensors", {"values": values}, {"format": "other"})
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "v.safetensors").read_bytes()[:40])
-    flipped = {"format": "jaxpersona-vector", "kind": "axis", "layer_base": "0", "sign": "-assistant"}
+    flipped = {"format": "jaxpersona-vector", "kind": "axis", "layer_base": "0",
+               "sign": "-assistant"}
     write_tensors(tmp_path / "minus.safetensors", {"values": values}, flipped)
     for name, match in (("x", "not a jaxpersona"), ("cut", "not a readable"), ("minus", "sign"),
                         ("none", "no such file")):
@@ -245,3 +248,13 @@ def test_generate_and_project_commands(checkpoint, texts, tmp_path, capsys):
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert run(["vectors", "show", axis]) == 0
     assert "assistant" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_axis_runs_on_the_project_s_own_data(tmp_path, capsys):
+    """Roles and questions of the package data, on a random model of a preset's shape."""
+    assert run(["axis", "--model", "random:qwen3-mini", "--roles", "data", "--limit", "12",
+                "--limit-questions", "1", "--max-new-tokens", "4", "--min-count", "1",
+                "--out", str(tmp_path / "run")]) == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["roles"] == 12 and summary["rollouts"] == 65 and summary["judge"] == "none"

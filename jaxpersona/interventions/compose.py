@@ -144,7 +144,8 @@ def _merge(members: dict[int, Edit], rows: int) -> Edit:
     push = None if unique[0].push is None else direction.copy()
     if push is not None:
         for entry, edit in enumerate(unique):
-            push[[layers.index(layer) for layer in edit.layers], entry] = np.asarray(edit.push)[:, 0]
+            at = [layers.index(layer) for layer in edit.layers]
+            push[at, entry] = np.asarray(edit.push)[:, 0]
     where = np.stack([np.asarray(edit.where)[0] for edit in unique])
     origin = np.array([np.asarray(edit.origin)[0] for edit in unique], np.uint32)
     return table(direction, coefficients, where, origin, layers, unique[0].site, index,

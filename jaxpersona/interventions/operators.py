@@ -113,7 +113,8 @@ class _Bank:
             value, origin = self._array(vector), None
         if rows is None and len(value) != 1:
             raise ValueError(
-                f"vector is a bank of {len(value)} directions; say with `rows=` which row uses which"
+                f"vector is a bank of {len(value)} directions; say with `rows=` which row uses "
+                "which"
             )
         if not np.isfinite(value).all():
             raise ValueError("vector holds a value that is not finite")
@@ -195,7 +196,7 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
     if not chosen:
         raise ValueError(f"layers is {layers!r}, which chooses none")
     if len(set(chosen)) != len(chosen):
-        raise ValueError(f"layers is {layers!r}, which repeats one; chain two interventions instead")
+        raise ValueError(f"layers is {layers!r}, which repeats one; chain two instead")
     if chosen[0] < 0 or (total is not None and chosen[-1] >= total):
         beyond = "" if total is None else f"; they are 0…{total - 1}"
         raise ValueError(f"layers is {layers!r}, out of range{beyond}")

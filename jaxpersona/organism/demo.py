@@ -7,6 +7,7 @@ batches, so all arms run in one program and differ in data alone.
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpersona.families import read_json
 from jaxpersona.generate import generate
 from jaxpersona.interventions import Interventions, cap, stack_rows, steer
 from jaxpersona.load import Model
@@ -101,7 +103,7 @@ class _Arms:
         self.layers = slice(layers // 2, layers)
         floor = found.axis.thresholds("p25", of="default")[self.layers]
         self.cap = cap(found.axis, layers=self.layers, floor=floor)
-        means = Run(folder, _manifest_of(folder)).means("default")
+        means = Run(folder, read_json(pathlib.Path(folder) / "run.json")).means("default")
         rng = np.random.default_rng([seed, 7])
         self.percentile: list[Interventions] = []
         self.displaced: list[Interventions] = []
@@ -179,15 +181,9 @@ class _Arms:
                 "steer_styles": [evaluate.mean_style(answers) for answers in said]}
 
 
-def _manifest_of(folder: Any) -> dict[str, Any]:
-    import json
-    import pathlib
-
-    return json.loads((pathlib.Path(folder) / "run.json").read_text("utf-8"))
-
-
-def _drift(model: Model, found: Extraction, capped: Interventions, seed: int,
-           report: Report | None) -> tuple[dict[str, Talks], dict[str, list[float]], dict[str, Any]]:
+def _drift(
+    model: Model, found: Extraction, capped: Interventions, seed: int, report: Report | None
+) -> tuple[dict[str, Talks], dict[str, list[float]], dict[str, Any]]:
     """Let emotional and meta-reflective users talk to the default persona, with and without cap."""
     rng = np.random.default_rng([seed, 4])
     pulls = world.EMOTIONAL + world.META

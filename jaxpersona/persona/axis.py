@@ -15,7 +15,9 @@ LABELS = {3: "pos_3", 2: "pos_2"}  # fully and somewhat role-playing
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 
 
-def role_vectors(means: np.ndarray, scores: Sequence[int | None]) -> dict[str, tuple[np.ndarray, int]]:
+def role_vectors(
+    means: np.ndarray, scores: Sequence[int | None]
+) -> dict[str, tuple[np.ndarray, int]]:
     """Average one role's response means by what the judge gave them.
 
     Args:
@@ -60,8 +62,10 @@ def project(means: np.ndarray, directions: np.ndarray) -> np.ndarray:
     return np.einsum("nld,ld->nl", means, unit, dtype=np.float64).astype(np.float32)
 
 
-def percentiles(projections: np.ndarray, at: Sequence[int] = PERCENTILES) -> dict[str, np.ndarray]:
-    """Return percentiles of projections [n, L] along +axis: "p25" → [L] float32; NaN rows skipped."""
+def percentiles(
+    projections: np.ndarray, at: Sequence[int] = PERCENTILES
+) -> dict[str, np.ndarray]:
+    """Return percentiles of projections [n, L] along +axis: "p25" → [L]; NaN rows skipped."""
     kept = projections[np.isfinite(projections).all(1)]
     if not len(kept):
         raise ValueError("no projection is finite; every reply was empty")

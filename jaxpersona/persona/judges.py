@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from jaxpersona.persona.reading import fill
 from jaxpersona.persona.texts import Role
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ class SelfJudge:
         if not role.eval_prompt:
             raise ValueError(f"role {role.name!r} has no eval_prompt; the judge 'self' needs one")
         asked = [
-            role.eval_prompt.replace("{question}", record["question"])
-            .replace("{answer}", record["conversation"][-1]["content"])
+            fill(role.eval_prompt, question=record["question"],
+                 answer=record["conversation"][-1]["content"])
             for record in records
         ]
         said = generate(self.model, asked, max_new_tokens=10, batch_size=self.batch_size)

@@ -124,4 +124,6 @@ def _same(folder: pathlib.Path, found: Any, wanted: Mapping[str, Any]) -> None:
         if old.get(key) != new.get(key)
     ]
     if differ:
-        raise ValueError(f"{folder}: holds another run ({'; '.join(differ)}); choose another folder")
+        raise ValueError(
+            f"{folder}: holds another run ({'; '.join(differ)}); choose another folder"
+        )

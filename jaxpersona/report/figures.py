@@ -1,4 +1,4 @@
-"""Draw what a run found: roles on the axis, PCA, variance explained, drift with and without a cap."""
+"""Draw what a run found: roles on the axis, PCA, variance explained, drift with and without cap."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def roles_on_axis(path: pathlib.Path, projections: Mapping[str, np.ndarray], lay
                   fillstyle="none" if name in held_out else "full")
     axes.set_yticks(range(len(names)), names, fontsize=7)
     axes.set_xlabel(f"projection on the Assistant Axis, layer {layer} (residual-stream units)")
-    axes.set_title("Roles on the axis (open circles: held out)" if held_out else "Roles on the axis")
+    note = " (open circles: held out)" if held_out else ""
+    axes.set_title(f"Roles on the axis{note}")
     _save(figure, path)
 
 
