@@ -147,7 +147,7 @@ def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
 
 
 def _read_into(path: pathlib.Path, start: int, out: np.ndarray) -> None:
-    view = memoryview(out.reshape(-1).view(np.uint8))
+    view = out.reshape(-1).view(np.uint8).data
     with open(path, "rb", buffering=0) as file:
         file.seek(start)
         done = 0
@@ -187,7 +187,7 @@ def pieces(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     yield len(text).to_bytes(8, "little") + text
     for name, (dtype, shape) in tensors.items():
         value = np.ascontiguousarray(values(name), dtype).reshape(shape)
-        yield memoryview(value.reshape(-1).view(np.uint8))
+        yield value.reshape(-1).view(np.uint8).data
 
 
 def replace_files(folder: pathlib.Path, files: Mapping[str, Iterable[Any]],

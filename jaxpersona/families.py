@@ -167,7 +167,8 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
         missing = [key for key in _LLAMA3 if key not in raw]
         if missing:
             raise ValueError(f"rope scaling 'llama3' lacks {', '.join(missing)}")
-        rope = Rope(base, "llama3", *(float(raw[key]) for key in _LLAMA3[:3]), int(raw[_LLAMA3[3]]))
+        factor, low, high = (float(raw[key]) for key in _LLAMA3[:3])
+        rope = Rope(base, "llama3", factor, low, high, int(raw[_LLAMA3[3]]))
         allowed |= set(_LLAMA3)
     elif kind == "linear":
         if "factor" not in raw:
@@ -276,8 +277,8 @@ def _check_types(raw: Mapping[str, Any]) -> None:
         check(key, type(value) is int and value > 0, "a positive integer")
     for key in _REALS:
         value = raw.get(key)
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        check(key, good and 0 < value < math.inf, "a positive number")
+        good = type(value) is not bool and isinstance(value, int | float) and 0 < value < math.inf
+        check(key, good, "a positive number")
     for key in _FLAGS:
         check(key, isinstance(raw.get(key), bool), "true or false")
     first = raw.get("max_window_layers")

@@ -39,6 +39,7 @@ def model(family: str, seed: int = 0, gain: float = 1.2, **fields: Any) -> Any:
     settings = config(family, **fields)
     settings._attn_implementation = "eager"
     cls = getattr(transformers, f"{_NAMES[family]}ForCausalLM")
+    torch.set_num_threads(1)  # for models so small, more only wait for each other
     torch.manual_seed(seed)
     made = cls(settings).eval()
     draw = torch.Generator().manual_seed(seed)
