@@ -35,7 +35,7 @@ class MeanState:
     def value(self) -> Any:
         """[B, L, D], by turn [B, L, M, D]; NaN where there was no token."""
         count = self.count[None, ..., None]
-        xp = np if isinstance(self.total, np.ndarray) else jnp
+        xp: Any = np if isinstance(self.total, np.ndarray) else jnp
         mean = xp.where(count > 0, self.total / xp.maximum(count, 1.0), xp.nan)
         return xp.moveaxis(mean, 0, 1)
 
@@ -50,7 +50,7 @@ class LastState:
     @property
     def value(self) -> Any:
         """[B, L, D]."""
-        xp = np if isinstance(self.latest, np.ndarray) else jnp
+        xp: Any = np if isinstance(self.latest, np.ndarray) else jnp
         seen = (self.position >= 0)[None, :, None]
         return xp.moveaxis(xp.where(seen, self.latest, xp.nan), 0, 1)
 

@@ -14,7 +14,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxpersona.batch import ASSISTANT, GENERATED, THINKING, VALID, Batch
+from jaxpersona.batch import ASSISTANT, GENERATED, TEMPLATE, THINKING, VALID, Batch
 from jaxpersona.cache import Cache, init_cache
 from jaxpersona.capture import Capture
 from jaxpersona.config import ModelConfig
@@ -84,16 +84,18 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
     out = forward(params, config, batch, interventions=edits, capture=capture, cache=cache,
                   logits="last")
     length = batch.length
-    inside = (batch.kind.astype(jnp.int32) & THINKING) != 0
     at = jnp.maximum(length - 1, 0)[:, None]
+    kind = jnp.take_along_axis(batch.kind.astype(jnp.int32), at, 1)[:, 0]
+    # a template's last scaffold belongs to the reply already; a bare prompt is the turn before it
+    begins = ((kind & TEMPLATE) == 0).astype(jnp.int32)
     state = State(
         cache=out.cache,  # pyright: ignore[reportArgumentType]
         token=jnp.zeros((rows,), jnp.int32),
         position=length - 1,
-        turn=jnp.take_along_axis(batch.turn, at, 1)[:, 0],
+        turn=jnp.take_along_axis(batch.turn, at, 1)[:, 0] + begins,
         row_id=batch.row_id,
         done=length == 0,
-        thinking=jnp.take_along_axis(inside, at, 1)[:, 0],
+        thinking=(kind & THINKING) != 0,
         limit=limit,
         length=jnp.zeros((rows,), jnp.int32),
         tokens=jnp.full((rows, max_new), -1, jnp.int32),

@@ -83,7 +83,7 @@ def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
     def agreement(held_out: bool) -> float:
         roles = world.roles(held_out=held_out)
         measured = [place[role.name] for role in roles]
-        return float(spearmanr(measured, [role.likeness for role in roles])[0])
+        return float(spearmanr(measured, [r.likeness for r in roles]).statistic)  # pyright: ignore
 
     return {
         "roles": len(found.projections) - 1, "roles_in_axis": len(found.analysis.names),
@@ -203,7 +203,8 @@ def _drift(
     both = grow(model, openings * 2, messages * 2, found.axis, interventions=edits, seed=seed,
                 ids=list(range(_TALKS)) * 2, temperature=1.0, max_new_tokens=REPLY,
                 batch_size=BATCH, report=tell)
-    talks, styles, figures = {}, {}, {"drift_n": _TALKS, "drift_turns": turns}
+    talks, styles = {}, {}
+    figures: dict[str, Any] = {"drift_n": _TALKS, "drift_turns": turns}
     for name, part in (("uncapped", slice(0, _TALKS)), ("capped", slice(_TALKS, None))):
         said = [replies[part] for replies in both.replies]
         talks[name] = Talks(said, both.projections[:, part], both.rows[part], both.tokens[part],

@@ -98,7 +98,7 @@ def principal_components(vectors: np.ndarray, axis: np.ndarray) -> Components:
     if len(vectors) < 2:
         raise ValueError(f"{len(vectors)} role vectors; principal components need at least two")
     found = PCA(svd_solver="full").fit(vectors.astype(np.float64))
-    directions = found.components_.copy()
+    directions = np.array(found.components_)
     directions *= np.where(directions @ axis < 0, -1.0, 1.0)[:, None]
     coordinates = (vectors - found.mean_) @ directions.T
     return Components(directions, found.explained_variance_ratio_, coordinates)

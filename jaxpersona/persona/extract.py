@@ -109,8 +109,8 @@ def extract_axis(
     used = {name: vector for name, vector in enough.items() if name not in held_out}
     if len(used) < 2:
         raise ValueError(
-            f"{len(used)} of {len(names) - 1} roles have {min_count} rollouts that fully play them; the "
-            "axis needs two: ask more questions, lower min_count, or use another judge"
+            f"{len(used)} of {len(names) - 1} roles have {min_count} rollouts that fully play "
+            "them; the axis needs two: ask more questions, lower min_count, or use another judge"
         )
     analysis = science.analyse(default, used)
     projections = {name: science.project(value, analysis.axis) for name, value in means.items()}
