@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-
-from jaxpersona import sharding
 from jaxpersona.ckpts import tensorfile
 from jaxpersona.ckpts.tensorfile import DTYPES, Entry
+
+from jaxpersona import sharding
 from jaxpersona.config import ModelConfig
 from jaxpersona.families import from_hf, read_json, to_hf
 from jaxpersona.params import Params, Spec, layout
@@ -202,7 +202,7 @@ def _read(entry: Entry, spec: Spec, dtype: np.dtype, mesh: Mesh | None) -> jax.A
     if mesh is None:
         return jax.device_put(_cast(tensorfile.read_slice(entry), dtype).reshape(spec.shape))
 
-    def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def shard(index: Any) -> np.ndarray:
         ranges = [s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True)]
         part = tensorfile.read_slice(entry, file_index(spec, ranges))
         return _cast(part, dtype).reshape([stop - start for start, stop in ranges])

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-
 from jaxpersona.ckpts import hf
 from jaxpersona.ckpts.tensorfile import read_header, read_slice
+
 from jaxpersona.params import init_params
 from jaxpersona.sharding import make_mesh
 
