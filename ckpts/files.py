@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-
 from jaxpersona.ckpts.tensorfile import pieces
 
 

@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 import numpy as np
-
 from jaxpersona.ckpts.files import read_tensors, write_tensors
+
 from jaxpersona.vectors import Axis, Vector
 
 _FORMAT = "jaxpersona-vector"
