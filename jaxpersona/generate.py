@@ -201,7 +201,10 @@ def _row_ids(rows: list[chat.Row], ids: Sequence[int] | None) -> np.ndarray:
     if ids is not None:
         if len(ids) != len(rows):
             raise ValueError(f"ids has {len(ids)} entries for {len(rows)} conversations")
-        return np.asarray(ids, np.uint32)
+        given = np.asarray(ids)
+        if not np.issubdtype(given.dtype, np.integer) or given.min() < 0 or given.max() >= 2**32:
+            raise ValueError(f"ids must be integers in 0…2³²−1; they begin with {list(ids)[:4]}")
+        return given.astype(np.uint32)
     seen: Counter[bytes] = Counter()
     out = []
     for row in rows:

@@ -1,4 +1,4 @@
-"""Captures against NumPy on every activation: in one pass, in chunks, in decode, while generating."""
+"""Captures against NumPy on every activation: in one pass, in pieces and while generating."""
 
 from __future__ import annotations
 

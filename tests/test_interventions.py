@@ -1,4 +1,4 @@
-"""Interventions against PyTorch forward hooks written from the equations, and caps that do nothing."""
+"""Interventions against PyTorch hooks written from the equations, and caps that do nothing."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def models(request, tmp_path_factory):
 
 
 def theirs(made, rows, hooks, decode_only):
-    """Greedy generation with hooks, left-padded: tokens [B, NEW], residuals [B, L, T + NEW − 1, D]."""
+    """Generate with hooks, left-padded: tokens [B, NEW], residuals [B, L, T + NEW − 1, D]."""
     import torch
 
     width = max(map(len, rows))

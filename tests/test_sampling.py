@@ -1,0 +1,102 @@
+"""The sampler against the exact distribution, and each row's draw against its neighbours."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support as s
+from scipy import stats
+
+from jaxpersona.sampling import CANDIDATES, choose, sampling, uniforms
+
+DRAWS, V = 4096, 1024
+pick = jax.jit(choose)
+RNG = np.random.default_rng(0)
+STEEP = RNG.normal(size=V) * 2
+FLAT = RNG.normal(size=V) * 0.1  # its nucleus holds far more than the candidates
+
+
+def exact(logits, temperature=1.0, top_p=1.0, top_k=0):
+    """Top-k, then the nucleus of what is left, by sorting."""
+    p = np.exp((logits - logits.max()) / temperature)
+    p /= p.sum()
+    order = np.argsort(-p, kind="stable")
+    kept = p[order].copy()
+    if top_k:
+        kept[top_k:] = 0
+        kept /= kept.sum()
+    before = np.cumsum(kept) - kept
+    kept[before >= top_p] = 0
+    out = np.zeros_like(p)
+    out[order] = kept / kept.sum()
+    return out
+
+
+def draw(logits, seed=0, **how):
+    logits = jnp.asarray(np.broadcast_to(logits, (DRAWS, V)), jnp.float32)
+    rows = jnp.arange(DRAWS, dtype=jnp.uint32)
+    return np.asarray(pick(logits, sampling(DRAWS, seed=seed, **how), rows,
+                           jnp.full((DRAWS,), 17, jnp.int32)))
+
+
+CASES = {
+    "plain": (STEEP, {"temperature": 1.0}), "cool": (STEEP, {"temperature": 0.7, "top_p": 0.9}),
+    "top-k": (STEEP, {"temperature": 1.3, "top_k": 9}),
+    "top-k and top-p": (STEEP, {"temperature": 1.0, "top_k": 20, "top_p": 0.6}),
+    "flat": (FLAT, {"temperature": 1.0}),
+    "flat nucleus": (FLAT, {"temperature": 0.7, "top_p": 0.9}),
+    "flat top-k and top-p": (FLAT, {"temperature": 1.0, "top_k": 256, "top_p": 0.5}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_distribution(case):
+    logits, how = CASES[case]
+    p = exact(logits, **how)
+    if case in ("flat", "flat nucleus"):
+        assert (p > 0).sum() > CANDIDATES
+    found = np.concatenate([draw(logits, seed, **how) for seed in range(6)])
+    counts = np.bincount(found, minlength=V)
+    rare = np.sort(p[p > 0])[:2].sum()
+    assert counts[p == 0].sum() <= max(4 * rare * found.size, 2), "drawn outside the nucleus"
+    order = np.argsort(-p)  # categories of at least 20 expected draws
+    bins = np.minimum((np.cumsum(p[order]) * (1 - 1e-9) * found.size / 40).astype(int), 900)
+    seen, wanted = (np.bincount(bins, weights=x[order]) for x in (counts, p * found.size))
+    full = wanted > 20
+    pair = [np.append(x[full], x[~full].sum() + 1e-9) for x in (seen, wanted)]
+    assert full.sum() >= 5
+    assert stats.chisquare(pair[0], pair[1] * pair[0].sum() / pair[1].sum()).pvalue > 1e-3
+
+
+def test_greedy_is_the_first_of_the_greatest():
+    tied = np.zeros(V)
+    tied[[300, 40, 900]] = 2.0
+    assert (draw(tied) == 40).all()
+
+
+def test_a_draw_does_not_depend_on_the_neighbours_path():
+    logits = np.where(np.arange(DRAWS)[:, None] % 2 == 0, STEEP, FLAT)
+    mixed = draw(logits, temperature=1.0, top_p=0.9)
+    np.testing.assert_array_equal(mixed[::2], draw(STEEP, temperature=1.0, top_p=0.9)[::2])
+    np.testing.assert_array_equal(mixed[1::2], draw(FLAT, temperature=1.0, top_p=0.9)[1::2])
+    warm = np.where(np.arange(DRAWS) % 3 == 0, 0.0, 1.0)  # greedy rows among them
+    some = draw(logits, temperature=warm, top_p=0.9)
+    np.testing.assert_array_equal(some[warm > 0], mixed[warm > 0])
+    np.testing.assert_array_equal(some[warm == 0], logits.argmax(-1)[warm == 0])
+
+
+def test_uniforms_are_uniform_and_keyed():
+    def rows(seed, first, place):
+        n = 20_000
+        return np.asarray(uniforms(jnp.full(n, seed, jnp.uint32),
+                                   jnp.arange(first, first + n, dtype=jnp.uint32),
+                                   jnp.full(n, place, jnp.int32)))
+
+    base = rows(0, 0, 5)
+    assert stats.kstest(base, "uniform").pvalue > 1e-3 and (base >= 0).all() and (base < 1).all()
+    np.testing.assert_array_equal(rows(0, 100, 5)[:100], base[100:200])
+    for other in (rows(1, 0, 5), rows(0, 0, 6)):
+        assert abs(np.corrcoef(base, other)[0, 1]) < 0.03
+    assert not s.same_bits(base, rows(1, 0, 5))

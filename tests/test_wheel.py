@@ -1,0 +1,49 @@
+"""The wheel holds everything that an installed package needs."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+def test_the_wheel_is_whole(tmp_path):
+    source = tmp_path / "source"  # a copy, because setuptools builds inside the tree
+    skip = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__", ".*_cache",
+                                  "runs", "tests", ".hypothesis")
+    shutil.copytree(ROOT, source, ignore=skip)
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q",
+         "-w", str(tmp_path)], cwd=source, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    wanted = {f"jaxpersona/{p.relative_to(ROOT / 'jaxpersona').as_posix()}"
+              for p in (ROOT / "jaxpersona").rglob("*.py")}
+    for folder in ("kernels", "ckpts"):
+        wanted |= {f"jaxpersona/{p.relative_to(ROOT).as_posix()}"
+                   for p in (ROOT / folder).rglob("*.py")}
+    data = ROOT / "jaxpersona" / "data"
+    wanted |= {f"jaxpersona/data/{p.relative_to(data).as_posix()}" for p in data.rglob("*")
+               if p.suffix in (".json", ".jsonl", ".md", ".png")}
+    wanted |= {f"jaxpersona/ckpts/mini/{name}" for name in (
+        "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md")}
+    assert not (missing := sorted(wanted - names)), f"the wheel lacks {missing}"
+    assert not [name for name in names if name.startswith(("kernels/", "ckpts/", "tests/"))]
+    # unpacked elsewhere, away from the source tree, it imports and finds its model
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    code = (f"import sys; sys.path.insert(0, {str(site)!r}); import jaxpersona as jp; "
+            f"assert jp.__file__.startswith({str(site)!r}); import jaxpersona.kernels.api; "
+            "print(jp.load('mini').config.n_layers)")
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                         text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert int(ran.stdout) > 0
