@@ -256,7 +256,7 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig, *,
       ValueError: the parameters do not fit the configuration, or the folder cannot be written to.
     """
     folder = pathlib.Path(folder)
-    arrays = _named(params, config)
+    arrays = named(params, config)
     shards: list[list[str]] = [[]]
     size = 0
     for name, (_, array) in arrays.items():
@@ -286,7 +286,7 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig, *,
     tensorfile.replace_files(folder, files, [name for name in old if name not in files])
 
 
-def _named(params: Params, config: ModelConfig) -> dict[str, tuple[Spec, jax.Array]]:
+def named(params: Params, config: ModelConfig) -> dict[str, tuple[Spec, jax.Array]]:
     """Pair every parameter with its file's tensor.
 
     Raises:

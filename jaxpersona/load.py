@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpersona import sharding
-from jaxpersona.ckpts import hf
+from jaxpersona.ckpts import hf, orbax
 from jaxpersona.config import ModelConfig
 from jaxpersona.families import read_json
 from jaxpersona.params import Params, fingerprint, init_params, layout
@@ -59,8 +59,9 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
     """Load a model.
 
     Args:
-      source: a folder in the Hugging Face layout; "mini", the embedded model; "random:<preset>",
-        random weights of a real shape; or the name of a repository of the hub.
+      source: a folder in the Hugging Face layout or that `ckpts.orbax.save` wrote; "mini", the
+        embedded model; "random:<preset>", random weights of a real shape; or the name of a
+        repository of the hub.
       mesh: spreads the parameters over devices.
       dtype: "float32", "bfloat16" or "float16"; by default float32 on a CPU, else bfloat16.
       progress: called with the bytes read so far and in all.
@@ -128,7 +129,10 @@ def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
 def _folder(folder: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
             progress: hf.Progress | None) -> Model:
     config, raw = hf.read_config(folder)
-    params = hf.load(folder, config, dtype=dtype, mesh=mesh, progress=progress)
+    if orbax.holds_checkpoint(folder):
+        params, _ = orbax.load(folder, dtype=dtype, mesh=mesh)
+    else:
+        params = hf.load(folder, config, dtype=dtype, mesh=mesh, progress=progress)
     tokenizer = read_tokenizer(folder)
     return _model(config, params, tokenizer, mesh, name, _stop_ids(folder, raw, tokenizer))
 
