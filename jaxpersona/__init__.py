@@ -12,7 +12,18 @@ from jaxpersona.ckpts.vectors import load_axis, load_vector, save_vector
 from jaxpersona.config import ModelConfig
 from jaxpersona.families import from_hf
 from jaxpersona.generate import Generated, generate
-from jaxpersona.interventions import Interventions, Where, cap, chain, stack_rows, steer, turns
+from jaxpersona.interventions import (
+    Interventions,
+    Where,
+    ablate,
+    cap,
+    chain,
+    scale,
+    set_projection,
+    stack_rows,
+    steer,
+    turns,
+)
 from jaxpersona.interventions.where import (
     assistant,
     everywhere,
@@ -36,8 +47,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Applied", "Axis", "Batch", "Cache", "Generated", "Interventions", "Model", "ModelConfig",
-    "Output", "Params", "Vector", "Where", "assistant", "batch", "cap", "capture", "chain",
-    "encode", "everywhere", "forward", "from_hf", "from_last", "generate", "generated",
-    "init_cache", "init_params", "last", "load", "load_axis", "load_vector", "make_mesh", "marked",
-    "preset", "prompt", "response", "save_vector", "stack_rows", "steer", "system", "turns", "user",
+    "Output", "Params", "Vector", "Where", "ablate", "assistant", "batch", "cap", "capture",
+    "chain", "encode", "everywhere", "forward", "from_hf", "from_last", "generate", "generated",
+    "init_cache", "init_params", "last", "load", "load_axis", "load_vector", "make_mesh",
+    "marked", "preset", "prompt", "response", "save_vector", "scale", "set_projection",
+    "stack_rows", "steer", "system", "turns", "user",
 ]

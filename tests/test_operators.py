@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import support as s
 
 from jaxpersona.batch import ASSISTANT, CODE, GENERATED, TEMPLATE, THINKING, USER, batch
 from jaxpersona.generate import generate
-from jaxpersona.interventions import cap, chain, stack_rows, steer, turns
+from jaxpersona.interventions import (
+    ablate,
+    cap,
+    chain,
+    scale,
+    set_projection,
+    stack_rows,
+    steer,
+    turns,
+)
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.edit import table
 from jaxpersona.interventions.operators import resolve_layers
@@ -40,6 +50,9 @@ REFUSED = {
     "vector has shape \\(2, 8\\)": lambda: steer(np.ones((2, 8)), layers=1),
     "vector has shape \\(\\)": lambda: steer(np.float32(2), layers=1),
     "vector has 3 layers, but 2 were chosen": lambda: steer(np.ones((1, 3, 8)), layers=[1, 2]),
+    "scale is infinite": lambda: steer(V, layers=1, scale=np.inf),
+    "factor is infinite": lambda: scale(V, -np.inf, layers=1),
+    "value is NaN": lambda: set_projection(V, np.nan, layers=1),
     "scale is NaN": lambda: steer(V, layers=1, scale=np.nan),
     "floor is NaN": lambda: cap(V, layers=1, floor=np.nan),
     "floor has shape \\(3,\\)": lambda: cap(V, layers=[1, 2], floor=[1, 2, 3]),
@@ -158,3 +171,24 @@ def test_a_direction_of_another_model_is_refused():
     with pytest.raises(ValueError, match="made for another model"):
         generate(model, [[5]], interventions=steer(other, layers=1))
     generate(model, [[5]], interventions=steer(mine, layers=1), max_new_tokens=2, batch_size=1)
+
+
+@pytest.mark.parametrize(("made", "expected"), [
+    (lambda v: ablate(v, layers=0), lambda p: 0 * p),
+    (lambda v: scale(v, 3.0, layers=0), lambda p: 3 * p),
+    (lambda v: scale(v, [-1.0], layers=[0]), lambda p: -p),
+    (lambda v: set_projection(v, -2.5, layers=0), lambda p: 0 * p - 2.5),
+])
+def test_linear_operators_follow_their_equations(made, expected):
+    """Each changes the projection as it says and leaves the orthogonal part and the rest alone."""
+    rng = np.random.default_rng(4)
+    h, v = rng.normal(size=(3, 5, 8)).astype(np.float32), rng.normal(size=8)
+    active = rng.random((3, 5)) < 0.6
+    edit = made(v).edits[0]
+    out, changed = edit.apply(0, jnp.asarray(h), jnp.asarray(active))
+    unit = v / np.linalg.norm(v)
+    p = h @ unit
+    wanted = h + np.where(active, expected(p) - p, 0)[..., None] * unit
+    np.testing.assert_allclose(out, wanted, atol=1e-5)
+    np.testing.assert_array_equal(changed, active)
+    np.testing.assert_array_equal(np.asarray(out)[~active], h[~active])

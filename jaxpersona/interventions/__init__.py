@@ -2,10 +2,17 @@
 
 from jaxpersona.interventions.compose import Interventions, chain, stack_rows
 from jaxpersona.interventions.edit import SITES, Edit, Site
-from jaxpersona.interventions.operators import cap, resolve_layers, steer
+from jaxpersona.interventions.operators import (
+    ablate,
+    cap,
+    resolve_layers,
+    scale,
+    set_projection,
+    steer,
+)
 from jaxpersona.interventions.where import Where, holds, turns
 
 __all__ = [
-    "SITES", "Edit", "Interventions", "Site", "Where", "cap", "chain", "holds", "resolve_layers",
-    "stack_rows", "steer", "turns",
+    "Edit", "Interventions", "SITES", "Site", "Where", "ablate", "cap", "chain", "holds",
+    "resolve_layers", "scale", "set_projection", "stack_rows", "steer", "turns",
 ]

@@ -91,6 +91,57 @@ def cap(
     return bank.finish(where, lo=lo, hi=hi, push=None if along is None else along.direction)
 
 
+def ablate(
+    vector: Any,
+    *,
+    layers: Layers,
+    where: Where = everywhere,
+    rows: Any = None,
+    site: Site = "residual",
+) -> Interventions:
+    """Remove the component along a direction: h ← h − v̂·⟨h, v̂⟩ (Arditi et al. 2024).
+
+    Args and errors are those of `steer`; the direction's length does not matter.
+    """
+    return scale(vector, 0.0, layers=layers, where=where, rows=rows, site=site)
+
+
+def scale(
+    vector: Any,
+    factor: Any,
+    *,
+    layers: Layers,
+    where: Where = everywhere,
+    rows: Any = None,
+    site: Site = "residual",
+) -> Interventions:
+    """Multiply the projection on a direction: h ← h + (factor − 1)·⟨h, v̂⟩·v̂.
+
+    Args and errors are those of `steer`, with `factor` a number, one a layer or one an entry.
+    """
+    bank = _Bank(vector, layers, rows, site)
+    return bank.finish(where, s=bank.spread("factor", factor))
+
+
+def set_projection(
+    vector: Any,
+    value: Any,
+    *,
+    layers: Layers,
+    where: Where = everywhere,
+    rows: Any = None,
+    site: Site = "residual",
+) -> Interventions:
+    """Put the projection on a direction at a value: h ← h + (value − ⟨h, v̂⟩)·v̂.
+
+    With the mean projection of some texts as `value` it is a mean-ablation along v̂ (the rest of h
+    is left as it is). Args and errors are those of `steer`; `value` is in units of the residual
+    stream.
+    """
+    bank = _Bank(vector, layers, rows, site)
+    return bank.finish(where, s=0.0, c=bank.spread("value", value))
+
+
 class _Bank:
     """Directions read from any of the accepted forms, and numbers spread to fit them."""
 
@@ -149,6 +200,8 @@ class _Bank:
         n, count = self.direction.shape[1], len(self.layers)
         if np.isnan(given).any():
             raise ValueError(f"{name} is NaN")
+        if name not in ("floor", "ceiling") and np.isinf(given).any():
+            raise ValueError(f"{name} is infinite; it must be a finite number")
         if given.ndim and given.shape[-1] == self.total and (given.ndim == 2 or self.index is None):
             given = given[..., list(self.layers)]  # one a layer of the model
         if given.ndim == 0:
