@@ -14,7 +14,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python -m jaxpersona.cli demo --out runs/bench
+	$(BIN)/python bench/cap_overhead.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/pip install -q -e '.[dev]'
