@@ -127,10 +127,11 @@ def test_while_generating_equals_a_second_pass():
         if len(said):
             want = whole[:, len(row) :].mean(1)
             assert s.rowwise(out.captured["mean"][b], want).max() <= 1e-4
-            assert s.rowwise(out.captured["turns"][b][:, 0], want).max() <= 1e-4
+            assert s.rowwise(out.captured["turns"][b][:, 1], want).max() <= 1e-4
         else:
             assert np.isnan(out.captured["mean"][b]).all()
-        assert np.isnan(out.captured["turns"][b][:, 1]).all()
+        # the reply to a bare prompt, which is message 0, is message 1
+        assert np.isnan(out.captured["turns"][b][:, 0]).all()
         assert s.rowwise(out.captured["last"][b], whole[:, -1]).max() <= 1e-4
         assert s.rowwise(out.captured["prompt"][b], whole[:, : len(row)].mean(1)).max() <= 1e-4
 
