@@ -192,3 +192,27 @@ def test_linear_operators_follow_their_equations(made, expected):
     np.testing.assert_allclose(out, wanted, atol=1e-5)
     np.testing.assert_array_equal(changed, active)
     np.testing.assert_array_equal(np.asarray(out)[~active], h[~active])
+
+
+def test_push_displaces_as_far_as_the_cap_elsewhere():
+    """With a push, h moves by the cap's own deficit along another direction, row by row too."""
+    rng = np.random.default_rng(5)
+    h = rng.normal(size=(2, 4, 8)).astype(np.float32)
+    v, u = rng.normal(size=(2, 8))
+    active = jnp.ones((2, 4), bool)
+    moved = cap(v, layers=1, floor=1.0, push=u)
+    deficit = np.maximum(1.0 - h @ (v / np.linalg.norm(v)), 0)
+    wanted = h + deficit[..., None] * (u / np.linalg.norm(u))
+    out, changed = moved.edits[0].apply(1, jnp.asarray(h), active)
+    np.testing.assert_allclose(out, wanted, atol=1e-5)
+    np.testing.assert_array_equal(changed, deficit > 0)
+    both = stack_rows([moved, cap(v, layers=1, floor=1.0)])
+    assert len(both.edits) == 2  # a table with a push and one without
+    x = jnp.asarray(h)
+    for edit in both.by_row(2).edits:
+        x, _ = edit.apply(1, x, active)
+    np.testing.assert_allclose(x[0], wanted[0], atol=1e-5)
+    np.testing.assert_allclose(x[1], (h + deficit[..., None] * (v / np.linalg.norm(v)))[1],
+                               atol=1e-5)
+    with pytest.raises(ValueError, match="push has shape"):
+        cap(v, layers=1, floor=1.0, push=np.ones(9))
