@@ -31,7 +31,8 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a parent that is no folder has been named above
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
