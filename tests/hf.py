@@ -28,17 +28,23 @@ def config(family: str, **fields: Any) -> Any:
     return getattr(transformers, kind)(**{**SIZE, **ends, **fields})
 
 
+def architecture(family: str) -> Any:
+    """Return a family's class of transformers."""
+    import transformers
+
+    return getattr(transformers, f"{_NAMES[family]}ForCausalLM")
+
+
 def model(family: str, seed: int = 0, gain: float = 1.2, **fields: Any) -> Any:
     """Make a random float32 model of transformers with eager attention.
 
     A product's weights have a deviation of gain/√inputs.
     """
     import torch
-    import transformers
 
     settings = config(family, **fields)
     settings._attn_implementation = "eager"
-    cls = getattr(transformers, f"{_NAMES[family]}ForCausalLM")
+    cls = architecture(family)
     torch.set_num_threads(1)  # for models so small, more only wait for each other
     torch.manual_seed(seed)
     made = cls(settings).eval()
@@ -109,3 +115,77 @@ def distance(a: Any, b: Any) -> float:
     """Return ‖a − b‖₂ / ‖b‖₂ over all entries."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def steered(v: Any, c: float) -> Any:
+    """Make a hook's function: h ← h + c·v."""
+    return lambda h, torch: h + c * torch.tensor(v, dtype=torch.float32)
+
+
+def capped(v: Any, floor: float) -> Any:
+    """Make a hook's function: h ← h − v̂·min(⟨h, v̂⟩ − τ, 0)."""
+
+    def act(h, torch):
+        unit = torch.tensor(v / np.linalg.norm(v), dtype=torch.float32)
+        return h - unit * torch.clamp((h @ unit)[..., None] - floor, max=0)
+
+    return act
+
+
+def generate(made: Any, rows: list[list[int]], hooks: Any, new: int, *,
+             decode_only: bool = False) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Generate `new` tokens greedily with hooks, the rows left-padded.
+
+    Args:
+      hooks: for a layer the functions that its residual goes through, in order.
+      decode_only: hooks act on new tokens alone.
+
+    Returns:
+      Tokens [B, new], and for every row its residuals [L, T + new − 1, D].
+    """
+    import torch
+
+    width = max(map(len, rows))
+    tokens = torch.tensor([[0] * (width - len(r)) + r for r in rows])
+    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+    read = [[] for _ in made.model.layers]
+
+    def hook(layer):
+        def act(module, args, output):
+            h = output[0] if isinstance(output, tuple) else output
+            if not decode_only or h.shape[1] == 1:
+                for edit in hooks.get(layer, ()):
+                    h = edit(h, torch)
+            read[layer].append(h)
+            return (h, *output[1:]) if isinstance(output, tuple) else h
+
+        return act
+
+    handles = [m.register_forward_hook(hook(i)) for i, m in enumerate(made.model.layers)]
+    try:
+        with torch.no_grad():
+            out = made.generate(tokens, attention_mask=mask, max_new_tokens=new, do_sample=False,
+                                pad_token_id=0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    stream = np.stack([torch.cat(x, 1).numpy() for x in read], 1)
+    kept = [x[:, width - len(row):] for x, row in zip(stream, rows, strict=True)]
+    return out[:, width:].numpy(), kept
+
+
+def same_run(ours: Any, rows: list[list[int]], tokens: np.ndarray,
+             stream: list[np.ndarray]) -> float:
+    """Check that a generation of ours has the tokens and, to 1e-4, the residuals of `generate`.
+
+    Returns:
+      The worst relative distance of a row's residual at a layer.
+    """
+    from support import relative
+
+    worst = 0.0
+    for b in range(len(rows)):
+        np.testing.assert_array_equal(ours.tokens[b], tokens[b])
+        worst = max(worst, relative(ours.captured["full"][b][:, :-1], stream[b]).max())
+    assert worst <= 1e-4
+    return worst

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
+import pathlib
 from typing import Any
 
 import jax
@@ -125,3 +127,70 @@ def top2_margin(logits: Any) -> np.ndarray:
     """Return the greatest logit less the second: [...] for [..., V]."""
     two = np.partition(np.asarray(logits, np.float64), -2, axis=-1)
     return two[..., -1] - two[..., -2]
+
+
+# a model of transformers whose vocabulary is that of `byte_tokenizer`
+BYTE_MODEL: dict[str, Any] = {
+    "vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48,
+    "max_position_embeddings": 256, "initializer_range": 0.2, "eos_token_id": 257,
+    "bos_token_id": None, "pad_token_id": None,
+}
+
+
+def byte_tokenizer(*, template: bool = True) -> Any:
+    """Make a byte-level tokenizer of 256 letters, a turn's begin and its end."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
+    if template:
+        tokenizer.chat_template = (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+    return tokenizer
+
+
+def random_checkpoint(folder: pathlib.Path, kind: Any, config: Any) -> pathlib.Path:
+    """Save a random model of transformers, of class `kind`."""
+    import torch
+
+    torch.manual_seed(0)
+    kind(config).save_pretrained(folder)
+    return folder
+
+
+def write_texts(folder: pathlib.Path, roles: Any, questions: Any) -> pathlib.Path:
+    """Write roles and questions in the layout that `jaxpersona axis` reads."""
+    (folder / "roles").mkdir()
+    for role in roles:
+        value = {"instruction": [{"pos": p} for p in role.prompts],
+                 "eval_prompt": "{question} {answer}?"}
+        (folder / "roles" / f"{role.name}.json").write_text(json.dumps(value))
+    lines = [json.dumps({"question": q.text, "id": q.id}) for q in questions]
+    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def axis_command(checkpoint: Any, texts: pathlib.Path, out: Any, *more: str) -> list[str]:
+    """The arguments of a small `jaxpersona axis`."""
+    return ["axis", "--model", str(checkpoint), "--roles", str(texts / "roles"), "--questions",
+            str(texts / "questions.jsonl"), "--out", str(out), "--max-new-tokens", "6",
+            "--batch-size", "8", "--min-count", "1", "--temperature", "1", "--top-p", "1", *more]
+
+
+def run_command(arguments: list[str]) -> Any:
+    """Run the command `jaxpersona`; return its exit code."""
+    import pytest
+
+    from jaxpersona import cli
+
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    return stop.value.code

@@ -30,36 +30,21 @@ U, V, W = RNG.normal(size=(3, 48))
 W = W - V  # at odds with V, so that the second of two caps undoes some of the first
 
 
-def steered(v, c):
-    """h ← h + c·v"""
-    return lambda h, torch: h + c * torch.tensor(v, dtype=torch.float32)
-
-
-def capped(v, floor):
-    """h ← h − v̂·min(⟨h, v̂⟩ − τ, 0)"""
-
-    def act(h, torch):
-        unit = torch.tensor(v / np.linalg.norm(v), dtype=torch.float32)
-        return h - unit * torch.clamp((h @ unit)[..., None] - floor, max=0)
-
-    return act
-
-
 CASES = {  # our interventions, and by layer the hooks in order
     "none": (lambda where: None, {}),
-    "steer": (lambda where: steer(U, layers=1, scale=0.5, where=where), {1: [steered(U, 0.5)]}),
+    "steer": (lambda where: steer(U, layers=1, scale=0.5, where=where), {1: [hf.steered(U, 0.5)]}),
     "two caps": (
         lambda where: chain(cap(V, layers=1, floor=3.0, where=where),
                             cap(W, layers=1, floor=1.0, where=where)),
-        {1: [capped(V, 3.0), capped(W, 1.0)]}),
+        {1: [hf.capped(V, 3.0), hf.capped(W, 1.0)]}),
     "two caps, swapped": (
         lambda where: chain(cap(W, layers=1, floor=1.0, where=where),
                             cap(V, layers=1, floor=3.0, where=where)),
-        {1: [capped(W, 1.0), capped(V, 3.0)]}),
+        {1: [hf.capped(W, 1.0), hf.capped(V, 3.0)]}),
     "cap of two layers after a steer": (
         lambda where: chain(steer(U, layers=0, scale=-0.4, where=where),
                             cap(V, layers=slice(1, 3), floor=1.0, where=where)),
-        {0: [steered(U, -0.4)], 1: [capped(V, 1.0)], 2: [capped(V, 1.0)]}),
+        {0: [hf.steered(U, -0.4)], 1: [hf.capped(V, 1.0)], 2: [hf.capped(V, 1.0)]}),
 }
 
 
@@ -71,38 +56,6 @@ def models(request, tmp_path_factory):
     return made, s.Tiny(config, params, stop_ids=(), fingerprint="0" * 16)
 
 
-def theirs(made, rows, hooks, decode_only):
-    """Generate with hooks, left-padded: tokens [B, NEW], residuals [B, L, T + NEW − 1, D]."""
-    import torch
-
-    width = max(map(len, rows))
-    tokens = torch.tensor([[0] * (width - len(r)) + r for r in rows])
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
-    read = [[] for _ in made.model.layers]
-
-    def hook(layer):
-        def act(module, args, output):
-            h = output[0] if isinstance(output, tuple) else output
-            if not decode_only or h.shape[1] == 1:
-                for edit in hooks.get(layer, ()):
-                    h = edit(h, torch)
-            read[layer].append(h)
-            return (h, *output[1:]) if isinstance(output, tuple) else h
-
-        return act
-
-    handles = [m.register_forward_hook(hook(i)) for i, m in enumerate(made.model.layers)]
-    try:
-        with torch.no_grad():
-            out = made.generate(tokens, attention_mask=mask, max_new_tokens=NEW, do_sample=False,
-                                pad_token_id=0)
-    finally:
-        for handle in handles:
-            handle.remove()
-    stream = np.stack([torch.cat(x, 1).numpy() for x in read], 1)
-    return out[:, width:].numpy(), stream, width
-
-
 @pytest.mark.parametrize(("case", "where"), [
     ("none", everywhere), ("steer", everywhere), ("steer", generated), ("two caps", everywhere),
     ("two caps", generated), ("two caps, swapped", everywhere),
@@ -112,15 +65,10 @@ def test_equals_hooks(models, case, where):
     made, model = models
     rows = hf.prompts(list(LENGTHS), 199)
     make, hooks = CASES[case]
-    tokens, stream, width = theirs(made, rows, hooks, where is generated)
+    tokens, stream = hf.generate(made, rows, hooks, NEW, decode_only=where is generated)
     ours = generate(model, rows, interventions=make(where), capture=s.READ, max_new_tokens=NEW,
                     batch_size=len(rows))
-    worst = 0.0
-    for b, row in enumerate(rows):
-        np.testing.assert_array_equal(ours.tokens[b], tokens[b])
-        want = stream[b, :, width - len(row) :]
-        worst = max(worst, s.relative(ours.captured["full"][b][:, :-1], want).max())
-    assert worst <= 1e-4
+    worst = hf.same_run(ours, rows, tokens, stream)
     for counts in ours.applied:
         assert (counts.changed > 0).any(), "an intervention never acted"
     print(f"{case}: {worst:.1e}")

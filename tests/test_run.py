@@ -6,10 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+import support as s
 from jaxpersona.ckpts.files import write_tensors
 from jaxpersona.ckpts.vectors import load_axis, load_vector, save_vector
 
-from jaxpersona import cli
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.persona.judges import NoJudge, read_score
@@ -30,56 +30,21 @@ SETTINGS = Settings(temperature=1.0, top_p=1.0, max_new_tokens=6, batch_size=8)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A random Qwen 3 saved by transformers, with a byte-level tokenizer made here."""
-    torch = pytest.importorskip("torch")
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+    pytest.importorskip("torch")
+    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     folder = tmp_path_factory.mktemp("checkpoint")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
-    words.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>")
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=258, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, intermediate_size=48, max_position_embeddings=256,
-        initializer_range=0.2, eos_token_id=257, bos_token_id=None, pad_token_id=None,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    return folder
+    s.byte_tokenizer().save_pretrained(folder)
+    return s.random_checkpoint(folder, Qwen3ForCausalLM, Qwen3Config(**s.BYTE_MODEL))
 
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """Roles and questions in the reference project's layout."""
-    folder = tmp_path_factory.mktemp("texts")
-    (folder / "roles").mkdir()
-    for role in ROLES:
-        value = {"instruction": [{"pos": p} for p in role.prompts],
-                 "eval_prompt": "{question} {answer}?"}
-        (folder / "roles" / f"{role.name}.json").write_text(json.dumps(value))
-    lines = [json.dumps({"question": q.text, "id": q.id}) for q in QUESTIONS]
-    (folder / "questions.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
+    return s.write_texts(tmp_path_factory.mktemp("texts"), ROLES, QUESTIONS)
 
 
-def command(checkpoint, texts, out, *more):
-    return ["axis", "--model", str(checkpoint), "--roles", str(texts / "roles"), "--questions",
-            str(texts / "questions.jsonl"), "--out", str(out), "--max-new-tokens", "6",
-            "--batch-size", "8", "--min-count", "1", "--temperature", "1", "--top-p", "1", *more]
-
-
-def run(arguments):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
-    return stop.value.code
+command, run = s.axis_command, s.run_command
 
 
 def contents(folder):
