@@ -7,10 +7,12 @@ is read.
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,6 +28,7 @@ from jaxpersona.params import Params, Spec, layout
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+READERS = 3  # tensors read at one time; where memory is slow to be had, one thread waits for it
 Progress = Callable[[int, int], None]
 
 
@@ -78,10 +81,19 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *, dtype
     _refuse(folder, faults)
     total = sum(entries[spec.file_name].size for spec in specs)
     done, arrays = 0, []
-    for spec in specs:
+
+    def read(spec: Spec) -> np.ndarray:
         entry = entries[spec.file_name]
-        arrays.append(_read(entry, spec, target or DTYPES[entry.dtype], mesh))
-        done += entry.size
+        values = tensorfile.read_slice(entry)
+        return _cast(values, target or DTYPES[entry.dtype]).reshape(spec.shape)
+
+    if mesh is None:
+        placed = map(jax.device_put, _ahead(read, specs))
+    else:
+        placed = (_place(entries[spec.file_name], spec, target, mesh) for spec in specs)
+    for spec, array in zip(specs, placed, strict=True):
+        arrays.append(array)
+        done += entries[spec.file_name].size
         if progress is not None:
             progress(done, total)
     return jax.tree.unflatten(tree, arrays)
@@ -197,10 +209,21 @@ def _mismatches(entries: Mapping[str, Entry], specs: list[Spec], config: ModelCo
     return faults
 
 
-def _read(entry: Entry, spec: Spec, dtype: np.dtype, mesh: Mesh | None) -> jax.Array:
-    """Read one tensor to where it belongs."""
-    if mesh is None:
-        return jax.device_put(_cast(tensorfile.read_slice(entry), dtype).reshape(spec.shape))
+def _ahead(read: Callable[[Spec], np.ndarray], specs: Iterable[Spec]) -> Iterator[np.ndarray]:
+    """Yield what `read` makes of each, in order, never more than `READERS` of them ahead."""
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        for spec in specs:
+            waiting.append(pool.submit(read, spec))
+            if len(waiting) > READERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _place(entry: Entry, spec: Spec, target: np.dtype | None, mesh: Mesh) -> jax.Array:
+    """Read one tensor's shards, each to where it belongs, as they are asked for."""
+    dtype = target or DTYPES[entry.dtype]
 
     def shard(index: Any) -> np.ndarray:
         ranges = [s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True)]
