@@ -63,6 +63,9 @@ def _build(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Vector:
     if header.get("format") != _FORMAT or "values" not in tensors:
         raise ValueError("not a jaxpersona vector file (its header does not say so)")
     kind = header.get("kind", "")
+    notes = json.loads(header.get("notes", "{}"))
+    if not isinstance(notes, dict):
+        raise ValueError(f"notes is {notes!r}; it must be a table")
     if kind not in _KINDS:
         raise ValueError(f"kind is {kind!r}; it must be one of {sorted(_KINDS)}")
     wanted = {"layer_base": "0", "sign": "+assistant" if kind == "axis" else "+"}
@@ -72,13 +75,16 @@ def _build(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Vector:
     fields: dict[str, Any] = {
         "values": tensors["values"], "name": header.get("name", kind),
         "model": header.get("model", ""), "fingerprint": header.get("fingerprint", ""),
-        "site": header.get("site", "residual"), "notes": json.loads(header.get("notes", "{}")),
+        "site": header.get("site", "residual"), "notes": notes,
     }
     if kind == "axis":
         percentiles: dict[str, dict[str, np.ndarray]] = {}
         for key, value in tensors.items():
             if key.startswith("percentiles/"):
-                _, population, name = key.split("/")
+                parts = key.split("/")
+                if len(parts) != 3:
+                    raise ValueError(f"{key} is not percentiles/<population>/<name>")
+                _, population, name = parts
                 if value.shape != tensors["values"].shape[:1]:
                     raise ValueError(f"{key} has shape {value.shape}; it needs one value a layer")
                 percentiles.setdefault(population, {})[name] = value

@@ -95,7 +95,7 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
     def like(name: str, values: Any) -> list[np.ndarray]:
         if values is None:
             return [np.zeros(row.size, np.int32) for row in rows]
-        arrays = [np.asarray(v, np.int32).reshape(-1) for v in values]
+        arrays = [np.array(v, np.int32).reshape(-1) for v in values]
         if [a.size for a in arrays] != [r.size for r in rows]:
             raise ValueError(f"{name} must have one entry for every token")
         return arrays

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxpersona.batch import Batch
 from jaxpersona.config import ModelConfig
-from jaxpersona.interventions.edit import Site
+from jaxpersona.interventions.edit import SITES, Site
 from jaxpersona.interventions.operators import Layers, resolve_layers
 from jaxpersona.interventions.where import Where, everywhere, holds, response
 
@@ -216,6 +216,8 @@ def chosen_layers(part: Any, config: ModelConfig) -> tuple[int, ...]:
     Raises:
       ValueError: a layer that the model does not have, or directions of another shape.
     """
+    if part.site not in SITES:
+        raise ValueError(f"site is {part.site!r}; it must be one of {SITES}")
     layers = part.layers if part.layers is not None else tuple(range(config.n_layers))
     if layers[-1] >= config.n_layers:
         raise ValueError(
@@ -250,6 +252,8 @@ def mean(where: Where = response, *, layers: Layers | None = None, site: Site = 
 
     Result: [B, L, D], or [B, L, M, D].
     """
+    if turns is not None and turns < 1:
+        raise ValueError(f"turns is {turns}; it must be positive")
     return Capture({name: Mean(jnp.asarray(where.encode()), _pick(layers), site, turns)})
 
 
@@ -271,6 +275,7 @@ def projections(directions: Any, where: Where = everywhere, *, layers: Layers | 
       A capture with result [B, L, S, K]; NaN at tokens that were not chosen.
     """
     if hasattr(directions, "at_layers"):
+        directions.check_site(site)
         chosen = resolve_layers(slice(None) if layers is None else layers, directions.n_layers)
         value, picked = directions.at_layers(chosen)[:, None], chosen
     else:

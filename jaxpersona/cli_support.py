@@ -118,7 +118,8 @@ def extract(*, model: str, out: pathlib.Path, roles: str | None, questions: str 
     if limit is not None:
         kept = [role for role in cast if role.name != "default"][: max(limit, 0)]
         cast = [role for role in cast if role.name == "default"] + kept
-        named = [name for name in named if name in {role.name for role in kept}]
+        if own and not held_out:
+            named = [name for name in named if name in {role.name for role in kept}]
     if limit_questions is not None:
         asked = asked[: max(limit_questions, 1)]
     loaded = open_model(model, dtype)
@@ -169,6 +170,7 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
     """Run `jaxpersona generate`."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from jaxpersona.ckpts.vectors import load_axis, load_vector
     from jaxpersona.generate import generate
@@ -179,6 +181,8 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
              seed=settings["seed"])
     axis = load_axis(cap_file) if cap_file else None
     vector = load_vector(steer_file) if steer_file else None
+    if (cap_layers and axis is None) or (steer_layers and vector is None):
+        raise ValueError("--cap-layers needs --cap, and --steer-layers needs --steer")
     if compare and axis is None and vector is None:
         raise ValueError("--compare needs something to compare: give --cap or --steer")
     loaded = open_model(model, dtype)
@@ -208,7 +212,7 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
     else:
         table = Table("prompt", "without", "with", show_lines=True)
         for prompt, before, after in zip(prompts, plain.text, out.text, strict=True):
-            table.add_row(prompt, before, after)
+            table.add_row(Text(prompt), Text(before), Text(after))
         console.print(table)
     for table, applied in enumerate(out.applied):
         _console().print(f"intervention {table}: {int(applied.seen.sum())} tokens seen, "
@@ -221,6 +225,7 @@ def project(conversation: pathlib.Path, files: list[pathlib.Path], *, model: str
     """Run `jaxpersona project`."""
     import numpy as np
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from jaxpersona.ckpts.vectors import load_vector
@@ -241,12 +246,14 @@ def project(conversation: pathlib.Path, files: list[pathlib.Path], *, model: str
         raise ValueError(f"layer is {layer}; the model has layers 0…{total - 1}")
     found = project_conversation(loaded, talk, vectors)
     names = [vector.name for vector in vectors]
+    if len(set(names)) < len(names):  # every axis is called "assistant"
+        names = [f"{vector.name} ({file})" for vector, file in zip(vectors, files, strict=True)]
     if as_json:
         print(json.dumps([{"turn": t.turn, "tokens": t.tokens, "layer": at,
                            **dict(zip(names, t.values[at].tolist(), strict=True))}
                           for t in found]))
     else:
-        table = Table("message", "tokens", *[f"{name} (layer {at})" for name in names])
+        table = Table("message", "tokens", *[escape(f"{name} (layer {at})") for name in names])
         for t in found:
             table.add_row(str(t.turn), str(t.tokens), *[f"{v:.3f}" for v in t.values[at]])
         Console().print(table)
@@ -259,7 +266,9 @@ def show_vector(file: pathlib.Path) -> None:
     """Run `jaxpersona vectors show`."""
     import numpy as np
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from jaxpersona.ckpts.vectors import load_vector
 
@@ -271,10 +280,11 @@ def show_vector(file: pathlib.Path) -> None:
              "fingerprint": vector.fingerprint or "not said", "site": vector.site,
              "layers": "zero-based, after the block", "shape": shape, **vector.notes}
     for key, value in facts.items():
-        table.add_row(str(key), str(value))
+        table.add_row(Text(str(key)), Text(str(value)))
     console.print(table)
-    norms = Table("layer", "norm", *[f"{of} p25" for of in getattr(vector, "percentiles", {})])
-    known = [p.get("p25") for p in getattr(vector, "percentiles", {}).values()]
+    tables = getattr(vector, "percentiles", {})
+    norms = Table("layer", "norm", *[escape(f"{of} p25") for of in tables])
+    known = [table.get("p25") for table in tables.values()]
     for i, norm in enumerate(np.linalg.norm(vector.values, axis=1)):
         norms.add_row(str(i), f"{norm:.4g}", *["" if p is None else f"{p[i]:.4g}" for p in known])
     console.print(norms)
@@ -301,7 +311,7 @@ def demo(out: pathlib.Path, model: str, seed: int) -> dict[str, Any]:
     figures.drift(out / "drift.png",
                   {name: talk.projections[:turns, :, middle] for name, talk in done.talks.items()},
                   floor, middle, done.figures["drift_n"])
-    _console().print(f"axis, vectors and figures: {out}")
+    _console().print(f"axis, vectors and figures: {out}", markup=False)
     head = {"run": str(out), "model": loaded.name,
             "seconds": round(time.perf_counter() - started, 1)}
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in done.figures.items()}

@@ -95,6 +95,10 @@ def generate(
         raise ValueError(
             f"batch_size ({batch_size}) and max_new_tokens ({max_new_tokens}) must be positive"
         )
+    if isinstance(conversations, str):
+        raise ValueError("conversations is one string; give a list of conversations")
+    # the model's own bound, so that no buffer is made for tokens that cannot come
+    max_new_tokens = min(max_new_tokens, model.config.max_context)
     count = len(conversations)
     if not count:
         raise ValueError("conversations is empty; give at least one")
@@ -158,6 +162,8 @@ def _stops(model: Model) -> Stops:
 def _encode(model: Model, item: Any, thinking: bool) -> chat.Row:
     if isinstance(item, chat.Row):
         return item
+    if item is None or isinstance(item, int):
+        raise ValueError(f"a conversation is {item!r}; give messages, a string, a Row or token ids")
     text = isinstance(item, str) or (
         len(item) > 0 and all(isinstance(message, dict) for message in item)
     )

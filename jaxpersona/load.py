@@ -174,7 +174,7 @@ def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> t
         ("the tokenizer", getattr(tokenizer, "eos_token_id", None)),
     ):
         ids = value if isinstance(value, list) else [] if value is None else [value]
-        if any(type(i) is not int or i < 0 for i in ids):
+        if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
             raise ValueError(f"{folder}: eos_token_id of {place} is {value!r}; it must be an "
                              "integer or a list of them")
         found += ids

@@ -152,7 +152,8 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
     """Return sixteen hexadecimal digits for a model: its shape and a sample of its weights.
 
     The sample is the first 64 numbers of every array's first row rounded to bfloat16, so that one
-    checkpoint has one fingerprint in every dtype it is loaded in.
+    checkpoint has one fingerprint in float32 and bfloat16. Float16 rounds
+    otherwise: loaded in it, the checkpoint counts as another model.
     """
     import hashlib
 

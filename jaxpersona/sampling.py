@@ -25,7 +25,8 @@ class Sampling:
 
     Attributes:
       temperature: [B] float32; 0 is greedy.
-      top_p: [B] float32 in (0, 1]; the least set of tokens whose probability reaches it is kept.
+      top_p: [B] float32 in (0, 1]; the most probable tokens that reach it are kept, ties at
+        the edge together where there are more than `CANDIDATES`.
       top_k: [B] int32; 0 keeps all, else the k most probable (at most `CANDIDATES`).
       seed: [B] uint32.
     """
@@ -94,7 +95,8 @@ def choose(logits: jax.Array, how: Sampling, row_id: jax.Array, position: jax.Ar
     """
     greedy = jnp.argmax(logits, -1).astype(jnp.int32)
     warm = how.temperature > 0
-    scaled = logits / jnp.where(warm, how.temperature, 1.0)[:, None]
+    top = logits.max(-1, keepdims=True)  # first, so that no temperature overflows
+    scaled = (logits - top) / jnp.where(warm, how.temperature, 1.0)[:, None]
     probability = jax.nn.softmax(scaled, -1)
     draw = uniforms(how.seed, row_id, position)
     count = min(CANDIDATES, logits.shape[-1])

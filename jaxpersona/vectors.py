@@ -7,12 +7,13 @@ will complain. A `Vector` knows, and the interventions ask it.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from jaxpersona.interventions.edit import Site
+from jaxpersona.interventions.edit import SITES, Site
 
 POPULATIONS = ("default", "all")
 
@@ -45,6 +46,11 @@ class Vector:
             raise ValueError(f"values has shape {values.shape}; it must be [L, D]")
         if not np.isfinite(values).all():
             raise ValueError(f"{self.kind} {self.name!r} holds a value that is not finite")
+        if not re.fullmatch(r"([0-9a-f]{16})?", self.fingerprint):
+            raise ValueError(f"fingerprint is {self.fingerprint!r}; it must be sixteen hexadecimal "
+                             "digits or empty")
+        if self.site not in SITES:
+            raise ValueError(f"site is {self.site!r}; it must be one of {SITES}")
         object.__setattr__(self, "values", values)
 
     @property

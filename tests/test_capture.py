@@ -28,7 +28,7 @@ EACH = RNG.normal(size=(2, 1, 32))
 AXIS = Axis(RNG.normal(size=(3, 32)))
 SITES = ("residual", "attention", "mlp")
 READ = (
-    capture.mean() | capture.mean(everywhere, layers=[2, 0], name="two")
+    capture.mean() | capture.mean(everywhere, layers=[0, 2], name="two")
     | capture.mean(response, turns=TURNS, name="turns")
     | capture.last() | capture.last(response, layers=1, name="last response")
     | capture.projections(K) | capture.projections(EACH, response, layers=[0, 2], name="each")

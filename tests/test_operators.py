@@ -61,6 +61,9 @@ REFUSED = {
     "reach beyond 0…3": lambda: steer(AXIS, layers=slice(2, 5)),
     "must be an int, a slice": lambda: steer(V, layers=[1.5]),
     "chooses none": lambda: steer(V, layers=slice(3, 3)),
+    "from low to high": lambda: cap(V, layers=[2, 1], floor=[1.0, 2.0]),
+    "floor is infinite": lambda: cap(V, layers=1, floor=np.inf),
+    "vector is an empty list": lambda: steer([], layers=1),
     "repeats one": lambda: steer(V, layers=[1, 1]),
     "out of range$": lambda: steer(V, layers=-1),
     "out of range; they are 0…3": lambda: steer(AXIS, layers=4),
@@ -123,7 +126,7 @@ def test_tables():
 def test_layers():
     assert resolve_layers(np.int64(3), None) == (3,)
     assert resolve_layers(slice(-2, None), 6) == (4, 5)
-    assert resolve_layers([4, 1], 6) == (1, 4)
+    assert resolve_layers([1, 4], 6) == (1, 4)
     assert resolve_layers(slice(46, 54), None) == tuple(range(46, 54))
     with pytest.raises(ValueError, match="True"):
         resolve_layers([True], None)

@@ -90,7 +90,7 @@ def test_new_values_retrace_nothing():
     go(bank(ceiling=5.0), seed=9, temperature=0.3, top_p=0.5, top_k=7)
     go(bank(), rows=s.prompts(RNG.integers(3, 32, B), seed=8))
     go(cap(jnp.asarray(BANK[1], jnp.bfloat16), layers=slice(1, 3), floor=np.float32(1)))
-    go(cap(BANK[1].astype(np.float16), layers=(2, 1), floor=np.array([0.1, 0.2])))
+    go(cap(BANK[1].astype(np.float16), layers=(1, 2), floor=np.array([0.1, 0.2])))
     go(steer(BANK[2].tolist(), layers=[1, 2], scale=3))
     go(bank(), temperature=np.linspace(0.1, 1, B), seed=np.arange(B))
     assert counts() == before

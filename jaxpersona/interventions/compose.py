@@ -32,7 +32,8 @@ class Interventions:
         return Interventions(tuple(edit.by_row(rows) for edit in self.edits))
 
     def take(self, rows: Any) -> Interventions:
-        """Choose rows: row i of the result is what row rows[i] was; −1 is a row without edits.
+        """Choose rows: row i of the result is what row rows[i] was; −1 is a row without edits of
+        its own (what is shared by all rows stays).
 
         Raises:
           ValueError: `rows` asks for a row that the interventions do not have.

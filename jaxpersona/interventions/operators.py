@@ -142,6 +142,9 @@ def set_projection(
     return bank.finish(where, s=0.0, c=bank.spread("value", value))
 
 
+_GREATEST = float(np.finfo(np.float32).max)
+
+
 class _Bank:
     """Directions read from any of the accepted forms, and numbers spread to fit them."""
 
@@ -151,11 +154,15 @@ class _Bank:
         self.site: Site = site
         self.index = None if rows is None else np.asarray(rows)
         named = list(vector) if isinstance(vector, (list, tuple)) else [vector]
+        if not named:
+            raise ValueError("vector is an empty list; give at least one direction")
         if all(hasattr(item, "at_layers") for item in named):
             self.total = named[0].n_layers
             self.layers = resolve_layers(layers, self.total)
             for item in named:
                 item.check_site(site)
+                if item.n_layers != self.total:
+                    raise ValueError(f"the directions have {self.total} and {item.n_layers} layers")
             value = np.stack([item.at_layers(self.layers) for item in named])
             origin = [item.origin for item in named]
         else:
@@ -200,8 +207,10 @@ class _Bank:
         n, count = self.direction.shape[1], len(self.layers)
         if np.isnan(given).any():
             raise ValueError(f"{name} is NaN")
-        if name not in ("floor", "ceiling") and np.isinf(given).any():
-            raise ValueError(f"{name} is infinite; it must be a finite number")
+        worst = {"floor": np.inf, "ceiling": -np.inf}.get(name)
+        bad = np.abs(given) > _GREATEST if worst is None else given == worst
+        if bad.any():
+            raise ValueError(f"{name} is infinite in float32; it must be a finite number")
         if given.ndim and given.shape[-1] == self.total and (given.ndim == 2 or self.index is None):
             given = given[..., list(self.layers)]  # one a layer of the model
         if given.ndim == 0:
@@ -229,10 +238,11 @@ class _Bank:
 
 
 def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
-    """Return the chosen layers as a sorted tuple; a slice is half-open, as in Python.
+    """Return the chosen layers as a tuple from low to high; a slice is half-open, as in Python.
 
     Raises:
-      ValueError: none, a negative one, one beyond `total`, a repeated one, or an open slice where
+      ValueError: none, a negative one, one beyond `total`, a repeated one, an order that is not from
+        low to high, or an open slice where
         the number of layers is not known.
     """
     if isinstance(layers, slice):
@@ -245,11 +255,14 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         items = [layers] if isinstance(layers, (int, np.integer)) else list(layers)
         if any(isinstance(i, bool) or not isinstance(i, (int, np.integer)) for i in items):
             raise ValueError(f"layers is {layers!r}; it must be an int, a slice or several ints")
-        chosen = tuple(sorted(int(i) for i in items))
+        chosen = tuple(int(i) for i in items)
     if not chosen:
         raise ValueError(f"layers is {layers!r}, which chooses none")
     if len(set(chosen)) != len(chosen):
         raise ValueError(f"layers is {layers!r}, which repeats one; chain two instead")
+    if list(chosen) != sorted(chosen):
+        raise ValueError(f"layers is {layers!r}; give them from low to high, the order in "
+                         "which arrays with one entry a layer are read")
     if chosen[0] < 0 or (total is not None and chosen[-1] >= total):
         beyond = "" if total is None else f"; they are 0…{total - 1}"
         raise ValueError(f"layers is {layers!r}, out of range{beyond}")

@@ -25,6 +25,7 @@ from jaxpersona.persona.extract import Extraction, extract_axis
 from jaxpersona.persona.rollouts import Settings
 from jaxpersona.persona.run import Run
 from jaxpersona.persona.talk import Talks, grow
+from jaxpersona.sampling import sampling
 
 Report = Callable[[str, int, int, int], None]
 REPLY = 64  # tokens; the organism's answers are shorter
@@ -54,6 +55,7 @@ def run_demo(model: Model, folder: Any, *, seed: int = 0, report: Report | None 
       seed: of the sampling.
       report: called with (step, done, total, tokens).
     """
+    sampling(1, seed=seed)
     settings = Settings(temperature=1.0, top_p=1.0, max_new_tokens=REPLY, batch_size=BATCH,
                         seed=seed)
     started = time.perf_counter()

@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxpersona import chat
 from jaxpersona.ckpts.files import write_json
 from jaxpersona.ckpts.vectors import save_vector
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.judges import Judge
-from jaxpersona.persona.rollouts import Settings, play
+from jaxpersona.persona.rollouts import Settings, opening, play
 from jaxpersona.persona.run import Run, digest, rollout_key
 from jaxpersona.persona.texts import Question, Role
+from jaxpersona.sampling import sampling
 from jaxpersona.vectors import Axis
 
 if TYPE_CHECKING:
@@ -89,6 +91,7 @@ def extract_axis(
             f"unknown held-out roles {unknown}" if unknown else
             "roles must hold one named 'default' that is not held out"
         )
+    _check(model, roles, questions, settings, judge, min_count, held_out)
     run = Run(folder, _manifest(model, roles, questions, judge, settings, min_count, held_out))
     tokens = _play_missing(model, run, roles, questions, settings, report)
     scores = {role.name: _judge(run, role, judge) for role in roles}
@@ -129,6 +132,34 @@ def extract_axis(
     _save_analysis(run, analysis, projections, counts, held_out)
     total = sum(len(value) for value in means.values())
     return Extraction(axis, analysis, default, enough, projections, counts, total, tokens)
+
+
+def _check(model: Model, roles: Sequence[Role], questions: Sequence[Question], settings: Settings,
+           judge: Judge, min_count: int, held_out: Sequence[str]) -> None:
+    """Refuse what cannot end well, before a folder is made or a token generated."""
+    sampling(1, temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
+    if min_count < 1:
+        raise ValueError(f"min_count is {min_count}; it must be positive")
+    if not questions:
+        raise ValueError("questions is empty; give at least one")
+    if len(roles) - 1 - len(held_out) < 2:
+        raise ValueError(f"{len(roles) - 1 - len(held_out)} roles besides the default may enter "
+                         "the axis; it needs two")
+    if judge.name == "self" and (bare := [
+            r.name for r in roles if r.name != "default" and not r.eval_prompt]):
+        raise ValueError(f"the judge 'self' needs an eval_prompt; {', '.join(bare[:5])} have none")
+    if model.tokenizer is None:
+        raise ValueError(f"{model.name} has no tokenizer; roles need one")
+    prompts = [prompt for role in roles for prompt in role.prompts]
+    longest = max(prompts, key=len), max(questions, key=lambda q: len(q.text))
+    pairs = [(prompt, longest[1].text) for prompt in prompts]
+    pairs += [(longest[0], question.text) for question in questions]
+    context = model.config.max_context
+    for prompt, question in pairs:
+        size = chat.encode_row(model.tokenizer, opening(prompt, question)).tokens.size
+        if size >= context:
+            raise ValueError(f"the prompt {prompt[:40]!r} with the question {question[:40]!r} has "
+                             f"{size} tokens; the context holds {context}, the reply included")
 
 
 def _manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question], judge: Judge,

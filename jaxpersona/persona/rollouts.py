@@ -70,7 +70,7 @@ def play(
                         "system_prompt": prompt, "prompt_index": prompt_index,
                         "question_index": question.id, "question": question.text,
                         "label": label, "sample": sample,
-                        "conversation": _opening(prompt, question.text),
+                        "conversation": opening(prompt, question.text),
                     }))
     out = generate(
         model, [record["conversation"] for _, record in records], capture=capture.mean(response),
@@ -90,7 +90,7 @@ def play(
     return found
 
 
-def _opening(prompt: str, question: str) -> list[dict[str, str]]:
+def opening(prompt: str, question: str) -> list[dict[str, str]]:
     """Return the conversation before the reply; an empty prompt is no system message."""
     system = [{"role": "system", "content": prompt}] if prompt else []
     return [*system, {"role": "user", "content": question}]

@@ -25,6 +25,7 @@ import numpy as np
 from jaxpersona.ckpts.files import read_tensors, write_json, write_tensors, write_text
 
 FORMAT = "jaxpersona-run 1"
+_RECORD = {"label", "prompt_index", "question_index", "question", "conversation"}
 
 
 class Run:
@@ -40,6 +41,9 @@ class Run:
         self.folder = pathlib.Path(folder)
         self.manifest = json.loads(json.dumps({"format": FORMAT, **manifest}))
         path = self.folder / "run.json"
+        if self.folder.is_dir() and (path.exists() or list(self.folder.glob(".run.json.*.tmp"))):
+            for stale in self.folder.rglob(".*.tmp"):  # of a run that was killed while it wrote
+                stale.unlink(missing_ok=True)
         if path.exists():
             _same(self.folder, _read_json(path), self.manifest)
         elif self.folder.is_dir() and any(self.folder.iterdir()):
@@ -53,13 +57,20 @@ class Run:
         if not path.exists():
             return None
         try:
-            return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+            # split at newlines alone: a reply may hold any other separator of lines
+            records = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: damaged ({error}); delete it to make it anew") from None
+        if not all(isinstance(record, dict) and _RECORD <= set(record) for record in records):
+            raise ValueError(f"{path}: damaged (not a table a line); delete it to make it anew")
+        return records
 
     def means(self, role: str) -> np.ndarray:
         """Return a role's response means [n, L, D] float32."""
-        tensors, _ = read_tensors(self.folder / "means" / f"{role}.safetensors")
+        path = self.folder / "means" / f"{role}.safetensors"
+        tensors, _ = read_tensors(path)
+        if "response" not in tensors or tensors["response"].ndim != 3:
+            raise ValueError(f"{path}: damaged (no means in it); delete it and the role's rollouts")
         return tensors["response"]
 
     def save_rollouts(self, role: str, records: Sequence[Mapping[str, Any]],
@@ -73,7 +84,12 @@ class Run:
     def scores(self, role: str) -> dict[str, int | None] | None:
         """Return what the judge gave a role's rollouts, by `rollout_key`, or None."""
         path = self.folder / "scores" / f"{role}.json"
-        return _read_json(path) if path.exists() else None
+        if not path.exists():
+            return None
+        found = _read_json(path)
+        if not isinstance(found, dict) or not set(found.values()) <= {None, 0, 1, 2, 3}:
+            raise ValueError(f"{path}: damaged (no scores 0–3); delete it to judge anew")
+        return found
 
     def save_scores(self, role: str, scores: Mapping[str, int | None]) -> None:
         """Keep what the judge gave a role's rollouts."""

@@ -56,6 +56,7 @@ def project_conversation(
     """
     config = model.config
     for vector in vectors:
+        vector.check_site("residual")
         if vector.values.shape != (config.n_layers, config.d_model):
             raise ValueError(
                 f"{vector.kind} {vector.name!r} is {list(vector.values.shape)}; {model.name} needs "
