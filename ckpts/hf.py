@@ -84,8 +84,7 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *, dtype
 
     def read(spec: Spec) -> np.ndarray:
         entry = entries[spec.file_name]
-        values = tensorfile.read_slice(entry)
-        return _cast(values, target or DTYPES[entry.dtype]).reshape(spec.shape)
+        return tensorfile.read_as(entry, target or DTYPES[entry.dtype]).reshape(spec.shape)
 
     if mesh is None:
         placed = map(jax.device_put, _ahead(read, specs))

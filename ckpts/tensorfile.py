@@ -27,6 +27,7 @@ DTYPES: dict[str, np.dtype] = {
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4,
            "I32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
 _HEADER_LIMIT = 100_000_000  # the format's own bound on a header, in bytes
+_PIECE = 1 << 23  # bytes that are read at one time where they are cast
 _ALIGN = 64  # the alignment at which JAX takes a host buffer over without a copy
 
 
@@ -141,6 +142,28 @@ def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
         else:
             source = np.memmap(entry.path, dtype, "r", entry.start, entry.shape)
             np.copyto(out, source[tuple(slice(*b) for b in bounds)])
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{entry.path}: reading stopped: {error}") from None
+    return out
+
+
+def read_as(entry: Entry, dtype: np.dtype) -> np.ndarray:
+    """Read a whole tensor in another dtype, through a small buffer: it is never held twice.
+
+    Raises:
+      ValueError: the file cannot be read, or is shorter than its header says.
+    """
+    source = DTYPES[entry.dtype]
+    if source == dtype:
+        return read_slice(entry)
+    out = aligned(entry.shape, dtype)
+    flat = out.reshape(-1)
+    buffer = np.empty(min(flat.size, _PIECE // source.itemsize), source)
+    try:
+        for at in range(0, flat.size, max(buffer.size, 1)):
+            part = buffer[: flat.size - at]
+            _read_into(entry.path, entry.start + at * source.itemsize, part)
+            np.copyto(flat[at : at + part.size], part, casting="unsafe")
     except (OSError, EOFError) as error:
         raise ValueError(f"{entry.path}: reading stopped: {error}") from None
     return out

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from jaxpersona.ckpts import hf
+from jaxpersona.ckpts import hf, tensorfile
 from jaxpersona.ckpts.tensorfile import read_header, read_slice
 
 from jaxpersona.params import init_params
@@ -82,7 +82,9 @@ def test_load_onto_a_mesh_reads_the_same_numbers(small):
 
 
 @pytest.mark.parametrize("to", TORCH)
-def test_load_casts_to_a_dtype(to, small):
+@pytest.mark.parametrize("piece", [1 << 23, 20])  # the second divides few tensors
+def test_load_casts_to_a_dtype(to, piece, small, monkeypatch):
+    monkeypatch.setattr(tensorfile, "_PIECE", piece)
     folder, _, params = small
     loaded = hf.load(folder, dtype=to if to != "bfloat16" else jnp.bfloat16)
     wanted = jax.tree.map(lambda x: x.astype(to), params)
