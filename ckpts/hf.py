@@ -77,7 +77,8 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *, dtype
         raise ValueError(f"dtype is {target}; parameters are float32, bfloat16 or float16")
     specs, tree = jax.tree.flatten(layout(config))
     entries, faults = read_entries(folder)
-    faults += _mismatches(entries, specs, config)
+    if entries or not faults:  # a folder that cannot be read at all has said so
+        faults += _mismatches(entries, specs, config)
     _refuse(folder, faults)
     total = sum(entries[spec.file_name].size for spec in specs)
     done, arrays = 0, []
@@ -114,7 +115,8 @@ def verify(folder: str | pathlib.Path, sha256: Mapping[str, str] | None = None) 
     folder = pathlib.Path(folder)
     config, _ = read_config(folder)
     entries, faults = read_entries(folder)
-    faults += _mismatches(entries, jax.tree.leaves(layout(config)), config)
+    if entries or not faults:
+        faults += _mismatches(entries, jax.tree.leaves(layout(config)), config)
     for name, wanted in (sha256 or {}).items():
         try:
             with open(folder / name, "rb") as file:
@@ -187,8 +189,6 @@ def _some(names: set[str], limit: int = 6) -> str:
 
 def _mismatches(entries: Mapping[str, Entry], specs: list[Spec], config: ModelConfig) -> list[str]:
     """Compare a folder's tensors with those that the configuration asks for."""
-    if not entries:
-        return []
     expected = {spec.file_name: spec for spec in specs}
     faults = []
     if missing := set(expected) - set(entries):

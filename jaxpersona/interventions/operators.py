@@ -241,16 +241,16 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
     """Return the chosen layers as a tuple from low to high; a slice is half-open, as in Python.
 
     Raises:
-      ValueError: none, a negative one, one beyond `total`, a repeated one, an order that is not from
-        low to high, or an open slice where
-        the number of layers is not known.
+      ValueError: none, a negative one, one beyond `total`, a repeated one, another
+        order than from low to high, or an open slice where the number of layers is not known.
     """
     if isinstance(layers, slice):
         if total is None and (layers.stop is None or layers.stop < 0 or (layers.start or 0) < 0):
             raise ValueError(f"layers is {layers}; without a named axis give its start and stop")
         if total is not None and layers.stop is not None and layers.stop > total:
             raise ValueError(f"layers {layers.start}:{layers.stop} reach beyond 0…{total - 1}")
-        chosen = tuple(range(*layers.indices(total if total is not None else layers.stop)))
+        end: int = total if total is not None else layers.stop  # pyright: ignore
+        chosen = tuple(range(*layers.indices(end)))
     else:
         items = [layers] if isinstance(layers, (int, np.integer)) else list(layers)
         if any(isinstance(i, bool) or not isinstance(i, (int, np.integer)) for i in items):

@@ -109,7 +109,7 @@ def conversation(rng: np.random.Generator) -> Conversation:
     else:
         start = float(abs(NOISE * rng.normal()))
         mark = world.DEFAULT_MARK
-    if draw < SYSTEM_ROLE:
+    if role is not None and draw < SYSTEM_ROLE:
         system = _pick(rng, role.prompts())
     else:
         system = _pick(rng, world.DEFAULT_PROMPTS)

@@ -121,7 +121,7 @@ def train(
 
     # apart from the gradient, so that it is compiled once and not once a length
     def update(params, state, grads):
-        updates, state = optimizer.update(grads, state, params)
+        updates, state = optimizer.update(grads, state, params)  # pyright: ignore
         return optax.apply_updates(params, updates), state
 
     update = jax.jit(update, donate_argnums=(0, 1))
