@@ -63,6 +63,8 @@ def progress() -> Iterator[Callable[[str, int, int, int], None]]:
                 begun[step] = time.perf_counter()
             spent = max(time.perf_counter() - begun[step], 1e-9)
             rate = f"{tokens / spent:,.0f} tok/s" if tokens else ""
+            if step == "load":
+                rate = f"{done / spent / 1e9:.2f} GB/s"
             bar.update(tasks[step], completed=done, total=total, rate=rate)
 
         yield report
