@@ -295,6 +295,7 @@ def show_vector(file: pathlib.Path) -> None:
 def demo(out: pathlib.Path, model: str, seed: int) -> dict[str, Any]:
     """Run `jaxpersona demo` and return its figures."""
     from jaxpersona.organism.demo import run_demo
+    from jaxpersona.organism.method import held_out
     from jaxpersona.report import figures
 
     started = time.perf_counter()
@@ -305,8 +306,6 @@ def demo(out: pathlib.Path, model: str, seed: int) -> dict[str, Any]:
     with progress() as report:
         done = run_demo(loaded, out, seed=seed, report=report)
     middle = loaded.config.n_layers // 2
-    from jaxpersona.organism.method import held_out
-
     draw_run(out, done.extraction, middle, held_out())
     turns = done.figures["drift_turns"]
     floor = float(done.extraction.axis.thresholds("p25", of="default")[middle])

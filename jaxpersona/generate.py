@@ -251,9 +251,8 @@ class _Collector:
 
     def add(self, members: list[int], state: State) -> None:
         """Take over one batch's rows."""
-        keep = (state.tokens, state.length, state.cache.next, state.captured, state.applied,
-                state.position)
-        tokens, length, used, captured, applied, _ = jax.device_get(keep)
+        keep = (state.tokens, state.length, state.cache.next, state.captured, state.applied)
+        tokens, length, used, captured, applied = jax.device_get(keep)
         values = {name: part.value for name, part in captured.items()}
         for name, part in captured.items():
             if isinstance(part, TokenState):

@@ -85,6 +85,7 @@ def forward(
     edits.check(layers=config.n_layers, width=config.d_model, rows=rows)
     edits = edits.by_row(rows)
     slots = assign_slots(cache, batch)
+    start: Any = None if cache is None else cache.next  # before this call's tokens
     state = captured
     if state is None and capture is not None:
         state = capture.start(config, rows, width if cache is None else cache.slots)
@@ -106,8 +107,8 @@ def forward(
             if cache is None:
                 k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
             else:
-                k = write(cache.k[i], k, slots, cache.next - batch.length)
-                v = write(cache.v[i], v, slots, cache.next - batch.length)
+                k = write(cache.k[i], k, slots, start)
+                v = write(cache.v[i], v, slots, start)
                 keys.append(k)
                 values.append(v)
             mixed = nn.attention(

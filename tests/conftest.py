@@ -43,3 +43,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = f"needs a GPU; jax runs on {jax.default_backend()}"
     for item in wanted:
         item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A random Qwen 3 saved by transformers, with a byte-level tokenizer made here."""
+    pytest.importorskip("torch")
+    import support as s
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    s.byte_tokenizer().save_pretrained(folder)
+    return s.random_checkpoint(folder, Qwen3ForCausalLM, Qwen3Config(**s.BYTE_MODEL))

@@ -20,17 +20,6 @@ ROLES = [Role(name, (f"You are {name}.",), "") for name in ("default", "ghost", 
 STRANGE = "Tell me\u2028about\x85the sea?"
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A random Qwen 3 with a byte-level tokenizer."""
-    pytest.importorskip("torch")
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    folder = tmp_path_factory.mktemp("checkpoint")
-    s.byte_tokenizer().save_pretrained(folder)
-    return s.random_checkpoint(folder, Qwen3ForCausalLM, Qwen3Config(**s.BYTE_MODEL))
-
-
 def refused(capsys, arguments, wanted):
     """Run a command that must fail with one line that holds `wanted`."""
     assert s.run_command(arguments) == 2

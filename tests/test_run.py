@@ -28,17 +28,6 @@ SETTINGS = Settings(temperature=1.0, top_p=1.0, max_new_tokens=6, batch_size=8)
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A random Qwen 3 saved by transformers, with a byte-level tokenizer made here."""
-    pytest.importorskip("torch")
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    folder = tmp_path_factory.mktemp("checkpoint")
-    s.byte_tokenizer().save_pretrained(folder)
-    return s.random_checkpoint(folder, Qwen3ForCausalLM, Qwen3Config(**s.BYTE_MODEL))
-
-
-@pytest.fixture(scope="module")
 def texts(tmp_path_factory):
     """Roles and questions in the reference project's layout."""
     return s.write_texts(tmp_path_factory.mktemp("texts"), ROLES, QUESTIONS)

@@ -209,8 +209,7 @@ def _drift(
     figures: dict[str, Any] = {"drift_n": _TALKS, "drift_turns": turns}
     for name, part in (("uncapped", slice(0, _TALKS)), ("capped", slice(_TALKS, None))):
         said = [replies[part] for replies in both.replies]
-        talks[name] = Talks(said, both.projections[:, part], both.rows[part], both.tokens[part],
-                            both.stopped[part])
+        talks[name] = Talks(said, both.projections[:, part])
         styles[name] = [evaluate.mean_style(answers) for answers in said[:turns]]
         figures[f"drift_{name}"] = styles[name][-1]
         figures[f"drift_leak_{name}"] = evaluate.leak_rate(said[-1])

@@ -7,7 +7,8 @@
     vectors/<role>.safetensors   their means by score
     axis.safetensors             the axis with its thresholds
 
-Every file is written to a temporary name and renamed, and holds no clock or path, so that a run
+Every file is written to a temporary name and renamed, and holds no clock (a model goes by the name
+that it was given, which for a folder is its path as it was written), so that a run
 killed anywhere resumes and ends in the same bytes.
 """
 
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from jaxpersona.ckpts.files import read_tensors, write_json, write_tensors, write_text
+from jaxpersona.families import read_json
 
 FORMAT = "jaxpersona-run 1"
 _RECORD = {"label", "prompt_index", "question_index", "question", "conversation"}
@@ -45,7 +47,7 @@ class Run:
             for stale in self.folder.rglob(".*.tmp"):  # of a run that was killed while it wrote
                 stale.unlink(missing_ok=True)
         if path.exists():
-            _same(self.folder, _read_json(path), self.manifest)
+            _same(self.folder, read_json(path), self.manifest)
         elif self.folder.is_dir() and any(self.folder.iterdir()):
             raise ValueError(f"{self.folder}: is not empty and holds no run.json; choose another")
         else:
@@ -86,7 +88,7 @@ class Run:
         path = self.folder / "scores" / f"{role}.json"
         if not path.exists():
             return None
-        found = _read_json(path)
+        found = read_json(path)
         if not isinstance(found, dict) or not set(found.values()) <= {None, 0, 1, 2, 3}:
             raise ValueError(f"{path}: damaged (no scores 0–3); delete it to judge anew")
         return found
@@ -114,13 +116,6 @@ def digest(value: Any) -> str:
     """Return sixteen hexadecimal digits that change with any part of a JSON value."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _read_json(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
 
 
 def _same(folder: pathlib.Path, found: Any, wanted: Mapping[str, Any]) -> None:

@@ -96,15 +96,10 @@ class Talks:
     Attributes:
       replies: M lists of N replies.
       projections: [M, N, L] float32, the mean projection of each reply; NaN for an empty one.
-      rows: the last turn's prompts, to go on from.
-      tokens: the last turn's replies, as ids.
     """
 
     replies: list[list[str]]
     projections: np.ndarray
-    rows: list[chat.Row]
-    tokens: list[np.ndarray]
-    stopped: np.ndarray
 
 
 def grow(
@@ -136,23 +131,21 @@ def grow(
         [*opening, {"role": "user", "content": said[0]}]
         for opening, said in zip(openings, messages, strict=True)
     ]
-    replies, values = [], []
+    replies, values, unit = [], [], vector.unit
     names = range(len(prompts)) if ids is None else ids
     for turn in range(len(messages[0])):
         out = generate(model, prompts, interventions=interventions, seed=seed,
                        ids=[chat.row_id([], i, f"talk/{turn}") for i in names],
                        capture=capture.mean(response), progress=_at_turn(report, turn), **settings)
         replies.append(out.text)
-        unit = vector.unit
         values.append(np.einsum("nld,ld->nl", out.captured["mean"], unit))
-        last = out
         if turn + 1 < len(messages[0]):
             prompts = [
                 chat.continue_row(model.tokenizer, row, reply, said[turn + 1], stopped=bool(stop))
                 for row, reply, stop, said in zip(out.rows, out.tokens, out.stopped, messages,
                                                   strict=True)
             ]
-    return Talks(replies, np.stack(values), last.rows, last.tokens, last.stopped)
+    return Talks(replies, np.stack(values))
 
 
 def _at_turn(report: Callable[[int, int, int], None] | None,
