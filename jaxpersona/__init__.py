@@ -18,6 +18,12 @@ from jaxpersona.interventions import (
     ablate,
     cap,
     chain,
+    custom,
+    gate,
+    mean_ablate,
+    reserve,
+    restore_norm,
+    rotate,
     scale,
     set_projection,
     stack_rows,
@@ -37,10 +43,11 @@ from jaxpersona.interventions.where import (
     user,
 )
 from jaxpersona.load import Model, load
-from jaxpersona.model import Applied, Output, forward
+from jaxpersona.model import Output, forward
 from jaxpersona.params import Params, init_params
 from jaxpersona.presets import preset
 from jaxpersona.sharding import make_mesh
+from jaxpersona.trace import Applied
 from jaxpersona.vectors import Axis, Vector
 
 __version__ = "0.1.0"
@@ -48,8 +55,9 @@ __version__ = "0.1.0"
 __all__ = [
     "Applied", "Axis", "Batch", "Cache", "Generated", "Interventions", "Model", "ModelConfig",
     "Output", "Params", "Vector", "Where", "ablate", "assistant", "batch", "cap", "capture",
-    "chain", "encode", "everywhere", "forward", "from_hf", "from_last", "generate", "generated",
-    "init_cache", "init_params", "last", "load", "load_axis", "load_vector", "make_mesh",
-    "marked", "preset", "prompt", "response", "save_vector", "scale", "set_projection",
+    "chain", "custom", "encode", "everywhere", "forward", "from_hf", "from_last", "gate",
+    "generate", "generated", "init_cache", "init_params", "last", "load", "load_axis",
+    "load_vector", "make_mesh", "marked", "mean_ablate", "preset", "prompt", "reserve",
+    "response", "restore_norm", "rotate", "save_vector", "scale", "set_projection",
     "stack_rows", "steer", "system", "turns", "user",
 ]

@@ -44,6 +44,7 @@ class Batch:
       kind: [B, T] uint16, bits of `KINDS`; 0 at padding.
       turn: [B, T] int32, the number of the message that a token belongs to, from 0.
       row_id: [B] uint32, what the row is, for its random draws; never its place in the batch.
+      chunk: whether it is a piece of longer prompts (static).
     """
 
     tokens: Any
@@ -51,6 +52,7 @@ class Batch:
     kind: Any
     turn: Any
     row_id: Any
+    chunk: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def valid(self) -> jax.Array:
@@ -128,6 +130,6 @@ def split(source: Batch, size: int) -> list[Batch]:
     width = source.tokens.shape[1]
     return [
         Batch(*(x[:, i : i + size] for x in (source.tokens, source.position, source.kind,
-                                            source.turn)), row_id=source.row_id)
+                                            source.turn)), row_id=source.row_id, chunk=width > size)
         for i in range(0, width, size)
     ]

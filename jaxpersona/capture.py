@@ -17,8 +17,8 @@ import numpy as np
 
 from jaxpersona.batch import Batch
 from jaxpersona.config import ModelConfig
-from jaxpersona.interventions.edit import SITES, Site
-from jaxpersona.interventions.operators import Layers, resolve_layers
+from jaxpersona.interventions.bank import Layers, resolve_layers
+from jaxpersona.interventions.table import SITES, Site
 from jaxpersona.interventions.where import Where, everywhere, holds, response
 
 F32 = jnp.float32

@@ -19,9 +19,10 @@ from jaxpersona.cache import Cache, init_cache
 from jaxpersona.capture import Capture
 from jaxpersona.config import ModelConfig
 from jaxpersona.interventions.compose import Interventions
-from jaxpersona.model import Applied, forward
+from jaxpersona.model import forward
 from jaxpersona.params import Params
 from jaxpersona.sampling import Sampling, choose
+from jaxpersona.trace import Applied, Gates
 
 TRACES: Counter[str] = Counter()  # how often each program was traced, for tests and benches
 
@@ -42,7 +43,7 @@ class State:
       length: [B] int32, tokens chosen so far, a stop token included.
       tokens: [B, M] int32, the tokens chosen; −1 beyond `length`.
       step: [] int32, steps taken.
-      captured, applied: as in `model.Output`.
+      captured, applied, gates: as in `model.Output`.
     """
 
     cache: Cache
@@ -58,6 +59,7 @@ class State:
     step: Any
     captured: dict[str, Any]
     applied: tuple[Applied, ...]
+    gates: Gates
 
 
 @flax.struct.dataclass
@@ -102,6 +104,7 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
         step=jnp.zeros((), jnp.int32),
         captured=out.captured,
         applied=out.applied,
+        gates=out.gates,
     )
     return _choose_next(state, out.logits, how, stops, greedy)
 
@@ -129,7 +132,8 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
         one = Batch(tokens=state.token[:, None], position=state.position[:, None],
                     kind=kind[:, None], turn=state.turn[:, None], row_id=state.row_id)
         out = forward(params, config, one, interventions=edits, capture=capture,
-                      cache=state.cache, captured=state.captured, logits="last")
+                      cache=state.cache, captured=state.captured, gates=state.gates,
+                      logits="last")
         opened = state.thinking | (state.token == stops.think[0])
         thinking = opened & (state.token != stops.think[1])
         grown = state.replace(  # pyright: ignore[reportAttributeAccessIssue]

@@ -23,8 +23,8 @@ from jaxpersona.batch import batch as make_batch
 from jaxpersona.capture import Capture, TokenState
 from jaxpersona.decode import State, Stops, decode, prefill
 from jaxpersona.interventions.compose import Interventions
-from jaxpersona.model import Applied
 from jaxpersona.sampling import sampling
+from jaxpersona.trace import Applied
 
 if TYPE_CHECKING:
     from jaxpersona.load import Model
@@ -183,7 +183,9 @@ def _encode(model: Model, item: Any, thinking: bool) -> chat.Row:
 def _check_edits(model: Model, edits: Interventions, count: int) -> None:
     edits.check(layers=model.config.n_layers, width=model.config.d_model, rows=count)
     mine = int(model.fingerprint[8:], 16)
-    foreign = {int(o) for edit in edits.edits for o in np.asarray(edit.origin)} - {0, mine}
+    named = [edit.origin for edit in edits.edits]
+    named += [edit.gate.origin for edit in edits.edits if edit.gate is not None]
+    foreign = {int(o) for origin in named for o in np.asarray(origin)} - {0, mine}
     if foreign:
         raise ValueError(
             f"a direction was made for another model than {model.name} (fingerprint "

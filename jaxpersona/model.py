@@ -15,26 +15,13 @@ import jax.numpy as jnp
 from jaxpersona import nn
 from jaxpersona.batch import Batch
 from jaxpersona.cache import Cache, advance, assign_slots, write
-from jaxpersona.capture import Capture, chosen_layers
+from jaxpersona.capture import Capture
 from jaxpersona.config import ModelConfig
 from jaxpersona.interventions.compose import Interventions
-from jaxpersona.interventions.edit import Site
 from jaxpersona.params import Layer, Params
+from jaxpersona.trace import Applied, Gates, Trace
 
 Logits = Literal["all", "last"] | None
-
-
-@flax.struct.dataclass
-class Applied:
-    """Proof that an intervention ran, one table's counts for every row.
-
-    Attributes:
-      seen: [B] int32, tokens that its `where` chose.
-      changed: [l, B] int32, tokens that it changed, at each of its layers.
-    """
-
-    seen: Any
-    changed: Any
 
 
 @flax.struct.dataclass
@@ -46,12 +33,14 @@ class Output:
       captured: the state of each reading by its name; `.value` is the result.
       applied: one `Applied` for each table of the interventions.
       cache: the cache with this call's tokens in it, or None.
+      gates: what gates over the prompt have measured so far, by their table's number.
     """
 
     logits: Any
     captured: dict[str, Any]
     applied: tuple[Applied, ...]
     cache: Cache | None
+    gates: Gates
 
 
 def forward(
@@ -64,6 +53,7 @@ def forward(
     cache: Cache | None = None,
     logits: Logits = "all",
     captured: dict[str, Any] | None = None,
+    gates: Gates | None = None,
 ) -> Output:
     """Run the model on a batch.
 
@@ -76,20 +66,25 @@ def forward(
       cache: keys and values of earlier tokens, or None to see this batch alone.
       logits: of every token, of each row's last valid token, or none (then no head is computed).
       captured: the captures' state of earlier calls, to be added to.
+      gates: the gates' state of earlier calls, likewise.
 
     Raises:
-      ValueError: interventions or captures that do not fit the model or the batch.
+      ValueError: interventions or captures that do not fit the model or the batch, or a gate that
+        is to act within a prompt which comes in chunks.
     """
     rows, width = batch.tokens.shape
     edits = interventions if interventions is not None else Interventions()
     edits.check(layers=config.n_layers, width=config.d_model, rows=rows)
+    if batch.chunk and any(e.gate is not None and e.gate.within for e in edits.edits):
+        raise ValueError("a gate with within=True needs the whole prompt in one piece; run it "
+                         "unchunked, or leave within=False")
     edits = edits.by_row(rows)
     slots = assign_slots(cache, batch)
     start: Any = None if cache is None else cache.next  # before this call's tokens
     state = captured
     if state is None and capture is not None:
         state = capture.start(config, rows, width if cache is None else cache.slots)
-    trace = _Trace(config, batch, edits, capture if capture is not None else Capture())
+    trace = Trace(config, batch, edits, capture if capture is not None else Capture(), gates)
     if cache is None:
         positions = jnp.where(batch.valid, batch.position, -1)
     else:
@@ -123,6 +118,7 @@ def forward(
         captured=trace.captured(state, slots),
         applied=trace.applied(),
         cache=cache,
+        gates=trace.gates,
     )
 
 
@@ -164,7 +160,7 @@ def _project(layer: Layer, config: ModelConfig, x: jax.Array,
     return nn.rotate(q, *angle), nn.rotate(k, *angle), v
 
 
-def _block(layer: Layer, config: ModelConfig, x: jax.Array, mixed: jax.Array, trace: _Trace,
+def _block(layer: Layer, config: ModelConfig, x: jax.Array, mixed: jax.Array, trace: Trace,
            i: int) -> jax.Array:
     """Finish one block from its attention's heads [B, T, N, H]; visit its three sites."""
     eps, offset = config.norm_eps, config.norm_offset
@@ -178,54 +174,3 @@ def _block(layer: Layer, config: ModelConfig, x: jax.Array, mixed: jax.Array, tr
         y = nn.rms_norm(y, layer.mlp_post_norm_d, eps, offset)
     x = nn.round_residual(x + trace.visit("mlp", i, y))
     return trace.visit("residual", i, x)
-
-
-class _Trace:
-    """Collect what one traced forward pass changed and read. Lives only while it is traced."""
-
-    def __init__(self, config: ModelConfig, batch: Batch, edits: Interventions,
-                 capture: Capture) -> None:
-        self.batch, self.edits, self.capture = batch, edits, capture
-        with jax.named_scope("intervention"):
-            self.active = [edit.seen(batch) for edit in edits.edits]
-        self.changed: list[list[jax.Array]] = [[] for _ in edits.edits]
-        self.layers = {name: chosen_layers(part, config) for name, part in capture.parts.items()}
-        with jax.named_scope("capture"):
-            self.weights = {name: part.weights(batch) for name, part in capture.parts.items()}
-        self.parts: dict[str, list[jax.Array]] = {name: [] for name in capture.parts}
-
-    def visit(self, site: Site, layer: int, h: jax.Array) -> jax.Array:
-        """Edit, then read, the activation [B, T, D] at one site."""
-        for number, edit in self.edits.at(site, layer):
-            with jax.named_scope("intervention"):
-                h, changed = edit.apply(layer, h, self.active[number])
-                h = nn.round_residual(h)
-                self.changed[number].append(changed)
-        for name, part in self.capture.parts.items():
-            if part.site == site and layer in self.layers[name]:
-                with jax.named_scope("capture"):
-                    index = self.layers[name].index(layer)
-                    self.parts[name].append(part.read(h, self.weights[name], index))
-        return h
-
-    def captured(self, state: dict[str, Any] | None, slots: jax.Array) -> dict[str, Any]:
-        """Add this call's readings to the state."""
-        with jax.named_scope("capture"):
-            return {
-                name: part.add(state[name], jnp.stack(self.parts[name]), self.weights[name],
-                               self.batch, slots)
-                for name, part in self.capture.parts.items()
-                if state is not None
-            }
-
-    def applied(self) -> tuple[Applied, ...]:
-        """Count the tokens that each table saw and changed."""
-        with jax.named_scope("intervention"):
-            rows = self.batch.tokens.shape[0]
-            return tuple(
-                Applied(
-                    seen=jnp.broadcast_to(active, self.batch.tokens.shape).sum(-1, dtype=jnp.int32),
-                    changed=jnp.stack(changed).sum(-1, dtype=jnp.int32).reshape(-1, rows),
-                )
-                for active, changed in zip(self.active, self.changed, strict=True)
-            )

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpersona.interventions.edit import SITES, Site
+from jaxpersona.interventions.table import SITES, Site
 
 POPULATIONS = ("default", "all")
 

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # every module may import those of a lower level and of its own group
 LEVELS = (
     ("config",), ("families",), ("presets",), ("sharding",), ("params",), ("kernels",), ("nn",),
-    ("batch",), ("interventions", "cache"), ("capture",), ("vectors",), ("model",),
+    ("batch",), ("interventions", "cache"), ("capture",), ("vectors",), ("trace",), ("model",),
     ("sampling", "decode"), ("ckpts",), ("template",), ("chat",), ("load",), ("generate",),
     ("persona",), ("organism", "data"), ("report",), ("cli",),
 )

@@ -21,9 +21,9 @@ from jaxpersona.interventions import (
     steer,
     turns,
 )
+from jaxpersona.interventions.bank import resolve_layers
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.edit import table
-from jaxpersona.interventions.operators import resolve_layers
 from jaxpersona.interventions.where import (
     Where,
     everywhere,
@@ -188,7 +188,7 @@ def test_linear_operators_follow_their_equations(made, expected):
     h, v = rng.normal(size=(3, 5, 8)).astype(np.float32), rng.normal(size=8)
     active = rng.random((3, 5)) < 0.6
     edit = made(v).edits[0]
-    out, changed = edit.apply(0, jnp.asarray(h), jnp.asarray(active))
+    out, changed = edit.apply(0, jnp.asarray(h), jnp.asarray(active), jnp.asarray(h))
     unit = v / np.linalg.norm(v)
     p = h @ unit
     wanted = h + np.where(active, expected(p) - p, 0)[..., None] * unit
@@ -206,14 +206,14 @@ def test_push_displaces_as_far_as_the_cap_elsewhere():
     moved = cap(v, layers=1, floor=1.0, push=u)
     deficit = np.maximum(1.0 - h @ (v / np.linalg.norm(v)), 0)
     wanted = h + deficit[..., None] * (u / np.linalg.norm(u))
-    out, changed = moved.edits[0].apply(1, jnp.asarray(h), active)
+    out, changed = moved.edits[0].apply(1, jnp.asarray(h), active, jnp.asarray(h))
     np.testing.assert_allclose(out, wanted, atol=1e-5)
     np.testing.assert_array_equal(changed, deficit > 0)
     both = stack_rows([moved, cap(v, layers=1, floor=1.0)])
     assert len(both.edits) == 2  # a table with a push and one without
     x = jnp.asarray(h)
     for edit in both.by_row(2).edits:
-        x, _ = edit.apply(1, x, active)
+        x, _ = edit.apply(1, x, edit.seen(batch([[5] * 4] * 2)), x)
     np.testing.assert_allclose(x[0], wanted[0], atol=1e-5)
     np.testing.assert_allclose(x[1], (h + deficit[..., None] * (v / np.linalg.norm(v)))[1],
                                atol=1e-5)

@@ -1,18 +1,24 @@
-"""What may be done to an activation: rank-one edits as data, where they act, how they compose."""
+"""What may be done to an activation, as pytrees of data: what, where, in which row, if at all."""
 
-from jaxpersona.interventions.compose import Interventions, chain, stack_rows
-from jaxpersona.interventions.edit import SITES, Edit, Site
+from jaxpersona.interventions.bank import resolve_layers
+from jaxpersona.interventions.compose import Interventions, chain, reserve, stack_rows
+from jaxpersona.interventions.gating import gate
 from jaxpersona.interventions.operators import (
     ablate,
     cap,
-    resolve_layers,
+    custom,
+    mean_ablate,
+    restore_norm,
+    rotate,
     scale,
     set_projection,
     steer,
 )
+from jaxpersona.interventions.table import SITES, Site
 from jaxpersona.interventions.where import Where, holds, turns
 
 __all__ = [
-    "Edit", "Interventions", "SITES", "Site", "Where", "ablate", "cap", "chain", "holds",
-    "resolve_layers", "scale", "set_projection", "stack_rows", "steer", "turns",
+    "Interventions", "SITES", "Site", "Where", "ablate", "cap", "chain", "custom", "gate", "holds",
+    "mean_ablate", "reserve", "resolve_layers", "restore_norm", "rotate", "scale",
+    "set_projection", "stack_rows", "steer", "turns",
 ]

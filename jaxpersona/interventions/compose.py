@@ -6,10 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.struct
-import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.interventions.edit import IDENTITY, SITES, Edit, Site, table
+from jaxpersona.interventions.bank import Layers, resolve_layers
+from jaxpersona.interventions.edit import IDENTITY, Edit
+from jaxpersona.interventions.gates import Gate
+from jaxpersona.interventions.table import SITES, Site, Table, next_power
+from jaxpersona.interventions.where import NOWHERE
 
 
 @flax.struct.dataclass
@@ -19,13 +23,19 @@ class Interventions:
     A layer that no table names carries nothing at all in the compiled program.
     """
 
-    edits: tuple[Edit, ...] = ()
+    edits: tuple[Table, ...] = ()
 
-    def at(self, site: Site, layer: int) -> Iterator[tuple[int, Edit]]:
+    def at(self, site: Site, layer: int) -> Iterator[tuple[int, Table]]:
         """Yield the tables that act at one place, with their numbers, in order."""
         for number, edit in enumerate(self.edits):
             if edit.site == site and layer in edit.layers:
                 yield number, edit
+
+    def gates_at(self, site: Site, layer: int) -> Iterator[tuple[int, Gate]]:
+        """Yield the gates that are measured at one place, with their tables' numbers."""
+        for number, edit in enumerate(self.edits):
+            if edit.gate is not None and (edit.gate.site, edit.gate.layer) == (site, layer):
+                yield number, edit.gate
 
     def by_row(self, rows: int) -> Interventions:
         """Gather every row's entries once, before a loop."""
@@ -40,7 +50,7 @@ class Interventions:
         """
         rows = np.asarray(rows, np.int32)
 
-        def pick(edit: Edit) -> Edit:
+        def pick(edit: Table) -> Table:
             if edit.index is None:
                 return edit
             index = np.asarray(edit.index)
@@ -49,7 +59,7 @@ class Interventions:
                     f"interventions are for {index.size} rows; row {int(rows.max())} was asked for"
                 )
             chosen = np.where(rows >= 0, index[np.maximum(rows, 0)], -1)
-            return edit.replace(index=jax.numpy.asarray(chosen, np.int32))  # pyright: ignore
+            return edit.replace(index=jnp.asarray(chosen, jnp.int32))  # pyright: ignore
 
         return Interventions(tuple(pick(edit) for edit in self.edits))
 
@@ -68,11 +78,13 @@ class Interventions:
           ValueError: with the field, its value and the mend.
         """
         for edit in self.edits:
-            if edit.direction.shape[-1] != width:
-                raise ValueError(
-                    f"a direction has width {edit.direction.shape[-1]}; the model's residual "
-                    f"stream has {width}: it was made for another model"
-                )
+            gate = edit.gate
+            for found in (edit.width, None if gate is None else gate.direction.shape[-1]):
+                if found not in (None, width):
+                    raise ValueError(
+                        f"a direction has width {found}; the model's residual stream has {width}: "
+                        "it was made for another model"
+                    )
             if edit.layers[-1] >= layers or edit.layers[0] < 0:
                 raise ValueError(
                     f"layers {list(edit.layers)} reach beyond the model's layers 0…{layers - 1}"
@@ -91,63 +103,111 @@ def chain(*parts: Interventions | None) -> Interventions:
     return Interventions(tuple(edit for part in parts if part is not None for edit in part.edits))
 
 
-def stack_rows(parts: Sequence[Interventions | None]) -> Interventions:
+def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
+            entries: int | None = None, site: Site = "residual") -> Interventions:
+    """Make empty tables of fixed capacity, for `stack_rows(…, into=)` to fill again and again.
+
+    Whatever rank-one edits fill them, the program stays the same one.
+
+    Args:
+      rows: the batch size B.
+      width: the model's D.
+      layers: all layers that an edit may name (a slice needs its stop).
+      slots: the longest chain of a row.
+      entries: the most distinct edits of a slot; B by default.
+
+    Raises:
+      ValueError: a size that is not positive, or layers that cannot be read.
+    """
+    if min(rows, width, slots) < 1 or (entries is not None and entries < 1):
+        raise ValueError("rows, width, slots and entries must be positive")
+    chosen = resolve_layers(layers, None)
+    size = next_power(rows if entries is None else entries)
+    unit = np.zeros((len(chosen), size, width), np.float32)
+    unit[..., 0] = 1.0
+    empty = Edit(
+        direction=jnp.asarray(unit),
+        coefficients=jnp.asarray(np.broadcast_to(np.array(IDENTITY, np.float32),
+                                                 (len(chosen), size, 4))),
+        where=jnp.asarray(np.broadcast_to(np.array(NOWHERE), (size, 5)), jnp.int32),
+        origin=jnp.zeros(size, jnp.uint32), index=jnp.full(rows, -1, jnp.int32),
+        layers=chosen, site=site)
+    return Interventions((empty,) * slots)
+
+
+def stack_rows(parts: Sequence[Interventions | None], *,
+               into: Interventions | None = None) -> Interventions:
     """Give every row its own interventions in one program: part b acts on row b alone.
 
-    Tables of one site are merged slot by slot, so the cost is that of the longest chain, however
-    many rows differ. A layer that a row does not name gets an identity there.
+    Tables of one kind and site are merged slot by slot, so the cost is that of the longest chain,
+    however many rows differ. A layer that a row does not name gets an identity there.
 
     Args:
       parts: for each row interventions that treat all rows alike (no `rows=`), or None.
+      into: what `reserve` made: the result has its structure, and so its compiled program.
 
     Raises:
-      ValueError: no rows, or a part that has rows of its own.
+      ValueError: no rows, a part that has rows of its own, or one that does not fit `into`.
     """
     if not parts:
         raise ValueError("stack_rows needs at least one row")
     for row, part in enumerate(parts):
         if part is not None and part.rows is not None:
             raise ValueError(f"row {row} already has rows of its own; stack rows that have none")
-    slots: list[tuple[tuple, dict[int, Edit]]] = []  # a common supersequence of all rows' chains
-    for row, part in enumerate(parts):
+    if into is not None and into.rows != len(parts):
+        raise ValueError(f"into is for {into.rows} rows; {len(parts)} parts were given")
+    fixed = into.edits if into is not None else ()
+    slots: list[tuple[tuple, dict[int, Table]]] = [(edit.key, {}) for edit in fixed]
+    for row, part in enumerate(parts):  # a common supersequence of all rows' chains
         cursor = 0
         for edit in part.edits if part is not None else ():
             while cursor < len(slots) and slots[cursor][0] != edit.key:
                 cursor += 1
             if cursor == len(slots):
+                if into is not None:
+                    raise ValueError(f"row {row} does not fit into the reserved tables: their "
+                                     "slots hold rank-one edits at one site, without a gate or a "
+                                     "push; reserve more slots, or stack without into=")
                 slots.append((edit.key, {}))
             slots[cursor][1][row] = edit
             cursor += 1
-    return Interventions(tuple(_merge(members, len(parts)) for _, members in slots))
+    return Interventions(tuple(
+        _merge(members, len(parts), fixed[i] if fixed else None)
+        for i, (_, members) in enumerate(slots)
+    ))
 
 
-def _merge(members: dict[int, Edit], rows: int) -> Edit:
+def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
     """Put the shared entries of several tables into one, with an index a row."""
+    if not members:
+        assert into is not None  # a slot without members was reserved
+        return into
     layers = tuple(sorted({layer for edit in members.values() for layer in edit.layers}))
     entries: dict[int, int] = {}
-    unique: list[Edit] = []
+    unique: list[Table] = []
     index = np.full(rows, -1, np.int32)
     for row, edit in members.items():
         if id(edit) not in entries:
             entries[id(edit)] = len(unique)
             unique.append(edit)
         index[row] = entries[id(edit)]
-    width = unique[0].direction.shape[-1]
-    if any(edit.direction.shape[-1] != width for edit in unique):
-        raise ValueError("the rows' directions have different widths: they are for one model each")
-    direction = np.zeros((len(layers), len(unique), width), np.float32)
-    direction[..., 0] = 1.0
-    coefficients = np.broadcast_to(np.array(IDENTITY), (len(layers), len(unique), 4)).copy()
-    for entry, edit in enumerate(unique):
-        at = [layers.index(layer) for layer in edit.layers]
-        direction[at, entry] = np.asarray(edit.direction)[:, 0]
-        coefficients[at, entry] = np.asarray(edit.coefficients)[:, 0]
-    push = None if unique[0].push is None else direction.copy()
-    if push is not None:
-        for entry, edit in enumerate(unique):
-            at = [layers.index(layer) for layer in edit.layers]
-            push[at, entry] = np.asarray(edit.push)[:, 0]
-    where = np.stack([np.asarray(edit.where)[0] for edit in unique])
-    origin = np.array([np.asarray(edit.origin)[0] for edit in unique], np.uint32)
-    return table(direction, coefficients, where, origin, layers, unique[0].site, index,
-                 push)
+    size = next_power(len(unique))
+    if into is not None:
+        beyond = sorted(set(layers) - set(into.layers))
+        if beyond or len(unique) > into.entries or unique[0].width != into.width:
+            raise ValueError(
+                f"{len(unique)} edits of width {unique[0].width} at layers {list(layers)} do not "
+                f"fit the reserved {into.entries} of width {into.width} at {list(into.layers)}"
+            )
+        layers, size = into.layers, into.entries
+    first = unique[0]
+    payload = type(first).gather(unique, layers, size)
+    where = np.concatenate([np.asarray(edit.where)[:1] for edit in unique])
+    origin = np.concatenate([np.asarray(edit.origin)[:1] for edit in unique])
+    fill = [*range(len(unique)), *[0] * (size - len(unique))]
+    gate = None if first.gate is None else Gate.gather([unique[i].gate for i in fill])
+    payload = {name: value if name == "params" else jnp.asarray(value, jnp.float32)
+               for name, value in payload.items()}
+    return first.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        **payload, where=jnp.asarray(where[fill], jnp.int32), gate=gate, layers=layers,
+        origin=jnp.asarray(origin[fill], jnp.uint32), index=jnp.asarray(index))

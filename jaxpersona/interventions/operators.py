@@ -1,25 +1,34 @@
-"""Operators: the named edits, each one row of numbers (s, c, lo, hi) of the rank-one edit.
+"""Operators: the named interventions, each an equation on h, v̂ = v/‖v‖ and p = ⟨h, v̂⟩.
 
-Every constructor takes a direction in one of these forms:
-  a named direction (`Axis`, `Vector`), whose own layers are used;
-  an array [D], the same at every layer; [1, l, D], one for each of the chosen layers;
-  with `rows=`, a bank [n, D] or [n, l, D], or a list of named directions: row b of the batch uses
-  entry rows[b], and −1 leaves it alone.
-Strengths and thresholds are a number, one a layer [l], or for a bank [n] or [n, l].
+How directions, strengths and rows may be given is said in `bank`. The linear ones and `cap` are
+rows of numbers (s, c, lo, hi) of one rank-one edit, so which of them a row uses is data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.interventions.bank import Bank, Layers, resolve_layers
 from jaxpersona.interventions.compose import Interventions
-from jaxpersona.interventions.edit import SITES, Site, table
+from jaxpersona.interventions.edit import table
+from jaxpersona.interventions.kinds import Custom, NormRestoration, Rotation
+from jaxpersona.interventions.table import (
+    SITES,
+    Site,
+    Table,
+    checked_index,
+    common,
+    next_power,
+    traced,
+)
 from jaxpersona.interventions.where import Where, everywhere
 
-Layers = int | slice | Sequence[int]
+_FLAT = 1e-6  # a plane whose second vector keeps less than this of its length has no direction
 
 
 def steer(
@@ -36,7 +45,7 @@ def steer(
     Source: activation addition (Turner et al. 2023); Chen et al. 2025, §3.
 
     Args:
-      vector: a direction or a bank of them (see the module).
+      vector: a direction or a bank of them (see `bank`).
       layers: zero-based; an int, a half-open slice, or several ints.
       scale: multiples of v.
       where: which tokens.
@@ -46,9 +55,8 @@ def steer(
     Raises:
       ValueError: a direction, strength, layer or row that does not fit; field, value and mend.
     """
-    bank = _Bank(vector, layers, rows, site)
-    amount = bank.spread("scale", scale) * bank.norm
-    return bank.finish(where, c=amount)
+    bank = Bank(vector, layers, rows, site)
+    return _rank_one(bank, where, c=bank.spread("scale", scale) * bank.norm)
 
 
 def cap(
@@ -80,30 +88,63 @@ def cap(
     """
     if floor is None and ceiling is None:
         raise ValueError("cap needs a floor, a ceiling or both")
-    bank = _Bank(vector, layers, rows, site)
+    bank = Bank(vector, layers, rows, site)
     lo = bank.spread("floor", -np.inf if floor is None else floor)
     hi = bank.spread("ceiling", np.inf if ceiling is None else ceiling)
-    if (lo > hi).any():
+    if not traced(lo, hi) and (lo > hi).any():
         raise ValueError("floor is above ceiling; a projection cannot satisfy both")
-    along = None if push is None else _Bank(push, layers, rows, site)
+    along = None if push is None else Bank(push, layers, rows, site, "push")
     if along is not None and along.direction.shape != bank.direction.shape:
         raise ValueError(f"push has shape {along.direction.shape}; vector {bank.direction.shape}")
-    return bank.finish(where, lo=lo, hi=hi, push=None if along is None else along.direction)
+    return _rank_one(bank, where, lo=lo, hi=hi, push=None if along is None else along.direction)
 
 
 def ablate(
     vector: Any,
     *,
     layers: Layers,
+    coefficient: Any = 0.0,
     where: Where = everywhere,
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Remove the component along a direction: h ← h − v̂·⟨h, v̂⟩ (Arditi et al. 2024).
+    """Remove the component along a direction: h ← h − v̂·⟨h, v̂⟩ + coefficient·v̂.
 
-    Args and errors are those of `steer`; the direction's length does not matter.
+    Source: directional ablation (Arditi et al. 2024). Args and errors are those of `steer`; the
+    direction's length does not matter, and `coefficient` (what is put back) is in units of the
+    residual stream.
     """
-    return scale(vector, 0.0, layers=layers, where=where, rows=rows, site=site)
+    bank = Bank(vector, layers, rows, site)
+    return _rank_one(bank, where, s=0.0, c=bank.spread("coefficient", coefficient))
+
+
+def mean_ablate(
+    vector: Any,
+    mean: Any,
+    *,
+    layers: Layers,
+    where: Where = everywhere,
+    rows: Any = None,
+    site: Site = "residual",
+) -> Interventions:
+    """Replace the component along a direction by a mean activation's: h ← h + v̂·⟨μ − h, v̂⟩.
+
+    An ablation followed by the addition of what the mean has along v̂; the rest of h stays.
+
+    Args:
+      vector, layers, where, rows, site: as for `steer`.
+      mean: μ, the mean activation of some texts, in the same form as `vector`.
+
+    Raises:
+      ValueError: a mean of another form, or anything that `steer` refuses.
+    """
+    bank = Bank(vector, layers, rows, site)
+    of = Bank(mean, layers, rows, site, "mean")
+    n, width = bank.direction.shape[1:]
+    if of.direction.shape[1] not in (1, n) or of.direction.shape[2] != width:
+        raise ValueError(f"mean has shape {of.direction.shape}; vector {bank.direction.shape}")
+    along = (bank.direction * of.direction).sum(-1) * of.norm  # ⟨μ, v̂⟩ [l, n]
+    return _rank_one(bank, where, s=0.0, c=along)
 
 
 def scale(
@@ -119,8 +160,8 @@ def scale(
 
     Args and errors are those of `steer`, with `factor` a number, one a layer or one an entry.
     """
-    bank = _Bank(vector, layers, rows, site)
-    return bank.finish(where, s=bank.spread("factor", factor))
+    bank = Bank(vector, layers, rows, site)
+    return _rank_one(bank, where, s=bank.spread("factor", factor))
 
 
 def set_projection(
@@ -134,136 +175,146 @@ def set_projection(
 ) -> Interventions:
     """Put the projection on a direction at a value: h ← h + (value − ⟨h, v̂⟩)·v̂.
 
-    With the mean projection of some texts as `value` it is a mean-ablation along v̂ (the rest of h
-    is left as it is). Args and errors are those of `steer`; `value` is in units of the residual
-    stream.
+    Args and errors are those of `steer`; `value` is in units of the residual stream.
     """
-    bank = _Bank(vector, layers, rows, site)
-    return bank.finish(where, s=0.0, c=bank.spread("value", value))
+    bank = Bank(vector, layers, rows, site)
+    return _rank_one(bank, where, s=0.0, c=bank.spread("value", value))
 
 
-_GREATEST = float(np.finfo(np.float32).max)
+def rotate(
+    first: Any,
+    second: Any,
+    *,
+    layers: Layers,
+    to: Any = None,
+    by: Any = None,
+    where: Where = everywhere,
+    rows: Any = None,
+    site: Site = "residual",
+) -> Interventions:
+    """Rotate within a plane, the norm kept: h ← h − Ph + ‖Ph‖·(cos θ·b₁ + sin θ·b₂).
 
+    b₁ is the first direction's, b₂ the second's part orthogonal to it; P projects on their plane.
+    Source: angular steering (Vu and Nguyen 2025).
 
-class _Bank:
-    """Directions read from any of the accepted forms, and numbers spread to fit them."""
-
-    def __init__(self, vector: Any, layers: Layers, rows: Any, site: Site) -> None:
-        if site not in SITES:
-            raise ValueError(f"site is {site!r}; it must be one of {SITES}")
-        self.site: Site = site
-        self.index = None if rows is None else np.asarray(rows)
-        named = list(vector) if isinstance(vector, (list, tuple)) else [vector]
-        if not named:
-            raise ValueError("vector is an empty list; give at least one direction")
-        if all(hasattr(item, "at_layers") for item in named):
-            self.total = named[0].n_layers
-            self.layers = resolve_layers(layers, self.total)
-            for item in named:
-                item.check_site(site)
-                if item.n_layers != self.total:
-                    raise ValueError(f"the directions have {self.total} and {item.n_layers} layers")
-            value = np.stack([item.at_layers(self.layers) for item in named])
-            origin = [item.origin for item in named]
-        else:
-            self.total = None
-            self.layers = resolve_layers(layers, None)
-            value, origin = self._array(vector), None
-        if rows is None and len(value) != 1:
-            raise ValueError(
-                f"vector is a bank of {len(value)} directions; say with `rows=` which row uses "
-                "which"
-            )
-        if not np.isfinite(value).all():
-            raise ValueError("vector holds a value that is not finite")
-        self.norm = np.linalg.norm(value, axis=-1).T  # [l, n]
-        if (self.norm == 0).any():
-            raise ValueError("vector is zero at a chosen layer; it has no direction")
-        self.direction = np.moveaxis(value, 0, 1) / self.norm[..., None]
-        self.origin = np.array(origin or [0] * len(value), np.uint32)
-
-    def _array(self, vector: Any) -> np.ndarray:
-        """Read a bare array as [n, l, D]."""
-        value = np.asarray(vector, np.float64)
-        count = len(self.layers)
-        if value.ndim == 1:
-            value = value[None, None]
-        elif value.ndim == 2 and self.index is not None:
-            value = value[:, None]
-        elif value.ndim != 3:
-            raise ValueError(
-                f"vector has shape {value.shape}; it must be [D], [1, l, D], or with `rows=` "
-                "[n, D] or [n, l, D]"
-            )
-        if value.shape[1] not in (1, count):
-            raise ValueError(
-                f"vector has {value.shape[1]} layers, but {count} were chosen: {list(self.layers)}"
-            )
-        return np.broadcast_to(value, (value.shape[0], count, value.shape[2]))
-
-    def spread(self, name: str, value: Any) -> np.ndarray:
-        """Broadcast a strength or threshold to [l, n]."""
-        given = np.asarray(value, np.float64)
-        n, count = self.direction.shape[1], len(self.layers)
-        if np.isnan(given).any():
-            raise ValueError(f"{name} is NaN")
-        worst = {"floor": np.inf, "ceiling": -np.inf}.get(name)
-        bad = np.abs(given) > _GREATEST if worst is None else given == worst
-        if bad.any():
-            raise ValueError(f"{name} is infinite in float32; it must be a finite number")
-        if given.ndim and given.shape[-1] == self.total and (given.ndim == 2 or self.index is None):
-            given = given[..., list(self.layers)]  # one a layer of the model
-        if given.ndim == 0:
-            return np.full((count, n), float(given))
-        if given.ndim == 1 and self.index is not None and given.size == n:
-            return np.broadcast_to(given[None, :], (count, n))
-        if given.ndim == 1 and self.index is None and given.size == count:
-            return np.broadcast_to(given[:, None], (count, n))
-        if given.shape == (n, count):
-            return given.T
-        raise ValueError(
-            f"{name} has shape {given.shape}; with {count} layers and {n} directions it must be a "
-            f"number, {'[n]' if self.index is not None else '[l]'} or [n, l]"
-        )
-
-    def finish(self, where: Where, *, s: Any = 1.0, c: Any = 0.0, lo: Any = -np.inf,
-               hi: Any = np.inf, push: np.ndarray | None = None) -> Interventions:
-        """Make the table."""
-        count, n = self.norm.shape
-        numbers = [np.broadcast_to(x, (count, n)) for x in (s, c, lo, hi)]
-        test = np.broadcast_to(where.encode(), (n, 5))
-        edit = table(self.direction, np.stack(numbers, -1), test, self.origin, self.layers,
-                     self.site, self.index, push)
-        return Interventions((edit,))
-
-
-def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
-    """Return the chosen layers as a tuple from low to high; a slice is half-open, as in Python.
+    Args:
+      first, second: two directions, in the same form as `steer`'s vector, that span the plane.
+      to: θ in radians, counted from b₁ toward b₂: where h is to lie.
+      by: θ in radians, how far h is turned from where it lies. One of the two is given.
+      layers, where, rows, site: as for `steer`.
 
     Raises:
-      ValueError: none, a negative one, one beyond `total`, a repeated one, another
-        order than from low to high, or an open slice where the number of layers is not known.
+      ValueError: neither angle or both, two directions on one line, or what `steer` refuses.
     """
-    if isinstance(layers, slice):
-        if total is None and (layers.stop is None or layers.stop < 0 or (layers.start or 0) < 0):
-            raise ValueError(f"layers is {layers}; without a named axis give its start and stop")
-        if total is not None and layers.stop is not None and layers.stop > total:
-            raise ValueError(f"layers {layers.start}:{layers.stop} reach beyond 0…{total - 1}")
-        end: int = total if total is not None else layers.stop  # pyright: ignore
-        chosen = tuple(range(*layers.indices(end)))
-    else:
-        items = [layers] if isinstance(layers, (int, np.integer)) else list(layers)
-        if any(isinstance(i, bool) or not isinstance(i, (int, np.integer)) for i in items):
-            raise ValueError(f"layers is {layers!r}; it must be an int, a slice or several ints")
-        chosen = tuple(int(i) for i in items)
-    if not chosen:
-        raise ValueError(f"layers is {layers!r}, which chooses none")
-    if len(set(chosen)) != len(chosen):
-        raise ValueError(f"layers is {layers!r}, which repeats one; chain two instead")
-    if list(chosen) != sorted(chosen):
-        raise ValueError(f"layers is {layers!r}; give them from low to high, the order in "
-                         "which arrays with one entry a layer are read")
-    if chosen[0] < 0 or (total is not None and chosen[-1] >= total):
-        beyond = "" if total is None else f"; they are 0…{total - 1}"
-        raise ValueError(f"layers is {layers!r}, out of range{beyond}")
-    return chosen
+    if (to is None) == (by is None):
+        raise ValueError("rotate needs one angle in radians: to= (from the first direction) or by=")
+    one, two = Bank(first, layers, rows, site, "first"), Bank(second, layers, rows, site, "second")
+    if one.direction.shape != two.direction.shape:
+        raise ValueError(f"second has shape {two.direction.shape}; first {one.direction.shape}")
+    xp: Any = jnp if traced(one.direction, two.direction, to, by) else np
+    across = two.direction - (one.direction * two.direction).sum(-1, keepdims=True) * one.direction
+    length = xp.linalg.norm(across, axis=-1, keepdims=True)
+    if xp is np and (length < _FLAT).any():
+        raise ValueError("first and second lie on one line at a chosen layer; they span no plane")
+    theta = one.spread("to" if by is None else "by", to if by is None else by)
+    angle = xp.stack([xp.cos(theta), xp.sin(theta), xp.full(theta.shape, float(by is None))], -1)
+    return _table(Rotation, one, where, first=one.direction, second=across / length, angle=angle)
+
+
+def restore_norm(
+    *,
+    layers: Layers,
+    where: Where = everywhere,
+    rows: Any = None,
+    site: Site = "residual",
+) -> Interventions:
+    """Give h back its norm: h ← h·‖h₀‖/‖h‖, h₀ being h before what precedes this at its site.
+
+    Chain it after the edits whose effect on the length is to be undone.
+
+    Args:
+      layers, where, site: as for `steer`.
+      rows: 0 for each row that it is for, −1 for the others; all rows by default.
+    """
+    chosen = resolve_layers(layers, None)
+    return _plain(NormRestoration, chosen, where, rows, site,
+                  amount=jnp.ones((len(chosen), 1), jnp.float32))
+
+
+def custom(
+    fn: Callable[[Any, jax.Array], jax.Array],
+    params: Any = (),
+    *,
+    layers: Layers,
+    where: Where = everywhere,
+    rows: Any = None,
+    site: Site = "residual",
+) -> Interventions:
+    """Apply a function of your own to a token's activation: h ← fn(params, h).
+
+    It sees one token, so it means the same in prefill, in chunks and in decode.
+
+    Args:
+      fn: fn(params, h) → h for h [D] float32, traceable by JAX. A named function: it is part of
+        the program, so another one compiles another.
+      params: a pytree of arrays, data: new values compile nothing. With `rows=`, [n, …] each.
+      rows: the entry of `params` for each row, −1 for none.
+      layers, where, site: as for `steer`.
+
+    Raises:
+      ValueError: `fn` cannot be called or hashed, or leaves of `params` that differ in n.
+    """
+    try:
+        hash(fn)
+    except TypeError:
+        raise ValueError("fn cannot be hashed; give a function and hand its data as params") \
+            from None
+    if not callable(fn):
+        raise ValueError(f"fn is {fn!r}; it must be a function of (params, h)")
+    chosen = resolve_layers(layers, None)
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(params)]
+    if rows is None:
+        leaves = [x[None] for x in leaves]
+    sizes = {x.shape[0] if x.ndim else 0 for x in leaves} or {1}
+    if len(sizes) > 1 or 0 in sizes:
+        raise ValueError("with rows=, every array of params must be [n, …] with the same n")
+    n = sizes.pop()
+    spread = np.array([*range(n), *[n - 1] * (next_power(n) - n)], np.int32)
+    leaves = [x[spread] for x in leaves]
+    params = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    return _plain(Custom, chosen, where, rows, site, n, params=params, fn=fn,
+                  on=jnp.ones((len(chosen), next_power(n)), jnp.float32))
+
+
+def _rank_one(bank: Bank, where: Where, *, s: Any = 1.0, c: Any = 0.0, lo: Any = -np.inf,
+              hi: Any = np.inf, push: Any = None) -> Interventions:
+    """Make a table of rank-one edits."""
+    count, n = bank.norm.shape
+    xp: Any = jnp if traced(s, c, lo, hi) else np
+    numbers = [xp.broadcast_to(xp.asarray(x, xp.float32) if xp is jnp else x, (count, n))
+               for x in (s, c, lo, hi)]
+    test = np.broadcast_to(where.encode(), (n, 5))
+    edit = table(bank.direction, xp.stack(numbers, -1), test, bank.origin, bank.layers, bank.site,
+                 bank.index, push)
+    return Interventions((edit,))
+
+
+def _table(kind: type[Table], bank: Bank, where: Where, **payload: Any) -> Interventions:
+    """Make a table of another kind from fields [l, n, …], padded with its last entry."""
+    n = len(bank.origin)
+    size = next_power(n)
+    spread = np.array([*range(n), *[n - 1] * (size - n)])
+    fields = {name: jnp.asarray(value[:, spread], jnp.float32) for name, value in payload.items()}
+    test = np.broadcast_to(where.encode(), (n, 5))
+    shared = common(test, bank.origin, checked_index(bank.index, n), size)
+    return Interventions((kind(layers=bank.layers, site=bank.site, **shared, **fields),))
+
+
+def _plain(kind: type[Table], layers: tuple[int, ...], where: Where, rows: Any, site: Site,
+           n: int = 1, **fields: Any) -> Interventions:
+    """Make a table that has no direction."""
+    if site not in SITES:
+        raise ValueError(f"site is {site!r}; it must be one of {SITES}")
+    test = np.broadcast_to(where.encode(), (n, 5))
+    shared = common(test, np.zeros(n, np.uint32), checked_index(rows, n), next_power(n))
+    return Interventions((kind(layers=layers, site=site, **shared, **fields),))

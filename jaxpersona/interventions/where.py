@@ -28,6 +28,7 @@ from jaxpersona.batch import (
 
 FOREVER = 2**31 - 1
 WIDTH = 5  # integers of an encoded test
+NOWHERE = (-1, 0, 0, 0, 0)  # an encoded test that no token passes: it needs every bit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,152 @@
+"""Directions and numbers in every form that a constructor accepts, brought into one.
+
+A direction may be
+  a named one (`Axis`, `Vector`), whose own layers are used;
+  an array [D], the same at every layer; [1, l, D], one for each of the chosen layers;
+  with `rows=`, a bank [n, D] or [n, l, D], or a list of named directions: row b of the batch uses
+  entry rows[b], and −1 leaves it alone.
+Strengths and thresholds are a number, one a layer [l], or for a bank [n] or [n, l].
+
+Under a transformation of JAX (grad, vmap, jit) values cannot be looked at; then their shapes alone
+are checked, and everything stays differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpersona.interventions.table import SITES, Site, traced
+
+Layers = int | slice | Sequence[int]
+_GREATEST = float(np.finfo(np.float32).max)
+_OPEN = {"floor": np.inf, "above": np.inf, "ceiling": -np.inf, "below": -np.inf}  # no bound at all
+
+
+class Bank:
+    """Directions of the accepted forms, and numbers spread to fit them.
+
+    Attributes:
+      layers, site, index: the structure, and the entry of each row.
+      direction: unit vectors [l, n, D].
+      norm: [l, n], the lengths they were given with.
+      origin: [n] uint32, half their models' fingerprints.
+    """
+
+    def __init__(self, vector: Any, layers: Layers, rows: Any, site: Site,
+                 name: str = "vector") -> None:
+        if site not in SITES:
+            raise ValueError(f"site is {site!r}; it must be one of {SITES}")
+        self.site: Site = site
+        self.index = None if rows is None else np.asarray(rows)
+        named = list(vector) if isinstance(vector, (list, tuple)) else [vector]
+        if not named:
+            raise ValueError(f"{name} is an empty list; give at least one direction")
+        if all(hasattr(item, "at_layers") for item in named):
+            self.total = named[0].n_layers
+            self.layers = resolve_layers(layers, self.total)
+            for item in named:
+                item.check_site(site)
+                if item.n_layers != self.total:
+                    raise ValueError(f"the directions have {self.total} and {item.n_layers} layers")
+            value = np.stack([item.at_layers(self.layers) for item in named])
+            origin = [item.origin for item in named]
+        else:
+            self.total = None
+            self.layers = resolve_layers(layers, None)
+            value, origin = self._array(vector, name), None
+        if rows is None and len(value) != 1:
+            raise ValueError(
+                f"{name} is a bank of {len(value)} directions; say with `rows=` which row uses "
+                "which"
+            )
+        xp: Any = jnp if traced(value) else np
+        norm = xp.linalg.norm(value, axis=-1, keepdims=True)
+        if xp is np and not np.isfinite(value).all():
+            raise ValueError(f"{name} holds a value that is not finite")
+        if xp is np and (norm == 0).any():
+            raise ValueError(f"{name} is zero at a chosen layer; it has no direction")
+        self.norm = norm[..., 0].T
+        self.direction = xp.moveaxis(value / norm, 0, 1)
+        self.origin = np.array(origin or [0] * len(value), np.uint32)
+
+    def _array(self, vector: Any, name: str) -> Any:
+        """Read a bare array as [n, l, D]."""
+        xp: Any = jnp if traced(vector) else np
+        value = xp.asarray(vector, xp.float32 if xp is jnp else xp.float64)
+        count = len(self.layers)
+        if value.ndim == 1:
+            value = value[None, None]
+        elif value.ndim == 2 and self.index is not None:
+            value = value[:, None]
+        elif value.ndim != 3:
+            raise ValueError(
+                f"{name} has shape {value.shape}; it must be [D], [1, l, D], or with `rows=` "
+                "[n, D] or [n, l, D]"
+            )
+        if value.shape[1] not in (1, count):
+            raise ValueError(
+                f"{name} has {value.shape[1]} layers, but {count} were chosen: {list(self.layers)}"
+            )
+        return xp.broadcast_to(value, (value.shape[0], count, value.shape[2]))
+
+    def spread(self, name: str, value: Any) -> Any:
+        """Broadcast a strength or threshold to [l, n]."""
+        xp: Any = jnp if traced(value) else np
+        given = xp.asarray(value, xp.float32 if xp is jnp else xp.float64)
+        n, count = self.direction.shape[1], len(self.layers)
+        if xp is np:
+            if np.isnan(given).any():
+                raise ValueError(f"{name} is NaN")
+            worst = _OPEN.get(name)
+            if (np.abs(given) > _GREATEST if worst is None else given == worst).any():
+                raise ValueError(f"{name} is infinite in float32; it must be a finite number")
+        if given.ndim and given.shape[-1] == self.total and (given.ndim == 2 or self.index is None):
+            given = given[..., np.array(self.layers)]  # one a layer of the model
+        if given.ndim == 0:
+            return xp.broadcast_to(given[None, None], (count, n))
+        if given.ndim == 1 and self.index is not None and given.size == n:
+            return xp.broadcast_to(given[None, :], (count, n))
+        if given.ndim == 1 and self.index is None and given.size == count:
+            return xp.broadcast_to(given[:, None], (count, n))
+        if given.shape == (n, count):
+            return given.T
+        raise ValueError(
+            f"{name} has shape {given.shape}; with {count} layers and {n} directions it must be a "
+            f"number, {'[n]' if self.index is not None else '[l]'} or [n, l]"
+        )
+
+
+def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
+    """Return the chosen layers as a tuple from low to high; a slice is half-open, as in Python.
+
+    Raises:
+      ValueError: none, a negative one, one beyond `total`, a repeated one, another
+        order than from low to high, or an open slice where the number of layers is not known.
+    """
+    if isinstance(layers, slice):
+        if total is None and (layers.stop is None or layers.stop < 0 or (layers.start or 0) < 0):
+            raise ValueError(f"layers is {layers}; without a named axis give its start and stop")
+        if total is not None and layers.stop is not None and layers.stop > total:
+            raise ValueError(f"layers {layers.start}:{layers.stop} reach beyond 0…{total - 1}")
+        end: int = total if total is not None else layers.stop  # pyright: ignore
+        chosen = tuple(range(*layers.indices(end)))
+    else:
+        items = [layers] if isinstance(layers, (int, np.integer)) else list(layers)
+        if any(isinstance(i, bool) or not isinstance(i, (int, np.integer)) for i in items):
+            raise ValueError(f"layers is {layers!r}; it must be an int, a slice or several ints")
+        chosen = tuple(int(i) for i in items)
+    if not chosen:
+        raise ValueError(f"layers is {layers!r}, which chooses none")
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"layers is {layers!r}, which repeats one; chain two instead")
+    if list(chosen) != sorted(chosen):
+        raise ValueError(f"layers is {layers!r}; give them from low to high, the order in "
+                         "which arrays with one entry a layer are read")
+    if chosen[0] < 0 or (total is not None and chosen[-1] >= total):
+        beyond = "" if total is None else f"; they are 0…{total - 1}"
+        raise ValueError(f"layers is {layers!r}, out of range{beyond}")
+    return chosen

@@ -1,0 +1,141 @@
+"""Interventions that no rank-one edit expresses: a rotation in a plane, a norm put back, and a
+function of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Self
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpersona.interventions.table import Table
+
+F32 = jnp.float32
+
+
+@flax.struct.dataclass(kw_only=True)
+class Rotation(Table):
+    """Rotations in planes: ‖h‖ and the part of h outside the plane stay as they are.
+
+    Attributes:
+      first, second: orthonormal b₁, b₂ [l, n, D] float32.
+      angle: (cos θ, sin θ, to) [l, n, 3] float32; `to` is 1 where θ is counted from b₁ and 0 where
+        it is counted from where h lies.
+    """
+
+    PAYLOAD: ClassVar[dict[str, int]] = {"first": 1, "second": 1, "angle": 1}
+
+    first: Any
+    second: Any
+    angle: Any
+
+    @property
+    def width(self) -> int:
+        """The width D of the plane's vectors."""
+        return self.first.shape[-1]
+
+    def apply(self, layer: int, h: jax.Array, active: jax.Array,
+              before: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Rotate h [B, T, D] at `layer` where `active` [B, T]; also return where it changed."""
+        slot = self.layers.index(layer)
+        cos, sin, to = (self.angle[slot][:, i, None] for i in range(3))
+        wide = h.astype(F32)
+        one, two = (jnp.broadcast_to(b[slot][:, None], h.shape) for b in (self.first, self.second))
+        p, q = (jnp.einsum("btd,btd->bt", wide, b) for b in (one, two))
+        inside = p * p + q * q
+        radius = jnp.sqrt(jnp.where(inside > 0, inside, 1.0)) * (inside > 0)  # a gradient at 0 too
+        x, y = jnp.where(to > 0, radius, p), jnp.where(to > 0, 0.0, q)
+        dp, dq = x * cos - y * sin - p, x * sin + y * cos - q
+        changed = active & ((dp != 0) | (dq != 0))
+        turned = (wide + dp[..., None] * one + dq[..., None] * two).astype(h.dtype)
+        return jnp.where(changed[..., None], turned, h), changed
+
+    @classmethod
+    def identities(cls, layers: int, size: int, like: Self) -> dict[str, np.ndarray]:
+        """Make rotations by nothing."""
+        planes = np.zeros((2, layers, size, like.width), np.float32)
+        planes[0, ..., 0] = planes[1, ..., -1] = 1.0
+        angle = np.broadcast_to(np.array([1, 0, 0], np.float32), (layers, size, 3)).copy()
+        return {"first": planes[0], "second": planes[1], "angle": angle}
+
+
+@flax.struct.dataclass(kw_only=True)
+class NormRestoration(Table):
+    """Give h back the length that it had when it came to this site.
+
+    Attributes:
+      amount: [l, n] float32, 1 to put the norm back, 0 to leave it.
+    """
+
+    PAYLOAD: ClassVar[dict[str, int]] = {"amount": 1}
+
+    amount: Any
+
+    def apply(self, layer: int, h: jax.Array, active: jax.Array,
+              before: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Rescale h [B, T, D] where `active` [B, T]; also return where it changed."""
+        slot = self.layers.index(layer)
+        wide, was = h.astype(F32), before.astype(F32)
+        now = (wide * wide).sum(-1)
+        factor = jnp.sqrt((was * was).sum(-1) / jnp.where(now > 0, now, 1.0))
+        changed = active & (self.amount[slot][:, None] > 0) & (factor != 1) & (now > 0)
+        return jnp.where(changed[..., None], (wide * factor[..., None]).astype(h.dtype), h), changed
+
+    @classmethod
+    def identities(cls, layers: int, size: int, like: Self) -> dict[str, np.ndarray]:
+        """Make entries that leave the norm."""
+        return {"amount": np.zeros((layers, size), np.float32)}
+
+
+@flax.struct.dataclass(kw_only=True)
+class Custom(Table):
+    """A function of one token's activation.
+
+    Attributes:
+      params: a pytree of arrays [n, …].
+      on: [l, n] float32, 1 where an entry acts at a layer.
+      fn: fn(params, h) → h for one entry's params and h [D] float32 (static).
+    """
+
+    PAYLOAD: ClassVar[dict[str, int]] = {"params": 0, "on": 1}
+
+    params: Any
+    on: Any
+    fn: Callable[[Any, jax.Array], jax.Array] = flax.struct.field(pytree_node=False)
+
+    @property
+    def key(self) -> tuple:
+        """Kind, site, gate, the function, and the form of its parameters."""
+        leaves, tree = jax.tree.flatten(self.params)
+        forms = tuple((x.shape[1:], str(x.dtype)) for x in leaves)
+        return (*super().key, self.fn, tree, forms)
+
+    def apply(self, layer: int, h: jax.Array, active: jax.Array,
+              before: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Call the function on every token; keep its result where `active` [B, T]."""
+        slot = self.layers.index(layer)
+        by_token = jax.vmap(self.fn, in_axes=(None, 0))
+        shared = self.on.shape[1] == 1
+        params = jax.tree.map(lambda x: x[0], self.params) if shared else self.params
+        new = jax.vmap(by_token, in_axes=(None if shared else 0, 0))(params, h.astype(F32))
+        if new.shape != h.shape:
+            raise ValueError(f"the custom function gave {list(new.shape[2:])} for a token; it must "
+                             f"give [{h.shape[-1]}]")
+        new = new.astype(h.dtype)
+        changed = active & (self.on[slot][:, None] > 0) & (new != h).any(-1)
+        return jnp.where(changed[..., None], new, h), changed
+
+    @classmethod
+    def gather(cls, members: Sequence[Self], layers: tuple[int, ...], size: int) -> dict[str, Any]:
+        """Stack the parameters of several tables; those of the first fill up."""
+        chosen = [*members, *[members[0]] * (size - len(members))]
+        on = np.zeros((len(layers), size), np.float32)
+        for entry, member in enumerate(members):
+            at = [layers.index(layer) for layer in member.layers]
+            on[at, entry] = np.asarray(member.on)[:, 0]
+        params = jax.tree.map(lambda *x: jnp.concatenate([y[:1] for y in x]),
+                              *(member.params for member in chosen))
+        return {"params": params, "on": on}

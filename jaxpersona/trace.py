@@ -1,0 +1,97 @@
+"""What one traced forward pass changed and read: the visitor of a block's three sites."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxpersona import nn
+from jaxpersona.batch import Batch
+from jaxpersona.capture import Capture, chosen_layers
+from jaxpersona.config import ModelConfig
+from jaxpersona.interventions.compose import Interventions
+from jaxpersona.interventions.table import Site
+
+Gates = dict[str, Any]  # a gate's state by its table's number
+
+
+@flax.struct.dataclass
+class Applied:
+    """Proof that an intervention ran, one table's counts for every row.
+
+    Attributes:
+      seen: [B] int32, tokens that its `where` chose.
+      changed: [l, B] int32, tokens that it changed, at each of its layers.
+    """
+
+    seen: Any
+    changed: Any
+
+
+class Trace:
+    """Edit and read activations on their way through a model. Lives only while it is traced."""
+
+    def __init__(self, config: ModelConfig, batch: Batch, edits: Interventions, capture: Capture,
+                 gates: Gates | None) -> None:
+        self.batch, self.edits, self.capture = batch, edits, capture
+        rows = batch.tokens.shape[0]
+        with jax.named_scope("intervention"):
+            self.active = [edit.seen(batch) for edit in edits.edits]
+        self.gates: Gates = {
+            str(number): edit.gate.start(rows) if gates is None else gates[str(number)]
+            for number, edit in enumerate(edits.edits) if edit.gate is not None
+        }
+        self.opened: dict[int, jax.Array] = {}
+        self.changed: list[list[jax.Array]] = [[] for _ in edits.edits]
+        self.layers = {name: chosen_layers(part, config) for name, part in capture.parts.items()}
+        with jax.named_scope("capture"):
+            self.weights = {name: part.weights(batch) for name, part in capture.parts.items()}
+        self.parts: dict[str, list[Any]] = {name: [] for name in capture.parts}
+
+    def visit(self, site: Site, layer: int, h: jax.Array) -> jax.Array:
+        """Edit, then measure and read, the activation [B, T, D] at one site."""
+        before = h
+        for number, edit in self.edits.at(site, layer):
+            with jax.named_scope("intervention"):
+                active = self.active[number]
+                if edit.gate is not None:
+                    active = active & self.opened[number]
+                h, changed = edit.apply(layer, h, active, before)
+                h = nn.round_residual(h)
+                self.changed[number].append(changed)
+        for number, gate in self.edits.gates_at(site, layer):
+            with jax.named_scope("intervention"):
+                self.opened[number], self.gates[str(number)] = gate.measure(
+                    h, self.batch, self.gates[str(number)])
+        for name, part in self.capture.parts.items():
+            if part.site == site and layer in self.layers[name]:
+                with jax.named_scope("capture"):
+                    index = self.layers[name].index(layer)
+                    self.parts[name].append(part.read(h, self.weights[name], index))
+        return h
+
+    def captured(self, state: dict[str, Any] | None, slots: jax.Array) -> dict[str, Any]:
+        """Add this call's readings to the state."""
+        with jax.named_scope("capture"):
+            return {
+                name: part.add(state[name], jax.tree.map(lambda *x: jnp.stack(x),
+                                                         *self.parts[name]),
+                               self.weights[name], self.batch, slots)
+                for name, part in self.capture.parts.items()
+                if state is not None
+            }
+
+    def applied(self) -> tuple[Applied, ...]:
+        """Count the tokens that each table saw and changed."""
+        with jax.named_scope("intervention"):
+            rows = self.batch.tokens.shape[0]
+            return tuple(
+                Applied(
+                    seen=jnp.broadcast_to(active, self.batch.tokens.shape).sum(-1, dtype=jnp.int32),
+                    changed=jnp.stack(changed).sum(-1, dtype=jnp.int32).reshape(-1, rows),
+                )
+                for active, changed in zip(self.active, self.changed, strict=True)
+            )
