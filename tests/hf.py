@@ -174,6 +174,37 @@ def generate(made: Any, rows: list[list[int]], hooks: Any, new: int, *,
     return out[:, width:].numpy(), kept
 
 
+def generate_rows(made: Any, rows: list[list[int]], plans: list[Any],
+                  new: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Generate greedily, every row with hooks of its own; otherwise as `generate`.
+
+    Args:
+      plans: for each row a list of (layer, fn, prompt, made): fn(h, before, torch) for the row's
+        tokens h [T, D], a mask over the prompt's tokens, and whether new tokens are edited.
+    """
+    import torch
+
+    starts = [max(map(len, rows)) - len(row) for row in rows]
+
+    def edit(layer):
+        def act(h, torch=torch):
+            out, fresh = h.clone(), h.shape[1] == 1
+            for b, plan in enumerate(plans):
+                span = slice(None) if fresh else slice(starts[b], None)
+                before = h[b, span]
+                for at, fn, prompt, made in plan:
+                    if at == layer:
+                        mask = torch.tensor([made] if fresh else prompt)[:, None]
+                        x = out[b, span]
+                        out[b, span] = torch.where(mask, fn(x, before, torch), x)
+            return out
+
+        return lambda h, torch: act(h)
+
+    layers = {at for plan in plans for at, *_ in plan}
+    return generate(made, rows, {layer: [edit(layer)] for layer in layers}, new)
+
+
 def same_run(ours: Any, rows: list[list[int]], tokens: np.ndarray,
              stream: list[np.ndarray]) -> float:
     """Check that a generation of ours has the tokens and, to 1e-4, the residuals of `generate`.

@@ -46,7 +46,8 @@ class Rotation(Table):
         one, two = (jnp.broadcast_to(b[slot][:, None], h.shape) for b in (self.first, self.second))
         p, q = (jnp.einsum("btd,btd->bt", wide, b) for b in (one, two))
         inside = p * p + q * q
-        radius = jnp.sqrt(jnp.where(inside > 0, inside, 1.0)) * (inside > 0)  # a gradient at 0 too
+        some = inside > 0  # the root has no gradient at 0
+        radius = jnp.where(some, jnp.sqrt(jnp.where(some, inside, 1.0)), 0.0)
         x, y = jnp.where(to > 0, radius, p), jnp.where(to > 0, 0.0, q)
         dp, dq = x * cos - y * sin - p, x * sin + y * cos - q
         changed = active & ((dp != 0) | (dq != 0))

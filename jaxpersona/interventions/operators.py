@@ -272,7 +272,8 @@ def custom(
     if not callable(fn):
         raise ValueError(f"fn is {fn!r}; it must be a function of (params, h)")
     chosen = resolve_layers(layers, None)
-    leaves = [jnp.asarray(x) for x in jax.tree.leaves(params)]
+    # through NumPy, so that a Python number's type is as strong as an array's
+    leaves = [x if traced(x) else jnp.asarray(np.asarray(x)) for x in jax.tree.leaves(params)]
     if rows is None:
         leaves = [x[None] for x in leaves]
     sizes = {x.shape[0] if x.ndim else 0 for x in leaves} or {1}
