@@ -8,6 +8,7 @@ import pytest
 import support as s
 
 from jaxpersona import capture, decode
+from jaxpersona.batch import batch
 from jaxpersona.generate import generate
 from jaxpersona.interventions import cap, chain, stack_rows, steer
 from jaxpersona.interventions.where import generated

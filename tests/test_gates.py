@@ -1,0 +1,196 @@
+"""Gates: an edit acts in rows, or on tokens, whose earlier projection lies within bounds."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support as s
+
+from jaxpersona import decode
+from jaxpersona.batch import batch, split
+from jaxpersona.cache import init_cache
+from jaxpersona.generate import generate
+from jaxpersona.interventions import (
+    cap,
+    chain,
+    custom,
+    gate,
+    restore_norm,
+    rotate,
+    stack_rows,
+    steer,
+)
+from jaxpersona.interventions.where import everywhere, marked
+from jaxpersona.model import forward
+from jaxpersona.vectors import Vector
+
+MODEL = s.tiny_model()
+B, NEW = 8, 10
+ROWS = s.prompts((9, 17, 4, 30, 12, 6, 23, 2), seed=8)
+RNG = np.random.default_rng(9)
+C, V = RNG.normal(size=(2, 32))
+UNIT = C / np.linalg.norm(C)
+PLAIN = s.residuals(MODEL, batch(ROWS, width=32))[0]
+MEANS = np.array([np.mean(PLAIN[b, 0, 1 : len(r)] @ UNIT) for b, r in enumerate(ROWS)])
+SPLIT = float(np.mean(np.sort(MEANS)[3:5]))  # four rows lie above
+ABOVE = MEANS > SPLIT
+HOW = dict(max_new_tokens=NEW, batch_size=B, capture=s.READ)
+EDIT = steer(V, layers=[1, 2], scale=2.0)
+
+
+def grow(params, h):
+    return h * params
+
+
+def run(edits, rows=ROWS, **changes):
+    return generate(MODEL, rows, interventions=edits, ids=[7] * len(rows), **{**HOW, **changes})
+
+
+def moved(a, b):
+    """Which rows two runs differ in at all, by their last residuals."""
+    pairs = zip(a.captured["full"], b.captured["full"], strict=True)
+    return np.array([x.shape != y.shape or not np.array_equal(x[-1], y[-1]) for x, y in pairs])
+
+
+@pytest.mark.parametrize("within", [False, True])
+@pytest.mark.parametrize("edit", [
+    EDIT, cap(V, layers=[1, 2], floor=9.0), rotate(V, C, by=1.0, layers=[2]),
+    custom(grow, 1.5, layers=[1]), chain(EDIT, restore_norm(layers=[1, 2])),
+], ids=["steer", "cap", "rotate", "custom", "chain"])
+def test_exactly_the_rows_above_change_and_alone_they_say_the_same(edit, within):
+    plain = run(None)
+    gated = run(gate(edit, C, layer=0, above=SPLIT, within=within))
+    open_ = run(edit if within else gate(edit, C, layer=0, above=-1e6))
+    assert moved(open_, plain).all(), "the edit must be seen in every row for the gate to tell"
+    np.testing.assert_array_equal(moved(gated, plain), ABOVE)
+    np.testing.assert_array_equal(moved(gated, open_), ~ABOVE)
+    for b in range(B):
+        alone = run(gate(edit, C, layer=0, above=SPLIT, within=within), [ROWS[b]])
+        np.testing.assert_array_equal(alone.tokens[0], gated.tokens[b])
+    counts = gated.applied[0]
+    assert (counts.changed[:, ~ABOVE] == 0).all() and (counts.changed[:, ABOVE] > 0).all()
+    if not within and edit is EDIT:  # from the last prompt token on
+        np.testing.assert_array_equal(
+            counts.changed[0, ABOVE],
+            [1 + len(gated.tokens[b]) for b in np.flatnonzero(ABOVE)])
+
+
+def test_bounds_may_be_above_below_or_both():
+    order = np.argsort(MEANS)
+    low, high = (float(np.mean(MEANS[order[i : i + 2]])) for i in (1, 5))
+    plain = run(None)
+    for bounds, wanted in (({"below": low}, MEANS <= low), ({"above": high}, MEANS >= high),
+                           ({"above": low, "below": high}, (MEANS >= low) & (MEANS <= high))):
+        found = moved(run(gate(EDIT, C, layer=0, **bounds)), plain)
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_gate_over_tokens_opens_for_each_by_itself():
+    edits = gate(cap(V, layers=[2], floor=50.0), C, layer=1, above=0.3, over="token",
+                 where=everywhere)
+    found, _ = s.residuals(MODEL, batch(ROWS, width=32), edits)
+    acts = PLAIN[:, 1] @ UNIT >= 0.3
+    real = ~np.isnan(PLAIN[:, 2, :, 0])
+    assert 0.2 < acts[real].mean() < 0.8
+    np.testing.assert_array_equal((found[:, 2] != PLAIN[:, 2]).any(-1)[real], acts[real])
+    default = gate(cap(V, layers=[2], floor=50.0), C, layer=1, above=-1e6, over="token")
+    found, _ = s.residuals(MODEL, batch(ROWS, width=32), default)
+    np.testing.assert_array_equal(found[:, 2, 0], PLAIN[:, 2, 0])  # not the first token
+    assert (found[:, 2] != PLAIN[:, 2]).any(-1)[:, 1:][real[:, 1:]].all()
+    # while generating, and against a full pass over what was said
+    out = run(edits)
+    for b, row in enumerate(ROWS):
+        text = batch([[*row, *out.tokens[b]]], width=48)
+        whole, _ = s.residuals(MODEL, text, edits)
+        n = out.captured["full"][b].shape[1]
+        assert s.relative(out.captured["full"][b], whole[0, :, :n]).max() < 1e-5
+
+
+def in_chunks(edits, size):
+    rows = batch(ROWS, width=32)
+    cache, captured, gates, counts = init_cache(MODEL.config, B, 32), None, None, 0
+    for piece in split(rows, size):
+        out = forward(MODEL.params, MODEL.config, piece, interventions=edits, capture=s.READ,
+                      cache=cache, captured=captured, gates=gates, logits="last")
+        cache, captured, gates = out.cache, out.captured, out.gates
+        counts = counts + out.applied[0].changed
+    return np.asarray(captured["full"].value), np.asarray(counts)
+
+
+def test_chunked_prefill_measures_the_whole_prompt():
+    edits = gate(EDIT, C, layer=0, above=SPLIT)
+    whole, counts = in_chunks(edits, 32)
+    for size in (5, 16):
+        found, counted = in_chunks(edits, size)
+        assert s.relative(found, whole).max() < 1e-5
+        np.testing.assert_array_equal(counted, counts)
+    np.testing.assert_array_equal(counts[0], ABOVE)
+    with pytest.raises(ValueError, match="whole prompt in one piece"):
+        in_chunks(gate(EDIT, C, layer=0, above=SPLIT, within=True), 16)
+    in_chunks(gate(EDIT, C, layer=0, above=SPLIT, within=True), 32)
+
+
+def test_rows_have_gates_of_their_own_and_new_ones_retrace_nothing():
+    bank = np.stack([C, -C, V])
+    index = [0, 1, 2, -1, 0, 1, 2, 0]
+    floors = [SPLIT, -SPLIT, 1e6]
+    edits = gate(steer(RNG.normal(size=(3, 32)), layers=[1], rows=index), bank, layer=0,
+                 above=floors)
+    wanted = [(i == 0 and MEANS[b] >= SPLIT) or (i == 1 and -MEANS[b] >= -SPLIT)
+              for b, i in enumerate(index)]
+    plain = run(None)
+    np.testing.assert_array_equal(moved(run(edits), plain), wanted)
+    before = dict(decode.TRACES)
+    run(gate(steer(RNG.normal(size=(3, 32)), layers=[1], rows=index[::-1]), bank[::-1], layer=0,
+             above=0.1, below=3.0, where=everywhere))
+    assert dict(decode.TRACES) == before
+    parts = [gate(EDIT, C, layer=0, above=SPLIT if b % 2 else 1e6) if b < 6 else None
+             for b in range(B)]
+    found = moved(run(stack_rows(parts)), plain)
+    np.testing.assert_array_equal(found, ABOVE & np.array([b % 2 and b < 6 for b in range(B)]))
+
+
+def test_a_gate_that_measured_nothing_is_shut():
+    edits = gate(EDIT, C, layer=0, below=1e9, where=marked)
+    assert not moved(run(edits), run(None)).any()
+    one = run(gate(EDIT, C, layer=0, below=1e9), [[5]])  # the first token is left out
+    assert one.applied[0].changed.sum() == 0
+
+
+REFUSED = {
+    "needs a bound": lambda: gate(EDIT, C, layer=0),
+    "over is 'row'": lambda: gate(EDIT, C, layer=0, above=0, over="row"),
+    "within is for": lambda: gate(EDIT, C, layer=0, above=0, over="token", within=True),
+    "nothing to gate": lambda: gate(chain(), C, layer=0, above=0),
+    "has a gate already": lambda: gate(gate(EDIT, C, layer=0, above=0), C, layer=0, above=0),
+    "above is greater": lambda: gate(EDIT, C, layer=0, above=2, below=1),
+    "layer 1 \\(residual\\) is not before": lambda: gate(EDIT, C, layer=1, above=0),
+    "above is NaN": lambda: gate(EDIT, C, layer=0, above=np.nan),
+    "above is infinite": lambda: gate(EDIT, C, layer=0, above=np.inf),
+    "the gate has 3 directions": lambda: gate(
+        steer(np.ones((2, 32)), layers=[1], rows=[0, 1]), np.ones((3, 32)), layer=0, above=0),
+    "width 31": lambda: run(gate(EDIT, np.ones(31), layer=0, above=0)),
+    "made for another model": lambda: run(
+        gate(EDIT, Vector(np.ones((3, 32)), fingerprint="ab" * 8), layer=0, above=0)),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refused(message):
+    with pytest.raises(ValueError, match=message):
+        REFUSED[message]()
+
+
+def test_sites_come_in_order():
+    """A gate at a block's attention may act at the same block's MLP, not the other way about."""
+    edit = steer(V, layers=[1], site="mlp")
+    gate(edit, C, layer=1, above=0, site="attention")
+    with pytest.raises(ValueError, match="not before"):
+        gate(steer(V, layers=[1], site="attention"), C, layer=1, above=0, site="mlp")
+    shut = run(gate(edit, C, layer=1, above=1e6, site="attention"))
+    assert not moved(shut, run(None)).any()
+    state = forward(MODEL.params, MODEL.config, batch(ROWS), interventions=gate(
+        EDIT, C, layer=0, above=0.0), logits=None).gates["0"]
+    np.testing.assert_allclose(state.total / state.count, MEANS, rtol=1e-5, equal_nan=True)
+    assert state.count.dtype == jnp.float32

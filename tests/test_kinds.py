@@ -1,0 +1,252 @@
+"""Rotation, norm restoration and custom functions: their laws, and gradients through all of it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support as s
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxpersona import decode
+from jaxpersona.batch import batch
+from jaxpersona.generate import generate
+from jaxpersona.interventions import (
+    ablate,
+    cap,
+    chain,
+    custom,
+    gate,
+    mean_ablate,
+    reserve,
+    restore_norm,
+    rotate,
+    scale,
+    set_projection,
+    stack_rows,
+    steer,
+)
+from jaxpersona.interventions.where import generated
+from jaxpersona.model import forward
+
+quick = settings(max_examples=40, deadline=None)
+seeds, angles = st.integers(0, 999), st.floats(-7, 7, width=32)
+ALL = jnp.ones((2, 5), bool)
+
+
+def scene(seed):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(2, 5, 8)).astype(np.float32), *rng.normal(size=(2, 8))
+
+
+def act(edits, h, active=ALL, before=None):
+    x, changed = jnp.asarray(h), None
+    before = x if before is None else before
+    for edit in edits.edits:
+        x, changed = edit.apply(edit.layers[0], x, active, before)
+    return np.asarray(x), np.asarray(changed)
+
+
+def plane_of(u, v):
+    one = u / np.linalg.norm(u)
+    two = v - (v @ one) * one
+    return np.stack([one, two / np.linalg.norm(two)])
+
+
+@quick
+@given(seeds, angles, st.booleans())
+def test_rotation_keeps_the_norm_and_what_is_outside_the_plane(seed, angle, to):
+    h, u, v = scene(seed)
+    edits = rotate(u, v, layers=1, **({"to": angle} if to else {"by": angle}))
+    out, _ = act(edits, h)
+    np.testing.assert_allclose(np.linalg.norm(out, axis=-1), np.linalg.norm(h, axis=-1), rtol=1e-5)
+    flat = plane_of(u, v)
+    rest = np.eye(8) - flat.T @ flat
+    np.testing.assert_allclose(out @ rest, h @ rest, atol=1e-5)
+    p, q = flat @ np.moveaxis(out, -1, 0).reshape(8, -1)
+    if to:
+        np.testing.assert_allclose(np.cos(np.arctan2(q, p) - angle), 1, atol=1e-4)
+        twice, _ = act(edits, out)
+        np.testing.assert_allclose(twice, out, atol=1e-5)
+    else:
+        back, _ = act(rotate(u, v, layers=1, by=-angle), out)
+        np.testing.assert_allclose(back, h, atol=1e-5)
+
+
+def test_rotation_by_nothing_and_unplaced_activations_keep_their_bits():
+    h, u, v = scene(3)
+    out, changed = act(rotate(u, v, layers=1, by=0.0), h)
+    assert out.tobytes() == h.tobytes() and not changed.any()
+    out, changed = act(rotate(u, v, layers=1, to=1.0), np.zeros_like(h))
+    assert not out.any() and not changed.any()
+
+
+@quick
+@given(seeds, st.floats(-3, 3, width=32))
+def test_a_restored_norm_is_the_one_before_and_the_direction_stays(seed, c):
+    h, u, _ = scene(seed)
+    moved, _ = act(steer(u, layers=1, scale=c), h)
+    out, _ = act(chain(steer(u, layers=1, scale=c), restore_norm(layers=1)), h)
+    np.testing.assert_allclose(np.linalg.norm(out, axis=-1), np.linalg.norm(h, axis=-1), rtol=1e-5)
+    cosine = (out * moved).sum(-1) / np.linalg.norm(out, axis=-1) / np.linalg.norm(moved, axis=-1)
+    np.testing.assert_allclose(cosine, 1, atol=1e-5)
+    same, changed = act(restore_norm(layers=1), h)
+    assert same.tobytes() == h.tobytes() and not changed.any()
+
+
+def twist(params, h):
+    return h * params["a"] + params["b"]
+
+
+def test_custom_sees_a_token_and_keeps_what_it_leaves():
+    h, u, _ = scene(1)
+    active = jnp.asarray(np.arange(10).reshape(2, 5) % 3 > 0)
+    out, changed = act(custom(twist, {"a": 2.0, "b": u}, layers=1), h, active)
+    np.testing.assert_allclose(out, np.where(active[..., None], 2 * h + u.astype(np.float32), h),
+                               rtol=1e-6)
+    np.testing.assert_array_equal(changed, active)
+    out, changed = act(custom(twist, {"a": 1.0, "b": 0 * u}, layers=1), h)
+    assert out.tobytes() == h.tobytes() and not changed.any()
+    bank = {"a": np.array([1.0, 3.0, 1.0]), "b": np.zeros((3, 8))}
+    out, _ = act(custom(twist, bank, layers=1, rows=[1, 0]).by_row(2), h)
+    np.testing.assert_allclose(out, h * np.array([3, 1])[:, None, None], rtol=1e-6)
+
+
+def narrow(params, h):
+    return h[:3]
+
+
+@pytest.mark.parametrize(("message", "made"), [
+    ("rotate needs one angle", lambda u: rotate(u, -u, layers=1)),
+    ("rotate needs one angle", lambda u: rotate(u, -u, layers=1, to=1, by=1)),
+    ("span no plane", lambda u: rotate(u, -2 * u, layers=1, to=1)),
+    ("second has shape", lambda u: rotate(u, np.ones(9), layers=1, to=1)),
+    ("to is infinite", lambda u: rotate(u, np.ones(8), layers=1, to=np.inf)),
+    ("second is zero", lambda u: rotate(u, 0 * u, layers=1, to=1)),
+    ("site is 'head'", lambda u: restore_norm(layers=1, site="head")),
+    ("rows has \\[1\\]", lambda u: restore_norm(layers=1, rows=[0, 1])),
+    ("fn is 3", lambda u: custom(3, layers=1)),
+    ("fn cannot be hashed", lambda u: custom([], layers=1)),
+    ("with the same n", lambda u: custom(twist, {"a": np.ones(2), "b": np.ones((3, 8))}, layers=1,
+                                         rows=[0, 1])),
+    ("gave \\[3\\] for a token", lambda u: act(custom(narrow, layers=1), scene(0)[0])),
+    ("mean has shape", lambda u: mean_ablate(u, np.ones(9), layers=1)),
+    ("rows, width, slots", lambda u: reserve(0, 8, [1])),
+    ("into is for 2 rows", lambda u: stack_rows([None], into=reserve(2, 8, [1]))),
+    ("row 1 does not fit", lambda u: stack_rows(
+        [None, chain(steer(u, layers=1), steer(u, layers=1))], into=reserve(2, 8, [1]))),
+    ("row 0 does not fit", lambda u: stack_rows([restore_norm(layers=1)],
+                                                into=reserve(1, 8, [1]))),
+    ("do not fit the reserved", lambda u: stack_rows([steer(u, layers=2)],
+                                                     into=reserve(1, 8, [1]))),
+    ("of width 8", lambda u: stack_rows([steer(u, layers=1)], into=reserve(1, 9, [1]))),
+])
+def test_refused(message, made):
+    with pytest.raises(ValueError, match=message):
+        made(scene(0)[1])
+
+
+def test_reserved_tables_take_any_edits_without_another_trace():
+    model, rng = s.tiny_model(), np.random.default_rng(4)
+    rows = s.prompts((5, 9, 12, 3), seed=1)
+    empty = reserve(4, 32, range(3), slots=2)
+    u, v = rng.normal(size=(2, 32))
+
+    def go(parts):
+        return generate(model, rows, interventions=stack_rows(parts, into=empty), batch_size=4,
+                        max_new_tokens=6, ids=range(4))
+
+    plain = generate(model, rows, batch_size=4, max_new_tokens=6, ids=range(4))
+    nothing = go([None] * 4)
+    before = (dict(decode.TRACES), decode.decode._cache_size())
+    one = [steer(u, layers=[0], scale=2), None, chain(cap(v, layers=[1, 2], floor=4.0),
+                                                      ablate(u, layers=[2], where=generated)), None]
+    two = [None, scale(v, -3.0, layers=[0, 1, 2]), set_projection(v, 9.0, layers=[1]),
+           mean_ablate(u, 9 * v, layers=[2])]
+    for parts in (one, two):
+        found, free = go(parts), generate(model, rows, interventions=stack_rows(parts),
+                                          batch_size=4, max_new_tokens=6, ids=range(4))
+        for b in range(4):
+            np.testing.assert_array_equal(found.tokens[b], free.tokens[b])
+    for b in range(4):
+        np.testing.assert_array_equal(nothing.tokens[b], plain.tokens[b])
+    go(one)
+    after = (dict(decode.TRACES), decode.decode._cache_size())
+    assert after[1] - before[1] <= 2  # those of the two unreserved runs, none of the reserved
+    assert go(two) and (dict(decode.TRACES), decode.decode._cache_size()) == after
+
+
+MODEL = s.tiny_model(n_layers=2, windows=(None, None))
+TEXT = batch(s.prompts((7, 4), seed=6))
+G = np.random.default_rng(12).normal(size=(6, 32)).astype(np.float32)
+
+
+READ = np.random.default_rng(13).normal(size=(2, 97)).astype(np.float32)
+
+
+def logits(edits):
+    return forward(MODEL.params, MODEL.config, TEXT, interventions=edits, logits="last").logits
+
+
+def loss(edits):
+    return (logits(edits) * READ).sum()
+
+
+MADE = {
+    "steer": (lambda v: steer(v, layers=[0], scale=0.7), G[0]),
+    "steer's strength": (lambda c: steer(G[0], layers=[0, 1], scale=c), np.float32([0.4, -0.6])),
+    "cap": (lambda v: cap(v, layers=[0, 1], floor=9.0), G[0]),  # so that no token is at the kink
+    "cap's floor": (lambda f: cap(G[0], layers=[0, 1], floor=f), np.float32([9.0, 12.0])),
+    "ablate": (lambda v: ablate(v, layers=[0]), G[1]),
+    "scale": (lambda f: scale(G[1], f, layers=[0]), np.float32(0.3)),
+    "set": (lambda x: set_projection(G[1], x, layers=[0]), np.float32(0.3)),
+    "mean ablate": (lambda m: mean_ablate(G[1], m, layers=[0]), G[2]),
+    "rotate": (lambda v: rotate(v, G[3], layers=[0], to=0.4), G[2]),
+    "rotate's angle": (lambda a: rotate(G[2], G[3], layers=[0], by=a), np.float32(0.4)),
+    "norm restored": (lambda v: chain(steer(v, layers=[0]), restore_norm(layers=[0])), G[4]),
+    "custom": (lambda b: custom(twist, {"a": 1.1, "b": b}, layers=[0]), G[5]),
+    "gated": (lambda v: gate(steer(v, layers=[1]), G[0], layer=0, above=-1e3, within=True), G[1]),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_gradients_agree_with_finite_differences(name):
+    make, at = MADE[name]
+    found = np.asarray(jax.jit(jax.grad(lambda x: loss(make(x))))(at), np.float64)
+    value = jax.jit(lambda x: logits(make(x)))
+    rng = np.random.default_rng(0)
+    far = near = 0.0
+    for _ in range(4):  # along random directions, by Richardson's extrapolation
+        d = rng.normal(size=at.shape).astype(np.float32)
+
+        def slope(step, d=d):
+            high, low = (np.asarray(value(at + np.float32(k * step) * d), np.float64)
+                         for k in (1, -1))
+            return ((high - low) * READ).sum() / (2 * step)
+
+        numeric = (4 * slope(0.02) - slope(0.04)) / 3
+        far += (numeric - float((found * d).sum())) ** 2
+        near += numeric ** 2
+    assert near > 1e-4, "the loss does not depend on it"
+    assert (far / near) ** 0.5 <= 1e-3, f"{(far / near) ** 0.5:.1e}"
+
+
+def test_a_cap_that_never_binds_has_no_gradient():
+    found = jax.grad(lambda v: loss(cap(v, layers=[0, 1], floor=-1e3)))(G[0])
+    assert not np.asarray(found).any()
+
+
+def test_jit_vmap_and_checkpoint_over_interventions():
+    vectors = jnp.asarray(G[:3])
+    one = [loss(steer(v, layers=[0])) for v in G[:3]]
+    found = jax.jit(jax.vmap(lambda v: loss(steer(v, layers=[0]))))(vectors)
+    np.testing.assert_allclose(found, one, rtol=1e-5)
+    tables = jax.tree.map(lambda *x: jnp.stack(x), *(
+        chain(steer(v, layers=[0]), rotate(v, G[4], layers=[1], to=0.3)) for v in G[:3]))
+    alone = [loss(chain(steer(v, layers=[0]), rotate(v, G[4], layers=[1], to=0.3))) for v in G[:3]]
+    np.testing.assert_allclose(jax.vmap(loss)(tables), alone, rtol=1e-5)
+    plain = jax.grad(lambda v: loss(steer(v, layers=[0])))(vectors[0])
+    kept = jax.grad(jax.checkpoint(lambda v: loss(steer(v, layers=[0]))))(vectors[0])
+    np.testing.assert_allclose(kept, plain, rtol=1e-5, atol=1e-7)
