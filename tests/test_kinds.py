@@ -190,6 +190,7 @@ def logits(edits):
     return forward(MODEL.params, MODEL.config, TEXT, interventions=edits, logits="last").logits
 
 
+@jax.jit
 def loss(edits):
     return (logits(edits) * READ).sum()
 
@@ -201,7 +202,7 @@ MADE = {
     "cap's floor": (lambda f: cap(G[0], layers=[0, 1], floor=f), np.float32([9.0, 12.0])),
     "ablate": (lambda v: ablate(v, layers=[0]), G[1]),
     "scale": (lambda f: scale(G[1], f, layers=[0]), np.float32(0.3)),
-    "set": (lambda x: set_projection(G[1], x, layers=[0]), np.float32(0.3)),
+    "set": (lambda x: set_projection(G[1], x, layers=[0]), np.float32(4.0)),
     "mean ablate": (lambda m: mean_ablate(G[1], m, layers=[0]), G[2]),
     "rotate": (lambda v: rotate(v, G[3], layers=[0], to=0.4), G[2]),
     "rotate's angle": (lambda a: rotate(G[2], G[3], layers=[0], by=a), np.float32(0.4)),
@@ -234,7 +235,7 @@ def test_gradients_agree_with_finite_differences(name):
 
 
 def test_a_cap_that_never_binds_has_no_gradient():
-    found = jax.grad(lambda v: loss(cap(v, layers=[0, 1], floor=-1e3)))(G[0])
+    found = jax.jit(jax.grad(lambda v: loss(cap(v, layers=[0, 1], floor=-1e3))))(G[0])
     assert not np.asarray(found).any()
 
 
@@ -246,7 +247,7 @@ def test_jit_vmap_and_checkpoint_over_interventions():
     tables = jax.tree.map(lambda *x: jnp.stack(x), *(
         chain(steer(v, layers=[0]), rotate(v, G[4], layers=[1], to=0.3)) for v in G[:3]))
     alone = [loss(chain(steer(v, layers=[0]), rotate(v, G[4], layers=[1], to=0.3))) for v in G[:3]]
-    np.testing.assert_allclose(jax.vmap(loss)(tables), alone, rtol=1e-5)
-    plain = jax.grad(lambda v: loss(steer(v, layers=[0])))(vectors[0])
-    kept = jax.grad(jax.checkpoint(lambda v: loss(steer(v, layers=[0]))))(vectors[0])
+    np.testing.assert_allclose(jax.jit(jax.vmap(loss))(tables), alone, rtol=1e-5)
+    plain = jax.jit(jax.grad(lambda v: loss(steer(v, layers=[0]))))(vectors[0])
+    kept = jax.jit(jax.grad(jax.checkpoint(lambda v: loss(steer(v, layers=[0])))))(vectors[0])
     np.testing.assert_allclose(kept, plain, rtol=1e-5, atol=1e-7)
