@@ -1,77 +1,200 @@
-"""Directions as files: safetensors whose header says what they are. Reading one runs no code."""
+"""Directions as files. Our own are safetensors whose header says what they are; others come in too.
+
+| suffix | read | written |
+|---|---|---|
+| .safetensors | ours: a vector, an axis, caps | yes |
+| .pt | Assistant Axis, Persona Vectors (`torchfile`) | no: a pickle |
+| .gguf | control vectors (`gguf`) | yes, without layer 0 and thresholds |
+| .npy | a bare [L, D] array | yes, the values alone |
+
+Reading any of them runs no code.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import pathlib
 from typing import Any
 
 import numpy as np
-from jaxpersona.ckpts.files import read_tensors, write_tensors
+from jaxpersona.ckpts import gguf, torchfile
+from jaxpersona.ckpts.files import atomic, read_tensors, write_tensors
 
-from jaxpersona.vectors import Axis, Vector
+from jaxpersona.vectors import Axis, Caps, Vector
 
 _FORMAT = "jaxpersona-vector"
 _KINDS = {"vector": Vector, "axis": Axis}
+_SUFFIXES = (".safetensors", ".pt", ".gguf", ".npy")
 
 
-def save_vector(path: str | os.PathLike, vector: Vector) -> None:
-    """Write a direction, its percentiles and what it says of itself, atomically."""
+def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
+    """Write a direction or caps atomically, in the format of the path's suffix.
+
+    Returns:
+      What the format could not keep, for whoever asked to know; for .safetensors nothing.
+
+    Raises:
+      ValueError: a suffix that is not written, or something that the format cannot hold.
+    """
+    suffix = pathlib.Path(path).suffix.lower()
+    if suffix == ".safetensors":
+        _write(path, vector)
+        return []
+    if isinstance(vector, Caps) or suffix not in (".gguf", ".npy"):
+        what = "caps are" if isinstance(vector, Caps) else "directions are"
+        forms = ".safetensors" if isinstance(vector, Caps) else ".safetensors, .gguf or .npy"
+        raise ValueError(f"{path}: {what} written as {forms}, not {suffix or 'without a suffix'}")
+    if suffix == ".gguf":
+        return gguf.write(path, vector)
+    with atomic(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, vector.values, allow_pickle=False)
+    return ["everything but the values"]
+
+
+def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str, Caps]:
+    """Read a file of any known format, by its suffix.
+
+    Args:
+      path: the file.
+      kind: what a bare tensor in a .pt file is, where its name does not say (`torchfile.read`).
+
+    Returns:
+      A direction, or experiments by their id where the file holds caps.
+
+    Raises:
+      ValueError: an unknown suffix, no such file, a damaged one, one that would run code, or one
+        that says something this engine cannot follow; the file is named.
+    """
+    suffix = pathlib.Path(path).suffix.lower()
+    if kind is not None and suffix != ".pt":
+        raise ValueError(f"{path}: kind is {kind!r}, but only .pt files leave their kind open")
+    if suffix == ".pt":
+        return torchfile.read(path, kind)
+    if suffix == ".gguf":
+        return gguf.read(path)
+    if suffix == ".npy":
+        return _read_array(pathlib.Path(path))
+    if suffix != ".safetensors":
+        raise ValueError(f"{path}: the suffix must be one of {', '.join(_SUFFIXES)}")
+    tensors, header = read_tensors(path)
+    try:
+        if header.get("kind") == "caps":
+            caps = _build_caps(header, tensors)
+            return {caps.name: caps}
+        return _build(header, tensors)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
+    """Read a direction of any known format (see the module).
+
+    Raises:
+      ValueError: as `load_any`, or the file holds caps.
+    """
+    found = load_any(path, kind)
+    if isinstance(found, dict):
+        raise ValueError(f"{path}: holds caps ({', '.join(list(found)[:4])}); read it with "
+                         "load_caps")
+    return found
+
+
+def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
+    """Read an Assistant Axis of any known format (see the module).
+
+    Raises:
+      ValueError: as `load_vector`, or the file holds another kind of direction.
+    """
+    found = load_vector(path, kind=kind)
+    if not isinstance(found, Axis):
+        raise ValueError(f"{path}: holds a {found.kind}, not an axis")
+    return found
+
+
+def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
+    """Read capping experiments by their id; `caps.interventions()` is what `generate` takes.
+
+    Raises:
+      ValueError: as `load_any`, or the file holds no caps.
+    """
+    found = load_any(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: holds a {found.kind}, not caps")
+    return found
+
+
+def _read_array(path: pathlib.Path) -> Vector:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        value = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # numpy raises many kinds on damaged headers
+        said = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path}: not a readable .npy file ({said})") from None
+    if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind not in "fiu":
+        what = (f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray)
+                else "an archive")
+        raise ValueError(f"{path}: holds {what}; it must be real numbers [L, D], one row a layer "
+                         "from 0")
+    try:
+        return Vector(np.array(value, np.float32), path.stem,
+                      notes={"source": "bare .npy array; its row l was taken for layer l"})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _write(path: str | os.PathLike, vector: Vector | Caps) -> None:
     tensors = {"values": np.ascontiguousarray(vector.values)}
+    header = {
+        "format": _FORMAT, "kind": vector.kind, "name": vector.name, "model": vector.model,
+        "fingerprint": vector.fingerprint, "layer_base": "0", "norm": "none",
+        "sign": "+assistant" if vector.kind == "axis" else "+",
+        "notes": json.dumps(dict(vector.notes), sort_keys=True),
+    }
+    if isinstance(vector, Caps):
+        tensors["floors"] = np.ascontiguousarray(vector.floors)
+        header |= {"layers": json.dumps(list(vector.layers)), "site": "residual",
+                   "labels": json.dumps(list(vector.labels))}
+    else:
+        header["site"] = vector.site
     if isinstance(vector, Axis):
         for population, table in vector.percentiles.items():
             for name, value in table.items():
                 tensors[f"percentiles/{population}/{name}"] = np.ascontiguousarray(
                     value, np.float32
                 )
-    header = {
-        "format": _FORMAT, "kind": vector.kind, "name": vector.name, "model": vector.model,
-        "fingerprint": vector.fingerprint, "site": vector.site, "layer_base": "0",
-        "sign": "+assistant" if vector.kind == "axis" else "+",
-        "norm": "none", "notes": json.dumps(dict(vector.notes), sort_keys=True),
-    }
     write_tensors(path, tensors, header)
 
 
-def load_vector(path: str | os.PathLike) -> Vector:
-    """Read a direction.
-
-    Raises:
-      ValueError: no such file, not a vector file, or one that says something this engine cannot
-        follow (another sign, layer base or kind); the file is named.
-    """
-    tensors, header = read_tensors(path)
-    try:
-        return _build(header, tensors)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def load_axis(path: str | os.PathLike) -> Axis:
-    """Read an Assistant Axis.
-
-    Raises:
-      ValueError: as `load_vector`, or the file holds another kind of direction.
-    """
-    found = load_vector(path)
-    if not isinstance(found, Axis):
-        raise ValueError(f"{path}: holds a {found.kind}, not an axis")
-    return found
-
-
-def _build(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Vector:
+def _check_header(header: dict[str, str], tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Check what every kind's header says; return the notes."""
     if header.get("format") != _FORMAT or "values" not in tensors:
         raise ValueError("not a jaxpersona vector file (its header does not say so)")
-    kind = header.get("kind", "")
     notes = json.loads(header.get("notes", "{}"))
     if not isinstance(notes, dict):
         raise ValueError(f"notes is {notes!r}; it must be a table")
-    if kind not in _KINDS:
-        raise ValueError(f"kind is {kind!r}; it must be one of {sorted(_KINDS)}")
-    wanted = {"layer_base": "0", "sign": "+assistant" if kind == "axis" else "+"}
+    wanted = {"layer_base": "0", "sign": "+assistant" if header.get("kind") == "axis" else "+"}
     for field, want in wanted.items():
         if header.get(field) != want:
             raise ValueError(f"{field} is {header.get(field)!r}; this engine reads {want!r}")
+    return notes
+
+
+def _build_caps(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Caps:
+    notes = _check_header(header, tensors)
+    if header.get("site") != "residual":
+        raise ValueError(f"site is {header.get('site')!r}; caps act on the residual stream")
+    return Caps(tensors["values"], tuple(json.loads(header["layers"])), tensors["floors"],
+                tuple(json.loads(header["labels"])), header.get("name", "caps"),
+                header.get("model", ""), header.get("fingerprint", ""), notes)
+
+
+def _build(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Vector:
+    kind = header.get("kind", "")
+    notes = _check_header(header, tensors)
+    if kind not in _KINDS:
+        raise ValueError(f"kind is {kind!r}; it must be one of {[*sorted(_KINDS), 'caps']}")
     fields: dict[str, Any] = {
         "values": tensors["values"], "name": header.get("name", kind),
         "model": header.get("model", ""), "fingerprint": header.get("fingerprint", ""),

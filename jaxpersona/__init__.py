@@ -8,7 +8,7 @@ from jaxpersona import capture
 from jaxpersona.batch import Batch, batch
 from jaxpersona.cache import Cache, init_cache
 from jaxpersona.chat import encode
-from jaxpersona.ckpts.vectors import load_axis, load_vector, save_vector
+from jaxpersona.ckpts.vectors import load_axis, load_caps, load_vector, save_vector
 from jaxpersona.config import ModelConfig
 from jaxpersona.families import from_hf
 from jaxpersona.generate import Generated, generate
@@ -45,19 +45,20 @@ from jaxpersona.interventions.where import (
 from jaxpersona.load import Model, load
 from jaxpersona.model import Output, forward
 from jaxpersona.params import Params, init_params
+from jaxpersona.persona.check import Check, check
 from jaxpersona.presets import preset
 from jaxpersona.sharding import make_mesh
 from jaxpersona.trace import Applied
-from jaxpersona.vectors import Axis, Vector
+from jaxpersona.vectors import Axis, Caps, Vector
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "Applied", "Axis", "Batch", "Cache", "Generated", "Interventions", "Model", "ModelConfig",
-    "Output", "Params", "Vector", "Where", "ablate", "assistant", "batch", "cap", "capture",
-    "chain", "custom", "encode", "everywhere", "forward", "from_hf", "from_last", "gate",
-    "generate", "generated", "init_cache", "init_params", "last", "load", "load_axis",
-    "load_vector", "make_mesh", "marked", "mean_ablate", "preset", "prompt", "reserve",
-    "response", "restore_norm", "rotate", "save_vector", "scale", "set_projection",
-    "stack_rows", "steer", "system", "turns", "user",
+    "Applied", "Axis", "Batch", "Cache", "Caps", "Check", "Generated", "Interventions", "Model",
+    "ModelConfig", "Output", "Params", "Vector", "Where", "ablate", "assistant", "batch", "cap",
+    "capture", "chain", "check", "custom", "encode", "everywhere", "forward", "from_hf",
+    "from_last", "gate", "generate", "generated", "init_cache", "init_params", "last", "load",
+    "load_axis", "load_caps", "load_vector", "make_mesh", "marked", "mean_ablate", "preset",
+    "prompt", "reserve", "response", "restore_norm", "rotate", "save_vector", "scale",
+    "set_projection", "stack_rows", "steer", "system", "turns", "user",
 ]

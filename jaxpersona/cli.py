@@ -11,11 +11,11 @@ import typer
 
 from jaxpersona import cli_support as support
 from jaxpersona.cli_data import app as data_app
+from jaxpersona.cli_vectors import app as vectors_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False,
                   help="Read and hold a language model's persona.")
-vectors_app = typer.Typer(no_args_is_help=True, help="Look at directions in files.")
 app.add_typer(vectors_app, name="vectors")
 app.add_typer(data_app, name="data")
 
@@ -56,11 +56,15 @@ def generate(
     prompt: Annotated[list[str], typer.Argument(help="One or more user messages.")],
     model: ModelOption = "mini",
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
-    cap: Annotated[pathlib.Path | None, typer.Option(help="An axis file to cap on.")] = None,
+    cap: Annotated[pathlib.Path | None, typer.Option(help="An axis, or caps, to cap on.")] = None,
     cap_layers: Annotated[str | None, typer.Option(help="Half-open, as 46:54; default: the upper "
                                                         "half.")] = None,
-    percentile: str = "p25",
-    of: Annotated[str, typer.Option(help="The population of the percentile.")] = "default",
+    percentile: Annotated[str | None, typer.Option(help="Default: p25.")] = None,
+    of: Annotated[str | None, typer.Option(help="The population of the percentile; default: "
+                                                "default.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="Which caps of a capping_config.pt.")
+                          ] = None,
+    check: Annotated[bool, typer.Option(help="Test the cap on short replies first.")] = True,
     steer: Annotated[pathlib.Path | None, typer.Option(help="A vector file to add.")] = None,
     steer_layers: Annotated[str | None, typer.Option(help="As 16 or 14:18; default: the middle.")
                             ] = None,
@@ -75,8 +79,9 @@ def generate(
 ) -> None:
     """Generate replies, capped, steered or plain."""
     support.reply(prompt, model=model, system=system, cap_file=cap, cap_layers=cap_layers,
-                  percentile=percentile, of=of, steer_file=steer, steer_layers=steer_layers,
-                  scale=scale, compare=compare, dtype=dtype, max_new_tokens=max_new_tokens,
+                  percentile=percentile, of=of, experiment=experiment, check=check,
+                  steer_file=steer, steer_layers=steer_layers, scale=scale, compare=compare,
+                  dtype=dtype, max_new_tokens=max_new_tokens,
                   temperature=temperature, top_p=top_p, seed=seed)
 
 
@@ -93,12 +98,6 @@ def project(
     """Project a conversation's assistant messages on directions, turn by turn."""
     support.project(conversation, vector, model=model, layer=layer, png=png, as_json=as_json,
                     dtype=dtype)
-
-
-@vectors_app.command("show")
-def vectors_show(file: pathlib.Path) -> None:
-    """Show what a direction's file says of itself."""
-    support.show_vector(file)
 
 
 @app.command()

@@ -166,26 +166,30 @@ def draw_run(folder: pathlib.Path, found: Any, middle: int, held_out: Any) -> No
 
 
 def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathlib.Path | None,
-          cap_layers: str | None, percentile: str, of: str, steer_file: pathlib.Path | None,
-          steer_layers: str | None, scale: float, compare: bool, dtype: str | None,
-          **settings: Any) -> None:
+          cap_layers: str | None, percentile: str | None, of: str | None, experiment: str | None,
+          check: bool, steer_file: pathlib.Path | None, steer_layers: str | None, scale: float,
+          compare: bool, dtype: str | None, **settings: Any) -> None:
     """Run `jaxpersona generate`."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    from jaxpersona.ckpts.vectors import load_axis, load_vector
+    from jaxpersona.ckpts.vectors import load_vector
     from jaxpersona.generate import generate
-    from jaxpersona.interventions import cap, chain, steer
+    from jaxpersona.interventions import chain, steer
     from jaxpersona.sampling import sampling
 
     sampling(1, temperature=settings["temperature"], top_p=settings["top_p"],
              seed=settings["seed"])
-    axis = load_axis(cap_file) if cap_file else None
+    given = {"--cap-layers": cap_layers, "--percentile": percentile, "--of": of,
+             "--experiment": experiment}
+    idle = [name for name, value in given.items() if value is not None]
+    if (idle and cap_file is None) or (steer_layers and steer_file is None):
+        raise ValueError(f"{', '.join(idle) or '--cap-layers'} needs --cap, and --steer-layers "
+                         "needs --steer")
+    held = open_caps(cap_file, given) if cap_file else None
     vector = load_vector(steer_file) if steer_file else None
-    if (cap_layers and axis is None) or (steer_layers and vector is None):
-        raise ValueError("--cap-layers needs --cap, and --steer-layers needs --steer")
-    if compare and axis is None and vector is None:
+    if compare and held is None and vector is None:
         raise ValueError("--compare needs something to compare: give --cap or --steer")
     loaded = open_model(model, dtype)
     total = loaded.config.n_layers
@@ -193,9 +197,7 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
         None if vector is None else steer(
             vector, layers=parse_layers(steer_layers, total, slice(total // 2, total // 2 + 1)),
             scale=scale),
-        None if axis is None else cap(
-            axis, layers=parse_layers(cap_layers, total, slice(total // 2, total)),
-            floor=axis.thresholds(percentile, of=of)),
+        None if held is None else cap_edits(loaded, held, cap_layers, percentile, of, check),
     )
     head = [] if system is None else [{"role": "system", "content": system}]
     talks = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
@@ -222,6 +224,57 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
                          f"{applied.changed.shape[0]} layers")
 
 
+def open_caps(file: pathlib.Path, given: dict[str, str | None]) -> Any:
+    """Read what `--cap` names: an axis, or the caps of an experiment.
+
+    Raises:
+      ValueError: another kind of file, or options that do not go with it.
+    """
+    from jaxpersona.ckpts.vectors import load_any, load_axis
+
+    found = load_any(file)
+    if not isinstance(found, dict):
+        if given["--experiment"] is not None:
+            raise ValueError(f"--experiment is for files of caps; {file} holds a {found.kind}")
+        return load_axis(file)
+    own = [name for name, value in given.items() if name != "--experiment" and value is not None]
+    if own:
+        raise ValueError(f"{file}: caps have layers and floors of their own; leave {own[0]} out")
+    name = given["--experiment"] or (next(iter(found)) if len(found) == 1 else None)
+    if name not in found:
+        raise ValueError(f"{file}: choose one with --experiment: {', '.join(found)}")
+    return found[name]
+
+
+def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None, of: str | None,
+              check: bool) -> Any:
+    """Make the interventions of `--cap`, after a self-test unless that is declined.
+
+    Raises:
+      ValueError: the self-test speaks against them.
+    """
+    from jaxpersona.interventions import cap
+    from jaxpersona.persona.check import check as run_check
+
+    total = model.config.n_layers
+    how: dict[str, Any] = {}
+    if held.kind == "axis":
+        how = {"layers": parse_layers(layers, total, slice(total // 2, total)),
+               "floor": held.thresholds(percentile or "p25", of=of or "default")}
+    edits = cap(held, **how) if how else held.interventions()
+    if check:
+        with progress() as report:
+            found = run_check(model, held, **how,
+                              progress=lambda done, count, tokens: report("check", done, count,
+                                                                          tokens))
+        if not found.ok:
+            raise ValueError(f"the self-test speaks against this cap: {'; '.join(found.faults)} "
+                             "(--no-check skips the test)")
+        _console().print(f"check: {'; '.join(found.sentences)}", markup=False, highlight=False,
+                         soft_wrap=True)
+    return edits
+
+
 def project(conversation: pathlib.Path, files: list[pathlib.Path], *, model: str,
             layer: int | None, png: pathlib.Path | None, as_json: bool, dtype: str | None) -> None:
     """Run `jaxpersona project`."""
@@ -246,6 +299,10 @@ def project(conversation: pathlib.Path, files: list[pathlib.Path], *, model: str
     at = total // 2 if layer is None else layer
     if not 0 <= at < total:
         raise ValueError(f"layer is {layer}; the model has layers 0…{total - 1}")
+    empty = [vector.name for vector in vectors
+             if vector.n_layers == total and not vector.values[at].any()]
+    if empty:
+        raise ValueError(f"{empty[0]!r} is zero at layer {at}; choose another with --layer")
     found = project_conversation(loaded, talk, vectors)
     names = [vector.name for vector in vectors]
     if len(set(names)) < len(names):  # every axis is called "assistant"
@@ -262,34 +319,6 @@ def project(conversation: pathlib.Path, files: list[pathlib.Path], *, model: str
     if png is not None:
         figures.conversation(png, [t.turn for t in found],
                              np.stack([t.values[at] for t in found]), names, at)
-
-
-def show_vector(file: pathlib.Path) -> None:
-    """Run `jaxpersona vectors show`."""
-    import numpy as np
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-    from rich.text import Text
-
-    from jaxpersona.ckpts.vectors import load_vector
-
-    vector = load_vector(file)
-    console = Console()
-    table = Table("field", "value", show_header=False)
-    shape = f"[{vector.values.shape[0]} layers, width {vector.values.shape[1]}]"
-    facts = {"kind": vector.kind, "name": vector.name, "model": vector.model or "not said",
-             "fingerprint": vector.fingerprint or "not said", "site": vector.site,
-             "layers": "zero-based, after the block", "shape": shape, **vector.notes}
-    for key, value in facts.items():
-        table.add_row(Text(str(key)), Text(str(value)))
-    console.print(table)
-    tables = getattr(vector, "percentiles", {})
-    norms = Table("layer", "norm", *[escape(f"{of} p25") for of in tables])
-    known = [table.get("p25") for table in tables.values()]
-    for i, norm in enumerate(np.linalg.norm(vector.values, axis=1)):
-        norms.add_row(str(i), f"{norm:.4g}", *["" if p is None else f"{p[i]:.4g}" for p in known])
-    console.print(norms)
 
 
 def demo(out: pathlib.Path, model: str, seed: int) -> dict[str, Any]:

@@ -13,9 +13,19 @@ from typing import Any
 
 import numpy as np
 
+from jaxpersona.interventions.compose import Interventions, chain
+from jaxpersona.interventions.operators import cap
 from jaxpersona.interventions.table import SITES, Site
+from jaxpersona.interventions.where import Where, everywhere
 
 POPULATIONS = ("default", "all")
+MAX_LAYERS = 1024  # more than any model has; a file that says more is damaged
+
+
+def _check_fingerprint(value: str) -> None:
+    if not re.fullmatch(r"([0-9a-f]{16})?", value):
+        raise ValueError(f"fingerprint is {value!r}; it must be sixteen hexadecimal digits or "
+                         "empty")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,9 +56,7 @@ class Vector:
             raise ValueError(f"values has shape {values.shape}; it must be [L, D]")
         if not np.isfinite(values).all():
             raise ValueError(f"{self.kind} {self.name!r} holds a value that is not finite")
-        if not re.fullmatch(r"([0-9a-f]{16})?", self.fingerprint):
-            raise ValueError(f"fingerprint is {self.fingerprint!r}; it must be sixteen hexadecimal "
-                             "digits or empty")
+        _check_fingerprint(self.fingerprint)
         if self.site not in SITES:
             raise ValueError(f"site is {self.site!r}; it must be one of {SITES}")
         object.__setattr__(self, "values", values)
@@ -117,3 +125,71 @@ class Axis(Vector):
         if percentile not in known:
             raise ValueError(f"percentile is {percentile!r}; this axis knows {sorted(known)}")
         return np.asarray(known[percentile], np.float32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Caps:
+    """Floors on named directions, in the order in which they act; a layer may have several.
+
+    Attributes:
+      values: [n, D] float32, not normalised.
+      layers: [n] zero-based layers, each the residual after its block.
+      floors: [n] float32, the least projection on each unit direction.
+      labels: n names, one a cap.
+      name, model, fingerprint, notes: as for `Vector`.
+    """
+
+    values: np.ndarray
+    layers: tuple[int, ...]
+    floors: np.ndarray
+    labels: tuple[str, ...]
+    name: str = "caps"
+    model: str = ""
+    fingerprint: str = ""
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    kind = "caps"
+
+    def __post_init__(self) -> None:
+        values, floors = np.asarray(self.values, np.float32), np.asarray(self.floors, np.float32)
+        count = len(self.layers)
+        shapes = values.shape[:-1], floors.shape, (len(self.labels),)
+        if values.ndim != 2 or not count or set(shapes) != {(count,)}:
+            raise ValueError(f"caps {self.name!r} have values {list(values.shape)}, floors "
+                             f"{list(floors.shape)}, {count} layers and {len(self.labels)} labels; "
+                             "they need [n, D], [n], n and n")
+        if not np.isfinite(values).all() or not np.isfinite(floors).all():
+            raise ValueError(f"caps {self.name!r} hold a value that is not finite")
+        if not values.any(axis=1).all():
+            raise ValueError(f"caps {self.name!r} hold a zero vector; it has no direction")
+        if any(type(layer) is not int or not 0 <= layer < MAX_LAYERS for layer in self.layers):
+            raise ValueError(f"layers is {list(self.layers)}; each must be in 0…{MAX_LAYERS - 1}")
+        _check_fingerprint(self.fingerprint)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "floors", floors)
+
+    def tables(self) -> list[tuple[Vector, tuple[int, ...], np.ndarray]]:
+        """Return what `cap` takes, call by call: a direction, its layers, their floors [l].
+
+        The second cap of a layer is in the second table, and so on: chained in this order, every
+        layer's caps act in theirs.
+        """
+        rounds: list[dict[int, int]] = []
+        for i, layer in enumerate(self.layers):
+            free = next((held for held in rounds if layer not in held), None)
+            if free is None:
+                rounds.append(free := {})
+            free[layer] = i
+        found = []
+        for held in rounds:
+            layers = tuple(sorted(held))
+            values = np.zeros((max(self.layers) + 1, self.values.shape[1]), np.float32)
+            values[list(layers)] = self.values[[held[layer] for layer in layers]]
+            vector = Vector(values, self.name, self.model, self.fingerprint, notes=self.notes)
+            found.append((vector, layers, self.floors[[held[layer] for layer in layers]]))
+        return found
+
+    def interventions(self, *, where: Where = everywhere) -> Interventions:
+        """Return the caps as one intervention that acts on the tokens that `where` chooses."""
+        return chain(*(cap(vector, layers=layers, floor=floors, where=where)
+                       for vector, layers, floors in self.tables()))

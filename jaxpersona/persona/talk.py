@@ -16,6 +16,7 @@ from jaxpersona.generate import bucket, generate
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.where import response
 from jaxpersona.model import forward
+from jaxpersona.persona.check import fit
 from jaxpersona.vectors import Vector
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ class TurnProjection:
     Attributes:
       turn: its number among the messages, from 0.
       tokens: how many response tokens it has.
-      values: [L, K] float32, their mean projections on K directions at every layer.
+      values: [L, K] float32, their mean projections on K directions at every layer; NaN where a
+        direction is zero (an imported one may not know every layer).
     """
 
     turn: int
@@ -56,15 +58,7 @@ def project_conversation(
     """
     config = model.config
     for vector in vectors:
-        vector.check_site("residual")
-        if vector.values.shape != (config.n_layers, config.d_model):
-            raise ValueError(
-                f"{vector.kind} {vector.name!r} is {list(vector.values.shape)}; {model.name} needs "
-                f"[{config.n_layers}, {config.d_model}]: it was made for another model"
-            )
-        if vector.origin not in (0, int(model.fingerprint[8:], 16)):
-            raise ValueError(f"{vector.kind} {vector.name!r} was made for another model "
-                             f"({vector.model}), not for {model.name}")
+        fit(model, vector)
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer; a conversation needs one")
     row = chat.encode_row(model.tokenizer, list(conversation), reply=False)
@@ -75,13 +69,18 @@ def project_conversation(
     batch = make_batch([row.tokens], kind=[row.kind], turn=[row.turn],
                        width=bucket(row.tokens.size))
     directions = np.stack([vector.values for vector in vectors], 1)
+    known = [i for i, layer in enumerate(directions) if layer.any(1).all()]
+    if not known:
+        raise ValueError("the directions have no layer in common at which none is zero")
     out = _forward(model.params, config, jax.tree.map(jnp.asarray, batch), logits=None,
                    interventions=interventions,
-                   capture=capture.projections(directions, response))
-    values = np.asarray(out.captured["projections"].value)[0][:, : row.tokens.size]  # [L, T, K]
+                   capture=capture.projections(directions[known], response, layers=known))
+    found_lt = np.asarray(out.captured["projections"].value)[0][:, : row.tokens.size]
+    values = np.full((config.n_layers, *found_lt.shape[1:]), np.nan, np.float32)  # [L, T, K]
+    values[known] = found_lt
     found = []
     for turn in sorted(set(row.turn.tolist())):
-        here = (row.turn == turn) & np.isfinite(values[0, :, 0])
+        here = (row.turn == turn) & np.isfinite(values[known[0], :, 0])
         if here.any():
             found.append(TurnProjection(turn, int(here.sum()), values[:, here].mean(1)))
     if not found:

@@ -1,0 +1,144 @@
+"""The commands of `jaxpersona vectors`: show a file of directions, convert it to another format."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, help="Show and convert directions in files.")
+
+KindOption = Annotated[str | None, typer.Option(
+    help="What a bare tensor in a .pt file is: axis, role or persona.")]
+
+
+@app.command()
+def show(file: pathlib.Path, kind: KindOption = None) -> None:
+    """Show what a file of directions says of itself (.safetensors, .pt, .gguf, .npy)."""
+    from jaxpersona.ckpts.vectors import load_any
+
+    found = load_any(file, kind)
+    if isinstance(found, dict):
+        _show_caps(found)
+    else:
+        _show_vector(found)
+
+
+@app.command()
+def convert(
+    source: Annotated[pathlib.Path, typer.Argument(help="A .safetensors, .pt, .gguf or .npy.")],
+    target: Annotated[pathlib.Path, typer.Argument(help="A .safetensors, .gguf or .npy.")],
+    model: Annotated[str | None, typer.Option(
+        help="The model it belongs to: checked against it, and written into the file.")] = None,
+    experiment: Annotated[str | None, typer.Option(
+        help="Which experiment of a capping_config.pt.")] = None,
+    kind: KindOption = None,
+    name: Annotated[str | None, typer.Option(help="What to call the direction.")] = None,
+) -> None:
+    """Convert a file of directions; the formats are those of the suffixes."""
+    from jaxpersona.ckpts.vectors import load_any, save_vector
+
+    found = load_any(source, kind)
+    chosen: Any = found
+    if isinstance(found, dict):
+        listed = ", ".join(found)
+        if experiment is None and len(found) > 1:
+            raise ValueError(f"{source}: holds {len(found)} experiments; choose one with "
+                             f"--experiment: {listed}")
+        if experiment not in (None, *found):
+            raise ValueError(f"experiment is {experiment!r}; {source} holds {listed}")
+        chosen = found[experiment] if experiment else next(iter(found.values()))
+    elif experiment is not None:
+        raise ValueError(f"--experiment is for files of caps; {source} holds a {found.kind}")
+    if name is not None:
+        chosen = dataclasses.replace(chosen, name=name)
+    if model is not None:
+        chosen = _belonging(chosen, model)
+    lost = save_vector(target, chosen)
+    typer.echo(f"{target}: {_described(chosen)}")
+    for key, value in chosen.notes.items():
+        typer.echo(f"  {key}: {value}")
+    if lost:
+        typer.echo(f"  the format leaves out {' and '.join(lost)}")
+    if not chosen.fingerprint:
+        typer.echo("  it does not say which model it belongs to; --model NAME would")
+
+
+def _belonging(chosen: Any, source: str) -> Any:
+    """Check a direction or caps against a model, and enter the model's name and fingerprint."""
+    from jaxpersona.cli_support import open_model
+    from jaxpersona.persona.check import fit
+
+    model = open_model(source, None)
+    if chosen.kind != "caps":
+        missing = model.config.n_layers - chosen.n_layers
+        if chosen.notes.get("source") == "GGUF control vector" and missing > 0:
+            # the format names only the layers it steers; those above them are zero
+            chosen = dataclasses.replace(chosen, values=_padded(chosen.values, missing))
+    fit(model, chosen)
+    return dataclasses.replace(chosen, model=model.name, fingerprint=model.fingerprint)
+
+
+def _padded(values: Any, rows: int) -> Any:
+    import numpy as np
+
+    return np.pad(values, ((0, rows), (0, 0)))
+
+
+def _described(found: Any) -> str:
+    if found.kind == "caps":
+        return (f"{len(found.layers)} caps {found.name!r} at layers "
+                f"{', '.join(map(str, sorted(set(found.layers))))}, width {found.values.shape[1]}")
+    return f"{found.kind} {found.name!r}, {found.n_layers} layers, width {found.values.shape[1]}"
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _show_facts(found: Any, shape: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("field", "value", show_header=False)
+    facts = {"kind": found.kind, "name": found.name, "model": found.model or "not said",
+             "fingerprint": found.fingerprint or "not said",
+             "site": getattr(found, "site", "residual"), "layers": "zero-based, after the block",
+             "shape": shape, **found.notes}
+    for key, value in facts.items():
+        table.add_row(Text(str(key)), Text(str(value)))
+    _console().print(table)
+
+
+def _show_vector(vector: Any) -> None:
+    import numpy as np
+    from rich.markup import escape
+    from rich.table import Table
+
+    _show_facts(vector, f"[{vector.values.shape[0]} layers, width {vector.values.shape[1]}]")
+    tables = getattr(vector, "percentiles", {})
+    norms = Table("layer", "norm", *[escape(f"{of} p25") for of in tables])
+    known = [table.get("p25") for table in tables.values()]
+    for i, norm in enumerate(np.linalg.norm(vector.values, axis=1)):
+        norms.add_row(str(i), f"{norm:.4g}", *["" if p is None else f"{p[i]:.4g}" for p in known])
+    _console().print(norms)
+
+
+def _show_caps(experiments: dict[str, Any]) -> None:
+    """Show the first experiment in full and the others in a line each."""
+    from rich.table import Table
+    from rich.text import Text
+
+    first = next(iter(experiments.values()))
+    _show_facts(first, f"[{len(first.layers)} caps, width {first.values.shape[1]}]")
+    floors = Table("order", "layer", "vector", "floor")
+    for i, (layer, label, floor) in enumerate(
+            zip(first.layers, first.labels, first.floors, strict=True)):
+        floors.add_row(str(i), str(layer), Text(label), f"{floor:.4g}")
+    _console().print(floors)
+    for other in list(experiments.values())[1:]:
+        _console().print(Text(f"also {_described(other)}"))

@@ -1,0 +1,140 @@
+"""The self-test before a cap: it passes a good axis, and names each way in which one is wrong."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import support as s
+from jaxpersona.ckpts.vectors import save_vector
+
+import jaxpersona as jp
+from jaxpersona.persona import axis as science
+from jaxpersona.vectors import Axis, Caps, Vector
+
+UPPER = (4, 5, 6, 7)
+
+
+@pytest.fixture(scope="module")
+def mini():
+    """The embedded model."""
+    return jp.load("mini")
+
+
+@pytest.fixture(scope="module")
+def axis(mini):
+    """A small axis of the embedded model, from other prompts than those of the check."""
+    roles = ("You are a leviathan.", "Act as a hermit.", "You are a jester.", "You are a prophet.")
+    asked = ("Tell me about winter.", "What do you think of money?", "What does home mean to you?")
+    prompts = ("You are Mini.", "Respond as yourself.", *roles)
+    talks = [[{"role": "system", "content": p}, {"role": "user", "content": q}]
+             for p in prompts for q in asked]
+    out = jp.generate(mini, talks, capture=jp.capture.mean(jp.response), max_new_tokens=16,
+                      batch_size=18)
+    means = out.captured["mean"]
+    values = science.assistant_axis(means[:6].mean(0), means[6:])
+    table = science.percentiles(science.project(means[:6], values))
+    return Axis(values, "assistant", "mini", mini.fingerprint, percentiles={"default": table})
+
+
+def test_an_axis_of_the_model_passes(mini, axis):
+    """Sign, layers and floors are each found right, in a sentence."""
+    seen = []
+    found = jp.check(mini, axis, progress=lambda *done: seen.append(done))
+    assert found.ok and not found.faults and found.shift == 0 and found.layers == UPPER
+    assert [text.split(":")[0] for text in found.sentences] == ["sign", "layers", "floors"]
+    assert (found.default > found.roles + 10).all() and seen[-1][0] == 18
+    one = jp.check(mini, axis, layers=[5], floor=float(axis.thresholds("p25", of="default")[5]))
+    assert one.ok and one.layers == (5,)
+    bare = jp.check(mini, Axis(axis.values))
+    assert bare.ok and len(bare.sentences) == 2  # no floor to judge
+    caps = Caps(axis.values[2:6], (2, 3, 4, 5), axis.thresholds("p25", of="default")[2:6],
+                tuple("abcd"))
+    assert jp.check(mini, caps).ok
+
+
+@pytest.mark.parametrize(("shift", "words"), [(1, "fits layer l-1"), (-1, "fits layer l+1")])
+def test_an_axis_that_counts_layers_differently_is_named(mini, axis, shift, words):
+    """Shifted by one layer either way; at the open end a row is repeated."""
+    rows = np.clip(np.arange(8) - shift, 0, 7)
+    found = jp.check(mini, Axis(axis.values[rows]))
+    assert not found.ok and found.shift == -shift and words in found.faults[0]
+
+
+def test_a_wrong_sign_and_a_wrong_scale_are_named(mini, axis):
+    """A flipped axis, thresholds a hundred times too great either way, one layer turned."""
+    flipped = jp.check(mini, dataclasses.replace(axis, values=-axis.values))
+    assert not flipped.ok and "away from the Assistant" in flipped.faults[0]
+    floor = axis.thresholds("p25", of="default")
+    for factor, words in ((100, "would move every token"), (-100, "would never act")):
+        found = jp.check(mini, axis, floor=factor * floor)
+        assert not found.ok and len(found.faults) == 1 and words in found.faults[0]
+    turned = axis.values.copy()
+    turned[5] *= -1
+    found = jp.check(mini, Axis(turned))
+    assert not found.ok and "higher than the default at layers 5" in found.faults[0]
+
+
+def test_what_cannot_be_checked_is_refused(mini, axis):
+    """Another model's axis, an empty layer, floors of another shape, no tokenizer."""
+    gap = axis.values.copy()
+    gap[6] = 0
+    for given, options, words in (
+        (Axis(axis.values[:-1]), {}, "made for another model"),
+        (Axis(axis.values[:, :-1]), {}, "made for another model"),
+        (dataclasses.replace(axis, fingerprint="0" * 16), {}, "not for mini"),
+        (Axis(gap), {}, "zero at layer 6"), (axis, {"floor": np.zeros(3)}, "floor has shape"),
+        (Caps(axis.values[:1], (9,), np.zeros(1), ("a",)), {}, "made for another model"),
+        (Caps(axis.values[:1], (0,), np.zeros(1), ("a",)), {"floor": 0}, "of their own"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            jp.check(mini, given, **options)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        jp.check(dataclasses.replace(mini, tokenizer=None), axis)
+
+
+def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
+    """A good axis or caps pass in a line; a bad one is refused, or used with --no-check."""
+    floors = axis.thresholds("p25", of="default")
+    caps = Caps(axis.values[4:], UPPER, floors[4:], tuple("abcd"), "e", "mini", mini.fingerprint)
+    for name, value in (("good", axis), ("caps", caps),
+                        ("bad", dataclasses.replace(axis, values=-axis.values))):
+        save_vector(tmp_path / f"{name}.safetensors", value)
+
+    def command(name, *more):
+        code = s.run_command(["generate", "Who are you?", "--cap", str(tmp_path / name), *more,
+                              "--max-new-tokens", "4"])
+        return code, capsys.readouterr()
+
+    for name in ("good.safetensors", "caps.safetensors"):
+        code, said = command(name)
+        assert code == 0 and " ".join(said.err.split()).count("check: sign: the default") == 1
+        assert "tokens seen" in said.err
+    code, said = command("bad.safetensors")
+    assert code == 2 and "error: the self-test speaks against this cap" in said.err
+    assert "--no-check" in said.err and "Traceback" not in said.err
+    code, said = command("bad.safetensors", "--no-check")
+    assert code == 0 and "check" not in said.err and "tokens seen" in said.err
+    for name, more, words in (
+        ("caps.safetensors", ("--percentile", "p1"), "leave --percentile out"),
+        ("caps.safetensors", ("--experiment", "x"), "choose one with --experiment: e"),
+        ("good.safetensors", ("--experiment", "x"), "for files of caps"),
+    ):
+        code, said = command(name, *more)
+        assert code == 2 and words in said.err
+    assert s.run_command(["generate", "hi", "--of", "all"]) == 2
+    assert "--of needs --cap" in capsys.readouterr().err
+
+
+def test_a_conversation_is_projected_where_a_direction_is_known(mini, axis):
+    """A direction that is zero at a layer gives NaN there and the same values elsewhere."""
+    talk = [{"role": "user", "content": "Who are you?"},
+            {"role": "assistant", "content": "I am a ghost."}]
+    part = axis.values.copy()
+    part[7] = 0
+    from jaxpersona.persona.talk import project_conversation
+    whole = project_conversation(mini, talk, [axis])[0].values
+    found = project_conversation(mini, talk, [Vector(part)])[0].values
+    np.testing.assert_allclose(found[:7], whole[:7], rtol=1e-5)
+    assert np.isnan(found[7]).all() and np.isfinite(whole).all()
+    with pytest.raises(ValueError, match="no layer in common"):
+        project_conversation(mini, talk, [Vector(0 * part)])

@@ -1,0 +1,383 @@
+"""Directions in every format: they come back as written, say what they are, and run no code."""
+
+import json
+import os
+import pickle
+import re
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support as s
+from jaxpersona.ckpts import gguf as control
+from jaxpersona.ckpts import torchfile
+from jaxpersona.ckpts.vectors import load_any, load_axis, load_caps, load_vector, save_vector
+
+import jaxpersona as jp
+from jaxpersona.vectors import Axis, Caps, Vector
+
+torch = pytest.importorskip("torch")
+gguf = pytest.importorskip("gguf")
+RNG = np.random.default_rng(0)
+VALUES = RNG.normal(size=(4, 6)).astype(np.float32)
+ID = "layers_1:3-p0.25"
+
+
+def tensor(values, dtype=torch.float32):
+    return torch.tensor(np.asarray(values), dtype=dtype)
+
+
+def capping(caps=(0.5, -0.25, 1.5)):
+    """A capping_config of three caps, two of them at layer 2, listed out of the layers' order."""
+    vectors = {f"layer_{layer}/{i}": {"layer": layer, "vector": tensor(VALUES[i])}
+               for i, layer in enumerate((2, 1, 2))}
+    listed = [{"vector": name, "cap": cap} for name, cap in zip(vectors, caps, strict=True)]
+    return {"vectors": vectors, "experiments": [
+        {"id": ID, "interventions": listed},
+        {"id": "one", "interventions": listed[1:2]}]}
+
+
+def write_control(path, directions, architecture="controlvector"):
+    """Write a control vector as other programs do: no key of ours in it."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_string(f"{architecture}.model_hint", "qwen3")
+    writer.add_uint32(f"{architecture}.layer_count", len(directions))
+    for name, value in directions.items():
+        writer.add_tensor(name, value)
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file"):
+        getattr(writer, step)()
+    writer.close()
+    return path
+
+
+def test_the_assistant_axis_projects_files(tmp_path):
+    """Bare and wrapped axes, in any float type; role vectors; the default's."""
+    torch.save(tensor(VALUES), tmp_path / "assistant_axis.pt")
+    torch.save({"axis": tensor(VALUES, torch.bfloat16)}, tmp_path / "wrapped.pt")
+    torch.save({"vector": tensor(VALUES, torch.float64), "type": "pos_3", "role": "ghost"},
+               tmp_path / "ghost.pt")
+    torch.save(tensor(VALUES), tmp_path / "default_vector.pt")
+    bare = load_axis(tmp_path / "assistant_axis.pt")
+    assert isinstance(bare, Axis) and s.same_bits(bare.values, VALUES) and not bare.fingerprint
+    wrapped = load_axis(tmp_path / "wrapped.pt").values
+    assert s.same_bits(wrapped, VALUES.astype(jnp.bfloat16).astype(np.float32))
+    ghost = load_vector(tmp_path / "ghost.pt")
+    assert ghost.name == "ghost" and ghost.notes["type"] == "pos_3" and ghost.kind == "vector"
+    assert s.same_bits(ghost.values, VALUES)
+    assert load_vector(tmp_path / "default_vector.pt").name == "default"
+    with pytest.raises(ValueError, match="ghost.pt: holds a vector, not an axis"):
+        load_axis(tmp_path / "ghost.pt")
+    torch.save(tensor(VALUES), tmp_path / "mystery.pt")
+    with pytest.raises(ValueError, match="give its kind: axis, role, persona"):
+        load_vector(tmp_path / "mystery.pt")
+    assert load_axis(tmp_path / "mystery.pt", kind="axis").n_layers == 4
+
+
+@pytest.mark.parametrize("pool", ["prompt_avg", "response_avg", "prompt_last"])
+def test_persona_vectors_are_rebased_and_say_so(tmp_path, pool):
+    """Entry i is layer i − 1; the embeddings go, and so does what follows the final norm."""
+    file = tmp_path / f"not_kind_{pool}_diff.pt"
+    torch.save(tensor(VALUES), file)  # [L + 1, D]: three layers
+    found = load_vector(file)
+    assert found.name == "not_kind" and found.notes["pool"] == pool and found.n_layers == 3
+    assert s.same_bits(found.values[:2], VALUES[1:3]) and not found.values[2].any()
+    assert "entry i of the file is layer i - 1" in found.notes["re-based"]
+    assert "layer 2 is zero" in found.notes["re-based"]
+    jp.steer(found, layers=[0, 1])
+    with pytest.raises(ValueError, match="zero at a chosen layer"):
+        jp.steer(found, layers=2)
+    torch.save(tensor(VALUES[:2]), file)
+    with pytest.raises(ValueError, match=r"\[L \+ 1, D\]"):
+        load_vector(file)
+
+
+def test_capping_experiments_become_floors(tmp_path):
+    """What the file's own formula does to a residual, in its order, the floors do too."""
+    config = capping()
+    torch.save(config, tmp_path / "capping_config.pt")
+    found = load_caps(tmp_path / "capping_config.pt")
+    assert list(found) == [ID, "one"]
+    caps = found[ID]
+    assert caps.layers == (2, 1, 2) and s.same_bits(caps.floors, np.float32([-0.5, 0.25, -1.5]))
+    assert "p0.25 there is the 75th percentile along +axis" in caps.notes["sign"]
+    assert "percentile" not in found["one"].notes["sign"]
+    h = RNG.normal(size=(64, 6)).astype(np.float32) * 3
+    for layer in (1, 2):
+        want, got = h.astype(np.float64), h.astype(np.float64)
+        for item in config["experiments"][0]["interventions"]:
+            if config["vectors"][item["vector"]]["layer"] == layer:
+                u = config["vectors"][item["vector"]]["vector"].numpy().astype(np.float64)
+                u /= np.linalg.norm(u)
+                want -= np.maximum(want @ u - item["cap"], 0)[:, None] * u
+        for edit in caps.interventions().edits:
+            if layer in edit.layers:
+                at = edit.layers.index(layer)
+                v = np.asarray(edit.direction[at, 0], np.float64)
+                lo, hi = (float(x) for x in edit.coefficients[at, 0, 2:])
+                p = got @ v
+                got += (np.clip(p, lo, hi) - p)[:, None] * v
+        np.testing.assert_allclose(got, want, atol=1e-5)
+        assert np.abs(want - h).max() > 0.1
+    rounds = [(layers, floors.tolist()) for _, layers, floors in caps.tables()]
+    assert rounds == [((1, 2), [0.25, -0.5]), ((2,), [-1.5])]
+    with pytest.raises(ValueError, match="read it with load_caps"):
+        load_vector(tmp_path / "capping_config.pt")
+    save_vector(tmp_path / "c.safetensors", caps)
+    again = load_caps(tmp_path / "c.safetensors")[ID]
+    assert (again.layers, again.labels, dict(again.notes)) == (caps.layers, caps.labels, caps.notes)
+    assert s.same_bits((again.values, again.floors), (caps.values, caps.floors))
+    with pytest.raises(ValueError, match=r"caps are written as \.safetensors"):
+        save_vector(tmp_path / "c.gguf", caps)
+
+
+def test_floors_act_in_a_model_at_their_layers(tmp_path):
+    """The imported caps change what they bind and leave a model alone where they do not."""
+    model = s.tiny_model(d_model=6, n_heads=2, n_kv_heads=1, head_dim=4)
+    batch = jp.batch(s.prompts([5, 9]))
+    plain = s.residuals(model, batch)[0]
+    for cap, bound in ((50.0, False), (-50.0, True)):
+        torch.save(capping((cap,) * 3), tmp_path / "capping_config.pt")
+        edits = load_caps(tmp_path / "capping_config.pt")[ID].interventions()
+        held = s.residuals(model, batch, edits)[0]
+        assert s.same_bits(held, plain) != bound
+        assert s.same_bits(held[:, 0], plain[:, 0])
+
+
+def test_gguf_in_and_out(tmp_path):
+    """`direction.N` is layer N; layer 0 and thresholds are lost aloud; ours say what they are."""
+    axis = Axis(VALUES, "assistant", "owner/m", "0123456789abcdef", notes={"roles": 3},
+                percentiles={"default": {"p25": np.zeros(4)}})
+    lost = save_vector(tmp_path / "a.gguf", axis)
+    assert len(lost) == 2 and "layer 0" in lost[0]
+    again = load_axis(tmp_path / "a.gguf")
+    assert s.same_bits(again.values[1:], VALUES[1:]) and not again.values[0].any()
+    for field in ("name", "model", "fingerprint", "notes", "site"):
+        assert getattr(again, field) == getattr(axis, field)
+    plain = Vector(np.pad(VALUES[1:3], ((1, 1), (0, 0))), "v")
+    assert save_vector(tmp_path / "v.gguf", plain) == []
+    assert s.same_bits(load_vector(tmp_path / "v.gguf").values, plain.values)
+    reader = gguf.GGUFReader(tmp_path / "v.gguf")
+    assert [t.name for t in reader.tensors] == ["direction.1", "direction.2"]
+    assert reader.get_field("general.architecture").contents() == "controlvector"
+    foreign = write_control(tmp_path / "f.gguf", {"direction.2": VALUES[2],
+                                                  "direction.1": VALUES[1].astype(np.float16)})
+    found = load_vector(foreign)
+    assert found.name == "f" and found.notes["model_hint"] == "qwen3"
+    assert s.same_bits(found.values[2], VALUES[2]) and found.n_layers == 3
+    np.testing.assert_allclose(found.values[1], VALUES[1], rtol=1e-3)
+    for directions, words in (({"direction.0": VALUES[0]}, "direction.0"),
+                              ({"direction.9999999": VALUES[0]}, "direction.9999999"),
+                              ({"blk.1.w": VALUES[0]}, "blk.1.w"), ({}, "no direction"),
+                              ({"direction.1": VALUES[0], "direction.2": VALUES[0, :3]}, "widths"),
+                              ({"direction.1": VALUES}, "2 dimensions")):
+        with pytest.raises(ValueError, match=f"f.gguf.*{words}"):
+            load_vector(write_control(tmp_path / "f.gguf", directions))
+    with pytest.raises(ValueError, match="architecture is 'llama'"):
+        load_vector(write_control(tmp_path / "f.gguf", {"direction.1": VALUES[0]}, "llama"))
+    with pytest.raises(ValueError, match="measured at site"):
+        save_vector(tmp_path / "m.gguf", Vector(VALUES, site="mlp"))
+    with pytest.raises(ValueError, match="zero beyond layer 0"):
+        save_vector(tmp_path / "z.gguf", Vector(VALUES[:1]))
+
+
+def test_bare_arrays_in_and_out(tmp_path):
+    """A .npy keeps the values alone; anything but a real matrix is named."""
+    assert save_vector(tmp_path / "v.npy", Vector(VALUES)) == ["everything but the values"]
+    found = load_vector(tmp_path / "v.npy")
+    assert s.same_bits(found.values, VALUES) and found.name == "v"
+    assert "bare" in found.notes["source"]
+    np.save(tmp_path / "h.npy", VALUES.astype(np.float64))
+    assert load_vector(tmp_path / "h.npy").values.dtype == np.float32
+    for value, words in ((VALUES[0], r"float32\[6\]"), (VALUES.astype(complex), "complex"),
+                         (np.array([["x"]]), "<U1"), (np.full((2, 2), np.nan), "not finite")):
+        np.save(tmp_path / "w.npy", value)
+        with pytest.raises(ValueError, match=f"w.npy.*{words}"):
+            load_vector(tmp_path / "w.npy")
+    np.savez(tmp_path / "z.npz", VALUES)
+    (tmp_path / "z.npz").rename(tmp_path / "z.npy")
+    with pytest.raises(ValueError, match="z.npy: (holds an archive|not a readable)"):
+        load_vector(tmp_path / "z.npy")
+
+
+class Malicious:
+    """Pickled, it makes a folder when it is read."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.mkdir, (self.mark,)
+
+
+@pytest.mark.parametrize("name", ["bare2.pt", "bare4.pt", "zipped_axis.pt", "legacy_axis.pt",
+                                  "code.npy"])
+def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path, name):
+    """Pickles with a call in them, in every container that can hold one."""
+    mark, file = tmp_path / "ran", tmp_path / name
+    if name[:4] == "bare":
+        file.write_bytes(pickle.dumps(Malicious(mark), int(name[4])))
+    elif name == "code.npy":
+        np.save(file, np.array([[Malicious(mark)]], object), allow_pickle=True)
+    else:
+        torch.save({"axis": tensor(VALUES), "x": Malicious(mark)}, file,
+                   _use_new_zipfile_serialization=name[0] == "z")
+    if name != "code.npy":  # the file does what it says when it is trusted
+        pickle.loads(file.read_bytes()) if name[:4] == "bare" else torch.load(
+            file, weights_only=False)
+        assert mark.exists()
+        mark.rmdir()
+    with pytest.raises(ValueError, match=name) as caught:
+        load_any(file)
+    assert not mark.exists() and "\n" not in str(caught.value)
+    if name not in ("code.npy", "bare4.pt"):  # PyTorch's reader knows no pickle of protocol 4
+        assert re.search(r"refused, for it asks to run \w+\.mkdir", str(caught.value))
+
+
+def test_damaged_files_of_every_format_are_one_line(tmp_path):
+    """Cut anywhere or with bytes changed, a file is named or still reads as what it was."""
+    axis = Axis(VALUES, "assistant")
+    for name in ("a.safetensors", "a.gguf", "a.npy"):
+        save_vector(tmp_path / name, axis)
+    torch.save(tensor(VALUES), tmp_path / "a_axis.pt")
+    torch.save(capping(), tmp_path / "capping_config.pt")
+    for name in ("a.safetensors", "a.gguf", "a.npy", "a_axis.pt", "capping_config.pt"):
+        whole = (tmp_path / name).read_bytes()
+        bad = tmp_path / f"bad_axis{(tmp_path / name).suffix}"
+        for cut in np.linspace(0, len(whole) - 1, 25).astype(int):
+            bad.write_bytes(whole[:cut])
+            try:  # GGUF pads its end; without the padding nothing is lost
+                found = load_any(bad)
+                assert name == "a.gguf" and s.same_bits(found.values[1:], VALUES[1:])
+            except ValueError as error:
+                assert bad.name in str(error) and "\n" not in str(error), (name, cut)
+        for seed in range(40):
+            rng = np.random.default_rng(seed)
+            changed = bytearray(whole)
+            for at in rng.integers(0, len(whole), 4):
+                changed[at] = rng.integers(256)
+            bad.write_bytes(changed)
+            try:
+                load_any(bad)
+            except ValueError as error:
+                assert bad.name in str(error) and "\n" not in str(error), (name, seed)
+    for name in ("absent.pt", "absent.gguf", "absent.npy", "absent.safetensors"):
+        with pytest.raises(ValueError, match=f"{name}: no such file"):
+            load_any(tmp_path / name)
+    (tmp_path / "a.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="suffix must be one of"):
+        load_any(tmp_path / "a.bin")
+
+
+def one_cap(cap=1.0, **vector):
+    """An experiment of one cap on vector q, whose fields are given."""
+    return {"vectors": {"q": {"layer": 2, "vector": torch.ones(3), **vector}},
+            "experiments": [{"id": "a", "interventions": [{"vector": "q", "cap": cap}]}]}
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ({"x": 1}, "none of axis, vector and experiments"), ({"axis": 5}, "axis is int"),
+    ({"vector": torch.ones(2, 2)}, "'role' is missing"),
+    ({"axis": torch.ones(3)}, r"axis is \[3\]"),
+    ({"axis": torch.ones(2, 2, dtype=torch.int64)}, "torch.int64"),
+    ({"axis": torch.full((2, 2), torch.inf)}, "not finite"),
+    ({"experiments": []}, "'vectors' is missing"),
+    ({"vectors": {}, "experiments": []}, "experiments is empty"),
+    ({"vectors": {}, "experiments": [{"id": "a", "interventions": []}]}, "holds no cap"),
+    ({**one_cap(), "vectors": {}}, "'q', which is not in vectors"),
+    (one_cap(layer="2"), "integer layer"), (one_cap(layer=-2), "must be in 0"),
+    (one_cap("x"), "not a number"), (one_cap(vector=torch.ones(1, 3)), r"tensor \[D\]"),
+])
+def test_a_pt_file_of_another_content_is_named(tmp_path, content, words):
+    """Each thing that a table may lack, in one line."""
+    torch.save(content, tmp_path / "t.pt")
+    with pytest.raises(ValueError, match=rf"t\.pt.*{words}") as caught:
+        load_any(tmp_path / "t.pt")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_extras_are_one_line(tmp_path, monkeypatch):
+    """Without PyTorch or gguf the files are refused with the command that brings them."""
+    torch.save(tensor(VALUES), tmp_path / "axis.pt")
+    save_vector(tmp_path / "v.gguf", Vector(VALUES))
+    for name, file, extra in (("torch", "axis.pt", "torch"), ("gguf", "v.gguf", "gguf")):
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ValueError, match=rf"{file}.*pip install 'jaxpersona\[{extra}\]'"):
+            load_any(tmp_path / file)
+    with pytest.raises(ValueError, match=r"jaxpersona\[gguf\]"):
+        control.write(tmp_path / "w.gguf", Vector(VALUES))
+    with pytest.raises(ValueError, match="kind is 'x'"):
+        torchfile.read(tmp_path / "axis.pt", "x")
+
+
+def test_a_caps_file_that_lies_is_named(tmp_path):
+    """Caps are checked as they are read."""
+    fields = dict(values=VALUES[:2], layers=(1, 2), floors=np.zeros(2), labels=("a", "b"))
+    for change, words in (({"layers": (1,)}, "1 layers"), ({"floors": [np.nan, 0]}, "not finite"),
+                          ({"values": 0 * VALUES[:2]}, "zero vector"),
+                          ({"layers": (1, True)}, "must be in 0"),
+                          ({"fingerprint": "x"}, "sixteen hexadecimal")):
+        with pytest.raises(ValueError, match=words):
+            Caps(**{**fields, **change})
+    header = {"format": "jaxpersona-vector", "kind": "caps", "layer_base": "0", "sign": "+",
+              "site": "residual", "layers": "[1]", "labels": '["a"]'}
+    from jaxpersona.ckpts.files import write_tensors
+    for change, words in (({"site": "mlp"}, "site"), ({"layers": "5"}, "int"),
+                          ({"sign": "-"}, "sign"), ({"layers": "[1.5]"}, "must be in 0")):
+        write_tensors(tmp_path / "c.safetensors", {"values": VALUES[:1], "floors": VALUES[0, :1]},
+                      {**header, **change})
+        with pytest.raises(ValueError, match=rf"c\.safetensors.*{words}"):
+            load_any(tmp_path / "c.safetensors")
+
+
+def test_show_and_convert(tmp_path, capsys, checkpoint):
+    """Every format is shown and converted; the model is checked and entered."""
+    model = jp.load(str(checkpoint))
+    shape = model.config.n_layers, model.config.d_model
+    values = RNG.normal(size=(shape[0] + 1, shape[1])).astype(np.float32)
+    torch.save(tensor(values[:-1]), tmp_path / "axis.pt")
+    torch.save(tensor(values), tmp_path / "evil_response_avg_diff.pt")
+    vectors = {f"v{i}": {"layer": i, "vector": tensor(values[i])} for i in (0, 1)}
+    torch.save({"vectors": vectors, "experiments": [
+        {"id": name, "interventions": [{"vector": v, "cap": 1.0} for v in vectors]}
+        for name in (ID, "other")]}, tmp_path / "capping_config.pt")
+    save_vector(tmp_path / "short.gguf", Vector(values[:2]))
+    write_control(tmp_path / "foreign.gguf", {"direction.1": values[1]})
+    np.save(tmp_path / "bare.npy", values[:-1])
+    here = lambda name: str(tmp_path / name)  # noqa: E731
+    for name in ("axis.pt", "evil_response_avg_diff.pt", "capping_config.pt", "foreign.gguf",
+                 "bare.npy"):
+        assert s.run_command(["vectors", "show", here(name)]) == 0
+        assert "not said" in capsys.readouterr().out
+        out = f"{name}.safetensors"
+        more = ["--experiment", ID] if name[:3] == "cap" else []
+        command = ["vectors", "convert", here(name), here(out), "--model", str(checkpoint), *more]
+        assert s.run_command(command) == 0, name
+        found = load_any(tmp_path / out)
+        found = next(iter(found.values())) if isinstance(found, dict) else found
+        assert (found.model, found.fingerprint) == (str(checkpoint), model.fingerprint)
+        capsys.readouterr()
+        assert s.run_command(["vectors", "show", here(out)]) == 0
+        assert model.fingerprint in capsys.readouterr().out
+    assert load_vector(tmp_path / "foreign.gguf.safetensors").n_layers == shape[0]
+    assert s.run_command(["vectors", "convert", here("axis.pt"), here("a.gguf")]) == 0
+    said = capsys.readouterr().out
+    assert "leaves out layer 0" in said and "does not say which model" in said
+    assert s.run_command(["vectors", "convert", here("a.gguf"), here("b.npy"), "--name", "x"]) == 0
+    capsys.readouterr()
+    for arguments, words in (
+        (["capping_config.pt", "o.safetensors"], f"choose one with --experiment: {ID}, other"),
+        (["capping_config.pt", "o.safetensors", "--experiment", "x"], "experiment is 'x'"),
+        (["axis.pt", "o.safetensors", "--experiment", "x"], "for files of caps"),
+        (["axis.pt", "o.pt"], "written as .safetensors, .gguf or .npy"),
+        (["axis.pt", "o"], "without a suffix"),
+        (["bare.npy", "o.gguf", "--kind", "axis"], "only .pt files"),
+        (["short.gguf", "o.npy", "--model", str(checkpoint)], "made for another model"),
+    ):
+        command = ["vectors", "convert", *[here(a) for a in arguments[:2]], *arguments[2:]]
+        assert s.run_command(command) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 or "error:" in said.splitlines()[-1]
+        assert words in said and "Traceback" not in said, said
+        assert not (tmp_path / arguments[1]).exists()
+    assert json.loads(json.dumps(dict(load_any(tmp_path / "axis.pt").notes)))
