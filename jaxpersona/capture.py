@@ -15,179 +15,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.batch import Batch
 from jaxpersona.config import ModelConfig
 from jaxpersona.interventions.bank import Layers, resolve_layers
 from jaxpersona.interventions.table import SITES, Site
-from jaxpersona.interventions.where import Where, everywhere, holds, response
+from jaxpersona.interventions.where import Where, everywhere, response
+from jaxpersona.readings import (
+    F32,
+    Full,
+    Histogram,
+    Last,
+    Mean,
+    Norms,
+    ProjectionMoments,
+    Projections,
+    TokenState,
+)
 
-F32 = jnp.float32
-
-
-@flax.struct.dataclass
-class MeanState:
-    """A sum of activations and how many tokens are in it; `value` is their mean."""
-
-    total: Any  # [L, B, D], by turn [L, B, M, D], float32
-    count: Any  # [B], by turn [B, M], float32
-
-    @property
-    def value(self) -> Any:
-        """[B, L, D], by turn [B, L, M, D]; NaN where there was no token."""
-        count = self.count[None, ..., None]
-        xp: Any = np if isinstance(self.total, np.ndarray) else jnp
-        mean = xp.where(count > 0, self.total / xp.maximum(count, 1.0), xp.nan)
-        return xp.moveaxis(mean, 0, 1)
-
-
-@flax.struct.dataclass
-class LastState:
-    """The activation of the last token seen; `value` is [B, L, D], NaN where there was none."""
-
-    latest: Any  # [L, B, D] float32
-    position: Any  # [B] int32, −1 before the first
-
-    @property
-    def value(self) -> Any:
-        """[B, L, D]."""
-        xp: Any = np if isinstance(self.latest, np.ndarray) else jnp
-        seen = (self.position >= 0)[None, :, None]
-        return xp.moveaxis(xp.where(seen, self.latest, xp.nan), 0, 1)
-
-
-@flax.struct.dataclass
-class TokenState:
-    """One value a token and slot; `value` is [B, L, S, …], NaN where nothing was read."""
-
-    values: Any  # [L, B, S, …] float32
-
-    @property
-    def value(self) -> Any:
-        """[B, L, S, …]: entry s is the token in slot s of the cache."""
-        xp = np if isinstance(self.values, np.ndarray) else jnp
-        return xp.moveaxis(self.values, 0, 1)
-
-
-@flax.struct.dataclass
-class Mean:
-    """Sum activations over the tokens that `where` chooses, by message if `turns` is given."""
-
-    where: Any
-    layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
-    site: Site = flax.struct.field(pytree_node=False, default="residual")
-    turns: int | None = flax.struct.field(pytree_node=False, default=None)
-
-    def start(self, layers: int, rows: int, slots: int, width: int) -> MeanState:
-        """Return the empty sum."""
-        shape = (rows,) if self.turns is None else (rows, self.turns)
-        return MeanState(jnp.zeros((layers, *shape, width), F32), jnp.zeros(shape, F32))
-
-    def weights(self, batch: Batch) -> jax.Array:
-        """[B, T] or [B, M, T] float32: how much every token counts."""
-        chosen = holds(self.where, batch)
-        if self.turns is not None:
-            turn = jnp.arange(self.turns, dtype=jnp.int32)
-            chosen = chosen[:, None] & (batch.turn[:, None] == turn[None, :, None])
-        return chosen.astype(F32)
-
-    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Reduce one layer's h [B, T, D]."""
-        form = "btd,bt->bd" if self.turns is None else "btd,bmt->bmd"
-        return jnp.einsum(form, h.astype(F32), weights)
-
-    def add(self, state: MeanState, parts: jax.Array, weights: jax.Array, batch: Batch,
-            slots: jax.Array) -> MeanState:
-        """Add one call's parts [L, …] to the sum."""
-        return MeanState(state.total + parts, state.count + weights.sum(-1))
-
-
-@flax.struct.dataclass
-class Last:
-    """Keep the activation of the last token that `where` chooses."""
-
-    where: Any
-    layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
-    site: Site = flax.struct.field(pytree_node=False, default="residual")
-
-    def start(self, layers: int, rows: int, slots: int, width: int) -> LastState:
-        """Return the state before any token."""
-        return LastState(jnp.zeros((layers, rows, width), F32), jnp.full((rows,), -1, jnp.int32))
-
-    def weights(self, batch: Batch) -> jax.Array:
-        """[B, T] float32: 1 at the last chosen token of the call, else 0."""
-        at = jnp.where(holds(self.where, batch), batch.position, -1)
-        top = at.max(-1, keepdims=True)
-        return ((at == top) & (top >= 0)).astype(F32)
-
-    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Reduce one layer's h [B, T, D]."""
-        return jnp.einsum("btd,bt->bd", h.astype(F32), weights)
-
-    def add(self, state: LastState, parts: jax.Array, weights: jax.Array, batch: Batch,
-            slots: jax.Array) -> LastState:
-        """Replace the kept activation where the call saw a later one."""
-        found = weights.sum(-1) > 0
-        position = (weights.astype(jnp.int32) * batch.position).sum(-1)
-        return LastState(
-            jnp.where(found[None, :, None], parts, state.latest),
-            jnp.where(found, position, state.position),
-        )
-
-
-@flax.struct.dataclass
-class Projections:
-    """Project every token that `where` chooses on K directions a layer."""
-
-    where: Any
-    directions: Any  # [L or 1, K, D] float32, unit length
-    layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
-    site: Site = flax.struct.field(pytree_node=False, default="residual")
-
-    def start(self, layers: int, rows: int, slots: int, width: int) -> TokenState:
-        """Return the table before any token: NaN [L, B, S, K]."""
-        count = self.directions.shape[1]
-        return TokenState(jnp.full((layers, rows, slots, count), jnp.nan, F32))
-
-    def weights(self, batch: Batch) -> jax.Array:
-        """[B, T] bool."""
-        return holds(self.where, batch)
-
-    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Project one layer's h [B, T, D] on its directions: [B, T, K]."""
-        table = self.directions[index if self.directions.shape[0] > 1 else 0]
-        found = jnp.einsum("btd,kd->btk", h.astype(F32), table)
-        return jnp.where(weights[..., None], found, jnp.nan)
-
-    def add(self, state: TokenState, parts: jax.Array, weights: jax.Array, batch: Batch,
-            slots: jax.Array) -> TokenState:
-        """Write one call's values into the slots of its tokens."""
-        return TokenState(write_slots(state.values, parts, slots))
-
-
-@flax.struct.dataclass
-class Full:
-    """Keep every activation that `where` chooses: `[L, B, S, D]`, the size of a cache and more."""
-
-    where: Any
-    layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
-    site: Site = flax.struct.field(pytree_node=False, default="residual")
-
-    def start(self, layers: int, rows: int, slots: int, width: int) -> TokenState:
-        """Return the table before any token: NaN [L, B, S, D]."""
-        return TokenState(jnp.full((layers, rows, slots, width), jnp.nan, F32))
-
-    def weights(self, batch: Batch) -> jax.Array:
-        """[B, T] bool."""
-        return holds(self.where, batch)
-
-    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Keep one layer's h [B, T, D] where it is chosen."""
-        return jnp.where(weights[..., None], h.astype(F32), jnp.nan)
-
-    def add(self, state: TokenState, parts: jax.Array, weights: jax.Array, batch: Batch,
-            slots: jax.Array) -> TokenState:
-        """Write one call's values into the slots of its tokens."""
-        return TokenState(write_slots(state.values, parts, slots))
+__all__ = ["Capture", "TokenState", "chosen_layers", "full", "histogram", "last", "mean",
+           "moments", "norms", "projections"]
 
 
 @flax.struct.dataclass
@@ -223,7 +68,7 @@ def chosen_layers(part: Any, config: ModelConfig) -> tuple[int, ...]:
         raise ValueError(
             f"a capture reads layer {layers[-1]}; the model has layers 0…{config.n_layers - 1}"
         )
-    if isinstance(part, Projections):
+    if hasattr(part, "directions"):
         count, _, width = part.directions.shape
         if count not in (1, len(layers)):  # else the last set would serve all layers beyond it
             raise ValueError(
@@ -236,10 +81,22 @@ def chosen_layers(part: Any, config: ModelConfig) -> tuple[int, ...]:
     return layers
 
 
-def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
-    """Write values [L, B, T, …] into a buffer [L, B, S, …] at slots [B, T]; beyond S is dropped."""
-    rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
-    return buffer.at[:, rows, slots].set(values, mode="drop")
+def _directions(directions: Any, where: Where, layers: Layers | None,
+                site: Site) -> tuple[Any, jax.Array, tuple[int, ...] | None, Site]:
+    """Return the fields that readings on directions share: where, [L or 1, K, D], layers, site."""
+    if hasattr(directions, "at_layers"):
+        directions.check_site(site)
+        chosen = resolve_layers(slice(None) if layers is None else layers, directions.n_layers)
+        value, picked = directions.at_layers(chosen)[:, None], chosen
+    else:
+        value, picked = np.asarray(directions, np.float64), _pick(layers)
+        value = value[None] if value.ndim == 2 else value
+    if value.ndim != 3:
+        raise ValueError(f"directions has shape {value.shape}; it must be [K, D] or [l, K, D]")
+    norm = np.linalg.norm(value, axis=-1, keepdims=True)
+    if not np.isfinite(norm).all() or (norm == 0).any():
+        raise ValueError("directions holds a zero or a value that is not finite")
+    return jnp.asarray(where.encode()), jnp.asarray(value / norm, F32), picked, site
 
 
 def _pick(layers: Layers | None) -> tuple[int, ...] | None:
@@ -274,20 +131,57 @@ def projections(directions: Any, where: Where = everywhere, *, layers: Layers | 
     Returns:
       A capture with result [B, L, S, K]; NaN at tokens that were not chosen.
     """
-    if hasattr(directions, "at_layers"):
-        directions.check_site(site)
-        chosen = resolve_layers(slice(None) if layers is None else layers, directions.n_layers)
-        value, picked = directions.at_layers(chosen)[:, None], chosen
-    else:
-        value, picked = np.asarray(directions, np.float64), _pick(layers)
-        value = value[None] if value.ndim == 2 else value
-    if value.ndim != 3:
-        raise ValueError(f"directions has shape {value.shape}; it must be [K, D] or [l, K, D]")
-    norm = np.linalg.norm(value, axis=-1, keepdims=True)
-    if not np.isfinite(norm).all() or (norm == 0).any():
-        raise ValueError("directions holds a zero or a value that is not finite")
-    unit = jnp.asarray(value / norm, F32)
-    return Capture({name: Projections(jnp.asarray(where.encode()), unit, picked, site)})
+    return Capture({name: Projections(*_directions(directions, where, layers, site))})
+
+
+def moments(directions: Any, where: Where = response, *, layers: Layers | None = None,
+            site: Site = "residual", name: str = "moments") -> Capture:
+    """Reduce the projections of a row's chosen tokens to number, mean and variance.
+
+    Its size does not grow with the text (Welford 1962). Args as for `projections`.
+
+    Returns:
+      A capture with result `readings.Moments`: count [B], mean and variance [B, L, K].
+    """
+    return Capture({name: ProjectionMoments(*_directions(directions, where, layers, site))})
+
+
+def histogram(directions: Any, edges: Any, where: Where = response, *,
+              layers: Layers | None = None, site: Site = "residual",
+              name: str = "histogram") -> Capture:
+    """Count the projections of a row's chosen tokens by fixed bins.
+
+    Args:
+      directions: as for `projections`.
+      edges: E bounds, ascending: [E], or [l, K, E] for each chosen layer and direction. Bin 0 lies
+        below the first, bin i holds edges[i − 1] ≤ p < edges[i], bin E the rest.
+
+    Returns:
+      A capture with result [B, L, K, E + 1] int32.
+
+    Raises:
+      ValueError: edges that do not ascend or do not fit, or directions that do not.
+    """
+    chosen = _directions(directions, where, layers, site)
+    bounds = np.asarray(edges, np.float64)
+    bounds = bounds[None, None] if bounds.ndim == 1 else bounds
+    if bounds.ndim != 3 or not bounds.shape[-1]:
+        raise ValueError(f"edges has shape {bounds.shape}; it must be [E] or [l, K, E]")
+    if not np.isfinite(bounds).all() or (np.diff(bounds.astype(np.float32), axis=-1) <= 0).any():
+        raise ValueError("edges must be finite and ascend, each greater than the one before")
+    count, wanted = bounds.shape[0], chosen[1].shape[0] if chosen[2] is None else len(chosen[2])
+    if bounds.shape[1] not in (1, chosen[1].shape[1]) or count not in (1, wanted):
+        raise ValueError(f"edges has shape {bounds.shape}; directions {chosen[1].shape}")
+    return Capture({name: Histogram(*chosen, jnp.asarray(bounds, F32))})
+
+
+def norms(where: Where = everywhere, *, layers: Layers | None = None, site: Site = "residual",
+          name: str = "norms") -> Capture:
+    """Measure every chosen token's length ‖h‖. Result: [B, L, S]; NaN where none was chosen.
+
+    Its mean over tokens without the first is the unit in which Lu et al. 2026 count steering.
+    """
+    return Capture({name: Norms(jnp.asarray(where.encode()), _pick(layers), site)})
 
 
 def full(where: Where = everywhere, *, layers: Layers | None = None, site: Site = "residual",

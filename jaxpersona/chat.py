@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpersona import fences
 from jaxpersona.batch import (
     ASSISTANT,
     CODE,
@@ -38,7 +39,7 @@ from jaxpersona.batch import (
     Batch,
 )
 from jaxpersona.batch import batch as make_batch
-from jaxpersona.template import CLOSE, OPEN, ROLES, Template, fences, locate
+from jaxpersona.template import CLOSE, OPEN, ROLES, Template, locate
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -264,10 +265,5 @@ def _reply_kinds(tokenizer: Any, row: Row, reply: np.ndarray) -> np.ndarray:
         if inside or (begin >= 0 and token in (begin, end)):
             kind[i] |= THINKING
         inside = (inside or token == begin) and token != end
-    said = [tokenizer.decode([token]) for token in reply.tolist()]
-    text = "".join(said)
-    if "```" in text or "~~~" in text:
-        edges = np.concatenate([[0], np.cumsum([len(s) for s in said])])
-        for low, high in fences(text):
-            kind[(edges[:-1] < high) & (edges[1:] > low)] |= CODE
+    kind[fences.walk([tokenizer.decode([token]) for token in reply.tolist()])] |= CODE
     return kind

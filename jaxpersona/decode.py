@@ -14,10 +14,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxpersona.batch import ASSISTANT, GENERATED, TEMPLATE, THINKING, VALID, Batch
+from jaxpersona.batch import ASSISTANT, CODE, GENERATED, TEMPLATE, THINKING, VALID, Batch
 from jaxpersona.cache import Cache, init_cache
 from jaxpersona.capture import Capture
 from jaxpersona.config import ModelConfig
+from jaxpersona.fences import CODE_BIT
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.model import forward
 from jaxpersona.params import Params
@@ -44,6 +45,7 @@ class State:
       tokens: [B, M] int32, the tokens chosen; −1 beyond `length`.
       step: [] int32, steps taken.
       captured, applied, gates: as in `model.Output`.
+      fence: [B] int32, whether a row is inside fenced code (`fences`), or None where none asks.
     """
 
     cache: Cache
@@ -60,6 +62,7 @@ class State:
     captured: dict[str, Any]
     applied: tuple[Applied, ...]
     gates: Gates
+    fence: Any = None
 
 
 @flax.struct.dataclass
@@ -69,10 +72,12 @@ class Stops:
     Attributes:
       ids: [n] int32, any of which ends a row (−1: none).
       think: [2] int32, the opening and closing ids of a thinking block (−1: none).
+      fences: [V, states] uint8, `fences.table`, or None where nothing asks for code.
     """
 
     ids: Any
     think: Any
+    fences: Any = None
 
 
 @functools.partial(jax.jit, static_argnames=("config", "slots", "max_new", "greedy"))
@@ -105,6 +110,7 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
         captured=out.captured,
         applied=out.applied,
         gates=out.gates,
+        fence=None if stops.fences is None else jnp.zeros((rows,), jnp.int32),
     )
     return _choose_next(state, out.logits, how, stops, greedy)
 
@@ -128,6 +134,11 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
         kind = VALID | ASSISTANT | GENERATED | THINKING * state.thinking.astype(jnp.int32)
         tag = (state.token[:, None] == stops.think[None]).any(-1)
         kind = jnp.where(tag, kind | THINKING, kind)
+        fence = state.fence
+        if stops.fences is not None:
+            entry = stops.fences.at[state.token, fence].get(mode="clip").astype(jnp.int32)
+            kind = jnp.where(entry >= CODE_BIT, kind | CODE, kind)
+            fence = entry & (CODE_BIT - 1)
         kind = jnp.where(state.done, 0, kind).astype(jnp.uint16)
         one = Batch(tokens=state.token[:, None], position=state.position[:, None],
                     kind=kind[:, None], turn=state.turn[:, None], row_id=state.row_id)
@@ -143,6 +154,8 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
             step=state.step + 1,
             captured=out.captured,
             applied=jax.tree.map(jnp.add, state.applied, out.applied),
+            gates=out.gates,
+            fence=fence,
         )
         return _choose_next(grown, out.logits, how, stops, greedy)
 

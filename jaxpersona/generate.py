@@ -9,6 +9,7 @@ versions. Across batch sizes or devices only the draws are the same.
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import chat
-from jaxpersona.batch import KINDS, Batch
+from jaxpersona import chat, fences
+from jaxpersona.batch import CODE, KINDS, Batch
 from jaxpersona.batch import batch as make_batch
 from jaxpersona.capture import Capture, TokenState
 from jaxpersona.decode import State, Stops, decode, prefill
@@ -140,7 +141,7 @@ def bucket(tokens: int) -> int:
 def _run(model: Model, batch: Batch, edits: Interventions, capture: Capture | None, how: Any,
          limit: np.ndarray, slots: int, max_new: int, greedy: bool) -> State:
     capture = capture if capture is not None else Capture()
-    stops = _stops(model)
+    stops = _stops(model, _asks_for_code(edits, capture))
     batch = jax.tree.map(jnp.asarray, batch)
     state = prefill(model.params, model.config, batch, edits, capture, how, stops,
                     jnp.asarray(limit, jnp.int32), slots=slots, max_new=max_new, greedy=greedy)
@@ -152,11 +153,26 @@ def _run(model: Model, batch: Batch, edits: Interventions, capture: Capture | No
     return state
 
 
-def _stops(model: Model) -> Stops:
+def _asks_for_code(edits: Interventions, capture: Capture) -> bool:
+    """Whether a test of an intervention or a capture looks at code."""
+    tests = [part.where for part in capture.parts.values()]
+    for edit in edits.edits:
+        tests += [edit.where] if edit.gate is None else [edit.where, edit.gate.where]
+    # a test that no token passes (`where.NOWHERE`) has every bit
+    return any(((code >= 0) & ((code & CODE) != 0)).any()
+               for code in (np.asarray(test).reshape(-1, 5)[:, :3] for test in tests))
+
+
+def _stops(model: Model, code: bool) -> Stops:
     ids = list(model.stop_ids) or [-1]
     ids += [-1] * (-len(ids) % 4)  # a few lengths, so that models of one shape share programs
-    think = (-1, -1) if model.tokenizer is None else chat.thinking_ids(model.tokenizer)
-    return Stops(ids=jnp.asarray(ids, jnp.int32), think=jnp.asarray(think, jnp.int32))
+    tokenizer = model.tokenizer
+    think = (-1, -1) if tokenizer is None else chat.thinking_ids(tokenizer)
+    known = None
+    if code and tokenizer is not None:
+        known = jnp.asarray(fences.table(tokenizer, model.config.vocab_size))
+    return Stops(ids=jnp.asarray(ids, jnp.int32), think=jnp.asarray(think, jnp.int32),
+                 fences=known)
 
 
 def _encode(model: Model, item: Any, thinking: bool) -> chat.Row:
@@ -247,7 +263,7 @@ class _Collector:
         self.total = 0
         self.tokens: dict[int, np.ndarray] = {}
         self.stopped = np.zeros(count, bool)
-        self.values: dict[str, dict[int, np.ndarray]] = defaultdict(dict)
+        self.values: dict[str, dict[int, Any]] = defaultdict(dict)
         self.ragged: set[str] = set()
         self.applied: list[tuple[list[int], tuple[Applied, ...]]] = []
 
@@ -264,8 +280,9 @@ class _Collector:
             ran = int(used[row])
             self.tokens[i] = tokens[row, : length[row]]
             for name, value in values.items():
-                kept = value[row][:, :ran] if name in self.ragged else value[row]
-                self.values[name][i] = np.array(kept)
+                mine = jax.tree.map(operator.itemgetter(row), value)
+                self.values[name][i] = np.array(mine[:, :ran]) if name in self.ragged else (
+                    jax.tree.map(np.array, mine))
         self.applied.append((members, applied))
         self.total += int(length[: len(members)].sum())
 
@@ -282,7 +299,7 @@ class _Collector:
             text = [model.tokenizer.decode(t.tolist(), skip_special_tokens=True) for t in tokens]
         captured = {
             name: [by_row[i] for i in range(self.count)] if name in self.ragged
-            else np.stack([by_row[i] for i in range(self.count)])
+            else jax.tree.map(lambda *x: np.stack(x), *(by_row[i] for i in range(self.count)))
             for name, by_row in self.values.items()
         }
         return Generated(text, tokens, self.stopped, rows, captured, self._counts())

@@ -27,12 +27,17 @@ K = RNG.normal(size=(4, 32))
 EACH = RNG.normal(size=(2, 1, 32))
 AXIS = Axis(RNG.normal(size=(3, 32)))
 SITES = ("residual", "attention", "mlp")
+EDGES = np.linspace(-1.5, 1.5, 7)
+OWN = np.sort(RNG.normal(size=(2, 1, 5)), -1)  # edges for each layer and direction
 READ = (
     capture.mean() | capture.mean(everywhere, layers=[0, 2], name="two")
     | capture.mean(response, turns=TURNS, name="turns")
     | capture.last() | capture.last(response, layers=1, name="last response")
     | capture.projections(K) | capture.projections(EACH, response, layers=[0, 2], name="each")
     | capture.projections(AXIS, layers=slice(1, 3), name="axis")
+    | capture.norms(response, layers=[1]) | capture.moments(K) | capture.histogram(K, EDGES)
+    | capture.moments(EACH, everywhere, layers=[0, 2], name="each moments")
+    | capture.histogram(EACH, OWN, everywhere, layers=[0, 2], name="each bins")
 )
 for site in SITES:
     READ = READ | capture.full(site=site, name=f"full {site}")
@@ -63,7 +68,28 @@ def expected(h, mlp):
     def only(x, chosen):
         return np.where(chosen[:, None, :, None], x, np.nan)
 
+    def moments_of(p, chosen):
+        """(count, mean, variance) of p [B, L, T, K] over chosen [B, T]."""
+        rows = [p[b][:, chosen[b]] if chosen[b].any() else np.full_like(p[b][:, :1], np.nan)
+                for b in range(len(p))]
+        return (chosen.sum(1), np.stack([x.mean(1) for x in rows]),
+                np.stack([x.var(1) for x in rows]))
+
+    def bins_of(p, chosen, edges):
+        """[B, L, K, E + 1] by NumPy's own bins."""
+        b, n, _, k = p.shape
+        edges = np.broadcast_to(edges, (n, k, edges.shape[-1]))
+        out = np.zeros((b, n, k, edges.shape[-1] + 1), int)
+        for i, j, c in np.ndindex(b, n, k):
+            inner = [-np.inf, *edges[j, c].astype(np.float32), np.inf]
+            out[i, j, c] = np.histogram(p[i, j, chosen[i], c].astype(np.float32), inner)[0]
+        return out
+
+    by_k, by_each = h @ unit(K).T, np.einsum("bltd,lkd->bltk", h[:, [0, 2]], unit(EACH))
     return {
+        "norms": only(np.linalg.norm(h, axis=-1)[..., None], said)[:, 1:2, :, 0],
+        "moments": moments_of(by_k, said), "each moments": moments_of(by_each, valid),
+        "histogram": bins_of(by_k, said, EDGES), "each bins": bins_of(by_each, valid, OWN),
         "mean": mean_of(h, said), "two": mean_of(h, valid)[:, [0, 2]],
         "turns": np.stack([mean_of(h, said & (turn == m)) for m in range(TURNS)], 2),
         "last": last_of(valid), "last response": last_of(said)[:, [1]],
@@ -75,10 +101,22 @@ def expected(h, mlp):
 
 
 def check(captured):
-    found = {name: np.asarray(x.value, np.float64) for name, x in captured.items()}
+    found = {name: x.value for name, x in captured.items()}
+    bins = {name: np.asarray(found.pop(name)) for name in ("histogram", "each bins")}
+    moments = {name: found.pop(name) for name in ("moments", "each moments")}
+    found = {name: np.asarray(x, np.float64) for name, x in found.items()}
+    found["norms"] = found["norms"][:, :, :WIDTH]
     cut = {n: v[:, :, :WIDTH] for n, v in found.items() if v.ndim == 4 and n != "turns"}
     h, mlp = cut["full residual"], cut["full mlp"]
-    for name, want in expected(h, mlp).items():
+    wanted = expected(h, mlp)
+    for name, counts in bins.items():
+        np.testing.assert_array_equal(counts, wanted.pop(name), err_msg=name)
+    for name, got in moments.items():
+        count, mean, variance = wanted.pop(name)
+        np.testing.assert_array_equal(got.count, count)
+        np.testing.assert_allclose(got.mean, mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(got.variance, variance, rtol=1e-4, atol=1e-5)
+    for name, want in wanted.items():
         got = cut.get(name, found[name])
         np.testing.assert_array_equal(np.isnan(got), np.isnan(want), err_msg=name)
         far = np.abs(np.nan_to_num(got - want)).max() / np.nanmax(np.abs(want))
@@ -112,6 +150,7 @@ def test_while_generating_equals_a_second_pass():
     rows = s.prompts((12, 7, 30, 3, 20, 9), seed=3)
     read = capture.mean() | s.READ | capture.mean(generated, turns=2, name="turns")
     read = read | capture.last(name="last") | capture.mean(prompt, name="prompt")
+    read = read | capture.moments(K) | capture.histogram(K, EDGES) | capture.norms()
     edits = steer(np.ones(32), layers=[1], scale=0.1, where=generated)
     out = generate(model, rows, interventions=edits, capture=read, max_new_tokens=12, batch_size=4,
                    temperature=1.0, seed=1)
@@ -130,6 +169,14 @@ def test_while_generating_equals_a_second_pass():
             assert s.rowwise(out.captured["turns"][b][:, 1], want).max() <= 1e-4
         else:
             assert np.isnan(out.captured["mean"][b]).all()
+        p = whole[:, len(row) :] @ unit(K).T
+        got = out.captured["moments"]
+        assert got.count[b] == len(said) == out.captured["histogram"][b, 0, 0].sum()
+        if len(said):
+            np.testing.assert_allclose(got.mean[b], p.mean(1), atol=1e-4)
+            np.testing.assert_allclose(got.variance[b], p.var(1), atol=1e-4)
+        np.testing.assert_allclose(out.captured["norms"][b], np.linalg.norm(whole, axis=-1),
+                                   rtol=1e-4)
         # the reply to a bare prompt, which is message 0, is message 1
         assert np.isnan(out.captured["turns"][b][:, 0]).all()
         assert s.rowwise(out.captured["last"][b], whole[:, -1]).max() <= 1e-4
@@ -137,6 +184,12 @@ def test_while_generating_equals_a_second_pass():
 
 
 REFUSED = {
+    "edges must be finite": lambda: capture.histogram(K, [1.0, 1.0]),
+    "edges has shape \\(\\)": lambda: capture.histogram(K, 1.0),
+    "edges has shape \\(2, 1, 3\\)": lambda: capture.histogram(
+        K, np.zeros((2, 1, 3)) + np.arange(3)),
+    "edges has shape \\(1, 3, 2\\)": lambda: capture.histogram(
+        K, np.zeros((1, 3, 2)) + np.arange(2)),
     "two captures are called \\['mean'\\]": lambda: capture.mean() | capture.mean(everywhere),
     "must be \\[K, D\\]": lambda: capture.projections(np.ones(8)),
     "a zero": lambda: capture.projections(np.zeros((1, 8))),

@@ -290,8 +290,8 @@ def test_generated_ids_are_kept_and_their_thinking_and_code_marked():
     more = chat.continue_row(t, row, np.array([*said, *odd]), "Who?", stopped=False)
     assert more.tokens[row.tokens.size :][: len(said) + 3].tolist() == [*said, *odd]
     assert runs(t, more)[4:8] == [
-        ("agh", 1, "<think>sea</think>"), ("ag", 1, "\n"), ("agc", 1, "```\nthe\n```"),
-        ("ag", 1, "\nshipthe")]
+        ("agh", 1, "<think>sea</think>"), ("ag", 1, "\n``"), ("agc", 1, "`\nthe\n```"),
+        ("ag", 1, "\nshipthe")]  # a fence is known at its third mark
     assert runs(t, more)[8][:2] == ("t", 1)
     # Two stop ids: the other one stays, and the template's own closes the turn.
     other = t.convert_tokens_to_ids("<|endoftext|>")

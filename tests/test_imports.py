@@ -14,15 +14,16 @@ ROOT = pathlib.Path(__file__).parents[1]
 # every module may import those of a lower level and of its own group
 LEVELS = (
     ("config",), ("families",), ("presets",), ("sharding",), ("params",), ("kernels",), ("nn",),
-    ("batch",), ("interventions", "cache"), ("capture",), ("vectors",), ("trace",), ("model",),
-    ("sampling", "decode"), ("ckpts",), ("template",), ("chat",), ("load",), ("generate",),
+    ("batch",), ("interventions", "cache"), ("readings",), ("capture",), ("vectors",), ("trace",),
+    ("model",), ("fences",), ("sampling", "decode"), ("ckpts",), ("template",), ("chat",),
+    ("load",), ("generate",),
     ("persona",), ("organism", "data"), ("report",), ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 NARROW = {  # less than what their level would allow
     "ckpts": {"config", "families", "params", "sharding", "vectors", "ckpts"},
     "template": {"batch", "template"},
-    "chat": {"batch", "template", "chat"},
+    "chat": {"batch", "fences", "template", "chat"},
     "kernels": {"kernels"},
 }
 

@@ -1,0 +1,321 @@
+"""The readings: what a capture reduces an activation to, and the states that grow with the tokens.
+
+Every reading has four functions: `start` makes the empty state, `weights` says which tokens count,
+`read` reduces one layer, and `add` joins a call's results to the state. A state's `value` is the
+result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpersona.batch import Batch
+from jaxpersona.interventions.table import Site
+from jaxpersona.interventions.where import holds
+
+F32 = jnp.float32
+
+
+@flax.struct.dataclass
+class MeanState:
+    """A sum of activations and how many tokens are in it; `value` is their mean."""
+
+    total: Any  # [L, B, D], by turn [L, B, M, D], float32
+    count: Any  # [B], by turn [B, M], float32
+
+    @property
+    def value(self) -> Any:
+        """[B, L, D], by turn [B, L, M, D]; NaN where there was no token."""
+        count = self.count[None, ..., None]
+        xp: Any = np if isinstance(self.total, np.ndarray) else jnp
+        mean = xp.where(count > 0, self.total / xp.maximum(count, 1.0), xp.nan)
+        return xp.moveaxis(mean, 0, 1)
+
+
+@flax.struct.dataclass
+class LastState:
+    """The activation of the last token seen; `value` is [B, L, D], NaN where there was none."""
+
+    latest: Any  # [L, B, D] float32
+    position: Any  # [B] int32, −1 before the first
+
+    @property
+    def value(self) -> Any:
+        """[B, L, D]."""
+        xp: Any = np if isinstance(self.latest, np.ndarray) else jnp
+        seen = (self.position >= 0)[None, :, None]
+        return xp.moveaxis(xp.where(seen, self.latest, xp.nan), 0, 1)
+
+
+@flax.struct.dataclass
+class TokenState:
+    """One value a token and slot; `value` is [B, L, S, …], NaN where nothing was read."""
+
+    values: Any  # [L, B, S, …] float32
+
+    @property
+    def value(self) -> Any:
+        """[B, L, S, …]: entry s is the token in slot s of the cache."""
+        xp = np if isinstance(self.values, np.ndarray) else jnp
+        return xp.moveaxis(self.values, 0, 1)
+
+
+@flax.struct.dataclass
+class Moments:
+    """The number, mean and variance of a row's projections.
+
+    Attributes:
+      count: [B] float32, tokens.
+      mean: [B, L, K] float32; NaN where there was no token.
+      variance: [B, L, K] float32, divided by the count; NaN likewise.
+    """
+
+    count: Any
+    mean: Any
+    variance: Any
+
+
+@flax.struct.dataclass
+class MomentState:
+    """Running moments (Welford 1962, joined as by Chan et al. 1983); `value` is `Moments`."""
+
+    count: Any  # [B] float32
+    mean: Any  # [L, B, K] float32
+    spread: Any  # [L, B, K] float32, the sum of squared distances from the mean
+
+    @property
+    def value(self) -> Moments:
+        """The moments of every row."""
+        xp: Any = np if isinstance(self.mean, np.ndarray) else jnp
+        count = self.count[None, :, None]
+        seen = count > 0
+        mean = xp.where(seen, self.mean, xp.nan)
+        variance = xp.where(seen, self.spread / xp.maximum(count, 1.0), xp.nan)
+        return Moments(self.count, xp.moveaxis(mean, 0, 1), xp.moveaxis(variance, 0, 1))
+
+
+@flax.struct.dataclass
+class CountState:
+    """Counts by bin; `value` is [B, L, K, E + 1]."""
+
+    counts: Any  # [L, B, K, E + 1] int32
+
+    @property
+    def value(self) -> Any:
+        """[B, L, K, E + 1] int32."""
+        xp = np if isinstance(self.counts, np.ndarray) else jnp
+        return xp.moveaxis(self.counts, 0, 1)
+
+
+@flax.struct.dataclass
+class Mean:
+    """Sum activations over the tokens that `where` chooses, by message if `turns` is given."""
+
+    where: Any
+    layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
+    site: Site = flax.struct.field(pytree_node=False, default="residual")
+    turns: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    def start(self, layers: int, rows: int, slots: int, width: int) -> MeanState:
+        """Return the empty sum."""
+        shape = (rows,) if self.turns is None else (rows, self.turns)
+        return MeanState(jnp.zeros((layers, *shape, width), F32), jnp.zeros(shape, F32))
+
+    def weights(self, batch: Batch) -> jax.Array:
+        """[B, T] or [B, M, T] float32: how much every token counts."""
+        chosen = holds(self.where, batch)
+        if self.turns is not None:
+            turn = jnp.arange(self.turns, dtype=jnp.int32)
+            chosen = chosen[:, None] & (batch.turn[:, None] == turn[None, :, None])
+        return chosen.astype(F32)
+
+    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
+        """Reduce one layer's h [B, T, D]."""
+        form = "btd,bt->bd" if self.turns is None else "btd,bmt->bmd"
+        return jnp.einsum(form, h.astype(F32), weights)
+
+    def add(self, state: MeanState, parts: jax.Array, weights: jax.Array, batch: Batch,
+            slots: jax.Array) -> MeanState:
+        """Add one call's parts [L, …] to the sum."""
+        return MeanState(state.total + parts, state.count + weights.sum(-1))
+
+
+@flax.struct.dataclass
+class Last:
+    """Keep the activation of the last token that `where` chooses."""
+
+    where: Any
+    layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
+    site: Site = flax.struct.field(pytree_node=False, default="residual")
+
+    def start(self, layers: int, rows: int, slots: int, width: int) -> LastState:
+        """Return the state before any token."""
+        return LastState(jnp.zeros((layers, rows, width), F32), jnp.full((rows,), -1, jnp.int32))
+
+    def weights(self, batch: Batch) -> jax.Array:
+        """[B, T] float32: 1 at the last chosen token of the call, else 0."""
+        at = jnp.where(holds(self.where, batch), batch.position, -1)
+        top = at.max(-1, keepdims=True)
+        return ((at == top) & (top >= 0)).astype(F32)
+
+    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
+        """Reduce one layer's h [B, T, D]."""
+        return jnp.einsum("btd,bt->bd", h.astype(F32), weights)
+
+    def add(self, state: LastState, parts: jax.Array, weights: jax.Array, batch: Batch,
+            slots: jax.Array) -> LastState:
+        """Replace the kept activation where the call saw a later one."""
+        found = weights.sum(-1) > 0
+        position = (weights.astype(jnp.int32) * batch.position).sum(-1)
+        return LastState(
+            jnp.where(found[None, :, None], parts, state.latest),
+            jnp.where(found, position, state.position),
+        )
+
+
+@flax.struct.dataclass
+class Projections:
+    """Project every token that `where` chooses on K directions a layer."""
+
+    where: Any
+    directions: Any  # [L or 1, K, D] float32, unit length
+    layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
+    site: Site = flax.struct.field(pytree_node=False, default="residual")
+
+    def start(self, layers: int, rows: int, slots: int, width: int) -> Any:
+        """Return the table before any token: NaN [L, B, S, K]."""
+        count = self.directions.shape[1]
+        return TokenState(jnp.full((layers, rows, slots, count), jnp.nan, F32))
+
+    def weights(self, batch: Batch) -> jax.Array:
+        """[B, T] bool."""
+        return holds(self.where, batch)
+
+    def project(self, h: jax.Array, index: int) -> jax.Array:
+        """Project one layer's h [B, T, D] on its directions: [B, T, K]."""
+        table = self.directions[index if self.directions.shape[0] > 1 else 0]
+        return jnp.einsum("btd,kd->btk", h.astype(F32), table)
+
+    def read(self, h: jax.Array, weights: jax.Array, index: int) -> Any:
+        """Keep the projections of one layer's h [B, T, D] where they are chosen: [B, T, K]."""
+        return jnp.where(weights[..., None], self.project(h, index), jnp.nan)
+
+    def add(self, state: Any, parts: Any, weights: jax.Array, batch: Batch,
+            slots: jax.Array) -> Any:
+        """Write one call's values into the slots of its tokens."""
+        return TokenState(write_slots(state.values, parts, slots))
+
+
+@flax.struct.dataclass
+class ProjectionMoments(Projections):
+    """Reduce a row's projections to their number, mean and variance."""
+
+    def start(self, layers: int, rows: int, slots: int, width: int) -> MomentState:
+        """Return the moments of nothing."""
+        zero = jnp.zeros((layers, rows, self.directions.shape[1]), F32)
+        return MomentState(jnp.zeros((rows,), F32), zero, zero)
+
+    def read(self, h: jax.Array, weights: jax.Array, index: int) -> Any:
+        """Reduce one layer's h [B, T, D] to a mean and a sum of squared distances, [B, K] each."""
+        p, w = self.project(h, index), weights[..., None].astype(F32)
+        count = jnp.maximum(w.sum(1), 1.0)
+        mean = (p * w).sum(1) / count
+        return mean, (w * (p - mean[:, None]) ** 2).sum(1)
+
+    def add(self, state: MomentState, parts: Any, weights: jax.Array, batch: Batch,
+            slots: jax.Array) -> MomentState:
+        """Join the moments of two sets of tokens."""
+        fresh = weights.sum(-1, dtype=F32)
+        total = state.count + fresh
+        share = (fresh / jnp.maximum(total, 1.0))[None, :, None]
+        apart = parts[0] - state.mean
+        spread = state.spread + parts[1] + apart**2 * state.count[None, :, None] * share
+        return MomentState(total, state.mean + apart * share, spread)
+
+
+@flax.struct.dataclass
+class Histogram(Projections):
+    """Count a row's projections by bins between fixed edges; the outer two are open."""
+
+    edges: Any = None  # [L or 1, K or 1, E] float32, ascending
+
+    def start(self, layers: int, rows: int, slots: int, width: int) -> CountState:
+        """Return zeros [L, B, K, E + 1]."""
+        shape = (layers, rows, self.directions.shape[1], self.edges.shape[-1] + 1)
+        return CountState(jnp.zeros(shape, jnp.int32))
+
+    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
+        """Count one layer's h [B, T, D]: [B, K, E + 1] int32."""
+        edges = self.edges[index if self.edges.shape[0] > 1 else 0]
+        place = (self.project(h, index)[..., None] >= edges[None, None]).sum(-1, dtype=jnp.int32)
+        bins = jnp.arange(edges.shape[-1] + 1, dtype=jnp.int32)
+        inside = (place[..., None] == bins[None, None, None]) & weights[..., None, None]
+        return inside.sum(1, dtype=jnp.int32)
+
+    def add(self, state: CountState, parts: jax.Array, weights: jax.Array, batch: Batch,
+            slots: jax.Array) -> CountState:
+        """Add one call's counts."""
+        return CountState(state.counts + parts)
+
+
+@flax.struct.dataclass
+class Norms:
+    """Measure the length of every activation that `where` chooses."""
+
+    where: Any
+    layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
+    site: Site = flax.struct.field(pytree_node=False, default="residual")
+
+    def start(self, layers: int, rows: int, slots: int, width: int) -> TokenState:
+        """Return the table before any token: NaN [L, B, S]."""
+        return TokenState(jnp.full((layers, rows, slots), jnp.nan, F32))
+
+    def weights(self, batch: Batch) -> jax.Array:
+        """[B, T] bool."""
+        return holds(self.where, batch)
+
+    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
+        """Measure one layer's h [B, T, D]: [B, T]."""
+        return jnp.where(weights, jnp.linalg.norm(h.astype(F32), axis=-1), jnp.nan)
+
+    def add(self, state: TokenState, parts: jax.Array, weights: jax.Array, batch: Batch,
+            slots: jax.Array) -> TokenState:
+        """Write one call's values into the slots of its tokens."""
+        return TokenState(write_slots(state.values, parts, slots))
+
+
+@flax.struct.dataclass
+class Full:
+    """Keep every activation that `where` chooses: `[L, B, S, D]`, the size of a cache and more."""
+
+    where: Any
+    layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
+    site: Site = flax.struct.field(pytree_node=False, default="residual")
+
+    def start(self, layers: int, rows: int, slots: int, width: int) -> TokenState:
+        """Return the table before any token: NaN [L, B, S, D]."""
+        return TokenState(jnp.full((layers, rows, slots, width), jnp.nan, F32))
+
+    def weights(self, batch: Batch) -> jax.Array:
+        """[B, T] bool."""
+        return holds(self.where, batch)
+
+    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
+        """Keep one layer's h [B, T, D] where it is chosen."""
+        return jnp.where(weights[..., None], h.astype(F32), jnp.nan)
+
+    def add(self, state: TokenState, parts: jax.Array, weights: jax.Array, batch: Batch,
+            slots: jax.Array) -> TokenState:
+        """Write one call's values into the slots of its tokens."""
+        return TokenState(write_slots(state.values, parts, slots))
+
+
+def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
+    """Write values [L, B, T, …] into a buffer [L, B, S, …] at slots [B, T]; beyond S is dropped."""
+    rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+    return buffer.at[:, rows, slots].set(values, mode="drop")

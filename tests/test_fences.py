@@ -1,0 +1,95 @@
+"""Fenced code token by token: against the line-wise reading of a whole text, and while decoding."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import support as s
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxpersona import capture, chat, fences
+from jaxpersona.batch import CODE
+from jaxpersona.generate import generate
+from jaxpersona.interventions import steer
+from jaxpersona.interventions.where import Where, generated, response
+from jaxpersona.template import fences as whole
+
+LINES = ["```", "```py", "  ```", "   ~~~", "~~~", "~~~ py", "    ```", "x", "", "say `x` there",
+         "x ```", "``", "~~", "  y", "``` ", "~~~  "]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(LINES), max_size=8), st.integers(1, 5), st.booleans())
+def test_agrees_with_the_whole_text_but_for_a_fence_not_yet_known(lines, size, end):
+    text = "\n".join(lines) + "\n" * end
+    pieces = [text[i : i + size] for i in range(0, len(text), size)]
+    found = fences.walk(pieces)
+    inside = np.zeros(len(text) + 1, int)
+    for low, high in whole(text):
+        opening = min(i for i in range(low, len(text)) if text[i : i + 3] in ("```", "~~~"))
+        inside[opening + 2 : high] = 1  # known at the third mark
+    wanted = [inside[i * size : i * size + len(p)].any() for i, p in enumerate(pieces)]
+    np.testing.assert_array_equal(found, wanted, err_msg=repr(text))
+
+
+def test_what_it_cannot_know_is_as_documented():
+    assert fences.walk(["```", "one", "``` two", "\n", "x"]).tolist() == [
+        True, True, False, False, False]  # code within a line, taken for a block up to its end
+    assert fences.walk(["````\n", "```\n", "x"]).tolist() == [True, True, False]
+
+
+@pytest.fixture(scope="module")
+def model():
+    tokenizer = s.byte_tokenizer()
+    made = s.tiny_model(vocab_size=258, stop_ids=())
+    return dataclasses.replace(made, tokenizer=tokenizer)
+
+
+def test_table_follows_a_tokenizer(model):
+    table = fences.table(model.tokenizer, 300)
+    assert table.shape == (300, fences.STATES)
+    text = "a\n```py\nx = 1\n```\nb ~~~\n~~~\nc"
+    ids = model.tokenizer.encode(text, add_special_tokens=False)
+    state, found = 0, []
+    for token in ids:
+        entry = int(table[token, state])
+        found.append(bool(entry & fences.CODE_BIT))
+        state = entry & ~fences.CODE_BIT
+    np.testing.assert_array_equal(found, fences.walk(list(text)))
+    assert 0 < sum(found) < len(found)
+
+
+def test_code_that_is_being_generated_can_be_left_out(model, monkeypatch):
+    """The reply is forced through the sampler; captures and edits see the same kinds as later."""
+    from jaxpersona import decode
+
+    text = "so:\n```py\nx = 1\n```\nthat is all"
+    ids = jax.numpy.asarray(model.tokenizer.encode(text, add_special_tokens=False), "int32")
+    row = chat.encode_row(model.tokenizer, "write it")
+    start = row.tokens.size
+
+    def say(logits, how, row_id, position):
+        return ids.at[position - start].get(mode="clip")
+
+    monkeypatch.setattr(decode, "choose", say)
+    jax.clear_caches()
+    code = Where(need=CODE)
+    out = generate(
+        model, [row], temperature=1.0, max_new_tokens=len(ids), batch_size=1,
+        interventions=steer(np.ones(32), layers=[1], scale=0.1, where=code & generated),
+        capture=s.READ | capture.mean(response.without("code")) | capture.mean(code, name="code"))
+    jax.clear_caches()
+    assert out.text[0] == text
+    inside = fences.walk(list(text))
+    h = out.captured["full"][0][:, start:]
+    assert s.rowwise(out.captured["code"][0], h[:, inside].mean(1)).max() <= 1e-5
+    assert s.rowwise(out.captured["mean"][0], h[:, ~inside].mean(1)).max() <= 1e-5
+    assert out.applied[0].seen[0] == out.applied[0].changed[0, 0] == inside.sum()
+    later = chat.continue_row(model.tokenizer, row, out.tokens[0], "go on",
+                               stopped=False)
+    np.testing.assert_array_equal(
+        (later.kind[start : start + len(ids)] & CODE) != 0, inside)
