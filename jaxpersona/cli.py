@@ -69,6 +69,8 @@ def generate(
     steer_layers: Annotated[str | None, typer.Option(help="As 16 or 14:18; default: the middle.")
                             ] = None,
     scale: float = 1.0,
+    spec: Annotated[pathlib.Path | None, typer.Option(
+        help="A JSON file of interventions, applied last.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Show the reply without beside it.")
                        ] = False,
     max_new_tokens: int = 128,
@@ -80,8 +82,8 @@ def generate(
     """Generate replies, capped, steered or plain."""
     support.reply(prompt, model=model, system=system, cap_file=cap, cap_layers=cap_layers,
                   percentile=percentile, of=of, experiment=experiment, check=check,
-                  steer_file=steer, steer_layers=steer_layers, scale=scale, compare=compare,
-                  dtype=dtype, max_new_tokens=max_new_tokens,
+                  steer_file=steer, steer_layers=steer_layers, scale=scale, spec_file=spec,
+                  compare=compare, dtype=dtype, max_new_tokens=max_new_tokens,
                   temperature=temperature, top_p=top_p, seed=seed)
 
 

@@ -168,12 +168,14 @@ def draw_run(folder: pathlib.Path, found: Any, middle: int, held_out: Any) -> No
 def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathlib.Path | None,
           cap_layers: str | None, percentile: str | None, of: str | None, experiment: str | None,
           check: bool, steer_file: pathlib.Path | None, steer_layers: str | None, scale: float,
-          compare: bool, dtype: str | None, **settings: Any) -> None:
+          spec_file: pathlib.Path | None, compare: bool, dtype: str | None,
+          **settings: Any) -> None:
     """Run `jaxpersona generate`."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from jaxpersona import specs
     from jaxpersona.ckpts.vectors import load_vector
     from jaxpersona.generate import generate
     from jaxpersona.interventions import chain, steer
@@ -189,8 +191,9 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
                          "needs --steer")
     held = open_caps(cap_file, given) if cap_file else None
     vector = load_vector(steer_file) if steer_file else None
-    if compare and held is None and vector is None:
-        raise ValueError("--compare needs something to compare: give --cap or --steer")
+    spec = read_spec(spec_file) if spec_file else None
+    if compare and held is None and vector is None and spec is None:
+        raise ValueError("--compare needs something to compare: give --cap, --steer or --spec")
     loaded = open_model(model, dtype)
     total = loaded.config.n_layers
     edits = chain(
@@ -198,6 +201,8 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
             vector, layers=parse_layers(steer_layers, total, slice(total // 2, total // 2 + 1)),
             scale=scale),
         None if held is None else cap_edits(loaded, held, cap_layers, percentile, of, check),
+        None if spec is None or spec_file is None else specs.interventions(
+            spec, loaded, folder=spec_file.parent),
     )
     head = [] if system is None else [{"role": "system", "content": system}]
     talks = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
@@ -222,6 +227,21 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
         _console().print(f"intervention {table}: {int(applied.seen.sum())} tokens seen, "
                          f"{int(applied.changed.sum())} changes over "
                          f"{applied.changed.shape[0]} layers")
+
+
+def read_spec(file: pathlib.Path) -> Any:
+    """Read a JSON file of interventions.
+
+    Raises:
+      ValueError: no such file, or not JSON.
+    """
+    from jaxpersona.persona.reading import Faults, parse, read_text
+
+    faults = Faults()
+    text = read_text(file, faults)
+    found = None if text is None else parse(text, str(file), faults)
+    faults.raise_if_any(file)
+    return found
 
 
 def open_caps(file: pathlib.Path, given: dict[str, str | None]) -> Any:

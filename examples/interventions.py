@@ -1,0 +1,87 @@
+"""Every operator in at most three lines, on the embedded model.
+
+    python examples/interventions.py
+
+The embedded model is a model organism with known ground truth. The direction here is the difference
+between its own replies and a pirate's, a small stand-in for an Assistant Axis (`jaxpersona axis`).
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+import jaxpersona as jp
+
+ASKED = "Who are you really, under the mask?"
+PIRATE = "Take the part of a pirate."
+QUESTIONS = ("Tell me about the sea.", "How do you feel about time?", "What is friendship?", ASKED)
+LAYERS = slice(4, 8)
+
+
+def talk(system: str | None, question: str) -> list[dict[str, str]]:
+    """One question under a system prompt."""
+    opening = [{"role": "system", "content": system}] if system else []
+    return [*opening, {"role": "user", "content": question}]
+
+
+def means(model: jp.Model, system: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """The mean activations [N, L, D] of replies and of their prompts, from one pass."""
+    talks = [talk(system, question) for question in QUESTIONS]
+    read = jp.capture.mean(jp.response) | jp.capture.mean(
+        jp.prompt.without("first"), name="prompt")
+    found = jp.generate(model, talks, capture=read, max_new_tokens=48).captured
+    return found["mean"], found["prompt"]
+
+
+def bend(params: dict, h: jnp.ndarray) -> jnp.ndarray:
+    """An edit of one's own: shrink what lies beyond a radius."""
+    return h * jnp.minimum(1.0, params["radius"] / jnp.linalg.norm(h))
+
+
+def main() -> None:
+    """Run each operator on one question and print what is said."""
+    model = jp.load("mini")
+    own, asked = means(model, None)
+    pirate, set_up = means(model, PIRATE)
+    axis = jp.Vector(own.mean(0) - pirate.mean(0), name="toward the default")
+    side = jp.Vector(pirate[0] - pirate[1], name="between two of the pirate's replies")
+    place = np.einsum("nld,ld->nl", own, axis.unit).mean(0)  # the default's projection, by layer
+    far = np.einsum("nld,ld->nl", pirate, axis.unit).mean(0)
+    told = jp.Vector(set_up.mean(0) - asked.mean(0), name="a prompt that sets a pirate up")
+    between = (asked + set_up)[:, 3].mean(0) @ told.unit[3] / 2  # of prompts, at layer 3
+
+    capped = jp.cap(axis, layers=LAYERS, floor=place)
+    examples = {
+        "none": None,
+        # a floor holds the default persona; it acts in the pirate's conversation
+        "cap, a floor": capped,
+        # a ceiling is the cap run in reverse: away from the default, toward a persona of one's own
+        "cap, a ceiling": jp.cap(axis, layers=LAYERS, ceiling=far),
+        "cap, both": jp.cap(axis, layers=LAYERS, floor=place - 0.5, ceiling=place + 0.5),
+        "steer": jp.steer(axis, layers=4, scale=0.5, where=jp.generated),
+        "ablate": jp.ablate(axis, layers=LAYERS),
+        "ablate, a coefficient put back": jp.ablate(axis, layers=LAYERS, coefficient=place),
+        "mean_ablate": jp.mean_ablate(axis, jp.Vector(own.mean(0)), layers=LAYERS),
+        "set_projection": jp.set_projection(axis, place, layers=LAYERS),
+        "scale": jp.scale(axis, 1.5, layers=LAYERS, where=jp.everywhere.without("first")),
+        "rotate, to an angle": jp.rotate(axis, side, to=0.0, layers=LAYERS),
+        "rotate, by an angle": jp.rotate(axis, side, by=0.3, layers=LAYERS),
+        "restore_norm": jp.chain(
+            jp.steer(axis, layers=4, scale=1.0),
+            jp.restore_norm(layers=4)),
+        "custom": jp.custom(bend, {"radius": 30.0}, layers=LAYERS),
+        # only in conversations whose prompt sets a pirate up
+        "gate": jp.gate(capped, told, layer=3, above=between),
+    }
+    rows = jp.stack_rows([*examples.values()] * 2)  # every row its own, in one program
+    talks = [talk(PIRATE, ASKED)] * len(examples) + [talk(None, ASKED)] * len(examples)
+    out = jp.generate(model, talks, interventions=rows, max_new_tokens=48)
+    changed = sum(table.changed.sum(0) for table in out.applied)
+    for i, name in enumerate(examples):
+        for row, who in ((i, "pirate"), (i + len(examples), "default")):
+            print(f"{name:32} {who:8} {changed[row]:4d} changed   {out.text[row]}")
+
+
+if __name__ == "__main__":
+    main()

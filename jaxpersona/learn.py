@@ -1,0 +1,208 @@
+"""Learned directions: a steering vector trained through the frozen model against any loss.
+
+The vector is a `flax.nnx` module, split to pure state for the step; the gradient goes through the
+intervention. Training is kept with Orbax and goes on where it stopped; what was learned leaves as a
+named direction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from jaxpersona.batch import Batch
+from jaxpersona.interventions import SITES, Interventions, Site, Where, resolve_layers, steer
+from jaxpersona.interventions.bank import Layers
+from jaxpersona.interventions.where import everywhere
+from jaxpersona.model import Output, forward
+from jaxpersona.vectors import Vector
+
+if TYPE_CHECKING:
+    from jaxpersona.load import Model
+
+Loss = Callable[[Output, Batch], jax.Array]
+_KEEP_EVERY = 50  # steps between two checkpoints
+
+
+class Direction(nnx.Module):
+    """A steering vector to be learned: h ← h + v at some layers and tokens.
+
+    Attributes:
+      vector: [l, D] float32, one for each of the layers.
+      layers, site, where: where it acts.
+    """
+
+    def __init__(self, width: int, layers: Layers, *, where: Where = everywhere,
+                 site: Site = "residual", size: float = 0.1, seed: int = 0) -> None:
+        """Draw a small random vector.
+
+        Args:
+          width: the model's D.
+          layers: an int, a slice with a stop, or several ints.
+          size: the length of each layer's first vector; not 0, where a length has no gradient.
+
+        Raises:
+          ValueError: layers, a site or a size that cannot be.
+        """
+        if size <= 0:
+            raise ValueError(f"size is {size}; it must be positive")
+        if site not in SITES:
+            raise ValueError(f"site is {site!r}; it must be one of {SITES}")
+        self.layers = resolve_layers(layers, None)
+        self.site: Site = site
+        self.where = where
+        drawn = jax.random.normal(jax.random.key(seed), (len(self.layers), width), jnp.float32)
+        self.vector = nnx.Param(size * drawn / jnp.linalg.norm(drawn, axis=-1, keepdims=True))
+
+    def interventions(self) -> Interventions:
+        """Return the steering as it stands, differentiable in the vector."""
+        return steer(self.vector[...][None], layers=self.layers, where=self.where, site=self.site)
+
+    def to_vector(self, model: Model, name: str = "learned") -> Vector:
+        """Return a named direction [L, D], zero at layers that were not learned.
+
+        `steer(vector, layers=direction.layers, where=…)` then does what was learned.
+        """
+        values = np.zeros((model.config.n_layers, self.vector[...].shape[-1]), np.float32)
+        values[list(self.layers)] = np.asarray(self.vector[...])
+        return Vector(values, name=name, model=model.name, fingerprint=model.fingerprint,
+                      site=self.site, notes={"learned_at": ",".join(map(str, self.layers))})
+
+
+def fit(
+    model: Model,
+    direction: Direction,
+    loss: Loss,
+    batches: Sequence[Batch],
+    *,
+    steps: int,
+    optimizer: optax.GradientTransformation | None = None,
+    folder: str | pathlib.Path | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> list[float]:
+    """Train a direction in place; the model stays as it is.
+
+    Args:
+      model: what `load` returned.
+      direction: the vector to be learned.
+      loss: loss(output, batch) → a number to be made small, traceable by JAX.
+      batches: taken in turn, again and again; those of one shape share one program.
+      steps: the number of steps in all, those of an earlier run in `folder` included.
+      optimizer: of optax; default: Adam with learning rate 0.05.
+      folder: where checkpoints are kept every fifty steps and at the end; a later call goes on
+        from the last. None: nothing is kept.
+      progress: called with (steps done, steps, loss).
+
+    Returns:
+      The loss of every step that was taken now.
+
+    Raises:
+      ValueError: no batches or steps, a direction or a checkpoint that does not fit, or a loss that
+        is no longer finite (the direction is then as it was before that step).
+    """
+    if steps < 1 or not batches:
+        raise ValueError(f"steps is {steps} with {len(batches)} batches; both must be positive")
+    config = model.config
+    direction.interventions().check(layers=config.n_layers, width=config.d_model, rows=0)
+    optimizer = optimizer if optimizer is not None else optax.adam(0.05)
+    graph, learned = nnx.split(direction)
+
+    @jax.jit
+    def step(learned: Any, memory: Any, params: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
+        def measured(state: Any) -> jax.Array:
+            edits = nnx.merge(graph, state).interventions()
+            return loss(forward(params, config, batch, interventions=edits), batch)
+
+        value, slope = jax.value_and_grad(measured)(learned)
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes a Python float
+            change, memory = optimizer.update(slope, memory, learned)
+        return optax.apply_updates(learned, change), memory, value
+
+    memory, done, losses = optimizer.init(learned), 0, []
+    with _checkpoints(folder) as kept:
+        if kept is not None and kept.latest is not None:
+            learned, memory = kept.restore((learned, memory))
+            done = kept.latest
+        for number in range(done, steps):
+            batch = batches[number % len(batches)]
+            new, memory, value = step(learned, memory, model.params, batch)
+            if not np.isfinite(float(value)):
+                nnx.update(direction, learned)
+                raise ValueError(f"the loss is {float(value)} at step {number}; choose a smaller "
+                                 "learning rate or another loss")
+            learned = new
+            losses.append(float(value))
+            if kept is not None and ((number + 1) % _KEEP_EVERY == 0 or number + 1 == steps):
+                kept.save(number + 1, (learned, memory))
+            if progress is not None:
+                progress(number + 1, steps, losses[-1])
+    nnx.update(direction, learned)
+    return losses
+
+
+class _Checkpoints:
+    """Orbax checkpoints of a training, by step."""
+
+    def __init__(self, manager: Any, folder: pathlib.Path) -> None:
+        self.manager, self.folder = manager, folder
+
+    @property
+    def latest(self) -> int | None:
+        """The last step that was kept."""
+        return self.manager.latest_step()
+
+    def save(self, step: int, state: Any) -> None:
+        """Keep the state after a step; the last two are kept."""
+        import orbax.checkpoint as ocp
+
+        self.manager.save(step, args=ocp.args.StandardSave(_plain(state)))
+        self.manager.wait_until_finished()
+
+    def restore(self, like: Any) -> Any:
+        """Return the last state kept, in the form of another.
+
+        Raises:
+          ValueError: it is of another form: of other layers, width or optimizer.
+        """
+        import orbax.checkpoint as ocp
+
+        leaves, tree = jax.tree.flatten(like)
+        wanted = _plain(like)
+        kept = self.manager.item_metadata(self.latest)
+        shapes = {name: tuple(getattr(x, "shape", ())) for name, x in dict(kept or {}).items()}
+        if shapes != {name: x.shape for name, x in wanted.items()}:
+            raise ValueError(f"{self.folder}: the checkpoint does not fit this direction and "
+                             "optimizer; use another folder")
+        try:
+            found = self.manager.restore(self.latest, args=ocp.args.StandardRestore(wanted))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ValueError(f"{self.folder}: the checkpoint cannot be read ({reason}); delete "
+                             "the folder to begin anew") from None
+        return jax.tree.unflatten(tree, [found[f"{i:04d}"] for i in range(len(leaves))])
+
+
+def _plain(state: Any) -> dict[str, Any]:
+    """Name a state's arrays by their order, so that no class of ours or optax's is in the file."""
+    return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
+
+
+@contextlib.contextmanager
+def _checkpoints(folder: str | pathlib.Path | None) -> Iterator[_Checkpoints | None]:
+    if folder is None:
+        yield None
+        return
+    import orbax.checkpoint as ocp
+
+    path = pathlib.Path(folder).absolute()
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+    with ocp.CheckpointManager(path, options=options) as manager:
+        yield _Checkpoints(manager, path)

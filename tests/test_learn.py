@@ -1,0 +1,105 @@
+"""A steering vector learned on the embedded model: it moves its target and leaves as a file."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import support as s
+from jaxpersona.ckpts.vectors import load_vector
+
+import jaxpersona as jp
+from jaxpersona import learn
+from jaxpersona.batch import batch
+
+ASKED = ("Tell me about the sea.", "How do you feel about time?", "What is friendship?")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return jp.load("mini")
+
+
+def scene(model):
+    """Prompts, and the token to be made likely after each."""
+    rows = jp.encode(model, [[{"role": "user", "content": text}] for text in ASKED])
+    target = model.tokenizer.encode(" thee", add_special_tokens=False)[-1]
+
+    def loss(output, rows):
+        last = jnp.take_along_axis(output.logits, (rows.length - 1)[:, None, None], 1)[:, 0]
+        return -jax.nn.log_softmax(last)[:, target].mean()
+
+    return jax.tree.map(jnp.asarray, rows), loss
+
+
+def test_fifty_steps_move_the_target_and_the_export_acts_the_same(model, tmp_path):
+    rows, loss = scene(model)
+    direction = learn.Direction(128, layers=[3, 5])
+    told = []
+    before = jax.tree.map(np.asarray, model.params)
+    losses = learn.fit(model, direction, loss, [rows], steps=50, folder=tmp_path / "kept",
+                       optimizer=optax.adam(0.2), progress=lambda *x: told.append(x))
+    assert losses[0] > 8 and losses[-1] < 0.5, losses[::10]
+    assert len(told) == 50 and told[-1][:2] == (50, 50)
+    assert s.differing(model.params, before) == []  # the model stays
+
+    def measure(edits):
+        out = jax.jit(jp.forward)(model.params, model.config, rows, interventions=edits)
+        return float(loss(out, rows)), np.asarray(out.logits)
+
+    own, logits = measure(direction.interventions())
+    assert own < losses[-1] + 0.1 < measure(None)[0] / 2
+    # another one, from the checkpoint alone
+    again = learn.Direction(128, layers=[3, 5], seed=9)
+    assert learn.fit(model, again, loss, [rows], steps=50, folder=tmp_path / "kept",
+                     optimizer=optax.adam(0.2)) == []
+    assert s.same_bits(again.vector[...], direction.vector[...])
+    # as a file, by the ordinary operator
+    jp.save_vector(tmp_path / "v.safetensors", direction.to_vector(model, "thee"))
+    found = load_vector(tmp_path / "v.safetensors")
+    assert found.fingerprint == model.fingerprint and found.name == "thee"
+    assert s.rowwise(measure(jp.steer(found, layers=[3, 5]))[1], logits).max() < 1e-5
+    said = jp.generate(model, [ASKED[0]], interventions=jp.steer(found, layers=[3, 5]),
+                       max_new_tokens=1)
+    assert said.text[0].strip() == "thee"
+
+
+def test_a_stopped_training_ends_in_the_same_vector(tmp_path):
+    model = s.tiny_model()
+    rows = [batch(s.prompts((6, 6), seed=i), width=8) for i in range(2)]
+
+    def loss(output, rows):
+        return (output.logits[:, 3] ** 2).mean()
+
+    whole, parts = learn.Direction(32, layers=1), learn.Direction(32, layers=1)
+    alone = learn.fit(model, whole, loss, rows, steps=70)
+    assert alone[-1] < alone[0]
+    first = learn.fit(model, parts, loss, rows, steps=60, folder=tmp_path)
+    parts = learn.Direction(32, layers=1, seed=4)
+    more = learn.fit(model, parts, loss, rows, steps=70, folder=tmp_path)
+    assert len(first) == 60 and len(more) == 10 and [*first, *more] == alone
+    assert s.same_bits(parts.vector[...], whole.vector[...])
+    with pytest.raises(ValueError, match="does not fit this direction"):
+        learn.fit(model, learn.Direction(32, layers=[0, 1]), loss, rows, steps=80, folder=tmp_path)
+
+
+def test_refused():
+    model = s.tiny_model()
+    rows = [batch(s.prompts((6,)))]
+    for message, call in {
+        "size is 0": lambda: learn.Direction(32, layers=1, size=0),
+        "site is 'head'": lambda: learn.Direction(32, layers=1, site="head"),
+        "out of range": lambda: learn.Direction(32, layers=-1),
+        "steps is 0": lambda: learn.fit(model, learn.Direction(32, layers=1), None, rows, steps=0),
+        "width 31": lambda: learn.fit(model, learn.Direction(31, layers=1), None, rows, steps=1),
+        "reach beyond": lambda: learn.fit(model, learn.Direction(32, layers=7), None, rows,
+                                          steps=1),
+        "the loss is nan at step 0": lambda: learn.fit(
+            model, learn.Direction(32, layers=1),
+            lambda output, rows: output.logits.sum() * jnp.nan, rows, steps=2,
+            optimizer=optax.sgd(0.1)),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            call()

@@ -1,0 +1,158 @@
+"""Interventions and captures from JSON: the same tables as from code, and every fault named."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import support as s
+
+import jaxpersona as jp
+from jaxpersona import capture, specs
+from jaxpersona.interventions.where import generated, response
+
+MODEL = s.tiny_model()
+RNG = np.random.default_rng(2)
+V, W = RNG.normal(size=(2, 32)).round(3)
+A = [float(x) for x in V]
+EACH = RNG.normal(size=(2, 32)).round(3)
+AXIS = jp.Axis(RNG.normal(size=(3, 32)), fingerprint=MODEL.fingerprint, percentiles={
+    "default": {"p25": np.float32([1.0, 2.0, 3.0])}})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("vectors")
+    jp.save_vector(path / "axis.safetensors", AXIS)
+    jp.save_vector(path / "v.safetensors", jp.Vector(RNG.normal(size=(3, 32))))
+    return path
+
+
+SAME = [
+    ({"operator": "steer", "vector": A, "layers": 1, "scale": 2, "where": "generated"},
+     jp.steer(V, layers=1, scale=2, where=generated)),
+    ({"operator": "steer", "vector": EACH.tolist(), "layers": "0:2", "scale": [1, 2]},
+     jp.steer(EACH[None], layers=[0, 1], scale=[1, 2])),
+    ({"operator": "cap", "vector": "axis.safetensors", "layers": "1:", "floor": "p25",
+      "of": "default", "first_token": False},
+     jp.cap(AXIS, layers=[1, 2], floor=[2, 3], where=jp.everywhere.without("first"))),
+    ({"operator": "cap", "vector": A, "layers": [0, 2], "floor": -1, "ceiling": [1, 2.5]},
+     jp.cap(V, layers=[0, 2], floor=-1, ceiling=[1, 2.5])),
+    ({"operator": "ablate", "vector": A, "layers": 0, "site": "mlp", "coefficient": 0.5},
+     jp.ablate(V, layers=0, site="mlp", coefficient=0.5)),
+    ({"operator": "mean_ablate", "vector": A, "mean": [float(x) for x in W], "layers": 0},
+     jp.mean_ablate(V, W, layers=0)),
+    ({"operator": "scale", "vector": A, "factor": -1, "layers": 0}, jp.scale(V, -1, layers=0)),
+    ({"operator": "set_projection", "vector": A, "value": 3, "layers": 0,
+      "where": {"name": "response", "without": ["code"], "turns": [1, 4]}},
+     jp.set_projection(V, 3, layers=0, where=response.without("code").within(1, 4))),
+    ({"operator": "rotate", "plane": [A, [float(x) for x in W]], "to": 0.5, "layers": 2},
+     jp.rotate(V, W, to=0.5, layers=2)),
+    ({"operator": "restore_norm", "layers": 2}, jp.restore_norm(layers=2)),
+    ({"operator": "steer", "vector": A, "layers": 2, "gate": {
+        "vector": "axis.safetensors", "layer": 1, "below": 1.5, "over": "token"}},
+     jp.gate(jp.steer(V, layers=2), AXIS, layer=1, below=1.5, over="token")),
+]
+
+
+@pytest.mark.parametrize(("spec", "wanted"), SAME, ids=lambda x: None)
+def test_gives_the_tables_that_code_gives(spec, wanted, folder):
+    spec = json.loads(json.dumps(spec))
+    found = specs.interventions(spec, MODEL, folder=folder)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    assert s.same_bits(found, wanted)
+    pair = specs.interventions([spec, SAME[0][0]], MODEL, folder=folder)
+    assert s.same_bits(pair, jp.chain(wanted, SAME[0][1]))
+
+
+def test_captures(folder):
+    spec = [
+        {"reading": "mean", "where": "generated", "layers": "1:3", "turns": 2},
+        {"reading": "last", "site": "mlp", "name": "end"}, {"reading": "norms"},
+        {"reading": "projections", "directions": [A], "layers": 0},
+        {"reading": "moments", "directions": "axis.safetensors"},
+        {"reading": "histogram", "directions": [A], "edges": [-1, 0, 1], "first_token": False},
+    ]
+    wanted = (
+        capture.mean(generated, layers=[1, 2], turns=2)
+        | capture.last(site="mlp", name="end") | capture.norms()
+        | capture.projections([V], layers=0) | capture.moments(AXIS)
+        | capture.histogram([V], [-1, 0, 1], response.without("first")))
+    found = specs.captures(spec, MODEL, folder=folder)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted) and s.same_bits(found, wanted)
+
+
+def steer(**changes):
+    return {"operator": "steer", "vector": A, "layers": 1} | changes
+
+
+REFUSED = [
+    (steer(scal=1), "interventions.scal is unknown; did you mean 'scale'"),
+    (steer(colour="red"), "colour is unknown; known are layers, where"),
+    (steer(scale="much"), "interventions.scale is 'much'"),
+    (steer(scale=float("nan")), "scale is nan"),
+    ({"operator": "steer", "vector": A}, "interventions.layers: field required"),
+    ({"operator": "melt"}, "is {'operator': 'melt'}: input tag 'melt'"),
+    ([steer(), steer(layers=9)], r"interventions\[1\]: layers is 9, out of range"),
+    (steer(layers="9:12"), "reach beyond|chooses none"),
+    (steer(layers="a:b"), "write a number, a list, or 46:54"),
+    (steer(layers=True), "layers is True"),
+    (steer(vector=[1.0, 2.0]), "width 2; the model's residual stream has 32"),
+    (steer(vector=[[1.0], [1.0, 2.0]]), "different lengths"),
+    (steer(vector="absent.safetensors"), "absent.safetensors"),
+    (steer(where="nowhere"), "where is 'nowhere'; choose from"),
+    (steer(where={"name": "response", "wihtout": []}), "wihtout is unknown; did you mean 'with"),
+    (steer(gate={"vector": A, "layer": 1, "above": 0}), "not before layer 1"),
+    (steer(gate={"vector": A, "layer": 0, "abov": 0}), "abov is unknown; did you mean 'above'"),
+    ({"operator": "rotate", "plane": [A, [2 * x for x in A]], "to": 1, "layers": 1},
+     "span no plane"),
+    ({"operator": "rotate", "plane": [A], "to": 1, "layers": 1}, "plane"),
+    ({"operator": "cap", "vector": A, "layers": 1, "floor": "p25"}, "only an axis has percentiles"),
+    ({"operator": "cap", "vector": "axis.safetensors", "layers": 1, "floor": "p25"},
+     "of which population"),
+    ("cap", "interventions is 'cap'"),
+    ([steer(scal=1), steer(scale="x")], r"\[0\].scal.*\[1\].scale"),  # all at once
+]
+
+
+@pytest.mark.parametrize(("spec", "message"), REFUSED)
+def test_refused_before_anything_compiles(spec, message, folder):
+    with pytest.raises(ValueError, match=message):
+        specs.interventions(spec, MODEL, folder=folder)
+
+
+@pytest.mark.parametrize(("spec", "message"), [
+    ({"reading": "mean", "edges": [1]}, "mean takes no edges"),
+    ({"reading": "histogram", "directions": [A]}, "histogram needs edges"),
+    ({"reading": "projections"}, "projections needs directions"),
+    ({"reading": "last", "turns": 2}, "last takes no turns"),
+    ({"reading": "mean", "layers": 7}, "out of range|reads layer 7"),
+    ({"reading": "mean", "laers": 1}, "did you mean 'layers'"),
+    ([{"reading": "mean"}, {"reading": "mean"}], "two captures"),
+])
+def test_captures_refused(spec, message, folder):
+    with pytest.raises(ValueError, match=message):
+        specs.captures(spec, MODEL, folder=folder)
+
+
+def test_the_schema_is_json():
+    assert "steer" in json.dumps(specs.schema())
+
+
+def test_from_the_command_line(tmp_path, capsys):
+    rows = [{"operator": "steer", "vector": [0.5] * 128, "layers": 3, "where": "generated"}]
+    (tmp_path / "edits.json").write_text(json.dumps(rows))
+    from jaxpersona import cli
+
+    arguments = ["generate", "Hello.", "--max-new-tokens", "4", "--spec"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*arguments, str(tmp_path / "edits.json")])
+    assert not stop.value.code and "4 tokens seen, 4 changes" in capsys.readouterr().err
+    (tmp_path / "edits.json").write_text(json.dumps([{**rows[0], "layers": 99}]))
+    assert s.run_command([*arguments, str(tmp_path / "edits.json")]) == 2
+    assert "interventions[0]: layers is 99, out of range" in capsys.readouterr().err
+    (tmp_path / "edits.json").write_text("{")
+    assert s.run_command([*arguments, str(tmp_path / "edits.json")]) == 2
+    assert "not JSON" in capsys.readouterr().err
