@@ -176,8 +176,8 @@ class _Checkpoints:
 
         leaves, tree = jax.tree.flatten(like)
         wanted = _plain(like)
-        kept = self.manager.item_metadata(self.latest)
-        shapes = {name: tuple(getattr(x, "shape", ())) for name, x in dict(kept or {}).items()}
+        kept = getattr(self.manager.item_metadata(self.latest), "tree", {})
+        shapes = {name: tuple(array.shape) for name, array in kept.items()}
         if shapes != {name: x.shape for name, x in wanted.items()}:
             raise ValueError(f"{self.folder}: the checkpoint does not fit this direction and "
                              "optimizer; use another folder")
@@ -204,5 +204,6 @@ def _checkpoints(folder: str | pathlib.Path | None) -> Iterator[_Checkpoints | N
 
     path = pathlib.Path(folder).absolute()
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
-    with ocp.CheckpointManager(path, options=options) as manager:
+    handler = ocp.StandardCheckpointHandler()
+    with ocp.CheckpointManager(path, options=options, item_handlers=handler) as manager:
         yield _Checkpoints(manager, path)
