@@ -10,7 +10,19 @@ import support as s
 from jaxpersona import capture, decode
 from jaxpersona.batch import batch
 from jaxpersona.generate import generate
-from jaxpersona.interventions import cap, chain, stack_rows, steer
+from jaxpersona.interventions import (
+    ablate,
+    cap,
+    chain,
+    custom,
+    gate,
+    restore_norm,
+    rotate,
+    scale,
+    set_projection,
+    stack_rows,
+    steer,
+)
 from jaxpersona.interventions.where import generated
 
 MODEL = s.tiny_model()
@@ -23,39 +35,55 @@ HOW = dict(capture=MEAN, max_new_tokens=NEW, batch_size=B, temperature=1.0, top_
 
 
 def setting(i):
-    """32 different settings of four structures."""
-    v = BANK[i]
-    if i % 4 == 0:
-        return None if i else cap(v, layers=[1, 2], floor=-1e9)
-    if i % 4 == 1:
-        return cap(v, layers=[1, 2], floor=i / 8)
-    if i % 4 == 2:
-        return steer(v, layers=[0], scale=i / 16, where=generated)
-    return chain(steer(v, layers=[0], scale=-0.3), cap(BANK[0], layers=[1, 2], ceiling=-i / 16))
+    """Different settings of nine structures; every fourth but the first is none."""
+    v, w = BANK[i % B], BANK[(i + 1) % B]
+    late = [1, 2]
+    return (
+        cap(v, layers=late, floor=-1e9) if i == 0 else None,
+        cap(v, layers=late, floor=i / 64),
+        steer(v, layers=late, scale=i / 128, where=generated),
+        ablate(v, layers=late, coefficient=i / 64 - 2),
+        None,
+        chain(steer(v, layers=[0], scale=-0.3), cap(BANK[0], layers=late, ceiling=-i / 128)),
+        rotate(v, w, by=0.5 + i / 256, layers=[1]),
+        custom(bend, {"radius": 3 + i / 64, "v": w}, layers=[1]),
+        None,
+        gate(scale(v, -2.0, layers=late), w, layer=0, above=0.3, over="token"),
+        chain(steer(v, layers=[1], scale=i / 128), restore_norm(layers=[1])),
+        set_projection(BANK[3], i / 64 - 2, layers=late),
+    )[i % 12]
+
+
+def bend(params, h):
+    return h * jnp.minimum(1.0, params["radius"] / jnp.linalg.norm(h)) + 0.1 * params["v"]
 
 
 def counts():
     return (dict(decode.TRACES), decode.decode._cache_size(), decode.prefill._cache_size())
 
 
-def test_32_settings_equal_their_single_runs():
-    settings = [setting(i) for i in range(B)]
-    ids = np.arange(B) + 100
-    together = generate(MODEL, ROWS, interventions=stack_rows(settings), ids=ids, **HOW)
-    plain = generate(MODEL, ROWS, ids=ids, **HOW)
+@pytest.mark.slow
+def test_256_settings_equal_their_single_runs():
+    """At B = 256: all rows at once against each alone, the bits of tokens and captures to 1e-5."""
+    many, new = 256, 8
+    rows = s.prompts(np.random.default_rng(6).integers(3, 30, many), seed=6)
+    settings = [setting(i) for i in range(many)]
+    ids = np.arange(many) + 100
+    how = {**HOW, "batch_size": many, "max_new_tokens": new}
+    together = generate(MODEL, rows, interventions=stack_rows(settings), ids=ids, **how)
+    plain = generate(MODEL, rows, ids=ids, **how)
     moved = 0
-    for i in range(B):
-        alone = generate(MODEL, [ROWS[i]], interventions=settings[i], ids=ids[i : i + 1], **HOW)
+    for i, own in enumerate(settings):
+        alone = generate(MODEL, [rows[i]], interventions=own, ids=ids[i : i + 1], **how)
         np.testing.assert_array_equal(together.tokens[i], alone.tokens[0], err_msg=f"row {i}")
         a, b = together.captured["mean"][i : i + 1], alone.captured["mean"]
         assert s.rowwise(a, b).max() <= 1e-5, f"row {i}"
         counted = sum(int(x.changed.sum()) for x in alone.applied)
-        assert counted == sum(int(x.changed[:, i].sum()) for x in together.applied)
-        moved += len(plain.tokens[i]) != len(alone.tokens[0]) or (
-            plain.tokens[i] != alone.tokens[0]).any()
-    assert moved > B // 3, "the settings do too little for the comparison to tell"
-    for i in (4, 8, 28):  # a row without edits is as if there were none
-        np.testing.assert_array_equal(together.tokens[i], plain.tokens[i])
+        assert counted == sum(int(x.changed[:, i].sum()) for x in together.applied), f"row {i}"
+        if own is None:  # a row without edits is as if there were none
+            np.testing.assert_array_equal(together.tokens[i], plain.tokens[i])
+        moved += not np.array_equal(plain.tokens[i], alone.tokens[0])
+    assert moved > many // 3, "the settings do too little for the comparison to tell"
 
 
 def test_a_bank_equals_its_entries():
