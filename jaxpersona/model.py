@@ -69,8 +69,8 @@ def forward(
       gates: the gates' state of earlier calls, likewise.
 
     Raises:
-      ValueError: interventions or captures that do not fit the model or the batch, or a gate that
-        is to act within a prompt which comes in chunks.
+      ValueError: interventions or captures that do not fit the model or the batch, a batch wider
+        than its cache, or a gate that is to act within a prompt which comes in chunks.
     """
     rows, width = batch.tokens.shape
     edits = interventions if interventions is not None else Interventions()
@@ -78,6 +78,8 @@ def forward(
     if batch.chunk and any(e.gate is not None and e.gate.within for e in edits.edits):
         raise ValueError("a gate with within=True needs the whole prompt in one piece; run it "
                          "unchunked, or leave within=False")
+    if cache is not None and width > cache.slots:
+        raise ValueError(f"the batch is {width} tokens wide; the cache has {cache.slots} slots")
     edits = edits.by_row(rows)
     slots = assign_slots(cache, batch)
     start: Any = None if cache is None else cache.next  # before this call's tokens

@@ -56,7 +56,7 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
         given = np.asarray(value)
         if given.ndim > 1 or (given.ndim == 1 and given.size != rows):
             raise ValueError(f"{name} has shape {given.shape}; it must be a number or [{rows}]")
-        if not np.all(ok(given)):
+        if not np.issubdtype(given.dtype, np.number) or not np.all(ok(given)):
             raise ValueError(f"{name} is {value}; it must be {want}")
         return jnp.asarray(np.broadcast_to(given, (rows,)), dtype)
 

@@ -178,7 +178,8 @@ def test_buckets():
 
 REFUSED = {
     "temperature is -1": {"temperature": -1}, "temperature is nan": {"temperature": np.nan},
-    "temperature is inf": {"temperature": np.inf}, "top_p is 0": {"top_p": 0},
+    "temperature is inf": {"temperature": np.inf}, "temperature is hot": {"temperature": "hot"},
+    "top_p is 0": {"top_p": 0},
     "top_p is 1.5": {"top_p": 1.5}, "top_k is -1": {"top_k": -1}, "top_k is 257": {"top_k": 257},
     "top_k is 1.5": {"top_k": 1.5}, "seed is -1": {"seed": -1},
     "must be positive": {"batch_size": 0},

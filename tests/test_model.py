@@ -192,3 +192,9 @@ def test_vmap_over_a_strength():
 def test_forward_refuses_what_does_not_fit(bad):
     with pytest.raises(ValueError, match="width 31|layers|rows"):
         forward(MODEL.params, MODEL.config, batch(ROWS), interventions=bad)
+
+
+def test_a_batch_wider_than_its_cache_is_refused():
+    with pytest.raises(ValueError, match="4 tokens wide; the cache has 3 slots"):
+        forward(MODEL.params, MODEL.config, batch([[5, 6, 7, 8]]),
+                cache=init_cache(MODEL.config, 1, 3))
