@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxpersona.batch import ASSISTANT, CODE, GENERATED, TEMPLATE, THINKING, VALID, Batch
-from jaxpersona.cache import Cache, init_cache
+from jaxpersona.cache import Cache
 from jaxpersona.capture import Capture
 from jaxpersona.config import ModelConfig
 from jaxpersona.fences import CODE_BIT
 from jaxpersona.interventions.compose import Interventions
+from jaxpersona.kernels.attention import Asked
 from jaxpersona.model import forward
 from jaxpersona.params import Params
 from jaxpersona.sampling import Sampling, choose
@@ -80,16 +81,16 @@ class Stops:
     fences: Any = None
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots", "max_new", "greedy"))
+@functools.partial(jax.jit,
+                   static_argnames=("config", "slots", "max_new", "greedy", "attention"))
 def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
             capture: Capture, how: Sampling, stops: Stops, limit: jax.Array, *, slots: int,
-            max_new: int, greedy: bool) -> State:
+            max_new: int, greedy: bool, attention: Asked = "auto") -> State:
     """Run the prompts and choose each row's first token."""
     TRACES["prefill"] += 1
     rows = batch.tokens.shape[0]
-    cache = init_cache(config, rows, slots, params.embed_vd.dtype)
-    out = forward(params, config, batch, interventions=edits, capture=capture, cache=cache,
-                  logits="last")
+    out = forward(params, config, batch, interventions=edits, capture=capture, new_cache=slots,
+                  logits="last", attention=attention)
     length = batch.length
     at = jnp.maximum(length - 1, 0)[:, None]
     kind = jnp.take_along_axis(batch.kind.astype(jnp.int32), at, 1)[:, 0]

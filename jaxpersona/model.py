@@ -14,11 +14,13 @@ import jax.numpy as jnp
 
 from jaxpersona import nn
 from jaxpersona.batch import Batch
-from jaxpersona.cache import Cache, advance, assign_slots, write
+from jaxpersona.cache import Cache, advance, assign_slots, init_cache, write
 from jaxpersona.capture import Capture
 from jaxpersona.config import ModelConfig
 from jaxpersona.interventions.compose import Interventions
+from jaxpersona.kernels.attention import Asked, choose, flash
 from jaxpersona.params import Layer, Params
+from jaxpersona.sharding import out_sharding
 from jaxpersona.trace import Applied, Gates, Trace
 
 Logits = Literal["all", "last"] | None
@@ -51,9 +53,11 @@ def forward(
     interventions: Interventions | None = None,
     capture: Capture | None = None,
     cache: Cache | None = None,
+    new_cache: int | None = None,
     logits: Logits = "all",
     captured: dict[str, Any] | None = None,
     gates: Gates | None = None,
+    attention: Asked = "xla",
 ) -> Output:
     """Run the model on a batch.
 
@@ -64,13 +68,18 @@ def forward(
       interventions: what is done to the activations.
       capture: what is read off them.
       cache: keys and values of earlier tokens, or None to see this batch alone.
+      new_cache: instead of `cache`, the slots of an empty one that is made here.
       logits: of every token, of each row's last valid token, or none (then no head is computed).
       captured: the captures' state of earlier calls, to be added to.
       gates: the gates' state of earlier calls, likewise.
+      attention: "xla", the reference; "cudnn", flash attention on a GPU; "auto", the latter for
+        long batches where it fits (`kernels.attention`). With `cudnn` a row's positions must rise
+        by one a token, as `batch` makes them.
 
     Raises:
       ValueError: interventions or captures that do not fit the model or the batch, a batch wider
-        than its cache, or a gate that is to act within a prompt which comes in chunks.
+        than its cache, a gate that is to act within a prompt which comes in chunks, both `cache`
+        and `new_cache`, or cuDNN asked for where it does not fit.
     """
     rows, width = batch.tokens.shape
     edits = interventions if interventions is not None else Interventions()
@@ -78,9 +87,17 @@ def forward(
     if batch.chunk and any(e.gate is not None and e.gate.within for e in edits.edits):
         raise ValueError("a gate with within=True needs the whole prompt in one piece; run it "
                          "unchunked, or leave within=False")
-    if cache is not None and width > cache.slots:
-        raise ValueError(f"the batch is {width} tokens wide; the cache has {cache.slots} slots")
+    if cache is not None and new_cache is not None:
+        raise ValueError("give cache, to go on in one, or new_cache, to begin one; not both")
+    room = new_cache if cache is None else cache.slots
+    if room is not None and width > room:
+        raise ValueError(f"the batch is {width} tokens wide; the cache has {room} slots")
     edits = edits.by_row(rows)
+    dtype = params.embed_vd.dtype
+    chosen = choose(config, attention, dtype=dtype, tokens=width, fresh=cache is None,
+                    sharded=out_sharding((None,), params.embed_vd) is not None)
+    if new_cache is not None:
+        cache = init_cache(config, rows, new_cache, dtype)
     slots = assign_slots(cache, batch)
     start: Any = None if cache is None else cache.next  # before this call's tokens
     state = captured
@@ -101,6 +118,7 @@ def forward(
     for i, layer in enumerate(params.layers):
         with jax.named_scope(f"layer{i}"):
             q, k, v = _project(layer, config, x, angles[config.rope_at(i)])
+            own = k, v  # of this call's tokens, [B, T, K, H]
             if cache is None:
                 k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
             else:
@@ -108,10 +126,14 @@ def forward(
                 v = write(cache.v[i], v, slots, start)
                 keys.append(k)
                 values.append(v)
-            mixed = nn.attention(
-                q, k, v, batch.position, positions, scale=config.attn_scale,
-                softcap=config.attn_softcap, window=config.windows[i],
-            )
+            if chosen == "cudnn":
+                mixed = flash(q, *own, batch.length, scale=config.attn_scale,
+                              window=config.windows[i])
+            else:
+                mixed = nn.attention(
+                    q, k, v, batch.position, positions, scale=config.attn_scale,
+                    softcap=config.attn_softcap, window=config.windows[i],
+                )
             x = _block(layer, config, x, mixed, trace, i)
     if cache is not None:
         cache = cache.replace(k=tuple(keys), v=tuple(values))  # pyright: ignore

@@ -1,0 +1,193 @@
+"""Which implementation attends a prompt: the choice, what it says, and that flash is the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support as s
+from jaxpersona.kernels import attention as kernel
+
+import jaxpersona as jp
+from jaxpersona import model as model_module
+from jaxpersona import nn
+
+FITS = dict(platform="gpu", dtype=jnp.bfloat16, tokens=2048, fresh=True, capability=9.0)
+BIG = s.tiny_config(head_dim=128)
+
+
+def choice(config=BIG, **changes):
+    options = {**FITS, **changes}
+    return kernel.attention_implementation(config, options.pop("platform"), **options)
+
+
+def test_cudnn_is_chosen_where_it_fits():
+    """Long fresh prompts in half precision on a GPU, windows included, up to the head's limit."""
+    assert choice() == ("cudnn", "it fits")
+    assert choice(dtype=jnp.float16)[0] == "cudnn"
+    assert choice(s.tiny_config(head_dim=64, windows=(16, None, 16)))[0] == "cudnn"
+    assert choice(s.tiny_config(head_dim=256))[0] == "cudnn"
+    assert choice(tokens=8, asked="cudnn")[0] == "cudnn"
+
+
+@pytest.mark.parametrize(("config", "changes", "words"), [
+    (BIG, {"platform": "cpu"}, "the platform is cpu"),
+    (BIG, {"platform": "tpu"}, "the platform is tpu"),
+    (BIG, {"capability": 7.5}, "capability 7.5 is below 8"),
+    (s.tiny_config(head_dim=128, attn_softcap=50.0), {}, "soft-caps"),
+    (BIG, {"dtype": jnp.float32}, "float32, not bfloat16"),
+    (s.tiny_config(head_dim=12), {}, "12 is not a multiple of 8 up to 256"),
+    (s.tiny_config(head_dim=256), {"capability": 8.0}, "256 is not a multiple of 8 up to 128"),
+    (BIG, {"fresh": False}, "earlier tokens"), (BIG, {"sharded": True}, "over a mesh"),
+])
+def test_what_does_not_fit_goes_to_xla_with_its_reason(config, changes, words):
+    """Each reason alone turns "auto" to XLA, and refuses cuDNN where it was asked for."""
+    found, reason = choice(config, **changes)
+    assert found == "xla" and words in reason
+    assert choice(config, **changes, asked="xla") == ("xla", "it was asked for")
+    with pytest.raises(ValueError, match="attention is 'cudnn', but") as caught:
+        choice(config, **changes, asked="cudnn")
+    assert words in str(caught.value) and "use 'auto' or 'xla'" in str(caught.value)
+
+
+def test_short_prompts_stay_and_nonsense_is_refused():
+    """Few tokens are XLA's under "auto"; only three words may be asked for."""
+    assert choice(tokens=kernel.LONG)[0] == "xla" and choice(tokens=kernel.LONG + 1)[0] == "cudnn"
+    with pytest.raises(ValueError, match="attention is 'flash'; it must be auto, xla or cudnn"):
+        choice(asked="flash")
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_flash_is_the_reference_within_each_row(window, groups):
+    """The masks of the flash call (causal, lengths, window, groups) are those of `nn.attention`."""
+    rng = np.random.default_rng(1)
+    q, k, v = (jnp.asarray(rng.normal(size=(3, 17, n, 8)), jnp.float32)
+               for n in (2 * groups, 2, 2))
+    length = jnp.asarray([17, 9, 0], jnp.int32)
+    got = kernel.flash(q, k, v, length, scale=0.3, window=window, implementation="xla")
+    at = jnp.broadcast_to(jnp.arange(17, dtype=jnp.int32), (3, 17))
+    inside = at < length[:, None]
+    want = nn.attention(q, jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), at,
+                        jnp.where(inside, at, -1), scale=0.3, window=window)
+    np.testing.assert_allclose(got[inside], want[inside], atol=1e-5)
+    assert not np.asarray(got[~inside]).any()
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Let the forward pass take the flash path, computed by its definition."""
+    def chosen(config, asked, **said):
+        chosen.said = said
+        return "cudnn" if asked == "auto" and said["fresh"] else "xla"
+
+    def flash(*arrays, **options):
+        return kernel.flash(*arrays, **options, implementation="xla")
+
+    monkeypatch.setattr(model_module, "choose", chosen)
+    monkeypatch.setattr(model_module, "flash", flash)
+    return chosen
+
+
+@pytest.mark.parametrize("windows", [(None,) * 3, (4, None, 4)])
+def test_a_forward_pass_through_flash_is_the_same_pass(pretend, windows):
+    """Logits, activations and cache of right-padded rows agree, with and without a new cache."""
+    model = s.tiny_model(windows=windows)
+    batch = jp.batch(s.prompts([11, 4, 7]))
+    run = jax.jit(lambda *arrays, **options: jp.forward(model.params, model.config, *arrays,
+                                                        **options),
+                  static_argnames=("new_cache", "attention"))
+    for slots in (None, 16):
+        outs = {asked: run(batch, new_cache=slots, capture=s.READ, attention=asked)
+                for asked in ("xla", "auto")}
+        assert pretend.said == {"dtype": jnp.float32, "tokens": 11, "fresh": True, "sharded": False}
+        valid = np.asarray(batch.valid)
+        plain, flash = (outs[name] for name in ("xla", "auto"))
+        np.testing.assert_allclose(flash.logits[valid], plain.logits[valid], atol=2e-4)
+        full = [np.asarray(out.captured["full"].value) for out in (flash, plain)]
+        np.testing.assert_allclose(*full, atol=2e-4)  # NaN at padding in both
+        if slots is not None:
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), flash.cache,
+                         plain.cache)
+            step = jp.batch(s.prompts([1, 1, 1], seed=1))
+            said = [run(step, cache=out.cache, attention="auto") for out in (flash, plain)]
+            assert not pretend.said["fresh"]
+            np.testing.assert_allclose(said[0].logits, said[1].logits, atol=2e-4)
+
+
+def test_a_new_cache_is_the_one_that_was_given_before():
+    """`new_cache` is `init_cache` bit for bit, and a call takes one of the two."""
+    model = s.tiny_model()
+    batch = jp.batch(s.prompts([5, 9]))
+    made = jp.forward(model.params, model.config, batch, new_cache=16)
+    given = jp.forward(model.params, model.config, batch, cache=jp.init_cache(model.config, 2, 16))
+    assert s.same_bits((made.logits, made.cache), (given.logits, given.cache))
+    with pytest.raises(ValueError, match="not both"):
+        jp.forward(model.params, model.config, batch, cache=given.cache, new_cache=16)
+
+
+def test_a_cpu_is_never_changed_and_never_warned(recwarn):
+    """On this machine "auto" is the program of "xla", silently; asking for cuDNN says why not."""
+    model = s.tiny_model(dtype=jnp.bfloat16, head_dim=16)
+    batch = jp.batch(s.prompts([kernel.LONG + 1, 40]))
+    run = jax.jit(jp.forward, static_argnames=("attention", "new_cache"))
+    auto, xla = (run.lower(model.params, model.config, batch, new_cache=640, attention=asked)
+                 .as_text() for asked in ("auto", "xla"))
+    assert auto == xla
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+    with pytest.raises(ValueError, match="the platform is cpu"):
+        jp.generate(model, s.prompts([5]), max_new_tokens=2, attention="cudnn", batch_size=1)
+
+
+def test_a_gpu_without_cudnn_says_so_once(monkeypatch):
+    """A reason against cuDNN, or its failed test, is a warning the first time, and XLA attends."""
+    monkeypatch.setattr(kernel.jax, "default_backend", lambda: "gpu")
+    device = type("Device", (), {"compute_capability": "9.0"})()
+    monkeypatch.setattr(kernel.jax, "local_devices", lambda: [device])
+    options = dict(dtype=jnp.bfloat16, tokens=2048, fresh=True, sharded=False)
+    kernel._say_once.cache_clear()
+    capped = s.tiny_config(head_dim=128, attn_softcap=5.0)
+    with pytest.warns(RuntimeWarning, match="not cuDNN: the model soft-caps"):
+        assert kernel.choose(capped, "auto", **options) == "xla"
+    assert kernel.choose(capped, "auto", **options) == "xla"
+    for changes in ({"tokens": 64}, {"fresh": False}):  # a decode step is not a lost chance
+        assert kernel.choose(BIG, "auto", **{**options, **changes}) == "xla"
+    monkeypatch.setattr(kernel, "cudnn_fault", lambda *of: "cuDNN's attention failed its test (x)")
+    with pytest.warns(RuntimeWarning, match="not cuDNN: cuDNN's attention failed"):
+        assert kernel.choose(BIG, "auto", **options) == "xla"
+    with pytest.raises(ValueError, match="attention is 'cudnn', but cuDNN's attention failed"):
+        kernel.choose(BIG, "cudnn", **options)
+    monkeypatch.setattr(kernel, "cudnn_fault", lambda *of: None)
+    assert {kernel.choose(BIG, asked, **options) for asked in ("auto", "cudnn")} == {"cudnn"}
+
+
+def test_the_start_up_test_runs_in_a_trace_and_finds_faults(monkeypatch):
+    """It passes what agrees, names what does not or raises, and may be called while tracing."""
+    true = kernel.flash
+    kernel.cudnn_fault.cache_clear()
+    assert "failed its test" in str(kernel.cudnn_fault("bfloat16", 16, 2, False))  # no GPU here
+
+    def play(change):
+        def flash(*arrays, **options):
+            wide = [x.astype(jnp.float32) for x in arrays[:3]]
+            out = true(*wide, arrays[3], **options, implementation="xla")
+            return (out + change).astype(arrays[0].dtype)
+        return flash
+
+    def in_a_trace():
+        said = []
+        jax.jit(lambda x: said.append(kernel.cudnn_fault("bfloat16", 16, 2, True)) or x)(1)
+        return str(said[0])
+
+    for change, fault in ((0.0, "None"), (0.5, "is off by 0.5"), (float("nan"), "is off by nan")):
+        kernel.cudnn_fault.cache_clear()
+        monkeypatch.setattr(kernel, "flash", play(change))
+        assert fault in in_a_trace()
+    kernel.cudnn_fault.cache_clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize(("head_dim", "groups"), [(64, 1), (128, 4), (128, 8)])
+def test_cudnn_agrees_on_a_gpu(head_dim, groups, windowed):
+    """On the device itself: the shapes of Llama, Qwen and Mistral pass the start-up test."""
+    assert kernel.cudnn_fault("bfloat16", head_dim, groups, windowed) is None
