@@ -27,7 +27,7 @@ DTYPES: dict[str, np.dtype] = {
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4,
            "I32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
 _HEADER_LIMIT = 100_000_000  # the format's own bound on a header, in bytes
-_PIECE = 1 << 23  # bytes that are read at one time where they are cast
+_PIECE = 1 << 20  # bytes read at one time where they are cast, so that they are still in the cache
 _ALIGN = 64  # the alignment at which JAX takes a host buffer over without a copy
 
 
