@@ -60,28 +60,35 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
 
     Args:
       source: a folder in the Hugging Face layout or that `ckpts.orbax.save` wrote; "mini", the
-        embedded model; "random:<preset>", random weights of a real shape; or the name of a
-        repository of the hub.
+        embedded model; "random:<preset>", random weights of a real shape; or a repository of the
+        hub, "owner/name" or "owner/name@revision".
       mesh: spreads the parameters over devices.
       dtype: "float32", "bfloat16" or "float16"; by default float32 on a CPU, else bfloat16.
       progress: called with the bytes read so far and in all.
-      revision: a branch, tag or commit of the hub's repository.
+      revision: a branch, tag or commit of the hub's repository; a commit alone never changes.
 
     Raises:
       ValueError: no such model, or one that is faulty or not implemented; it says which and why.
     """
     name, kind = os.fspath(source), _dtype(dtype)
-    if name.startswith("random:"):
-        return _random(name, kind, mesh)
-    if name == "mini":
-        with importlib.resources.as_file(_mini()) as folder:
-            return _folder(folder, name, kind, mesh, progress)
     path = pathlib.Path(name).expanduser()
-    if path.exists() or name.startswith((".", "/", "~")) or isinstance(source, pathlib.PurePath):
+    local = name == "mini" or name.startswith(("random:", ".", "/", "~")) or path.exists()
+    if local or isinstance(source, pathlib.PurePath):
+        if revision is not None:
+            raise ValueError(f"revision is {revision!r}, but {name} is no repository of the hub; "
+                             "leave it out")
+        if name.startswith("random:"):
+            return _random(name, kind, mesh)
+        if name == "mini":
+            with importlib.resources.as_file(_mini()) as folder:
+                return _folder(folder, name, kind, mesh, progress)
         return _folder(path, name, kind, mesh, progress)
-    if not _is_repository(name):
+    repository, _, pinned = name.partition("@")
+    if not _is_repository(repository) or name.endswith("@"):
         raise ValueError(f"{name}: no such folder")
-    return _folder(_download(name, revision), name, kind, mesh, progress)
+    if pinned and revision not in (None, pinned):
+        raise ValueError(f"{name} and revision {revision!r} name two revisions; give one")
+    return _folder(_download(repository, pinned or revision), name, kind, mesh, progress)
 
 
 def _mini() -> Any:
@@ -183,7 +190,7 @@ def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> t
 
 def _download(name: str, revision: str | None) -> pathlib.Path:
     """Fetch a repository's files, or find them in the hub's local cache."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
     at = f"{name}@{revision}" if revision else name
     try:
@@ -193,13 +200,16 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
         raise ValueError(f"{at}: the repository is gated; accept its terms on huggingface.co and "
                          "log in with `hf auth login`") from None
     except errors.RevisionNotFoundError:
-        raise ValueError(f"{at}: the repository has no such revision") from None
+        raise ValueError(f"{at}: the repository has no such revision; give a branch, a tag or a "
+                         "commit of it") from None
     except errors.RepositoryNotFoundError:
         raise ValueError(f"{at}: no such folder, and no such repository on the hub (a private one "
                          "needs `hf auth login`)") from None
-    except errors.LocalEntryNotFoundError:
-        raise ValueError(f"{at}: no such folder, and the hub cannot be reached (offline); "
-                         "download the repository first") from None
-    except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no network"
+        raise ValueError(f"{at}: no such folder, not in the hub's local cache, and the hub cannot "
+                         f"be reached ({why}); download it first, or go online") from None
+    except (errors.HFValidationError, errors.HfHubHTTPError, errors.EntryNotFoundError,
+            OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{at}: not a folder, and fetching it failed ({reason})") from None

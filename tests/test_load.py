@@ -52,11 +52,83 @@ def test_random_weights_are_the_same_on_a_mesh():
     ("owner/absent", {}, "the hub cannot be reached"),
     ("random:gpt-9", {}, "gpt-9"),
     ("random:qwen3-mini", {"dtype": "int8"}, "int8"),
+    ("mini", {"revision": "main"}, "mini is no repository of the hub; leave it out"),
+    ("random:qwen3-mini", {"revision": "main"}, "no repository of the hub"),
+    ("./absent", {"revision": "main"}, "no repository of the hub"),
+    ("owner/m@v1", {"revision": "v2"}, "name two revisions"),
+    ("owner/m@", {}, "no such folder"),
+    ("owner/m@v1", {}, "owner/m@v1.*HF_HUB_OFFLINE is set"),
 ])
 def test_mistakes_are_one_line(source, options, words):
     with pytest.raises(ValueError, match=words) as caught:
         load(source, **options)
     assert "\n" not in str(caught.value)
+
+
+def hub_error(name):
+    """An error of huggingface_hub as it raises it, with the reply that it came from."""
+    from huggingface_hub import errors
+
+    kind = getattr(errors, name)
+    if not issubclass(kind, errors.HfHubHTTPError):
+        return kind("said\nthe hub")
+    httpx = pytest.importorskip(errors.HfHubHTTPError.__mro__[1].__module__.split(".")[0])
+    reply = httpx.Response(401, request=httpx.Request("GET", "https://huggingface.co/owner/m"))
+    return kind("said\nthe hub", response=reply)
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    ("GatedRepoError", "gated; accept its terms on huggingface.co and log in with `hf auth login`"),
+    ("RepositoryNotFoundError", "no such repository on the hub.*`hf auth login`"),
+    ("RevisionNotFoundError", "no such revision; give a branch, a tag or a commit"),
+    ("LocalEntryNotFoundError", "not in the hub's local cache.*download it first"),
+    ("OfflineModeIsEnabled", "the hub cannot be reached"),
+    ("HFValidationError", "fetching it failed .said the hub."),
+    ("EntryNotFoundError", "fetching it failed"), ("DisabledRepoError", "fetching it failed"),
+    ("HfHubHTTPError", "fetching it failed .said the hub"),
+])
+def test_what_the_hub_says_is_one_line(monkeypatch, error, words):
+    """Each error of the hub's own classes is explained, with the repository and its revision."""
+    import huggingface_hub
+
+    asked = []
+
+    def refuse(name, **options):
+        asked.append((name, options["revision"]))
+        raise hub_error(error)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    for source, revision in (("owner/m@9f3c", None), ("owner/m", "9f3c"), ("owner/m@9f3c", "9f3c")):
+        with pytest.raises(ValueError, match=f"owner/m@9f3c: .*{words}") as caught:
+            load(source, revision=revision)
+        assert "\n" not in str(caught.value)
+    assert asked == [("owner/m", "9f3c")] * 3
+
+
+def test_no_network_is_told_from_offline_mode(monkeypatch):
+    """Whether the user asked for it or the network is gone decides what mends it."""
+    import huggingface_hub
+
+    def refuse(name, **options):
+        raise hub_error("LocalEntryNotFoundError")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    for offline, words in ((True, "HF_HUB_OFFLINE is set"), (False, "no network")):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        with pytest.raises(ValueError, match=words):
+            load("owner/m")
+
+
+def test_a_pinned_repository_is_loaded_from_its_snapshot(monkeypatch, folder):
+    """The revision reaches the hub, and the model keeps the name that it was asked for by."""
+    import huggingface_hub
+
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda name, **options: asked.update(options, name=name) or str(folder))
+    assert load("owner/m@9f3c").name == "owner/m@9f3c"
+    assert asked["name"] == "owner/m" and asked["revision"] == "9f3c"
+    assert "*.safetensors" in asked["allow_patterns"]
 
 
 def test_a_folder_that_is_no_model_or_has_a_broken_tokenizer(folder, tmp_path):
