@@ -115,10 +115,10 @@ def cudnn_fault(dtype: str, head_dim: int, groups: int, windowed: bool) -> str |
     length, window = np.array([64, 37], np.int32), 16 if windowed else None
     try:
         with jax.ensure_compile_time_eval():  # the caller may be in the midst of a trace
-            rounded = [jnp.asarray(x, dtype) for x in arrays]
-            got = np.asarray(flash(*rounded, jnp.asarray(length), scale=head_dim**-0.5,
+            q, k, v = (jnp.asarray(x, dtype) for x in arrays)
+            got = np.asarray(flash(q, k, v, jnp.asarray(length), scale=head_dim**-0.5,
                                    window=window), np.float32)
-            q, k, v = (np.asarray(x, np.float32) for x in rounded)
+            q, k, v = (np.asarray(x, np.float32) for x in (q, k, v))
     except Exception as error:  # the compiler's and the driver's errors have many types
         said = " ".join(str(error).split())[:160]
         return f"cuDNN's attention failed its test ({type(error).__name__}: {said})"
