@@ -18,6 +18,7 @@ from jaxpersona.ckpts.files import atomic
 from jaxpersona.vectors import MAX_LAYERS, Axis, Vector
 
 ARCHITECTURE = "controlvector"
+SOURCE = "GGUF control vector"  # in the notes of one that another program wrote
 _OURS = ("kind", "name", "model", "fingerprint", "layers", "notes")  # keys `jaxpersona.<field>`
 
 
@@ -78,7 +79,7 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
     for number, value in directions.items():
         values[number] = value
     notes = json.loads(ours["notes"]) if ours["notes"] else {
-        "source": "GGUF control vector", "model_hint": str(field(f"{ARCHITECTURE}.model_hint"))}
+        "source": SOURCE, "model_hint": str(field(f"{ARCHITECTURE}.model_hint"))}
     kind = Axis if ours["kind"] == "axis" else Vector
     return kind(values, str(ours["name"] or stem), str(ours["model"] or ""),
                 str(ours["fingerprint"] or ""), notes=notes)

@@ -284,9 +284,13 @@ def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None,
     edits = cap(held, **how) if how else held.interventions()
     if check:
         with progress() as report:
-            found = run_check(model, held, **how,
-                              progress=lambda done, count, tokens: report("check", done, count,
-                                                                          tokens))
+            def tell(done: int, count: int, tokens: int) -> None:
+                report("check", done, count, tokens)
+
+            try:
+                found = run_check(model, held, **how, progress=tell)
+            except ValueError as error:
+                raise ValueError(f"{error} (--no-check skips the self-test)") from None
         if not found.ok:
             raise ValueError(f"the self-test speaks against this cap: {'; '.join(found.faults)} "
                              "(--no-check skips the test)")

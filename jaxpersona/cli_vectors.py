@@ -68,13 +68,14 @@ def convert(
 
 def _belonging(chosen: Any, source: str) -> Any:
     """Check a direction or caps against a model, and enter the model's name and fingerprint."""
+    from jaxpersona.ckpts.gguf import SOURCE
     from jaxpersona.cli_support import open_model
     from jaxpersona.persona.check import fit
 
     model = open_model(source, None)
     if chosen.kind != "caps":
         missing = model.config.n_layers - chosen.n_layers
-        if chosen.notes.get("source") == "GGUF control vector" and missing > 0:
+        if chosen.notes.get("source") == SOURCE and missing > 0:
             # the format names only the layers it steers; those above them are zero
             chosen = dataclasses.replace(chosen, values=_padded(chosen.values, missing))
     fit(model, chosen)

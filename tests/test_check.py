@@ -47,9 +47,11 @@ def test_an_axis_of_the_model_passes(mini, axis):
     assert one.ok and one.layers == (5,)
     bare = jp.check(mini, Axis(axis.values))
     assert bare.ok and len(bare.sentences) == 2  # no floor to judge
-    caps = Caps(axis.values[2:6], (2, 3, 4, 5), axis.thresholds("p25", of="default")[2:6],
-                tuple("abcd"))
-    assert jp.check(mini, caps).ok
+    floors = axis.thresholds("p25", of="default")
+    caps = jp.check(mini, Caps(axis.values[2:6], (2, 3, 4, 5), floors[2:6], tuple("abcd")))
+    assert caps.ok and caps.shift is None and "too few" in caps.sentences[1]
+    caps = jp.check(mini, Caps(axis.values[1:], tuple(range(1, 8)), floors[1:], tuple("abcdefg")))
+    assert caps.ok and caps.shift == 0
 
 
 @pytest.mark.parametrize(("shift", "words"), [(1, "fits layer l-1"), (-1, "fits layer l+1")])
@@ -88,8 +90,9 @@ def test_what_cannot_be_checked_is_refused(mini, axis):
     ):
         with pytest.raises(ValueError, match=words):
             jp.check(mini, given, **options)
-    with pytest.raises(ValueError, match="no tokenizer"):
-        jp.check(dataclasses.replace(mini, tokenizer=None), axis)
+    for change, words in (({"tokenizer": None}, "no tokenizer"), ({"template": False}, "no chat")):
+        with pytest.raises(ValueError, match=words):
+            jp.check(dataclasses.replace(mini, **change), axis)
 
 
 def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
@@ -112,6 +115,9 @@ def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
     code, said = command("bad.safetensors")
     assert code == 2 and "error: the self-test speaks against this cap" in said.err
     assert "--no-check" in said.err and "Traceback" not in said.err
+    save_vector(tmp_path / "other.safetensors", dataclasses.replace(axis, fingerprint="0" * 16))
+    code, said = command("other.safetensors")
+    assert code == 2 and "made for another model" in said.err and "--no-check" in said.err
     code, said = command("bad.safetensors", "--no-check")
     assert code == 0 and "check" not in said.err and "tokens seen" in said.err
     for name, more, words in (
@@ -123,6 +129,26 @@ def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
         assert code == 2 and words in said.err
     assert s.run_command(["generate", "hi", "--of", "all"]) == 2
     assert "--of needs --cap" in capsys.readouterr().err
+
+
+def test_a_capping_file_holds_the_model_as_the_axis_does(mini, axis, tmp_path, capsys):
+    """The reversed vectors and caps of a capping_config.pt give the axis's own capped replies."""
+    torch = pytest.importorskip("torch")
+    floors = axis.thresholds("p25", of="default")
+    vectors = {f"layer_{i}": {"layer": i, "vector": torch.tensor(-axis.values[i])} for i in UPPER}
+    listed = [{"vector": name, "cap": -float(floors[v["layer"]])} for name, v in vectors.items()]
+    torch.save({"vectors": vectors, "experiments": [
+        {"id": "layers_4:8-p0.75", "interventions": listed},
+        {"id": "none", "interventions": listed[:1]}]}, tmp_path / "capping_config.pt")
+    save_vector(tmp_path / "axis.safetensors", axis)
+    said = []
+    for more in (["axis.safetensors"], ["capping_config.pt", "--experiment", "layers_4:8-p0.75"]):
+        arguments = ["generate", "Tell me about rain.", "--system", "You are a demon.",
+                     "--max-new-tokens", "16", "--cap", str(tmp_path / more[0]), *more[1:]]
+        assert s.run_command(arguments) == 0
+        out = capsys.readouterr()
+        said.append((out.out, out.err[out.err.index("intervention 0"):]))
+    assert said[0] == said[1] and " 0 changes" not in said[0][1]
 
 
 def test_a_conversation_is_projected_where_a_direction_is_known(mini, axis):

@@ -97,12 +97,13 @@ def check(
       progress: as for `generate`.
 
     Raises:
-      ValueError: the axis was made for another model, has no direction at a layer, or the model has
-        no tokenizer.
+      ValueError: the axis was made for another model or has no direction at a layer, or the model
+        has no tokenizer or no chat template.
     """
     fit(model, axis)
-    if model.tokenizer is None:
-        raise ValueError(f"{model.name} has no tokenizer; the check needs one to ask the model")
+    if model.tokenizer is None or not model.template:
+        lacks = "tokenizer" if model.tokenizer is None else "chat template"
+        raise ValueError(f"{model.name} has no {lacks}; the check needs one to ask the model")
     chosen, directions, floors = _entries(model, axis, layers, floor)
     default, roles = _replies(model, max_new_tokens, progress)
     unit = directions / np.linalg.norm(directions, axis=1, keepdims=True)
@@ -180,18 +181,17 @@ def _sign(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray) -> tupl
 
 def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, str], int | None]:
     """Compare the directions with the replies' own difference [L, D] one or two layers away."""
-    if isinstance(axis, Caps):
-        rows = list(zip(axis.layers, axis.values.astype(np.float64), strict=True))
-    else:
-        rows = [(i, row) for i, row in enumerate(axis.values.astype(np.float64)) if row.any()]
+    pairs = zip(axis.layers if isinstance(axis, Caps) else range(axis.n_layers),
+                axis.values.astype(np.float64), strict=True)
+    rows = {layer: row / np.linalg.norm(row) for layer, row in pairs if row.any()}
     unit = difference / np.maximum(np.linalg.norm(difference, axis=1, keepdims=True), 1e-30)
     shifts = (-2, -1, 0, 1, 2)
-    inside = [(i, row / np.linalg.norm(row)) for i, row in rows
-              if all(0 <= i + s < len(unit) for s in shifts)]
-    unknown = (True, "layers: too few to tell whether the axis is shifted by a layer")
-    if len(inside) < 3:
-        return unknown, None
-    fits = {s: float(np.mean([row @ unit[i + s] for i, row in inside])) for s in shifts}
+    # the same replies against several rows: were it one row against several layers' replies, the
+    # layer where roles show most clearly would win, whatever the row
+    seen = [i for i in range(len(unit)) if all(i - s in rows for s in shifts)]
+    if len(seen) < 3:
+        return (True, "layers: too few to tell whether the axis is shifted by a layer"), None
+    fits = {s: float(np.mean([rows[i - s] @ unit[i] for i in seen])) for s in shifts}
     best = max(shifts, key=lambda s: fits[s])
     rest = max(value for s, value in fits.items() if s != best)
     if fits[best] - rest < _SHIFT_MARGIN:
