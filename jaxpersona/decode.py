@@ -20,7 +20,6 @@ from jaxpersona.capture import Capture
 from jaxpersona.config import ModelConfig
 from jaxpersona.fences import CODE_BIT
 from jaxpersona.interventions.compose import Interventions
-from jaxpersona.kernels.attention import Asked
 from jaxpersona.model import forward
 from jaxpersona.params import Params
 from jaxpersona.sampling import Sampling, choose
@@ -81,16 +80,15 @@ class Stops:
     fences: Any = None
 
 
-@functools.partial(jax.jit,
-                   static_argnames=("config", "slots", "max_new", "greedy", "attention"))
+@functools.partial(jax.jit, static_argnames=("config", "slots", "max_new", "greedy"))
 def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
             capture: Capture, how: Sampling, stops: Stops, limit: jax.Array, *, slots: int,
-            max_new: int, greedy: bool, attention: Asked = "auto") -> State:
+            max_new: int, greedy: bool) -> State:
     """Run the prompts and choose each row's first token."""
     TRACES["prefill"] += 1
     rows = batch.tokens.shape[0]
     out = forward(params, config, batch, interventions=edits, capture=capture, new_cache=slots,
-                  logits="last", attention=attention)
+                  logits="last", attention="auto")
     length = batch.length
     at = jnp.maximum(length - 1, 0)[:, None]
     kind = jnp.take_along_axis(batch.kind.astype(jnp.int32), at, 1)[:, 0]

@@ -24,7 +24,6 @@ from jaxpersona.batch import batch as make_batch
 from jaxpersona.capture import Capture, TokenState
 from jaxpersona.decode import State, Stops, decode, prefill
 from jaxpersona.interventions.compose import Interventions
-from jaxpersona.kernels.attention import Asked
 from jaxpersona.sampling import sampling
 from jaxpersona.trace import Applied
 
@@ -71,7 +70,6 @@ def generate(
     batch_size: int = 32,
     ids: Sequence[int] | None = None,
     thinking: bool = False,
-    attention: Asked = "auto",
     progress: Progress | None = None,
 ) -> Generated:
     """Generate a reply to each conversation.
@@ -88,8 +86,6 @@ def generate(
       ids: [N] uint32, what each conversation is for its random draws; default: a hash of its
         tokens and of how often they came before in this call.
       thinking: let a model that can think do so before it answers.
-      attention: how prompts attend, as for `forward`; "auto" takes flash attention on a GPU for
-        long ones, "xla" never does.
       progress: called with (conversations done, N, tokens so far).
 
     Raises:
@@ -122,7 +118,7 @@ def generate(
             index = np.array(chosen + [-1] * (batch_size - len(chosen)), np.int32)
             state = _run(model, _pad([rows[i] for i in chosen], names[chosen], width, batch_size),
                          edits.take(index), capture, how.take(index), limits[index],
-                         slots, max_new_tokens, greedy, attention)
+                         slots, max_new_tokens, greedy)
             out.add(chosen, state)
             done += len(chosen)
             if progress is not None:
@@ -143,14 +139,12 @@ def bucket(tokens: int) -> int:
 
 
 def _run(model: Model, batch: Batch, edits: Interventions, capture: Capture | None, how: Any,
-         limit: np.ndarray, slots: int, max_new: int, greedy: bool,
-         attention: Asked) -> State:
+         limit: np.ndarray, slots: int, max_new: int, greedy: bool) -> State:
     capture = capture if capture is not None else Capture()
     stops = _stops(model, _asks_for_code(edits, capture))
     batch = jax.tree.map(jnp.asarray, batch)
     state = prefill(model.params, model.config, batch, edits, capture, how, stops,
-                    jnp.asarray(limit, jnp.int32), slots=slots, max_new=max_new, greedy=greedy,
-                    attention=attention)
+                    jnp.asarray(limit, jnp.int32), slots=slots, max_new=max_new, greedy=greedy)
     for step in range(_CHUNK, max_new + _CHUNK, _CHUNK):
         state = decode(model.params, model.config, state, edits, capture, how, stops,
                        jnp.asarray(step, jnp.int32), greedy=greedy)

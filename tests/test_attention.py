@@ -121,6 +121,8 @@ def test_a_new_cache_is_the_one_that_was_given_before():
     made = jp.forward(model.params, model.config, batch, new_cache=16)
     given = jp.forward(model.params, model.config, batch, cache=jp.init_cache(model.config, 2, 16))
     assert s.same_bits((made.logits, made.cache), (given.logits, given.cache))
+    with pytest.raises(ValueError, match="9 tokens wide; the cache has 8 slots"):
+        jp.forward(model.params, model.config, batch, new_cache=8)
     with pytest.raises(ValueError, match="not both"):
         jp.forward(model.params, model.config, batch, cache=given.cache, new_cache=16)
 
@@ -135,7 +137,7 @@ def test_a_cpu_is_never_changed_and_never_warned(recwarn):
     assert auto == xla
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
     with pytest.raises(ValueError, match="the platform is cpu"):
-        jp.generate(model, s.prompts([5]), max_new_tokens=2, attention="cudnn", batch_size=1)
+        jp.forward(model.params, model.config, batch, attention="cudnn")
 
 
 def test_a_gpu_without_cudnn_says_so_once(monkeypatch):
