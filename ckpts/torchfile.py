@@ -190,8 +190,8 @@ def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
         if name in found:
             raise ValueError(f"experiment {name!r} is there twice")
         notes = {"source": "Assistant Axis project, capping experiment", "sign": _sign(name)}
-        found[name] = Caps(np.stack(values), tuple(layers), np.array(floors, np.float32),
-                           tuple(labels), name, notes=notes)
+        found[name] = Caps(np.stack(values), tuple(layers), np.array(floors), tuple(labels), name,
+                           notes=notes)
     if not found:
         raise ValueError("experiments is empty")
     return found

@@ -138,7 +138,7 @@ def _read_array(path: pathlib.Path) -> Vector:
         raise ValueError(f"{path}: holds {what}; it must be real numbers [L, D], one row a layer "
                          "from 0")
     try:
-        return Vector(np.array(value, np.float32), path.stem,
+        return Vector(np.array(value), path.stem,
                       notes={"source": "bare .npy array; its row l was taken for layer l"})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -22,6 +22,11 @@ POPULATIONS = ("default", "all")
 MAX_LAYERS = 1024  # more than any model has; a file that says more is damaged
 
 
+def _float32(values: Any) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what is too great becomes infinite, and is refused as such
+        return np.asarray(values, np.float32)
+
+
 def _check_fingerprint(value: str) -> None:
     if not re.fullmatch(r"([0-9a-f]{16})?", value):
         raise ValueError(f"fingerprint is {value!r}; it must be sixteen hexadecimal digits or "
@@ -51,7 +56,7 @@ class Vector:
     kind = "vector"
 
     def __post_init__(self) -> None:
-        values = np.asarray(self.values, np.float32)
+        values = _float32(self.values)
         if values.ndim != 2:
             raise ValueError(f"values has shape {values.shape}; it must be [L, D]")
         if not np.isfinite(values).all():
@@ -151,7 +156,7 @@ class Caps:
     kind = "caps"
 
     def __post_init__(self) -> None:
-        values, floors = np.asarray(self.values, np.float32), np.asarray(self.floors, np.float32)
+        values, floors = _float32(self.values), _float32(self.floors)
         count = len(self.layers)
         shapes = values.shape[:-1], floors.shape, (len(self.labels),)
         if values.ndim != 2 or not count or set(shapes) != {(count,)}:

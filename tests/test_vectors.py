@@ -190,7 +190,8 @@ def test_bare_arrays_in_and_out(tmp_path):
     np.save(tmp_path / "h.npy", VALUES.astype(np.float64))
     assert load_vector(tmp_path / "h.npy").values.dtype == np.float32
     for value, words in ((VALUES[0], r"float32\[6\]"), (VALUES.astype(complex), "complex"),
-                         (np.array([["x"]]), "<U1"), (np.full((2, 2), np.nan), "not finite")):
+                         (np.array([["x"]]), "<U1"), (np.full((2, 2), np.nan), "not finite"),
+                         (np.full((2, 2), 1e300), "not finite")):
         np.save(tmp_path / "w.npy", value)
         with pytest.raises(ValueError, match=f"w.npy.*{words}"):
             load_vector(tmp_path / "w.npy")
@@ -286,7 +287,8 @@ def one_cap(cap=1.0, **vector):
     ({"vectors": {}, "experiments": [{"id": "a", "interventions": []}]}, "holds no cap"),
     ({**one_cap(), "vectors": {}}, "'q', which is not in vectors"),
     (one_cap(layer="2"), "integer layer"), (one_cap(layer=-2), "must be in 0"),
-    (one_cap("x"), "not a number"), (one_cap(vector=torch.ones(1, 3)), r"tensor \[D\]"),
+    (one_cap("x"), "not a number"), (one_cap(1e300), "not finite"),
+    (one_cap(vector=torch.ones(1, 3)), r"tensor \[D\]"),
 ])
 def test_a_pt_file_of_another_content_is_named(tmp_path, content, words):
     """Each thing that a table may lack, in one line."""
