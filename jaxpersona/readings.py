@@ -7,6 +7,7 @@ result.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import flax.struct
@@ -19,6 +20,8 @@ from jaxpersona.interventions.table import Site
 from jaxpersona.interventions.where import holds
 
 F32 = jnp.float32
+LARGE = 1e9  # bytes of full activations from which their announcement is a warning
+_LOG = logging.getLogger("jaxpersona")
 
 
 @flax.struct.dataclass
@@ -298,7 +301,11 @@ class Full:
     site: Site = flax.struct.field(pytree_node=False, default="residual")
 
     def start(self, layers: int, rows: int, slots: int, width: int) -> TokenState:
-        """Return the table before any token: NaN [L, B, S, D]."""
+        """Return the table before any token: NaN [L, B, S, D]. Its size is logged first."""
+        size = 4 * layers * rows * slots * width
+        _LOG.log(logging.WARNING if size >= LARGE else logging.INFO,
+                 "a capture of full activations keeps %.3g GB: %d layers, %d rows, %d slots, "
+                 "width %d, float32", size / 1e9, layers, rows, slots, width)
         return TokenState(jnp.full((layers, rows, slots, width), jnp.nan, F32))
 
     def weights(self, batch: Batch) -> jax.Array:

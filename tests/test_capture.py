@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import support as s
@@ -181,6 +183,37 @@ def test_while_generating_equals_a_second_pass():
         assert np.isnan(out.captured["turns"][b][:, 0]).all()
         assert s.rowwise(out.captured["last"][b], whole[:, -1]).max() <= 1e-4
         assert s.rowwise(out.captured["prompt"][b], whole[:, : len(row)].mean(1)).max() <= 1e-4
+
+
+def temporaries(read, width, dtype):
+    """Bytes that one forward pass needs beside its arguments, its results among them."""
+    model = s.tiny_model(dtype=dtype, d_ff=128)
+    rows = batch([[5] * width] * 2)
+    lowered = s.run.lower(model.params, model.config, rows, capture=read, logits="last")
+    found = lowered.compile().memory_analysis()
+    return found.temp_size_in_bytes + found.output_size_in_bytes
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+def test_a_mean_needs_no_memory_that_grows_with_the_text(dtype):
+    state = 4 * 2 * 3 * 32  # of a mean's sums, [L, B, D] float32
+    for width in (256, 512):
+        more = temporaries(capture.mean(everywhere), width, dtype)
+        more -= temporaries(None, width, dtype)
+        assert more <= 8 * state, f"{more} bytes at {width} tokens"
+    kept = temporaries(capture.full(everywhere), 512, dtype) - temporaries(None, 512, dtype)
+    assert kept > 4 * 2 * 3 * 32 * 512 / 2, "the comparison sees nothing"
+
+
+def test_full_announces_its_size(caplog):
+    config = s.tiny_config()
+    with caplog.at_level("INFO", "jaxpersona"):
+        state = jax.eval_shape(lambda: s.READ.start(config, 2, 64))
+        jax.eval_shape(lambda: s.READ.start(config, 64, 100_000))
+    first, second = caplog.records
+    assert first.levelname == "INFO" and second.levelname == "WARNING"
+    size = 4 * state["full"].values.size
+    assert f"{size / 1e9:.3g} GB: 3 layers, 2 rows, 64 slots, width 32" in first.getMessage()
 
 
 REFUSED = {
