@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxpersona.ckpts import tensorfile
 from jaxpersona.ckpts.tensorfile import DTYPES, Entry
 
@@ -229,7 +229,7 @@ def _place(entry: Entry, spec: Spec, target: np.dtype | None, mesh: Mesh) -> jax
         part = tensorfile.read_slice(entry, file_index(spec, ranges))
         return _cast(part, dtype).reshape([stop - start for start, stop in ranges])
 
-    placed = NamedSharding(mesh, sharding.spec(spec.axes))
+    placed = sharding.weight_sharding(spec.axes, spec.shape, mesh)
     return jax.make_array_from_callback(spec.shape, placed, shard, dtype=dtype)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import Mesh, SingleDeviceSharding
 from jaxpersona.ckpts import files, hf
 from jaxpersona.ckpts.tensorfile import DTYPES
 
@@ -103,7 +103,8 @@ def load(folder: str | pathlib.Path, *, dtype: Any = None,
         shapes = {
             name: jax.ShapeDtypeStruct(
                 spec.shape, target or found[name].dtype,
-                sharding=here if mesh is None else NamedSharding(mesh, sharding.spec(spec.axes)))
+                sharding=here if mesh is None else
+                sharding.weight_sharding(spec.axes, spec.shape, mesh))
             for name, spec in wanted.items()
         }
         with _named_errors(folder, "the checkpoint cannot be read"):

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.sharding import rows_divisor, spread_rows
+
 VALID = 1 << 0  # a token, not padding
 FIRST = 1 << 1  # the first of its row: an attention sink with an enormous norm
 TEMPLATE = 1 << 2  # scaffold of the chat template, an end-of-turn token included
@@ -63,6 +65,20 @@ class Batch:
     def length(self) -> jax.Array:
         """[B] int32: how many tokens each row has."""
         return self.valid.sum(-1, dtype=jnp.int32)
+
+    def spread(self, like: jax.Array) -> Batch:
+        """Spread the rows over the mesh of an array, if that lies on one.
+
+        Raises:
+          ValueError: the mesh does not divide the rows.
+        """
+        ways = rows_divisor(like)
+        if self.tokens.shape[0] % ways:
+            raise ValueError(
+                f"the batch has {self.tokens.shape[0]} rows; the mesh spreads rows over {ways} "
+                f"devices: give a multiple of {ways}"
+            )
+        return jax.tree.map(lambda x: spread_rows(x, 0, like), self)
 
 
 def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None,

@@ -14,6 +14,10 @@ import jax.numpy as jnp
 
 from jaxpersona.batch import Batch
 from jaxpersona.config import ModelConfig
+from jaxpersona.sharding import place
+
+KV_AXES = ("batch", "kv_heads", None, None)
+ROW_AXES = (("batch", None), ("batch",))  # of `position` and `next`
 
 
 @flax.struct.dataclass
@@ -35,6 +39,12 @@ class Cache:
     def slots(self) -> int:
         """The number of slots S."""
         return self.position.shape[1]
+
+    def spread(self, like: jax.Array) -> Cache:
+        """Spread the cache over the mesh of an array, if that lies on one."""
+        return Cache(*(jax.tree.map(lambda x, axes=axes: place(x, axes, like), part)
+                       for part, axes in zip((self.k, self.v, self.position, self.next),
+                                             (KV_AXES, KV_AXES, *ROW_AXES), strict=True)))
 
 
 def init_cache(config: ModelConfig, rows: int, slots: int, dtype: Any = jnp.float32) -> Cache:
@@ -62,9 +72,9 @@ def assign_slots(cache: Cache | None, batch: Batch) -> jax.Array:
 
 def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
     """Enter the positions of a batch's tokens; keys and values follow layer by layer."""
-    rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
+    enter = jax.vmap(lambda row, slots, values: row.at[slots].set(values, mode="drop"))
     return cache.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        position=cache.position.at[rows, slots].set(batch.position, mode="drop"),
+        position=enter(cache.position, slots, batch.position),
         next=cache.next + batch.length,
     )
 
@@ -78,8 +88,8 @@ def write(buffer: jax.Array, values: jax.Array, slots: jax.Array, start: jax.Arr
     values = values.astype(buffer.dtype)
     width = values.shape[1]
     if width == 1:
-        rows = jnp.arange(slots.shape[0], dtype=jnp.int32)
-        return buffer.at[rows, :, slots[:, 0]].set(values[:, 0], mode="drop")
+        enter = jax.vmap(lambda row, slot, value: row.at[:, slot].set(value, mode="drop"))
+        return enter(buffer, slots[:, 0], values[:, 0])
     slot = jnp.arange(buffer.shape[2], dtype=jnp.int32)[None]
     source = slot - start[:, None]  # [B, S]: which token of this call belongs in each slot
     inside = (source >= 0) & (source < width)

@@ -23,6 +23,7 @@ from jaxpersona.interventions.compose import Interventions
 from jaxpersona.model import forward
 from jaxpersona.params import Params
 from jaxpersona.sampling import Sampling, choose
+from jaxpersona.sharding import place
 from jaxpersona.trace import Applied, Gates
 
 TRACES: Counter[str] = Counter()  # how often each program was traced, for tests and benches
@@ -87,6 +88,7 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
     """Run the prompts and choose each row's first token."""
     TRACES["prefill"] += 1
     rows = batch.tokens.shape[0]
+    batch = batch.spread(params.embed_vd)
     out = forward(params, config, batch, interventions=edits, capture=capture, new_cache=slots,
                   logits="last", attention="auto")
     length = batch.length
@@ -109,7 +111,7 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
         captured=out.captured,
         applied=out.applied,
         gates=out.gates,
-        fence=None if stops.fences is None else jnp.zeros((rows,), jnp.int32),
+        fence=None if stops.fences is None else jnp.zeros_like(length),
     )
     return _choose_next(state, out.logits, how, stops, greedy)
 
@@ -170,13 +172,13 @@ def _choose_next(state: State, logits: jax.Array, how: Sampling, stops: Stops,
     else:
         token = choose(logits, how, state.row_id, position)
     live = ~state.done
-    rows = jnp.arange(token.shape[0], dtype=jnp.int32)
+    enter = jax.vmap(lambda row, slot, token: row.at[slot].set(token, mode="drop"))
     slot = jnp.where(live, state.length, state.tokens.shape[1])
     stopped = (token[:, None] == stops.ids[None]).any(-1)
     return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
         token=jnp.where(live, token, state.token),
         position=jnp.where(live, position, state.position),
         length=state.length + live.astype(jnp.int32),
-        tokens=state.tokens.at[rows, slot].set(token, mode="drop"),
+        tokens=enter(place(state.tokens, ("batch", None), token), slot, token),
         done=state.done | stopped,
     )

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from jaxpersona import sharding
 from jaxpersona.ckpts import hf, orbax
@@ -123,7 +123,8 @@ def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
     if mesh is None:
         params = draw()
     else:  # made where they belong: no device ever holds them all
-        places = jax.tree.map(lambda s: NamedSharding(mesh, sharding.spec(s.axes)), layout(config))
+        places = jax.tree.map(lambda s: sharding.weight_sharding(s.axes, s.shape, mesh),
+                              layout(config))
         params = jax.jit(draw, out_shardings=places)()
     tokenizer, stop_ids = None, ()
     if config.vocab_size >= _MINI_VOCABULARY and (_mini() / "tokenizer.json").is_file():

@@ -20,7 +20,8 @@ from jaxpersona.config import ModelConfig
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.kernels.attention import Asked, choose, flash
 from jaxpersona.params import Layer, Params
-from jaxpersona.sharding import out_sharding
+from jaxpersona.readings import spread_states
+from jaxpersona.sharding import gather_weight, mesh_of, out_sharding
 from jaxpersona.trace import Applied, Gates, Trace
 
 Logits = Literal["all", "last"] | None
@@ -92,17 +93,20 @@ def forward(
     room = new_cache if cache is None else cache.slots
     if room is not None and width > room:
         raise ValueError(f"the batch is {width} tokens wide; the cache has {room} slots")
-    edits = edits.by_row(rows)
-    dtype = params.embed_vd.dtype
+    like = params.embed_vd
+    batch, edits = batch.spread(like), edits.by_row(rows).spread(like)
+    dtype = like.dtype
     chosen = choose(config, attention, dtype=dtype, tokens=width, fresh=cache is None,
-                    sharded=out_sharding((None,), params.embed_vd) is not None)
+                    sharded=mesh_of(like) is not None)
     if new_cache is not None:
         cache = init_cache(config, rows, new_cache, dtype)
+    cache = None if cache is None else cache.spread(like)
     slots = assign_slots(cache, batch)
     start: Any = None if cache is None else cache.next  # before this call's tokens
     state = captured
     if state is None and capture is not None:
         state = capture.start(config, rows, width if cache is None else cache.slots)
+        state = spread_states(state, like)
     trace = Trace(config, batch, edits, capture if capture is not None else Capture(), gates)
     if cache is None:
         positions = jnp.where(batch.valid, batch.position, -1)
@@ -148,7 +152,9 @@ def forward(
 
 def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
     """Look up the tokens: [B, T, D], scaled where the family asks for it."""
-    x = params.embed_vd.at[batch.tokens].get(mode="clip")
+    table = gather_weight(params.embed_vd)
+    placed = out_sharding(("batch", None, None), table)
+    x = table.at[batch.tokens].get(mode="clip", out_sharding=placed)
     if config.embed_scale != 1.0:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     return x
@@ -164,7 +170,7 @@ def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
             at = jnp.maximum(batch.length - 1, 0)
             x = jnp.take_along_axis(x, at[:, None, None], 1)
         x = nn.rms_norm(x, params.final_norm_d, config.norm_eps, config.norm_offset)
-        weight = params.embed_vd if params.head_vd is None else params.head_vd
+        weight = gather_weight(params.embed_vd if params.head_vd is None else params.head_vd)
         out = jnp.einsum("btd,vd->btv", x, weight, preferred_element_type=jnp.float32)
         if config.final_softcap is not None:
             out = config.final_softcap * jnp.tanh(out / config.final_softcap)
@@ -188,7 +194,7 @@ def _block(layer: Layer, config: ModelConfig, x: jax.Array, mixed: jax.Array, tr
            i: int) -> jax.Array:
     """Finish one block from its attention's heads [B, T, N, H]; visit its three sites."""
     eps, offset = config.norm_eps, config.norm_offset
-    out = nn.contract("btnh,dnh->btd", mixed, layer.wo_dnh, ("batch", None, "embed"))
+    out = nn.contract("btnh,dnh->btd", mixed, layer.wo_dnh, ("batch", None, None))
     out = nn.add_bias(out, layer.bo_d)
     if config.post_norms:
         out = nn.rms_norm(out, layer.attn_post_norm_d, eps, offset)

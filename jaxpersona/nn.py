@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.config import Activation, Rope
-from jaxpersona.sharding import Axes, out_sharding
+from jaxpersona.sharding import Axes, gather_weight, out_sharding, place
 
 F32 = jnp.float32
 QUERY_CHUNK = 512  # queries whose scores exist at one time in a long prefill
@@ -26,9 +26,10 @@ def contract(equation: str, x: jax.Array, w: jax.Array, axes: Axes | None = None
 
     `axes` names the result's logical axes where a sharded contraction leaves them open.
     """
+    w = gather_weight(w)
     placed = out_sharding(axes, x, w) if axes else None
-    y = jnp.einsum(equation, x, w, preferred_element_type=F32, out_sharding=placed)
-    return y.astype(x.dtype)
+    y = jnp.einsum(equation, x, w, preferred_element_type=F32, out_sharding=placed).astype(x.dtype)
+    return y if placed is not None or axes is None else place(y, axes, x, w)
 
 
 def round_residual(x: jax.Array) -> jax.Array:
@@ -162,7 +163,7 @@ def mlp(x: jax.Array, layer: Any, activation: Activation) -> jax.Array:
     wide = gate.astype(F32)  # rounded once, after the product
     act = jax.nn.silu(wide) if activation == "silu" else jax.nn.gelu(wide, approximate=True)
     inner = (act * up.astype(F32)).astype(x.dtype)
-    out = contract("btf,df->btd", inner, layer.w_down_df, ("batch", None, "embed"))
+    out = contract("btf,df->btd", inner, layer.w_down_df, ("batch", None, None))
     return add_bias(out, layer.b_down_d)
 
 

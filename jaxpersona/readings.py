@@ -18,6 +18,7 @@ import numpy as np
 from jaxpersona.batch import Batch
 from jaxpersona.interventions.table import Site
 from jaxpersona.interventions.where import holds
+from jaxpersona.sharding import spread_rows
 
 F32 = jnp.float32
 LARGE = 1e9  # bytes of full activations from which their announcement is a warning
@@ -30,6 +31,7 @@ class MeanState:
 
     total: Any  # [L, B, D], by turn [L, B, M, D], float32
     count: Any  # [B], by turn [B, M], float32
+    rows = (1, 0)  # which dimension of each is B
 
     @property
     def value(self) -> Any:
@@ -46,6 +48,7 @@ class LastState:
 
     latest: Any  # [L, B, D] float32
     position: Any  # [B] int32, −1 before the first
+    rows = (1, 0)
 
     @property
     def value(self) -> Any:
@@ -60,6 +63,7 @@ class TokenState:
     """One value a token and slot; `value` is [B, L, S, …], NaN where nothing was read."""
 
     values: Any  # [L, B, S, …] float32
+    rows = (1,)
 
     @property
     def value(self) -> Any:
@@ -90,6 +94,7 @@ class MomentState:
     count: Any  # [B] float32
     mean: Any  # [L, B, K] float32
     spread: Any  # [L, B, K] float32, the sum of squared distances from the mean
+    rows = (0, 1, 1)
 
     @property
     def value(self) -> Moments:
@@ -107,6 +112,7 @@ class CountState:
     """Counts by bin; `value` is [B, L, K, E + 1]."""
 
     counts: Any  # [L, B, K, E + 1] int32
+    rows = (1,)
 
     @property
     def value(self) -> Any:
@@ -324,5 +330,18 @@ class Full:
 
 def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
     """Write values [L, B, T, …] into a buffer [L, B, S, …] at slots [B, T]; beyond S is dropped."""
-    rows = jnp.arange(slots.shape[0], dtype=jnp.int32)[:, None]
-    return buffer.at[:, rows, slots].set(values, mode="drop")
+
+    def row(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
+        return buffer.at[:, slots].set(values, mode="drop")
+
+    return jax.vmap(row, (1, 1, 0), 1)(buffer, values, slots)
+
+
+def spread_states(states: dict[str, Any], like: jax.Array) -> dict[str, Any]:
+    """Spread the rows of captures' states over the mesh of an array, if that lies on one."""
+    return {
+        name: tree.unflatten([spread_rows(x, at, like)
+                              for x, at in zip(leaves, state.rows, strict=True)])
+        for name, state in states.items()
+        for leaves, tree in [jax.tree.flatten(state)]
+    }

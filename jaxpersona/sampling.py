@@ -13,6 +13,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxpersona.sharding import place
+
 F32 = jnp.float32
 CANDIDATES = 256
 _BISECTIONS = 30
@@ -93,12 +95,13 @@ def choose(logits: jax.Array, how: Sampling, row_id: jax.Array, position: jax.Ar
     Returns:
       [B] int32; where temperature is 0 the first of the greatest logits.
     """
+    logits = place(logits, ("batch", None))  # candidates are ranked over the whole vocabulary
     greedy = jnp.argmax(logits, -1).astype(jnp.int32)
     warm = how.temperature > 0
     top = logits.max(-1, keepdims=True)  # first, so that no temperature overflows
     scaled = (logits - top) / jnp.where(warm, how.temperature, 1.0)[:, None]
     probability = jax.nn.softmax(scaled, -1)
-    draw = uniforms(how.seed, row_id, position)
+    draw = uniforms(place(how.seed, ("batch",), logits), row_id, position)
     count = min(CANDIDATES, logits.shape[-1])
     top, tokens = jax.lax.top_k(probability, count)
     rank = jnp.arange(count, dtype=jnp.int32)

@@ -1,57 +1,177 @@
 """Where arrays live: logical axes, meshes, and the one helper that resolves output shardings.
 
-Model code names *logical* axes ("heads", "batch"); `RULES` says which mesh axis each of them is
-spread over. With no mesh nothing here does anything, so one model serves one device and many.
+Model code names *logical* axes ("heads", "batch"); `RULES` says which axes of the mesh each of them
+is spread over. With no mesh nothing here does anything, so one model serves one device and many.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxpersona.config import ModelConfig
 
 Axes = tuple[str | None, ...]
 
-# logical axis -> mesh axis; an axis that is not listed is replicated
-RULES: dict[str, str | None] = {
-    "batch": "data",
-    "heads": "model",
-    "kv_heads": "model",
-    "ff": "model",
-    "vocab": "model",
-    "embed": None,
+# logical axis -> the mesh axes that it is spread over, those that the mesh has
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "heads": ("model", "group"),
+    "kv_heads": ("model",),  # whole on each device of a group
+    "kv_group": ("group",),  # the queries of one key/value head
+    "ff": ("model", "group"),
+    "vocab": ("model", "group"),
+    "embed": ("fsdp",),  # of weights, which are gathered where they are used; never of activations
 }
 
 
-def make_mesh(data: int = 1, model: int = 1, *, devices: Sequence | None = None) -> Mesh:
-    """Make a data × model mesh with Explicit axes.
+def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
+              devices: Sequence | None = None) -> Mesh:
+    """Make a mesh with Explicit axes.
+
+    Args:
+      data: ways to spread rows of a batch; every one of them holds the weights.
+      model: ways to spread heads, feed-forward width and vocabulary.
+      fsdp: ways to spread rows and the weights too, which then cross the mesh at every use.
+      devices: in place of all of them.
 
     Raises:
-      ValueError: there are fewer devices than data·model.
+      ValueError: there are fewer devices than data·fsdp·model.
     """
     have = len(devices) if devices is not None else jax.device_count()
-    if data < 1 or model < 1 or data * model > have:
-        raise ValueError(
-            f"a mesh of data={data} × model={model} needs {data * model} devices; there are {have}"
-        )
-    chosen = list(devices if devices is not None else jax.devices())[: data * model]
-    kinds = (AxisType.Explicit, AxisType.Explicit)
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=kinds, devices=chosen)
+    wanted = {"data": data, **({"fsdp": fsdp} if fsdp != 1 else {}), "model": model}
+    size = data * fsdp * model
+    if min(wanted.values()) < 1 or size > have:
+        asked = " × ".join(f"{name}={n}" for name, n in wanted.items())
+        mend = (f"there are {have}: make it smaller" if min(wanted.values()) > 0 else
+                "every axis must be at least 1")
+        raise ValueError(f"a mesh of {asked} needs {size} devices; {mend}")
+    chosen = list(devices if devices is not None else jax.devices())[:size]
+    kinds = (AxisType.Explicit,) * len(wanted)
+    return jax.make_mesh(tuple(wanted.values()), tuple(wanted), axis_types=kinds, devices=chosen)
 
 
-def spec(axes: Axes) -> PartitionSpec:
-    """Translate logical axes to a PartitionSpec by `RULES`."""
-    return PartitionSpec(*(RULES.get(axis) if axis else None for axis in axes))
+def fit(mesh: Mesh, config: ModelConfig) -> Mesh:
+    """Return the mesh that a model runs on, or say why it cannot run on this one.
+
+    Where "model" is wider than the key/value heads it is split into "model" × "group": each of
+    these heads is then held by a group of devices, which share its queries.
+
+    Raises:
+      ValueError: an axis that `RULES` does not know, or that does not divide the model.
+    """
+    known = {name for names in RULES.values() for name in names}
+    if unknown := [name for name in mesh.axis_names if name not in known]:
+        raise ValueError(f"mesh has the axes {unknown}; name them {', '.join(sorted(known))}")
+    sizes = dict(mesh.shape)
+    ways, heads = sizes.get("model", 1), config.n_kv_heads
+    if "group" not in sizes and heads % ways and ways % heads == 0:
+        place = mesh.axis_names.index("model")
+        names = (*mesh.axis_names[: place + 1], "group", *mesh.axis_names[place + 1 :])
+        shape = [sizes[name] for name in mesh.axis_names]
+        shape[place : place + 1] = [heads, ways // heads]
+        kinds = (*mesh.axis_types[: place + 1], *mesh.axis_types[place:])
+        mesh = Mesh(mesh.devices.reshape(shape), names, axis_types=kinds)
+        sizes = dict(mesh.shape)
+    model, group = sizes.get("model", 1), sizes.get("group", 1)
+    if heads % model or (group > 1 and heads != model):
+        raise ValueError(f"n_kv_heads is {heads}; a mesh of model={model * group} neither divides "
+                         f"it nor is a multiple: use model={_divisor(heads, model * group)}")
+    for field, value, ways in (("n_heads / n_kv_heads", config.n_heads // heads, group),
+                               ("d_ff", config.d_ff, model * group),
+                               ("d_model", config.d_model, sizes.get("fsdp", 1))):
+        if value % ways:
+            name = "fsdp" if field == "d_model" else "model"
+            total = ways if name == "fsdp" else model * group
+            best = _divisor(value, ways) * (model if field.startswith("n_") else 1)
+            raise ValueError(f"{field} is {value}; a mesh of {name}={total} does not divide it: "
+                             f"use {name}={best}")
+    return mesh
 
 
-def out_sharding(axes: Axes, *operands: jax.Array) -> NamedSharding | None:
+def _divisor(value: int, limit: int) -> int:
+    """Return the greatest divisor of `value` up to `limit`."""
+    return next(n for n in range(min(value, limit), 0, -1) if value % n == 0)
+
+
+def spec(axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Translate logical axes to a PartitionSpec of a mesh by `RULES`."""
+
+    def entry(axis: str | None) -> Any:
+        names = tuple(n for n in RULES[axis] if n in mesh.axis_names) if axis else ()
+        return names[0] if len(names) == 1 else names or None
+
+    return PartitionSpec(*map(entry, axes))
+
+
+def weight_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Return where a parameter lives; a vocabulary that the mesh does not divide is kept whole."""
+    placed = NamedSharding(mesh, spec(axes, mesh))
+    try:
+        placed.shard_shape(shape)
+    except ValueError:
+        placed = NamedSharding(mesh, spec(tuple(a if a != "vocab" else None for a in axes), mesh))
+    return placed
+
+
+def mesh_of(*operands: Any) -> Mesh | AbstractMesh | None:
+    """Return the mesh that the first operand on one lies on, or None."""
+    for operand in operands:
+        # outside jit an operation needs the devices themselves, which the type does not hold
+        concrete = isinstance(operand, jax.Array) and not isinstance(operand, jax.core.Tracer)
+        placed = operand.sharding if concrete else jax.typeof(operand).sharding
+        if isinstance(placed, NamedSharding) and not placed.mesh.empty:
+            return placed.mesh
+    return None
+
+
+def out_sharding(axes: Axes, *operands: Any) -> NamedSharding | None:
     """Resolve the sharding of a result with logical `axes` from its operands' own mesh.
 
     Returns None where no operand lies on a mesh with Explicit axes.
     """
-    for operand in operands:
-        mesh = jax.typeof(operand).sharding.mesh
-        if not mesh.empty and AxisType.Explicit in mesh.axis_types:
-            return NamedSharding(mesh, spec(axes))
-    return None
+    mesh = mesh_of(*operands)
+    if mesh is None or AxisType.Explicit not in mesh.axis_types:
+        return None
+    return NamedSharding(mesh, spec(axes, mesh))
+
+
+def place(x: jax.Array, axes: Axes, *operands: Any) -> jax.Array:
+    """Spread x over the mesh of the operands (or its own) by its logical axes.
+
+    On a mesh with Auto axes this is a constraint that the partitioner may rely on; without a mesh
+    it is nothing.
+    """
+    mesh = mesh_of(*(operands or (x,)))
+    if mesh is None:
+        return x
+    placed = NamedSharding(mesh, spec(axes, mesh))
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.reshard(x, placed)
+    return jax.lax.with_sharding_constraint(x, placed)
+
+
+def spread_rows(x: jax.Array, dimension: int, like: Any) -> jax.Array:
+    """Spread the dimension of x that counts rows over the mesh of an array, if that is on one."""
+    return place(x, tuple("batch" if i == dimension else None for i in range(x.ndim)), like)
+
+
+def rows_divisor(*operands: Any) -> int:
+    """Return over how many ways the operands' mesh spreads the rows of a batch; 1 without one."""
+    mesh = mesh_of(*operands)
+    return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in RULES["batch"])
+
+
+def gather_weight(w: jax.Array) -> jax.Array:
+    """Bring a weight that is spread over "fsdp" together, for the product that uses it."""
+    mesh = mesh_of(w)
+    if mesh is None or "fsdp" not in mesh.axis_names:
+        return w
+    if AxisType.Explicit not in mesh.axis_types:
+        return w  # the partitioner sees the product and gathers what it needs
+    kept = (None if name == "fsdp" else name for name in jax.typeof(w).sharding.spec)
+    return jax.sharding.reshard(w, NamedSharding(mesh, PartitionSpec(*kept)))

@@ -41,6 +41,10 @@ class Interventions:
         """Gather every row's entries once, before a loop."""
         return Interventions(tuple(edit.by_row(rows) for edit in self.edits))
 
+    def spread(self, like: Any) -> Interventions:
+        """Spread rows' own entries over the mesh of an array, if that lies on one."""
+        return Interventions(tuple(edit.spread(like) for edit in self.edits))
+
     def take(self, rows: Any) -> Interventions:
         """Choose rows: row i of the result is what row rows[i] was; −1 is a row without edits of
         its own (what is shared by all rows stays).

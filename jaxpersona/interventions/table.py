@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxpersona.batch import Batch
 from jaxpersona.interventions.where import NOWHERE, holds
+from jaxpersona.sharding import spread_rows
 
 Site = Literal["residual", "attention", "mlp"]
 SITES: tuple[Site, ...] = ("residual", "attention", "mlp")
@@ -84,6 +85,19 @@ class Table:
             each=True,
             **{name: pick(getattr(self, name), axis) for name, axis in self.PAYLOAD.items()},
         )
+
+    def spread(self, like: jax.Array) -> Self:
+        """Spread the entries over the mesh of an array as its rows are, once each row has its own.
+
+        A shared table is small and stays whole on every device.
+        """
+        if not self.each:
+            return self
+        axes = {"where": 0, "origin": 0, "gate": 0, **self.PAYLOAD}
+        return self.replace(**{  # pyright: ignore[reportAttributeAccessIssue]
+            name: jax.tree.map(lambda x, axis=axis: spread_rows(x, axis, like), getattr(self, name))
+            for name, axis in axes.items()
+        })
 
     def seen(self, batch: Batch) -> jax.Array:
         """[B, T] bool: the tokens on which the table may act."""
