@@ -90,7 +90,8 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *, dtype
     if mesh is None:
         placed = map(jax.device_put, _ahead(read, specs))
     else:
-        placed = (_place(entries[spec.file_name], spec, target, mesh) for spec in specs)
+        fitted = sharding.fit(mesh, config)
+        placed = _ahead(lambda s: _place(entries[s.file_name], s, target, fitted), specs)
     for spec, array in zip(specs, placed, strict=True):
         arrays.append(array)
         done += entries[spec.file_name].size
@@ -208,7 +209,7 @@ def _mismatches(entries: Mapping[str, Entry], specs: list[Spec], config: ModelCo
     return faults
 
 
-def _ahead(read: Callable[[Spec], np.ndarray], specs: Iterable[Spec]) -> Iterator[np.ndarray]:
+def _ahead(read: Callable[[Spec], Any], specs: Iterable[Spec]) -> Iterator[Any]:
     """Yield what `read` makes of each, in order, never more than `READERS` of them ahead."""
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
@@ -221,16 +222,19 @@ def _ahead(read: Callable[[Spec], np.ndarray], specs: Iterable[Spec]) -> Iterato
 
 
 def _place(entry: Entry, spec: Spec, target: np.dtype | None, mesh: Mesh) -> jax.Array:
-    """Read one tensor's shards, each to where it belongs, as they are asked for."""
+    """Read this process's shards of one tensor, each once, to all of its devices that hold it."""
     dtype = target or DTYPES[entry.dtype]
-
-    def shard(index: Any) -> np.ndarray:
-        ranges = [s.indices(n)[:2] for s, n in zip(index, spec.shape, strict=True)]
-        part = tensorfile.read_slice(entry, file_index(spec, ranges))
-        return _cast(part, dtype).reshape([stop - start for start, stop in ranges])
-
     placed = sharding.weight_sharding(spec.axes, spec.shape, mesh)
-    return jax.make_array_from_callback(spec.shape, placed, shard, dtype=dtype)
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    for device, index in placed.addressable_devices_indices_map(spec.shape).items():
+        ranges = tuple(s.indices(n)[:2] for s, n in zip(index or (), spec.shape, strict=True))
+        holders.setdefault(ranges, []).append(device)
+    shards = []
+    for ranges, devices in holders.items():
+        part = tensorfile.read_slice(entry, file_index(spec, list(ranges)))
+        part = _cast(part, dtype).reshape([stop - start for start, stop in ranges])
+        shards += [jax.device_put(part, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(spec.shape, placed, shards)
 
 
 def file_index(spec: Spec, ranges: list[tuple[int, int]]) -> tuple[slice, ...]:

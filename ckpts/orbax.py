@@ -82,6 +82,7 @@ def load(folder: str | pathlib.Path, *, dtype: Any = None,
     if not holds_checkpoint(folder):
         raise ValueError(f"{folder}: not an Orbax folder (it has no {NAME}/{_MARKS[0]})")
     specs, tree = jax.tree.flatten(layout(config))
+    mesh = None if mesh is None else sharding.fit(mesh, config)
     with _checkpointer() as orbax:
         with _named_errors(folder, "the checkpoint cannot be read"):
             found = dict(orbax.metadata(folder / NAME).item_metadata.tree)

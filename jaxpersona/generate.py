@@ -25,6 +25,7 @@ from jaxpersona.capture import Capture, TokenState
 from jaxpersona.decode import State, Stops, decode, prefill
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.sampling import sampling
+from jaxpersona.sharding import rows_divisor
 from jaxpersona.trace import Applied
 
 if TYPE_CHECKING:
@@ -105,6 +106,10 @@ def generate(
         raise ValueError("conversations is empty; give at least one")
     edits = interventions if interventions is not None else Interventions()
     _check_edits(model, edits, count)
+    ways = rows_divisor(model.params.embed_vd)
+    if batch_size % ways:
+        raise ValueError(f"batch_size is {batch_size}; the mesh spreads rows over {ways} devices: "
+                         f"use a multiple of {ways}")
     how = sampling(count, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     greedy = bool((np.asarray(how.temperature) == 0).all())
     rows = [_encode(model, item, thinking) for item in conversations]

@@ -62,7 +62,8 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
       source: a folder in the Hugging Face layout or that `ckpts.orbax.save` wrote; "mini", the
         embedded model; "random:<preset>", random weights of a real shape; or a repository of the
         hub, "owner/name" or "owner/name@revision".
-      mesh: spreads the parameters over devices.
+      mesh: spreads the parameters over devices; `Model.mesh` is this one fitted to the model
+        (`sharding.fit`).
       dtype: "float32", "bfloat16" or "float16"; by default float32 on a CPU, else bfloat16.
       progress: called with the bytes read so far and in all.
       revision: a branch, tag or commit of the hub's repository; a commit alone never changes.
@@ -123,6 +124,7 @@ def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
     if mesh is None:
         params = draw()
     else:  # made where they belong: no device ever holds them all
+        mesh = sharding.fit(mesh, config)
         places = jax.tree.map(lambda s: sharding.weight_sharding(s.axes, s.shape, mesh),
                               layout(config))
         params = jax.jit(draw, out_shardings=places)()
@@ -137,6 +139,7 @@ def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
 def _folder(folder: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
             progress: hf.Progress | None) -> Model:
     config, raw = hf.read_config(folder)
+    mesh = None if mesh is None else sharding.fit(mesh, config)
     if orbax.holds_checkpoint(folder):
         params, _ = orbax.load(folder, dtype=dtype, mesh=mesh)
     else:

@@ -14,6 +14,7 @@ from jaxpersona.capture import Capture, chosen_layers
 from jaxpersona.config import ModelConfig
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.table import Site
+from jaxpersona.sharding import spread_rows
 
 Gates = dict[str, Any]  # a gate's state by its table's number
 
@@ -40,8 +41,12 @@ class Trace:
         rows = batch.tokens.shape[0]
         with jax.named_scope("intervention"):
             self.active = [edit.seen(batch) for edit in edits.edits]
+
+        def spread(state: Any) -> Any:
+            return jax.tree.map(lambda x: spread_rows(x, 0, batch.tokens), state)
+
         self.gates: Gates = {
-            str(number): edit.gate.start(rows) if gates is None else gates[str(number)]
+            str(number): spread(edit.gate.start(rows)) if gates is None else gates[str(number)]
             for number, edit in enumerate(edits.edits) if edit.gate is not None
         }
         self.opened: dict[int, jax.Array] = {}

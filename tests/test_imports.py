@@ -13,9 +13,9 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # every module may import those of a lower level and of its own group
 LEVELS = (
-    ("config",), ("families",), ("presets",), ("sharding",), ("params",), ("kernels",), ("nn",),
-    ("batch",), ("interventions", "cache"), ("readings",), ("capture",), ("vectors",), ("trace",),
-    ("model",), ("fences",), ("sampling", "decode"), ("ckpts",), ("template",), ("chat",),
+    ("config",), ("families",), ("presets",), ("sharding", "hlo"), ("params",), ("kernels",),
+    ("nn",), ("batch",), ("interventions", "cache"), ("readings",), ("capture",), ("vectors",),
+    ("trace",), ("model",), ("fences",), ("sampling", "decode"), ("ckpts",), ("template",), ("chat",),
     ("load",), ("generate",), ("specs", "learn"),
     ("persona",), ("organism", "data"), ("report",), ("cli",),
 )

@@ -1,0 +1,108 @@
+"""What a compiled program does, read off its HLO text: kernels, and traffic between devices.
+
+Only computations that run as they stand are counted: the entry, loop bodies and branches. What a
+fusion holds inside is one kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+_OPERATION = re.compile(r"\s+(?:ROOT )?%?(\S+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_HEADER = re.compile(r"(ENTRY )?%?(\S+) \(.*\) -> .* \{$")
+_CALLED = re.compile(r"(?:body|condition|to_apply|true_computation|false_computation)=%?([^\s,)]+)"
+                     r"|branch_computations=\{([^}]*)\}")
+_SHAPE = re.compile(r"\b([a-z]+)(\d+)?[a-z0-9]*\[([\d,]*)\]")
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
+               "collective-broadcast", "ragged-all-to-all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """One operation of a program.
+
+    Attributes:
+      kind: its HLO opcode; of an asynchronous pair the start, without its ending.
+      scope: the names under which it was traced, `op_name`.
+      bytes: of its result.
+    """
+
+    kind: str
+    scope: str
+    bytes: int
+
+
+def operations(text: str) -> list[Operation]:
+    """List the operations that a compiled module runs, each once however often a loop runs it."""
+    bodies, entry = _computations(text)
+    found: list[Operation] = []
+    waiting, seen = [entry], set()
+    while waiting:
+        name = waiting.pop()
+        if name in seen or name not in bodies:
+            continue
+        seen.add(name)
+        for line in bodies[name]:
+            matched = _OPERATION.match(line)
+            if matched is None:
+                continue
+            _, shape, kind, rest = matched.groups()
+            if kind in ("while", "conditional", "call"):
+                waiting += list(_called(rest))
+            if kind.endswith("-done"):
+                continue
+            scope = re.search(r'op_name="([^"]*)"', rest)
+            found.append(Operation(kind.removesuffix("-start"), scope.group(1) if scope else "",
+                                   _size(shape)))
+    return found
+
+
+def collectives(text: str) -> list[Operation]:
+    """List the operations of a compiled module that move data between devices."""
+    return [op for op in operations(text) if op.kind in COLLECTIVES]
+
+
+def by_layer(found: list[Operation], layer: int) -> list[Operation]:
+    """Choose the operations that were traced within one block (`layer{i}`)."""
+    return [op for op in found if f"layer{layer}" in op.scope.split("/")]
+
+
+def reductions(found: list[Operation]) -> int:
+    """Count the sums over devices; a reduce-scatter and the all-gather after it are one."""
+    kinds = [op.kind for op in found]
+    scattered = kinds.count("reduce-scatter")
+    return scattered + len(kinds) - scattered - min(scattered, kinds.count("all-gather"))
+
+
+def fusions(text: str) -> int:
+    """Count the fused kernels that a compiled module launches, those of a loop's body once."""
+    return sum(op.kind == "fusion" for op in operations(text))
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    bodies: dict[str, list[str]] = {}
+    entry, current = "", []
+    for line in text.splitlines():
+        if matched := _HEADER.match(line):
+            current = bodies.setdefault(matched.group(2), [])
+            if matched.group(1):
+                entry = matched.group(2)
+        elif line.startswith(" "):
+            current.append(line)
+    return bodies, entry
+
+
+def _called(rest: str) -> Iterator[str]:
+    for one, several in _CALLED.findall(rest):
+        yield from [one] if one else [name.strip().lstrip("%") for name in several.split(",")]
+
+
+def _size(shape: str) -> int:
+    total = 0
+    for kind, bits, extents in _SHAPE.findall(shape):
+        width = 8 if kind == "pred" else int(bits or 0)
+        total += math.prod(int(n) for n in extents.split(",") if n) * width // 8
+    return total

@@ -1,0 +1,58 @@
+"""What is read off a compiled program: each kernel and collective once, loops and branches seen."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxpersona import hlo
+
+TEXT = """HloModule m
+
+%fused (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %inner = f32[4]{0} fusion(%p), kind=kLoop, calls=%other
+}
+
+%body (p: (f32[4])) -> (f32[4]) {
+  %x = bf16[2,8]{1,0} reduce-scatter(%p), dimensions={0}, metadata={op_name="jit(f)/layer1/dot"}
+  %y = (bf16[4,8]{1,0}, pred[16]{0}) all-gather-start(%x), metadata={op_name="jit(f)/layer1/dot"}
+  %z = bf16[4,8]{1,0} all-gather-done(%y)
+  ROOT %f = f32[4]{0} fusion(%z), kind=kLoop, calls=%fused
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %r = f32[4]{0} all-reduce(%a), to_apply=%add, metadata={op_name="jit(f)/layer10/dot"}
+  %w = (f32[4]{0}) while(%r), condition=%cond, body=%body
+  ROOT %g = f32[4]{0} fusion(%w), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_text_is_read():
+    assert hlo.fusions(TEXT) == 2  # a fusion within a fusion is no kernel of its own
+    found = hlo.collectives(TEXT)
+    assert [op.kind for op in found] == ["all-reduce", "reduce-scatter", "all-gather"]
+    assert [op.bytes for op in found] == [16, 32, 64 + 16]
+    assert hlo.reductions(hlo.by_layer(found, 1)) == 1  # the pair is one sum
+    assert [op.kind for op in hlo.by_layer(found, 10)] == ["all-reduce"]
+    assert hlo.reductions(found) == 2
+
+
+def test_a_loop_s_collectives_are_found():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    held = jax.device_put(np.ones((8, 4), np.float32), NamedSharding(mesh, P("x")))
+
+    @jax.jit
+    def looped(x):
+        def step(_, total):
+            with jax.named_scope("layer0"):
+                return total + x.sum(0) * total
+        return jax.lax.fori_loop(0, 3, step, jnp.ones(4, jnp.float32))
+
+    found = hlo.collectives(looped.lower(held).compile().as_text())
+    assert hlo.reductions(found) == 1 and found[0].bytes == 16

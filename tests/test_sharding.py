@@ -1,0 +1,275 @@
+"""Meshes: one forward on every shape of mesh, what it may send between devices, what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support as s
+from jax.sharding import AxisType, Mesh
+
+from jaxpersona import capture, hlo, sharding
+from jaxpersona.batch import batch
+from jaxpersona.cache import init_cache
+from jaxpersona.config import Rope
+from jaxpersona.generate import generate
+from jaxpersona.interventions import cap, chain, stack_rows, steer
+from jaxpersona.model import forward
+from jaxpersona.params import layout
+
+LENGTHS = (13, 8, 1, 5, 9, 4, 2, 7)
+ROWS = s.prompts(LENGTHS, vocabulary=96)
+SHAPE = dict(vocab_size=96, n_layers=2, n_heads=8, n_kv_heads=2)  # 2 do not divide a mesh of 4
+FAMILIES = {
+    "llama": dict(family="llama", qk_norm=False, rope=Rope(500_000.0, "llama3", 8.0)),
+    "qwen3": dict(family="qwen3", n_kv_heads=8),
+    "gemma2": dict(family="gemma2", qk_norm=False, tied_embeddings=True, windows=(6, None),
+                   activation="gelu_tanh", norm_offset=1.0, post_norms=True, embed_scale=32**0.5,
+                   attn_softcap=50.0, final_softcap=30.0),
+}
+MESHES = {
+    "8x1": dict(data=8), "4x2": dict(data=4, model=2), "2x4": dict(data=2, model=4),
+    "1x8": dict(model=8), "spread": dict(fsdp=8), "spread4x2": dict(fsdp=4, model=2),
+}
+V = np.random.default_rng(0).normal(size=(3, 32))
+SHARED = chain(steer(V[0], layers=[0]), cap(V[1], layers=[1], floor=0.5))
+READ = capture.mean() | capture.last() | s.READ
+# what a row may ask for; a new kind of intervention is one more line
+REQUESTS = (
+    SHARED,
+    None,
+    cap(V[2], layers=[0, 1], floor=1.0),
+    steer(V[1], layers=[1], site="mlp"),
+)
+BY_ROW = stack_rows(REQUESTS * 2)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compile_fast():
+    """These programs are compiled once and run once: let LLVM not polish them."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@functools.lru_cache
+def one_device(family):
+    return s.tiny_model(**{**SHAPE, **FAMILIES[family]})
+
+
+def spread(model, mesh):
+    """Put a model's parameters on a mesh."""
+    mesh = sharding.fit(mesh, model.config)
+
+    def put(array, spec):
+        return jax.device_put(array, sharding.weight_sharding(spec.axes, spec.shape, mesh))
+
+    params = jax.tree.map(put, model.params, layout(model.config))
+    return dataclasses.replace(model, params=params, mesh=mesh)
+
+
+def far(found, wanted):
+    """The greatest relative distance between two trees' arrays, each as a whole."""
+    def one(a, b):
+        a, b = np.asarray(a, np.float64).reshape(1, -1), np.asarray(b, np.float64).reshape(1, -1)
+        return float(s.relative(a, b))
+    return max(jax.tree.leaves(jax.tree.map(one, found, wanted)), default=0.0)
+
+
+@functools.lru_cache
+def expected(family):
+    model = one_device(family)
+    out = s.run(model.params, model.config, batch(ROWS), interventions=BY_ROW, capture=READ)
+    return jax.device_get((out.logits, out.captured, out.applied)), replies(model)
+
+
+def replies(model):
+    return generate(model, ROWS, interventions=BY_ROW, capture=capture.mean(), max_new_tokens=8,
+                    batch_size=8)
+
+
+@pytest.mark.parametrize("shape", [name for name in MESHES if name != "spread4x2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_mesh_computes_what_one_device_does(family, shape):
+    (logits, captured, applied), alone = expected(family)
+    model = spread(one_device(family), sharding.make_mesh(**MESHES[shape]))
+    out = s.run(model.params, model.config, batch(ROWS), interventions=BY_ROW, capture=READ)
+    assert out.logits.sharding.mesh.shape == model.mesh.shape
+    assert s.relative(out.logits, logits).max() <= 1e-5
+    assert far(out.captured, captured) <= 1e-5
+    assert s.same_bits(out.applied, applied)
+    together = replies(model)
+    for row, (one, other) in enumerate(zip(alone.tokens, together.tokens, strict=True)):
+        if not np.array_equal(one, other):  # only where a near-tie explains it
+            apart = int(np.argmax(one[: len(other)] != other[: len(one)]))
+            assert margin(family, row, one[:apart]) < 1e-4
+        else:
+            assert s.relative(together.captured["mean"][row], alone.captured["mean"][row]) <= 1e-5
+
+
+def margin(family, row, reply):
+    """The top-2 margin of one device's next token after a row's prompt and part of its reply."""
+    model = one_device(family)
+    text = batch([[*ROWS[row], *reply.tolist()]])
+    edits = BY_ROW.take([row])
+    return s.top2_margin(s.run(model.params, model.config, text, interventions=edits,
+                               logits="last").logits)[0]
+
+
+def transforms(config):
+    """jit, grad and vmap of a user's own functions of (params, batch)."""
+    def logits(params, source):
+        return forward(params, config, source, interventions=BY_ROW, capture=READ).logits
+
+    def loss(params, source, scale):
+        table = steer(V[0], layers=[0, 1]).edits[0]
+        moved = table.replace(coefficients=table.coefficients.at[..., 1].multiply(scale))
+        out = forward(params, config, source, interventions=chain(SHARED).replace(edits=(moved,)))
+        score = jax.nn.log_softmax(out.logits[:, :-1])
+        word = jnp.arange(96, dtype=jnp.int32)[None, None] == source.tokens[:, 1:, None]
+        picked = jnp.where(word, score, 0.0).sum(-1)
+        return -jnp.where(source.valid[:, 1:], picked, 0.0).mean()
+
+    def slopes(params, source):
+        return jax.grad(loss, argnums=(0, 2))(params, source, jnp.float32(0.2))
+
+    def strengths(params, source):
+        scales = jnp.asarray([0.0, 0.5], jnp.float32)
+        return jax.vmap(loss, (None, None, 0))(params, source, scales)
+
+    return {"jit": logits, "grad": slopes, "vmap": strengths}
+
+
+@functools.lru_cache
+def without_mesh(kind):
+    model = one_device("llama")
+    return jax.device_get(jax.jit(transforms(model.config)[kind])(model.params, batch(ROWS)))
+
+
+@pytest.mark.parametrize("kind", ["jit", "grad", "vmap"])
+@pytest.mark.parametrize(("shape", "axes"), [
+    ("2x4", "explicit"), ("2x4", "explicit, set_mesh"), ("2x4", "auto"), ("spread4x2", "explicit")])
+def test_a_user_s_own_transforms_work_on_a_mesh(kind, axes, shape):
+    mesh = sharding.make_mesh(**MESHES[shape])
+    if axes == "auto":
+        mesh = Mesh(mesh.devices, mesh.axis_names,
+                    axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    model = spread(one_device("llama"), mesh)
+    context = jax.set_mesh(model.mesh) if "set_mesh" in axes else contextlib.nullcontext()
+    with context:
+        found = jax.jit(transforms(model.config)[kind])(model.params, batch(ROWS))
+    assert far(found, without_mesh(kind)) <= 1e-5
+    if kind == "grad":  # a gradient lies where its parameter does
+        assert found[0].layers[0].w_up_fd.sharding.shard_shape((48, 32)) == \
+            model.params.layers[0].w_up_fd.sharding.shard_shape((48, 32)) or axes == "auto"
+
+
+def decode_step(model, edits=None, reading=None):
+    """The compiled text of one decode step."""
+    config = model.config
+    cache = init_cache(config, 8, 32).spread(model.params.embed_vd)
+
+    def step(params, source, cache):
+        return forward(params, config, source, interventions=edits, capture=reading, cache=cache,
+                       logits="last")
+
+    one = batch([row[:1] for row in ROWS])
+    return jax.jit(step, donate_argnums=2).lower(model.params, one, cache).compile().as_text()
+
+
+@pytest.mark.parametrize(("family", "shape"), [
+    ("llama", "8x1"), ("llama", "2x4"), ("qwen3", "4x2"), ("gemma2", "1x8")])
+def test_a_decode_step_sums_twice_a_layer_and_a_cap_adds_nothing(family, shape):
+    model = spread(one_device(family), sharding.make_mesh(**MESHES[shape]))
+    plain = hlo.collectives(decode_step(model))
+    ways = 0 if shape == "8x1" else 2
+    for layer in range(model.config.n_layers):
+        inside = hlo.by_layer(plain, layer)
+        assert hlo.reductions(inside) == ways, inside
+    outside = [op for op in plain if "/layer" not in op.scope]
+    assert len(outside) == (ways > 0), outside  # the embedding's; the head stays spread
+    capped = hlo.collectives(decode_step(model, chain(SHARED), capture.mean()))
+    assert [op.kind for op in capped] == [op.kind for op in plain]
+    by_row = hlo.collectives(decode_step(model, BY_ROW))
+    assert [op.kind for op in by_row] == [op.kind for op in plain]
+
+
+def test_nothing_changes_without_a_mesh():
+    model = one_device("llama")
+    source = jax.tree.map(jnp.asarray, batch(ROWS))
+    for found in (sharding.out_sharding(("batch", None), source.tokens),
+                  sharding.mesh_of(source.tokens, 3.0)):
+        assert found is None
+    assert sharding.place(source.tokens, ("batch", None)) is source.tokens
+    assert sharding.gather_weight(model.params.embed_vd) is model.params.embed_vd
+    assert not hlo.collectives(decode_step(model))
+
+
+def test_heads_that_do_not_divide_the_mesh_are_held_by_groups():
+    model = one_device("llama")
+    fitted = sharding.fit(sharding.make_mesh(model=8), model.config)
+    assert dict(fitted.shape) == {"data": 1, "model": 2, "group": 4}
+    assert sharding.fit(fitted, model.config) is fitted
+    placed = spread(model, fitted).params.layers[0]
+    assert placed.wk_khd.sharding.shard_shape(placed.wk_khd.shape)[0] == 1  # one head a group
+    assert placed.wq_nhd.sharding.shard_shape(placed.wq_nhd.shape)[0] == 1
+    odd = dataclasses.replace(model.config, vocab_size=97)
+    spec = layout(odd).embed_vd
+    assert sharding.weight_sharding(spec.axes, spec.shape, fitted).is_fully_replicated
+
+
+@pytest.mark.parametrize(("mesh", "fields", "wanted"), [
+    (dict(data=3, model=3), {}, "data=3 × model=3 needs 9 devices; there are 8"),
+    (dict(model=0), {}, "every axis must be at least 1"),
+    (dict(data=2, fsdp=8), {}, "fsdp=8 × model=1 needs 16 devices; there are 8"),
+    (dict(model=4), dict(n_kv_heads=6, n_heads=12), "n_kv_heads is 6; .* use model=3"),
+    (dict(model=8), dict(n_kv_heads=4, n_heads=4), "n_heads / n_kv_heads is 1; .*use model=4"),
+    (dict(model=8), dict(d_ff=36, n_heads=8, n_kv_heads=8), "d_ff is 36; .* use model=6"),
+    (dict(fsdp=8), dict(d_model=36), "d_model is 36; .* use fsdp=6"),
+])
+def test_wrong_meshes_are_refused_in_one_line_with_the_mend(mesh, fields, wanted):
+    with pytest.raises(ValueError, match=wanted) as caught:
+        sharding.fit(sharding.make_mesh(**mesh), s.tiny_config(**fields))
+    assert "\n" not in str(caught.value)
+
+
+def test_other_misuse_of_a_mesh_is_refused():
+    model = spread(one_device("llama"), sharding.make_mesh(data=4, model=2))
+    with pytest.raises(ValueError, match="has 3 rows; .*4 devices: give a multiple of 4"):
+        s.run(model.params, model.config, batch(ROWS[:3]))
+    with pytest.raises(ValueError, match="batch_size is 6; .*use a multiple of 4"):
+        generate(model, ROWS, batch_size=6)
+    strange = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Explicit,))
+    with pytest.raises(ValueError, match=r"axes \['tensor'\]; name them data, fsdp, group, model"):
+        sharding.fit(strange, model.config)
+
+
+def test_new_values_and_rows_do_not_retrace_on_a_mesh():
+    model = spread(one_device("llama"), sharding.make_mesh(data=2, model=4))
+    traces = []
+
+    @jax.jit
+    def counted(params, source, edits):
+        traces.append(1)
+        return forward(params, model.config, source, interventions=edits, logits="last").logits
+
+    for floor, rows in ((0.5, [0, -1, 1, 0] * 2), (2.0, [1, 1, -1, 0] * 2)):
+        edits = cap(V[:2], layers=[0, 1], floor=floor, rows=rows)
+        counted(model.params, batch(ROWS), edits)
+    assert len(traces) == 1 and counted._cache_size() == 1
+
+
+def test_a_cap_that_never_binds_is_bit_exact_on_a_mesh():
+    model = spread(one_device("qwen3"), sharding.make_mesh(data=2, model=4))
+    idle = cap(V, layers=[0, 1], floor=-1e9, rows=[0, 1, 2, -1] * 2)
+    plain, capped = (s.run(model.params, model.config, batch(ROWS), interventions=edits,
+                           capture=s.READ) for edits in (None, idle))
+    assert s.same_bits(plain.logits, capped.logits)
+    assert s.same_bits(plain.captured, capped.captured)
+    assert not np.asarray(capped.applied[0].changed).any()
