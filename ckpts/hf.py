@@ -225,7 +225,7 @@ def _place(entry: Entry, spec: Spec, target: np.dtype | None, mesh: Mesh) -> jax
     """Read this process's shards of one tensor, each once, to all of its devices that hold it."""
     dtype = target or DTYPES[entry.dtype]
     placed = sharding.weight_sharding(spec.axes, spec.shape, mesh)
-    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}
+    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, index in placed.addressable_devices_indices_map(spec.shape).items():
         ranges = tuple(s.indices(n)[:2] for s, n in zip(index or (), spec.shape, strict=True))
         holders.setdefault(ranges, []).append(device)
