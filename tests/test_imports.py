@@ -15,8 +15,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 LEVELS = (
     ("config",), ("families",), ("presets",), ("sharding", "hlo"), ("params",), ("kernels",),
     ("nn",), ("batch",), ("interventions", "cache"), ("readings",), ("capture",), ("vectors",),
-    ("trace",), ("model",), ("fences",), ("sampling", "decode"), ("ckpts",), ("template",), ("chat",),
-    ("load",), ("generate",), ("specs", "learn"),
+    ("trace",), ("model",), ("fences",), ("sampling", "decode"), ("ckpts",), ("template",),
+    ("chat",), ("load",), ("generate",), ("specs", "learn"),
     ("persona",), ("organism", "data"), ("report",), ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

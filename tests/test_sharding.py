@@ -18,7 +18,16 @@ from jaxpersona.batch import batch
 from jaxpersona.cache import init_cache
 from jaxpersona.config import Rope
 from jaxpersona.generate import generate
-from jaxpersona.interventions import cap, chain, stack_rows, steer
+from jaxpersona.interventions import (
+    cap,
+    chain,
+    custom,
+    gate,
+    restore_norm,
+    rotate,
+    stack_rows,
+    steer,
+)
 from jaxpersona.model import forward
 from jaxpersona.params import layout
 
@@ -38,15 +47,21 @@ MESHES = {
 }
 V = np.random.default_rng(0).normal(size=(3, 32))
 SHARED = chain(steer(V[0], layers=[0]), cap(V[1], layers=[1], floor=0.5))
-READ = capture.mean() | capture.last() | s.READ
+READ = (capture.mean() | capture.last() | s.READ | capture.norms()
+        | capture.moments(V) | capture.histogram(V, edges=[-1.0, 0.0, 1.0]))
 # what a row may ask for; a new kind of intervention is one more line
 REQUESTS = (
     SHARED,
     None,
     cap(V[2], layers=[0, 1], floor=1.0),
     steer(V[1], layers=[1], site="mlp"),
+    rotate(V[0], V[1], layers=[0], to=0.7),
+    custom(lambda p, h: h + p * jnp.tanh(h), np.float32(0.2), layers=[1]),
+    gate(steer(V[2], layers=[1], scale=2.0), V[0], layer=0, above=-0.5),
+    gate(chain(steer(V[0], layers=[1]), restore_norm(layers=[1])), V[1], layer=0, over="token",
+         below=0.5),
 )
-BY_ROW = stack_rows(REQUESTS * 2)
+BY_ROW = stack_rows(REQUESTS)
 
 
 @pytest.fixture(autouse=True, scope="module")
