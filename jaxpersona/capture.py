@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.config import ModelConfig
-from jaxpersona.interventions.bank import Layers, resolve_layers
-from jaxpersona.interventions.table import SITES, Site
-from jaxpersona.interventions.where import Where, everywhere, response
+from jaxpersona.interventions.bank import Layers, numbers, resolve_layers
+from jaxpersona.interventions.table import SITES, Site, one_origin, traced
+from jaxpersona.interventions.where import Where, encoded, everywhere, response
 from jaxpersona.readings import (
     F32,
     Full,
@@ -69,11 +69,13 @@ def chosen_layers(part: Any, config: ModelConfig) -> tuple[int, ...]:
             f"a capture reads layer {layers[-1]}; the model has layers 0…{config.n_layers - 1}"
         )
     if hasattr(part, "directions"):
-        count, _, width = part.directions.shape
-        if count not in (1, len(layers)):  # else the last set would serve all layers beyond it
-            raise ValueError(
-                f"directions are for {count} layers, but {len(layers)} are read: {list(layers)}"
-            )
+        width = part.directions.shape[-1]
+        for name in ("directions", "edges"):  # else the last set would serve all layers beyond it
+            sets = getattr(part, name, np.zeros(1)).shape[0]
+            if sets not in (1, len(layers)):
+                raise ValueError(
+                    f"{name} are for {sets} layers, but {len(layers)} are read: {list(layers)}"
+                )
         if width != config.d_model:
             raise ValueError(
                 f"directions have width {width}; the model's residual stream has {config.d_model}"
@@ -81,22 +83,40 @@ def chosen_layers(part: Any, config: ModelConfig) -> tuple[int, ...]:
     return layers
 
 
-def _directions(directions: Any, where: Where, layers: Layers | None,
-                site: Site) -> tuple[Any, jax.Array, tuple[int, ...] | None, Site]:
-    """Return the fields that readings on directions share: where, [L or 1, K, D], layers, site."""
-    if hasattr(directions, "at_layers"):
-        directions.check_site(site)
-        chosen = resolve_layers(slice(None) if layers is None else layers, directions.n_layers)
-        value, picked = directions.at_layers(chosen)[:, None], chosen
+def _directions(directions: Any, where: Where, layers: Layers | None, site: Site
+                ) -> tuple[jax.Array, Any, jax.Array, tuple[int, ...] | None, Site]:
+    """Return what readings on directions share: where, [L or 1, K, D], origin, layers, site."""
+    several = list(directions) if isinstance(directions, (list, tuple)) else [directions]
+    if several and all(hasattr(one, "at_layers") for one in several):
+        chosen = resolve_layers(slice(None) if layers is None else layers, several[0].n_layers)
+        for one in several:
+            one.check_site(site)
+            if one.n_layers != several[0].n_layers:
+                raise ValueError(f"the directions have {several[0].n_layers} and {one.n_layers} "
+                                 "layers")
+        value: Any = np.stack([one.at_layers(chosen) for one in several], 1)
+        origin, picked = one_origin(*([one.origin] for one in several)), chosen
     else:
-        value, picked = np.asarray(directions, np.float64), _pick(layers)
+        value, picked, origin = numbers("directions", directions), _pick(layers), np.zeros(1)
         value = value[None] if value.ndim == 2 else value
-    if value.ndim != 3:
+    if value.ndim != 3 or not value.shape[1]:
         raise ValueError(f"directions has shape {value.shape}; it must be [K, D] or [l, K, D]")
-    norm = np.linalg.norm(value, axis=-1, keepdims=True)
-    if not np.isfinite(norm).all() or (norm == 0).any():
+    xp: Any = jnp if traced(value) else np
+    norm = xp.linalg.norm(value, axis=-1, keepdims=True)
+    if xp is np and (not np.isfinite(norm).all() or (norm == 0).any()):
         raise ValueError("directions holds a zero or a value that is not finite")
-    return jnp.asarray(where.encode()), jnp.asarray(value / norm, F32), picked, site
+    unit = jnp.asarray(value / norm, F32)
+    return _test(where), unit, jnp.asarray(origin, jnp.uint32), picked, _site(site)
+
+
+def _test(where: Where) -> jax.Array:
+    return jnp.asarray(encoded(where))
+
+
+def _site(site: Site) -> Site:
+    if site not in SITES:
+        raise ValueError(f"site is {site!r}; it must be one of {SITES}")
+    return site
 
 
 def _pick(layers: Layers | None) -> tuple[int, ...] | None:
@@ -109,15 +129,15 @@ def mean(where: Where = response, *, layers: Layers | None = None, site: Site = 
 
     Result: [B, L, D], or [B, L, M, D].
     """
-    if turns is not None and turns < 1:
-        raise ValueError(f"turns is {turns}; it must be positive")
-    return Capture({name: Mean(jnp.asarray(where.encode()), _pick(layers), site, turns)})
+    if turns is not None and (not isinstance(turns, int) or turns < 1):
+        raise ValueError(f"turns is {turns!r}; it must be a positive whole number")
+    return Capture({name: Mean(_test(where), _pick(layers), _site(site), turns)})
 
 
 def last(where: Where = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "last") -> Capture:
     """Keep the activation of the last chosen token. Result: [B, L, D]."""
-    return Capture({name: Last(jnp.asarray(where.encode()), _pick(layers), site)})
+    return Capture({name: Last(_test(where), _pick(layers), _site(site))})
 
 
 def projections(directions: Any, where: Where = everywhere, *, layers: Layers | None = None,
@@ -163,14 +183,15 @@ def histogram(directions: Any, edges: Any, where: Where = response, *,
       ValueError: edges that do not ascend or do not fit, or directions that do not.
     """
     chosen = _directions(directions, where, layers, site)
-    bounds = np.asarray(edges, np.float64)
+    bounds = numbers("edges", edges)
     bounds = bounds[None, None] if bounds.ndim == 1 else bounds
     if bounds.ndim != 3 or not bounds.shape[-1]:
         raise ValueError(f"edges has shape {bounds.shape}; it must be [E] or [l, K, E]")
     if not np.isfinite(bounds).all() or (np.diff(bounds.astype(np.float32), axis=-1) <= 0).any():
         raise ValueError("edges must be finite and ascend, each greater than the one before")
-    count, wanted = bounds.shape[0], chosen[1].shape[0] if chosen[2] is None else len(chosen[2])
-    if bounds.shape[1] not in (1, chosen[1].shape[1]) or count not in (1, wanted):
+    known = None if chosen[3] is None else len(chosen[3])  # else the model's, checked with it
+    if bounds.shape[1] not in (1, chosen[1].shape[1]) or (
+            known is not None and bounds.shape[0] not in (1, known)):
         raise ValueError(f"edges has shape {bounds.shape}; directions {chosen[1].shape}")
     return Capture({name: Histogram(*chosen, jnp.asarray(bounds, F32))})
 
@@ -181,10 +202,10 @@ def norms(where: Where = everywhere, *, layers: Layers | None = None, site: Site
 
     Its mean over tokens without the first is the unit in which Lu et al. 2026 count steering.
     """
-    return Capture({name: Norms(jnp.asarray(where.encode()), _pick(layers), site)})
+    return Capture({name: Norms(_test(where), _pick(layers), _site(site))})
 
 
 def full(where: Where = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "full") -> Capture:
     """Keep every chosen activation. Result: [B, L, S, D] float32; 4·B·L·S·D bytes."""
-    return Capture({name: Full(jnp.asarray(where.encode()), _pick(layers), site)})
+    return Capture({name: Full(_test(where), _pick(layers), _site(site))})

@@ -5,8 +5,9 @@ backtick, a tilde, a newline, a blank, anything else. A token's text takes the a
 state to another, so the whole of it is one table [V, states] that the decode loop looks up.
 
 A fence is known at its third mark; a longer one closes at three marks too, and an opening line
-with a second backtick further on (code within a line) counts as code up to there. A finished text
-is read by `template.fences`, which sees whole lines.
+with a second backtick further on (code within a line) counts as code up to there. Lists are not
+followed: a fence behind a list's mark is text. A finished text is read by `template.fences`, which
+sees whole lines.
 """
 
 from __future__ import annotations
@@ -84,8 +85,16 @@ def _walk(text: str) -> np.ndarray:
 
 def _reduced(text: str) -> str:
     """Keep of a text what the automaton can tell apart."""
-    text = re.sub(r"[^`~\n ]+", "x", text.replace("\t", "    "))
+    # a carriage return before a newline is no more than a blank at a line's end
+    text = re.sub(r"[^`~\n ]+", "x", text.replace("\t", "    ").replace("\r", " "))
     return re.sub(r"(.)\1{4,}", r"\1\1\1\1", text, flags=re.DOTALL)
+
+
+def _written(token: str) -> str:
+    """Put white space for its stand-ins in byte-level and in sentencepiece vocabularies."""
+    for marks, text in (("[Ġ▁]", " "), ("Ċ|<0x0A>", "\n"), ("ĉ|<0x09>", "\t"), ("č|<0x0D>", "\r")):
+        token = re.sub(marks, text, token)
+    return token
 
 
 def walk(texts: list[str]) -> np.ndarray:
@@ -105,8 +114,7 @@ def table(tokenizer: Any, size: int) -> np.ndarray:
     An entry is the state that a token leads to from a state, with `CODE_BIT` where some of its text
     is code.
     """
-    # a newline and a blank in the vocabularies of byte-level and of sentencepiece tokenizers
-    texts = (re.sub("Ċ|<0x0A>", "\n", re.sub("[Ġ▁]", " ", token or ""))
+    texts = (_written(token or "")
              for token in tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), size))))
     rows = [_walk(_reduced(text)) for text in texts]
     return np.stack([*rows, *[_walk("x")] * (size - len(rows))])

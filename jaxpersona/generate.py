@@ -23,7 +23,7 @@ from jaxpersona.batch import CODE, KINDS, Batch
 from jaxpersona.batch import batch as make_batch
 from jaxpersona.capture import Capture, TokenState
 from jaxpersona.decode import State, Stops, decode, prefill
-from jaxpersona.interventions.compose import Interventions
+from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.sampling import sampling
 from jaxpersona.sharding import rows_divisor
 from jaxpersona.trace import Applied
@@ -104,8 +104,8 @@ def generate(
     count = len(conversations)
     if not count:
         raise ValueError("conversations is empty; give at least one")
-    edits = interventions if interventions is not None else Interventions()
-    _check_edits(model, edits, count)
+    edits = given(interventions)
+    _check_edits(model, edits, capture, count)
     ways = rows_divisor(model.params.embed_vd)
     if batch_size % ways:
         raise ValueError(f"batch_size is {batch_size}; the mesh spreads rows over {ways} devices: "
@@ -159,7 +159,9 @@ def _run(model: Model, batch: Batch, edits: Interventions, capture: Capture | No
 
 
 def _asks_for_code(edits: Interventions, capture: Capture) -> bool:
-    """Whether a test of an intervention or a capture looks at code."""
+    """Whether a test of an intervention or a capture looks at code, or may come to do so."""
+    if any(edit.reserved for edit in edits.edits):
+        return True
     tests = [part.where for part in capture.parts.values()]
     for edit in edits.edits:
         tests += [edit.where] if edit.gate is None else [edit.where, edit.gate.where]
@@ -201,11 +203,14 @@ def _encode(model: Model, item: Any, thinking: bool) -> chat.Row:
     return chat.Row(tokens.astype(np.int32), kind, np.zeros(tokens.size, np.int32), "")
 
 
-def _check_edits(model: Model, edits: Interventions, count: int) -> None:
+def _check_edits(model: Model, edits: Interventions, capture: Capture | None,
+                 count: int) -> None:
     edits.check(layers=model.config.n_layers, width=model.config.d_model, rows=count)
     mine = int(model.fingerprint[8:], 16)
     named = [edit.origin for edit in edits.edits]
     named += [edit.gate.origin for edit in edits.edits if edit.gate is not None]
+    named += [part.origin for part in (capture.parts.values() if capture is not None else ())
+              if hasattr(part, "origin")]
     foreign = {int(o) for origin in named for o in np.asarray(origin)} - {0, mine}
     if foreign:
         raise ValueError(

@@ -17,7 +17,7 @@ from jaxpersona.batch import Batch
 from jaxpersona.cache import Cache, advance, assign_slots, init_cache, write
 from jaxpersona.capture import Capture
 from jaxpersona.config import ModelConfig
-from jaxpersona.interventions.compose import Interventions
+from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.kernels.attention import Asked, choose, flash
 from jaxpersona.params import Layer, Params
 from jaxpersona.readings import spread_states
@@ -83,7 +83,7 @@ def forward(
         and `new_cache`, or cuDNN asked for where it does not fit.
     """
     rows, width = batch.tokens.shape
-    edits = interventions if interventions is not None else Interventions()
+    edits = given(interventions)
     edits.check(layers=config.n_layers, width=config.d_model, rows=rows)
     if batch.chunk and any(e.gate is not None and e.gate.within for e in edits.edits):
         raise ValueError("a gate with within=True needs the whole prompt in one piece; run it "
@@ -107,7 +107,7 @@ def forward(
     if state is None and capture is not None:
         state = capture.start(config, rows, width if cache is None else cache.slots)
         state = spread_states(state, like)
-    trace = Trace(config, batch, edits, capture if capture is not None else Capture(), gates)
+    trace = Trace(config, batch, edits, capture if capture is not None else Capture(), gates, start)
     if cache is None:
         positions = jnp.where(batch.valid, batch.position, -1)
     else:

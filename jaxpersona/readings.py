@@ -146,7 +146,7 @@ class Mean:
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
         """Reduce one layer's h [B, T, D]."""
         form = "btd,bt->bd" if self.turns is None else "btd,bmt->bmd"
-        return jnp.einsum(form, h.astype(F32), weights)
+        return jnp.einsum(form, h.astype(F32), weights, precision="highest")
 
     def add(self, state: MeanState, parts: jax.Array, weights: jax.Array, batch: Batch,
             slots: jax.Array) -> MeanState:
@@ -193,6 +193,7 @@ class Projections:
 
     where: Any
     directions: Any  # [L or 1, K, D] float32, unit length
+    origin: Any  # [1] uint32, as in a table of edits
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
     site: Site = flax.struct.field(pytree_node=False, default="residual")
 
@@ -208,7 +209,7 @@ class Projections:
     def project(self, h: jax.Array, index: int) -> jax.Array:
         """Project one layer's h [B, T, D] on its directions: [B, T, K]."""
         table = self.directions[index if self.directions.shape[0] > 1 else 0]
-        return jnp.einsum("btd,kd->btk", h.astype(F32), table)
+        return jnp.einsum("btd,kd->btk", h.astype(F32), table, precision="highest")
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> Any:
         """Keep the projections of one layer's h [B, T, D] where they are chosen: [B, T, K]."""

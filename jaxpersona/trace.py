@@ -25,7 +25,8 @@ class Applied:
 
     Attributes:
       seen: [B] int32, tokens that its `where` chose.
-      changed: [l, B] int32, tokens that it changed, at each of its layers.
+      changed: [l, B] int32, tokens that it changed, at each of its layers: where a rank-one edit's
+        δ is not 0, whether or not so small a change survives rounding to the model's dtype.
     """
 
     seen: Any
@@ -36,7 +37,7 @@ class Trace:
     """Edit and read activations on their way through a model. Lives only while it is traced."""
 
     def __init__(self, config: ModelConfig, batch: Batch, edits: Interventions, capture: Capture,
-                 gates: Gates | None) -> None:
+                 gates: Gates | None, before: jax.Array | None) -> None:
         self.batch, self.edits, self.capture = batch, edits, capture
         rows = batch.tokens.shape[0]
         with jax.named_scope("intervention"):
@@ -46,9 +47,13 @@ class Trace:
             return jax.tree.map(lambda x: spread_rows(x, 0, batch.tokens), state)
 
         self.gates: Gates = {
-            str(number): spread(edit.gate.start(rows)) if gates is None else gates[str(number)]
+            str(number): spread(edit.gate.start(rows, before)) if gates is None
+            else gates.get(str(number))
             for number, edit in enumerate(edits.edits) if edit.gate is not None
         }
+        if gates is not None and set(gates) != set(self.gates):
+            raise ValueError(f"gates are those of other interventions: {sorted(gates)}, not "
+                             f"{sorted(self.gates)}")
         self.opened: dict[int, jax.Array] = {}
         self.changed: list[list[jax.Array]] = [[] for _ in edits.edits]
         self.layers = {name: chosen_layers(part, config) for name, part in capture.parts.items()}
@@ -79,7 +84,14 @@ class Trace:
         return h
 
     def captured(self, state: dict[str, Any] | None, slots: jax.Array) -> dict[str, Any]:
-        """Add this call's readings to the state."""
+        """Add this call's readings to the state.
+
+        Raises:
+          ValueError: the state is another capture's.
+        """
+        if state is not None and set(state) != set(self.capture.parts):
+            raise ValueError(f"captured is of another capture: {sorted(state)}, not "
+                             f"{sorted(self.capture.parts)}")
         with jax.named_scope("capture"):
             return {
                 name: part.add(state[name], jax.tree.map(lambda *x: jnp.stack(x),

@@ -37,7 +37,8 @@ class Bank:
     """
 
     def __init__(self, vector: Any, layers: Layers, rows: Any, site: Site,
-                 name: str = "vector") -> None:
+                 name: str = "vector", zero: bool = False) -> None:
+        """Read a direction or a bank of them; `zero` lets it be zero (then so is its unit)."""
         if site not in SITES:
             raise ValueError(f"site is {site!r}; it must be one of {SITES}")
         self.site: Site = site
@@ -67,16 +68,16 @@ class Bank:
         norm = xp.linalg.norm(value, axis=-1, keepdims=True)
         if xp is np and not np.isfinite(value).all():
             raise ValueError(f"{name} holds a value that is not finite")
-        if xp is np and (norm == 0).any():
+        if xp is np and not zero and (norm == 0).any():
             raise ValueError(f"{name} is zero at a chosen layer; it has no direction")
         self.norm = norm[..., 0].T
-        self.direction = xp.moveaxis(value / norm, 0, 1)
+        self.direction = xp.moveaxis(value / xp.where(norm == 0, 1, norm), 0, 1)
         self.origin = np.array(origin or [0] * len(value), np.uint32)
 
     def _array(self, vector: Any, name: str) -> Any:
         """Read a bare array as [n, l, D]."""
-        xp: Any = jnp if traced(vector) else np
-        value = xp.asarray(vector, xp.float32 if xp is jnp else xp.float64)
+        value = numbers(name, vector)
+        xp: Any = jnp if traced(value) else np
         count = len(self.layers)
         if value.ndim == 1:
             value = value[None, None]
@@ -94,18 +95,23 @@ class Bank:
         return xp.broadcast_to(value, (value.shape[0], count, value.shape[2]))
 
     def spread(self, name: str, value: Any) -> Any:
-        """Broadcast a strength or threshold to [l, n]."""
-        xp: Any = jnp if traced(value) else np
-        given = xp.asarray(value, xp.float32 if xp is jnp else xp.float64)
+        """Broadcast a strength or threshold to [l, n].
+
+        Raises:
+          ValueError: not a number, of another shape, or one that could be meant in two ways.
+        """
+        given = numbers(name, value)
+        xp: Any = jnp if traced(given) else np
         n, count = self.direction.shape[1], len(self.layers)
         if xp is np:
-            if np.isnan(given).any():
-                raise ValueError(f"{name} is NaN")
-            worst = _OPEN.get(name)
-            if (np.abs(given) > _GREATEST if worst is None else given == worst).any():
-                raise ValueError(f"{name} is infinite in float32; it must be a finite number")
-        if given.ndim and given.shape[-1] == self.total and (given.ndim == 2 or self.index is None):
-            given = given[..., np.array(self.layers)]  # one a layer of the model
+            check_finite(name, given)
+        if given.ndim and given.shape[-1] == self.total:  # one a layer of the model
+            if given.ndim == 1 and self.index is not None and n == self.total > 1:
+                raise ValueError(f"{name} has {n} numbers, for {n} directions or {n} layers; give "
+                                 "[n, l], one a direction and chosen layer")
+            given = given[..., np.array(self.layers)]
+            if given.ndim == 1 and self.index is not None:
+                given = xp.broadcast_to(given[None], (n, count))
         if given.ndim == 0:
             return xp.broadcast_to(given[None, None], (count, n))
         if given.ndim == 1 and self.index is not None and given.size == n:
@@ -118,6 +124,39 @@ class Bank:
             f"{name} has shape {given.shape}; with {count} layers and {n} directions it must be a "
             f"number, {'[n]' if self.index is not None else '[l]'} or [n, l]"
         )
+
+
+def numbers(name: str, value: Any) -> Any:
+    """Read numbers as float64, or float32 where they are traced.
+
+    Raises:
+      ValueError: something else.
+    """
+    if traced(value):
+        return jnp.asarray(value, jnp.float32)
+    try:
+        found = np.asarray(value)
+        if found.dtype.kind in "iuf" or found.dtype.name == "bfloat16":
+            return found.astype(np.float64)
+    except (TypeError, ValueError):
+        pass
+    said = repr(value)
+    raise ValueError(f"{name} is {said if len(said) < 60 else said[:57] + '…'}; it must be a real "
+                     "number or an array of them")
+
+
+def check_finite(name: str, value: np.ndarray) -> None:
+    """Refuse NaN, and what is infinite in float32 but for a bound that stands open.
+
+    Raises:
+      ValueError: with the field's name.
+    """
+    if np.isnan(value).any():
+        raise ValueError(f"{name} is NaN")
+    open_ = _OPEN.get(name)
+    beyond = np.abs(value) > _GREATEST
+    if (beyond if open_ is None else beyond & (value != -open_)).any():
+        raise ValueError(f"{name} is infinite in float32; it must be a finite number")
 
 
 def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
@@ -135,7 +174,8 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         end: int = total if total is not None else layers.stop  # pyright: ignore
         chosen = tuple(range(*layers.indices(end)))
     else:
-        items = [layers] if isinstance(layers, (int, np.integer)) else list(layers)
+        several = isinstance(layers, (Sequence, np.ndarray, range)) and not isinstance(layers, str)
+        items = list(layers) if several else [layers]
         if any(isinstance(i, bool) or not isinstance(i, (int, np.integer)) for i in items):
             raise ValueError(f"layers is {layers!r}; it must be an int, a slice or several ints")
         chosen = tuple(int(i) for i in items)

@@ -54,18 +54,7 @@ class Interventions:
         """
         rows = np.asarray(rows, np.int32)
 
-        def pick(edit: Table) -> Table:
-            if edit.index is None:
-                return edit
-            index = np.asarray(edit.index)
-            if rows.size and rows.max() >= index.size:
-                raise ValueError(
-                    f"interventions are for {index.size} rows; row {int(rows.max())} was asked for"
-                )
-            chosen = np.where(rows >= 0, index[np.maximum(rows, 0)], -1)
-            return edit.replace(index=jnp.asarray(chosen, jnp.int32))  # pyright: ignore
-
-        return Interventions(tuple(pick(edit) for edit in self.edits))
+        return Interventions(tuple(edit.take(rows) for edit in self.edits))
 
     @property
     def rows(self) -> int | None:
@@ -102,9 +91,31 @@ class Interventions:
             )
 
 
+def given(interventions: Interventions | None) -> Interventions:
+    """Return interventions as they were given to a run; None is none.
+
+    Raises:
+      ValueError: something else.
+    """
+    _check_kind([interventions])
+    return Interventions() if interventions is None else interventions
+
+
 def chain(*parts: Interventions | None) -> Interventions:
-    """Apply interventions one after another, in the listed order. None is no intervention."""
+    """Apply interventions one after another, in the listed order. None is no intervention.
+
+    Raises:
+      ValueError: a part is something else.
+    """
+    _check_kind(parts)
     return Interventions(tuple(edit for part in parts if part is not None for edit in part.edits))
+
+
+def _check_kind(parts: Sequence[Any]) -> None:
+    for part in parts:
+        if part is not None and not isinstance(part, Interventions):
+            raise ValueError(f"interventions are what steer, cap, … return, or None; a part is a "
+                             f"{type(part).__name__}")
 
 
 def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
@@ -123,10 +134,15 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
     Raises:
       ValueError: a size that is not positive, or layers that cannot be read.
     """
-    if min(rows, width, slots) < 1 or (entries is not None and entries < 1):
-        raise ValueError("rows, width, slots and entries must be positive")
+    sizes = {"rows": rows, "width": width, "slots": slots,
+             "entries": rows if entries is None else entries}
+    for name, size in sizes.items():
+        if not isinstance(size, (int, np.integer)) or size < 1:
+            raise ValueError(f"{name} is {size!r}; it must be a positive whole number")
+    if site not in SITES:
+        raise ValueError(f"site is {site!r}; it must be one of {SITES}")
     chosen = resolve_layers(layers, None)
-    size = next_power(rows if entries is None else entries)
+    size = next_power(sizes["entries"])
     unit = np.zeros((len(chosen), size, width), np.float32)
     unit[..., 0] = 1.0
     empty = Edit(
@@ -135,7 +151,7 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
                                                  (len(chosen), size, 4))),
         where=jnp.asarray(np.broadcast_to(np.array(NOWHERE), (size, 5)), jnp.int32),
         origin=jnp.zeros(size, jnp.uint32), index=jnp.full(rows, -1, jnp.int32),
-        layers=chosen, site=site)
+        layers=chosen, site=site, reserved=True)
     return Interventions((empty,) * slots)
 
 
@@ -148,11 +164,15 @@ def stack_rows(parts: Sequence[Interventions | None], *,
 
     Args:
       parts: for each row interventions that treat all rows alike (no `rows=`), or None.
-      into: what `reserve` made: the result has its structure, and so its compiled program.
+      into: what `reserve` made, filled or not: the result has its structure, and so its compiled
+        program, and holds nothing but the parts.
 
     Raises:
       ValueError: no rows, a part that has rows of its own, or one that does not fit `into`.
     """
+    if isinstance(parts, Interventions) or not isinstance(parts, Sequence):
+        raise ValueError("parts must be a list with one Interventions or None a row")
+    _check_kind(parts)
     if not parts:
         raise ValueError("stack_rows needs at least one row")
     for row, part in enumerate(parts):
@@ -185,7 +205,8 @@ def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
     """Put the shared entries of several tables into one, with an index a row."""
     if not members:
         assert into is not None  # a slot without members was reserved
-        return into
+        nobody = jnp.full(rows, -1, jnp.int32)
+        return into.replace(index=nobody, origin=jnp.zeros_like(into.origin))  # pyright: ignore
     layers = tuple(sorted({layer for edit in members.values() for layer in edit.layers}))
     entries: dict[int, int] = {}
     unique: list[Table] = []
@@ -206,12 +227,13 @@ def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
         layers, size = into.layers, into.entries
     first = unique[0]
     payload = type(first).gather(unique, layers, size)
-    where = np.concatenate([np.asarray(edit.where)[:1] for edit in unique])
-    origin = np.concatenate([np.asarray(edit.origin)[:1] for edit in unique])
-    fill = [*range(len(unique)), *[0] * (size - len(unique))]
-    gate = None if first.gate is None else Gate.gather([unique[i].gate for i in fill])
+    spare = size - len(unique)
+    gates = [edit.gate for edit in (*unique, *[first] * spare)]
+    where = jnp.concatenate([*(edit.where[:1] for edit in unique),
+                             jnp.asarray([NOWHERE] * spare, jnp.int32).reshape(-1, len(NOWHERE))])
+    origin = jnp.concatenate([*(edit.origin[:1] for edit in unique), jnp.zeros(spare, jnp.uint32)])
     payload = {name: value if name == "params" else jnp.asarray(value, jnp.float32)
                for name, value in payload.items()}
     return first.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        **payload, where=jnp.asarray(where[fill], jnp.int32), gate=gate, layers=layers,
-        origin=jnp.asarray(origin[fill], jnp.uint32), index=jnp.asarray(index))
+        **payload, where=where, origin=origin, layers=layers, index=jnp.asarray(index),
+        gate=None if first.gate is None else Gate.gather(gates), reserved=into is not None)

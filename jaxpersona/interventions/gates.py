@@ -57,9 +57,16 @@ class Gate:
         """Whether the gate is measured before a block's site is reached."""
         return (self.layer, ORDER[self.site]) < (layer, ORDER[site])
 
-    def start(self, rows: int) -> GateState:
-        """Return the measurements before any token."""
-        return GateState(jnp.zeros((rows,), jnp.float32), jnp.zeros((rows,), jnp.float32))
+    def start(self, rows: int, before: jax.Array | None = None) -> GateState:
+        """Return the measurements before any token.
+
+        Args:
+          before: [B] int32, tokens that a cache already holds. A row that has some was measured
+            elsewhere, and that was not handed on: its gate stays shut.
+        """
+        zero = jnp.zeros((rows,), jnp.float32)
+        lost = zero if before is None else jnp.where(before > 0, jnp.nan, 0.0).astype(jnp.float32)
+        return GateState(zero + lost, zero)
 
     def measure(self, h: jax.Array, batch: Batch,
                 state: GateState) -> tuple[jax.Array, GateState]:
@@ -69,7 +76,8 @@ class Gate:
           [B, T] bool: the tokens that the gate lets through; and the grown state.
         """
         wide = h.astype(jnp.float32)
-        p = jnp.einsum("btd,btd->bt", wide, jnp.broadcast_to(self.direction[:, None], h.shape))
+        p = jnp.einsum("btd,btd->bt", wide, jnp.broadcast_to(self.direction[:, None], h.shape),
+                       precision="highest")
         chosen = holds(self.where, batch)
         lo, hi = self.bounds[:, :1], self.bounds[:, 1:]
         if self.over == "token":
@@ -79,7 +87,9 @@ class Gate:
         state = GateState(state.total + (p * weight).sum(-1), state.count + weight.sum(-1))
         mean = (state.total / jnp.maximum(state.count, 1.0))[:, None]
         opened = (state.count[:, None] > 0) & (mean >= lo) & (mean <= hi)
-        reach = jnp.ones(kind.shape, bool) if self.within else (kind & (LAST | GENERATED)) != 0
+        reach = (kind & (LAST | GENERATED)) != 0
+        if self.within:  # the prompt's own tokens too, where all of it is here
+            reach = reach | (kind & LAST).any(-1, keepdims=True)
         return opened & reach, state
 
 

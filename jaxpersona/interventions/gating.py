@@ -7,11 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.interventions.bank import Bank
+from jaxpersona.batch import GENERATED
+from jaxpersona.interventions.bank import Bank, check_finite, numbers
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.gates import Gate, Over
-from jaxpersona.interventions.table import Site
-from jaxpersona.interventions.where import Where, everywhere, prompt
+from jaxpersona.interventions.table import Site, Table, traced
+from jaxpersona.interventions.where import Where, encoded, everywhere, prompt
 
 
 def gate(
@@ -33,8 +34,8 @@ def gate(
 
     Args:
       interventions: of one chain; none of them gated already.
-      vector: the direction, [D] or a named one; for a bank with `rows=` also one for each entry,
-        [n, D] or a list.
+      vector: the direction, [D] or a named one; for a bank with `rows=` also one for each of its
+        edits, [n, D] or a list.
       layer, site: where it is measured (after any edit there); before every layer it gates.
       above, below: the bounds, a number or for a bank [n]; at least one.
       over: "prompt": a row's mean over its prompt decides for the row, from its prompt's last token
@@ -56,27 +57,51 @@ def gate(
         raise ValueError("interventions is empty; there is nothing to gate")
     if where is None:
         where = (prompt if over == "prompt" else everywhere).without("first")
-    gated = []
-    for table in interventions.edits:
-        if table.gate is not None:
-            raise ValueError("interventions has a gate already; gate each part once, then chain")
-        bank = Bank(vector, [layer], [0] if table.index is None else table.index, site)
-        lo = bank.spread("above", -np.inf if above is None else above)[0]
-        hi = bank.spread("below", np.inf if below is None else below)[0]
-        if (lo > hi).any():
-            raise ValueError("above is greater than below; no projection lies between them")
-        n, size = len(lo), table.entries
-        if n not in (1, size) and not n <= size < 2 * n:
-            raise ValueError(f"the gate has {n} directions; the bank has {size} entries")
-        spread = [*range(n), *[n - 1] * (size - n)]
-        made = Gate(
-            direction=jnp.asarray(bank.direction[0][spread], jnp.float32),
-            bounds=jnp.asarray(np.stack([lo, hi], -1)[spread], jnp.float32),
-            where=jnp.asarray(np.broadcast_to(where.encode(), (size, 5)), jnp.int32),
-            origin=jnp.asarray(bank.origin[spread]),
-            layer=bank.layers[0], site=site, over=over, within=within)
-        if not made.precedes(table.layers[0], table.site):
-            raise ValueError(f"the gate's layer {layer} ({site}) is not before layer "
-                             f"{table.layers[0]} ({table.site}), which it gates")
-        gated.append(table.replace(gate=made))
-    return Interventions(tuple(gated))
+    test = encoded(where)
+    if over == "prompt" and where.need & GENERATED:
+        raise ValueError("where is for generated tokens, of which a prompt has none; use "
+                         "over='token' or another where")
+    return Interventions(tuple(
+        _gated(table, vector, layer, {"above": above, "below": below}, test, site, over, within)
+        for table in interventions.edits))
+
+
+def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: np.ndarray,
+           site: Site, over: Over, within: bool) -> Table:
+    """Put a gate before one table."""
+    if table.gate is not None:
+        raise ValueError("interventions has a gate already; gate each part once, then chain")
+    bank = Bank(vector, [layer], None if table.index is None else [0], site)
+    direction, size = bank.direction[0], table.entries
+    # those that fill a table up have a test that no token passes
+    real = size if traced(table.where) else int((np.asarray(table.where)[:, 0] >= 0).sum())
+    if direction.shape[0] not in (1, real):
+        raise ValueError(f"the gate has {direction.shape[0]} directions; the bank has {real} edits")
+    lo, hi = (_spread(name, value, real) for name, value in bounds.items())
+    if not traced(lo, hi) and (lo > hi).any():
+        raise ValueError("above is greater than below; no projection lies between them")
+    entry = np.array([*range(real), *[0] * (size - real)])
+    xp: Any = jnp if traced(lo, hi) else np
+    made = Gate(
+        direction=jnp.asarray(direction[entry if len(direction) > 1 else 0 * entry], jnp.float32),
+        bounds=jnp.asarray(xp.stack([lo, hi], -1)[entry], jnp.float32),
+        where=jnp.asarray(np.broadcast_to(test, (size, test.size)), jnp.int32),
+        origin=jnp.asarray(bank.origin[entry if len(bank.origin) > 1 else 0 * entry]),
+        layer=bank.layers[0], site=site, over=over, within=within)
+    if not made.precedes(table.layers[0], table.site):
+        raise ValueError(f"the gate's layer {layer} ({site}) is not before layer "
+                         f"{table.layers[0]} ({table.site}), which it gates")
+    return table.replace(gate=made)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _spread(name: str, value: Any, count: int) -> Any:
+    """Return a bound for each of `count` entries; None stands open."""
+    if value is None:
+        return np.full(count, -np.inf if name == "above" else np.inf)
+    given = numbers(name, value)
+    if not traced(given):
+        check_finite(name, given)
+    if given.shape not in ((), (1,), (count,)):
+        raise ValueError(f"{name} has shape {given.shape}; it must be a number or [{count}], one "
+                         "for each edit of the bank")
+    return (jnp if traced(given) else np).broadcast_to(given.reshape(-1), (count,))

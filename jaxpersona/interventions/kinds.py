@@ -44,7 +44,7 @@ class Rotation(Table):
         cos, sin, to = (self.angle[slot][:, i, None] for i in range(3))
         wide = h.astype(F32)
         one, two = (jnp.broadcast_to(b[slot][:, None], h.shape) for b in (self.first, self.second))
-        p, q = (jnp.einsum("btd,btd->bt", wide, b) for b in (one, two))
+        p, q = (jnp.einsum("btd,btd->bt", wide, b, precision="highest") for b in (one, two))
         inside = p * p + q * q
         some = inside > 0  # the root has no gradient at 0
         radius = jnp.where(some, jnp.sqrt(jnp.where(some, inside, 1.0)), 0.0)

@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.interventions.bank import Bank, Layers, resolve_layers
+from jaxpersona.interventions.bank import (
+    Bank,
+    Layers,
+    check_finite,
+    resolve_layers,
+)
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.edit import table
 from jaxpersona.interventions.kinds import Custom, NormRestoration, Rotation
@@ -24,9 +29,10 @@ from jaxpersona.interventions.table import (
     checked_index,
     common,
     next_power,
+    one_origin,
     traced,
 )
-from jaxpersona.interventions.where import Where, everywhere
+from jaxpersona.interventions.where import Where, encoded, everywhere
 
 _FLAT = 1e-6  # a plane whose second vector keeps less than this of its length has no direction
 
@@ -56,7 +62,10 @@ def steer(
       ValueError: a direction, strength, layer or row that does not fit; field, value and mend.
     """
     bank = Bank(vector, layers, rows, site)
-    return _rank_one(bank, where, c=bank.spread("scale", scale) * bank.norm)
+    amount = bank.spread("scale", scale) * bank.norm
+    if not traced(amount):
+        check_finite("scale · ‖vector‖", amount)
+    return _rank_one(bank, where, c=amount)
 
 
 def cap(
@@ -96,6 +105,8 @@ def cap(
     along = None if push is None else Bank(push, layers, rows, site, "push")
     if along is not None and along.direction.shape != bank.direction.shape:
         raise ValueError(f"push has shape {along.direction.shape}; vector {bank.direction.shape}")
+    if along is not None:
+        bank.origin = one_origin(bank.origin, along.origin)
     return _rank_one(bank, where, lo=lo, hi=hi, push=None if along is None else along.direction)
 
 
@@ -139,7 +150,8 @@ def mean_ablate(
       ValueError: a mean of another form, or anything that `steer` refuses.
     """
     bank = Bank(vector, layers, rows, site)
-    of = Bank(mean, layers, rows, site, "mean")
+    of = Bank(mean, layers, rows, site, "mean", zero=True)
+    bank.origin = one_origin(bank.origin, of.origin)
     n, width = bank.direction.shape[1:]
     if of.direction.shape[1] not in (1, n) or of.direction.shape[2] != width:
         raise ValueError(f"mean has shape {of.direction.shape}; vector {bank.direction.shape}")
@@ -211,6 +223,7 @@ def rotate(
     one, two = Bank(first, layers, rows, site, "first"), Bank(second, layers, rows, site, "second")
     if one.direction.shape != two.direction.shape:
         raise ValueError(f"second has shape {two.direction.shape}; first {one.direction.shape}")
+    one.origin = one_origin(one.origin, two.origin)
     xp: Any = jnp if traced(one.direction, two.direction, to, by) else np
     across = two.direction - (one.direction * two.direction).sum(-1, keepdims=True) * one.direction
     length = xp.linalg.norm(across, axis=-1, keepdims=True)
@@ -273,7 +286,7 @@ def custom(
         raise ValueError(f"fn is {fn!r}; it must be a function of (params, h)")
     chosen = resolve_layers(layers, None)
     # through NumPy, so that a Python number's type is as strong as an array's
-    leaves = [x if traced(x) else jnp.asarray(np.asarray(x)) for x in jax.tree.leaves(params)]
+    leaves = [x if traced(x) else jnp.asarray(np.asarray(x)) for x in _arrays(params)]
     if rows is None:
         leaves = [x[None] for x in leaves]
     sizes = {x.shape[0] if x.ndim else 0 for x in leaves} or {1}
@@ -287,6 +300,15 @@ def custom(
                   on=jnp.ones((len(chosen), next_power(n)), jnp.float32))
 
 
+def _arrays(params: Any) -> list[Any]:
+    """Return the leaves of a custom function's parameters, which must be numbers."""
+    leaves = jax.tree.leaves(params)
+    for leaf in leaves:
+        if not traced(leaf) and np.asarray(leaf).dtype.kind in "OSU":
+            raise ValueError(f"params holds {leaf!r}; its leaves must be arrays or numbers")
+    return leaves
+
+
 def _rank_one(bank: Bank, where: Where, *, s: Any = 1.0, c: Any = 0.0, lo: Any = -np.inf,
               hi: Any = np.inf, push: Any = None) -> Interventions:
     """Make a table of rank-one edits."""
@@ -294,7 +316,7 @@ def _rank_one(bank: Bank, where: Where, *, s: Any = 1.0, c: Any = 0.0, lo: Any =
     xp: Any = jnp if traced(s, c, lo, hi) else np
     numbers = [xp.broadcast_to(xp.asarray(x, xp.float32) if xp is jnp else x, (count, n))
                for x in (s, c, lo, hi)]
-    test = np.broadcast_to(where.encode(), (n, 5))
+    test = np.broadcast_to(encoded(where), (n, 5))
     edit = table(bank.direction, xp.stack(numbers, -1), test, bank.origin, bank.layers, bank.site,
                  bank.index, push)
     return Interventions((edit,))
@@ -306,7 +328,7 @@ def _table(kind: type[Table], bank: Bank, where: Where, **payload: Any) -> Inter
     size = next_power(n)
     spread = np.array([*range(n), *[n - 1] * (size - n)])
     fields = {name: jnp.asarray(value[:, spread], jnp.float32) for name, value in payload.items()}
-    test = np.broadcast_to(where.encode(), (n, 5))
+    test = np.broadcast_to(encoded(where), (n, 5))
     shared = common(test, bank.origin, checked_index(bank.index, n), size)
     return Interventions((kind(layers=bank.layers, site=bank.site, **shared, **fields),))
 
@@ -316,6 +338,6 @@ def _plain(kind: type[Table], layers: tuple[int, ...], where: Where, rows: Any, 
     """Make a table that has no direction."""
     if site not in SITES:
         raise ValueError(f"site is {site!r}; it must be one of {SITES}")
-    test = np.broadcast_to(where.encode(), (n, 5))
+    test = np.broadcast_to(encoded(where), (n, 5))
     shared = common(test, np.zeros(n, np.uint32), checked_index(rows, n), next_power(n))
     return Interventions((kind(layers=layers, site=site, **shared, **fields),))

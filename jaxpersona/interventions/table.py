@@ -36,6 +36,7 @@ class Table:
       gate: what must hold for a row or a token before the entry acts, or None.
       layers, site: the structure.
       each: True once entry b belongs to row b (`by_row`).
+      reserved: whether entries may come and go (`compose.reserve`).
     """
 
     PAYLOAD: ClassVar[dict[str, int]] = {}  # the kind's own fields, and their axis of entries
@@ -47,6 +48,7 @@ class Table:
     layers: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     site: Site = flax.struct.field(pytree_node=False, default="residual")
     each: bool = flax.struct.field(pytree_node=False, default=False)
+    reserved: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
     def entries(self) -> int:
@@ -69,10 +71,30 @@ class Table:
         A shared table stays shared: it has nothing to gather. A row without an entry keeps some
         entry's numbers, with a test that no token passes.
         """
-        if self.index is None or self.each:
+        return self if self.index is None or self.each else self._gathered(self.index)
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Choose rows, −1 for one without an entry; what all rows share stays.
+
+        Raises:
+          ValueError: `rows` asks for a row that the table does not have.
+        """
+        if self.index is None:
             return self
-        here = self.index >= 0
-        chosen = jnp.where(here, self.index, 0)
+        count = self.index.shape[0]
+        if rows.size and rows.max() >= count:
+            raise ValueError(
+                f"interventions are for {count} rows; row {int(rows.max())} was asked for"
+            )
+        if self.each:
+            return self._gathered(jnp.asarray(rows, jnp.int32)).replace(  # pyright: ignore
+                index=jnp.asarray(rows, jnp.int32))
+        chosen = np.where(rows >= 0, np.asarray(self.index)[np.maximum(rows, 0)], -1)
+        return self.replace(index=jnp.asarray(chosen, jnp.int32))  # pyright: ignore
+
+    def _gathered(self, index: jax.Array) -> Self:
+        here = index >= 0
+        chosen = jnp.where(here, index, 0)
 
         def pick(value: Any, axis: int) -> Any:
             at = (slice(None),) * axis + (chosen,)
@@ -124,15 +146,21 @@ class Table:
           layers: at least those of the members; an entry does nothing at the others.
           size: the number of entries wanted.
         """
-        out = cls.identities(len(layers), size, members[0])
-        for entry, member in enumerate(members):
-            at = [layers.index(layer) for layer in member.layers]
-            for name in out:
-                value = np.asarray(getattr(member, name))[:, 0]
-                if value.shape[1:] != out[name].shape[2:]:
-                    raise ValueError("the rows' directions have different widths: they are for "
-                                     "one model each")
-                out[name][at, entry] = value
+        out: dict[str, Any] = cls.identities(len(layers), size, members[0])
+        if any(member.width != members[0].width for member in members):
+            raise ValueError("the rows' directions have different widths: they are for one model "
+                             "each")
+        for name in out:
+            values = [getattr(member, name)[:, 0] for member in members]
+            xp: Any = jnp if traced(values) else np
+            table = xp.asarray(out[name])
+            for entry, (member, value) in enumerate(zip(members, values, strict=True)):
+                at = np.array([layers.index(layer) for layer in member.layers])
+                if xp is np:
+                    table[at, entry] = np.asarray(value)
+                else:
+                    table = table.at[at, entry].set(value)
+            out[name] = table
         return out
 
     @classmethod
@@ -166,6 +194,21 @@ def checked_index(index: Any, entries: int) -> np.ndarray | None:
 def traced(*values: Any) -> bool:
     """Whether a value is being traced (by jit, grad or vmap), so that NumPy cannot look at it."""
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values))
+
+
+def one_origin(*origins: Any) -> np.ndarray:
+    """Return the model that directions used together come from, [n] uint32 (0: not known).
+
+    Raises:
+      ValueError: they come from different models.
+    """
+    found = np.zeros(max(len(origin) for origin in origins), np.uint32)
+    for origin in origins:
+        known = np.broadcast_to(np.asarray(origin, np.uint32), found.shape)
+        if ((found != 0) & (known != 0) & (found != known)).any():
+            raise ValueError("the directions were made for different models; use those of one")
+        found = np.where(found == 0, known, found)
+    return found
 
 
 def common(where: Any, origin: Any, index: np.ndarray | None, size: int) -> dict[str, Any]:

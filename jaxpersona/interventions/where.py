@@ -55,8 +55,15 @@ class Where:
         return dataclasses.replace(self, none=self.none | _bits(kinds))
 
     def within(self, lo: int, hi: int = FOREVER) -> Where:
-        """Keep only messages lo ≤ turn < hi."""
-        return self & Where(lo=lo, hi=hi)
+        """Keep only messages lo ≤ turn < hi.
+
+        Raises:
+          ValueError: no message lies there.
+        """
+        found = self & Where(lo=lo, hi=hi)
+        if found.lo >= found.hi:
+            raise ValueError(f"within {lo}…{hi} holds no message; lo must be less than hi")
+        return found
 
     def encode(self) -> np.ndarray:
         """Return the test as [5] int32."""
@@ -88,6 +95,18 @@ NAMED = {
     "from_last": from_last, "system": system, "user": user, "assistant": assistant,
     "response": response, "marked": marked,
 }
+
+
+def encoded(where: Where) -> np.ndarray:
+    """Return a test as [5] int32.
+
+    Raises:
+      ValueError: it is no test.
+    """
+    if not isinstance(where, Where):
+        raise ValueError(f"where is {where!r}; give a test such as jaxpersona.generated or "
+                         f"jaxpersona.turns('user'); named are {', '.join(NAMED)}")
+    return where.encode()
 
 
 def turns(role: str) -> Where:
