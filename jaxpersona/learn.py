@@ -8,6 +8,7 @@ named direction.
 from __future__ import annotations
 
 import contextlib
+import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ import optax
 from flax import nnx
 
 from jaxpersona.batch import Batch
+from jaxpersona.ckpts import files
+from jaxpersona.families import read_json
 from jaxpersona.interventions import SITES, Interventions, Site, Where, resolve_layers, steer
 from jaxpersona.interventions.bank import Layers
 from jaxpersona.interventions.where import everywhere
@@ -52,7 +55,7 @@ class Direction(nnx.Module):
         Raises:
           ValueError: layers, a site or a size that cannot be.
         """
-        if size <= 0:
+        if not 0 < size < math.inf:
             raise ValueError(f"size is {size}; it must be positive")
         if site not in SITES:
             raise ValueError(f"site is {site!r}; it must be one of {SITES}")
@@ -105,9 +108,12 @@ def fit(
       The loss of every step that was taken now.
 
     Raises:
-      ValueError: no batches or steps, a direction or a checkpoint that does not fit, or a loss that
-        is no longer finite (the direction is then as it was before that step).
+      ValueError: no batches or steps, a direction or a checkpoint that does not fit, a folder that
+        holds more steps, a loss that is no number, or a loss or gradient that is no longer finite
+        (the direction is then as it was before that step, and so is the folder).
     """
+    if isinstance(batches, Batch):
+        raise ValueError("batches is one Batch; give a list of them")
     if steps < 1 or not batches:
         raise ValueError(f"steps is {steps} with {len(batches)} batches; both must be positive")
     config = model.config
@@ -119,7 +125,10 @@ def fit(
     def step(learned: Any, memory: Any, params: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
         def measured(state: Any) -> jax.Array:
             edits = nnx.merge(graph, state).interventions()
-            return loss(forward(params, config, batch, interventions=edits), batch)
+            value = loss(forward(params, config, batch, interventions=edits), batch)
+            if jnp.shape(value) != ():
+                raise ValueError(f"the loss has shape {jnp.shape(value)}; it must be one number")
+            return value
 
         value, slope = jax.value_and_grad(measured)(learned)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes a Python float
@@ -127,17 +136,22 @@ def fit(
         return optax.apply_updates(learned, change), memory, value
 
     memory, done, losses = optimizer.init(learned), 0, []
-    with _checkpoints(folder) as kept:
+    with _checkpoints(folder, direction, model) as kept:
         if kept is not None and kept.latest is not None:
             learned, memory = kept.restore((learned, memory))
             done = kept.latest
+            if done > steps:
+                raise ValueError(f"steps is {steps}, but {folder} holds {done}; ask for more, or "
+                                 "use another folder")
         for number in range(done, steps):
             batch = batches[number % len(batches)]
             new, memory, value = step(learned, memory, model.params, batch)
-            if not np.isfinite(float(value)):
+            finite = all(bool(jnp.isfinite(x).all()) for x in (value, *jax.tree.leaves(new)))
+            if not finite:
                 nnx.update(direction, learned)
-                raise ValueError(f"the loss is {float(value)} at step {number}; choose a smaller "
-                                 "learning rate or another loss")
+                raise ValueError(f"the loss is {float(value)} at step {number} and it or its "
+                                 "gradient is not finite; choose a smaller learning rate or "
+                                 "another loss")
             learned = new
             losses.append(float(value))
             if kept is not None and ((number + 1) % _KEEP_EVERY == 0 or number + 1 == steps):
@@ -176,18 +190,38 @@ class _Checkpoints:
 
         leaves, tree = jax.tree.flatten(like)
         wanted = _plain(like)
-        kept = getattr(self.manager.item_metadata(self.latest), "tree", {})
-        shapes = {name: tuple(array.shape) for name, array in kept.items()}
-        if shapes != {name: x.shape for name, x in wanted.items()}:
-            raise ValueError(f"{self.folder}: the checkpoint does not fit this direction and "
-                             "optimizer; use another folder")
         try:
+            kept = getattr(self.manager.item_metadata(self.latest), "tree", None)
+            if kept is None:
+                raise ValueError("its metadata is damaged")
+            shapes = {name: tuple(array.shape) for name, array in kept.items()}
+            if shapes != {name: x.shape for name, x in wanted.items()}:
+                raise ValueError("it is of another optimizer")
             found = self.manager.restore(self.latest, args=ocp.args.StandardRestore(wanted))
         except Exception as error:
             reason = " ".join(str(error).split())[:160]
-            raise ValueError(f"{self.folder}: the checkpoint cannot be read ({reason}); delete "
-                             "the folder to begin anew") from None
+            raise ValueError(f"{self.folder}: the checkpoint cannot be used ({reason}); use "
+                             "another folder, or delete it to begin anew") from None
         return jax.tree.unflatten(tree, [found[f"{i:04d}"] for i in range(len(leaves))])
+
+
+def _claim(folder: pathlib.Path, what: dict[str, Any]) -> None:
+    """Enter what is learned into a folder, or check that the folder is of the same.
+
+    Raises:
+      ValueError: it is of something else, or cannot be written.
+    """
+    path = folder / "direction.json"
+    if not path.exists():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise ValueError(f"{folder}: is not empty and holds no {path.name}; use another folder")
+        files.write_json(path, what)
+        return
+    kept = read_json(path)
+    for field, value in what.items():
+        if kept.get(field) != value:
+            raise ValueError(f"{folder}: the checkpoint does not fit this direction: its {field} "
+                             f"is {kept.get(field)}, not {value}; use another folder")
 
 
 def _plain(state: Any) -> dict[str, Any]:
@@ -196,13 +230,18 @@ def _plain(state: Any) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _checkpoints(folder: str | pathlib.Path | None) -> Iterator[_Checkpoints | None]:
+def _checkpoints(folder: str | pathlib.Path | None, direction: Direction,
+                 model: Model) -> Iterator[_Checkpoints | None]:
+    """Open the checkpoints of a training, which must be of this direction and model."""
     if folder is None:
         yield None
         return
     import orbax.checkpoint as ocp
 
     path = pathlib.Path(folder).absolute()
+    _claim(path, {"layers": list(direction.layers), "site": direction.site,
+                  "where": direction.where.encode().tolist(), "model": model.fingerprint,
+                  "shape": list(direction.vector[...].shape)})
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     handler = ocp.StandardCheckpointHandler()
     with ocp.CheckpointManager(path, options=options, item_handlers=handler) as manager:

@@ -12,158 +12,22 @@ Everything is checked before anything compiles, and every fault is named at once
 
 from __future__ import annotations
 
-import difflib
 import pathlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pydantic
-from pydantic import Field, FiniteFloat, NonNegativeInt
 
 from jaxpersona import capture as readings
 from jaxpersona import interventions as ops
+from jaxpersona import spec_forms as forms
 from jaxpersona.capture import Capture
 from jaxpersona.ckpts.vectors import load_vector
 from jaxpersona.interventions import Interventions, Where
-from jaxpersona.interventions.where import NAMED
-from jaxpersona.vectors import Axis
+from jaxpersona.vectors import Axis, Vector
 
 if TYPE_CHECKING:
     from jaxpersona.load import Model
-
-Numbers = FiniteFloat | list[FiniteFloat]
-Direction = str | list[FiniteFloat] | list[list[FiniteFloat]]  # a file, [D], or one a layer [l, D]
-
-
-class _Strict(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class Place(_Strict):
-    """Which tokens: a name of `where`, less some kinds, within some messages."""
-
-    name: str = "everywhere"
-    without: list[str] = []
-    turns: tuple[NonNegativeInt, NonNegativeInt] | None = None
-
-    @pydantic.field_validator("turns", mode="before")
-    @classmethod
-    def _pair(cls, value: Any) -> Any:
-        return tuple(value) if isinstance(value, list) else value
-
-    def build(self, first: bool) -> Where:
-        """Return the test; `first` says whether it may hold on a row's first token."""
-        if self.name not in NAMED:
-            raise ValueError(f"where is {self.name!r}; choose from {', '.join(NAMED)}")
-        where = NAMED[self.name].without(*self.without, *([] if first else ["first"]))
-        return where if self.turns is None else where.within(*self.turns)
-
-
-class GateSpec(_Strict):
-    """What must hold before an operator acts (`gate`)."""
-
-    vector: Direction
-    layer: NonNegativeInt
-    above: FiniteFloat | None = None
-    below: FiniteFloat | None = None
-    over: Literal["prompt", "token"] = "prompt"
-    within: bool = False
-    where: str | Place | None = None
-    site: ops.Site = "residual"
-
-
-class _Act(_Strict):
-    layers: int | str | list[int]
-    where: str | Place = "everywhere"
-    first_token: bool = True
-    site: ops.Site = "residual"
-    gate: GateSpec | None = None
-
-
-class Steer(_Act):
-    """`steer`."""
-
-    operator: Literal["steer"]
-    vector: Direction
-    scale: Numbers = 1.0
-
-
-class Cap(_Act):
-    """`cap`; bounds are numbers or percentiles of an axis, such as "p25" with `of`."""
-
-    operator: Literal["cap"]
-    vector: Direction
-    floor: Numbers | str | None = None
-    ceiling: Numbers | str | None = None
-    of: str | None = None
-
-
-class Ablate(_Act):
-    """`ablate`."""
-
-    operator: Literal["ablate"]
-    vector: Direction
-    coefficient: Numbers = 0.0
-
-
-class MeanAblate(_Act):
-    """`mean_ablate`."""
-
-    operator: Literal["mean_ablate"]
-    vector: Direction
-    mean: Direction
-
-
-class Scale(_Act):
-    """`scale`."""
-
-    operator: Literal["scale"]
-    vector: Direction
-    factor: Numbers
-
-
-class SetProjection(_Act):
-    """`set_projection`."""
-
-    operator: Literal["set_projection"]
-    vector: Direction
-    value: Numbers
-
-
-class Rotate(_Act):
-    """`rotate`, in the plane of two directions; angles in radians."""
-
-    operator: Literal["rotate"]
-    plane: list[Direction] = Field(min_length=2, max_length=2)
-    to: Numbers | None = None
-    by: Numbers | None = None
-
-
-class RestoreNorm(_Act):
-    """`restore_norm`."""
-
-    operator: Literal["restore_norm"]
-
-
-Operator = Annotated[
-    Steer | Cap | Ablate | MeanAblate | Scale | SetProjection | Rotate | RestoreNorm,
-    Field(discriminator="operator")]
-
-
-class Reading(_Strict):
-    """A capture: what is read off which tokens."""
-
-    reading: Literal["mean", "last", "full", "norms", "projections", "moments", "histogram"]
-    where: str | Place | None = None
-    first_token: bool = True
-    layers: int | str | list[int] | None = None
-    site: ops.Site = "residual"
-    name: str | None = None
-    turns: int | None = None
-    directions: list[Direction] | str | None = None
-    edges: list[FiniteFloat] | None = None
-
 
 def interventions(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") -> Interventions:
     """Build interventions from their declarative form and check them against a model.
@@ -178,14 +42,14 @@ def interventions(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") 
         plane that does not fit; field, value and mend, all of a spec's form at once.
     """
     parts = [_operator(item, at, model, pathlib.Path(folder))
-             for item, at in zip(*_read(spec, Operator, "interventions"), strict=True)]
+             for item, at in zip(*forms.read(spec, forms.Operator, "interventions"), strict=True)]
     return ops.chain(*parts)
 
 
 def captures(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") -> Capture:
     """Build a capture from its declarative form; arguments and errors as for `interventions`."""
     out = Capture()
-    for item, at in zip(*_read(spec, Reading, "capture"), strict=True):
+    for item, at in zip(*forms.read(spec, forms.Reading, "capture"), strict=True):
         try:
             out = out | _reading(item, model, pathlib.Path(folder))
             for part in out.parts.values():
@@ -197,45 +61,7 @@ def captures(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") -> Ca
 
 def schema() -> dict[str, Any]:
     """Return the JSON schema of a list of operators."""
-    return pydantic.TypeAdapter(list[Operator]).json_schema()
-
-
-def _read(spec: Any, kind: Any, name: str) -> tuple[list[Any], list[str]]:
-    """Read one table or a list of them; also say what to call each in an error."""
-    many = isinstance(spec, Sequence) and not isinstance(spec, (str, bytes))
-    items = list(spec) if many else [spec]
-    where = [f"{name}[{i}]" if many else name for i in range(len(items))]
-    adapter, found, faults = pydantic.TypeAdapter(kind), [], []
-    for item, at in zip(items, where, strict=True):
-        try:
-            found.append(adapter.validate_python(item))
-        except pydantic.ValidationError as error:
-            faults += [_fault(fault, at, item) for fault in error.errors(include_url=False)]
-    if faults:
-        raise ValueError("; ".join(dict.fromkeys(faults)))
-    return found, where
-
-
-def _fault(fault: Any, at: str, item: Any) -> str:
-    """Say one of pydantic's findings as field, value and mend."""
-    tag = item.get("operator") if isinstance(item, dict) else None
-    place = [str(part) for part in fault["loc"] if part != tag]
-    # the members of a union of types are pydantic's business, not the user's
-    place = [part for part in place if part.isidentifier() and part.islower() or part.isdigit()]
-    path = ".".join([at, *place])
-    if fault["type"] == "extra_forbidden":
-        kinds = {"gate": GateSpec, "where": Place}
-        owner = kinds.get(place[0]) if len(place) > 1 else _KINDS.get(tag, Reading)
-        known = list(owner.model_fields) if owner else []
-        near = difflib.get_close_matches(place[-1], known, 1)
-        mend = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-        return f"{path} is unknown; {mend}"
-    value = "" if fault["type"] == "missing" else f" is {fault['input']!r}"
-    return f"{path}{value}: {fault['msg'][:1].lower()}{fault['msg'][1:]}"
-
-
-_KINDS = {kind.model_fields["operator"].annotation.__args__[0]: kind  # pyright: ignore
-          for kind in (Steer, Cap, Ablate, MeanAblate, Scale, SetProjection, Rotate, RestoreNorm)}
+    return pydantic.TypeAdapter(list[forms.Operator]).json_schema()
 
 
 def _operator(item: Any, at: str, model: Model, folder: pathlib.Path) -> Interventions:
@@ -247,7 +73,7 @@ def _operator(item: Any, at: str, model: Model, folder: pathlib.Path) -> Interve
             made = ops.gate(
                 made, _direction(gate.vector, folder), layer=gate.layer, above=gate.above,
                 below=gate.below, over=gate.over, within=gate.within, site=gate.site,
-                where=None if gate.where is None else _place(gate.where, False))
+                where=_gate_place(gate))
         made.check(layers=model.config.n_layers, width=model.config.d_model, rows=0)
     except ValueError as error:
         raise ValueError(f"{at}: {error}") from None
@@ -256,39 +82,43 @@ def _operator(item: Any, at: str, model: Model, folder: pathlib.Path) -> Interve
 
 def _build(item: Any, model: Model, folder: pathlib.Path) -> Interventions:
     how: dict[str, Any] = {"layers": _layers(item.layers, model.config.n_layers),
-                           "where": _place(item.where, item.first_token), "site": item.site}
+                           "where": item.where.build(item.first_token), "site": item.site}
 
-    def read(value: Direction) -> Any:
+    def read(value: Any) -> Any:
         return _direction(value, folder)
 
     match item:
-        case Steer():
+        case forms.Steer():
             return ops.steer(read(item.vector), scale=item.scale, **how)
-        case Cap():
+        case forms.Cap():
             vector = read(item.vector)
+            if item.push is not None:
+                how["push"] = read(item.push)
+            if item.of is not None and not any(isinstance(x, str)
+                                               for x in (item.floor, item.ceiling)):
+                raise ValueError("of is for percentiles; floor and ceiling are numbers")
             return ops.cap(vector, floor=_bound(vector, "floor", item.floor, item.of),
                            ceiling=_bound(vector, "ceiling", item.ceiling, item.of), **how)
-        case Ablate():
+        case forms.Ablate():
             return ops.ablate(read(item.vector), coefficient=item.coefficient, **how)
-        case MeanAblate():
+        case forms.MeanAblate():
             return ops.mean_ablate(read(item.vector), read(item.mean), **how)
-        case Scale():
+        case forms.Scale():
             return ops.scale(read(item.vector), item.factor, **how)
-        case SetProjection():
+        case forms.SetProjection():
             return ops.set_projection(read(item.vector), item.value, **how)
-        case Rotate():
+        case forms.Rotate():
             return ops.rotate(read(item.plane[0]), read(item.plane[1]), to=item.to, by=item.by,
                               **how)
     return ops.restore_norm(**how)
 
 
-def _reading(item: Reading, model: Model, folder: pathlib.Path) -> Capture:
+def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture:
     layers = None if item.layers is None else _layers(item.layers, model.config.n_layers)
     how: dict[str, Any] = {"layers": layers, "site": item.site, "name": item.name or item.reading}
     if item.where is not None or not item.first_token:
-        where = item.where or ("response" if item.reading in ("mean", "moments", "histogram")
-                               else "everywhere")
-        how["where"] = _place(where, item.first_token)
+        usual = "response" if item.reading in ("mean", "moments", "histogram") else "everywhere"
+        how["where"] = (item.where or forms.Place(name=usual)).build(item.first_token)
     on = item.reading in ("projections", "moments", "histogram")
     for field, wanted in (("directions", on), ("edges", item.reading == "histogram")):
         if (getattr(item, field) is not None) != wanted:
@@ -298,32 +128,32 @@ def _reading(item: Reading, model: Model, folder: pathlib.Path) -> Capture:
     make = getattr(readings, item.reading)
     if not on:
         return make(**how, **({"turns": item.turns} if item.reading == "mean" else {}))
-    given = item.directions
-    value = _direction(given, folder) if isinstance(given, str) else np.array(
-        [_direction(one, folder) for one in given or ()])
+    value: Any = [_direction(one, folder) for one in item.directions or ()]
+    if not any(isinstance(one, Vector) for one in value):
+        value = np.array(value)
+    elif not all(isinstance(one, Vector) for one in value):
+        raise ValueError("directions mixes files and numbers; give one kind")
     return make(value, *([item.edges] if item.reading == "histogram" else []), **how)
 
 
 def _layers(value: int | str | list[int], total: int) -> tuple[int, ...]:
     if isinstance(value, str):
-        parts = value.split(":")
-        if len(parts) != 2 or not all(p.strip().isdigit() or not p for p in parts):
-            raise ValueError(f"layers is {value!r}; write a number, a list, or 46:54 (half-open)")
-        start, stop = (int(p) if p else None for p in parts)
+        start, stop = (int(p) if p.strip() else None for p in value.split(":"))
         return ops.resolve_layers(slice(start, stop), total)
     return ops.resolve_layers(value, total)
 
 
-def _place(value: str | Place, first: bool) -> Where:
-    return (Place(name=value) if isinstance(value, str) else value).build(first)
+def _gate_place(gate: forms.GateSpec) -> Where | None:
+    """Return the tokens that a gate measures; None for its own default."""
+    if gate.where is None and not gate.first_token:
+        return None
+    usual = forms.Place(name="prompt" if gate.over == "prompt" else "everywhere")
+    return (gate.where or usual).build(gate.first_token)
 
 
-def _direction(value: Direction, folder: pathlib.Path) -> Any:
+def _direction(value: Any, folder: pathlib.Path) -> Any:
     if isinstance(value, str):
         return load_vector(folder / value)
-    widths = {len(row) for row in value if isinstance(row, list)}
-    if len(widths) > 1:
-        raise ValueError(f"vector has rows of different lengths: {sorted(widths)}")
     array = np.array(value, np.float64)
     return array[None] if array.ndim == 2 else array
 

@@ -16,7 +16,7 @@ LEVELS = (
     ("config",), ("families",), ("presets",), ("sharding", "hlo"), ("params",), ("kernels",),
     ("nn",), ("batch",), ("interventions", "cache"), ("readings",), ("capture",), ("vectors",),
     ("trace",), ("model",), ("fences",), ("sampling", "decode"), ("ckpts",), ("template",),
-    ("chat",), ("load",), ("generate",), ("specs", "learn"),
+    ("chat",), ("load",), ("generate",), ("spec_forms", "specs", "learn"),
     ("persona",), ("organism", "data"), ("report",), ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -1,0 +1,254 @@
+"""The declarative forms of interventions and captures: what each key may hold.
+
+A form is read whole and every fault in it is named at once, before any vector file is opened.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import reprlib
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field, FiniteFloat, NonNegativeInt
+
+from jaxpersona.interventions import Site, Where
+from jaxpersona.interventions.where import NAMED
+
+
+def _numbers(value: Any) -> Any:
+    """Read a finite number, or lists of them to any depth; return it as it came."""
+    if isinstance(value, list) and value:
+        for part in value:
+            _numbers(part)
+    elif isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
+        raise ValueError("must be a finite number, or a list of them")
+    return value
+
+
+def _finite(value: float) -> bool:
+    return isinstance(value, int) or math.isfinite(value)
+
+
+def _direction_form(value: Any) -> Any:
+    """Read the name of a vector file, or numbers: [D], or one row a layer [l, D]."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError("must be the name of a vector file, or a list of numbers")
+    _numbers(value)
+    rows = {len(row) if isinstance(row, list) else -1 for row in value}
+    if len(rows) > 1:
+        raise ValueError("has rows of different lengths")
+    return value
+
+
+def _layers_form(value: Any) -> Any:
+    """Read a layer, a list of them, or a half-open range as text."""
+    whole = [value] if not isinstance(value, list) else value
+    if isinstance(value, str):
+        parts = value.split(":")
+        if len(parts) == 2 and all(p.strip().isdecimal() or not p for p in parts):
+            return value
+    elif whole and all(isinstance(x, int) and not isinstance(x, bool) for x in whole):
+        return value
+    raise ValueError("must be a number, a list of them, or a half-open range such as \"46:54\"")
+
+
+def _place_form(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+def _schema(*kinds: dict[str, Any]) -> pydantic.WithJsonSchema:
+    return pydantic.WithJsonSchema({"anyOf": list(kinds)})
+
+
+_NUMBER, _TEXT = {"type": "number"}, {"type": "string"}
+
+
+def _many(kind: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": kind}
+
+
+Numbers = Annotated[Any, pydantic.AfterValidator(_numbers), _schema(_NUMBER, _many(_NUMBER))]
+Bound = Annotated[Any, pydantic.AfterValidator(lambda x: x if isinstance(x, str) else _numbers(x)),
+                  _schema(_NUMBER, _many(_NUMBER), _TEXT)]
+Direction = Annotated[Any, pydantic.AfterValidator(_direction_form),
+                      _schema(_TEXT, _many(_NUMBER), _many(_many(_NUMBER)))]
+Layers = Annotated[Any, pydantic.AfterValidator(_layers_form),
+                   _schema({"type": "integer"}, _many({"type": "integer"}), _TEXT)]
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Place(_Strict):
+    """Which tokens: a name of `where`, less some kinds, within some messages."""
+
+    name: str = "everywhere"
+    without: list[str] = []
+    turns: list[NonNegativeInt] | None = Field(default=None, min_length=2, max_length=2)
+
+    def build(self, first: bool) -> Where:
+        """Return the test; `first` says whether it may hold on a row's first token."""
+        if self.name not in NAMED:
+            raise ValueError(f"where is {self.name!r}; choose from {', '.join(NAMED)}")
+        where = NAMED[self.name].without(*self.without, *([] if first else ["first"]))
+        return where if self.turns is None else where.within(*self.turns)
+
+
+Where_ = Annotated[Place, pydantic.BeforeValidator(_place_form)]
+
+
+class GateSpec(_Strict):
+    """What must hold before an operator acts (`gate`)."""
+
+    vector: Direction
+    layer: NonNegativeInt
+    above: FiniteFloat | None = None
+    below: FiniteFloat | None = None
+    over: Literal["prompt", "token"] = "prompt"
+    within: bool = False
+    where: Where_ | None = None
+    first_token: bool = False
+    site: Site = "residual"
+
+
+class _Act(_Strict):
+    layers: Layers
+    where: Where_ = Place()
+    first_token: bool = True
+    site: Site = "residual"
+    gate: GateSpec | None = None
+
+
+class Steer(_Act):
+    """`steer`."""
+
+    operator: Literal["steer"]
+    vector: Direction
+    scale: Numbers = 1.0
+
+
+class Cap(_Act):
+    """`cap`; bounds are numbers or percentiles of an axis, such as "p25" with `of`."""
+
+    operator: Literal["cap"]
+    vector: Direction
+    floor: Bound | None = None
+    ceiling: Bound | None = None
+    of: str | None = None
+    push: Direction | None = None
+
+
+class Ablate(_Act):
+    """`ablate`."""
+
+    operator: Literal["ablate"]
+    vector: Direction
+    coefficient: Numbers = 0.0
+
+
+class MeanAblate(_Act):
+    """`mean_ablate`."""
+
+    operator: Literal["mean_ablate"]
+    vector: Direction
+    mean: Direction
+
+
+class Scale(_Act):
+    """`scale`."""
+
+    operator: Literal["scale"]
+    vector: Direction
+    factor: Numbers
+
+
+class SetProjection(_Act):
+    """`set_projection`."""
+
+    operator: Literal["set_projection"]
+    vector: Direction
+    value: Numbers
+
+
+class Rotate(_Act):
+    """`rotate`, in the plane of two directions; angles in radians."""
+
+    operator: Literal["rotate"]
+    plane: list[Direction] = Field(min_length=2, max_length=2)
+    to: Numbers | None = None
+    by: Numbers | None = None
+
+
+class RestoreNorm(_Act):
+    """`restore_norm`."""
+
+    operator: Literal["restore_norm"]
+
+
+Operator = Annotated[
+    Steer | Cap | Ablate | MeanAblate | Scale | SetProjection | Rotate | RestoreNorm,
+    Field(discriminator="operator")]
+
+
+class Reading(_Strict):
+    """A capture: what is read off which tokens."""
+
+    reading: Literal["mean", "last", "full", "norms", "projections", "moments", "histogram"]
+    where: Where_ | None = None
+    first_token: bool = True
+    layers: Layers | None = None
+    site: Site = "residual"
+    name: str | None = None
+    turns: int | None = None
+    directions: Annotated[list[Direction], Field(min_length=1)] | None = None
+    edges: Numbers | None = None
+
+
+def read(spec: Any, kind: Any, name: str) -> tuple[list[Any], list[str]]:
+    """Read one table or a list of them; also say what to call each in an error."""
+    many = isinstance(spec, Sequence) and not isinstance(spec, (str, bytes))
+    if many and not spec:
+        raise ValueError(f"{name} is an empty list; give at least one")
+    items = list(spec) if many else [spec]
+    where = [f"{name}[{i}]" if many else name for i in range(len(items))]
+    adapter, found, faults = pydantic.TypeAdapter(kind), [], []
+    for item, at in zip(items, where, strict=True):
+        try:
+            found.append(adapter.validate_python(item))
+        except pydantic.ValidationError as error:
+            faults += [_fault(fault, at, item) for fault in error.errors(include_url=False)]
+    if faults:
+        raise ValueError("; ".join(dict.fromkeys(faults)))
+    return found, where
+
+
+def _fault(fault: Any, at: str, item: Any) -> str:
+    """Say one of pydantic's findings as field, value and mend."""
+    tag = item.get("operator") if isinstance(item, dict) else None
+    place = [str(part) for part in fault["loc"]]
+    if place[:1] == [tag] and tag in _KINDS:  # the operator's name, which is no field
+        place = place[1:]
+    path = ".".join([at, *place])
+    if fault["type"] == "extra_forbidden":
+        kinds = {"gate": GateSpec, "where": Place}
+        kind = _KINDS[tag] if isinstance(tag, str) and tag in _KINDS else Reading
+        owner = kinds[place[-2]] if len(place) > 1 else kind
+        near = difflib.get_close_matches(place[-1], owner.model_fields, 1)
+        return f"{path} is unknown; " + (f"did you mean {near[0]!r}?" if near else
+                                         f"known are {', '.join(owner.model_fields)}")
+    if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        said = "missing" if tag is None else reprlib.repr(tag)
+        return f"{at}: operator is {said}; choose from {', '.join(_KINDS)}"
+    message = fault["msg"].removeprefix("Value error, ")
+    value = "" if fault["type"] == "missing" else f" is {reprlib.repr(fault['input'])}"
+    return f"{path}{value}: {message[:1].lower()}{message[1:]}"
+
+
+_KINDS = {kind.model_fields["operator"].annotation.__args__[0]: kind  # pyright: ignore
+          for kind in (Steer, Cap, Ablate, MeanAblate, Scale, SetProjection, Rotate, RestoreNorm)}
