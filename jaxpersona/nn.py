@@ -26,10 +26,24 @@ def contract(equation: str, x: jax.Array, w: jax.Array, axes: Axes | None = None
 
     `axes` names the result's logical axes where a sharded contraction leaves them open.
     """
+    if jax.typeof(w).sharding.mesh.empty:
+        return _flat_product(equation, x, w).astype(x.dtype)
     w = gather_weight(w)
     placed = out_sharding(axes, x, w) if axes else None
     y = jnp.einsum(equation, x, w, preferred_element_type=F32, out_sharding=placed).astype(x.dtype)
     return y if placed is not None or axes is None else place(y, axes, x, w)
+
+
+def _flat_product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """Contract as one 2-D product, rows by [out, in]: a weight of three dimensions is transposed
+    anew at every step by XLA's CPU back end."""
+    left, right = equation.split("->")[0].split(",")
+    summed = sum(letter in left for letter in right)  # the weight's last dimensions
+    rows, out = x.shape[: x.ndim - summed], w.shape[: w.ndim - summed]
+    inner = math.prod(w.shape[w.ndim - summed :])
+    y = jnp.einsum("rd,fd->rf", x.reshape(-1, inner), w.reshape(-1, inner),
+                   preferred_element_type=F32)
+    return y.reshape(*rows, *out)
 
 
 def round_residual(x: jax.Array) -> jax.Array:
