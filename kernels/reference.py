@@ -40,11 +40,18 @@ def rank_one_edit(
 
 
 def project(h: jax.Array, direction: jax.Array) -> jax.Array:
-    """Return p = ⟨h, v̂⟩ [B, T] of activations [B, T, D] float32 on v̂ [B, D] or [1, D].
+    """Return p = ⟨h, v̂⟩ [B, T] of activations [B, T, D] float32 on v̂ [B, D] or [1, D]."""
+    return jax.lax.platform_dependent(h, direction, cpu=_by_product, default=_by_sum)
 
-    One direction for all rows is one matrix–vector product; with one a row it is a product and a
-    sum, which XLA's CPU back end keeps apart.
-    """
+
+def _by_sum(h: jax.Array, direction: jax.Array) -> jax.Array:
+    return jnp.einsum("btd,btd->bt", h, jnp.broadcast_to(direction[:, None], h.shape))
+
+
+def _by_product(h: jax.Array, direction: jax.Array) -> jax.Array:
+    """Multiply by two equal columns: a product with one, XLA turns into a multiplication and a sum
+    in steps, which are three kernels on a CPU where this is one."""
+    twice = jnp.stack([direction, direction], 1)
     if direction.shape[0] == 1:
-        return jnp.einsum("btd,d->bt", h, direction[0])
-    return jnp.einsum("btd,bd->bt", h, direction)
+        return jnp.einsum("btd,kd->btk", h, twice[0])[..., 0]
+    return jnp.einsum("btd,bkd->btk", h, twice)[..., 0]
