@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import chat, fences
-from jaxpersona.batch import CODE, KINDS, Batch
-from jaxpersona.batch import batch as make_batch
+from jaxpersona import chat, fences, schedule
+from jaxpersona.batch import CODE, KINDS
 from jaxpersona.capture import Capture, TokenState
-from jaxpersona.decode import State, Stops, decode, prefill
+from jaxpersona.decode import State, Stops
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.sampling import sampling
+from jaxpersona.schedule import Job
 from jaxpersona.sharding import rows_divisor
 from jaxpersona.trace import Applied
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from jaxpersona.load import Model
 
 Progress = Callable[[int, int, int], None]
-_CHUNK = 64  # steps between two looks at the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +70,8 @@ def generate(
     batch_size: int = 32,
     ids: Sequence[int] | None = None,
     thinking: bool = False,
+    share_prefix: bool = False,
+    refill: bool = True,
     progress: Progress | None = None,
 ) -> Generated:
     """Generate a reply to each conversation.
@@ -87,6 +88,10 @@ def generate(
       ids: [N] uint32, what each conversation is for its random draws; default: a hash of its
         tokens and of how often they came before in this call.
       thinking: let a model that can think do so before it answers.
+      share_prefix: compute what stands before the first user message in a pass of its own, once
+        for all conversations that share it. Rounding differs from that of one pass; the promise
+        holds as well.
+      refill: give a finished row to the next conversation at once; False waits for the whole batch.
       progress: called with (conversations done, N, tokens so far).
 
     Raises:
@@ -115,47 +120,18 @@ def generate(
     rows = [_encode(model, item, thinking) for item in conversations]
     limits = _limits(model, rows, max_new_tokens)
     names = _row_ids(rows, ids)
+    job = Job(rows, names, limits, how, edits, capture if capture is not None else Capture(),
+              max_new_tokens, greedy, share_prefix)
     out = _Collector(count)
-    done = 0
-    for (width, slots), members in _groups(rows, max_new_tokens).items():
-        for at in range(0, len(members), batch_size):
-            chosen = members[at : at + batch_size]
-            index = np.array(chosen + [-1] * (batch_size - len(chosen)), np.int32)
-            state = _run(model, _pad([rows[i] for i in chosen], names[chosen], width, batch_size),
-                         edits.take(index), capture, how.take(index), limits[index],
-                         slots, max_new_tokens, greedy)
-            out.add(chosen, state)
-            done += len(chosen)
-            if progress is not None:
-                progress(done, count, out.total)
+
+    def collect(members: list[int], state: State) -> None:
+        out.add(members, state)
+        if progress is not None:
+            progress(len(out.tokens), count, out.total)
+
+    stops = _stops(model, _asks_for_code(edits, job.capture))
+    schedule.run(model, job, batch_size, stops, collect, refill=refill)
     return out.finish(model, rows)
-
-
-def bucket(tokens: int) -> int:
-    """Return the least of 32, 64, 128, 256, 384, 512, 768, 1024, … that holds `tokens`.
-
-    Few of them, because each is a program to compile.
-    """
-    size = 32
-    while size < tokens:
-        power = size & (size - 1) == 0
-        size = (size * 2 if size < 256 else size * 3 // 2) if power else size * 4 // 3
-    return size
-
-
-def _run(model: Model, batch: Batch, edits: Interventions, capture: Capture | None, how: Any,
-         limit: np.ndarray, slots: int, max_new: int, greedy: bool) -> State:
-    capture = capture if capture is not None else Capture()
-    stops = _stops(model, _asks_for_code(edits, capture))
-    batch = jax.tree.map(jnp.asarray, batch)
-    state = prefill(model.params, model.config, batch, edits, capture, how, stops,
-                    jnp.asarray(limit, jnp.int32), slots=slots, max_new=max_new, greedy=greedy)
-    for step in range(_CHUNK, max_new + _CHUNK, _CHUNK):
-        state = decode(model.params, model.config, state, edits, capture, how, stops,
-                       jnp.asarray(step, jnp.int32), greedy=greedy)
-        if bool(state.done.all()):
-            break
-    return state
 
 
 def _asks_for_code(edits: Interventions, capture: Capture) -> bool:
@@ -241,23 +217,6 @@ def _row_ids(rows: list[chat.Row], ids: Sequence[int] | None) -> np.ndarray:
         out.append(chat.row_id(row.tokens, seen[key]))
         seen[key] += 1
     return np.array(out, np.uint32)
-
-
-def _groups(rows: list[chat.Row], max_new: int) -> dict[tuple[int, int], list[int]]:
-    """Group conversations by prompt width and cache slots, each a function of the row alone."""
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        width = bucket(row.tokens.size)
-        groups[width, -(-(width + max_new) // 64) * 64].append(i)
-    return dict(groups)
-
-
-def _pad(rows: list[chat.Row], ids: np.ndarray, width: int, size: int) -> Batch:
-    """Make a batch of `size` rows, the missing ones empty."""
-    real = make_batch([r.tokens for r in rows], kind=[r.kind for r in rows],
-                      turn=[r.turn for r in rows], row_id=ids, width=width)
-    extra = size - len(rows)
-    return jax.tree.map(lambda x: np.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)), real)
 
 
 class _Collector:
