@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import chat, fences, schedule
-from jaxpersona.batch import CODE, KINDS
+from jaxpersona import chat, fences, prompts, schedule
+from jaxpersona.batch import CODE
 from jaxpersona.capture import Capture, TokenState
 from jaxpersona.decode import State, Stops
 from jaxpersona.interventions.compose import Interventions
@@ -110,16 +110,16 @@ def generate(
     if not count:
         raise ValueError("conversations is empty; give at least one")
     edits = interventions if interventions is not None else Interventions()
-    _check_edits(model, edits, count)
+    prompts.check_edits(model, edits, count)
     ways = rows_divisor(model.params.embed_vd)
     if batch_size % ways:
         raise ValueError(f"batch_size is {batch_size}; the mesh spreads rows over {ways} devices: "
                          f"use a multiple of {ways}")
     how = sampling(count, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     greedy = bool((np.asarray(how.temperature) == 0).all())
-    rows = [_encode(model, item, thinking) for item in conversations]
-    limits = _limits(model, rows, max_new_tokens)
-    names = _row_ids(rows, ids)
+    rows = [prompts.encode(model, item, thinking=thinking) for item in conversations]
+    limits = prompts.limits(model, rows, max_new_tokens)
+    names = prompts.row_ids(rows, ids)
     job = Job(rows, names, limits, how, edits, capture if capture is not None else Capture(),
               max_new_tokens, greedy, share_prefix)
     out = _Collector(count)
@@ -154,69 +154,6 @@ def _stops(model: Model, code: bool) -> Stops:
         known = jnp.asarray(fences.table(tokenizer, model.config.vocab_size))
     return Stops(ids=jnp.asarray(ids, jnp.int32), think=jnp.asarray(think, jnp.int32),
                  fences=known)
-
-
-def _encode(model: Model, item: Any, thinking: bool) -> chat.Row:
-    if isinstance(item, chat.Row):
-        return item
-    if item is None or isinstance(item, int):
-        raise ValueError(f"a conversation is {item!r}; give messages, a string, a Row or token ids")
-    text = isinstance(item, str) or (
-        len(item) > 0 and all(isinstance(message, dict) for message in item)
-    )
-    if text:
-        if model.tokenizer is None:
-            raise ValueError("the model has no tokenizer; give token ids instead of text")
-        return chat.encode_row(model.tokenizer, item, thinking=thinking)
-    tokens = np.asarray(item)
-    if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError("a conversation must be messages, a string, a Row or a list of token ids")
-    if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
-        raise ValueError(f"token ids must lie in 0…{model.config.vocab_size - 1}")
-    kind = np.full(tokens.size, KINDS["user"], np.int32)
-    return chat.Row(tokens.astype(np.int32), kind, np.zeros(tokens.size, np.int32), "")
-
-
-def _check_edits(model: Model, edits: Interventions, count: int) -> None:
-    edits.check(layers=model.config.n_layers, width=model.config.d_model, rows=count)
-    mine = int(model.fingerprint[8:], 16)
-    named = [edit.origin for edit in edits.edits]
-    named += [edit.gate.origin for edit in edits.edits if edit.gate is not None]
-    foreign = {int(o) for origin in named for o in np.asarray(origin)} - {0, mine}
-    if foreign:
-        raise ValueError(
-            f"a direction was made for another model than {model.name} (fingerprint "
-            f"{model.fingerprint}); use one of this model's, or pass its bare array "
-            "(`axis.values`) to apply it all the same"
-        )
-
-
-def _limits(model: Model, rows: list[chat.Row], max_new: int) -> np.ndarray:
-    context = model.config.max_context
-    for i, row in enumerate(rows):
-        if row.tokens.size >= context:
-            raise ValueError(
-                f"prompt {i} has {row.tokens.size} tokens; the model's context holds {context}, "
-                "the reply included: shorten it"
-            )
-    return np.array([min(max_new, context - row.tokens.size) for row in rows], np.int32)
-
-
-def _row_ids(rows: list[chat.Row], ids: Sequence[int] | None) -> np.ndarray:
-    if ids is not None:
-        if len(ids) != len(rows):
-            raise ValueError(f"ids has {len(ids)} entries for {len(rows)} conversations")
-        given = np.asarray(ids)
-        if not np.issubdtype(given.dtype, np.integer) or given.min() < 0 or given.max() >= 2**32:
-            raise ValueError(f"ids must be integers in 0…2³²−1; they begin with {list(ids)[:4]}")
-        return given.astype(np.uint32)
-    seen: Counter[bytes] = Counter()
-    out = []
-    for row in rows:
-        key = row.tokens.tobytes()
-        out.append(chat.row_id(row.tokens, seen[key]))
-        seen[key] += 1
-    return np.array(out, np.uint32)
 
 
 class _Collector:

@@ -70,7 +70,8 @@ def forward(
       capture: what is read off them.
       cache: keys and values of earlier tokens, or None to see this batch alone.
       new_cache: instead of `cache`, the slots of an empty one that is made here.
-      logits: of every token, of each row's last valid token, or none (then no head is computed).
+      logits: of every token, of each row's last valid token, or none (then no head is computed,
+        and without a cache no layer above the highest that is read or edited).
       captured: the captures' state of earlier calls, to be added to.
       gates: the gates' state of earlier calls, likewise.
       attention: "xla", the reference; "cudnn", flash attention on a GPU; "auto", the latter for
@@ -119,7 +120,8 @@ def forward(
     }
     x = embed(params, config, batch)
     keys, values = [], []
-    for i, layer in enumerate(params.layers):
+    needed = config.n_layers if logits is not None or cache is not None else trace.highest + 1
+    for i, layer in enumerate(params.layers[:needed]):
         with jax.named_scope(f"layer{i}"):
             q, k, v = _project(layer, config, x, angles[config.rope_at(i)])
             own = k, v  # of this call's tokens, [B, T, K, H]

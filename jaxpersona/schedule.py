@@ -24,6 +24,7 @@ from jaxpersona.capture import Capture
 from jaxpersona.chat import Row
 from jaxpersona.decode import Prefix, State, Stops, decode, prefill, prefill_prefix
 from jaxpersona.interventions.compose import Interventions
+from jaxpersona.prompts import bucket
 from jaxpersona.sampling import Sampling
 from jaxpersona.trace import Applied
 
@@ -71,18 +72,6 @@ class Shape(NamedTuple):
     prefix: int
     width: int
     slots: int
-
-
-def bucket(tokens: int) -> int:
-    """Return the least of 32, 64, 128, 256, 384, 512, 768, 1024, … that holds `tokens`.
-
-    Few of them, because each is a program to compile.
-    """
-    size = 32
-    while size < tokens:
-        power = size & (size - 1) == 0
-        size = (size * 2 if size < 256 else size * 3 // 2) if power else size * 4 // 3
-    return size
 
 
 def run(model: Model, job: Job, batch_size: int, stops: Stops, collect: Collect, *,

@@ -15,8 +15,8 @@ from jaxpersona import capture
 from jaxpersona.batch import batch
 from jaxpersona.generate import generate
 from jaxpersona.interventions import cap
+from jaxpersona.prompts import bucket
 from jaxpersona.sampling import uniforms
-from jaxpersona.schedule import bucket
 
 MODEL = s.tiny_model(stop_ids=(3, 7))
 LENGTHS = (5, 31, 12, 40, 2, 20, 9, 33, 17, 26, 3)  # in two buckets

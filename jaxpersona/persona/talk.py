@@ -17,7 +17,7 @@ from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.where import response
 from jaxpersona.model import forward
 from jaxpersona.persona.check import fit
-from jaxpersona.schedule import bucket
+from jaxpersona.prompts import bucket
 from jaxpersona.vectors import Vector
 
 if TYPE_CHECKING:
