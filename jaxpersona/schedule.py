@@ -82,13 +82,14 @@ def run(model: Model, job: Job, batch_size: int, stops: Stops, collect: Collect,
       collect: called with the numbers of finished prompts and a state whose first rows are theirs.
       refill: seat waiting prompts as soon as some rows are done; else when all are.
     """
-    groups: dict[Shape, list[int]] = {}
-    for i, row in enumerate(job.rows):
-        groups.setdefault(shape_of(row, job.max_new, job.share_prefix), []).append(i)
+    shapes = [shape_of(row, job.max_new, job.share_prefix) for row in job.rows]
+    groups: dict[int, list[int]] = {}
+    for i, shape in enumerate(shapes):
+        groups.setdefault(shape.slots, []).append(i)
     # a mesh spreads rows over devices, where exchanging single ones would move all
     together = max(1, batch_size // 8) if refill and model.mesh is None else batch_size
-    for shape, members in groups.items():
-        _Group(model, job, shape, batch_size, together, stops, collect).run(members)
+    for slots, members in groups.items():
+        _Group(model, job, shapes, slots, batch_size, together, stops, collect).run(members)
 
 
 def shape_of(row: Row, max_new: int, share_prefix: bool) -> Shape:
@@ -107,12 +108,12 @@ def prefix_length(row: Row) -> int:
 
 
 class _Group:
-    """The prompts of one shape on their way through B rows, `together` of them seated at a time."""
+    """Prompts for one size of cache on their way through B rows, `together` seated at a time."""
 
-    def __init__(self, model: Model, job: Job, shape: Shape, size: int, together: int,
-                 stops: Stops, collect: Collect) -> None:
-        self.model, self.job, self.shape, self.stops = model, job, shape, stops
-        self.size, self.together, self.collect = size, together, collect
+    def __init__(self, model: Model, job: Job, shapes: list[Shape], slots: int, size: int,
+                 together: int, stops: Stops, collect: Collect) -> None:
+        self.model, self.job, self.shapes, self.slots = model, job, shapes, slots
+        self.size, self.together, self.stops, self.collect = size, together, stops, collect
         self.indexed = jax.device_get(job.edits)  # to look at single entries
         self.prefixes: OrderedDict[tuple, Prefix] = OrderedDict()
         one, two = (jax.eval_shape(functools.partial(self._blank, rows)) for rows in (1, 2))
@@ -120,14 +121,16 @@ class _Group:
 
     def run(self, members: Sequence[int]) -> None:
         """Seat, decode, take out, until nobody waits or sits."""
-        # neighbours in the queue share a prefix, so that few of them are kept at a time
-        waiting = deque(sorted(members, key=self._key))
+        # neighbours in the queue share a shape, and a prefix, so that few of these are kept
+        waiting = deque(sorted(members, key=lambda i: (self.shapes[i], *self._key(i))))
         seats = np.full(self.size, -1, np.int32)
         state: Any = self._blank(self.size) if self.together < self.size else None
         while waiting or (seats >= 0).any():
             while waiting and (free := np.flatnonzero(seats < 0)).size >= self.together:
-                chosen = [waiting.popleft() for _ in range(min(self.together, len(waiting)))]
-                fresh = self._prefill(chosen)
+                shape, chosen = self.shapes[waiting[0]], []
+                while waiting and len(chosen) < self.together and self.shapes[waiting[0]] == shape:
+                    chosen.append(waiting.popleft())
+                fresh = self._prefill(chosen, shape)
                 seats[free[: len(chosen)]] = chosen
                 if self.together == self.size:
                     state = fresh
@@ -159,39 +162,39 @@ class _Group:
             self.collect(seats[rows].tolist(), _leave(state, at, axes=_static(self.axes)))
         seats[done] = -1
 
-    def _prefill(self, chosen: list[int]) -> State:
+    def _prefill(self, chosen: list[int], shape: Shape) -> State:
         """Run the prompts of some rows and choose their first tokens."""
         job, count = self.job, self.together
         index = np.array(chosen + [-1] * (count - len(chosen)), np.int32)
         shared = [self._shared(i) for i in chosen]
         prefix = None
-        if self.shape.prefix:
+        if shape.prefix:
             parts = [self._prefix(i) for i in chosen]
             parts += parts[:1] * (count - len(chosen))  # of padding rows, which nobody reads
             axes = self.axes
             prefix = _stack(tuple(parts), axes=_static(
                 Prefix(axes.cache, axes.captured, axes.applied, axes.gates)))
         batch = _cut(job, chosen, shared, [job.rows[i].tokens.size for i in chosen],
-                     self.shape.width, count)
+                     shape.width, count)
         return prefill(self.model.params, self.model.config, batch, job.edits.take(index),
                        job.capture, job.how.take(index), self.stops,
-                       jnp.asarray(job.limits[index], jnp.int32), slots=self.shape.slots,
+                       jnp.asarray(job.limits[index], jnp.int32), slots=self.slots,
                        max_new=job.max_new, greedy=job.greedy, prefix=prefix)
 
     def _prefix(self, i: int) -> Prefix:
         """Return what prompt i's prefix leaves behind, computed once for all that share it."""
         job, key = self.job, self._key(i)
         if key not in self.prefixes:
-            batch = _cut(job, [i], [0], [self._shared(i)], self.shape.prefix, 1)
+            batch = _cut(job, [i], [0], [self._shared(i)], self.shapes[i].prefix, 1)
             self.prefixes[key] = prefill_prefix(
                 self.model.params, self.model.config, batch, job.edits.take([i]), job.capture,
-                slots=self.shape.slots)
+                slots=self.slots)
             if len(self.prefixes) > self.together:
                 self.prefixes.popitem(last=False)
         return self.prefixes[key]
 
     def _shared(self, i: int) -> int:
-        return prefix_length(self.job.rows[i]) if self.shape.prefix else 0
+        return prefix_length(self.job.rows[i]) if self.shapes[i].prefix else 0
 
     def _key(self, i: int) -> tuple:
         """What prompts that share a prefix have in common: its tokens and how it is edited."""
@@ -203,7 +206,7 @@ class _Group:
 
     def _blank(self, rows: int) -> State:
         """Make a state in which nobody sits."""
-        config, job, slots = self.model.config, self.job, self.shape.slots
+        config, job, slots = self.model.config, self.job, self.slots
         zeros = jnp.zeros((rows,), jnp.int32)
         blank = State(
             cache=init_cache(config, rows, slots, self.model.params.embed_vd.dtype),
