@@ -24,6 +24,7 @@ from jaxpersona.interventions.compose import Interventions
 from jaxpersona.model import Output, forward
 from jaxpersona.params import Params
 from jaxpersona.readings import TokenState
+from jaxpersona.sharding import rows_divisor
 from jaxpersona.trace import Applied
 
 if TYPE_CHECKING:
@@ -106,7 +107,8 @@ def extract(
             found[i] = mine, counts
 
     running: tuple[list[int], Output] | None = None
-    for members, width, size in _batches(rows, batch_tokens):
+    ways = rows_divisor(model.params.embed_vd)
+    for members, width, size in _batches(rows, batch_tokens, ways):
         batch = _pad([rows[i] for i in members], width, size)
         index = np.array(members + [-1] * (size - len(members)), np.int32)
         out = _read(model.params, model.config, batch, edits.take(index), capture)
@@ -137,7 +139,9 @@ def extract(
 @jax.jit
 def _read(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
           capture: Capture) -> Output:
-    return forward(params, config, batch, interventions=edits, capture=capture, logits=None)
+    batch = batch.spread(params.embed_vd)
+    return forward(params, config, batch, interventions=edits, capture=capture, logits=None,
+                   attention="auto")
 
 
 def width_of(tokens: int) -> int:
@@ -147,14 +151,15 @@ def width_of(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def _batches(rows: list[chat.Row], tokens: int) -> list[tuple[list[int], int, int]]:
+def _batches(rows: list[chat.Row], tokens: int,
+             ways: int) -> list[tuple[list[int], int, int]]:
     """Cut the conversations, sorted by length, into (members, width, rows of the batch)."""
     groups: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(width_of(row.tokens.size), []).append(i)
     out = []
     for width, members in sorted(groups.items(), reverse=True):  # what needs most memory first
-        size = max(1, tokens // width)
+        size = max(1, tokens // (width * ways)) * ways  # a mesh spreads rows evenly
         out += [(members[at : at + size], width, size) for at in range(0, len(members), size)]
     return out
 

@@ -115,6 +115,8 @@ def generate(
     if batch_size % ways:
         raise ValueError(f"batch_size is {batch_size}; the mesh spreads rows over {ways} devices: "
                          f"use a multiple of {ways}")
+    if share_prefix and model.mesh is not None:
+        raise ValueError("share_prefix is for one device; leave it off for a model on a mesh")
     how = sampling(count, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     greedy = bool((np.asarray(how.temperature) == 0).all())
     rows = [prompts.encode(model, item, thinking=thinking) for item in conversations]
