@@ -19,7 +19,7 @@ from jaxpersona.capture import Capture
 from jaxpersona.config import ModelConfig
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.kernels.attention import Asked, choose, flash
-from jaxpersona.params import Layer, Params
+from jaxpersona.params import InOut, Layer, Params
 from jaxpersona.readings import spread_states
 from jaxpersona.sharding import gather_weight, mesh_of, out_sharding
 from jaxpersona.trace import Applied, Gates, Trace
@@ -172,8 +172,12 @@ def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
             at = jnp.maximum(batch.length - 1, 0)
             x = jnp.take_along_axis(x, at[:, None, None], 1)
         x = nn.rms_norm(x, params.final_norm_d, config.norm_eps, config.norm_offset)
-        weight = gather_weight(params.embed_vd if params.head_vd is None else params.head_vd)
-        out = jnp.einsum("btd,vd->btv", x, weight, preferred_element_type=jnp.float32)
+        weight = params.embed_vd if params.head_vd is None else params.head_vd
+        if isinstance(weight, InOut):
+            out = nn.product("btd,vd->btv", x, weight)
+        else:
+            out = jnp.einsum("btd,vd->btv", x, gather_weight(weight),
+                             preferred_element_type=jnp.float32)
         if config.final_softcap is not None:
             out = config.final_softcap * jnp.tanh(out / config.final_softcap)
         return out[:, 0] if which == "last" else out

@@ -9,6 +9,7 @@ prompt and of B alone, so its bits depend on neither its neighbours, nor its row
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,7 @@ from jaxpersona.capture import Capture
 from jaxpersona.chat import Row
 from jaxpersona.decode import Prefix, State, Stops, decode, prefill, prefill_prefix
 from jaxpersona.interventions.compose import Interventions
+from jaxpersona.params import Params, in_out
 from jaxpersona.prompts import bucket
 from jaxpersona.sampling import Sampling
 from jaxpersona.trace import Applied
@@ -88,8 +90,29 @@ def run(model: Model, job: Job, batch_size: int, stops: Stops, collect: Collect,
         groups.setdefault(shape.slots, []).append(i)
     # a mesh spreads rows over devices, where exchanging single ones would move all
     together = max(1, batch_size // 8) if refill and model.mesh is None else batch_size
+    params = _fast_params(model, batch_size)
     for slots, members in groups.items():
-        _Group(model, job, shapes, slots, batch_size, together, stops, collect).run(members)
+        _Group(model, params, job, shapes, slots, batch_size, together, stops,
+               collect).run(members)
+
+
+_turned: tuple[Any, Params] | None = None  # the last model's, and what names it
+
+
+def _fast_params(model: Model, batch_size: int) -> Params:
+    """Return the parameters in the order in which this device multiplies many rows fastest.
+
+    On a CPU in float32 that is a copy: twice the weights' memory, until another model is run.
+    """
+    global _turned
+    embed = model.params.embed_vd
+    if (jax.default_backend() != "cpu" or embed.dtype != jnp.float32 or batch_size < 8
+            or model.mesh is not None):
+        return model.params
+    if _turned is None or _turned[0]() is not embed:
+        _turned = None  # before the next copy is made
+        _turned = weakref.ref(embed), in_out(model.params)
+    return _turned[1]
 
 
 def shape_of(row: Row, max_new: int, share_prefix: bool) -> Shape:
@@ -110,9 +133,10 @@ def prefix_length(row: Row) -> int:
 class _Group:
     """Prompts for one size of cache on their way through B rows, `together` seated at a time."""
 
-    def __init__(self, model: Model, job: Job, shapes: list[Shape], slots: int, size: int,
-                 together: int, stops: Stops, collect: Collect) -> None:
-        self.model, self.job, self.shapes, self.slots = model, job, shapes, slots
+    def __init__(self, model: Model, params: Params, job: Job, shapes: list[Shape], slots: int,
+                 size: int, together: int, stops: Stops, collect: Collect) -> None:
+        self.config, self.params = model.config, params
+        self.job, self.shapes, self.slots = job, shapes, slots
         self.size, self.together, self.stops, self.collect = size, together, stops, collect
         self.indexed = jax.device_get(job.edits)  # to look at single entries
         self.prefixes: OrderedDict[tuple, Prefix] = OrderedDict()
@@ -148,13 +172,17 @@ class _Group:
 
     def _decode(self, state: State, seats: np.ndarray, most_done: int) -> State:
         job = self.job
-        return decode(self.model.params, self.model.config, state, job.edits.take(seats),
+        return decode(self.params, self.config, state, job.edits.take(seats),
                       job.capture, job.how.take(seats), self.stops,
                       jnp.asarray(int(state.step) + CHUNK, jnp.int32),
                       jnp.asarray(most_done, jnp.int32), greedy=job.greedy)
 
     def _take_out(self, state: State, seats: np.ndarray, done: np.ndarray) -> None:
         """Hand finished rows on, a fixed number at a time, and free their seats."""
+        if self.together == self.size:  # all came together, in the first rows
+            self.collect(seats[done].tolist(), state)
+            seats[done] = -1
+            return
         for begin in range(0, done.size, self.together):
             rows = done[begin : begin + self.together]
             at = np.zeros(self.together, np.int32)
@@ -176,7 +204,7 @@ class _Group:
                 Prefix(axes.cache, axes.captured, axes.applied, axes.gates)))
         batch = _cut(job, chosen, shared, [job.rows[i].tokens.size for i in chosen],
                      shape.width, count)
-        return prefill(self.model.params, self.model.config, batch, job.edits.take(index),
+        return prefill(self.params, self.config, batch, job.edits.take(index),
                        job.capture, job.how.take(index), self.stops,
                        jnp.asarray(job.limits[index], jnp.int32), slots=self.slots,
                        max_new=job.max_new, greedy=job.greedy, prefix=prefix)
@@ -187,7 +215,7 @@ class _Group:
         if key not in self.prefixes:
             batch = _cut(job, [i], [0], [self._shared(i)], self.shapes[i].prefix, 1)
             self.prefixes[key] = prefill_prefix(
-                self.model.params, self.model.config, batch, job.edits.take([i]), job.capture,
+                self.params, self.config, batch, job.edits.take([i]), job.capture,
                 slots=self.slots)
             if len(self.prefixes) > self.together:
                 self.prefixes.popitem(last=False)
@@ -206,10 +234,10 @@ class _Group:
 
     def _blank(self, rows: int) -> State:
         """Make a state in which nobody sits."""
-        config, job, slots = self.model.config, self.job, self.slots
+        config, job, slots = self.config, self.job, self.slots
         zeros = jnp.zeros((rows,), jnp.int32)
         blank = State(
-            cache=init_cache(config, rows, slots, self.model.params.embed_vd.dtype),
+            cache=init_cache(config, rows, slots, self.params.embed_vd.dtype),
             token=zeros, position=zeros, turn=zeros, row_id=zeros.astype(jnp.uint32),
             done=jnp.ones((rows,), bool), thinking=jnp.zeros((rows,), bool), limit=zeros,
             length=zeros, tokens=jnp.full((rows, job.max_new), -1, jnp.int32),
