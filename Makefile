@@ -14,7 +14,7 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 bench: $(VENV)/.installed-test
-	$(BIN)/python bench/cap_overhead.py
+	$(BIN)/python bench/suite.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/pip install -q -e '.[dev]'

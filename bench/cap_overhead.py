@@ -1,33 +1,21 @@
 """What a cap costs: decode steps a second, uncapped, with a cap that never binds, and with one that
 binds.
 
-    python bench/cap_overhead.py --model mini --batch 32 --layers 4:8 --steps 192
+    python bench/cap_overhead.py --model mini --batch 32 --layers 4:8 --steps 192 --sweep
 
-The three arms run in alternating pairs; fusions are counted in the compiled program, which noise
-does not touch.
+The arms run in alternating pairs; fusions are counted in the compiled program, which noise does
+not touch: those that one more capped layer adds, and those that any cap adds once a step.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import re
-import time
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from common import machine, paired, report
+from common import paired, report
+from decoding import NOTHING, Decoding
 
 import jaxpersona as jp
-from jaxpersona.batch import batch
-from jaxpersona.capture import Capture
-from jaxpersona.decode import Stops, decode, prefill
-from jaxpersona.interventions import Interventions
-from jaxpersona.sampling import sampling
-
-PROMPT = 32
 
 
 def main() -> None:
@@ -37,83 +25,47 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--layers", default=None, help="half-open, as 4:8; default: the upper half")
     parser.add_argument("--steps", type=int, default=192)
-    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds of pairs")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--dtype", default=None)
+    parser.add_argument("--sweep", action="store_true", help="also a quarter and all of the layers")
     args = parser.parse_args()
     model = jp.load(args.model, dtype=args.dtype)
     total = model.config.n_layers
     start, stop = (int(x) for x in (args.layers or f"{total // 2}:{total}").split(":"))
     direction = np.random.default_rng(0).normal(size=model.config.d_model)
-    layers = range(start, stop)
-    arms = {
-        "uncapped": Interventions(),
-        "idle": jp.cap(direction, layers=layers, floor=-1e9),
-        "capped": jp.cap(direction, layers=layers, floor=1e3),
-    }
-    setting = _Setting(model, args)
-    found = paired({name: setting.timer(edits) for name, edits in arms.items()}, "uncapped",
-                   pairs=args.pairs)
-    fusions = {name: setting.fusions(edits) for name, edits in arms.items()}
+
+    def capped(first: int, last: int, floor: float = 1e3) -> jp.Interventions:
+        return jp.cap(direction, layers=range(first, last), floor=floor)
+
+    edits = {"uncapped": NOTHING, "idle": capped(start, stop, -1e9), "capped": capped(start, stop)}
+    counts = {}
+    if args.sweep:
+        counts = {n: f"capped{n}" for n in sorted({total // 4, total})}
+        edits |= {name: capped(total - n, total) for n, name in counts.items()}
+    setting = Decoding(model, args.batch, args.steps, temperature=args.temperature,
+                       top_p=args.top_p)
+    found = paired({name: setting.timer(value) for name, value in edits.items()}, "uncapped",
+                   pairs=args.pairs, budget=args.budget)
     plain = found["uncapped"]["seconds"]
-    report({
-        "bench": "cap_overhead", "model": model.name, **machine(),
-        "date": datetime.date.today().isoformat(), "arguments": vars(args),
-        "capped_layers": f"{start}:{stop}", "dtype": str(model.params.embed_vd.dtype),
-        "capped_over_uncapped": found["capped"]["ratio"],
-        "interval": found["capped"]["interval"], "unresolved": found["capped"]["unresolved"],
-        "idle_over_uncapped": found["idle"]["ratio"], "idle_interval": found["idle"]["interval"],
-        "pairs": found["capped"]["pairs"],
-        "ms_per_step": round(1000 * plain / args.steps, 4),
-        "tokens_per_second": round(args.batch * args.steps / plain, 1),
-        "added_fusions_per_layer": (fusions["capped"] - fusions["uncapped"]) / len(layers),
-    })
-
-
-class _Setting:
-    """One batch of random prompts, decoded for a fixed number of steps."""
-
-    def __init__(self, model: Any, args: argparse.Namespace) -> None:
-        self.model, self.steps = model, args.steps
-        rng = np.random.default_rng(1)
-        prompts = rng.integers(0, model.config.vocab_size, (args.batch, PROMPT))
-        self.batch = jax.tree.map(jnp.asarray, batch(prompts))
-        self.how = sampling(args.batch, temperature=args.temperature, top_p=args.top_p)
-        self.greedy = args.temperature == 0
-        self.stops = Stops(jnp.full((4,), -1, jnp.int32), jnp.full((2,), -1, jnp.int32))
-        self.limit = jnp.full((args.batch,), args.steps + 1, jnp.int32)
-        self.until = jnp.asarray(args.steps, jnp.int32)
-
-    def start(self, edits: Interventions) -> Any:
-        """Run the prompts."""
-        return prefill(self.model.params, self.model.config, self.batch, edits, Capture(), self.how,
-                       self.stops, self.limit, slots=PROMPT + self.steps + 16,
-                       max_new=self.steps + 1, greedy=self.greedy)
-
-    def arguments(self, edits: Interventions) -> tuple:
-        """What the decode program takes."""
-        return (self.model.params, self.model.config, self.start(edits), edits, Capture(), self.how,
-                self.stops, self.until)
-
-    def timer(self, edits: Interventions) -> Any:
-        """Return a call that times one decode, its prefill left out."""
-
-        def once() -> float:
-            arguments = jax.block_until_ready(self.arguments(edits))
-            begun = time.perf_counter()
-            state = jax.block_until_ready(decode(*arguments, greedy=self.greedy))
-            spent = time.perf_counter() - begun
-            if int(state.step) != self.steps:
-                raise RuntimeError(f"{int(state.step)} steps ran, not {self.steps}")
-            return spent
-
-        return once
-
-    def fusions(self, edits: Interventions) -> int:
-        """Count the fusions of the compiled decode program."""
-        text = decode.lower(*self.arguments(edits), greedy=self.greedy).compile().as_text()
-        return len(re.findall(r"= \S+ fusion\(|\) fusion\(", text))
+    bare, half, every = (setting.fusions(e) for e in (
+        NOTHING, capped(total - total // 2, total), capped(0, total)))
+    slope = (every - half) / (total - total // 2)
+    report(
+        "cap_overhead", model, args, capped_layers=f"{start}:{stop}",
+        dtype=str(model.params.embed_vd.dtype),
+        capped_over_uncapped=found["capped"]["ratio"], interval=found["capped"]["interval"],
+        unresolved=found["capped"]["unresolved"], idle_over_uncapped=found["idle"]["ratio"],
+        idle_interval=found["idle"]["interval"], pairs=found["capped"]["pairs"],
+        ms_per_step=round(1000 * plain / args.steps, 4),
+        tokens_per_second=round(args.batch * args.steps / plain, 1),
+        fusions_uncapped=bare, added_fusions_per_layer=round(slope, 2),
+        added_fusions_once=round(every - bare - slope * total, 2),
+        by_layers={str(n): {k: found[name][k] for k in ("ratio", "interval", "unresolved")}
+                   for n, name in {**counts, stop - start: "capped"}.items()},
+    )
 
 
 if __name__ == "__main__":

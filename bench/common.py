@@ -1,4 +1,5 @@
-"""What every bench shares: a model to run, paired runs with a stopping rule, a card, one JSON line.
+"""What every bench shares: paired runs with a stopping rule, the machine's limits, a card, one JSON
+line.
 
 Machines are noisy, so two arms are compared by the ratios of alternating pairs, and pairs are taken
 until the bootstrap 95 % interval of the median ratio is narrow, or a limit is reached. An interval
@@ -7,19 +8,25 @@ wider than `WIDTH` is unresolved: it passes nothing.
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import importlib.metadata
 import json
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+import jaxpersona
+
 WIDTH = 0.02
-_PACKAGES = ("jax", "jaxlib", "jaxpersona", "numpy")
+_PACKAGES = ("jax", "jaxlib", "numpy", "flax", "transformers", "torch")
 
 
 def interval(ratios: Sequence[float], draws: int = 2000) -> tuple[float, float]:
@@ -31,14 +38,15 @@ def interval(ratios: Sequence[float], draws: int = 2000) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int,
-           least: int = 5) -> dict[str, dict[str, Any]]:
+def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int, least: int = 5,
+           budget: float = 150.0) -> dict[str, dict[str, Any]]:
     """Run every arm in turn, again and again, and compare each with the baseline.
 
     Args:
       arms: name → a call that returns its own seconds.
       baseline: the arm that the ratios are taken over.
       pairs: the most rounds; at least `least` are taken.
+      budget: seconds after which no round is begun.
 
     Returns:
       For each other arm: ratio (the median of baseline seconds / its seconds, so that 1 is as fast
@@ -46,6 +54,7 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int,
     """
     for arm in arms.values():
         arm()  # warm up
+    begun = time.perf_counter()
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     found: dict[str, dict[str, Any]] = {}
     for done in range(1, pairs + 1):
@@ -61,7 +70,8 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int,
                 "interval": [round(low, 4), round(high, 4)], "unresolved": high - low > WIDTH,
                 "pairs": done, "seconds": round(statistics.median(seconds[name]), 4),
             }
-        if not any(arm["unresolved"] for name, arm in found.items() if name != baseline):
+        resolved = not any(arm["unresolved"] for name, arm in found.items() if name != baseline)
+        if resolved or time.perf_counter() - begun > budget:
             break
     return found
 
@@ -69,17 +79,49 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int,
 def machine() -> dict[str, Any]:
     """Describe the device and versions of a measurement."""
     device = jax.devices()[0]
+    versions = {"python": platform.python_version(), "jaxpersona": jaxpersona.__version__}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "device": f"{device.platform} {device.device_kind}",
         "cores": os.cpu_count(),
         "processor": platform.machine(),
-        "versions": {"python": platform.python_version(),
-                     **{name: importlib.metadata.version(name) for name in _PACKAGES}},
+        "versions": versions,
     }
 
 
-def report(result: dict[str, Any]) -> None:
+def seconds_of(call: Callable[[], Any], repeats: int = 5) -> float:
+    """Return the least seconds of a few calls, after one that compiles."""
+    jax.block_until_ready(call())
+    best = float("inf")
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        jax.block_until_ready(call())
+        best = min(best, time.perf_counter() - begun)
+    return best
+
+
+def bandwidth(megabytes: int = 256) -> float:
+    """Measure the bytes a second at which the device reads its memory."""
+    x = jnp.ones((megabytes << 18,), jnp.float32)
+    read = jax.jit(jnp.sum)
+    return x.nbytes / seconds_of(lambda: read(x))
+
+
+def peak_flops(dtype: Any, size: int = 2048) -> float:
+    """Measure the floating-point operations a second of a large matrix product."""
+    x = jnp.ones((size, size), dtype)
+    multiply = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
+    return 2 * size**3 / seconds_of(lambda: multiply(x))
+
+
+def report(bench: str, model: Any, arguments: Any, **result: Any) -> None:
     """Print a card of a result, then the result as one JSON line."""
-    for key, value in result.items():
+    found = {
+        "bench": bench, "model": model if isinstance(model, str) else model.name, **machine(),
+        "date": datetime.date.today().isoformat(), "arguments": vars(arguments), **result,
+    }
+    for key, value in found.items():
         print(f"{key:<28}{value}")
-    print(json.dumps(result), flush=True)
+    print(json.dumps(found), flush=True)

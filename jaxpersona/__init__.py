@@ -10,6 +10,7 @@ from jaxpersona.cache import Cache, init_cache
 from jaxpersona.chat import encode
 from jaxpersona.ckpts.vectors import load_axis, load_caps, load_vector, save_vector
 from jaxpersona.config import ModelConfig
+from jaxpersona.extract import Extracted, extract
 from jaxpersona.families import from_hf
 from jaxpersona.generate import Generated, generate
 from jaxpersona.interventions import (
@@ -54,11 +55,11 @@ from jaxpersona.vectors import Axis, Caps, Vector
 __version__ = "0.1.0"
 
 __all__ = [
-    "Applied", "Axis", "Batch", "Cache", "Caps", "Check", "Generated", "Interventions", "Model",
-    "ModelConfig", "Output", "Params", "Vector", "Where", "ablate", "assistant", "batch", "cap",
-    "capture", "chain", "check", "custom", "encode", "everywhere", "forward", "from_hf",
-    "from_last", "gate", "generate", "generated", "init_cache", "init_params", "last", "load",
-    "load_axis", "load_caps", "load_vector", "make_mesh", "marked", "mean_ablate", "preset",
-    "prompt", "reserve", "response", "restore_norm", "rotate", "save_vector", "scale",
-    "set_projection", "stack_rows", "steer", "system", "turns", "user",
+    "Applied", "Axis", "Batch", "Cache", "Caps", "Check", "Extracted", "Generated",
+    "Interventions", "Model", "ModelConfig", "Output", "Params", "Vector", "Where", "ablate",
+    "assistant", "batch", "cap", "capture", "chain", "check", "custom", "encode", "everywhere",
+    "extract", "forward", "from_hf", "from_last", "gate", "generate", "generated", "init_cache",
+    "init_params", "last", "load", "load_axis", "load_caps", "load_vector", "make_mesh", "marked",
+    "mean_ablate", "preset", "prompt", "reserve", "response", "restore_norm", "rotate",
+    "save_vector", "scale", "set_projection", "stack_rows", "steer", "system", "turns", "user",
 ]

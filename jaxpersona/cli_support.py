@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-
-_CACHE = "JAX_COMPILATION_CACHE_DIR"
 
 
 def _console() -> Any:
@@ -19,21 +16,10 @@ def _console() -> Any:
     return Console(stderr=True)
 
 
-def use_compile_cache() -> None:
-    """Keep compiled programs in the user's cache folder, unless the user chose another."""
-    import jax
-
-    if _CACHE not in os.environ:
-        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(base) / "jaxpersona"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-
-
 def open_model(source: str, dtype: str | None) -> Any:
     """Load a model with a progress bar in bytes."""
     from jaxpersona.load import load
 
-    use_compile_cache()
     with progress() as report:
         return load(source, dtype=dtype,
                     progress=lambda done, total: report("load", done, total, 0))

@@ -81,16 +81,48 @@ class Stops:
     fences: Any = None
 
 
+@flax.struct.dataclass
+class Prefix:
+    """What the beginning of a prompt left behind, for rows that go on from it.
+
+    Attributes:
+      cache, captured, applied, gates: as in `model.Output`, for one row or several.
+    """
+
+    cache: Cache
+    captured: dict[str, Any]
+    applied: tuple[Applied, ...]
+    gates: Gates
+
+
+@functools.partial(jax.jit, static_argnames=("config", "slots"))
+def prefill_prefix(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
+                   capture: Capture, *, slots: int) -> Prefix:
+    """Run the beginnings of prompts, which nothing is sampled from."""
+    TRACES["prefix"] += 1
+    out = forward(params, config, batch.replace(chunk=True),  # pyright: ignore
+                  interventions=edits, capture=capture, new_cache=slots, logits=None,
+                  attention="auto")
+    return Prefix(out.cache, out.captured, out.applied, out.gates)  # pyright: ignore
+
+
 @functools.partial(jax.jit, static_argnames=("config", "slots", "max_new", "greedy"))
 def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
             capture: Capture, how: Sampling, stops: Stops, limit: jax.Array, *, slots: int,
-            max_new: int, greedy: bool) -> State:
-    """Run the prompts and choose each row's first token."""
+            max_new: int, greedy: bool, prefix: Prefix | None = None) -> State:
+    """Run the prompts, or what follows their prefix, and choose each row's first token."""
     TRACES["prefill"] += 1
     rows = batch.tokens.shape[0]
     batch = batch.spread(params.embed_vd)
-    out = forward(params, config, batch, interventions=edits, capture=capture, new_cache=slots,
-                  logits="last", attention="auto")
+    if prefix is None:
+        out = forward(params, config, batch, interventions=edits, capture=capture,
+                      new_cache=slots, logits="last", attention="auto")
+    else:
+        out = forward(params, config, batch.replace(chunk=True),  # pyright: ignore
+                      interventions=edits, capture=capture, cache=prefix.cache,
+                      captured=prefix.captured, gates=prefix.gates, logits="last")
+        out = out.replace(  # pyright: ignore[reportAttributeAccessIssue]
+            applied=jax.tree.map(jnp.add, prefix.applied, out.applied))
     length = batch.length
     at = jnp.maximum(length - 1, 0)[:, None]
     kind = jnp.take_along_axis(batch.kind.astype(jnp.int32), at, 1)[:, 0]
@@ -99,7 +131,7 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
     state = State(
         cache=out.cache,  # pyright: ignore[reportArgumentType]
         token=jnp.zeros((rows,), jnp.int32),
-        position=length - 1,
+        position=out.cache.next - 1,  # pyright: ignore[reportOptionalMemberAccess]
         turn=jnp.take_along_axis(batch.turn, at, 1)[:, 0] + begins,
         row_id=batch.row_id,
         done=length == 0,
@@ -118,9 +150,9 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
 
 @functools.partial(jax.jit, static_argnames=("config", "greedy"), donate_argnames=("state",))
 def decode(params: Params, config: ModelConfig, state: State, edits: Interventions,
-           capture: Capture, how: Sampling, stops: Stops, until: jax.Array, *,
-           greedy: bool) -> State:
-    """Run steps until every row is done or `until` steps were taken.
+           capture: Capture, how: Sampling, stops: Stops, until: jax.Array,
+           most_done: jax.Array | None = None, *, greedy: bool) -> State:
+    """Run steps until `most_done` rows are done (None: every row) or `until` steps were taken.
 
     A step runs every pending token (so that its activation is read even when the length limit ends
     the row there) and chooses the next.
@@ -129,7 +161,8 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
     edits = edits.by_row(state.token.shape[0])
 
     def pending(state: State) -> jax.Array:
-        return (state.step < until) & ~state.done.all()
+        enough = state.done.all() if most_done is None else state.done.sum() >= most_done
+        return (state.step < until) & ~enough
 
     def step(state: State) -> State:
         kind = VALID | ASSISTANT | GENERATED | THINKING * state.thinking.astype(jnp.int32)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import chat, fences
-from jaxpersona.batch import CODE, KINDS, Batch
-from jaxpersona.batch import batch as make_batch
+from jaxpersona import chat, fences, prompts, schedule
+from jaxpersona.batch import CODE
 from jaxpersona.capture import Capture, TokenState
-from jaxpersona.decode import State, Stops, decode, prefill
+from jaxpersona.decode import State, Stops
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.sampling import sampling
+from jaxpersona.schedule import Job
 from jaxpersona.sharding import rows_divisor
 from jaxpersona.trace import Applied
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from jaxpersona.load import Model
 
 Progress = Callable[[int, int, int], None]
-_CHUNK = 64  # steps between two looks at the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +70,8 @@ def generate(
     batch_size: int = 32,
     ids: Sequence[int] | None = None,
     thinking: bool = False,
+    share_prefix: bool = False,
+    refill: bool = True,
     progress: Progress | None = None,
 ) -> Generated:
     """Generate a reply to each conversation.
@@ -87,6 +88,10 @@ def generate(
       ids: [N] uint32, what each conversation is for its random draws; default: a hash of its
         tokens and of how often they came before in this call.
       thinking: let a model that can think do so before it answers.
+      share_prefix: compute what stands before the first user message in a pass of its own, once
+        for all conversations that share it. Rounding differs from that of one pass; the promise
+        holds as well.
+      refill: give a finished row to the next conversation at once; False waits for the whole batch.
       progress: called with (conversations done, N, tokens so far).
 
     Raises:
@@ -105,57 +110,30 @@ def generate(
     if not count:
         raise ValueError("conversations is empty; give at least one")
     edits = given(interventions)
-    _check_edits(model, edits, capture, count)
+    prompts.check_edits(model, edits, count, capture)
     ways = rows_divisor(model.params.embed_vd)
     if batch_size % ways:
         raise ValueError(f"batch_size is {batch_size}; the mesh spreads rows over {ways} devices: "
                          f"use a multiple of {ways}")
+    if share_prefix and model.mesh is not None:
+        raise ValueError("share_prefix is for one device; leave it off for a model on a mesh")
     how = sampling(count, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     greedy = bool((np.asarray(how.temperature) == 0).all())
-    rows = [_encode(model, item, thinking) for item in conversations]
-    limits = _limits(model, rows, max_new_tokens)
-    names = _row_ids(rows, ids)
+    rows = [prompts.encode(model, item, thinking=thinking) for item in conversations]
+    limits = prompts.limits(model, rows, max_new_tokens)
+    names = prompts.row_ids(rows, ids)
+    job = Job(rows, names, limits, how, edits, capture if capture is not None else Capture(),
+              max_new_tokens, greedy, share_prefix)
     out = _Collector(count)
-    done = 0
-    for (width, slots), members in _groups(rows, max_new_tokens).items():
-        for at in range(0, len(members), batch_size):
-            chosen = members[at : at + batch_size]
-            index = np.array(chosen + [-1] * (batch_size - len(chosen)), np.int32)
-            state = _run(model, _pad([rows[i] for i in chosen], names[chosen], width, batch_size),
-                         edits.take(index), capture, how.take(index), limits[index],
-                         slots, max_new_tokens, greedy)
-            out.add(chosen, state)
-            done += len(chosen)
-            if progress is not None:
-                progress(done, count, out.total)
+
+    def collect(members: list[int], state: State) -> None:
+        out.add(members, state)
+        if progress is not None:
+            progress(len(out.tokens), count, out.total)
+
+    stops = _stops(model, _asks_for_code(edits, job.capture))
+    schedule.run(model, job, batch_size, stops, collect, refill=refill)
     return out.finish(model, rows)
-
-
-def bucket(tokens: int) -> int:
-    """Return the least of 32, 64, 128, 256, 384, 512, 768, 1024, … that holds `tokens`.
-
-    Few of them, because each is a program to compile.
-    """
-    size = 32
-    while size < tokens:
-        power = size & (size - 1) == 0
-        size = (size * 2 if size < 256 else size * 3 // 2) if power else size * 4 // 3
-    return size
-
-
-def _run(model: Model, batch: Batch, edits: Interventions, capture: Capture | None, how: Any,
-         limit: np.ndarray, slots: int, max_new: int, greedy: bool) -> State:
-    capture = capture if capture is not None else Capture()
-    stops = _stops(model, _asks_for_code(edits, capture))
-    batch = jax.tree.map(jnp.asarray, batch)
-    state = prefill(model.params, model.config, batch, edits, capture, how, stops,
-                    jnp.asarray(limit, jnp.int32), slots=slots, max_new=max_new, greedy=greedy)
-    for step in range(_CHUNK, max_new + _CHUNK, _CHUNK):
-        state = decode(model.params, model.config, state, edits, capture, how, stops,
-                       jnp.asarray(step, jnp.int32), greedy=greedy)
-        if bool(state.done.all()):
-            break
-    return state
 
 
 def _asks_for_code(edits: Interventions, capture: Capture) -> bool:
@@ -180,89 +158,6 @@ def _stops(model: Model, code: bool) -> Stops:
         known = jnp.asarray(fences.table(tokenizer, model.config.vocab_size))
     return Stops(ids=jnp.asarray(ids, jnp.int32), think=jnp.asarray(think, jnp.int32),
                  fences=known)
-
-
-def _encode(model: Model, item: Any, thinking: bool) -> chat.Row:
-    if isinstance(item, chat.Row):
-        return item
-    if item is None or isinstance(item, int):
-        raise ValueError(f"a conversation is {item!r}; give messages, a string, a Row or token ids")
-    text = isinstance(item, str) or (
-        len(item) > 0 and all(isinstance(message, dict) for message in item)
-    )
-    if text:
-        if model.tokenizer is None:
-            raise ValueError("the model has no tokenizer; give token ids instead of text")
-        return chat.encode_row(model.tokenizer, item, thinking=thinking)
-    tokens = np.asarray(item)
-    if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError("a conversation must be messages, a string, a Row or a list of token ids")
-    if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
-        raise ValueError(f"token ids must lie in 0…{model.config.vocab_size - 1}")
-    kind = np.full(tokens.size, KINDS["user"], np.int32)
-    return chat.Row(tokens.astype(np.int32), kind, np.zeros(tokens.size, np.int32), "")
-
-
-def _check_edits(model: Model, edits: Interventions, capture: Capture | None,
-                 count: int) -> None:
-    edits.check(layers=model.config.n_layers, width=model.config.d_model, rows=count)
-    mine = int(model.fingerprint[8:], 16)
-    named = [edit.origin for edit in edits.edits]
-    named += [edit.gate.origin for edit in edits.edits if edit.gate is not None]
-    named += [part.origin for part in (capture.parts.values() if capture is not None else ())
-              if hasattr(part, "origin")]
-    foreign = {int(o) for origin in named for o in np.asarray(origin)} - {0, mine}
-    if foreign:
-        raise ValueError(
-            f"a direction was made for another model than {model.name} (fingerprint "
-            f"{model.fingerprint}); use one of this model's, or pass its bare array "
-            "(`axis.values`) to apply it all the same"
-        )
-
-
-def _limits(model: Model, rows: list[chat.Row], max_new: int) -> np.ndarray:
-    context = model.config.max_context
-    for i, row in enumerate(rows):
-        if row.tokens.size >= context:
-            raise ValueError(
-                f"prompt {i} has {row.tokens.size} tokens; the model's context holds {context}, "
-                "the reply included: shorten it"
-            )
-    return np.array([min(max_new, context - row.tokens.size) for row in rows], np.int32)
-
-
-def _row_ids(rows: list[chat.Row], ids: Sequence[int] | None) -> np.ndarray:
-    if ids is not None:
-        if len(ids) != len(rows):
-            raise ValueError(f"ids has {len(ids)} entries for {len(rows)} conversations")
-        given = np.asarray(ids)
-        if not np.issubdtype(given.dtype, np.integer) or given.min() < 0 or given.max() >= 2**32:
-            raise ValueError(f"ids must be integers in 0…2³²−1; they begin with {list(ids)[:4]}")
-        return given.astype(np.uint32)
-    seen: Counter[bytes] = Counter()
-    out = []
-    for row in rows:
-        key = row.tokens.tobytes()
-        out.append(chat.row_id(row.tokens, seen[key]))
-        seen[key] += 1
-    return np.array(out, np.uint32)
-
-
-def _groups(rows: list[chat.Row], max_new: int) -> dict[tuple[int, int], list[int]]:
-    """Group conversations by prompt width and cache slots, each a function of the row alone."""
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for i, row in enumerate(rows):
-        width = bucket(row.tokens.size)
-        groups[width, -(-(width + max_new) // 64) * 64].append(i)
-    return dict(groups)
-
-
-def _pad(rows: list[chat.Row], ids: np.ndarray, width: int, size: int) -> Batch:
-    """Make a batch of `size` rows, the missing ones empty."""
-    real = make_batch([r.tokens for r in rows], kind=[r.kind for r in rows],
-                      turn=[r.turn for r in rows], row_id=ids, width=width)
-    extra = size - len(rows)
-    return jax.tree.map(lambda x: np.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)), real)
 
 
 class _Collector:

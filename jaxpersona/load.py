@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 
 from jaxpersona import sharding
 from jaxpersona.ckpts import hf, orbax
+from jaxpersona.compile_cache import use_compile_cache
 from jaxpersona.config import ModelConfig
 from jaxpersona.families import read_json
 from jaxpersona.params import Params, fingerprint, init_params, layout
@@ -56,7 +57,7 @@ class Model:
 
 def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any = None,
          progress: hf.Progress | None = None, revision: str | None = None) -> Model:
-    """Load a model.
+    """Load a model; programs compiled from now on are kept on disk (`compile_cache`).
 
     Args:
       source: a folder in the Hugging Face layout or that `ckpts.orbax.save` wrote; "mini", the
@@ -71,6 +72,7 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
     Raises:
       ValueError: no such model, or one that is faulty or not implemented; it says which and why.
     """
+    use_compile_cache()
     name, kind = os.fspath(source), _dtype(dtype)
     path = pathlib.Path(name).expanduser()
     local = name == "mini" or name.startswith(("random:", ".", "/", "~")) or path.exists()

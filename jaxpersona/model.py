@@ -19,7 +19,7 @@ from jaxpersona.capture import Capture
 from jaxpersona.config import ModelConfig
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.kernels.attention import Asked, choose, flash
-from jaxpersona.params import Layer, Params
+from jaxpersona.params import InOut, Layer, Params
 from jaxpersona.readings import spread_states
 from jaxpersona.sharding import gather_weight, mesh_of, out_sharding
 from jaxpersona.trace import Applied, Gates, Trace
@@ -70,7 +70,8 @@ def forward(
       capture: what is read off them.
       cache: keys and values of earlier tokens, or None to see this batch alone.
       new_cache: instead of `cache`, the slots of an empty one that is made here.
-      logits: of every token, of each row's last valid token, or none (then no head is computed).
+      logits: of every token, of each row's last valid token, or none (then no head is computed,
+        and without a cache no layer above the highest that is read or edited).
       captured: the captures' state of earlier calls, to be added to.
       gates: the gates' state of earlier calls, likewise.
       attention: "xla", the reference; "cudnn", flash attention on a GPU; "auto", the latter for
@@ -119,7 +120,8 @@ def forward(
     }
     x = embed(params, config, batch)
     keys, values = [], []
-    for i, layer in enumerate(params.layers):
+    needed = config.n_layers if logits is not None or cache is not None else trace.highest + 1
+    for i, layer in enumerate(params.layers[:needed]):
         with jax.named_scope(f"layer{i}"):
             q, k, v = _project(layer, config, x, angles[config.rope_at(i)])
             own = k, v  # of this call's tokens, [B, T, K, H]
@@ -170,8 +172,12 @@ def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
             at = jnp.maximum(batch.length - 1, 0)
             x = jnp.take_along_axis(x, at[:, None, None], 1)
         x = nn.rms_norm(x, params.final_norm_d, config.norm_eps, config.norm_offset)
-        weight = gather_weight(params.embed_vd if params.head_vd is None else params.head_vd)
-        out = jnp.einsum("btd,vd->btv", x, weight, preferred_element_type=jnp.float32)
+        weight = params.embed_vd if params.head_vd is None else params.head_vd
+        if isinstance(weight, InOut):
+            out = nn.product("btd,vd->btv", x, weight)
+        else:
+            out = jnp.einsum("btd,vd->btv", x, gather_weight(weight),
+                             preferred_element_type=jnp.float32)
         if config.final_softcap is not None:
             out = config.final_softcap * jnp.tanh(out / config.final_softcap)
         return out[:, 0] if which == "last" else out

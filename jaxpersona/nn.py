@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.config import Activation, Rope
+from jaxpersona.params import InOut
 from jaxpersona.sharding import Axes, gather_weight, out_sharding, place
 
 F32 = jnp.float32
@@ -21,15 +22,34 @@ QUERY_CHUNK = 512  # queries whose scores exist at one time in a long prefill
 _MASKED = -1e30  # finite, so that a row with nothing to see stays free of NaN
 
 
-def contract(equation: str, x: jax.Array, w: jax.Array, axes: Axes | None = None) -> jax.Array:
+def contract(equation: str, x: jax.Array, w: jax.Array | InOut,
+             axes: Axes | None = None) -> jax.Array:
     """Multiply activations by weights, accumulating in float32 and returning x's dtype.
 
     `axes` names the result's logical axes where a sharded contraction leaves them open.
     """
+    if isinstance(w, InOut) or jax.typeof(w).sharding.mesh.empty:
+        return product(equation, x, w).astype(x.dtype)
     w = gather_weight(w)
     placed = out_sharding(axes, x, w) if axes else None
     y = jnp.einsum(equation, x, w, preferred_element_type=F32, out_sharding=placed).astype(x.dtype)
     return y if placed is not None or axes is None else place(y, axes, x, w)
+
+
+def product(equation: str, x: jax.Array, w: jax.Array | InOut) -> jax.Array:
+    """Contract on one device as a 2-D product; float32. As it stands, XLA's CPU back end would
+    transpose a weight of three dimensions anew at every step."""
+    left, right = equation.split("->")[0].split(",")
+    rows = x.shape[: sum(letter not in right for letter in left)]
+    if isinstance(w, InOut):
+        y = jnp.einsum("rd,df->rf", x.reshape(-1, w.value.shape[0]), w.value,
+                       preferred_element_type=F32)
+        return y.reshape(*rows, *w.out)
+    out = w.shape[: sum(letter not in left for letter in right)]
+    inner = math.prod(w.shape[len(out) :])
+    y = jnp.einsum("rd,fd->rf", x.reshape(-1, inner), w.reshape(-1, inner),
+                   preferred_element_type=F32)
+    return y.reshape(*rows, *out)
 
 
 def round_residual(x: jax.Array) -> jax.Array:

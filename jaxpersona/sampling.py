@@ -12,6 +12,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpersona.sharding import place
 
@@ -39,9 +40,9 @@ class Sampling:
     seed: Any
 
     def take(self, rows: Any) -> Sampling:
-        """Choose rows; −1 takes row 0, for padding."""
-        rows = jnp.maximum(jnp.asarray(rows, jnp.int32), 0)
-        return jax.tree.map(lambda x: x[rows], self)
+        """Choose rows; −1 takes row 0, for padding. On the host: it is done between programs."""
+        rows = np.maximum(np.asarray(rows, np.int32), 0)
+        return jax.tree.map(lambda x: np.asarray(x)[rows], self)
 
 
 def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any = 0,
@@ -52,8 +53,6 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
       ValueError: temperature < 0 or not finite, top_p outside (0, 1], top_k outside
         0…`CANDIDATES`, a negative seed, or a setting with another number of rows.
     """
-    import numpy as np
-
     def spread(name: str, value: Any, dtype: Any, ok: Any, want: str) -> jax.Array:
         given = np.asarray(value)
         if given.ndim > 1 or (given.ndim == 1 and given.size != rows):

@@ -61,6 +61,12 @@ class Trace:
             self.weights = {name: part.weights(batch) for name, part in capture.parts.items()}
         self.parts: dict[str, list[Any]] = {name: [] for name in capture.parts}
 
+    @property
+    def highest(self) -> int:
+        """The last layer that anything reads or edits, −1 where nothing does."""
+        used = [*self.layers.values(), *(edit.layers for edit in self.edits.edits)]
+        return max((layers[-1] for layers in used), default=-1)
+
     def visit(self, site: Site, layer: int, h: jax.Array) -> jax.Array:
         """Edit, then measure and read, the activation [B, T, D] at one site."""
         before = h

@@ -30,9 +30,28 @@ def rank_one_edit(
     """
     s, c, lo, hi = (coefficients[:, i, None] for i in range(4))
     wide = h.astype(jnp.float32)
-    p = jnp.einsum("btd,btd->bt", wide, jnp.broadcast_to(direction[:, None, :], h.shape))
-    delta = jnp.clip((s - 1.0) * p + c, lo - p, hi - p)
+    p = project(wide, direction)
+    # s·p − p is exactly 0 at s = 1, like (s − 1)·p, and leaves XLA no difference to hoist by layer
+    delta = jnp.clip(s * p - p + c, lo - p, hi - p)
     changed = active & (delta != 0)
     along = direction if push is None else push
     edited = (wide + delta[..., None] * along[:, None, :]).astype(h.dtype)
     return jnp.where(changed[..., None], edited, h), changed
+
+
+def project(h: jax.Array, direction: jax.Array) -> jax.Array:
+    """Return p = ⟨h, v̂⟩ [B, T] of activations [B, T, D] float32 on v̂ [B, D] or [1, D]."""
+    return jax.lax.platform_dependent(h, direction, cpu=_by_product, default=_by_sum)
+
+
+def _by_sum(h: jax.Array, direction: jax.Array) -> jax.Array:
+    return jnp.einsum("btd,btd->bt", h, jnp.broadcast_to(direction[:, None], h.shape))
+
+
+def _by_product(h: jax.Array, direction: jax.Array) -> jax.Array:
+    """Multiply by two equal columns: a product with one, XLA turns into a multiplication and a sum
+    in steps, which are three kernels on a CPU where this is one."""
+    twice = jnp.stack([direction, direction], 1)
+    if direction.shape[0] == 1:
+        return jnp.einsum("btd,kd->btk", h, twice[0])[..., 0]
+    return jnp.einsum("btd,bkd->btk", h, twice)[..., 0]

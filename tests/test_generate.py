@@ -13,8 +13,9 @@ import support as s
 
 from jaxpersona import capture
 from jaxpersona.batch import batch
-from jaxpersona.generate import bucket, generate
+from jaxpersona.generate import generate
 from jaxpersona.interventions import cap
+from jaxpersona.prompts import bucket
 from jaxpersona.sampling import uniforms
 
 MODEL = s.tiny_model(stop_ids=(3, 7))

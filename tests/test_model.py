@@ -15,6 +15,7 @@ from jaxpersona.batch import batch, split
 from jaxpersona.cache import init_cache
 from jaxpersona.interventions import cap, steer
 from jaxpersona.model import forward
+from jaxpersona.params import in_out
 
 LENGTHS = (13, 8, 1)
 MODEL = s.tiny_model()
@@ -198,3 +199,17 @@ def test_a_batch_wider_than_its_cache_is_refused():
     with pytest.raises(ValueError, match="4 tokens wide; the cache has 3 slots"):
         forward(MODEL.params, MODEL.config, batch([[5, 6, 7, 8]]),
                 cache=init_cache(MODEL.config, 1, 3))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_stored_in_out_compute_the_same(tied):
+    model = s.tiny_model(tied_embeddings=tied)
+    turned = in_out(model.params)
+    assert turned.layers[0].wq_nhd.value.shape == (32, 48)
+    assert turned.head_vd.value.shape == (32, 97)
+    run = jax.jit(forward)
+    one, other = (run(p, model.config, batch(ROWS), capture=s.READ) for p in (model.params, turned))
+    for row, n in enumerate(LENGTHS):
+        assert s.relative(other.logits[row, :n], one.logits[row, :n]) < 1e-5
+        assert s.relative(other.captured["full"].value[row, :, :n],
+                          one.captured["full"].value[row, :, :n]).max() < 1e-5

@@ -12,11 +12,12 @@ import numpy as np
 
 from jaxpersona import capture, chat
 from jaxpersona.batch import batch as make_batch
-from jaxpersona.generate import bucket, generate
+from jaxpersona.generate import generate
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.where import response
 from jaxpersona.model import forward
 from jaxpersona.persona.check import fit
+from jaxpersona.prompts import bucket
 from jaxpersona.vectors import Vector
 
 if TYPE_CHECKING:

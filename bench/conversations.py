@@ -1,0 +1,23 @@
+"""Random conversations of mixed length, for benches that run finished ones."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxpersona.batch import ASSISTANT, USER
+from jaxpersona.chat import Row
+
+
+def conversations(count: int, vocabulary: int, mean: int, most: int, seed: int = 0) -> list[Row]:
+    """Draw conversations whose lengths are geometric: `mean` on average, 8 to `most` tokens.
+
+    The first third is a user's message, the rest the reply.
+    """
+    draw = np.random.default_rng(seed)
+    rows = []
+    for length in np.clip(draw.geometric(1 / mean, count), 8, most):
+        reply = np.arange(length) >= length // 3
+        rows.append(Row(draw.integers(4, vocabulary, length).astype(np.int32),
+                        np.where(reply, ASSISTANT, USER).astype(np.int32),
+                        reply.astype(np.int32), ""))
+    return rows

@@ -1,0 +1,80 @@
+"""One batch of random prompts, decoded for a fixed number of steps: what several benches time."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpersona.batch import batch
+from jaxpersona.capture import Capture
+from jaxpersona.decode import State, Stops, decode, prefill
+from jaxpersona.interventions import Interventions
+from jaxpersona.sampling import sampling
+
+PROMPT = 32
+NOTHING = Interventions()
+
+
+class Decoding:
+    """`rows` prompts of 32 tokens, `steps` steps after them; nothing ends a row."""
+
+    def __init__(self, model: Any, rows: int, steps: int, *, temperature: float = 0.0,
+                 top_p: float = 1.0) -> None:
+        self.model, self.rows, self.steps = model, rows, steps
+        self.prompts = np.random.default_rng(1).integers(0, model.config.vocab_size, (rows, PROMPT))
+        self.batch = jax.tree.map(jnp.asarray, batch(self.prompts))
+        self.how = sampling(rows, temperature=temperature, top_p=top_p)
+        self.greedy = temperature == 0
+        self.stops = Stops(jnp.full((4,), -1, jnp.int32), jnp.full((2,), -1, jnp.int32))
+        self.limit = jnp.full((rows,), steps + 1, jnp.int32)
+        self.until = jnp.asarray(steps, jnp.int32)
+
+    def start(self, edits: Interventions, read: Capture) -> State:
+        """Run the prompts."""
+        return prefill(self.model.params, self.model.config, self.batch, edits, read, self.how,
+                       self.stops, self.limit, slots=PROMPT + self.steps + 16,
+                       max_new=self.steps + 1, greedy=self.greedy)
+
+    def arguments(self, edits: Interventions, read: Capture) -> tuple:
+        """What the decode program takes."""
+        return (self.model.params, self.model.config, self.start(edits, read), edits, read,
+                self.how, self.stops, self.until)
+
+    def timer(self, edits: Interventions = NOTHING, read: Capture | None = None, *,
+              prompts: bool = False) -> Callable[[], float]:
+        """Return a call that times the steps, with the prompts before them if asked."""
+        reads = Capture() if read is None else read
+
+        def once() -> float:
+            begun = time.perf_counter()
+            arguments = self.arguments(edits, reads)
+            if not prompts:
+                jax.block_until_ready(arguments)
+                begun = time.perf_counter()
+            state = jax.block_until_ready(decode(*arguments, greedy=self.greedy))
+            spent = time.perf_counter() - begun
+            if int(state.step) != self.steps:
+                raise RuntimeError(f"{int(state.step)} steps ran, not {self.steps}")
+            return spent
+
+        return once
+
+    def fusions(self, edits: Interventions = NOTHING) -> int:
+        """Count the fusions that one compiled step runs (those of the loop's body)."""
+        program = decode.lower(*self.arguments(edits, Capture()), greedy=self.greedy).compile()
+        bodies = re.split(r"\n(?=(?:ENTRY )?%?[\w.\-]+ \()", program.as_text())
+        return max(body.count(" fusion(") for body in bodies)
+
+    @property
+    def bytes(self) -> int:
+        """The bytes that a step in the middle of the run must read: weights, keys and values."""
+        itemsize = self.model.params.embed_vd.dtype.itemsize
+        config = self.model.config
+        seen = PROMPT + self.steps // 2
+        return config.step_bytes(itemsize) + self.rows * config.cache_bytes(seen, itemsize)

@@ -1,0 +1,180 @@
+"""How fast activations of finished conversations are read, against hooks in transformers.
+
+    python bench/extract.py --model mini --conversations 256
+
+All layers' means over response tokens. "Hooks" run the whole model on batches in the given order
+and keep every layer's output until the batch is averaged, as the published code does; "sorted
+hooks" take the conversations by length; a third figure leaves the peer's head out too. Each side is
+a process of its own, timed after a first run, and its memory is the peak above its loaded weights.
+MFU counts real tokens only, against the largest product that this device was seen to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any
+
+import numpy as np
+from common import peak_flops, report
+from conversations import conversations
+
+KINDS = {"hooks": (False, True), "sorted": (True, True), "headless": (True, False)}
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--conversations", type=int, default=256)
+    parser.add_argument("--mean", type=int, default=150, help="tokens, geometric")
+    parser.add_argument("--most", type=int, default=512, help="tokens")
+    parser.add_argument("--batch-tokens", type=int, default=None)
+    parser.add_argument("--peer-batch", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--peer-dtype", default="float32")
+    parser.add_argument("--peers", nargs="*", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    parser.add_argument("--out", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.side:
+        print(json.dumps(one_side(args)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {side: run(side, folder) for side in ["ours", *args.peers]}
+        vectors = {side: np.load(f"{folder}/{side}.npy") for side in sides}
+    ours = sides.pop("ours")
+    norm = np.linalg.norm(vectors["ours"], axis=-1)
+    apart = {side: float((np.linalg.norm(vectors[side] - vectors["ours"], axis=-1) / norm).max())
+             for side in sides}
+    ratios = {side: round(found["seconds"] / ours["seconds"], 3) for side, found in sides.items()}
+    report(
+        "extract", args.model, args, tokens=ours["tokens"], seconds=ours["seconds"],
+        padding_efficiency=round(ours["tokens"] / ours["padded"], 3),
+        tokens_per_second=round(ours["tokens"] / ours["seconds"], 1), mfu=ours["mfu"],
+        capture_over_plain=ours["capture_over_plain"], ratio_to_hooks=ratios.get("hooks"),
+        ratio_to_sorted_hooks=ratios.get("sorted"),
+        ratio_to_sorted_hooks_without_head=ratios.get("headless"),
+        worst_distance={side: round(value, 8) for side, value in apart.items()},
+        peak_bytes=ours["peak_bytes"],
+        peer_peak_bytes={side: found["peak_bytes"] for side, found in sides.items()},
+        peak_memory_ratio_to_hooks=round(ours["peak_bytes"] / sides["hooks"]["peak_bytes"], 4)
+        if "hooks" in sides else None,
+    )
+
+
+def run(side: str, folder: str) -> dict[str, Any]:
+    """Measure one side in a process of its own."""
+    out = pathlib.Path(folder) / f"{side}.npy"
+    done = subprocess.run([sys.executable, *sys.argv, "--side", side, "--out", str(out)],
+                          check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{side}: {found['seconds']} s, {found['peak_bytes'] / 2**20:.0f} MiB", flush=True)
+    return found
+
+
+def one_side(args: argparse.Namespace) -> dict[str, Any]:
+    """Time one side and keep its vectors."""
+    import jax
+
+    import jaxpersona as jp
+
+    model = jp.load(args.model, dtype=args.dtype if args.side == "ours" else "float32")
+    rows = conversations(args.conversations, model.config.vocab_size, args.mean,
+                         min(args.most, model.config.max_context))
+    if args.side != "ours":
+        from peers import Hooked
+
+        peer = Hooked(model, args.peer_dtype)
+        del model
+        sort, head = KINDS[args.side]
+
+        def work() -> np.ndarray:
+            return peer.means(rows, args.peer_batch, sort=sort, head=head)
+
+        return timed(work, args, {})
+
+    def work() -> np.ndarray:
+        found = jp.extract(model, rows, batch_tokens=args.batch_tokens)
+        return found.captured["mean"]
+
+    plain = jp.capture.last(layers=[model.config.n_layers - 1])  # as little as can be read
+    out = jp.extract(model, rows, batch_tokens=args.batch_tokens)
+    flops = sum(model.config.prefill_flops(row.tokens.size) for row in rows)
+    found = timed(work, args, {"tokens": out.tokens, "padded": out.padded})
+    bare = least(lambda: jp.extract(model, rows, capture=plain, batch_tokens=args.batch_tokens),
+                 args.repeats)
+    peak = peak_flops(model.params.embed_vd.dtype)
+    jax.block_until_ready(model.params.embed_vd)
+    return found | {"capture_over_plain": round(bare / found["seconds"], 4),
+                    "mfu": round(flops / found["seconds"] / peak, 4)}
+
+
+def timed(work: Any, args: argparse.Namespace, more: dict[str, Any]) -> dict[str, Any]:
+    """Run once under watch of the memory, then for time; keep the vectors."""
+    with Peak() as peak:
+        np.save(args.out, work())
+    seconds = least(work, args.repeats) if args.repeats else peak.seconds
+    return {"seconds": round(seconds, 4), "peak_bytes": peak.above, **more}
+
+
+def least(work: Any, repeats: int) -> float:
+    """Return the least seconds of some runs after a first one."""
+    work()
+    times = []
+    for _ in range(max(repeats, 1)):
+        begun = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - begun)
+    return min(times)
+
+
+class Peak:
+    """The greatest memory inside a `with` block above that at its beginning: the device's own
+    account where it keeps one, else the process's resident memory (Linux)."""
+
+    def __enter__(self) -> Peak:
+        self.start = self.most = self._now()
+        self.begun = time.perf_counter()
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.stop.wait(0.005):
+            self.most = max(self.most, self._now())
+
+    def _now(self) -> int:
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            return torch.cuda.memory_allocated()
+        import jax
+
+        known = jax.devices()[0].memory_stats()
+        if known:
+            return known["bytes_in_use"]
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    def __exit__(self, *error: Any) -> None:
+        self.stop.set()
+        self.thread.join()
+        self.most = max(self.most, self._now())
+        self.seconds = time.perf_counter() - self.begun
+
+    @property
+    def above(self) -> int:
+        """Bytes above the beginning."""
+        return self.most - self.start
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Capped generation against transformers with hooks, on one checkpoint and one machine.
+
+    python bench/peers.py --model mini --batch 1 8 32
+
+Both sides run the same prompts, cap the same layers by the same vector and threshold, and make the
+same number of tokens greedily, prompts included; runs alternate. The peer caps as the published
+code does, by a forward hook on each layer. `--dtypes` lists what each side may compute in: the
+fastest of them is each side's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from common import paired, report
+from decoding import PROMPT, Decoding
+
+import jaxpersona as jp
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--budget", type=float, default=40.0, help="seconds of pairs a batch size")
+    parser.add_argument("--dtypes", nargs="+", default=["float32"])
+    parser.add_argument("--peer-dtypes", nargs="+", default=["float32"])
+    args = parser.parse_args()
+    ours = [jp.load(args.model, dtype=dtype) for dtype in args.dtypes]
+    theirs = [Hooked(jp.load(args.model, dtype="float32"), dtype) for dtype in args.peer_dtypes]
+    config = ours[0].config
+    layers = range(config.n_layers // 2, config.n_layers)
+    direction = np.random.default_rng(0).normal(size=config.d_model)
+    edits = jp.cap(direction, layers=layers, floor=1e3)
+    by_batch = {}
+    for rows in args.batch:
+        arms: dict[str, Callable[[], float]] = {}
+        for model, dtype in zip(ours, args.dtypes, strict=True):
+            setting = Decoding(model, rows, args.new - 1)
+            arms[f"jaxpersona {dtype}"] = setting.timer(edits, prompts=True)
+        for peer, dtype in zip(theirs, args.peer_dtypes, strict=True):
+            arms[f"transformers {dtype}"] = peer.generation(setting.prompts, args.new, direction,
+                                                            1e3, layers)
+        best = fastest(arms, "transformers")
+        mine = fastest(arms, "jaxpersona")
+        found = paired({"peer": arms[best], "ours": arms[mine]}, "peer", pairs=args.pairs,
+                       budget=args.budget)
+        by_batch[str(rows)] = {
+            "ratio": found["ours"]["ratio"], "interval": found["ours"]["interval"],
+            "unresolved": found["ours"]["unresolved"], "pairs": found["ours"]["pairs"],
+            "ours": mine, "peer": best,
+            "tokens_per_second": round(rows * args.new / found["ours"]["seconds"], 1),
+            "peer_tokens_per_second": round(rows * args.new / found["peer"]["seconds"], 1),
+        }
+    report("peers", ours[0], args, prompt_tokens=PROMPT,
+           capped_layers=f"{layers.start}:{layers.stop}",
+           ratio_to_hf_hooks={n: found["ratio"] for n, found in by_batch.items()},
+           by_batch=by_batch)
+
+
+def fastest(arms: dict[str, Callable[[], float]], side: str) -> str:
+    """Return the arm of one side that is fastest in a second run."""
+    mine = [name for name in arms if name.startswith(side)]
+    if len(mine) == 1:
+        return mine[0]
+    return min(mine, key=lambda name: (arms[name](), arms[name]())[1])
+
+
+class Hooked:
+    """The same weights in transformers, with hooks."""
+
+    def __init__(self, model: Any, dtype: str, device: str | None = None) -> None:
+        import torch
+        from jaxpersona.ckpts import hf
+        from transformers import AutoModelForCausalLM
+
+        self.torch = torch
+        self.device = device or ("cuda" if jax.default_backend() == "gpu" else "cpu")
+        with tempfile.TemporaryDirectory() as folder:
+            hf.save(folder, model.params, model.config)
+            made = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+        made.generation_config.eos_token_id = None
+        made.generation_config.pad_token_id = 0
+        self.made = made.to(self.device).eval()
+
+    def capped(self, direction: np.ndarray, floor: float, layers: range) -> list[Any]:
+        """Hook a cap, h ← h − v̂·min(⟨h, v̂⟩ − τ, 0), on layers; return the handles."""
+        torch = self.torch
+        unit = torch.tensor(direction / np.linalg.norm(direction), dtype=self.made.dtype,
+                            device=self.device)
+
+        def hook(module: Any, args: Any, output: Any) -> Any:
+            h = output[0] if isinstance(output, tuple) else output
+            h = h - unit * torch.clamp((h @ unit)[..., None] - floor, max=0)
+            return (h, *output[1:]) if isinstance(output, tuple) else h
+
+        return [self.made.model.layers[i].register_forward_hook(hook) for i in layers]
+
+    def generation(self, prompts: np.ndarray, new: int, direction: np.ndarray, floor: float,
+                   layers: range) -> Callable[[], float]:
+        """Return a call that times a greedy generation of `new` tokens a prompt."""
+        torch = self.torch
+        tokens = torch.tensor(prompts, device=self.device)
+
+        def once() -> float:
+            handles = self.capped(direction, floor, layers)
+            begun = time.perf_counter()
+            with torch.no_grad():
+                out = self.made.generate(tokens, attention_mask=torch.ones_like(tokens),
+                                         max_new_tokens=new, min_new_tokens=new, do_sample=False)
+            out.cpu()
+            spent = time.perf_counter() - begun
+            for handle in handles:
+                handle.remove()
+            if out.shape[1] != tokens.shape[1] + new:
+                raise RuntimeError(f"{out.shape[1] - tokens.shape[1]} tokens came, not {new}")
+            return spent
+
+        return once
+
+    def means(self, rows: list[Any], size: int, *, sort: bool, head: bool = True) -> np.ndarray:
+        """Return every layer's mean over response tokens, through hooks: [N, L, D] float32.
+
+        Args:
+          rows: conversations (`chat.Row`).
+          size: conversations a batch.
+          sort: by length first.
+          head: run the whole model, as the published code does, or leave the head out.
+        """
+        from jaxpersona.batch import ASSISTANT
+
+        torch, found = self.torch, {}
+        order = np.argsort([-r.tokens.size for r in rows], kind="stable") if sort else range(
+            len(rows))
+        kept: list[Any] = []
+
+        def keep(module: Any, args: Any, output: Any) -> None:
+            kept.append(output[0] if isinstance(output, tuple) else output)
+
+        handles = [layer.register_forward_hook(keep) for layer in self.made.model.layers]
+        run = self.made if head else self.made.model
+        for at in range(0, len(rows), size):
+            members = [int(i) for i in order[at : at + size]]
+            width = max(rows[i].tokens.size for i in members)
+            tokens = np.zeros((len(members), width), np.int64)
+            mask, chosen = tokens.copy(), np.zeros(tokens.shape, bool)
+            for b, i in enumerate(members):
+                n = rows[i].tokens.size
+                tokens[b, :n], mask[b, :n] = rows[i].tokens, 1
+                chosen[b, :n] = (rows[i].kind & ASSISTANT) != 0
+            with torch.no_grad():
+                run(torch.tensor(tokens, device=self.device),
+                    attention_mask=torch.tensor(mask, device=self.device), use_cache=False)
+                stream = torch.stack(kept)  # [L, B, T, D]
+                kept.clear()
+                for b, i in enumerate(members):
+                    where = torch.tensor(chosen[b], device=self.device)
+                    found[i] = stream[:, b, where].float().mean(1).cpu().numpy()
+            del stream
+        for handle in handles:
+            handle.remove()
+        return np.stack([found[i] for i in range(len(rows))])
+
+
+if __name__ == "__main__":
+    main()

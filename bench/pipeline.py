@@ -1,0 +1,141 @@
+"""Activations out of the pass that generates, against a second pass; refilled rows against batches.
+
+    python bench/pipeline.py --model mini --batch 32
+
+One pass generates with every layer's response means captured. Two passes generate, then run the
+finished conversations through `jaxpersona.extract`; both are ours, both tuned. Predicted:
+1 + t_forward / t_generate. `one_pass_over_two_engines` puts transformers with hooks in place of the
+second pass (sorted by length, without a head). Refill: replies of geometric length, whose mean is a
+third of the longest, at one batch size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from common import paired, report
+from conversations import conversations
+
+import jaxpersona as jp
+from jaxpersona import schedule
+from jaxpersona.batch import ASSISTANT
+from jaxpersona.capture import Capture
+from jaxpersona.chat import Row
+from jaxpersona.decode import Stops
+from jaxpersona.interventions import Interventions
+from jaxpersona.sampling import sampling
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--prompts", type=int, default=256)
+    parser.add_argument("--prompt-tokens", type=int, default=30)
+    parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--budget", type=float, default=60.0, help="seconds of pairs, each of two")
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--peer-batch", type=int, default=8)
+    parser.add_argument("--peer-dtype", default="float32")
+    parser.add_argument("--without-peer", action="store_true")
+    args = parser.parse_args()
+    model = jp.load(args.model, dtype=args.dtype)
+    rows = conversations(args.prompts, model.config.vocab_size, args.prompt_tokens,
+                         2 * args.prompt_tokens)
+    run = Run(model, rows, args)
+    mean = jp.capture.mean(jp.response)
+    finished = [said(row, tokens) for row, tokens in zip(rows, run.generate(), strict=True)]
+    times: dict[str, list[float]] = {"generate": [], "forward": []}
+
+    def two() -> float:
+        for name, work in (("generate", run.generate), ("forward", lambda: jp.extract(
+                model, finished))):
+            times[name].append(clocked(work))
+        return times["generate"][-1] + times["forward"][-1]
+
+    found = paired({"two": two, "one": lambda: clocked(lambda: run.generate(mean))}, "two",
+                   pairs=args.pairs, budget=args.budget)
+    generate, forward = (statistics.median(times[name][1:]) for name in ("generate", "forward"))
+    engines = None
+    if not args.without_peer:
+        from peers import Hooked
+
+        peer = Hooked(model, args.peer_dtype)
+        second = min(clocked(lambda: peer.means(finished, args.peer_batch, sort=True, head=False))
+                     for _ in range(2))
+        engines = round((generate + second) / found["one"]["seconds"], 4)
+    refill = paired({"static": lambda: clocked(lambda: run.geometric(False)),
+                     "refill": lambda: clocked(lambda: run.geometric(True))}, "static",
+                    pairs=args.pairs, budget=args.budget)
+    report(
+        "pipeline", model, args, dtype=str(model.params.embed_vd.dtype),
+        one_pass_over_two_pass=found["one"]["ratio"], interval=found["one"]["interval"],
+        unresolved=found["one"]["unresolved"], predicted=round(1 + forward / generate, 4),
+        seconds_generate=round(generate, 3), seconds_forward=round(forward, 3),
+        one_pass_over_two_engines=engines, refill_over_static=refill["refill"]["ratio"],
+        refill_interval=refill["refill"]["interval"],
+        refill_unresolved=refill["refill"]["unresolved"],
+        refill_tokens_per_second=round(int(run.lengths.sum()) / refill["refill"]["seconds"], 1),
+    )
+
+
+class Run:
+    """The prompts of a run, through the scheduler with reply lengths that are given."""
+
+    def __init__(self, model: Any, rows: list[Row], args: argparse.Namespace) -> None:
+        self.model, self.rows, self.args = model, rows, args
+        draw = np.random.default_rng(3)
+        self.lengths = np.clip(draw.geometric(3 / args.new, len(rows)), 1, args.new)
+        self.stops = Stops(np.full(4, -1, np.int32), np.full(2, -1, np.int32))
+
+    def generate(self, read: Capture | None = None) -> list[np.ndarray]:
+        """Generate replies of the full length."""
+        return self.work(np.full(len(self.rows), self.args.new), read or Capture(), True)
+
+    def geometric(self, refill: bool) -> list[np.ndarray]:
+        """Generate replies of geometric lengths."""
+        return self.work(self.lengths, Capture(), refill)
+
+    def work(self, lengths: np.ndarray, read: Capture, refill: bool) -> list[np.ndarray]:
+        """Run the scheduler; return the replies' tokens."""
+        count = len(self.rows)
+        job = schedule.Job(
+            self.rows, np.arange(count, dtype=np.uint32), lengths.astype(np.int32),
+            sampling(count), Interventions(), read, self.args.new, True, False)
+        out: dict[int, np.ndarray] = {}
+
+        def collect(members: list[int], state: Any) -> None:
+            tokens, length, _ = jax.device_get((state.tokens, state.length, state.captured))
+            for row, i in enumerate(members):
+                out[i] = tokens[row, : length[row]]
+
+        schedule.run(self.model, job, self.args.batch, self.stops, collect, refill=refill)
+        if any(len(out[i]) != lengths[i] for i in range(count)):
+            raise RuntimeError("a reply has another length than was asked for")
+        return [out[i] for i in range(count)]
+
+
+def said(row: Row, tokens: np.ndarray) -> Row:
+    """Return a prompt with its reply."""
+    n = tokens.size
+    return Row(np.concatenate([row.tokens, tokens]),
+               np.concatenate([row.kind, np.full(n, ASSISTANT, np.int32)]),
+               np.concatenate([row.turn, np.full(n, int(row.turn[-1]) + 1, np.int32)]), "")
+
+
+def clocked(work: Any) -> float:
+    """Return the seconds of a call."""
+    begun = time.perf_counter()
+    jax.block_until_ready(work())
+    return time.perf_counter() - begun
+
+
+if __name__ == "__main__":
+    main()

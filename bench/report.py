@@ -1,0 +1,166 @@
+"""Write `bench/REPORT.md` and its plots from the results that are there.
+
+    python bench/report.py
+
+Nothing is measured here, and a figure whose interval is too wide is printed as unresolved.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+HERE = pathlib.Path(__file__).parent
+RESULTS = HERE / "results"
+BENCHES = ("cap_overhead", "rows", "decode", "extract", "pipeline", "peers", "roofline")
+
+
+def main() -> None:
+    """Read the results, draw, write."""
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    found = {name: value for name, value in found.items()
+             if isinstance(value, dict) and value.get("bench") in BENCHES}
+    plots = draw(found)
+    lines = ["# Measurements", "",
+             "Written by `bench/report.py` from `bench/results/`; `make bench` measures the CPU's "
+             "share anew. A ratio is the median of alternating pairs with its bootstrap 95 % "
+             "interval; one wider than 0.02 is *unresolved* and passes nothing. What was expected "
+             "of each change, and what came of it, is in `NOTES.md`.", ""]
+    for plot, caption in plots:
+        lines += [f"![{caption}](results/{plot})", ""]
+    for bench in BENCHES:
+        mine = {name: value for name, value in found.items() if value["bench"] == bench}
+        if not mine:
+            continue
+        lines += [f"## {bench}", "", "| run | figure | value |", "|---|---|---|"]
+        for name, value in mine.items():
+            lines += [f"| {name}: {describe(value)} | {key} | {shown} |"
+                      for key, shown in figures(value)]
+        lines.append("")
+    (HERE / "REPORT.md").write_text("\n".join(lines))
+    print(HERE / "REPORT.md")
+
+
+def describe(value: dict[str, Any]) -> str:
+    """Say what a run was: model, arguments, device, date."""
+    keep = ("batch", "layers", "temperature", "top_p", "dtype", "new", "conversations", "prompts")
+    given = [f"{key} {value['arguments'][key]}" for key in keep
+             if value["arguments"].get(key) not in (None, [], 0.0, 1.0)]
+    return ", ".join([value["model"], *given, value["device"], value["date"]])
+
+
+def figures(value: dict[str, Any]) -> list[tuple[str, str]]:
+    """List a result's figures, each with its interval where it has one."""
+
+    def ratio(number: Any, interval: Any, unresolved: Any) -> str:
+        mark = " *unresolved*" if unresolved else ""
+        return f"{number} [{interval[0]}, {interval[1]}]{mark}"
+
+    match value["bench"]:
+        case "cap_overhead":
+            return [
+                ("capped ÷ uncapped", ratio(value["capped_over_uncapped"], value["interval"],
+                                            value["unresolved"])),
+                ("idle ÷ uncapped", ratio(value["idle_over_uncapped"], value["idle_interval"],
+                                          value["unresolved"])),
+                ("fusions a capped layer adds a step; once", f"{value['added_fusions_per_layer']};"
+                 f" {value['added_fusions_once']} (of {value['fusions_uncapped']})"),
+                ("ms a step", str(value["ms_per_step"])),
+            ]
+        case "rows":
+            return [("distinct ÷ shared", ratio(value["distinct_over_shared"], value["interval"],
+                                                value["unresolved"]))]
+        case "decode":
+            return [(f"batch {rows}", f"{at['tokens_per_second']} tokens/s, {at['ms_per_step']} ms "
+                     f"a step, MBU {at['mbu']}; captured ÷ plain "
+                     + ratio(at["captured_over_plain"], at["captured_interval"],
+                             at["captured_unresolved"]))
+                    for rows, at in value["by_batch"].items()]
+        case "extract":
+            keys = ("tokens_per_second", "mfu", "padding_efficiency", "capture_over_plain",
+                    "ratio_to_hooks", "ratio_to_sorted_hooks",
+                    "ratio_to_sorted_hooks_without_head", "worst_distance",
+                    "peak_memory_ratio_to_hooks")
+            return [(key, str(value[key])) for key in keys]
+        case "pipeline":
+            return [
+                ("one pass over two", ratio(value["one_pass_over_two_pass"], value["interval"],
+                                            value["unresolved"])),
+                ("predicted", str(value["predicted"])),
+                ("one pass over two engines", str(value["one_pass_over_two_engines"])),
+                ("refill over static", ratio(value["refill_over_static"], value["refill_interval"],
+                                             value["refill_unresolved"])),
+            ]
+        case "peers":
+            return [(f"batch {rows}", ratio(at["ratio"], at["interval"], at["unresolved"])
+                     + f": {at['ours']} {at['tokens_per_second']}, {at['peer']} "
+                     f"{at['peer_tokens_per_second']} tokens/s")
+                    for rows, at in value["by_batch"].items()]
+        case _:
+            roof = value["roof"]
+            head = [("roof", f"{roof['bytes_per_second'] / 1e9:.1f} GB/s, "
+                     f"{roof['flops_per_second'] / 1e9:.0f} GFLOP/s")]
+            return head + [(p["name"], f"{p['flops_per_second'] / 1e9:.1f} GFLOP/s, "
+                            f"{p['of_roof']} of the roof") for p in value["points"]]
+
+
+def draw(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Draw the four plots of one set of results; return files and captions."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7.5))
+    for name, value in found.items():
+        match value["bench"]:
+            case "decode":
+                at = value["by_batch"]
+                axes[0, 0].plot([int(n) for n in at],
+                                [x["tokens_per_second"] for x in at.values()], "o-", label=name)
+            case "cap_overhead":
+                at = {int(n): x for n, x in value["by_layers"].items()}
+                if len(at) > 1:
+                    line(axes[0, 1], at, name)
+            case "rows":
+                line(axes[1, 0], {int(n): x for n, x in value["by_distinct"].items()}, name)
+            case "roofline":
+                roof = value["roof"]
+                xs = [2**n / 8 for n in range(14)]
+                axes[1, 1].plot(xs, [min(roof["flops_per_second"], x * roof["bytes_per_second"])
+                                     for x in xs], label=name)
+                for p in value["points"]:
+                    axes[1, 1].plot(p["intensity"], p["flops_per_second"], "o", color="black")
+                    axes[1, 1].annotate(p["name"], (p["intensity"], p["flops_per_second"]),
+                                        fontsize=7)
+    labels = (("rows", "tokens a second"), ("capped layers", "capped ÷ uncapped speed"),
+              ("distinct settings", "speed ÷ one shared setting"),
+              ("operations a byte", "operations a second"))
+    for axis, (x, y) in zip(axes.flat, labels, strict=True):
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+        if axis.has_data():
+            axis.legend(fontsize=7)
+    for axis, both in ((axes[0, 0], True), (axes[1, 1], True), (axes[1, 0], False)):
+        axis.set_xscale("log", base=2)
+        if both:
+            axis.set_yscale("log")
+    figure.tight_layout()
+    figure.savefig(RESULTS / "speed.png", dpi=110)
+    plt.close(figure)
+    return [("speed.png", "throughput by batch, overhead by capped layers and by distinct settings,"
+             " and the roofline")]
+
+
+def line(axis: Any, at: dict[int, dict[str, Any]], name: str) -> None:
+    """Draw ratios with their intervals."""
+    xs = sorted(at)
+    low, high = zip(*(at[x]["interval"] for x in xs), strict=True)
+    axis.plot(xs, [at[x]["ratio"] for x in xs], "o-", label=name)
+    axis.fill_between(xs, low, high, alpha=0.2)
+    axis.axhline(1.0, color="grey", linewidth=0.8)
+
+
+if __name__ == "__main__":
+    main()

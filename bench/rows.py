@@ -1,0 +1,52 @@
+"""What it costs that rows differ: one cap for all rows against as many caps as there are rows.
+
+    python bench/rows.py --model mini --batch 256
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+from common import paired, report
+from decoding import Decoding
+
+import jaxpersona as jp
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--budget", type=float, default=120.0, help="seconds of pairs")
+    parser.add_argument("--dtype", default=None)
+    args = parser.parse_args()
+    model = jp.load(args.model, dtype=args.dtype)
+    total = model.config.n_layers
+    layers = range(total // 2, total)
+    bank = np.random.default_rng(0).normal(size=(args.batch, model.config.d_model))
+    floors = np.linspace(1e3, 2e3, args.batch)
+    arms = {"shared": jp.cap(bank[0], layers=layers, floor=1e3)}
+    some = sorted({1 << 2 * i for i in range(1, 8) if 1 << 2 * i < args.batch} | {args.batch})
+    for n in some:
+        arms[str(n)] = jp.cap(bank[:n], layers=layers, floor=floors[:n],
+                              rows=np.arange(args.batch) % n)
+    setting = Decoding(model, args.batch, args.steps)
+    found = paired({name: setting.timer(edits) for name, edits in arms.items()}, "shared",
+                   pairs=args.pairs, budget=args.budget)
+    most = found[str(args.batch)]
+    report(
+        "rows", model, args, dtype=str(model.params.embed_vd.dtype),
+        capped_layers=f"{layers.start}:{layers.stop}", distinct_over_shared=most["ratio"],
+        interval=most["interval"], unresolved=most["unresolved"], pairs=most["pairs"],
+        tokens_per_second=round(args.batch * args.steps / found["shared"]["seconds"], 1),
+        by_distinct={str(n): {k: found[str(n)][k] for k in ("ratio", "interval", "unresolved")}
+                     for n in some},
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Run the benches that a CPU can do, keep their results, and write the report.
+
+    python bench/suite.py [--only cap_overhead rows …] [--tag cpu]
+
+Each bench is a process with defaults that end in two or three minutes; its last line becomes
+`bench/results/<bench>-<tag>.json`. One that fails is said to, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+HERE = pathlib.Path(__file__).parent
+BENCHES = {
+    "cap_overhead": ["--sweep"], "rows": [], "decode": [], "extract": [], "pipeline": [],
+    "peers": [], "roofline": [],
+}
+
+
+def main() -> None:
+    """Run the benches, then the report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", default=list(BENCHES), choices=list(BENCHES))
+    parser.add_argument("--tag", default="cpu")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds a bench")
+    args = parser.parse_args()
+    failed = []
+    for name in args.only:
+        begun = time.perf_counter()
+        print(f"== {name}", flush=True)
+        try:
+            done = subprocess.run([sys.executable, str(HERE / f"{name}.py"), *BENCHES[name]],
+                                  check=True, stdout=subprocess.PIPE, text=True,
+                                  timeout=args.limit)
+            found = json.loads(done.stdout.splitlines()[-1])
+        except (subprocess.SubprocessError, ValueError, IndexError) as error:
+            print(f"   failed: {error}")
+            failed.append(name)
+            continue
+        path = HERE / "results" / f"{name}-{args.tag}.json"
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        print(f"   {time.perf_counter() - begun:.0f} s, {path}", flush=True)
+    subprocess.run([sys.executable, str(HERE / "report.py")], check=True)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""Conversations on their way to a program: encoded, checked, named, and given a length.
+
+What is decided here about a conversation is a function of it alone, never of its company.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxpersona import chat
+from jaxpersona.batch import KINDS
+from jaxpersona.capture import Capture
+from jaxpersona.interventions.compose import Interventions
+
+if TYPE_CHECKING:
+    from jaxpersona.load import Model
+
+
+def bucket(tokens: int) -> int:
+    """Return the least of 32, 64, 128, 256, 384, 512, 768, 1024, … that holds `tokens`.
+
+    Few of them, because each is a program to compile.
+    """
+    size = 32
+    while size < tokens:
+        power = size & (size - 1) == 0
+        size = (size * 2 if size < 256 else size * 3 // 2) if power else size * 4 // 3
+    return size
+
+
+def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = False) -> chat.Row:
+    """Turn a conversation in any accepted form into a row.
+
+    Args:
+      item: messages, a string (one user message), a `chat.Row`, or token ids.
+      reply: whether a reply is to follow, or the conversation is finished.
+
+    Raises:
+      ValueError: another form, text without a tokenizer, or ids outside the vocabulary.
+    """
+    if isinstance(item, chat.Row):
+        return item
+    if item is None or isinstance(item, int):
+        raise ValueError(f"a conversation is {item!r}; give messages, a string, a Row or token ids")
+    text = isinstance(item, str) or (
+        len(item) > 0 and all(isinstance(message, dict) for message in item)
+    )
+    if text:
+        if model.tokenizer is None:
+            raise ValueError("the model has no tokenizer; give token ids instead of text")
+        return chat.encode_row(model.tokenizer, item, reply=reply, thinking=thinking)
+    tokens = np.asarray(item)
+    if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError("a conversation must be messages, a string, a Row or a list of token ids")
+    if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
+        raise ValueError(f"token ids must lie in 0…{model.config.vocab_size - 1}")
+    kind = np.full(tokens.size, KINDS["user"], np.int32)
+    return chat.Row(tokens.astype(np.int32), kind, np.zeros(tokens.size, np.int32), "")
+
+
+def check_edits(model: Model, edits: Interventions, count: int,
+                capture: Capture | None = None) -> None:
+    """Refuse interventions of another shape, number of rows or model, and readings of another.
+
+    Raises:
+      ValueError: with the field, its value and the mend.
+    """
+    edits.check(layers=model.config.n_layers, width=model.config.d_model, rows=count)
+    mine = int(model.fingerprint[8:], 16)
+    named = [edit.origin for edit in edits.edits]
+    named += [edit.gate.origin for edit in edits.edits if edit.gate is not None]
+    named += [part.origin for part in (capture.parts.values() if capture is not None else ())
+              if hasattr(part, "origin")]
+    foreign = {int(o) for origin in named for o in np.asarray(origin)} - {0, mine}
+    if foreign:
+        raise ValueError(
+            f"a direction was made for another model than {model.name} (fingerprint "
+            f"{model.fingerprint}); use one of this model's, or pass its bare array "
+            "(`axis.values`) to apply it all the same"
+        )
+
+
+def limits(model: Model, rows: list[chat.Row], max_new: int) -> np.ndarray:
+    """Return the most tokens of each reply [N] int32: `max_new`, or what the context leaves.
+
+    Raises:
+      ValueError: a prompt that leaves no room.
+    """
+    context = model.config.max_context
+    for i, row in enumerate(rows):
+        if row.tokens.size >= context:
+            raise ValueError(
+                f"prompt {i} has {row.tokens.size} tokens; the model's context holds {context}, "
+                "the reply included: shorten it"
+            )
+    return np.array([min(max_new, context - row.tokens.size) for row in rows], np.int32)
+
+
+def row_ids(rows: list[chat.Row], ids: Sequence[int] | None) -> np.ndarray:
+    """Return what each row is for its random draws [N] uint32: `ids`, or a hash of its tokens and
+    of how often they came before.
+
+    Raises:
+      ValueError: another number of ids, or ids that are not uint32.
+    """
+    if ids is not None:
+        if len(ids) != len(rows):
+            raise ValueError(f"ids has {len(ids)} entries for {len(rows)} conversations")
+        given = np.asarray(ids)
+        if not np.issubdtype(given.dtype, np.integer) or given.min() < 0 or given.max() >= 2**32:
+            raise ValueError(f"ids must be integers in 0…2³²−1; they begin with {list(ids)[:4]}")
+        return given.astype(np.uint32)
+    seen: Counter[bytes] = Counter()
+    out = []
+    for row in rows:
+        key = row.tokens.tobytes()
+        out.append(chat.row_id(row.tokens, seen[key]))
+        seen[key] += 1
+    return np.array(out, np.uint32)

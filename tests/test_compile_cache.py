@@ -1,0 +1,34 @@
+"""Where compiled programs are kept: in the user's cache folder, unless the user says otherwise."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+CODE = ("import jax, jaxpersona as jp, jax.numpy as jnp; jp.load('random:qwen3-mini'); "
+        "print(jax.config.jax_compilation_cache_dir)")
+
+
+def chosen(home: pathlib.Path, **variables: str) -> str:
+    drop = ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR", "JAXPERSONA_COMPILE_CACHE", "XLA_FLAGS")
+    env = {k: v for k, v in os.environ.items() if k not in drop}
+    done = subprocess.run([sys.executable, "-c", CODE], env={**env, "HOME": str(home), **variables},
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-1500:]
+    return done.stdout.split()[-1]
+
+
+@pytest.mark.parametrize(("variables", "expected"), [
+    ({}, "{home}/.cache/jaxpersona/"), ({"XDG_CACHE_HOME": "{home}/x"}, "{home}/x/jaxpersona/"),
+    ({"JAX_COMPILATION_CACHE_DIR": "{home}/mine"}, "{home}/mine"),
+    ({"JAXPERSONA_COMPILE_CACHE": "0"}, "None"),
+], ids=["default", "xdg", "own", "off"])
+def test_the_folder(tmp_path, variables, expected):
+    given = {k: v.format(home=tmp_path) for k, v in variables.items()}
+    assert chosen(tmp_path, **given).startswith(expected.format(home=tmp_path))
+    if not variables:
+        assert list(tmp_path.rglob("*")), "nothing was kept"
