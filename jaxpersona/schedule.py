@@ -203,7 +203,7 @@ class _Group:
             prefix = _stack(tuple(parts), axes=_static(
                 Prefix(axes.cache, axes.captured, axes.applied, axes.gates)))
         batch = _cut(job, chosen, shared, [job.rows[i].tokens.size for i in chosen],
-                     shape.width, count)
+                     shape.width, count, shape.prefix > 0)
         return prefill(self.params, self.config, batch, job.edits.take(index),
                        job.capture, job.how.take(index), self.stops,
                        jnp.asarray(job.limits[index], jnp.int32), slots=self.slots,
@@ -213,7 +213,7 @@ class _Group:
         """Return what prompt i's prefix leaves behind, computed once for all that share it."""
         job, key = self.job, self._key(i)
         if key not in self.prefixes:
-            batch = _cut(job, [i], [0], [self._shared(i)], self.shapes[i].prefix, 1)
+            batch = _cut(job, [i], [0], [self._shared(i)], self.shapes[i].prefix, 1, True)
             self.prefixes[key] = prefill_prefix(
                 self.params, self.config, batch, job.edits.take([i]), job.capture,
                 slots=self.slots)
@@ -252,7 +252,7 @@ class _Group:
 
 
 def _cut(job: Job, chosen: list[int], start: Sequence[int], stop: Sequence[int], width: int,
-         size: int) -> Batch:
+         size: int, chunk: bool) -> Batch:
     """Make a batch of `size` rows from tokens start…stop of prompts, the missing rows empty."""
     rows = [job.rows[i] for i in chosen]
     whole = make_batch([r.tokens for r in rows], kind=[r.kind & ~LAST for r in rows],
@@ -266,7 +266,7 @@ def _cut(job: Job, chosen: list[int], start: Sequence[int], stop: Sequence[int],
 
     fields = (whole.tokens, whole.position, whole.kind, whole.turn)
     names = np.pad(whole.row_id, (0, size - len(chosen)))
-    return jax.tree.map(jnp.asarray, Batch(*map(cut, fields), row_id=names))
+    return jax.tree.map(jnp.asarray, Batch(*map(cut, fields), row_id=names, chunk=chunk))
 
 
 def _differing_axis(one: Any, two: Any) -> int:

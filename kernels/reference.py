@@ -45,7 +45,8 @@ def project(h: jax.Array, direction: jax.Array) -> jax.Array:
 
 
 def _by_sum(h: jax.Array, direction: jax.Array) -> jax.Array:
-    return jnp.einsum("btd,btd->bt", h, jnp.broadcast_to(direction[:, None], h.shape))
+    return jnp.einsum("btd,btd->bt", h, jnp.broadcast_to(direction[:, None], h.shape),
+                      precision="highest")
 
 
 def _by_product(h: jax.Array, direction: jax.Array) -> jax.Array:

@@ -49,10 +49,16 @@ def model():
     return dataclasses.replace(made, tokenizer=tokenizer)
 
 
+def test_returns_and_tabs_end_a_line_as_blanks_do():
+    pieces = ["```\r\n", "x\r\n", "```\r\n", "hi"]
+    assert fences.walk(pieces).tolist() == [True, True, True, False]
+    assert fences.walk(["```\n", "x\n", "```\t\n", "hi"]).tolist() == [True, True, True, False]
+
+
 def test_table_follows_a_tokenizer(model):
     table = fences.table(model.tokenizer, 300)
     assert table.shape == (300, fences.STATES)
-    text = "a\n```py\nx = 1\n```\nb ~~~\n~~~\nc"
+    text = "a\n```py\r\nx = 1\n```\t\r\nb ~~~\n~~~\nc"
     ids = model.tokenizer.encode(text, add_special_tokens=False)
     state, found = 0, []
     for token in ids:

@@ -21,7 +21,7 @@ from jaxpersona.interventions import (
     stack_rows,
     steer,
 )
-from jaxpersona.interventions.where import everywhere, marked
+from jaxpersona.interventions.where import everywhere, generated, marked
 from jaxpersona.model import forward
 from jaxpersona.vectors import Vector
 
@@ -168,6 +168,15 @@ REFUSED = {
     "layer 1 \\(residual\\) is not before": lambda: gate(EDIT, C, layer=1, above=0),
     "above is NaN": lambda: gate(EDIT, C, layer=0, above=np.nan),
     "above is infinite": lambda: gate(EDIT, C, layer=0, above=np.inf),
+    "the gate has 5 directions; the bank has 8": lambda: gate(
+        steer(np.ones((8, 32)), layers=[1], rows=range(8)), np.ones((5, 32)), layer=0, above=0),
+    "the gate has 4 directions; the bank has 3": lambda: gate(
+        steer(np.ones((3, 32)), layers=[1], rows=[0, 1, 2]), np.ones((4, 32)), layer=0, above=0),
+    "where is for generated tokens": lambda: gate(EDIT, C, layer=0, above=0, where=generated),
+    "holds no message": lambda: everywhere.within(3, 1),
+    "gates are those of other": lambda: forward(
+        MODEL.params, MODEL.config, batch(ROWS), interventions=gate(EDIT, C, layer=0, above=0),
+        gates={"7": 1}),
     "the gate has 3 directions": lambda: gate(
         steer(np.ones((2, 32)), layers=[1], rows=[0, 1]), np.ones((3, 32)), layer=0, above=0),
     "width 31": lambda: run(gate(EDIT, np.ones(31), layer=0, above=0)),
@@ -194,3 +203,34 @@ def test_sites_come_in_order():
         EDIT, C, layer=0, above=0.0), logits=None).gates["0"]
     np.testing.assert_allclose(state.total / state.count, MEANS, rtol=1e-5, equal_nan=True)
     assert state.count.dtype == jnp.float32
+
+
+def test_the_prompt_alone_is_measured_and_what_stands_there_after_its_edits():
+    """A gate counts no generated token, and sees what an edit at its own place has done."""
+    shift = steer(C, layers=[0], scale=2.0)
+    edits = chain(shift, gate(EDIT, C, layer=0, above=SPLIT + 2 * np.linalg.norm(C),
+                              where=everywhere.without("first")))
+    np.testing.assert_array_equal(moved(run(edits), run(shift)), ABOVE)
+    rows = batch([[*ROWS[0]]], kind=[[0] * (len(ROWS[0]) - 3) + [1 << 6] * 3])
+    state = forward(MODEL.params, MODEL.config, rows, interventions=gate(
+        EDIT, C, layer=0, above=0.0, where=everywhere), logits=None).gates["0"]
+    assert state.count[0] == len(ROWS[0]) - 3
+
+
+def test_measurements_that_are_not_handed_on_shut_the_gate():
+    edits = gate(EDIT, C, layer=0, below=1e6)
+    pieces = split(batch(ROWS, width=32), 16)
+    first = forward(MODEL.params, MODEL.config, pieces[0], interventions=edits, logits=None,
+                    cache=init_cache(MODEL.config, B, 32))
+    for gates, wanted in ((first.gates, 1), (None, 0)):
+        out = forward(MODEL.params, MODEL.config, pieces[1], interventions=edits, logits=None,
+                      cache=first.cache, gates=gates)
+        long = [len(row) > 16 for row in ROWS]
+        np.testing.assert_array_equal(out.applied[0].changed[0], wanted * np.array(long))
+
+
+def test_a_bound_for_each_edit_of_a_bank_on_one_direction():
+    edits = gate(steer(RNG.normal(size=(3, 32)), layers=[1], rows=[0, 1, 2, -1, 0, 1, 2, 0]), C,
+                 layer=0, above=[SPLIT, 1e6, -1e6])
+    wanted = [(i == 0 and ABOVE[b]) or i == 2 for b, i in enumerate([0, 1, 2, -1, 0, 1, 2, 0])]
+    np.testing.assert_array_equal(moved(run(edits), run(None)), wanted)

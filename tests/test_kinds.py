@@ -30,6 +30,7 @@ from jaxpersona.interventions import (
 )
 from jaxpersona.interventions.where import generated
 from jaxpersona.model import forward
+from jaxpersona.vectors import Vector
 
 quick = settings(max_examples=40, deadline=None)
 seeds, angles = st.integers(0, 999), st.floats(-7, 7, width=32)
@@ -118,6 +119,9 @@ def narrow(params, h):
     return h[:3]
 
 
+MIXED = [Vector(np.eye(8)[:2] + i, fingerprint=f"{i}" * 16) for i in (1, 2)]
+
+
 @pytest.mark.parametrize(("message", "made"), [
     ("rotate needs one angle", lambda u: rotate(u, -u, layers=1)),
     ("rotate needs one angle", lambda u: rotate(u, -u, layers=1, to=1, by=1)),
@@ -133,7 +137,24 @@ def narrow(params, h):
                                          rows=[0, 1])),
     ("gave \\[3\\] for a token", lambda u: act(custom(narrow, layers=1), scene(0)[0])),
     ("mean has shape", lambda u: mean_ablate(u, np.ones(9), layers=1)),
-    ("rows, width, slots", lambda u: reserve(0, 8, [1])),
+    ("rows is 0", lambda u: reserve(0, 8, [1])),
+    ("width is 2.5", lambda u: reserve(1, 2.5, [1])),
+    ("site is 'head'", lambda u: reserve(1, 8, [1], site="head")),
+    ("a part is a list", lambda u: chain([steer(u, layers=1)])),
+    ("parts must be a list", lambda u: stack_rows(steer(u, layers=1))),
+    ("where is 'generated'", lambda u: steer(u, layers=1, where="generated")),
+    ("floor is 'p25'", lambda u: cap(u, layers=1, floor="p25")),
+    ("floor is infinite in float32", lambda u: cap(u, layers=1, floor=1e39)),
+    ("‖vector‖ is infinite", lambda u: steer(u * 1e38, layers=1, scale=10.0)),
+    ("must be an int, a slice", lambda u: steer(u, layers=3.0)),
+    ("must be an int, a slice", lambda u: steer(u, layers=None)),
+    ("vector is array", lambda u: steer(u * 1j, layers=1)),
+    ("params holds 'x'", lambda u: custom(twist, "x", layers=1)),
+    ("for 8 directions or 8 layers", lambda u: cap(
+        [Vector(np.ones((8, 8)))] * 8, layers=[3], floor=np.arange(8), rows=range(8))),
+    ("different models", lambda u: rotate(*MIXED, to=1.0, layers=1)),
+    ("different models", lambda u: mean_ablate(*MIXED, layers=1)),
+    ("different models", lambda u: cap(MIXED[0], layers=1, floor=0.0, push=MIXED[1])),
     ("into is for 2 rows", lambda u: stack_rows([None], into=reserve(2, 8, [1]))),
     ("row 1 does not fit", lambda u: stack_rows(
         [None, chain(steer(u, layers=1), steer(u, layers=1))], into=reserve(2, 8, [1]))),
@@ -172,7 +193,12 @@ def test_reserved_tables_take_any_edits_without_another_trace():
             np.testing.assert_array_equal(found.tokens[b], free.tokens[b])
     for b in range(4):
         np.testing.assert_array_equal(nothing.tokens[b], plain.tokens[b])
-    go(one)
+    filled = stack_rows(one, into=empty)  # one that is full may be filled anew
+    again = stack_rows([None, one[2], None, None], into=filled)
+    assert s.same_bits(again, stack_rows([None, one[2], None, None], into=empty))
+    nobody = stack_rows([None] * 4, into=filled)
+    assert all((edit.index == -1).all() for edit in nobody.edits)
+    go([steer(u, layers=[0], where=generated.without("code"))] * 4)
     after = (dict(decode.TRACES), decode.decode._cache_size())
     assert after[1] - before[1] <= 2  # those of the two unreserved runs, none of the reserved
     assert go(two) and (dict(decode.TRACES), decode.decode._cache_size()) == after
@@ -186,6 +212,7 @@ G = np.random.default_rng(12).normal(size=(6, 32)).astype(np.float32)
 READ = np.random.default_rng(13).normal(size=(2, 97)).astype(np.float32)
 
 
+@jax.jit
 def logits(edits):
     return forward(MODEL.params, MODEL.config, TEXT, interventions=edits, logits="last").logits
 
@@ -251,3 +278,55 @@ def test_jit_vmap_and_checkpoint_over_interventions():
     plain = jax.jit(jax.grad(lambda v: loss(steer(v, layers=[0]))))(vectors[0])
     kept = jax.jit(jax.grad(jax.checkpoint(lambda v: loss(steer(v, layers=[0])))))(vectors[0])
     np.testing.assert_allclose(kept, plain, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [
+    lambda x: gate(steer(G[1], layers=[1], scale=3.0), G[0], layer=0, above=x[0], within=True),
+    lambda x: gate(steer(G[1], layers=[1], scale=x[0]), x, layer=0, above=-1e3, within=True),
+    lambda x: stack_rows([steer(x, layers=[0]), cap(G[1], layers=[1], floor=x[0])]),
+    lambda x: stack_rows([custom(twist, {"a": x[0], "b": x}, layers=[0]),
+                          rotate(x, G[1], layers=[1], to=0.3)]),
+], ids=["threshold", "gate's direction", "rows", "rows of kinds"])
+def test_constructors_may_be_traced(make):
+    whole, eager = jax.jit(lambda x: loss(make(x)))(G[0]), loss(make(G[0]))
+    np.testing.assert_allclose(whole, eager, rtol=1e-4)
+    slope = jax.jit(jax.grad(lambda x: loss(make(x))))(G[0])
+    assert np.isfinite(slope).all()
+    many = jax.jit(jax.vmap(lambda x: loss(make(x))))(jnp.asarray(G[:2]))
+    np.testing.assert_allclose(many[0], eager, rtol=1e-4)
+
+
+def test_rows_are_permuted_before_and_after_their_entries_are_gathered():
+    edits = cap(G[:3], layers=[0, 1], floor=[1.0, 2.0, 3.0], rows=[2, -1, 0, 1])
+    order = np.array([3, 0, -1, 2])
+    found, wanted = edits.by_row(4).take(order), edits.take(order).by_row(4)
+    rows = batch([[5, 6]] * 4)
+    np.testing.assert_array_equal(found.edits[0].seen(rows), wanted.edits[0].seen(rows))
+    for b in (0, 1, 3):
+        np.testing.assert_array_equal(found.edits[0].direction[:, b],
+                                      wanted.edits[0].direction[:, b])
+
+
+def test_a_mean_of_zero_is_an_ablation():
+    h, u, _ = scene(2)
+    np.testing.assert_array_equal(act(mean_ablate(u, 0 * u, layers=1), h)[0],
+                                  act(ablate(u, layers=1), h)[0])
+
+
+@pytest.mark.parametrize("parts", [
+    [rotate(G[0], G[1], by=1.0, layers=[0]), rotate(G[2], G[1], to=1.0, layers=[1])],
+    [custom(twist, {"a": 2.0, "b": G[0]}, layers=[0]),
+     custom(twist, {"a": 3.0, "b": G[1]}, layers=[1])],
+    [chain(steer(G[0], layers=[i]), restore_norm(layers=[i])) for i in (0, 1)],
+    [gate(steer(9 * G[0], layers=[1]), G[1], layer=0, above=-1e3, over="token"),
+     gate(steer(9 * G[2], layers=[1]), G[1], layer=0, site="mlp", above=-1e3, over="token")],
+    [gate(steer(9 * G[0], layers=[1], site="mlp"), G[1], layer=0, below=0.0, over="token"),
+     gate(steer(9 * G[2], layers=[1], site="mlp"), G[1], layer=1, site="attention", below=0.0,
+          over="token")],
+], ids=["rotate", "custom", "restore", "gates at sites", "gates at layers"])
+def test_rows_that_name_different_layers_keep_to_them(parts):
+    together = np.asarray(logits(stack_rows(parts)))
+    for b, part in enumerate(parts):
+        alone = np.asarray(logits(part))
+        np.testing.assert_allclose(together[b], alone[b], rtol=1e-4, atol=1e-4)
+        assert np.abs(alone[1 - b] - together[1 - b]).max() > 1e-2, "the parts do the same"

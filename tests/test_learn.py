@@ -81,8 +81,24 @@ def test_a_stopped_training_ends_in_the_same_vector(tmp_path):
     more = learn.fit(model, parts, loss, rows, steps=70, folder=tmp_path)
     assert len(first) == 60 and len(more) == 10 and [*first, *more] == alone
     assert s.same_bits(parts.vector[...], whole.vector[...])
-    with pytest.raises(ValueError, match="does not fit this direction"):
-        learn.fit(model, learn.Direction(32, layers=[0, 1]), loss, rows, steps=80, folder=tmp_path)
+    for other in (learn.Direction(32, layers=2), learn.Direction(32, layers=1, site="mlp"),
+                  learn.Direction(32, layers=1, where=jp.generated)):
+        with pytest.raises(ValueError, match="does not fit this direction"):
+            learn.fit(model, other, loss, rows, steps=80, folder=tmp_path)
+    with pytest.raises(ValueError, match="of another optimizer"):
+        learn.fit(model, learn.Direction(32, layers=1), loss, rows, steps=80, folder=tmp_path,
+                  optimizer=optax.sgd(0.1))
+    with pytest.raises(ValueError, match="steps is 30, but .* holds 70"):
+        learn.fit(model, learn.Direction(32, layers=1), loss, rows, steps=30, folder=tmp_path)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_direction():
+    model, direction = s.tiny_model(), learn.Direction(32, layers=1)
+    before = np.asarray(direction.vector[...])
+    with pytest.raises(ValueError, match="gradient is not finite"):
+        learn.fit(model, direction, lambda out, rows: jnp.sqrt(0.0 * out.logits.sum()),
+                  [batch(s.prompts((6,)))], steps=1)
+    np.testing.assert_array_equal(direction.vector[...], before)
 
 
 def test_refused():
@@ -90,6 +106,15 @@ def test_refused():
     rows = [batch(s.prompts((6,)))]
     for message, call in {
         "size is 0": lambda: learn.Direction(32, layers=1, size=0),
+        "size is nan": lambda: learn.Direction(32, layers=1, size=float("nan")),
+        "batches is one Batch": lambda: learn.fit(model, learn.Direction(32, layers=1), None,
+                                                  rows[0], steps=1),
+        "the loss has shape": lambda: learn.fit(
+            model, learn.Direction(32, layers=1), lambda out, rows: out.logits[0, 0], rows,
+            steps=1),
+        "cannot be written": lambda: learn.fit(
+            model, learn.Direction(32, layers=1), lambda out, rows: out.logits.sum(), rows,
+            steps=1, folder=__file__),
         "site is 'head'": lambda: learn.Direction(32, layers=1, site="head"),
         "out of range": lambda: learn.Direction(32, layers=-1),
         "steps is 0": lambda: learn.fit(model, learn.Direction(32, layers=1), None, rows, steps=0),

@@ -54,6 +54,16 @@ SAME = [
     ({"operator": "steer", "vector": A, "layers": 2, "gate": {
         "vector": "axis.safetensors", "layer": 1, "below": 1.5, "over": "token"}},
      jp.gate(jp.steer(V, layers=2), AXIS, layer=1, below=1.5, over="token")),
+    ({"operator": "steer", "vector": A, "layers": 2, "gate": {
+        "vector": A, "layer": 1, "above": -1, "below": 1.5, "within": True, "site": "mlp",
+        "where": "user", "first_token": True}},
+     jp.gate(jp.steer(V, layers=2), V, layer=1, above=-1, below=1.5, within=True, site="mlp",
+             where=jp.user)),
+    ({"operator": "steer", "vector": A, "layers": 2, "gate": {
+        "vector": A, "layer": 1, "above": 0, "first_token": True}},
+     jp.gate(jp.steer(V, layers=2), V, layer=1, above=0, where=jp.prompt)),
+    ({"operator": "cap", "vector": A, "layers": 2, "floor": 1, "push": EACH[0].tolist()},
+     jp.cap(V, layers=2, floor=1, push=EACH[0])),
 ]
 
 
@@ -72,7 +82,7 @@ def test_captures(folder):
         {"reading": "mean", "where": "generated", "layers": "1:3", "turns": 2},
         {"reading": "last", "site": "mlp", "name": "end"}, {"reading": "norms"},
         {"reading": "projections", "directions": [A], "layers": 0},
-        {"reading": "moments", "directions": "axis.safetensors"},
+        {"reading": "moments", "directions": ["axis.safetensors"]},
         {"reading": "histogram", "directions": [A], "edges": [-1, 0, 1], "first_token": False},
     ]
     wanted = (
@@ -94,13 +104,22 @@ REFUSED = [
     (steer(scale="much"), "interventions.scale is 'much'"),
     (steer(scale=float("nan")), "scale is nan"),
     ({"operator": "steer", "vector": A}, "interventions.layers: field required"),
-    ({"operator": "melt"}, "is {'operator': 'melt'}: input tag 'melt'"),
+    ({"operator": "melt"}, "operator is 'melt'; choose from steer, cap"),
     ([steer(), steer(layers=9)], r"interventions\[1\]: layers is 9, out of range"),
     (steer(layers="9:12"), "reach beyond|chooses none"),
-    (steer(layers="a:b"), "write a number, a list, or 46:54"),
-    (steer(layers=True), "layers is True"),
+    (steer(layers="a:b"), "layers is 'a:b': must be a number, a list"),
+    (steer(layers=True), "layers is True: must be a number"),
     (steer(vector=[1.0, 2.0]), "width 2; the model's residual stream has 32"),
     (steer(vector=[[1.0], [1.0, 2.0]]), "different lengths"),
+    (steer(firstToken=False), "firstToken is unknown; did you mean 'first_token'"),
+    (steer(Scale=1), "Scale is unknown"), ([], "empty list"), ({}, "operator is missing"),
+    ({"operator": [1]}, r"operator is \[1\]; choose"),
+    (steer(vector=[0.5] * 5119 + ["x"]), r"^.{20,200}$"),
+    (steer(gate={"vector": A, "layer": 0, "aboveX": 2}), "gate.aboveX is unknown; did you mean"),
+    (steer(where={"turns": [3, 1]}), "holds no message"),
+    ({"operator": "cap", "vector": A, "layers": 1, "floor": 1, "of": "all"}, "of is for percent"),
+    ({"operator": "cap", "vector": A, "layers": 1, "floor": 1e39}, "infinite in float32"),
+    (steer(vector="x" * 300 + ".safetensors"), "xxx"),
     (steer(vector="absent.safetensors"), "absent.safetensors"),
     (steer(where="nowhere"), "where is 'nowhere'; choose from"),
     (steer(where={"name": "response", "wihtout": []}), "wihtout is unknown; did you mean 'with"),
@@ -131,6 +150,8 @@ def test_refused_before_anything_compiles(spec, message, folder):
     ({"reading": "mean", "layers": 7}, "out of range|reads layer 7"),
     ({"reading": "mean", "laers": 1}, "did you mean 'layers'"),
     ([{"reading": "mean"}, {"reading": "mean"}], "two captures"),
+    ({"reading": "projections", "directions": ["axis.safetensors", A]}, "mixes files and numbers"),
+    ({"reading": "mean", "operator": [1]}, "operator is unknown"),
 ])
 def test_captures_refused(spec, message, folder):
     with pytest.raises(ValueError, match=message):

@@ -133,10 +133,11 @@ class Custom(Table):
     def gather(cls, members: Sequence[Self], layers: tuple[int, ...], size: int) -> dict[str, Any]:
         """Stack the parameters of several tables; those of the first fill up."""
         chosen = [*members, *[members[0]] * (size - len(members))]
-        on = np.zeros((len(layers), size), np.float32)
-        for entry, member in enumerate(members):
-            at = [layers.index(layer) for layer in member.layers]
-            on[at, entry] = np.asarray(member.on)[:, 0]
         params = jax.tree.map(lambda *x: jnp.concatenate([y[:1] for y in x]),
                               *(member.params for member in chosen))
-        return {"params": params, "on": on}
+        return {**super().gather(members, layers, size), "params": params}
+
+    @classmethod
+    def identities(cls, layers: int, size: int, like: Self) -> dict[str, np.ndarray]:
+        """Make entries that act at no layer."""
+        return {"on": np.zeros((layers, size), np.float32)}
