@@ -10,7 +10,7 @@ import support as s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpersona import decode
+from jaxpersona import capture, decode
 from jaxpersona.batch import batch
 from jaxpersona.generate import generate
 from jaxpersona.interventions import (
@@ -320,13 +320,25 @@ def test_a_mean_of_zero_is_an_ablation():
     [chain(steer(G[0], layers=[i]), restore_norm(layers=[i])) for i in (0, 1)],
     [gate(steer(9 * G[0], layers=[1]), G[1], layer=0, above=-1e3, over="token"),
      gate(steer(9 * G[2], layers=[1]), G[1], layer=0, site="mlp", above=-1e3, over="token")],
-    [gate(steer(9 * G[0], layers=[1], site="mlp"), G[1], layer=0, below=0.0, over="token"),
-     gate(steer(9 * G[2], layers=[1], site="mlp"), G[1], layer=1, site="attention", below=0.0,
-          over="token")],
-], ids=["rotate", "custom", "restore", "gates at sites", "gates at layers"])
+], ids=["rotate", "custom", "restore", "gates at sites"])
 def test_rows_that_name_different_layers_keep_to_them(parts):
     together = np.asarray(logits(stack_rows(parts)))
     for b, part in enumerate(parts):
         alone = np.asarray(logits(part))
         np.testing.assert_allclose(together[b], alone[b], rtol=1e-4, atol=1e-4)
         assert np.abs(alone[1 - b] - together[1 - b]).max() > 1e-2, "the parts do the same"
+
+
+def test_rows_measure_their_gates_at_layers_of_their_own():
+    read = (capture.projections(G[1:2], layers=[0])
+            | capture.projections(G[1:2], layers=[1], site="attention", name="later"))
+    out = forward(MODEL.params, MODEL.config, TEXT, capture=read, logits=None).captured
+    early, late = (float(out[name].value[1, 0, 3, 0]) for name in ("projections", "later"))
+    side = {"above" if late > early else "below": (early + late) / 2}  # open by the later alone
+    edit = steer(9 * G[0], layers=[1], site="mlp")
+    parts = [gate(edit, G[1], layer=0, above=-1e3, over="token"),
+             gate(edit, G[1], layer=1, site="attention", over="token", **side)]
+    together, alone, plain = (np.asarray(logits(x)) for x in (
+        stack_rows(parts), parts[1], chain()))
+    np.testing.assert_allclose(together[1], alone[1], rtol=1e-4, atol=1e-4)
+    assert np.abs(alone[1] - plain[1]).max() > 1e-2
