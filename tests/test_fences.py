@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from jaxpersona import capture, chat, fences
 from jaxpersona.batch import CODE
 from jaxpersona.generate import generate
-from jaxpersona.interventions import steer
+from jaxpersona.interventions import gate, reserve, steer
 from jaxpersona.interventions.where import Where, generated, response
 from jaxpersona.template import fences as whole
 
@@ -53,6 +53,21 @@ def test_returns_and_tabs_end_a_line_as_blanks_do():
     pieces = ["```\r\n", "x\r\n", "```\r\n", "hi"]
     assert fences.walk(pieces).tolist() == [True, True, True, False]
     assert fences.walk(["```\n", "x\n", "```\t\n", "hi"]).tolist() == [True, True, True, False]
+
+
+def test_code_is_followed_where_a_test_may_ask_for_it():
+    from jaxpersona.generate import _asks_for_code
+
+    plain, nothing = steer(np.ones(32), layers=[1]), capture.Capture()
+    aside = response.without("code")
+    assert not _asks_for_code(plain, nothing | capture.mean())
+    assert not _asks_for_code(steer(np.ones((3, 32)), layers=[1], rows=[0, 1, 2]), nothing)
+    for edits, read in (
+        (gate(plain, np.ones(32), layer=0, above=0, over="token", where=aside), nothing),
+        (steer(np.ones(32), layers=[1], where=aside), nothing), (plain, capture.mean(aside)),
+        (reserve(2, 32, [1]), nothing),  # which may come to ask for it
+    ):
+        assert _asks_for_code(edits, read)
 
 
 def test_table_follows_a_tokenizer(model):

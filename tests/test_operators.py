@@ -164,6 +164,9 @@ def test_where_asks_kind_and_turn():
     assert at(response) == [3, 4, 5] and at(generated) == [5] and at(last) == [5]
     assert at(turns("assistant")) == [2, 3, 4, 5] and at(turns("user")) == [0]
     assert at(response.without("code")) == [4, 5] and at(everywhere.without("first"))[0] == 1
+    # "any of" is kept whichever side it comes from
+    assert at(from_last & turns("assistant")) == at(turns("assistant") & from_last) == [5]
+    assert at(from_last & from_last) == [5]
     assert at(everywhere.within(1, 3)) == [1, 2, 3] and at(response.within(3)) == [4, 5]
 
 
