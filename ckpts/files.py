@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import stat
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -33,6 +34,41 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     finally:
         with contextlib.suppress(OSError):  # a parent that is no folder has been named above
             temporary.unlink(missing_ok=True)
+
+
+def require_file(path: pathlib.Path) -> None:
+    """Refuse a path at which there is no file.
+
+    Raises:
+      ValueError: no such file, or a name that the system refuses; the path is named.
+    """
+    try:
+        there = stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        there = False
+    except (OSError, ValueError) as error:  # too long a name, a folder that is closed, a null byte
+        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"
+                         ) from None
+    if not there:
+        raise ValueError(f"{path}: no such file")
+
+
+def parse_field(text: str, field: str, kind: type) -> Any:
+    """Return what the JSON text of a header's field holds, a `dict` or a `list`.
+
+    Raises:
+      ValueError: not JSON, nested too deeply to read, or something of another kind.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{field} is not JSON of ours (nested too deeply)") from None
+    except ValueError as error:
+        raise ValueError(f"{field} is not JSON ({error})") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"{field} is {str(value)[:80]!r}; it must be a "
+                         f"{'table' if kind is dict else 'list'}")
+    return value
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -68,8 +104,7 @@ def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[s
     from safetensors import SafetensorError, safe_open
 
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    require_file(path)
     try:
         with safe_open(str(path), framework="numpy") as handle:
             return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118

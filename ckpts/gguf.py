@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 import numpy as np
-from jaxpersona.ckpts.files import atomic
+from jaxpersona.ckpts.files import atomic, parse_field, require_file
 
 from jaxpersona.vectors import MAX_LAYERS, Axis, Vector
 
@@ -39,12 +39,16 @@ def read(path: str | os.PathLike) -> Vector:
         holds something else; the file is named.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    require_file(path)
     gguf = _package(path)
     try:
-        return _build(gguf, gguf.GGUFReader(path), path.stem)
-    except Exception as error:  # its reader raises almost any kind on damaged bytes
+        reader = gguf.GGUFReader(path)
+    except Exception:  # it slices without looking, and NumPy's words about that help nobody
+        raise ValueError(f"{path}: truncated or damaged, or no GGUF file ({path.stat().st_size} "
+                         "bytes)") from None
+    try:
+        return _build(gguf, reader, path.stem)
+    except Exception as error:  # damaged fields raise almost any kind
         said = " ".join(str(error).split())[:160] or type(error).__name__
         raise ValueError(f"{path}: not a readable control vector ({said})") from None
 
@@ -78,7 +82,7 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
     values = np.zeros((layers, widths.pop()), np.float32)
     for number, value in directions.items():
         values[number] = value
-    notes = json.loads(ours["notes"]) if ours["notes"] else {
+    notes = parse_field(str(ours["notes"]), "jaxpersona.notes", dict) if ours["notes"] else {
         "source": SOURCE, "model_hint": str(field(f"{ARCHITECTURE}.model_hint"))}
     kind = Axis if ours["kind"] == "axis" else Vector
     return kind(values, str(ours["name"] or stem), str(ours["model"] or ""),

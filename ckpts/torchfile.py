@@ -14,11 +14,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jaxpersona.ckpts.files import require_file
 
 from jaxpersona.vectors import Axis, Caps, Vector
 
 KINDS = ("axis", "role", "persona")
 _PERSONA = re.compile(r"(.+)_(prompt_avg|response_avg|prompt_last)_diff")
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")  # of a file's name: snake_case and CamelCase alike
+_TABLES = {"experiments": "caps", "axis": "axis", "vector": "role"}  # what a table's key makes it
 _PERCENTILE = re.compile(r"p(0?\.\d+)(?!\d)")
 
 
@@ -30,8 +33,7 @@ def read_pickle(path: str | os.PathLike) -> Any:
         tensors and plain values (reading it would run code; nothing of it is run).
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    require_file(path)
     try:
         import torch
     except ImportError:
@@ -71,7 +73,8 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
 
     Which it is shows in the file: `{"axis": [L, D]}`, `{"vector": [L, D], "type", "role"}`, or
     `{"vectors", "experiments"}` for capping experiments. A bare tensor is known by its name:
-    `…axis….pt` is an axis, `default_vector.pt` a role, `<trait>_<pool>_diff.pt` a persona vector.
+    one with the word axis in it is an axis, `default_vector.pt` a role, `<trait>_<pool>_diff.pt` a
+    persona vector.
 
     A persona vector's file is [L + 1, D] and counts from the embeddings. It is re-based here, and
     its notes say so: entry i becomes layer i − 1, entry 0 (the embeddings) is dropped, and so is
@@ -80,7 +83,8 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
 
     Args:
       path: the file.
-      kind: "axis", "role" or "persona", what a bare tensor is; None: by the file's name.
+      kind: "axis", "role" or "persona", what a bare tensor is; None: by the file's name. A table
+        says it itself, and must say the same.
 
     Returns:
       A direction, or experiments by their id (see `capping`).
@@ -101,19 +105,23 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
 
 def _interpret(stem: str, value: Any, kind: str | None) -> Vector | dict[str, Caps]:
     if isinstance(value, dict):
-        if "experiments" in value:
+        own = next((found for key, found in _TABLES.items() if key in value), None)
+        if own is not None and kind not in (None, own):
+            raise ValueError(f"kind is {kind!r}, but the file itself says {own}; leave kind out")
+        if own == "caps":
             return capping(value)
-        if "axis" in value:
+        if own == "axis":
             return _axis(_matrix(value["axis"], "axis"))
-        if "vector" in value:
+        if own == "role":
             role, score = str(value["role"]), str(value.get("type", ""))
             notes = {"source": "Assistant Axis project, role vector", "type": score}
             return Vector(_matrix(value["vector"], "vector"), role, notes=notes)
         raise ValueError("holds a table with none of axis, vector and experiments")
     array = _matrix(value, "the tensor")
     persona = _PERSONA.fullmatch(stem)
-    kind = kind or ("persona" if persona else "axis" if "axis" in stem.lower() else
-                    "role" if stem.startswith("default") else None)
+    words = [word.lower() for word in _WORD.findall(stem)]
+    kind = kind or ("persona" if persona else "axis" if "axis" in words else
+                    "role" if words[:1] == ["default"] else None)
     if kind is None:
         raise ValueError("a bare tensor, and the file's name does not say of what; give its kind: "
                          f"{', '.join(KINDS)}")

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from jaxpersona.ckpts import gguf, torchfile
-from jaxpersona.ckpts.files import atomic, read_tensors, write_tensors
+from jaxpersona.ckpts.files import atomic, parse_field, read_tensors, require_file, write_tensors
 
 from jaxpersona.vectors import Axis, Caps, Vector
 
@@ -83,7 +83,9 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
             caps = _build_caps(header, tensors)
             return {caps.name: caps}
         return _build(header, tensors)
-    except (ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise ValueError(f"{path}: {error} is missing") from None
+    except (ValueError, TypeError, RecursionError) as error:  # the last: a nest that is quoted
         raise ValueError(f"{path}: {error}") from None
 
 
@@ -125,8 +127,7 @@ def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
 
 
 def _read_array(path: pathlib.Path) -> Vector:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+    require_file(path)
     try:
         value = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy raises many kinds on damaged headers
@@ -171,10 +172,9 @@ def _check_header(header: dict[str, str], tensors: dict[str, np.ndarray]) -> dic
     """Check what every kind's header says; return the notes."""
     if header.get("format") != _FORMAT or "values" not in tensors:
         raise ValueError("not a jaxpersona vector file (its header does not say so)")
-    notes = json.loads(header.get("notes", "{}"))
-    if not isinstance(notes, dict):
-        raise ValueError(f"notes is {notes!r}; it must be a table")
-    wanted = {"layer_base": "0", "sign": "+assistant" if header.get("kind") == "axis" else "+"}
+    notes = parse_field(header.get("notes", "{}"), "notes", dict)
+    sign = "+assistant" if header.get("kind") == "axis" else "+"
+    wanted = {"layer_base": "0", "sign": sign, "norm": "none"}
     for field, want in wanted.items():
         if header.get(field) != want:
             raise ValueError(f"{field} is {header.get(field)!r}; this engine reads {want!r}")
@@ -185,8 +185,9 @@ def _build_caps(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Caps:
     notes = _check_header(header, tensors)
     if header.get("site") != "residual":
         raise ValueError(f"site is {header.get('site')!r}; caps act on the residual stream")
-    return Caps(tensors["values"], tuple(json.loads(header["layers"])), tensors["floors"],
-                tuple(json.loads(header["labels"])), header.get("name", "caps"),
+    layers, labels = (tuple(parse_field(header[field], field, list))
+                      for field in ("layers", "labels"))
+    return Caps(tensors["values"], layers, tensors["floors"], labels, header.get("name", "caps"),
                 header.get("model", ""), header.get("fingerprint", ""), notes)
 
 
@@ -208,8 +209,6 @@ def _build(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Vector:
                 if len(parts) != 3:
                     raise ValueError(f"{key} is not percentiles/<population>/<name>")
                 _, population, name = parts
-                if value.shape != tensors["values"].shape[:1]:
-                    raise ValueError(f"{key} has shape {value.shape}; it needs one value a layer")
                 percentiles.setdefault(population, {})[name] = value
         fields["percentiles"] = percentiles
     return _KINDS[kind](**fields)

@@ -22,15 +22,39 @@ POPULATIONS = ("default", "all")
 MAX_LAYERS = 1024  # more than any model has; a file that says more is damaged
 
 
-def _float32(values: Any) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what is too great becomes infinite, and is refused as such
-        return np.asarray(values, np.float32)
+def _float32(values: Any, field: str) -> np.ndarray:
+    try:
+        # what is too great becomes infinite, and is refused as such
+        with np.errstate(over="ignore"):
+            return np.asarray(values, np.float32)
+    except (OverflowError, TypeError, ValueError) as error:  # an integer of 400 digits, None, text
+        raise ValueError(f"{field} are not numbers that float32 holds ({error})") from None
 
 
-def _check_fingerprint(value: str) -> None:
-    if not re.fullmatch(r"([0-9a-f]{16})?", value):
-        raise ValueError(f"fingerprint is {value!r}; it must be sixteen hexadecimal digits or "
-                         "empty")
+def _check_names(found: Vector | Caps) -> None:
+    """Check what a direction says of itself in words, and make its notes plain."""
+    for field in ("name", "model", "fingerprint"):
+        value = getattr(found, field)
+        if not isinstance(value, str):
+            raise ValueError(f"{field} is {value!r}; it must be text")
+    if not re.fullmatch(r"([0-9a-f]{16})?", found.fingerprint):
+        raise ValueError(f"fingerprint is {found.fingerprint!r}; it must be sixteen hexadecimal "
+                         "digits or empty")
+    object.__setattr__(found, "notes", _plain(found.notes))
+
+
+def _plain(notes: Any) -> dict[str, Any]:
+    """Return notes as every file can hold them: scalars of NumPy and JAX become Python's."""
+    if not isinstance(notes, Mapping):
+        raise ValueError(f"notes is a {type(notes).__name__}; it must be a table")
+    found = {}
+    for name, value in notes.items():
+        value = value.item() if getattr(value, "ndim", None) == 0 else value
+        if not isinstance(name, str) or not isinstance(value, (str, int, float)):
+            raise ValueError(f"notes[{str(name)[:40]!r}] is a {type(value).__name__}; notes are "
+                             "text and numbers, each by a name")
+        found[name] = value
+    return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,6 +68,9 @@ class Vector:
       fingerprint: the model's sixteen digits, or "" where nothing is known.
       site: where in a block it was measured.
       notes: more about its making (strings and numbers), kept with it in its file.
+
+    Raises:
+      ValueError: values that are not [L, D] or not finite, or a field of another kind.
     """
 
     values: np.ndarray
@@ -56,12 +83,13 @@ class Vector:
     kind = "vector"
 
     def __post_init__(self) -> None:
-        values = _float32(self.values)
-        if values.ndim != 2:
-            raise ValueError(f"values has shape {values.shape}; it must be [L, D]")
+        values = _float32(self.values, "values")
+        if values.ndim != 2 or not values.size:
+            raise ValueError(f"values has shape {values.shape}; it must be [L, D], neither of them "
+                             "0")
         if not np.isfinite(values).all():
             raise ValueError(f"{self.kind} {self.name!r} holds a value that is not finite")
-        _check_fingerprint(self.fingerprint)
+        _check_names(self)
         if self.site not in SITES:
             raise ValueError(f"site is {self.site!r}; it must be one of {SITES}")
         object.__setattr__(self, "values", values)
@@ -106,11 +134,23 @@ class Axis(Vector):
     Attributes:
       percentiles: population → "p25" → [L] float32, percentiles of the projections of that
         population's response means on the unit axis.
+
+    Raises:
+      ValueError: as for `Vector`, or percentiles that are not one finite number a layer.
     """
 
     percentiles: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
 
     kind = "axis"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.percentiles, Mapping):
+            raise ValueError(f"percentiles is a {type(self.percentiles).__name__}; it must be a "
+                             "table of populations, such as default")
+        object.__setattr__(self, "percentiles", {
+            population: _percentiles(population, table, self.n_layers)
+            for population, table in self.percentiles.items()})
 
     def thresholds(self, percentile: str, *, of: str) -> np.ndarray:
         """Return the projection at a percentile for every layer, [L] float32.
@@ -129,7 +169,26 @@ class Axis(Vector):
         known = self.percentiles[of]
         if percentile not in known:
             raise ValueError(f"percentile is {percentile!r}; this axis knows {sorted(known)}")
-        return np.asarray(known[percentile], np.float32)
+        return known[percentile]
+
+
+def _percentiles(population: str, table: Any, layers: int) -> dict[str, np.ndarray]:
+    """Return a population's percentiles as float32, each one finite value a layer."""
+    if not isinstance(table, Mapping):
+        raise ValueError(f"percentiles[{population!r}] is a {type(table).__name__}; it must be a "
+                         "table of [L] by name, such as p25")
+    found = {}
+    for name, given in table.items():
+        field = f"percentiles/{population}/{name}"
+        if field.count("/") != 2:
+            raise ValueError(f"{field} has a / in a name, where its file could not keep it")
+        found[name] = value = _float32(given, field)
+        if value.shape != (layers,):
+            raise ValueError(f"{field} has shape {list(value.shape)}; it needs one value a layer, "
+                             f"[{layers}]")
+        if not np.isfinite(value).all():
+            raise ValueError(f"{field} holds a value that is not finite; calibrate the axis anew")
+    return found
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -142,6 +201,9 @@ class Caps:
       floors: [n] float32, the least projection on each unit direction.
       labels: n names, one a cap.
       name, model, fingerprint, notes: as for `Vector`.
+
+    Raises:
+      ValueError: fields that do not fit each other, or a value that no cap can have.
     """
 
     values: np.ndarray
@@ -156,7 +218,7 @@ class Caps:
     kind = "caps"
 
     def __post_init__(self) -> None:
-        values, floors = _float32(self.values), _float32(self.floors)
+        values, floors = _float32(self.values, "values"), _float32(self.floors, "floors")
         count = len(self.layers)
         shapes = values.shape[:-1], floors.shape, (len(self.labels),)
         if values.ndim != 2 or not count or set(shapes) != {(count,)}:
@@ -169,7 +231,9 @@ class Caps:
             raise ValueError(f"caps {self.name!r} hold a zero vector; it has no direction")
         if any(type(layer) is not int or not 0 <= layer < MAX_LAYERS for layer in self.layers):
             raise ValueError(f"layers is {list(self.layers)}; each must be in 0…{MAX_LAYERS - 1}")
-        _check_fingerprint(self.fingerprint)
+        if not all(isinstance(label, str) for label in self.labels):
+            raise ValueError(f"labels is {str(self.labels)[:80]}; each must be text")
+        _check_names(self)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "floors", floors)
 

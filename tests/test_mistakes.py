@@ -94,7 +94,7 @@ def test_markup_in_texts_is_text(checkpoint, tmp_path, capsys):
 ])
 def test_a_vector_file_that_lies_is_named(tmp_path, change, tensors, wanted):
     """Each field of a vector file is checked when it is read."""
-    header = {"format": "jaxpersona-vector", "kind": "axis", "layer_base": "0",
+    header = {"format": "jaxpersona-vector", "kind": "axis", "layer_base": "0", "norm": "none",
               "sign": "+assistant", **change}
     values = {"values": np.ones((3, 4), np.float32), **tensors}
     write_tensors(tmp_path / "v.safetensors", values, header)

@@ -322,9 +322,9 @@ def test_a_caps_file_that_lies_is_named(tmp_path):
         with pytest.raises(ValueError, match=words):
             Caps(**{**fields, **change})
     header = {"format": "jaxpersona-vector", "kind": "caps", "layer_base": "0", "sign": "+",
-              "site": "residual", "layers": "[1]", "labels": '["a"]'}
+              "norm": "none", "site": "residual", "layers": "[1]", "labels": '["a"]'}
     from jaxpersona.ckpts.files import write_tensors
-    for change, words in (({"site": "mlp"}, "site"), ({"layers": "5"}, "int"),
+    for change, words in (({"site": "mlp"}, "site"), ({"layers": "5"}, "must be a list"),
                           ({"sign": "-"}, "sign"), ({"layers": "[1.5]"}, "must be in 0")):
         write_tensors(tmp_path / "c.safetensors", {"values": VALUES[:1], "floors": VALUES[0, :1]},
                       {**header, **change})

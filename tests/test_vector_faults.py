@@ -1,0 +1,213 @@
+"""Vector files that a hostile hand wrote: each is refused in one line, whatever is in it."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support as s
+from jaxpersona.ckpts.files import write_tensors
+from jaxpersona.ckpts.vectors import load_any, load_vector, save_vector
+
+from jaxpersona.vectors import Axis, Caps, Vector
+
+VALUES = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+HEADER = {"format": "jaxpersona-vector", "kind": "vector", "layer_base": "0", "norm": "none",
+          "sign": "+", "site": "residual"}
+CAPS = {**HEADER, "kind": "caps", "layers": "[1]", "labels": '["a"]'}
+DEEP = "[" * 200_000
+
+
+def refused(capsys, path, words, *more):
+    """Read a file from a program and show it on the command line: one line each, the same."""
+    with pytest.raises(ValueError, match=words) as caught:
+        load_any(path)
+    assert "\n" not in str(caught.value) and path.name in str(caught.value)
+    assert s.run_command(["vectors", "show", str(path), *more]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1, said[:500]
+
+
+@pytest.mark.parametrize(("header", "words"), [
+    ({**HEADER, "notes": DEEP}, "notes is not JSON of ours .nested too deeply"),
+    ({**HEADER, "notes": "[" * 400 + "]" * 400}, "notes is .* it must be a table"),
+    ({**HEADER, "notes": "{"}, "notes is not JSON"),
+    ({**HEADER, "notes": '{"a": {"b": 1}}'}, r"notes\['a'\] is a dict"),
+    ({**HEADER, "norm": "unit"}, "norm is 'unit'; this engine reads 'none'"),
+    ({k: v for k, v in HEADER.items() if k != "norm"}, "norm is None"),
+    ({**CAPS, "notes": DEEP}, "notes is not JSON of ours"),
+    ({**CAPS, "layers": DEEP}, "layers is not JSON of ours"),
+    ({**CAPS, "labels": DEEP}, "labels is not JSON of ours"),
+    ({**CAPS, "layers": "[1e999]"}, "layers is"), ({**CAPS, "layers": "{}"}, "must be a list"),
+    ({**CAPS, "labels": '[{"a": 1}]'}, "labels is .* each must be text"),
+    ({**CAPS, "labels": "[null]"}, "each must be text"),
+    ({k: v for k, v in CAPS.items() if k != "labels"}, "'labels' is missing"),
+])
+def test_a_header_that_lies_is_one_line(tmp_path, capsys, header, words):
+    """Texts nested beyond any parser, of another kind, and fields that say something else."""
+    tensors = {"values": VALUES[:1], "floors": VALUES[0, :1]}
+    write_tensors(tmp_path / "v.safetensors", tensors, header)
+    refused(capsys, tmp_path / "v.safetensors", words)
+
+
+def test_no_depth_of_a_nest_gets_past(tmp_path):
+    """Near the parser's limit a nest can be read and yet not be quoted in an error."""
+    file = tmp_path / "c.safetensors"
+    for field in ("notes", "layers", "labels"):
+        for depth in range(600, 1000, 7):
+            write_tensors(file, {"values": VALUES[:1], "floors": VALUES[0, :1]},
+                          {**CAPS, field: "[" * depth + "]" * depth})
+            with pytest.raises(ValueError, match=r"c\.safetensors"):
+                load_any(file)
+
+
+@pytest.mark.parametrize("shape", [(0, 6), (4, 0), (0, 0)])
+def test_a_direction_has_layers_and_width(tmp_path, capsys, shape):
+    """Nothing by something is no direction, in a program and in every format that could say so."""
+    empty = np.zeros(shape, np.float32)
+    for kind in (Vector, Axis):
+        with pytest.raises(ValueError, match="neither of them 0"):
+            kind(empty)
+    write_tensors(tmp_path / "v.safetensors", {"values": empty}, HEADER)
+    np.save(tmp_path / "v.npy", empty)
+    for name in ("v.safetensors", "v.npy"):
+        refused(capsys, tmp_path / name, "neither of them 0")
+    write_tensors(tmp_path / "c.safetensors",
+                  {"values": empty, "floors": np.zeros(shape[0], np.float32)},
+                  {**CAPS, "layers": json.dumps(list(range(shape[0]))),
+                   "labels": json.dumps(["a"] * shape[0])})
+    refused(capsys, tmp_path / "c.safetensors", "they need|zero vector")
+
+
+@pytest.mark.parametrize(("value", "words"), [
+    (np.full(4, np.nan), "not finite"), (np.full(4, np.inf), "not finite"),
+    (np.zeros(3), "one value a layer"), (1.0, "one value a layer"), (["x"] * 4, "not numbers"),
+])
+def test_thresholds_are_one_finite_number_a_layer(tmp_path, capsys, value, words):
+    """In a program and in a file alike."""
+    with pytest.raises(ValueError, match=f"percentiles/default/p25.*{words}"):
+        Axis(VALUES, percentiles={"default": {"p25": value}})
+    with pytest.raises(ValueError, match="a table of"):
+        Axis(VALUES, percentiles={"p25": value})
+    with pytest.raises(ValueError, match="a table of populations"):
+        Axis(VALUES, percentiles=value)
+    with pytest.raises(ValueError, match="has a / in a name"):
+        Axis(VALUES, percentiles={"a/b": {"p25": np.zeros(4)}})
+    if np.asarray(value).dtype.kind == "f":
+        tensors = {"values": VALUES, "percentiles/default/p25": np.asarray(value, np.float32)}
+        write_tensors(tmp_path / "a.safetensors", tensors,
+                      {**HEADER, "kind": "axis", "sign": "+assistant"})
+        refused(capsys, tmp_path / "a.safetensors", words)
+
+
+def test_notes_are_plain_in_every_format(tmp_path):
+    """Scalars of NumPy and JAX come back as Python's; what no file can hold is refused at once."""
+    notes = {"x": np.float32(1.5), "n": np.int64(3), "y": jnp.float32(0.25), "t": "said", "b": True}
+    plain = {"x": 1.5, "n": 3, "y": 0.25, "t": "said", "b": True}
+    vector = Vector(VALUES, notes=notes)
+    assert vector.notes == plain and [type(v) for v in vector.notes.values()] == [
+        float, int, float, str, bool]
+    files = ["v.safetensors"]
+    if _gguf() is not None:
+        files.append("v.gguf")
+    for name in files:
+        save_vector(tmp_path / name, vector)
+        assert load_vector(tmp_path / name).notes == plain
+    caps = dict(values=VALUES[:1], layers=(1,), floors=np.zeros(1), labels=("a",))
+    for change, words in (({"x": np.ones(2)}, r"notes\['x'\] is a ndarray"), ({1: "a"}, "notes"),
+                          ({"x": None}, "NoneType"), ({"x": [1]}, "list"),
+                          ([1], "must be a table")):
+        with pytest.raises(ValueError, match=words):
+            Vector(VALUES, notes=change)
+        with pytest.raises(ValueError, match=words):
+            Caps(**caps, notes=change)
+    for fields, words in (({"name": 5}, "name is 5"), ({"model": None}, "model is None"),
+                          ({"fingerprint": 7}, "fingerprint is 7")):
+        with pytest.raises(ValueError, match=words):
+            Vector(VALUES, **fields)
+
+
+def _gguf():
+    try:
+        import gguf
+    except ImportError:
+        return None
+    return gguf
+
+
+@pytest.mark.parametrize("notes", ["[1]", "5", DEEP, '{"a": [1]}'])
+def test_the_notes_of_a_control_vector_are_a_table(tmp_path, capsys, notes):
+    """What another program wrote into our key is read as strictly as our own header."""
+    gguf = pytest.importorskip("gguf")
+    writer = gguf.GGUFWriter(tmp_path / "v.gguf", "controlvector")
+    writer.add_string("jaxpersona.notes", notes)
+    writer.add_tensor("direction.1", VALUES[0])
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file"):
+        getattr(writer, step)()
+    writer.close()
+    refused(capsys, tmp_path / "v.gguf", r"v\.gguf.*notes")
+    assert s.run_command(["vectors", "convert", str(tmp_path / "v.gguf"),
+                          str(tmp_path / "o.npy")]) == 2
+    assert not (tmp_path / "o.npy").exists()
+
+
+def test_a_truncated_control_vector_says_so(tmp_path):
+    """Wherever it is cut; the words are ours, not NumPy's."""
+    pytest.importorskip("gguf")
+    save_vector(tmp_path / "v.gguf", Vector(VALUES))
+    whole = (tmp_path / "v.gguf").read_bytes()
+    bad = tmp_path / "cut.gguf"
+    for cut in (0, 3, 7, 21, 40, 101, 202, 303, len(whole) - 33):
+        bad.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=rf"cut\.gguf: truncated or damaged.*\({cut} bytes\)"):
+            load_vector(bad)
+
+
+def test_a_table_says_itself_what_it_is(tmp_path):
+    """A kind that contradicts the file is refused; names are read by whole words."""
+    torch = pytest.importorskip("torch")
+    value = torch.tensor(VALUES)
+    tables = {"axis": {"axis": value}, "role": {"vector": value, "role": "ghost"}, "caps": {
+        "vectors": {"q": {"layer": 2, "vector": value[0]}},
+        "experiments": [{"id": "a", "interventions": [{"vector": "q", "cap": 1.0}]}]}}
+    for own, table in tables.items():
+        torch.save(table, tmp_path / "t.pt")
+        for kind in ("axis", "role", "persona"):
+            if kind == own:
+                assert load_vector(tmp_path / "t.pt", kind=kind).n_layers == 4
+                continue
+            with pytest.raises(ValueError, match=f"kind is '{kind}'.*itself says {own}"):
+                load_any(tmp_path / "t.pt", kind)
+    for name, kind in (("syntaxist", None), ("taxis", None), ("defaulter", None), ("axis2", "axis"),
+                       ("my-axis", "axis"), ("AssistantAxis", "axis"), ("ASSISTANT_AXIS", "axis"),
+                       ("default_vector", "vector")):
+        torch.save(value, tmp_path / f"{name}.pt")
+        if kind is None:
+            with pytest.raises(ValueError, match="does not say of what"):
+                load_any(tmp_path / f"{name}.pt")
+        else:
+            assert load_vector(tmp_path / f"{name}.pt").kind == kind
+
+
+def test_numbers_beyond_float32_are_one_line(tmp_path, capsys):
+    """Integers that no float holds, as a cap of a file and as values of a program."""
+    for make, field in ((lambda: Vector([[10**400]]), "values"),
+                        (lambda: Caps(VALUES[:1], (1,), [10**400], ("a",)), "floors"),
+                        (lambda: Vector([[{}]]), "values"), (lambda: Vector("x"), "values")):
+        with pytest.raises(ValueError, match=field):
+            make()
+    torch = pytest.importorskip("torch")
+    torch.save({"vectors": {"q": {"layer": 2, "vector": torch.ones(3)}},
+                "experiments": [{"id": "a", "interventions": [{"vector": "q", "cap": 10**400}]}]},
+               tmp_path / "capping_config.pt")
+    refused(capsys, tmp_path / "capping_config.pt", "floors are not numbers that float32 holds")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".gguf", ".npy"])
+def test_a_name_that_the_system_refuses_is_one_line(tmp_path, capsys, suffix):
+    """Too long, or with a null byte in it."""
+    refused(capsys, tmp_path / ("x" * 300 + suffix), "cannot be read .File name too long")
+    with pytest.raises(ValueError, match="cannot be read .embedded null byte"):
+        load_vector(tmp_path / f"a\0{suffix}")
+    with pytest.raises(ValueError, match=r"no such file"):
+        load_vector(tmp_path / f"absent{suffix}")
