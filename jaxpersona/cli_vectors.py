@@ -31,7 +31,9 @@ def convert(
     source: Annotated[pathlib.Path, typer.Argument(help="A .safetensors, .pt, .gguf or .npy.")],
     target: Annotated[pathlib.Path, typer.Argument(help="A .safetensors, .gguf or .npy.")],
     model: Annotated[str | None, typer.Option(
-        help="The model it belongs to: checked against it, and written into the file.")] = None,
+        help="The model it belongs to: checked against it, and written into the file. Its weights "
+             "are read for its fingerprint; of random:<preset> the shape alone is checked.")
+    ] = None,
     experiment: Annotated[str | None, typer.Option(
         help="Which experiment of a capping_config.pt.")] = None,
     kind: KindOption = None,
@@ -62,7 +64,10 @@ def convert(
         typer.echo(f"  {key}: {value}")
     if lost:
         typer.echo(f"  the format leaves out {' and '.join(lost)}")
-    if not chosen.fingerprint:
+    if model is not None and model.startswith("random:"):
+        typer.echo(f"  {model}: the shape alone was checked; random weights are others in every "
+                   "dtype, so no fingerprint was entered")
+    elif not chosen.fingerprint:
         typer.echo("  it does not say which model it belongs to; --model NAME would")
 
 
@@ -70,14 +75,24 @@ def _belonging(chosen: Any, source: str) -> Any:
     """Check a direction or caps against a model, and enter the model's name and fingerprint."""
     from jaxpersona.ckpts.gguf import SOURCE
     from jaxpersona.cli_support import open_model
-    from jaxpersona.persona.check import fit
+    from jaxpersona.persona.check import fit, fit_shape
+    from jaxpersona.presets import preset
 
-    model = open_model(source, None)
+    model = None
+    if source.startswith("random:"):
+        config = preset(source.removeprefix("random:"))
+    else:
+        typer.echo(f"{source}: reading the weights for their fingerprint", err=True)
+        model = open_model(source, None)
+        config = model.config
     if chosen.kind != "caps":
-        missing = model.config.n_layers - chosen.n_layers
+        missing = config.n_layers - chosen.n_layers
         if chosen.notes.get("source") == SOURCE and missing > 0:
             # the format names only the layers it steers; those above them are zero
             chosen = dataclasses.replace(chosen, values=_padded(chosen.values, missing))
+    if model is None:
+        fit_shape(config, source, chosen)
+        return chosen if chosen.fingerprint else dataclasses.replace(chosen, model=source)
     fit(model, chosen)
     return dataclasses.replace(chosen, model=model.name, fingerprint=model.fingerprint)
 

@@ -9,6 +9,7 @@ import support as s
 from jaxpersona.ckpts.files import write_tensors
 from jaxpersona.ckpts.vectors import load_any, load_vector, save_vector
 
+import jaxpersona as jp
 from jaxpersona.vectors import Axis, Caps, Vector
 
 VALUES = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
@@ -211,3 +212,36 @@ def test_a_name_that_the_system_refuses_is_one_line(tmp_path, capsys, suffix):
         load_vector(tmp_path / f"a\0{suffix}")
     with pytest.raises(ValueError, match=r"no such file"):
         load_vector(tmp_path / f"absent{suffix}")
+
+
+def test_convert_checks_the_shape_of_random_weights_alone(tmp_path, capsys, monkeypatch):
+    """No weights are drawn for `random:`; of a model the weights are read, and it says so."""
+    def load(source, _):
+        raise AssertionError(f"{source} was loaded")
+
+    monkeypatch.setattr("jaxpersona.cli_support.open_model", load)
+    config = jp.preset("qwen3-8b")
+    values = np.ones((config.n_layers, config.d_model), np.float32)
+    source, target = (str(tmp_path / f"{name}.safetensors") for name in "ab")
+    convert = ["vectors", "convert", source, target, "--model", "random:qwen3-8b"]
+    save_vector(source, Vector(values))
+    assert s.run_command(convert) == 0
+    assert "the shape alone was checked" in capsys.readouterr().out
+    found = load_vector(target)
+    assert (found.model, found.fingerprint) == ("random:qwen3-8b", "")
+    known = config.hash() + "01234567"
+    save_vector(source, Vector(values, model="owner/m", fingerprint=known))
+    assert s.run_command(convert) == 0
+    found = load_vector(target)
+    assert (found.model, found.fingerprint) == ("owner/m", known)  # neither was tested
+    for vector in (Vector(values[1:]), Vector(values, fingerprint="0" * 16)):
+        save_vector(source, vector)
+        capsys.readouterr()
+        assert s.run_command(convert) == 2
+        assert "made for another model" in capsys.readouterr().err
+    monkeypatch.undo()
+    mini = jp.load("mini")
+    save_vector(source, Vector(np.ones((mini.config.n_layers, mini.config.d_model))))
+    assert s.run_command([*convert[:-1], "mini"]) == 0
+    assert "mini: reading the weights for their fingerprint" in capsys.readouterr().err
+    assert load_vector(target).fingerprint == mini.fingerprint

@@ -21,6 +21,7 @@ from jaxpersona.interventions.where import response
 from jaxpersona.vectors import Axis, Caps, Vector
 
 if TYPE_CHECKING:
+    from jaxpersona.config import ModelConfig
     from jaxpersona.load import Model
 
 DEFAULTS = ("", "You are an AI assistant.")
@@ -59,7 +60,17 @@ def fit(model: Model, found: Vector | Caps) -> None:
     Raises:
       ValueError: another width, number of layers or fingerprint.
     """
-    config = model.config
+    fit_shape(model.config, model.name, found)
+    if found.fingerprint not in ("", model.fingerprint):
+        raise ValueError(_other(found, model.name))
+
+
+def fit_shape(config: ModelConfig, name: str, found: Vector | Caps) -> None:
+    """Refuse a direction, or caps, that no model of a shape can have: what shows without weights.
+
+    Raises:
+      ValueError: another width, number of layers or shape's half of the fingerprint.
+    """
     if isinstance(found, Caps):
         layers, wanted = max(found.layers) + 1, range(1, config.n_layers + 1)
     else:
@@ -68,12 +79,15 @@ def fit(model: Model, found: Vector | Caps) -> None:
     if layers not in wanted or found.values.shape[1] != config.d_model:
         raise ValueError(
             f"{found.kind} {found.name!r} is for {layers} layers of width "
-            f"{found.values.shape[1]}; {model.name} has {config.n_layers} of {config.d_model}: it "
+            f"{found.values.shape[1]}; {name} has {config.n_layers} of {config.d_model}: it "
             "was made for another model"
         )
-    if found.fingerprint not in ("", model.fingerprint):
-        raise ValueError(f"{found.kind} {found.name!r} was made for another model "
-                         f"({found.model}), not for {model.name}")
+    if found.fingerprint[:8] not in ("", config.hash()):
+        raise ValueError(_other(found, name))
+
+
+def _other(found: Vector | Caps, name: str) -> str:
+    return f"{found.kind} {found.name!r} was made for another model ({found.model}), not for {name}"
 
 
 def check(
@@ -97,9 +111,12 @@ def check(
       progress: as for `generate`.
 
     Raises:
-      ValueError: the axis was made for another model or has no direction at a layer, or the model
-        has no tokenizer or no chat template.
+      ValueError: neither an axis nor caps, or made for another model, or without a direction at a
+        layer; a floor that is no number; or the model has no tokenizer or no chat template.
     """
+    if not isinstance(axis, (Axis, Caps)):
+        raise ValueError(f"axis is a {type(axis).__name__}; the check needs an Axis or Caps, which "
+                         "point toward the Assistant: jp.Axis(values) makes one of [L, D]")
     fit(model, axis)
     if model.tokenizer is None or not model.template:
         lacks = "tokenizer" if model.tokenizer is None else "chat template"
@@ -136,7 +153,12 @@ def _entries(model: Model, axis: Axis | Caps, layers: Any,
         raise ValueError(f"the axis is zero at layer {empty[0]}; it has no direction there")
     if floor is None:
         return chosen, directions, None
-    given = np.asarray(floor, np.float64)
+    try:
+        given = np.asarray(floor, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        given = np.array(np.nan)
+    if np.isnan(given).any():
+        raise ValueError(f"floor is {floor!r}; it must be numbers, none of them NaN")
     if given.shape == (total,):
         given = given[list(chosen)]
     if given.shape not in ((), (len(chosen),)):
