@@ -161,7 +161,7 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
     from rich.table import Table
     from rich.text import Text
 
-    from jaxpersona import specs
+    from jaxpersona import cli_caps as caps
     from jaxpersona.ckpts.vectors import load_vector
     from jaxpersona.generate import generate
     from jaxpersona.interventions import chain, steer
@@ -175,7 +175,7 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
     if (idle and cap_file is None) or (steer_layers and steer_file is None):
         raise ValueError(f"{', '.join(idle) or '--cap-layers'} needs --cap, and --steer-layers "
                          "needs --steer")
-    held = open_caps(cap_file, given) if cap_file else None
+    held = caps.open_caps(cap_file, given) if cap_file else None
     vector = load_vector(steer_file) if steer_file else None
     spec = read_spec(spec_file) if spec_file else None
     if compare and held is None and vector is None and spec is None:
@@ -186,9 +186,9 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
         None if vector is None else steer(
             vector, layers=parse_layers(steer_layers, total, slice(total // 2, total // 2 + 1)),
             scale=scale),
-        None if held is None else cap_edits(loaded, held, cap_layers, percentile, of, check),
-        None if spec is None or spec_file is None else specs.interventions(
-            spec, loaded, folder=spec_file.parent),
+        None if held is None else caps.cap_edits(loaded, held, cap_layers, percentile, of, check),
+        None if spec is None or spec_file is None else caps.spec_edits(
+            loaded, spec, spec_file.parent, check),
     )
     head = [] if system is None else [{"role": "system", "content": system}]
     talks = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
@@ -228,61 +228,6 @@ def read_spec(file: pathlib.Path) -> Any:
     found = None if text is None else parse(text, str(file), faults)
     faults.raise_if_any(file)
     return found
-
-
-def open_caps(file: pathlib.Path, given: dict[str, str | None]) -> Any:
-    """Read what `--cap` names: an axis, or the caps of an experiment.
-
-    Raises:
-      ValueError: another kind of file, or options that do not go with it.
-    """
-    from jaxpersona.ckpts.vectors import load_any, load_axis
-
-    found = load_any(file)
-    if not isinstance(found, dict):
-        if given["--experiment"] is not None:
-            raise ValueError(f"--experiment is for files of caps; {file} holds a {found.kind}")
-        return load_axis(file)
-    own = [name for name, value in given.items() if name != "--experiment" and value is not None]
-    if own:
-        raise ValueError(f"{file}: caps have layers and floors of their own; leave {own[0]} out")
-    name = given["--experiment"] or (next(iter(found)) if len(found) == 1 else None)
-    if name not in found:
-        raise ValueError(f"{file}: choose one with --experiment: {', '.join(found)}")
-    return found[name]
-
-
-def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None, of: str | None,
-              check: bool) -> Any:
-    """Make the interventions of `--cap`, after a self-test unless that is declined.
-
-    Raises:
-      ValueError: the self-test speaks against them.
-    """
-    from jaxpersona.interventions import cap
-    from jaxpersona.persona.check import check as run_check
-
-    total = model.config.n_layers
-    how: dict[str, Any] = {}
-    if held.kind == "axis":
-        how = {"layers": parse_layers(layers, total, slice(total // 2, total)),
-               "floor": held.thresholds(percentile or "p25", of=of or "default")}
-    edits = cap(held, **how) if how else held.interventions()
-    if check:
-        with progress() as report:
-            def tell(done: int, count: int, tokens: int) -> None:
-                report("check", done, count, tokens)
-
-            try:
-                found = run_check(model, held, **how, progress=tell)
-            except ValueError as error:
-                raise ValueError(f"{error} (--no-check skips the self-test)") from None
-        if not found.ok:
-            raise ValueError(f"the self-test speaks against this cap: {'; '.join(found.faults)} "
-                             "(--no-check skips the test)")
-        _console().print(f"check: {'; '.join(found.sentences)}", markup=False, highlight=False,
-                         soft_wrap=True)
-    return edits
 
 
 def project(conversation: pathlib.Path, files: list[pathlib.Path], *, model: str,

@@ -1,6 +1,7 @@
 """The self-test before a cap: it passes a good axis, and names each way in which one is wrong."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -87,6 +88,10 @@ def test_what_cannot_be_checked_is_refused(mini, axis):
         (Axis(gap), {}, "zero at layer 6"), (axis, {"floor": np.zeros(3)}, "floor has shape"),
         (Caps(axis.values[:1], (9,), np.zeros(1), ("a",)), {}, "made for another model"),
         (Caps(axis.values[:1], (0,), np.zeros(1), ("a",)), {"floor": 0}, "of their own"),
+        (axis, {"floor": float("nan")}, "floor is nan"), (axis, {"floor": "p25"}, "floor is 'p25'"),
+        (axis, {"floor": [1, 2, 3, np.nan]}, "none of them NaN"),
+        (Vector(axis.values), {}, r"a Vector; the check needs an Axis or Caps"),
+        (axis.values, {}, r"a ndarray; the check needs an Axis or Caps"),
     ):
         with pytest.raises(ValueError, match=words):
             jp.check(mini, given, **options)
@@ -129,6 +134,42 @@ def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
         assert code == 2 and words in said.err
     assert s.run_command(["generate", "hi", "--of", "all"]) == 2
     assert "--of needs --cap" in capsys.readouterr().err
+
+
+def test_the_caps_of_a_spec_are_tested_too(mini, axis, tmp_path, capsys):
+    """Each cap on an axis, at its own layers and floor; other operators and --no-check run none."""
+    for name, value in (("good", axis), ("bad", dataclasses.replace(axis, values=-axis.values)),
+                        ("plain", Vector(axis.values))):
+        save_vector(tmp_path / f"{name}.safetensors", value)
+    cap = {"operator": "cap", "vector": "good.safetensors", "layers": "4:", "floor": "p25",
+           "of": "default"}
+    unbound = {key: value for key, value in cap.items() if key not in ("floor", "of")}
+    flat = {**unbound, "vector": "plain.safetensors", "floor": 1.0}
+
+    def command(spec, *more):
+        (tmp_path / "spec.json").write_text(json.dumps(spec))
+        code = s.run_command(["generate", "hi", "--spec", str(tmp_path / "spec.json"), *more,
+                              "--max-new-tokens", "4"])
+        return code, " ".join(capsys.readouterr().err.split())
+
+    code, said = command([{**unbound, "layers": [5, 6], "ceiling": 1e6}, cap])
+    assert code == 0 and said.count("check: interventions[") == 2
+    free, held = said.split("check: interventions[")[1:]
+    assert free.startswith("0]: sign: the default") and "layers 5…6" in free
+    assert "floors: " not in free  # a ceiling is not judged by the floors of the axis
+    assert held.startswith("1]: sign: the default") and "floors: " in held
+    floor = 100 * float(axis.thresholds("p25", of="default")[5])
+    for spec, words in (
+        ({**cap, "vector": "bad.safetensors"}, "error: the self-test speaks against this cap: sig"),
+        ([flat, {**unbound, "layers": 5, "floor": floor}],
+         "error: interventions[1]: the self-test speaks against this cap: floors"),
+    ):
+        code, said = command(spec)
+        assert code == 2 and words in said and "--no-check" in said
+    code, said = command({**cap, "vector": "bad.safetensors"}, "--no-check")
+    assert code == 0 and "check" not in said and "tokens seen" in said
+    code, said = command([flat])
+    assert code == 0 and "check" not in said and "tokens seen" in said
 
 
 def test_a_capping_file_holds_the_model_as_the_axis_does(mini, axis, tmp_path, capsys):

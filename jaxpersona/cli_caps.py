@@ -1,0 +1,114 @@
+"""The caps of `jaxpersona generate`: those of `--cap` and of `--spec`, tested before they act."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from jaxpersona.cli_support import parse_layers, progress
+
+
+def open_caps(file: pathlib.Path, given: dict[str, str | None]) -> Any:
+    """Read what `--cap` names: an axis, or the caps of an experiment.
+
+    Raises:
+      ValueError: another kind of file, or options that do not go with it.
+    """
+    from jaxpersona.ckpts.vectors import load_any, load_axis
+
+    found = load_any(file)
+    if not isinstance(found, dict):
+        if given["--experiment"] is not None:
+            raise ValueError(f"--experiment is for files of caps; {file} holds a {found.kind}")
+        return load_axis(file)
+    own = [name for name, value in given.items() if name != "--experiment" and value is not None]
+    if own:
+        raise ValueError(f"{file}: caps have layers and floors of their own; leave {own[0]} out")
+    name = given["--experiment"] or (next(iter(found)) if len(found) == 1 else None)
+    if name not in found:
+        raise ValueError(f"{file}: choose one with --experiment: {', '.join(found)}")
+    return found[name]
+
+
+def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None, of: str | None,
+              check: bool) -> Any:
+    """Make the interventions of `--cap`, after a self-test unless that is declined.
+
+    Raises:
+      ValueError: the self-test speaks against them.
+    """
+    from jaxpersona.interventions import cap
+
+    total = model.config.n_layers
+    how: dict[str, Any] = {}
+    if held.kind == "axis":
+        how = {"layers": parse_layers(layers, total, slice(total // 2, total)),
+               "floor": held.thresholds(percentile or "p25", of=of or "default")}
+    edits = cap(held, **how) if how else held.interventions()
+    if check:
+        _test(model, held, **how)
+    return edits
+
+
+def spec_edits(model: Any, spec: Any, folder: pathlib.Path, check: bool) -> Any:
+    """Make the interventions of `--spec`, after a self-test of each of its caps on an axis.
+
+    Raises:
+      ValueError: the spec is faulty, or a self-test speaks against one of its caps.
+    """
+    from jaxpersona import specs
+
+    edits = specs.interventions(spec, model, folder=folder)
+    if check:
+        many = isinstance(spec, list)
+        for i, item in enumerate(spec if many else [spec]):
+            if item.get("operator") == "cap":
+                _test_operator(model, item, folder, f"interventions[{i}]: " if many else "")
+    return edits
+
+
+def _test_operator(model: Any, item: dict[str, Any], folder: pathlib.Path, at: str) -> None:
+    """Test a spec's cap where its direction is an axis of the residual stream."""
+    from jaxpersona.ckpts.vectors import load_vector
+    from jaxpersona.interventions import resolve_layers
+    from jaxpersona.vectors import Axis
+
+    if not isinstance(item["vector"], str):
+        return
+    axis, layers, floor = load_vector(folder / item["vector"]), item["layers"], item.get("floor")
+    if not isinstance(axis, Axis) or axis.site != "residual":
+        return
+    total = model.config.n_layers
+    chosen = (parse_layers(layers, total, slice(total)) if isinstance(layers, str)
+              else resolve_layers(layers, total))
+    if isinstance(floor, str):
+        floor = axis.thresholds(floor, of=item["of"])
+    if floor is None:  # a ceiling alone: the axis's own thresholds are no part of it
+        axis = dataclasses.replace(axis, percentiles={})
+    _test(model, axis, at, layers=chosen, floor=floor)
+
+
+def _test(model: Any, held: Any, at: str = "", **how: Any) -> None:
+    """Run the self-test and print what it found.
+
+    Raises:
+      ValueError: it speaks against the cap, or cannot be run.
+    """
+    from rich.console import Console
+
+    from jaxpersona.persona.check import check
+
+    with progress() as report:
+        def tell(done: int, count: int, tokens: int) -> None:
+            report("check", done, count, tokens)
+
+        try:
+            found = check(model, held, **how, progress=tell)
+        except ValueError as error:
+            raise ValueError(f"{at}{error} (--no-check skips the self-test)") from None
+    if not found.ok:
+        raise ValueError(f"{at}the self-test speaks against this cap: "
+                         f"{'; '.join(found.faults)} (--no-check skips the test)")
+    Console(stderr=True).print(f"check: {at}{'; '.join(found.sentences)}", markup=False,
+                               highlight=False, soft_wrap=True)
