@@ -67,7 +67,9 @@ class Decoding:
 
     def fusions(self, edits: Interventions = NOTHING) -> int:
         """Count the fusions that one compiled step runs (those of the loop's body)."""
-        program = decode.lower(*self.arguments(edits, Capture()), greedy=self.greedy).compile()
+        state = jax.eval_shape(lambda: self.start(edits, Capture()))  # nothing need run for it
+        program = decode.lower(self.model.params, self.model.config, state, edits, Capture(),
+                               self.how, self.stops, self.until, greedy=self.greedy).compile()
         bodies = re.split(r"\n(?=(?:ENTRY )?%?[\w.\-]+ \()", program.as_text())
         return max(body.count(" fusion(") for body in bodies)
 

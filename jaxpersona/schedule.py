@@ -293,7 +293,8 @@ def _seat(state: State, fresh: State, rows: jax.Array, *, axes: tuple[int, ...])
 def _leave(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
     """Copy the given rows out of a state, but for their keys and values."""
     where = jax.tree.unflatten(jax.tree.structure(state), axes)
-    state, where = (x.replace(cache=x.cache.replace(k=(), v=())) for x in (state, where))
+    state, where = (x.replace(cache=x.cache.replace(k=(), v=()))  # pyright: ignore
+                    for x in (state, where))
 
     def take(value: jax.Array, axis: int) -> jax.Array:
         return value if axis < 0 else jnp.take(value, rows, axis, mode="clip")
