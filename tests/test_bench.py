@@ -49,14 +49,14 @@ def test_the_last_line_is_one_json_object(capsys):
 def test_a_cap_adds_two_kernels_a_layer_and_three_a_step():
     from decoding import NOTHING, Decoding
 
-    model = s.tiny_model(n_layers=2, d_model=64)
+    model = s.tiny_model(n_layers=3, d_model=64)
     setting = Decoding(model, 8, 4)
     direction = np.random.default_rng(0).normal(size=64)
     bare, half, every = (setting.fusions(edits) for edits in (
-        NOTHING, cap(direction, layers=[1], floor=1.0),
-        cap(direction, layers=[0, 1], floor=1.0)))
+        NOTHING, cap(direction, layers=[1, 2], floor=1.0),
+        cap(direction, layers=[0, 1, 2], floor=1.0)))
     assert 0 < every - half <= 2
-    assert every - bare <= 2 * 2 + 3
+    assert every - bare <= 2 * 3 + 3
 
 
 def test_conversations_are_of_mixed_length_and_the_same_at_every_call():
