@@ -1,7 +1,7 @@
 """What a cap costs: decode steps a second, uncapped, with a cap that never binds, and with one that
 binds.
 
-    python bench/cap_overhead.py --model mini --batch 32 --layers 4:8 --steps 192 --sweep
+    python bench/cap_overhead.py --model mini --batch 32 --layers 4:8 --sweep
 
 The arms run in alternating pairs; fusions are counted in the compiled program, which noise does
 not touch: those that one more capped layer adds, and those that any cap adds once a step.
@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--layers", default=None, help="half-open, as 4:8; default: the upper half")
-    parser.add_argument("--steps", type=int, default=192)
-    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=48)
+    parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of pairs")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)

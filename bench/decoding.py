@@ -16,6 +16,7 @@ from jaxpersona.capture import Capture
 from jaxpersona.decode import State, Stops, decode, prefill
 from jaxpersona.interventions import Interventions
 from jaxpersona.sampling import sampling
+from jaxpersona.schedule import fast_params
 
 PROMPT = 32
 NOTHING = Interventions()
@@ -27,6 +28,7 @@ class Decoding:
     def __init__(self, model: Any, rows: int, steps: int, *, temperature: float = 0.0,
                  top_p: float = 1.0) -> None:
         self.model, self.rows, self.steps = model, rows, steps
+        self.params = fast_params(model, rows)  # as `generate` would run them
         self.prompts = np.random.default_rng(1).integers(0, model.config.vocab_size, (rows, PROMPT))
         self.batch = jax.tree.map(jnp.asarray, batch(self.prompts))
         self.how = sampling(rows, temperature=temperature, top_p=top_p)
@@ -37,13 +39,13 @@ class Decoding:
 
     def start(self, edits: Interventions, read: Capture) -> State:
         """Run the prompts."""
-        return prefill(self.model.params, self.model.config, self.batch, edits, read, self.how,
+        return prefill(self.params, self.model.config, self.batch, edits, read, self.how,
                        self.stops, self.limit, slots=PROMPT + self.steps + 16,
                        max_new=self.steps + 1, greedy=self.greedy)
 
     def arguments(self, edits: Interventions, read: Capture) -> tuple:
         """What the decode program takes."""
-        return (self.model.params, self.model.config, self.start(edits, read), edits, read,
+        return (self.params, self.model.config, self.start(edits, read), edits, read,
                 self.how, self.stops, self.until)
 
     def timer(self, edits: Interventions = NOTHING, read: Capture | None = None, *,
@@ -67,7 +69,9 @@ class Decoding:
 
     def fusions(self, edits: Interventions = NOTHING) -> int:
         """Count the fusions that one compiled step runs (those of the loop's body)."""
-        program = decode.lower(*self.arguments(edits, Capture()), greedy=self.greedy).compile()
+        state = jax.eval_shape(lambda: self.start(edits, Capture()))  # nothing need run for it
+        program = decode.lower(self.params, self.model.config, state, edits, Capture(),
+                               self.how, self.stops, self.until, greedy=self.greedy).compile()
         bodies = re.split(r"\n(?=(?:ENTRY )?%?[\w.\-]+ \()", program.as_text())
         return max(body.count(" fusion(") for body in bodies)
 

@@ -22,7 +22,7 @@ def use_compile_cache() -> str | None:
     Returns:
       The folder in use, or None.
     """
-    chosen = jax.config.jax_compilation_cache_dir
+    chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if chosen or os.environ.get(SWITCH, "1") == "0":
         return chosen
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"

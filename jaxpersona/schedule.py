@@ -90,7 +90,7 @@ def run(model: Model, job: Job, batch_size: int, stops: Stops, collect: Collect,
         groups.setdefault(shape.slots, []).append(i)
     # a mesh spreads rows over devices, where exchanging single ones would move all
     together = max(1, batch_size // 8) if refill and model.mesh is None else batch_size
-    params = _fast_params(model, batch_size)
+    params = fast_params(model, batch_size)
     for slots, members in groups.items():
         _Group(model, params, job, shapes, slots, batch_size, together, stops,
                collect).run(members)
@@ -99,7 +99,7 @@ def run(model: Model, job: Job, batch_size: int, stops: Stops, collect: Collect,
 _turned: tuple[Any, Params] | None = None  # the last model's, and what names it
 
 
-def _fast_params(model: Model, batch_size: int) -> Params:
+def fast_params(model: Model, batch_size: int) -> Params:
     """Return the parameters in the order in which this device multiplies many rows fastest.
 
     On a CPU in float32 that is a copy: twice the weights' memory, until another model is run.
@@ -293,7 +293,8 @@ def _seat(state: State, fresh: State, rows: jax.Array, *, axes: tuple[int, ...])
 def _leave(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
     """Copy the given rows out of a state, but for their keys and values."""
     where = jax.tree.unflatten(jax.tree.structure(state), axes)
-    state, where = (x.replace(cache=x.cache.replace(k=(), v=())) for x in (state, where))
+    state, where = (x.replace(cache=x.cache.replace(k=(), v=()))  # pyright: ignore
+                    for x in (state, where))
 
     def take(value: jax.Array, axis: int) -> jax.Array:
         return value if axis < 0 else jnp.take(value, rows, axis, mode="clip")

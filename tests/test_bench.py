@@ -1,0 +1,68 @@
+"""The benches' own arithmetic, and what a cap adds to a compiled step, which noise cannot touch."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import support as s
+
+from jaxpersona.interventions import cap
+
+BENCH = pathlib.Path(__file__).parents[1] / "bench"
+
+
+@pytest.fixture(autouse=True)
+def bench_folder(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    yield
+    for name in ("common", "decoding", "conversations"):
+        sys.modules.pop(name, None)
+
+
+def test_pairs_stop_when_the_interval_is_narrow_and_say_when_it_is_not():
+    import common
+
+    calm = common.paired({"a": lambda: 1.0, "b": lambda: 1.25}, "a", pairs=50)
+    assert calm["b"]["ratio"] == 0.8 and calm["b"]["pairs"] == 5 and not calm["b"]["unresolved"]
+    noise = itertools.cycle([0.5, 1.0, 2.0])
+    wild = common.paired({"a": lambda: 1.0, "b": lambda: next(noise)}, "a", pairs=9)
+    assert wild["b"]["unresolved"] and wild["b"]["pairs"] == 9
+    low, high = common.interval([0.9, 1.0, 1.1])
+    assert low == pytest.approx(0.9) and high == pytest.approx(1.1)
+
+
+def test_the_last_line_is_one_json_object(capsys):
+    import common
+
+    common.report("rows", "mini", argparse.Namespace(batch=3), distinct_over_shared=1.0)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"bench", "model", "device", "versions", "arguments"} <= set(found)
+    assert found["arguments"] == {"batch": 3} and "jax" in found["versions"]
+
+
+def test_a_cap_adds_two_kernels_a_layer_and_three_a_step():
+    from decoding import NOTHING, Decoding
+
+    model = s.tiny_model(n_layers=3, d_model=64)
+    setting = Decoding(model, 8, 4)
+    direction = np.random.default_rng(0).normal(size=64)
+    bare, half, every = (setting.fusions(edits) for edits in (
+        NOTHING, cap(direction, layers=[1, 2], floor=1.0),
+        cap(direction, layers=[0, 1, 2], floor=1.0)))
+    assert 0 < every - half <= 2
+    assert every - bare <= 2 * 3 + 3
+
+
+def test_conversations_are_of_mixed_length_and_the_same_at_every_call():
+    from conversations import conversations
+
+    one, two = conversations(50, 97, 30, 64), conversations(50, 97, 30, 64)
+    lengths = [row.tokens.size for row in one]
+    assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(one, two, strict=True))
+    assert min(lengths) >= 8 and max(lengths) == 64 and len(set(lengths)) > 10
