@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 Collect = Callable[[list[int], State], None]
 CHUNK = 64  # steps between two looks at the device
 _SHORTEST_PREFIX = 16  # tokens that are worth a pass of their own
+_LARGEST_COPY = 8e9  # bytes of weights beyond which speed is not worth holding them twice
 
 
 class Job(NamedTuple):
@@ -107,7 +108,7 @@ def fast_params(model: Model, batch_size: int) -> Params:
     global _turned
     embed = model.params.embed_vd
     if (jax.default_backend() != "cpu" or embed.dtype != jnp.float32 or batch_size < 8
-            or model.mesh is not None):
+            or model.mesh is not None or model.config.bytes(4) > _LARGEST_COPY):
         return model.params
     if _turned is None or _turned[0]() is not embed:
         _turned = None  # before the next copy is made
