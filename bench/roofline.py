@@ -3,7 +3,8 @@
     python bench/roofline.py --model mini --batch 1 8 32 128
 
 Each point is operations a byte against operations a second; the roof is min(peak, intensity ·
-bandwidth), both measured here. Bytes are what must be read: weights once a pass, keys and values.
+bandwidth), both measured here. Bytes are what must be read: weights once a pass, keys and values. A
+model that fits a cache, as `mini` does, may stand above the roof of the memory.
 """
 
 from __future__ import annotations
