@@ -11,6 +11,7 @@ import typer
 
 from jaxpersona import cli_support as support
 from jaxpersona.cli_data import app as data_app
+from jaxpersona.cli_plan import plan
 from jaxpersona.cli_vectors import app as vectors_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -18,6 +19,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
                   help="Read and hold a language model's persona.")
 app.add_typer(vectors_app, name="vectors")
 app.add_typer(data_app, name="data")
+app.command()(plan)
 
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, `mini`, `random:<preset>` or "
                                                           "a hub name.")]
