@@ -13,7 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # every module may import those of a lower level and of its own group
 LEVELS = (
-    ("config", "compile_cache", "chips"), ("families",), ("presets",), ("sharding", "hlo"),
+    ("config", "compile_cache", "chips", "processes"), ("families",), ("presets",), ("sharding", "hlo"),
     ("params",), ("kernels",), ("nn",), ("batch",), ("interventions", "cache"), ("readings",),
     ("capture",), ("vectors",), ("trace",), ("model",), ("fences",), ("sampling", "decode"),
     ("ckpts",), ("template",), ("chat",), ("load",), ("prompts",), ("schedule",),
