@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -14,7 +15,7 @@ from jaxpersona.presets import preset
 
 SMALL = s.tiny_config(vocab_size=256, d_model=256, n_heads=8, n_kv_heads=4, head_dim=128, d_ff=512,
                       n_layers=4, max_context=2048)
-needs_libtpu = pytest.mark.skipif(chips.tpu_devices("v5e:2x2") is None,
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
                                   reason="libtpu is not installed: pip install 'jaxpersona[tpu]'")
 
 
@@ -77,7 +78,7 @@ def test_a_tpu_s_compiler_counts_what_a_cap_adds(monkeypatch):
     assert found["compiled"] and found["fits"]
     assert found["collectives_per_layer"] == 2 and found["added_collectives"] == 0
     assert found["added_fusions_per_layer"] <= 2
-    assert found["bytes_per_chip"]["temporaries"] > 0 and found["added_bytes"] > 0
+    assert found["added_bytes"] > 0 and 0.99 <= found["temporaries_ratio"] <= 1.01
     assert "optimal" not in json.dumps(found)
 
 
