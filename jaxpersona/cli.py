@@ -11,6 +11,7 @@ import typer
 
 from jaxpersona import cli_support as support
 from jaxpersona.cli_data import app as data_app
+from jaxpersona.cli_plan import plan
 from jaxpersona.cli_vectors import app as vectors_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None,
@@ -18,6 +19,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
                   help="Read and hold a language model's persona.")
 app.add_typer(vectors_app, name="vectors")
 app.add_typer(data_app, name="data")
+app.command()(plan)
 
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, `mini`, `random:<preset>` or "
                                                           "a hub name.")]
@@ -42,13 +44,23 @@ def axis(
     min_count: Annotated[int, typer.Option(help="Rollouts that a role's vector needs.")] = 10,
     held_out: Annotated[str, typer.Option(help="Roles to keep out, with commas.")] = "",
     dtype: DtypeOption = None,
+    mesh: Annotated[str | None, typer.Option(help="Devices to spread over, as data=2,model=4 (or "
+                                                  "fsdp=).")] = None,
+    distributed: Annotated[bool, typer.Option("--distributed", help="Join the processes of SLURM, "
+                                              "Kubernetes or a TPU pod.")] = False,
+    coordinator: Annotated[str | None, typer.Option(help="host:port of process 0, elsewhere.")
+                           ] = None,
+    processes: Annotated[int | None, typer.Option(help="How many there are.")] = None,
+    process: Annotated[int | None, typer.Option(help="Which one this is, from 0.")] = None,
 ) -> None:
     """Extract a model's Assistant Axis: rollouts, judge, vectors, axis, thresholds, figures."""
+    place = (coordinator, processes, process)
+    join = place if distributed or place != (None, None, None) else None
     support.extract(model=model, out=out, roles=roles, questions=questions, limit=limit,
                     limit_questions=limit_questions, judge=judge, samples=samples,
                     max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
                     batch_size=batch_size, seed=seed, min_count=min_count, held_out=held_out,
-                    dtype=dtype)
+                    dtype=dtype, mesh=mesh, join=join)
 
 
 @app.command()
@@ -115,11 +127,29 @@ def demo(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; a user's mistake is one line on standard error and exit code 2."""
+    from jaxpersona import processes
+
     try:
         app(arguments)
     except ValueError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        if processes.many():
+            processes.leave(2)
         sys.exit(2)
+    except Exception as error:
+        if not processes.many():
+            raise
+        import traceback
+
+        import jax
+
+        if not isinstance(error, jax.errors.JaxRuntimeError):
+            traceback.print_exc()
+            processes.leave(1)
+        reason = " ".join(str(error).split())[:200]
+        print(f"error: another process of this run ended or cannot be reached ({reason}); start "
+              "all of them again with the same command: what is written is kept", file=sys.stderr)
+        processes.leave(3)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

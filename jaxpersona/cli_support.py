@@ -16,18 +16,25 @@ def _console() -> Any:
     return Console(stderr=True)
 
 
-def open_model(source: str, dtype: str | None) -> Any:
+def open_model(source: str, dtype: str | None, mesh: str | None = None) -> Any:
     """Load a model with a progress bar in bytes."""
+    from jaxpersona import sharding
     from jaxpersona.load import load
 
+    spread = None if mesh is None else sharding.make_mesh(**sharding.parse_mesh(mesh))
     with progress() as report:
-        return load(source, dtype=dtype,
+        return load(source, dtype=dtype, mesh=spread,
                     progress=lambda done, total: report("load", done, total, 0))
 
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, int, int, int], None]]:
     """Show steps with their rate and time left; gives report(step, done, total, tokens)."""
+    from jaxpersona import processes
+
+    if not processes.first():  # one of several speaks for all
+        yield lambda step, done, total, tokens: None
+        return
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -80,8 +87,10 @@ def parse_layers(text: str | None, total: int, default: slice) -> Any:
 def extract(*, model: str, out: pathlib.Path, roles: str | None, questions: str | None,
             limit: int | None, limit_questions: int | None, judge: str | None, samples: int,
             max_new_tokens: int | None, temperature: float, top_p: float, batch_size: int,
-            seed: int, min_count: int, held_out: str, dtype: str | None) -> None:
+            seed: int, min_count: int, held_out: str, dtype: str | None, mesh: str | None,
+            join: tuple[str | None, int | None, int | None] | None) -> None:
     """Run `jaxpersona axis`."""
+    from jaxpersona import processes
     from jaxpersona.organism import method
     from jaxpersona.persona import texts
     from jaxpersona.persona.extract import extract_axis
@@ -89,6 +98,8 @@ def extract(*, model: str, out: pathlib.Path, roles: str | None, questions: str 
     from jaxpersona.persona.rollouts import Settings
     from jaxpersona.sampling import sampling
 
+    if join is not None:
+        processes.start(*join)
     sampling(1, temperature=temperature, top_p=top_p, seed=seed)
     own = model == "mini" and roles is None
     judge = judge or ("rules" if own else "none")
@@ -110,15 +121,20 @@ def extract(*, model: str, out: pathlib.Path, roles: str | None, questions: str 
             named = [name for name in named if name in {role.name for role in kept}]
     if limit_questions is not None:
         asked = asked[: max(limit_questions, 1)]
-    loaded = open_model(model, dtype)
+    if processes.many() and mesh is None:
+        raise ValueError("several processes share one mesh; say which with --mesh, as "
+                         "data=2,model=4 of all their devices together")
+    loaded = open_model(model, dtype, mesh)
     console = _console()
-    if judge == "none":
+    if judge == "none" and processes.first():
         console.print("judge: none; every answer is taken for one that fully plays its role")
     chosen = {"none": NoJudge, "rules": method.RuleJudge}.get(judge)
     judged = chosen() if chosen else SelfJudge(loaded, batch_size=batch_size)
     with progress() as report:
         found = extract_axis(loaded, cast, asked, out, judge=judged, settings=settings,
                              min_count=min_count, held_out=named, report=report)
+    if not processes.first():
+        return
     middle = loaded.config.n_layers // 2
     draw_run(out, found, middle, named)
     print(json.dumps({

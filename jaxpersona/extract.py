@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import chat, prompts
+from jaxpersona import chat, processes, prompts
 from jaxpersona.batch import Batch
 from jaxpersona.batch import batch as make_batch
 from jaxpersona.capture import Capture, mean
@@ -94,7 +94,7 @@ def extract(
     done = padded = 0
 
     def keep(members: list[int], out: Output) -> None:
-        captured, applied = jax.device_get((out.captured, out.applied))
+        captured, applied = processes.fetch((out.captured, out.applied))
         values = {name: state.value for name, state in captured.items()}
         for b, i in enumerate(members):
             length = rows[i].tokens.size

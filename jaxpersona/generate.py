@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import chat, fences, prompts, schedule
+from jaxpersona import chat, fences, processes, prompts, schedule
 from jaxpersona.batch import CODE
 from jaxpersona.capture import Capture, TokenState
 from jaxpersona.decode import State, Stops
@@ -175,7 +175,7 @@ class _Collector:
     def add(self, members: list[int], state: State) -> None:
         """Take over one batch's rows."""
         keep = (state.tokens, state.length, state.cache.next, state.captured, state.applied)
-        tokens, length, used, captured, applied = jax.device_get(keep)
+        tokens, length, used, captured, applied = processes.fetch(keep)
         values = {name: part.value for name, part in captured.items()}
         for name, part in captured.items():
             if isinstance(part, TokenState):

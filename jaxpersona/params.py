@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpersona.config import ModelConfig
-from jaxpersona.sharding import Axes, out_sharding
+from jaxpersona.sharding import Axes, mesh_of, out_sharding
 
 
 @flax.struct.dataclass
@@ -200,13 +200,18 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
     import numpy as np
 
     def sample(x: jax.Array) -> jax.Array:
-        whole = out_sharding((None,), x)  # on a mesh every device gets the row
-        if x.ndim > 1:
-            x = x.at[(0,) * (x.ndim - 1)].get(out_sharding=whole)
-        elif whole is not None:
+        if x.ndim > 1:  # on a mesh gathered to every device; a slice would have to divide it
+            first: Any = 0 if mesh_of(x) is None else np.zeros(1, np.int32)
+            x = x.at[(first,) * (x.ndim - 1)].get(out_sharding=out_sharding((None, None), x))
+        elif (whole := out_sharding((None,), x)) is not None:
             x = jax.sharding.reshard(x, whole)
-        return jax.lax.reduce_precision(x[:64].astype(jnp.float32), 8, 7)
+        return jax.lax.reduce_precision(x.reshape(-1)[:64].astype(jnp.float32), 8, 7)
 
-    pieces = jax.device_get([sample(x) for x in jax.tree.leaves(params)])
+    leaves = jax.tree.leaves(params)
+    if mesh_of(leaves[0]) is None:
+        pieces = [sample(x) for x in leaves]
+    else:  # as one program, because processes that share the mesh must run the same ones in order
+        pieces = jax.jit(lambda leaves: [sample(x) for x in leaves])(leaves)
+    pieces = jax.device_get(pieces)
     digest = hashlib.sha256(b"".join(np.asarray(p, np.float32).tobytes() for p in pieces))
     return config.hash() + digest.hexdigest()[:8]

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona import processes
 from jaxpersona.batch import LAST, USER, Batch
 from jaxpersona.batch import batch as make_batch
 from jaxpersona.cache import init_cache
@@ -167,7 +168,7 @@ class _Group:
             enough = min(self.together, seated)
             empty = self.size - seated
             state = self._decode(state, seats, empty + enough if waiting else self.size)
-            done = np.flatnonzero(np.asarray(state.done) & (seats >= 0))
+            done = np.flatnonzero(processes.fetch(state.done) & (seats >= 0))
             if done.size >= enough:
                 self._take_out(state, seats, done)
 

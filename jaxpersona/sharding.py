@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.core
@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxpersona.config import ModelConfig
 
 Axes = tuple[str | None, ...]
+AnyMesh = TypeVar("AnyMesh", Mesh, AbstractMesh)
 
 # logical axis -> the mesh axes that it is spread over, those that the mesh has
 RULES: dict[str, tuple[str, ...]] = {
@@ -56,7 +57,23 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
     return jax.make_mesh(tuple(wanted.values()), tuple(wanted), axis_types=kinds, devices=chosen)
 
 
-def fit(mesh: Mesh, config: ModelConfig) -> Mesh:
+def parse_mesh(text: str) -> dict[str, int]:
+    """Read "data=2,model=4" as the arguments of `make_mesh`.
+
+    Raises:
+      ValueError: not of that form.
+    """
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in ("data", "model", "fsdp") or name in found or not size.isdecimal():
+            raise ValueError(f"mesh is {text!r}; write sizes of data, model and fsdp, as "
+                             "data=2,model=4")
+        found[name] = int(size)
+    return found
+
+
+def fit(mesh: AnyMesh, config: ModelConfig) -> AnyMesh:
     """Return the mesh that a model runs on, or say why it cannot run on this one.
 
     Where "model" is wider than the key/value heads it is split into "model" × "group": each of
@@ -69,26 +86,29 @@ def fit(mesh: Mesh, config: ModelConfig) -> Mesh:
     if unknown := [name for name in mesh.axis_names if name not in known]:
         raise ValueError(f"mesh has the axes {unknown}; name them {', '.join(sorted(known))}")
     sizes = dict(mesh.shape)
-    ways, heads = sizes.get("model", 1), config.n_kv_heads
-    if "group" not in sizes and heads % ways and ways % heads == 0:
+    width, heads = sizes.get("model", 1), config.n_kv_heads
+    if "group" not in sizes and heads % width and width % heads == 0:
         place = mesh.axis_names.index("model")
         names = (*mesh.axis_names[: place + 1], "group", *mesh.axis_names[place + 1 :])
         shape = [sizes[name] for name in mesh.axis_names]
-        shape[place : place + 1] = [heads, ways // heads]
+        shape[place : place + 1] = [heads, width // heads]
         kinds = (*mesh.axis_types[: place + 1], *mesh.axis_types[place:])
-        mesh = Mesh(mesh.devices.reshape(shape), names, axis_types=kinds)
+        if isinstance(mesh, Mesh):
+            mesh = Mesh(mesh.devices.reshape(shape), names, axis_types=kinds)
+        else:
+            mesh = AbstractMesh(tuple(shape), names, axis_types=kinds)
         sizes = dict(mesh.shape)
     model, group = sizes.get("model", 1), sizes.get("group", 1)
     if heads % model or (group > 1 and heads != model):
         raise ValueError(f"n_kv_heads is {heads}; a mesh of model={model * group} neither divides "
                          f"it nor is a multiple: use model={_divisor(heads, model * group)}")
-    for field, value, ways in (("n_heads / n_kv_heads", config.n_heads // heads, group),
+    for field, value, split in (("n_heads / n_kv_heads", config.n_heads // heads, group),
                                ("d_ff", config.d_ff, model * group),
                                ("d_model", config.d_model, sizes.get("fsdp", 1))):
-        if value % ways:
+        if value % split:
             name = "fsdp" if field == "d_model" else "model"
-            total = ways if name == "fsdp" else model * group
-            best = _divisor(value, ways) * (model if field.startswith("n_") else 1)
+            total = split if name == "fsdp" else model * group
+            best = _divisor(value, split) * (model if field.startswith("n_") else 1)
             raise ValueError(f"{field} is {value}; a mesh of {name}={total} does not divide it: "
                              f"use {name}={best}")
     return mesh
@@ -109,7 +129,8 @@ def spec(axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     return PartitionSpec(*map(entry, axes))
 
 
-def weight_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def weight_sharding(axes: Axes, shape: tuple[int, ...],
+                    mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Return where a parameter lives; a vocabulary that the mesh does not divide is kept whole."""
     placed = NamedSharding(mesh, spec(axes, mesh))
     try:
@@ -164,7 +185,12 @@ def spread_rows(x: jax.Array, dimension: int, like: Any) -> jax.Array:
 def rows_divisor(*operands: Any) -> int:
     """Return over how many ways the operands' mesh spreads the rows of a batch; 1 without one."""
     mesh = mesh_of(*operands)
-    return 1 if mesh is None else math.prod(mesh.shape.get(name, 1) for name in RULES["batch"])
+    return 1 if mesh is None else ways(mesh, "batch")
+
+
+def ways(mesh: Mesh | AbstractMesh, axis: str) -> int:
+    """Return over how many ways a mesh spreads a logical axis."""
+    return math.prod(mesh.shape.get(name, 1) for name in RULES[axis])
 
 
 def gather_weight(w: jax.Array) -> jax.Array:

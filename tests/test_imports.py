@@ -13,11 +13,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # every module may import those of a lower level and of its own group
 LEVELS = (
-    ("config", "compile_cache"), ("families",), ("presets",), ("sharding", "hlo"), ("params",),
-    ("kernels",), ("nn",), ("batch",), ("interventions", "cache"), ("readings",), ("capture",),
-    ("vectors",), ("trace",), ("model",), ("fences",), ("sampling", "decode"), ("ckpts",),
-    ("template",), ("chat",), ("load",), ("prompts",), ("schedule",), ("generate", "extract"),
-    ("spec_forms", "specs", "learn"), ("persona",), ("organism", "data"), ("report",), ("cli",),
+    ("config", "compile_cache", "chips", "processes"), ("families",), ("presets",),
+    ("sharding", "hlo"), ("params",), ("kernels",), ("nn",), ("batch",),
+    ("interventions", "cache"), ("readings",), ("capture",), ("vectors",), ("trace",), ("model",),
+    ("fences",), ("sampling", "decode"),
+    ("ckpts",), ("template",), ("chat",), ("load",), ("prompts",), ("schedule",),
+    ("generate", "extract"), ("spec_forms", "specs", "learn", "plan"), ("persona",),
+    ("organism", "data"), ("report",), ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 NARROW = {  # less than what their level would allow

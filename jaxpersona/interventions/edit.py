@@ -57,7 +57,9 @@ class Edit(Table):
         """Edit h [B, T, D] at `layer` where `active` [B, T]; also return where it changed."""
         slot = self.layers.index(layer)
         push = None if self.push is None else self.push[slot]
-        return api.rank_one_edit(h, self.direction[slot], self.coefficients[slot], active, push)
+        # number by number, which a TPU reads for all layers at once; a row of four, layer by layer
+        numbers = jnp.stack([self.coefficients[slot, :, i] for i in range(4)], -1)
+        return api.rank_one_edit(h, self.direction[slot], numbers, active, push)
 
     @classmethod
     def identities(cls, layers: int, size: int, like: Self) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpersona import chat
+from jaxpersona import chat, processes
 from jaxpersona.ckpts.files import write_json
 from jaxpersona.ckpts.vectors import save_vector
 from jaxpersona.persona import axis as science
@@ -92,15 +92,19 @@ def extract_axis(
             "roles must hold one named 'default' that is not held out"
         )
     _check(model, roles, questions, settings, judge, min_count, held_out)
-    run = Run(folder, _manifest(model, roles, questions, judge, settings, min_count, held_out))
+    manifest = _manifest(model, roles, questions, judge, settings, min_count, held_out)
+    run = processes.in_turn(lambda: Run(folder, manifest))
     tokens = _play_missing(model, run, roles, questions, settings, report)
-    scores = {role.name: _judge(run, role, judge) for role in roles}
+    scores = {role.name: _judge(run, role, judge, mine)
+              for role, mine in zip(roles, map(processes.owns, range(len(roles))), strict=True)}
     vectors: dict[str, dict[str, tuple[np.ndarray, int]]] = {}
     means: dict[str, np.ndarray] = {}
-    for role in roles:
-        means[role.name] = run.means(role.name)
-        vectors[role.name] = science.role_vectors(means[role.name], scores[role.name])
-        run.save_vectors(role.name, vectors[role.name])
+    for i, role in enumerate(roles):
+        if processes.owns(i):
+            means[role.name] = run.means(role.name)
+            vectors[role.name] = science.role_vectors(means[role.name], scores[role.name])
+            run.save_vectors(role.name, vectors[role.name])
+    vectors = _in_order(vectors, names)
     if "mean" not in vectors["default"]:
         raise ValueError("every reply of the default persona was empty; the axis needs one")
     default = vectors["default"]["mean"][0]
@@ -116,7 +120,8 @@ def extract_axis(
             "them; the axis needs two: ask more questions, lower min_count, or use another judge"
         )
     analysis = science.analyse(default, used)
-    projections = {name: science.project(value, analysis.axis) for name, value in means.items()}
+    projections = _in_order(
+        {name: science.project(value, analysis.axis) for name, value in means.items()}, names)
     everyone = np.concatenate([projections[n] for n in names if n not in held_out])
     axis = Axis(
         values=analysis.axis, name="assistant", model=model.name, fingerprint=model.fingerprint,
@@ -125,12 +130,13 @@ def extract_axis(
             "all": science.percentiles(everyone),
         },
         notes={"judge": judge.name, "roles": len(used), "min_count": min_count,
-               "default_rollouts": len(means["default"]), "rollouts": len(everyone)},
+               "default_rollouts": len(projections["default"]), "rollouts": len(everyone)},
     )
-    save_vector(run.folder / "axis.safetensors", axis)
     counts = {name: _count(values) for name, values in scores.items() if name != "default"}
-    _save_analysis(run, analysis, projections, counts, held_out)
-    total = sum(len(value) for value in means.values())
+    if processes.first():
+        save_vector(run.folder / "axis.safetensors", axis)
+        _save_analysis(run, analysis, projections, counts, held_out)
+    total = sum(len(value) for value in projections.values())
     return Extraction(axis, analysis, default, enough, projections, counts, total, tokens)
 
 
@@ -180,7 +186,10 @@ def _play_missing(model: Model, run: Run, roles: Sequence[Role], questions: Sequ
                   settings: Settings, report: Report | None) -> int:
     """Play the roles whose conversations are not there yet, several to a call."""
     size = {role.name: len(role.prompts) * len(questions) * settings.samples for role in roles}
-    missing = [role for role in roles if run.rollouts(role.name) is None]
+    owned = {role.name: processes.owns(i) for i, role in enumerate(roles)}
+    held = processes.merge({role.name: run.rollouts(role.name) is not None for role in roles
+                            if owned[role.name]})
+    missing = [role for role in roles if not held[role.name]]
     total = sum(size.values())
     done = total - sum(size[role.name] for role in missing)
     tokens = 0
@@ -199,22 +208,37 @@ def _play_missing(model: Model, run: Run, roles: Sequence[Role], questions: Sequ
 
         found = play(model, group, questions, settings, progress=tell)
         for role in group:
-            run.save_rollouts(role.name, *found[role.name])
+            if owned[role.name]:
+                run.save_rollouts(role.name, *found[role.name])
             done += size[role.name]
         tokens += latest[0]
     return tokens
 
 
-def _judge(run: Run, role: Role, judge: Judge) -> list[int | None]:
-    """Return a role's scores in the order of its rollouts; the default's are None."""
-    records = run.rollouts(role.name) or []
+def _in_order(mine: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Join every process's roles, in the order of the roles, so that sums run in that order."""
+    found = processes.merge(mine)
+    return {name: found[name] for name in names}
+
+
+def _judge(run: Run, role: Role, judge: Judge, mine: bool) -> list[int | None]:
+    """Return a role's scores in the order of its rollouts; the default's are None.
+
+    The process that keeps the role's files reads them; a judge that asks the model is asked by all
+    processes together, any other by that process alone.
+    """
+    told = {"records": run.rollouts(role.name) or [], "kept": run.scores(role.name)} if mine else {}
+    told = processes.merge(told)
+    records, kept = told["records"], told["kept"]
     if role.name == "default":
         return [None] * len(records)
-    kept = run.scores(role.name)
     if kept is None:
-        given = judge(role, records)
+        scores = judge(role, records) \
+            if mine or getattr(judge, "together", False) else None
+        given = processes.merge({"scores": scores} if mine else {})["scores"]
         kept = {rollout_key(r): score for r, score in zip(records, given, strict=True)}
-        run.save_scores(role.name, kept)
+        if mine:
+            run.save_scores(role.name, kept)
     try:
         return [kept[rollout_key(record)] for record in records]
     except KeyError as error:

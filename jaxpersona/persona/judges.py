@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 
 class Judge(Protocol):
-    """Score a role's rollouts; `name` is kept in the run."""
+    """Score a role's rollouts; `name` is kept in the run.
+
+    A judge that runs the model itself says so by `together = True`: then all processes of a run
+    call it together, else only the one that keeps the role's files.
+    """
 
     name: str
 
@@ -40,7 +44,7 @@ class NoJudge:
 class SelfJudge:
     """Ask the model itself, through each role's own `eval_prompt`, greedily."""
 
-    name = "self"
+    name, together = "self", True
 
     def __init__(self, model: Model, *, batch_size: int = 32) -> None:
         self.model, self.batch_size = model, batch_size

@@ -1,0 +1,91 @@
+"""Published figures of accelerators, and the devices of a TPU topology that need not exist here."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+GB = 10**9
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a maker says of one chip.
+
+    Attributes:
+      memory: bytes of device memory.
+      bandwidth: bytes a second between memory and chip.
+      peak: dense bfloat16 operations a second.
+      link: bytes a second that a chip exchanges with its neighbours, all links, one way.
+      source: where the figures are published.
+    """
+
+    name: str
+    memory: int
+    bandwidth: float
+    peak: float
+    link: float
+    source: str
+
+
+_TPU = "cloud.google.com/tpu/docs/{}"
+_NVIDIA = "NVIDIA datasheet {}"
+CHIPS = {chip.name: chip for chip in (
+    Chip("v5e", 16 * GIB, 819 * GB, 197e12, 200 * GB, _TPU.format("v5e")),
+    Chip("v5p", 95 * GIB, 2765 * GB, 459e12, 600 * GB, _TPU.format("v5p")),
+    Chip("v6e", 32 * GIB, 1640 * GB, 918e12, 448 * GB, _TPU.format("v6e")),
+    Chip("a100", 80 * GB, 2039 * GB, 312e12, 300 * GB, _NVIDIA.format("A100 80GB SXM")),
+    Chip("h100", 80 * GB, 3350 * GB, 989e12, 450 * GB, _NVIDIA.format("H100 SXM")),
+    Chip("h200", 141 * GB, 4800 * GB, 989e12, 450 * GB, _NVIDIA.format("H200 SXM")),
+)}
+TPUS = ("v5e", "v5p", "v6e")
+EXAMPLES = "v5e:4x4, v5p:2x2x2, v6e:2x4 or h200:8"
+
+
+def parse(topology: str) -> tuple[Chip, int]:
+    """Return the chip of a topology and how many it has.
+
+    Raises:
+      ValueError: not of the form chip:extents, or a chip that is not in `CHIPS`.
+    """
+    matched = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
+    if matched is None:
+        raise ValueError(f"topology is {topology!r}; write chip:extents, as {EXAMPLES}")
+    name, extents = matched.group(1).lower(), [int(n) for n in matched.group(2).split("x")]
+    if name not in CHIPS:
+        raise ValueError(f"topology is {topology!r}; the known chips are {', '.join(CHIPS)}")
+    count = 1
+    for extent in extents:
+        count *= extent
+    if not count:
+        raise ValueError(f"topology is {topology!r}; every extent must be at least 1")
+    return CHIPS[name], count
+
+
+def tpu_devices(topology: str) -> list[Any] | None:
+    """Return the devices of a TPU topology, to compile for; None where libtpu is not installed.
+
+    Raises:
+      ValueError: libtpu knows no such topology.
+    """
+    import importlib.util
+
+    if importlib.util.find_spec("libtpu") is None:
+        return None
+    # without these libtpu asks the network which TPU this machine is part of
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here opens a TPU
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:  # of the runtime, without a class of its own
+        reason = str(error).split(": ", 1)[-1].splitlines()[0].rstrip(".")
+        raise ValueError(f"topology is {topology!r}; libtpu refuses it ({reason}): try "
+                         f"{EXAMPLES}") from None
+    return list(found.devices)

@@ -1,0 +1,86 @@
+"""The command `jaxpersona plan`: what a model needs on chips that are not here."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Annotated, Any
+
+import typer
+
+
+def plan(
+    topology: Annotated[str, typer.Option(help="chip:extents, as v5e:4x4 or h200:8.")],
+    model: Annotated[str, typer.Option(help="`random:<preset>` or a folder with a config.json; "
+                                            "weights are not read.")] = "random:llama-3.3-70b",
+    batch: Annotated[int, typer.Option(help="Rows of all chips together.")] = 32,
+    context: Annotated[int, typer.Option(help="Tokens a row, prompt and reply.")] = 2048,
+    cap: Annotated[str | None, typer.Option(help="Layers to cap, half-open, as 56:72.")] = None,
+    mesh: Annotated[str | None, typer.Option(help="As data=2,model=8; default: model as wide as "
+                                                  "the shape allows, up to 16.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what fits on a topology and what it costs, without weights or accelerator."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # before libtpu looks for a TPU of this machine
+    from jaxpersona.cli_support import parse_layers
+    from jaxpersona.plan import plan as make
+    from jaxpersona.sharding import parse_mesh
+
+    config = read_shape(model)
+    layers = () if cap is None else parse_layers(cap, config.n_layers, slice(0))
+    found = make(config, topology, name=model, batch=batch, context=context, cap_layers=layers,
+                 mesh=None if mesh is None else parse_mesh(mesh))
+    typer.echo(json.dumps(found) if as_json else "\n".join(card(found)))
+
+
+def read_shape(source: str) -> Any:
+    """Return the configuration of a preset or of a folder's config.json."""
+    from jaxpersona.ckpts import hf
+    from jaxpersona.presets import preset
+
+    if source.startswith("random:"):
+        return preset(source.removeprefix("random:"))
+    if not pathlib.Path(source).expanduser().is_dir():
+        raise ValueError(f"{source}: no such folder; a plan takes random:<preset> or a folder that "
+                         "holds the model's config.json")
+    return hf.read_config(pathlib.Path(source).expanduser())[0]
+
+
+def card(found: dict[str, Any]) -> list[str]:
+    """Put a plan in words; each line says whose word it is."""
+    size = {name: n / 1e9 for name, n in found["bytes_per_chip"].items()}
+    mesh = " × ".join(f"{name}={n}" for name, n in found["mesh"].items())
+    whose = "compiler" if found["compiled"] else "arithmetic: no compiler was asked"
+    verdict = "fits" if found["fits"] else f"does not fit, by {found['short_by'] / 1e9:.2f} GB"
+    time, hours = found["roofline_seconds"], found["axis_run_hours"]
+    lines = [
+        f"{found['model']} on {found['topology']}: {found['chips']} chips, {mesh}",
+        f"batch {found['batch']}, context {found['context']}, prompts of {found['prompt']}",
+        f"{verdict}: {size['total']:.2f} of {size['usable']:.2f} GB a chip: weights "
+        f"{size['weights']:.2f}, cache {size['cache']:.2f} (arithmetic), temporaries "
+        f"{size['temporaries']:.2f} ({whose})",
+        f"largest batch: {found['largest_batch']} (in proportion)",
+    ]
+    if found["collectives_per_layer"] is not None:
+        lines.append(f"sums over chips in a decode step: {found['collectives_per_layer']} a layer "
+                     "(compiler)")
+    if found["added_collectives"] is not None:
+        lines.append(
+            f"a cap of {len(found['cap'])} layers adds to a decode step (compiler): "
+            f"{found['added_collectives']} collectives, {found['added_fusions_per_layer']:g} "
+            f"kernels a layer and {found['added_fusions_once']:g} once, "
+            f"{found['added_bytes'] / 1e6:.1f} MB; temporaries × {found['temporaries_ratio']}")
+    elif found["cap"]:
+        lines.append("what the cap adds: not known without a compiler for these chips")
+    chip = found["chip"]
+    lines += [
+        f"roofline (arithmetic on {chip['source']}): decode step "
+        f"{time['decode_step'] * 1e3:.2f} ms, of it sums {time['decode_sums'] * 1e3:.2f}; prefill "
+        f"{time['prefill']:.2f} s, of it sums {time['prefill_sums']:.2f}",
+        "hours of an axis run of 331,200 replies of 512 tokens (arithmetic): " + ", ".join(
+            f"{value} at {float(name):.0%} of the roofline" for name, value in hours.items()),
+        "nothing was timed",
+    ]
+    return lines

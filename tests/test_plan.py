@@ -1,0 +1,125 @@
+"""Plans: arithmetic against a count by hand, the compiler's word for a TPU, and mistakes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import support as s
+
+from jaxpersona import chips, plan, sharding
+from jaxpersona.config import replace
+from jaxpersona.params import init_params
+from jaxpersona.presets import preset
+
+SMALL = s.tiny_config(vocab_size=256, d_model=256, n_heads=8, n_kv_heads=4, head_dim=128, d_ff=512,
+                      n_layers=4, max_context=2048)
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
+                                  reason="libtpu is not installed: pip install 'jaxpersona[tpu]'")
+
+
+def run(capsys, *arguments):
+    code = s.run_command(["plan", *arguments])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+def test_bytes_are_those_of_the_arrays():
+    """On a real mesh of as many devices every chip holds what the plan says."""
+    import jax
+
+    mesh = sharding.fit(sharding.make_mesh(data=1, model=8), SMALL)
+    params = init_params(SMALL, jax.random.key(0))
+    held = jax.tree.map(
+        lambda p, spec: jax.device_put(p, sharding.weight_sharding(spec.axes, spec.shape, mesh)),
+        params, plan.layout(SMALL))
+    mine = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(held)) // 2  # float32
+    found = plan.plan(SMALL, "h200:8", batch=16, context=256)
+    assert found["mesh"] == dict(mesh.shape) == {"data": 1, "model": 4, "group": 2}
+    assert found["bytes_per_chip"]["weights"] == mine
+    # one key/value head a chip, held by groups of two
+    assert found["bytes_per_chip"]["cache"] == 2 * 4 * 16 * 1 * 256 * 128 * 2
+    assert found["fits"] and not found["compiled"] and found["collectives_per_layer"] is None
+
+
+def test_roofline_is_the_formula():
+    config, chip = preset("llama-3.1-8b"), chips.CHIPS["h200"]
+    shapes = plan.Shapes(batch=32, width=1536, slots=2048)
+    found = plan.seconds(config, plan._mesh({"data": 1, "model": 1}, None, config), shapes, chip)
+    read = config.step_bytes() + 32 * config.cache_bytes(1536 + 256)
+    assert found["decode_step"] == pytest.approx(read / chip.bandwidth)
+    assert found["prefill"] == pytest.approx(32 * config.prefill_flops(1536) / chip.peak)
+    assert found["decode_sums"] == 0
+    hours = plan.run_hours(found, shapes, 0.5)
+    one = found["prefill"] + 512 * found["decode_step"]
+    assert hours == pytest.approx(331_200 / 32 * one / 0.5 / 3600)
+
+
+def test_a_model_too_large_says_by_how_much():
+    found = plan.plan(preset("llama-3.3-70b"), "a100:1", batch=1)
+    wanted, room = (found["bytes_per_chip"][name] for name in ("total", "usable"))
+    assert not found["fits"] and found["short_by"] == wanted - room > 60e9
+    assert found["largest_batch"] == 0
+
+
+def test_bytes_a_chip_stay_flat_as_chips_and_batch_grow():
+    small, large = (plan.plan(preset("llama-3.3-70b"), f"h200:{n}", batch=2 * n)
+                    for n in (16, 256))
+    assert small["bytes_per_chip"] == large["bytes_per_chip"]
+    assert large["mesh"]["data"] == 16 * small["mesh"]["data"]
+
+
+@needs_libtpu
+def test_a_tpu_s_compiler_counts_what_a_cap_adds(monkeypatch):
+    monkeypatch.setattr(plan, "DEPTHS", (1, 2))
+    found = plan.plan(replace(SMALL, n_layers=5), "v5e:2x2", batch=8, context=256,
+                      cap_layers=(1, 2, 3), mesh={"data": 1, "model": 4})
+    assert found["compiled"] and found["fits"]
+    assert found["collectives_per_layer"] == 2 and found["added_collectives"] == 0
+    assert found["added_fusions_per_layer"] <= 2
+    assert found["added_bytes"] > 0 and 0.99 <= found["temporaries_ratio"] <= 1.01
+    assert "optimal" not in json.dumps(found)
+
+
+@needs_libtpu
+def test_what_a_tpu_cannot_hold_is_measured_not_an_error(monkeypatch):
+    monkeypatch.setattr(plan, "DEPTHS", (1, 2))
+    wide = replace(SMALL, n_layers=2, d_ff=2**17)
+    found = plan.plan(wide, "v5e:2x2", batch=512, context=2048, mesh={"data": 1, "model": 4})
+    assert not found["fits"] and found["short_by"] > 1e9
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), [
+    (("--topology", "v5e"), "write chip:extents"),
+    (("--topology", "v9x:2x2"), "the known chips are v5e"),
+    (("--topology", "h200:0"), "every extent"),
+    (("--topology", "h200:8", "--model", "random:none"), "preset 'none' is unknown"),
+    (("--topology", "h200:8", "--model", "nowhere/else"), "no such folder"),
+    (("--topology", "h200:8", "--mesh", "rows=2"), "write sizes of data"),
+    (("--topology", "h200:8", "--mesh", "data=2,model=2"), "needs 4 chips; the topology has 8"),
+    (("--topology", "h200:8", "--batch", "3", "--mesh", "data=8"), "use a multiple of 8"),
+    (("--topology", "h200:8", "--context", "1"), "context (1) at least 2"),
+    (("--topology", "h200:8", "--context", "9999999"), "the model was made for"),
+    (("--topology", "h200:8", "--cap", "70:90"), "beyond"),
+])
+def test_mistakes_are_one_line(capsys, arguments, wanted):
+    code, _, said = run(capsys, *arguments)
+    lines = [line for line in said.splitlines() if line]
+    assert code == 2 and len(lines) == 1 and wanted in lines[0], said
+
+
+@needs_libtpu
+def test_libtpu_s_refusal_is_one_line(capsys):
+    code, _, said = run(capsys, "--topology", "v5e:3x5")
+    assert code == 2 and said.count("\n") == 1 and "libtpu refuses it" in said
+
+
+def test_the_command_prints_a_card_or_json(capsys):
+    ask = ("--topology", "h200:8", "--model", "random:qwen3-8b", "--cap", "20:28")
+    code, said, _ = run(capsys, *ask)
+    assert code == 0 and "fits: " in said and said.splitlines()[-1] == "nothing was timed"
+    code, said, _ = run(capsys, *ask, "--json")
+    found = json.loads(said)
+    assert found["chips"] == 8 and found["cap"] == list(range(20, 28))
+    assert set(found["axis_run_hours"]) == {"1.0", "0.6", "0.3"}

@@ -1,0 +1,148 @@
+"""Two processes of four devices each: one axis, shared work, a death that is told, a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import support as s
+from jaxpersona.ckpts.vectors import load_axis
+
+from jaxpersona import processes
+from jaxpersona.persona import extract
+
+pytestmark = pytest.mark.slow
+MESH = "fsdp=2,model=4"
+WORKER = """
+import sys
+from jaxpersona import cli
+from jaxpersona.ckpts import tensorfile
+from jaxpersona.persona import extract
+extract._TOGETHER = 4  # rollouts in one call, so that files come one by one
+whole, read = tensorfile.read_slice, [0]
+def counted(entry, index=()):
+    values = whole(entry, index)
+    read[0] += values.nbytes
+    return values
+tensorfile.read_slice = counted
+try:
+    cli.main(sys.argv[1:])
+finally:
+    print("bytes read:", read[0], flush=True)
+"""
+
+
+def ask(out):
+    return ["axis", "--out", str(out), "--judge", "none", "--limit", "3", "--limit-questions", "1",
+            "--min-count", "1", "--max-new-tokens", "6", "--batch-size", "8",
+            "--temperature", "0"]
+
+
+def start(out, port, index):
+    """Start one of two workers."""
+    env = {**os.environ, "JAX_PLATFORMS": "cpu",
+           "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    place = ["--mesh", MESH, "--coordinator", f"127.0.0.1:{port}", "--processes", "2",
+             "--process", str(index)]
+    return subprocess.Popen([sys.executable, "-c", WORKER, *ask(out), *place], env=env, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def pair(out):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(out, port, index) for index in (0, 1)]
+
+
+def finish(workers):
+    said = [worker.communicate(timeout=300) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    return said
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and path.suffix != ".png"}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """A run of two processes: its folder and what they said."""
+    out = tmp_path_factory.mktemp("two") / "run"
+    return out, finish(pair(out))
+
+
+def test_two_processes_find_the_axis_of_one(together, tmp_path, monkeypatch, capsys):
+    out, said = together
+    monkeypatch.setattr(extract, "_TOGETHER", 4)
+    assert s.run_command(ask(tmp_path / "one")) == 0
+    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    shared = json.loads(said[0][0].splitlines()[-2])
+    assert shared["rollouts"] == alone["rollouts"]
+    assert "rollouts" not in said[1][0]  # one of them speaks for all
+    one, two = (load_axis(folder / "axis.safetensors") for folder in (tmp_path / "one", out))
+    assert s.relative(two.values, one.values) <= 1e-5
+    assert two.fingerprint == one.fingerprint
+    assert set(contents(out)) == set(contents(tmp_path / "one"))
+    read = [int(stdout.split("bytes read:")[1]) for stdout, _ in said]
+    weights = sum(np.prod(shape) * 4 for shape in shapes())
+    assert all(value < 0.51 * weights for value in read), (read, weights)
+
+
+def shapes():
+    from jaxpersona.ckpts import hf
+
+    from jaxpersona.load import _mini
+
+    entries, _ = hf.read_entries(_mini())
+    return [entry.shape for entry in entries.values()]
+
+
+def test_a_death_ends_the_run_clearly_and_a_resume_ends_in_the_same_bytes(together, tmp_path):
+    out = tmp_path / "run"
+    workers = pair(out)
+    while not list(out.glob("rollouts/*.jsonl")):
+        assert all(worker.poll() is None for worker in workers)
+        time.sleep(0.05)
+    workers[1].send_signal(signal.SIGKILL)
+    _, error = workers[0].communicate(timeout=120)
+    workers[1].communicate()
+    assert workers[0].returncode not in (0, None)
+    lines = [line for line in error.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1 and "another process of this run ended" in lines[0], error
+    assert not (out / "axis.safetensors").exists()
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("rollouts/*.jsonl")}
+    finish(pair(out))
+    assert all(path.stat().st_mtime_ns == before for path, before in kept.items())
+    assert contents(out) == contents(together[0])
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), [
+    (["--processes", "2"], "give all three"),
+    (["--coordinator", "here:1", "--processes", "2", "--process", "2"], "it must lie in 0…1"),
+    (["--coordinator", "here", "--processes", "2", "--process", "0"], "write host:port"),
+    (["--mesh", "data=99"], "needs 99 devices; there are 8"),
+    (["--mesh", "model=2,data=x"], "write sizes of data"),
+    (["--mesh", "data=8", "--batch-size", "12"], "multiple of 8"),
+])
+def test_mistakes_are_one_line(tmp_path, capsys, arguments, wanted):
+    assert s.run_command([*ask(tmp_path / "run"), *arguments]) == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    assert len(lines) == 1 and wanted in lines[0]
+
+
+def test_one_process_needs_no_others():
+    import jax.numpy as jnp
+
+    assert processes.first() and processes.owns(7) and not processes.many()
+    assert processes.merge({"a": 1}) == {"a": 1} and processes.in_turn(lambda: 5) == 5
+    tree = processes.fetch({"x": jnp.ones(3, jnp.float32), "y": np.zeros(2)})
+    assert isinstance(tree["x"], np.ndarray)
