@@ -21,7 +21,8 @@ def open_model(source: str, dtype: str | None, mesh: str | None = None) -> Any:
     from jaxpersona import sharding
     from jaxpersona.load import load
 
-    spread = None if mesh is None else sharding.make_mesh(**sharding.parse_mesh(mesh))
+    spread = None if mesh is None else sharding.make_mesh(
+        **sharding.parse_mesh(mesh))  # pyright: ignore[reportArgumentType]
     with progress() as report:
         return load(source, dtype=dtype, mesh=spread,
                     progress=lambda done, total: report("load", done, total, 0))

@@ -239,10 +239,11 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
     lowered: dict[tuple[str, str], Any] = {}
     for arm, layers in arms.items():
         lowered[arm, "decode"] = _lower(config, mesh, shapes, layers)[1]
-        # as many of a shallow model's upper layers as the cap has of the whole one's
+        # as great a share of the layers as the cap has of the whole model's, from the same depth
         share = -(-len(layers) * deep // config.n_layers)
+        begin = min(layers[0] * deep // config.n_layers, deep - share) if layers else 0
         lowered[arm, "prefill"] = _lower(replace(config, n_layers=deep), mesh, shapes,
-                                         tuple(range(deep - share, deep)))[0]
+                                         tuple(range(begin, begin + share)))[0]
     lowered["plain", "shallow"] = _lower(replace(config, n_layers=shallow), mesh, shapes, ())[0]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # the compiler works outside Python
         made = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))

@@ -93,10 +93,9 @@ def fit(mesh: AnyMesh, config: ModelConfig) -> AnyMesh:
         shape = [sizes[name] for name in mesh.axis_names]
         shape[place : place + 1] = [heads, width // heads]
         kinds = (*mesh.axis_types[: place + 1], *mesh.axis_types[place:])
-        if isinstance(mesh, Mesh):
-            mesh = Mesh(mesh.devices.reshape(shape), names, axis_types=kinds)
-        else:
-            mesh = AbstractMesh(tuple(shape), names, axis_types=kinds)
+        mesh = (Mesh(mesh.devices.reshape(shape), names, axis_types=kinds)
+                if isinstance(mesh, Mesh) else
+                AbstractMesh(tuple(shape), names, axis_types=kinds))  # pyright: ignore
         sizes = dict(mesh.shape)
     model, group = sizes.get("model", 1), sizes.get("group", 1)
     if heads % model or (group > 1 and heads != model):

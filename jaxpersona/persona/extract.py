@@ -229,13 +229,14 @@ def _judge(run: Run, role: Role, judge: Judge, mine: bool) -> list[int | None]:
     """
     told = {"records": run.rollouts(role.name) or [], "kept": run.scores(role.name)} if mine else {}
     told = processes.merge(told)
-    records, kept = told["records"], told["kept"]
+    records: Any = told["records"]
+    kept: Any = told["kept"]
     if role.name == "default":
         return [None] * len(records)
     if kept is None:
         scores = judge(role, records) \
             if mine or getattr(judge, "together", False) else None
-        given = processes.merge({"scores": scores} if mine else {})["scores"]
+        given: Any = processes.merge({"scores": scores} if mine else {})["scores"]
         kept = {rollout_key(r): score for r, score in zip(records, given, strict=True)}
         if mine:
             run.save_scores(role.name, kept)
