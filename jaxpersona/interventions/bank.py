@@ -105,7 +105,8 @@ class Bank:
         n, count = self.direction.shape[1], len(self.layers)
         if xp is np:
             check_finite(name, given)
-        if given.ndim and given.shape[-1] == self.total:  # one a layer of the model
+        if self.total is not None and given.ndim and given.shape[-1] == self.total:
+            # one a layer of the model
             if given.ndim == 1 and self.index is not None and n == self.total > 1:
                 raise ValueError(f"{name} has {n} numbers, for {n} directions or {n} layers; give "
                                  "[n, l], one a direction and chosen layer")
@@ -175,7 +176,7 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         chosen = tuple(range(*layers.indices(end)))
     else:
         several = isinstance(layers, (Sequence, np.ndarray, range)) and not isinstance(layers, str)
-        items = list(layers) if several else [layers]
+        items: list[Any] = list(layers) if several else [layers]  # pyright: ignore
         if any(isinstance(i, bool) or not isinstance(i, (int, np.integer)) for i in items):
             raise ValueError(f"layers is {layers!r}; it must be an int, a slice or several ints")
         chosen = tuple(int(i) for i in items)

@@ -330,7 +330,8 @@ def _table(kind: type[Table], bank: Bank, where: Where, **payload: Any) -> Inter
     fields = {name: jnp.asarray(value[:, spread], jnp.float32) for name, value in payload.items()}
     test = np.broadcast_to(encoded(where), (n, 5))
     shared = common(test, bank.origin, checked_index(bank.index, n), size)
-    return Interventions((kind(layers=bank.layers, site=bank.site, **shared, **fields),))
+    made: Any = kind  # of which only the fields that all kinds share are known
+    return Interventions((made(layers=bank.layers, site=bank.site, **shared, **fields),))
 
 
 def _plain(kind: type[Table], layers: tuple[int, ...], where: Where, rows: Any, site: Site,
