@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxpersona.batch import Batch
 from jaxpersona.config import ModelConfig
-from jaxpersona.sharding import place
+from jaxpersona.sharding import on_cpu, place
 
 KV_AXES = ("batch", "kv_heads", None, None)
 ROW_AXES = (("batch", None), ("batch",))  # of `position` and `next`
@@ -45,6 +45,15 @@ class Cache:
         return Cache(*(jax.tree.map(lambda x, axes=axes: place(x, axes, like), part)
                        for part, axes in zip((self.k, self.v, self.position, self.next),
                                              (KV_AXES, KV_AXES, *ROW_AXES), strict=True)))
+
+
+def kept_dtype(like: jax.Array) -> Any:
+    """Return the dtype in which keys and values of a model with such a parameter are kept.
+
+    It is the parameter's own, but on one CPU float32, of values rounded to the parameter's: XLA
+    would turn a whole low-precision cache to float32 and back for every token written.
+    """
+    return jnp.float32 if on_cpu(like) else like.dtype
 
 
 def init_cache(config: ModelConfig, rows: int, slots: int, dtype: Any = jnp.float32) -> Cache:

@@ -22,7 +22,7 @@ from jaxpersona.fences import CODE_BIT
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.model import forward
 from jaxpersona.params import Params
-from jaxpersona.sampling import Sampling, choose
+from jaxpersona.sampling import Sampling, choose, most_likely
 from jaxpersona.sharding import place
 from jaxpersona.trace import Applied, Gates
 
@@ -158,7 +158,7 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
     the row there) and chooses the next.
     """
     TRACES["decode"] += 1
-    edits = edits.by_row(state.token.shape[0])
+    edits = edits.ready(state.token.shape[0], params.embed_vd)
 
     def pending(state: State) -> jax.Array:
         enough = state.done.all() if most_done is None else state.done.sum() >= most_done
@@ -201,7 +201,7 @@ def _choose_next(state: State, logits: jax.Array, how: Sampling, stops: Stops,
     """Choose a token for every row that is not done, and note whether it ends the row."""
     position = state.position + 1
     if greedy:
-        token = jnp.argmax(logits, -1).astype(jnp.int32)
+        token = most_likely(logits)
     else:
         token = choose(logits, how, state.row_id, position)
     live = ~state.done

@@ -14,14 +14,14 @@ import jax.numpy as jnp
 
 from jaxpersona import nn
 from jaxpersona.batch import Batch
-from jaxpersona.cache import Cache, advance, assign_slots, init_cache, write
+from jaxpersona.cache import Cache, advance, assign_slots, init_cache, kept_dtype, write
 from jaxpersona.capture import Capture
 from jaxpersona.config import ModelConfig
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.kernels.attention import Asked, choose, flash
 from jaxpersona.params import InOut, Layer, Params
 from jaxpersona.readings import spread_states
-from jaxpersona.sharding import gather_weight, mesh_of, out_sharding
+from jaxpersona.sharding import gather_weight, mesh_of, on_cpu, out_sharding
 from jaxpersona.trace import Applied, Gates, Trace
 
 Logits = Literal["all", "last"] | None
@@ -95,12 +95,12 @@ def forward(
     if room is not None and width > room:
         raise ValueError(f"the batch is {width} tokens wide; the cache has {room} slots")
     like = params.embed_vd
-    batch, edits = batch.spread(like), edits.by_row(rows).spread(like)
+    batch, edits = batch.spread(like), edits.ready(rows, like)
     dtype = like.dtype
     chosen = choose(config, attention, dtype=dtype, tokens=width, fresh=cache is None,
                     sharded=mesh_of(like) is not None)
     if new_cache is not None:
-        cache = init_cache(config, rows, new_cache, dtype)
+        cache = init_cache(config, rows, new_cache, kept_dtype(like))
     cache = None if cache is None else cache.spread(like)
     slots = assign_slots(cache, batch)
     start: Any = None if cache is None else cache.next  # before this call's tokens
@@ -155,8 +155,10 @@ def forward(
 def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
     """Look up the tokens: [B, T, D], scaled where the family asks for it."""
     table = gather_weight(params.embed_vd)
-    placed = out_sharding(("batch", None, None), table)
-    x = table.at[batch.tokens].get(mode="clip", out_sharding=placed)
+    tokens, placed = batch.tokens, out_sharding(("batch", None, None), table)
+    if on_cpu(table):  # a low-precision table XLA would turn to float32 whole, before a loop
+        table, tokens = jax.lax.optimization_barrier((table, tokens))
+    x = table.at[tokens].get(mode="clip", out_sharding=placed)
     if config.embed_scale != 1.0:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     return x
@@ -173,7 +175,7 @@ def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
             x = jnp.take_along_axis(x, at[:, None, None], 1)
         x = nn.rms_norm(x, params.final_norm_d, config.norm_eps, config.norm_offset)
         weight = params.embed_vd if params.head_vd is None else params.head_vd
-        if isinstance(weight, InOut):
+        if isinstance(weight, InOut) or on_cpu(weight):
             out = nn.product("btd,vd->btv", x, weight)
         else:
             out = jnp.einsum("btd,vd->btv", x, gather_weight(weight),

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxpersona.config import Activation, Rope
 from jaxpersona.params import InOut
-from jaxpersona.sharding import Axes, gather_weight, out_sharding, place
+from jaxpersona.sharding import Axes, gather_weight, on_cpu, out_sharding, place
 
 F32 = jnp.float32
 QUERY_CHUNK = 512  # queries whose scores exist at one time in a long prefill
@@ -47,9 +47,12 @@ def product(equation: str, x: jax.Array, w: jax.Array | InOut) -> jax.Array:
         return y.reshape(*rows, *w.out)
     out = w.shape[: sum(letter not in left for letter in right)]
     inner = math.prod(w.shape[len(out) :])
-    y = jnp.einsum("rd,fd->rf", x.reshape(-1, inner), w.reshape(-1, inner),
-                   preferred_element_type=F32)
-    return y.reshape(*rows, *out)
+    x = x.reshape(-1, inner)
+    alone = x.shape[0] == 1 and x.dtype == jnp.bfloat16 and on_cpu(w)
+    if alone:  # XLA's CPU back end has a fast bfloat16 product for two rows, none for one
+        x = jnp.concatenate([x, x])
+    y = jnp.einsum("rd,fd->rf", x, w.reshape(-1, inner), preferred_element_type=F32)
+    return (y[:1] if alone else y).reshape(*rows, *out)
 
 
 def round_residual(x: jax.Array) -> jax.Array:
@@ -157,8 +160,8 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_position: jax.Array, k_p
     if window is not None:
         seen &= query - key < window
     weights = jax.nn.softmax(jnp.where(seen, scores, _MASKED), axis=-1)
-    out = _product("bkgts,bksh->btkgh", weights.astype(q.dtype), v)
-    return out.reshape(b, t, n, h).astype(q.dtype)
+    out = _product("bkgts,bksh->bkgth", weights.astype(q.dtype), v)
+    return jnp.moveaxis(out, 3, 1).reshape(b, t, n, h).astype(q.dtype)
 
 
 def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -171,8 +174,8 @@ def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     def wide(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.einsum(equation, x.astype(F32), y.astype(F32))
 
-    if x.dtype == F32:
-        return plain(x, y)
+    if y.dtype == F32:
+        return wide(x, y)
     return jax.lax.platform_dependent(x, y, cpu=wide, default=plain)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from jaxpersona import processes
 from jaxpersona.batch import LAST, USER, Batch
 from jaxpersona.batch import batch as make_batch
-from jaxpersona.cache import init_cache
+from jaxpersona.cache import init_cache, kept_dtype
 from jaxpersona.capture import Capture
 from jaxpersona.chat import Row
 from jaxpersona.decode import Prefix, State, Stops, decode, prefill, prefill_prefix
@@ -239,7 +239,7 @@ class _Group:
         config, job, slots = self.config, self.job, self.slots
         zeros = jnp.zeros((rows,), jnp.int32)
         blank = State(
-            cache=init_cache(config, rows, slots, self.params.embed_vd.dtype),
+            cache=init_cache(config, rows, slots, kept_dtype(self.params.embed_vd)),
             token=zeros, position=zeros, turn=zeros, row_id=zeros.astype(jnp.uint32),
             done=jnp.ones((rows,), bool), thinking=jnp.zeros((rows,), bool), limit=zeros,
             length=zeros, tokens=jnp.full((rows, job.max_new), -1, jnp.int32),

@@ -150,6 +150,11 @@ def mesh_of(*operands: Any) -> Mesh | AbstractMesh | None:
     return None
 
 
+def on_cpu(*operands: Any) -> bool:
+    """Whether the operands lie on one CPU, for which XLA wants some things said otherwise."""
+    return jax.default_backend() == "cpu" and mesh_of(*operands) is None
+
+
 def out_sharding(axes: Axes, *operands: Any) -> NamedSharding | None:
     """Resolve the sharding of a result with logical `axes` from its operands' own mesh.
 

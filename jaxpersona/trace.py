@@ -16,6 +16,7 @@ from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.table import Site
 from jaxpersona.sharding import mesh_of, spread_rows
 
+_STACKED = 8
 Gates = dict[str, Any]  # a gate's state by its table's number
 
 
@@ -116,10 +117,17 @@ class Trace:
             return tuple(
                 Applied(
                     seen=jnp.broadcast_to(active, self.batch.tokens.shape).sum(-1, dtype=jnp.int32),
-                    changed=jnp.stack(changed).sum(-1, dtype=jnp.int32).reshape(-1, rows),
+                    changed=_counts(changed).reshape(-1, rows),
                 )
                 for active, changed in zip(self.active, self.changed, strict=True)
             )
+
+
+def _counts(changed: list[jax.Array]) -> jax.Array:
+    """Count the tokens of every layer's [B, T], a few layers at a time: of more, XLA's CPU back
+    end would write each down by itself before it stacked them."""
+    few = (jnp.stack(changed[at : at + _STACKED]) for at in range(0, len(changed), _STACKED))
+    return jnp.concatenate([part.sum(-1, dtype=jnp.int32) for part in few])
 
 
 def _settled(h: jax.Array) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -13,9 +14,10 @@ Implementation = Literal["xla"]
 def rank_one_edit(
     h: jax.Array,
     direction: jax.Array,
-    coefficients: jax.Array,
+    coefficients: Sequence[jax.Array],
     active: jax.Array,
     push: jax.Array | None = None,
+    columns: jax.Array | None = None,
     *,
     implementation: Implementation = "xla",
 ) -> tuple[jax.Array, jax.Array]:
@@ -26,4 +28,4 @@ def rank_one_edit(
     """
     if implementation != "xla":
         raise ValueError(f"implementation is {implementation!r}; only 'xla' exists")
-    return reference.rank_one_edit(h, direction, coefficients, active, push)
+    return reference.rank_one_edit(h, direction, coefficients, active, push, columns)

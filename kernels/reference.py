@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -9,9 +11,10 @@ import jax.numpy as jnp
 def rank_one_edit(
     h: jax.Array,
     direction: jax.Array,
-    coefficients: jax.Array,
+    coefficients: Sequence[jax.Array],
     active: jax.Array,
     push: jax.Array | None = None,
+    columns: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Edit activations along one direction a row.
 
@@ -20,17 +23,18 @@ def rank_one_edit(
     Args:
       h: activations [B, T, D].
       direction: v̂, unit vectors [B, D] or [1, D] float32.
-      coefficients: (s, c, lo, hi) [B, 4] or [1, 4] float32.
+      coefficients: s, c, lo and hi, each [B] or [1] float32.
       active: [B, T] bool, where the edit may act.
       push: û like `direction`, what h moves along instead of v̂; None for v̂ itself.
+      columns: what `twice` makes of v̂, where it is at hand.
 
     Returns:
       The edited h in its own dtype, and [B, T] bool: where δ ≠ 0. Where δ = 0 or the edit is not
       active, h comes back bit for bit.
     """
-    s, c, lo, hi = (coefficients[:, i, None] for i in range(4))
+    s, c, lo, hi = (number[:, None] for number in coefficients)
     wide = h.astype(jnp.float32)
-    p = project(wide, direction)
+    p = project(wide, direction) if columns is None else _by_product(wide, columns)
     # s·p − p is exactly 0 at s = 1, like (s − 1)·p, and leaves XLA no difference to hoist by layer
     delta = jnp.clip(s * p - p + c, lo - p, hi - p)
     changed = active & (delta != 0)
@@ -41,7 +45,20 @@ def rank_one_edit(
 
 def project(h: jax.Array, direction: jax.Array) -> jax.Array:
     """Return p = ⟨h, v̂⟩ [B, T] of activations [B, T, D] float32 on v̂ [B, D] or [1, D]."""
-    return jax.lax.platform_dependent(h, direction, cpu=_by_product, default=_by_sum)
+
+    def by_product(h: jax.Array, direction: jax.Array) -> jax.Array:
+        return _by_product(h, twice(direction))
+
+    return jax.lax.platform_dependent(h, direction, cpu=by_product, default=_by_sum)
+
+
+def twice(direction: jax.Array) -> jax.Array:
+    """Set v̂ [B, D] twice side by side, [B, 2, D], for products on a CPU.
+
+    A product with one column, XLA turns into a multiplication and a sum in steps, which are three
+    kernels there where a product with two equal ones is one.
+    """
+    return jnp.stack([direction, direction], 1)
 
 
 def _by_sum(h: jax.Array, direction: jax.Array) -> jax.Array:
@@ -49,10 +66,7 @@ def _by_sum(h: jax.Array, direction: jax.Array) -> jax.Array:
                       precision="highest")
 
 
-def _by_product(h: jax.Array, direction: jax.Array) -> jax.Array:
-    """Multiply by two equal columns: a product with one, XLA turns into a multiplication and a sum
-    in steps, which are three kernels on a CPU where this is one."""
-    twice = jnp.stack([direction, direction], 1)
-    if direction.shape[0] == 1:
-        return jnp.einsum("btd,kd->btk", h, twice[0])[..., 0]
-    return jnp.einsum("btd,bkd->btk", h, twice)[..., 0]
+def _by_product(h: jax.Array, columns: jax.Array) -> jax.Array:
+    if columns.shape[0] == 1:
+        return jnp.einsum("btd,kd->btk", h, columns[0])[..., 0]
+    return jnp.einsum("btd,bkd->btk", h, columns)[..., 0]

@@ -25,7 +25,7 @@ def scene(seed, size=1.0):
 
 
 def table(s=1.0, c=0.0, lo=-INF, hi=INF):
-    return np.broadcast_to(np.array([s, c, lo, hi], np.float32), (B, 4))
+    return tuple(np.full(B, number, np.float32) for number in (s, c, lo, hi))
 
 
 def project(h, v):
@@ -101,8 +101,9 @@ def test_identity_and_inactive_tokens_keep_their_bits(seed, dtype):
 def test_rows_never_affect_each_other(seed, row, floor):
     h, v, active = scene(seed)
     other_h, other_v, other_active = scene(seed + 1000)
-    numbers, others = table(lo=floor).copy(), table(s=0.3, c=1.0).copy()
-    for mixed, own in ((other_h, h), (other_v, v), (other_active, active), (others, numbers)):
+    numbers, others = table(lo=floor), table(s=0.3, c=1.0)
+    for mixed, own in ((other_h, h), (other_v, v), (other_active, active),
+                       *zip(others, numbers, strict=True)):
         mixed[row] = own[row]
     ours = edit(h, v, numbers, active)[0]
     theirs = edit(other_h, other_v, others, other_active)[0]

@@ -215,7 +215,7 @@ def test_push_displaces_as_far_as_the_cap_elsewhere():
     both = stack_rows([moved, cap(v, layers=1, floor=1.0)])
     assert len(both.edits) == 2  # a table with a push and one without
     x = jnp.asarray(h)
-    for edit in both.by_row(2).edits:
+    for edit in both.ready(2, jnp.zeros(())).edits:
         x, _ = edit.apply(1, x, edit.seen(batch([[5] * 4] * 2)), x)
     np.testing.assert_allclose(x[0], wanted[0], atol=1e-5)
     np.testing.assert_allclose(x[1], (h + deficit[..., None] * (v / np.linalg.norm(v)))[1],

@@ -37,13 +37,12 @@ class Interventions:
             if edit.gate is not None and (edit.gate.site, edit.gate.layer) == (site, layer):
                 yield number, edit.gate
 
-    def by_row(self, rows: int) -> Interventions:
-        """Gather every row's entries once, before a loop."""
-        return Interventions(tuple(edit.by_row(rows) for edit in self.edits))
-
-    def spread(self, like: Any) -> Interventions:
-        """Spread rows' own entries over the mesh of an array, if that lies on one."""
-        return Interventions(tuple(edit.spread(like) for edit in self.edits))
+    def ready(self, rows: int, like: Any) -> Interventions:
+        """Do once, before a loop, what its steps would each do: gather every row's entries, spread
+        them over the mesh of an array `like`, if that lies on one, and take the layers apart."""
+        return Interventions(tuple(edit if edit.parts is not None else
+                                   edit.by_row(rows).spread(like).apart(like)
+                                   for edit in self.edits))
 
     def take(self, rows: Any) -> Interventions:
         """Choose rows: row i of the result is what row rows[i] was; −1 is a row without edits of

@@ -22,6 +22,8 @@ from jaxpersona.interventions.table import (
     traced,
 )
 from jaxpersona.kernels import api
+from jaxpersona.kernels.reference import twice
+from jaxpersona.sharding import on_cpu
 
 IDENTITY = (1.0, 0.0, -np.inf, np.inf)
 
@@ -56,10 +58,21 @@ class Edit(Table):
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Edit h [B, T, D] at `layer` where `active` [B, T]; also return where it changed."""
         slot = self.layers.index(layer)
-        push = None if self.push is None else self.push[slot]
+        part = self._part(slot) if self.parts is None else self.parts[slot]
+        return api.rank_one_edit(h, active=active, **part)
+
+    def apart(self, like: jax.Array) -> Self:
+        """Cut the table into one part a layer, and on a CPU set each direction twice."""
+        parts = [self._part(slot) for slot in range(len(self.layers))]
+        if on_cpu(like):
+            parts = [{**part, "columns": twice(part["direction"])} for part in parts]
+        return self.replace(parts=tuple(parts))  # pyright: ignore
+
+    def _part(self, slot: int) -> dict[str, Any]:
         # number by number, which a TPU reads for all layers at once; a row of four, layer by layer
-        numbers = jnp.stack([self.coefficients[slot, :, i] for i in range(4)], -1)
-        return api.rank_one_edit(h, self.direction[slot], numbers, active, push)
+        return {"direction": self.direction[slot],
+                "coefficients": tuple(self.coefficients[slot, :, i] for i in range(4)),
+                "push": None if self.push is None else self.push[slot]}
 
     @classmethod
     def identities(cls, layers: int, size: int, like: Self) -> dict[str, np.ndarray]:

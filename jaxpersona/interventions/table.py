@@ -34,6 +34,7 @@ class Table:
       origin: [n] uint32, half a model's fingerprint; 0 where a direction does not say.
       index: [B] int32, the entry of each row, −1 for none; None: entry 0 for every row.
       gate: what must hold for a row or a token before the entry acts, or None.
+      parts: what each layer needs, once a table has been taken `apart`; None before.
       layers, site: the structure.
       each: True once entry b belongs to row b (`by_row`).
       reserved: whether entries may come and go (`compose.reserve`).
@@ -45,6 +46,7 @@ class Table:
     origin: Any
     index: Any = None
     gate: Any = None
+    parts: Any = None
     layers: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     site: Site = flax.struct.field(pytree_node=False, default="residual")
     each: bool = flax.struct.field(pytree_node=False, default=False)
@@ -104,6 +106,7 @@ class Table:
             where=jnp.where(here[:, None], pick(self.where, 0), jnp.asarray([NOWHERE], jnp.int32)),
             origin=pick(self.origin, 0),
             gate=pick(self.gate, 0),
+            parts=None,
             each=True,
             **{name: pick(getattr(self, name), axis) for name, axis in self.PAYLOAD.items()},
         )
@@ -120,6 +123,15 @@ class Table:
             name: jax.tree.map(lambda x, axis=axis: spread_rows(x, axis, like), getattr(self, name))
             for name, axis in axes.items()
         })
+
+    def apart(self, like: jax.Array) -> Self:
+        """Make ready what each layer needs, so that a loop need not cut it from the table at every
+        step.
+
+        Args:
+          like: an array that lies where the table is to be used.
+        """
+        return self
 
     def seen(self, batch: Batch) -> jax.Array:
         """[B, T] bool: the tokens on which the table may act."""
