@@ -28,20 +28,22 @@ class Operation:
       kind: its HLO opcode; of an asynchronous pair the start, without its ending.
       scope: the names under which it was traced, `op_name`.
       bytes: of its result.
+      looped: whether it runs at each turn of a loop.
     """
 
     kind: str
     scope: str
     bytes: int
+    looped: bool
 
 
 def operations(text: str) -> list[Operation]:
     """List the operations that a compiled module runs, each once however often a loop runs it."""
     bodies, entry = _computations(text)
     found: list[Operation] = []
-    waiting, seen = [entry], set()
+    waiting, seen = [(entry, False)], set()
     while waiting:
-        name = waiting.pop()
+        name, looped = waiting.pop()
         if name in seen or name not in bodies:
             continue
         seen.add(name)
@@ -51,12 +53,12 @@ def operations(text: str) -> list[Operation]:
                 continue
             _, shape, kind, rest = matched.groups()
             if kind in ("while", "conditional", "call"):
-                waiting += list(_called(rest))
+                waiting += [(called, looped or kind == "while") for called in _called(rest)]
             if kind.endswith("-done"):
                 continue
             scope = re.search(r'op_name="([^"]*)"', rest)
             found.append(Operation(kind.removesuffix("-start"), scope.group(1) if scope else "",
-                                   _size(shape)))
+                                   _size(shape), looped))
     return found
 
 

@@ -68,6 +68,11 @@ class Compiled:
     operations: tuple[hlo.Operation, ...]
     bytes: int
 
+    @property
+    def temporaries(self) -> int:
+        """The bytes of the program that needs more; they never run together."""
+        return max(self.prefill_temporaries, self.decode_temporaries)
+
 
 def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int = 32,
          context: int = 2048, cap_layers: Sequence[int] = (),
@@ -111,8 +116,7 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
     compiled = None
     if isinstance(placed, Mesh):
         compiled = compile_for(config, placed, shapes, cap_layers)
-        plain = compiled["plain"]
-        temporaries = max(plain.prefill_temporaries, plain.decode_temporaries)
+        temporaries = compiled["plain"].temporaries
     else:
         temporaries = activation_bytes(config, placed, shapes)
     weights, cache = weight_bytes(config, placed), cache_bytes(config, placed, shapes)
@@ -302,11 +306,12 @@ def compare(compiled: Mapping[str, Compiled] | None,
             cap_layers: Sequence[int]) -> dict[str, Any]:
     """Say what the compiled decode step sends, and what a cap adds to it.
 
-    A capped layer's kernels are those traced within it; `added_fusions_once` are what is left,
-    which a cap adds to a step whatever its number of layers.
+    A capped layer's kernels are those traced within it; `added_fusions_once` are what is left of a
+    step's, which a cap adds whatever its number of layers. `temporaries_ratio` is of the bytes that
+    a chip must have, for the greater of the two programs; `temporaries_by_program` is of each.
     """
     names = ("collectives_per_layer", "added_collectives", "added_fusions_per_layer",
-             "added_fusions_once", "added_bytes", "temporaries_ratio")
+             "added_fusions_once", "added_bytes", "temporaries_ratio", "temporaries_by_program")
     out: dict[str, Any] = dict.fromkeys(names)
     plain = compiled["plain"] if compiled else None
     if plain is None or not plain.operations:
@@ -322,7 +327,7 @@ def compare(compiled: Mapping[str, Compiled] | None,
 
     def fusions(side: Compiled, layer: int | None = None) -> int:
         found = side.operations if layer is None else hlo.by_layer(list(side.operations), layer)
-        return sum(op.kind == "fusion" for op in found)
+        return sum(op.kind == "fusion" and op.looped for op in found)
 
     per_layer = statistics.median(fusions(capped, i) - fusions(plain, i) for i in cap_layers)
     other = [op for op in capped.operations if op.kind in hlo.COLLECTIVES]
@@ -330,7 +335,12 @@ def compare(compiled: Mapping[str, Compiled] | None,
     out["added_fusions_per_layer"] = per_layer
     out["added_fusions_once"] = fusions(capped) - fusions(plain) - per_layer * len(cap_layers)
     out["added_bytes"] = capped.bytes - plain.bytes
-    pairs = ((capped.prefill_temporaries, plain.prefill_temporaries),
-             (capped.decode_temporaries, plain.decode_temporaries))
-    out["temporaries_ratio"] = round(max((a / b for a, b in pairs if b), default=1.0), 4)
+    out["temporaries_ratio"] = _ratio(capped.temporaries, plain.temporaries)
+    out["temporaries_by_program"] = {
+        "prefill": _ratio(capped.prefill_temporaries, plain.prefill_temporaries),
+        "decode": _ratio(capped.decode_temporaries, plain.decode_temporaries)}
     return out
+
+
+def _ratio(bytes_: int, plain: int) -> float:
+    return round(bytes_ / plain, 4) if plain else 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.struct
@@ -16,7 +17,7 @@ from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.table import Site
 from jaxpersona.sharding import mesh_of, spread_rows
 
-_STACKED = 8
+_BITS = 32
 Gates = dict[str, Any]  # a gate's state by its table's number
 
 
@@ -124,10 +125,21 @@ class Trace:
 
 
 def _counts(changed: list[jax.Array]) -> jax.Array:
-    """Count the tokens of every layer's [B, T], a few layers at a time: of more, XLA's CPU back
-    end would write each down by itself before it stacked them."""
-    few = (jnp.stack(changed[at : at + _STACKED]) for at in range(0, len(changed), _STACKED))
-    return jnp.concatenate([part.sum(-1, dtype=jnp.int32) for part in few])
+    """Count the tokens of every layer's [B, T] bool: [l, B] int32.
+
+    In a decode step the layers become bits of words: stacked, each would be a kernel of its own.
+    """
+    if changed[0].shape[1] > 1:
+        return jnp.stack(changed).sum(-1, dtype=jnp.int32)
+    parts = []
+    for at in range(0, len(changed), _BITS):
+        some = changed[at : at + _BITS]
+        words = functools.reduce(jnp.bitwise_or, (
+            jax.lax.shift_left(layer.astype(jnp.uint32), jnp.full(layer.shape, i, jnp.uint32))
+            for i, layer in enumerate(some)))
+        places = jnp.arange(len(some), dtype=jnp.uint32)[:, None]
+        parts.append((words.T >> places & 1).astype(jnp.int32))
+    return jnp.concatenate(parts)
 
 
 def _settled(h: jax.Array) -> jax.Array:

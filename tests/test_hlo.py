@@ -41,6 +41,7 @@ def test_text_is_read():
     assert hlo.reductions(hlo.by_layer(found, 1)) == 1  # the pair is one sum
     assert [op.kind for op in hlo.by_layer(found, 10)] == ["all-reduce"]
     assert hlo.reductions(found) == 2
+    assert [op.looped for op in found] == [False, True, True]
 
 
 def test_a_loop_s_collectives_are_found():

@@ -78,7 +78,9 @@ def test_a_tpu_s_compiler_counts_what_a_cap_adds(monkeypatch):
     assert found["compiled"] and found["fits"]
     assert found["collectives_per_layer"] == 2 and found["added_collectives"] == 0
     assert found["added_fusions_per_layer"] <= 2
+    assert found["added_fusions_once"] <= 6
     assert found["added_bytes"] > 0 and 0.99 <= found["temporaries_ratio"] <= 1.01
+    assert set(found["temporaries_by_program"]) == {"prefill", "decode"}
     assert "optimal" not in json.dumps(found)
 
 
