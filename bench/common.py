@@ -3,8 +3,9 @@ line.
 
 Machines are noisy, so two arms are compared by the ratios of alternating pairs, and pairs are taken
 until the bootstrap 95 % interval of the median ratio is narrow, or a limit is reached. An interval
-wider than `WIDTH` is unresolved: it passes nothing. Many short pairs tell more than a few long ones
-where other programs come and go: they alternate faster than the disturbance does.
+wider than `WIDTH` (of the ratio, where that is above 1) is unresolved: it passes nothing. Many
+short pairs tell more than a few long ones where other programs come and go: they alternate faster
+than the disturbance does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import json
 import os
 import platform
 import statistics
+import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,6 +30,7 @@ import numpy as np
 import jaxpersona
 
 WIDTH = 0.02
+_HIDDEN = ("one", "side", "out")  # arguments of a bench to its own processes
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "transformers", "torch")
 
 
@@ -68,7 +72,8 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int, l
             low, high = interval(ratios)
             found[name] = {
                 "ratio": round(statistics.median(ratios), 4),
-                "interval": [round(low, 4), round(high, 4)], "unresolved": high - low > WIDTH,
+                "interval": [round(low, 4), round(high, 4)],
+                "unresolved": high - low > WIDTH * max(1.0, statistics.median(ratios)),
                 "pairs": done, "seconds": round(statistics.median(seconds[name]), 4),
             }
         resolved = not any(arm["unresolved"] for name, arm in found.items() if name != baseline)
@@ -117,11 +122,50 @@ def peak_flops(dtype: Any, size: int = 2048) -> float:
     return 2 * size**3 / seconds_of(lambda: multiply(x))
 
 
+class Peak:
+    """The greatest memory inside a `with` block above that at its beginning: the device's own
+    account where it keeps one, else the process's resident memory (Linux)."""
+
+    def __enter__(self) -> Peak:
+        self.start = self.most = self._now()
+        self.begun = time.perf_counter()
+        self.stop = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.stop.wait(0.005):
+            self.most = max(self.most, self._now())
+
+    def _now(self) -> int:
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            return torch.cuda.memory_allocated()
+        known = jax.local_devices()[0].memory_stats()
+        if known:
+            return known["bytes_in_use"]
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    def __exit__(self, *error: Any) -> None:
+        self.stop.set()
+        self.thread.join()
+        self.most = max(self.most, self._now())
+        self.seconds = time.perf_counter() - self.begun
+
+    @property
+    def above(self) -> int:
+        """Bytes above the beginning."""
+        return self.most - self.start
+
+
 def report(bench: str, model: Any, arguments: Any, **result: Any) -> None:
     """Print a card of a result, then the result as one JSON line."""
     found = {
         "bench": bench, "model": model if isinstance(model, str) else model.name, **machine(),
-        "date": datetime.date.today().isoformat(), "arguments": vars(arguments), **result,
+        "date": datetime.date.today().isoformat(),
+        "arguments": {k: v for k, v in vars(arguments).items() if k not in _HIDDEN}, **result,
     }
     for key, value in found.items():
         print(f"{key:<28}{value}")

@@ -43,23 +43,23 @@ class Decoding:
                        self.stops, self.limit, slots=PROMPT + self.steps + 16,
                        max_new=self.steps + 1, greedy=self.greedy)
 
-    def arguments(self, edits: Interventions, read: Capture) -> tuple:
+    def arguments(self, state: State, edits: Interventions, read: Capture) -> tuple:
         """What the decode program takes."""
-        return (self.params, self.model.config, self.start(edits, read), edits, read,
-                self.how, self.stops, self.until)
+        return (self.params, self.model.config, state, edits, read, self.how, self.stops,
+                self.until)
 
     def timer(self, edits: Interventions = NOTHING, read: Capture | None = None, *,
               prompts: bool = False) -> Callable[[], float]:
         """Return a call that times the steps, with the prompts before them if asked."""
         reads = Capture() if read is None else read
+        first = None if prompts else self.start(edits, reads)  # copied, because decode takes it
 
         def once() -> float:
+            state = None if first is None else jax.block_until_ready(jax.tree.map(jnp.copy, first))
             begun = time.perf_counter()
-            arguments = self.arguments(edits, reads)
-            if not prompts:
-                jax.block_until_ready(arguments)
-                begun = time.perf_counter()
-            state = jax.block_until_ready(decode(*arguments, greedy=self.greedy))
+            state = self.start(edits, reads) if state is None else state
+            state = jax.block_until_ready(
+                decode(*self.arguments(state, edits, reads), greedy=self.greedy))
             spent = time.perf_counter() - begun
             if int(state.step) != self.steps:
                 raise RuntimeError(f"{int(state.step)} steps ran, not {self.steps}")
@@ -70,8 +70,8 @@ class Decoding:
     def fusions(self, edits: Interventions = NOTHING) -> int:
         """Count the fusions that one compiled step runs (those of the loop's body)."""
         state = jax.eval_shape(lambda: self.start(edits, Capture()))  # nothing need run for it
-        program = decode.lower(self.params, self.model.config, state, edits, Capture(),
-                               self.how, self.stops, self.until, greedy=self.greedy).compile()
+        program = decode.lower(*self.arguments(state, edits, Capture()),
+                               greedy=self.greedy).compile()
         bodies = re.split(r"\n(?=(?:ENTRY )?%?[\w.\-]+ \()", program.as_text())
         return max(body.count(" fusion(") for body in bodies)
 

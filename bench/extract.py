@@ -17,12 +17,11 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from typing import Any
 
 import numpy as np
-from common import peak_flops, report
+from common import Peak, peak_flops, report
 from conversations import conversations
 
 KINDS = {"hooks": (False, True), "sorted": (True, True), "headless": (True, False)}
@@ -134,46 +133,6 @@ def least(work: Any, repeats: int) -> float:
         work()
         times.append(time.perf_counter() - begun)
     return min(times)
-
-
-class Peak:
-    """The greatest memory inside a `with` block above that at its beginning: the device's own
-    account where it keeps one, else the process's resident memory (Linux)."""
-
-    def __enter__(self) -> Peak:
-        self.start = self.most = self._now()
-        self.begun = time.perf_counter()
-        self.stop = threading.Event()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self.stop.wait(0.005):
-            self.most = max(self.most, self._now())
-
-    def _now(self) -> int:
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_available():
-            return torch.cuda.memory_allocated()
-        import jax
-
-        known = jax.devices()[0].memory_stats()
-        if known:
-            return known["bytes_in_use"]
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
-
-    def __exit__(self, *error: Any) -> None:
-        self.stop.set()
-        self.thread.join()
-        self.most = max(self.most, self._now())
-        self.seconds = time.perf_counter() - self.begun
-
-    @property
-    def above(self) -> int:
-        """Bytes above the beginning."""
-        return self.most - self.start
 
 
 if __name__ == "__main__":

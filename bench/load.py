@@ -1,6 +1,6 @@
 """Loading a sharded checkpoint: peak memory, and speed against reading the same files raw.
 
-    python -m bench.load [--gigabytes 2] [--rounds 3] [--dtype bfloat16]
+    python bench/load.py [--gigabytes 2] [--rounds 3] [--dtype bfloat16]
 
 Writes a synthetic bfloat16 checkpoint into a temporary folder. Rounds alternate, each in a process
 of its own, a raw read with `ckpts.hf.load`, so that both meet the same state of the disk cache; the
@@ -35,7 +35,7 @@ import tempfile
 import time
 from typing import Any
 
-from bench.prefill_memory import Peak, versions
+from common import Peak, report
 
 
 def shape(gigabytes: float) -> Any:
@@ -110,8 +110,6 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="", help="the machine, in words, for the record")
-    parser.add_argument("--date", default=time.strftime("%Y-%m-%d"))
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -125,7 +123,7 @@ def main() -> None:
         folder = pathlib.Path(name)
         write(folder, config, given.gigabytes * 1e9 / 4)
         shards = len(list(folder.glob("*.safetensors")))
-        command = [sys.executable, "-m", "bench.load", "--dtype", given.dtype, "--one"]
+        command = [sys.executable, __file__, "--dtype", given.dtype, "--one"]
         pages = {**os.environ, "NUMPY_MADVISE_HUGEPAGE": "0"}
         rounds: dict[str, list[dict[str, Any]]] = {"buffer": [], "raw": [], "load": []}
         for turn in range(given.rounds + 1):
@@ -146,20 +144,14 @@ def main() -> None:
         return round(statistics.median(other / mine for other, mine in pairs), 4)
 
     widened = rounds["load"][0]["bytes"] / total
-    out = {
-        "bench": "load", "model": f"synthetic {config.family}, {config.n_layers} layers",
-        "date": given.date, "device": given.device, "versions": versions(),
-        "arguments": {"gigabytes": given.gigabytes, "rounds": given.rounds, "dtype": given.dtype},
-        "file_bytes": total, "files": shards, "parameter_bytes": rounds["load"][0]["bytes"],
-        "seconds": {kind: [round(x, 4) for x in values] for kind, values in seconds.items()},
-        "peak_ratios": [round(x, 4) for x in peaks], "peak_over_size": round(max(peaks), 4),
-        "speed_over_raw": speed("raw"), "kept_over_raw": round(speed("raw") * widened, 4),
-        "speed_over_buffer": speed("buffer"),
-    }
-    print(f"{shards} files, {total / 1e9:.2f} GB: peak {out['peak_over_size']} of the size in "
-          f"{given.dtype}, {out['speed_over_raw']} of the raw speed (median; by bytes kept "
-          f"{out['kept_over_raw']}; {out['speed_over_buffer']} of that through one buffer)")
-    print(json.dumps(out))
+    report(
+        "load", f"synthetic {config.family}, {config.n_layers} layers", given,
+        file_bytes=total, files=shards, parameter_bytes=rounds["load"][0]["bytes"],
+        seconds={kind: [round(x, 4) for x in values] for kind, values in seconds.items()},
+        peak_ratios=[round(x, 4) for x in peaks], peak_over_size=round(max(peaks), 4),
+        speed_over_raw=speed("raw"), kept_over_raw=round(speed("raw") * widened, 4),
+        speed_over_buffer=speed("buffer"),
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Loading a checkpoint by several processes: each one's peak memory over what it has to hold.
 
-    python -m bench.load_sharded [--gigabytes 6] [--processes 2] [--devices 4] [--dtype bfloat16]
+    python bench/load_sharded.py [--gigabytes 6] [--processes 2] [--devices 4] [--dtype bfloat16]
 
 Writes a synthetic bfloat16 checkpoint into a temporary folder and loads it by `ckpts.hf.load` in
 processes that share one mesh of forced CPU devices, the weights spread over all of it (fsdp over
@@ -22,8 +22,8 @@ import tempfile
 import time
 from typing import Any
 
-from bench.load import shape, total_bytes, write
-from bench.prefill_memory import Peak, versions
+from common import Peak, report
+from load import shape, total_bytes, write
 
 
 def load(folder: pathlib.Path, dtype: str, count: int, index: int, port: int) -> dict[str, Any]:
@@ -62,8 +62,6 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--devices", type=int, default=4, help="of each process")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--device", default="", help="the machine, in words, for the record")
-    parser.add_argument("--date", default=time.strftime("%Y-%m-%d"))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
@@ -80,7 +78,7 @@ def main() -> None:
         folder = pathlib.Path(name)
         write(folder, config, given.gigabytes * 1e9 / 4)
         total = total_bytes(folder)
-        command = [sys.executable, "-m", "bench.load_sharded", "--dtype", given.dtype,
+        command = [sys.executable, __file__, "--dtype", given.dtype,
                    "--processes", str(given.processes)]
         workers = [subprocess.Popen([*command, "--one", name, str(index), str(port)], env=env,
                                     stdout=subprocess.PIPE, text=True)
@@ -88,19 +86,15 @@ def main() -> None:
         said = [worker.communicate()[0] for worker in workers]
     found = [json.loads(text.splitlines()[-1]) for text in said]
     ratios = [one["peak_bytes"] / (one["held_bytes"] + one["largest_tensor"]) for one in found]
-    out = {
-        "bench": "load_sharded", "model": f"synthetic {config.family}, {config.n_layers} layers",
-        "date": given.date, "device": given.device, "versions": versions(),
-        "arguments": {"gigabytes": given.gigabytes, "processes": given.processes,
-                      "devices": given.devices, "dtype": given.dtype},
-        "file_bytes": total, "processes": found, "peak_ratios": [round(x, 4) for x in ratios],
-        "peak_over_held_and_largest": round(max(ratios), 4),
-    }
     for index, one in enumerate(found):
         print(f"process {index}: read {one['read_bytes'] / 1e9:.2f} of {total / 1e9:.2f} GB, holds "
               f"{one['held_bytes'] / 1e9:.2f}, peak {one['peak_bytes'] / 1e9:.2f} GB: "
               f"{ratios[index]:.3f} of its shards and the largest tensor, {one['seconds']:.1f} s")
-    print(json.dumps(out))
+    report(
+        "load_sharded", f"synthetic {config.family}, {config.n_layers} layers", given,
+        file_bytes=total, processes=found, peak_ratios=[round(x, 4) for x in ratios],
+        peak_over_held_and_largest=round(max(ratios), 4),
+    )
 
 
 if __name__ == "__main__":

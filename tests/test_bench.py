@@ -33,6 +33,9 @@ def test_pairs_stop_when_the_interval_is_narrow_and_say_when_it_is_not():
     noise = itertools.cycle([0.5, 1.0, 2.0])
     wild = common.paired({"a": lambda: 1.0, "b": lambda: next(noise)}, "a", pairs=9)
     assert wild["b"]["unresolved"] and wild["b"]["pairs"] == 9
+    many = itertools.cycle([9.95, 10.05])  # a large ratio's width is relative
+    large = common.paired({"a": lambda: next(many), "b": lambda: 1.0}, "a", pairs=9)
+    assert not large["b"]["unresolved"]
     low, high = common.interval([0.9, 1.0, 1.1])
     assert low == pytest.approx(0.9) and high == pytest.approx(1.1)
 

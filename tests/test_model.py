@@ -213,3 +213,33 @@ def test_weights_stored_in_out_compute_the_same(tied):
         assert s.relative(other.logits[row, :n], one.logits[row, :n]) < 1e-5
         assert s.relative(other.captured["full"].value[row, :, :n],
                           one.captured["full"].value[row, :, :n]).max() < 1e-5
+
+
+def test_a_cpu_keeps_low_precision_keys_in_float32_and_nothing_changes():
+    """The cache that a CPU makes holds rounded values, so one in bfloat16 gives the same bits."""
+    model, rows = s.tiny_model(dtype=jnp.bfloat16), batch(ROWS)
+    run = jax.jit(forward, static_argnames=("logits", "new_cache"))
+
+    def through(**how):
+        first = run(model.params, model.config, rows, logits="last", **how)
+        one = batch([[5]] * 3)
+        one = dataclasses.replace(one, position=np.array(LENGTHS, np.int32)[:, None])
+        after = run(model.params, model.config, one, logits="last", cache=first.cache)
+        return first.cache, np.asarray(first.logits), np.asarray(after.logits)
+
+    given, *wanted = through(cache=init_cache(model.config, 3, 20, jnp.bfloat16))
+    made, *found = through(new_cache=20)
+    assert given.k[0].dtype == jnp.bfloat16 and made.k[0].dtype == jnp.float32
+    for low, high in zip(given.k + given.v, made.k + made.v, strict=True):
+        np.testing.assert_array_equal(low.astype(jnp.float32), high)
+    for a, b in zip(wanted, found, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
+def test_one_bfloat16_row_is_multiplied_as_a_row_among_others():
+    rng = np.random.default_rng(0)
+    x, w = (jnp.asarray(rng.normal(size=n), jnp.bfloat16) for n in ((1, 1, 96), (64, 96)))
+    found = jax.jit(nn.product, static_argnums=0)("btd,fd->btf", x, w)
+    assert found.shape == (1, 1, 64) and found.dtype == jnp.float32
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-4)

@@ -9,7 +9,7 @@ import pytest
 import support as s
 from scipy import stats
 
-from jaxpersona.sampling import CANDIDATES, choose, sampling, uniforms
+from jaxpersona.sampling import CANDIDATES, choose, most_likely, sampling, uniforms
 
 DRAWS, V = 4096, 1024
 pick = jax.jit(choose)
@@ -74,6 +74,16 @@ def test_greedy_is_the_first_of_the_greatest():
     tied = np.zeros(V)
     tied[[300, 40, 900]] = 2.0
     assert (draw(tied) == 40).all()
+
+
+@pytest.mark.parametrize("vocabulary", [97, 128 * 128, 128 * 1187, 20_001])
+def test_the_greatest_is_found_in_blocks_as_it_is_one_by_one(vocabulary):
+    rng = np.random.default_rng(vocabulary)
+    logits = rng.integers(-9, 5, (8, vocabulary)).astype(np.float32)  # hundreds of ties
+    logits[1] = -np.inf
+    logits[2, -1] = logits[3, 0] = 9
+    logits[5, [vocabulary // 3, vocabulary // 3 + 1, -1]] = np.inf
+    np.testing.assert_array_equal(jax.jit(most_likely)(logits), np.argmax(logits, -1))
 
 
 def test_a_draw_does_not_depend_on_the_neighbours_path():
