@@ -63,11 +63,13 @@ def figures(value: dict[str, Any]) -> list[tuple[str, str]]:
                 ("capped ÷ uncapped", ratio(value["capped_over_uncapped"], value["interval"],
                                             value["unresolved"])),
                 ("idle ÷ uncapped", ratio(value["idle_over_uncapped"], value["idle_interval"],
-                                          value["unresolved"])),
+                                          value["idle_unresolved"])),
                 ("fusions a capped layer adds a step; once", f"{value['added_fusions_per_layer']};"
                  f" {value['added_fusions_once']} (of {value['fusions_uncapped']})"),
                 ("ms a step", str(value["ms_per_step"])),
-            ]
+            ] + [(f"{n} layers capped ÷ uncapped", ratio(at["ratio"], at["interval"],
+                                                          at["unresolved"]))
+                 for n, at in value["by_layers"].items() if len(value["by_layers"]) > 1]
         case "rows":
             return [("distinct ÷ shared", ratio(value["distinct_over_shared"], value["interval"],
                                                 value["unresolved"]))]

@@ -160,8 +160,12 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_position: jax.Array, k_p
     if window is not None:
         seen &= query - key < window
     weights = jax.nn.softmax(jnp.where(seen, scores, _MASKED), axis=-1)
-    out = _product("bkgts,bksh->bkgth", weights.astype(q.dtype), v)
-    return jnp.moveaxis(out, 3, 1).reshape(b, t, n, h).astype(q.dtype)
+    # the first order is three times as fast on a CPU; TPUs held gigabytes more with it in a prefill
+    if t == 1 or on_cpu(v):
+        out = jnp.moveaxis(_product("bkgts,bksh->bkgth", weights.astype(q.dtype), v), 3, 1)
+    else:
+        out = _product("bkgts,bksh->btkgh", weights.astype(q.dtype), v)
+    return out.reshape(b, t, n, h).astype(q.dtype)
 
 
 def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
