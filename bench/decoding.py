@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona import hlo
 from jaxpersona.batch import batch
+from jaxpersona.cache import kept_dtype
 from jaxpersona.capture import Capture
 from jaxpersona.decode import State, Stops, decode, prefill
 from jaxpersona.interventions import Interventions
@@ -72,13 +73,13 @@ class Decoding:
         state = jax.eval_shape(lambda: self.start(edits, Capture()))  # nothing need run for it
         program = decode.lower(*self.arguments(state, edits, Capture()),
                                greedy=self.greedy).compile()
-        bodies = re.split(r"\n(?=(?:ENTRY )?%?[\w.\-]+ \()", program.as_text())
-        return max(body.count(" fusion(") for body in bodies)
+        return sum(op.kind == "fusion" and op.looped for op in hlo.operations(program.as_text()))
 
     @property
     def bytes(self) -> int:
         """The bytes that a step in the middle of the run must read: weights, keys and values."""
-        itemsize = self.model.params.embed_vd.dtype.itemsize
+        embed = self.model.params.embed_vd
         config = self.model.config
         seen = PROMPT + self.steps // 2
-        return config.step_bytes(itemsize) + self.rows * config.cache_bytes(seen, itemsize)
+        return (config.step_bytes(embed.dtype.itemsize)
+                + self.rows * config.cache_bytes(seen, jnp.dtype(kept_dtype(embed)).itemsize))

@@ -30,7 +30,6 @@ def measure(model: str, length: int, dtype: str, run: bool) -> dict[str, Any]:
     import numpy as np
 
     from jaxpersona.batch import batch
-    from jaxpersona.cache import init_cache
     from jaxpersona.model import forward
     from jaxpersona.params import abstract_params, init_params
     from jaxpersona.presets import preset
@@ -42,8 +41,7 @@ def measure(model: str, length: int, dtype: str, run: bool) -> dict[str, Any]:
               else abstract_params(config, jnp.dtype(dtype)))
 
     def prefill(params: Any, rows: Any) -> Any:
-        cache = init_cache(config, 1, length, dtype)
-        out = forward(params, config, rows, logits="last", cache=cache)
+        out = forward(params, config, rows, logits="last", new_cache=length)
         return out.logits, out.cache
 
     program = jax.jit(prefill).lower(params, rows).compile()

@@ -71,8 +71,8 @@ def card(found: dict[str, Any]) -> list[str]:
             f"a cap of {len(found['cap'])} layers adds to a decode step (compiler): "
             f"{found['added_collectives']} collectives, {found['added_fusions_per_layer']:g} "
             f"kernels a layer and {found['added_fusions_once']:g} once, "
-            f"{found['added_bytes'] / 1e6:.1f} MB; to the greater temporaries × "
-            f"{found['temporaries_ratio']}")
+            f"{found['added_bytes'] / 1e6:.1f} MB to its program; temporaries × "
+            f"{found['temporaries_ratio']} (of the program that needs more)")
     elif found["cap"]:
         lines.append("what the cap adds: not known without a compiler for these chips")
     chip = found["chip"]

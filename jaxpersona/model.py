@@ -69,7 +69,8 @@ def forward(
       interventions: what is done to the activations.
       capture: what is read off them.
       cache: keys and values of earlier tokens, or None to see this batch alone.
-      new_cache: instead of `cache`, the slots of an empty one that is made here.
+      new_cache: instead of `cache`, the slots of an empty one that is made here, in the dtype that
+        is fastest (`cache.kept_dtype`).
       logits: of every token, of each row's last valid token, or none (then no head is computed,
         and without a cache no layer above the highest that is read or edited).
       captured: the captures' state of earlier calls, to be added to.
@@ -128,8 +129,8 @@ def forward(
             if cache is None:
                 k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
             else:
-                k = write(cache.k[i], k, slots, start)
-                v = write(cache.v[i], v, slots, start)
+                k = write(cache.k[i], _kept(k, cache.k[i]), slots, start)
+                v = write(cache.v[i], _kept(v, cache.v[i]), slots, start)
                 keys.append(k)
                 values.append(v)
             if chosen == "cudnn":
@@ -156,7 +157,8 @@ def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
     """Look up the tokens: [B, T, D], scaled where the family asks for it."""
     table = gather_weight(params.embed_vd)
     tokens, placed = batch.tokens, out_sharding(("batch", None, None), table)
-    if on_cpu(table):  # a low-precision table XLA would turn to float32 whole, before a loop
+    narrow = table.dtype != jnp.float32 and isinstance(table, jax.core.Tracer)
+    if narrow and on_cpu(table):  # else XLA turns the whole table to float32 before a loop
         table, tokens = jax.lax.optimization_barrier((table, tokens))
     x = table.at[tokens].get(mode="clip", out_sharding=placed)
     if config.embed_scale != 1.0:
@@ -196,6 +198,11 @@ def _project(layer: Layer, config: ModelConfig, x: jax.Array,
         q = nn.rms_norm(q, layer.q_norm_h, config.norm_eps, config.norm_offset)
         k = nn.rms_norm(k, layer.k_norm_h, config.norm_eps, config.norm_offset)
     return nn.rotate(q, *angle), nn.rotate(k, *angle), v
+
+
+def _kept(x: jax.Array, buffer: jax.Array) -> jax.Array:
+    """Round what is to be kept in a wider dtype, whatever XLA would carry over."""
+    return x if x.dtype == buffer.dtype else nn.round_residual(x)
 
 
 def _block(layer: Layer, config: ModelConfig, x: jax.Array, mixed: jax.Array, trace: Trace,

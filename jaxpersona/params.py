@@ -131,15 +131,18 @@ def layout(config: ModelConfig) -> Params:
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Draw random parameters: normal weights (deviation 0.02), norms at their identity."""
+    """Draw random parameters: normal weights (deviation 0.02), norms at their identity.
+
+    They are drawn in float32 and rounded, so that a key means one model whatever its dtype.
+    """
     specs, tree = jax.tree.flatten(layout(config))
     identity = 1.0 - config.norm_offset
 
     def draw(index: int, spec: Spec) -> jax.Array:
         if spec.init is None:
             return jnp.full(spec.shape, identity, dtype)
-        sample = jax.random.normal(jax.random.fold_in(key, index), spec.shape, dtype)
-        return sample * jnp.asarray(spec.init, dtype)
+        sample = jax.random.normal(jax.random.fold_in(key, index), spec.shape, jnp.float32)
+        return (sample * spec.init).astype(dtype)
 
     return jax.tree.unflatten(tree, [draw(i, spec) for i, spec in enumerate(specs)])
 

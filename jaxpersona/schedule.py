@@ -91,7 +91,7 @@ def run(model: Model, job: Job, batch_size: int, stops: Stops, collect: Collect,
     for i, shape in enumerate(shapes):
         groups.setdefault(shape.slots, []).append(i)
     # a mesh spreads rows over devices, where exchanging single ones would move all
-    together = max(1, batch_size // 8) if refill and model.mesh is None else batch_size
+    together = max(1, batch_size // 4) if refill and model.mesh is None else batch_size
     params = fast_params(model, batch_size)
     for slots, members in groups.items():
         _Group(model, params, job, shapes, slots, batch_size, together, stops,

@@ -151,7 +151,8 @@ def mesh_of(*operands: Any) -> Mesh | AbstractMesh | None:
 
 
 def on_cpu(*operands: Any) -> bool:
-    """Whether the operands lie on one CPU, for which XLA wants some things said otherwise."""
+    """Whether a CPU is JAX's default and no operand lies on a mesh: XLA then wants some things said
+    otherwise. The numbers are the same wherever a program made so comes to run."""
     return jax.default_backend() == "cpu" and mesh_of(*operands) is None
 
 

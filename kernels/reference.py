@@ -55,8 +55,8 @@ def project(h: jax.Array, direction: jax.Array) -> jax.Array:
 def twice(direction: jax.Array) -> jax.Array:
     """Set v̂ [B, D] twice side by side, [B, 2, D], for products on a CPU.
 
-    A product with one column, XLA turns into a multiplication and a sum in steps, which are three
-    kernels there where a product with two equal ones is one.
+    XLA turns a product with one column into a multiplication and a sum in steps, three kernels
+    where a product with two equal columns is one.
     """
     return jnp.stack([direction, direction], 1)
 

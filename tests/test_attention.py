@@ -115,7 +115,7 @@ def test_a_forward_pass_through_flash_is_the_same_pass(pretend, windows):
 
 
 def test_a_new_cache_is_the_one_that_was_given_before():
-    """`new_cache` is `init_cache` bit for bit, and a call takes one of the two."""
+    """`new_cache` is `init_cache` bit for bit (float32), and a call takes one of the two."""
     model = s.tiny_model()
     batch = jp.batch(s.prompts([5, 9]))
     made = jp.forward(model.params, model.config, batch, new_cache=16)

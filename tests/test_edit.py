@@ -110,6 +110,18 @@ def test_rows_never_affect_each_other(seed, row, floor):
     assert np.asarray(ours)[row].tobytes() == np.asarray(theirs)[row].tobytes()
 
 
+def test_columns_at_hand_are_the_direction():
+    h, v, active = scene(1)
+    for rows in (B, 1):
+        one, other = v[:rows], reference.twice(v[:rows])
+        numbers = tuple(n[:rows] for n in table(s=0.5, lo=0.1))
+        wanted, changed = reference.rank_one_edit(h, one, numbers, active)
+        found, same = reference.rank_one_edit(h, one, numbers, active, columns=other)
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
+        np.testing.assert_array_equal(same, changed)
+        assert np.asarray(changed).any()
+
+
 def test_the_implementation_is_named():
     h, v, active = scene(0)
     ours = api.rank_one_edit(h, v, table(c=1.0), active)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona import capture
+from jaxpersona import capture, trace
 from jaxpersona.batch import batch
 from jaxpersona.decode import Stops, decode, prefill
 from jaxpersona.generate import generate
@@ -150,3 +150,12 @@ def test_layers_without_an_edit_carry_none_in_the_compiled_program():
     assert {"0", "1", "2"} <= set(re.findall(r"layer(\d+)/", text))
     bare = s.run.lower(model.params, model.config, batch(s.prompts((5, 3)))).compile().as_text()
     assert "/intervention" not in bare and "/capture" not in bare
+
+
+@pytest.mark.parametrize("layers", [1, 32, 33, 70])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_counts_are_exact_for_any_number_of_layers(layers, tokens):
+    masks = np.random.default_rng(layers).random((layers, 4, tokens)) < 0.5
+    found = trace._counts([jnp.asarray(mask) for mask in masks])
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, masks.sum(-1))

@@ -296,6 +296,24 @@ def test_constructors_may_be_traced(make):
     np.testing.assert_allclose(many[0], eager, rtol=1e-4)
 
 
+def test_tables_made_ready_are_gathered_and_merged_anew():
+    """What was taken apart for one loop is never used for other rows, layers or entries."""
+    like, order = jnp.zeros(()), np.array([1, 0])
+    h = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, G.shape[1])), jnp.float32)
+    caps = cap(G[:2], layers=[0], floor=[5.0, 9.0], rows=[0, 1])
+    found = caps.ready(2, like).take(order).ready(2, like)
+    wanted = caps.take(order)
+    assert act(found, h)[0].tobytes() == act(wanted.ready(2, like), h)[0].tobytes()
+    assert act(found, h)[0].tobytes() != act(caps.ready(2, like), h)[0].tobytes()
+    parts = [cap(G[0], layers=[0], floor=5.0), steer(G[1], layers=[0, 1])]
+    fresh, used = (stack_rows([x if raw else x.ready(2, like) for x in parts]).ready(2, like)
+                   for raw in (True, False))
+    for layer in (0, 1):
+        a, b = (e.edits[0].apply(layer, h, ALL, h)[0] for e in (fresh, used))
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        assert (np.asarray(a)[1] != np.asarray(h)[1]).any()
+
+
 def test_rows_are_permuted_before_and_after_their_entries_are_gathered():
     edits = cap(G[:3], layers=[0, 1], floor=[1.0, 2.0, 3.0], rows=[2, -1, 0, 1])
     order = np.array([3, 0, -1, 2])

@@ -205,7 +205,7 @@ def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
     if not members:
         assert into is not None  # a slot without members was reserved
         nobody = jnp.full(rows, -1, jnp.int32)
-        return into.replace(index=nobody, origin=jnp.zeros_like(into.origin))  # pyright: ignore
+        return into.replace(index=nobody, origin=jnp.zeros_like(into.origin), parts=None)  # pyright: ignore
     layers = tuple(sorted({layer for edit in members.values() for layer in edit.layers}))
     entries: dict[int, int] = {}
     unique: list[Table] = []
@@ -234,5 +234,5 @@ def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
     payload = {name: value if name == "params" else jnp.asarray(value, jnp.float32)
                for name, value in payload.items()}
     return first.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        **payload, where=where, origin=origin, layers=layers, index=jnp.asarray(index),
+        **payload, parts=None, where=where, origin=origin, layers=layers, index=jnp.asarray(index),
         gate=None if first.gate is None else Gate.gather(gates), reserved=into is not None)
