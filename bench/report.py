@@ -26,7 +26,8 @@ def main() -> None:
              "Written by `bench/report.py` from `bench/results/`; `make bench` measures the CPU's "
              "share anew. A ratio is the median of alternating pairs with its bootstrap 95 % "
              "interval; one wider than 0.02 (of the ratio, above 1) is *unresolved* and passes "
-             "nothing. What was expected of each change, and what came of it, is in `NOTES.md`.", ""]
+             "nothing. What was expected of each change, and what came of it, is in `NOTES.md`.",
+             ""]
     for plot, caption in plots:
         lines += [f"![{caption}](results/{plot})", ""]
     for bench in BENCHES:
