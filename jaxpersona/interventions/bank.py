@@ -137,10 +137,10 @@ def numbers(name: str, value: Any) -> Any:
         return jnp.asarray(value, jnp.float32)
     try:
         found = np.asarray(value)
-        if found.dtype.kind in "iuf" or found.dtype.name == "bfloat16":
-            return found.astype(np.float64)
-    except (TypeError, ValueError):
-        pass
+    except (TypeError, ValueError):  # no array at all, so no numbers
+        found = np.empty(0, object)
+    if found.dtype.kind in "iuf" or found.dtype.name == "bfloat16":
+        return found.astype(np.float64)
     said = repr(value)
     raise ValueError(f"{name} is {said if len(said) < 60 else said[:57] + '…'}; it must be a real "
                      "number or an array of them")
