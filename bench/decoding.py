@@ -73,7 +73,7 @@ class Decoding:
         state = jax.eval_shape(lambda: self.start(edits, Capture()))  # nothing need run for it
         program = decode.lower(*self.arguments(state, edits, Capture()),
                                greedy=self.greedy).compile()
-        return sum(op.kind == "fusion" and op.looped for op in hlo.operations(program.as_text()))
+        return hlo.fusions(hlo.operations(program.as_text()))
 
     @property
     def bytes(self) -> int:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxpersona.batch import Batch
 from jaxpersona.config import ModelConfig
-from jaxpersona.sharding import on_cpu, place
+from jaxpersona.sharding import of_each, on_cpu, place
 
 KV_AXES = ("batch", "kv_heads", None, None)
 ROW_AXES = (("batch", None), ("batch",))  # of `position` and `next`
@@ -99,7 +99,12 @@ def write(buffer: jax.Array, values: jax.Array, slots: jax.Array, start: jax.Arr
     is its own, because a scatter runs token by token on some back ends.
     """
     values = values.astype(buffer.dtype)
-    width = values.shape[1]
+    rows, width, heads, _ = values.shape
+    if width == 1 and rows == 1 and on_cpu(buffer):
+        # a slot a head: XLA turns a scatter of one index into an update, this one into two, and
+        # then copies the buffer three times at every step
+        enter = jax.vmap(lambda head, slot, value: head.at[slot].set(value, mode="drop"))
+        return enter(buffer[0], jnp.broadcast_to(slots[0], (heads,)), values[0, 0])[None]
     if width == 1:
         enter = jax.vmap(lambda row, slot, value: row.at[:, slot].set(value, mode="drop"))
         return enter(buffer, slots[:, 0], values[:, 0])
@@ -107,6 +112,6 @@ def write(buffer: jax.Array, values: jax.Array, slots: jax.Array, start: jax.Arr
     source = slot - start[:, None]  # [B, S]: which token of this call belongs in each slot
     inside = (source >= 0) & (source < width)
     source = jnp.where(inside, source, 0)
-    taken = jnp.take_along_axis(slots, source, 1) == slot
-    moved = jnp.take_along_axis(values, source[:, :, None, None], 1)
+    taken = of_each(slots, source) == slot
+    moved = of_each(values, source)
     return jnp.where((inside & taken)[:, None, :, None], jnp.moveaxis(moved, 1, 2), buffer)

@@ -83,7 +83,11 @@ def tpu_devices(topology: str) -> list[Any] | None:
     from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+        # a host has 2 × 2 chips, but for machines of one or two
+        extents = [int(n) for n in topology.split(":")[1].split("x")]
+        bounds = [*(min(n, 2) for n in extents[:2]), 1, 1][:3]
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology,
+                                             chips_per_host_bounds=bounds)
     except Exception as error:  # of the runtime, without a class of its own
         reason = str(error).split(": ", 1)[-1].splitlines()[0].rstrip(".")
         raise ValueError(f"topology is {topology!r}; libtpu refuses it ({reason}): try "

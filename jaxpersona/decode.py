@@ -23,7 +23,7 @@ from jaxpersona.interventions.compose import Interventions
 from jaxpersona.model import forward
 from jaxpersona.params import Params
 from jaxpersona.sampling import Sampling, choose, most_likely
-from jaxpersona.sharding import place
+from jaxpersona.sharding import of_each, place
 from jaxpersona.trace import Applied, Gates
 
 TRACES: Counter[str] = Counter()  # how often each program was traced, for tests and benches
@@ -124,15 +124,15 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
         out = out.replace(  # pyright: ignore[reportAttributeAccessIssue]
             applied=jax.tree.map(jnp.add, prefix.applied, out.applied))
     length = batch.length
-    at = jnp.maximum(length - 1, 0)[:, None]
-    kind = jnp.take_along_axis(batch.kind.astype(jnp.int32), at, 1)[:, 0]
+    at = jnp.maximum(length - 1, 0)
+    kind = of_each(batch.kind.astype(jnp.int32), at)
     # a template's last scaffold belongs to the reply already; a bare prompt is the turn before it
     begins = ((kind & TEMPLATE) == 0).astype(jnp.int32)
     state = State(
         cache=out.cache,  # pyright: ignore[reportArgumentType]
         token=jnp.zeros((rows,), jnp.int32),
         position=out.cache.next - 1,  # pyright: ignore[reportOptionalMemberAccess]
-        turn=jnp.take_along_axis(batch.turn, at, 1)[:, 0] + begins,
+        turn=of_each(batch.turn, at) + begins,
         row_id=batch.row_id,
         done=length == 0,
         thinking=(kind & THINKING) != 0,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 _OPERATION = re.compile(r"\s+(?:ROOT )?%?(\S+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _HEADER = re.compile(r"(ENTRY )?%?(\S+) \(.*\) -> .* \{$")
@@ -79,9 +79,9 @@ def reductions(found: list[Operation]) -> int:
     return scattered + len(kinds) - scattered - min(scattered, kinds.count("all-gather"))
 
 
-def fusions(text: str) -> int:
-    """Count the fused kernels that a compiled module launches, those of a loop's body once."""
-    return sum(op.kind == "fusion" for op in operations(text))
+def fusions(found: Iterable[Operation]) -> int:
+    """Count the fused kernels that one turn of a loop launches."""
+    return sum(op.kind == "fusion" and op.looped for op in found)
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -21,7 +21,7 @@ from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.kernels.attention import Asked, choose, flash
 from jaxpersona.params import InOut, Layer, Params
 from jaxpersona.readings import spread_states
-from jaxpersona.sharding import gather_weight, mesh_of, on_cpu, out_sharding
+from jaxpersona.sharding import gather_weight, mesh_of, of_each, on_cpu, out_sharding
 from jaxpersona.trace import Applied, Gates, Trace
 
 Logits = Literal["all", "last"] | None
@@ -173,8 +173,7 @@ def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
         return None
     with jax.named_scope("head"):
         if which == "last":
-            at = jnp.maximum(batch.length - 1, 0)
-            x = jnp.take_along_axis(x, at[:, None, None], 1)
+            x = of_each(x, jnp.maximum(batch.length - 1, 0)[:, None])
         x = nn.rms_norm(x, params.final_norm_d, config.norm_eps, config.norm_offset)
         weight = params.embed_vd if params.head_vd is None else params.head_vd
         if isinstance(weight, InOut) or on_cpu(weight):

@@ -327,7 +327,7 @@ def compare(compiled: Mapping[str, Compiled] | None,
 
     def fusions(side: Compiled, layer: int | None = None) -> int:
         found = side.operations if layer is None else hlo.by_layer(list(side.operations), layer)
-        return sum(op.kind == "fusion" and op.looped for op in found)
+        return hlo.fusions(found)
 
     per_layer = statistics.median(fusions(capped, i) - fusions(plain, i) for i in cap_layers)
     other = [op for op in capped.operations if op.kind in hlo.COLLECTIVES]

@@ -333,9 +333,10 @@ def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.A
     """Write values [L, B, T, …] into a buffer [L, B, S, …] at slots [B, T]; beyond S is dropped."""
 
     def row(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
-        return buffer.at[:, slots].set(values, mode="drop")
+        return buffer.at[slots].set(values, mode="drop")
 
-    return jax.vmap(row, (1, 1, 0), 1)(buffer, values, slots)
+    # layers outermost, as the buffer lies: rows first, and each step of a loop turned it over twice
+    return jax.vmap(jax.vmap(row), (0, 0, None))(buffer, values, slots)
 
 
 def spread_states(states: dict[str, Any], like: jax.Array) -> dict[str, Any]:

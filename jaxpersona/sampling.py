@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.sharding import on_cpu, place
+from jaxpersona.sharding import of_each, on_cpu, place, spread_rows
 
 F32 = jnp.float32
 CANDIDATES = 256
@@ -110,7 +110,7 @@ def choose(logits: jax.Array, how: Sampling, row_id: jax.Array, position: jax.Ar
     reach = jnp.where(how.top_k > 0, top.sum(-1), 1.0)  # mass that the nucleus is a share of
     before = jnp.cumsum(top, -1) - top
     kept = jnp.where(before < (how.top_p * reach)[:, None], top, 0.0)
-    near = jnp.take_along_axis(tokens, _inverse(kept, draw)[:, None], 1)[:, 0]
+    near = of_each(tokens, _inverse(kept, draw))
     wide = warm & (how.top_k == 0) & (top.sum(-1) < how.top_p) & (count < logits.shape[-1])
 
     def bisect() -> jax.Array:
@@ -128,7 +128,7 @@ def most_likely(logits: jax.Array) -> jax.Array:
     # XLA's CPU back end looks for an index value by value, but for a maximum in vectors
     blocks = logits.reshape(rows, -1, _LANES)
     block = jnp.argmax(blocks.max(-1), -1)
-    inner = jnp.argmax(jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0], -1)
+    inner = jnp.argmax(of_each(blocks, block), -1)
     return (block * _LANES + inner).astype(jnp.int32)
 
 
@@ -156,13 +156,13 @@ def _wide(probability: jax.Array, top_p: jax.Array, draw: jax.Array) -> jax.Arra
     rows, vocabulary = kept.shape
     blocks = -(-vocabulary // _BLOCK)
     kept = jnp.pad(kept, ((0, 0), (0, blocks * _BLOCK - vocabulary)))
-    kept = kept.reshape(rows, blocks, _BLOCK)
+    kept = spread_rows(kept.reshape(rows, blocks, _BLOCK), 0, probability)
     mass = kept.sum(-1)
     cumulative = jnp.cumsum(mass, -1)
     target = draw * cumulative[:, -1]
     block = jnp.argmax((cumulative > target[:, None]) & (mass > 0), -1)
-    chosen = jnp.take_along_axis(kept, block[:, None, None], 1)[:, 0]
-    total = jnp.take_along_axis(mass, block[:, None], 1)[:, 0]
-    start = jnp.take_along_axis(cumulative, block[:, None], 1)[:, 0] - total
+    chosen = of_each(kept, block)
+    total = of_each(mass, block)
+    start = of_each(cumulative, block) - total
     inner = jnp.clip((target - start) / total, 0.0, 1.0 - 2.0**-24)
     return (block.astype(jnp.int32) * _BLOCK + _inverse(chosen, inner)).astype(jnp.int32)

@@ -187,6 +187,24 @@ def spread_rows(x: jax.Array, dimension: int, like: Any) -> jax.Array:
     return place(x, tuple("batch" if i == dimension else None for i in range(x.ndim)), like)
 
 
+def of_each(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Take entries of each row's own choice: x[b, index[b]].
+
+    Unlike `take_along_axis` this also takes a single row, on a mesh that spreads rows.
+
+    Args:
+      x: [B, n, …].
+      index: [B] or [B, m] integers in 0…n−1.
+
+    Returns:
+      [B, …] or [B, m, …].
+    """
+    def one(row: jax.Array, at: jax.Array) -> jax.Array:
+        return row.at[at].get(mode="clip", wrap_negative_indices=False)
+
+    return jax.vmap(one)(x, spread_rows(index, 0, x))
+
+
 def rows_divisor(*operands: Any) -> int:
     """Return over how many ways the operands' mesh spreads the rows of a batch; 1 without one."""
     mesh = mesh_of(*operands)

@@ -112,6 +112,12 @@ def test_mistakes_are_one_line(capsys, arguments, wanted):
 
 
 @needs_libtpu
+@pytest.mark.parametrize(("topology", "count"), [("v5e:1x1", 1), ("v6e:2x1", 2), ("v5e:2x4", 8)])
+def test_a_machine_of_one_or_two_chips_is_a_topology(topology, count):
+    assert len(chips.tpu_devices(topology)) == count
+
+
+@needs_libtpu
 def test_libtpu_s_refusal_is_one_line(capsys):
     code, _, said = run(capsys, "--topology", "v5e:3x5")
     assert code == 2 and said.count("\n") == 1 and "libtpu refuses it" in said

@@ -109,6 +109,20 @@ def replies(model):
                     batch_size=8)
 
 
+@pytest.mark.parametrize("shape", ["1x8", "2x4"])
+def test_a_single_row_runs_on_a_mesh(shape):
+    model = one_device("qwen3")
+
+    def reply(model):
+        return generate(model, ROWS[:2], interventions=SHARED, capture=capture.mean(),
+                        max_new_tokens=8, batch_size=MESHES[shape].get("data", 1),
+                        temperature=[0.0, 0.8], top_p=0.9)
+
+    meshed, alone = reply(spread(model, sharding.make_mesh(**MESHES[shape]))), reply(model)
+    assert s.same_bits(meshed.tokens, alone.tokens)
+    assert far(meshed.captured, alone.captured) <= 1e-5
+
+
 @pytest.mark.parametrize("shape", [name for name in MESHES if name != "spread4x2"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_mesh_computes_what_one_device_does(family, shape):

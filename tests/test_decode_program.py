@@ -1,0 +1,57 @@
+"""What one step of a compiled decode must not do on a CPU: move what it only adds a token to."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support as s
+
+from jaxpersona import capture, hlo
+from jaxpersona.batch import batch
+from jaxpersona.decode import Stops, decode, prefill
+from jaxpersona.interventions import cap
+from jaxpersona.sampling import sampling
+
+SLOTS, VOCABULARY, WIDTH = 64, 512, 32
+V = np.random.default_rng(0).normal(size=(3, WIDTH))
+READ = (capture.mean() | capture.full() | capture.projections(V) | capture.norms()
+        | capture.last())
+EDITS = cap(V[0], layers=[0, 1], floor=0.5)
+
+
+def run(rows, dtype):
+    """Return what a compiled decode runs, within its loop and around it."""
+    model = s.tiny_model(vocab_size=VOCABULARY)
+    params = jax.tree.map(lambda x: x.astype(dtype), model.params)
+    given = jax.tree.map(jnp.asarray, batch(s.prompts((5,) * rows, vocabulary=VOCABULARY)))
+    how, limit = sampling(rows), jnp.full((rows,), 8, jnp.int32)
+    stops = Stops(jnp.full((4,), -1, jnp.int32), jnp.full((2,), -1, jnp.int32))
+    state = jax.eval_shape(lambda: prefill(
+        params, model.config, given, EDITS, READ, how, stops, limit, slots=SLOTS, max_new=8,
+        greedy=True))
+    program = decode.lower(params, model.config, state, EDITS, READ, how, stops, jnp.int32(8),
+                           greedy=True).compile()
+    return model.config, [op for op in hlo.operations(program.as_text())
+                          if op.kind not in ("parameter", "tuple", "get-tuple-element", "while")]
+
+
+@pytest.mark.parametrize("rows", (1, 2, 5))
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
+def test_a_step_copies_no_buffer(rows, dtype):
+    config, found = run(rows, dtype)
+    found = [op for op in found if op.looped]
+    written = [op for op in found if "scatter" in op.scope]
+    least = rows * SLOTS * 4  # bytes of the smallest buffer, positions; `full` has 64 times it
+    assert sum(op.bytes >= least for op in written) >= 2 * config.n_layers  # they are there
+    assert not [op for op in found if op.kind in ("copy", "transpose", "convert")
+                and op.bytes >= least]
+
+
+def test_low_precision_widens_neither_table_nor_cache():
+    config, found = run(2, jnp.bfloat16)
+    made = [op for op in found if "scatter" not in op.scope]
+    cache = 4 * 2 * config.n_kv_heads * SLOTS * config.head_dim  # one layer's, float32
+    assert cache < 4 * VOCABULARY * WIDTH
+    assert len(made) > 50 and max(op.bytes for op in made) < cache
