@@ -131,6 +131,10 @@ def forward(
             else:
                 k = write(cache.k[i], _kept(k, cache.k[i]), slots, start)
                 v = write(cache.v[i], _kept(v, cache.v[i]), slots, start)
+                if chosen == "cudnn":
+                    # written before the layer goes on: cuDNN does not read the cache, and XLA would
+                    # hold every layer's own keys and values to write them all at the end
+                    k, v, *own = jax.lax.optimization_barrier((k, v, *own))
                 keys.append(k)
                 values.append(v)
             if chosen == "cudnn":

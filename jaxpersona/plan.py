@@ -27,6 +27,7 @@ from jaxpersona.capture import Capture
 from jaxpersona.config import ModelConfig, replace
 from jaxpersona.decode import Stops, decode, prefill
 from jaxpersona.interventions import Interventions, cap
+from jaxpersona.kernels.attention import attention_implementation
 from jaxpersona.nn import QUERY_CHUNK
 from jaxpersona.params import layout
 from jaxpersona.sampling import sampling
@@ -188,16 +189,23 @@ def cache_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes) 
 
 
 def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes) -> int:
-    """Estimate what a prefill holds beside weights and cache, where no compiler is asked.
+    """Estimate what a prefill on GPUs holds beside weights and cache, where no compiler is asked.
 
-    The residual stream twice and its norm in float32, the gated MLP's two halves in float32, and
-    the scores of one chunk of queries in float32 with their softmax.
+    It is the greater of two: the MLP's two halves, the residual stream, its norm and the product
+    that is added to it; the queries twice and, where cuDNN does not attend, the scores of one chunk
+    of them in float32 with their softmax in bfloat16. `bench/ahead.py` compares it with what XLA
+    takes for an H200.
     """
+    split = sharding.ways(mesh, "ff")
     rows = shapes.batch // sharding.ways(mesh, "batch")
-    tokens, split = rows * shapes.width, sharding.ways(mesh, "ff")
-    queries = min(shapes.width, QUERY_CHUNK)
-    scores = 2 * 4 * rows * config.n_heads // split * queries * shapes.slots
-    return tokens * (config.d_model * (2 * ITEM + 4) + 2 * 4 * config.d_ff // split) + scores
+    tokens, queries = rows * shapes.width, min(shapes.width, QUERY_CHUNK)
+    mlp = tokens * ITEM * (2 * config.d_ff // split + 3 * config.d_model)
+    attention = tokens * ITEM * 2 * config.n_heads * config.head_dim // split
+    form, _ = attention_implementation(config, "gpu", dtype=jnp.bfloat16, tokens=shapes.width,
+                                       fresh=True, capability=8.0, sharded=mesh.size > 1)
+    if form == "xla":
+        attention += (4 + ITEM) * rows * config.n_heads // split * queries * shapes.slots
+    return max(mlp, attention)
 
 
 def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,

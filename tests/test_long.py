@@ -64,3 +64,14 @@ def test_a_prefill_s_temporaries_grow_linearly(fields, cached):
         square = [x for x in shapes if sum(int(n) >= 4096 for n in x.split(",")) > 1]
         assert not square, f"arrays of T × T: {square}"
     assert sizes[4096] <= 4.5 * sizes[1024], sizes
+
+
+def test_a_prefill_s_temporaries_do_not_grow_with_the_depth():
+    sizes = []
+    for layers in (2, 8):
+        config = s.tiny_config(max_context=2048, n_layers=layers)
+        program = jax.jit(forward, static_argnames=("logits",)).lower(
+            abstract_params(config, jnp.float32), config, batch([np.full(1100, 5)] * 2),
+            logits="last").compile()
+        sizes.append(program.memory_analysis().temp_size_in_bytes)
+    assert sizes[1] <= 1.02 * sizes[0], sizes

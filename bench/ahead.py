@@ -1,0 +1,144 @@
+"""What XLA makes of prefill and decode for an H200, compiled where there is none: the kernels of a
+step, capped and not, and the memory of both beside what `plan` reckons.
+
+    pip install 'jax[cuda12]'
+    JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python bench/ahead.py --model qwen3-8b --batch 32
+
+Nothing is run, so nothing is tuned: on a GPU XLA tries several kernels for each product.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import re
+from collections import Counter
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import report
+from jax.experimental import topologies
+from jaxpersona.kernels.attention import attention_implementation
+
+import jaxpersona as jp
+from jaxpersona import hlo, plan
+from jaxpersona.batch import Batch
+from jaxpersona.capture import Capture
+from jaxpersona.decode import Stops, decode, prefill
+from jaxpersona.params import layout
+from jaxpersona.sampling import sampling
+
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  shared_memory_per_block_optin: 232448 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 151397597184 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 12 minor: 8 }
+device_description_str: "NVIDIA H200 141GB HBM3e"
+"""  # as XLA describes the card to itself
+
+
+def lowered(config: jp.ModelConfig, rows: int, slots: int, layers: range, device: Any,
+            ) -> dict[str, Any]:
+    """Trace both programs, greedy and in bfloat16, for arrays that are nothing but shapes."""
+    placed = jax.sharding.SingleDeviceSharding(device)
+
+    def on(tree: Any, dtype: Any = None) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), dtype or x.dtype,
+                                                           sharding=placed), tree)
+
+    params = jax.tree.map(lambda s: on(jax.ShapeDtypeStruct(s.shape, jnp.bfloat16)),
+                          layout(config))
+    edits = jp.Interventions()
+    if layers:
+        edits = jp.cap(np.ones(config.d_model), layers=layers, floor=0.0)
+    new = max(1, min(plan.NEW_TOKENS, slots // 4))
+    field = (rows, slots - new)
+    kinds = (np.int32, np.int32, np.uint16, np.int32)
+    batch = Batch(*(np.zeros(field, kind) for kind in kinds), row_id=np.zeros((rows,), np.uint32))
+    rest = (Capture(), on(sampling(rows)),
+            on(Stops(ids=np.full((4,), -1, np.int32), think=np.full((2,), -1, np.int32))))
+    begin = functools.partial(prefill, slots=slots, max_new=new, greedy=True)
+    first = (params, config, on(batch), on(edits), *rest, on(np.zeros((rows,), np.int32)))
+    state = on(jax.eval_shape(lambda p, b, e, h, s, n: begin(p, config, b, e, Capture(), h, s, n),
+                              params, on(batch), on(edits), *rest[1:], first[-1]))
+    return {"prefill": prefill.lower(*first, slots=slots, max_new=new, greedy=True),
+            "decode": decode.lower(params, config, state, on(edits), *rest, on(np.int32(new)),
+                                   greedy=True)}
+
+
+def kernels(program: Any) -> Counter[str]:
+    """Count what a step launches, by the place in the model that it comes from."""
+    found = [op for op in hlo.operations(program.as_text()) if op.looped]
+    return Counter(
+        re.sub(r"layer\d+", "layer", op.scope.removeprefix("jit(decode)/while/body/")) or "(none)"
+        for op in found if op.kind in ("fusion", "custom-call", "copy", "sort"))
+
+
+def main() -> None:
+    """Compile and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="qwen3-8b", help="a preset's name")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--layers", default="24:32", help="to cap, half-open")
+    args = parser.parse_args()
+    # there is no card to try kernels on
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    config = jp.preset(args.model)
+    start, stop = (int(x) for x in args.layers.split(":"))
+    target = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200)
+
+    def attends(config: Any, asked: str, **case: Any) -> str:
+        return attention_implementation(config, "gpu", capability=9.0, asked=asked, **case)[0]
+
+    arms = {"uncapped": range(0), "capped": range(start, stop), "all": range(config.n_layers)}
+    made: dict[str, dict[str, Any]] = {}
+    with mock.patch.object(jax, "default_backend", return_value="gpu"), \
+            mock.patch("jaxpersona.model.choose", attends):  # as there, not as on this machine
+        for arm, layers in arms.items():
+            programs = lowered(config, args.batch, args.context, layers, target.devices[0])
+            made[arm] = {name: program.compile() for name, program in programs.items()}
+    memory = {name: made["uncapped"][name].memory_analysis() for name in ("prefill", "decode")}
+    prefilled = memory["prefill"]
+    total = (prefilled.argument_size_in_bytes + prefilled.output_size_in_bytes
+             + prefilled.temp_size_in_bytes)
+    reckoned = plan.plan(config, "h200:1", batch=args.batch,
+                         context=args.context)["bytes_per_chip"]
+    steps = {arm: kernels(programs["decode"]) for arm, programs in made.items()}
+    count = {arm: found.total() for arm, found in steps.items()}
+    print(json.dumps({place: n for place, n in steps["uncapped"].most_common()}, indent=1))
+    print(json.dumps({place: [steps["uncapped"][place], n] for place, n in steps["capped"].items()
+                      if n != steps["uncapped"][place]}, indent=1))
+    report(
+        "ahead", args.model, args, target="H200, compiled and not run",
+        kernels_a_step=count,
+        added_kernels_per_capped_layer=round((count["capped"] - count["uncapped"])
+                                             / max(stop - start, 1), 2),
+        added_kernels_per_layer_of_all=round((count["all"] - count["uncapped"])
+                                             / config.n_layers, 2),
+        temporaries={name: found.temp_size_in_bytes for name, found in memory.items()},
+        added_temporaries={
+            name: made["capped"][name].memory_analysis().temp_size_in_bytes
+            - memory[name].temp_size_in_bytes for name in memory},
+        bytes=total, planned_bytes=reckoned["total"],
+        planned_over_compiled=round(reckoned["total"] / total, 4),
+        planned_temporaries_over_compiled=round(
+            reckoned["temporaries"] / prefilled.temp_size_in_bytes, 4),
+    )
+
+
+if __name__ == "__main__":
+    main()
