@@ -113,7 +113,7 @@ def train(
     config = mini_config()
     params = init_params(config, jax.random.key(seed))
     optimizer = make_optimizer(len(stream))
-    state = optimizer.init(params)
+    state = optimizer.init(params)  # pyright: ignore
 
     @jax.jit
     def gradient(params, batch, weights):
