@@ -44,7 +44,7 @@ def interval(ratios: Sequence[float], draws: int = 2000) -> tuple[float, float]:
 
 
 def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int, least: int = 5,
-           budget: float = 150.0) -> dict[str, dict[str, Any]]:
+           budget: float = 150.0, judged: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Run every arm in turn, again and again, and compare each with the baseline.
 
     Args:
@@ -52,6 +52,7 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int, l
       baseline: the arm that the ratios are taken over.
       pairs: the most rounds; at least `least` are taken.
       budget: seconds after which no round is begun.
+      judged: the arms that must be resolved before it ends; every one by default.
 
     Returns:
       For each other arm: ratio (the median of baseline seconds / its seconds, so that 1 is as fast
@@ -76,7 +77,7 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int, l
                 "unresolved": high - low > WIDTH * max(1.0, statistics.median(ratios)),
                 "pairs": done, "seconds": round(statistics.median(seconds[name]), 4),
             }
-        resolved = not any(arm["unresolved"] for name, arm in found.items() if name != baseline)
+        resolved = not any(found[name]["unresolved"] for name in judged or arms if name != baseline)
         if resolved or time.perf_counter() - begun > budget:
             break
     return found

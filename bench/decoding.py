@@ -24,13 +24,13 @@ NOTHING = Interventions()
 
 
 class Decoding:
-    """`rows` prompts of 32 tokens, `steps` steps after them; nothing ends a row."""
+    """`rows` prompts of `prompt` tokens, `steps` steps after them; nothing ends a row."""
 
-    def __init__(self, model: Any, rows: int, steps: int, *, temperature: float = 0.0,
-                 top_p: float = 1.0) -> None:
-        self.model, self.rows, self.steps = model, rows, steps
+    def __init__(self, model: Any, rows: int, steps: int, *, prompt: int = PROMPT,
+                 temperature: float = 0.0, top_p: float = 1.0) -> None:
+        self.model, self.rows, self.steps, self.prompt = model, rows, steps, prompt
         self.params = fast_params(model, rows)  # as `generate` would run them
-        self.prompts = np.random.default_rng(1).integers(0, model.config.vocab_size, (rows, PROMPT))
+        self.prompts = np.random.default_rng(1).integers(0, model.config.vocab_size, (rows, prompt))
         self.batch = jax.tree.map(jnp.asarray, batch(self.prompts))
         self.how = sampling(rows, temperature=temperature, top_p=top_p)
         self.greedy = temperature == 0
@@ -41,7 +41,7 @@ class Decoding:
     def start(self, edits: Interventions, read: Capture) -> State:
         """Run the prompts."""
         return prefill(self.params, self.model.config, self.batch, edits, read, self.how,
-                       self.stops, self.limit, slots=PROMPT + self.steps + 16,
+                       self.stops, self.limit, slots=self.prompt + self.steps + 16,
                        max_new=self.steps + 1, greedy=self.greedy)
 
     def arguments(self, state: State, edits: Interventions, read: Capture) -> tuple:
@@ -80,6 +80,6 @@ class Decoding:
         """The bytes that a step in the middle of the run must read: weights, keys and values."""
         embed = self.model.params.embed_vd
         config = self.model.config
-        seen = PROMPT + self.steps // 2
+        seen = self.prompt + self.steps // 2
         return (config.step_bytes(embed.dtype.itemsize)
                 + self.rows * config.cache_bytes(seen, jnp.dtype(kept_dtype(embed)).itemsize))

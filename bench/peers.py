@@ -5,7 +5,8 @@
 Both sides run the same prompts, cap the same layers by the same vector and threshold, and make the
 same number of tokens greedily, prompts included; runs alternate. The peer caps as the published
 code does, by a forward hook on each layer. `--dtypes` lists what each side may compute in: the
-fastest of them is each side's own.
+fastest of them is each side's own. Other forms of the peer run beside it: `plain` without any cap,
+`static` with hooks and a static cache, `compiled` with hooks, a static cache and `torch.compile`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=40.0, help="seconds of pairs a batch size")
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--peer-dtypes", nargs="+", default=["float32"])
+    parser.add_argument("--forms", nargs="*", default=["plain"],
+                        choices=["plain", "static", "compiled"])
     args = parser.parse_args()
     ours = [jp.load(args.model, dtype=dtype) for dtype in args.dtypes]
     theirs = [Hooked(jp.load(args.model, dtype="float32"), dtype) for dtype in args.peer_dtypes]
@@ -41,25 +44,30 @@ def main() -> None:
     layers = range(config.n_layers // 2, config.n_layers)
     direction = np.random.default_rng(0).normal(size=config.d_model)
     edits = jp.cap(direction, layers=layers, floor=1e3)
-    by_batch = {}
+    by_batch: dict[str, Any] = {}
     for rows in args.batch:
         arms: dict[str, Callable[[], float]] = {}
         for model, dtype in zip(ours, args.dtypes, strict=True):
             setting = Decoding(model, rows, args.new - 1)
             arms[f"jaxpersona {dtype}"] = setting.timer(edits, prompts=True)
-        for peer, dtype in zip(theirs, args.peer_dtypes, strict=True):
-            arms[f"transformers {dtype}"] = peer.generation(setting.prompts, args.new, direction,
-                                                            1e3, layers)
-        best = fastest(arms, "transformers")
-        mine = fastest(arms, "jaxpersona")
-        found = paired({"peer": arms[best], "ours": arms[mine]}, "peer", pairs=args.pairs,
-                       budget=args.budget)
+        for peer in theirs:
+            for form in ("hooks", *args.forms):
+                arms[f"{form} {peer.dtype}"] = peer.generation(
+                    setting.prompts, args.new, form=form, direction=direction, floor=1e3,
+                    layers=layers)
+        mine, best = fastest(arms, "jaxpersona"), fastest(arms, "hooks")
+        forms = {form: fastest(arms, form) for form in args.forms}
+        found = paired({"hooks": arms[best], "ours": arms[mine],
+                        **{form: arms[name] for form, name in forms.items()}}, "hooks",
+                       pairs=args.pairs, budget=args.budget, judged=("ours",))
         by_batch[str(rows)] = {
             "ratio": found["ours"]["ratio"], "interval": found["ours"]["interval"],
             "unresolved": found["ours"]["unresolved"], "pairs": found["ours"]["pairs"],
             "ours": mine, "peer": best,
-            "tokens_per_second": round(rows * args.new / found["ours"]["seconds"], 1),
-            "peer_tokens_per_second": round(rows * args.new / found["peer"]["seconds"], 1),
+            "tokens_per_second": {name: round(rows * args.new / arm["seconds"], 1)
+                                  for name, arm in found.items()},
+            "ratio_to_forms": {form: round(found["ours"]["ratio"] / found[form]["ratio"], 3)
+                               for form in forms},
         }
     report("peers", ours[0], args, prompt_tokens=PROMPT,
            capped_layers=f"{layers.start}:{layers.stop}",
@@ -68,11 +76,11 @@ def main() -> None:
 
 
 def fastest(arms: dict[str, Callable[[], float]], side: str) -> str:
-    """Return the arm of one side that is fastest in a second run."""
-    mine = [name for name in arms if name.startswith(side)]
+    """Return the arm of one side whose best of three runs, after one to warm up, is the least."""
+    mine = [name for name in arms if name.split()[0] == side]
     if len(mine) == 1:
         return mine[0]
-    return min(mine, key=lambda name: (arms[name](), arms[name]())[1])
+    return min(mine, key=lambda name: min([arms[name]() for _ in range(4)][1:]))
 
 
 class Hooked:
@@ -83,7 +91,7 @@ class Hooked:
         from jaxpersona.ckpts import hf
         from transformers import AutoModelForCausalLM
 
-        self.torch = torch
+        self.torch, self.dtype = torch, dtype
         self.device = device or ("cuda" if jax.default_backend() == "gpu" else "cpu")
         with tempfile.TemporaryDirectory() as folder:
             hf.save(folder, model.params, model.config)
@@ -105,18 +113,22 @@ class Hooked:
 
         return [self.made.model.layers[i].register_forward_hook(hook) for i in layers]
 
-    def generation(self, prompts: np.ndarray, new: int, direction: np.ndarray, floor: float,
-                   layers: range) -> Callable[[], float]:
+    def generation(self, prompts: np.ndarray, new: int, *, form: str, direction: np.ndarray,
+                   floor: float, layers: range) -> Callable[[], float]:
         """Return a call that times a greedy generation of `new` tokens a prompt."""
         torch = self.torch
         tokens = torch.tensor(prompts, device=self.device)
+        how: dict[str, Any] = {}
+        if form in ("static", "compiled"):
+            how = {"cache_implementation": "static", "disable_compile": form == "static"}
 
         def once() -> float:
-            handles = self.capped(direction, floor, layers)
+            handles = [] if form == "plain" else self.capped(direction, floor, layers)
             begun = time.perf_counter()
             with torch.no_grad():
                 out = self.made.generate(tokens, attention_mask=torch.ones_like(tokens),
-                                         max_new_tokens=new, min_new_tokens=new, do_sample=False)
+                                         max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                                         **how)
             out.cpu()
             spent = time.perf_counter() - begun
             for handle in handles:

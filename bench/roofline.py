@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens before the steps")
     parser.add_argument("--width", type=int, default=256, help="tokens of an extracted row")
     parser.add_argument("--rows", type=int, default=4, help="extracted rows")
     parser.add_argument("--dtype", default=None)
@@ -45,10 +46,10 @@ def main() -> None:
     heads = 1 if config.tied_embeddings else 2
     weights = config.parameters - (heads - 1) * config.vocab_size * config.d_model
     for rows in args.batch:
-        setting = Decoding(model, rows, args.steps)
+        setting = Decoding(model, rows, args.steps, prompt=args.prompt)
         once = setting.timer()
         once()
-        seen = PROMPT + args.steps // 2
+        seen = args.prompt + args.steps // 2
         attention = 4 * config.n_layers * config.n_heads * config.head_dim * seen
         point(f"decode, {rows} rows", rows * (2 * weights + attention), setting.bytes,
               min(once() for _ in range(5)) / args.steps)
