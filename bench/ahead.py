@@ -1,7 +1,7 @@
 """What XLA makes of prefill and decode for an H200, compiled where there is none: the kernels of a
 step, capped and not, and the memory of both beside what `plan` reckons.
 
-    pip install 'jax[cuda12]'
+    pip install 'jax[cuda12]'        (of this the card below is described)
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python bench/ahead.py --model qwen3-8b --batch 32
 
 Nothing is run, so nothing is tuned: on a GPU XLA tries several kernels for each product.
@@ -119,9 +119,10 @@ def main() -> None:
                          context=args.context)["bytes_per_chip"]
     steps = {arm: kernels(programs["decode"]) for arm, programs in made.items()}
     count = {arm: found.total() for arm, found in steps.items()}
-    print(json.dumps({place: n for place, n in steps["uncapped"].most_common()}, indent=1))
-    print(json.dumps({place: [steps["uncapped"][place], n] for place, n in steps["capped"].items()
-                      if n != steps["uncapped"][place]}, indent=1))
+    bare, capped = steps["uncapped"], steps["capped"]
+    print(json.dumps(dict(bare.most_common()), indent=1))
+    print(json.dumps({place: [bare[place], capped[place]] for place in {**bare, **capped}
+                      if bare[place] != capped[place]}, indent=1))
     report(
         "ahead", args.model, args, target="H200, compiled and not run",
         kernels_a_step=count,

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # What needs an accelerator, on one card, in under ten minutes:
 #
-#     bash bench/gpu.sh [folder for the results [names]]    the card, Qwen3-8B shape, bfloat16
-#     SMALL=1 bash bench/gpu.sh [folder [names]]            the same on a CPU with small shapes
+#     bash bench/gpu.sh [folder for the results [names]]   the card, Qwen3-8B shape, bfloat16
+#     SMALL=1 bash bench/gpu.sh [folder [names]]           the same on a CPU with small shapes
 #
-# `names` chooses among the results (as "cap_overhead fit"), and then also those that are marked "more"
-# below: batches of 1 and 256, all layers, the Qwen3-32B shape. Needs python with jax, flax,
-# safetensors, transformers and PyTorch; nothing is installed. Every bench has its own time limit, so
-# one that hangs costs its own figure alone, and none is begun after nine and a half minutes; its last
-# line is its result.
+# `names` chooses among the results (as "cap_overhead fit"), and then also those marked "more" below:
+# other batches, sampled, all layers, and more of the Qwen3-32B shape. Needs python with jax, flax,
+# safetensors, transformers and PyTorch; nothing is installed. Every bench has its own time limit:
+# one that hangs costs its own figure alone, and none is begun after nine and a half minutes; its
+# last line is its result.
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-${OUT:-bench/results}}
@@ -28,7 +28,7 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false TF_CPP_MIN_LOG_LEVEL=3
 names=${2:-}
 
 if [ "${SMALL:-0}" = 1 ]; then
-    tag=small big=mini huge=mini peer=mini kind=float32 steps=24 rows=32 budget=2 limit=120 count=16
+    tag=small big=mini huge=mini peer=mini kind=float32 steps=24 rows=48 budget=2 limit=120 count=16
     new=24 few=2:6 some=2:6 long=96 context=192 forms="plain static"
 else
     tag=gpu big=random:qwen3-8b huge=random:qwen3-32b peer=random:qwen3-0.6b kind=bfloat16 steps=192
@@ -36,6 +36,7 @@ else
     forms="plain static compiled"
 fi
 
+ran=0
 run() {  # "always" or "more", name of the result, script, arguments
     local when=$1 name=$2 script=$3; shift 3
     if [ -n "$names" ]; then
@@ -44,6 +45,7 @@ run() {  # "always" or "more", name of the result, script, arguments
         return 0
     fi
     if [ $SECONDS -gt 570 ]; then echo "== $name: not begun after $SECONDS s"; return 0; fi
+    ran=$((ran + 1))
     local begun=$SECONDS left=$((595 - SECONDS))
     echo "== $script $*"
     if timeout $((left < limit ? left : limit)) "$python" "bench/$script.py" "$@" \
@@ -79,11 +81,12 @@ for batch in 1 32 "$rows"; do
     run more "cap_overhead_sampled_$batch" cap_overhead "${decoding[@]}" --layers "$few" \
         --batch "$batch" "${sampled[@]}"
     run more "cap_overhead_all_$batch" cap_overhead "${decoding[@]}" --batch "$batch" --sweep
-    run more "cap_overhead_huge_$batch" cap_overhead --model "$huge" --dtype "$kind" --batch "$batch" \
-        --layers "$some" --steps "$steps" --budget "$budget"
+    run more "cap_overhead_huge_$batch" cap_overhead --model "$huge" --dtype "$kind" \
+        --batch "$batch" --layers "$some" --steps "$steps" --budget "$budget"
 done
 run more roofline_huge roofline --model "$huge" --dtype "$kind" --batch 1 32 --steps "$steps" \
     --prompt "$long"
 run more peers_big peers --model "$big" --dtypes "$kind" --peer-dtypes "$kind" --batch 1 32 \
     --new "$new" --budget "$budget" --forms $forms
+if [ "$ran" = 0 ]; then echo "no result is called: $names"; exit 2; fi
 echo "results: $out, $SECONDS s"

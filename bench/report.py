@@ -98,8 +98,9 @@ def figures(value: dict[str, Any]) -> list[tuple[str, str]]:
         case "peers":
             return [(f"batch {rows}", ratio(at["ratio"], at["interval"], at["unresolved"])
                      + f": {at['ours']} {at['tokens_per_second']['ours']}, {at['peer']} "
-                    f"{at['tokens_per_second']['hooks']} tokens/s; over " + ", ".join(
-                        f"{form} {times} ×" for form, times in at["ratio_to_forms"].items()))
+                     f"{at['tokens_per_second']['hooks']} tokens/s"
+                     + "".join(f"; over {form} {times} ×"
+                               for form, times in at["ratio_to_forms"].items()))
                     for rows, at in value["by_batch"].items()]
         case _:
             roof = value["roof"]

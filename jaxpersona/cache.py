@@ -101,8 +101,8 @@ def write(buffer: jax.Array, values: jax.Array, slots: jax.Array, start: jax.Arr
     values = values.astype(buffer.dtype)
     rows, width, heads, _ = values.shape
     if width == 1 and rows == 1 and on_cpu(buffer):
-        # a slot a head: XLA turns a scatter of one index into an update, this one into two, and
-        # then copies the buffer three times at every step
+        # a slot a head: XLA turns a scatter of one index (so too of a single head) into an update,
+        # this one into two, and then copies the buffer three times at every step
         enter = jax.vmap(lambda head, slot, value: head.at[slot].set(value, mode="drop"))
         return enter(buffer[0], jnp.broadcast_to(slots[0], (heads,)), values[0, 0])[None]
     if width == 1:

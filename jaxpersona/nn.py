@@ -115,6 +115,8 @@ def attention(
 ) -> jax.Array:
     """Attend causally by position; queries beyond `QUERY_CHUNK` are taken in chunks.
 
+    On a mesh the rows and heads of queries and keys are spread alike.
+
     Args:
       q_btnh: queries [B, T, N, H].
       k_bksh, v_bksh: keys and values [B, K, S, H].

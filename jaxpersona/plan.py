@@ -119,7 +119,7 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
         compiled = compile_for(config, placed, shapes, cap_layers)
         temporaries = compiled["plain"].temporaries
     else:
-        temporaries = activation_bytes(config, placed, shapes)
+        temporaries = activation_bytes(config, placed, shapes, chip)
     weights, cache = weight_bytes(config, placed), cache_bytes(config, placed, shapes)
     total, room = weights + cache + temporaries, usable(chip)
     roofline = seconds(config, placed, shapes, chip)
@@ -188,24 +188,28 @@ def cache_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes) 
     return 2 * config.n_layers * ITEM * math.prod(mine)
 
 
-def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes) -> int:
-    """Estimate what a prefill on GPUs holds beside weights and cache, where no compiler is asked.
+def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
+                     chip: chips.Chip) -> int:
+    """Estimate what a prefill holds beside weights and cache, where no compiler is asked.
 
-    It is the greater of two: the MLP's two halves, the residual stream, its norm and the product
-    that is added to it; the queries twice and, where cuDNN does not attend, the scores of one chunk
-    of them in float32 with their softmax in bfloat16. `bench/ahead.py` compares it with what XLA
-    takes for an H200.
+    On a GPU it is the greater of two: the MLP's two halves, the residual stream, its norm and the
+    product that is added to it; the queries twice and, where cuDNN does not attend, the scores of
+    one chunk of them in float32 with their softmax in bfloat16. `bench/ahead.py` compares it with
+    what XLA takes for an H200. On a TPU whose compiler is not at hand everything counts at one
+    time, the MLP, the norm and the scores twice in float32.
     """
     split = sharding.ways(mesh, "ff")
     rows = shapes.batch // sharding.ways(mesh, "batch")
     tokens, queries = rows * shapes.width, min(shapes.width, QUERY_CHUNK)
+    scores = rows * config.n_heads // split * queries * shapes.slots
+    if chip.name in chips.TPUS:
+        return tokens * (config.d_model * (2 * ITEM + 4) + 2 * 4 * config.d_ff // split
+                         ) + 2 * 4 * scores
     mlp = tokens * ITEM * (2 * config.d_ff // split + 3 * config.d_model)
     attention = tokens * ITEM * 2 * config.n_heads * config.head_dim // split
     form, _ = attention_implementation(config, "gpu", dtype=jnp.bfloat16, tokens=shapes.width,
                                        fresh=True, capability=8.0, sharded=mesh.size > 1)
-    if form == "xla":
-        attention += (4 + ITEM) * rows * config.n_heads // split * queries * shapes.slots
-    return max(mlp, attention)
+    return max(mlp, attention + (4 + ITEM) * scores * (form == "xla"))
 
 
 def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,

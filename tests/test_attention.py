@@ -127,6 +127,22 @@ def test_a_new_cache_is_the_one_that_was_given_before():
         jp.forward(model.params, model.config, batch, cache=given.cache, new_cache=16)
 
 
+@pytest.mark.parametrize(("slots", "barriers"), [(640, 3), (None, 0)])
+def test_cudnn_s_cache_is_written_layer_by_layer(monkeypatch, slots, barriers):
+    """Each of three layers waits until its own keys and values are written, where they are."""
+    from jaxpersona import model as engine
+
+    monkeypatch.setattr(engine, "choose", lambda *_, **__: "cudnn")
+    monkeypatch.setattr(engine, "flash", lambda q, *_, **__: q)  # cuDNN is not to be had here
+    model = s.tiny_model(dtype=jnp.bfloat16, head_dim=16)
+    text = jax.make_jaxpr(lambda params, batch: jp.forward(
+        params, model.config, batch, new_cache=slots, logits="last"))(
+            model.params, jp.batch(s.prompts([600, 40])))
+    held = [eqn for eqn in text.jaxpr.eqns if eqn.primitive.name == "optimization_barrier"
+            and len(eqn.outvars) == 4]
+    assert len(held) == barriers
+
+
 def test_a_cpu_is_never_changed_and_never_warned(recwarn):
     """On this machine "auto" is the program of "xla", silently; asking for cuDNN says why not."""
     model = s.tiny_model(dtype=jnp.bfloat16, head_dim=16)
