@@ -10,7 +10,6 @@ Nothing is run, so nothing is tuned: on a GPU XLA tries several kernels for each
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import re
@@ -20,18 +19,13 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from common import report
 from jax.experimental import topologies
 from jaxpersona.kernels.attention import attention_implementation
 
 import jaxpersona as jp
 from jaxpersona import hlo, plan
-from jaxpersona.batch import Batch
-from jaxpersona.capture import Capture
-from jaxpersona.decode import Stops, decode, prefill
 from jaxpersona.params import layout
-from jaxpersona.sampling import sampling
 
 H200 = """
 gpu_device_info {
@@ -48,35 +42,6 @@ dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 12 minor: 8 }
 device_description_str: "NVIDIA H200 141GB HBM3e"
 """  # as XLA describes the card to itself
-
-
-def lowered(config: jp.ModelConfig, rows: int, slots: int, layers: range, device: Any,
-            ) -> dict[str, Any]:
-    """Trace both programs, greedy and in bfloat16, for arrays that are nothing but shapes."""
-    placed = jax.sharding.SingleDeviceSharding(device)
-
-    def on(tree: Any, dtype: Any = None) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), dtype or x.dtype,
-                                                           sharding=placed), tree)
-
-    params = jax.tree.map(lambda s: on(jax.ShapeDtypeStruct(s.shape, jnp.bfloat16)),
-                          layout(config))
-    edits = jp.Interventions()
-    if layers:
-        edits = jp.cap(np.ones(config.d_model), layers=layers, floor=0.0)
-    new = max(1, min(plan.NEW_TOKENS, slots // 4))
-    field = (rows, slots - new)
-    kinds = (np.int32, np.int32, np.uint16, np.int32)
-    batch = Batch(*(np.zeros(field, kind) for kind in kinds), row_id=np.zeros((rows,), np.uint32))
-    rest = (Capture(), on(sampling(rows)),
-            on(Stops(ids=np.full((4,), -1, np.int32), think=np.full((2,), -1, np.int32))))
-    begin = functools.partial(prefill, slots=slots, max_new=new, greedy=True)
-    first = (params, config, on(batch), on(edits), *rest, on(np.zeros((rows,), np.int32)))
-    state = on(jax.eval_shape(lambda p, b, e, h, s, n: begin(p, config, b, e, Capture(), h, s, n),
-                              params, on(batch), on(edits), *rest[1:], first[-1]))
-    return {"prefill": prefill.lower(*first, slots=slots, max_new=new, greedy=True),
-            "decode": decode.lower(params, config, state, on(edits), *rest, on(np.int32(new)),
-                                   greedy=True)}
 
 
 def kernels(program: Any) -> Counter[str]:
@@ -101,6 +66,12 @@ def main() -> None:
     start, stop = (int(x) for x in args.layers.split(":"))
     target = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200)
 
+    placed = jax.sharding.SingleDeviceSharding(target.devices[0])
+    params = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16, sharding=placed), layout(config))
+    new = max(1, min(plan.NEW_TOKENS, args.context // 4))
+    shapes = plan.Shapes(args.batch, args.context - new, args.context)
+
     def attends(config: Any, asked: str, **case: Any) -> str:
         return attention_implementation(config, "gpu", capability=9.0, asked=asked, **case)[0]
 
@@ -109,8 +80,9 @@ def main() -> None:
     with mock.patch.object(jax, "default_backend", return_value="gpu"), \
             mock.patch("jaxpersona.model.choose", attends):  # as there, not as on this machine
         for arm, layers in arms.items():
-            programs = lowered(config, args.batch, args.context, layers, target.devices[0])
-            made[arm] = {name: program.compile() for name, program in programs.items()}
+            programs = plan.lowered(params, config, shapes, layers)
+            made[arm] = {name: program.compile() for name, program in zip(
+                ("prefill", "decode"), programs, strict=True)}
     memory = {name: made["uncapped"][name].memory_analysis() for name in ("prefill", "decode")}
     prefilled = memory["prefill"]
     total = (prefilled.argument_size_in_bytes + prefilled.output_size_in_bytes

@@ -29,7 +29,7 @@ from jaxpersona.decode import Stops, decode, prefill
 from jaxpersona.interventions import Interventions, cap
 from jaxpersona.kernels.attention import attention_implementation
 from jaxpersona.nn import QUERY_CHUNK
-from jaxpersona.params import layout
+from jaxpersona.params import Params, layout
 from jaxpersona.sampling import sampling
 
 ITEM = 2  # bytes of a bfloat16
@@ -280,10 +280,16 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
 def _lower(config: ModelConfig, mesh: Mesh, shapes: Shapes,
            cap_layers: tuple[int, ...]) -> tuple[Any, Any]:
     """Trace prefill and decode for parameters that are nothing but shapes on a mesh."""
-    rows, width = shapes.batch, shapes.width
     params = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16, sharding=sharding.weight_sharding(
             s.axes, s.shape, mesh)), layout(config))
+    return lowered(params, config, shapes, cap_layers)
+
+
+def lowered(params: Params, config: ModelConfig, shapes: Shapes,
+            cap_layers: Sequence[int]) -> tuple[Any, Any]:
+    """Trace prefill and decode, greedy, for where these parameters (or their shapes) lie."""
+    rows, width = shapes.batch, shapes.width
     edits = Interventions()
     if cap_layers:
         edits = cap(np.ones(config.d_model), layers=cap_layers, floor=0.0)
