@@ -100,14 +100,13 @@ def write(buffer: jax.Array, values: jax.Array, slots: jax.Array, start: jax.Arr
     """
     values = values.astype(buffer.dtype)
     rows, width, heads, _ = values.shape
-    if width == 1 and rows == 1 and on_cpu(buffer):
-        # a slot a head: XLA turns a scatter of one index (so too of a single head) into an update,
-        # this one into two, and then copies the buffer three times at every step
-        enter = jax.vmap(lambda head, slot, value: head.at[slot].set(value, mode="drop"))
-        return enter(buffer[0], jnp.broadcast_to(slots[0], (heads,)), values[0, 0])[None]
     if width == 1:
-        enter = jax.vmap(lambda row, slot, value: row.at[:, slot].set(value, mode="drop"))
-        return enter(buffer, slots[:, 0], values[:, 0])
+        # a slot for each row and head: with one for all heads of a row, TPUs would turn the buffer
+        # to have a row's heads beside each other before a loop of steps and back after it, and a
+        # CPU would copy that of a single row three times a step
+        enter = jax.vmap(jax.vmap(lambda line, slot, value: line.at[slot].set(value, mode="drop")))
+        slot = place(jnp.broadcast_to(slots, (rows, heads)), KV_AXES[:2], buffer)
+        return enter(buffer, slot, values[:, 0])
     slot = jnp.arange(buffer.shape[2], dtype=jnp.int32)[None]
     source = slot - start[:, None]  # [B, S]: which token of this call belongs in each slot
     inside = (source >= 0) & (source < width)

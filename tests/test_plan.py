@@ -136,6 +136,22 @@ def test_a_machine_may_have_fewer_chips_than_a_host(topology, count):
 
 
 @needs_libtpu
+@pytest.mark.parametrize(("topology", "mesh"), [("v5e:1x1", {"data": 1, "model": 1}),
+                                                ("v5e:2x2", {"data": 2, "model": 2})])
+def test_a_decode_turns_no_cache_over(topology, mesh):
+    """With several key/value heads a chip, a step adds its token to each buffer as it lies."""
+    config, shapes = replace(SMALL, n_layers=2), plan.Shapes(32, 768, 1024)
+    placed = plan._mesh(mesh, chips.tpu_devices(topology), config)
+    found = plan.compile_for(config, placed, shapes, ())["plain"]
+    cache = plan.cache_bytes(config, placed, shapes)
+    written = [op for op in found.operations if op.looped and "scatter" in op.scope]
+    assert sum(op.bytes == cache // 4 for op in written) == 4  # keys and values of two layers
+    assert not [op for op in found.operations
+                if op.kind == "copy" and not op.looped and op.bytes >= cache // 4]
+    assert found.decode_temporaries < cache / 2
+
+
+@needs_libtpu
 def test_libtpu_s_refusal_is_one_line(capsys):
     code, _, said = run(capsys, "--topology", "v5e:3x5")
     assert code == 2 and said.count("\n") == 1 and "libtpu refuses it" in said
