@@ -124,8 +124,8 @@ def peak_flops(dtype: Any, size: int = 2048) -> float:
 
 
 class Peak:
-    """The greatest memory inside a `with` block above that at its beginning: the device's own
-    account where it keeps one, else the process's resident memory (Linux)."""
+    """The greatest memory inside a `with` block above that at its beginning: the devices' own
+    account where they keep one, else the process's resident memory (Linux)."""
 
     def __enter__(self) -> Peak:
         self.start = self.most = self._now()
@@ -143,9 +143,9 @@ class Peak:
         torch = sys.modules.get("torch")
         if torch is not None and torch.cuda.is_available():
             return torch.cuda.memory_allocated()
-        known = jax.local_devices()[0].memory_stats()
-        if known:
-            return known["bytes_in_use"]
+        known = [device.memory_stats() for device in jax.local_devices()]
+        if all(known):
+            return sum(found["bytes_in_use"] for found in known if found)
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096
 

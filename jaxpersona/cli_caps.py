@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from jaxpersona.cli_support import parse_layers, progress
+from jaxpersona.cli_support import progress
 
 
 def open_caps(file: pathlib.Path, given: dict[str, str | None]) -> Any:
@@ -43,7 +43,7 @@ def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None,
     total = model.config.n_layers
     how: dict[str, Any] = {}
     if held.kind == "axis":
-        how = {"layers": parse_layers(layers, total, slice(total // 2, total)),
+        how = {"layers": slice(total // 2, total) if layers is None else layers,
                "floor": held.thresholds(percentile or "p25", of=of or "default")}
     edits = cap(held, **how) if how else held.interventions()
     if check:
@@ -69,7 +69,8 @@ def spec_edits(model: Any, spec: Any, folder: pathlib.Path, check: bool) -> Any:
 
 
 def _test_operator(model: Any, item: dict[str, Any], folder: pathlib.Path, at: str) -> None:
-    """Test a spec's cap where its direction is an axis of the residual stream."""
+    """Test a spec's cap where its direction is an axis; say so where it is one that no test reads.
+    """
     from jaxpersona.ckpts.vectors import load_vector
     from jaxpersona.interventions import resolve_layers
     from jaxpersona.vectors import Axis
@@ -77,11 +78,13 @@ def _test_operator(model: Any, item: dict[str, Any], folder: pathlib.Path, at: s
     if not isinstance(item["vector"], str):
         return
     axis, layers, floor = load_vector(folder / item["vector"]), item["layers"], item.get("floor")
-    if not isinstance(axis, Axis) or axis.site != "residual":
+    if not isinstance(axis, Axis):
         return
-    total = model.config.n_layers
-    chosen = (parse_layers(layers, total, slice(total)) if isinstance(layers, str)
-              else resolve_layers(layers, total))
+    if axis.site != "residual":
+        _say(f"{at}not tested, because the self-test reads the residual stream and this axis is of "
+             f"{axis.site}")
+        return
+    chosen = resolve_layers(layers, model.config.n_layers)
     if isinstance(floor, str):
         floor = axis.thresholds(floor, of=item["of"])
     if floor is None:  # a ceiling alone: the axis's own thresholds are no part of it
@@ -95,8 +98,6 @@ def _test(model: Any, held: Any, at: str = "", **how: Any) -> None:
     Raises:
       ValueError: it speaks against the cap, or cannot be run.
     """
-    from rich.console import Console
-
     from jaxpersona.persona.check import check
 
     with progress() as report:
@@ -110,5 +111,11 @@ def _test(model: Any, held: Any, at: str = "", **how: Any) -> None:
     if not found.ok:
         raise ValueError(f"{at}the self-test speaks against this cap: "
                          f"{'; '.join(found.faults)} (--no-check skips the test)")
-    Console(stderr=True).print(f"check: {at}{'; '.join(found.sentences)}", markup=False,
-                               highlight=False, soft_wrap=True)
+    _say(f"{at}{'; '.join(found.sentences)}")
+
+
+def _say(what: str) -> None:
+    """Print a line of the self-test."""
+    from rich.console import Console
+
+    Console(stderr=True).print(f"check: {what}", markup=False, highlight=False, soft_wrap=True)

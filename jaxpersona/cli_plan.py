@@ -24,12 +24,12 @@ def plan(
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # before libtpu looks for a TPU of this machine
-    from jaxpersona.cli_support import parse_layers
+    from jaxpersona.interventions import resolve_layers
     from jaxpersona.plan import plan as make
     from jaxpersona.sharding import parse_mesh
 
     config = read_shape(model)
-    layers = () if cap is None else parse_layers(cap, config.n_layers, slice(0))
+    layers = () if cap is None else resolve_layers(cap, config.n_layers)
     found = make(config, topology, name=model, batch=batch, context=context, cap_layers=layers,
                  mesh=None if mesh is None else parse_mesh(mesh))
     typer.echo(json.dumps(found) if as_json else "\n".join(card(found)))

@@ -64,27 +64,6 @@ def progress() -> Iterator[Callable[[str, int, int, int], None]]:
         yield report
 
 
-def parse_layers(text: str | None, total: int, default: slice) -> Any:
-    """Read "46:54", "16" or "3,5" against a model of `total` layers.
-
-    Raises:
-      ValueError: not of that form, or beyond the model.
-    """
-    from jaxpersona.interventions import resolve_layers
-
-    if text is None:
-        return resolve_layers(default, total)
-    try:
-        if ":" in text:
-            start, stop = text.split(":")
-            chosen: Any = slice(int(start) if start else None, int(stop) if stop else None)
-        else:
-            chosen = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"layers is {text!r}; write 46:54 (half-open), 16 or 3,5") from None
-    return resolve_layers(chosen, total)
-
-
 def extract(*, model: str, out: pathlib.Path, roles: str | None, questions: str | None,
             limit: int | None, limit_questions: int | None, judge: str | None, samples: int,
             max_new_tokens: int | None, temperature: float, top_p: float, batch_size: int,
@@ -198,11 +177,9 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
     if compare and held is None and vector is None and spec is None:
         raise ValueError("--compare needs something to compare: give --cap, --steer or --spec")
     loaded = open_model(model, dtype)
-    total = loaded.config.n_layers
+    at = loaded.config.n_layers // 2 if steer_layers is None else steer_layers
     edits = chain(
-        None if vector is None else steer(
-            vector, layers=parse_layers(steer_layers, total, slice(total // 2, total // 2 + 1)),
-            scale=scale),
+        None if vector is None else steer(vector, layers=at, scale=scale),
         None if held is None else caps.cap_edits(loaded, held, cap_layers, percentile, of, check),
         None if spec is None or spec_file is None else caps.spec_edits(
             loaded, spec, spec_file.parent, check),

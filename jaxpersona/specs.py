@@ -81,7 +81,7 @@ def _operator(item: Any, at: str, model: Model, folder: pathlib.Path) -> Interve
 
 
 def _build(item: Any, model: Model, folder: pathlib.Path) -> Interventions:
-    how: dict[str, Any] = {"layers": _layers(item.layers, model.config.n_layers),
+    how: dict[str, Any] = {"layers": ops.resolve_layers(item.layers, model.config.n_layers),
                            "where": item.where.build(item.first_token), "site": item.site}
 
     def read(value: Any) -> Any:
@@ -114,7 +114,9 @@ def _build(item: Any, model: Model, folder: pathlib.Path) -> Interventions:
 
 
 def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture:
-    layers = None if item.layers is None else _layers(item.layers, model.config.n_layers)
+    layers = item.layers
+    if layers is not None:
+        layers = ops.resolve_layers(layers, model.config.n_layers)
     how: dict[str, Any] = {"layers": layers, "site": item.site, "name": item.name or item.reading}
     if item.where is not None or not item.first_token:
         usual = "response" if item.reading in ("mean", "moments", "histogram") else "everywhere"
@@ -134,13 +136,6 @@ def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture
     elif not all(isinstance(one, Vector) for one in value):
         raise ValueError("directions mixes files and numbers; give one kind")
     return make(value, *([item.edges] if item.reading == "histogram" else []), **how)
-
-
-def _layers(value: int | str | list[int], total: int) -> tuple[int, ...]:
-    if isinstance(value, str):
-        start, stop = (int(p) if p.strip() else None for p in value.split(":"))
-        return ops.resolve_layers(slice(start, stop), total)
-    return ops.resolve_layers(value, total)
 
 
 def _gate_place(gate: forms.GateSpec) -> Where | None:

@@ -139,7 +139,8 @@ def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
 def test_the_caps_of_a_spec_are_tested_too(mini, axis, tmp_path, capsys):
     """Each cap on an axis, at its own layers and floor; other operators and --no-check run none."""
     for name, value in (("good", axis), ("bad", dataclasses.replace(axis, values=-axis.values)),
-                        ("plain", Vector(axis.values))):
+                        ("plain", Vector(axis.values)),
+                        ("inner", dataclasses.replace(axis, site="mlp"))):
         save_vector(tmp_path / f"{name}.safetensors", value)
     cap = {"operator": "cap", "vector": "good.safetensors", "layers": "4:", "floor": "p25",
            "of": "default"}
@@ -170,6 +171,9 @@ def test_the_caps_of_a_spec_are_tested_too(mini, axis, tmp_path, capsys):
     assert code == 0 and "check" not in said and "tokens seen" in said
     code, said = command([flat])
     assert code == 0 and "check" not in said and "tokens seen" in said
+    code, said = command([flat, {**unbound, "vector": "inner.safetensors", "site": "mlp",
+                                 "floor": 1.0}])
+    assert code == 0 and "check: interventions[1]: not tested" in said and "is of mlp" in said
 
 
 def test_a_capping_file_holds_the_model_as_the_axis_does(mini, axis, tmp_path, capsys):

@@ -88,12 +88,27 @@ REFUSED = {
     "vector 'x' holds a value": lambda: Vector(NAN[None], name="x"),
 }
 REFUSED["cap needs a floor, a ceiling or both"] = REFUSED.pop("neither a floor")
+REFUSED |= {f"layers is {text!r}; write 46:54": lambda text=text: steer(AXIS, layers=text)
+            for text in ("", ":a", "1:2:3", "1-3", "1,", "1.0")}
+REFUSED |= {
+    "layers is \\[4\\], out of range": lambda: steer(AXIS, layers="4"),
+    "start and stop": lambda: steer(V, layers="2:"),
+    "layers 2:5 reach beyond": lambda: steer(AXIS, layers="2:5"),
+}
 
 
 @pytest.mark.parametrize("message", REFUSED)
 def test_refused(message):
     with pytest.raises(ValueError, match=message):
         REFUSED[message]()
+
+
+@pytest.mark.parametrize(("text", "layers"), [
+    ("1:3", (1, 2)), (":2", (0, 1)), ("2:", (2, 3)), (":", (0, 1, 2, 3)), ("3", (3,)),
+    ("0, 2,3", (0, 2, 3)), ("1 : 3", (1, 2))])
+def test_layers_as_text(text, layers):
+    """What a command or a file says means the same from Python."""
+    assert steer(AXIS, layers=text).edits[0].layers == layers
 
 
 def test_another_site_is_refused_by_check():

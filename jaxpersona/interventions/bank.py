@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxpersona.interventions.table import SITES, Site, traced
 
-Layers = int | slice | Sequence[int]
+Layers = int | slice | Sequence[int] | str
 _GREATEST = float(np.finfo(np.float32).max)
 _OPEN = {"floor": np.inf, "above": np.inf, "ceiling": -np.inf, "below": -np.inf}  # no bound at all
 
@@ -163,10 +163,15 @@ def check_finite(name: str, value: np.ndarray) -> None:
 def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
     """Return the chosen layers as a tuple from low to high; a slice is half-open, as in Python.
 
+    Text says the same as numbers do: "46:54" a slice, "16" and "3,5" single layers.
+
     Raises:
       ValueError: none, a negative one, one beyond `total`, a repeated one, another
-        order than from low to high, or an open slice where the number of layers is not known.
+        order than from low to high, an open slice where the number of layers is not known, or text
+        of another form.
     """
+    if isinstance(layers, str):
+        layers = _parse(layers)
     if isinstance(layers, slice):
         if total is None and (layers.stop is None or layers.stop < 0 or (layers.start or 0) < 0):
             raise ValueError(f"layers is {layers}; without a named axis give its start and stop")
@@ -175,7 +180,7 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         end: int = total if total is not None else layers.stop  # pyright: ignore
         chosen = tuple(range(*layers.indices(end)))
     else:
-        several = isinstance(layers, (Sequence, np.ndarray, range)) and not isinstance(layers, str)
+        several = isinstance(layers, (Sequence, np.ndarray))
         items: list[Any] = list(layers) if several else [layers]  # pyright: ignore
         if any(isinstance(i, bool) or not isinstance(i, (int, np.integer)) for i in items):
             raise ValueError(f"layers is {layers!r}; it must be an int, a slice or several ints")
@@ -191,3 +196,14 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         beyond = "" if total is None else f"; they are 0…{total - 1}"
         raise ValueError(f"layers is {layers!r}, out of range{beyond}")
     return chosen
+
+
+def _parse(text: str) -> slice | list[int]:
+    """Read layers as text."""
+    try:
+        if ":" not in text:
+            return [int(part) for part in text.split(",")]
+        start, stop = (int(part) if part.strip() else None for part in text.split(":"))
+    except ValueError:
+        raise ValueError(f"layers is {text!r}; write 46:54 (half-open), 16 or 3,5") from None
+    return slice(start, stop)
