@@ -36,7 +36,7 @@ ITEM = 2  # bytes of a bfloat16
 FRACTIONS = (1.0, 0.6, 0.3)  # of the roofline, for the hours of a run
 ROLLOUTS = 331_200  # of an axis as published (Lu et al. 2026): 276 roles of 1,200
 NEW_TOKENS = 512  # the longest reply there
-DEPTHS = (4, 8)  # layers of the prefills that are compiled
+DEPTHS = (8, 12)  # layers of the prefills that are compiled: below 8 temporaries grow unevenly
 _WIDEST = 16  # ways of model parallelism that are chosen unasked
 
 
