@@ -38,17 +38,17 @@ def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None,
     Raises:
       ValueError: the self-test speaks against them.
     """
-    from jaxpersona.interventions import cap
+    from jaxpersona.interventions import cap, resolve_layers
 
     total = model.config.n_layers
     how: dict[str, Any] = {}
     if held.kind == "axis":
-        how = {"layers": slice(total // 2, total) if layers is None else layers,
+        wanted = slice(total // 2, total) if layers is None else layers
+        how = {"layers": resolve_layers(wanted, total),
                "floor": held.thresholds(percentile or "p25", of=of or "default")}
-    edits = cap(held, **how) if how else held.interventions()
     if check:
         _test(model, held, **how)
-    return edits
+    return cap(held, **how) if how else held.interventions()
 
 
 def spec_edits(model: Any, spec: Any, folder: pathlib.Path, check: bool) -> Any:

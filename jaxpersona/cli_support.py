@@ -160,7 +160,8 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
     from jaxpersona import cli_caps as caps
     from jaxpersona.ckpts.vectors import load_vector
     from jaxpersona.generate import generate
-    from jaxpersona.interventions import chain, steer
+    from jaxpersona.interventions import chain, resolve_layers, steer
+    from jaxpersona.persona.check import fit_shape
     from jaxpersona.sampling import sampling
 
     sampling(1, temperature=settings["temperature"], top_p=settings["top_p"],
@@ -177,7 +178,10 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
     if compare and held is None and vector is None and spec is None:
         raise ValueError("--compare needs something to compare: give --cap, --steer or --spec")
     loaded = open_model(model, dtype)
-    at = loaded.config.n_layers // 2 if steer_layers is None else steer_layers
+    total = loaded.config.n_layers
+    if vector is not None:
+        fit_shape(loaded.config, loaded.name, vector)
+    at = total // 2 if steer_layers is None else resolve_layers(steer_layers, total)
     edits = chain(
         None if vector is None else steer(vector, layers=at, scale=scale),
         None if held is None else caps.cap_edits(loaded, held, cap_layers, percentile, of, check),

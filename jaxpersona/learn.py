@@ -49,7 +49,7 @@ class Direction(nnx.Module):
 
         Args:
           width: the model's D.
-          layers: an int, a slice with a stop, or several ints.
+          layers: an int, a slice with a stop, several ints, or text such as "46:54".
           size: the length of each layer's first vector; not 0, where a length has no gradient.
 
         Raises:

@@ -73,6 +73,17 @@ class TokenState:
 
 
 @flax.struct.dataclass
+class ProjectionState(TokenState):
+    """As `TokenState`, of K directions; [L, B, K, S], since a TPU fills a short last axis up."""
+
+    @property
+    def value(self) -> Any:
+        """[B, L, S, K]: entry s is the token in slot s of the cache."""
+        xp = np if isinstance(self.values, np.ndarray) else jnp
+        return xp.transpose(self.values, (1, 0, 3, 2))
+
+
+@flax.struct.dataclass
 class Moments:
     """The number, mean and variance of a row's projections.
 
@@ -198,9 +209,9 @@ class Projections:
     site: Site = flax.struct.field(pytree_node=False, default="residual")
 
     def start(self, layers: int, rows: int, slots: int, width: int) -> Any:
-        """Return the table before any token: NaN [L, B, S, K]."""
+        """Return the table before any token: NaN [L, B, K, S]."""
         count = self.directions.shape[1]
-        return TokenState(jnp.full((layers, rows, slots, count), jnp.nan, F32))
+        return ProjectionState(jnp.full((layers, rows, count, slots), jnp.nan, F32))
 
     def weights(self, batch: Batch) -> jax.Array:
         """[B, T] bool."""
@@ -218,7 +229,7 @@ class Projections:
     def add(self, state: Any, parts: Any, weights: jax.Array, batch: Batch,
             slots: jax.Array) -> Any:
         """Write one call's values into the slots of its tokens."""
-        return TokenState(write_slots(state.values, parts, slots))
+        return ProjectionState(write_slots(state.values, jnp.moveaxis(parts, 3, 2), slots, axis=3))
 
 
 @flax.struct.dataclass
@@ -329,14 +340,23 @@ class Full:
         return TokenState(write_slots(state.values, parts, slots))
 
 
-def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
-    """Write values [L, B, T, …] into a buffer [L, B, S, …] at slots [B, T]; beyond S is dropped."""
+def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
+                axis: int = 2) -> jax.Array:
+    """Write values [L, B, …, T, …] into a buffer [L, B, …, S, …] at slots [B, T], S being its
+    `axis`; beyond S is dropped.
 
-    def row(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
-        return buffer.at[slots].set(values, mode="drop")
+    Every line of the buffer has slots of its own, as in `cache.write`, and lines are mapped in the
+    order in which they lie: else a step on a CPU, or a loop of them on a TPU, turns it all over.
+    """
+    lines = jnp.expand_dims(slots, (0, *range(2, axis)))
+    index = jnp.broadcast_to(lines, (*buffer.shape[:axis], slots.shape[1]))
 
-    # layers outermost, as the buffer lies: rows first, and each step of a loop turned it over twice
-    return jax.vmap(jax.vmap(row), (0, 0, None))(buffer, values, slots)
+    def enter(line: jax.Array, slots: jax.Array, values: jax.Array) -> jax.Array:
+        return line.at[slots].set(values, mode="drop")
+
+    for _ in range(axis):
+        enter = jax.vmap(enter)
+    return enter(buffer, spread_rows(index, 1, buffer), values)
 
 
 def spread_states(states: dict[str, Any], like: jax.Array) -> dict[str, Any]:

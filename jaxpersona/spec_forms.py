@@ -5,6 +5,7 @@ A form is read whole and every fault in it is named at once, before any vector f
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import reprlib
@@ -15,6 +16,7 @@ import pydantic
 from pydantic import Field, FiniteFloat, NonNegativeInt
 
 from jaxpersona.interventions import Site, Where
+from jaxpersona.interventions.bank import parse_layers
 from jaxpersona.interventions.where import NAMED
 
 
@@ -46,11 +48,11 @@ def _direction_form(value: Any) -> Any:
 
 
 def _layers_form(value: Any) -> Any:
-    """Read a layer, a list of them, or a half-open range as text."""
+    """Read a layer, a list of them, or either as text; return it as it came."""
     whole = [value] if not isinstance(value, list) else value
     if isinstance(value, str):
-        parts = value.split(":")
-        if len(parts) == 2 and all(p.strip().isdecimal() or not p for p in parts):
+        with contextlib.suppress(ValueError):
+            parse_layers(value)
             return value
     elif whole and all(isinstance(x, int) and not isinstance(x, bool) for x in whole):
         return value

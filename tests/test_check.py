@@ -136,6 +136,29 @@ def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
     assert "--of needs --cap" in capsys.readouterr().err
 
 
+def test_layers_are_the_model_s_and_a_vector_of_another_is_refused(mini, axis, tmp_path, capsys):
+    """Not the vector's: the last two of a shorter one would be two in the middle of the model."""
+    floors = {"default": {"p25": np.zeros(6, np.float32)}}
+    for name, value in (("fits", Vector(axis.values)), ("short", Vector(axis.values[:6])),
+                        ("axis", jp.Axis(axis.values[:6], percentiles=floors))):
+        save_vector(tmp_path / f"{name}.safetensors", value)
+
+    def command(option, name, *more):
+        code = s.run_command(["generate", "hi", option, str(tmp_path / f"{name}.safetensors"),
+                              "--max-new-tokens", "4", *more])
+        return code, " ".join(capsys.readouterr().err.split())
+
+    code, said = command("--steer", "fits", "--steer-layers", "-2:")
+    assert code == 0 and "over 2 layers" in said
+    for option, name in (("--steer", "short"), ("--cap", "axis")):
+        code, said = command(option, name)
+        assert code == 2 and "is for 6 layers" in said and "made for another model" in said
+    code, said = command("--steer", "fits", "--steer-layers", "9")
+    assert code == 2 and "layers is '9', out of range; they are 0…7" in said
+    code, said = command("--cap", "axis", "--cap-layers", "-2:", "--no-check")
+    assert code == 2 and "error: " in said
+
+
 def test_the_caps_of_a_spec_are_tested_too(mini, axis, tmp_path, capsys):
     """Each cap on an axis, at its own layers and floor; other operators and --no-check run none."""
     for name, value in (("good", axis), ("bad", dataclasses.replace(axis, values=-axis.values)),

@@ -91,8 +91,11 @@ REFUSED["cap needs a floor, a ceiling or both"] = REFUSED.pop("neither a floor")
 REFUSED |= {f"layers is {text!r}; write 46:54": lambda text=text: steer(AXIS, layers=text)
             for text in ("", ":a", "1:2:3", "1-3", "1,", "1.0")}
 REFUSED |= {
-    "layers is \\[4\\], out of range": lambda: steer(AXIS, layers="4"),
-    "start and stop": lambda: steer(V, layers="2:"),
+    "layers is '4', out of range": lambda: steer(AXIS, layers="4"),
+    "layers is '2:'; without a named axis": lambda: steer(V, layers="2:"),
+    "layers is '3:3', which chooses none": lambda: steer(V, layers="3:3"),
+    "a slice of layers is of ints": lambda: steer(AXIS, layers=slice(1.0, 3.0)),
+    "layers is array\\(2\\.\\); it must be an int": lambda: steer(AXIS, layers=np.array(2.0)),
     "layers 2:5 reach beyond": lambda: steer(AXIS, layers="2:5"),
 }
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 
+import numpy as np
 import pytest
 import support as s
 
-from jaxpersona import chips, plan, sharding
+from jaxpersona import capture, chips, plan, sharding
 from jaxpersona.config import replace
 from jaxpersona.params import init_params
 from jaxpersona.presets import preset
@@ -138,10 +139,16 @@ def test_a_machine_may_have_fewer_chips_than_a_host(topology, count):
 @needs_libtpu
 @pytest.mark.parametrize(("topology", "mesh"), [("v5e:1x1", {"data": 1, "model": 1}),
                                                 ("v5e:2x2", {"data": 2, "model": 2})])
-def test_a_decode_turns_no_cache_over(topology, mesh):
-    """With several key/value heads a chip, a step adds its token to each buffer as it lies."""
+@pytest.mark.parametrize("reads", (False, True))
+def test_a_decode_turns_no_buffer_over(topology, mesh, reads, monkeypatch):
+    """With several key/value heads a chip, a step adds its token to each buffer as it lies; so too
+    to those of a reading a token, of which `full` is as large as the cache here."""
     config, shapes = replace(SMALL, n_layers=2), plan.Shapes(32, 768, 1024)
     placed = plan._mesh(mesh, chips.tpu_devices(topology), config)
+    if reads:
+        directions = np.random.default_rng(0).normal(size=(3, config.d_model))
+        readings = capture.full() | capture.projections(directions) | capture.norms()
+        monkeypatch.setattr(plan, "Capture", lambda: readings)
     found = plan.compile_for(config, placed, shapes, ())["plain"]
     cache = plan.cache_bytes(config, placed, shapes)
     written = [op for op in found.operations if op.looped and "scatter" in op.scope]

@@ -170,20 +170,22 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         order than from low to high, an open slice where the number of layers is not known, or text
         of another form.
     """
-    if isinstance(layers, str):
-        layers = _parse(layers)
-    if isinstance(layers, slice):
-        if total is None and (layers.stop is None or layers.stop < 0 or (layers.start or 0) < 0):
-            raise ValueError(f"layers is {layers}; without a named axis give its start and stop")
-        if total is not None and layers.stop is not None and layers.stop > total:
-            raise ValueError(f"layers {layers.start}:{layers.stop} reach beyond 0…{total - 1}")
-        end: int = total if total is not None else layers.stop  # pyright: ignore
-        chosen = tuple(range(*layers.indices(end)))
+    wanted: Any = parse_layers(layers) if isinstance(layers, str) else layers
+    if isinstance(wanted, slice):
+        start, stop = wanted.start, wanted.stop
+        if not all(x is None or _whole(x) for x in (start, stop, wanted.step)):
+            raise ValueError(f"layers is {layers!r}; a slice of layers is of ints")
+        if total is None and (stop is None or stop < 0 or (start or 0) < 0):
+            raise ValueError(f"layers is {layers!r}; without a named axis give its start and stop")
+        if total is not None and stop is not None and stop > total:
+            raise ValueError(f"layers {start}:{stop} reach beyond 0…{total - 1}")
+        chosen = tuple(range(*wanted.indices(stop if total is None else total)))
     else:
-        several = isinstance(layers, (Sequence, np.ndarray))
-        items: list[Any] = list(layers) if several else [layers]  # pyright: ignore
-        if any(isinstance(i, bool) or not isinstance(i, (int, np.integer)) for i in items):
-            raise ValueError(f"layers is {layers!r}; it must be an int, a slice or several ints")
+        several = isinstance(wanted, Sequence) or getattr(wanted, "ndim", 0) > 0
+        items = list(wanted) if several else [wanted]
+        if not all(map(_whole, items)):
+            raise ValueError(f"layers is {layers!r}; it must be an int, a slice, several ints or "
+                             "text such as 46:54")
         chosen = tuple(int(i) for i in items)
     if not chosen:
         raise ValueError(f"layers is {layers!r}, which chooses none")
@@ -198,12 +200,20 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
     return chosen
 
 
-def _parse(text: str) -> slice | list[int]:
-    """Read layers as text."""
+def _whole(value: Any) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def parse_layers(text: str) -> slice | list[int]:
+    """Read layers as text, "46:54" (half-open), "16" or "3,5".
+
+    Raises:
+      ValueError: text of another form.
+    """
     try:
         if ":" not in text:
             return [int(part) for part in text.split(",")]
         start, stop = (int(part) if part.strip() else None for part in text.split(":"))
     except ValueError:
-        raise ValueError(f"layers is {text!r}; write 46:54 (half-open), 16 or 3,5") from None
+        raise ValueError(f"layers is {text[:80]!r}; write 46:54 (half-open), 16 or 3,5") from None
     return slice(start, stop)

@@ -52,7 +52,7 @@ def steer(
 
     Args:
       vector: a direction or a bank of them (see `bank`).
-      layers: zero-based; an int, a half-open slice, or several ints.
+      layers: zero-based; an int, a half-open slice, several ints, or text such as "46:54".
       scale: multiples of v.
       where: which tokens.
       rows: the bank's entry for each row, −1 for none.
