@@ -15,7 +15,7 @@ from jaxpersona.capture import Capture, chosen_layers
 from jaxpersona.config import ModelConfig
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.table import Site
-from jaxpersona.sharding import mesh_of, spread_rows
+from jaxpersona.sharding import spread_rows
 
 _BITS = 32
 Gates = dict[str, Any]  # a gate's state by its table's number
@@ -71,9 +71,8 @@ class Trace:
 
     def visit(self, site: Site, layer: int, h: jax.Array) -> jax.Array:
         """Edit, then measure and read, the activation [B, T, D] at one site."""
-        tables = list(self.edits.at(site, layer))
-        h = before = _settled(h) if tables else h
-        for number, edit in tables:
+        before = h
+        for number, edit in self.edits.at(site, layer):
             with jax.named_scope("intervention"):
                 active = self.active[number]
                 if edit.gate is not None:
@@ -81,7 +80,6 @@ class Trace:
                 h, changed = edit.apply(layer, h, active, before)
                 h = nn.round_residual(h)
                 self.changed[number].append(changed)
-        h = _settled(h) if tables else h
         for number, gate in self.edits.gates_at(site, layer):
             with jax.named_scope("intervention"):
                 self.opened[number], self.gates[str(number)] = gate.measure(
@@ -140,13 +138,3 @@ def _counts(changed: list[jax.Array]) -> jax.Array:
         places = jnp.arange(len(some), dtype=jnp.uint32)[:, None]
         parts.append((words.T >> places & 1).astype(jnp.int32))
     return jnp.concatenate(parts)
-
-
-def _settled(h: jax.Array) -> jax.Array:
-    """Let a prompt's activation on a mesh stand by itself before and after its edits.
-
-    Fused with its neighbours XLA held it once more for TPUs, a sixth of a prefill's temporaries. A
-    decode step's is small, and is better fused.
-    """
-    alone = h.shape[1] > 1 and mesh_of(h) is not None
-    return jax.lax.optimization_barrier(h) if alone else h
