@@ -69,8 +69,7 @@ def main() -> None:
     placed = jax.sharding.SingleDeviceSharding(target.devices[0])
     params = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16, sharding=placed), layout(config))
-    new = max(1, min(plan.NEW_TOKENS, args.context // 4))
-    shapes = plan.Shapes(args.batch, args.context - new, args.context)
+    shapes = plan.Shapes.of(args.batch, args.context)
 
     def attends(config: Any, asked: str, **case: Any) -> str:
         return attention_implementation(config, "gpu", capability=9.0, asked=asked, **case)[0]

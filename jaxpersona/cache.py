@@ -85,32 +85,53 @@ def assign_slots(cache: Cache | None, batch: Batch) -> jax.Array:
 
 def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
     """Enter the positions of a batch's tokens; keys and values follow layer by layer."""
-    enter = jax.vmap(lambda row, slots, values: row.at[slots].set(values, mode="drop"))
     return cache.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        position=enter(cache.position, slots, batch.position),
+        position=set_lines(cache.position, slots, batch.position, lines=1),
         next=cache.next + batch.length,
     )
 
 
-def write(buffer: jax.Array, values: jax.Array, slots: jax.Array, start: jax.Array) -> jax.Array:
-    """Write [B, T, K, H] into the slots of a [B, K, S, H] buffer.
+def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
+    """Write [B, T, K, H] into the slots [B, T] of a [B, K, S, H] buffer.
 
-    One token a row is scattered in place. Many are gathered instead, every slot asking which token
-    is its own, because a scatter runs token by token on some back ends.
+    One token a row is set in place, many are gathered (`by_slot`).
     """
     values = values.astype(buffer.dtype)
-    rows, width, heads, _ = values.shape
-    if width == 1:
-        # a slot for each row and head: with one for all heads of a row, TPUs would turn the buffer
-        # to have a row's heads beside each other before a loop of steps and back after it, and a
-        # CPU would copy that of a single row three times a step
-        enter = jax.vmap(jax.vmap(lambda line, slot, value: line.at[slot].set(value, mode="drop")))
-        slot = place(jnp.broadcast_to(slots, (rows, heads)), KV_AXES[:2], buffer)
-        return enter(buffer, slot, values[:, 0])
-    slot = jnp.arange(buffer.shape[2], dtype=jnp.int32)[None]
-    source = slot - start[:, None]  # [B, S]: which token of this call belongs in each slot
-    inside = (source >= 0) & (source < width)
+    if values.shape[1] == 1:
+        slot = place(jnp.broadcast_to(slots, buffer.shape[:2]), KV_AXES[:2], buffer)
+        return set_lines(buffer, slot, values[:, 0], lines=2)
+    moved, taken = by_slot(values, slots, buffer.shape[2])
+    return jnp.where(taken[:, None, :, None], jnp.moveaxis(moved, 1, 2), buffer)
+
+
+def set_lines(buffer: jax.Array, slots: jax.Array, values: jax.Array, lines: int) -> jax.Array:
+    """Set values in the slots of a buffer, whose axis S comes after `lines` others; beyond S they
+    are dropped.
+
+    Every line has slots of its own. With one index for all heads of a row TPUs would turn the
+    buffer to have a row's heads beside each other before a loop of steps and back after it, and a
+    CPU would copy that of a single row three times a step.
+    """
+    def enter(line: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
+        return line.at[slot].set(value, mode="drop")
+
+    for _ in range(lines):
+        enter = jax.vmap(enter)
+    return enter(buffer, slots, values)
+
+
+def by_slot(values: jax.Array, slots: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Bring values [B, T, …] of tokens in slots [B, T] into the order of `count` slots.
+
+    Every slot asks which token is its own, because setting many runs token by token on some back
+    ends. A row's valid tokens come first and lie in slots that follow each other.
+
+    Returns:
+      moved: [B, S, …], of any token where there is none of that slot.
+      taken: [B, S] bool, where there is one.
+    """
+    slot = jnp.arange(count, dtype=jnp.int32)[None]
+    source = slot - slots[:, :1]
+    inside = (source >= 0) & (source < slots.shape[1])
     source = jnp.where(inside, source, 0)
-    taken = of_each(slots, source) == slot
-    moved = of_each(values, source)
-    return jnp.where((inside & taken)[:, None, :, None], jnp.moveaxis(moved, 1, 2), buffer)
+    return of_each(values, source), inside & (of_each(slots, source) == slot)

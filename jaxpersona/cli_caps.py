@@ -36,10 +36,12 @@ def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None,
     """Make the interventions of `--cap`, after a self-test unless that is declined.
 
     Raises:
-      ValueError: the self-test speaks against them.
+      ValueError: they are for a model of another shape, or the self-test speaks against them.
     """
     from jaxpersona.interventions import cap, resolve_layers
+    from jaxpersona.persona.check import fit_shape
 
+    fit_shape(model.config, model.name, held)  # untested caps too are of a model of this shape
     total = model.config.n_layers
     how: dict[str, Any] = {}
     if held.kind == "axis":
@@ -72,24 +74,22 @@ def _test_operator(model: Any, item: dict[str, Any], folder: pathlib.Path, at: s
     """Test a spec's cap where its direction is an axis; say so where it is one that no test reads.
     """
     from jaxpersona.ckpts.vectors import load_vector
-    from jaxpersona.interventions import resolve_layers
     from jaxpersona.vectors import Axis
 
     if not isinstance(item["vector"], str):
         return
-    axis, layers, floor = load_vector(folder / item["vector"]), item["layers"], item.get("floor")
+    axis, floor = load_vector(folder / item["vector"]), item.get("floor")
     if not isinstance(axis, Axis):
         return
     if axis.site != "residual":
         _say(f"{at}not tested, because the self-test reads the residual stream and this axis is of "
              f"{axis.site}")
         return
-    chosen = resolve_layers(layers, model.config.n_layers)
     if isinstance(floor, str):
         floor = axis.thresholds(floor, of=item["of"])
     if floor is None:  # a ceiling alone: the axis's own thresholds are no part of it
         axis = dataclasses.replace(axis, percentiles={})
-    _test(model, axis, at, layers=chosen, floor=floor)
+    _test(model, axis, at, layers=item["layers"], floor=floor)
 
 
 def _test(model: Any, held: Any, at: str = "", **how: Any) -> None:

@@ -129,8 +129,8 @@ def forward(
             if cache is None:
                 k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
             else:
-                k = write(cache.k[i], _kept(k, cache.k[i]), slots, start)
-                v = write(cache.v[i], _kept(v, cache.v[i]), slots, start)
+                k = write(cache.k[i], _kept(k, cache.k[i]), slots)
+                v = write(cache.v[i], _kept(v, cache.v[i]), slots)
                 if chosen == "cudnn":
                     # written before the layer goes on: cuDNN does not read the cache, and XLA would
                     # hold every layer's own keys and values to write them all at the end

@@ -48,6 +48,11 @@ class Shapes:
     width: int
     slots: int
 
+    @classmethod
+    def of(cls, batch: int, context: int) -> Shapes:
+        """Keep a quarter of the context, at most `NEW_TOKENS`, for the reply."""
+        return cls(batch, context - max(1, min(NEW_TOKENS, context // 4)), context)
+
     @property
     def new(self) -> int:
         """The most tokens of a reply."""
@@ -104,7 +109,7 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
     if context > config.max_context:
         raise ValueError(f"context is {context}; the model was made for {config.max_context}")
     sizes = choose_mesh(config, count) if mesh is None else _checked(mesh, count)
-    shapes = Shapes(batch, context - max(1, min(NEW_TOKENS, context // 4)), context)
+    shapes = Shapes.of(batch, context)
     devices = chips.tpu_devices(topology) if chip.name in chips.TPUS else None
     if devices is not None and len(devices) != count:
         raise ValueError(f"topology {topology!r} has {len(devices)} devices for {count} chips; "

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.batch import Batch
+from jaxpersona.cache import by_slot, set_lines
 from jaxpersona.interventions.table import Site
 from jaxpersona.interventions.where import holds
 from jaxpersona.sharding import spread_rows
@@ -229,7 +230,7 @@ class Projections:
     def add(self, state: Any, parts: Any, weights: jax.Array, batch: Batch,
             slots: jax.Array) -> Any:
         """Write one call's values into the slots of its tokens."""
-        return ProjectionState(write_slots(state.values, jnp.moveaxis(parts, 3, 2), slots, axis=3))
+        return ProjectionState(write_slots(state.values, parts, slots, axis=3))
 
 
 @flax.struct.dataclass
@@ -342,21 +343,20 @@ class Full:
 
 def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
                 axis: int = 2) -> jax.Array:
-    """Write values [L, B, …, T, …] into a buffer [L, B, …, S, …] at slots [B, T], S being its
-    `axis`; beyond S is dropped.
+    """Write values of tokens [L, B, T, …] in slots [B, T] into a buffer [L, B, …], whose S is
+    `axis`.
 
-    Every line of the buffer has slots of its own, as in `cache.write`, and lines are mapped in the
-    order in which they lie: else a step on a CPU, or a loop of them on a TPU, turns it all over.
+    As in a cache, one token a row is set in place, many are gathered.
     """
-    lines = jnp.expand_dims(slots, (0, *range(2, axis)))
-    index = jnp.broadcast_to(lines, (*buffer.shape[:axis], slots.shape[1]))
-
-    def enter(line: jax.Array, slots: jax.Array, values: jax.Array) -> jax.Array:
-        return line.at[slots].set(values, mode="drop")
-
-    for _ in range(axis):
-        enter = jax.vmap(enter)
-    return enter(buffer, spread_rows(index, 1, buffer), values)
+    rows, width = slots.shape
+    if width == 1:
+        lines = buffer.shape[:axis]
+        slot = jnp.broadcast_to(slots.reshape(rows, *(1,) * (axis - 2)), lines)
+        return set_lines(buffer, spread_rows(slot, 1, buffer), values[:, :, 0], len(lines))
+    moved, taken = jax.vmap(lambda x: by_slot(x, slots, buffer.shape[axis]),
+                            out_axes=(0, None))(values)
+    taken = jnp.expand_dims(taken, tuple(i for i in range(buffer.ndim) if i not in (1, axis)))
+    return jnp.where(taken, jnp.moveaxis(moved, 2, axis), buffer)
 
 
 def spread_states(states: dict[str, Any], like: jax.Array) -> dict[str, Any]:

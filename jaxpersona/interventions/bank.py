@@ -179,10 +179,11 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
             raise ValueError(f"layers is {layers!r}; without a named axis give its start and stop")
         if total is not None and stop is not None and stop > total:
             raise ValueError(f"layers {start}:{stop} reach beyond 0…{total - 1}")
-        chosen = tuple(range(*wanted.indices(stop if total is None else total)))
+        reach: Any = stop if total is None else total
+        chosen = tuple(range(*wanted.indices(reach)))
     else:
         several = isinstance(wanted, Sequence) or getattr(wanted, "ndim", 0) > 0
-        items = list(wanted) if several else [wanted]
+        items: list[Any] = list(wanted) if several else [wanted]
         if not all(map(_whole, items)):
             raise ValueError(f"layers is {layers!r}; it must be an int, a slice, several ints or "
                              "text such as 46:54")
