@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 from jaxpersona.ckpts.files import atomic, parse_field, require_file
 
-from jaxpersona.vectors import MAX_LAYERS, Axis, Vector
+from jaxpersona.vectors import CONTROL_VECTOR, MAX_LAYERS, Axis, Vector
 
 ARCHITECTURE = "controlvector"
-SOURCE = "GGUF control vector"  # in the notes of one that another program wrote
 _OURS = ("kind", "name", "model", "fingerprint", "layers", "notes")  # keys `jaxpersona.<field>`
 
 
@@ -83,7 +82,7 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
     for number, value in directions.items():
         values[number] = value
     notes = parse_field(str(ours["notes"]), "jaxpersona.notes", dict) if ours["notes"] else {
-        "source": SOURCE, "model_hint": str(field(f"{ARCHITECTURE}.model_hint"))}
+        "source": CONTROL_VECTOR, "model_hint": str(field(f"{ARCHITECTURE}.model_hint"))}
     kind = Axis if ours["kind"] == "axis" else Vector
     return kind(values, str(ours["name"] or stem), str(ours["model"] or ""),
                 str(ours["fingerprint"] or ""), notes=notes)

@@ -39,9 +39,9 @@ def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None,
       ValueError: they are for a model of another shape, or the self-test speaks against them.
     """
     from jaxpersona.interventions import cap, resolve_layers
-    from jaxpersona.persona.check import fit_shape
+    from jaxpersona.vectors import fitted
 
-    fit_shape(model.config, model.name, held)  # untested caps too are of a model of this shape
+    held = fitted(held, model.config, model.name)
     total = model.config.n_layers
     how: dict[str, Any] = {}
     if held.kind == "axis":

@@ -161,8 +161,8 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
     from jaxpersona.ckpts.vectors import load_vector
     from jaxpersona.generate import generate
     from jaxpersona.interventions import chain, resolve_layers, steer
-    from jaxpersona.persona.check import fit_shape
     from jaxpersona.sampling import sampling
+    from jaxpersona.vectors import fitted
 
     sampling(1, temperature=settings["temperature"], top_p=settings["top_p"],
              seed=settings["seed"])
@@ -180,7 +180,7 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
     loaded = open_model(model, dtype)
     total = loaded.config.n_layers
     if vector is not None:
-        fit_shape(loaded.config, loaded.name, vector)
+        vector = fitted(vector, loaded.config, loaded.name)
     at = total // 2 if steer_layers is None else resolve_layers(steer_layers, total)
     edits = chain(
         None if vector is None else steer(vector, layers=at, scale=scale),

@@ -73,34 +73,17 @@ def convert(
 
 def _belonging(chosen: Any, source: str) -> Any:
     """Check a direction or caps against a model, and enter the model's name and fingerprint."""
-    from jaxpersona.ckpts.gguf import SOURCE
     from jaxpersona.cli_support import open_model
-    from jaxpersona.persona.check import fit, fit_shape
+    from jaxpersona.persona.check import fit
     from jaxpersona.presets import preset
+    from jaxpersona.vectors import fitted
 
-    model = None
     if source.startswith("random:"):
-        config = preset(source.removeprefix("random:"))
-    else:
-        typer.echo(f"{source}: reading the weights for their fingerprint", err=True)
-        model = open_model(source, None)
-        config = model.config
-    if chosen.kind != "caps":
-        missing = config.n_layers - chosen.n_layers
-        if chosen.notes.get("source") == SOURCE and missing > 0:
-            # the format names only the layers it steers; those above them are zero
-            chosen = dataclasses.replace(chosen, values=_padded(chosen.values, missing))
-    if model is None:
-        fit_shape(config, source, chosen)
+        chosen = fitted(chosen, preset(source.removeprefix("random:")), source)
         return chosen if chosen.fingerprint else dataclasses.replace(chosen, model=source)
-    fit(model, chosen)
-    return dataclasses.replace(chosen, model=model.name, fingerprint=model.fingerprint)
-
-
-def _padded(values: Any, rows: int) -> Any:
-    import numpy as np
-
-    return np.pad(values, ((0, rows), (0, 0)))
+    typer.echo(f"{source}: reading the weights for their fingerprint", err=True)
+    model = open_model(source, None)
+    return dataclasses.replace(fit(model, chosen), model=model.name, fingerprint=model.fingerprint)
 
 
 def _described(found: Any) -> str:

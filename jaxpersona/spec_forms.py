@@ -56,7 +56,8 @@ def _layers_form(value: Any) -> Any:
             return value
     elif whole and all(isinstance(x, int) and not isinstance(x, bool) for x in whole):
         return value
-    raise ValueError("must be a number, a list of them, or a half-open range such as \"46:54\"")
+    raise ValueError("must be a number, a list of them, or text: "
+                     "\"46:54\" (half-open), \"16\" or \"3,5\"")
 
 
 def _place_form(value: Any) -> Any:

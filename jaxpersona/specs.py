@@ -24,7 +24,7 @@ from jaxpersona import spec_forms as forms
 from jaxpersona.capture import Capture
 from jaxpersona.ckpts.vectors import load_vector
 from jaxpersona.interventions import Interventions, Where
-from jaxpersona.vectors import Axis, Vector
+from jaxpersona.vectors import Axis, Vector, fitted
 
 if TYPE_CHECKING:
     from jaxpersona.load import Model
@@ -71,7 +71,7 @@ def _operator(item: Any, at: str, model: Model, folder: pathlib.Path) -> Interve
         if item.gate is not None:
             gate = item.gate
             made = ops.gate(
-                made, _direction(gate.vector, folder), layer=gate.layer, above=gate.above,
+                made, _direction(gate.vector, model, folder), layer=gate.layer, above=gate.above,
                 below=gate.below, over=gate.over, within=gate.within, site=gate.site,
                 where=_gate_place(gate))
         made.check(layers=model.config.n_layers, width=model.config.d_model, rows=0)
@@ -85,7 +85,7 @@ def _build(item: Any, model: Model, folder: pathlib.Path) -> Interventions:
                            "where": item.where.build(item.first_token), "site": item.site}
 
     def read(value: Any) -> Any:
-        return _direction(value, folder)
+        return _direction(value, model, folder)
 
     match item:
         case forms.Steer():
@@ -130,7 +130,7 @@ def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture
     make = getattr(readings, item.reading)
     if not on:
         return make(**how, **({"turns": item.turns} if item.reading == "mean" else {}))
-    value: Any = [_direction(one, folder) for one in item.directions or ()]
+    value: Any = [_direction(one, model, folder) for one in item.directions or ()]
     if not any(isinstance(one, Vector) for one in value):
         value = np.array(value)
     elif not all(isinstance(one, Vector) for one in value):
@@ -146,9 +146,9 @@ def _gate_place(gate: forms.GateSpec) -> Where | None:
     return (gate.where or usual).build(gate.first_token)
 
 
-def _direction(value: Any, folder: pathlib.Path) -> Any:
+def _direction(value: Any, model: Model, folder: pathlib.Path) -> Any:
     if isinstance(value, str):
-        return load_vector(folder / value)
+        return fitted(load_vector(folder / value), model.config, model.name)
     array = np.array(value, np.float64)
     return array[None] if array.ndim == 2 else array
 

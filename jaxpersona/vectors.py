@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -18,7 +18,11 @@ from jaxpersona.interventions.operators import cap
 from jaxpersona.interventions.table import SITES, Site
 from jaxpersona.interventions.where import Where, everywhere
 
+if TYPE_CHECKING:
+    from jaxpersona.config import ModelConfig
+
 POPULATIONS = ("default", "all")
+CONTROL_VECTOR = "GGUF control vector"  # the source, in its notes, of one by another program
 MAX_LAYERS = 1024  # more than any model has; a file that says more is damaged
 
 
@@ -262,3 +266,40 @@ class Caps:
         """Return the caps as one intervention that acts on the tokens that `where` chooses."""
         return chain(*(cap(vector, layers=layers, floor=floors, where=where)
                        for vector, layers, floors in self.tables()))
+
+
+Direction = TypeVar("Direction", bound=Vector | Caps)
+
+
+def fitted(found: Direction, config: ModelConfig, name: str) -> Direction:
+    """Return a direction, or caps, as one of a model's shape.
+
+    A control vector by another program names only the layers that it steers: those above them are
+    zero.
+
+    Raises:
+      ValueError: another width, number of layers or shape's half of the fingerprint.
+    """
+    if isinstance(found, Caps):
+        layers, wanted = max(found.layers) + 1, range(1, config.n_layers + 1)
+    else:
+        missing = config.n_layers - found.n_layers
+        if missing > 0 and found.notes.get("source") == CONTROL_VECTOR:
+            padded = np.pad(found.values, ((0, missing), (0, 0)))
+            found = dataclasses.replace(found, values=padded)
+        layers, wanted = found.n_layers, (config.n_layers,)
+    if layers not in wanted or found.values.shape[1] != config.d_model:
+        raise ValueError(
+            f"{found.kind} {found.name!r} is for {layers} layers of width "
+            f"{found.values.shape[1]}; {name} has {config.n_layers} of {config.d_model}: it "
+            "was made for another model"
+        )
+    if found.fingerprint[:8] not in ("", config.hash()):
+        raise other_model(found, name)
+    return found
+
+
+def other_model(found: Vector | Caps, name: str) -> ValueError:
+    """Make the error of a direction, or caps, whose fingerprint is another model's."""
+    return ValueError(f"{found.kind} {found.name!r} was made for another model ({found.model}), "
+                      f"not for {name}")

@@ -194,3 +194,18 @@ def run_command(arguments: list[str]) -> Any:
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     return stop.value.code
+
+
+def write_control(path, directions, architecture="controlvector"):
+    """Write a control vector as other programs do: no key of ours in it."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_string(f"{architecture}.model_hint", "qwen3")
+    writer.add_uint32(f"{architecture}.layer_count", len(directions))
+    for name, value in directions.items():
+        writer.add_tensor(name, value)
+    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file"):
+        getattr(writer, step)()
+    writer.close()
+    return path

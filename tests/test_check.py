@@ -156,8 +156,26 @@ def test_layers_are_the_model_s_and_a_vector_of_another_is_refused(mini, axis, t
         assert code == 2 and "is for 6 layers" in said and "made for another model" in said
     code, said = command("--steer", "fits", "--steer-layers", "9")
     assert code == 2 and "layers is '9', out of range; they are 0…7" in said
-    code, said = command("--cap", "axis", "--cap-layers", "-2:", "--no-check")
-    assert code == 2 and "is for 6 layers" in said and "made for another model" in said
+    spec = tmp_path / "spec.json"
+    spec.write_text('{"operator": "steer", "vector": "short.safetensors", "layers": "0:2"}')
+    for more in (("--cap", str(tmp_path / "axis.safetensors"), "--cap-layers", "2:4", "--no-check"),
+                 ("--spec", str(spec))):
+        assert s.run_command(["generate", "hi", "--max-new-tokens", "4", *more]) == 2
+        said = " ".join(capsys.readouterr().err.split())
+        assert "is for 6 layers" in said and "made for another model" in said
+
+
+def test_a_control_vector_that_stops_below_the_top_is_taken(mini, tmp_path, capsys):
+    """The format of other programs names only the layers that they steer."""
+    pytest.importorskip("gguf")
+    s.write_control(tmp_path / "v.gguf", {f"direction.{layer}": np.ones(128, np.float32)
+                                          for layer in range(2, 6)})
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"operator": "steer", "vector": "v.gguf", "layers": 4}))
+    for more in (("--steer", str(tmp_path / "v.gguf"), "--steer-layers", "4"),
+                 ("--spec", str(spec))):
+        assert s.run_command(["generate", "hi", "--max-new-tokens", "4", *more]) == 0
+        assert "over 1 layers" in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_caps_of_a_spec_are_tested_too(mini, axis, tmp_path, capsys):

@@ -58,7 +58,7 @@ REFUSED = {
     "floor has shape \\(3,\\)": lambda: cap(V, layers=[1, 2], floor=[1, 2, 3]),
     "scale has shape \\(2, 2\\)": lambda: steer(V, layers=[1, 2], scale=np.ones((2, 2))),
     "without a named axis": lambda: steer(V, layers=slice(1, None)),
-    "reach beyond 0…3": lambda: steer(AXIS, layers=slice(2, 5)),
+    "reaches beyond 0…3": lambda: steer(AXIS, layers=slice(2, 5)),
     "must be an int, a slice": lambda: steer(V, layers=[1.5]),
     "chooses none": lambda: steer(V, layers=slice(3, 3)),
     "from low to high": lambda: cap(V, layers=[2, 1], floor=[1.0, 2.0]),
@@ -96,7 +96,12 @@ REFUSED |= {
     "layers is '3:3', which chooses none": lambda: steer(V, layers="3:3"),
     "a slice of layers is of ints": lambda: steer(AXIS, layers=slice(1.0, 3.0)),
     "layers is array\\(2\\.\\); it must be an int": lambda: steer(AXIS, layers=np.array(2.0)),
-    "layers 2:5 reach beyond": lambda: steer(AXIS, layers="2:5"),
+    "layers is b'46'; it must be": lambda: steer(AXIS, layers=b"46"),
+    "layers is '1_0'; write": lambda: steer(AXIS, layers="1_0"),
+    "layers is '٤'; write": lambda: steer(AXIS, layers="٤"),
+    "goes up, by 1 or more": lambda: steer(AXIS, layers=slice(0, 4, 0)),
+    "layers is '-9:2', which reaches": lambda: steer(AXIS, layers="-9:2"),
+    "layers is '2:5', which reaches beyond 0…3": lambda: steer(AXIS, layers="2:5"),
 }
 
 

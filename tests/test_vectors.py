@@ -38,19 +38,6 @@ def capping(caps=(0.5, -0.25, 1.5)):
         {"id": "one", "interventions": listed[1:2]}]}
 
 
-def write_control(path, directions, architecture="controlvector"):
-    """Write a control vector as other programs do: no key of ours in it."""
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_string(f"{architecture}.model_hint", "qwen3")
-    writer.add_uint32(f"{architecture}.layer_count", len(directions))
-    for name, value in directions.items():
-        writer.add_tensor(name, value)
-    for step in ("write_header_to_file", "write_kv_data_to_file", "write_tensors_to_file"):
-        getattr(writer, step)()
-    writer.close()
-    return path
-
-
 def test_the_assistant_axis_projects_files(tmp_path):
     """Bare and wrapped axes, in any float type; role vectors; the default's."""
     torch.save(tensor(VALUES), tmp_path / "assistant_axis.pt")
@@ -160,7 +147,7 @@ def test_gguf_in_and_out(tmp_path):
     reader = gguf.GGUFReader(tmp_path / "v.gguf")
     assert [t.name for t in reader.tensors] == ["direction.1", "direction.2"]
     assert reader.get_field("general.architecture").contents() == "controlvector"
-    foreign = write_control(tmp_path / "f.gguf", {"direction.2": VALUES[2],
+    foreign = s.write_control(tmp_path / "f.gguf", {"direction.2": VALUES[2],
                                                   "direction.1": VALUES[1].astype(np.float16)})
     found = load_vector(foreign)
     assert found.name == "f" and found.notes["model_hint"] == "qwen3"
@@ -172,9 +159,9 @@ def test_gguf_in_and_out(tmp_path):
                               ({"direction.1": VALUES[0], "direction.2": VALUES[0, :3]}, "widths"),
                               ({"direction.1": VALUES}, "2 dimensions")):
         with pytest.raises(ValueError, match=f"f.gguf.*{words}"):
-            load_vector(write_control(tmp_path / "f.gguf", directions))
+            load_vector(s.write_control(tmp_path / "f.gguf", directions))
     with pytest.raises(ValueError, match="architecture is 'llama'"):
-        load_vector(write_control(tmp_path / "f.gguf", {"direction.1": VALUES[0]}, "llama"))
+        load_vector(s.write_control(tmp_path / "f.gguf", {"direction.1": VALUES[0]}, "llama"))
     with pytest.raises(ValueError, match="measured at site"):
         save_vector(tmp_path / "m.gguf", Vector(VALUES, site="mlp"))
     with pytest.raises(ValueError, match="zero beyond layer 0"):
@@ -344,7 +331,7 @@ def test_show_and_convert(tmp_path, capsys, checkpoint):
         {"id": name, "interventions": [{"vector": v, "cap": 1.0} for v in vectors]}
         for name in (ID, "other")]}, tmp_path / "capping_config.pt")
     save_vector(tmp_path / "short.gguf", Vector(values[:2]))
-    write_control(tmp_path / "foreign.gguf", {"direction.1": values[1]})
+    s.write_control(tmp_path / "foreign.gguf", {"direction.1": values[1]})
     np.save(tmp_path / "bare.npy", values[:-1])
     here = lambda name: str(tmp_path / name)  # noqa: E731
     for name in ("axis.pt", "evil_response_avg_diff.pt", "capping_config.pt", "foreign.gguf",

@@ -13,6 +13,8 @@ are checked, and everything stays differentiable.
 
 from __future__ import annotations
 
+import re
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -171,33 +173,38 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         of another form.
     """
     wanted: Any = parse_layers(layers) if isinstance(layers, str) else layers
+    said = reprlib.repr(layers)  # a long one cut short
     if isinstance(wanted, slice):
         start, stop = wanted.start, wanted.stop
         if not all(x is None or _whole(x) for x in (start, stop, wanted.step)):
-            raise ValueError(f"layers is {layers!r}; a slice of layers is of ints")
+            raise ValueError(f"layers is {said}; a slice of layers is of ints")
+        if wanted.step is not None and wanted.step < 1:
+            raise ValueError(f"layers is {said}; a slice of layers goes up, by 1 or more")
         if total is None and (stop is None or stop < 0 or (start or 0) < 0):
-            raise ValueError(f"layers is {layers!r}; without a named axis give its start and stop")
-        if total is not None and stop is not None and stop > total:
-            raise ValueError(f"layers {start}:{stop} reach beyond 0…{total - 1}")
+            raise ValueError(f"layers is {said}; without a named axis give its start and stop")
+        if total is not None and ((stop or 0) > total or (start or 0) < -total):
+            raise ValueError(f"layers is {said}, which reaches beyond 0…{total - 1}")
         reach: Any = stop if total is None else total
         chosen = tuple(range(*wanted.indices(reach)))
     else:
-        several = isinstance(wanted, Sequence) or getattr(wanted, "ndim", 0) > 0
-        items: list[Any] = list(wanted) if several else [wanted]
+        held = np.atleast_1d(wanted) if hasattr(wanted, "ndim") else wanted
+        several = isinstance(held, Sequence) and not isinstance(held, bytes | bytearray)
+        several = several or getattr(held, "ndim", 0) == 1
+        items: list[Any] = list(held) if several else [wanted]
         if not all(map(_whole, items)):
-            raise ValueError(f"layers is {layers!r}; it must be an int, a slice, several ints or "
+            raise ValueError(f"layers is {said}; it must be an int, a slice, several ints or "
                              "text such as 46:54")
         chosen = tuple(int(i) for i in items)
     if not chosen:
-        raise ValueError(f"layers is {layers!r}, which chooses none")
+        raise ValueError(f"layers is {said}, which chooses none")
     if len(set(chosen)) != len(chosen):
-        raise ValueError(f"layers is {layers!r}, which repeats one; chain two instead")
+        raise ValueError(f"layers is {said}, which repeats one; chain two instead")
     if list(chosen) != sorted(chosen):
-        raise ValueError(f"layers is {layers!r}; give them from low to high, the order in "
+        raise ValueError(f"layers is {said}; give them from low to high, the order in "
                          "which arrays with one entry a layer are read")
     if chosen[0] < 0 or (total is not None and chosen[-1] >= total):
         beyond = "" if total is None else f"; they are 0…{total - 1}"
-        raise ValueError(f"layers is {layers!r}, out of range{beyond}")
+        raise ValueError(f"layers is {said}, out of range{beyond}")
     return chosen
 
 
@@ -211,10 +218,9 @@ def parse_layers(text: str) -> slice | list[int]:
     Raises:
       ValueError: text of another form.
     """
-    try:
-        if ":" not in text:
-            return [int(part) for part in text.split(",")]
-        start, stop = (int(part) if part.strip() else None for part in text.split(":"))
-    except ValueError:
-        raise ValueError(f"layers is {text[:80]!r}; write 46:54 (half-open), 16 or 3,5") from None
-    return slice(start, stop)
+    number = r"\s*-?[0-9]{1,9}\s*"
+    if re.fullmatch(rf"{number}(,{number})*", text):
+        return [int(part) for part in text.split(",")]
+    if re.fullmatch(rf"({number}|\s*):({number}|\s*)", text):
+        return slice(*(int(part) if part.strip() else None for part in text.split(":")))
+    raise ValueError(f"layers is {text[:80]!r}; write 46:54 (half-open), 16 or 3,5")

@@ -18,10 +18,9 @@ from jaxpersona import capture
 from jaxpersona.generate import generate
 from jaxpersona.interventions import resolve_layers
 from jaxpersona.interventions.where import response
-from jaxpersona.vectors import Axis, Caps, Vector
+from jaxpersona.vectors import Axis, Caps, Direction, Vector, fitted, other_model
 
 if TYPE_CHECKING:
-    from jaxpersona.config import ModelConfig
     from jaxpersona.load import Model
 
 DEFAULTS = ("", "You are an AI assistant.")
@@ -54,40 +53,18 @@ class Check:
     shift: int | None
 
 
-def fit(model: Model, found: Vector | Caps) -> None:
-    """Refuse a direction, or caps, that were made for another model.
+def fit(model: Model, found: Direction) -> Direction:
+    """Return a direction, or caps, of the residual stream as one of a model.
 
     Raises:
-      ValueError: another width, number of layers or fingerprint.
+      ValueError: another width, number of layers, site or fingerprint: made for another model.
     """
-    fit_shape(model.config, model.name, found)
-    if found.fingerprint not in ("", model.fingerprint):
-        raise ValueError(_other(found, model.name))
-
-
-def fit_shape(config: ModelConfig, name: str, found: Vector | Caps) -> None:
-    """Refuse a direction, or caps, that no model of a shape can have: what shows without weights.
-
-    Raises:
-      ValueError: another width, number of layers or shape's half of the fingerprint.
-    """
-    if isinstance(found, Caps):
-        layers, wanted = max(found.layers) + 1, range(1, config.n_layers + 1)
-    else:
+    if isinstance(found, Vector):
         found.check_site("residual")
-        layers, wanted = found.n_layers, (config.n_layers,)
-    if layers not in wanted or found.values.shape[1] != config.d_model:
-        raise ValueError(
-            f"{found.kind} {found.name!r} is for {layers} layers of width "
-            f"{found.values.shape[1]}; {name} has {config.n_layers} of {config.d_model}: it "
-            "was made for another model"
-        )
-    if found.fingerprint[:8] not in ("", config.hash()):
-        raise ValueError(_other(found, name))
-
-
-def _other(found: Vector | Caps, name: str) -> str:
-    return f"{found.kind} {found.name!r} was made for another model ({found.model}), not for {name}"
+    found = fitted(found, model.config, model.name)
+    if found.fingerprint not in ("", model.fingerprint):
+        raise other_model(found, model.name)
+    return found
 
 
 def check(
@@ -117,7 +94,7 @@ def check(
     if not isinstance(axis, (Axis, Caps)):
         raise ValueError(f"axis is a {type(axis).__name__}; the check needs an Axis or Caps, which "
                          "point toward the Assistant: jp.Axis(values) makes one of [L, D]")
-    fit(model, axis)
+    axis = fit(model, axis)
     if model.tokenizer is None or not model.template:
         lacks = "tokenizer" if model.tokenizer is None else "chat template"
         raise ValueError(f"{model.name} has no {lacks}; the check needs one to ask the model")
