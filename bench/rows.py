@@ -22,6 +22,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--pairs", type=int, default=400)
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of pairs")
+    parser.add_argument("--distinct", type=int, nargs="+", default=None,
+                        help="numbers of settings beside one a row; default: 4, 16, 64, …")
     parser.add_argument("--dtype", default=None)
     args = parser.parse_args()
     model = jp.load(args.model, dtype=args.dtype)
@@ -30,7 +32,8 @@ def main() -> None:
     bank = np.random.default_rng(0).normal(size=(args.batch, model.config.d_model))
     floors = np.linspace(1e3, 2e3, args.batch)
     arms = {"shared": jp.cap(bank[0], layers=layers, floor=1e3)}
-    some = sorted({1 << 2 * i for i in range(1, 8) if 1 << 2 * i < args.batch} | {args.batch})
+    asked = [4**i for i in range(1, 8)] if args.distinct is None else args.distinct
+    some = sorted({n for n in asked if 0 < n < args.batch} | {args.batch})
     for n in some:
         arms[str(n)] = jp.cap(bank[:n], layers=layers, floor=floors[:n],
                               rows=np.arange(args.batch) % n)
