@@ -301,5 +301,5 @@ def fitted(found: Direction, config: ModelConfig, name: str) -> Direction:
 
 def other_model(found: Vector | Caps, name: str) -> ValueError:
     """Make the error of a direction, or caps, whose fingerprint is another model's."""
-    return ValueError(f"{found.kind} {found.name!r} was made for another model ({found.model}), "
-                      f"not for {name}")
+    return ValueError(f"{found.kind} {found.name!r} was made for another model "
+                      f"({found.model or 'not named'}), not for {name}")

@@ -1,5 +1,6 @@
 """The method end to end on a random checkpoint: resume, bytes, and every mistake of a user."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -152,6 +153,7 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, texts, tmp_path, ca
                  percentiles={"default": {"p25": np.zeros(3)}})
     save_vector(tmp_path / "wide.safetensors", wide)
     save_vector(tmp_path / "other.safetensors", other)
+    save_vector(tmp_path / "fits.safetensors", dataclasses.replace(other, fingerprint=""))
     finished = tmp_path / "finished"
     assert run(command(checkpoint, texts, finished)) == 0
     capsys.readouterr()
@@ -168,7 +170,7 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, texts, tmp_path, ca
         "no run.json": command(checkpoint, texts, texts),
         "width 7": [*ask, "--cap", str(tmp_path / "wide.safetensors")],
         "another model": [*ask, "--cap", str(tmp_path / "other.safetensors")],
-        "beyond": [*ask, "--cap", str(tmp_path / "other.safetensors"), "--cap-layers", "1:9"],
+        "beyond": [*ask, "--cap", str(tmp_path / "fits.safetensors"), "--cap-layers", "1:9"],
         "context": ["generate", "long " * 300, "--model", str(checkpoint)],
         "preset": ["generate", "hi", "--model", "random:nothing"],
     }
