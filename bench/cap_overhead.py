@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--layers", default=None, help="half-open, as 4:8; default: the upper half")
     parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--pairs", type=int, default=400)
+    parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of pairs")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)

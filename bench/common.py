@@ -3,9 +3,9 @@ line.
 
 Machines are noisy, so two arms are compared by the ratios of alternating pairs, and pairs are taken
 until the bootstrap 95 % interval of the median ratio is narrow, or a limit is reached. An interval
-wider than `WIDTH` (of the ratio, where that is above 1) is unresolved: it passes nothing. Many
-short pairs tell more than a few long ones where other programs come and go: they alternate faster
-than the disturbance does.
+wider than `WIDTH` (of the ratio, where that is above 1) is unresolved: it passes nothing. In a pair
+each arm runs for `LONG` seconds, in many short turns where its call is short: they alternate faster
+than other programs come and go.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -30,6 +31,7 @@ import numpy as np
 import jaxpersona
 
 WIDTH = 0.02
+LONG = 2.0  # seconds of each arm in a pair
 _HIDDEN = ("one", "side", "out")  # arguments of a bench to its own processes
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "transformers", "torch")
 
@@ -43,30 +45,36 @@ def interval(ratios: Sequence[float], draws: int = 2000) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int, least: int = 5,
-           budget: float = 150.0, judged: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
+def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int = 200,
+           least: int = 5, budget: float = 150.0,
+           judged: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
     """Run every arm in turn, again and again, and compare each with the baseline.
 
     Args:
       arms: name → a call that returns its own seconds.
       baseline: the arm that the ratios are taken over.
       pairs: the most rounds; at least `least` are taken.
-      budget: seconds after which no round is begun.
+      budget: seconds after which no round is begun. Where it is too little for `least` rounds of
+        `LONG` seconds an arm, the rounds are shorter.
       judged: the arms that must be resolved before it ends; every one by default.
 
     Returns:
       For each other arm: ratio (the median of baseline seconds / its seconds, so that 1 is as fast
-      and less is slower), interval, unresolved, pairs.
+      and less is slower), interval, unresolved, pairs, seconds (the median of a call's).
     """
-    for arm in arms.values():
+    long = min(LONG, budget / (least * len(arms)))
+    turns = {}
+    for name, arm in arms.items():
         arm()  # warm up
+        turns[name] = max(1, math.ceil(long / max(min(arm(), arm()), 1e-6)))
     begun = time.perf_counter()
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     found: dict[str, dict[str, Any]] = {}
     for done in range(1, pairs + 1):
-        for name, arm in arms.items():
-            seconds[name].append(arm())
-        if done < least or (done % 5 and done < pairs and time.perf_counter() - begun <= budget):
+        for name, spent in turn_about(arms, turns).items():
+            seconds[name].append(spent)
+        late = time.perf_counter() - begun > budget
+        if done < least or (done % 5 and done < pairs and not late):
             continue
         for name in arms:
             ratios = [b / a for a, b in zip(seconds[name], seconds[baseline], strict=True)]
@@ -75,12 +83,23 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int, l
                 "ratio": round(statistics.median(ratios), 4),
                 "interval": [round(low, 4), round(high, 4)],
                 "unresolved": high - low > WIDTH * max(1.0, statistics.median(ratios)),
-                "pairs": done, "seconds": round(statistics.median(seconds[name]), 4),
+                "pairs": done, "seconds": round(statistics.median(seconds[name]), 6),
             }
         resolved = not any(found[name]["unresolved"] for name in judged or arms if name != baseline)
-        if resolved or time.perf_counter() - begun > budget:
+        if resolved or late:
             break
     return found
+
+
+def turn_about(arms: dict[str, Callable[[], float]], turns: dict[str, int]) -> dict[str, float]:
+    """Call every arm as often as `turns` says, evenly interleaved; return each one's mean."""
+    spent = dict.fromkeys(arms, 0.0)
+    calls = dict.fromkeys(arms, 0)
+    for _ in range(sum(turns.values())):
+        name = min(arms, key=lambda name: (calls[name] + 0.5) / turns[name])
+        spent[name] += arms[name]()
+        calls[name] += 1
+    return {name: spent[name] / turns[name] for name in arms}
 
 
 def machine() -> dict[str, Any]:

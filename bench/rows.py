@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=400)
+    parser.add_argument("--pairs", type=int, default=200)
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of pairs")
     parser.add_argument("--distinct", type=int, nargs="+", default=None,
                         help="numbers of settings beside one a row; default: 4, 16, 64, …")

@@ -40,6 +40,35 @@ def test_pairs_stop_when_the_interval_is_narrow_and_say_when_it_is_not():
     assert low == pytest.approx(0.9) and high == pytest.approx(1.1)
 
 
+def test_each_arm_of_a_pair_runs_for_two_seconds_evenly_interleaved():
+    import common
+
+    called: list[str] = []
+
+    def arm(name: str, *seconds: float):
+        clock = itertools.cycle(seconds)
+        return lambda: called.append(name) or next(clock)
+
+    # three calls warm up, and the least of the last two says how many make two seconds
+    found = common.paired({"slow": arm("slow", 1.0), "fast": arm("fast", 0.3, 0.25, 0.35, 0.26)},
+                          "slow", pairs=5)
+    pair = called[6:16]
+    assert len(called) == 6 + 5 * (2 + 8)
+    assert pair == called[16:26] and pair.count("slow") == 2 and pair.count("fast") == 8
+    assert max(len(list(run)) for _, run in itertools.groupby(pair)) <= 4
+    assert found["fast"]["seconds"] == pytest.approx(0.29)  # the mean of a pair's calls
+    assert found["fast"]["ratio"] == pytest.approx(1 / 0.29, abs=1e-3)
+
+
+def test_a_small_budget_shortens_the_pairs_and_still_takes_five():
+    import common
+
+    calls = itertools.count()
+    found = common.paired({"a": lambda: next(calls) and 0.1, "b": lambda: 0.1}, "a", pairs=99,
+                          budget=2.0)
+    assert found["b"]["pairs"] == 5 and next(calls) == 3 + 5 * 2
+
+
 def test_the_last_line_is_one_json_object(capsys):
     import common
 
