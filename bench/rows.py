@@ -32,8 +32,12 @@ def main() -> None:
     bank = np.random.default_rng(0).normal(size=(args.batch, model.config.d_model))
     floors = np.linspace(1e3, 2e3, args.batch)
     arms = {"shared": jp.cap(bank[0], layers=layers, floor=1e3)}
-    asked = [4**i for i in range(1, 8)] if args.distinct is None else args.distinct
-    some = sorted({n for n in asked if 0 < n < args.batch} | {args.batch})
+    asked = [4**i for i in range(1, 8) if 4**i < args.batch]
+    if args.distinct is not None:
+        asked = args.distinct
+    if not all(0 < n <= args.batch for n in asked):
+        parser.error(f"--distinct is {asked}; each must be 1…{args.batch}, the rows")
+    some = sorted({*asked, args.batch})
     for n in some:
         arms[str(n)] = jp.cap(bank[:n], layers=layers, floor=floors[:n],
                               rows=np.arange(args.batch) % n)

@@ -29,12 +29,16 @@ def test_pairs_stop_when_the_interval_is_narrow_and_say_when_it_is_not():
     import common
 
     calm = common.paired({"a": lambda: 1.0, "b": lambda: 1.25}, "a", pairs=50)
-    assert calm["b"]["ratio"] == 0.8 and calm["b"]["pairs"] == 5 and not calm["b"]["unresolved"]
-    noise = itertools.cycle([0.5, 1.0, 2.0])
-    wild = common.paired({"a": lambda: 1.0, "b": lambda: next(noise)}, "a", pairs=9)
-    assert wild["b"]["unresolved"] and wild["b"]["pairs"] == 9
+    assert calm["b"]["ratio"] == 0.8 and calm["b"]["pairs"] == 10 and not calm["b"]["unresolved"]
+    noise = itertools.cycle([1.0, 2.0, 4.0])
+    wild = common.paired({"a": lambda: 2.0, "b": lambda: next(noise)}, "a", pairs=19)
+    assert wild["b"]["unresolved"] and wild["b"]["pairs"] == 19
+    few = common.paired({"a": lambda: 2.0, "b": lambda: next(noise)}, "a", pairs=3)
+    assert few["b"]["pairs"] == 10  # never fewer
+    late = common.paired({"a": lambda: 2.0, "b": lambda: next(noise)}, "a", pairs=99, budget=0.0)
+    assert late["b"]["unresolved"] and late["b"]["pairs"] == 10
     many = itertools.cycle([9.95, 10.05])  # a large ratio's width is relative
-    large = common.paired({"a": lambda: next(many), "b": lambda: 1.0}, "a", pairs=9)
+    large = common.paired({"a": lambda: next(many), "b": lambda: 1.0}, "a", pairs=19)
     assert not large["b"]["unresolved"]
     low, high = common.interval([0.9, 1.0, 1.1])
     assert low == pytest.approx(0.9) and high == pytest.approx(1.1)
@@ -51,22 +55,31 @@ def test_each_arm_of_a_pair_runs_for_two_seconds_evenly_interleaved():
 
     # three calls warm up, and the least of the last two says how many make two seconds
     found = common.paired({"slow": arm("slow", 1.0), "fast": arm("fast", 0.3, 0.25, 0.35, 0.26)},
-                          "slow", pairs=5)
-    pair = called[6:16]
-    assert len(called) == 6 + 5 * (2 + 8)
-    assert pair == called[16:26] and pair.count("slow") == 2 and pair.count("fast") == 8
-    assert max(len(list(run)) for _, run in itertools.groupby(pair)) <= 4
+                          "slow")
+    assert len(called) == 6 + 10 * (2 + 8)
+    pairs = [called[i : i + 10] for i in range(6, len(called), 10)]
+    for pair in pairs:
+        assert pair.count("slow") == 2 and pair.count("fast") == 8
+        assert max(len(list(run)) for _, run in itertools.groupby(pair)) <= 4
     assert found["fast"]["seconds"] == pytest.approx(0.29)  # the mean of a pair's calls
     assert found["fast"]["ratio"] == pytest.approx(1 / 0.29, abs=1e-3)
 
 
-def test_a_small_budget_shortens_the_pairs_and_still_takes_five():
+def test_every_other_pair_runs_backwards_and_a_long_call_is_warmed_up_twice():
+    import common
+
+    called: list[str] = []
+    arms = {name: lambda name=name: called.append(name) or 3.0 for name in "abc"}
+    common.paired(arms, "a")
+    assert "".join(called) == "aabbcc" + 5 * "abccba"
+
+
+def test_a_small_budget_shortens_the_pairs():
     import common
 
     calls = itertools.count()
-    found = common.paired({"a": lambda: next(calls) and 0.1, "b": lambda: 0.1}, "a", pairs=99,
-                          budget=2.0)
-    assert found["b"]["pairs"] == 5 and next(calls) == 3 + 5 * 2
+    common.paired({"a": lambda: next(calls) and 0.1, "b": lambda: 0.1}, "a", budget=4.0)
+    assert next(calls) == 3 + 10 * 2  # 4 s / 10 pairs / 2 arms
 
 
 def test_the_last_line_is_one_json_object(capsys):
