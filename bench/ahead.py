@@ -25,6 +25,7 @@ from jaxpersona.kernels.attention import attention_implementation
 
 import jaxpersona as jp
 from jaxpersona import hlo, plan
+from jaxpersona.interventions import resolve_layers
 from jaxpersona.params import layout
 
 H200 = """
@@ -63,7 +64,7 @@ def main() -> None:
     # there is no card to try kernels on
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     config = jp.preset(args.model)
-    start, stop = (int(x) for x in args.layers.split(":"))
+    few = resolve_layers(args.layers, config.n_layers)
     target = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=H200)
 
     placed = jax.sharding.SingleDeviceSharding(target.devices[0])
@@ -74,7 +75,7 @@ def main() -> None:
     def attends(config: Any, asked: str, **case: Any) -> str:
         return attention_implementation(config, "gpu", capability=9.0, asked=asked, **case)[0]
 
-    arms = {"uncapped": range(0), "capped": range(start, stop), "all": range(config.n_layers)}
+    arms = {"uncapped": range(0), "capped": few, "all": range(config.n_layers)}
     made: dict[str, dict[str, Any]] = {}
     with mock.patch.object(jax, "default_backend", return_value="gpu"), \
             mock.patch("jaxpersona.model.choose", attends):  # as there, not as on this machine
@@ -98,7 +99,7 @@ def main() -> None:
         "ahead", args.model, args, target="H200, compiled and not run",
         kernels_a_step=count,
         added_kernels_per_capped_layer=round((count["capped"] - count["uncapped"])
-                                             / max(stop - start, 1), 2),
+                                             / len(few), 2),
         added_kernels_per_layer_of_all=round((count["all"] - count["uncapped"])
                                              / config.n_layers, 2),
         temporaries={name: found.temp_size_in_bytes for name, found in memory.items()},

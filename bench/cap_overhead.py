@@ -16,6 +16,8 @@ from common import paired, report
 from decoding import NOTHING, Decoding
 
 import jaxpersona as jp
+from jaxpersona.interventions import resolve_layers
+from jaxpersona.interventions.bank import Layers
 
 
 def main() -> None:
@@ -34,27 +36,27 @@ def main() -> None:
     args = parser.parse_args()
     model = jp.load(args.model, dtype=args.dtype)
     total = model.config.n_layers
-    start, stop = (int(x) for x in (args.layers or f"{total // 2}:{total}").split(":"))
+    chosen = args.layers or f"{total // 2}:{total}"
     direction = np.random.default_rng(0).normal(size=model.config.d_model)
 
-    def capped(first: int, last: int, floor: float = 1e3) -> jp.Interventions:
-        return jp.cap(direction, layers=range(first, last), floor=floor)
+    def capped(layers: Layers, floor: float = 1e3) -> jp.Interventions:
+        return jp.cap(direction, layers=layers, floor=floor)
 
-    edits = {"uncapped": NOTHING, "idle": capped(start, stop, -1e9), "capped": capped(start, stop)}
+    edits = {"uncapped": NOTHING, "idle": capped(chosen, -1e9), "capped": capped(chosen)}
     counts = {}
     if args.sweep:
         counts = {n: f"capped{n}" for n in sorted({total // 4, total})}
-        edits |= {name: capped(total - n, total) for n, name in counts.items()}
+        edits |= {name: capped(range(total - n, total)) for n, name in counts.items()}
     setting = Decoding(model, args.batch, args.steps, temperature=args.temperature,
                        top_p=args.top_p)
     found = paired({name: setting.timer(value) for name, value in edits.items()}, "uncapped",
                    pairs=args.pairs, budget=args.budget)
     plain = found["uncapped"]["seconds"]
     bare, half, every = (setting.fusions(e) for e in (
-        NOTHING, capped(total - total // 2, total), capped(0, total)))
+        NOTHING, capped(range(total - total // 2, total)), capped(range(total))))
     slope = (every - half) / (total - total // 2)
     report(
-        "cap_overhead", model, args, capped_layers=f"{start}:{stop}",
+        "cap_overhead", model, args, capped_layers=chosen,
         dtype=str(model.params.embed_vd.dtype),
         capped_over_uncapped=found["capped"]["ratio"], interval=found["capped"]["interval"],
         unresolved=found["capped"]["unresolved"], idle_over_uncapped=found["idle"]["ratio"],
@@ -65,7 +67,7 @@ def main() -> None:
         fusions_uncapped=bare, added_fusions_per_layer=round(slope, 2),
         added_fusions_once=round(every - bare - slope * total, 2),
         by_layers={str(n): {k: found[name][k] for k in ("ratio", "interval", "unresolved")}
-                   for n, name in {**counts, stop - start: "capped"}.items()},
+                   for n, name in {**counts, len(resolve_layers(chosen, total)): "capped"}.items()},
     )
 
 

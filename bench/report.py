@@ -45,7 +45,8 @@ def main() -> None:
 
 def describe(value: dict[str, Any]) -> str:
     """Say what a run was: model, arguments, device, date."""
-    keep = ("batch", "layers", "temperature", "top_p", "dtype", "new", "conversations", "prompts")
+    keep = ("batch", "steps", "distinct", "layers", "temperature", "top_p", "dtype", "new",
+            "conversations", "prompts", "budget")
     given = [f"{key} {value['arguments'][key]}" for key in keep
              if value["arguments"].get(key) not in (None, [], 0.0, 1.0)]
     return ", ".join([value["model"], *given, value["device"], value["date"]])

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from jaxpersona.ckpts.files import atomic, parse_field, require_file
 
-from jaxpersona.vectors import CONTROL_VECTOR, MAX_LAYERS, Axis, Vector
+from jaxpersona.interventions.bank import MAX_LAYERS
+from jaxpersona.vectors import CONTROL_VECTOR, Axis, Vector
 
 ARCHITECTURE = "controlvector"
 _OURS = ("kind", "name", "model", "fingerprint", "layers", "notes")  # keys `jaxpersona.<field>`

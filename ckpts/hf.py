@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import hashlib
 import json
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -42,9 +43,9 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
       ValueError: no such folder, no or a malformed config.json, or a model not implemented here.
     """
     folder = pathlib.Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # pathlib's raises on a name that the system refuses
         raise ValueError(f"{folder}: no such folder")
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         raise ValueError(f"{folder}: not a model folder (it has no config.json)")
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):

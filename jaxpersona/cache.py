@@ -86,7 +86,7 @@ def assign_slots(cache: Cache | None, batch: Batch) -> jax.Array:
 def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
     """Enter the positions of a batch's tokens; keys and values follow layer by layer."""
     return cache.replace(  # pyright: ignore[reportAttributeAccessIssue]
-        position=set_lines(cache.position, slots, batch.position, lines=1),
+        position=set_lines(cache.position, batch.position, slots, lines=1),
         next=cache.next + batch.length,
     )
 
@@ -99,12 +99,12 @@ def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
     values = values.astype(buffer.dtype)
     if values.shape[1] == 1:
         slot = place(jnp.broadcast_to(slots, buffer.shape[:2]), KV_AXES[:2], buffer)
-        return set_lines(buffer, slot, values[:, 0], lines=2)
+        return set_lines(buffer, values[:, 0], slot, lines=2)
     moved, taken = by_slot(values, slots, buffer.shape[2])
     return jnp.where(taken[:, None, :, None], jnp.moveaxis(moved, 1, 2), buffer)
 
 
-def set_lines(buffer: jax.Array, slots: jax.Array, values: jax.Array, lines: int) -> jax.Array:
+def set_lines(buffer: jax.Array, values: jax.Array, slots: jax.Array, lines: int) -> jax.Array:
     """Set values in the slots of a buffer, whose axis S comes after `lines` others; beyond S they
     are dropped.
 
@@ -112,12 +112,12 @@ def set_lines(buffer: jax.Array, slots: jax.Array, values: jax.Array, lines: int
     buffer to have a row's heads beside each other before a loop of steps and back after it, and a
     CPU would copy that of a single row three times a step.
     """
-    def enter(line: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
+    def enter(line: jax.Array, value: jax.Array, slot: jax.Array) -> jax.Array:
         return line.at[slot].set(value, mode="drop")
 
     for _ in range(lines):
         enter = jax.vmap(enter)
-    return enter(buffer, slots, values)
+    return enter(buffer, values, slots)
 
 
 def by_slot(values: jax.Array, slots: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:

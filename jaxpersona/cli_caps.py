@@ -41,7 +41,7 @@ def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None,
     from jaxpersona.interventions import cap, resolve_layers
     from jaxpersona.vectors import fitted
 
-    held = fitted(held, model.config, model.name)
+    held = fitted(held, model.config, model.name, model.fingerprint)
     total = model.config.n_layers
     how: dict[str, Any] = {}
     if held.kind == "axis":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import pathlib
+import os
 from typing import Annotated, Any
 
 import typer
@@ -42,10 +42,11 @@ def read_shape(source: str) -> Any:
 
     if source.startswith("random:"):
         return preset(source.removeprefix("random:"))
-    if not pathlib.Path(source).expanduser().is_dir():
+    folder = os.path.expanduser(source)
+    if not os.path.isdir(folder):
         raise ValueError(f"{source}: no such folder; a plan takes random:<preset> or a folder that "
                          "holds the model's config.json")
-    return hf.read_config(pathlib.Path(source).expanduser())[0]
+    return hf.read_config(folder)[0]
 
 
 def card(found: dict[str, Any]) -> list[str]:

@@ -180,7 +180,7 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
     loaded = open_model(model, dtype)
     total = loaded.config.n_layers
     if vector is not None:
-        vector = fitted(vector, loaded.config, loaded.name)
+        vector = fitted(vector, loaded.config, loaded.name, loaded.fingerprint)
     at = total // 2 if steer_layers is None else resolve_layers(steer_layers, total)
     edits = chain(
         None if vector is None else steer(vector, layers=at, scale=scale),
@@ -238,6 +238,7 @@ def project(conversation: pathlib.Path, files: list[pathlib.Path], *, model: str
 
     from jaxpersona.ckpts.vectors import load_vector
     from jaxpersona.families import read_json
+    from jaxpersona.persona.check import fit
     from jaxpersona.persona.talk import project_conversation
     from jaxpersona.report import figures
 
@@ -248,12 +249,12 @@ def project(conversation: pathlib.Path, files: list[pathlib.Path], *, model: str
         raise ValueError(f"{conversation}: must hold a list of messages with role and content")
     vectors = [load_vector(file) for file in files]
     loaded = open_model(model, dtype)
+    vectors = [fit(loaded, vector) for vector in vectors]
     total = loaded.config.n_layers
     at = total // 2 if layer is None else layer
     if not 0 <= at < total:
         raise ValueError(f"layer is {layer}; the model has layers 0…{total - 1}")
-    empty = [vector.name for vector in vectors
-             if vector.n_layers == total and not vector.values[at].any()]
+    empty = [vector.name for vector in vectors if not vector.values[at].any()]
     if empty:
         raise ValueError(f"{empty[0]!r} is zero at layer {at}; choose another with --layer")
     found = project_conversation(loaded, talk, vectors)

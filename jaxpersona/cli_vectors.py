@@ -74,7 +74,6 @@ def convert(
 def _belonging(chosen: Any, source: str) -> Any:
     """Check a direction or caps against a model, and enter the model's name and fingerprint."""
     from jaxpersona.cli_support import open_model
-    from jaxpersona.persona.check import fit
     from jaxpersona.presets import preset
     from jaxpersona.vectors import fitted
 
@@ -83,7 +82,8 @@ def _belonging(chosen: Any, source: str) -> Any:
         return chosen if chosen.fingerprint else dataclasses.replace(chosen, model=source)
     typer.echo(f"{source}: reading the weights for their fingerprint", err=True)
     model = open_model(source, None)
-    return dataclasses.replace(fit(model, chosen), model=model.name, fingerprint=model.fingerprint)
+    chosen = fitted(chosen, model.config, model.name, model.fingerprint)
+    return dataclasses.replace(chosen, model=model.name, fingerprint=model.fingerprint)
 
 
 def _described(found: Any) -> str:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpersona.batch import ASSISTANT, CODE, GENERATED, TEMPLATE, THINKING, VALID, Batch
-from jaxpersona.cache import Cache
+from jaxpersona.cache import Cache, set_lines
 from jaxpersona.capture import Capture
 from jaxpersona.config import ModelConfig
 from jaxpersona.fences import CODE_BIT
@@ -205,13 +205,12 @@ def _choose_next(state: State, logits: jax.Array, how: Sampling, stops: Stops,
     else:
         token = choose(logits, how, state.row_id, position)
     live = ~state.done
-    enter = jax.vmap(lambda row, slot, token: row.at[slot].set(token, mode="drop"))
     slot = jnp.where(live, state.length, state.tokens.shape[1])
     stopped = (token[:, None] == stops.ids[None]).any(-1)
     return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
         token=jnp.where(live, token, state.token),
         position=jnp.where(live, position, state.position),
         length=state.length + live.astype(jnp.int32),
-        tokens=enter(place(state.tokens, ("batch", None), token), slot, token),
+        tokens=set_lines(place(state.tokens, ("batch", None), token), token, slot, lines=1),
         done=state.done | stopped,
     )

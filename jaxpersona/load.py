@@ -74,8 +74,8 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
     """
     use_compile_cache()
     name, kind = os.fspath(source), _dtype(dtype)
-    path = pathlib.Path(name).expanduser()
-    local = name == "mini" or name.startswith(("random:", ".", "/", "~")) or path.exists()
+    path = pathlib.Path(os.path.expanduser(name))
+    local = name == "mini" or name.startswith(("random:", ".", "/", "~")) or os.path.exists(path)
     if local or isinstance(source, pathlib.PurePath):
         if revision is not None:
             raise ValueError(f"revision is {revision!r}, but {name} is no repository of the hub; "

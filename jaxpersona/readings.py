@@ -344,7 +344,7 @@ class Full:
 def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
                 axis: int = 2) -> jax.Array:
     """Write values of tokens [L, B, T, …] in slots [B, T] into a buffer [L, B, …], whose S is
-    `axis`.
+    `axis`; beyond S they are dropped.
 
     As in a cache, one token a row is set in place, many are gathered.
     """
@@ -352,7 +352,7 @@ def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
     if width == 1:
         lines = buffer.shape[:axis]
         slot = jnp.broadcast_to(slots.reshape(rows, *(1,) * (axis - 2)), lines)
-        return set_lines(buffer, spread_rows(slot, 1, buffer), values[:, :, 0], len(lines))
+        return set_lines(buffer, values[:, :, 0], spread_rows(slot, 1, buffer), len(lines))
     moved, taken = jax.vmap(lambda x: by_slot(x, slots, buffer.shape[axis]),
                             out_axes=(0, None))(values)
     taken = jnp.expand_dims(taken, tuple(i for i in range(buffer.ndim) if i not in (1, axis)))

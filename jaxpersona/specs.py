@@ -148,7 +148,7 @@ def _gate_place(gate: forms.GateSpec) -> Where | None:
 
 def _direction(value: Any, model: Model, folder: pathlib.Path) -> Any:
     if isinstance(value, str):
-        return fitted(load_vector(folder / value), model.config, model.name)
+        return fitted(load_vector(folder / value), model.config, model.name, model.fingerprint)
     array = np.array(value, np.float64)
     return array[None] if array.ndim == 2 else array
 

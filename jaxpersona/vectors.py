@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from jaxpersona.interventions.bank import MAX_LAYERS
 from jaxpersona.interventions.compose import Interventions, chain
 from jaxpersona.interventions.operators import cap
 from jaxpersona.interventions.table import SITES, Site
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 POPULATIONS = ("default", "all")
 CONTROL_VECTOR = "GGUF control vector"  # the source, in its notes, of one by another program
-MAX_LAYERS = 1024  # more than any model has; a file that says more is damaged
 
 
 def _float32(values: Any, field: str) -> np.ndarray:
@@ -268,17 +268,17 @@ class Caps:
                        for vector, layers, floors in self.tables()))
 
 
-Direction = TypeVar("Direction", bound=Vector | Caps)
+Found = TypeVar("Found", bound=Vector | Caps)
 
 
-def fitted(found: Direction, config: ModelConfig, name: str) -> Direction:
-    """Return a direction, or caps, as one of a model's shape.
+def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") -> Found:
+    """Return a direction, or caps, as one of a model; without its fingerprint, of its shape.
 
     A control vector by another program names only the layers that it steers: those above them are
     zero.
 
     Raises:
-      ValueError: another width, number of layers or shape's half of the fingerprint.
+      ValueError: another width, number of layers or fingerprint.
     """
     if isinstance(found, Caps):
         layers, wanted = max(found.layers) + 1, range(1, config.n_layers + 1)
@@ -294,12 +294,10 @@ def fitted(found: Direction, config: ModelConfig, name: str) -> Direction:
             f"{found.values.shape[1]}; {name} has {config.n_layers} of {config.d_model}: it "
             "was made for another model"
         )
-    if found.fingerprint[:8] not in ("", config.hash()):
-        raise other_model(found, name)
+    known = fingerprint or config.hash()  # the whole, or its shape's half
+    if found.fingerprint[: len(known)] not in ("", known):
+        raise ValueError(
+            f"{found.kind} {found.name!r} was made for another model ({found.model or 'not named'}"
+            f"), not for {name}; use one of this model's, or its bare array"
+        )
     return found
-
-
-def other_model(found: Vector | Caps, name: str) -> ValueError:
-    """Make the error of a direction, or caps, whose fingerprint is another model's."""
-    return ValueError(f"{found.kind} {found.name!r} was made for another model "
-                      f"({found.model or 'not named'}), not for {name}")

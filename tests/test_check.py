@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 import support as s
-from jaxpersona.ckpts.vectors import save_vector
+from jaxpersona.ckpts.vectors import load_vector, save_vector
 
 import jaxpersona as jp
 from jaxpersona.persona import axis as science
-from jaxpersona.vectors import Axis, Caps, Vector
+from jaxpersona.vectors import Axis, Caps, Vector, fitted
 
 UPPER = (4, 5, 6, 7)
 
@@ -170,9 +170,11 @@ def test_a_control_vector_that_stops_below_the_top_is_taken(mini, tmp_path, caps
     pytest.importorskip("gguf")
     s.write_control(tmp_path / "v.gguf", {f"direction.{layer}": np.ones(128, np.float32)
                                           for layer in range(2, 6)})
+    found = fitted(load_vector(tmp_path / "v.gguf"), mini.config, "mini")
+    np.testing.assert_array_equal(found.values.any(1), [0, 0, 1, 1, 1, 1, 0, 0])
     spec = tmp_path / "spec.json"
-    spec.write_text(json.dumps({"operator": "steer", "vector": "v.gguf", "layers": 4}))
-    for more in (("--steer", str(tmp_path / "v.gguf"), "--steer-layers", "4"),
+    spec.write_text(json.dumps({"operator": "steer", "vector": "v.gguf", "layers": 2}))
+    for more in (("--steer", str(tmp_path / "v.gguf"), "--steer-layers", "2"),
                  ("--spec", str(spec))):
         assert s.run_command(["generate", "hi", "--max-new-tokens", "4", *more]) == 0
         assert "over 1 layers" in " ".join(capsys.readouterr().err.split())
@@ -251,3 +253,26 @@ def test_a_conversation_is_projected_where_a_direction_is_known(mini, axis):
     assert np.isnan(found[7]).all() and np.isfinite(whole).all()
     with pytest.raises(ValueError, match="no layer in common"):
         project_conversation(mini, talk, [Vector(0 * part)])
+
+
+def test_a_control_vector_is_projected_beside_an_axis(mini, axis, tmp_path, capsys):
+    """Layers that it does not name are as zero ones: NaN from Python, refused by the command."""
+    pytest.importorskip("gguf")
+    talk = [{"role": "user", "content": "Who are you?"},
+            {"role": "assistant", "content": "I am a ghost."}]
+    (tmp_path / "talk.json").write_text(json.dumps(talk))
+    save_vector(tmp_path / "axis.safetensors", axis)
+    file = s.write_control(tmp_path / "v.gguf", {f"direction.{layer}": axis.values[layer]
+                                                 for layer in range(2, 6)})
+    from jaxpersona.persona.talk import project_conversation
+    for vectors in ([load_vector(file)], [axis, load_vector(file)]):
+        values = project_conversation(mini, talk, vectors)[0].values
+        np.testing.assert_array_equal(np.isfinite(values[:, -1]), [0, 0, 1, 1, 1, 1, 0, 0])
+        np.testing.assert_allclose(values[2:6, 0], values[2:6, -1], rtol=1e-5)
+    command = ["project", str(tmp_path / "talk.json"), "--on", str(file), "--on",
+               str(tmp_path / "axis.safetensors"), "--json", "--layer"]
+    assert s.run_command([*command, "3"]) == 0
+    found = json.loads(capsys.readouterr().out)[0]
+    assert found["v"] == pytest.approx(found["assistant"], rel=1e-5)
+    assert s.run_command([*command, "7"]) == 2
+    assert "'v' is zero at layer 7" in capsys.readouterr().err

@@ -57,6 +57,9 @@ def test_random_weights_are_the_same_on_a_mesh():
     ("./absent", {"revision": "main"}, "no repository of the hub"),
     ("owner/m@v1", {"revision": "v2"}, "name two revisions"),
     ("owner/m@", {}, "no such folder"),
+    ("x" * 300, {}, "no such folder"),
+    ("./" + "x" * 300, {}, "no such folder"),
+    ("~nobody-of-that-name/x", {}, "no such folder"),
     ("owner/m@v1", {}, "owner/m@v1.*HF_HUB_OFFLINE is set"),
 ])
 def test_mistakes_are_one_line(source, options, words):

@@ -151,8 +151,21 @@ def test_layers():
     assert resolve_layers(slice(-2, None), 6) == (4, 5)
     assert resolve_layers([1, 4], 6) == (1, 4)
     assert resolve_layers(slice(46, 54), None) == tuple(range(46, 54))
-    with pytest.raises(ValueError, match="True"):
-        resolve_layers([True], None)
+    assert resolve_layers(np.array(2), 6) == (2,)
+    for layers, total, words in (
+        ([True], None, "True"),
+        (slice(9, None), 4, "reaches beyond 0…3"), (slice(4, None), 4, "chooses none"),
+        (slice(0, 5), 4, "reaches beyond"), (slice(-5, 2), 4, "reaches beyond"),
+        (slice(3, 0, -1), 4, "goes up, by 1 or more"),
+        ([0, 1, 2, 3, 4, 5, 6, 99], 9, r"0, 1, 2, 3, 4, 5, 6, 99\], out of range; they are 0…8"),
+        (slice(0, 10**9), None, "no model has more than 1024"),
+        ("0:999999999", None, "no model has more than 1024"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            resolve_layers(layers, total)
+    with pytest.raises(ValueError, match="repeats one") as caught:
+        resolve_layers([0] * 999, 4)
+    assert len(str(caught.value)) < 150  # cut short
 
 
 def test_chain_keeps_order_and_stack_merges_slots():

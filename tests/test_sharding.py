@@ -48,7 +48,8 @@ MESHES = {
 V = np.random.default_rng(0).normal(size=(3, 32))
 SHARED = chain(steer(V[0], layers=[0]), cap(V[1], layers=[1], floor=0.5))
 READ = (capture.mean() | capture.last() | s.READ | capture.norms()
-        | capture.moments(V) | capture.histogram(V, edges=[-1.0, 0.0, 1.0]))
+        | capture.projections(V) | capture.moments(V)
+        | capture.histogram(V, edges=[-1.0, 0.0, 1.0]))
 # what a row may ask for; a new kind of intervention is one more line
 REQUESTS = (
     SHARED,
@@ -105,8 +106,8 @@ def expected(family):
 
 
 def replies(model):
-    return generate(model, ROWS, interventions=BY_ROW, capture=capture.mean(), max_new_tokens=8,
-                    batch_size=8)
+    return generate(model, ROWS, interventions=BY_ROW, max_new_tokens=8, batch_size=8,
+                    capture=capture.mean() | capture.norms() | capture.projections(V))
 
 
 @pytest.mark.parametrize("axes", [{"model": 8}, {"data": 1, "model": 4}])

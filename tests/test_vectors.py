@@ -148,7 +148,7 @@ def test_gguf_in_and_out(tmp_path):
     assert [t.name for t in reader.tensors] == ["direction.1", "direction.2"]
     assert reader.get_field("general.architecture").contents() == "controlvector"
     foreign = s.write_control(tmp_path / "f.gguf", {"direction.2": VALUES[2],
-                                                  "direction.1": VALUES[1].astype(np.float16)})
+                                                    "direction.1": VALUES[1].astype(np.float16)})
     found = load_vector(foreign)
     assert found.name == "f" and found.notes["model_hint"] == "qwen3"
     assert s.same_bits(found.values[2], VALUES[2]) and found.n_layers == 3
@@ -349,6 +349,11 @@ def test_show_and_convert(tmp_path, capsys, checkpoint):
         assert s.run_command(["vectors", "show", here(out)]) == 0
         assert model.fingerprint in capsys.readouterr().out
     assert load_vector(tmp_path / "foreign.gguf.safetensors").n_layers == shape[0]
+    save_vector(tmp_path / "mlp.safetensors", Vector(values[:-1], site="mlp"))
+    assert s.run_command(["vectors", "convert", here("mlp.safetensors"), here("mlp2.safetensors"),
+                          "--model", str(checkpoint)]) == 0
+    found = load_vector(tmp_path / "mlp2.safetensors")
+    assert (found.site, found.fingerprint) == ("mlp", model.fingerprint)
     assert s.run_command(["vectors", "convert", here("axis.pt"), here("a.gguf")]) == 0
     said = capsys.readouterr().out
     assert "leaves out layer 0" in said and "does not say which model" in said

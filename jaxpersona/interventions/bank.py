@@ -14,7 +14,6 @@ are checked, and everything stays differentiable.
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ import numpy as np
 from jaxpersona.interventions.table import SITES, Site, traced
 
 Layers = int | slice | Sequence[int] | str
+MAX_LAYERS = 1024  # more than any model has
 _GREATEST = float(np.finfo(np.float32).max)
 _OPEN = {"floor": np.inf, "above": np.inf, "ceiling": -np.inf, "below": -np.inf}  # no bound at all
 
@@ -143,9 +143,13 @@ def numbers(name: str, value: Any) -> Any:
         found = np.empty(0, object)
     if found.dtype.kind in "iuf" or found.dtype.name == "bfloat16":
         return found.astype(np.float64)
+    raise ValueError(f"{name} is {_said(value)}; it must be a real number or an array of them")
+
+
+def _said(value: Any) -> str:
+    """Write a value for an error; a long one is cut short."""
     said = repr(value)
-    raise ValueError(f"{name} is {said if len(said) < 60 else said[:57] + '…'}; it must be a real "
-                     "number or an array of them")
+    return said if len(said) <= 80 else said[:79] + "…"
 
 
 def check_finite(name: str, value: np.ndarray) -> None:
@@ -168,12 +172,12 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
     Text says the same as numbers do: "46:54" a slice, "16" and "3,5" single layers.
 
     Raises:
-      ValueError: none, a negative one, one beyond `total`, a repeated one, another
-        order than from low to high, an open slice where the number of layers is not known, or text
-        of another form.
+      ValueError: none, a negative one, one beyond `total` (the ends of a slice too), a repeated
+        one, another order than from low to high, an open slice where the number of layers is not
+        known, more than any model has, or text of another form.
     """
     wanted: Any = parse_layers(layers) if isinstance(layers, str) else layers
-    said = reprlib.repr(layers)  # a long one cut short
+    said = _said(layers)
     if isinstance(wanted, slice):
         start, stop = wanted.start, wanted.stop
         if not all(x is None or _whole(x) for x in (start, stop, wanted.step)):
@@ -182,8 +186,11 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
             raise ValueError(f"layers is {said}; a slice of layers goes up, by 1 or more")
         if total is None and (stop is None or stop < 0 or (start or 0) < 0):
             raise ValueError(f"layers is {said}; without a named axis give its start and stop")
-        if total is not None and ((stop or 0) > total or (start or 0) < -total):
+        highest = max(start or 0, stop or 0)
+        if total is not None and (highest > total or (start or 0) < -total):
             raise ValueError(f"layers is {said}, which reaches beyond 0…{total - 1}")
+        if highest > MAX_LAYERS:
+            raise ValueError(f"layers is {said}; no model has more than {MAX_LAYERS}")
         reach: Any = stop if total is None else total
         chosen = tuple(range(*wanted.indices(reach)))
     else:

@@ -18,7 +18,7 @@ from jaxpersona import capture
 from jaxpersona.generate import generate
 from jaxpersona.interventions import resolve_layers
 from jaxpersona.interventions.where import response
-from jaxpersona.vectors import Axis, Caps, Direction, Vector, fitted, other_model
+from jaxpersona.vectors import Axis, Caps, Found, Vector, fitted
 
 if TYPE_CHECKING:
     from jaxpersona.load import Model
@@ -53,7 +53,7 @@ class Check:
     shift: int | None
 
 
-def fit(model: Model, found: Direction) -> Direction:
+def fit(model: Model, found: Found) -> Found:
     """Return a direction, or caps, of the residual stream as one of a model.
 
     Raises:
@@ -61,10 +61,7 @@ def fit(model: Model, found: Direction) -> Direction:
     """
     if isinstance(found, Vector):
         found.check_site("residual")
-    found = fitted(found, model.config, model.name)
-    if found.fingerprint not in ("", model.fingerprint):
-        raise other_model(found, model.name)
-    return found
+    return fitted(found, model.config, model.name, model.fingerprint)
 
 
 def check(

@@ -187,6 +187,7 @@ def _play_missing(model: Model, run: Run, roles: Sequence[Role], questions: Sequ
     """Play the roles whose conversations are not there yet, several to a call."""
     size = {role.name: len(role.prompts) * len(questions) * settings.samples for role in roles}
     owned = {role.name: processes.owns(i) for i, role in enumerate(roles)}
+    # read whole, so that a damaged file is said before anything is generated
     held = processes.merge({role.name: run.rollouts(role.name) is not None for role in roles
                             if owned[role.name]})
     missing = [role for role in roles if not held[role.name]]

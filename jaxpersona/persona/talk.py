@@ -58,8 +58,7 @@ def project_conversation(
         another width or number of layers.
     """
     config = model.config
-    for vector in vectors:
-        fit(model, vector)
+    vectors = [fit(model, vector) for vector in vectors]
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer; a conversation needs one")
     row = chat.encode_row(model.tokenizer, list(conversation), reply=False)
