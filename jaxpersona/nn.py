@@ -156,7 +156,9 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_position: jax.Array, k_p
             scale: float, softcap: float | None, window: int | None) -> jax.Array:
     b, t, n, h = q.shape
     groups = k.shape[1]
-    q_btkgh = q.reshape(b, t, groups, n // groups, h)
+    # said, because a single key/value head leaves JAX to guess which of the two is spread
+    apart = out_sharding(("batch", None, "kv_heads", "kv_group", None), q)
+    q_btkgh = jnp.reshape(q, (b, t, groups, n // groups, h), out_sharding=apart)
     scores = _product("btkgh,bksh->bkgts", q_btkgh, k) * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
@@ -170,7 +172,8 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_position: jax.Array, k_p
         out = jnp.moveaxis(_product("bkgts,bksh->bkgth", weights.astype(q.dtype), v), 3, 1)
     else:
         out = _product("bkgts,bksh->btkgh", weights.astype(q.dtype), v)
-    return out.reshape(b, t, n, h).astype(q.dtype)
+    joined = out_sharding(("batch", None, "heads", None), q)
+    return jnp.reshape(out, (b, t, n, h), out_sharding=joined).astype(q.dtype)
 
 
 def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
