@@ -2,6 +2,7 @@
 # What needs an accelerator, on one card, in under ten minutes:
 #
 #     bash bench/gpu.sh [folder for the results [names]]   the card, Qwen3-8B shape, bfloat16
+#     BUDGET=60 bash bench/gpu.sh [folder [names]]         pairs of two seconds an arm, not of a half
 #     SMALL=1 bash bench/gpu.sh [folder [names]]           the same on a CPU with small shapes
 #
 # `names` chooses among the results (as "cap_overhead fit"), and then also those marked "more" below:
@@ -28,13 +29,15 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false TF_CPP_MIN_LOG_LEVEL=3
 names=${2:-}
 
 if [ "${SMALL:-0}" = 1 ]; then
-    tag=small big=mini huge=mini peer=mini kind=float32 steps=24 rows=48 budget=2 limit=120 count=16
+    tag=small big=mini huge=mini peer=mini kind=float32 steps=24 rows=48 count=16
+    budget=${BUDGET:-2}
     new=24 few=2:6 some=2:6 long=96 context=192 forms="plain static"
 else
-    tag=gpu big=random:qwen3-8b huge=random:qwen3-32b peer=random:qwen3-0.6b kind=bfloat16 steps=192
-    rows=256 budget=15 limit=90 count=256 new=64 few=24:32 some=46:54 long=1856 context=2048
+    tag=gpu big=random:qwen3-8b huge=random:qwen3-32b peer=random:qwen3-0.6b kind=bfloat16 steps=64
+    budget=${BUDGET:-15} rows=256 count=256 new=64 few=24:32 some=46:54 long=1856 context=2048
     forms="plain static compiled"
 fi
+limit=$((75 + budget))  # seconds of one bench
 
 ran=0
 run() {  # "always" or "more", name of the result, script, arguments
@@ -67,7 +70,7 @@ run always fit fit --model "$huge" --dtype "$kind" --batch 32 --context "$contex
 run always roofline roofline --model "$big" --dtype "$kind" --batch 1 32 --steps "$steps" \
     --prompt "$long"
 run always rows rows --model "$big" --dtype "$kind" --batch "$rows" --steps "$steps" \
-    --budget "$budget"
+    --budget "$budget" --distinct "$rows"
 run always decode decode --model "$big" --dtype "$kind" --batch 1 32 --steps "$steps" \
     --budget "$budget"
 run always extract extract --model "$peer" --dtype "$kind" --peer-dtype "$kind" \
