@@ -10,6 +10,7 @@ not touch: those that one more capped layer adds, and those that any cap adds on
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import numpy as np
 from common import paired, report
@@ -17,7 +18,6 @@ from decoding import NOTHING, Decoding
 
 import jaxpersona as jp
 from jaxpersona.interventions import resolve_layers
-from jaxpersona.interventions.bank import Layers
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--layers", default=None, help="half-open, as 4:8; default: the upper half")
     parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=200, help="the most; ten at least")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of pairs")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -36,10 +36,10 @@ def main() -> None:
     args = parser.parse_args()
     model = jp.load(args.model, dtype=args.dtype)
     total = model.config.n_layers
-    chosen = args.layers or f"{total // 2}:{total}"
+    chosen = resolve_layers(args.layers or slice(total // 2, total), total)
     direction = np.random.default_rng(0).normal(size=model.config.d_model)
 
-    def capped(layers: Layers, floor: float = 1e3) -> jp.Interventions:
+    def capped(layers: Sequence[int], floor: float = 1e3) -> jp.Interventions:
         return jp.cap(direction, layers=layers, floor=floor)
 
     edits = {"uncapped": NOTHING, "idle": capped(chosen, -1e9), "capped": capped(chosen)}
@@ -56,7 +56,7 @@ def main() -> None:
         NOTHING, capped(range(total - total // 2, total)), capped(range(total))))
     slope = (every - half) / (total - total // 2)
     report(
-        "cap_overhead", model, args, capped_layers=chosen,
+        "cap_overhead", model, args, capped_layers=f"{chosen[0]}:{chosen[-1] + 1}",
         dtype=str(model.params.embed_vd.dtype),
         capped_over_uncapped=found["capped"]["ratio"], interval=found["capped"]["interval"],
         unresolved=found["capped"]["unresolved"], idle_over_uncapped=found["idle"]["ratio"],
@@ -67,7 +67,7 @@ def main() -> None:
         fusions_uncapped=bare, added_fusions_per_layer=round(slope, 2),
         added_fusions_once=round(every - bare - slope * total, 2),
         by_layers={str(n): {k: found[name][k] for k in ("ratio", "interval", "unresolved")}
-                   for n, name in {**counts, len(resolve_layers(chosen, total)): "capped"}.items()},
+                   for n, name in {**counts, len(chosen): "capped"}.items()},
     )
 
 

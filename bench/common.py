@@ -32,7 +32,7 @@ import numpy as np
 import jaxpersona
 
 WIDTH = 0.02
-LONG = 2.0  # seconds of each arm in a pair, at least
+LONG = 2.0  # seconds of each arm in a pair, about; less where the budget is small
 _HIDDEN = ("one", "side", "out")  # arguments of a bench to its own processes
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "transformers", "torch")
 
@@ -103,9 +103,9 @@ def turn_about(arms: dict[str, Callable[[], float]], turns: dict[str, int]) -> d
     spent = dict.fromkeys(arms, 0.0)
     calls = dict.fromkeys(arms, 0)
     for _ in range(sum(turns.values())):
-        late = min(arms, key=lambda name: (calls[name] + 0.5) / turns[name])
-        spent[late] += arms[late]()
-        calls[late] += 1
+        behind = min(arms, key=lambda name: (calls[name] + 0.5) / turns[name])
+        spent[behind] += arms[behind]()
+        calls[behind] += 1
     return {name: spent[name] / turns[name] for name in arms}
 
 

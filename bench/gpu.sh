@@ -2,7 +2,8 @@
 # What needs an accelerator, on one card, in under ten minutes:
 #
 #     bash bench/gpu.sh [folder for the results [names]]   the card, Qwen3-8B shape, bfloat16
-#     BUDGET=60 bash bench/gpu.sh [folder [names]]         pairs of two seconds an arm, not of a half
+#     BUDGET=60 bash bench/gpu.sh folder names             longer pairs, two seconds of each of three
+#                                                          arms, where 15 gives half a second
 #     SMALL=1 bash bench/gpu.sh [folder [names]]           the same on a CPU with small shapes
 #
 # `names` chooses among the results (as "cap_overhead fit"), and then also those marked "more" below:
@@ -34,10 +35,13 @@ if [ "${SMALL:-0}" = 1 ]; then
     new=24 few=2:6 some=2:6 long=96 context=192 forms="plain static"
 else
     tag=gpu big=random:qwen3-8b huge=random:qwen3-32b peer=random:qwen3-0.6b kind=bfloat16 steps=64
-    budget=${BUDGET:-15} rows=256 count=256 new=64 few=24:32 some=46:54 long=1856 context=2048
-    forms="plain static compiled"
+    budget=${BUDGET:-15} rows=256 count=256 new=32 few=24:32 some=46:54 long=1856 context=2048
+    forms="static compiled"
 fi
-limit=$((75 + budget))  # seconds of one bench
+case $budget in
+    '' | 0* | *[!0-9]*) echo "BUDGET is $budget; give whole seconds, as 60"; exit 2 ;;
+esac
+limit=$((90 + 2 * budget))  # seconds of one bench; most pair twice
 
 ran=0
 run() {  # "always" or "more", name of the result, script, arguments
@@ -78,7 +82,7 @@ run always extract extract --model "$peer" --dtype "$kind" --peer-dtype "$kind" 
 run always peers peers --model "$peer" --dtypes "$kind" --peer-dtypes "$kind" --batch 1 32 \
     --new "$new" --budget "$budget" --forms $forms
 run always pipeline pipeline --model "$peer" --dtype "$kind" --peer-dtype "$kind" \
-    --prompts "$((count * 2))" --new "$new" --budget "$budget"
+    --prompts "$count" --new "$new" --budget "$budget"
 run more cap_overhead_256 cap_overhead "${decoding[@]}" --layers "$few" --batch "$rows"
 for batch in 1 32 "$rows"; do
     run more "cap_overhead_sampled_$batch" cap_overhead "${decoding[@]}" --layers "$few" \

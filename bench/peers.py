@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=200, help="the most; ten at least")
     parser.add_argument("--budget", type=float, default=40.0, help="seconds of pairs a batch size")
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--peer-dtypes", nargs="+", default=["float32"])

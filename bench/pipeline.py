@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=160)
     parser.add_argument("--prompt-tokens", type=int, default=30)
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=200, help="the most; ten at least")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of pairs, each of two")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--peer-batch", type=int, default=8)

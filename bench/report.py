@@ -47,8 +47,9 @@ def describe(value: dict[str, Any]) -> str:
     """Say what a run was: model, arguments, device, date."""
     keep = ("batch", "steps", "distinct", "layers", "temperature", "top_p", "dtype", "new",
             "conversations", "prompts", "budget")
-    given = [f"{key} {value['arguments'][key]}" for key in keep
-             if value["arguments"].get(key) not in (None, [], 0.0, 1.0)]
+    usual = {"temperature": 0.0, "top_p": 1.0}
+    given = [f"{key} {said}" for key in keep
+             if (said := value["arguments"].get(key)) not in (None, []) and said != usual.get(key)]
     return ", ".join([value["model"], *given, value["device"], value["date"]])
 
 

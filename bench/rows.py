@@ -20,23 +20,23 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=200, help="the most; ten at least")
     parser.add_argument("--budget", type=float, default=120.0, help="seconds of pairs")
     parser.add_argument("--distinct", type=int, nargs="+", default=None,
                         help="numbers of settings beside one a row; default: 4, 16, 64, …")
     parser.add_argument("--dtype", default=None)
     args = parser.parse_args()
+    asked = [4**i for i in range(1, 8) if 4**i < args.batch]
+    if args.distinct is not None:
+        asked = args.distinct
+    if not all(0 < n <= args.batch for n in asked):
+        parser.error(f"--distinct is {asked}; each must be 1…{args.batch}, the rows")
     model = jp.load(args.model, dtype=args.dtype)
     total = model.config.n_layers
     layers = range(total // 2, total)
     bank = np.random.default_rng(0).normal(size=(args.batch, model.config.d_model))
     floors = np.linspace(1e3, 2e3, args.batch)
     arms = {"shared": jp.cap(bank[0], layers=layers, floor=1e3)}
-    asked = [4**i for i in range(1, 8) if 4**i < args.batch]
-    if args.distinct is not None:
-        asked = args.distinct
-    if not all(0 < n <= args.batch for n in asked):
-        parser.error(f"--distinct is {asked}; each must be 1…{args.batch}, the rows")
     some = sorted({*asked, args.batch})
     for n in some:
         arms[str(n)] = jp.cap(bank[:n], layers=layers, floor=floors[:n],

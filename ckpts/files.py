@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -42,15 +42,28 @@ def require_file(path: pathlib.Path) -> None:
     Raises:
       ValueError: no such file, or a name that the system refuses; the path is named.
     """
+    _require(path, stat.S_ISREG, "file")
+
+
+def require_folder(path: pathlib.Path) -> None:
+    """Refuse a path at which there is no folder.
+
+    Raises:
+      ValueError: no such folder, or a name that the system refuses; the path is named.
+    """
+    _require(path, stat.S_ISDIR, "folder")
+
+
+def _require(path: pathlib.Path, is_kind: Callable[[int], bool], kind: str) -> None:
     try:
-        there = stat.S_ISREG(path.stat().st_mode)
+        there = is_kind(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
         there = False
     except (OSError, ValueError) as error:  # too long a name, a folder that is closed, a null byte
         raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"
                          ) from None
     if not there:
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: no such {kind}")
 
 
 def parse_field(text: str, field: str, kind: type) -> Any:

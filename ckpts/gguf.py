@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jaxpersona.ckpts.files import atomic, parse_field, require_file
 
-from jaxpersona.interventions.bank import MAX_LAYERS
+from jaxpersona.config import MAX_LAYERS
 from jaxpersona.vectors import CONTROL_VECTOR, Axis, Vector
 
 ARCHITECTURE = "controlvector"

@@ -11,7 +11,6 @@ import collections
 import concurrent.futures
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxpersona.ckpts import tensorfile
+from jaxpersona.ckpts.files import require_folder
 from jaxpersona.ckpts.tensorfile import DTYPES, Entry
 
 from jaxpersona import sharding
@@ -43,9 +43,8 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
       ValueError: no such folder, no or a malformed config.json, or a model not implemented here.
     """
     folder = pathlib.Path(folder)
-    if not os.path.isdir(folder):  # pathlib's raises on a name that the system refuses
-        raise ValueError(f"{folder}: no such folder")
-    if not os.path.isfile(folder / "config.json"):
+    require_folder(folder)
+    if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: not a model folder (it has no config.json)")
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):

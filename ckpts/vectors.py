@@ -98,7 +98,7 @@ def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
     found = load_any(path, kind)
     if isinstance(found, dict):
         raise ValueError(f"{path}: holds caps ({', '.join(list(found)[:4])}); read it with "
-                         "load_caps, or give it to --cap")
+                         "load_caps; `generate --cap` takes it")
     return found
 
 

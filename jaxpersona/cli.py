@@ -126,13 +126,17 @@ def demo(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; a user's mistake is one line on standard error and exit code 2."""
+    """Run the command; a user's mistake, or a file that the system refuses, is one line on standard
+    error and exit code 2."""
     from jaxpersona import processes
 
     try:
         app(arguments)
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        said = str(error)
+        if isinstance(error, OSError) and error.filename:
+            said = f"{error.filename}: {error.strerror}"
+        print(f"error: {' '.join(said.split())}", file=sys.stderr)
         if processes.many():
             processes.leave(2)
         sys.exit(2)

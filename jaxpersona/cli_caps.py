@@ -36,7 +36,7 @@ def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None,
     """Make the interventions of `--cap`, after a self-test unless that is declined.
 
     Raises:
-      ValueError: they are for a model of another shape, or the self-test speaks against them.
+      ValueError: they are for another model, or the self-test speaks against them.
     """
     from jaxpersona.interventions import cap, resolve_layers
     from jaxpersona.vectors import fitted

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import jax
 
 Activation = Literal["silu", "gelu_tanh"]
+MAX_LAYERS = 1024  # more than any model has; a file that says more is damaged
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxpersona.config import ModelConfig, Rope
+from jaxpersona.config import MAX_LAYERS, ModelConfig, Rope
 
 # Bookkeeping that changes nothing in a forward pass at inference.
 _IGNORED = frozenset("""
@@ -252,7 +252,6 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**(fields | family.read(raw)))
 
 
-_MOST_LAYERS = 10_000  # beyond any model; a corrupt number must not fill the memory
 _INTEGERS = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
              "sliding_window_pattern", "_sliding_window_pattern")
 _REALS = ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping",
@@ -287,9 +286,9 @@ def _check_types(raw: Mapping[str, Any]) -> None:
         check(key, isinstance(raw.get(key), str), "a name")
     for key in ("rope_scaling", "rope_parameters"):
         check(key, isinstance(raw.get(key), Mapping), "a table")
-    if raw["num_hidden_layers"] > _MOST_LAYERS:
+    if raw["num_hidden_layers"] > MAX_LAYERS:
         faults.append(f"num_hidden_layers is {raw['num_hidden_layers']}; the most is "
-                      f"{_MOST_LAYERS}")
+                      f"{MAX_LAYERS}")
     if faults:
         raise ValueError("config.json: " + "; ".join(faults))
 

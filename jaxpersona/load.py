@@ -75,7 +75,7 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
     use_compile_cache()
     name, kind = os.fspath(source), _dtype(dtype)
     path = pathlib.Path(os.path.expanduser(name))
-    local = name == "mini" or name.startswith(("random:", ".", "/", "~")) or os.path.exists(path)
+    local = name == "mini" or name.startswith(("random:", ".", "/", "~")) or _there(path)
     if local or isinstance(source, pathlib.PurePath):
         if revision is not None:
             raise ValueError(f"revision is {revision!r}, but {name} is no repository of the hub; "
@@ -92,6 +92,13 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
     if pinned and revision not in (None, pinned):
         raise ValueError(f"{name} and revision {revision!r} name two revisions; give one")
     return _folder(_download(repository, pinned or revision), name, kind, mesh, progress)
+
+
+def _there(path: pathlib.Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # reading it says why
+        return True
 
 
 def _mini() -> Any:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from jaxpersona.interventions.bank import MAX_LAYERS
+from jaxpersona.config import MAX_LAYERS
 from jaxpersona.interventions.compose import Interventions, chain
 from jaxpersona.interventions.operators import cap
 from jaxpersona.interventions.table import SITES, Site
@@ -292,12 +292,13 @@ def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") 
         raise ValueError(
             f"{found.kind} {found.name!r} is for {layers} layers of width "
             f"{found.values.shape[1]}; {name} has {config.n_layers} of {config.d_model}: it "
-            "was made for another model"
+            "was made for another model; use one of this model's"
         )
     known = fingerprint or config.hash()  # the whole, or its shape's half
     if found.fingerprint[: len(known)] not in ("", known):
         raise ValueError(
             f"{found.kind} {found.name!r} was made for another model ({found.model or 'not named'}"
-            f"), not for {name}; use one of this model's, or its bare array"
+            f"), not for {name}; use one of this model's"
+            + (", or its bare array" if isinstance(found, Vector) else "")
         )
     return found

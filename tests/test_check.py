@@ -13,6 +13,8 @@ from jaxpersona.persona import axis as science
 from jaxpersona.vectors import Axis, Caps, Vector, fitted
 
 UPPER = (4, 5, 6, 7)
+TALK = [{"role": "user", "content": "Who are you?"},
+        {"role": "assistant", "content": "I am a ghost."}]
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,7 @@ def test_what_cannot_be_checked_is_refused(mini, axis):
         (Axis(axis.values[:-1]), {}, "made for another model"),
         (Axis(axis.values[:, :-1]), {}, "made for another model"),
         (dataclasses.replace(axis, fingerprint="0" * 16), {}, "not for mini"),
+        (dataclasses.replace(axis, fingerprint=mini.config.hash() + "0" * 8), {}, "not for mini"),
         (Axis(gap), {}, "zero at layer 6"), (axis, {"floor": np.zeros(3)}, "floor has shape"),
         (Caps(axis.values[:1], (9,), np.zeros(1), ("a",)), {}, "made for another model"),
         (Caps(axis.values[:1], (0,), np.zeros(1), ("a",)), {"floor": 0}, "of their own"),
@@ -120,10 +123,19 @@ def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
     code, said = command("bad.safetensors")
     assert code == 2 and "error: the self-test speaks against this cap" in said.err
     assert "--no-check" in said.err and "Traceback" not in said.err
-    save_vector(tmp_path / "other.safetensors", dataclasses.replace(axis, fingerprint="0" * 16))
-    for more in ((), ("--no-check",)):
-        code, said = command("other.safetensors", *more)
-        assert code == 2 and "made for another model" in said.err
+    for name, fingerprint in (("other", "0" * 16), ("weights", mini.config.hash() + "0" * 8)):
+        save_vector(tmp_path / f"{name}.safetensors",
+                    dataclasses.replace(axis, fingerprint=fingerprint))
+        for more in ((), ("--no-check",)):
+            code, said = command(f"{name}.safetensors", *more)
+            assert code == 2 and "axis 'assistant' was made for another model" in said.err
+    foreign = str(tmp_path / "weights.safetensors")  # of this shape, with other weights
+    (tmp_path / "talk.json").write_text(json.dumps(TALK))
+    for arguments in (["project", str(tmp_path / "talk.json"), "--on", foreign],
+                      ["vectors", "convert", foreign, str(tmp_path / "o.npy"), "--model", "mini"],
+                      ["generate", "hi", "--steer", foreign]):
+        assert s.run_command(arguments) == 2
+        assert "axis 'assistant' was made for another model" in capsys.readouterr().err
     code, said = command("bad.safetensors", "--no-check")
     assert code == 0 and "check" not in said.err and "tokens seen" in said.err
     for name, more, words in (
@@ -242,33 +254,34 @@ def test_a_capping_file_holds_the_model_as_the_axis_does(mini, axis, tmp_path, c
 
 def test_a_conversation_is_projected_where_a_direction_is_known(mini, axis):
     """A direction that is zero at a layer gives NaN there and the same values elsewhere."""
-    talk = [{"role": "user", "content": "Who are you?"},
-            {"role": "assistant", "content": "I am a ghost."}]
     part = axis.values.copy()
     part[7] = 0
     from jaxpersona.persona.talk import project_conversation
-    whole = project_conversation(mini, talk, [axis])[0].values
-    found = project_conversation(mini, talk, [Vector(part)])[0].values
+    whole = project_conversation(mini, TALK, [axis])[0].values
+    found = project_conversation(mini, TALK, [Vector(part)])[0].values
     np.testing.assert_allclose(found[:7], whole[:7], rtol=1e-5)
     assert np.isnan(found[7]).all() and np.isfinite(whole).all()
     with pytest.raises(ValueError, match="no layer in common"):
-        project_conversation(mini, talk, [Vector(0 * part)])
+        project_conversation(mini, TALK, [Vector(0 * part)])
 
 
 def test_a_control_vector_is_projected_beside_an_axis(mini, axis, tmp_path, capsys):
     """Layers that it does not name are as zero ones: NaN from Python, refused by the command."""
     pytest.importorskip("gguf")
-    talk = [{"role": "user", "content": "Who are you?"},
-            {"role": "assistant", "content": "I am a ghost."}]
-    (tmp_path / "talk.json").write_text(json.dumps(talk))
+    (tmp_path / "talk.json").write_text(json.dumps(TALK))
     save_vector(tmp_path / "axis.safetensors", axis)
     file = s.write_control(tmp_path / "v.gguf", {f"direction.{layer}": axis.values[layer]
                                                  for layer in range(2, 6)})
-    from jaxpersona.persona.talk import project_conversation
+    from jaxpersona.persona.talk import grow, project_conversation
+    whole = project_conversation(mini, TALK, [axis])[0].values[:, 0]
     for vectors in ([load_vector(file)], [axis, load_vector(file)]):
-        values = project_conversation(mini, talk, vectors)[0].values
-        np.testing.assert_array_equal(np.isfinite(values[:, -1]), [0, 0, 1, 1, 1, 1, 0, 0])
-        np.testing.assert_allclose(values[2:6, 0], values[2:6, -1], rtol=1e-5)
+        values = project_conversation(mini, TALK, vectors)[0].values[:, -1]
+        np.testing.assert_array_equal(np.isfinite(values), [0, 0, 1, 1, 1, 1, 0, 0])
+        np.testing.assert_allclose(values[2:6], whole[2:6], rtol=1e-5)
+    grown = grow(mini, [[]], [["Who are you?"]], load_vector(file), max_new_tokens=4)
+    assert grown.projections.shape == (1, 1, 8) and grown.projections[0, 0, 2:6].all()
+    with pytest.raises(ValueError, match="measured at site 'mlp'"):
+        grow(mini, [[]], [["Who are you?"]], dataclasses.replace(axis, site="mlp"))
     command = ["project", str(tmp_path / "talk.json"), "--on", str(file), "--on",
                str(tmp_path / "axis.safetensors"), "--json", "--layer"]
     assert s.run_command([*command, "3"]) == 0

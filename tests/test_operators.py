@@ -152,6 +152,7 @@ def test_layers():
     assert resolve_layers([1, 4], 6) == (1, 4)
     assert resolve_layers(slice(46, 54), None) == tuple(range(46, 54))
     assert resolve_layers(np.array(2), 6) == (2,)
+    assert resolve_layers(slice(0, 1024), None) == tuple(range(1024))
     for layers, total, words in (
         ([True], None, "True"),
         (slice(9, None), 4, "reaches beyond 0…3"), (slice(4, None), 4, "chooses none"),
@@ -160,6 +161,9 @@ def test_layers():
         ([0, 1, 2, 3, 4, 5, 6, 99], 9, r"0, 1, 2, 3, 4, 5, 6, 99\], out of range; they are 0…8"),
         (slice(0, 10**9), None, "no model has more than 1024"),
         ("0:999999999", None, "no model has more than 1024"),
+        (slice(0, 1025), None, "no model has more than 1024"),
+        (range(10**9), 8, "no model has more than 1024"),
+        ("1024", None, "out of range; they are 0…1023"),
     ):
         with pytest.raises(ValueError, match=words):
             resolve_layers(layers, total)

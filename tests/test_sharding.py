@@ -13,7 +13,7 @@ import pytest
 import support as s
 from jax.sharding import AxisType, Mesh
 
-from jaxpersona import capture, hlo, sharding
+from jaxpersona import capture, hlo, nn, sharding
 from jaxpersona.batch import batch
 from jaxpersona.cache import init_cache
 from jaxpersona.config import Rope
@@ -132,8 +132,32 @@ def test_one_key_value_head_runs_on_a_mesh(axes, auto):
     mesh = sharding.make_mesh(**axes)
     if auto:
         mesh = Mesh(mesh.devices, mesh.axis_names,
-                                 axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+                    axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     assert far(replies(spread(model, mesh)).captured, replies(model).captured) <= 1e-5
+
+
+@pytest.mark.parametrize(("heads", "axes"), [
+    (1, {"data": 2, "model": 4}), (1, {"fsdp": 2, "model": 2}), (2, {"data": 2, "model": 4})])
+def test_a_long_prompt_s_chunks_run_on_a_mesh(heads, axes, monkeypatch):
+    """Queries in chunks of 4 on a mesh against all together on one device; and the gradient."""
+    model = s.tiny_model(**{**SHAPE, "n_kv_heads": heads})
+    meshed = spread(model, sharding.make_mesh(**axes))
+
+    def both(model):
+        def loss(params):
+            return forward(params, model.config, batch(ROWS), interventions=SHARED).logits.std()
+
+        out = s.run(model.params, model.config, batch(ROWS), capture=READ)
+        return jax.device_get((out.captured, jax.jit(jax.grad(loss))(model.params)))
+
+    wanted = both(model)
+    monkeypatch.setattr(nn, "QUERY_CHUNK", 4)
+    jax.clear_caches()  # a chunk's size is no argument of the program
+    try:
+        assert far(both(meshed), wanted) <= 1e-5
+    finally:
+        monkeypatch.undo()
+        jax.clear_caches()
 
 
 @pytest.mark.parametrize("shape", [name for name in MESHES if name != "spread4x2"])

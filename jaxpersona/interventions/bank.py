@@ -20,10 +20,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.config import MAX_LAYERS
 from jaxpersona.interventions.table import SITES, Site, traced
 
 Layers = int | slice | Sequence[int] | str
-MAX_LAYERS = 1024  # more than any model has
 _GREATEST = float(np.finfo(np.float32).max)
 _OPEN = {"floor": np.inf, "above": np.inf, "ceiling": -np.inf, "below": -np.inf}  # no bound at all
 
@@ -189,7 +189,7 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         highest = max(start or 0, stop or 0)
         if total is not None and (highest > total or (start or 0) < -total):
             raise ValueError(f"layers is {said}, which reaches beyond 0…{total - 1}")
-        if highest > MAX_LAYERS:
+        if total is None and highest > MAX_LAYERS:
             raise ValueError(f"layers is {said}; no model has more than {MAX_LAYERS}")
         reach: Any = stop if total is None else total
         chosen = tuple(range(*wanted.indices(reach)))
@@ -197,6 +197,8 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         held = np.atleast_1d(wanted) if hasattr(wanted, "ndim") else wanted
         several = isinstance(held, Sequence) and not isinstance(held, bytes | bytearray)
         several = several or getattr(held, "ndim", 0) == 1
+        if several and len(held) > MAX_LAYERS:
+            raise ValueError(f"layers is {said}; no model has more than {MAX_LAYERS}")
         items: list[Any] = list(held) if several else [wanted]
         if not all(map(_whole, items)):
             raise ValueError(f"layers is {said}; it must be an int, a slice, several ints or "
@@ -209,9 +211,9 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
     if list(chosen) != sorted(chosen):
         raise ValueError(f"layers is {said}; give them from low to high, the order in "
                          "which arrays with one entry a layer are read")
-    if chosen[0] < 0 or (total is not None and chosen[-1] >= total):
-        beyond = "" if total is None else f"; they are 0…{total - 1}"
-        raise ValueError(f"layers is {said}, out of range{beyond}")
+    most = MAX_LAYERS if total is None else total
+    if chosen[0] < 0 or chosen[-1] >= most:
+        raise ValueError(f"layers is {said}, out of range; they are 0…{most - 1}")
     return chosen
 
 
@@ -230,4 +232,4 @@ def parse_layers(text: str) -> slice | list[int]:
         return [int(part) for part in text.split(",")]
     if re.fullmatch(rf"({number}|\s*):({number}|\s*)", text):
         return slice(*(int(part) if part.strip() else None for part in text.split(":")))
-    raise ValueError(f"layers is {text[:80]!r}; write 46:54 (half-open), 16 or 3,5")
+    raise ValueError(f"layers is {_said(text)}; write 46:54 (half-open), 16 or 3,5")

@@ -55,7 +55,7 @@ def project_conversation(
 
     Raises:
       ValueError: no assistant message, a conversation longer than the context, or a direction of
-        another width or number of layers.
+        another model or site.
     """
     config = model.config
     vectors = [fit(model, vector) for vector in vectors]
@@ -125,7 +125,11 @@ def grow(
       ids: [N] what each conversation is for its draws, default its number; rows that share one
         share their draws.
       report: called with (turn, conversations done, tokens of this turn).
+
+    Raises:
+      ValueError: `vector` is of another model or site; or as `generate`.
     """
+    vector = fit(model, vector)
     prompts: list[Any] = [
         [*opening, {"role": "user", "content": said[0]}]
         for opening, said in zip(openings, messages, strict=True)
