@@ -65,7 +65,7 @@ REFUSED = {
     "floor is infinite": lambda: cap(V, layers=1, floor=np.inf),
     "vector is an empty list": lambda: steer([], layers=1),
     "repeats one": lambda: steer(V, layers=[1, 1]),
-    "out of range$": lambda: steer(V, layers=-1),
+    "out of range; they are 0…1023": lambda: steer(V, layers=-1),
     "out of range; they are 0…3": lambda: steer(AXIS, layers=4),
     "bank has entries 0…1": lambda: steer(np.ones((2, 8)), layers=1, rows=[0, 2]),
     "measured at site 'residual'": lambda: steer(AXIS, layers=1, site="mlp"),
