@@ -51,6 +51,19 @@ def test_any_separator_in_a_text_survives_and_leftovers_do_not_block(checkpoint,
         (out / name).write_text(kept)
 
 
+@pytest.mark.parametrize("arguments", [
+    ("axis", "--model", "mini", "--roles", "{}", "--out", "out"),
+    ("axis", "--model", "mini", "--roles", "data", "--limit", "3", "--out", "{}"),
+    ("data", "check", "{}"), ("data", "export", "{}"), ("generate", "hi", "--model", "{}"),
+    ("generate", "hi", "--cap", "{}.safetensors"), ("generate", "hi", "--spec", "{}"),
+    ("vectors", "show", "{}.pt"), ("plan", "--topology", "h200:1", "--model", "{}"),
+])
+def test_a_name_that_the_system_refuses_is_one_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    long = "x" * 300
+    refused(capsys, [a.format(long) for a in arguments], long)
+
+
 def test_a_run_that_cannot_end_well_is_refused_before_its_folder(checkpoint, tmp_path, capsys):
     """Too long prompts, too few roles and impossible settings leave no folder behind."""
     for name, questions in (("good", [Question(0, "Why?")]), ("long", [Question(0, "why " * 99)])):
