@@ -62,7 +62,7 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int = 
     Returns:
       For each arm, the baseline too: ratio (the median over rounds of the baseline's seconds / its
       own, so that 1 is as fast and less is slower), interval, unresolved, pairs, seconds (of a
-      call: the median over rounds of a round's mean).
+      call: the median over rounds of a round's median).
     """
     long = min(LONG, budget / (least * len(arms)))
     turns = {}
@@ -99,14 +99,13 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int = 
 
 
 def turn_about(arms: dict[str, Callable[[], float]], turns: dict[str, int]) -> dict[str, float]:
-    """Call every arm as often as `turns` says, evenly interleaved; return each one's mean."""
-    spent = dict.fromkeys(arms, 0.0)
-    calls = dict.fromkeys(arms, 0)
+    """Call every arm as often as `turns` says, evenly interleaved; return each one's median, which
+    a stall of a few calls does not move."""
+    spent: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(sum(turns.values())):
-        behind = min(arms, key=lambda name: (calls[name] + 0.5) / turns[name])
-        spent[behind] += arms[behind]()
-        calls[behind] += 1
-    return {name: spent[name] / turns[name] for name in arms}
+        behind = min(arms, key=lambda name: (len(spent[name]) + 0.5) / turns[name])
+        spent[behind].append(arms[behind]())
+    return {name: statistics.median(found) for name, found in spent.items()}
 
 
 def machine() -> dict[str, Any]:
