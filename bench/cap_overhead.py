@@ -36,7 +36,8 @@ def main() -> None:
     args = parser.parse_args()
     model = jp.load(args.model, dtype=args.dtype)
     total = model.config.n_layers
-    chosen = resolve_layers(args.layers or slice(total // 2, total), total)
+    named = args.layers or f"{total // 2}:{total}"
+    chosen = resolve_layers(named, total)
     direction = np.random.default_rng(0).normal(size=model.config.d_model)
 
     def capped(layers: Sequence[int], floor: float = 1e3) -> jp.Interventions:
@@ -56,7 +57,7 @@ def main() -> None:
         NOTHING, capped(range(total - total // 2, total)), capped(range(total))))
     slope = (every - half) / (total - total // 2)
     report(
-        "cap_overhead", model, args, capped_layers=f"{chosen[0]}:{chosen[-1] + 1}",
+        "cap_overhead", model, args, capped_layers=named,
         dtype=str(model.params.embed_vd.dtype),
         capped_over_uncapped=found["capped"]["ratio"], interval=found["capped"]["interval"],
         unresolved=found["capped"]["unresolved"], idle_over_uncapped=found["idle"]["ratio"],

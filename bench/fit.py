@@ -34,11 +34,11 @@ def main() -> None:
     with Peak() as peak:
         model = jp.load(args.model, dtype=args.dtype)
         total = model.config.n_layers
-        layers = resolve_layers(args.layers or slice(total // 2, total), total)
+        layers = args.layers or f"{total // 2}:{total}"
         direction = np.random.default_rng(0).normal(size=model.config.d_model)
         # a decoding keeps sixteen slots free
         setting = Decoding(model, args.batch, args.new - 16, prompt=args.context - args.new)
-        edits = jp.cap(direction, layers=layers, floor=1e3)
+        edits = jp.cap(direction, layers=resolve_layers(layers, total), floor=1e3)
         setting.timer(edits, prompts=True)()
     once = setting.timer(edits)  # keeps a second cache to begin from again
     once()
@@ -47,8 +47,7 @@ def main() -> None:
     planned = reckoned["bytes_per_chip"]["total"]
     chip, _ = chips.parse(args.chip)
     report(
-        "fit", model, args, capped_layers=f"{layers[0]}:{layers[-1] + 1}",
-        prompt_tokens=setting.prompt,
+        "fit", model, args, capped_layers=layers, prompt_tokens=setting.prompt,
         dtype=str(model.params.embed_vd.dtype), bytes=peak.above, planned_bytes=planned,
         planned=reckoned["bytes_per_chip"], planned_over_measured=round(planned / peak.above, 4),
         ms_per_step=round(1000 * step, 3),

@@ -9,18 +9,15 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxpersona.config import MAX_LAYERS
+from jaxpersona.config import MAX_LAYERS, ModelConfig
 from jaxpersona.interventions.compose import Interventions, chain
 from jaxpersona.interventions.operators import cap
 from jaxpersona.interventions.table import SITES, Site
 from jaxpersona.interventions.where import Where, everywhere
-
-if TYPE_CHECKING:
-    from jaxpersona.config import ModelConfig
 
 POPULATIONS = ("default", "all")
 CONTROL_VECTOR = "GGUF control vector"  # the source, in its notes, of one by another program
