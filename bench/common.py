@@ -165,12 +165,9 @@ class Peak:
             self.most = max(self.most, self._now())
 
     def _now(self) -> int:
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_available():
-            return torch.cuda.memory_allocated()
         known = [device.memory_stats() for device in jax.local_devices()]
         if all(known):
-            return sum(found["bytes_in_use"] for found in known if found)
+            return _torch_bytes() + sum(found["bytes_in_use"] for found in known if found)
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096
 
@@ -184,6 +181,15 @@ class Peak:
     def above(self) -> int:
         """Bytes above the beginning."""
         return self.most - self.start
+
+
+def _torch_bytes() -> int:
+    """Return what PyTorch holds of a card's memory."""
+    torch: Any = sys.modules.get("torch")
+    try:
+        return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
+    except AttributeError:  # not imported, or not to its end yet
+        return 0
 
 
 def report(bench: str, model: Any, arguments: Any, **result: Any) -> None:

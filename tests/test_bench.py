@@ -7,6 +7,7 @@ import itertools
 import json
 import pathlib
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -80,6 +81,32 @@ def test_a_small_budget_shortens_the_pairs():
     calls = itertools.count()
     common.paired({"a": lambda: next(calls) and 0.1, "b": lambda: 0.1}, "a", budget=4.0)
     assert next(calls) == 3 + 10 * 2  # 4 s / 10 pairs / 2 arms
+
+
+def test_a_card_s_memory_is_that_of_both_programs(monkeypatch):
+    """PyTorch may be there unused, used, or in the midst of its import."""
+    import common
+
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_in_use": 5})
+    monkeypatch.setattr(common.jax, "local_devices", lambda: [device, device])
+
+    def torch(**cuda):
+        return types.SimpleNamespace(cuda=types.SimpleNamespace(**cuda))
+
+    for there, wanted in (
+        (types.SimpleNamespace(), 10), (torch(), 10),
+        (torch(is_initialized=lambda: False), 10),
+        (torch(is_initialized=lambda: True, memory_allocated=lambda: 7), 17),
+    ):
+        monkeypatch.setitem(sys.modules, "torch", there)
+        with common.Peak() as peak:
+            device.memory_stats = lambda: {"bytes_in_use": 8}
+        assert peak.start == wanted and peak.above == 6
+        device.memory_stats = lambda: {"bytes_in_use": 5}
+    monkeypatch.delitem(sys.modules, "torch")
+    with common.Peak() as peak:
+        pass
+    assert peak.start == 10
 
 
 def test_the_last_line_is_one_json_object(capsys):
