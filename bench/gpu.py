@@ -1,0 +1,442 @@
+"""Measure one GPU in one process: decode, caps, extraction, products, and where the time goes.
+
+    python bench/gpu.py --parts limits decode32 decode1 --out bench/results
+    python bench/gpu.py --model mini --dtype float32 --small        # rehearsal on a CPU
+
+The model is loaded once and the programs of a part are compiled in parallel threads, because time
+on a rented card is short. Every part writes `gpu-<part>.json` as soon as it ends and prints it as
+one line, so a run that is cut off keeps what it has. A part that fails is reported with its error
+and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import pathlib
+import sys
+import tempfile
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from common import machine, paired, seconds_of
+from decoding import NOTHING, Decoding
+
+import jaxpersona as jp
+from jaxpersona import chips, hlo
+from jaxpersona.batch import batch as make_batch
+from jaxpersona.capture import Capture
+from jaxpersona.decode import decode
+
+Program = Callable[..., Any]
+
+
+class Bench:
+    """The loaded model, and what the parts share."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        begun = time.perf_counter()
+        self.model = jp.load(args.model, dtype=args.dtype)
+        jax.block_until_ready(self.model.params)
+        self.load_s = time.perf_counter() - begun
+        self.config = self.model.config
+        self.layers = self.config.n_layers
+        middle = 2 * self.layers // 3
+        self.eight = range(middle, min(middle + 8, self.layers))
+        self.direction = np.random.default_rng(0).normal(size=self.config.d_model)
+        kind = jax.devices()[0].device_kind.lower()
+        self.chip = next((c for name, c in chips.CHIPS.items() if name in kind), None)
+        self.small = args.small
+
+    def cap(self, layers: range, floor: float = 1e3) -> jp.Interventions:
+        """Return a cap that binds at every token, or never with a low floor."""
+        return jp.cap(self.direction, layers=layers, floor=floor)
+
+    def many(self, rows: int) -> jp.Interventions:
+        """Return one cap per row, each with its own direction and floor."""
+        bank = np.random.default_rng(1).normal(size=(rows, self.config.d_model))
+        return jp.cap(bank, layers=self.eight, floor=np.linspace(1e3, 2e3, rows),
+                      rows=np.arange(rows))
+
+    # ---- parts ---------------------------------------------------------------------------------
+
+    def limits(self) -> dict[str, Any]:
+        """Measure the memory bandwidth and the largest matrix product."""
+        x = jnp.ones(((1 << 24) if self.small else (1 << 30),), jnp.float32)
+        copy = jax.jit(lambda x: x + 1)
+        read = jax.jit(jnp.sum)
+        size = 1024 if self.small else 8192
+        key = jax.random.key(0)
+        a, b = (jax.random.normal(k, (size, size), self.args.dtype) for k in jax.random.split(key))
+        multiply = jax.jit(lambda a, b: jnp.matmul(a, b))
+        return {"copy_bytes_per_s": 2 * x.nbytes / seconds_of(lambda: copy(x), 10),
+                "read_bytes_per_s": x.nbytes / seconds_of(lambda: read(x), 10),
+                "matmul_flops_per_s": 2 * size**3 / seconds_of(lambda: multiply(a, b), 10),
+                "memory_bytes": (jax.devices()[0].memory_stats() or {}).get("bytes_limit"),
+                "load_s": self.load_s}
+
+    def decode1(self) -> dict[str, Any]:
+        """Compare caps with no cap at one row."""
+        return self._decoding(1)
+
+    def decode32(self) -> dict[str, Any]:
+        """Compare caps with no cap at 32 rows."""
+        return self._decoding(32)
+
+    def decode256(self) -> dict[str, Any]:
+        """Compare caps with no cap at 256 rows, with one cap for all and with 256 caps."""
+        return self._decoding(256)
+
+    def context1(self) -> dict[str, Any]:
+        """Time plain decoding of one row in the middle of a long context."""
+        return self._context(1)
+
+    def context32(self) -> dict[str, Any]:
+        """Time plain decoding of 32 rows in the middle of a long context."""
+        return self._context(32)
+
+    def products(self) -> dict[str, Any]:
+        """Time one block's largest product in several forms of the weight, at 1 and 32 rows."""
+        d, f = self.config.d_model, self.config.d_ff
+        count = 4 if self.small else 12  # different weights: more than any cache holds
+        dtype = jnp.dtype(self.args.dtype)
+        keys = jax.random.split(jax.random.key(0), count)
+        weights = [jax.random.normal(key, (f, d), jnp.float32) * 0.02 for key in keys]
+        scale = [jnp.abs(w).max(-1) / 127 for w in weights]
+        whole = [jnp.round(w / s[:, None]).astype(jnp.int8)
+                 for w, s in zip(weights, scale, strict=True)]
+        plain = [w.astype(dtype) for w in weights]
+        turned = [jnp.array(w.T) for w in plain]
+        del weights
+        f32: Any = jnp.float32
+
+        def plain_form(x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Array:
+            return jnp.einsum("rd,fd->rf", x, w, preferred_element_type=f32)
+
+        def in_out_form(x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Array:
+            return jnp.einsum("rd,df->rf", x, w, preferred_element_type=f32)
+
+        def converted(x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Array:
+            return jnp.einsum("rd,fd->rf", x, w.astype(x.dtype), preferred_element_type=f32) * s
+
+        def mixed(x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Array:
+            return jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())),
+                                       preferred_element_type=f32) * s
+
+        def summed(x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Array:
+            wide = w.astype(f32)
+            return jnp.sum(x.astype(f32)[:, None, :] * wide[None], -1) * s
+
+        def summed_plain(x: jax.Array, w: jax.Array, s: jax.Array) -> jax.Array:
+            return jnp.sum(x.astype(f32)[:, None, :] * w.astype(f32)[None], -1)
+
+        forms = {"plain [f,d]": (plain_form, plain), "plain [d,f]": (in_out_form, turned),
+                 "int8 converted": (converted, whole), "int8 dot_general": (mixed, whole),
+                 "int8 multiply-sum": (summed, whole), "multiply-sum": (summed_plain, plain)}
+        found: dict[str, Any] = {}
+        for rows in (1, 32):
+            x = jax.random.normal(jax.random.key(1), (rows, d), dtype)
+            for name, (form, w) in forms.items():
+                if rows > 1 and "sum" in name:
+                    continue
+
+                def all_of_them(x: jax.Array, w: Any, s: Any, form: Any = form) -> Any:
+                    total = jnp.zeros((), f32)
+                    for i in range(count):
+                        y = form(x, w[i], s[i])
+                        total += y.sum()
+                        x = (x + y[:, :1] * 0).astype(x.dtype)  # one after the other
+                    return total
+
+                found[f"{rows} rows, {name}"] = attempt(
+                    timed, jax.jit(all_of_them), (x, w, scale), count, w[0].nbytes)
+        n, k, h = self.config.n_heads, self.config.n_kv_heads, self.config.head_dim
+        for name, sizes in (("q, k, v", (n * h, k * h, k * h)), ("gate, up", (f, f))):
+            apart = [tuple(w[:size] + 0 for size in sizes) for w in plain]
+            joined = [jnp.concatenate(parts) for parts in apart]
+            for rows in (1, 32):
+                x = jax.random.normal(jax.random.key(1), (rows, d), dtype)
+
+                def several(x: jax.Array, weights: Any, _: Any) -> jax.Array:
+                    total = jnp.zeros((), f32)
+                    for parts in weights:
+                        ys = [plain_form(x, w, w) for w in parts]
+                        total += sum(y.sum() for y in ys)
+                        x = (x + ys[0][:, :1] * 0).astype(x.dtype)
+                    return total
+
+                for form, weights in (("apart", apart), ("together", [(w,) for w in joined])):
+                    size = sum(w.nbytes for w in weights[0])
+                    found[f"{rows} rows, {name} {form}"] = attempt(
+                        timed, jax.jit(several), (x, weights, None), count, size)
+            del apart, joined
+        return {"shape": [f, d], "weights": count, "forms": found}
+
+    def prefill(self) -> dict[str, Any]:
+        """Time extraction with every layer's means, and attention by XLA and by cuDNN."""
+        widths = (96, 64) if self.small else (2048, 512, 256, 128)
+        tokens = 768 if self.small else 16384
+        means = jp.capture.mean(jp.everywhere)
+        least = jp.capture.last(layers=[self.layers - 1])
+        gpu = jax.devices()[0].platform == "gpu"
+        flashes = ("xla", "cudnn") if gpu else ("xla",)
+        arms = [(width, attention, name) for width in widths for attention in flashes
+                for name in ("means", "plain")
+                if name == "means" or (attention == flashes[-1] and width >= widths[1])]
+
+        def build(arm: tuple[int, str, str]) -> tuple[Program, Any]:
+            width, attention, name = arm
+            rows = max(1, tokens // width)
+            drawn = np.random.default_rng(width).integers(  # both attentions get the same tokens
+                4, self.config.vocab_size, (rows, width))
+            text = jax.tree.map(jnp.asarray, make_batch(drawn))
+            read = means if name == "means" else least
+
+            def work(params: Any, text: Any, read: Any) -> Any:
+                return jp.forward(params, self.config, text, capture=read, logits=None,
+                                  attention=attention).captured  # pyright: ignore
+
+            built = jax.jit(work).lower(self.model.params, text, read).compile()
+            return built, (self.model.params, text, read)
+
+        built, compile_s = compile_all({str(arm): (lambda arm=arm: build(arm)) for arm in arms})
+        values: dict[str, Any] = {}
+        out: dict[str, Any] = {"tokens": tokens, "compile_s": compile_s}
+        for width, attention, name in arms:
+            program, given = built[str((width, attention, name))]
+            spent = seconds_of(lambda program=program, given=given: program(*given), 5)
+            rows = max(1, tokens // width)
+            flops = rows * self.config.prefill_flops(width)
+            key = f"{width} {attention} {name}"
+            out[key] = {"ms": round(1e3 * spent, 3), "tokens_per_s": round(rows * width / spent),
+                        "flops_per_s": flops / spent,
+                        "mfu": round(flops / spent / self.chip.peak, 4) if self.chip else None}
+            if name == "means":
+                state = program(*given)["mean"]
+                values[key] = np.asarray(state.value, np.float32)
+        for width in widths:
+            both = [values.get(f"{width} {attention} means") for attention in ("xla", "cudnn")]
+            if all(v is not None for v in both):
+                a, b = both
+                apart = np.linalg.norm(b - a, axis=-1) / np.linalg.norm(a, axis=-1)
+                out[f"{width} cudnn against xla"] = {
+                    "worst_relative": float(apart.max()), "median_relative":
+                    float(np.median(apart))}
+        return out
+
+    def start(self) -> dict[str, Any]:
+        """Time the way to the first token, compiled and warm, for a prompt of 32 tokens."""
+        setting = Decoding(self.model, 1, 16)
+        begun = time.perf_counter()
+        jax.block_until_ready(setting.start(NOTHING, Capture()).token)
+        first = time.perf_counter() - begun
+        warm = seconds_of(lambda: setting.start(NOTHING, Capture()).token, 10)
+        return {"load_s": round(self.load_s, 3), "first_call_s": round(first, 3),
+                "warm_first_token_ms": round(1e3 * warm, 3)}
+
+    # ---- how ------------------------------------------------------------------------------------
+
+    def _decoding(self, rows: int) -> dict[str, Any]:
+        steps = 8 if self.small else 64
+        edits = {"uncapped": NOTHING, "idle8": self.cap(self.eight, -1e9),
+                 "capped8": self.cap(self.eight), "all": self.cap(range(self.layers))}
+        if rows > 32:
+            edits["distinct8"] = self.many(rows)
+            del edits["idle8"]
+        made = Steps(self.model, rows, steps, edits)
+        found = paired({name: made.timer(name) for name in edits}, "uncapped",
+                       budget=self.args.budget)
+        step = found["uncapped"]["seconds"] / steps
+        out = {"rows": rows, "steps": steps, "prompt": made.setting.prompt,
+               "capped_layers": f"{self.eight.start}:{self.eight.stop}",
+               "compile_s": made.compile_s, "arms": found, "kernels": made.kernels}
+        if "distinct8" in edits:
+            out["distinct_over_shared"] = round(
+                found["distinct8"]["ratio"] / found["capped8"]["ratio"], 4)
+        out |= self._bound(made.setting, step)
+        if rows <= 32:
+            out["profile"] = {name: attempt(self._profile, made, name)
+                              for name in ("uncapped", "all")}
+        return out
+
+    def _context(self, rows: int) -> dict[str, Any]:
+        steps, prompt = (8, 64) if self.small else (64, 1856)
+        made = Steps(self.model, rows, steps, {"uncapped": NOTHING}, prompt=prompt)
+        once = made.timer("uncapped")
+        once()
+        step = min(once() for _ in range(5)) / steps
+        return {"rows": rows, "prompt": prompt, "steps": steps, "compile_s": made.compile_s,
+                "kernels": made.kernels} | self._bound(made.setting, step)
+
+    def _bound(self, setting: Decoding, step: float) -> dict[str, Any]:
+        moved = setting.bytes
+        out = {"ms_per_step": round(1e3 * step, 4), "bytes_per_step": moved,
+               "tokens_per_s": round(setting.rows / step, 1),
+               "gb_per_s": round(moved / step / 1e9, 1)}
+        if self.chip:
+            out |= {"ideal_ms": round(1e3 * moved / self.chip.bandwidth, 4),
+                    "mbu": round(moved / step / self.chip.bandwidth, 4)}
+        return out
+
+    def _profile(self, made: Steps, name: str) -> dict[str, Any]:
+        """Run one arm under the profiler; keep its compiled text beside the results."""
+        text = made.programs[name].as_text()
+        kept = self.args.out / f"gpu-decode{made.setting.rows}-{name}{self.args.tag}.hlo.txt"
+        kept.write_text(text[:6_000_000])
+        once = made.timer(name)
+        once()
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                spent = once()
+            file = sorted(pathlib.Path(folder).rglob("*.xplane.pb"))[-1]
+            steps = made.setting.steps
+            return {"ms_per_step": round(1e3 * spent / steps, 4)} | busy(file, steps)
+
+
+class Steps:
+    """The decode programs of one batch size, each compiled ahead, in threads after the first."""
+
+    def __init__(self, model: Any, rows: int, steps: int, edits: dict[str, Any], *,
+                 prompt: int = 32) -> None:
+        self.setting = Decoding(model, rows, steps, prompt=prompt)
+        self.edits, read = edits, Capture()
+        base = jax.block_until_ready(self.setting.start(NOTHING, read))
+        self.given = {}
+        for name, edit in edits.items():
+            shape = jax.eval_shape(lambda edit=edit: self.setting.start(edit, read))
+            empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
+                                 (shape.applied, shape.gates))
+            state = base.replace(applied=empty[0], gates=empty[1])
+            self.given[name] = self.setting.arguments(state, edit, read)
+
+        def build(name: str) -> Program:
+            return decode.lower(*self.given[name], greedy=True).compile()
+
+        self.programs, self.compile_s = compile_all(
+            {name: (lambda name=name: build(name)) for name in edits})
+        self.kernels = {name: attempt(count_kernels, program)
+                        for name, program in self.programs.items()}
+
+    def timer(self, name: str) -> Callable[[], float]:
+        """Return a call that times the steps of one arm."""
+        program = self.programs[name]
+        params, _, state, *rest = self.given[name]  # the configuration is static
+
+        def once() -> float:
+            mine = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+            begun = time.perf_counter()
+            out = jax.block_until_ready(program(params, mine, *rest))
+            spent = time.perf_counter() - begun
+            if int(out.step) != self.setting.steps:
+                raise RuntimeError(f"{int(out.step)} steps ran, not {self.setting.steps}")
+            return spent
+
+        return once
+
+
+def count_kernels(program: Any) -> int:
+    """Count the fusions of a compiled step."""
+    return hlo.fusions(hlo.operations(program.as_text()))
+
+
+def timed(run: Program, given: tuple[Any, ...], count: int, size: int) -> dict[str, float]:
+    """Return the microseconds of one of `count` products and the bytes of weights a second."""
+    spent = seconds_of(lambda: run(*given), 10) / count
+    return {"us": round(1e6 * spent, 2), "gb_per_s": round(size / spent / 1e9, 1)}
+
+
+def attempt(work: Callable[..., Any], *given: Any) -> Any:
+    """Return `work(*given)`, or its error where a part should go on without this figure."""
+    try:
+        return work(*given)
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+def compile_all(builds: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], float]:
+    """Run the first build alone (it tunes the products for all), then the others in threads."""
+    begun = time.perf_counter()
+    names = list(builds)
+    out = {names[0]: builds[names[0]]()}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        rest = {name: pool.submit(builds[name]) for name in names[1:]}
+        out |= {name: future.result() for name, future in rest.items()}
+    return out, round(time.perf_counter() - begun, 2)
+
+
+def busy(path: pathlib.Path, steps: int, most: int = 30) -> dict[str, Any]:
+    """Sum a profile's device events by kernel: microseconds and calls a step."""
+    data = jax.profiler.ProfileData.from_file(str(path))
+    spent: dict[str, float] = defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
+    lines = set()
+    for plane in data.planes:
+        if "gpu" not in plane.name.lower() or "device" not in plane.name.lower():
+            continue
+        for line in plane.lines:
+            if not line.name.lower().startswith("stream"):
+                continue
+            lines.add(line.name)
+            for event in line.events:
+                name = event.name.rstrip("0123456789").rstrip("_.")
+                spent[name] += event.duration_ns / 1e3
+                calls[name] += 1
+    top = sorted(spent, key=lambda name: -spent[name])[:most]
+    return {"kernel_us_per_step": round(sum(spent.values()) / steps, 1),
+            "kernel_calls_per_step": round(sum(calls.values()) / steps, 1), "lines": sorted(lines),
+            "top": {name: [round(spent[name] / steps, 2), round(calls[name] / steps, 2)]
+                    for name in top}}
+
+
+PARTS = ("limits", "decode32", "decode1", "context32", "context1", "prefill", "decode256",
+         "products", "start")
+
+
+def main() -> None:
+    """Run the parts in the order in which they are named."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="random:qwen3-8b")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench/results"))
+    parser.add_argument("--tag", default="", help="added to the names of the files")
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds of a part's pairs")
+    parser.add_argument("--seconds", type=float, default=330.0,
+                        help="no part is begun after this long")
+    parser.add_argument("--small", action="store_true", help="small shapes, for a rehearsal")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    begun = time.perf_counter()
+    bench = Bench(args)
+    failed = False
+    about = {"model": args.model, "dtype": args.dtype, **machine(),
+             "date": time.strftime("%Y-%m-%d")}
+    for part in args.parts:
+        if time.perf_counter() - begun > args.seconds:
+            print(f"{part}: not begun after {time.perf_counter() - begun:.0f} s", flush=True)
+            continue
+        at = time.perf_counter()
+        try:
+            found = getattr(bench, part)()
+        except Exception as error:  # the other parts still count
+            traceback.print_exc()
+            found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            failed = True
+        found = {"bench": f"gpu {part}", **about, "seconds": round(time.perf_counter() - at, 1),
+                 **found}
+        text = json.dumps(found)
+        (args.out / f"gpu-{part}{args.tag}.json").write_text(text + "\n")
+        print(text[:1500], flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
