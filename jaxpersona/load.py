@@ -23,7 +23,14 @@ from jaxpersona.ckpts import hf, orbax
 from jaxpersona.compile_cache import use_compile_cache
 from jaxpersona.config import ModelConfig
 from jaxpersona.families import read_json
-from jaxpersona.params import Params, fingerprint, init_params, layout
+from jaxpersona.params import (
+    Derived,
+    Params,
+    fingerprint,
+    init_params,
+    layout,
+    same_arrays,
+)
 from jaxpersona.presets import preset
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -40,9 +47,12 @@ class Model:
       tokenizer: of transformers, or None where the source has none.
       mesh: the devices that the parameters are spread over, or None for one.
       name: what it was loaded as.
-      fingerprint: sixteen digits that name its shape and weights (`params.fingerprint`).
+      fingerprint: sixteen digits that identify its shape and weights (`params.fingerprint`). A copy
+        with other parameters (`dataclasses.replace`) gets its own; "" while they are traced.
       stop_ids: the tokens that end a reply.
       template: whether the tokenizer has a chat template; a base model has none.
+      marked: the configuration and arrays that the fingerprint is of.
+      derived: what was computed from the parameters for speed; a copy begins without.
     """
 
     config: ModelConfig
@@ -53,6 +63,21 @@ class Model:
     fingerprint: str
     stop_ids: tuple[int, ...]
     template: bool
+    marked: tuple[ModelConfig, list[Any]] | None = dataclasses.field(
+        default=None, repr=False, compare=False)
+    derived: Derived = dataclasses.field(
+        init=False, repr=False, compare=False, default_factory=Derived)
+
+    def __post_init__(self) -> None:
+        leaves, marked = jax.tree.leaves(self.params), self.marked
+        if marked is not None and marked[0] == self.config and same_arrays(marked[1], leaves):
+            return
+        if marked is not None:
+            known = all(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+                        for x in leaves)
+            mark = fingerprint(self.config, self.params) if known else ""
+            object.__setattr__(self, "fingerprint", mark)
+        object.__setattr__(self, "marked", (self.config, leaves))
 
 
 def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any = None,

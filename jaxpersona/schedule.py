@@ -9,7 +9,6 @@ prompt and of B alone, so its bits depend on neither its neighbours, nor its row
 from __future__ import annotations
 
 import functools
-import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -29,6 +28,7 @@ from jaxpersona.interventions.compose import Interventions
 from jaxpersona.params import Params, in_out
 from jaxpersona.prompts import bucket
 from jaxpersona.sampling import Sampling
+from jaxpersona.sharding import on_cpu
 from jaxpersona.trace import Applied
 
 if TYPE_CHECKING:
@@ -98,23 +98,18 @@ def run(model: Model, job: Job, batch_size: int, stops: Stops, collect: Collect,
                collect).run(members)
 
 
-_turned: tuple[Any, Params] | None = None  # the last model's, and what names it
-
-
 def fast_params(model: Model, batch_size: int) -> Params:
-    """Return the parameters in the order in which this device multiplies many rows fastest.
+    """Return the parameters in the order in which their device multiplies many rows fastest.
 
-    On a CPU in float32 that is a copy: twice the weights' memory, until another model is run.
+    On a CPU in float32 that is a copy: twice the weights' memory, as long as the model is held. It
+    is made once for each `load.Model`; for other classes that stand for one, at every call.
     """
-    global _turned
     embed = model.params.embed_vd
-    if (jax.default_backend() != "cpu" or embed.dtype != jnp.float32 or batch_size < 8
+    if (not on_cpu(embed) or embed.dtype != jnp.float32 or batch_size < 8
             or model.mesh is not None or model.config.bytes(4) > _LARGEST_COPY):
         return model.params
-    if _turned is None or _turned[0]() is not embed:
-        _turned = None  # before the next copy is made
-        _turned = weakref.ref(embed), in_out(model.params)
-    return _turned[1]
+    held = getattr(model, "derived", None)
+    return in_out(model.params) if held is None else held.get(model.params, in_out)
 
 
 def shape_of(row: Row, max_new: int, share_prefix: bool) -> Shape:
