@@ -313,16 +313,14 @@ def _sums(x: jax.Array, *weights: jax.Array, placed: NamedSharding | None) -> ja
 
 def _local_sums(x: jax.Array, row_a: jax.Array, row_b: jax.Array, column_a: jax.Array,
                 column_b: jax.Array) -> jax.Array:
-    last = x.ndim - 1
     bits = _scrambled(_bfloat16_bits(x))
 
-    def along(column: jax.Array) -> jax.Array:
-        return bits * jax.lax.expand_dims(column, range(last))
+    def weighted(row: jax.Array, column: jax.Array) -> jax.Array:
+        return bits * row[..., None] * jax.lax.expand_dims(column, range(x.ndim - 1))
 
     # both sums in one reduction: XLA's CPU back end runs it fifty times as fast as two
-    zero = (np.uint32(0),) * 2
-    a, b = jax.lax.reduce((along(column_a), along(column_b)), zero, _add, (last,))
-    return jnp.stack(jax.lax.reduce((a * row_a, b * row_b), zero, _add, tuple(range(last))))
+    both = weighted(row_a, column_a), weighted(row_b, column_b)
+    return jnp.stack(jax.lax.reduce(both, (np.uint32(0),) * 2, _add, tuple(range(x.ndim))))
 
 
 def _add(one: tuple[Any, Any], other: tuple[Any, Any]) -> tuple[Any, Any]:
