@@ -19,8 +19,8 @@ Activation = Literal["silu", "gelu_tanh"]
 _HASHED = {
     "ModelConfig": frozenset("""
         family vocab_size d_model n_layers n_heads n_kv_heads head_dim d_ff norm_eps max_context
-        rope attn_scale tied_embeddings windows rope_local activation qk_norm qkv_bias o_bias mlp_bias
-        norm_offset post_norms embed_scale attn_softcap final_softcap
+        rope attn_scale tied_embeddings windows rope_local activation qk_norm qkv_bias o_bias
+        mlp_bias norm_offset post_norms embed_scale attn_softcap final_softcap
     """.split()),
     "Rope": frozenset("""
         theta kind factor low_freq_factor high_freq_factor original_context

@@ -175,6 +175,9 @@ def _folder(folder: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
     config, raw = hf.read_config(folder)
     mesh = None if mesh is None else sharding.fit(mesh, config)
     if orbax.holds_checkpoint(folder):
+        if also := [name for name in (hf.SINGLE, hf.INDEX) if (folder / name).exists()]:
+            raise ValueError(f"{folder}: holds both an Orbax checkpoint ({orbax.NAME}) and "
+                             f"{also[0]}; remove the one that is out of date")
         params, _ = orbax.load(folder, dtype=dtype, mesh=mesh)
     else:
         params = hf.load(folder, config, dtype=dtype, mesh=mesh, progress=progress)
