@@ -80,6 +80,7 @@ class Model:
         object.__setattr__(self, "marked", (self.config, leaves))
 
 
+@sharding.on_own_mesh
 def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any = None,
          progress: hf.Progress | None = None, revision: str | None = None) -> Model:
     """Load a model; programs compiled from now on are kept on disk (`compile_cache`).
@@ -89,8 +90,10 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
         embedded model; "random:<preset>", random weights of a real shape; or a repository of the
         hub, "owner/name" or "owner/name@revision".
       mesh: spreads the parameters over devices; `Model.mesh` is this one fitted to the model
-        (`sharding.fit`).
-      dtype: "float32", "bfloat16" or "float16"; by default float32 on a CPU, else bfloat16.
+        (`sharding.fit`), which may have another axis: in `jax.set_mesh` either will do for the
+        functions that take a model, but only `Model.mesh` for those that take parameters.
+      dtype: "float32", "bfloat16" or "float16"; by default float32 where the parameters lie on a
+        CPU (the mesh's, or `jax.default_device`), else bfloat16.
       progress: called with the bytes read so far and in all.
       revision: a branch, tag or commit of the hub's repository; a commit alone never changes.
 
@@ -98,7 +101,7 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
       ValueError: no such model, or one that is faulty or not implemented; it says which and why.
     """
     use_compile_cache()
-    name, kind = os.fspath(source), _dtype(dtype)
+    name, kind = os.fspath(source), _dtype(dtype, mesh)
     path = pathlib.Path(os.path.expanduser(name))
     local = name == "mini" or name.startswith(("random:", ".", "/", "~")) or _there(path)
     if local or isinstance(source, pathlib.PurePath):
@@ -137,9 +140,11 @@ def _is_repository(name: str) -> bool:
     return len(parts) == 2 and plain
 
 
-def _dtype(dtype: Any) -> np.dtype:
+def _dtype(dtype: Any, mesh: Mesh | None) -> np.dtype:
     if dtype is None:
-        return np.dtype(np.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        where = (sharding.default_platform() if mesh is None else
+                 mesh.devices.flat[0].platform)
+        return np.dtype(np.float32 if where == "cpu" else jnp.bfloat16)
     try:
         found = np.dtype(getattr(jnp, dtype) if isinstance(dtype, str) else dtype)
     except (TypeError, AttributeError):

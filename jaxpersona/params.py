@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpersona.config import ModelConfig
-from jaxpersona.sharding import Axes
+from jaxpersona.sharding import Axes, unset_mesh
 
 
 @flax.struct.dataclass
@@ -244,8 +244,10 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
     import hashlib
 
     leaves = jax.tree.leaves(params)
-    sums = [_sums(x, *_weights(x), placed=placed)
-            for x in leaves for placed in [_spread(x)]]
+    placed = [_spread(x) for x in leaves]
+    with unset_mesh():
+        sums = [_sums(x, *_weights(x), placed=where)
+                for x, where in zip(leaves, placed, strict=True)]
     digest = hashlib.sha256(b"".join(x.tobytes() for x in jax.device_get(sums)))
     return config.hash() + digest.hexdigest()[:8]
 

@@ -26,6 +26,7 @@ from jaxpersona.chat import Row
 from jaxpersona.decode import Prefix, State, Stops, decode, prefill, prefill_prefix
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.params import Params, in_out
+from jaxpersona.programs import program
 from jaxpersona.prompts import bucket
 from jaxpersona.sampling import Sampling
 from jaxpersona.sharding import on_cpu
@@ -276,7 +277,7 @@ def _static(axes: Any) -> tuple[int, ...]:
     return tuple(jax.tree.leaves(axes))
 
 
-@functools.partial(jax.jit, static_argnames=("axes",), donate_argnames=("state",))
+@program(static=("axes",), donate=("state",))
 def _seat(state: State, fresh: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
     """Put prefilled rows into the given rows of a state."""
 
@@ -286,7 +287,7 @@ def _seat(state: State, fresh: State, rows: jax.Array, *, axes: tuple[int, ...])
     return jax.tree.map(put, state, fresh, jax.tree.unflatten(jax.tree.structure(state), axes))
 
 
-@functools.partial(jax.jit, static_argnames=("axes",))
+@program(static=("axes",))
 def _leave(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
     """Copy the given rows out of a state, but for their keys and values."""
     where = jax.tree.unflatten(jax.tree.structure(state), axes)
@@ -299,7 +300,7 @@ def _leave(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
     return jax.tree.map(take, state, where)
 
 
-@functools.partial(jax.jit, static_argnames=("axes",))
+@program(static=("axes",))
 def _stack(parts: tuple[Prefix, ...], *, axes: tuple[int, ...]) -> Prefix:
     """Put prefixes of one row each side by side."""
     where = jax.tree.unflatten(jax.tree.structure(parts[0]), axes)
