@@ -72,7 +72,7 @@ def main() -> None:
         lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16, sharding=placed), layout(config))
     shapes = plan.Shapes.of(args.batch, args.context)
 
-    def attends(config: Any, asked: str, **case: Any) -> str:
+    def attends(config: Any, asked: str, *, platform: str, **case: Any) -> str:
         return attention_implementation(config, "gpu", capability=9.0, asked=asked, **case)[0]
 
     arms = {"uncapped": range(0), "capped": few, "all": range(config.n_layers)}

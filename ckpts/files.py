@@ -6,12 +6,15 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from jaxpersona.ckpts.tensorfile import pieces
+
+from jaxpersona.params import SCHEME
 
 
 @contextlib.contextmanager
@@ -82,6 +85,24 @@ def parse_field(text: str, field: str, kind: type) -> Any:
         raise ValueError(f"{field} is {str(value)[:80]!r}; it must be a "
                          f"{'table' if kind is dict else 'list'}")
     return value
+
+
+def scheme_of(fingerprint: Any, scheme: Any) -> int:
+    """Return the scheme of a file's fingerprint from its header's text.
+
+    A file that has a fingerprint and does not say its scheme is older than schemes: it is of 1.
+
+    Raises:
+      ValueError: text that is no positive integer.
+    """
+    if not fingerprint:
+        return SCHEME
+    if scheme in (None, ""):
+        return 1
+    if not re.fullmatch(r"[1-9][0-9]{0,5}", str(scheme)):
+        raise ValueError(f"fingerprint_scheme is {str(scheme)[:40]!r}; it must be a positive "
+                         "integer")
+    return int(scheme)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

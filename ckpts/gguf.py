@@ -13,13 +13,14 @@ import re
 from typing import Any
 
 import numpy as np
-from jaxpersona.ckpts.files import atomic, parse_field, require_file
+from jaxpersona.ckpts.files import atomic, parse_field, require_file, scheme_of
 
 from jaxpersona.config import MAX_LAYERS
 from jaxpersona.vectors import CONTROL_VECTOR, Axis, Vector
 
 ARCHITECTURE = "controlvector"
-_OURS = ("kind", "name", "model", "fingerprint", "layers", "notes")  # keys `jaxpersona.<field>`
+# keys `jaxpersona.<field>`
+_OURS = ("kind", "name", "model", "fingerprint", "fingerprint_scheme", "layers", "notes")
 
 
 def _package(path: pathlib.Path) -> Any:
@@ -86,7 +87,8 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
         "source": CONTROL_VECTOR, "model_hint": str(field(f"{ARCHITECTURE}.model_hint"))}
     kind = Axis if ours["kind"] == "axis" else Vector
     return kind(values, str(ours["name"] or stem), str(ours["model"] or ""),
-                str(ours["fingerprint"] or ""), notes=notes)
+                str(ours["fingerprint"] or ""), notes=notes,
+                fingerprint_scheme=scheme_of(ours["fingerprint"], ours["fingerprint_scheme"]))
 
 
 def write(path: str | os.PathLike, vector: Vector) -> list[str]:
@@ -108,6 +110,7 @@ def write(path: str | os.PathLike, vector: Vector) -> list[str]:
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(chosen))
         ours = {"kind": vector.kind, "name": vector.name, "model": vector.model,
                 "fingerprint": vector.fingerprint,
+                "fingerprint_scheme": str(vector.fingerprint_scheme),
                 "notes": json.dumps(dict(vector.notes), sort_keys=True)}
         for name, value in ours.items():
             writer.add_string(f"jaxpersona.{name}", value)

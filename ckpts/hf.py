@@ -12,6 +12,7 @@ import concurrent.futures
 import hashlib
 import json
 import pathlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -23,10 +24,11 @@ from jaxpersona.ckpts.files import require_folder
 from jaxpersona.ckpts.tensorfile import DTYPES, Entry
 
 from jaxpersona import sharding
-from jaxpersona.config import ModelConfig
+from jaxpersona.config import ModelConfig, replace
 from jaxpersona.families import from_hf, read_json, to_hf
 from jaxpersona.params import Params, Spec, layout
 
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 READERS = 3  # tensors read at one time; where memory is slow to be had, one thread waits for it
@@ -35,6 +37,10 @@ Progress = Callable[[int, int], None]
 
 def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Read a folder's config.json.
+
+    Where it says that the head is the embedding (`tie_word_embeddings`), but the folder's weights
+    hold a head with other values, the configuration is that of an untied model, as in transformers,
+    and a warning says so.
 
     Returns:
       The configuration, and the file's dict as it stands.
@@ -50,9 +56,27 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
     if not isinstance(raw, dict):
         raise ValueError(f"{folder / 'config.json'}: holds {type(raw).__name__}, not a table")
     try:
-        return from_hf(raw), raw
+        config = from_hf(raw)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
+    if config.tied_embeddings and _has_other_head(read_entries(folder)[0]):
+        warnings.warn(f"{folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBED}; "
+                      "both are used, as in transformers. Set it to false in config.json, or "
+                      f"remove {HEAD}", UserWarning, stacklevel=3)
+        config = replace(config, tied_embeddings=False)
+    return config, raw
+
+
+def _has_other_head(entries: Mapping[str, Entry]) -> bool:
+    """Whether files hold both an embedding and a head of its shape that differ."""
+    embed, head = entries.get(EMBED), entries.get(HEAD)
+    if embed is None or head is None or embed.shape != head.shape:
+        return False  # a head of another shape is a fault, which `load` names
+    if not {embed.dtype, head.dtype} <= set(DTYPES):
+        return False
+    pairs = zip(tensorfile.read_pieces(embed), tensorfile.read_pieces(head), strict=True)
+    return any(not np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
+               for a, b in pairs)
 
 
 def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *, dtype: Any = None,
@@ -76,9 +100,7 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *, dtype
     if target is not None and target not in DTYPES.values():
         raise ValueError(f"dtype is {target}; parameters are float32, bfloat16 or float16")
     specs, tree = jax.tree.flatten(layout(config))
-    entries, faults = read_entries(folder)
-    if entries or not faults:  # a folder that cannot be read at all has said so
-        faults += _mismatches(entries, specs, config)
+    entries, faults = _tensors(folder, config)
     _refuse(folder, faults)
     total = sum(entries[spec.file_name].size for spec in specs)
     done, arrays = 0, []
@@ -115,9 +137,7 @@ def verify(folder: str | pathlib.Path, sha256: Mapping[str, str] | None = None) 
     """
     folder = pathlib.Path(folder)
     config, _ = read_config(folder)
-    entries, faults = read_entries(folder)
-    if entries or not faults:
-        faults += _mismatches(entries, jax.tree.leaves(layout(config)), config)
+    entries, faults = _tensors(folder, config)
     for name, wanted in (sha256 or {}).items():
         try:
             with open(folder / name, "rb") as file:
@@ -129,6 +149,19 @@ def verify(folder: str | pathlib.Path, sha256: Mapping[str, str] | None = None) 
             faults.append(f"{name}: sha256 is {found}, expected {wanted}")
     _refuse(folder, faults)
     return {path.name: path.stat().st_size for path in sorted({e.path for e in entries.values()})}
+
+
+def _tensors(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Entry], list[str]]:
+    """Find the tensors that a configuration asks for, and everything that is wrong with them."""
+    entries, faults = read_entries(folder)
+    if config.tied_embeddings and EMBED not in entries and HEAD in entries:
+        entries[EMBED] = entries[HEAD]  # some writers keep one name of two that share a tensor
+    if entries or not faults:  # a folder that cannot be read at all has said so
+        faults += _mismatches(entries, jax.tree.leaves(layout(config)), config)
+    if not faults and config.tied_embeddings and _has_other_head(entries):
+        faults.append(f"{HEAD}: differs from {EMBED}, but the configuration that was given has "
+                      "tied_embeddings=True; use that of read_config")
+    return entries, faults
 
 
 def _refuse(folder: pathlib.Path, faults: list[str]) -> None:
@@ -144,11 +177,14 @@ def _count(n: int, what: str) -> str:
 def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
     """Find every tensor of a folder's files.
 
+    A single file is read before shards, as transformers does: an index beside it is left over from
+    an earlier save. Where the index's own files are there too, a warning names both.
+
     Returns:
       The tensors by name, and the faults of the index and of the files.
     """
     index = folder / INDEX
-    if not index.exists():
+    if not index.exists() or _is_left_over(index):
         if not (folder / SINGLE).exists():
             other = sorted(p.name for p in folder.glob("*.bin"))
             hint = f"; {other[0]} is a PyTorch file: convert it to safetensors" if other else ""
@@ -182,6 +218,25 @@ def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
     return entries, faults
 
 
+def _is_left_over(index: pathlib.Path) -> bool:
+    """Whether an index lies beside a single file that it does not name."""
+    if not (index.parent / SINGLE).exists():
+        return False
+    try:
+        names = set(read_json(index)["weight_map"].values())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        names = set()
+    if SINGLE in names:
+        return False
+    there = {name for name in names if isinstance(name, str)
+             and (index.parent / pathlib.PurePath(name).name).is_file()}
+    if there:
+        warnings.warn(f"{index.parent}: holds both {SINGLE} and the shards of {INDEX} "
+                      f"({_some(there)}); {SINGLE} is read, as in transformers. Remove those "
+                      "that are out of date", UserWarning, stacklevel=5)
+    return True
+
+
 def _some(names: set[str], limit: int = 6) -> str:
     listed = sorted(names)
     rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
@@ -195,9 +250,9 @@ def _mismatches(entries: Mapping[str, Entry], specs: list[Spec], config: ModelCo
     if missing := set(expected) - set(entries):
         faults.append(f"missing: {_some(missing, 1000)}")
     extra = {name for name in set(entries) - set(expected) if not name.endswith("inv_freq")}
-    if config.tied_embeddings and "lm_head.weight" in extra:
-        extra.remove("lm_head.weight")  # some writers keep the tied head's second name
-        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    if config.tied_embeddings and HEAD in extra:
+        extra.remove(HEAD)  # some writers keep the tied head's second name
+        expected[HEAD] = expected[EMBED]
     if extra:
         faults.append(f"extra: {_some(extra, 1000)}")
     for name in sorted(set(expected) & set(entries)):

@@ -100,7 +100,7 @@ def load(folder: str | pathlib.Path, *, dtype: Any = None,
         if faults:
             listed = "\n".join(f"  - {fault}" for fault in faults)
             raise ValueError(f"{folder}: the checkpoint does not fit its config.json\n{listed}")
-        here = SingleDeviceSharding(jax.devices()[0])
+        here = SingleDeviceSharding(sharding.default_device())
         shapes = {
             name: jax.ShapeDtypeStruct(
                 spec.shape, target or found[name].dtype,

@@ -147,6 +147,23 @@ def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
     return out
 
 
+def read_pieces(entry: Entry) -> Iterator[np.ndarray]:
+    """Read a tensor in order as flat pieces; tensors of one shape have pieces of one size.
+
+    Raises:
+      ValueError: the file cannot be read, or is shorter than its header says.
+    """
+    dtype, total = DTYPES[entry.dtype], math.prod(entry.shape)
+    step = _PIECE // 4
+    try:
+        for at in range(0, total, step):
+            part = np.empty(min(step, total - at), dtype)
+            _read_into(entry.path, entry.start + at * dtype.itemsize, part)
+            yield part
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{entry.path}: reading stopped: {error}") from None
+
+
 def read_as(entry: Entry, dtype: np.dtype) -> np.ndarray:
     """Read a whole tensor in another dtype, through a small buffer: it is never held twice.
 

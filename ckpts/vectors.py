@@ -15,12 +15,21 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import warnings
 from typing import Any
 
 import numpy as np
 from jaxpersona.ckpts import gguf, torchfile
-from jaxpersona.ckpts.files import atomic, parse_field, read_tensors, require_file, write_tensors
+from jaxpersona.ckpts.files import (
+    atomic,
+    parse_field,
+    read_tensors,
+    require_file,
+    scheme_of,
+    write_tensors,
+)
 
+from jaxpersona.params import SCHEME
 from jaxpersona.vectors import Axis, Caps, Vector
 
 _FORMAT = "jaxpersona-vector"
@@ -72,7 +81,7 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
     if suffix == ".pt":
         return torchfile.read(path, kind)
     if suffix == ".gguf":
-        return gguf.read(path)
+        return _dated(path, gguf.read(path))
     if suffix == ".npy":
         return _read_array(pathlib.Path(path))
     if suffix != ".safetensors":
@@ -80,9 +89,9 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
     tensors, header = read_tensors(path)
     try:
         if header.get("kind") == "caps":
-            caps = _build_caps(header, tensors)
+            caps = _dated(path, _build_caps(header, tensors))
             return {caps.name: caps}
-        return _build(header, tensors)
+        return _dated(path, _build(header, tensors))
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing") from None
     except (ValueError, TypeError, RecursionError) as error:  # the last: a nest that is quoted
@@ -126,6 +135,20 @@ def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
     return found
 
 
+def _dated(path: str | os.PathLike, found: Any) -> Any:
+    """Warn of a fingerprint that this version cannot compare, because it was computed otherwise."""
+    scheme = found.fingerprint_scheme
+    if found.fingerprint and scheme != SCHEME:
+        how = ("a sample of the weights, which another model can share" if scheme == 1 else
+               "of a later version")
+        warnings.warn(
+            f"{path}: its fingerprint is of scheme {scheme} ({how}); this version uses scheme "
+            f"{SCHEME}, so only its shape is checked. `jaxpersona vectors convert {path} NEW "
+            f"--model {found.model or 'MODEL'}` writes a file with a new one",
+            UserWarning, stacklevel=4)
+    return found
+
+
 def _read_array(path: pathlib.Path) -> Vector:
     require_file(path)
     try:
@@ -149,7 +172,8 @@ def _write(path: str | os.PathLike, vector: Vector | Caps) -> None:
     tensors = {"values": np.ascontiguousarray(vector.values)}
     header = {
         "format": _FORMAT, "kind": vector.kind, "name": vector.name, "model": vector.model,
-        "fingerprint": vector.fingerprint, "layer_base": "0", "norm": "none",
+        "fingerprint": vector.fingerprint, "fingerprint_scheme": str(vector.fingerprint_scheme),
+        "layer_base": "0", "norm": "none",
         "sign": "+assistant" if vector.kind == "axis" else "+",
         "notes": json.dumps(dict(vector.notes), sort_keys=True),
     }
@@ -188,7 +212,8 @@ def _build_caps(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Caps:
     layers, labels = (tuple(parse_field(header[field], field, list))
                       for field in ("layers", "labels"))
     return Caps(tensors["values"], layers, tensors["floors"], labels, header.get("name", "caps"),
-                header.get("model", ""), header.get("fingerprint", ""), notes)
+                header.get("model", ""), header.get("fingerprint", ""), notes,
+                scheme_of(header.get("fingerprint"), header.get("fingerprint_scheme")))
 
 
 def _build(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Vector:
@@ -199,6 +224,8 @@ def _build(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Vector:
     fields: dict[str, Any] = {
         "values": tensors["values"], "name": header.get("name", kind),
         "model": header.get("model", ""), "fingerprint": header.get("fingerprint", ""),
+        "fingerprint_scheme": scheme_of(header.get("fingerprint"),
+                                        header.get("fingerprint_scheme")),
         "site": header.get("site", "residual"), "notes": notes,
     }
     if kind == "axis":

@@ -74,6 +74,7 @@ def convert(
 def _belonging(chosen: Any, source: str) -> Any:
     """Check a direction or caps against a model, and enter the model's name and fingerprint."""
     from jaxpersona.cli_support import open_model
+    from jaxpersona.params import SCHEME
     from jaxpersona.presets import preset
     from jaxpersona.vectors import fitted
 
@@ -83,7 +84,8 @@ def _belonging(chosen: Any, source: str) -> Any:
     typer.echo(f"{source}: reading the weights for their fingerprint", err=True)
     model = open_model(source, None)
     chosen = fitted(chosen, model.config, model.name, model.fingerprint)
-    return dataclasses.replace(chosen, model=model.name, fingerprint=model.fingerprint)
+    return dataclasses.replace(chosen, model=model.name, fingerprint=model.fingerprint,
+                               fingerprint_scheme=SCHEME)
 
 
 def _described(found: Any) -> str:
@@ -105,7 +107,8 @@ def _show_facts(found: Any, shape: str) -> None:
 
     table = Table("field", "value", show_header=False)
     facts = {"kind": found.kind, "name": found.name, "model": found.model or "not said",
-             "fingerprint": found.fingerprint or "not said",
+             "fingerprint": (f"{found.fingerprint} (scheme {found.fingerprint_scheme})"
+                             if found.fingerprint else "not said"),
              "site": getattr(found, "site", "residual"), "layers": "zero-based, after the block",
              "shape": shape, **found.notes}
     for key, value in facts.items():

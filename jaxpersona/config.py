@@ -14,6 +14,18 @@ from typing import Any, Literal
 import jax
 
 Activation = Literal["silu", "gelu_tanh"]
+# What `ModelConfig.hash` covers, version 1. Hashes are stored in files, so this list never changes:
+# a field added later enters a hash only where its value is not the default.
+_HASHED = {
+    "ModelConfig": frozenset("""
+        family vocab_size d_model n_layers n_heads n_kv_heads head_dim d_ff norm_eps max_context
+        rope attn_scale tied_embeddings windows rope_local activation qk_norm qkv_bias o_bias
+        mlp_bias norm_offset post_norms embed_scale attn_softcap final_softcap
+    """.split()),
+    "Rope": frozenset("""
+        theta kind factor low_freq_factor high_freq_factor original_context
+    """.split()),
+}
 MAX_LAYERS = 1024  # more than any model has; a file that says more is damaged
 
 
@@ -98,8 +110,11 @@ class ModelConfig:
         return self.rope_local if local else self.rope  # pyright: ignore[reportReturnType]
 
     def hash(self) -> str:
-        """Return eight hexadecimal digits that change with any field."""
-        text = json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """Return eight hexadecimal digits that change with the value of any field.
+
+        A field that is added to the class later, with a default, changes no existing hash.
+        """
+        text = json.dumps(_hashed(self, "ModelConfig"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     @property
@@ -136,6 +151,16 @@ class ModelConfig:
         dense = self.parameters - heads * self.vocab_size * self.d_model
         attention = 2 * self.n_layers * self.n_heads * self.head_dim * length * length
         return 2 * dense * length + attention + head * 2 * self.vocab_size * self.d_model * length
+
+
+def _hashed(value: Any, kind: str) -> dict[str, Any]:
+    """Return the fields of a dataclass that its hash covers."""
+    found = {}
+    for field in dataclasses.fields(value):
+        item = getattr(value, field.name)
+        if field.name in _HASHED[kind] or item != field.default:
+            found[field.name] = _hashed(item, "Rope") if isinstance(item, Rope) else item
+    return found
 
 
 def replace(config: ModelConfig, **changes: Any) -> ModelConfig:

@@ -6,7 +6,6 @@ on the number of steps is data, so a caller may stop between chunks without anot
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from typing import Any
 
@@ -22,6 +21,7 @@ from jaxpersona.fences import CODE_BIT
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.model import forward
 from jaxpersona.params import Params
+from jaxpersona.programs import program
 from jaxpersona.sampling import Sampling, choose, most_likely
 from jaxpersona.sharding import of_each, place
 from jaxpersona.trace import Applied, Gates
@@ -95,7 +95,7 @@ class Prefix:
     gates: Gates
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots"))
+@program(static=("config", "slots"))
 def prefill_prefix(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
                    capture: Capture, *, slots: int) -> Prefix:
     """Run the beginnings of prompts, which nothing is sampled from."""
@@ -106,7 +106,7 @@ def prefill_prefix(params: Params, config: ModelConfig, batch: Batch, edits: Int
     return Prefix(out.cache, out.captured, out.applied, out.gates)  # pyright: ignore
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots", "max_new", "greedy"))
+@program(static=("config", "slots", "max_new", "greedy"))
 def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
             capture: Capture, how: Sampling, stops: Stops, limit: jax.Array, *, slots: int,
             max_new: int, greedy: bool, prefix: Prefix | None = None) -> State:
@@ -148,7 +148,7 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
     return _choose_next(state, out.logits, how, stops, greedy)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "greedy"), donate_argnames=("state",))
+@program(static=("config", "greedy"), donate=("state",))
 def decode(params: Params, config: ModelConfig, state: State, edits: Interventions,
            capture: Capture, how: Sampling, stops: Stops, until: jax.Array,
            most_done: jax.Array | None = None, *, greedy: bool) -> State:

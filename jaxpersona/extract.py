@@ -23,8 +23,9 @@ from jaxpersona.config import ModelConfig
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.model import Output, forward
 from jaxpersona.params import Params
+from jaxpersona.programs import program
 from jaxpersona.readings import TokenState
-from jaxpersona.sharding import rows_divisor
+from jaxpersona.sharding import off_mesh, on_own_mesh, platform, rows_divisor
 from jaxpersona.trace import Applied
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Extracted:
     padded: int
 
 
+@on_own_mesh
 def extract(
     model: Model,
     conversations: Sequence[Any],
@@ -70,7 +72,8 @@ def extract(
       conversations: each a list of {"role", "content"}, a `chat.Row`, or token ids.
       capture: what to read; default: the mean over response tokens at every layer.
       interventions: for all alike, or with one row a conversation.
-      batch_tokens: the tokens of a batch, padding included; default: 1,024 on a CPU, else 16,384.
+      batch_tokens: the tokens of a batch, padding included; default: 1,024 for a model on a CPU,
+        else 16,384.
       progress: called with (conversations done, N, tokens so far).
 
     Raises:
@@ -79,11 +82,11 @@ def extract(
     if not len(conversations):
         raise ValueError("conversations is empty; give at least one")
     if batch_tokens is None:
-        batch_tokens = _TOKENS.get(jax.default_backend(), _TOKENS_ELSE)
+        batch_tokens = _TOKENS.get(platform(model.params.embed_vd), _TOKENS_ELSE)
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens is {batch_tokens}; it must be positive")
     capture = mean() if capture is None else capture
-    edits = given(interventions)
+    edits, capture = off_mesh((given(interventions), capture))
     prompts.check_edits(model, edits, len(conversations), capture)
     rows = [prompts.encode(model, item, reply=False) for item in conversations]
     for i, row in enumerate(rows):
@@ -136,7 +139,7 @@ def extract(
     return Extracted(captured, applied, rows, sum(row.tokens.size for row in rows), padded)
 
 
-@jax.jit
+@program()
 def _read(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
           capture: Capture) -> Output:
     batch = batch.spread(params.embed_vd)

@@ -25,7 +25,7 @@ from jaxpersona.decode import State, Stops
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.sampling import sampling
 from jaxpersona.schedule import Job
-from jaxpersona.sharding import rows_divisor
+from jaxpersona.sharding import off_mesh, on_own_mesh, rows_divisor
 from jaxpersona.trace import Applied
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Generated:
     applied: tuple[Applied, ...]
 
 
+@on_own_mesh
 def generate(
     model: Model,
     conversations: Sequence[Any],
@@ -109,7 +110,7 @@ def generate(
     count = len(conversations)
     if not count:
         raise ValueError("conversations is empty; give at least one")
-    edits = given(interventions)
+    edits, capture = off_mesh((given(interventions), capture))
     prompts.check_edits(model, edits, count, capture)
     ways = rows_divisor(model.params.embed_vd)
     if batch_size % ways:

@@ -23,7 +23,14 @@ from jaxpersona.ckpts import hf, orbax
 from jaxpersona.compile_cache import use_compile_cache
 from jaxpersona.config import ModelConfig
 from jaxpersona.families import read_json
-from jaxpersona.params import Params, fingerprint, init_params, layout
+from jaxpersona.params import (
+    Derived,
+    Params,
+    fingerprint,
+    init_params,
+    layout,
+    same_arrays,
+)
 from jaxpersona.presets import preset
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -40,9 +47,12 @@ class Model:
       tokenizer: of transformers, or None where the source has none.
       mesh: the devices that the parameters are spread over, or None for one.
       name: what it was loaded as.
-      fingerprint: sixteen digits that name its shape and weights (`params.fingerprint`).
+      fingerprint: sixteen digits that identify its shape and weights (`params.fingerprint`). A copy
+        with other parameters (`dataclasses.replace`) gets its own; "" while they are traced.
       stop_ids: the tokens that end a reply.
       template: whether the tokenizer has a chat template; a base model has none.
+      marked: the configuration and arrays that the fingerprint is of.
+      derived: what was computed from the parameters for speed; a copy begins without.
     """
 
     config: ModelConfig
@@ -53,8 +63,24 @@ class Model:
     fingerprint: str
     stop_ids: tuple[int, ...]
     template: bool
+    marked: tuple[ModelConfig, list[Any]] | None = dataclasses.field(
+        default=None, repr=False, compare=False)
+    derived: Derived = dataclasses.field(
+        init=False, repr=False, compare=False, default_factory=Derived)
+
+    def __post_init__(self) -> None:
+        leaves, marked = jax.tree.leaves(self.params), self.marked
+        if marked is not None and marked[0] == self.config and same_arrays(marked[1], leaves):
+            return
+        if marked is not None:
+            known = all(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+                        for x in leaves)
+            mark = fingerprint(self.config, self.params) if known else ""
+            object.__setattr__(self, "fingerprint", mark)
+        object.__setattr__(self, "marked", (self.config, leaves))
 
 
+@sharding.on_own_mesh
 def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any = None,
          progress: hf.Progress | None = None, revision: str | None = None) -> Model:
     """Load a model; programs compiled from now on are kept on disk (`compile_cache`).
@@ -64,8 +90,10 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
         embedded model; "random:<preset>", random weights of a real shape; or a repository of the
         hub, "owner/name" or "owner/name@revision".
       mesh: spreads the parameters over devices; `Model.mesh` is this one fitted to the model
-        (`sharding.fit`).
-      dtype: "float32", "bfloat16" or "float16"; by default float32 on a CPU, else bfloat16.
+        (`sharding.fit`), which may have another axis: in `jax.set_mesh` either will do for the
+        functions that take a model, but only `Model.mesh` for those that take parameters.
+      dtype: "float32", "bfloat16" or "float16"; by default float32 where the parameters lie on a
+        CPU (the mesh's, or `jax.default_device`), else bfloat16.
       progress: called with the bytes read so far and in all.
       revision: a branch, tag or commit of the hub's repository; a commit alone never changes.
 
@@ -73,7 +101,7 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
       ValueError: no such model, or one that is faulty or not implemented; it says which and why.
     """
     use_compile_cache()
-    name, kind = os.fspath(source), _dtype(dtype)
+    name, kind = os.fspath(source), _dtype(dtype, mesh)
     path = pathlib.Path(os.path.expanduser(name))
     local = name == "mini" or name.startswith(("random:", ".", "/", "~")) or _there(path)
     if local or isinstance(source, pathlib.PurePath):
@@ -112,9 +140,11 @@ def _is_repository(name: str) -> bool:
     return len(parts) == 2 and plain
 
 
-def _dtype(dtype: Any) -> np.dtype:
+def _dtype(dtype: Any, mesh: Mesh | None) -> np.dtype:
     if dtype is None:
-        return np.dtype(np.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        where = (sharding.default_platform() if mesh is None else
+                 mesh.devices.flat[0].platform)
+        return np.dtype(np.float32 if where == "cpu" else jnp.bfloat16)
     try:
         found = np.dtype(getattr(jnp, dtype) if isinstance(dtype, str) else dtype)
     except (TypeError, AttributeError):
@@ -150,6 +180,9 @@ def _folder(folder: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
     config, raw = hf.read_config(folder)
     mesh = None if mesh is None else sharding.fit(mesh, config)
     if orbax.holds_checkpoint(folder):
+        if also := [name for name in (hf.SINGLE, hf.INDEX) if (folder / name).exists()]:
+            raise ValueError(f"{folder}: holds both an Orbax checkpoint ({orbax.NAME}) and "
+                             f"{also[0]}; remove the one that is out of date")
         params, _ = orbax.load(folder, dtype=dtype, mesh=mesh)
     else:
         params = hf.load(folder, config, dtype=dtype, mesh=mesh, progress=progress)

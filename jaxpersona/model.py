@@ -21,7 +21,15 @@ from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.kernels.attention import Asked, choose, flash
 from jaxpersona.params import InOut, Layer, Params
 from jaxpersona.readings import spread_states
-from jaxpersona.sharding import gather_weight, mesh_of, of_each, on_cpu, out_sharding
+from jaxpersona.sharding import (
+    check_set_mesh,
+    gather_weight,
+    mesh_of,
+    of_each,
+    on_cpu,
+    out_sharding,
+    platform,
+)
 from jaxpersona.trace import Applied, Gates, Trace
 
 Logits = Literal["all", "last"] | None
@@ -82,7 +90,8 @@ def forward(
     Raises:
       ValueError: interventions or captures that do not fit the model or the batch, a batch wider
         than its cache, a gate that is to act within a prompt which comes in chunks, both `cache`
-        and `new_cache`, or cuDNN asked for where it does not fit.
+        and `new_cache`, cuDNN asked for where it does not fit, or a mesh set by `jax.set_mesh` that
+        is not the parameters'.
     """
     rows, width = batch.tokens.shape
     edits = given(interventions)
@@ -96,10 +105,11 @@ def forward(
     if room is not None and width > room:
         raise ValueError(f"the batch is {width} tokens wide; the cache has {room} slots")
     like = params.embed_vd
+    check_set_mesh(like)
     batch, edits = batch.spread(like), edits.ready(rows, like)
     dtype = like.dtype
     chosen = choose(config, attention, dtype=dtype, tokens=width, fresh=cache is None,
-                    sharded=mesh_of(like) is not None)
+                    sharded=mesh_of(like) is not None, platform=platform(like))
     if new_cache is not None:
         cache = init_cache(config, rows, new_cache, kept_dtype(like))
     cache = None if cache is None else cache.spread(like)

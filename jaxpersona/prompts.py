@@ -15,6 +15,7 @@ from jaxpersona import chat
 from jaxpersona.batch import KINDS
 from jaxpersona.capture import Capture
 from jaxpersona.interventions.compose import Interventions
+from jaxpersona.params import origin
 
 if TYPE_CHECKING:
     from jaxpersona.load import Model
@@ -70,7 +71,9 @@ def check_edits(model: Model, edits: Interventions, count: int,
       ValueError: with the field, its value and the mend.
     """
     edits.check(layers=model.config.n_layers, width=model.config.d_model, rows=count)
-    mine = int(model.fingerprint[8:], 16)
+    if not model.fingerprint:  # its parameters are traced: nothing is known of their values
+        return
+    mine = origin(model.fingerprint)
     named = [edit.origin for edit in edits.edits]
     named += [edit.gate.origin for edit in edits.edits if edit.gate is not None]
     named += [part.origin for part in (capture.parts.values() if capture is not None else ())
@@ -80,8 +83,16 @@ def check_edits(model: Model, edits: Interventions, count: int,
         raise ValueError(
             f"a direction was made for another model than {model.name} (fingerprint "
             f"{model.fingerprint}); use one of this model's, or pass its bare array "
-            "(`axis.values`) to apply it all the same"
+            f"(`axis.values`) to apply it all the same{_in_float16(model)}"
         )
+
+
+def _in_float16(model: Model) -> str:
+    """Say what else explains another fingerprint than that of a model loaded in float16."""
+    if model.params.embed_vd.dtype != np.float16:
+        return ""
+    return ("; a model loaded in float16, which cannot hold all its numbers, counts as another "
+            "than in bfloat16 or float32")
 
 
 def limits(model: Model, rows: list[chat.Row], max_new: int) -> np.ndarray:

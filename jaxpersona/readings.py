@@ -186,7 +186,7 @@ class Last:
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
         """Reduce one layer's h [B, T, D]."""
-        return jnp.einsum("btd,bt->bd", h.astype(F32), weights)
+        return jnp.einsum("btd,bt->bd", h.astype(F32), weights, precision="highest")
 
     def add(self, state: LastState, parts: jax.Array, weights: jax.Array, batch: Batch,
             slots: jax.Array) -> LastState:

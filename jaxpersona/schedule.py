@@ -9,7 +9,6 @@ prompt and of B alone, so its bits depend on neither its neighbours, nor its row
 from __future__ import annotations
 
 import functools
-import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,8 +26,10 @@ from jaxpersona.chat import Row
 from jaxpersona.decode import Prefix, State, Stops, decode, prefill, prefill_prefix
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.params import Params, in_out
+from jaxpersona.programs import program
 from jaxpersona.prompts import bucket
 from jaxpersona.sampling import Sampling
+from jaxpersona.sharding import on_cpu
 from jaxpersona.trace import Applied
 
 if TYPE_CHECKING:
@@ -98,23 +99,18 @@ def run(model: Model, job: Job, batch_size: int, stops: Stops, collect: Collect,
                collect).run(members)
 
 
-_turned: tuple[Any, Params] | None = None  # the last model's, and what names it
-
-
 def fast_params(model: Model, batch_size: int) -> Params:
-    """Return the parameters in the order in which this device multiplies many rows fastest.
+    """Return the parameters in the order in which their device multiplies many rows fastest.
 
-    On a CPU in float32 that is a copy: twice the weights' memory, until another model is run.
+    On a CPU in float32 that is a copy: twice the weights' memory, as long as the model is held. It
+    is made once for each `load.Model`; for other classes that stand for one, at every call.
     """
-    global _turned
     embed = model.params.embed_vd
-    if (jax.default_backend() != "cpu" or embed.dtype != jnp.float32 or batch_size < 8
+    if (not on_cpu(embed) or embed.dtype != jnp.float32 or batch_size < 8
             or model.mesh is not None or model.config.bytes(4) > _LARGEST_COPY):
         return model.params
-    if _turned is None or _turned[0]() is not embed:
-        _turned = None  # before the next copy is made
-        _turned = weakref.ref(embed), in_out(model.params)
-    return _turned[1]
+    held = getattr(model, "derived", None)
+    return in_out(model.params) if held is None else held.get(model.params, in_out)
 
 
 def shape_of(row: Row, max_new: int, share_prefix: bool) -> Shape:
@@ -281,7 +277,7 @@ def _static(axes: Any) -> tuple[int, ...]:
     return tuple(jax.tree.leaves(axes))
 
 
-@functools.partial(jax.jit, static_argnames=("axes",), donate_argnames=("state",))
+@program(static=("axes",), donate=("state",))
 def _seat(state: State, fresh: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
     """Put prefilled rows into the given rows of a state."""
 
@@ -291,7 +287,7 @@ def _seat(state: State, fresh: State, rows: jax.Array, *, axes: tuple[int, ...])
     return jax.tree.map(put, state, fresh, jax.tree.unflatten(jax.tree.structure(state), axes))
 
 
-@functools.partial(jax.jit, static_argnames=("axes",))
+@program(static=("axes",))
 def _leave(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
     """Copy the given rows out of a state, but for their keys and values."""
     where = jax.tree.unflatten(jax.tree.structure(state), axes)
@@ -304,7 +300,7 @@ def _leave(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
     return jax.tree.map(take, state, where)
 
 
-@functools.partial(jax.jit, static_argnames=("axes",))
+@program(static=("axes",))
 def _stack(parts: tuple[Prefix, ...], *, axes: tuple[int, ...]) -> Prefix:
     """Put prefixes of one row each side by side."""
     where = jax.tree.unflatten(jax.tree.structure(parts[0]), axes)

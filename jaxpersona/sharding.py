@@ -6,12 +6,16 @@ is spread over. With no mesh nothing here does anything, so one model serves one
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.core
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpersona.config import ModelConfig
@@ -151,9 +155,106 @@ def mesh_of(*operands: Any) -> Mesh | AbstractMesh | None:
 
 
 def on_cpu(*operands: Any) -> bool:
-    """Whether a CPU is JAX's default and no operand lies on a mesh: XLA then wants some things said
-    otherwise. The numbers are the same wherever a program made so comes to run."""
-    return jax.default_backend() == "cpu" and mesh_of(*operands) is None
+    """Whether the operands' platform is a CPU and none of them lies on a mesh: XLA then needs some
+    things expressed otherwise. The numbers do not depend on it."""
+    return platform(*operands) == "cpu" and mesh_of(*operands) is None
+
+
+_PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+def platform(*operands: Any) -> str:
+    """Return the platform that the operands lie on: "cpu", "gpu" or "tpu".
+
+    Arrays know their devices. While a function is traced its operands do not; then it is what
+    `running_on` says, and without that the platform on which JAX places new arrays.
+    """
+    for operand in operands:
+        if not isinstance(operand, jax.core.Tracer):
+            devices = getattr(getattr(operand, "sharding", None), "device_set", None)
+            if devices:
+                return next(iter(devices)).platform
+    return _PLATFORM.get() or default_platform()
+
+
+@contextlib.contextmanager
+def running_on(where: str) -> Iterator[None]:
+    """Say for which platform functions are traced inside this context."""
+    before = _PLATFORM.set(where)
+    try:
+        yield
+    finally:
+        _PLATFORM.reset(before)
+
+
+def default_platform() -> str:
+    """Return the platform on which JAX places new arrays (`jax.default_device` counts)."""
+    chosen: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if chosen is None:
+        return jax.default_backend()
+    return default_device().platform
+
+
+def default_device() -> Any:
+    """Return the device on which JAX places new arrays."""
+    chosen: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(chosen, str):
+        return jax.local_devices(backend=chosen)[0]
+    return jax.local_devices()[0] if chosen is None else chosen
+
+
+def unset_mesh() -> contextlib.AbstractContextManager:
+    """Return a context in which no mesh is set, whatever the caller has set (`jax.set_mesh`).
+
+    Everything here takes its mesh from the parameters. The caller's may be another one, since `fit`
+    may have split an axis of it, and new arrays would be placed on it.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return contextlib.nullcontext()
+    return jax.set_mesh(Mesh(np.empty((), object), ()))
+
+
+def on_own_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a function to run without a mesh that its caller has set (`unset_mesh`)."""
+    @functools.wraps(function)
+    def run(*args: Any, **named: Any) -> Any:
+        with unset_mesh():
+            return function(*args, **named)
+
+    return run
+
+
+def off_mesh(tree: Any) -> Any:
+    """Fetch a small tree's arrays that lie on a mesh, as those do that are made in `jax.set_mesh`."""
+    def one(x: Any) -> Any:
+        concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        return jax.device_get(x) if concrete and mesh_of(x) is not None else x
+
+    return jax.tree.map(one, tree)
+
+
+def check_set_mesh(like: jax.Array) -> None:
+    """Refuse a mesh that the caller has set (`jax.set_mesh`) and that an array does not lie on.
+
+    Raises:
+      ValueError: the meshes differ; both are named.
+    """
+    current, mesh = jax.sharding.get_abstract_mesh(), mesh_of(like)
+    if current.empty or (mesh is not None and _same_shape(current, mesh)):
+        return
+    if mesh is None:
+        raise ValueError(f"the mesh {_written(current)} is set, but the model lies on one device: "
+                         "leave jax.set_mesh, or load the model with mesh=")
+    raise ValueError(f"the mesh that is set, {_written(current)}, is not the model's, "
+                     f"{_written(mesh)}: write `with jax.set_mesh(model.mesh)`")
+
+
+def _same_shape(one: AnyMesh, other: Any) -> bool:
+    return tuple(one.shape.items()) == tuple(other.shape.items())
+
+
+def _written(mesh: Mesh | AbstractMesh) -> str:
+    return " × ".join(f"{name}={size}" for name, size in mesh.shape.items())
 
 
 def out_sharding(axes: Axes, *operands: Any) -> NamedSharding | None:

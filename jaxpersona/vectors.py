@@ -18,6 +18,7 @@ from jaxpersona.interventions.compose import Interventions, chain
 from jaxpersona.interventions.operators import cap
 from jaxpersona.interventions.table import SITES, Site
 from jaxpersona.interventions.where import Where, everywhere
+from jaxpersona.params import SCHEME, origin
 
 POPULATIONS = ("default", "all")
 CONTROL_VECTOR = "GGUF control vector"  # the source, in its notes, of one by another program
@@ -41,6 +42,10 @@ def _check_names(found: Vector | Caps) -> None:
     if not re.fullmatch(r"([0-9a-f]{16})?", found.fingerprint):
         raise ValueError(f"fingerprint is {found.fingerprint!r}; it must be sixteen hexadecimal "
                          "digits or empty")
+    scheme = found.fingerprint_scheme
+    if type(scheme) is not int or scheme < 1:
+        raise ValueError(f"fingerprint_scheme is {scheme!r}; it must be a positive integer, "
+                         f"{SCHEME} for fingerprints of this version")
     object.__setattr__(found, "notes", _plain(found.notes))
 
 
@@ -69,6 +74,8 @@ class Vector:
       fingerprint: the model's sixteen digits, or "" where nothing is known.
       site: where in a block it was measured.
       notes: more about its making (strings and numbers), kept with it in its file.
+      fingerprint_scheme: how the fingerprint was computed (`params.SCHEME`). One of another scheme
+        cannot be compared with a model's; the direction is then checked by its shape alone.
 
     Raises:
       ValueError: values that are not [L, D] or not finite, or a field of another kind.
@@ -80,6 +87,7 @@ class Vector:
     fingerprint: str = ""
     site: Site = "residual"
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fingerprint_scheme: int = SCHEME
 
     kind = "vector"
 
@@ -108,8 +116,8 @@ class Vector:
 
     @property
     def origin(self) -> int:
-        """Half the fingerprint as an integer; 0 where nothing is known of the model."""
-        return int(self.fingerprint[8:], 16) if self.fingerprint else 0
+        """Half the fingerprint as an integer; 0 where nothing comparable is known of the model."""
+        return origin(self.fingerprint) if self.fingerprint_scheme == SCHEME else 0
 
     def at_layers(self, layers: tuple[int, ...]) -> np.ndarray:
         """Return the rows of some layers [l, D]."""
@@ -201,7 +209,7 @@ class Caps:
       layers: [n] zero-based layers, each the residual after its block.
       floors: [n] float32, the least projection on each unit direction.
       labels: n names, one a cap.
-      name, model, fingerprint, notes: as for `Vector`.
+      name, model, fingerprint, notes, fingerprint_scheme: as for `Vector`.
 
     Raises:
       ValueError: fields that do not fit each other, or a value that no cap can have.
@@ -215,6 +223,7 @@ class Caps:
     model: str = ""
     fingerprint: str = ""
     notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fingerprint_scheme: int = SCHEME
 
     kind = "caps"
 
@@ -255,7 +264,8 @@ class Caps:
             layers = tuple(sorted(held))
             values = np.zeros((max(self.layers) + 1, self.values.shape[1]), np.float32)
             values[list(layers)] = self.values[[held[layer] for layer in layers]]
-            vector = Vector(values, self.name, self.model, self.fingerprint, notes=self.notes)
+            vector = Vector(values, self.name, self.model, self.fingerprint, notes=self.notes,
+                            fingerprint_scheme=self.fingerprint_scheme)
             found.append((vector, layers, self.floors[[held[layer] for layer in layers]]))
         return found
 
@@ -270,6 +280,8 @@ Found = TypeVar("Found", bound=Vector | Caps)
 
 def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") -> Found:
     """Return a direction, or caps, as one of a model; without its fingerprint, of its shape.
+
+    A fingerprint of an older scheme is compared by the half that depends on the shape.
 
     A control vector by another program names only the layers that it steers: those above them are
     zero.
@@ -291,7 +303,10 @@ def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") 
             f"{found.values.shape[1]}; {name} has {config.n_layers} of {config.d_model}: it "
             "was made for another model; use one of this model's"
         )
-    known = fingerprint or config.hash()  # the whole, or its shape's half
+    if found.fingerprint_scheme > SCHEME:  # of a later version; nothing of it can be compared
+        return found
+    # the whole, or its shape's half, which both schemes share
+    known = fingerprint if fingerprint and found.fingerprint_scheme == SCHEME else config.hash()
     if found.fingerprint[: len(known)] not in ("", known):
         raise ValueError(
             f"{found.kind} {found.name!r} was made for another model ({found.model or 'not named'}"

@@ -71,18 +71,18 @@ def attention_implementation(
     return "cudnn", "it fits"
 
 
-def choose(config: Any, asked: Asked, *, dtype: Any, tokens: int, fresh: bool,
-           sharded: bool) -> Implementation:
-    """Choose for the devices of this process, test cuDNN once, and say what stands against it.
+def choose(config: Any, asked: Asked, *, dtype: Any, tokens: int, fresh: bool, sharded: bool,
+           platform: str) -> Implementation:
+    """Choose for the platform on which the arrays lie, test cuDNN once, and say what stands
+    against it.
 
     Raises:
       ValueError: cuDNN was asked for, and does not fit or fails its test.
     """
-    platform = jax.default_backend()
     capability = 0.0
     if platform == "gpu" and asked != "xla":
         # AMD's devices have names here, not numbers
-        said = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+        said = str(getattr(_gpu(), "compute_capability", ""))
         capability = float(said) if said.replace(".", "", 1).isdigit() else 0.0
     found, reason = attention_implementation(
         config, platform, dtype=dtype, tokens=tokens, fresh=fresh, capability=capability,
@@ -97,6 +97,14 @@ def choose(config: Any, asked: Asked, *, dtype: Any, tokens: int, fresh: bool,
     if found == "xla" and platform == "gpu" and asked == "auto" and fresh and tokens > LONG:
         _say_once(f"long prompts attend through XLA, not cuDNN: {reason}")
     return found
+
+
+def _gpu() -> Any:
+    """Return this process's first GPU, which need not be JAX's default device, or None."""
+    try:
+        return jax.local_devices(backend="gpu")[0]
+    except RuntimeError:  # programs may be compiled for a GPU where there is none
+        return None
 
 
 @functools.cache
@@ -114,7 +122,8 @@ def cudnn_fault(dtype: str, head_dim: int, groups: int, windowed: bool) -> str |
     arrays = [rng.normal(size=(2, 64, n, head_dim)).astype(np.float32) for n in (2 * groups, 2, 2)]
     length, window = np.array([64, 37], np.int32), 16 if windowed else None
     try:
-        with jax.ensure_compile_time_eval():  # the caller may be in the midst of a trace
+        # the caller may be in the midst of a trace, and the default device a CPU
+        with jax.ensure_compile_time_eval(), jax.default_device(_gpu()):
             q, k, v = (jnp.asarray(x, dtype) for x in arrays)
             got = np.asarray(flash(q, k, v, jnp.asarray(length), scale=head_dim**-0.5,
                                    window=window), np.float32)

@@ -68,5 +68,5 @@ def _by_sum(h: jax.Array, direction: jax.Array) -> jax.Array:
 
 def _by_product(h: jax.Array, columns: jax.Array) -> jax.Array:
     if columns.shape[0] == 1:
-        return jnp.einsum("btd,kd->btk", h, columns[0])[..., 0]
-    return jnp.einsum("btd,bkd->btk", h, columns)[..., 0]
+        return jnp.einsum("btd,kd->btk", h, columns[0], precision="highest")[..., 0]
+    return jnp.einsum("btd,bkd->btk", h, columns, precision="highest")[..., 0]

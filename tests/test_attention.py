@@ -99,7 +99,8 @@ def test_a_forward_pass_through_flash_is_the_same_pass(pretend, windows):
     for slots in (None, 16):
         outs = {asked: run(batch, new_cache=slots, capture=s.READ, attention=asked)
                 for asked in ("xla", "auto")}
-        assert pretend.said == {"dtype": jnp.float32, "tokens": 11, "fresh": True, "sharded": False}
+        assert pretend.said == {"dtype": jnp.float32, "tokens": 11, "fresh": True, "sharded": False,
+                                "platform": "cpu"}
         valid = np.asarray(batch.valid)
         plain, flash = (outs[name] for name in ("xla", "auto"))
         np.testing.assert_allclose(flash.logits[valid], plain.logits[valid], atol=2e-4)
@@ -158,10 +159,9 @@ def test_a_cpu_is_never_changed_and_never_warned(recwarn):
 
 def test_a_gpu_without_cudnn_says_so_once(monkeypatch):
     """A reason against cuDNN, or its failed test, is a warning the first time, and XLA attends."""
-    monkeypatch.setattr(kernel.jax, "default_backend", lambda: "gpu")
     device = type("Device", (), {"compute_capability": "9.0"})()
-    monkeypatch.setattr(kernel.jax, "local_devices", lambda: [device])
-    options = dict(dtype=jnp.bfloat16, tokens=2048, fresh=True, sharded=False)
+    monkeypatch.setattr(kernel.jax, "local_devices", lambda backend: [device])
+    options = dict(dtype=jnp.bfloat16, tokens=2048, fresh=True, sharded=False, platform="gpu")
     kernel._say_once.cache_clear()
     capped = s.tiny_config(head_dim=128, attn_softcap=5.0)
     with pytest.warns(RuntimeWarning, match="not cuDNN: the model soft-caps"):

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # every module may import those of a lower level and of its own group
 LEVELS = (
     ("config", "compile_cache", "chips", "processes"), ("families",), ("presets",),
-    ("sharding", "hlo"), ("params",), ("kernels",), ("nn",), ("batch",),
+    ("sharding", "hlo"), ("params", "programs"), ("kernels",), ("nn",), ("batch",),
     ("interventions", "cache"), ("readings",), ("capture",), ("vectors",), ("trace",), ("model",),
     ("fences",), ("sampling", "decode"),
     ("ckpts",), ("template",), ("chat",), ("load",), ("prompts",), ("schedule",),

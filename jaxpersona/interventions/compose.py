@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.interventions.bank import Layers, resolve_layers
 from jaxpersona.interventions.edit import IDENTITY, Edit
 from jaxpersona.interventions.gates import Gate
-from jaxpersona.interventions.table import SITES, Site, Table, next_power
+from jaxpersona.interventions.table import SITES, Site, Table, next_power, traced
 from jaxpersona.interventions.where import NOWHERE
 
 
@@ -159,7 +160,8 @@ def stack_rows(parts: Sequence[Interventions | None], *,
     """Give every row its own interventions in one program: part b acts on row b alone.
 
     Tables of one kind and site are merged slot by slot, so the cost is that of the longest chain,
-    however many rows differ. A layer that a row does not name gets an identity there.
+    however many rows differ. Parts of equal content share an entry. A layer that a row does not
+    name gets an identity there.
 
     Args:
       parts: for each row interventions that treat all rows alike (no `rows=`), or None.
@@ -200,6 +202,21 @@ def stack_rows(parts: Sequence[Interventions | None], *,
     ))
 
 
+def _contents(edits: list[Table]) -> list[Any]:
+    """Return for each table what tells it from tables of other content: structure and values.
+
+    Equal tables share an entry, whichever objects they are. Traced values cannot be compared; a
+    table of such has an entry of its own.
+    """
+    known = {i: edit for i, edit in enumerate(edits) if not traced(edit)}
+    found: list[Any] = list(range(len(edits)))
+    for i, edit in jax.device_get(known).items():
+        leaves, structure = jax.tree.flatten(edit)
+        values = tuple((x.shape, x.dtype.name, x.tobytes()) for x in map(np.asarray, leaves))
+        found[i] = structure, values
+    return found
+
+
 def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
     """Put the shared entries of several tables into one, with an index a row."""
     if not members:
@@ -207,14 +224,15 @@ def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
         nobody = jnp.full(rows, -1, jnp.int32)
         return into.replace(index=nobody, origin=jnp.zeros_like(into.origin), parts=None)  # pyright: ignore
     layers = tuple(sorted({layer for edit in members.values() for layer in edit.layers}))
-    entries: dict[int, int] = {}
+    entries: dict[Any, int] = {}
     unique: list[Table] = []
     index = np.full(rows, -1, np.int32)
-    for row, edit in members.items():
-        if id(edit) not in entries:
-            entries[id(edit)] = len(unique)
+    for (row, edit), content in zip(members.items(), _contents(list(members.values())),
+                                    strict=True):
+        if content not in entries:
+            entries[content] = len(unique)
             unique.append(edit)
-        index[row] = entries[id(edit)]
+        index[row] = entries[content]
     size = next_power(len(unique))
     if into is not None:
         beyond = sorted(set(layers) - set(into.layers))

@@ -16,6 +16,7 @@ import numpy as np
 from jaxpersona import chat, processes
 from jaxpersona.ckpts.files import write_json
 from jaxpersona.ckpts.vectors import save_vector
+from jaxpersona.params import SCHEME
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.judges import Judge
 from jaxpersona.persona.rollouts import Settings, opening, play
@@ -173,6 +174,7 @@ def _manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question]
     packages = ("jax", "jaxlib", "jaxpersona", "numpy", "transformers")
     return {
         "model": {"name": model.name, "fingerprint": model.fingerprint,
+                  "fingerprint_scheme": SCHEME,
                   "dtype": str(model.params.embed_vd.dtype)},
         "arguments": {**dataclasses.asdict(settings), "judge": judge.name, "min_count": min_count,
                       "held_out": sorted(held_out)},

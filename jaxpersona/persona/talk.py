@@ -17,13 +17,15 @@ from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.where import response
 from jaxpersona.model import forward
 from jaxpersona.persona.check import fit
+from jaxpersona.programs import program
 from jaxpersona.prompts import bucket
+from jaxpersona.sharding import off_mesh, on_own_mesh
 from jaxpersona.vectors import Vector
 
 if TYPE_CHECKING:
     from jaxpersona.load import Model
 
-_forward = jax.jit(forward, static_argnames=("config", "logits"))
+_forward = program(static=("config", "logits"))(forward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,7 @@ class TurnProjection:
     values: np.ndarray
 
 
+@on_own_mesh
 def project_conversation(
     model: Model,
     conversation: Sequence[dict[str, str]],
@@ -73,7 +76,7 @@ def project_conversation(
     if not known:
         raise ValueError("the directions have no layer in common at which none is zero")
     out = _forward(model.params, config, jax.tree.map(jnp.asarray, batch), logits=None,
-                   interventions=interventions,
+                   interventions=off_mesh(interventions),
                    capture=capture.projections(directions[known], response, layers=known))
     found_lt = np.asarray(out.captured["projections"].value)[0][:, : row.tokens.size]
     values = np.full((config.n_layers, *found_lt.shape[1:]), np.nan, np.float32)  # [L, T, K]
