@@ -17,7 +17,8 @@ from jaxpersona.presets import preset
 SMALL = s.tiny_config(vocab_size=256, d_model=256, n_heads=8, n_kv_heads=4, head_dim=128, d_ff=512,
                       n_layers=4, max_context=2048)
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
-                                  reason="libtpu is not installed: pip install 'jaxpersona[tpu]'")
+                                  reason="libtpu is not installed, so nothing is compiled for a "
+                                         "TPU here: pip install 'jaxpersona[tpu]'")
 
 
 def run(capsys, *arguments):
