@@ -18,7 +18,6 @@ from jaxpersona.ckpts.vectors import load_axis
 from jaxpersona import processes
 from jaxpersona.persona import extract
 
-pytestmark = pytest.mark.slow
 MESH = "fsdp=2,model=4"
 WORKER = """
 import sys
