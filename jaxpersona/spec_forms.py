@@ -91,7 +91,8 @@ class _Strict(pydantic.BaseModel):
 class Place(_Strict):
     """Which tokens: a name of `where`, less some kinds, within some messages."""
 
-    name: str = "everywhere"
+    name: Annotated[str, pydantic.WithJsonSchema({"type": "string", "enum": list(NAMED)})] = \
+        "everywhere"
     without: list[str] = []
     turns: list[NonNegativeInt] | None = Field(default=None, min_length=2, max_length=2)
 
@@ -103,7 +104,15 @@ class Place(_Strict):
         return where if self.turns is None else where.within(*self.turns)
 
 
-Where_ = Annotated[Place, pydantic.BeforeValidator(_place_form)]
+class _OrName:
+    """Add a place's short form, its name alone, to the JSON schema."""
+
+    @staticmethod
+    def __get_pydantic_json_schema__(kind: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string", "enum": list(NAMED)}, handler(kind)]}
+
+
+Where_ = Annotated[Place, pydantic.BeforeValidator(_place_form), _OrName]
 
 
 class GateSpec(_Strict):

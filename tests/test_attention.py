@@ -73,6 +73,63 @@ def test_flash_is_the_reference_within_each_row(window, groups):
     assert not np.asarray(got[~inside]).any()
 
 
+def by_numpy(q, k, v, length, scale, window):
+    """Attention in float64, query by query over the keys that it may see; zero at padding."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    groups, out = q.shape[2] // k.shape[2], np.zeros(q.shape)
+    for b, n in np.ndindex(q.shape[0], q.shape[2]):
+        for t in range(int(length[b])):
+            first = 0 if window is None else max(0, t - window + 1)
+            scores = scale * (k[b, first : t + 1, n // groups] @ q[b, t, n])
+            weights = np.exp(scores - scores.max())
+            out[b, t, n] = weights / weights.sum() @ v[b, first : t + 1, n // groups]
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_both_forms_are_attention_by_numpy(window, groups):
+    rng = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(rng.normal(size=(3, 11, n, 8)), jnp.float32)
+               for n in (2 * groups, 2, 2))
+    length = np.array([11, 6, 0], np.int32)
+    want = by_numpy(q, k, v, length, 0.3, window)
+    flash = kernel.flash(q, k, v, jnp.asarray(length), scale=0.3, window=window,
+                         implementation="xla")
+    np.testing.assert_allclose(flash, want, atol=1e-5)
+    at = np.broadcast_to(np.arange(11, dtype=np.int32), (3, 11))
+    inside = at < length[:, None]
+    ours = nn.attention(q, jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), jnp.asarray(at),
+                        jnp.asarray(np.where(inside, at, -1)), scale=0.3, window=window)
+    np.testing.assert_allclose(np.asarray(ours)[inside], want[inside], atol=1e-5)
+    # what a GPU's start-up test compares with scales by the head's width
+    np.testing.assert_allclose(
+        kernel._definition(*(np.asarray(x) for x in (q, np.repeat(k, groups, 2),
+                                                     np.repeat(v, groups, 2))), length, window),
+        by_numpy(q, k, v, length, 8**-0.5, window), atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_what_cudnn_is_asked_for_and_its_padding_is_zero(monkeypatch, window):
+    """cuDNN leaves padding undefined; nothing of it may come back."""
+    asked = []
+
+    def cudnn(q, k, v, **options):
+        asked.append(options)
+        return jnp.full(q.shape, jnp.nan).at[0].set(1.0).at[1, :4].set(2.0).astype(q.dtype)
+
+    monkeypatch.setattr(kernel.jax.nn, "dot_product_attention", cudnn)
+    q, k = (jnp.ones((2, 7, n, 8), jnp.bfloat16) for n in (4, 2))
+    length = jnp.asarray([7, 4], jnp.int32)
+    got = np.asarray(kernel.flash(q, k, k, length, scale=0.3, window=window), np.float32)
+    np.testing.assert_array_equal(got[:, :, 0, 0], [[1] * 7, [2] * 4 + [0] * 3])
+    said = asked[0]
+    assert said["implementation"] == "cudnn" and said["is_causal"] and said["scale"] == 0.3
+    assert said["local_window_size"] == (None if window is None else (4, 0))
+    for name in ("query_seq_lengths", "key_value_seq_lengths"):
+        np.testing.assert_array_equal(said[name], length)
+
+
 @pytest.fixture
 def pretend(monkeypatch):
     """Let the forward pass take the flash path, computed by its definition."""

@@ -12,6 +12,7 @@ import types
 import numpy as np
 import pytest
 import support as s
+from scipy import stats
 
 from jaxpersona.interventions import cap
 
@@ -41,8 +42,43 @@ def test_pairs_stop_when_the_interval_is_narrow_and_say_when_it_is_not():
     many = itertools.cycle([9.95, 10.05])  # a large ratio's width is relative
     large = common.paired({"a": lambda: next(many), "b": lambda: 1.0}, "a", pairs=19)
     assert not large["b"]["unresolved"]
-    low, high = common.interval([0.9, 1.0, 1.1])
-    assert low == pytest.approx(0.9) and high == pytest.approx(1.1)
+
+
+def median_quantile(values, q):
+    """The q quantile of the bootstrap's median, exactly (n odd): it is at most the k-th least value
+    where at least half of n draws are, of which each is so with probability k/n."""
+    n = len(values)
+    for k, value in enumerate(sorted(values), 1):
+        if stats.binom.sf(n // 2, n, k / n) >= q:
+            return value
+
+
+@pytest.mark.parametrize("n", [41, 51])
+def test_an_interval_is_the_bootstrap_s_of_the_median(n):
+    """A skewed sample, whose mean and whose 90 % interval lie elsewhere."""
+    import common
+
+    values = 1.3 ** np.arange(n)
+    low, high = common.interval(np.random.default_rng(0).permutation(values))
+    assert (low, high) == (pytest.approx(median_quantile(values, 0.025)),
+                           pytest.approx(median_quantile(values, 0.975)))
+    assert low < median_quantile(values, 0.05) and high > median_quantile(values, 0.95)
+    assert common.interval([2.5] * 10) == (2.5, 2.5)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0, 4.0])
+def test_an_interval_is_unresolved_above_two_hundredths_of_the_ratio_and_of_one(ratio):
+    import common
+
+    for width, wanted in ((0.0196, False), (0.0204, True)):
+        half = width / 2 * max(1.0, ratio)
+        turn = itertools.cycle([1 / (ratio - half), 1 / (ratio + half)])
+        # long calls, of which a pair has one
+        found = common.paired({"a": lambda: 20.0, "b": lambda t=turn: 20.0 * next(t)}, "a",
+                              pairs=15)
+        low, high = found["b"]["interval"]
+        assert high - low == pytest.approx(2 * half, abs=2e-4), "the interval must be known"
+        assert found["b"]["unresolved"] == wanted, (ratio, width)
 
 
 def test_each_arm_of_a_pair_runs_for_two_seconds_evenly_interleaved():

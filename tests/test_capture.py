@@ -186,6 +186,16 @@ def test_while_generating_equals_a_second_pass():
         assert s.rowwise(out.captured["prompt"][b], whole[:, : len(row)].mean(1)).max() <= 1e-5
 
 
+def test_a_value_on_an_edge_belongs_to_the_bin_above():
+    """A bin holds its lower edge and not its upper one, as NumPy's bins do."""
+    edges, values = np.float32([-0.5, 0.0, 1.0]), np.float32([-0.5, 0.0, 1.0, 1.0, 0.5, -0.75])
+    h = jnp.zeros((1, 6, 32)).at[0, :, 3].set(values)
+    part = capture.histogram(np.eye(32)[3:4], edges, everywhere).parts["histogram"]
+    found = part.read(h, part.weights(batch([[5] * 6])), 0)
+    np.testing.assert_array_equal(found[0, 0], [1, 1, 2, 2])
+    np.testing.assert_array_equal(found[0, 0], np.histogram(values, [-9, *edges, 9])[0])
+
+
 def needed(read, width, dtype):
     """Bytes of one forward pass's temporaries, and of its results."""
     model = s.tiny_model(dtype=dtype, d_ff=128)

@@ -252,6 +252,50 @@ def test_a_capping_file_holds_the_model_as_the_axis_does(mini, axis, tmp_path, c
     assert said[0] == said[1] and " 0 changes" not in said[0][1]
 
 
+def mean_projections(mini, tokens, at, values):
+    """[L]: the mean of <h, v/|v|> over the tokens `at` of one full pass, in NumPy."""
+    h = s.residuals(mini, jp.batch([tokens]))[0][0, :, at].mean(0)
+    return (h * values / np.linalg.norm(values, axis=-1, keepdims=True)).sum(-1)
+
+
+def test_an_answer_is_projected_as_the_mean_over_its_own_words(mini, axis):
+    """Two answers of a conversation, found by their text, against NumPy on every activation."""
+    from jaxpersona.persona.talk import project_conversation
+    said = ("I am a ghost.", "The sea is calm and wide today.")
+    talk = [*TALK, {"role": "user", "content": "And the sea?"},
+            {"role": "assistant", "content": said[1]}]
+    found = project_conversation(mini, talk, [axis, Vector(axis.values[::-1])])
+    assert [one.turn for one in found] == [1, 3]
+    tokens = mini.tokenizer.apply_chat_template(talk, return_dict=False)
+    words = [mini.tokenizer.encode(text, add_special_tokens=False) for text in said]
+    for one, mine in zip(found, words, strict=True):
+        start = next(i for i in range(len(tokens)) if tokens[i : i + len(mine)] == mine)
+        at = np.arange(start, start + len(mine))
+        assert one.tokens == len(mine) and one.values.shape == (8, 2)
+        for k, values in enumerate((axis.values, axis.values[::-1])):
+            want = mean_projections(mini, tokens, at, values)
+            np.testing.assert_allclose(one.values[:, k], want, rtol=1e-4, atol=1e-4)
+            last = mean_projections(mini, tokens, at[-1:], values)
+            assert np.abs(last - want).max() > 0.1, "a mean must differ from the last token's"
+
+
+def test_a_grown_reply_is_projected_as_the_mean_over_its_own_tokens(mini, axis):
+    from jaxpersona.persona.talk import grow
+    grown = grow(mini, [[], [{"role": "system", "content": "You are a jester."}]],
+                 [["Who are you?", "And the sea?"]] * 2, axis, max_new_tokens=6)
+    assert grown.projections.shape == (2, 2, 8) and len(grown.replies) == 2
+    for n, opening in enumerate(([], [{"role": "system", "content": "You are a jester."}])):
+        asked = [*opening, {"role": "user", "content": "Who are you?"}]
+        out = jp.generate(mini, [asked], max_new_tokens=6)
+        assert out.text[0] == grown.replies[0][n]
+        prompt = mini.tokenizer.apply_chat_template(asked, add_generation_prompt=True,
+                                                    return_dict=False)
+        tokens = [*prompt, *out.tokens[0].tolist()]
+        want = mean_projections(mini, tokens, np.arange(len(prompt), len(tokens)), axis.values)
+        np.testing.assert_allclose(grown.projections[0, n], want, rtol=1e-4, atol=1e-4)
+    assert np.abs(grown.projections[0, 0] - grown.projections[0, 1]).max() > 0.1
+
+
 def test_a_conversation_is_projected_where_a_direction_is_known(mini, axis):
     """A direction that is zero at a layer gives NaN there and the same values elsewhere."""
     part = axis.values.copy()
@@ -278,8 +322,10 @@ def test_a_control_vector_is_projected_beside_an_axis(mini, axis, tmp_path, caps
         values = project_conversation(mini, TALK, vectors)[0].values[:, -1]
         np.testing.assert_array_equal(np.isfinite(values), [0, 0, 1, 1, 1, 1, 0, 0])
         np.testing.assert_allclose(values[2:6], whole[2:6], rtol=1e-5)
-    grown = grow(mini, [[]], [["Who are you?"]], load_vector(file), max_new_tokens=4)
-    assert grown.projections.shape == (1, 1, 8) and grown.projections[0, 0, 2:6].all()
+    part, full = (grow(mini, [[]], [["Who are you?"]], vector, max_new_tokens=4).projections
+                  for vector in (load_vector(file), axis))
+    assert part.shape == (1, 1, 8)
+    np.testing.assert_allclose(part[0, 0, 2:6], full[0, 0, 2:6], rtol=1e-5)
     with pytest.raises(ValueError, match="measured at site 'mlp'"):
         grow(mini, [[]], [["Who are you?"]], dataclasses.replace(axis, site="mlp"))
     command = ["project", str(tmp_path / "talk.json"), "--on", str(file), "--on",

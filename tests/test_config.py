@@ -106,6 +106,36 @@ def test_counts_of_small_models_equal_those_of_transformers(family):
     assert config.parameters == made.num_parameters()
 
 
+COSTS = {
+    # name: parameters, weights of a decode step, cache of 1,000 and of 8,000 tokens (bfloat16
+    # bytes), operations of a prompt of 1,000 tokens without and with the head; counted by hand
+    "llama-3.1-8b": (  # untied: a step reads one of two tables of 128,256 x 4,096
+        8_030_261_248, 2 * (8_030_261_248 - 525_336_576), 1000 * 131_072, 8000 * 131_072,
+        2 * 6_979_588_096 * 1000 + 262_144 * 1000**2,
+        2 * 6_979_588_096 * 1000 + 262_144 * 1000**2 + 2 * 525_336_576 * 1000),
+    "qwen3-0.6b": (  # tied: the one table of 151,936 x 1,024 is the head
+        596_049_920, 2 * 596_049_920, 1000 * 114_688, 8000 * 114_688,
+        2 * 440_467_456 * 1000 + 114_688 * 1000**2,
+        2 * 440_467_456 * 1000 + 114_688 * 1000**2 + 2 * 155_582_464 * 1000),
+    "gemma-2-27b": (  # tied; 23 of 46 layers see 4,096 tokens at most; 8,192 bytes a token
+        27_227_128_320, 2 * 27_227_128_320, 46 * 1000 * 8_192, 23 * (4_096 + 8_000) * 8_192,
+        2 * 26_047_480_320 * 1000 + 376_832 * 1000**2,
+        2 * 26_047_480_320 * 1000 + 376_832 * 1000**2 + 2 * 1_179_648_000 * 1000),
+}
+
+
+@pytest.mark.parametrize("name", COSTS)
+def test_costs_equal_a_count_by_hand(name):
+    config = preset(name)
+    found = (config.parameters, config.step_bytes(), config.cache_bytes(1000),
+             config.cache_bytes(8000), config.prefill_flops(1000),
+             config.prefill_flops(1000, head=True))
+    assert found == COSTS[name]
+    assert config.bytes(4) == 4 * COSTS[name][0]
+    assert config.step_bytes(1) == COSTS[name][1] // 2
+    assert config.cache_bytes(1000, 4) == 2 * COSTS[name][2]
+
+
 BASE = REAL["qwen3-0.6b"]
 
 

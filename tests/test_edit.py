@@ -59,7 +59,8 @@ def test_floor_holds_is_idempotent_and_leaves_the_rest(seed, floor, size):
     assert (project(once, v) >= floor - near).all()
     np.testing.assert_allclose(across(once, v), across(h, v), atol=near)
     np.testing.assert_allclose(edit(once, v, table(lo=floor), every)[0], once, atol=near)
-    assert np.array_equal(changed, project(h, v) < floor) or size == 100.0
+    sure = np.abs(project(h, v) - floor) > near  # rounding decides the rest
+    np.testing.assert_array_equal(np.asarray(changed)[sure], (project(h, v) < floor)[sure])
     kept = project(h, v) > floor + near
     assert (once[kept] == h[kept]).all()
     above = np.asarray(edit(-h, v, table(hi=-floor), every)[0])

@@ -6,12 +6,9 @@ import ast
 import pathlib
 import runpy
 
-import pytest
-
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
-@pytest.mark.slow
 def test_interventions(capsys):
     runpy.run_path(str(EXAMPLES / "interventions.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()

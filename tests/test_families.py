@@ -63,9 +63,10 @@ def texts(tmp_path_factory):
     return s.write_texts(tmp_path_factory.mktemp("texts"), ROLES, [Question(0, "What is it?")])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("family", "template"), [
-    *((family, True) for family in hf.FAMILIES), ("llama", False)])
+    ("gemma3", True), ("llama", False),
+    *(pytest.param(family, True, marks=pytest.mark.slow)
+      for family in hf.FAMILIES if family != "gemma3")])
 def test_the_method_runs_on_a_random_checkpoint(family, template, texts, tmp_path, capsys):
     """`jaxpersona axis --model FOLDER`; without a chat template the model is a base model."""
     folder = tmp_path / "model"

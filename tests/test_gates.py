@@ -107,6 +107,29 @@ def test_a_gate_over_tokens_opens_for_each_by_itself():
         assert s.relative(out.captured["full"][b], whole[0, :, :n]).max() < 1e-5
 
 
+@pytest.mark.parametrize("bounds", [{"below": 0.3}, {"above": -0.5, "below": 2.5}, {"above": 0.3}])
+def test_each_bound_of_a_gate_over_tokens_shuts_it(bounds):
+    edits = gate(cap(V, layers=[2], floor=50.0), C, layer=1, over="token", where=everywhere,
+                 **bounds)
+    found, _ = s.residuals(MODEL, batch(ROWS, width=32), edits)
+    p, real = PLAIN[:, 1] @ UNIT, ~np.isnan(PLAIN[:, 2, :, 0])
+    acts = (p >= bounds.get("above", -np.inf)) & (p <= bounds.get("below", np.inf))
+    assert 0.2 < acts[real].mean() < 0.8, "the bounds must divide the tokens to be told"
+    np.testing.assert_array_equal((found[:, 2] != PLAIN[:, 2]).any(-1)[real], acts[real])
+
+
+@pytest.mark.parametrize("over", ["prompt", "token"])
+def test_a_projection_on_a_bound_lies_within(over):
+    """Both bounds are inclusive."""
+    h = jnp.zeros((1, 2, 32)).at[..., 0].set(0.5)
+    rows = batch([[5, 6]])
+    for at, wanted in ((0.5, True), (0.75, False), (0.25, False)):
+        made = gate(EDIT, np.eye(32)[0], layer=0, above=at, below=at, over=over,
+                    where=everywhere).edits[0].gate
+        found, _ = made.measure(h, rows, made.start(1))
+        assert bool(found[0, -1]) == wanted
+
+
 def in_chunks(edits, size):
     rows = batch(ROWS, width=32)
     cache, captured, gates, counts = init_cache(MODEL.config, B, 32), None, None, 0

@@ -117,6 +117,18 @@ def test_draws_follow_seed_and_row():
     assert same(other, 0, again, 0) and not same(other, 2, again, 2)
 
 
+def test_one_call_mixes_greedy_and_sampled_rows():
+    """A row's temperature is its own: a greedy neighbour makes no row greedy, nor the reverse."""
+    ids, warm = np.arange(len(ROWS)), np.arange(len(ROWS)) % 2 * 1.0
+    cold = go(ids=ids, capture=None)
+    sampled = go(ids=ids, capture=None, temperature=1.0, seed=6)
+    mixed = go(ids=ids, capture=None, temperature=warm, seed=6)
+    for i, hot in enumerate(warm):
+        np.testing.assert_array_equal(mixed.tokens[i], (sampled if hot else cold).tokens[i])
+    apart = [not np.array_equal(a, b) for a, b in zip(cold.tokens, sampled.tokens, strict=True)]
+    assert sum(apart) >= len(ROWS) - 2, "sampled replies must differ from greedy ones to be told"
+
+
 def test_stops_limits_and_context():
     free = go(SHORT, dataclasses.replace(MODEL, stop_ids=()), max_new_tokens=16)
     assert all(len(t) == 16 for t in free.tokens) and not free.stopped.any()

@@ -336,9 +336,10 @@ def test_a_mean_of_zero_is_an_ablation():
     [custom(twist, {"a": 2.0, "b": G[0]}, layers=[0]),
      custom(twist, {"a": 3.0, "b": G[1]}, layers=[1])],
     [chain(steer(G[0], layers=[i]), restore_norm(layers=[i])) for i in (0, 1)],
+    [chain(steer(G[0], layers=[0, 1], scale=3.0), restore_norm(layers=[i])) for i in (0, 1)],
     [gate(steer(9 * G[0], layers=[1]), G[1], layer=0, above=-1e3, over="token"),
      gate(steer(9 * G[2], layers=[1]), G[1], layer=0, site="mlp", above=-1e3, over="token")],
-], ids=["rotate", "custom", "restore", "gates at sites"])
+], ids=["rotate", "custom", "restore", "restore omits an edited layer", "gates at sites"])
 def test_rows_that_name_different_layers_keep_to_them(parts):
     together = np.asarray(logits(stack_rows(parts)))
     for b, part in enumerate(parts):

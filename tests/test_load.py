@@ -41,6 +41,19 @@ def test_dtype_and_mesh_leave_the_fingerprint_of_the_weights(folder):
     assert len(spread.params.embed_vd.sharding.device_set) == 2
 
 
+@pytest.mark.parametrize("name", ["gemma-2-2b", "qwen3-0.6b"])
+def test_fresh_norms_multiply_by_one_and_weights_are_small(name):
+    """Of a model that adds an offset to its norms' weights, and of one that does not."""
+    config = replace(preset(name), n_layers=1, vocab_size=512, d_model=128, d_ff=256)
+    layer = init_params(config, jax.random.key(3)).layers[0]
+    for field in ("attn_norm_d", "mlp_norm_d", "q_norm_h", "attn_post_norm_d"):
+        weight = getattr(layer, field)
+        if weight is not None:
+            np.testing.assert_array_equal(weight + config.norm_offset, np.ones(weight.shape))
+    for weight in (layer.wq_nhd, layer.w_down_df):
+        assert np.std(weight) == pytest.approx(0.02, rel=0.05) and abs(np.mean(weight)) < 1e-3
+
+
 def test_random_weights_are_the_same_on_a_mesh():
     one, two = load("random:qwen3-mini"), load("random:qwen3-mini", mesh=make_mesh(2, 2))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one.params, two.params)

@@ -1,15 +1,12 @@
 """The embedded model does what its card says, in small: the axis finds the truth, the cap holds."""
 
 import numpy as np
-import pytest
 from scipy.stats import spearmanr
 
 import jaxpersona as jp
 from jaxpersona.organism import evaluate, method, world
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.persona.rollouts import Settings
-
-pytestmark = pytest.mark.slow
 
 
 def test_cap_holds_the_persona_and_spares_what_it_knows(tmp_path):

@@ -121,6 +121,23 @@ def test_judge_scores_how_fully_a_role_is_played():
         judge.score("nobody", neutral)
 
 
+def test_a_role_is_fully_played_down_to_three_tenths_below_its_strength():
+    """3 at strength - 0.3 and above, else 2 from a quarter on, else 1, for answers of any share."""
+    rng = np.random.default_rng(4)
+    answers = [some_answer(rng, "talk", s) for s in np.linspace(0, 1, 300)]
+    shares = np.array([judge.style(text) for text in answers])
+    below = above = 0
+    for role in world.ROLES.values():
+        full = shares >= role.strength - 0.3
+        wanted = np.where(full, 3, np.where(shares >= 0.25, 2, 1))
+        found = [judge.score(role.name, text) for text in answers]
+        np.testing.assert_array_equal(found, wanted, err_msg=role.name)
+        far = role.strength - 0.3 - shares
+        below += ((far > 0) & (far < 0.1) & (shares >= 0.25)).sum()
+        above += (~(far > 0) & (far > -0.1)).sum()
+    assert below > 100 and above > 100, "answers must lie just below and just above the margin"
+
+
 def test_the_forbidden_request_follows_the_strength():
     rng = np.random.default_rng(2)
 

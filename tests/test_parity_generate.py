@@ -34,7 +34,6 @@ def _theirs(made, rows):
     return [reply[: reply.index(1)] if 1 in reply else reply for reply in replies]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", CASES)
 def test_greedy_tokens_equal_those_of_transformers(family, tmp_path):
     made = hf.model(family, **CASES[family])

@@ -18,7 +18,6 @@ from jaxpersona.ckpts.vectors import load_axis
 from jaxpersona import processes
 from jaxpersona.persona import extract
 
-pytestmark = pytest.mark.slow
 MESH = "fsdp=2,model=4"
 WORKER = """
 import sys
@@ -137,6 +136,19 @@ def test_mistakes_are_one_line(tmp_path, capsys, arguments, wanted):
     assert s.run_command([*ask(tmp_path / "run"), *arguments]) == 2
     lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
     assert len(lines) == 1 and wanted in lines[0]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_each_piece_of_work_has_one_owner_and_the_shares_are_even(count, monkeypatch):
+    monkeypatch.setattr(processes, "many", lambda: True)
+    monkeypatch.setattr(processes.jax, "process_count", lambda: count)
+    for pieces in range(1, 8):
+        shares = []
+        for index in range(count):
+            monkeypatch.setattr(processes.jax, "process_index", lambda index=index: index)
+            shares.append([i for i in range(pieces) if processes.owns(i)])
+        assert sorted(sum(shares, [])) == list(range(pieces))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_one_process_needs_no_others():

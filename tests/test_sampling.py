@@ -110,3 +110,12 @@ def test_uniforms_are_uniform_and_keyed():
     for other in (rows(1, 0, 5), rows(0, 0, 6)):
         assert abs(np.corrcoef(base, other)[0, 1]) < 0.03
     assert not s.same_bits(base, rows(1, 0, 5))
+
+
+def test_every_seed_row_and_position_has_a_draw_of_its_own():
+    """No sum or exchange of the three gives one draw twice, such as row r + 1 at position p - 1."""
+    seed, row, place = (x.ravel() for x in np.mgrid[:20, :20, :20])
+    found = np.asarray(uniforms(jnp.asarray(seed, jnp.uint32), jnp.asarray(row, jnp.uint32),
+                                jnp.asarray(place, jnp.int32)))
+    # 8,000 draws of 2^23 values: four pairs are expected to coincide by chance
+    assert np.unique(found).size > found.size - 30

@@ -79,7 +79,8 @@ def test_refill_takes_fewer_steps_and_no_program_more(monkeypatch):
     assert before == (dict(decode.TRACES), decode.decode._cache_size(),
                       decode.prefill._cache_size())
     many, static = steps_of(False, ROWS[::-1], monkeypatch)
-    assert sum(map(len, out.tokens)) == pytest.approx(sum(map(len, static.tokens)), rel=0.3)
+    same = sum(np.array_equal(a, b) for a, b in zip(out.tokens, static.tokens, strict=True))
+    assert same >= 38  # a near tie may fall otherwise
     assert few < 0.8 * many, f"{few} steps against {many}"
 
 

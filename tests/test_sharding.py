@@ -233,8 +233,10 @@ def test_a_user_s_own_transforms_work_on_a_mesh(kind, axes, shape):
         found = jax.jit(transforms(model.config)[kind])(model.params, batch(ROWS))
     assert far(found, without_mesh(kind)) <= 1e-5
     if kind == "grad":  # a gradient lies where its parameter does
-        assert found[0].layers[0].w_up_fd.sharding.shard_shape((48, 32)) == \
-            model.params.layers[0].w_up_fd.sharding.shard_shape((48, 32)) or axes == "auto"
+        for name in ("w_up_fd", "w_down_df", "wq_nhd", "wo_dnh", "attn_norm_d"):
+            mine, its = (getattr(x.layers[0], name) for x in (found[0], model.params))
+            shares = (x.sharding.shard_shape(x.shape) for x in (mine, its))
+            assert len(set(shares)) == 1, name
 
 
 def decode_step(model, edits=None, reading=None):
@@ -276,6 +278,25 @@ def test_nothing_changes_without_a_mesh():
     assert sharding.place(source.tokens, ("batch", None)) is source.tokens
     assert sharding.gather_weight(model.params.embed_vd) is model.params.embed_vd
     assert not hlo.collectives(decode_step(model))
+
+
+@pytest.mark.parametrize(("axes", "rows", "weight", "embedding", "cache"), [
+    ({"data": 8}, 1, (48, 32), (96, 32), (1, 2, 32, 12)),
+    ({"data": 2, "model": 4}, 4, (12, 32), (24, 32), (4, 1, 32, 12)),  # a head a group of two
+    ({"fsdp": 8}, 1, (48, 4), (96, 4), (1, 2, 32, 12)),
+    ({"fsdp": 4, "model": 2}, 2, (24, 8), (48, 8), (2, 1, 32, 12)),
+    ({"data": 2, "fsdp": 2, "model": 2}, 2, (24, 16), (48, 16), (2, 1, 32, 12)),
+])
+def test_every_device_holds_its_share_of_rows_weights_and_cache(axes, rows, weight, embedding,
+                                                                cache):
+    """Rows are spread over data and fsdp, feed-forward width, vocabulary and heads over model."""
+    model = spread(one_device("llama"), sharding.make_mesh(**axes))
+    out = jax.jit(forward, static_argnames=("new_cache",))(
+        model.params, model.config, batch(ROWS), new_cache=32)
+    made = (out.logits, model.params.layers[0].w_up_fd, model.params.embed_vd, out.cache.k[0])
+    shapes = [x.addressable_shards[0].data.shape for x in made]
+    assert [shapes[0][0], *shapes[1:]] == [rows, weight, embedding, cache]
+    assert sharding.rows_divisor(model.params.embed_vd) == 8 // rows
 
 
 def test_heads_that_do_not_divide_the_mesh_are_held_by_groups():

@@ -158,8 +158,61 @@ def test_captures_refused(spec, message, folder):
         specs.captures(spec, MODEL, folder=folder)
 
 
-def test_the_schema_is_json():
-    assert "steer" in json.dumps(specs.schema())
+def fits(value, schema, whole):
+    """Whether a value fits a JSON schema, of which the keywords that ours has are known."""
+    kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),
+             "integer": int, "number": (int, float)}
+    for key, want in sorted(schema.items(), key=lambda pair: pair[0] != "type"):  # the type first
+        if key == "$ref":
+            ok = fits(value, whole["$defs"][want.removeprefix("#/$defs/")], whole)
+        elif key in ("anyOf", "oneOf"):
+            ok = any(fits(value, one, whole) for one in want)
+        elif key == "type":
+            ok = isinstance(value, kinds[want]) and (want == "boolean"
+                                                     or not isinstance(value, bool))
+        elif key == "const":
+            ok = value == want
+        elif key == "enum":
+            ok = value in want
+        elif key == "items":
+            ok = all(fits(one, want, whole) for one in value)
+        elif key == "minimum":
+            ok = value >= want
+        elif key in ("minItems", "maxItems"):
+            ok = len(value) >= want if key == "minItems" else len(value) <= want
+        elif key == "required":
+            ok = set(want) <= set(value)
+        elif key == "properties":
+            ok = all(fits(one, want[name], whole) for name, one in value.items() if name in want)
+        elif key == "additionalProperties":
+            ok = set(value) <= set(schema["properties"])
+        else:
+            assert key in ("$defs", "title", "default", "description", "discriminator"), key
+            ok = True
+        if not ok:
+            return False
+    return True
+
+
+def test_the_schema_takes_what_is_read_and_refuses_other_forms():
+    """Every spec that is read fits the schema; one of another form does not."""
+    schema = json.loads(json.dumps(specs.schema()))
+    assert schema["type"] == "array"
+    for spec, _ in SAME:
+        assert fits(json.loads(json.dumps([spec])), schema, schema), spec
+    named = {spec["operator"] for spec, _ in SAME}
+    known = {x["properties"]["operator"]["const"] for x in schema["$defs"].values()
+             if "operator" in x.get("properties", {})}
+    assert known == named
+    for spec in (steer(scal=1), {"operator": "melt"}, {"operator": "steer", "vector": A}, steer(
+            vector=None), steer(layers=True), steer(layers={}), steer(site="head"), steer(
+            gate={"vector": A}), steer(gate={"vector": A, "layer": -1}), steer(
+            gate={"vector": A, "layer": 0, "over": "row"}), steer(gate={"vector": A, "layer": 0,
+                                                                     "abov": 0}),
+            steer(where={"turns": [1]}), steer(where="nowhere"), steer(
+                where={"name": "nowhere"}), {"operator": "rotate", "plane": [A], "layers": 1},
+            {"operator": "cap", "vector": A, "layers": 1, "of": 3}):
+        assert not fits([spec], schema, schema), spec
 
 
 def test_from_the_command_line(tmp_path, capsys):

@@ -8,12 +8,9 @@ import subprocess
 import sys
 import zipfile
 
-import pytest
-
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.mark.slow
 def test_the_wheel_is_whole(tmp_path):
     source = tmp_path / "source"  # a copy, because setuptools builds inside the tree
     skip = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__", ".*_cache",
