@@ -192,8 +192,10 @@ def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] |
     """Put the pieces back between the scaffold of `skeleton` so that `text` results, or fail."""
     if not marks:
         return [] if skeleton == text else None
-    first, *rest = re.split(f"([{''.join(marks)}])", skeleton)
-    steps = list(zip((marks[m] for m in rest[::2]), rest[1::2], strict=True))
+    at = [i for i, char in enumerate(skeleton) if char in marks]
+    steps = [(marks[skeleton[i]], skeleton[i + 1 : end])
+             for i, end in itertools.pairwise([*at, len(skeleton)])]
+    first = skeleton[: at[0]] if at else skeleton
     if not text.startswith(first) or not steps:
         return [] if skeleton == text else None
     forms = [_forms(piece.text) for piece, _ in steps]

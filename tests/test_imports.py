@@ -17,7 +17,8 @@ LEVELS = (
     ("sharding", "hlo"), ("params",), ("kernels",), ("nn",), ("batch",),
     ("interventions", "cache"), ("readings",), ("capture",), ("vectors",), ("trace",), ("model",),
     ("fences",), ("sampling", "decode"),
-    ("ckpts",), ("sandbox", "sandbox_worker"), ("template",), ("chat",), ("load",), ("prompts",), ("schedule",),
+    ("ckpts",), ("sandbox", "sandbox_worker"), ("template",), ("chat",), ("load",), ("prompts",),
+    ("schedule",),
     ("generate", "extract"), ("spec_forms", "specs", "learn", "plan"), ("persona",),
     ("organism", "data"), ("report",), ("cli",),
 )
