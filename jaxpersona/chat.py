@@ -39,6 +39,7 @@ from jaxpersona.batch import (
     THINKING,
     USER,
     Batch,
+    check_ids,
 )
 from jaxpersona.batch import batch as make_batch
 from jaxpersona.template import CLOSE, OPEN, PRIVATE, ROLES, Template, locate
@@ -83,12 +84,11 @@ def encode(model: Any, conversations: Sequence[Any], *, reply: bool = True, thin
       ValueError: as `encode_row` and `batch.batch`.
     """
     tokenizer = _tokenizer(model)
-    if isinstance(conversations, (str, Mapping)) or (
-        len(conversations) and isinstance(conversations[0], Mapping)
-    ):
-        raise ValueError("conversations is one conversation; put it into a list")
     rows = [encode_row(tokenizer, c, reply=reply, thinking=thinking, variables=variables)
-            for c in conversations]
+            for c in listed(conversations)]
+    config = getattr(model, "config", None)  # a bare tokenizer has none
+    for i, row in enumerate(rows):
+        check_ids(row.tokens, getattr(config, "vocab_size", None), f"conversation {i}", tokenizer)
     seen: dict[bytes, int] = {}
     ids = []
     for row in rows:
@@ -97,6 +97,35 @@ def encode(model: Any, conversations: Sequence[Any], *, reply: bool = True, thin
         seen[key] = seen.get(key, 0) + 1
     return make_batch([r.tokens for r in rows], kind=[r.kind for r in rows],
                    turn=[r.turn for r in rows], row_id=ids, width=width)
+
+
+def listed(given: Any, name: str = "conversations") -> list[Any]:
+    """Return conversations, from any iterable, as a list.
+
+    Args:
+      given: the argument's value.
+      name: the argument's name.
+
+    Raises:
+      ValueError: none at all, or one conversation (or a part of one) in place of several, which
+        would otherwise be taken apart.
+    """
+    if isinstance(given, (str, bytes)):
+        raise ValueError(f"{name} is one string ({given[:40]!r}); put it into a list")
+    if isinstance(given, (Mapping, Row)):
+        raise ValueError(f"{name} is one {'message' if isinstance(given, Mapping) else 'Row'}; "
+                         f"give a list of {name}")
+    try:
+        found = list(given) if not isinstance(given, (set, frozenset)) else None
+    except TypeError:  # an array without dimensions has no elements either
+        found = None
+    if found is None:
+        raise ValueError(f"{name} is {given!r:.60}; give a list of {name}")
+    if not found:
+        raise ValueError(f"{name} is empty; give at least one")
+    if any(isinstance(one, (Mapping, int, np.integer)) for one in found):
+        raise ValueError(f"{name} is one conversation; put it into a list")
+    return found
 
 
 def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinking: bool = False,
@@ -227,7 +256,7 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
     """
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]
-    if not isinstance(conversation, Sequence) or not conversation:
+    if not isinstance(conversation, Sequence) or not len(conversation):
         raise ValueError(f"conversation is {conversation!r:.60}; give a list of "
                          '{"role", "content"} or one string')
     out = []

@@ -76,8 +76,7 @@ def extract(
     Raises:
       ValueError: no conversation, one longer than the context, or arguments that do not fit.
     """
-    if not len(conversations):
-        raise ValueError("conversations is empty; give at least one")
+    conversations = chat.listed(conversations)
     if batch_tokens is None:
         batch_tokens = _TOKENS.get(jax.default_backend(), _TOKENS_ELSE)
     if batch_tokens < 1:

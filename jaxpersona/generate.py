@@ -102,13 +102,10 @@ def generate(
         raise ValueError(
             f"batch_size ({batch_size}) and max_new_tokens ({max_new_tokens}) must be positive"
         )
-    if isinstance(conversations, str):
-        raise ValueError("conversations is one string; give a list of conversations")
+    conversations = chat.listed(conversations)
     # the model's own bound, so that no buffer is made for tokens that cannot come
     max_new_tokens = min(max_new_tokens, model.config.max_context)
     count = len(conversations)
-    if not count:
-        raise ValueError("conversations is empty; give at least one")
     edits = given(interventions)
     prompts.check_edits(model, edits, count, capture)
     ways = rows_divisor(model.params.embed_vd)
