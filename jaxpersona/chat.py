@@ -23,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,13 +65,13 @@ class Row:
     messages: tuple[dict[str, str], ...] | None = None
 
 
-def encode(model: Any, conversations: Sequence[Any], *, reply: bool = True, thinking: bool = False,
+def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thinking: bool = False,
            width: int | None = None, variables: Mapping[str, Any] | None = None) -> Batch:
     """Encode conversations as a batch.
 
     Args:
       model: a tokenizer, or anything with one as `tokenizer`.
-      conversations: B conversations, each a list of {"role", "content"} or one user message.
+      conversations: B conversations from any iterable, each a list of {"role", "content"} or one user message.
       reply: end with the generation prompt.
       thinking: what the template is told as `enable_thinking`.
       width: pad to this many tokens; default: the longest row.

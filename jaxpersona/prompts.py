@@ -111,7 +111,7 @@ def limits(model: Model, rows: list[chat.Row], max_new: int) -> np.ndarray:
     return np.array([min(max_new, context - row.tokens.size) for row in rows], np.int32)
 
 
-def row_ids(rows: list[chat.Row], ids: Sequence[int] | None) -> np.ndarray:
+def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:
     """Return what each row is for its random draws [N] uint32: `ids`, or a hash of its tokens and
     of how often they came before.
 
