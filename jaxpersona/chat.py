@@ -71,7 +71,8 @@ def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thin
 
     Args:
       model: a tokenizer, or anything with one as `tokenizer`.
-      conversations: B conversations from any iterable, each a list of {"role", "content"} or one user message.
+      conversations: B conversations from any iterable, each a list of {"role", "content"} or one
+        user message.
       reply: end with the generation prompt.
       thinking: what the template is told as `enable_thinking`.
       width: pad to this many tokens; default: the longest row.

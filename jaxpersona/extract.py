@@ -8,7 +8,7 @@ function of its width: its bits do not depend on which others are read with it.
 from __future__ import annotations
 
 import dataclasses
-import warnings
+import logging
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +39,7 @@ from jaxpersona.trace import Applied
 if TYPE_CHECKING:
     from jaxpersona.load import Model
 
+_LOG = logging.getLogger("jaxpersona")
 # tokens of a batch: enough to keep the device busy, few enough that last batches are not empty
 _TOKENS = {"cpu": 1024}
 _TOKENS_ELSE = 16_384
@@ -86,7 +87,7 @@ def extract(
     Raises:
       ValueError: no conversation, one longer than the context, a reading (a mean, say) that would
         find no token in any of them, or arguments that do not fit. Where some conversations alone
-        have no such token, their values are NaN and a RuntimeWarning names them.
+        have no such token, their values are NaN and the log names them.
     """
     conversations = chat.listed(conversations)
     if batch_tokens is None:
@@ -167,7 +168,7 @@ def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
             said = f"capture {name!r} {describe_empty(empty, len(rows), 'conversations')}"
             if len(empty) == len(rows):
                 raise ValueError(said)
-            warnings.warn(said, RuntimeWarning, stacklevel=3)
+            _LOG.warning("%s", said)
 
 
 @jax.jit

@@ -8,7 +8,6 @@ result.
 from __future__ import annotations
 
 import logging
-import warnings
 from typing import Any
 
 import flax.struct
@@ -28,7 +27,7 @@ _LOG = logging.getLogger("jaxpersona")
 
 
 def warn_of_empty(name: str, empty: Any) -> None:
-    """Warn of rows of which a reading saw no token, where the values are known.
+    """Log a warning of rows of which a reading saw no token, where the values are known.
 
     Args:
       name: what the reading is called.
@@ -37,8 +36,7 @@ def warn_of_empty(name: str, empty: Any) -> None:
     if isinstance(empty, jax.core.Tracer) or not getattr(empty, "is_fully_addressable", True):
         return
     if (rows := np.flatnonzero(jax.device_get(empty))).size:
-        warnings.warn(f"{name!r} {describe_empty(rows, len(empty), 'rows')}", RuntimeWarning,
-                      stacklevel=3)
+        _LOG.warning("%r %s", name, describe_empty(rows, len(empty), "rows"))
 
 
 def describe_empty(numbers: Any, total: int, what: str) -> str:

@@ -114,7 +114,8 @@ def limit_time(seconds: float) -> None:
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
-def answer(request: dict[str, Any], known: dict[str, Any], limits: dict[str, Any]) -> dict[str, Any]:
+def answer(request: dict[str, Any], known: dict[str, Any],
+           limits: dict[str, Any]) -> dict[str, Any]:
     """Render one request: {"template", "variables"}."""
     source = request["template"]
     try:

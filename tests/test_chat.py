@@ -374,7 +374,7 @@ def test_a_template_that_changes_contents_is_refused():
 def mini():
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(MINI)
+    return AutoTokenizer.from_pretrained(MINI, trust_remote_code=False)
 
 
 @pytest.mark.skipif(not MINI.joinpath("tokenizer.json").exists(), reason="mini is not trained yet")
