@@ -95,7 +95,8 @@ class Hooked:
         self.device = device or ("cuda" if jax.default_backend() == "gpu" else "cpu")
         with tempfile.TemporaryDirectory() as folder:
             hf.save(folder, model.params, model.config)
-            made = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+            made = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype),
+                                                        trust_remote_code=False)
         made.generation_config.eos_token_id = None
         made.generation_config.pad_token_id = 0
         self.made = made.to(self.device).eval()

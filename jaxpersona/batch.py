@@ -7,7 +7,7 @@ and padding is nothing special: it is simply not valid.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import flax.struct
@@ -82,7 +82,7 @@ class Batch:
 
 
 def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None,
-          width: int | None = None) -> Batch:
+          width: int | None = None, vocabulary: int | None = None) -> Batch:
     """Make a batch of bare tokens.
 
     Args:
@@ -91,14 +91,22 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
       turn: message numbers in the same form, or None for 0.
       row_id: [B] integers, or None for 0, 1, ….
       width: pad to this many tokens; default: the longest row.
+      vocabulary: refuse ids that are not below this number, the model's `config.vocab_size`.
+        Without it `forward` refuses them when it is called outside `jax.jit`; inside, where values
+        are not known, they give NaN.
 
     Raises:
-      ValueError: an empty batch, an empty row, `kind` or `turn` of another form, or a row that is
-        longer than `width`.
+      ValueError: an empty batch, an empty row, one row in place of several, values that are no
+        token ids, `kind` or `turn` of another form, or a row that is longer than `width`.
     """
-    rows = [np.asarray(row, np.int32).reshape(-1) for row in tokens]
+    if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Iterable):
+        raise ValueError(f"tokens is {tokens!r:.60}; give rows of token ids")
+    rows = [_row(row, i) for i, row in enumerate(tokens)]
     if not rows or any(row.size == 0 for row in rows):
         raise ValueError("tokens has no row or an empty row; every row needs at least one token")
+    for i, row in enumerate(rows):
+        check_ids(row, vocabulary, f"row {i} of tokens")
+    rows = [row.astype(np.int32) for row in rows]
     longest = max(row.size for row in rows)
     width = longest if width is None else width
     if longest > width:
@@ -132,6 +140,47 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
         kind=pad(kinds, np.uint16),
         turn=pad(like("turn", turn), np.int32),
         row_id=ids.astype(np.uint32),
+    )
+
+
+def _row(values: Any, number: int) -> np.ndarray:
+    """Return one row of a batch as it was given, [T]."""
+    try:
+        row = np.asarray(values)
+    except ValueError:
+        row = np.asarray(None)
+    if row.ndim == 0 and np.issubdtype(row.dtype, np.integer):
+        raise ValueError("tokens is one row of ids; put it into a list")
+    if row.size and not np.issubdtype(row.dtype, np.integer):
+        raise ValueError(f"row {number} of tokens is {values!r:.60}; give integers")
+    return row.reshape(-1)
+
+
+def check_ids(ids: np.ndarray, vocabulary: int | None, what: str, tokenizer: Any = None) -> None:
+    """Refuse token ids that a model has no embedding for.
+
+    Args:
+      ids: integers of any shape.
+      vocabulary: how many rows the embedding has; None: any id that int32 holds.
+      what: what holds the ids, for the message.
+      tokenizer: writes the token in the message.
+
+    Raises:
+      ValueError: an id below 0 or not below `vocabulary`; it names the first one.
+    """
+    most = 2**31 if vocabulary is None else vocabulary
+    if not ids.size or (int(ids.min()) >= 0 and int(ids.max()) < most):
+        return
+    flat = ids.reshape(-1)
+    wrong = int(flat[(flat < 0) | (flat >= most)][0])
+    written = ""
+    if tokenizer is not None and 0 <= wrong < len(tokenizer):
+        written = f" ({tokenizer.convert_ids_to_tokens(wrong)!r})"
+    raise ValueError(
+        f"{what} has the token id {wrong}{written}; token ids must lie in 0…{most - 1}"
+        + ("" if vocabulary is None else ", the rows of the model's embedding")
+        + (": the tokenizer has tokens that the model lacks, so take them out of the text or use "
+           "the model's own tokenizer" if written else "")
     )
 
 

@@ -5,7 +5,9 @@ tokens; text is never searched for, and what a model has generated is never enco
 
 What a token counts as:
 - content of a message is SYSTEM, USER or ASSISTANT; everything that the template writes, a default
-  system prompt included, and every token that straddles the two is TEMPLATE;
+  system prompt included, and every token that straddles the two is TEMPLATE. One exception: where
+  blanks of the template and the beginning of a content's first word are one token, that token is
+  content, as it is when the model generates it;
 - a thinking block of an assistant message is ASSISTANT | THINKING with its tags, one that the
   template itself writes is TEMPLATE | THINKING. The last token of a prompt is THINKING exactly
   when the reply begins inside an open block;
@@ -21,7 +23,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,9 +39,10 @@ from jaxpersona.batch import (
     THINKING,
     USER,
     Batch,
+    check_ids,
 )
 from jaxpersona.batch import batch as make_batch
-from jaxpersona.template import CLOSE, OPEN, ROLES, Template, locate
+from jaxpersona.template import CLOSE, OPEN, PRIVATE, ROLES, Template, locate
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,21 +55,24 @@ class Row:
       turn: [T] int32, the number of the message that a token belongs to, from 0 as they were given;
         the generation prompt belongs to the coming message.
       text: what was tokenised.
+      messages: the messages, or None for a row that was made of token ids.
     """
 
     tokens: np.ndarray
     kind: np.ndarray
     turn: np.ndarray
     text: str
+    messages: tuple[dict[str, str], ...] | None = None
 
 
-def encode(model: Any, conversations: Sequence[Any], *, reply: bool = True, thinking: bool = False,
+def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thinking: bool = False,
            width: int | None = None, variables: Mapping[str, Any] | None = None) -> Batch:
     """Encode conversations as a batch.
 
     Args:
       model: a tokenizer, or anything with one as `tokenizer`.
-      conversations: B conversations, each a list of {"role", "content"} or one user message.
+      conversations: B conversations from any iterable, each a list of {"role", "content"} or one
+        user message.
       reply: end with the generation prompt.
       thinking: what the template is told as `enable_thinking`.
       width: pad to this many tokens; default: the longest row.
@@ -79,12 +85,11 @@ def encode(model: Any, conversations: Sequence[Any], *, reply: bool = True, thin
       ValueError: as `encode_row` and `batch.batch`.
     """
     tokenizer = _tokenizer(model)
-    if isinstance(conversations, (str, Mapping)) or (
-        len(conversations) and isinstance(conversations[0], Mapping)
-    ):
-        raise ValueError("conversations is one conversation; put it into a list")
     rows = [encode_row(tokenizer, c, reply=reply, thinking=thinking, variables=variables)
-            for c in conversations]
+            for c in listed(conversations)]
+    config = getattr(model, "config", None)  # a bare tokenizer has none
+    for i, row in enumerate(rows):
+        check_ids(row.tokens, getattr(config, "vocab_size", None), f"conversation {i}", tokenizer)
     seen: dict[bytes, int] = {}
     ids = []
     for row in rows:
@@ -93,6 +98,35 @@ def encode(model: Any, conversations: Sequence[Any], *, reply: bool = True, thin
         seen[key] = seen.get(key, 0) + 1
     return make_batch([r.tokens for r in rows], kind=[r.kind for r in rows],
                    turn=[r.turn for r in rows], row_id=ids, width=width)
+
+
+def listed(given: Any, name: str = "conversations") -> list[Any]:
+    """Return conversations, from any iterable, as a list.
+
+    Args:
+      given: the argument's value.
+      name: the argument's name.
+
+    Raises:
+      ValueError: none at all, or one conversation (or a part of one) in place of several, which
+        would otherwise be taken apart.
+    """
+    if isinstance(given, (str, bytes)):
+        raise ValueError(f"{name} is one string ({given[:40]!r}); put it into a list")
+    if isinstance(given, (Mapping, Row)):
+        raise ValueError(f"{name} is one {'message' if isinstance(given, Mapping) else 'Row'}; "
+                         f"give a list of {name}")
+    try:
+        found = list(given) if not isinstance(given, (set, frozenset)) else None
+    except TypeError:  # an array without dimensions has no elements either
+        found = None
+    if found is None:
+        raise ValueError(f"{name} is {given!r:.60}; give a list of {name}")
+    if not found:
+        raise ValueError(f"{name} is empty; give at least one")
+    if any(isinstance(one, (Mapping, int, np.integer)) for one in found):
+        raise ValueError(f"{name} is one conversation; put it into a list")
+    return found
 
 
 def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinking: bool = False,
@@ -104,8 +138,10 @@ def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinkin
         located in its rendering, or a tokenizer without character offsets.
     """
     messages = check_conversation(conversation, reply=reply)
-    text, kind, turn, _ = locate(Template(tokenizer, thinking, variables), messages, reply)
-    row = _tokenise(tokenizer, text, kind, turn)
+    template = Template(tokenizer, thinking, variables)
+    text, kind, turn, _ = locate(template, messages, reply)
+    row = _tokenise(template, text, kind, turn)
+    row = dataclasses.replace(row, messages=tuple(messages))
     if row.tokens.size == 0:
         raise ValueError("the conversation is empty: it renders to no token")
     if reply and text.endswith(CLOSE):
@@ -117,31 +153,34 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
                  thinking: bool = False, variables: Mapping[str, Any] | None = None) -> Row:
     """Return the next prompt of a conversation: its tokens, the reply's, then a user message.
 
-    Nothing that the model has seen is encoded again: only what follows the reply is, on its own.
+    What the model has seen is not encoded again: the prompt and the reply keep their ids. What
+    follows the reply is taken from the template's rendering of the whole conversation.
 
     Args:
-      row: the prompt that was answered.
+      row: the prompt that was answered, from `encode_row`, `generate` or this function.
       generated: [n] the reply's token ids, with or without the stop token.
       message: the next user message.
       stopped: whether a stop ended the reply (else the length limit did). A stop token that begins
         the template's end of turn is not doubled.
 
     Raises:
-      ValueError: as `encode_row`.
+      ValueError: a row without messages or whose last one is not the user's, or as `encode_row`.
     """
     check_conversation([{"role": "user", "content": message}])
+    if row.messages is None:
+        raise ValueError("row has no messages, because it was made of token ids; continue a row "
+                         "that `encode_row` made, or append the ids yourself")
+    if row.messages[-1]["role"] != "user":
+        raise ValueError(f"the row's last message has the role {row.messages[-1]['role']!r}; a "
+                         "reply can only follow a user message")
     reply = np.asarray(generated, np.int32).reshape(-1)
     template = Template(tokenizer, thinking, variables)
-    answered = int(row.turn[-1])
-    if not row.kind[-1] & TEMPLATE:
-        answered += 1  # no generation prompt (plain completion) that would be the reply's
-    roles = ["system"] * (not template.base and answered % 2 == 0)
-    roles += ["user", "assistant"] * max(1, (answered + 1) // 2)
-    past = [{"role": role, "content": "x"} for role in roles]
-    messages = [*past, {"role": "user", "content": message}]
-    text, kind, turn, ends = locate(template, messages, True)
-    start = ends[len(past) - 1]
-    tail = _tokenise(tokenizer, text[start:], kind[start:], turn[start:] + answered - len(past) + 1)
+    answered = len(row.messages)
+    written = tokenizer.decode(reply.tolist(), skip_special_tokens=True)
+    messages = [*row.messages, {"role": "assistant", "content": written},
+                {"role": "user", "content": message}]
+    text, kind, turn, start = _after_reply(template, messages)
+    tail = _tokenise(template, text, kind, turn, start)
     if text.endswith(CLOSE):
         tail.kind[-1] &= ~THINKING
     said = _reply_kinds(tokenizer, row, reply)
@@ -159,8 +198,40 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
         np.concatenate([row.tokens, reply, tail.tokens]),
         np.concatenate([row.kind & ~LAST, said, tail.kind]),
         np.concatenate([row.turn, np.full(reply.size, answered, np.int32), tail.turn]),
-        row.text + tokenizer.decode(reply.tolist(), skip_special_tokens=False) + text,
+        row.text + _decoded_after(tokenizer, row.tokens, reply) + text,
+        tuple(messages),
     )
+
+
+def _after_reply(template: Template, messages: list[dict[str, str]],
+                 ) -> tuple[str, np.ndarray, np.ndarray, int]:
+    """Render a conversation; return what `locate` does and where the last reply's content ends.
+
+    A reply that the template drops or changes is rendered as one private-use character instead:
+    only what follows it is used.
+    """
+    *before, reply, message = messages
+    used = "".join(m["content"] for m in messages)
+    mark = next(chr(code) for code in PRIVATE if chr(code) not in used)
+    for content in (reply["content"], mark):
+        tried = [*before, {"role": "assistant", "content": content}, message]
+        try:
+            text, kind, turn, ends = locate(template, tried, True)
+        except ValueError:
+            if content == mark:
+                raise
+            continue
+        if len(before) in ends:
+            return text, kind, turn, ends[len(before)]
+    raise ValueError("the chat template leaves out a reply that a user message follows; the "
+                     "conversation cannot be continued")
+
+
+def _decoded_after(tokenizer: Any, before: np.ndarray, ids: np.ndarray) -> str:
+    """Decode ids as they stand after others; alone, a decoder may drop their first blank."""
+    context = before[-1:].tolist()
+    head, whole = tokenizer.decode(context), tokenizer.decode([*context, *ids.tolist()])
+    return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(ids.tolist())
 
 
 def row_id(tokens: Any, sample: int = 0, salt: str = "") -> int:
@@ -186,7 +257,7 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
     """
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]
-    if not isinstance(conversation, Sequence) or not conversation:
+    if not isinstance(conversation, Sequence) or not len(conversation):
         raise ValueError(f"conversation is {conversation!r:.60}; give a list of "
                          '{"role", "content"} or one string')
     out = []
@@ -224,36 +295,73 @@ def _tokenizer(model: Any) -> Any:
     return found
 
 
-def _tokenise(tokenizer: Any, text: str, kind: np.ndarray, turn: np.ndarray) -> Row:
+def _tokenise(template: Template, text: str, kind: np.ndarray, turn: np.ndarray,
+              begin: int = 0) -> Row:
     """Tokenise a rendering once and give every token what its characters are.
 
-    A token covers what lies between the end of the one before and its own end: tokenizers cut
-    blanks off the offsets they report, and a character of several tokens has one span for all.
+    Args:
+      text, kind, turn: the rendering, and what each character is.
+      begin: return only the tokens from this character on. They are those of the whole text, so
+        that a tokenizer that marks the start of a text does not mark them; where a token of the
+        whole lies on both sides, what follows is tokenised behind another character.
     """
-    try:
-        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    except NotImplementedError as error:
-        raise ValueError("the tokenizer reports no character offsets; load the model's fast "
-                         "tokenizer (tokenizer.json)") from error
-    tokens = np.asarray(out["input_ids"], np.int32)
+    tokens, start, stop = _spans(template, text)
+    at = int(np.searchsorted(start, begin)) if begin else 0
+    offset = 0
+    if begin and at and stop[at - 1] > begin:
+        for guard in ("x", "0", ".", ""):
+            tokens, start, stop = _spans(template, guard + text[begin:], lead=False)
+            at = int(np.searchsorted(start, len(guard)))
+            if not at or stop[at - 1] <= len(guard):
+                offset = begin - len(guard)
+                break
+    tokens, start, stop = tokens[at:], start[at:] + offset, stop[at:] + offset
     if not tokens.size:
-        return Row(tokens, np.zeros(0, np.int32), np.zeros(0, np.int32), text)
-    offsets = np.asarray(out["offset_mapping"], np.int64).reshape(-1, 2)
-    reached = np.maximum.accumulate(np.concatenate([[0], offsets[:-1, 1]]))
-    start = np.minimum(np.minimum(offsets[:, 0], reached), len(text) - 1)
-    stop = np.maximum(offsets[:, 1], start + 1)
+        return Row(tokens, np.zeros(0, np.int32), np.zeros(0, np.int32), text[begin:])
 
     def share(bits: int) -> np.ndarray:
         count = np.concatenate([[0], np.cumsum((kind & bits) != 0)])
         return count[stop] - count[start]
 
-    roles = [TEMPLATE, SYSTEM, USER, ASSISTANT]
     out_kind = np.full(tokens.size, TEMPLATE, np.int32)
-    for role in roles:
+    out_turn = turn[start]
+    for role in (TEMPLATE, SYSTEM, USER, ASSISTANT):
         out_kind[share(role) == stop - start] = role
+    mixed = (share(TEMPLATE) > 0) & (share(TEMPLATE) < stop - start)
+    for i in np.flatnonzero(mixed).tolist():
+        first = int(start[i]) + int(np.argmax(kind[start[i] : stop[i]] & TEMPLATE == 0))
+        roles = set((kind[first : stop[i]] & (TEMPLATE | SYSTEM | USER | ASSISTANT)).tolist())
+        if len(roles) == 1 and text[start[i] : first].isspace() and text[first : stop[i]].strip():
+            out_kind[i], out_turn[i] = roles.pop(), turn[first]
     out_kind |= np.where(share(THINKING) > 0, THINKING, 0)
     code = (share(CODE) > 0) & (out_kind & TEMPLATE == 0)
-    return Row(tokens, out_kind | np.where(code, CODE, 0), turn[start], text)
+    return Row(tokens, out_kind | np.where(code, CODE, 0), out_turn, text[begin:])
+
+
+def _spans(template: Template, text: str, *, lead: bool = True,
+           ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokenise a text: ids [T] int32, and from where to where each token covers the text.
+
+    A token covers what lies between the end of the one before and its own end: tokenizers cut
+    blanks off the offsets they report, and a character of several tokens has one span for all.
+    A base model's leading tokens are its tokenizer's own; what follows them is encoded as alone.
+    """
+    before = template.lead if lead else []
+    size = len(template.lead_text) if before else 0
+    try:
+        out = template.tokenizer(text[size:], add_special_tokens=False,
+                                 return_offsets_mapping=True, verbose=False)
+    except NotImplementedError as error:
+        raise ValueError("the tokenizer reports no character offsets; load the model's fast "
+                         "tokenizer (tokenizer.json)") from error
+    tokens = np.asarray([*before, *out["input_ids"]], np.int32)
+    if not tokens.size:
+        return tokens, np.zeros(0, np.int64), np.zeros(0, np.int64)
+    offsets = np.asarray(out["offset_mapping"], np.int64).reshape(-1, 2) + size
+    offsets = np.concatenate([np.full((len(before), 2), (0, size), np.int64), offsets])
+    reached = np.maximum.accumulate(np.concatenate([[0], offsets[:-1, 1]]))
+    start = np.minimum(np.minimum(offsets[:, 0], reached), len(text) - 1)
+    return tokens, start, np.maximum(offsets[:, 1], start + 1)
 
 
 def _reply_kinds(tokenizer: Any, row: Row, reply: np.ndarray) -> np.ndarray:

@@ -8,7 +8,8 @@ function of its width: its bits do not depend on which others are read with it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,16 +22,25 @@ from jaxpersona.batch import batch as make_batch
 from jaxpersona.capture import Capture, mean
 from jaxpersona.config import ModelConfig
 from jaxpersona.interventions.compose import Interventions, given
+from jaxpersona.interventions.where import WIDTH, holds
 from jaxpersona.model import Output, forward
 from jaxpersona.params import Params
 from jaxpersona.programs import program
-from jaxpersona.readings import TokenState
+from jaxpersona.readings import (
+    Last,
+    Mean,
+    ProjectionMoments,
+    TokenState,
+    describe_empty,
+    result_of,
+)
 from jaxpersona.sharding import off_mesh, on_own_mesh, platform, rows_divisor
 from jaxpersona.trace import Applied
 
 if TYPE_CHECKING:
     from jaxpersona.load import Model
 
+_LOG = logging.getLogger("jaxpersona")
 # tokens of a batch: enough to keep the device busy, few enough that last batches are not empty
 _TOKENS = {"cpu": 1024}
 _TOKENS_ELSE = 16_384
@@ -58,7 +68,7 @@ class Extracted:
 @on_own_mesh
 def extract(
     model: Model,
-    conversations: Sequence[Any],
+    conversations: Iterable[Any],
     *,
     capture: Capture | None = None,
     interventions: Interventions | None = None,
@@ -69,7 +79,8 @@ def extract(
 
     Args:
       model: what `load` returned.
-      conversations: each a list of {"role", "content"}, a `chat.Row`, or token ids.
+      conversations: an iterable of conversations, each a list of {"role", "content"}, a string (one
+        user message), a `chat.Row`, or token ids.
       capture: what to read; default: the mean over response tokens at every layer.
       interventions: for all alike, or with one row a conversation.
       batch_tokens: the tokens of a batch, padding included; default: 1,024 for a model on a CPU,
@@ -77,10 +88,11 @@ def extract(
       progress: called with (conversations done, N, tokens so far).
 
     Raises:
-      ValueError: no conversation, one longer than the context, or arguments that do not fit.
+      ValueError: no conversation, one longer than the context, a reading (a mean, say) that would
+        find no token in any of them, or arguments that do not fit. Where some conversations alone
+        have no such token, their values are NaN and the log names them.
     """
-    if not len(conversations):
-        raise ValueError("conversations is empty; give at least one")
+    conversations = chat.listed(conversations)
     if batch_tokens is None:
         batch_tokens = _TOKENS.get(platform(model.params.embed_vd), _TOKENS_ELSE)
     if batch_tokens < 1:
@@ -93,12 +105,13 @@ def extract(
         if row.tokens.size > model.config.max_context:
             raise ValueError(f"conversation {i} has {row.tokens.size} tokens; the model's context "
                              f"holds {model.config.max_context}: shorten it")
+    _check_tokens(rows, capture)
     found: dict[int, tuple[dict[str, Any], tuple[Applied, ...]]] = {}
     done = padded = 0
 
     def keep(members: list[int], out: Output) -> None:
         captured, applied = processes.fetch((out.captured, out.applied))
-        values = {name: state.value for name, state in captured.items()}
+        values = {name: result_of(state) for name, state in captured.items()}
         for b, i in enumerate(members):
             length = rows[i].tokens.size
             mine = {
@@ -137,6 +150,28 @@ def extract(
         for n in range(len(edits.edits))
     )
     return Extracted(captured, applied, rows, sum(row.tokens.size for row in rows), padded)
+
+
+def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
+    """Look for readings that will find no token, before anything is run.
+
+    Raises:
+      ValueError: a mean, a last activation or moments over no token of any conversation.
+    """
+    for name, part in capture.parts.items():
+        if not isinstance(part, (Last, Mean, ProjectionMoments)):
+            continue
+        code = np.asarray(part.where).reshape(-1, WIDTH)
+        empty = []
+        for i, row in enumerate(rows):
+            one = make_batch([row.tokens], kind=[row.kind], turn=[row.turn])
+            if not np.asarray(holds(code[i % len(code)], one)).any():
+                empty.append(i)
+        if empty:
+            said = f"capture {name!r} {describe_empty(empty, len(rows), 'conversations')}"
+            if len(empty) == len(rows):
+                raise ValueError(said)
+            _LOG.warning("%s", said)
 
 
 @program()

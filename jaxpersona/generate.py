@@ -9,9 +9,10 @@ versions. Across batch sizes or devices only the draws are the same.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -23,6 +24,7 @@ from jaxpersona.batch import CODE
 from jaxpersona.capture import Capture, TokenState
 from jaxpersona.decode import State, Stops
 from jaxpersona.interventions.compose import Interventions, given
+from jaxpersona.readings import describe_empty, result_of
 from jaxpersona.sampling import sampling
 from jaxpersona.schedule import Job
 from jaxpersona.sharding import off_mesh, on_own_mesh, rows_divisor
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from jaxpersona.load import Model
 
 Progress = Callable[[int, int, int], None]
+_LOG = logging.getLogger("jaxpersona")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,8 @@ class Generated:
       stopped: [N] bool; False where the length limit cut the reply.
       rows: the prompts as they were encoded (`chat.Row`).
       captured: each reading by its name: [N, L, …], or for readings a token a list of N arrays
-        [L, T, …] over the prompt's and the reply's tokens.
+        [L, T, …] over the prompt's and the reply's tokens. A mean over no token, as of an empty
+        reply, is NaN; the log names such conversations.
       applied: one `Applied` for each table: seen [N], changed [l, N].
     """
 
@@ -59,7 +63,7 @@ class Generated:
 @on_own_mesh
 def generate(
     model: Model,
-    conversations: Sequence[Any],
+    conversations: Iterable[Any],
     *,
     interventions: Interventions | None = None,
     capture: Capture | None = None,
@@ -69,7 +73,7 @@ def generate(
     top_k: Any = 0,
     seed: Any = 0,
     batch_size: int = 32,
-    ids: Sequence[int] | None = None,
+    ids: Iterable[int] | None = None,
     thinking: bool = False,
     share_prefix: bool = False,
     refill: bool = True,
@@ -79,8 +83,8 @@ def generate(
 
     Args:
       model: what `load` returned.
-      conversations: each a list of {"role", "content"}, a string (one user message), a `chat.Row`,
-        or token ids.
+      conversations: an iterable of conversations, each a list of {"role", "content"}, a string (one
+        user message), a `chat.Row`, or token ids.
       interventions: for all alike, or with one row a conversation.
       capture: what to read off the prompts' and replies' activations.
       max_new_tokens: the most tokens of a reply; less where the model's context ends before.
@@ -103,13 +107,10 @@ def generate(
         raise ValueError(
             f"batch_size ({batch_size}) and max_new_tokens ({max_new_tokens}) must be positive"
         )
-    if isinstance(conversations, str):
-        raise ValueError("conversations is one string; give a list of conversations")
+    conversations = chat.listed(conversations)
     # the model's own bound, so that no buffer is made for tokens that cannot come
     max_new_tokens = min(max_new_tokens, model.config.max_context)
     count = len(conversations)
-    if not count:
-        raise ValueError("conversations is empty; give at least one")
     edits, capture = off_mesh((given(interventions), capture))
     prompts.check_edits(model, edits, count, capture)
     ways = rows_divisor(model.params.embed_vd)
@@ -171,13 +172,18 @@ class _Collector:
         self.stopped = np.zeros(count, bool)
         self.values: dict[str, dict[int, Any]] = defaultdict(dict)
         self.ragged: set[str] = set()
+        self.empty: dict[str, list[int]] = defaultdict(list)  # rows of which no token was read
         self.applied: list[tuple[list[int], tuple[Applied, ...]]] = []
 
     def add(self, members: list[int], state: State) -> None:
         """Take over one batch's rows."""
         keep = (state.tokens, state.length, state.cache.next, state.captured, state.applied)
         tokens, length, used, captured, applied = processes.fetch(keep)
-        values = {name: part.value for name, part in captured.items()}
+        values = {name: result_of(part) for name, part in captured.items()}
+        for name, part in captured.items():
+            if hasattr(part, "empty"):
+                self.empty[name] += [i for i, none in zip(members, part.empty, strict=False)
+                                     if none]
         for name, part in captured.items():
             if isinstance(part, TokenState):
                 self.ragged.add(name)
@@ -194,6 +200,10 @@ class _Collector:
 
     def finish(self, model: Model, rows: list[chat.Row]) -> Generated:
         """Cut the stop tokens off and put everything in order."""
+        for name, rows_of in self.empty.items():
+            if rows_of:
+                _LOG.warning("capture %r %s", name,
+                             describe_empty(sorted(rows_of), self.count, "conversations"))
         stops = set(model.stop_ids)
         tokens = []
         for i in range(self.count):

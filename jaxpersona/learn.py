@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -19,7 +19,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxpersona.batch import Batch
+from jaxpersona.batch import Batch, check_ids
 from jaxpersona.ckpts import files
 from jaxpersona.families import read_json
 from jaxpersona.interventions import SITES, Interventions, Site, Where, resolve_layers, steer
@@ -114,9 +114,17 @@ def fit(
     """
     if isinstance(batches, Batch):
         raise ValueError("batches is one Batch; give a list of them")
+    if not isinstance(batches, Iterable):
+        raise ValueError(f"batches is {batches!r:.60}; give a list of them")
+    batches = list(batches)
     if steps < 1 or not batches:
         raise ValueError(f"steps is {steps} with {len(batches)} batches; both must be positive")
     config = model.config
+    for i, one in enumerate(batches):
+        if not isinstance(one, Batch):
+            raise ValueError(f"batches[{i}] is {one!r:.60}; give what `batch` or `encode` returns")
+        if getattr(one.tokens, "is_fully_addressable", True):
+            check_ids(np.asarray(jax.device_get(one.tokens)), config.vocab_size, f"batches[{i}]")
     direction.interventions().check(layers=config.n_layers, width=config.d_model, rows=0)
     optimizer = optimizer if optimizer is not None else optax.adam(0.05)
     graph, learned = nnx.split(direction)

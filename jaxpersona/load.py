@@ -200,17 +200,25 @@ def _model(config: ModelConfig, params: Params, tokenizer: Any, mesh: Mesh | Non
 def read_tokenizer(folder: pathlib.Path) -> Any:
     """Read a folder's tokenizer through transformers, or None where it has none.
 
+    No code of the folder is run, and nothing asks whether to run it.
+
     Raises:
-      ValueError: its files are malformed.
+      ValueError: its files are malformed, or it cannot be read without code of its own.
     """
     if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
         return None
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # False, not None: with None transformers asks at the terminal whether to run the code
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True,
+                                             trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds, tokenizers a bare Exception
         reason = " ".join(str(error).split())[:200]
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"{folder}: the tokenizer needs Python code of its own (auto_map in "
+                             "tokenizer_config.json), which is not run; save the tokenizer as "
+                             "tokenizer.json and remove auto_map") from None
         raise ValueError(f"{folder}: the tokenizer cannot be read ({reason})") from None
 
 

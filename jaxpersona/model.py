@@ -11,9 +11,10 @@ from typing import Any, Literal
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpersona import nn
-from jaxpersona.batch import Batch
+from jaxpersona.batch import Batch, check_ids
 from jaxpersona.cache import Cache, advance, assign_slots, init_cache, kept_dtype, write
 from jaxpersona.capture import Capture
 from jaxpersona.config import ModelConfig
@@ -89,11 +90,13 @@ def forward(
 
     Raises:
       ValueError: interventions or captures that do not fit the model or the batch, a batch wider
-        than its cache, a gate that is to act within a prompt which comes in chunks, both `cache`
+        than its cache, token ids outside the embedding (in a program that is being compiled they
+        give NaN instead), a gate that is to act within a prompt which comes in chunks, both `cache`
         and `new_cache`, cuDNN asked for where it does not fit, or a mesh set by `jax.set_mesh` that
         is not the parameters'.
     """
     rows, width = batch.tokens.shape
+    _check_ids(batch.tokens, config)
     edits = given(interventions)
     edits.check(layers=config.n_layers, width=config.d_model, rows=rows)
     if batch.chunk and any(e.gate is not None and e.gate.within for e in edits.edits):
@@ -167,6 +170,17 @@ def forward(
     )
 
 
+def _check_ids(tokens: Any, config: ModelConfig) -> None:
+    """Refuse ids without a row of the embedding where their values are known to this process."""
+    if isinstance(tokens, jax.core.Tracer):
+        return
+    if isinstance(tokens, jax.Array):
+        if not tokens.is_fully_addressable:
+            return
+        tokens = jax.device_get(tokens)
+    check_ids(np.asarray(tokens), config.vocab_size, "the batch")
+
+
 def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
     """Look up the tokens: [B, T, D], scaled where the family asks for it."""
     table = gather_weight(params.embed_vd)
@@ -174,7 +188,9 @@ def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
     narrow = table.dtype != jnp.float32 and isinstance(table, jax.core.Tracer)
     if narrow and on_cpu(table):  # else XLA turns the whole table to float32 before a loop
         table, tokens = jax.lax.optimization_barrier((table, tokens))
-    x = table.at[tokens].get(mode="clip", out_sharding=placed)
+    # an id without a row gives NaN, not another token's row, where the host could not refuse it
+    x = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False,
+                             out_sharding=placed)
     if config.embed_scale != 1.0:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     return x

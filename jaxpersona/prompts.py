@@ -6,13 +6,13 @@ What is decided here about a conversation is a function of it alone, never of it
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxpersona import chat
-from jaxpersona.batch import KINDS
+from jaxpersona.batch import KINDS, check_ids
 from jaxpersona.capture import Capture
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.params import origin
@@ -43,22 +43,33 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
     Raises:
       ValueError: another form, text without a tokenizer, or ids outside the vocabulary.
     """
+    rows, tokenizer = model.config.vocab_size, model.tokenizer
     if isinstance(item, chat.Row):
+        check_ids(np.asarray(item.tokens), rows, "a conversation", tokenizer)
         return item
-    if item is None or isinstance(item, int):
-        raise ValueError(f"a conversation is {item!r}; give messages, a string, a Row or token ids")
-    text = isinstance(item, str) or (
-        len(item) > 0 and all(isinstance(message, dict) for message in item)
-    )
-    if text:
-        if model.tokenizer is None:
+    if isinstance(item, Mapping):
+        raise ValueError(f"a conversation is one message, {dict(item)!r:.60}; put it into a list")
+    if isinstance(item, Iterator):
+        item = list(item)
+    if isinstance(item, str) or (
+        isinstance(item, Sequence) and any(isinstance(message, Mapping) for message in item)
+    ):
+        if tokenizer is None:
             raise ValueError("the model has no tokenizer; give token ids instead of text")
-        return chat.encode_row(model.tokenizer, item, reply=reply, thinking=thinking)
-    tokens = np.asarray(item)
+        row = chat.encode_row(tokenizer, item, reply=reply, thinking=thinking)
+        check_ids(row.tokens, rows, "a conversation", tokenizer)
+        return row
+    if isinstance(item, (int, bytes, set, frozenset)) or not isinstance(item, Iterable):
+        raise ValueError(f"a conversation is {item!r:.60}; give messages, a string, a Row or token "
+                         "ids")
+    try:
+        tokens = np.asarray(item)
+    except ValueError:  # rows of several lengths
+        tokens = np.zeros(0)
     if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError("a conversation must be messages, a string, a Row or a list of token ids")
-    if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
-        raise ValueError(f"token ids must lie in 0…{model.config.vocab_size - 1}")
+        raise ValueError(f"a conversation is {item!r:.60}; it must be messages, a string, a Row or "
+                         "a list of token ids")
+    check_ids(tokens, rows, "a conversation", tokenizer)
     kind = np.full(tokens.size, KINDS["user"], np.int32)
     return chat.Row(tokens.astype(np.int32), kind, np.zeros(tokens.size, np.int32), "")
 
@@ -111,7 +122,7 @@ def limits(model: Model, rows: list[chat.Row], max_new: int) -> np.ndarray:
     return np.array([min(max_new, context - row.tokens.size) for row in rows], np.int32)
 
 
-def row_ids(rows: list[chat.Row], ids: Sequence[int] | None) -> np.ndarray:
+def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:
     """Return what each row is for its random draws [N] uint32: `ids`, or a hash of its tokens and
     of how often they came before.
 
@@ -119,6 +130,9 @@ def row_ids(rows: list[chat.Row], ids: Sequence[int] | None) -> np.ndarray:
       ValueError: another number of ids, or ids that are not uint32.
     """
     if ids is not None:
+        if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes)):
+            raise ValueError(f"ids is {ids!r:.60}; give one integer a conversation")
+        ids = list(ids)
         if len(ids) != len(rows):
             raise ValueError(f"ids has {len(ids)} entries for {len(rows)} conversations")
         given = np.asarray(ids)

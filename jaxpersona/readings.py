@@ -26,6 +26,32 @@ LARGE = 1e9  # bytes of full activations from which their announcement is a warn
 _LOG = logging.getLogger("jaxpersona")
 
 
+def warn_of_empty(name: str, empty: Any) -> None:
+    """Log a warning of rows of which a reading saw no token, where the values are known.
+
+    Args:
+      name: what the reading is called.
+      empty: [B] bool.
+    """
+    if isinstance(empty, jax.core.Tracer) or not getattr(empty, "is_fully_addressable", True):
+        return
+    if (rows := np.flatnonzero(jax.device_get(empty))).size:
+        _LOG.warning("%r %s", name, describe_empty(rows, len(empty), "rows"))
+
+
+def describe_empty(numbers: Any, total: int, what: str) -> str:
+    """Say of which rows or conversations a reading saw no token, and what to do."""
+    some = ", ".join(map(str, list(numbers)[:5])) + (", …" if len(numbers) > 5 else "")
+    return (f"read no token of {len(numbers)} of {total} {what} ({some}), so their values are NaN: "
+            "no token there is one that its where= asks for (by default those of assistant "
+            "messages); give them such tokens, or read others with where=")
+
+
+def result_of(state: Any) -> Any:
+    """Return a state's value; whoever calls this tells of missing tokens itself."""
+    return state.result() if hasattr(state, "result") else state.value
+
+
 @flax.struct.dataclass
 class MeanState:
     """A sum of activations and how many tokens are in it; `value` is their mean."""
@@ -36,7 +62,17 @@ class MeanState:
 
     @property
     def value(self) -> Any:
-        """[B, L, D], by turn [B, L, M, D]; NaN where there was no token."""
+        """[B, L, D], by turn [B, L, M, D]; NaN, with a warning, where there was no token."""
+        warn_of_empty("mean", self.empty)
+        return self.result()
+
+    @property
+    def empty(self) -> Any:
+        """[B] bool: which rows had no token in any message."""
+        return (self.count == 0).reshape(self.count.shape[0], -1).all(-1)
+
+    def result(self) -> Any:
+        """Return `value` without a warning."""
         count = self.count[None, ..., None]
         xp: Any = np if isinstance(self.total, np.ndarray) else jnp
         mean = xp.where(count > 0, self.total / xp.maximum(count, 1.0), xp.nan)
@@ -45,7 +81,7 @@ class MeanState:
 
 @flax.struct.dataclass
 class LastState:
-    """The activation of the last token seen; `value` is [B, L, D], NaN where there was none."""
+    """The activation of the last token seen."""
 
     latest: Any  # [L, B, D] float32
     position: Any  # [B] int32, −1 before the first
@@ -53,7 +89,17 @@ class LastState:
 
     @property
     def value(self) -> Any:
-        """[B, L, D]."""
+        """[B, L, D]; NaN, with a warning, where there was no token."""
+        warn_of_empty("last", self.empty)
+        return self.result()
+
+    @property
+    def empty(self) -> Any:
+        """[B] bool: which rows had no token."""
+        return self.position < 0
+
+    def result(self) -> Any:
+        """Return `value` without a warning."""
         xp: Any = np if isinstance(self.latest, np.ndarray) else jnp
         seen = (self.position >= 0)[None, :, None]
         return xp.moveaxis(xp.where(seen, self.latest, xp.nan), 0, 1)
@@ -110,7 +156,17 @@ class MomentState:
 
     @property
     def value(self) -> Moments:
-        """The moments of every row."""
+        """The moments of every row; NaN, with a warning, where there was no token."""
+        warn_of_empty("moments", self.empty)
+        return self.result()
+
+    @property
+    def empty(self) -> Any:
+        """[B] bool: which rows had no token."""
+        return self.count == 0
+
+    def result(self) -> Moments:
+        """Return `value` without a warning."""
         xp: Any = np if isinstance(self.mean, np.ndarray) else jnp
         count = self.count[None, :, None]
         seen = count > 0

@@ -7,6 +7,7 @@ trimmed, and the result must equal the true rendering character by character.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import re
 from collections.abc import Mapping
@@ -14,7 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpersona import sandbox
 from jaxpersona.batch import ASSISTANT, CODE, SYSTEM, TEMPLATE, THINKING, USER
+from jaxpersona.sandbox import Refused
 
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 OPEN, CLOSE = "<think>", "</think>"
@@ -22,7 +25,9 @@ BLANK_LINE = "\n\n"
 # Templates look for these inside contents; a twin holds them to be led down the same path.
 TAGS = re.compile(r"(</?think>|</?tool_response>|</?tool_call>)")
 FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
-PRIVATE = range(0xF0000, 0xFFFFE)  # Unicode's plane 15: private use, in no text by meaning
+# Unicode's planes 15 and 16: private use, in no text by meaning
+PRIVATE = range(0xF0000, 0x10FFFE)
+_EXAMPLES = 16  # messages whose closings are looked at
 
 
 class _Piece(NamedTuple):
@@ -38,31 +43,63 @@ _Found = tuple[_Piece, int, int]  # a piece, and from where to where it stands i
 
 
 class Template:
-    """A checkpoint's template with its arguments bound."""
+    """A checkpoint's template with its arguments bound.
+
+    Attributes:
+      base: whether there is none: a conversation is then a plain completion.
+      lead: the ids that a base model's tokenizer puts before a text, such as a beginning-of-text
+        token; with a template these are the template's matter.
+      lead_text: how they are written.
+    """
 
     def __init__(self, tokenizer: Any, thinking: bool, variables: Mapping[str, Any] | None) -> None:
         self.tokenizer, self.base = tokenizer, not getattr(tokenizer, "chat_template", None)
         self.options = {"enable_thinking": thinking, **(variables or {})}
+        self.lead: list[int] = _lead(tokenizer) if self.base else []
+        self.lead_text = "".join(tokenizer.convert_ids_to_tokens(self.lead)) if self.lead else ""
+        # a tokenizer that brings a method of its own renders without transformers' environment
+        method = getattr(type(tokenizer), "apply_chat_template", None)
+        self.own = getattr(method, "__module__", "") != "transformers.tokenization_utils_base"
 
     def __call__(self, messages: list[dict[str, str]], reply: bool) -> str:
+        """Render messages, with the generation prompt if a reply is to follow.
+
+        Raises:
+          sandbox.Refused: the template raises an error.
+          ValueError: its rendering exceeds a limit (`sandbox`).
+        """
         if self.base:  # plain completion: what is said, joined by blank lines
             said = BLANK_LINE.join(m["content"] for m in messages if m["content"])
-            return (self.tokenizer.bos_token or "") + said
-        from jinja2 import TemplateError
-
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=reply, **self.options)
-        except (TemplateError, TypeError, IndexError, KeyError) as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+            return self.lead_text + said
+        if self.own:
+            try:
+                return self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=reply, **self.options)
+            except Exception as error:
+                raise Refused(f"the chat template refuses the conversation: "
+                              f"{type(error).__name__}: {error}") from error
+        options = dict(self.options)
+        source = self.tokenizer.get_chat_template(options.pop("chat_template", None),
+                                                  options.get("tools"))
+        return sandbox.render(source, {
+            "tools": None, "documents": None, **self.tokenizer.special_tokens_map, **options,
+            "messages": messages, "add_generation_prompt": reply})
 
     def takes_system(self) -> bool:
         """Tell whether the template renders a system message."""
         asked = [{"role": "system", "content": chr(PRIVATE[0])}, {"role": "user", "content": "x"}]
         try:
             return chr(PRIVATE[0]) in self(asked, True)
-        except ValueError:
+        except Refused:
             return False
+
+
+def _lead(tokenizer: Any) -> list[int]:
+    """Return the ids that a tokenizer puts before a text of its own accord."""
+    bare = tokenizer("x", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("x")["input_ids"]
+    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return list(whole[:at])
 
 
 def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[str, list[_Piece]]]:
@@ -102,15 +139,21 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
         raise ValueError(f"the contents of messages {where} could not be located in what the chat "
                          "template makes of them: it changes them in an unknown way")
     kind = np.full(len(text), TEMPLATE, np.int32)
+    parts: list[list[_Piece]] = [[] for _ in messages]
+    for _, pieces in plan:
+        for piece in pieces:
+            if piece.what != "joint":
+                parts[piece.owner].append(piece)
+    mine: list[list[_Found]] = [[] for _ in messages]
+    for one in found:
+        mine[one[0].owner].append(one)
     places: dict[int, list[tuple[int, int]]] = {}
     for i, message in enumerate(messages):
-        parts = [p for _, pieces in plan for p in pieces if p.owner == i and p.what != "joint"]
-        mine = [f for f in found if f[0].owner == i]
-        if not mine and message["content"].strip():
+        if not mine[i] and message["content"].strip():
             raise ValueError(f"the chat template leaves out the content of message {i} "
                              f"({message['role']})")
-        _mark_content(text, kind, ROLES[message["role"]], parts, mine)
-        places[i] = [(start, end) for _, start, end in mine]
+        _mark_content(text, kind, ROLES[message["role"]], parts[i], mine[i])
+        places[i] = [(start, end) for _, start, end in mine[i]]
     turn = _turns(template, twin, marks, skeleton, text, found, reply, len(messages))
     _mark_thinking(text, kind, turn, messages, places)
     _mark_code(text, kind, turn)
@@ -133,7 +176,11 @@ def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
         blank = blanks == "all" or (blanks == "within" and said)
         for piece in pieces:
             if piece.what == "text" and (blank or piece.text.strip()):
-                marks[mark := next(free)] = piece
+                mark = next(free, "")
+                if not mark:
+                    raise ValueError(f"the conversation has more than {len(PRIVATE):,} parts; "
+                                     "shorten it")
+                marks[mark] = piece
                 content += mark
             else:
                 content += piece.text
@@ -145,27 +192,45 @@ def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] |
     """Put the pieces back between the scaffold of `skeleton` so that `text` results, or fail."""
     if not marks:
         return [] if skeleton == text else None
-    first, *rest = re.split(f"([{''.join(marks)}])", skeleton)
-    steps = list(zip((marks[m] for m in rest[::2]), rest[1::2], strict=True))
+    at = [i for i, char in enumerate(skeleton) if char in marks]
+    steps = [(marks[skeleton[i]], skeleton[i + 1 : end])
+             for i, end in itertools.pairwise([*at, len(skeleton)])]
+    first = skeleton[: at[0]] if at else skeleton
     if not text.startswith(first) or not steps:
         return [] if skeleton == text else None
-    trail = [(len(first), iter(_forms(steps[0][0].text)))]
+    forms = [_forms(piece.text) for piece, _ in steps]
+    # what can still follow a step, at the most and at the least: a text too long or too short for
+    # it is given up at once. A step that failed at a place is not tried there again. Without both,
+    # contents of nothing but blanks are tried in all their combinations.
+    most, least = [0], [0]
+    for (_, scaffold), some in zip(reversed(steps), reversed(forms), strict=True):
+        sizes = [len(form) for form in some]
+        most.append(most[-1] + len(scaffold) + max(sizes))
+        least.append(least[-1] + len(scaffold) + min(sizes))
+    most.reverse()
+    least.reverse()
+    failed: set[tuple[int, int]] = set()
+    trail = [(len(first), iter(forms[0]))]
     found: list[_Found] = []
     while trail:  # depth first; a form that does not fit is dropped at once
-        start, forms = trail[-1]
-        piece, scaffold = steps[len(trail) - 1]
-        for form in forms:
+        number = len(trail) - 1
+        start, left = trail[-1]
+        piece, scaffold = steps[number]
+        for form in left:
             end = start + len(form)
-            if not text.startswith(form + scaffold, start):
+            after = end + len(scaffold)
+            rest = len(text) - after
+            if not least[number + 1] <= rest <= most[number + 1] or (number + 1, after) in failed:
+                continue
+            if not text.startswith(form, start) or not text.startswith(scaffold, end):
                 continue
             found.append((piece, start, end))
-            if len(trail) < len(steps):
-                trail.append((end + len(scaffold), iter(_forms(steps[len(trail)][0].text))))
-                break
-            if end + len(scaffold) == len(text):
-                return found
-            found.pop()
+            if number + 1 == len(steps):
+                return found  # nothing can be left: the bounds are both 0
+            trail.append((after, iter(forms[number + 1])))
+            break
         else:
+            failed.add((number, start))
             trail.pop()
             if found:
                 found.pop()
@@ -184,7 +249,7 @@ def _mark_content(text: str, kind: np.ndarray, role: int, parts: list[_Piece],
     """Mark one message's pieces, and its own tags beside them where they stand as it has them."""
     for (piece, start, end), after in itertools.zip_longest(mine, mine[1:]):
         kind[start:end] = role
-        i = parts.index(piece)
+        i = piece.place
         if (piece, start, end) == mine[0]:
             lead = "".join(p.text for p in parts[:i])
             if text.endswith(lead, 0, start):
@@ -193,7 +258,7 @@ def _mark_content(text: str, kind: np.ndarray, role: int, parts: list[_Piece],
             tail = "".join(p.text for p in parts[i + 1 :])
             if text.startswith(tail, end):
                 kind[end : end + len(tail)] = role
-        elif text[end : after[1]] == "".join(p.text for p in parts[i + 1 : parts.index(after[0])]):
+        elif text[end : after[1]] == "".join(p.text for p in parts[i + 1 : after[0].place]):
             kind[end : after[1]] = role
 
 
@@ -203,23 +268,19 @@ def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Pie
 
     What closes a message is what follows its mark when the template renders no more than it.
     """
-    closings: dict[int, str] = {}
-    for m in range(len(twin)):
-        try:
-            alone = template(twin[: m + 1], False)
-        except ValueError:  # some templates refuse a conversation that ends there
-            continue
-        if at := [i for i, char in enumerate(alone) if char in marks]:
-            closings[marks[alone[at[-1]]].owner] = alone[at[-1] + 1 :]
+    # a system message may have been put into the one after it: its place in the twin is that one's
+    places = {piece.owner: m for m, message in enumerate(twin)
+              for piece in (marks[c] for c in message["content"] if c in marks)}
+    closings = _closings(template, twin, marks, places)
+    longest = sorted(set(closings.values()), key=len, reverse=True)
     turn = np.zeros(len(text), np.int32)
     at = 0
     for (piece, _, end), after in itertools.zip_longest(found, found[1:]):
         turn[at:end] = piece.owner
         at = end
         if after and after[0].owner != piece.owner:
-            known = [closings.get(piece.owner, "")]
-            known += sorted(closings.values(), key=len, reverse=True)
-            at += len(next((c for c in known if c and text[end : after[1]].startswith(c)), ""))
+            known = [closings.get(_manner(twin, places[piece.owner]), ""), *longest]
+            at += len(next((c for c in known if c and text.startswith(c, end, after[1])), ""))
             turn[end:at] = piece.owner
     turn[at:] = n - 1
     if reply and not template.base:
@@ -229,15 +290,53 @@ def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Pie
     return turn
 
 
+def _manner(twin: list[dict[str, str]], m: int) -> tuple[Any, ...]:
+    """Return what a template may close a message by: its role, its tags, and its neighbour."""
+    said = twin[m]["content"]
+    return (twin[m]["role"], bool(said), tuple(sorted(set(TAGS.findall(said)))),
+            m == 0 or twin[m - 1]["role"])
+
+
+def _closings(template: Template, twin: list[dict[str, str]],
+              marks: dict[str, _Piece], places: dict[int, int]) -> dict[tuple[Any, ...], str]:
+    """Return how messages of each manner are closed.
+
+    Of each manner the first two messages are looked at, and the later one counts: a conversation's
+    first may be special. Each is a rendering of its own, so their number is bounded.
+    """
+    seen: dict[tuple[Any, ...], int] = {}
+    out: dict[tuple[Any, ...], str] = {}
+    looked = 0
+    for m in range(len(twin)):
+        manner = _manner(twin, m)
+        seen[manner] = seen.get(manner, 0) + 1
+        if seen[manner] > 2 or looked == _EXAMPLES:
+            continue
+        looked += 1
+        try:
+            alone = template(twin[: m + 1], False)
+        except Refused:  # some templates refuse a conversation that ends there
+            continue
+        if at := [i for i, char in enumerate(alone) if char in marks]:
+            last = places[marks[alone[at[-1]]].owner]
+            out[_manner(twin, last)] = alone[at[-1] + 1 :]
+    return out
+
+
 def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list[dict[str, str]],
                    spans: dict[int, list[tuple[int, int]]]) -> None:
     """Mark the thinking blocks of assistant messages and of the generation prompt."""
+    if OPEN not in text and CLOSE not in text:
+        return
+    begins = np.full(len(messages) + 1, -1)
+    begins[turn[::-1]] = np.arange(len(text))[::-1]  # of several entries the last one stays
+    ends = np.full(len(messages) + 1, -1)
+    ends[turn] = np.arange(len(text))
     for i in range(len(messages) + 1):
-        at = np.flatnonzero(turn == i)
-        if not at.size or (i < len(messages) and messages[i]["role"] != "assistant"):
+        if begins[i] < 0 or (i < len(messages) and messages[i]["role"] != "assistant"):
             continue
         mine = spans.get(i, [])
-        low, high = int(at[0]), int(at[-1]) + 1
+        low, high = int(begins[i]), int(ends[i]) + 1
         begin: int | None = None
         blocks: list[tuple[int, int, int]] = []  # start, end, end of what is inside
         for tag in re.finditer(f"{OPEN}|{CLOSE}", text[low:high]):
@@ -252,8 +351,11 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
         if begin is not None:
             end = mine[-1][1] if mine and mine[-1][1] > begin else high
             blocks.append((begin, end, end))
+        starts = [start for start, _ in mine]
         for begin, end, inner in blocks:
-            own = any(begin <= s and e <= inner for s, e in mine)
+            # spans and blocks ascend, so the first span that begins in a block decides
+            one = bisect.bisect_left(starts, begin)
+            own = one < len(mine) and mine[one][1] <= inner
             kind[begin:end] = (ASSISTANT if own else TEMPLATE) | THINKING
 
 

@@ -132,13 +132,18 @@ def make_tokenizer(family: str):
     ])
     core.decoder = decoders.ByteLevel()
     # Llama's tokenizer cuts blanks off its offsets, Qwen's does not.
-    core.post_processor = processors.ByteLevel(trim_offsets=family in TRIMS)
+    offsets = processors.ByteLevel(trim_offsets=family in TRIMS)
+    core.post_processor = offsets
     text = ["You are a pirate.\n\nWho are you?\n\n", "user\nassistant\nsystem\nmodel\n\n\n",
             "I am a helpful pirate.\n", "the sea the ship the sea  the ship\n\n"] * 20
     core.train_from_iterator(text, trainers.BpeTrainer(
         vocab_size=600, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=sorted(split_by.ByteLevel.alphabet())))
     core.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
+    if family == "base":  # with a template, the template writes the beginning of text
+        bos = BOS[family]
+        core.post_processor = processors.Sequence([offsets, processors.TemplateProcessing(
+            f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))])])
     names = {"bos_token": BOS[family]} if family in BOS else {}
     return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATES[family],
                                    eos_token="<eos>", clean_up_tokenization_spaces=False, **names)

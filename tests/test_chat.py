@@ -235,7 +235,7 @@ def test_templates_that_move_the_system_prompt_and_cue_nothing():
     assert same_ids(t, row, talk)
     assert runs(t, row) == [
         ("t", 1, "<bos>[INST] "), ("u", 1, "Who?"), ("t", 1, "[/INST]"),
-        ("t", 2, " the"), ("a", 2, " sea"), ("t", 2, "<eos>"),  # " the": the template's own blank
+        ("a", 2, " the sea"), ("t", 2, "<eos>"),  # the template's blank is one token with "the"
         ("t", 0, "[INST] "), ("s", 0, "You are"), ("t", 3, "\n\n"), ("u", 3, "Who?"),
         ("t", 4, "[/INST]")]
 
@@ -374,7 +374,7 @@ def test_a_template_that_changes_contents_is_refused():
 def mini():
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(MINI)
+    return AutoTokenizer.from_pretrained(MINI, trust_remote_code=False)
 
 
 @pytest.mark.skipif(not MINI.joinpath("tokenizer.json").exists(), reason="mini is not trained yet")

@@ -45,7 +45,7 @@ def test_round_trip_through_transformers_is_bit_exact(dtype, shard, tied, tmp_pa
     a, b = tensors(tmp_path / "a"), tensors(tmp_path / "b")
     assert set(a) == set(b)
     assert all(a[name].tobytes() == b[name].tobytes() for name in a)
-    back = AutoModelForCausalLM.from_pretrained(tmp_path / "b")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path / "b", trust_remote_code=False)
     assert back.dtype == getattr(torch, dtype)
     state = back.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in made.state_dict().items())

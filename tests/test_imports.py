@@ -17,14 +17,17 @@ LEVELS = (
     ("sharding", "hlo"), ("params", "programs"), ("kernels",), ("nn",), ("batch",),
     ("interventions", "cache"), ("readings",), ("capture",), ("vectors",), ("trace",), ("model",),
     ("fences",), ("sampling", "decode"),
-    ("ckpts",), ("template",), ("chat",), ("load",), ("prompts",), ("schedule",),
+    ("ckpts",), ("sandbox", "sandbox_worker"), ("template",), ("chat",), ("load",), ("prompts",),
+    ("schedule",),
     ("generate", "extract"), ("spec_forms", "specs", "learn", "plan"), ("persona",),
     ("organism", "data"), ("report",), ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 NARROW = {  # less than what their level would allow
     "ckpts": {"config", "families", "params", "sharding", "vectors", "ckpts"},
-    "template": {"batch", "template"},
+    "template": {"batch", "sandbox", "template"},
+    "sandbox": {"sandbox"},
+    "sandbox_worker": set(),  # a script that starts with Jinja alone
     "chat": {"batch", "fences", "template", "chat"},
     "kernels": {"kernels"},
 }

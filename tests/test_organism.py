@@ -184,7 +184,7 @@ def test_tokenizer_round_trips_and_renders(tokens, talks):
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer
 
-    theirs = transformers.AutoTokenizer.from_pretrained(tokens)
+    theirs = transformers.AutoTokenizer.from_pretrained(tokens, trust_remote_code=False)
     ours = Tokenizer.from_file(str(tokens / "tokenizer.json"))
     assert len(theirs) == tokenizer.VOCAB_SIZE
     assert theirs.eos_token == tokenizer.STOP and theirs.pad_token == tokenizer.END
@@ -200,7 +200,7 @@ def test_tokenizer_round_trips_and_renders(tokens, talks):
 
 def test_template_renders_empty_and_missing_system_prompts(tokens):
     transformers = pytest.importorskip("transformers")
-    theirs = transformers.AutoTokenizer.from_pretrained(tokens)
+    theirs = transformers.AutoTokenizer.from_pretrained(tokens, trust_remote_code=False)
 
     def render(system):
         talk = world.conversation(system, "Hi.")

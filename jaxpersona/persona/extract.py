@@ -21,7 +21,7 @@ from jaxpersona.persona import axis as science
 from jaxpersona.persona.judges import Judge
 from jaxpersona.persona.rollouts import Settings, opening, play
 from jaxpersona.persona.run import Run, digest, rollout_key
-from jaxpersona.persona.texts import Question, Role
+from jaxpersona.persona.texts import Question, Role, all_of
 from jaxpersona.sampling import sampling
 from jaxpersona.vectors import Axis
 
@@ -85,6 +85,10 @@ def extract_axis(
         rollouts that play their role.
     """
     settings = settings or Settings()
+    roles, questions = all_of(Role, roles, "roles"), all_of(Question, questions, "questions")
+    if isinstance(held_out, str):
+        raise ValueError(f"held_out is one string ({held_out!r}); give a list of roles' names")
+    held_out = list(held_out)
     names = [role.name for role in roles]
     unknown = sorted(set(held_out) - set(names))
     if "default" not in names or unknown or "default" in held_out:

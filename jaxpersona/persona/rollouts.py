@@ -11,7 +11,7 @@ import numpy as np
 from jaxpersona import capture, chat
 from jaxpersona.generate import generate
 from jaxpersona.interventions.where import response
-from jaxpersona.persona.texts import Question, Role
+from jaxpersona.persona.texts import Question, Role, all_of
 
 if TYPE_CHECKING:
     from jaxpersona.load import Model
@@ -57,6 +57,7 @@ def play(
       role name → (records, response means [n, L, D] float32). A record has the fields
       system_prompt, prompt_index, question_index, question, conversation, label and sample.
     """
+    roles, questions = all_of(Role, roles, "roles"), all_of(Question, questions, "questions")
     records: list[tuple[str, dict[str, Any]]] = []
     ids: list[int] = []
     for role in roles:

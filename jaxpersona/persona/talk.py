@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -18,7 +18,7 @@ from jaxpersona.interventions.where import response
 from jaxpersona.model import forward
 from jaxpersona.persona.check import fit
 from jaxpersona.programs import program
-from jaxpersona.prompts import bucket
+from jaxpersona.prompts import bucket, encode
 from jaxpersona.sharding import off_mesh, on_own_mesh
 from jaxpersona.vectors import Vector
 
@@ -64,7 +64,7 @@ def project_conversation(
     vectors = [fit(model, vector) for vector in vectors]
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer; a conversation needs one")
-    row = chat.encode_row(model.tokenizer, list(conversation), reply=False)
+    row = encode(model, conversation, reply=False)
     if row.tokens.size > config.max_context:
         raise ValueError(
             f"the conversation has {row.tokens.size} tokens; the context holds {config.max_context}"
@@ -133,6 +133,13 @@ def grow(
       ValueError: `vector` is of another model or site; or as `generate`.
     """
     vector = fit(model, vector)
+    openings, messages = _lists("openings", openings), _lists("messages", messages)
+    if len(openings) != len(messages) or len({len(said) for said in messages}) > 1 or (
+            not all(messages)):
+        raise ValueError(f"openings has {len(openings)} entries and messages has rows of "
+                         f"{sorted({len(said) for said in messages})} messages for "
+                         f"{len(messages)} conversations; give one opening a conversation and "
+                         "equally many messages, at least one")
     prompts: list[Any] = [
         [*opening, {"role": "user", "content": said[0]}]
         for opening, said in zip(openings, messages, strict=True)
@@ -152,6 +159,19 @@ def grow(
                                                   strict=True)
             ]
     return Talks(replies, np.stack(values))
+
+
+def _lists(name: str, given: Any) -> list[list[Any]]:
+    """Return one list a conversation.
+
+    Raises:
+      ValueError: no conversation, or something else in place of a list.
+    """
+    found = chat.listed(given, name)
+    for i, one in enumerate(found):
+        if isinstance(one, (str, bytes)) or not isinstance(one, Iterable):
+            raise ValueError(f"{name}[{i}] is {one!r:.60}; give a list for each conversation")
+    return [list(one) for one in found]
 
 
 def _at_turn(report: Callable[[int, int, int], None] | None,

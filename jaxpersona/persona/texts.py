@@ -63,6 +63,10 @@ class Role:
     eval_prompt: str
     description: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse one string where several are expected: it would be taken apart."""
+        _check_texts(f"the prompts of role {self.name!r}", self.prompts)
+
 
 @dataclass(frozen=True)
 class Question:
@@ -90,6 +94,15 @@ class Trait:
     eval_prompt: str
     description: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse one string where several are expected: it would be taken apart."""
+        _check_texts(f"the questions of trait {self.name!r}", self.questions)
+        for i, pair in enumerate(self.pairs):
+            _check_texts(f"pair {i} of trait {self.name!r}", pair)
+            if len(pair) != 2:
+                raise ValueError(f"pair {i} of trait {self.name!r} has {len(pair)} texts; give a "
+                                 "positive and a negative system prompt")
+
 
 @dataclass(frozen=True)
 class Topic:
@@ -116,6 +129,28 @@ class Domain:
     name: str
     description: str
     users: tuple[User, ...]
+
+
+def _check_texts(what: str, texts: Any) -> None:
+    """Refuse what is no tuple or list of strings."""
+    if not isinstance(texts, (tuple, list)) or not all(isinstance(x, str) for x in texts):
+        raise ValueError(f"{what}: {texts!r:.60} is no tuple of strings; give one, even of one")
+
+
+def all_of(kind: type, given: Any, name: str) -> list[Any]:
+    """Return an argument's items, roles or questions, from any iterable, as a list.
+
+    Raises:
+      ValueError: one item in place of several, or items of another kind.
+    """
+    wanted = f"give a list of texts.{kind.__name__}"
+    if isinstance(given, (str, bytes, kind)) or not isinstance(given, Iterable):
+        raise ValueError(f"{name} is {given!r:.60}; {wanted}")
+    found = list(given)
+    for i, one in enumerate(found):
+        if not isinstance(one, kind):
+            raise ValueError(f"{name}[{i}] is {one!r:.60}; {wanted}")
+    return found
 
 
 def data_root() -> Traversable:

@@ -1,0 +1,177 @@
+"""The process that renders chat templates, run as a script by `sandbox`.
+
+A template is a program from a stranger. It runs here in Jinja's sandbox, in a process whose memory
+and processor time the system limits, so that a template that never ends or fills memory ends this
+process and nothing else. The environment is the one that transformers renders templates in.
+
+Protocol: a message is its length (8 bytes, little endian) and JSON in UTF-8. The first message on
+standard input holds the limits. Each further one is a request, answered on standard output by
+{"text": …} or {"error": …, "refused": bool}.
+
+This file imports nothing of the package: it must start fast, with Jinja alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+from datetime import datetime
+from typing import Any, BinaryIO
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+import jinja2.utils
+
+
+class Generation(jinja2.ext.Extension):
+    """Render what stands between `{% generation %}` and `{% endgeneration %}` as it is."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        """Read the block."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        call = self.call_method("_same")
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _same(self, caller: Any) -> str:
+        return caller()
+
+
+class Table:
+    """The global `dict` of a template, without the attributes of the class."""
+
+    def __call__(self, *args: Any, **fields: Any) -> dict[Any, Any]:
+        return dict(*args, **fields)
+
+    def fromkeys(self, *args: Any) -> dict[Any, Any]:
+        """Make a dictionary of keys with one value."""
+        return dict.fromkeys(*args)
+
+
+class Namespace(jinja2.utils.Namespace):
+    """The global `namespace` of a template, without names that begin with an underscore."""
+
+    def __init__(*args: Any, **fields: Any) -> None:  # noqa: B902 - a field may be named self
+        self, args = args[0], args[1:]
+        values = dict(*args, **fields)
+        for name in values:
+            _check_name(name)
+        jinja2.utils.Namespace.__init__(self, values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _check_name(name)
+        jinja2.utils.Namespace.__setitem__(self, name, value)
+
+
+def _check_name(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold the name {name!r}")
+
+
+def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """Make the environment that templates are rendered in."""
+    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
+               sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                          sort_keys=sort_keys)
+
+    def raise_exception(message: Any) -> None:
+        raise jinja2.exceptions.TemplateError(message)
+
+    made.filters["tojson"] = tojson
+    made.globals |= {
+        "raise_exception": raise_exception, "dict": Table(), "namespace": Namespace,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
+    return made
+
+
+def limit_process(memory: int) -> None:
+    """Limit this process's memory in bytes, and let it write no file."""
+    try:
+        import resource
+    except ImportError:  # Windows: the caller's clock is the only limit
+        return
+    for name, most in (("RLIMIT_AS", memory), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            hard = resource.getrlimit(getattr(resource, name))[1]
+            most = most if hard == resource.RLIM_INFINITY else min(most, hard)
+            resource.setrlimit(getattr(resource, name), (most, most))
+
+
+def limit_time(seconds: float) -> None:
+    """Let the system end this process after so many seconds of processor time; 0: never."""
+    if hasattr(signal, "setitimer"):  # SIGPROF's default action needs no Python code to run
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def answer(request: dict[str, Any], known: dict[str, Any],
+           limits: dict[str, Any]) -> dict[str, Any]:
+    """Render one request: {"template", "variables"}."""
+    source = request["template"]
+    try:
+        if source not in known:
+            known.clear()
+            known[source] = environment().from_string(source)
+        text = known[source].render(**request["variables"])
+    except MemoryError:
+        return {"error": f"it needs more than {limits['memory'] >> 20} MiB of memory",
+                "refused": False}
+    except RecursionError:
+        return {"error": "it calls itself without end", "refused": False}
+    except jinja2.exceptions.TemplateError as error:
+        return {"error": str(error), "refused": True}
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}", "refused": True}
+    if len(text) > limits["characters"]:
+        return {"error": f"it writes {len(text):,} characters; the limit is "
+                         f"{limits['characters']:,}", "refused": False}
+    return {"text": text}
+
+
+def read(stream: BinaryIO) -> Any:
+    """Read one message, or None at the end."""
+    head = stream.read(8)
+    if len(head) < 8:
+        return None
+    return json.loads(stream.read(int.from_bytes(head, "little")).decode("utf-8", "surrogatepass"))
+
+
+def write(stream: BinaryIO, message: Any) -> None:
+    """Write one message."""
+    data = json.dumps(message, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    stream.write(len(data).to_bytes(8, "little") + data)
+    stream.flush()
+
+
+def main() -> None:
+    """Answer requests until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides what an interrupt means
+    source, sink = sys.stdin.buffer, sys.stdout.buffer
+    limits = read(source)
+    if limits is None:
+        return
+    limit_process(limits["memory"])
+    known: dict[str, Any] = {}
+    write(sink, {"ready": True})
+    while (request := read(source)) is not None:
+        limit_time(limits["seconds"])
+        try:
+            reply = answer(request, known, limits)
+            reply = {k: v[:2000] if k == "error" else v for k, v in reply.items()}
+        finally:
+            limit_time(0)
+        write(sink, reply)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""What enters: token ids, conversations and texts in every wrong form, and a folder's own code."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import dataclasses
+import functools
+import json
+import logging
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support as s
+
+import jaxpersona as jp
+from jaxpersona import chat, learn, prompts
+from jaxpersona.chat import Row
+from jaxpersona.interventions.where import prompt, user
+from jaxpersona.load import read_tokenizer
+from jaxpersona.persona.extract import extract_axis
+from jaxpersona.persona.judges import NoJudge
+from jaxpersona.persona.rollouts import Settings, play
+from jaxpersona.persona.talk import grow, project_conversation
+from jaxpersona.persona.texts import Question, Role, Trait
+from jaxpersona.vectors import Vector
+
+ROOT = pathlib.Path(__file__).parents[1]
+TALK = [{"role": "user", "content": "hi <|tool|>"}, {"role": "assistant", "content": "so"}]
+
+
+@functools.cache
+def model():
+    """A model of 258 rows whose tokenizer has a token more."""
+    tokenizer = copy.deepcopy(s.byte_tokenizer())
+    tokenizer.add_tokens(["<|tool|>"])
+    return dataclasses.replace(s.tiny_model(vocab_size=258, stop_ids=(257,)), tokenizer=tokenizer)
+
+
+def bare_row(ids):
+    return Row(np.array(ids, np.int32), np.zeros(len(ids), np.int32), np.zeros(len(ids), np.int32),
+               "")
+
+
+@pytest.mark.parametrize("call", [
+    lambda m: jp.encode(m, [TALK[:1]]),
+    lambda m: jp.generate(m, [TALK[:1]], max_new_tokens=1, batch_size=1),
+    lambda m: jp.generate(m, ["<|tool|>"], max_new_tokens=1, batch_size=1),
+    lambda m: jp.extract(m, [TALK]),
+    lambda m: project_conversation(m, TALK, [Vector(np.ones((3, 32)))]),
+], ids=["encode", "generate", "generate a string", "extract", "project"])
+def test_a_token_that_the_model_lacks_is_named(call):
+    with pytest.raises(ValueError, match=r"token id 258 \('<\|tool\|>'\).*0…257"):
+        call(model())
+
+
+@pytest.mark.parametrize("wrong", [258, -1, 2**31 - 1])
+def test_ids_outside_the_embedding_are_refused(wrong):
+    m = model()
+    for call in (
+        lambda: jp.extract(m, [[5, wrong]]), lambda: jp.extract(m, [bare_row([5, wrong])]),
+        lambda: jp.generate(m, [[5, wrong]], max_new_tokens=1, batch_size=1),
+        lambda: jp.generate(m, [bare_row([5, wrong])], max_new_tokens=1, batch_size=1),
+        lambda: jp.batch([[5, 6], [5, wrong]], vocabulary=258),
+        lambda: jp.forward(m.params, m.config, unchecked([[5, wrong]])),
+        lambda: jp.forward(m.params, m.config,
+                           jax.tree.map(jnp.asarray, unchecked([[5, wrong]]))),
+        lambda: learn.fit(m, learn.Direction(32, [1]), lambda out, batch: 0.0,
+                          [unchecked([[5, wrong]])], steps=1),
+    ):
+        with pytest.raises(ValueError, match=f"token id {wrong}"):
+            call()
+
+
+def unchecked(ids):
+    ids = np.array(ids, np.int32)
+    return dataclasses.replace(jp.batch(np.zeros_like(ids)), tokens=ids)
+
+
+def test_ids_that_a_compiled_program_cannot_refuse_give_nan():
+    m = model()
+    for wrong in (258, 10**6, -1):
+        out = np.asarray(s.run(m.params, m.config, unchecked([[5, 6, wrong], [5, 6, 7]])).logits)
+        assert np.isnan(out[0, 2]).all() and np.isfinite(out[1]).all()
+
+
+@pytest.mark.parametrize(("tokens", "wanted"), [
+    ([1, 2, 3], "one row of ids; put it into a list"), (np.arange(3), "one row of ids"),
+    ("hello", "tokens is 'hello'"), (["hello"], "row 0 of tokens is 'hello'"),
+    ([[1], ["2"]], "row 1 of tokens"), ([[1.5]], "give integers"), (None, "tokens is None"),
+    (5, "tokens is 5"), ([[2**31]], "token id 2147483648"), ([[2**32 + 5]], "token id 4294967301"),
+    ([[1], [-1]], "row 1 of tokens has the token id -1"), ([None], "row 0 of tokens"),
+    ([[True, False]], "give integers"), ([[[1], [2, 3]]], "give integers"),
+])
+def test_a_batch_takes_token_ids_alone(tokens, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        jp.batch(tokens)
+
+
+ONE = (
+    ("hello", "one string"), (b"hello", "one string"), (None, "is None"), (5, "is 5"),
+    (TALK, "one conversation; put it into a list"), (TALK[0], "is one message"),
+    ([5, 6, 7], "one conversation"), (np.arange(5), "one conversation"), (np.array(5), "array"),
+    ([], "is empty"), ((x for x in ()), "is empty"), ({"a", "b"}, "give a list"),
+    (bare_row([5]), "one Row"), (object(), "give a list"),
+)
+
+
+@pytest.mark.parametrize(("given", "wanted"), ONE, ids=lambda x: repr(x)[:24])
+@pytest.mark.parametrize("call", [jp.encode, jp.extract, jp.generate])
+def test_one_conversation_in_place_of_several_is_refused(call, given, wanted):
+    with pytest.raises(ValueError, match=wanted) as caught:
+        call(model(), given)
+    assert "conversations" in str(caught.value)
+
+
+@pytest.mark.parametrize("item", [None, b"hi", 1.5, {5, 6}, object(), {"role": "user"}, [[5], [6]],
+                                  [[5], [6, 7]], ["a", "b"], [TALK[0], "x"], [1.5], np.array(5.0)],
+                         ids=lambda x: repr(x)[:24])
+def test_no_other_form_of_a_conversation_is_taken(item):
+    for call in (jp.extract, jp.generate):
+        with pytest.raises(ValueError):
+            call(model(), [item])
+
+
+def test_any_iterable_of_conversations_is_taken():
+    m = model()
+    talks = [[{"role": "user", "content": "hi"}], "so"]
+    for call, read in (
+        (lambda c: jp.encode(m, c), lambda out: out.tokens),
+        (lambda c: jp.extract(m, c, capture=jp.capture.mean(user)),
+         lambda out: out.captured["mean"]),
+        (lambda c: jp.generate(m, c, max_new_tokens=2, batch_size=2, ids=iter([1, 2])),
+         lambda out: np.array([t.size for t in out.tokens])),
+    ):
+        want = np.asarray(read(call(talks)))
+        for form in (tuple(talks), iter(talks), dict(enumerate(talks)).values()):
+            assert np.array_equal(want, np.asarray(read(call(form))))
+    assert prompts.encode(m, iter([5, 6])).tokens.tolist() == [5, 6]
+    for ids in ("ab", 5, [1.5, 2.5]):
+        with pytest.raises(ValueError, match="ids"):
+            jp.generate(m, talks, ids=ids, max_new_tokens=1, batch_size=2)
+
+
+def test_one_text_in_place_of_several_is_refused():
+    m, vector = model(), Vector(np.ones((3, 32)))
+    role, asked = Role("pirate", ("You are a pirate.",), ""), Question(0, "Who?")
+    default = Role("default", ("",), "")
+    for call, wanted in (
+        (lambda: Role("pirate", "You are a pirate.", ""), "prompts of role 'pirate'"),
+        (lambda: Role("pirate", (None,), ""), "prompts of role 'pirate'"),
+        (lambda: Trait("kind", (("a", "b"),), "Who?", ""), "questions of trait 'kind'"),
+        (lambda: Trait("kind", ("ab",), ("Who?",), ""), "pair 0 of trait 'kind'"),
+        (lambda: Trait("kind", (("a", "b", "c"),), ("Who?",), ""), "3 texts"),
+        (lambda: play(m, role, [asked], Settings()), "roles is Role"),
+        (lambda: play(m, [role], "Who?", Settings()), "questions is 'Who"),
+        (lambda: play(m, [role], ["Who?"], Settings()), r"questions\[0\] is 'Who"),
+        (lambda: extract_axis(m, "ab", [asked], "x", judge=NoJudge()), "roles is 'ab'"),
+        (lambda: extract_axis(m, [default, role], None, "x", judge=NoJudge()), "questions is None"),
+        (lambda: extract_axis(m, [default, role], [asked], "x", judge=NoJudge(),
+                              held_out="pirate"), "held_out is one string"),
+        (lambda: grow(m, [[]], "hi", vector), "messages is one string"),
+        (lambda: grow(m, [[]], ["hi"], vector), r"messages\[0\] is 'hi'"),
+        (lambda: grow(m, ["You are"], [["hi"]], vector), r"openings\[0\] is 'You are'"),
+        (lambda: grow(m, [[], []], [["hi"]], vector), "openings has 2 entries"),
+        (lambda: grow(m, [[], []], [["a"], ["b", "c"]], vector), "equally many"),
+        (lambda: grow(m, [[]], [[]], vector), "at least one"),
+        (lambda: project_conversation(m, None, [vector]), "is None"),
+        (lambda: project_conversation(m, "hi", [vector]), "no assistant message"),
+        (lambda: learn.fit(m, learn.Direction(32, [1]), None, None, steps=1), "batches is None"),
+        (lambda: learn.fit(m, learn.Direction(32, [1]), None, ["x"], steps=1), r"batches\[0\]"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            call()
+
+
+def test_a_reading_without_tokens_is_said(caplog):
+    m = model()
+    asked, said = [{"role": "user", "content": "hi"}], [{"role": "user", "content": "hi"},
+                                                        {"role": "assistant", "content": "so"}]
+    for capture in (None, jp.capture.last(jp.response), jp.capture.moments(np.ones((1, 32)))):
+        with pytest.raises(ValueError, match="read no token of 2 of 2 conversations"):
+            jp.extract(m, [asked, "so"], capture=capture)
+    with pytest.raises(ValueError, match="where="):
+        jp.extract(m, [[5, 6, 7]])
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "jaxpersona"):
+        out = jp.extract(m, [said, asked, said])
+        assert "'mean' read no token of 1 of 3 conversations (1)" in caplog.text
+        assert np.isnan(out.captured["mean"][1]).all()
+        assert np.isfinite(out.captured["mean"][[0, 2]]).all()
+        caplog.clear()
+        jp.extract(m, [said], capture=jp.capture.mean() | jp.capture.norms(user))
+        jp.extract(m, [asked], capture=jp.capture.mean(prompt))
+        assert not caplog.text
+        # a batch of prompts alone
+        batch = jp.encode(m, [asked, asked])
+        for name, read in (("mean", jp.capture.mean()), ("last", jp.capture.last(jp.response)),
+                           ("mean", jp.capture.mean(turns=2)),
+                           ("moments", jp.capture.moments(np.ones((1, 32))))):
+            caplog.clear()
+            found = s.run(m.params, m.config, batch, capture=read).captured[name]
+            assert not caplog.text
+            _ = found.value
+            assert f"{name!r} read no token of 2 of 2 rows (0, 1)" in caplog.text
+        # an empty reply
+        caplog.clear()
+        stop = dataclasses.replace(m, stop_ids=tuple(range(258)))
+        out = jp.generate(stop, [asked, asked], capture=jp.capture.mean(), batch_size=4,
+                          max_new_tokens=3)
+        assert out.text == ["", ""] and np.isnan(out.captured["mean"]).all()
+        assert "capture 'mean' read no token of 2 of 2 conversations (0, 1)" in caplog.text
+
+
+CODE = ("import pathlib\npathlib.Path({!r}).write_text('run')\n"
+        "from transformers import PreTrainedTokenizerFast\n"
+        "class Own(PreTrainedTokenizerFast):\n    pass\n")
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["with a class of transformers", "without"])
+def test_no_code_of_a_tokenizers_folder_is_run_or_asked_for(tmp_path, native):
+    """The answer "y" waits at the terminal, and the folder's module would leave a file."""
+    folder, trace = tmp_path / "m", tmp_path / "trace"
+    s.byte_tokenizer().save_pretrained(folder)
+    (folder / "own.py").write_text(CODE.format(str(trace)))
+    path = folder / "tokenizer_config.json"
+    own = {"auto_map": {"AutoTokenizer": ["own.Own", "own.Own"]}}
+    if not native:
+        own["tokenizer_class"] = "Own"
+        (folder / "config.json").write_text(json.dumps({
+            "model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoTokenizer": [
+                "own.Own", "own.Own"]}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    code = ("import pathlib, sys; from jaxpersona.load import read_tokenizer\n"
+            f"try: print('read', len(read_tokenizer(pathlib.Path({str(folder)!r}))))\n"
+            "except ValueError as error: print('refused', error)")
+    out = subprocess.run([sys.executable, "-c", code], input="y\ny\ny\n", text=True, timeout=120,
+                         capture_output=True)
+    assert not trace.exists() and "[y/N]" not in out.stdout + out.stderr
+    assert out.stdout.startswith("read 258" if native else ("read", "refused")), out.stderr
+    assert "Traceback" not in out.stderr
+
+
+def test_code_that_a_tokenizer_needs_is_refused_in_one_line(tmp_path, monkeypatch):
+    import transformers
+
+    def needs(folder, **options):
+        assert options["trust_remote_code"] is False and options["local_files_only"] is True
+        raise ValueError("execute the file\nset the option `trust_remote_code=True`")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", needs)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="needs Python code of its own.*not run") as caught:
+        read_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_from_pretrained_forbids_remote_code():
+    """Left out, transformers asks at the terminal; no place may leave it out."""
+    found = 0
+    for folder in ("jaxpersona", "kernels", "ckpts", "bench", "examples", "tests"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in (
+                        "from_pretrained", "from_config"):
+                    given = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+                    assert given.get("trust_remote_code", None) is False, f"{path}:{node.lineno}"
+                    found += 1
+    assert found >= 3
+
+
+def test_encode_takes_a_bare_tokenizer():
+    ids = chat.encode(model().tokenizer, [TALK[:1]]).tokens
+    assert 258 in np.asarray(ids)  # no model, no bound

@@ -1,0 +1,152 @@
+"""Chat templates are programs of strangers: each is bounded, and each of its errors is one line."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+
+import chat_templates
+import pytest
+
+from jaxpersona import chat, sandbox
+
+ENDLESS = ("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+           "{% endfor %}{% endfor %}{% endfor %}")
+DOUBLING = "{% set n = namespace(s='x') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}" \
+           "{% endfor %}{{ n.s }}"
+NESTED = "{% set n = namespace(s=['x']) %}{% for i in range(60) %}{% set n.s = [n.s, n.s] %}" \
+         "{% endfor %}{{ n.s }}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return chat_templates.make_tokenizer("chatml")
+
+
+def with_template(tokenizer, template):
+    out = copy.deepcopy(tokenizer)
+    out.chat_template = template
+    return out
+
+
+@pytest.fixture
+def bounds(monkeypatch):
+    monkeypatch.setattr(sandbox, "SECONDS", 0.5)
+    monkeypatch.setattr(sandbox, "MEMORY", 400 << 20)
+    monkeypatch.setattr(sandbox, "CHARACTERS", 1 << 20)
+
+
+@pytest.mark.parametrize(("template", "wanted"), [
+    (ENDLESS, "runs for more than 0.5 s"),
+    ("{{ 10 ** (10 ** 9) }}", "runs for more than 0.5 s|MiB of memory"),
+    ("{{ '%9999999999d' % 1 }}", "memory|OverflowError|width too big"),
+    ("{{ 'x' * 30000000000 }}", "MiB of memory"),
+    ("{{ 'x'.center(30000000000) }}", "MiB of memory"),
+    ("{{ 'x' | center(30000000000) }}", "MiB of memory"),
+    ("{{ [0] * 30000000000 }}", "MiB of memory"),
+    (DOUBLING, "memory|runs for more"), (NESTED, "memory|runs for more"),
+    ("{{ 'x' * 2000000 }}", "writes 2,000,000 characters; the limit is 1,048,576"),
+])
+def test_no_template_runs_for_ever_or_fills_memory(tokenizer, bounds, template, wanted):
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=wanted) as caught:
+        chat.encode_row(with_template(tokenizer, template), "Who?")
+    assert "chat template" in str(caught.value) and "\n" not in str(caught.value)
+    assert time.perf_counter() - started < 60
+    # the next template is rendered as if nothing had been
+    assert chat.encode_row(tokenizer, "Who?").text.startswith("<|im_start|>user\nWho?")
+
+
+@pytest.mark.parametrize("template", [
+    "{{ 1 / 0 }}", "{{ 'x' + 1 }}", "{{ messages[9].role.x }}", "{% for %}", "{{ x | absent }}",
+    "{{ 'x'.encode('utf-9') }}", "{{ '{'.format() }}", "{{ int('x') }}", "{{ [].pop() }}",
+    "{{ ().__class__.__bases__ }}", "{{ raise_exception('line one\nline two') }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "{{ range(10 ** 9) | list }}",
+    "{{ strftime_now(5) }}", "{{ messages | tojson(indent=[]) }}", "{{ 'x' | int(base=99) }}",
+    "{% include 'x' %}", "{{ namespace(_x=1) }}", "{{ '\udc80' }}",
+])
+def test_any_error_of_a_template_is_one_line(tokenizer, template):
+    with pytest.raises(ValueError) as caught:
+        chat.encode_row(with_template(tokenizer, template), "Who?")
+    assert "\n" not in str(caught.value)
+
+
+def test_renders_what_transformers_renders(tokenizer):
+    """Filters, globals, blocks and variables that templates use; whitespace to the character."""
+    template = (
+        "{%- set n = namespace(k=0) -%}\n  {% for m in messages %}\n{% if m.role == 'tool' %}"
+        "{% continue %}{% endif %}{% set n.k = n.k + 1 %}{{ n.k }}{{ m.content | trim }}\n"
+        "{% if loop.index > 5 %}{% break %}{% endif %}{% endfor %}\n"
+        "{{ {'a<b': 'é'} | tojson }}{{ dict(a=1).items() | list }}{{ day }}{{ tools is none }}"
+        "{% generation %}[{{ messages[0].role }}]{% endgeneration %}{{ eos_token }}"
+        "{{ strftime_now('%Y') }}{{ enable_thinking }}{{ missing is defined }}\n\n")
+    t = with_template(tokenizer, template)
+    talk = [{"role": "user", "content": " Who?\n"}, {"role": "assistant", "content": "é🎉"},
+            {"role": "user", "content": "Why?"}]
+    row = chat.encode_row(t, talk, variables={"day": "26 Jul"})
+    assert row.text == t.apply_chat_template(talk, tokenize=False, add_generation_prompt=True,
+                                             day="26 Jul", enable_thinking=False)
+    named = with_template(tokenizer, {"default": chat_templates.CHATML, "other": "x" + template})
+    assert chat.encode_row(named, "Who?").text == chat.encode_row(tokenizer, "Who?").text
+    with pytest.raises(ValueError, match="variable 'day' is <object"):
+        chat.encode_row(t, talk, variables={"day": object()})
+
+
+def test_the_process_is_started_again_and_left_to_the_parent(tokenizer):
+    chat.encode_row(tokenizer, "Who?")
+    first = sandbox._current
+    first.process.kill()
+    first.process.wait()
+    chat.encode_row(tokenizer, "Who?")
+    assert sandbox._current is not first
+    kept = sandbox._current
+    sandbox._forget()  # what a forked child does
+    try:
+        chat.encode_row(tokenizer, "Who?")
+        assert sandbox._current is not kept and kept.process.poll() is None
+    finally:
+        sandbox._current.end()
+        sandbox._current = kept
+    assert chat.encode_row(tokenizer, "Who?").tokens.size
+
+
+def test_a_process_that_cannot_be_started_is_named(tokenizer, monkeypatch):
+    monkeypatch.setattr(sandbox, "_current", None)
+    monkeypatch.setattr(sandbox.sys, "executable", os.devnull)
+    with pytest.raises(ValueError, match="cannot be started"):
+        chat.encode_row(tokenizer, "Who?")
+
+
+def talk(count, content, last=()):
+    said = [content] * count + list(last)
+    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(said)]
+
+
+@pytest.mark.parametrize("template", [
+    None, chat_templates.CHATML, chat_templates.GEMMA2, chat_templates.QWEN3,
+    "{% for m in messages %}{{ m.content.strip('\n') + '\n\n' }}{% endfor %}"],
+    ids=["base", "chatml", "gemma2", "qwen3", "strips"])
+def test_encoding_takes_time_in_proportion_to_the_conversation(tokenizer, template, monkeypatch):
+    """Renderings are counted and steps of the search bounded, so that no clock is needed."""
+    from jaxpersona import template as module
+
+    t = with_template(tokenizer, template)
+    rendered = [0]
+    real = module.Template.__call__
+
+    def counted(self, messages, reply):
+        rendered[0] += len(messages)
+        return real(self, messages, reply)
+
+    monkeypatch.setattr(module.Template, "__call__", counted)
+    for content, last in (("\n\n\n\n", [""]), (" \n \n", [""]), ("the sea", []), ("\n\na\n", []),
+                          ("<think>a</think>b", [])):
+        counts, took = [], []
+        for count in (200, 800):
+            rendered[0], begun = 0, time.process_time()
+            chat.encode_row(t, talk(count, content, last), reply=False)
+            counts.append(rendered[0])
+            took.append(time.process_time() - begun)
+        assert counts[1] < 6 * counts[0]
+        assert took[1] < 1.5, content  # about 0.1 s; minutes where it is quadratic
