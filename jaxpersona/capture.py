@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.config import ModelConfig
-from jaxpersona.interventions.bank import Layers, numbers, resolve_layers
+from jaxpersona.interventions.bank import Layers, normalised, numbers, resolve_layers
 from jaxpersona.interventions.table import SITES, Site, one_origin, traced
 from jaxpersona.interventions.where import Where, encoded, everywhere, response
 from jaxpersona.readings import (
@@ -101,11 +101,9 @@ def _directions(directions: Any, where: Where, layers: Layers | None, site: Site
         value = value[None] if value.ndim == 2 else value
     if value.ndim != 3 or not value.shape[1]:
         raise ValueError(f"directions has shape {value.shape}; it must be [K, D] or [l, K, D]")
-    xp: Any = jnp if traced(value) else np
-    norm = xp.linalg.norm(value, axis=-1, keepdims=True)
-    if xp is np and (not np.isfinite(norm).all() or (norm == 0).any()):
+    if not traced(value) and not (np.isfinite(value).all() and value.any(-1).all()):
         raise ValueError("directions holds a zero or a value that is not finite")
-    unit = jnp.asarray(value / norm, F32)
+    unit = jnp.asarray(normalised(value)[0], F32)
     return _test(where), unit, jnp.asarray(origin, jnp.uint32), picked, _site(site)
 
 

@@ -91,7 +91,8 @@ def generate(
       share_prefix: compute what stands before the first user message in a pass of its own, once
         for all conversations that share it. Rounding differs from that of one pass; the promise
         holds as well.
-      refill: give a finished row to the next conversation at once; False waits for the whole batch.
+      refill: give a finished row to the next conversation at once; False waits until every row
+        of the batch is finished. The results are the same, bit for bit.
       progress: called with (conversations done, N, tokens so far).
 
     Raises:

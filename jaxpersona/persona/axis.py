@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxpersona.interventions.bank import normalised
+
 LABELS = {3: "pos_3", 2: "pos_2"}  # fully and somewhat role-playing
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 
@@ -57,8 +59,7 @@ def assistant_axis(default: np.ndarray, roles: np.ndarray) -> np.ndarray:
 
 def project(means: np.ndarray, directions: np.ndarray) -> np.ndarray:
     """Return ⟨h, v̂⟩ for means [n, L, D] on directions [L, D] (normalised here): [n, L] float32."""
-    norm = np.linalg.norm(directions, axis=-1, keepdims=True)
-    unit = directions / np.where(norm == 0, 1, norm)
+    unit, _ = normalised(directions)
     return np.einsum("nld,ld->nl", means, unit, dtype=np.float64).astype(np.float32)
 
 
