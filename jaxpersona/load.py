@@ -22,9 +22,10 @@ from jaxpersona import sharding
 from jaxpersona.ckpts import hf, orbax
 from jaxpersona.compile_cache import use_compile_cache
 from jaxpersona.config import ModelConfig
-from jaxpersona.families import read_json
+from jaxpersona.families import FAMILIES, read_json
 from jaxpersona.params import Params, fingerprint, init_params, layout
 from jaxpersona.presets import preset
+from jaxpersona.runtime import own_rules
 
 DTYPES = ("float32", "bfloat16", "float16")
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -55,6 +56,7 @@ class Model:
     template: bool
 
 
+@own_rules()
 def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any = None,
          progress: hf.Progress | None = None, revision: str | None = None) -> Model:
     """Load a model; programs compiled from now on are kept on disk (`compile_cache`).
@@ -65,7 +67,8 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
         hub, "owner/name" or "owner/name@revision".
       mesh: spreads the parameters over devices; `Model.mesh` is this one fitted to the model
         (`sharding.fit`).
-      dtype: "float32", "bfloat16" or "float16"; by default float32 on a CPU, else bfloat16.
+      dtype: "float32", "bfloat16" or "float16"; by default float32 on a CPU, else bfloat16. Gemma
+        2 and 3 exceed float16, which is refused for them.
       progress: called with the bytes read so far and in all.
       revision: a branch, tag or commit of the hub's repository; a commit alone never changes.
 
@@ -124,8 +127,16 @@ def _dtype(dtype: Any) -> np.dtype:
     return found
 
 
+def _check_range(config: ModelConfig, dtype: np.dtype, name: str) -> None:
+    """Refuse float16 for families whose activations exceed it, before weights are read."""
+    if dtype == np.float16 and not FAMILIES[config.family].float16:
+        raise ValueError(f"dtype is 'float16'; activations of {config.family} models such as "
+                         f"{name} exceed its 65504: use 'bfloat16' or 'float32'")
+
+
 def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
     config = preset(name.removeprefix("random:"))
+    _check_range(config, dtype, name)
 
     def draw() -> Params:
         return init_params(config, jax.random.key(0), dtype)
@@ -148,6 +159,7 @@ def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
 def _folder(folder: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
             progress: hf.Progress | None) -> Model:
     config, raw = hf.read_config(folder)
+    _check_range(config, dtype, name)
     mesh = None if mesh is None else sharding.fit(mesh, config)
     if orbax.holds_checkpoint(folder):
         params, _ = orbax.load(folder, dtype=dtype, mesh=mesh)

@@ -212,7 +212,7 @@ class _Group:
             parts += parts[:1] * (count - len(chosen))  # of padding rows, which nobody reads
             axes = self.axes
             prefix = _stack(tuple(parts), axes=_static(
-                Prefix(axes.cache, axes.captured, axes.applied, axes.gates)))
+                Prefix(axes.cache, axes.captured, axes.applied, axes.gates, axes.nonfinite)))
         batch = _cut(job, chosen, shared, [job.rows[i].tokens.size for i in chosen],
                      shape.width, count, shape.prefix > 0)
         return prefill(self.params, self.config, batch, job.edits.take(index),
@@ -257,6 +257,7 @@ class _Group:
                           for edit in job.edits.edits),
             gates={str(number): edit.gate.start(rows)
                    for number, edit in enumerate(job.edits.edits) if edit.gate is not None},
+            nonfinite=jnp.zeros((rows,), bool),
             fence=None if self.stops.fences is None else zeros,
         )
         return jax.tree.map(jnp.copy, blank)  # a buffer of its own each, because they are donated

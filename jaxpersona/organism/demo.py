@@ -136,7 +136,7 @@ class _Arms:
 
         said = generate(self.model, [t for _ in arms for t in talks], ids=ids, temperature=heat,
                         interventions=stack_rows(rows), max_new_tokens=REPLY, batch_size=BATCH,
-                        seed=self.seed, progress=tell).text
+                        seed=self.seed, on_nonfinite="raise", progress=tell).text
         return [said[i : i + len(talks)] for i in range(0, len(said), len(talks))]
 
     def leak(self, report: Report | None) -> dict[str, Any]:

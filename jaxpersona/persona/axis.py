@@ -28,10 +28,18 @@ def role_vectors(
 
     Returns:
       "pos_3" and "pos_2" (those that occur) and "mean" (all) → (vector [L, D] float32, count).
+
+    Raises:
+      ValueError: another number of scores, or means that are infinite or NaN in part.
     """
     if len(scores) != len(means):
         raise ValueError(f"{len(scores)} scores for {len(means)} rollouts")
-    there = np.isfinite(means).all(axis=(1, 2))
+    known = np.isfinite(means)
+    there, empty = known.all(axis=(1, 2)), np.isnan(means).all(axis=(1, 2))
+    if not (there | empty).all():
+        i = int(np.argmin(there | empty))
+        raise ValueError(f"the mean of rollout {i} holds a value that is not finite; generate the "
+                         "role's rollouts anew")
     groups = {"mean": there}
     for score, label in LABELS.items():
         groups[label] = there & np.array([s == score for s in scores], bool)

@@ -152,7 +152,7 @@ def _replies(model: Model, length: int, progress: Any) -> tuple[np.ndarray, np.n
               for prompts in (DEFAULTS, ROLES)]
     talks = groups[0] + groups[1]
     out = generate(model, talks, capture=capture.mean(response), max_new_tokens=length,
-                   batch_size=len(talks), progress=progress)
+                   batch_size=len(talks), on_nonfinite="raise", progress=progress)
     means = np.asarray(out.captured["mean"], np.float64)
     split = len(groups[0])
     kept = [part[np.isfinite(part).all((1, 2))] for part in (means[:split], means[split:])]
