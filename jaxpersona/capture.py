@@ -30,6 +30,7 @@ from jaxpersona.readings import (
     Projections,
     TokenState,
 )
+from jaxpersona.runtime import own_rules
 
 __all__ = ["Capture", "TokenState", "chosen_layers", "full", "histogram", "last", "mean",
            "moments", "norms", "projections"]
@@ -121,6 +122,7 @@ def _pick(layers: Layers | None) -> tuple[int, ...] | None:
     return None if layers is None else resolve_layers(layers, None)
 
 
+@own_rules()
 def mean(where: Where = response, *, layers: Layers | None = None, site: Site = "residual",
          turns: int | None = None, name: str = "mean") -> Capture:
     """Average activations over tokens; with `turns=M`, over each of the first M messages apart.
@@ -132,12 +134,14 @@ def mean(where: Where = response, *, layers: Layers | None = None, site: Site = 
     return Capture({name: Mean(_test(where), _pick(layers), _site(site), turns)})
 
 
+@own_rules()
 def last(where: Where = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "last") -> Capture:
     """Keep the activation of the last chosen token. Result: [B, L, D]."""
     return Capture({name: Last(_test(where), _pick(layers), _site(site))})
 
 
+@own_rules()
 def projections(directions: Any, where: Where = everywhere, *, layers: Layers | None = None,
                 site: Site = "residual", name: str = "projections") -> Capture:
     """Project every chosen token on directions, normalised here to unit length.
@@ -152,6 +156,7 @@ def projections(directions: Any, where: Where = everywhere, *, layers: Layers | 
     return Capture({name: Projections(*_directions(directions, where, layers, site))})
 
 
+@own_rules()
 def moments(directions: Any, where: Where = response, *, layers: Layers | None = None,
             site: Site = "residual", name: str = "moments") -> Capture:
     """Reduce the projections of a row's chosen tokens to number, mean and variance.
@@ -164,6 +169,7 @@ def moments(directions: Any, where: Where = response, *, layers: Layers | None =
     return Capture({name: ProjectionMoments(*_directions(directions, where, layers, site))})
 
 
+@own_rules()
 def histogram(directions: Any, edges: Any, where: Where = response, *,
               layers: Layers | None = None, site: Site = "residual",
               name: str = "histogram") -> Capture:
@@ -194,6 +200,7 @@ def histogram(directions: Any, edges: Any, where: Where = response, *,
     return Capture({name: Histogram(*chosen, jnp.asarray(bounds, F32))})
 
 
+@own_rules()
 def norms(where: Where = everywhere, *, layers: Layers | None = None, site: Site = "residual",
           name: str = "norms") -> Capture:
     """Measure every chosen token's length ‖h‖. Result: [B, L, S]; NaN where none was chosen.
@@ -203,6 +210,7 @@ def norms(where: Where = everywhere, *, layers: Layers | None = None, site: Site
     return Capture({name: Norms(_test(where), _pick(layers), _site(site))})
 
 
+@own_rules()
 def full(where: Where = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "full") -> Capture:
     """Keep every chosen activation. Result: [B, L, S, D] float32; 4·B·L·S·D bytes."""

@@ -76,10 +76,9 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, *,
     `overflow_to_nan` it is NaN, so that the overflow shows in whatever is computed from it.
     """
     y = x.astype(F32)
-    square = jnp.mean(y * y, -1, keepdims=True)
-    factor = jax.lax.rsqrt(square + eps)
-    if overflow_to_nan:
-        factor = jnp.where(jnp.isfinite(square), factor, jnp.nan)
+    factor = jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+    if overflow_to_nan:  # asked of the factor alone, which keeps it one kernel
+        factor = jnp.where(factor > 0, factor, jnp.nan)
     y = y * factor
     return (y * aligned(weight.astype(F32) + offset, y)).astype(x.dtype)
 
