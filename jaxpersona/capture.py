@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.config import ModelConfig
-from jaxpersona.interventions.bank import Layers, numbers, resolve_layers
+from jaxpersona.interventions.bank import Layers, normalised, numbers, resolve_layers
 from jaxpersona.interventions.table import SITES, Site, one_origin, traced
 from jaxpersona.interventions.where import Where, encoded, everywhere, response
 from jaxpersona.readings import (
@@ -30,6 +30,7 @@ from jaxpersona.readings import (
     Projections,
     TokenState,
 )
+from jaxpersona.runtime import own_rules
 
 __all__ = ["Capture", "TokenState", "chosen_layers", "full", "histogram", "last", "mean",
            "moments", "norms", "projections"]
@@ -101,11 +102,9 @@ def _directions(directions: Any, where: Where, layers: Layers | None, site: Site
         value = value[None] if value.ndim == 2 else value
     if value.ndim != 3 or not value.shape[1]:
         raise ValueError(f"directions has shape {value.shape}; it must be [K, D] or [l, K, D]")
-    xp: Any = jnp if traced(value) else np
-    norm = xp.linalg.norm(value, axis=-1, keepdims=True)
-    if xp is np and (not np.isfinite(norm).all() or (norm == 0).any()):
+    if not traced(value) and not (np.isfinite(value).all() and value.any(-1).all()):
         raise ValueError("directions holds a zero or a value that is not finite")
-    unit = jnp.asarray(value / norm, F32)
+    unit = jnp.asarray(normalised(value)[0], F32)
     return _test(where), unit, jnp.asarray(origin, jnp.uint32), picked, _site(site)
 
 
@@ -123,6 +122,7 @@ def _pick(layers: Layers | None) -> tuple[int, ...] | None:
     return None if layers is None else resolve_layers(layers, None)
 
 
+@own_rules()
 def mean(where: Where = response, *, layers: Layers | None = None, site: Site = "residual",
          turns: int | None = None, name: str = "mean") -> Capture:
     """Average activations over tokens; with `turns=M`, over each of the first M messages apart.
@@ -134,12 +134,14 @@ def mean(where: Where = response, *, layers: Layers | None = None, site: Site = 
     return Capture({name: Mean(_test(where), _pick(layers), _site(site), turns)})
 
 
+@own_rules()
 def last(where: Where = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "last") -> Capture:
     """Keep the activation of the last chosen token. Result: [B, L, D]."""
     return Capture({name: Last(_test(where), _pick(layers), _site(site))})
 
 
+@own_rules()
 def projections(directions: Any, where: Where = everywhere, *, layers: Layers | None = None,
                 site: Site = "residual", name: str = "projections") -> Capture:
     """Project every chosen token on directions, normalised here to unit length.
@@ -154,6 +156,7 @@ def projections(directions: Any, where: Where = everywhere, *, layers: Layers | 
     return Capture({name: Projections(*_directions(directions, where, layers, site))})
 
 
+@own_rules()
 def moments(directions: Any, where: Where = response, *, layers: Layers | None = None,
             site: Site = "residual", name: str = "moments") -> Capture:
     """Reduce the projections of a row's chosen tokens to number, mean and variance.
@@ -166,6 +169,7 @@ def moments(directions: Any, where: Where = response, *, layers: Layers | None =
     return Capture({name: ProjectionMoments(*_directions(directions, where, layers, site))})
 
 
+@own_rules()
 def histogram(directions: Any, edges: Any, where: Where = response, *,
               layers: Layers | None = None, site: Site = "residual",
               name: str = "histogram") -> Capture:
@@ -196,6 +200,7 @@ def histogram(directions: Any, edges: Any, where: Where = response, *,
     return Capture({name: Histogram(*chosen, jnp.asarray(bounds, F32))})
 
 
+@own_rules()
 def norms(where: Where = everywhere, *, layers: Layers | None = None, site: Site = "residual",
           name: str = "norms") -> Capture:
     """Measure every chosen token's length ‖h‖. Result: [B, L, S]; NaN where none was chosen.
@@ -205,6 +210,7 @@ def norms(where: Where = everywhere, *, layers: Layers | None = None, site: Site
     return Capture({name: Norms(_test(where), _pick(layers), _site(site))})
 
 
+@own_rules()
 def full(where: Where = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "full") -> Capture:
     """Keep every chosen activation. Result: [B, L, S, D] float32; 4·B·L·S·D bytes."""

@@ -234,6 +234,22 @@ def _decoded_after(tokenizer: Any, before: np.ndarray, ids: np.ndarray) -> str:
     return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(ids.tolist())
 
 
+def answered(tokenizer: Any, row: Row, reply: np.ndarray) -> Row:
+    """Return a prompt with the ids [n] of its reply, marked as decode marks them.
+
+    Args:
+      tokenizer: the model's, or None; then neither thinking nor code is told apart.
+    """
+    reply = np.asarray(reply, np.int32).reshape(-1)
+    kind = np.full(reply.size, ASSISTANT | GENERATED, np.int32)
+    if tokenizer is not None and reply.size:
+        kind = _reply_kinds(tokenizer, row, reply)
+    turn = int(row.turn[-1]) + (not row.kind[-1] & TEMPLATE)  # a bare prompt is the turn before
+    return Row(np.concatenate([row.tokens, reply]),
+               np.concatenate([row.kind & ~LAST, kind]) if reply.size else row.kind,
+               np.concatenate([row.turn, np.full(reply.size, turn, np.int32)]), "")
+
+
 def row_id(tokens: Any, sample: int = 0, salt: str = "") -> int:
     """Return a stable 32-bit hash of what a row is: its tokens, sample number and a salt."""
     ids = np.ascontiguousarray(tokens, "<i4").reshape(-1)

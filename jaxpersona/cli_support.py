@@ -195,9 +195,9 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
             report("generate", done, count, tokens)
 
         size = min(32, len(talks))
-        out = generate(loaded, talks, interventions=edits, batch_size=size, progress=tell,
-                       **settings)
-        plain = generate(loaded, talks, batch_size=size, **settings) if compare else None
+        settings = {**settings, "batch_size": size, "on_nonfinite": "raise"}
+        out = generate(loaded, talks, interventions=edits, progress=tell, **settings)
+        plain = generate(loaded, talks, **settings) if compare else None
     console = Console()
     if plain is None:
         for text in out.text:

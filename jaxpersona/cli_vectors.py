@@ -117,15 +117,16 @@ def _show_facts(found: Any, shape: str) -> None:
 
 
 def _show_vector(vector: Any) -> None:
-    import numpy as np
     from rich.markup import escape
     from rich.table import Table
+
+    from jaxpersona.interventions.bank import normalised
 
     _show_facts(vector, f"[{vector.values.shape[0]} layers, width {vector.values.shape[1]}]")
     tables = getattr(vector, "percentiles", {})
     norms = Table("layer", "norm", *[escape(f"{of} p25") for of in tables])
     known = [table.get("p25") for table in tables.values()]
-    for i, norm in enumerate(np.linalg.norm(vector.values, axis=1)):
+    for i, norm in enumerate(normalised(vector.values)[1]):
         norms.add_row(str(i), f"{norm:.4g}", *["" if p is None else f"{p[i]:.4g}" for p in known])
     _console().print(norms)
 

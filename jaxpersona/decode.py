@@ -22,7 +22,7 @@ from jaxpersona.interventions.compose import Interventions
 from jaxpersona.model import forward
 from jaxpersona.params import Params
 from jaxpersona.programs import program
-from jaxpersona.sampling import Sampling, choose, most_likely
+from jaxpersona.sampling import Sampling, choose, finite, most_likely
 from jaxpersona.sharding import of_each, place
 from jaxpersona.trace import Applied, Gates
 
@@ -46,6 +46,8 @@ class State:
       tokens: [B, M] int32, the tokens chosen; −1 beyond `length`.
       step: [] int32, steps taken.
       captured, applied, gates: as in `model.Output`.
+      nonfinite: [B] bool, rows in which a residual or a logit was not finite; that ends a row, and
+        what was chosen from such logits is not among its tokens.
       fence: [B] int32, whether a row is inside fenced code (`fences`), or None where none asks.
     """
 
@@ -63,6 +65,7 @@ class State:
     captured: dict[str, Any]
     applied: tuple[Applied, ...]
     gates: Gates
+    nonfinite: Any
     fence: Any = None
 
 
@@ -86,13 +89,14 @@ class Prefix:
     """What the beginning of a prompt left behind, for rows that go on from it.
 
     Attributes:
-      cache, captured, applied, gates: as in `model.Output`, for one row or several.
+      cache, captured, applied, gates, finite: as in `model.Output`, for one row or several.
     """
 
     cache: Cache
     captured: dict[str, Any]
     applied: tuple[Applied, ...]
     gates: Gates
+    finite: Any
 
 
 @program(static=("config", "slots"))
@@ -103,7 +107,8 @@ def prefill_prefix(params: Params, config: ModelConfig, batch: Batch, edits: Int
     out = forward(params, config, batch.replace(chunk=True),  # pyright: ignore
                   interventions=edits, capture=capture, new_cache=slots, logits=None,
                   attention="auto")
-    return Prefix(out.cache, out.captured, out.applied, out.gates)  # pyright: ignore
+    return Prefix(out.cache, out.captured, out.applied, out.gates,  # pyright: ignore
+                  out.finite)
 
 
 @program(static=("config", "slots", "max_new", "greedy"))
@@ -122,7 +127,8 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
                       interventions=edits, capture=capture, cache=prefix.cache,
                       captured=prefix.captured, gates=prefix.gates, logits="last")
         out = out.replace(  # pyright: ignore[reportAttributeAccessIssue]
-            applied=jax.tree.map(jnp.add, prefix.applied, out.applied))
+            applied=jax.tree.map(jnp.add, prefix.applied, out.applied),
+            finite=prefix.finite & out.finite)
     length = batch.length
     at = jnp.maximum(length - 1, 0)
     kind = of_each(batch.kind.astype(jnp.int32), at)
@@ -143,9 +149,10 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
         captured=out.captured,
         applied=out.applied,
         gates=out.gates,
+        nonfinite=~out.finite & (length > 0),
         fence=None if stops.fences is None else jnp.zeros_like(length),
     )
-    return _choose_next(state, out.logits, how, stops, greedy)
+    return _choose_next(state, out.logits, how, stops, greedy, ran=length > 0)
 
 
 @program(static=("config", "greedy"), donate=("state",))
@@ -191,20 +198,26 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
             gates=out.gates,
             fence=fence,
         )
-        return _choose_next(grown, out.logits, how, stops, greedy)
+        return _choose_next(grown, out.logits, how, stops, greedy, ran=~state.done)
 
     return jax.lax.while_loop(pending, step, state)
 
 
-def _choose_next(state: State, logits: jax.Array, how: Sampling, stops: Stops,
-                 greedy: bool) -> State:
-    """Choose a token for every row that is not done, and note whether it ends the row."""
+def _choose_next(state: State, logits: jax.Array, how: Sampling, stops: Stops, greedy: bool, *,
+                 ran: jax.Array) -> State:
+    """Choose a token for every row that is not done, and note whether it ends the row.
+
+    Logits that are not finite end a row without a token. They are looked at in every row that `ran`
+    [B], also where the length limit ends it here: its last activations are read as well.
+    """
     position = state.position + 1
     if greedy:
         token = most_likely(logits)
     else:
         token = choose(logits, how, state.row_id, position)
-    live = ~state.done
+    # NaN and infinity anywhere in a residual reach its logits (`model.head`)
+    nonfinite = state.nonfinite | ran & ~finite(logits, token if greedy else None)
+    live = ~(state.done | nonfinite)
     slot = jnp.where(live, state.length, state.tokens.shape[1])
     stopped = (token[:, None] == stops.ids[None]).any(-1)
     return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
@@ -212,5 +225,6 @@ def _choose_next(state: State, logits: jax.Array, how: Sampling, stops: Stops,
         position=jnp.where(live, position, state.position),
         length=state.length + live.astype(jnp.int32),
         tokens=set_lines(place(state.tokens, ("batch", None), token), token, slot, lines=1),
-        done=state.done | stopped,
+        done=state.done | nonfinite | stopped,
+        nonfinite=nonfinite,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from jaxpersona.config import ModelConfig
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.where import WIDTH, holds
 from jaxpersona.model import Output, forward
+from jaxpersona.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
 from jaxpersona.params import Params
 from jaxpersona.programs import program
 from jaxpersona.readings import (
@@ -34,6 +36,7 @@ from jaxpersona.readings import (
     describe_empty,
     result_of,
 )
+from jaxpersona.runtime import debugging, own_rules
 from jaxpersona.sharding import off_mesh, on_own_mesh, platform, rows_divisor
 from jaxpersona.trace import Applied
 
@@ -56,6 +59,8 @@ class Extracted:
       applied: one `Applied` for each table of the interventions: seen [N], changed [l, N].
       rows: the conversations as they were encoded.
       tokens, padded: the tokens that were run, without and with padding.
+      nonfinite: [N] bool, conversations in which a residual was NaN or infinite; what was read of
+        them is not to be used.
     """
 
     captured: dict[str, Any]
@@ -63,9 +68,11 @@ class Extracted:
     rows: list[chat.Row]
     tokens: int
     padded: int
+    nonfinite: np.ndarray
 
 
 @on_own_mesh
+@own_rules()
 def extract(
     model: Model,
     conversations: Iterable[Any],
@@ -73,6 +80,7 @@ def extract(
     capture: Capture | None = None,
     interventions: Interventions | None = None,
     batch_tokens: int | None = None,
+    on_nonfinite: OnNonfinite = "warn",
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Extracted:
     """Read activations of conversations in as few passes as their lengths allow.
@@ -85,13 +93,19 @@ def extract(
       interventions: for all alike, or with one row a conversation.
       batch_tokens: the tokens of a batch, padding included; default: 1,024 for a model on a CPU,
         else 16,384.
+      on_nonfinite: what to do where a conversation's activations are NaN or infinite. "warn":
+        mark it (`Extracted.nonfinite`) and give one `NonfiniteWarning` with the first layer and
+        what helps; "raise": stop with that as an error. With `jax_debug_nans` or `jax_debug_infs`
+        it is "raise".
       progress: called with (conversations done, N, tokens so far).
 
     Raises:
       ValueError: no conversation, one longer than the context, a reading (a mean, say) that would
-        find no token in any of them, or arguments that do not fit. Where some conversations alone
-        have no such token, their values are NaN and the log names them.
+        find no token in any of them, arguments that do not fit, or activations that are not finite
+        and `on_nonfinite="raise"`. Where some conversations alone have no such token, their values
+        are NaN and the log names them.
     """
+    check_choice(on_nonfinite)
     conversations = chat.listed(conversations)
     if batch_tokens is None:
         batch_tokens = _TOKENS.get(platform(model.params.embed_vd), _TOKENS_ELSE)
@@ -108,10 +122,20 @@ def extract(
     _check_tokens(rows, capture)
     found: dict[int, tuple[dict[str, Any], tuple[Applied, ...]]] = {}
     done = padded = 0
+    nonfinite = np.zeros(len(rows), bool)
+    stop = on_nonfinite == "raise" or debugging()
+
+    def explained() -> str:
+        i = int(np.argmax(nonfinite))
+        return explain(model, rows[i], edits.take([i]), f"conversation {i}",
+                       f"{int(nonfinite.sum())} of {len(rows)} conversations ran into")
 
     def keep(members: list[int], out: Output) -> None:
-        captured, applied = processes.fetch((out.captured, out.applied))
+        captured, applied, finite = processes.fetch((out.captured, out.applied, out.finite))
         values = {name: result_of(state) for name, state in captured.items()}
+        nonfinite[members] = ~finite[: len(members)]
+        if nonfinite.any() and stop:
+            raise ValueError(explained())
         for b, i in enumerate(members):
             length = rows[i].tokens.size
             mine = {
@@ -136,6 +160,10 @@ def extract(
             progress(done, len(rows), padded)
     if running is not None:
         keep(*running)
+    if nonfinite.any():
+        said = explained()  # by all processes together
+        if processes.first():
+            warnings.warn(said, NonfiniteWarning, stacklevel=3)
     order = [found[i] for i in range(len(rows))]
     ragged = {name for name, state in (running[1].captured if running else {}).items()
               if isinstance(state, TokenState)}
@@ -149,7 +177,8 @@ def extract(
                 np.stack([c[n].changed for _, c in order], -1))
         for n in range(len(edits.edits))
     )
-    return Extracted(captured, applied, rows, sum(row.tokens.size for row in rows), padded)
+    return Extracted(captured, applied, rows, sum(row.tokens.size for row in rows), padded,
+                     nonfinite)
 
 
 def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:

@@ -45,6 +45,7 @@ class Family:
     fields: frozenset[str]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     default: Mapping[str, Any]
+    float16: bool = True  # whether released models' activations stay below its 65504
 
 
 def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> tuple:
@@ -140,11 +141,11 @@ FAMILIES: dict[str, Family] = {
         Family("gemma2", "Gemma2ForCausalLM", "gemma2", _GEMMA2, _gemma2,
                {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "sliding_window": 4096,
                 "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0,
-                "final_logit_softcapping": 30.0, "tie_word_embeddings": True}),
+                "final_logit_softcapping": 30.0, "tie_word_embeddings": True}, float16=False),
         Family("gemma3", "Gemma3ForCausalLM", "gemma3_text", _GEMMA3, _gemma3,
                {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "sliding_window": 4096,
                 "query_pre_attn_scalar": 256, "tie_word_embeddings": True,
-                "rope_theta": 1_000_000.0}),
+                "rope_theta": 1_000_000.0}, float16=False),
     )
 }
 

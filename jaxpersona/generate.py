@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import operator
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ from jaxpersona.capture import Capture, TokenState
 from jaxpersona.decode import State, Stops
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.readings import describe_empty, result_of
+from jaxpersona.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
+from jaxpersona.runtime import debugging, own_rules
 from jaxpersona.sampling import sampling
 from jaxpersona.schedule import Job
 from jaxpersona.sharding import off_mesh, on_own_mesh, rows_divisor
@@ -44,12 +47,15 @@ class Generated:
     Attributes:
       text: the replies, without the stop token (or "" each where the model has no tokenizer).
       tokens: their ids, without the stop token.
-      stopped: [N] bool; False where the length limit cut the reply.
+      stopped: [N] bool; True where a stop token ended the reply.
       rows: the prompts as they were encoded (`chat.Row`).
       captured: each reading by its name: [N, L, …], or for readings a token a list of N arrays
         [L, T, …] over the prompt's and the reply's tokens. A mean over no token, as of an empty
         reply, is NaN; the log names such conversations.
       applied: one `Applied` for each table: seen [N], changed [l, N].
+      finish: N reasons why the replies ended: "stop" (a stop token), "length" (the limit), or
+        "nonfinite" (a residual or a logit was NaN or infinite: what was read of that conversation
+        is not to be used).
     """
 
     text: list[str]
@@ -58,9 +64,11 @@ class Generated:
     rows: list[chat.Row]
     captured: dict[str, Any]
     applied: tuple[Applied, ...]
+    finish: list[str]
 
 
 @on_own_mesh
+@own_rules()
 def generate(
     model: Model,
     conversations: Iterable[Any],
@@ -77,6 +85,7 @@ def generate(
     thinking: bool = False,
     share_prefix: bool = False,
     refill: bool = True,
+    on_nonfinite: OnNonfinite = "warn",
     progress: Progress | None = None,
 ) -> Generated:
     """Generate a reply to each conversation.
@@ -96,13 +105,20 @@ def generate(
       share_prefix: compute what stands before the first user message in a pass of its own, once
         for all conversations that share it. Rounding differs from that of one pass; the promise
         holds as well.
-      refill: give a finished row to the next conversation at once; False waits for the whole batch.
+      refill: give a finished row to the next conversation at once; False waits until every row
+        of the batch is finished. The results are the same, bit for bit.
+      on_nonfinite: what to do where a conversation's activations are NaN or infinite. "warn":
+        end its reply there (`Generated.finish`) and give one `NonfiniteWarning` with the first
+        layer and what helps; "raise": stop with that as an error. With `jax_debug_nans` or
+        `jax_debug_infs` it is "raise".
       progress: called with (conversations done, N, tokens so far).
 
     Raises:
       ValueError: no conversation, a prompt as long as the context, settings out of range,
-        interventions of another model or number of rows; field, value and mend.
+        interventions of another model or number of rows, or activations that are not finite and
+        `on_nonfinite="raise"`; argument, value and fix.
     """
+    check_choice(on_nonfinite)
     if batch_size < 1 or max_new_tokens < 1:
         raise ValueError(
             f"batch_size ({batch_size}) and max_new_tokens ({max_new_tokens}) must be positive"
@@ -127,14 +143,27 @@ def generate(
     job = Job(rows, names, limits, how, edits, capture if capture is not None else Capture(),
               max_new_tokens, greedy, share_prefix)
     out = _Collector(count)
+    stop = on_nonfinite == "raise" or debugging()
+
+    def explained() -> str:
+        i = min(out.nonfinite)
+        hit, done = len(out.nonfinite), len(out.tokens)
+        return explain(model, chat.answered(model.tokenizer, rows[i], out.tokens[i]),
+                       edits.take([i]), f"conversation {i}", f"{hit} of {done} replies ended at")
 
     def collect(members: list[int], state: State) -> None:
         out.add(members, state)
+        if out.nonfinite and stop:
+            raise ValueError(explained())
         if progress is not None:
             progress(len(out.tokens), count, out.total)
 
     stops = _stops(model, _asks_for_code(edits, job.capture))
     schedule.run(model, job, batch_size, stops, collect, refill=refill)
+    if out.nonfinite:
+        said = explained()  # by all processes together
+        if processes.first():
+            warnings.warn(said, NonfiniteWarning, stacklevel=3)
     return out.finish(model, rows)
 
 
@@ -174,23 +203,26 @@ class _Collector:
         self.ragged: set[str] = set()
         self.empty: dict[str, list[int]] = defaultdict(list)  # rows of which no token was read
         self.applied: list[tuple[list[int], tuple[Applied, ...]]] = []
+        self.nonfinite: list[int] = []
 
     def add(self, members: list[int], state: State) -> None:
         """Take over one batch's rows."""
-        keep = (state.tokens, state.length, state.cache.next, state.captured, state.applied)
-        tokens, length, used, captured, applied = processes.fetch(keep)
+        keep = (state.tokens, state.length, state.cache.next, state.captured, state.applied,
+                state.nonfinite)
+        tokens, length, used, captured, applied, nonfinite = processes.fetch(keep)
         values = {name: result_of(part) for name, part in captured.items()}
         for name, part in captured.items():
             if hasattr(part, "empty"):
                 self.empty[name] += [i for i, none in zip(members, part.empty, strict=False)
                                      if none]
-        for name, part in captured.items():
             if isinstance(part, TokenState):
                 self.ragged.add(name)
         for row, i in enumerate(members):
             # every content token was run; a stop token was chosen but never run
             ran = int(used[row])
             self.tokens[i] = tokens[row, : length[row]]
+            if nonfinite[row]:
+                self.nonfinite.append(i)
             for name, value in values.items():
                 mine = jax.tree.map(operator.itemgetter(row), value)
                 self.values[name][i] = np.array(mine[:, :ran]) if name in self.ragged else (
@@ -204,11 +236,12 @@ class _Collector:
             if rows_of:
                 _LOG.warning("capture %r %s", name,
                              describe_empty(sorted(rows_of), self.count, "conversations"))
-        stops = set(model.stop_ids)
-        tokens = []
+        stops, bad = set(model.stop_ids), set(self.nonfinite)
+        tokens, finish = [], []
         for i in range(self.count):
             ids = self.tokens[i]
             self.stopped[i] = bool(ids.size) and int(ids[-1]) in stops
+            finish.append("nonfinite" if i in bad else "stop" if self.stopped[i] else "length")
             tokens.append(ids[:-1] if self.stopped[i] else ids)
         text = [""] * self.count
         if model.tokenizer is not None:
@@ -218,7 +251,7 @@ class _Collector:
             else jax.tree.map(lambda *x: np.stack(x), *(by_row[i] for i in range(self.count)))
             for name, by_row in self.values.items()
         }
-        return Generated(text, tokens, self.stopped, rows, captured, self._counts())
+        return Generated(text, tokens, self.stopped, rows, captured, self._counts(), finish)
 
     def _counts(self) -> tuple[Applied, ...]:
         tables = len(self.applied[0][1])

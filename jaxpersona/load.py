@@ -22,7 +22,7 @@ from jaxpersona import sharding
 from jaxpersona.ckpts import hf, orbax
 from jaxpersona.compile_cache import use_compile_cache
 from jaxpersona.config import ModelConfig
-from jaxpersona.families import read_json
+from jaxpersona.families import FAMILIES, read_json
 from jaxpersona.params import (
     Derived,
     Params,
@@ -32,6 +32,7 @@ from jaxpersona.params import (
     same_arrays,
 )
 from jaxpersona.presets import preset
+from jaxpersona.runtime import own_rules
 
 DTYPES = ("float32", "bfloat16", "float16")
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -81,6 +82,7 @@ class Model:
 
 
 @sharding.on_own_mesh
+@own_rules()
 def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any = None,
          progress: hf.Progress | None = None, revision: str | None = None) -> Model:
     """Load a model; programs compiled from now on are kept on disk (`compile_cache`).
@@ -93,7 +95,8 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
         (`sharding.fit`), which may have another axis: in `jax.set_mesh` either will do for the
         functions that take a model, but only `Model.mesh` for those that take parameters.
       dtype: "float32", "bfloat16" or "float16"; by default float32 where the parameters lie on a
-        CPU (the mesh's, or `jax.default_device`), else bfloat16.
+        CPU (the mesh's, or `jax.default_device`), else bfloat16. Gemma 2 and 3 exceed float16,
+        which is refused for them.
       progress: called with the bytes read so far and in all.
       revision: a branch, tag or commit of the hub's repository; a commit alone never changes.
 
@@ -154,8 +157,16 @@ def _dtype(dtype: Any, mesh: Mesh | None) -> np.dtype:
     return found
 
 
+def _check_range(config: ModelConfig, dtype: np.dtype, name: str) -> None:
+    """Refuse float16 for families whose activations exceed it, before weights are read."""
+    if dtype == np.float16 and not FAMILIES[config.family].float16:
+        raise ValueError(f"dtype is 'float16'; activations of {config.family} models such as "
+                         f"{name} exceed its 65504: use 'bfloat16' or 'float32'")
+
+
 def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
     config = preset(name.removeprefix("random:"))
+    _check_range(config, dtype, name)
 
     def draw() -> Params:
         return init_params(config, jax.random.key(0), dtype)
@@ -178,6 +189,7 @@ def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
 def _folder(folder: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
             progress: hf.Progress | None) -> Model:
     config, raw = hf.read_config(folder)
+    _check_range(config, dtype, name)
     mesh = None if mesh is None else sharding.fit(mesh, config)
     if orbax.holds_checkpoint(folder):
         if also := [name for name in (hf.SINGLE, hf.INDEX) if (folder / name).exists()]:

@@ -46,6 +46,9 @@ class Output:
       applied: one `Applied` for each table of the interventions.
       cache: the cache with this call's tokens in it, or None.
       gates: what gates over the prompt have measured so far, by their table's number.
+      finite: [B] bool, whether the residual stream after the last block that ran, and its sum of
+        squares, are finite in float32 at every valid token of this call. What is not finite in an
+        earlier block is not finite there either, unless an edit removed it.
     """
 
     logits: Any
@@ -53,6 +56,7 @@ class Output:
     applied: tuple[Applied, ...]
     cache: Cache | None
     gates: Gates
+    finite: Any
 
 
 def forward(
@@ -167,6 +171,7 @@ def forward(
         applied=trace.applied(),
         cache=cache,
         gates=trace.gates,
+        finite=_finite(x, batch),
     )
 
 
@@ -179,6 +184,12 @@ def _check_ids(tokens: Any, config: ModelConfig) -> None:
             return
         tokens = jax.device_get(tokens)
     check_ids(np.asarray(tokens), config.vocab_size, "the batch")
+
+
+def _finite(x: jax.Array, batch: Batch) -> jax.Array:
+    """Tell which rows of a residual [B, T, D] have a finite sum of squares at every valid token."""
+    wide = x.astype(jnp.float32)
+    return (jnp.isfinite((wide * wide).sum(-1)) | ~batch.valid).all(-1)
 
 
 def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
@@ -198,13 +209,18 @@ def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
 
 def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
          which: Logits) -> jax.Array | None:
-    """Turn the last residual into logits, float32: [B, T, V], or [B, V] of each row's last."""
+    """Turn the last residual into logits, float32: [B, T, V], or [B, V] of each row's last.
+
+    They are NaN where the residual, or its sum of squares, is not finite.
+    """
     if which is None:
         return None
     with jax.named_scope("head"):
         if which == "last":
             x = of_each(x, jnp.maximum(batch.length - 1, 0)[:, None])
-        x = nn.rms_norm(x, params.final_norm_d, config.norm_eps, config.norm_offset)
+        # the logits of a residual that is too great for float32 would be zeros, hence a token
+        x = nn.rms_norm(x, params.final_norm_d, config.norm_eps, config.norm_offset,
+                        overflow_to_nan=True)
         weight = params.embed_vd if params.head_vd is None else params.head_vd
         if isinstance(weight, InOut) or on_cpu(weight):
             out = nn.product("btd,vd->btv", x, weight)

@@ -68,10 +68,18 @@ def round_residual(x: jax.Array) -> jax.Array:
     return x
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.Array:
-    """Divide by the root mean square over the last axis and scale, in float32 (Zhang 2019)."""
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, *,
+             overflow_to_nan: bool = False) -> jax.Array:
+    """Divide by the root mean square over the last axis and scale, in float32 (Zhang 2019).
+
+    Where the mean square exceeds float32 (numbers beyond 1.8e19) the quotient is 0; with
+    `overflow_to_nan` it is NaN, so that the overflow shows in whatever is computed from it.
+    """
     y = x.astype(F32)
-    y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+    factor = jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
+    if overflow_to_nan:  # asked of the factor alone, which keeps it one kernel
+        factor = jnp.where(factor > 0, factor, jnp.nan)
+    y = y * factor
     return (y * aligned(weight.astype(F32) + offset, y)).astype(x.dtype)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.sharding import of_each, on_cpu, place, spread_rows
+from jaxpersona.sharding import mesh_of, of_each, on_cpu, place, spread_rows
 
 F32 = jnp.float32
 CANDIDATES = 256
@@ -121,7 +121,7 @@ def choose(logits: jax.Array, how: Sampling, row_id: jax.Array, position: jax.Ar
 
 
 def most_likely(logits: jax.Array) -> jax.Array:
-    """Return the first of the greatest logits [B, V] a row, [B] int32."""
+    """Return the first of the greatest logits [B, V] a row, [B] int32; NaN counts as greatest."""
     rows, vocabulary = logits.shape
     if not on_cpu(logits) or vocabulary % _LANES or vocabulary < _LANES**2:
         return jnp.argmax(logits, -1).astype(jnp.int32)
@@ -130,6 +130,20 @@ def most_likely(logits: jax.Array) -> jax.Array:
     block = jnp.argmax(blocks.max(-1), -1)
     inner = jnp.argmax(of_each(blocks, block), -1)
     return (block * _LANES + inner).astype(jnp.int32)
+
+
+def finite(logits: jax.Array, token: jax.Array | None = None) -> jax.Array:
+    """Tell which rows of logits [B, V] have a finite greatest entry: [B] bool.
+
+    It is NaN where any logit is NaN, and infinite where any is +inf or all are −inf.
+
+    Args:
+      token: [B] int32, what `most_likely` returned for these logits, or None where another choice
+        was made. A reduction that the choice contains already then need not run twice.
+    """
+    if token is not None and mesh_of(logits) is None:
+        return jnp.isfinite(of_each(logits, token))
+    return jnp.isfinite(logits.max(-1))
 
 
 def _inverse(weights: jax.Array, draw: jax.Array) -> jax.Array:

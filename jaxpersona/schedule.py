@@ -85,18 +85,20 @@ def run(model: Model, job: Job, batch_size: int, stops: Stops, collect: Collect,
 
     Args:
       collect: called with the numbers of finished prompts and a state whose first rows are theirs.
-      refill: seat waiting prompts as soon as some rows are done; else when all are.
+      refill: seat waiting prompts as soon as some rows are done; else when all are. Prompts are
+        prefilled in batches of the same size either way, because the size of a batch decides how
+        its results are rounded.
     """
     shapes = [shape_of(row, job.max_new, job.share_prefix) for row in job.rows]
     groups: dict[int, list[int]] = {}
     for i, shape in enumerate(shapes):
         groups.setdefault(shape.slots, []).append(i)
     # a mesh spreads rows over devices, where exchanging single ones would move all
-    together = max(1, batch_size // 4) if refill and model.mesh is None else batch_size
+    together = max(1, batch_size // 4) if model.mesh is None else batch_size
     params = fast_params(model, batch_size)
     for slots, members in groups.items():
-        _Group(model, params, job, shapes, slots, batch_size, together, stops,
-               collect).run(members)
+        _Group(model, params, job, shapes, slots, batch_size, together, stops, collect,
+               refill).run(members)
 
 
 def fast_params(model: Model, batch_size: int) -> Params:
@@ -132,10 +134,12 @@ class _Group:
     """Prompts for one size of cache on their way through B rows, `together` seated at a time."""
 
     def __init__(self, model: Model, params: Params, job: Job, shapes: list[Shape], slots: int,
-                 size: int, together: int, stops: Stops, collect: Collect) -> None:
+                 size: int, together: int, stops: Stops, collect: Collect,
+                 refill: bool) -> None:
         self.config, self.params = model.config, params
         self.job, self.shapes, self.slots = job, shapes, slots
         self.size, self.together, self.stops, self.collect = size, together, stops, collect
+        self.refill = refill
         self.indexed = jax.device_get(job.edits)  # to look at single entries
         self.prefixes: OrderedDict[tuple, Prefix] = OrderedDict()
         one, two = (jax.eval_shape(functools.partial(self._blank, rows)) for rows in (1, 2))
@@ -148,9 +152,13 @@ class _Group:
         seats = np.full(self.size, -1, np.int32)
         state: Any = self._blank(self.size) if self.together < self.size else None
         while waiting or (seats >= 0).any():
-            while waiting and (free := np.flatnonzero(seats < 0)).size >= self.together:
+            # the fewest free rows that are worth a prefill; without refilling, all must be free
+            # before the first is seated, and then all are used
+            least = self.together if self.refill else 1 if (seats < 0).all() else self.size + 1
+            while waiting and (free := np.flatnonzero(seats < 0)).size >= least:
                 shape, chosen = self.shapes[waiting[0]], []
-                while waiting and len(chosen) < self.together and self.shapes[waiting[0]] == shape:
+                room = min(self.together, free.size)
+                while waiting and len(chosen) < room and self.shapes[waiting[0]] == shape:
                     chosen.append(waiting.popleft())
                 fresh = self._prefill(chosen, shape)
                 seats[free[: len(chosen)]] = chosen
@@ -163,7 +171,8 @@ class _Group:
             seated = int((seats >= 0).sum())
             enough = min(self.together, seated)
             empty = self.size - seated
-            state = self._decode(state, seats, empty + enough if waiting else self.size)
+            early = waiting and self.refill
+            state = self._decode(state, seats, empty + enough if early else self.size)
             done = np.flatnonzero(processes.fetch(state.done) & (seats >= 0))
             if done.size >= enough:
                 self._take_out(state, seats, done)
@@ -199,7 +208,7 @@ class _Group:
             parts += parts[:1] * (count - len(chosen))  # of padding rows, which nobody reads
             axes = self.axes
             prefix = _stack(tuple(parts), axes=_static(
-                Prefix(axes.cache, axes.captured, axes.applied, axes.gates)))
+                Prefix(axes.cache, axes.captured, axes.applied, axes.gates, axes.nonfinite)))
         batch = _cut(job, chosen, shared, [job.rows[i].tokens.size for i in chosen],
                      shape.width, count, shape.prefix > 0)
         return prefill(self.params, self.config, batch, job.edits.take(index),
@@ -244,6 +253,7 @@ class _Group:
                           for edit in job.edits.edits),
             gates={str(number): edit.gate.start(rows)
                    for number, edit in enumerate(job.edits.edits) if edit.gate is not None},
+            nonfinite=jnp.zeros((rows,), bool),
             fence=None if self.stops.fences is None else zeros,
         )
         return jax.tree.map(jnp.copy, blank)  # a buffer of its own each, because they are donated

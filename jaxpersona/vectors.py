@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from jaxpersona.config import MAX_LAYERS, ModelConfig
+from jaxpersona.interventions.bank import normalised
 from jaxpersona.interventions.compose import Interventions, chain
 from jaxpersona.interventions.operators import cap
 from jaxpersona.interventions.table import SITES, Site
@@ -111,8 +112,7 @@ class Vector:
     @property
     def unit(self) -> np.ndarray:
         """[L, D] float32: v̂; a zero row stays zero."""
-        norm = np.linalg.norm(self.values, axis=1, keepdims=True)
-        return (self.values / np.where(norm == 0, 1, norm)).astype(np.float32)
+        return normalised(self.values)[0]
 
     @property
     def origin(self) -> int:

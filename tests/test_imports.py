@@ -13,12 +13,12 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # every module may import those of a lower level and of its own group
 LEVELS = (
-    ("config", "compile_cache", "chips", "processes"), ("families",), ("presets",),
+    ("config", "compile_cache", "chips", "processes", "runtime"), ("families",), ("presets",),
     ("sharding", "hlo"), ("params", "programs"), ("kernels",), ("nn",), ("batch",),
     ("interventions", "cache"), ("readings",), ("capture",), ("vectors",), ("trace",), ("model",),
     ("fences",), ("sampling", "decode"),
     ("ckpts",), ("sandbox", "sandbox_worker"), ("template",), ("chat",), ("load",), ("prompts",),
-    ("schedule",),
+    ("schedule", "nonfinite"),
     ("generate", "extract"), ("spec_forms", "specs", "learn", "plan"), ("persona",),
     ("organism", "data"), ("report",), ("cli",),
 )

@@ -84,6 +84,16 @@ def test_refill_takes_fewer_steps_and_no_program_more(monkeypatch):
     assert few < 0.8 * many, f"{few} steps against {many}"
 
 
+@pytest.mark.parametrize("size", (9, 16))
+def test_waiting_for_the_whole_batch_changes_no_bit(size):
+    edits = bank().take(np.arange(24) % 40)
+    how = dict(interventions=edits, batch_size=size, capture=capture.mean(everywhere))
+    rows = [*ROWS[:23], *s.prompts((40,), seed=4)]  # of two widths
+    refilled, waited = (go(rows, np.arange(24), refill=refill, **how) for refill in (True, False))
+    assert len({len(t) for t in refilled.tokens}) > 5
+    assert all(differences(refilled, i, waited, i) == [] for i in range(24))
+
+
 def with_system(rows, length=20):
     """Prompts of which three share a system message of `length` tokens, by turns two of them."""
     heads = s.prompts((length, length), seed=9)

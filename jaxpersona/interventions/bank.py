@@ -17,6 +17,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,6 +25,7 @@ from jaxpersona.config import MAX_LAYERS
 from jaxpersona.interventions.table import SITES, Site, traced
 
 Layers = int | slice | Sequence[int] | str
+_MANTISSA, _BIAS = 23, 127  # of float32
 _GREATEST = float(np.finfo(np.float32).max)
 _OPEN = {"floor": np.inf, "above": np.inf, "ceiling": -np.inf, "below": -np.inf}  # no bound at all
 
@@ -67,13 +69,13 @@ class Bank:
                 "which"
             )
         xp: Any = jnp if traced(value) else np
-        norm = xp.linalg.norm(value, axis=-1, keepdims=True)
         if xp is np and not np.isfinite(value).all():
             raise ValueError(f"{name} holds a value that is not finite")
-        if xp is np and not zero and (norm == 0).any():
+        unit, norm = normalised(value)
+        if xp is np and not zero and not value.any(-1).all():
             raise ValueError(f"{name} is zero at a chosen layer; it has no direction")
-        self.norm = norm[..., 0].T
-        self.direction = xp.moveaxis(value / xp.where(norm == 0, 1, norm), 0, 1)
+        self.norm = norm.T
+        self.direction = xp.moveaxis(unit, 0, 1)
         self.origin = np.array(origin or [0] * len(value), np.uint32)
 
     def _array(self, vector: Any, name: str) -> Any:
@@ -127,6 +129,38 @@ class Bank:
             f"{name} has shape {given.shape}; with {count} layers and {n} directions it must be a "
             f"number, {'[n]' if self.index is not None else '[l]'} or [n, l]"
         )
+
+
+def normalised(value: Any) -> tuple[Any, Any]:
+    """Divide vectors by their length, whatever its size.
+
+    A square overflows float32 beyond 1.8e19 and vanishes below 1e-23. So every vector is first
+    multiplied by the power of two that brings its greatest number between 1/2 and 1, which changes
+    no bit of its direction.
+
+    Args:
+      value: [..., D], finite; under a transformation of JAX it stays differentiable.
+
+    Returns:
+      The unit vectors [..., D] in the dtype of `value` (a zero vector stays zero) and the lengths
+      [...], in float64 unless they are traced.
+    """
+    if not traced(value):
+        value = np.asarray(value)
+        _, power = np.frexp(np.abs(value).max(-1, keepdims=True, initial=0))
+        near = np.ldexp(value, -power)
+        norm = np.linalg.norm(near, axis=-1, keepdims=True)
+        with np.errstate(over="ignore"):  # a length beyond float64 is infinite, and is refused
+            length = np.ldexp(norm.astype(np.float64), power)
+        return near / np.where(norm == 0, 1, norm), length[..., 0]
+    greatest = jax.lax.stop_gradient(jnp.abs(value).max(-1, keepdims=True))
+    exponent = jax.lax.bitcast_convert_type(greatest, jnp.int32) >> _MANTISSA
+    # a power of two as its bits, because exp2 may round; never subnormal, which XLA may take for 0
+    scale = jax.lax.bitcast_convert_type(
+        jnp.clip(2 * _BIAS - exponent, 1, 2 * _BIAS) << _MANTISSA, jnp.float32)
+    near = value * scale
+    norm = jnp.linalg.norm(near, axis=-1, keepdims=True)
+    return near / jnp.where(norm == 0, 1, norm), (norm / scale)[..., 0]
 
 
 def numbers(name: str, value: Any) -> Any:

@@ -15,6 +15,7 @@ from jaxpersona.interventions.edit import IDENTITY, Edit
 from jaxpersona.interventions.gates import Gate
 from jaxpersona.interventions.table import SITES, Site, Table, next_power, traced
 from jaxpersona.interventions.where import NOWHERE
+from jaxpersona.runtime import own_rules
 
 
 @flax.struct.dataclass
@@ -45,6 +46,7 @@ class Interventions:
                                    edit.by_row(rows).spread(like).apart(like)
                                    for edit in self.edits))
 
+    @own_rules()
     def take(self, rows: Any) -> Interventions:
         """Choose rows: row i of the result is what row rows[i] was; −1 is a row without edits of
         its own (what is shared by all rows stays).
@@ -118,6 +120,7 @@ def _check_kind(parts: Sequence[Any]) -> None:
                              f"{type(part).__name__}")
 
 
+@own_rules()
 def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
             entries: int | None = None, site: Site = "residual") -> Interventions:
     """Make empty tables of fixed capacity, for `stack_rows(…, into=)` to fill again and again.
@@ -155,6 +158,7 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
     return Interventions((empty,) * slots)
 
 
+@own_rules()
 def stack_rows(parts: Sequence[Interventions | None], *,
                into: Interventions | None = None) -> Interventions:
     """Give every row its own interventions in one program: part b acts on row b alone.

@@ -13,8 +13,10 @@ from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.gates import Gate, Over
 from jaxpersona.interventions.table import Site, Table, traced
 from jaxpersona.interventions.where import Where, encoded, everywhere, prompt
+from jaxpersona.runtime import own_rules
 
 
+@own_rules()
 def gate(
     interventions: Interventions,
     vector: Any,

@@ -82,6 +82,8 @@ class NormRestoration(Table):
         wide, was = h.astype(F32), before.astype(F32)
         now = (wide * wide).sum(-1)
         factor = jnp.sqrt((was * was).sum(-1) / jnp.where(now > 0, now, 1.0))
+        # a length beyond float32 must show: a quotient by infinity would make h zero in silence
+        factor = jnp.where(jnp.isfinite(now), factor, jnp.nan)
         changed = active & (self.amount[slot][:, None] > 0) & (factor != 1) & (now > 0)
         return jnp.where(changed[..., None], (wide * factor[..., None]).astype(h.dtype), h), changed
 

@@ -33,10 +33,12 @@ from jaxpersona.interventions.table import (
     traced,
 )
 from jaxpersona.interventions.where import Where, encoded, everywhere
+from jaxpersona.runtime import own_rules
 
 _FLAT = 1e-6  # a plane whose second vector keeps less than this of its length has no direction
 
 
+@own_rules()
 def steer(
     vector: Any,
     *,
@@ -68,6 +70,7 @@ def steer(
     return _rank_one(bank, where, c=amount)
 
 
+@own_rules()
 def cap(
     vector: Any,
     *,
@@ -110,6 +113,7 @@ def cap(
     return _rank_one(bank, where, lo=lo, hi=hi, push=None if along is None else along.direction)
 
 
+@own_rules()
 def ablate(
     vector: Any,
     *,
@@ -129,6 +133,7 @@ def ablate(
     return _rank_one(bank, where, s=0.0, c=bank.spread("coefficient", coefficient))
 
 
+@own_rules()
 def mean_ablate(
     vector: Any,
     mean: Any,
@@ -159,6 +164,7 @@ def mean_ablate(
     return _rank_one(bank, where, s=0.0, c=along)
 
 
+@own_rules()
 def scale(
     vector: Any,
     factor: Any,
@@ -176,6 +182,7 @@ def scale(
     return _rank_one(bank, where, s=bank.spread("factor", factor))
 
 
+@own_rules()
 def set_projection(
     vector: Any,
     value: Any,
@@ -193,6 +200,7 @@ def set_projection(
     return _rank_one(bank, where, s=0.0, c=bank.spread("value", value))
 
 
+@own_rules()
 def rotate(
     first: Any,
     second: Any,
@@ -234,6 +242,7 @@ def rotate(
     return _table(Rotation, one, where, first=one.direction, second=across / length, angle=angle)
 
 
+@own_rules()
 def restore_norm(
     *,
     layers: Layers,
@@ -254,6 +263,7 @@ def restore_norm(
                   amount=jnp.ones((len(chosen), 1), jnp.float32))
 
 
+@own_rules()
 def custom(
     fn: Callable[[Any, jax.Array], jax.Array],
     params: Any = (),

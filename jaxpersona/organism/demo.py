@@ -18,6 +18,7 @@ import numpy as np
 from jaxpersona.families import read_json
 from jaxpersona.generate import generate
 from jaxpersona.interventions import Interventions, cap, stack_rows, steer
+from jaxpersona.interventions.bank import normalised
 from jaxpersona.load import Model
 from jaxpersona.organism import evaluate, method, world
 from jaxpersona.persona import axis as science
@@ -135,7 +136,7 @@ class _Arms:
 
         said = generate(self.model, [t for _ in arms for t in talks], ids=ids, temperature=heat,
                         interventions=stack_rows(rows), max_new_tokens=REPLY, batch_size=BATCH,
-                        seed=self.seed, progress=tell).text
+                        seed=self.seed, on_nonfinite="raise", progress=tell).text
         return [said[i : i + len(talks)] for i in range(0, len(said), len(talks))]
 
     def leak(self, report: Report | None) -> dict[str, Any]:
@@ -172,7 +173,7 @@ class _Arms:
         """Add multiples of the axis at the middle layer, scaled by the mean residual norm there."""
         middle = self.model.config.n_layers // 2
         unit = self.found.axis.unit[middle]
-        norms = [np.linalg.norm(v[middle]) for v in self.found.role_means.values()]
+        norms = [normalised(v[middle])[1] for v in self.found.role_means.values()]
         scale = float(np.mean(norms))
         halfway = [r for r in world.roles(held_out=False) if 0.35 <= r.likeness <= 0.65]
         talks = [world.conversation(prompt, question.text) for role in halfway

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxpersona.interventions.bank import normalised
+
 LABELS = {3: "pos_3", 2: "pos_2"}  # fully and somewhat role-playing
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 
@@ -26,10 +28,18 @@ def role_vectors(
 
     Returns:
       "pos_3" and "pos_2" (those that occur) and "mean" (all) → (vector [L, D] float32, count).
+
+    Raises:
+      ValueError: another number of scores, or means that are infinite or NaN in part.
     """
     if len(scores) != len(means):
         raise ValueError(f"{len(scores)} scores for {len(means)} rollouts")
-    there = np.isfinite(means).all(axis=(1, 2))
+    known = np.isfinite(means)
+    there, empty = known.all(axis=(1, 2)), np.isnan(means).all(axis=(1, 2))
+    if not (there | empty).all():
+        i = int(np.argmin(there | empty))
+        raise ValueError(f"the mean of rollout {i} holds a value that is not finite; generate the "
+                         "role's rollouts anew")
     groups = {"mean": there}
     for score, label in LABELS.items():
         groups[label] = there & np.array([s == score for s in scores], bool)
@@ -57,8 +67,7 @@ def assistant_axis(default: np.ndarray, roles: np.ndarray) -> np.ndarray:
 
 def project(means: np.ndarray, directions: np.ndarray) -> np.ndarray:
     """Return ⟨h, v̂⟩ for means [n, L, D] on directions [L, D] (normalised here): [n, L] float32."""
-    norm = np.linalg.norm(directions, axis=-1, keepdims=True)
-    unit = directions / np.where(norm == 0, 1, norm)
+    unit, _ = normalised(directions)
     return np.einsum("nld,ld->nl", means, unit, dtype=np.float64).astype(np.float32)
 
 

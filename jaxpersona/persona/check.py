@@ -17,6 +17,7 @@ import numpy as np
 from jaxpersona import capture
 from jaxpersona.generate import generate
 from jaxpersona.interventions import resolve_layers
+from jaxpersona.interventions.bank import normalised
 from jaxpersona.interventions.where import response
 from jaxpersona.vectors import Axis, Caps, Found, Vector, fitted
 
@@ -97,7 +98,7 @@ def check(
         raise ValueError(f"{model.name} has no {lacks}; the check needs one to ask the model")
     chosen, directions, floors = _entries(model, axis, layers, floor)
     default, roles = _replies(model, max_new_tokens, progress)
-    unit = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+    unit, _ = normalised(directions)
     ours, theirs = (np.einsum("nld,ld->nl", x[:, list(chosen)], unit) for x in (default, roles))
     base, shift = _layer_base(axis, default.mean(0) - roles.mean(0))
     judged = [_sign(chosen, ours, theirs), base]
@@ -151,7 +152,7 @@ def _replies(model: Model, length: int, progress: Any) -> tuple[np.ndarray, np.n
               for prompts in (DEFAULTS, ROLES)]
     talks = groups[0] + groups[1]
     out = generate(model, talks, capture=capture.mean(response), max_new_tokens=length,
-                   batch_size=len(talks), progress=progress)
+                   batch_size=len(talks), on_nonfinite="raise", progress=progress)
     means = np.asarray(out.captured["mean"], np.float64)
     split = len(groups[0])
     kept = [part[np.isfinite(part).all((1, 2))] for part in (means[:split], means[split:])]
@@ -179,8 +180,8 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
     """Compare the directions with the replies' own difference [L, D] one or two layers away."""
     pairs = zip(axis.layers if isinstance(axis, Caps) else range(axis.n_layers),
                 axis.values.astype(np.float64), strict=True)
-    rows = {layer: row / np.linalg.norm(row) for layer, row in pairs if row.any()}
-    unit = difference / np.maximum(np.linalg.norm(difference, axis=1, keepdims=True), 1e-30)
+    rows = {layer: normalised(row)[0] for layer, row in pairs if row.any()}
+    unit, _ = normalised(difference)
     shifts = (-2, -1, 0, 1, 2)
     # the same replies against several rows: were it one row against several layers' replies, the
     # layer where roles show most clearly would win, whatever the row

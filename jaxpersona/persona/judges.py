@@ -60,7 +60,8 @@ class SelfJudge:
                  answer=record["conversation"][-1]["content"])
             for record in records
         ]
-        said = generate(self.model, asked, max_new_tokens=10, batch_size=self.batch_size)
+        said = generate(self.model, asked, max_new_tokens=10, batch_size=self.batch_size,
+                        on_nonfinite="raise")
         return [read_score(text) for text in said.text]
 
 

@@ -53,6 +53,9 @@ def play(
 
     Which roles go together changes no bit: each rollout is named by a hash of what it is.
 
+    Raises:
+      ValueError: activations that are not finite; nothing of these roles is returned.
+
     Returns:
       role name → (records, response means [n, L, D] float32). A record has the fields
       system_prompt, prompt_index, question_index, question, conversation, label and sample.
@@ -77,7 +80,7 @@ def play(
         model, [record["conversation"] for _, record in records], capture=capture.mean(response),
         max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
         top_p=settings.top_p, seed=settings.seed, batch_size=settings.batch_size, ids=ids,
-        progress=progress,
+        on_nonfinite="raise", progress=progress,
     )
     found: dict[str, tuple[list[dict[str, Any]], np.ndarray]] = {}
     for role in roles:

@@ -10,15 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import capture, chat
+from jaxpersona import capture, chat, processes
 from jaxpersona.batch import batch as make_batch
 from jaxpersona.generate import generate
-from jaxpersona.interventions.compose import Interventions
+from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.where import response
 from jaxpersona.model import forward
+from jaxpersona.nonfinite import explain
 from jaxpersona.persona.check import fit
 from jaxpersona.programs import program
 from jaxpersona.prompts import bucket, encode
+from jaxpersona.runtime import own_rules
 from jaxpersona.sharding import off_mesh, on_own_mesh
 from jaxpersona.vectors import Vector
 
@@ -45,6 +47,7 @@ class TurnProjection:
 
 
 @on_own_mesh
+@own_rules()
 def project_conversation(
     model: Model,
     conversation: Sequence[dict[str, str]],
@@ -57,8 +60,8 @@ def project_conversation(
     Each value is the mean over the message's response tokens of ⟨h, v̂⟩ (Lu et al. 2026, drift).
 
     Raises:
-      ValueError: no assistant message, a conversation longer than the context, or a direction of
-        another model or site.
+      ValueError: no assistant message, a conversation longer than the context, activations that
+        are not finite, or a direction of another model or site.
     """
     config = model.config
     vectors = [fit(model, vector) for vector in vectors]
@@ -78,6 +81,9 @@ def project_conversation(
     out = _forward(model.params, config, jax.tree.map(jnp.asarray, batch), logits=None,
                    interventions=off_mesh(interventions),
                    capture=capture.projections(directions[known], response, layers=known))
+    if not bool(processes.fetch(out.finite)[0]):
+        raise ValueError(explain(model, row, given(interventions), "the conversation",
+                                 "it runs into"))
     found_lt = np.asarray(out.captured["projections"].value)[0][:, : row.tokens.size]
     values = np.full((config.n_layers, *found_lt.shape[1:]), np.nan, np.float32)  # [L, T, K]
     values[known] = found_lt
@@ -149,7 +155,8 @@ def grow(
     for turn in range(len(messages[0])):
         out = generate(model, prompts, interventions=interventions, seed=seed,
                        ids=[chat.row_id([], i, f"talk/{turn}") for i in names],
-                       capture=capture.mean(response), progress=_at_turn(report, turn), **settings)
+                       capture=capture.mean(response), on_nonfinite="raise",
+                       progress=_at_turn(report, turn), **settings)
         replies.append(out.text)
         values.append(np.einsum("nld,ld->nl", out.captured["mean"], unit))
         if turn + 1 < len(messages[0]):

@@ -1,0 +1,108 @@
+"""What a user may have set around a call: debugging flags of JAX, guards of transfers, a fork."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import support as s
+
+import jaxpersona as jp
+from jaxpersona import capture, decode
+from jaxpersona.interventions.where import everywhere
+
+MODEL = s.tiny_model(stop_ids=(3, 7))
+ROWS = s.prompts((5, 9, 4), seed=2)
+V = np.random.default_rng(0).normal(size=(3, 32))
+SETTINGS = {
+    "debug_nans": lambda: jax.debug_nans(True),
+    "debug_infs": lambda: jax.debug_infs(True),
+    "transfer_guard": lambda: jax.transfer_guard("disallow"),
+    "transfer_guard_explicit": lambda: jax.transfer_guard("disallow_explicit"),
+}
+
+
+def everything():
+    """Every constructor, and generate and extract with every reading."""
+    named = jp.Vector(V)
+    edits = jp.chain(
+        jp.steer(V[:2], layers=[1], scale=0.5, rows=[0, -1, 1]),
+        jp.cap(named, layers=[0, 2], floor=0.5), jp.cap(V[0], layers=[1], ceiling=np.inf),
+        jp.ablate(V[0], layers=[2]), jp.mean_ablate(V[0], V[1], layers=[2]),
+        jp.scale(V[1], 0.5, layers=[2]), jp.set_projection(V[1], 1.0, layers=[2]),
+        jp.rotate(V[0], V[1], layers=[2], by=0.1),
+        jp.gate(jp.cap(V[0], layers=[2], floor=1.0), V[0], layer=1, above=-np.inf),
+        jp.restore_norm(layers=[2]))
+    jp.stack_rows([jp.cap(V[0], layers=[1], floor=1.0)] * 2, into=jp.reserve(2, 32, [1]))
+    read = (capture.mean() | capture.last(everywhere) | capture.norms() | capture.full()
+            | capture.projections(named) | capture.moments(V) | capture.histogram(V, [0.0, 1.0]))
+    out = jp.generate(MODEL, ROWS, interventions=edits, capture=read, max_new_tokens=6,
+                      batch_size=4, temperature=[0.0, 1.0, 1.0])
+    found = jp.extract(MODEL, ROWS, interventions=edits, capture=read)
+    return out.tokens, out.captured, found.captured, out.applied
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return everything()
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_of_jax_changes_no_bit_and_no_program(setting, plain):
+    before = dict(decode.TRACES)
+    with SETTINGS[setting]():
+        found = everything()
+    assert s.differing(found, plain) == []
+    assert dict(decode.TRACES) == before
+
+
+def test_a_setting_of_jax_holds_again_after_a_call():
+    with jax.debug_nans(True), jax.transfer_guard("disallow"):
+        with contextlib.suppress(ValueError):
+            jp.steer(V[0], layers=[1], scale=np.nan)
+        assert jax.config.jax_debug_nans
+        with pytest.raises(Exception, match="Disallowed host-to-device"):
+            jax.numpy.asarray(np.ones(3))
+    with jax.debug_infs(True):
+        jp.load("mini")
+        assert jax.config.jax_debug_infs
+
+
+FORK = """
+import os, sys, warnings
+warnings.simplefilter("ignore")
+import jaxpersona as jp
+{before}
+child = os.fork()
+if not child:
+    try:
+        {inside}
+        print("worked", flush=True)
+    except ValueError as error:
+        print(error, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.parametrize("inside", (
+    'jp.generate(model, ["hi"], max_new_tokens=2)', 'jp.extract(model, ["hi"])',
+    'jp.load("mini")', "jp.cap([1.0] * 128, layers=[1], floor=1.0)"))
+def test_a_child_of_a_process_that_used_jax_is_refused(inside):
+    said = fork('model = jp.load("mini")', inside)
+    assert "was forked from" in said and "'spawn'" in said and len(said.splitlines()) == 1
+
+
+def test_a_child_of_a_process_that_did_not_is_fine():
+    assert fork("", 'jp.cap([1.0] * 128, layers=[1], floor=1.0)').strip() == "worked"
+
+
+def fork(before, inside):
+    code = FORK.format(before=before, inside=inside)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
