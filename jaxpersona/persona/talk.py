@@ -6,13 +6,15 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona import capture, chat
+from jaxpersona.batch import batch
 from jaxpersona.extract import extract, width_of
 from jaxpersona.generate import generate
 from jaxpersona.interventions.compose import Interventions
-from jaxpersona.interventions.where import response
+from jaxpersona.interventions.where import holds, response
 from jaxpersona.persona.check import fit
 from jaxpersona.prompts import encode
 from jaxpersona.vectors import Vector
@@ -47,7 +49,6 @@ def project_conversation(
     """Project the assistant messages of a finished conversation on directions.
 
     Each value is the mean over the message's response tokens of ⟨h, v̂⟩ (Lu et al. 2026, drift).
-
     The activations are those of `extract`, on one device or on a mesh.
 
     Raises:
@@ -68,8 +69,8 @@ def project_conversation(
     found_lt = read.captured["projections"][0]
     values = np.full((model.config.n_layers, *found_lt.shape[1:]), np.nan, np.float32)  # [L, T, K]
     values[known] = found_lt
-    need, _, none, *_ = response.encode()
-    chosen = ((row.kind & need) == need) & ((row.kind & none) == 0)
+    chosen = np.asarray(holds(jnp.asarray(response.encode()), batch(
+        [row.tokens], kind=[row.kind], turn=[row.turn])))[0, : row.tokens.size]
     found = []
     for turn in sorted(set(row.turn[chosen].tolist())):
         here = chosen & (row.turn == turn)
