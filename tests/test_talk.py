@@ -7,7 +7,6 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-import support as s
 
 import jaxpersona as jp
 from jaxpersona import capture
