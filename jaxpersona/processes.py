@@ -7,6 +7,7 @@ there are is JAX's answer, whoever initialised `jax.distributed`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
@@ -73,10 +74,13 @@ def many() -> bool:
 
 def warn_of_deadlock() -> None:
     """Warn where several processes run on CPUs with asynchronous dispatch, which can deadlock."""
-    if many() and jax.local_devices()[0].platform == "cpu" and getattr(jax.config, _ASYNC, False):
-        warnings.warn("several processes run on CPUs with asynchronous dispatch and may deadlock: "
-                      f"call jax.config.update({_ASYNC!r}, False) before the first array is made",
-                      stacklevel=3)
+    if not many() or jax.local_devices()[0].platform != "cpu":
+        return
+    with contextlib.suppress(AttributeError, KeyError):  # a version without the setting
+        if jax.config.read(_ASYNC):
+            warnings.warn("several processes run on CPUs with asynchronous dispatch and may "
+                          f"deadlock: call jax.config.update({_ASYNC!r}, False) before the first "
+                          "array is made", stacklevel=3)
 
 
 def first() -> bool:

@@ -382,7 +382,8 @@ def test_one_process_holds_a_folder_once(run):
 
 def test_only_the_run_s_own_leftovers_are_removed(finished, run, tmp_path):
     mine = [".run.json.999999999.tmp", "rollouts/.ghost.jsonl.999999999.tmp",
-            "means/.default.safetensors.1.tmp", "scores/.tutor.json.5.tmp", ".axis.safetensors.7.tmp", ".roles.png.999999999.tmp"]
+            "means/.default.safetensors.1.tmp", "scores/.tutor.json.5.tmp",
+            ".axis.safetensors.7.tmp", ".roles.png.999999999.tmp"]
     kept = [".notes.tmp", "rollouts/.draft.5.tmp", "rollouts/.nobody.jsonl.5.tmp", ".x.y.5.tmp",
             f".pca.png.{os.getpid()}.tmp", "sub/.ghost.jsonl.5.tmp", "scores/.ghost.jsonl.5.tmp"]
     for name in (*mine, *kept):

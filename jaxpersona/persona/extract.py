@@ -1,8 +1,8 @@
 """Extract the Assistant Axis of a model: rollouts → judge → role vectors → axis → thresholds.
 
 Each step keeps its files in a run folder and is skipped where they are there, so a run that was
-stopped goes on and ends in the same bytes. What is there is checked first: a damaged file is refused
-by name, before anything is generated.
+stopped goes on and ends in the same bytes. What is there is checked first: a damaged file is named
+and refused before anything is generated.
 """
 
 from __future__ import annotations
@@ -283,7 +283,8 @@ def _judge(run: Run, role: Role, judge: Judge, mine: bool) -> list[int | None]:
         given: Any = processes.merge({"scores": scores} if mine else {})["scores"]
         if len(given) != len(records):
             raise ValueError(f"the judge {judge.name!r} gave {len(given)} scores for the "
-                             f"{len(records)} rollouts of role {role.name!r}; it must give each one")
+                             f"{len(records)} rollouts of role {role.name!r}; it must give one "
+                             "each")
         kept = {rollout_key(r): score for r, score in zip(records, given, strict=True)}
         if mine:
             run.save_scores(role.name, kept)

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 class Judge(Protocol):
     """Score a role's rollouts; `name` is kept in the run, as is `settings` where a judge has it.
 
-    `settings` is a table of JSON values on which the scores depend. A judge that runs the model itself says so by `together = True`: then all processes of a run
-    call it together, else only the one that keeps the role's files.
+    `settings` is a table of JSON values on which the scores depend. A judge that runs the model
+    itself says so by `together = True`: then all processes of a run call it together, else only the
+    one that keeps the role's files.
     """
 
     name: str

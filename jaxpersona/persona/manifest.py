@@ -1,7 +1,8 @@
-"""What a run is: everything that its files' bits depend on, recorded once and compared on resume."""
+"""What a run is: all that its files' bits depend on, recorded once and compared on resume."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -68,13 +69,18 @@ def numerics(model: Model) -> dict[str, Any]:
     return {
         "platform": devices[0].platform, "device": _kind(devices[0]), "devices": len(devices),
         "mesh": dict(mesh), "processes": jax.process_count(), "prng": PRNG,
-        "jax": {name: _plain(getattr(jax.config, name, None)) for name in _FLAGS},
+        "jax": {name: _flag(name) for name in _FLAGS},
         "environment": {name: _IRRELEVANT.sub("", os.environ.get(name, "")).split()
                         for name in _VARIABLES},
     }
 
 
-def _plain(value: Any) -> Any:
+def _flag(name: str) -> Any:
+    """Return a setting of JAX; None where it is unset, or unknown to the version."""
+    value = getattr(jax.config, name, None)
+    if value is None:
+        with contextlib.suppress(AttributeError, KeyError):  # those without a context manager
+            value = jax.config.read(name)
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
