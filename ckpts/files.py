@@ -16,6 +16,8 @@ from jaxpersona.ckpts.tensorfile import pieces
 
 from jaxpersona.params import SCHEME
 
+_TEMPORARY = re.compile(r"\.(.+)\.([0-9]{1,18})\.tmp")
+
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
@@ -25,7 +27,7 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
       ValueError: the folder cannot be written.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # as `leftovers` reads it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -37,6 +39,21 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     finally:
         with contextlib.suppress(OSError):  # a parent that is no folder has been named above
             temporary.unlink(missing_ok=True)
+
+
+def leftovers(folder: pathlib.Path) -> list[tuple[pathlib.Path, str, int]]:
+    """List the temporary files of `atomic` in a folder, which a killed process leaves behind.
+
+    Returns:
+      For each: its path, the name of the file that it was to become, and the process that wrote it.
+    """
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            parts = _TEMPORARY.fullmatch(entry.name)
+            if parts is not None and entry.is_file(follow_symlinks=False):
+                found.append((pathlib.Path(entry.path), parts[1], int(parts[2])))
+    return found
 
 
 def require_file(path: pathlib.Path) -> None:
@@ -111,9 +128,14 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         temporary.write_text(text, "utf-8")
 
 
+def json_text(value: Any) -> str:
+    """Return a JSON file's text: sorted keys, two spaces, one form for one value."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write a JSON file atomically: sorted keys, two spaces, one form for one value."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    """Write a JSON file atomically, in the form of `json_text`."""
+    write_text(path, json_text(value))
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
@@ -122,11 +144,20 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
 
     Names and metadata are sorted; the library's own writer leaves their order to chance.
     """
-    ordered = {name: np.asarray(tensors[name]) for name in sorted(tensors)}
     with atomic(path) as temporary, open(temporary, "wb") as file:
-        shapes = {name: (value.dtype, value.shape) for name, value in ordered.items()}
-        for piece in pieces(shapes, ordered.__getitem__, dict(sorted(metadata.items()))):
+        for piece in _pieces(tensors, metadata):
             file.write(piece)
+
+
+def header_of(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
+    """Return the bytes with which `write_tensors` begins a file."""
+    return next(_pieces(tensors, metadata))
+
+
+def _pieces(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Iterator[Any]:
+    ordered = {name: np.asarray(tensors[name]) for name in sorted(tensors)}
+    shapes = {name: (value.dtype, value.shape) for name, value in ordered.items()}
+    return pieces(shapes, ordered.__getitem__, dict(sorted(metadata.items())))
 
 
 def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:

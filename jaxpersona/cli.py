@@ -43,6 +43,9 @@ def axis(
     seed: int = 0,
     min_count: Annotated[int, typer.Option(help="Rollouts that a role's vector needs.")] = 10,
     held_out: Annotated[str, typer.Option(help="Roles to keep out, with commas.")] = "",
+    redo: Annotated[list[str] | None, typer.Option(
+        help="A role of a run to make anew, as one whose files are damaged; may be repeated.")
+    ] = None,
     dtype: DtypeOption = None,
     mesh: Annotated[str | None, typer.Option(help="Devices to spread over, as data=2,model=4 (or "
                                                   "fsdp=).")] = None,
@@ -60,7 +63,7 @@ def axis(
                     limit_questions=limit_questions, judge=judge, samples=samples,
                     max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
                     batch_size=batch_size, seed=seed, min_count=min_count, held_out=held_out,
-                    dtype=dtype, mesh=mesh, join=join)
+                    redo=redo or [], dtype=dtype, mesh=mesh, join=join)
 
 
 @app.command()
@@ -137,11 +140,11 @@ def main(arguments: list[str] | None = None) -> None:
         if isinstance(error, OSError) and error.filename:
             said = f"{error.filename}: {error.strerror}"
         print(f"error: {' '.join(said.split())}", file=sys.stderr)
-        if processes.many():
+        if processes.joined():
             processes.leave(2)
         sys.exit(2)
     except Exception as error:
-        if not processes.many():
+        if not processes.joined():
             raise
         import traceback
 

@@ -67,7 +67,8 @@ def progress() -> Iterator[Callable[[str, int, int, int], None]]:
 def extract(*, model: str, out: pathlib.Path, roles: str | None, questions: str | None,
             limit: int | None, limit_questions: int | None, judge: str | None, samples: int,
             max_new_tokens: int | None, temperature: float, top_p: float, batch_size: int,
-            seed: int, min_count: int, held_out: str, dtype: str | None, mesh: str | None,
+            seed: int, min_count: int, held_out: str, redo: list[str], dtype: str | None,
+            mesh: str | None,
             join: tuple[str | None, int | None, int | None] | None) -> None:
     """Run `jaxpersona axis`."""
     from jaxpersona import processes
@@ -112,7 +113,8 @@ def extract(*, model: str, out: pathlib.Path, roles: str | None, questions: str 
     judged = chosen() if chosen else SelfJudge(loaded, batch_size=batch_size)
     with progress() as report:
         found = extract_axis(loaded, cast, asked, out, judge=judged, settings=settings,
-                             min_count=min_count, held_out=named, report=report)
+                             min_count=min_count, held_out=named, redo=redo,
+                             report=report)
     if not processes.first():
         return
     middle = loaded.config.n_layers // 2

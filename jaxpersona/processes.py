@@ -1,14 +1,17 @@
-"""Several processes that run one program together: which one this is, and what they tell others.
+"""Run one program in several processes: which one this is, and what they exchange.
 
-All of them compute the same programs in the same order, each on its own devices; each keeps the
-files of its own share of the work. With one process nothing here does anything.
+All processes compute the same programs in the same order, each on its own devices; each keeps the
+files of its own share of the work. With one process, nothing here does anything. How many processes
+there are is JAX's answer, whoever initialised `jax.distributed`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -16,22 +19,24 @@ import jax
 import numpy as np
 
 T = TypeVar("T")
+_ASYNC = "jax_cpu_enable_async_dispatch"
 _HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
-_started = False
 
 
 def start(coordinator: str | None = None, count: int | None = None,
           index: int | None = None) -> None:
     """Join the other processes, before any array is made.
 
+    If `jax.distributed` is initialised already, this only checks that the arguments agree with it.
+
     Args:
       coordinator: host:port of process 0; None where SLURM, Kubernetes or a TPU pod says it.
       count, index: how many processes there are, and which one this is; likewise.
 
     Raises:
-      ValueError: settings of which some are missing or out of range, or no cluster that says them.
+      ValueError: settings of which some are missing or out of range, settings that contradict an
+        earlier initialisation, or no cluster that says them.
     """
-    global _started
     given = (coordinator is not None, count is not None, index is not None)
     if any(given) and not all(given):
         raise ValueError("coordinator, processes and process belong together: give all three, or "
@@ -40,8 +45,14 @@ def start(coordinator: str | None = None, count: int | None = None,
         raise ValueError(f"process is {index}; it must lie in 0…{count - 1}")
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
         raise ValueError(f"coordinator is {coordinator!r}; write host:port of process 0")
+    if joined():
+        there = jax.process_count(), jax.process_index()
+        if all(given) and there != (count, index):
+            raise ValueError(f"processes is {count} and process is {index}, but jax.distributed is "
+                             f"initialised already, with {there[0]} and {there[1]}: leave them out")
+        return
     # programs that sum over processes deadlock on a CPU if two of them run side by side
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    jax.config.update(_ASYNC, False)
     try:
         jax.distributed.initialize(coordinator, count, index,
                                    heartbeat_timeout_seconds=_HEARTBEAT)
@@ -49,17 +60,37 @@ def start(coordinator: str | None = None, count: int | None = None,
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the processes cannot be joined ({reason}): name coordinator, processes "
                          "and process") from None
-    _started = True
+
+
+def joined() -> bool:
+    """Whether `jax.distributed` is initialised; unlike `many`, this initialises no back end."""
+    return jax.distributed.is_initialized()
 
 
 def many() -> bool:
-    """Whether this is one process of several."""
-    return _started and jax.process_count() > 1
+    """Whether this is one process of several. It initialises JAX's back end."""
+    return jax.process_count() > 1
+
+
+def warn_of_deadlock() -> None:
+    """Warn where several processes run on CPUs with asynchronous dispatch, which can deadlock."""
+    if not many() or jax.local_devices()[0].platform != "cpu":
+        return
+    with contextlib.suppress(AttributeError, KeyError):  # a version without the setting
+        if jax.config.read(_ASYNC):
+            warnings.warn("several processes run on CPUs with asynchronous dispatch and may "
+                          f"deadlock: call jax.config.update({_ASYNC!r}, False) before the first "
+                          "array is made", stacklevel=3)
 
 
 def first() -> bool:
     """Whether this is the process that speaks for all."""
     return not many() or jax.process_index() == 0
+
+
+def index() -> int:
+    """Return which process this is, from 0."""
+    return jax.process_index()
 
 
 def owns(i: int) -> bool:

@@ -10,6 +10,7 @@ from jaxpersona.ckpts.vectors import load_vector, save_vector
 
 import jaxpersona as jp
 from jaxpersona.persona import axis as science
+from jaxpersona.persona import check as module
 from jaxpersona.vectors import Axis, Caps, Vector, fitted
 
 UPPER = (4, 5, 6, 7)
@@ -77,6 +78,17 @@ def test_a_wrong_sign_and_a_wrong_scale_are_named(mini, axis):
     turned[5] *= -1
     found = jp.check(mini, Axis(turned))
     assert not found.ok and "higher than the default at layers 5" in found.faults[0]
+
+
+def test_a_floor_just_beyond_the_limit_is_named_and_one_just_within_is_not():
+    """The limit is the gap of the means, or four deviations of the side in question."""
+    for spread, limit in ((0.5, 10.0), (5.0, 20.0)):  # the gap is 10; then 4 · 5 is more
+        ours, theirs = (np.array([[mean - spread], [mean + spread]]) for mean in (10.0, 0.0))
+        for sign, edge, words in ((1, 10 + limit, "move every token"), (-1, -limit, "never act")):
+            for beyond in (-0.01, 0.01):
+                floor = np.array([edge + sign * beyond])
+                fine, said = module._scale((3,), ours, theirs, floor)
+                assert fine == (beyond < 0) and (fine or (words in said and "layer 3" in said))
 
 
 def test_what_cannot_be_checked_is_refused(mini, axis):
@@ -302,6 +314,8 @@ def test_a_conversation_is_projected_where_a_direction_is_known(mini, axis):
     part[7] = 0
     from jaxpersona.persona.talk import project_conversation
     whole = project_conversation(mini, TALK, [axis])[0].values
+    means = jp.extract(mini, [TALK]).captured["mean"][0]  # the one message is the whole response
+    np.testing.assert_allclose(whole[:, 0], np.einsum("ld,ld->l", means, axis.unit), rtol=1e-4)
     found = project_conversation(mini, TALK, [Vector(part)])[0].values
     np.testing.assert_allclose(found[:7], whole[:7], rtol=1e-5)
     assert np.isnan(found[7]).all() and np.isfinite(whole).all()
@@ -326,6 +340,14 @@ def test_a_control_vector_is_projected_beside_an_axis(mini, axis, tmp_path, caps
                   for vector in (load_vector(file), axis))
     assert part.shape == (1, 1, 8)
     np.testing.assert_allclose(part[0, 0, 2:6], full[0, 0, 2:6], rtol=1e-5)
+    grown = grow(mini, [[]], [["Who are you?"]], load_vector(file), max_new_tokens=4)
+    reply = jp.generate(mini, ["Who are you?"], capture=jp.capture.mean(jp.response),
+                        max_new_tokens=4)
+    assert grown.replies == [reply.text]
+    expected = np.einsum("ld,ld->l", reply.captured["mean"][0], axis.unit)
+    assert grown.projections.shape == (1, 1, 8)
+    np.testing.assert_allclose(grown.projections[0, 0, 2:6], expected[2:6], rtol=1e-3)
+    assert not grown.projections[0, 0, [0, 1, 6, 7]].any()
     with pytest.raises(ValueError, match="measured at site 'mlp'"):
         grow(mini, [[]], [["Who are you?"]], dataclasses.replace(axis, site="mlp"))
     command = ["project", str(tmp_path / "talk.json"), "--on", str(file), "--on",

@@ -158,3 +158,54 @@ def test_one_process_needs_no_others():
     assert processes.merge({"a": 1}) == {"a": 1} and processes.in_turn(lambda: 5) == 5
     tree = processes.fetch({"x": jnp.ones(3, jnp.float32), "y": np.zeros(2)})
     assert isinstance(tree["x"], np.ndarray)
+
+
+OWN = """
+import sys
+import jax
+from jaxpersona import processes
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+assert not processes.joined()  # which initialises no back end: the next line needs that
+jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
+assert processes.joined() and processes.many()
+me = processes.index()
+assert me == int(sys.argv[2]) and processes.first() == (me == 0)
+assert [processes.owns(i) for i in range(4)] == [i % 2 == me for i in range(4)]
+assert processes.merge({str(me): me}) == {"0": 0, "1": 1}
+order = processes.merge({str(me): processes.in_turn(__import__("time").monotonic)})
+assert order["0"] < order["1"]
+processes.start(f"127.0.0.1:{sys.argv[1]}", 2, me)  # agrees with what is there
+processes.start()
+try:
+    processes.start(f"127.0.0.1:{sys.argv[1]}", 3, me)
+except ValueError as error:
+    assert "initialised already, with 2" in str(error)
+else:
+    raise AssertionError
+print("done", flush=True)
+"""
+
+
+def test_processes_that_the_user_has_joined_are_seen():
+    """Each knows which one it is, though `processes.start` was never called."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    workers = [subprocess.Popen([sys.executable, "-c", OWN, str(port), str(index)], env=env,
+                                text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+               for index in (0, 1)]
+    said = finish(workers)
+    assert all(out.split()[-1] == "done" for out, _ in said)
+
+
+def test_the_count_is_that_of_jax(monkeypatch):
+    """Whoever initialised the processes, and whether or not through `jax.distributed`."""
+    import jax
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert processes.many() and not processes.first() and processes.index() == 1
+    assert [processes.owns(i) for i in range(4)] == [False, True, False, True]
+    with pytest.warns(UserWarning, match="jax_cpu_enable_async_dispatch', False"):
+        processes.warn_of_deadlock()

@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
+import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -42,6 +42,11 @@ def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in files if p.suffix != ".png"}
 
 
+def contents_of_role(folder, name):
+    """What a role's rollouts hold, as bytes."""
+    return (folder / "rollouts" / f"{name}.jsonl").read_bytes()
+
+
 def test_axis_runs_resumes_and_ends_in_the_same_bytes(checkpoint, texts, tmp_path, capsys):
     """Stopped after some roles, a run redoes none of them and ends as if never stopped."""
     whole, part = tmp_path / "whole", tmp_path / "part"
@@ -65,6 +70,14 @@ def test_axis_runs_resumes_and_ends_in_the_same_bytes(checkpoint, texts, tmp_pat
     assert run(command(checkpoint, texts, part)) == 0
     assert kept.stat().st_mtime_ns == before
     assert contents(part) == expected
+    assert len({contents_of_role(part, role.name) for role in ROLES}) == len(ROLES)
+    records = [json.loads(line) for line in kept.read_text("utf-8").split("\n") if line]
+    assert [(r["prompt_index"], r["question_index"]) for r in records] == [
+        (0, 0), (0, 1), (1, 0), (1, 1)]
+    assert all(r["system_prompt"] == ROLES[1].prompts[r["prompt_index"]] for r in records)
+    capsys.readouterr()
+    assert run(command(checkpoint, texts, part)) == 0  # whole: nothing is generated or written
+    assert kept.stat().st_mtime_ns == before and contents(part) == expected
 
 
 def test_axis_equals_its_definition(checkpoint, tmp_path):
@@ -75,8 +88,7 @@ def test_axis_equals_its_definition(checkpoint, tmp_path):
     model = jp.load(str(checkpoint))
     found = extract_axis(model, ROLES, QUESTIONS, tmp_path / "run", judge=NoJudge(),
                          settings=SETTINGS, min_count=1, held_out=["tutor"])
-    manifest = json.loads((tmp_path / "run/run.json").read_text())
-    kept = Run(tmp_path / "run", manifest)
+    kept = Run.read(tmp_path / "run")
     means = {role.name: kept.means(role.name) for role in ROLES}
     vectors = {name: np.nanmean(value, 0) for name, value in means.items()}
     expected = vectors["default"] - (vectors["ghost"] + vectors["pirate"]) / 2
@@ -86,6 +98,11 @@ def test_axis_equals_its_definition(checkpoint, tmp_path):
     projected = projected[np.isfinite(projected).all(1)]
     np.testing.assert_allclose(found.axis.thresholds("p25", of="default"),
                                np.percentile(projected, 25, axis=0), atol=1e-4)
+    everyone = np.concatenate([means[name] for name in ("default", "ghost", "pirate")])
+    projected = np.einsum("nld,ld->nl", everyone, unit)
+    projected = projected[np.isfinite(projected).all(1)]
+    np.testing.assert_allclose(found.axis.thresholds("p75", of="all"),
+                               np.percentile(projected, 75, axis=0), atol=1e-4)
     again = load_axis(tmp_path / "run/axis.safetensors")
     np.testing.assert_array_equal(again.values, found.axis.values)
     assert again.fingerprint == model.fingerprint and set(again.percentiles) == {"default", "all"}
@@ -115,7 +132,8 @@ def test_science_on_arrays():
 
 
 @pytest.mark.parametrize(("text", "score"), [
-    ("3", 3), ("Score: 2.", 2), ("7", None), ("none", None), ("10 or 1", 1), ("0", 0)])
+    ("3", 3), ("Score: 2.", 2), ("7", None), ("none", None), ("10 or 1", 1), ("0", 0),
+    ("4", None), ("4, not 3", 3), ("-2", 2), ("1.5", None)])
 def test_judge_reads_the_first_integer_in_range(text, score):
     assert read_score(text) == score
 
@@ -156,6 +174,7 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, texts, tmp_path, ca
     save_vector(tmp_path / "fits.safetensors", dataclasses.replace(other, fingerprint=""))
     finished = tmp_path / "finished"
     assert run(command(checkpoint, texts, finished)) == 0
+    whole = contents(finished)
     capsys.readouterr()
     out = tmp_path / "out"
     ask = ["generate", "hi", "--model", str(checkpoint), "--max-new-tokens", "4"]
@@ -181,7 +200,7 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, texts, tmp_path, ca
         assert len(lines) == 1 and wanted in lines[0], (wanted, said.err)
         assert "Traceback" not in said.err
         assert not out.exists()
-    assert sys.version_info >= (3, 11)
+    assert contents(finished) == whole  # nor has a mistake changed the run that was there
 
 
 def test_generate_and_project_commands(checkpoint, texts, tmp_path, capsys):
@@ -190,9 +209,12 @@ def test_generate_and_project_commands(checkpoint, texts, tmp_path, capsys):
     axis = str(tmp_path / "run" / "axis.safetensors")
     capsys.readouterr()
     assert run(["generate", "hello", "--model", str(checkpoint), "--cap", axis, "--compare",
-                "--max-new-tokens", "5"]) == 0
+                "--max-new-tokens", "5", "--no-check"]) == 0
     said = capsys.readouterr()
-    assert "with" in said.out and "tokens seen" in said.err
+    heads = said.out.splitlines()[1].replace("┃", " ").split()
+    assert heads == ["prompt", "without", "with"]
+    assert re.search(r"intervention 0: [1-9]\d* tokens seen, \d+ changes over 2 layers",
+                     " ".join(said.err.split()))
     talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"},
             {"role": "user", "content": "more"}, {"role": "assistant", "content": "no"}]
     (tmp_path / "talk.json").write_text(json.dumps(talk))
@@ -204,6 +226,37 @@ def test_generate_and_project_commands(checkpoint, texts, tmp_path, capsys):
     assert picture.read_bytes()[:4] == b"\x89PNG"
     assert run(["vectors", "show", axis]) == 0
     assert "assistant" in capsys.readouterr().out
+
+
+def test_options_of_the_population_and_of_held_out_roles_act(checkpoint, texts, tmp_path, capsys):
+    """`--percentile` and `--of` choose the floor, `--held-out` who makes the axis."""
+    for out, more in (("run", ()), ("held", ("--held-out", "tutor"))):
+        assert run(command(checkpoint, texts, tmp_path / out, *more)) == 0
+    held, whole = (load_axis(tmp_path / out / "axis.safetensors") for out in ("held", "run"))
+    assert np.abs(held.values - whole.values).max() > 1e-3
+    assert (held.notes["roles"], whole.notes["roles"]) == (2, 3)
+    assert (held.notes["rollouts"], whole.notes["rollouts"]) == (12, 16)
+    table = json.loads((tmp_path / "held" / "analysis.json").read_text())["roles"]
+    assert [name for name, role in table.items() if role["held_out"]] == ["tutor"]
+    assert [name for name, role in table.items() if role["in_axis"]] == ["ghost", "pirate"]
+    # every reply projects between these floors, so the first never acts and the second always does
+    low, high = (np.full(whole.n_layers, x, np.float32) for x in (-1e6, 1e6))
+    axis = dataclasses.replace(whole, percentiles={
+        "default": {"p25": low, "p90": high}, "all": {"p25": high, "p90": low}})
+    save_vector(tmp_path / "two.safetensors", axis)
+    capsys.readouterr()
+
+    def changes(*more):
+        assert run(["generate", "hello", "--model", str(checkpoint), "--cap",
+                    str(tmp_path / "two.safetensors"), "--no-check", "--max-new-tokens", "3",
+                    *more]) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        seen, changed = re.search(r"(\d+) tokens seen, (\d+) changes over 2 layers", said).groups()
+        return int(changed) / int(seen)
+
+    assert changes() == changes("--percentile", "p25", "--of", "default") == 0
+    assert changes("--percentile", "p90") == changes("--of", "all") == 2  # both capped layers
+    assert changes("--percentile", "p90", "--of", "all") == 0
 
 
 @pytest.mark.slow

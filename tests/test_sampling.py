@@ -9,9 +9,11 @@ import pytest
 import support as s
 from scipy import stats
 
+from jaxpersona import sampling as module
 from jaxpersona.sampling import CANDIDATES, choose, most_likely, sampling, uniforms
 
 DRAWS, V = 4096, 1024
+EARLIER = np.array([0x3E90C0AC, 0x3F605DE0, 0x3D9EE620], np.uint32)
 pick = jax.jit(choose)
 RNG = np.random.default_rng(0)
 STEEP = RNG.normal(size=V) * 2
@@ -110,6 +112,49 @@ def test_uniforms_are_uniform_and_keyed():
     for other in (rows(1, 0, 5), rows(0, 0, 6)):
         assert abs(np.corrcoef(base, other)[0, 1]) < 0.03
     assert not s.same_bits(base, rows(1, 0, 5))
+    # a row at a place draws otherwise than the next row at the place before: they are not summed
+    here, there = rows(0, 7, 5), rows(0, 8, 4)
+    assert abs(np.corrcoef(here, there)[0, 1]) < 0.03 and (here != there).mean() > 0.99
+
+
+def words(*values):
+    return tuple(jnp.asarray([value], jnp.uint32) for value in values)
+
+
+@pytest.mark.parametrize(("key", "count", "wanted"), [  # of Random123, kat_vectors
+    ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
+    ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
+    ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0))])
+def test_the_generator_is_threefry(key, count, wanted):
+    found = module._threefry(words(*key), words(*count))
+    assert tuple(int(word[0]) for word in found) == wanted
+
+
+def test_draws_depend_on_no_flag_of_jax():
+    """Neither JAX's default generator, nor how it spreads its own, nor 64 bits changes a draw."""
+    def drawn():
+        at = jnp.asarray([3, 2**31 - 1, 0, 77], jnp.int32)
+        rows = jnp.asarray([1, 2, 2**32 - 1, 0], jnp.uint32)
+        seed = jnp.asarray([0, 9, 2**32 - 1, 5], jnp.uint32)
+        return np.asarray(jax.jit(lambda *x: uniforms(*x))(seed, rows, at))
+
+    wanted = drawn()
+    for flag, value in (("jax_default_prng_impl", "rbg"), ("jax_default_prng_impl", "unsafe_rbg"),
+                        ("jax_threefry_partitionable", False), ("jax_enable_x64", True)):
+        before = getattr(jax.config, flag)
+        jax.config.update(flag, value)
+        try:
+            np.testing.assert_array_equal(drawn(), wanted, flag)
+        finally:
+            jax.config.update(flag, before)
+    assert wanted.dtype == np.float32
+
+
+def test_the_draws_of_earlier_runs_stay():
+    """Bits of three draws; they are those of JAX's own Threefry with its flags of version 0.10."""
+    found = np.asarray(uniforms(*(jnp.asarray([0, 1, 2**32 - 1], jnp.uint32) for _ in range(2)),
+                                jnp.asarray([0, 17, 2**31 - 1], jnp.int32)))
+    np.testing.assert_array_equal(found.view(np.uint32), EARLIER)
 
 
 def test_every_seed_row_and_position_has_a_draw_of_its_own():

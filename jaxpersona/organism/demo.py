@@ -7,7 +7,6 @@ batches, so all arms run in one program and differ in data alone.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxpersona.families import read_json
 from jaxpersona.generate import generate
 from jaxpersona.interventions import Interventions, cap, stack_rows, steer
 from jaxpersona.interventions.bank import normalised
@@ -106,7 +104,7 @@ class _Arms:
         self.layers = slice(layers // 2, layers)
         floor = found.axis.thresholds("p25", of="default")[self.layers]
         self.cap = cap(found.axis, layers=self.layers, floor=floor)
-        means = Run(folder, read_json(pathlib.Path(folder) / "run.json")).means("default")
+        means = Run.read(folder).means("default")
         rng = np.random.default_rng([seed, 7])
         self.percentile: list[Interventions] = []
         self.displaced: list[Interventions] = []

@@ -1,13 +1,15 @@
 """Extract the Assistant Axis of a model: rollouts → judge → role vectors → axis → thresholds.
 
 Each step keeps its files in a run folder and is skipped where they are there, so a run that was
-stopped goes on and ends in the same bytes.
+stopped goes on and ends in the same bytes. What is there is checked first: a damaged file is named
+and refused before anything is generated.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import importlib.metadata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +18,12 @@ import numpy as np
 from jaxpersona import chat, processes
 from jaxpersona.ckpts.files import write_json
 from jaxpersona.ckpts.vectors import save_vector
-from jaxpersona.params import SCHEME
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.judges import Judge
+from jaxpersona.persona.manifest import manifest, tokens_digest
+from jaxpersona.persona.names import check_names
 from jaxpersona.persona.rollouts import Settings, opening, play
-from jaxpersona.persona.run import Run, digest, rollout_key
+from jaxpersona.persona.run import Damaged, Run, remedy, rollout_key
 from jaxpersona.persona.texts import Question, Role, all_of
 from jaxpersona.sampling import sampling
 from jaxpersona.vectors import Axis
@@ -66,6 +69,7 @@ def extract_axis(
     settings: Settings | None = None,
     min_count: int = 10,
     held_out: Sequence[str] = (),
+    redo: Sequence[str] = (),
     report: Report | None = None,
 ) -> Extraction:
     """Run every step that the folder does not hold yet, and return the axis.
@@ -74,15 +78,17 @@ def extract_axis(
       model: the model whose axis it is.
       roles: the roles, one of them named "default".
       questions: asked under every prompt of every role.
-      folder: the run folder.
+      folder: the run folder; while this runs, no other process may write to it.
       judge: scores the roles' rollouts (the default's are not judged).
       min_count: a role's vector needs this many rollouts that fully play it.
       held_out: roles that are played and judged but enter neither axis nor thresholds.
+      redo: roles whose files are removed and made anew, as for a damaged one.
       report: called with (step, done, total, tokens).
 
     Raises:
-      ValueError: no default role, unknown held-out roles, a folder of another run, or too few
-        rollouts that play their role.
+      ValueError: no default role, unknown held-out roles, a role name that cannot name a file, a
+        folder of another run or one that another process writes to, damaged files of a role, or
+        too few rollouts that play their role.
     """
     settings = settings or Settings()
     roles, questions = all_of(Role, roles, "roles"), all_of(Question, questions, "questions")
@@ -90,15 +96,35 @@ def extract_axis(
         raise ValueError(f"held_out is one string ({held_out!r}); give a list of roles' names")
     held_out = list(held_out)
     names = [role.name for role in roles]
+    check_names(names)
+    unknown = sorted(set(redo) - set(names))
+    if unknown:
+        raise ValueError(f"redo names unknown roles {unknown}; the roles are {names[:8]}"
+                         + (" …" if len(names) > 8 else ""))
     unknown = sorted(set(held_out) - set(names))
     if "default" not in names or unknown or "default" in held_out:
         raise ValueError(
             f"unknown held-out roles {unknown}" if unknown else
             "roles must hold one named 'default' that is not held out"
         )
-    _check(model, roles, questions, settings, judge, min_count, held_out)
-    manifest = _manifest(model, roles, questions, judge, settings, min_count, held_out)
-    run = processes.in_turn(lambda: Run(folder, manifest))
+    prompts = _check(model, roles, questions, settings, judge, min_count, held_out)
+    described = manifest(model, roles, questions, judge, settings, min_count, held_out, prompts)
+    processes.warn_of_deadlock()
+    with contextlib.ExitStack() as held:
+        run = processes.in_turn(
+            lambda: held.enter_context(Run.open(folder, described, processes.index())))
+        return _extract(model, run, roles, questions, judge, settings, min_count, held_out, redo,
+                        report)
+
+
+def _extract(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[Question],
+             judge: Judge, settings: Settings, min_count: int, held_out: Sequence[str],
+             redo: Sequence[str], report: Report | None) -> Extraction:
+    """Run every step that an open run does not hold yet, and return the axis."""
+    names = [role.name for role in roles]
+    for i, name in enumerate(names):
+        if name in redo and processes.owns(i):
+            run.discard(name)
     tokens = _play_missing(model, run, roles, questions, settings, report)
     scores = {role.name: _judge(run, role, judge, mine)
               for role, mine in zip(roles, map(processes.owns, range(len(roles))), strict=True)}
@@ -146,13 +172,21 @@ def extract_axis(
 
 
 def _check(model: Model, roles: Sequence[Role], questions: Sequence[Question], settings: Settings,
-           judge: Judge, min_count: int, held_out: Sequence[str]) -> None:
-    """Refuse what cannot end well, before a folder is made or a token generated."""
+           judge: Judge, min_count: int, held_out: Sequence[str]) -> str:
+    """Refuse what cannot end well, before a folder is made or a token generated.
+
+    Returns:
+      A digest of the tokens of every prompt and of every question.
+    """
     sampling(1, temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
     if min_count < 1:
         raise ValueError(f"min_count is {min_count}; it must be positive")
     if not questions:
         raise ValueError("questions is empty; give at least one")
+    twice = [i for i, n in Counter(question.id for question in questions).items() if n > 1]
+    if twice:
+        raise ValueError(f"question id {twice[0]} is given more than once; rollouts are known by "
+                         "it: give every question an id of its own")
     if len(roles) - 1 - len(held_out) < 2:
         raise ValueError(f"{len(roles) - 1 - len(held_out)} roles besides the default may enter "
                          "the axis; it needs two")
@@ -166,26 +200,13 @@ def _check(model: Model, roles: Sequence[Role], questions: Sequence[Question], s
     pairs = [(prompt, longest[1].text) for prompt in prompts]
     pairs += [(longest[0], question.text) for question in questions]
     context = model.config.max_context
-    for prompt, question in pairs:
-        size = chat.encode_row(model.tokenizer, opening(prompt, question)).tokens.size
+    rows = [chat.encode_row(model.tokenizer, opening(*pair)) for pair in pairs]
+    for (prompt, question), row in zip(pairs, rows, strict=True):
+        size = row.tokens.size
         if size >= context:
             raise ValueError(f"the prompt {prompt[:40]!r} with the question {question[:40]!r} has "
                              f"{size} tokens; the context holds {context}, the reply included")
-
-
-def _manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question], judge: Judge,
-              settings: Settings, min_count: int, held_out: Sequence[str]) -> dict[str, Any]:
-    packages = ("jax", "jaxlib", "jaxpersona", "numpy", "transformers")
-    return {
-        "model": {"name": model.name, "fingerprint": model.fingerprint,
-                  "fingerprint_scheme": SCHEME,
-                  "dtype": str(model.params.embed_vd.dtype)},
-        "arguments": {**dataclasses.asdict(settings), "judge": judge.name, "min_count": min_count,
-                      "held_out": sorted(held_out)},
-        "roles": {role.name: digest([list(role.prompts), role.eval_prompt]) for role in roles},
-        "questions": digest([[q.id, q.text] for q in questions]),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
-    }
+    return tokens_digest(rows)
 
 
 def _play_missing(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[Question],
@@ -193,9 +214,7 @@ def _play_missing(model: Model, run: Run, roles: Sequence[Role], questions: Sequ
     """Play the roles whose conversations are not there yet, several to a call."""
     size = {role.name: len(role.prompts) * len(questions) * settings.samples for role in roles}
     owned = {role.name: processes.owns(i) for i, role in enumerate(roles)}
-    # read whole, so that a damaged file is said before anything is generated
-    held = processes.merge({role.name: run.rollouts(role.name) is not None for role in roles
-                            if owned[role.name]})
+    held = _whole(run, [role.name for role in roles if owned[role.name]])
     missing = [role for role in roles if not held[role.name]]
     total = sum(size.values())
     done = total - sum(size[role.name] for role in missing)
@@ -222,6 +241,28 @@ def _play_missing(model: Model, run: Run, roles: Sequence[Role], questions: Sequ
     return tokens
 
 
+def _whole(run: Run, mine: Sequence[str]) -> dict[str, bool]:
+    """Return for every role whether its rollouts are there, after a check of all its files.
+
+    Args:
+      mine: the roles whose files this process keeps.
+
+    Raises:
+      ValueError: damaged files, of whichever process's roles; each is named.
+    """
+    found: dict[str, bool | str] = {}
+    for name in mine:
+        try:
+            found[name] = run.is_whole(name)
+        except Damaged as error:
+            found[name] = error.fault
+    found = processes.merge(found)
+    faults = {name: fault for name, fault in found.items() if isinstance(fault, str)}
+    if faults:
+        raise ValueError(f"{'; '.join(faults.values())}; {remedy(sorted(faults))}")
+    return {name: bool(whole) for name, whole in found.items()}
+
+
 def _in_order(mine: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Join every process's roles, in the order of the roles, so that sums run in that order."""
     found = processes.merge(mine)
@@ -244,15 +285,14 @@ def _judge(run: Run, role: Role, judge: Judge, mine: bool) -> list[int | None]:
         scores = judge(role, records) \
             if mine or getattr(judge, "together", False) else None
         given: Any = processes.merge({"scores": scores} if mine else {})["scores"]
+        if len(given) != len(records):
+            raise ValueError(f"the judge {judge.name!r} gave {len(given)} scores for the "
+                             f"{len(records)} rollouts of role {role.name!r}; it must give one "
+                             "each")
         kept = {rollout_key(r): score for r, score in zip(records, given, strict=True)}
         if mine:
             run.save_scores(role.name, kept)
-    try:
-        return [kept[rollout_key(record)] for record in records]
-    except KeyError as error:
-        raise ValueError(
-            f"{run.folder}/scores/{role.name}.json lacks {error}; delete it to judge anew"
-        ) from None
+    return [kept[rollout_key(record)] for record in records]
 
 
 def _count(scores: Sequence[int | None]) -> dict[str, int]:

@@ -18,10 +18,11 @@ if TYPE_CHECKING:
 
 
 class Judge(Protocol):
-    """Score a role's rollouts; `name` is kept in the run.
+    """Score a role's rollouts; `name` is kept in the run, as is `settings` where a judge has it.
 
-    A judge that runs the model itself says so by `together = True`: then all processes of a run
-    call it together, else only the one that keeps the role's files.
+    `settings` is a table of JSON values on which the scores depend. A judge that runs the model
+    itself says so by `together = True`: then all processes of a run call it together, else only the
+    one that keeps the role's files.
     """
 
     name: str
@@ -48,6 +49,7 @@ class SelfJudge:
 
     def __init__(self, model: Model, *, batch_size: int = 32) -> None:
         self.model, self.batch_size = model, batch_size
+        self.settings = {"batch_size": batch_size}
 
     def __call__(self, role: Role, records: Sequence[Mapping[str, Any]]) -> list[int | None]:
         """Return the first integer 0–3 of each verdict of at most 10 tokens, else None."""

@@ -6,28 +6,23 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import capture, chat, processes
-from jaxpersona.batch import batch as make_batch
+from jaxpersona import capture, chat
+from jaxpersona.batch import batch
+from jaxpersona.extract import extract, width_of
 from jaxpersona.generate import generate
-from jaxpersona.interventions.compose import Interventions, given
-from jaxpersona.interventions.where import response
-from jaxpersona.model import forward
-from jaxpersona.nonfinite import explain
+from jaxpersona.interventions.compose import Interventions
+from jaxpersona.interventions.where import holds, response
 from jaxpersona.persona.check import fit
-from jaxpersona.programs import program
-from jaxpersona.prompts import bucket, encode
+from jaxpersona.prompts import encode
 from jaxpersona.runtime import own_rules
-from jaxpersona.sharding import off_mesh, on_own_mesh
+from jaxpersona.sharding import on_own_mesh
 from jaxpersona.vectors import Vector
 
 if TYPE_CHECKING:
     from jaxpersona.load import Model
-
-_forward = program(static=("config", "logits"))(forward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,40 +53,32 @@ def project_conversation(
     """Project the assistant messages of a finished conversation on directions.
 
     Each value is the mean over the message's response tokens of ⟨h, v̂⟩ (Lu et al. 2026, drift).
+    The activations are those of `extract`, on one device or on a mesh.
 
     Raises:
       ValueError: no assistant message, a conversation longer than the context, activations that
-        are not finite, or a direction of another model or site.
+        are not finite, or directions or interventions of another model or site.
     """
-    config = model.config
     vectors = [fit(model, vector) for vector in vectors]
     if model.tokenizer is None:
         raise ValueError("the model has no tokenizer; a conversation needs one")
-    row = encode(model, conversation, reply=False)
-    if row.tokens.size > config.max_context:
-        raise ValueError(
-            f"the conversation has {row.tokens.size} tokens; the context holds {config.max_context}"
-        )
-    batch = make_batch([row.tokens], kind=[row.kind], turn=[row.turn],
-                       width=bucket(row.tokens.size))
     directions = np.stack([vector.values for vector in vectors], 1)
     known = [i for i, layer in enumerate(directions) if layer.any(1).all()]
     if not known:
         raise ValueError("the directions have no layer in common at which none is zero")
-    out = _forward(model.params, config, jax.tree.map(jnp.asarray, batch), logits=None,
-                   interventions=off_mesh(interventions),
-                   capture=capture.projections(directions[known], response, layers=known))
-    if not bool(processes.fetch(out.finite)[0]):
-        raise ValueError(explain(model, row, given(interventions), "the conversation",
-                                 "it runs into"))
-    found_lt = np.asarray(out.captured["projections"].value)[0][:, : row.tokens.size]
-    values = np.full((config.n_layers, *found_lt.shape[1:]), np.nan, np.float32)  # [L, T, K]
+    row = encode(model, list(conversation), reply=False)
+    read = extract(model, [row], interventions=interventions, on_nonfinite="raise",
+                   capture=capture.projections(directions[known], response, layers=known),
+                   batch_tokens=width_of(row.tokens.size))  # no more rows than there must be
+    found_lt = read.captured["projections"][0]
+    values = np.full((model.config.n_layers, *found_lt.shape[1:]), np.nan, np.float32)  # [L, T, K]
     values[known] = found_lt
+    chosen = np.asarray(holds(jnp.asarray(response.encode()), batch(
+        [row.tokens], kind=[row.kind], turn=[row.turn])))[0, : row.tokens.size]
     found = []
-    for turn in sorted(set(row.turn.tolist())):
-        here = (row.turn == turn) & np.isfinite(values[known[0], :, 0])
-        if here.any():
-            found.append(TurnProjection(turn, int(here.sum()), values[:, here].mean(1)))
+    for turn in sorted(set(row.turn[chosen].tolist())):
+        here = chosen & (row.turn == turn)
+        found.append(TurnProjection(turn, int(here.sum()), values[:, here].mean(1)))
     if not found:
         raise ValueError("the conversation has no assistant message with response tokens")
     return found

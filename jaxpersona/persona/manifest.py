@@ -1,0 +1,109 @@
+"""What a run is: all that its files' bits depend on, recorded once and compared on resume."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from jaxpersona.params import SCHEME
+from jaxpersona.persona.judges import Judge
+from jaxpersona.persona.rollouts import Settings
+from jaxpersona.persona.run import digest
+from jaxpersona.persona.texts import Question, Role
+from jaxpersona.sampling import PRNG
+
+if TYPE_CHECKING:
+    from jaxpersona.load import Model
+
+_PACKAGES = ("jax", "jaxlib", "jaxpersona", "numpy", "transformers", "tokenizers")
+# settings of JAX, and variables of the environment, that change how numbers are rounded
+_FLAGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_disable_most_optimizations",
+          "jax_disable_jit")
+_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
+_IRRELEVANT = re.compile(r"--xla_dump_\S+")
+# instruction sets for which XLA compiles other code
+_CPU = re.compile(r"(avx|sse|fma|f16c|amx|asimd|sve|bf16|i8mm)")
+
+
+def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question], judge: Judge,
+             settings: Settings, min_count: int, held_out: Sequence[str],
+             prompts: str) -> dict[str, Any]:
+    """Return a run's manifest, a JSON value.
+
+    Args:
+      prompts: a digest of the tokens of prompts, which changes with the tokenizer and its template.
+    """
+    return {
+        "model": {"name": model.name, "fingerprint": model.fingerprint,
+                  "fingerprint_scheme": SCHEME,
+                  "dtype": str(model.params.embed_vd.dtype),
+                  "stop_ids": sorted(int(i) for i in model.stop_ids)},
+        "arguments": {**dataclasses.asdict(settings), "judge": judge.name,
+                      "judge_settings": dict(getattr(judge, "settings", {})),
+                      "min_count": min_count, "held_out": sorted(held_out)},
+        "roles": {role.name: digest([list(role.prompts), role.eval_prompt]) for role in roles},
+        "questions": digest([[q.id, q.text] for q in questions]),
+        "prompts": prompts,
+        "numerics": numerics(model),
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def numerics(model: Model) -> dict[str, Any]:
+    """Return what changes the bits of a model's results besides its weights and its inputs.
+
+    The generator of random draws is the sampler's own (`sampling.PRNG`), so JAX's settings of its
+    generators are left out.
+    """
+    weight = model.params.embed_vd
+    devices = sorted(weight.devices(), key=lambda d: d.id) if isinstance(weight, jax.Array) else (
+        jax.devices()[:1])
+    mesh: Mapping[str, int] = {} if model.mesh is None else dict(model.mesh.shape)
+    return {
+        "platform": devices[0].platform, "device": _kind(devices[0]), "devices": len(devices),
+        "mesh": dict(mesh), "processes": jax.process_count(), "prng": PRNG,
+        "jax": {name: _flag(name) for name in _FLAGS},
+        "environment": {name: _IRRELEVANT.sub("", os.environ.get(name, "")).split()
+                        for name in _VARIABLES},
+    }
+
+
+def _flag(name: str) -> Any:
+    """Return a setting of JAX; None where it is unset, or unknown to the version."""
+    value = getattr(jax.config, name, None)
+    if value is None:
+        with contextlib.suppress(AttributeError, KeyError):  # those without a context manager
+            value = jax.config.read(name)
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _kind(device: Any) -> str:
+    """Name a device; for a CPU, its architecture and the instruction sets that it has."""
+    if device.platform != "cpu":
+        return device.device_kind
+    found: set[str] = set()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                if key.strip() in ("flags", "Features"):
+                    found = {word for word in value.split() if _CPU.match(word)}
+                    break
+    except OSError:  # another system than Linux: the architecture has to do
+        pass
+    return " ".join([platform.machine(), *sorted(found)])
+
+
+def tokens_digest(rows: Sequence[Any]) -> str:
+    """Return a digest of encoded rows' tokens and kinds (`chat.Row`)."""
+    return digest([[np.asarray(row.tokens).tolist(), np.asarray(row.kind).tolist()]
+                   for row in rows])

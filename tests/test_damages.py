@@ -1,0 +1,398 @@
+"""A finished run folder, damaged in every way: each damage is recovered, or refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import support as s
+from jaxpersona.ckpts import files
+from jaxpersona.ckpts.files import read_tensors, write_tensors
+
+from jaxpersona.persona import extract
+from jaxpersona.persona.extract import extract_axis
+from jaxpersona.persona.rollouts import Settings
+from jaxpersona.persona.run import Run
+from jaxpersona.persona.texts import Question, Role
+
+ROLES = [Role("default", ("", "You are an AI."), "")] + [
+    Role(name, (f"You are a {name}.", f"Act as a {name}."), "{question} {answer}?")
+    for name in ("ghost", "pirate", "tutor")]
+QUESTIONS = [Question(0, "Why?"), Question(1, "How?")]
+SETTINGS = Settings(temperature=1.0, top_p=1.0, max_new_tokens=4, batch_size=8)
+MODEL = dataclasses.replace(s.tiny_model(vocab_size=258, stop_ids=(257,)),
+                            tokenizer=s.byte_tokenizer())
+
+
+class Judge:
+    """Score 3, but 2 for every fourth rollout."""
+
+    name = "test"
+
+    def __call__(self, role, records):
+        """Return one score for each record."""
+        return [2 if i % 4 == 3 else 3 for i in range(len(records))]
+
+
+def resume(folder, **changes):
+    options = {"judge": Judge(), "settings": SETTINGS, "min_count": 2, **changes}
+    return extract_axis(MODEL, ROLES, QUESTIONS, folder, **options)
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run, and one of another seed."""
+    folder = tmp_path_factory.mktemp("runs")
+    resume(folder / "run")
+    resume(folder / "other", settings=dataclasses.replace(SETTINGS, seed=1))
+    assert not list((folder / "run").glob(".*"))
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run, to damage."""
+    return shutil.copytree(finished / "run", tmp_path / "run")
+
+
+def flip(at):
+    def act(path):
+        data = bytearray(path.read_bytes())
+        data[int(at * (len(data) - 1))] ^= 4
+        path.write_bytes(data)
+    return act
+
+
+def rewrite(change):
+    def act(path):
+        path.write_bytes(change(path.read_bytes()))
+    return act
+
+
+def as_folder(path):
+    path.unlink()
+    (path / "inner").mkdir(parents=True)
+
+
+def as_dangling_link(path):
+    path.unlink()
+    path.symlink_to(path.with_name("nowhere"))
+
+
+DAMAGES = {
+    "emptied": rewrite(lambda data: b""), "halved": rewrite(lambda data: data[: len(data) // 2]),
+    "cut": rewrite(lambda data: data[:-1]), "longer": rewrite(lambda data: data + b"\n"),
+    "doubled": rewrite(lambda data: data + data), "zeroed": rewrite(lambda data: bytes(len(data))),
+    "flipped first": flip(0), "flipped early": flip(0.1), "flipped middle": flip(0.5),
+    "flipped late": flip(0.9), "flipped last": flip(1),
+    "not UTF-8": rewrite(lambda data: b"\xff\xfe" + data[2:]),
+    "a folder": as_folder, "a dangling link": as_dangling_link,
+}
+SEALED = ("rollouts/ghost.jsonl", "rollouts/default.jsonl", "means/ghost.safetensors",
+          "means/default.safetensors", "scores/ghost.json")
+DERIVED = ("vectors/ghost.safetensors", "axis.safetensors", "analysis.json")
+
+
+def refused(run, *wanted, **changes):
+    """Resume must raise one line that holds all of `wanted`, and change nothing."""
+    before = contents(run)
+    with pytest.raises(ValueError) as error:
+        resume(run, **changes)
+    said = str(error.value)
+    assert "\n" not in said and all(text in said for text in wanted), said
+    assert contents(run) == before
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", SEALED)
+def test_a_role_s_file_is_refused_by_name(finished, run, name, damage):
+    """The role is named, and so is how to make it anew."""
+    DAMAGES[damage](run / name)
+    role = re.split(r"[/.]", name)[1]
+    refused(run, name.split("/")[0] + "/" + role, "damaged", f"--redo {role}")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_manifest_is_refused_by_name_or_mended(finished, run, damage):
+    DAMAGES[damage](run / "run.json")
+    if damage in ("longer", "cut"):  # by the last newline: the same values in another form
+        resume(run)
+        assert contents(run) == contents(finished / "run")
+    else:
+        refused(run, "run")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", DERIVED)
+def test_what_is_computed_anew_is_recovered(finished, run, name, damage):
+    """Vectors, axis and analysis follow from means and scores."""
+    DAMAGES[damage](run / name)
+    if damage == "a folder":
+        with pytest.raises(ValueError, match=re.escape(name)):
+            resume(run)
+        return
+    resume(run)
+    assert contents(run) == contents(finished / "run")
+
+
+@pytest.mark.parametrize("name", [
+    "rollouts/ghost.jsonl", "scores/ghost.json", "vectors/ghost.safetensors", "axis.safetensors",
+    "analysis.json", "rollouts", "scores", "vectors"])
+def test_what_is_removed_is_made_anew(finished, run, name):
+    path = run / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    resume(run)
+    assert contents(run) == contents(finished / "run")
+
+
+def test_removed_means_and_a_removed_manifest_are_refused(run):
+    (run / "means/ghost.safetensors").unlink()
+    refused(run, "means/ghost.safetensors", "no such file", "--redo ghost")
+    (run / "run.json").unlink()
+    refused(run, str(run), "holds no run.json")
+
+
+def swap_lines(text):
+    lines = text.splitlines(keepends=True)
+    return "".join([lines[1], lines[0], *lines[2:]])
+
+
+def edit_reply(text):
+    lines = [json.loads(line) for line in text.splitlines()]
+    lines[0]["conversation"][-1]["content"] += "!"
+    return "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in lines)
+
+
+@pytest.mark.parametrize("change", [
+    swap_lines, edit_reply, lambda text: text.split("\n", 1)[1],
+    lambda text: text + text.split("\n", 1)[0] + "\n", lambda text: "5\n" + text,
+    lambda text: text.replace('"sample": 0', '"sample": 1'),
+    lambda text: text.replace("\n", "\r\n")],
+    ids=["swapped lines", "an edited reply", "a line less", "a line twice", "a number",
+         "other samples", "line ends"])
+def test_rollouts_that_are_valid_but_others(run, change):
+    path = run / "rollouts/ghost.jsonl"
+    path.write_bytes(change(path.read_text("utf-8")).encode())
+    refused(run, "rollouts/ghost.jsonl", "--redo ghost")
+
+
+def change_row(row, value):
+    def act(tensors, about):
+        tensors["response"][row] = value
+    return act
+
+
+def swap_rows(tensors, about):
+    tensors["response"][[0, 1]] = tensors["response"][[1, 0]]
+
+
+def drop_row(tensors, about):
+    tensors["response"] = tensors["response"][1:]
+
+
+@pytest.mark.parametrize("change", [
+    change_row(0, np.nan), change_row(1, np.inf), change_row((0, 0, 0), np.nan),
+    change_row((slice(None), 1), 7.0), swap_rows, drop_row,
+    lambda tensors, about: tensors.update(extra=np.zeros(2, np.float32)),
+    lambda tensors, about: tensors.pop("response"),
+    lambda tensors, about: tensors.update(response=tensors["response"].astype(np.float16)),
+    lambda tensors, about: about.update(role="pirate"),
+    lambda tensors, about: about.update(rollouts="0" * 64),
+    lambda tensors, about: about.pop("digest"), lambda tensors, about: about.clear()],
+    ids=["NaN row", "Inf row", "NaN number", "a layer overwritten", "swapped rows", "a row less",
+         "a tensor more", "no tensor", "another dtype", "another role", "other rollouts",
+         "no digest", "no header"])
+def test_means_that_are_valid_but_others(run, change):
+    path = run / "means/ghost.safetensors"
+    tensors, about = read_tensors(path)
+    change(tensors, about)
+    write_tensors(path, tensors, about)
+    refused(run, "means/ghost.safetensors", "--redo ghost")
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: t["scores"].update({next(iter(t["scores"])): True}),
+    lambda t: t["scores"].update({next(iter(t["scores"])): 3.0}),
+    lambda t: t["scores"].update({next(iter(t["scores"])): 4}),
+    lambda t: t["scores"].update({next(iter(t["scores"])): 0}),
+    lambda t: t["scores"].update({next(iter(t["scores"])): [3]}),
+    lambda t: t["scores"].popitem(), lambda t: t["scores"].update(more=3),
+    lambda t: t.update(scores=[3, 3, 3, 3]), lambda t: t.update(role="pirate"),
+    lambda t: t.pop("digest"), lambda t: t.update(rollouts="0" * 64), lambda t: t.clear()],
+    ids=["true", "3.0", "4", "another score", "a list", "one less", "one more", "all a list",
+         "another role", "no digest", "other rollouts", "nothing"])
+def test_scores_that_are_valid_json_but_others(run, change):
+    path = run / "scores/ghost.json"
+    table = json.loads(path.read_text())
+    change(table)
+    path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
+    refused(run, "scores/ghost.json", "--redo ghost")
+
+
+@pytest.mark.parametrize("parts", [
+    ["rollouts"], ["means"], ["scores"], ["rollouts", "means"], ["rollouts", "means", "scores"]],
+    ids="+".join)
+@pytest.mark.parametrize("source", ["role", "run"])
+def test_files_of_another_role_or_run(finished, run, parts, source):
+    """Whole and unchanged, but not this role's of this run."""
+    there = finished / "other" if source == "run" else finished / "run"
+    for part in parts:
+        end = next((run / part).glob("ghost.*")).suffix
+        name = "ghost" if source == "run" else "pirate"
+        shutil.copy(there / part / f"{name}{end}", run / part / f"ghost{end}")
+    if parts == ["scores"] and source == "run":
+        refused(run, "scores/ghost.json", "--redo ghost")
+    refused(run, "/ghost.", "--redo ghost")
+
+
+@pytest.mark.parametrize(("field", "value", "wanted"), [
+    (("model", "fingerprint"), "0" * 16, "model.fingerprint"),
+    (("model", "dtype"), "bfloat16", "model.dtype"), (("arguments", "seed"), 3, "arguments.seed"),
+    (("arguments", "samples"), True, "arguments.samples was true, now 1"),
+    (("arguments", "batch_size"), 8.0, "arguments.batch_size"),
+    (("roles", "ghost"), "0" * 16, "roles.ghost"), (("questions",), "0" * 16, "questions"),
+    (("prompts",), "0" * 16, "prompts"), (("versions", "jax"), "0.1", "versions.jax"),
+    (("numerics", "platform"), "gpu", "numerics.platform"),
+    (("numerics", "device"), "NVIDIA H100", "numerics.device"),
+    (("numerics", "devices"), 4, "numerics.devices"),
+    (("numerics", "mesh"), {"data": 2}, "numerics.mesh.data was 2, now absent"),
+    (("numerics", "prng"), "rbg", "numerics.prng"),
+    (("numerics", "jax", "jax_enable_x64"), True, "numerics.jax.jax_enable_x64"),
+    (("format",), "jaxpersona-run 1", "go on with the version that began it"),
+    (("format",), 5, "not one of this engine's runs"),
+    (("unknown",), 1, "unknown was 1, now absent"),
+], ids=str)
+def test_every_field_of_the_manifest_is_compared(run, field, value, wanted):
+    manifest = json.loads((run / "run.json").read_text())
+    table = manifest
+    for key in field[:-1]:
+        table = table[key]
+    table[field[-1]] = value
+    (run / "run.json").write_text(json.dumps(manifest))
+    refused(run, wanted, str(run))
+
+
+@pytest.mark.parametrize("damaged", [
+    ["rollouts/ghost.jsonl"], ["means/ghost.safetensors"], ["scores/ghost.json"],
+    ["rollouts/default.jsonl", "scores/tutor.json"]], ids="+".join)
+def test_a_damaged_role_is_made_anew_when_asked(finished, run, damaged):
+    """All damaged roles are named at once, and only these are made anew."""
+    for name in damaged:
+        flip(0.5)(run / name)
+    roles = [re.split(r"[/.]", name)[1] for name in damaged]
+    refused(run, *damaged, *(f"--redo {role}" for role in roles))
+    kept = run / "rollouts" / "pirate.jsonl"
+    before = kept.stat().st_mtime_ns
+    resume(run, redo=roles)
+    assert contents(run) == contents(finished / "run") and kept.stat().st_mtime_ns == before
+    refused(run, "redo names unknown roles ['nobody']", redo=["nobody"])
+
+
+class Killed(BaseException):
+    """Ends a run as a signal would."""
+
+
+def test_a_run_that_ends_before_any_write_resumes_to_the_same_bytes(finished, tmp_path,
+                                                                    monkeypatch):
+    """Ended before the n-th rename, for every n; the temporary file stays behind."""
+    expected = contents(finished / "run")
+    replace, left = os.replace, [0]
+
+    def counted(source, target):
+        left[0] -= 1
+        if left[0] < 0:
+            os.link(source, target.with_name(f".{target.name}.999999999.tmp"))
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(files.os, "replace", counted)
+    monkeypatch.setattr(extract, "_TOGETHER", 1)
+    for writes in range(len(expected)):
+        folder, left[0] = tmp_path / str(writes), writes
+        with pytest.raises(Killed):
+            resume(folder)
+        left[0] = 1000
+        resume(folder)
+        assert contents(folder) == expected, writes
+    left[0] = len(expected)
+    resume(tmp_path / "whole")  # it has as many writes as files
+
+
+def test_a_file_is_replaced_and_never_written_over(tmp_path):
+    """Who has the old file open reads it whole; what fails midway leaves it as it was."""
+    path = tmp_path / "x.json"
+    files.write_json(path, {"old": 1})
+    with open(path) as old:
+        files.write_json(path, {"new": list(range(1000))})
+        assert json.load(old) == {"old": 1}
+    with pytest.raises(Killed), files.atomic(path) as temporary:
+        temporary.write_text("half")
+        raise Killed
+    assert json.loads(path.read_text()) == {"new": list(range(1000))}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+HOLD = """
+import fcntl, os, sys, time
+handle = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)
+fcntl.flock(handle, fcntl.LOCK_EX)
+os.write(handle, b"process 77 on elsewhere")
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("name", [".lock", ".lock.3"])
+def test_a_second_process_is_refused_until_the_first_has_ended(finished, run, name):
+    """Whichever process of the first run it is; a killed one leaves no obstacle."""
+    first = subprocess.Popen([sys.executable, "-S", "-c", HOLD, str(run / name)], text=True,
+                             stdout=subprocess.PIPE)
+    try:
+        assert first.stdout.readline() == "held\n"
+        refused(run, f"{run}: is in use by process 77 on elsewhere", "wait until")
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.communicate()
+    resume(run)
+    assert contents(run) == contents(finished / "run")
+
+
+def test_one_process_holds_a_folder_once(run):
+    manifest = json.loads((run / "run.json").read_text())
+    with Run.open(run, manifest):
+        with pytest.raises(ValueError, match="in use by process "
+                           f"{os.getpid()} on {re.escape(socket.gethostname())}"):
+            resume(run)
+        assert Run.read(run).means("ghost").shape == (4, 3, 32)  # reading needs no lock
+    resume(run)
+
+
+def test_only_the_run_s_own_leftovers_are_removed(finished, run, tmp_path):
+    mine = [".run.json.999999999.tmp", "rollouts/.ghost.jsonl.999999999.tmp",
+            "means/.default.safetensors.1.tmp", "scores/.tutor.json.5.tmp",
+            ".axis.safetensors.7.tmp", ".roles.png.999999999.tmp"]
+    kept = [".notes.tmp", "rollouts/.draft.5.tmp", "rollouts/.nobody.jsonl.5.tmp", ".x.y.5.tmp",
+            f".pca.png.{os.getpid()}.tmp", "sub/.ghost.jsonl.5.tmp", "scores/.ghost.jsonl.5.tmp"]
+    for name in (*mine, *kept):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_text("x")
+    (run / ".folder.5.tmp").mkdir()
+    before = contents(run)
+    refused(run, "holds another run", settings=dataclasses.replace(SETTINGS, seed=9))
+    assert contents(run) == before
+    resume(run)
+    assert set(contents(run)) == set(contents(finished / "run")) | set(kept)
+    assert (run / ".folder.5.tmp").is_dir()

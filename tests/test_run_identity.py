@@ -1,0 +1,241 @@
+"""What a run records of itself, how its roles are named, and how its axis follows from scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import support as s
+from jaxpersona.ckpts.vectors import load_axis
+
+from jaxpersona.persona import axis as science
+from jaxpersona.persona.extract import extract_axis
+from jaxpersona.persona.judges import SelfJudge, read_score
+from jaxpersona.persona.manifest import numerics
+from jaxpersona.persona.names import file_stem
+from jaxpersona.persona.rollouts import Settings
+from jaxpersona.persona.run import Run
+from jaxpersona.persona.texts import Question, Role
+
+QUESTIONS = [Question(0, "Why?"), Question(1, "How?")]
+SETTINGS = Settings(temperature=1.0, top_p=1.0, max_new_tokens=4, batch_size=8)
+MODEL = dataclasses.replace(s.tiny_model(vocab_size=258, stop_ids=(257,)),
+                            tokenizer=s.byte_tokenizer())
+
+
+def cast(*names):
+    return [Role("default", ("", "You are an AI."), "")] + [
+        Role(name, ("You are one.", "Act as one."), "{question} {answer}") for name in names]
+
+
+class Judge:
+    """Give each role the scores that are listed for it."""
+
+    name = "listed"
+
+    def __init__(self, scores):
+        self.scores = scores
+
+    def __call__(self, role, records):
+        """Return the listed scores."""
+        return self.scores.get(role.name, [3] * len(records))
+
+
+def find(folder, roles, judge=None, **options):
+    return extract_axis(MODEL, roles, QUESTIONS, folder, judge=judge or Judge({}),
+                        settings=SETTINGS, **{"min_count": 1, **options})
+
+
+NAMES = ["../../x", "/etc/passwd", "a/b", "a\\b", "..", ".", ".hidden", "a:b", "über Ärzte", "幽霊",
+         "a\nb", "a\0b", "100%", "%2E", " ", "x" * 200, "gpt-4.5_mini"]
+
+
+def test_any_name_stays_within_its_folder_and_is_its_own(tmp_path):
+    """Names that are paths, or that systems refuse, are encoded; the run resumes under them."""
+    roles, out = cast(*NAMES), tmp_path / "deep" / "run"
+    found = find(out, roles)
+    stems = [file_stem(role.name) for role in roles]
+    assert len(set(stems)) == len(roles) and not set("/\\:\0\n ") & set("".join(stems))
+    assert file_stem("gpt-4.5_mini") == "gpt-4.5_mini" and file_stem("..") == "%2E."
+    outside = [p for p in tmp_path.rglob("*") if p.is_file() and not p.is_relative_to(out)]
+    assert not outside and len(list((out / "rollouts").iterdir())) == len(roles)
+    assert set(found.projections) == {role.name for role in roles}
+    before = {p: p.stat().st_mtime_ns for p in out.glob("rollouts/*")}
+    again = find(out, roles)
+    assert again.tokens == 0 and before == {p: p.stat().st_mtime_ns for p in before}
+
+
+@pytest.mark.parametrize(("names", "wanted"), [
+    (["x" * 201], "takes 201 bytes as a file name; it may take 200"),
+    (["é" * 40], "takes 240 bytes"), ([""], "must be a text"), ([None], "must be a text"),
+    (["\ud800"], "half a surrogate pair"), (["a", "b", "a"], "two roles are named 'a'"),
+    (["Ghost", "ghost"], "alike but for upper and lower case")])
+def test_a_name_that_no_file_can_have_is_refused_before_anything(tmp_path, names, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        find(tmp_path / "run", [*cast("one", "two")] + cast(*names)[1:])
+    assert not list(tmp_path.iterdir())
+
+
+def test_question_ids_and_counts_of_scores_are_checked(tmp_path):
+    twice = [Question(0, "Why?"), Question(0, "How?")]
+    with pytest.raises(ValueError, match="question id 0 is given more than once"):
+        extract_axis(MODEL, cast("a", "b"), twice, tmp_path / "run", judge=Judge({}))
+    assert not list(tmp_path.iterdir())
+    for scores, wanted in (([3], "gave 1 scores for the 4 rollouts"),
+                           ([3, True, 3, 3], "a rollout of role 'a' True"),
+                           ([3, 2.0, 3, 3], "a rollout of role 'a' 2.0"),
+                           ([3, 4, 3, 3], "a rollout of role 'a' 4")):
+        with pytest.raises(ValueError, match=wanted):
+            find(tmp_path / "run", cast("a", "b"), Judge({"a": scores}))
+
+
+def test_what_changes_bits_is_recorded_and_compared(tmp_path, monkeypatch):
+    """Device, mesh, JAX's flags, the environment's, tokenizer and judge: another one is refused."""
+    out, roles = tmp_path / "run", cast("a", "b")
+    find(out, roles)
+    kept = json.loads((out / "run.json").read_text())
+    assert kept["numerics"]["platform"] == "cpu" and kept["numerics"]["prng"] == "threefry2x32"
+    assert kept["numerics"]["devices"] == 1 and kept["numerics"]["processes"] == 1
+    assert kept["numerics"]["jax"]["jax_enable_x64"] is False
+    flags = kept["numerics"]["environment"]["XLA_FLAGS"]
+    assert "--xla_force_host_platform_device_count=8" in flags
+
+    def refused(wanted, *, model=MODEL, judge=None):
+        with pytest.raises(ValueError, match=wanted):
+            extract_axis(model, roles, QUESTIONS, out, judge=judge or Judge({}), settings=SETTINGS,
+                         min_count=1)
+
+    with jax.default_matmul_precision("bfloat16"):
+        refused("numerics.jax.jax_default_matmul_precision was null, now \"bfloat16\"")
+    with monkeypatch.context() as patch:
+        flags = os.environ["XLA_FLAGS"]
+        patch.setenv("XLA_FLAGS", flags + " --xla_cpu_enable_fast_math=true")
+        refused("numerics.environment.XLA_FLAGS")
+        patch.setenv("XLA_FLAGS", flags + " --xla_dump_to=/x")
+        find(out, roles)  # where programs are dumped changes no bit
+    other = s.byte_tokenizer()
+    other.chat_template = other.chat_template.replace("assistant\n", "assistant: ")
+    refused("prompts was", model=dataclasses.replace(MODEL, tokenizer=other))
+    refused("model.stop_ids", model=dataclasses.replace(MODEL, stop_ids=(257, 9)))
+    judge = Judge({})
+    judge.settings = {"batch_size": 3}
+    refused("arguments.judge_settings.batch_size was absent, now 3", judge=judge)
+    assert SelfJudge(MODEL, batch_size=5).settings == {"batch_size": 5}
+
+
+def test_a_mesh_is_recorded(checkpoint):
+    import jaxpersona as jp
+
+    mesh = jp.make_mesh(data=2, model=2, devices=jax.devices()[:4])
+    spread = numerics(jp.load(str(checkpoint), mesh=mesh))
+    assert spread["devices"] == 4 and {"data": 2, "model": 2}.items() <= spread["mesh"].items()
+
+
+def test_a_role_at_min_count_is_in_the_axis_and_below_it_is_not(tmp_path):
+    scores = {"a": [3, 3, 0, 0], "b": [3, 3, 3, 2], "c": [3, 2, 2, None]}
+    found = find(tmp_path / "run", cast("a", "b", "c"), Judge(scores), min_count=2)
+    assert found.analysis.names == ["a", "b"] and set(found.role_means) == {"a", "b"}
+    assert found.counts["c"] == {"0": 0, "1": 0, "2": 2, "3": 1, "None": 1}
+
+
+def test_both_populations_have_their_own_values(tmp_path):
+    """"default" is the default's rollouts; "all" is everyone's, but for held-out roles."""
+    out, roles = tmp_path / "run", cast("a", "b", "c")
+    found = find(out, roles, held_out=["c"])
+    run = Run.read(out)
+    unit = found.axis.values / np.linalg.norm(found.axis.values, axis=1, keepdims=True)
+
+    def places(*names):
+        means = np.concatenate([run.means(name) for name in names]).astype(np.float64)
+        return np.einsum("nld,ld->nl", means, unit)[np.isfinite(means).all((1, 2))]
+
+    kept = load_axis(out / "axis.safetensors")
+    for of, names in (("default", ["default"]), ("all", ["default", "a", "b"])):
+        for q in (5, 25, 90):
+            np.testing.assert_allclose(kept.thresholds(f"p{q}", of=of),
+                                       np.percentile(places(*names), q, axis=0), rtol=1e-4)
+    with_c = np.percentile(places("default", "a", "b", "c"), 90, axis=0)
+    assert np.abs(kept.thresholds("p90", of="all") - with_c).max() > 1e-3
+
+
+def test_coordinates_are_centred():
+    """The roles' coordinates are those of their differences from the roles' mean."""
+    vectors = np.random.default_rng(0).normal(3.0, 1.0, (6, 5))
+    found = science.principal_components(vectors, np.ones(5))
+    np.testing.assert_allclose(found.coordinates.mean(0), 0, atol=1e-12)
+    expected = (vectors - vectors.mean(0)) @ found.directions.T
+    np.testing.assert_allclose(found.coordinates, expected, atol=1e-12)
+    assert np.var(found.coordinates[:, 0]) == pytest.approx(
+        found.ratio[0] * np.var(vectors, axis=0).sum())
+
+
+RECORDS = [{"question": f"Why {i}?", "conversation": [
+    {"role": "system", "content": "a system prompt"}, {"role": "user", "content": f"Why {i}?"},
+    {"role": "assistant", "content": f"Reply {i}."}]} for i in range(4)]
+
+
+def test_the_self_judge_asks_for_the_last_message_and_reads_the_verdicts(monkeypatch):
+    module = sys.modules["jaxpersona.generate"]  # the package's attribute is the function
+    asked = []
+
+    def said(model, conversations, **options):
+        asked.extend(conversations)
+        assert options == {"max_new_tokens": 10, "batch_size": 2}
+        return module.Generated(["3", "Score: 1", "4", "I cannot say"], [], np.zeros(4), [], {}, ())
+
+    monkeypatch.setattr(module, "generate", said)
+    role = Role("ghost", ("You are a ghost.",), "Q: {question} A: {answer} Rate it 0 to 3.")
+    assert SelfJudge(MODEL, batch_size=2)(role, RECORDS) == [3, 1, None, None]
+    assert asked == [f"Q: Why {i}? A: Reply {i}. Rate it 0 to 3." for i in range(4)]
+
+
+def test_the_self_judge_judges_with_the_model_itself(tmp_path):
+    """It runs on a real model, and its scores are kept."""
+    role = Role("ghost", ("You are a ghost.",), "{question} {answer}?")
+    scores = SelfJudge(MODEL, batch_size=4)(role, RECORDS)
+    assert len(scores) == 4 and set(scores) <= {0, 1, 2, 3, None}
+    with pytest.raises(ValueError, match="has no eval_prompt"):
+        SelfJudge(MODEL)(Role("bare", ("x",), ""), RECORDS)
+
+
+@pytest.mark.parametrize(("text", "score"), [
+    ("4", None), ("4 or 3", 3), ("-1", 1), ("3/3", 3), ("1.5", None), ("2.", 2), ("12", None),
+    ("x2", 2), ("", None), ("0\n3", 0)])
+def test_a_score_is_an_integer_from_0_to_3_that_stands_alone(text, score):
+    assert read_score(text) == score
+
+
+def test_a_killed_command_resumes_to_the_same_bytes(tmp_path):
+    """A process that gets SIGKILL while it plays roles leaves a folder that goes on."""
+    code = (
+        "import os, signal, sys\n"
+        "import test_run_identity as t\n"
+        "from jaxpersona.persona import extract\n"
+        "extract._TOGETHER = 1\n"
+        "from jaxpersona.persona.run import Run\n"
+        "save = Run.save_rollouts\n"
+        "def killed(self, role, *rest):\n"
+        "    save(self, role, *rest)\n"
+        "    if role == 'a':\n"
+        "        (self.folder / 'rollouts' / f'.b.jsonl.{os.getpid()}.tmp').write_text('{')\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Run.save_rollouts = killed\n"
+        "t.find(sys.argv[1], t.cast('a', 'b'))\n")
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "part")], env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert (tmp_path / "part" / ".lock").exists()
+    assert (tmp_path / "part" / "rollouts" / "a.jsonl").exists()
+    for name in ("part", "whole"):
+        find(tmp_path / name, cast("a", "b"))
+    part, whole = ({str(p.relative_to(tmp_path / name)): p.read_bytes()
+                    for p in (tmp_path / name).rglob("*") if p.is_file()}
+                   for name in ("part", "whole"))
+    assert part == whole

@@ -1,0 +1,111 @@
+"""Conversations watched turn by turn: the readings of `extract`, of any model and on any mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+import jaxpersona as jp
+from jaxpersona import capture
+from jaxpersona.extract import extract
+from jaxpersona.interventions.where import everywhere
+from jaxpersona.persona.talk import grow, project_conversation
+from jaxpersona.vectors import Vector
+
+TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"},
+        {"role": "assistant", "content": "I am a ghost of the sea."},
+        {"role": "user", "content": "And now?"}, {"role": "assistant", "content": "Still."}]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    """A random model with a byte-level tokenizer."""
+    return jp.load(str(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def vectors(model):
+    """Two random directions of the model."""
+    rng = np.random.default_rng(0)
+    shape = model.config.n_layers, model.config.d_model
+    return [Vector(rng.normal(size=shape).astype(np.float32), name=name, model=model.name,
+                   fingerprint=model.fingerprint) for name in ("a", "b")]
+
+
+def by_hand(model, vectors, edits=None):
+    """Mean projections of the assistant's messages, from every token's activation."""
+    read = extract(model, [TALK], capture=capture.full(everywhere), interventions=edits)
+    row, full = read.rows[0], read.captured["full"][0]
+    text = [model.tokenizer.decode([token]) for token in row.tokens.tolist()]
+    out = []
+    for turn in (2, 4):
+        content = TALK[turn]["content"]
+        start = "".join(text).index(content)  # a token is a byte
+        at, where = 0, []
+        for i, piece in enumerate(text):
+            if start <= at < start + len(content):
+                where.append(i)
+            at += len(piece)
+        means = full[:, where].mean(1)  # [L, D]
+        out.append(np.stack([np.einsum("ld,ld->l", means, v.unit) for v in vectors], -1))
+    return out, full
+
+
+def test_each_value_is_the_mean_over_the_message(model, vectors):
+    """Against activations of every token that are averaged here, capped and not."""
+    edit = jp.steer(vectors[0], layers=[1], scale=3.0)
+    plain, _ = by_hand(model, vectors)
+    for edits in (None, edit):
+        expected, _ = by_hand(model, vectors, edits)
+        found = project_conversation(model, TALK, vectors, interventions=edits)
+        assert [(t.turn, t.tokens) for t in found] == [(2, len(TALK[2]["content"])),
+                                                       (4, len(TALK[4]["content"]))]
+        for turn, want in zip(found, expected, strict=True):
+            np.testing.assert_allclose(turn.values, want, rtol=2e-4, atol=2e-4)
+    assert np.abs(expected[0] - plain[0]).max() > 0.1  # the edit acts
+
+
+def test_edits_of_another_model_are_refused(model, vectors):
+    other = dataclasses.replace(vectors[0], model="another", fingerprint="0" * 16)
+    edit = dataclasses.replace(other, fingerprint=model.config.hash() + "00000001")
+    with pytest.raises(ValueError, match="made for another model"):
+        project_conversation(model, TALK, vectors, interventions=jp.steer(edit, layers=[1]))
+    wide = jp.steer(np.ones(7, np.float32), layers=[1])
+    with pytest.raises(ValueError, match="width"):
+        project_conversation(model, TALK, vectors, interventions=wide)
+    many = jp.steer(np.ones((2, 32), np.float32), layers=[1], rows=[0, 1])
+    with pytest.raises(ValueError, match="rows"):
+        project_conversation(model, TALK, vectors, interventions=many)
+
+
+def test_a_mesh_of_two_rows_gives_the_values_of_one_device(model, checkpoint, vectors):
+    mesh = jp.make_mesh(data=2, model=2, devices=jax.devices()[:4])
+    spread = jp.load(str(checkpoint), mesh=mesh)
+    one, two = (project_conversation(m, TALK, vectors) for m in (model, spread))
+    for a, b in zip(one, two, strict=True):
+        assert (a.turn, a.tokens) == (b.turn, b.tokens)
+        np.testing.assert_allclose(b.values, a.values, rtol=1e-4, atol=1e-4)
+
+
+def test_no_assistant_message_and_too_long_a_conversation_are_refused(model, vectors):
+    with pytest.raises(ValueError, match="no assistant message"):
+        project_conversation(model, TALK[:2], vectors)
+    long = [TALK[1], {"role": "assistant", "content": "word " * 100}]
+    with pytest.raises(ValueError, match="context"):
+        project_conversation(model, long, vectors)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        project_conversation(dataclasses.replace(model, tokenizer=None), TALK, vectors)
+
+
+def test_grown_conversations_are_edited(model, vectors):
+    """Every turn is generated under the interventions: replies never project below the floor."""
+    edit = jp.cap(vectors[0], layers=[2], floor=50.0)
+    said = [["Hello.", "And then?"]]
+    held = grow(model, [[]], said, vectors[0], interventions=edit, max_new_tokens=5)
+    free = grow(model, [[]], said, vectors[0], max_new_tokens=5)
+    assert held.projections.shape == free.projections.shape == (2, 1, 3)
+    assert (held.projections[:, 0, 2] >= 49.99).all()
+    assert (free.projections[:, 0, 2] < 49).all()
