@@ -19,12 +19,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxpersona.ckpts import tensorfile
-from jaxpersona.ckpts.files import require_folder
 from jaxpersona.ckpts.tensorfile import DTYPES, Entry
 
 from jaxpersona import sharding
 from jaxpersona.config import ModelConfig
-from jaxpersona.families import from_hf, read_json, to_hf
+from jaxpersona.families import from_hf, to_hf
+from jaxpersona.inputs import read_json, require_folder
 from jaxpersona.params import Params, Spec, layout
 
 SINGLE = "model.safetensors"

@@ -4,6 +4,9 @@ A decoder-only language model as a pure function whose residual stream is read a
 pytrees of data, compiled into the same program as the model.
 """
 
+import jaxpersona.interrupt  # first: the command answers signals while the others are imported
+
+# isort: split
 from jaxpersona import capture
 from jaxpersona.batch import Batch, batch
 from jaxpersona.cache import Cache, init_cache

@@ -237,7 +237,7 @@ def project(conversation: pathlib.Path, files: list[pathlib.Path], *, model: str
     from rich.table import Table
 
     from jaxpersona.ckpts.vectors import load_vector
-    from jaxpersona.families import read_json
+    from jaxpersona.inputs import read_json
     from jaxpersona.persona.check import fit
     from jaxpersona.persona.talk import project_conversation
     from jaxpersona.report import figures

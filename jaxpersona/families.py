@@ -293,16 +293,6 @@ def _check_types(raw: Mapping[str, Any]) -> None:
         raise ValueError("config.json: " + "; ".join(faults))
 
 
-def read_json(path: pathlib.Path) -> Any:
-    """Read a JSON file, naming it in the error when it is missing or malformed."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
-
-
 def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Write a configuration as the dict of a `config.json` that transformers reads."""
     family = FAMILIES[config.family]

@@ -22,7 +22,7 @@ from jaxpersona import sharding
 from jaxpersona.ckpts import hf, orbax
 from jaxpersona.compile_cache import use_compile_cache
 from jaxpersona.config import ModelConfig
-from jaxpersona.families import read_json
+from jaxpersona.inputs import read_json
 from jaxpersona.params import Params, fingerprint, init_params, layout
 from jaxpersona.presets import preset
 

@@ -13,7 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # every module may import those of a lower level and of its own group
 LEVELS = (
-    ("config", "compile_cache", "chips", "processes"), ("families",), ("presets",),
+    ("config", "inputs", "interrupt", "compile_cache", "chips", "processes"), ("families",), ("presets",),
     ("sharding", "hlo"), ("params",), ("kernels",), ("nn",), ("batch",),
     ("interventions", "cache"), ("readings",), ("capture",), ("vectors",), ("trace",), ("model",),
     ("fences",), ("sampling", "decode"),
@@ -23,7 +23,7 @@ LEVELS = (
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 NARROW = {  # less than what their level would allow
-    "ckpts": {"config", "families", "params", "sharding", "vectors", "ckpts"},
+    "ckpts": {"config", "inputs", "families", "params", "sharding", "vectors", "ckpts"},
     "template": {"batch", "template"},
     "chat": {"batch", "fences", "template", "chat"},
     "kernels": {"kernels"},

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpersona.families import read_json
+from jaxpersona.inputs import read_json
 from jaxpersona.generate import generate
 from jaxpersona.interventions import Interventions, cap, stack_rows, steer
 from jaxpersona.load import Model

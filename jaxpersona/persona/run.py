@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from jaxpersona.ckpts.files import read_tensors, write_json, write_tensors, write_text
-from jaxpersona.families import read_json
+from jaxpersona.inputs import read_json
 
 FORMAT = "jaxpersona-run 1"
 _RECORD = {"label", "prompt_index", "question_index", "question", "conversation"}
