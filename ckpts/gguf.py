@@ -90,12 +90,11 @@ class _Header:
     """Walks a header: each step checks that what follows is in the file."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at, self.order = data, 4, "<"
+        self.data, self.at = data, 4
         if data[:4] != b"GGUF":
             raise struct.error("no GGUF file")
-        if struct.unpack_from("<I", data, 4)[0] & 0xFFFF == 0:  # written for the other byte order
-            self.order = ">"
-        self.number("I")
+        if self.number("I") & 0xFFFF == 0:  # the package would read its numbers as others
+            raise ValueError("it was written in big-endian byte order; convert it")
 
     def check(self) -> None:
         tensors, fields = self.number("Q"), self.number("Q")
@@ -147,7 +146,7 @@ class _Header:
             raise ValueError(f"a field has the unknown type {kind}")
 
     def number(self, form: str) -> int:
-        value = struct.unpack_from(self.order + form, self.data, self.at)[0]
+        value = struct.unpack_from("<" + form, self.data, self.at)[0]
         self.at += struct.calcsize(form)
         return value
 

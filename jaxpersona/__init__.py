@@ -4,7 +4,8 @@ A decoder-only language model as a pure function whose residual stream is read a
 pytrees of data, compiled into the same program as the model.
 """
 
-import jaxpersona.interrupt  # first: the command answers signals while the others are imported
+# first: the command answers signals while the other modules are imported
+from jaxpersona import interrupt as _interrupt  # noqa: F401
 
 # isort: split
 from jaxpersona import capture

@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from jaxpersona.cli_output import say
 from jaxpersona.cli_support import progress
 
 
@@ -116,6 +117,4 @@ def _test(model: Any, held: Any, at: str = "", **how: Any) -> None:
 
 def _say(what: str) -> None:
     """Print a line of the self-test."""
-    from rich.console import Console
-
-    Console(stderr=True).print(f"check: {what}", markup=False, highlight=False, soft_wrap=True)
+    say(f"check: {what}", error=True)

@@ -73,10 +73,10 @@ def read_bytes(path: str | os.PathLike[str], limit: int = TEXT_BYTES) -> bytes:
     Raises:
       ValueError: as `require_file`, or the file cannot be read; the path is named.
     """
-    require_file(path, limit)
+    size = require_file(path, limit)
     try:
         with open(path, "rb") as file:
-            return file.read(limit)  # a file in /proc reports no size, and one may still grow
+            return file.read(max(size, 1 << 20))  # a file in /proc reports no size
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxpersona.inputs import read_json
 from jaxpersona.generate import generate
+from jaxpersona.inputs import read_json
 from jaxpersona.interventions import Interventions, cap, stack_rows, steer
 from jaxpersona.load import Model
 from jaxpersona.organism import evaluate, method, world

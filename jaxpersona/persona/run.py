@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from jaxpersona.ckpts.files import read_tensors, write_json, write_tensors, write_text
-from jaxpersona.inputs import read_json
+from jaxpersona.inputs import parse_json, read_bytes, read_json
 
 FORMAT = "jaxpersona-run 1"
 _RECORD = {"label", "prompt_index", "question_index", "question", "conversation"}
@@ -60,8 +60,9 @@ class Run:
             return None
         try:
             # split at newlines alone: a reply may hold any other separator of lines
-            records = [json.loads(line) for line in path.read_text("utf-8").split("\n") if line]
-        except (OSError, ValueError) as error:
+            lines = read_bytes(path, limit=1 << 34).decode("utf-8").split("\n")
+            records = [parse_json(line) for line in lines if line]
+        except ValueError as error:
             raise ValueError(f"{path}: damaged ({error}); delete it to make it anew") from None
         if not all(isinstance(record, dict) and _RECORD <= set(record) for record in records):
             raise ValueError(f"{path}: damaged (not a table a line); delete it to make it anew")
@@ -89,7 +90,9 @@ class Run:
         if not path.exists():
             return None
         found = read_json(path)
-        if not isinstance(found, dict) or not set(found.values()) <= {None, 0, 1, 2, 3}:
+        if not isinstance(found, dict) or any(
+                not (score is None or (type(score) is int and 0 <= score <= 3))
+                for score in found.values()):
             raise ValueError(f"{path}: damaged (no scores 0–3); delete it to judge anew")
         return found
 
