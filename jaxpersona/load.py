@@ -6,13 +6,14 @@ nor a network.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.resources
 import os
 import pathlib
 import reprlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -198,13 +199,31 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         # a regular expression that the library cannot run ends its first use in a panic
-        tokenizer("Hello, world! 1 + 1", add_special_tokens=False)
+        with _without_stderr():
+            tokenizer("Hello, world! 1 + 1", add_special_tokens=False)
         return tokenizer
     except BaseException as error:  # transformers raises many kinds, tokenizers even panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{folder}: the tokenizer cannot be read ({reason})") from None
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Drop what native code writes to standard error, such as the backtrace of a panic."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:

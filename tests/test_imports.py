@@ -13,8 +13,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # every module may import those of a lower level and of its own group
 LEVELS = (
-    ("config", "inputs", "interrupt", "compile_cache", "chips", "processes"), ("family_keys", "families"),
-    ("presets",),
+    ("config", "inputs", "interrupt", "compile_cache", "chips", "processes"),
+    ("family_keys", "families"), ("presets",),
     ("sharding", "hlo"), ("params",), ("kernels",), ("nn",), ("batch",),
     ("interventions", "cache"), ("readings",), ("capture",), ("vectors",), ("trace",), ("model",),
     ("fences",), ("sampling", "decode"),
