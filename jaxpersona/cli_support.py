@@ -192,7 +192,7 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
         None if vector is None else steer(vector, layers=at, scale=scale),
         None if held is None else caps.cap_edits(loaded, held, cap_layers, percentile, of, check),
         None if spec is None or spec_file is None else caps.spec_edits(
-            loaded, spec, spec_file.parent, check),
+            loaded, spec, spec_file, check),
     )
     head = [] if system is None else [{"role": "system", "content": system}]
     talks = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
@@ -238,6 +238,7 @@ def project(conversation: pathlib.Path, files: list[pathlib.Path], *, model: str
     import numpy as np
     from rich.table import Table
 
+    from jaxpersona import chat
     from jaxpersona.ckpts.vectors import load_vector
     from jaxpersona.inputs import read_json
     from jaxpersona.persona.check import fit
@@ -259,7 +260,11 @@ def project(conversation: pathlib.Path, files: list[pathlib.Path], *, model: str
     empty = [vector.name for vector in vectors if not vector.values[at].any()]
     if empty:
         raise ValueError(f"{empty[0]!r} is zero at layer {at}; choose another with --layer")
-    found = project_conversation(loaded, talk, vectors)
+    try:
+        chat.check_conversation(talk, reply=False)
+        found = project_conversation(loaded, talk, vectors)
+    except ValueError as error:
+        raise ValueError(f"{conversation}: {error}") from None
     names = [vector.name for vector in vectors]
     if len(set(names)) < len(names):  # every axis is called "assistant"
         names = [f"{vector.name} ({file})" for vector, file in zip(vectors, files, strict=True)]

@@ -120,7 +120,8 @@ def damaged_safetensors(data: bytes, draw: random.Random) -> bytes:
     header = json.loads(data[8 : 8 + length])
     notes = header.get("__metadata__", {}).get("notes")
     if notes and draw.random() < 0.3:
-        header["__metadata__"]["notes"] = json_text(json.loads(notes), draw).decode("utf-8", "replace")
+        damaged = json_text(json.loads(notes), draw)
+        header["__metadata__"]["notes"] = damaged.decode("utf-8", "replace")
         text = json.dumps(header).encode()
     else:
         text = json_text(header, draw)

@@ -102,6 +102,12 @@ def extract_axis(
     for i, role in enumerate(roles):
         if processes.owns(i):
             means[role.name] = run.means(role.name)
+            wanted = (len(scores[role.name]), model.config.n_layers, model.config.d_model)
+            if means[role.name].shape != wanted or means[role.name].dtype != np.float32:
+                raise ValueError(
+                    f"{run.folder}/means/{role.name}.safetensors: damaged, or rollouts/{role.name}"
+                    f".jsonl is: it holds {means[role.name].dtype}{list(means[role.name].shape)}, "
+                    f"and the rollouts need float32{list(wanted)}; delete both to make them anew")
             vectors[role.name] = science.role_vectors(means[role.name], scores[role.name])
             run.save_vectors(role.name, vectors[role.name])
     vectors = _in_order(vectors, names)
