@@ -341,3 +341,40 @@ def test_names_and_notes_of_files_reach_the_terminal_as_text(checkpoint, tmp_pat
     assert s.run_command(["generate", "hi", "--steer", str(tmp_path / "v.safetensors"),
                           "--model", str(checkpoint)]) == 2
     assert "made for another model" in clean(capsys)
+
+
+HUGE = str(10**18), str(10**30), str(10**400), "9" * 5000
+
+
+@pytest.mark.parametrize("value", [*HUGE, "-" + HUGE[1]], ids=["18", "30", "400", "5000", "-30"])
+def test_numbers_of_any_size_on_the_command_line_are_refused(checkpoint, tmp_path, capsys, value):
+    """Nothing is allocated or counted up to them, and nothing is a traceback."""
+    from jaxpersona.persona.texts import Question, Role
+
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    s.write_texts(texts, [Role(n, (f"You are {n}.",), "") for n in ("default", "a", "b")],
+                  [Question(0, "Why?")])
+    out = tmp_path / "out"
+    axis = s.axis_command(checkpoint, texts, out)
+    save_vector(tmp_path / "v.safetensors", Vector(np.ones((3, 32))))
+    vector = str(tmp_path / "v.safetensors")
+    (tmp_path / "talk.json").write_text('[{"role": "user", "content": "hi"}]')
+    talk = ["project", str(tmp_path / "talk.json"), "--on", vector, "--model", str(checkpoint)]
+    say = ["generate", "hi", "--model", str(checkpoint), "--max-new-tokens", "2"]
+    plan = ["plan", "--topology", "h200:1", "--model", "random:qwen3-mini"]
+    for arguments in ([*say, "--temperature", value], [*say, "--steer", vector, "--scale", value]):
+        assert s.run_command(arguments) in (0, 2), arguments  # 1e18 is a number like others
+        assert "Traceback" not in capsys.readouterr().err
+    for arguments in (
+        *([*axis, option, value] for option in ("--samples", "--batch-size", "--seed",
+                                                "--min-count", "--top-p")),
+        [*talk, "--layer", value], [*say, "--seed", value],
+        [*say, "--top-p", value], [*say, "--steer", vector, "--steer-layers", value],
+        [*plan, "--batch", value], [*plan, "--context", value], [*plan, "--mesh", f"data={value}"],
+        [*plan, "--cap", f"0:{value}"], [*plan[:2], f"h200:{value}", *plan[3:]],
+    ):
+        capsys.readouterr()
+        assert s.run_command(arguments) == 2, arguments
+        assert "Traceback" not in capsys.readouterr().err
+        assert not out.exists(), arguments

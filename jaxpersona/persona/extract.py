@@ -154,6 +154,12 @@ def _check(model: Model, roles: Sequence[Role], questions: Sequence[Question], s
         raise ValueError(f"min_count is {min_count}; it must be positive")
     if not questions:
         raise ValueError("questions is empty; give at least one")
+    most = sorted(len(role.prompts) * len(questions) * settings.samples for role in roles
+                  if role.name not in ("default", *held_out))[-2:]
+    if most and min_count > most[0]:
+        raise ValueError(f"min_count is {min_count}, but two roles with so many rollouts are "
+                         f"needed, and these questions and samples make at most {most[0]}; lower "
+                         "min_count or ask more")
     if len(roles) - 1 - len(held_out) < 2:
         raise ValueError(f"{len(roles) - 1 - len(held_out)} roles besides the default may enter "
                          "the axis; it needs two")
