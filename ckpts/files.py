@@ -7,13 +7,13 @@ import json
 import os
 import pathlib
 import re
-import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from jaxpersona.ckpts.tensorfile import pieces
+from jaxpersona.ckpts.tensorfile import READABLE, pieces, read_header, read_slice
 
+from jaxpersona.inputs import parse_json, require_file
 from jaxpersona.params import SCHEME
 
 _TEMPORARY = re.compile(r"\.(.+)\.([0-9]{1,18})\.tmp")
@@ -56,36 +56,6 @@ def leftovers(folder: pathlib.Path) -> list[tuple[pathlib.Path, str, int]]:
     return found
 
 
-def require_file(path: pathlib.Path) -> None:
-    """Refuse a path at which there is no file.
-
-    Raises:
-      ValueError: no such file, or a name that the system refuses; the path is named.
-    """
-    _require(path, stat.S_ISREG, "file")
-
-
-def require_folder(path: pathlib.Path) -> None:
-    """Refuse a path at which there is no folder.
-
-    Raises:
-      ValueError: no such folder, or a name that the system refuses; the path is named.
-    """
-    _require(path, stat.S_ISDIR, "folder")
-
-
-def _require(path: pathlib.Path, is_kind: Callable[[int], bool], kind: str) -> None:
-    try:
-        there = is_kind(path.stat().st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        there = False
-    except (OSError, ValueError) as error:  # too long a name, a folder that is closed, a null byte
-        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"
-                         ) from None
-    if not there:
-        raise ValueError(f"{path}: no such {kind}")
-
-
 def parse_field(text: str, field: str, kind: type) -> Any:
     """Return what the JSON text of a header's field holds, a `dict` or a `list`.
 
@@ -93,11 +63,11 @@ def parse_field(text: str, field: str, kind: type) -> Any:
       ValueError: not JSON, nested too deeply to read, or something of another kind.
     """
     try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{field} is not JSON of ours (nested too deeply)") from None
-    except ValueError as error:
+        value = parse_json(text)
+    except json.JSONDecodeError as error:
         raise ValueError(f"{field} is not JSON ({error})") from None
+    except ValueError as error:
+        raise ValueError(f"{field} is not JSON of ours ({error})") from None
     if not isinstance(value, kind):
         raise ValueError(f"{field} is {str(value)[:80]!r}; it must be a "
                          f"{'table' if kind is dict else 'list'}")
@@ -160,18 +130,24 @@ def _pieces(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> I
     return pieces(shapes, ordered.__getitem__, dict(sorted(metadata.items())))
 
 
-def read_tensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_tensors(path: str | os.PathLike, limit: int | None = None,
+                 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Read a small safetensors file whole: its tensors and its metadata.
 
-    Raises:
-      ValueError: no such file or not a readable one; the file is named.
-    """
-    from safetensors import SafetensorError, safe_open
+    Args:
+      path: the file.
+      limit: the largest size accepted, in bytes; None accepts any.
 
+    Raises:
+      ValueError: no such file, a larger one or not a readable one; the file is named.
+    """
     path = pathlib.Path(path)
-    require_file(path)
-    try:
-        with safe_open(str(path), framework="numpy") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from None
+    require_file(path, limit)
+    entries, metadata, faults = read_header(path)
+    faults += [f"{name}: dtype {entry.dtype} is not read here" for name, entry in entries.items()
+               if entry.dtype not in READABLE]
+    if not all(isinstance(value, str) for value in metadata.values()):
+        faults.append("corrupt header (its metadata are not texts)")
+    if faults:
+        raise ValueError(f"{path}: not a readable safetensors file ({'; '.join(faults)})")
+    return {name: read_slice(entry) for name, entry in entries.items()}, metadata

@@ -7,18 +7,27 @@ Layer 0 has no place in the format, and llama.cpp refuses a file that names it.
 from __future__ import annotations
 
 import json
+import math
+import mmap
 import os
 import pathlib
 import re
+import struct
 from typing import Any
 
 import numpy as np
-from jaxpersona.ckpts.files import atomic, parse_field, require_file, scheme_of
+from jaxpersona.ckpts.files import atomic, parse_field, scheme_of
 
 from jaxpersona.config import MAX_LAYERS
+from jaxpersona.inputs import require_file
 from jaxpersona.vectors import CONTROL_VECTOR, Axis, Vector
 
 ARCHITECTURE = "controlvector"
+VECTOR_BYTES = 1 << 30  # the largest file of directions read; one of a 405B model has 8 MB
+_MOST_FIELDS = 1 << 16  # fields of a file, and elements of its arrays; ours has 8
+_MOST_DIMENSIONS = 4
+_STRING, _ARRAY = 8, 9
+_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # scalars, bytes
 # keys `jaxpersona.<field>`
 _OURS = ("kind", "name", "model", "fingerprint", "fingerprint_scheme", "layers", "notes")
 
@@ -40,13 +49,20 @@ def read(path: str | os.PathLike) -> Vector:
         holds something else; the file is named.
     """
     path = pathlib.Path(path)
-    require_file(path)
+    size = require_file(path)
     gguf = _package(path)
+    damaged = f"{path}: truncated or damaged, or no GGUF file ({size} bytes)"
+    try:
+        check_bounds(path)
+    except (struct.error, OSError, UnicodeDecodeError):
+        raise ValueError(damaged) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not a readable control vector ({error})") from None
+    require_file(path, VECTOR_BYTES)
     try:
         reader = gguf.GGUFReader(path)
     except Exception:  # it slices without looking, and NumPy's words about that help nobody
-        raise ValueError(f"{path}: truncated or damaged, or no GGUF file ({path.stat().st_size} "
-                         "bytes)") from None
+        raise ValueError(damaged) from None
     try:
         return _build(gguf, reader, path.stem)
     except Exception as error:  # damaged fields raise almost any kind
@@ -54,14 +70,110 @@ def read(path: str | os.PathLike) -> Vector:
         raise ValueError(f"{path}: not a readable control vector ({said})") from None
 
 
+def check_bounds(path: pathlib.Path) -> None:
+    """Check every count and length in a file's header before the package reads it.
+
+    The package makes an object of each element that a header claims, whether the file holds it or
+    not: an array of 2^62 elements fills the memory.
+
+    Raises:
+      ValueError: a count or length that no control vector has, or another architecture.
+      struct.error: the header claims more than the file holds.
+    """
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size < 24:
+            raise struct.error("shorter than a header")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            _Header(data).check()
+
+
+class _Header:
+    """Walks a header: each step checks that what follows is in the file."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 4
+        if data[:4] != b"GGUF":
+            raise struct.error("no GGUF file")
+        if self.number("I") & 0xFFFF == 0:  # the package would read its numbers as others
+            raise ValueError("it was written in big-endian byte order; convert it")
+
+    def check(self) -> None:
+        tensors, fields = self.number("Q"), self.number("Q")
+        if tensors > MAX_LAYERS or fields > _MOST_FIELDS:
+            named = self.architecture(min(fields, _MOST_FIELDS))
+            _check_architecture(named)
+            raise ValueError(f"it claims {tensors} tensors and {fields} fields")
+        _check_architecture(self.architecture(fields))
+        elements = 0
+        for _ in range(tensors):
+            self.text()
+            dimensions = self.number("I")
+            if dimensions > _MOST_DIMENSIONS:
+                raise ValueError(f"a tensor claims {dimensions} dimensions")
+            elements += math.prod(self.number("Q") for _ in range(dimensions))
+            self.skip(4 + 8)
+        if elements > VECTOR_BYTES // 4:
+            raise ValueError(f"its tensors claim {elements} elements")
+
+    def architecture(self, fields: int) -> str | None:
+        """Walk the fields and return the architecture; stop at one that is another's."""
+        named = None
+        for _ in range(fields):
+            key, kind = self.text(), self.number("I")
+            if key == b"general.architecture" and kind == _STRING:
+                named = self.text().decode("utf-8")
+                _check_architecture(named)
+            elif kind == _ARRAY:
+                self.array()
+            else:
+                self.value(kind)
+        return named
+
+    def array(self) -> None:
+        kind, count = self.number("I"), self.number("Q")
+        if count > _MOST_FIELDS:
+            raise ValueError(f"an array claims {count} elements")
+        if kind == _ARRAY:
+            raise ValueError("it holds an array of arrays")
+        for _ in range(count):
+            self.value(kind)
+
+    def value(self, kind: int) -> None:
+        if kind == _STRING:
+            self.text()
+        elif kind in _WIDTHS:
+            self.skip(_WIDTHS[kind])
+        else:
+            raise ValueError(f"a field has the unknown type {kind}")
+
+    def number(self, form: str) -> int:
+        value = struct.unpack_from("<" + form, self.data, self.at)[0]
+        self.at += struct.calcsize(form)
+        return value
+
+    def text(self) -> bytes:
+        length = self.number("Q")
+        start = self.at
+        self.skip(length)
+        return self.data[start : self.at]
+
+    def skip(self, size: int) -> None:
+        if size > len(self.data) - self.at:
+            raise struct.error("longer than the file")
+        self.at += size
+
+
+def _check_architecture(found: Any) -> None:
+    if found != ARCHITECTURE:
+        raise ValueError(f"its architecture is {found!r:.80}, not {ARCHITECTURE!r}")
+
+
 def _build(gguf: Any, reader: Any, stem: str) -> Vector:
     def field(name: str) -> Any:
         found = reader.get_field(name)
         return None if found is None else found.contents()
 
-    architecture = field("general.architecture")
-    if architecture != ARCHITECTURE:
-        raise ValueError(f"its architecture is {architecture!r}, not {ARCHITECTURE!r}")
+    _check_architecture(field("general.architecture"))
     directions: dict[int, np.ndarray] = {}
     for tensor in reader.tensors:
         number = re.fullmatch(r"direction\.([1-9]\d{0,8})", tensor.name)

@@ -20,16 +20,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxpersona.ckpts import tensorfile
-from jaxpersona.ckpts.files import require_folder
 from jaxpersona.ckpts.tensorfile import DTYPES, Entry
 
 from jaxpersona import sharding
 from jaxpersona.config import ModelConfig, replace
-from jaxpersona.families import from_hf, read_json, to_hf
+from jaxpersona.families import from_hf, to_hf
+from jaxpersona.inputs import read_json, require_file, require_folder
 from jaxpersona.params import Params, Spec, layout
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 INDEX = "model.safetensors.index.json"
 READERS = 3  # tensors read at one time; where memory is slow to be had, one thread waits for it
 Progress = Callable[[int, int], None]
@@ -50,13 +51,13 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
     """
     folder = pathlib.Path(folder)
     require_folder(folder)
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: not a model folder (it has no config.json)")
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder}: {_without_config(folder)}")
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):
         raise ValueError(f"{folder / 'config.json'}: holds {type(raw).__name__}, not a table")
     try:
-        config = from_hf(raw)
+        config = from_hf(raw, place=str(folder / "config.json"))
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from None
     if config.tied_embeddings and _has_other_head(read_entries(folder)[0]):
@@ -77,6 +78,24 @@ def _has_other_head(entries: Mapping[str, Entry]) -> bool:
     pairs = zip(tensorfile.read_pieces(embed), tensorfile.read_pieces(head), strict=True)
     return any(not np.array_equal(a.astype(np.float32), b.astype(np.float32), equal_nan=True)
                for a, b in pairs)
+
+
+def _without_config(folder: pathlib.Path) -> str:
+    """Say what a folder without config.json holds, and what makes a model of it."""
+    path = folder / ADAPTER
+    if path.exists():
+        raw = read_json(path)
+        raw = raw if isinstance(raw, dict) else {}
+        base, kind = raw.get("base_model_name_or_path"), raw.get("peft_type")
+        what = "a LoRA adapter" if kind in (None, "LORA") else f"an adapter ({kind!r:.40}) of PEFT"
+        of = f" of {base!r:.200}" if isinstance(base, str) and base else ""
+        return (f"{what}{of}, not a model ({ADAPTER} and no config.json); merge it into its base "
+                "with peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+                ".save_pretrained(NEW), save the tokenizer there too, and load NEW")
+    if (folder / "params.json").exists():
+        return ("not a model folder in the Hugging Face layout (params.json and no config.json: "
+                "its authors' own layout); convert it with transformers, or take its hub copy")
+    return "not a model folder (it has no config.json)"
 
 
 def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *, dtype: Any = None,
@@ -140,10 +159,14 @@ def verify(folder: str | pathlib.Path, sha256: Mapping[str, str] | None = None) 
     entries, faults = _tensors(folder, config)
     for name, wanted in (sha256 or {}).items():
         try:
+            require_file(folder / name)
             with open(folder / name, "rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             faults.append(f"{name}: not readable ({error.strerror})")
+            continue
+        except ValueError as error:
+            faults.append(str(error))
             continue
         if found != wanted.lower():
             faults.append(f"{name}: sha256 is {found}, expected {wanted}")
@@ -203,7 +226,7 @@ def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
     entries, faults = {}, []
     for name in sorted(set(table.values())):
         named = {tensor for tensor, file in table.items() if file == name}
-        if not (folder / name).is_file():
+        if len(name.encode("utf-8", "replace")) > 255 or not (folder / name).exists():
             faults.append(f"{name}: missing; {INDEX} names it for {_some(named)}")
             continue
         held, _, wrong = tensorfile.read_header(folder / name)

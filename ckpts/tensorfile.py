@@ -19,11 +19,17 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxpersona.inputs import parse_json, require_file
+
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+READABLE = DTYPES | {name: np.dtype(kind) for name, kind in {
+    "BOOL": np.bool_, "U8": np.uint8, "I8": np.int8, "U16": np.uint16, "I16": np.int16,
+    "U32": np.uint32, "I32": np.int32, "U64": np.uint64, "I64": np.int64, "F64": np.float64,
+}.items()}
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4,
            "I32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
 _HEADER_LIMIT = 100_000_000  # the format's own bound on a header, in bytes
@@ -49,6 +55,7 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str], l
       The tensors by name, the metadata, and the file's faults, each a line that names the file.
     """
     try:
+        require_file(path)  # opening a pipe would wait for a writer
         with open(path, "rb") as file:
             total = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
@@ -58,9 +65,11 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str], l
             text = file.read(length)
     except OSError as error:
         return {}, {}, [f"{path.name}: not readable ({error.strerror})"]
+    except ValueError as error:
+        return {}, {}, [str(error).replace(str(path), path.name)]
     try:
-        raw = json.loads(text.decode("utf-8"), object_pairs_hook=_no_twice)
-    except (ValueError, RecursionError) as error:
+        raw = parse_json(text.decode("utf-8"), _no_twice)
+    except ValueError as error:
         return {}, {}, [f"{path.name}: corrupt header ({error})"]
     if not isinstance(raw, dict):
         return {}, {}, [f"{path.name}: corrupt header (no table of tensors)"]
@@ -127,7 +136,7 @@ def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
     Raises:
       ValueError: the file cannot be read, or is shorter than its header says.
     """
-    dtype = DTYPES[entry.dtype]
+    dtype = READABLE[entry.dtype]
     bounds = [s.indices(n)[:2] for s, n in zip(index, entry.shape, strict=False)]
     bounds += [(0, n) for n in entry.shape[len(bounds):]]
     shape = tuple(stop - start for start, stop in bounds)

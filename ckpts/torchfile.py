@@ -10,12 +10,14 @@ import os
 import pathlib
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from jaxpersona.ckpts.files import require_file
+from jaxpersona.ckpts.gguf import VECTOR_BYTES
 
+from jaxpersona.inputs import MAX_DEPTH, require_file
 from jaxpersona.vectors import Axis, Caps, Vector
 
 KINDS = ("axis", "role", "persona")
@@ -33,7 +35,8 @@ def read_pickle(path: str | os.PathLike) -> Any:
         tensors and plain values (reading it would run code; nothing of it is run).
     """
     path = pathlib.Path(path)
-    require_file(path)
+    size = require_file(path, VECTOR_BYTES)
+    _check_archive(path, size)
     try:
         import torch
     except ImportError:
@@ -42,7 +45,7 @@ def read_pickle(path: str | os.PathLike) -> Any:
     try:
         with warnings.catch_warnings(action="ignore"):
             value = torch.load(path, map_location="cpu", weights_only=True)
-        return _arrays(value, torch)
+        return _Plain(torch, size)(value)
     except Exception as error:  # a damaged archive raises almost any kind
         said = " ".join(str(error).split())
         call = re.search(r"GLOBAL ([\w.]+)", said)
@@ -55,17 +58,70 @@ def read_pickle(path: str | os.PathLike) -> Any:
                          ) from None
 
 
-def _arrays(value: Any, torch: Any) -> Any:
-    """Replace the tensors of a nest by arrays."""
-    if isinstance(value, torch.Tensor):
+def _check_archive(path: pathlib.Path, size: int) -> None:
+    """Check what the archive in a `.pt` file claims before anything is unpacked.
+
+    PyTorch stores its entries as they are, so none of them is larger than the file. A compressed
+    entry of a few kilobytes can claim any size.
+
+    Raises:
+      ValueError: a compressed entry, entries that claim more than the file holds, or no archive
+        where the file begins as one; the file is named.
+    """
+    try:
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\3\4":
+                return  # a file of PyTorch before 1.6, or none at all
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except Exception as error:  # a damaged archive raises several kinds
+        raise ValueError(f"{path}: not a readable .pt file (the archive is damaged: {error})"
+                         ) from None
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError(f"{path}: not a readable .pt file (it holds a compressed entry, which "
+                         "PyTorch never writes; save it again with torch.save)")
+    claimed = sum(entry.file_size for entry in entries)
+    if claimed > size:
+        raise ValueError(f"{path}: not a readable .pt file (its entries claim {claimed} bytes, the "
+                         f"file has {size})")
+
+
+class _Plain:
+    """Replaces the tensors of a nest by arrays, every shared part once.
+
+    A pickle may refer to one part many times: walked part by part, a file of a kilobyte can hold
+    more than any memory.
+    """
+
+    def __init__(self, torch: Any, size: int) -> None:
+        self.torch, self.size = torch, size
+        self.done: dict[int, Any] = {}
+
+    def __call__(self, value: Any, depth: int = 0) -> Any:
+        if not isinstance(value, (self.torch.Tensor, dict, list, tuple)):
+            return value
+        if id(value) not in self.done:  # `value` lives as long as the walk, so its id is its own
+            if depth > MAX_DEPTH:
+                raise ValueError("nested too deeply")
+            self.done[id(value)] = self._convert(value, depth + 1)
+        return self.done[id(value)]
+
+    def _convert(self, value: Any, depth: int) -> Any:
+        if isinstance(value, self.torch.Tensor):
+            return self._array(value)
+        if isinstance(value, dict):
+            return {key: self(item, depth) for key, item in value.items()}
+        return [self(item, depth) for item in value]
+
+    def _array(self, value: Any) -> np.ndarray:
         if not value.is_floating_point():
             raise TypeError(f"it holds a tensor of {value.dtype}; directions are real numbers")
-        return value.detach().to(torch.float32).numpy()
-    if isinstance(value, dict):
-        return {key: _arrays(item, torch) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_arrays(item, torch) for item in value]
-    return value
+        if value.numel() > self.size:  # a view that repeats its few numbers
+            raise ValueError(f"a tensor claims {value.numel()} numbers, the file has {self.size} "
+                             "bytes")
+        return value.detach().to(self.torch.float32).numpy()
 
 
 def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str, Caps]:
@@ -113,7 +169,7 @@ def _interpret(stem: str, value: Any, kind: str | None) -> Vector | dict[str, Ca
         if own == "axis":
             return _axis(_matrix(value["axis"], "axis"))
         if own == "role":
-            role, score = str(value["role"]), str(value.get("type", ""))
+            role, score = _text(value["role"], "role"), _text(value.get("type", ""), "type")
             notes = {"source": "Assistant Axis project, role vector", "type": score}
             return Vector(_matrix(value["vector"], "vector"), role, notes=notes)
         raise ValueError("holds a table with none of axis, vector and experiments")
@@ -132,6 +188,18 @@ def _interpret(stem: str, value: Any, kind: str | None) -> Vector | dict[str, Ca
                       notes={"source": "Assistant Axis project, role vector"})
     trait, pool = persona.groups() if persona else (stem, "not said")
     return _persona(array, trait, pool)
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"{what} is a {type(value).__name__}; it must be text")
+    return str(value)
+
+
+def _table(value: Any, what: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} is a {type(value).__name__}; it must be a table")
+    return value
 
 
 def _matrix(value: Any, what: str) -> np.ndarray:
@@ -174,21 +242,29 @@ def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
     Raises:
       ValueError: a vector that is not there or not [D], or a cap or layer that is no number.
     """
-    vectors, found = table["vectors"], {}
-    if not isinstance(vectors, dict) or not isinstance(table["experiments"], list):
-        raise ValueError("vectors must be a table and experiments a list")
-    for experiment in table["experiments"]:
-        name = str(experiment["id"])
+    vectors, found = _table(table["vectors"], "vectors"), {}
+    if not isinstance(table["experiments"], list):
+        raise ValueError("experiments must be a list")
+    for i, experiment in enumerate(table["experiments"]):
+        name = _text(_table(experiment, f"experiments[{i}]")["id"], f"experiments[{i}].id")
         labels, layers, floors, values = [], [], [], []
+        if not isinstance(experiment["interventions"], list):
+            raise ValueError(f"experiment {name!r}: interventions must be a list")
         for item in experiment["interventions"]:
-            label = str(item["vector"])
+            item = _table(item, f"experiment {name!r}: an intervention")
+            label = _text(item["vector"], f"experiment {name!r}: vector")
             if label not in vectors:
                 raise ValueError(f"experiment {name!r} names {label!r}, which is not in vectors")
-            vector, layer = np.asarray(vectors[label]["vector"]), vectors[label]["layer"]
+            entry = vectors[label]
+            if not isinstance(entry, dict):
+                raise ValueError(f"vector {label!r} is a {type(entry).__name__}; it must be a "
+                                 "table of vector [D] and layer")
+            vector, layer = np.asarray(entry["vector"]), entry["layer"]
             if vector.ndim != 1 or vector.dtype != np.float32 or type(layer) is not int:
                 raise ValueError(f"vector {label!r} must be a tensor [D] with an integer layer")
             if isinstance(item["cap"], bool) or not isinstance(item["cap"], (int, float)):
-                raise ValueError(f"experiment {name!r}: cap is {item['cap']!r}, not a number")
+                said = "a tensor" if isinstance(item["cap"], np.ndarray) else f"{item['cap']!r:.80}"
+                raise ValueError(f"experiment {name!r}: cap is {said}, not a number")
             labels.append(label)
             layers.append(layer)
             floors.append(-item["cap"])

@@ -20,15 +20,11 @@ from typing import Any
 
 import numpy as np
 from jaxpersona.ckpts import gguf, torchfile
-from jaxpersona.ckpts.files import (
-    atomic,
-    parse_field,
-    read_tensors,
-    require_file,
-    scheme_of,
-    write_tensors,
-)
+from jaxpersona.ckpts.files import atomic, parse_field, read_tensors, scheme_of, write_tensors
+from jaxpersona.ckpts.gguf import VECTOR_BYTES
 
+from jaxpersona.config import MAX_LAYERS
+from jaxpersona.inputs import require_file
 from jaxpersona.params import SCHEME
 from jaxpersona.vectors import Axis, Caps, Vector
 
@@ -75,6 +71,14 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
       ValueError: an unknown suffix, no such file, a damaged one, one that would run code, or one
         that says something this engine cannot follow; the file is named.
     """
+    found = _read_any(path, kind)
+    if isinstance(found, Vector) and found.n_layers > MAX_LAYERS:
+        raise ValueError(f"{path}: holds {found.n_layers} layers; no model has more than "
+                         f"{MAX_LAYERS}")
+    return found
+
+
+def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, Caps]:
     suffix = pathlib.Path(path).suffix.lower()
     if kind is not None and suffix != ".pt":
         raise ValueError(f"{path}: kind is {kind!r}, but only .pt files leave their kind open")
@@ -86,7 +90,7 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
         return _read_array(pathlib.Path(path))
     if suffix != ".safetensors":
         raise ValueError(f"{path}: the suffix must be one of {', '.join(_SUFFIXES)}")
-    tensors, header = read_tensors(path)
+    tensors, header = read_tensors(path, VECTOR_BYTES)
     try:
         if header.get("kind") == "caps":
             caps = _dated(path, _build_caps(header, tensors))
@@ -150,7 +154,7 @@ def _dated(path: str | os.PathLike, found: Any) -> Any:
 
 
 def _read_array(path: pathlib.Path) -> Vector:
-    require_file(path)
+    require_file(path, VECTOR_BYTES)
     try:
         value = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy raises many kinds on damaged headers

@@ -4,6 +4,10 @@ A decoder-only language model as a pure function whose residual stream is read a
 pytrees of data, compiled into the same program as the model.
 """
 
+# first: the command answers signals while the other modules are imported
+from jaxpersona import interrupt as _interrupt  # noqa: F401
+
+# isort: split
 from jaxpersona import capture
 from jaxpersona.batch import Batch, batch
 from jaxpersona.cache import Cache, init_cache

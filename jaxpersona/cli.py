@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
+from jaxpersona import cli_output as output
 from jaxpersona import cli_support as support
+from jaxpersona import interrupt
 from jaxpersona.cli_data import app as data_app
 from jaxpersona.cli_plan import plan
 from jaxpersona.cli_vectors import app as vectors_app
@@ -129,8 +131,17 @@ def demo(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command; a user's mistake, or a file that the system refuses, is one line on standard
-    error and exit code 2."""
+    """Run the command.
+
+    A user's mistake, or a file that the system refuses, is one line on standard error and exit
+    code 2. A signal (SIGINT, SIGTERM) ends it with a line that says what is kept, and 128 and the
+    signal's number.
+    """
+    with output.prepared(), interrupt.raised():
+        _run(arguments)
+
+
+def _run(arguments: list[str] | None) -> None:
     from jaxpersona import processes
 
     try:
@@ -139,10 +150,17 @@ def main(arguments: list[str] | None = None) -> None:
         said = str(error)
         if isinstance(error, OSError) and error.filename:
             said = f"{error.filename}: {error.strerror}"
-        print(f"error: {' '.join(said.split())}", file=sys.stderr)
-        if processes.joined():
-            processes.leave(2)
-        sys.exit(2)
+        _fail(said)
+    except MemoryError as error:
+        _fail(f"the memory does not suffice ({error or 'no more is known'}); make the batch, the "
+              "replies or the model smaller")
+    except (interrupt.Stopped, KeyboardInterrupt) as stop:
+        kept = getattr(stop, "kept", "nothing is known of its files")
+        output.say(f"stopped; {kept}", error=True)
+        code = getattr(stop, "code", 130)
+        if processes.joined():  # the others may wait for this one, and it must not wait for them
+            processes.leave(code)
+        sys.exit(code)
     except Exception as error:
         if not processes.joined():
             raise
@@ -154,12 +172,25 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
             processes.leave(1)
         reason = " ".join(str(error).split())[:200]
-        print(f"error: another process of this run ended or cannot be reached ({reason}); start "
-              "all of them again with the same command: what is written is kept", file=sys.stderr)
+        output.say(f"error: another process of this run ended or cannot be reached ({reason}); "
+                   "start all of them again with the same command: what is written is kept",
+                   error=True)
         processes.leave(3)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of the tokenizers library, in Rust
+            raise
+        _fail(f"the tokenizer failed on a text ({error}); its tokenizer.json is damaged or its "
+              "regular expression cannot be run")
+
+
+def _fail(said: str) -> NoReturn:
+    """Print a user's mistake in one line and end with code 2."""
+    from jaxpersona import processes
+
+    output.say(f"error: {' '.join(said.split())}", error=True)
+    if processes.joined():
+        processes.leave(2)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

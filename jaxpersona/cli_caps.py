@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from jaxpersona.cli_output import say
 from jaxpersona.cli_support import progress
 
 
@@ -53,15 +54,20 @@ def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None,
     return cap(held, **how) if how else held.interventions()
 
 
-def spec_edits(model: Any, spec: Any, folder: pathlib.Path, check: bool) -> Any:
+def spec_edits(model: Any, spec: Any, file: pathlib.Path, check: bool) -> Any:
     """Make the interventions of `--spec`, after a self-test of each of its caps on an axis.
 
     Raises:
-      ValueError: the spec is faulty, or a self-test speaks against one of its caps.
+      ValueError: the spec is faulty, or a self-test speaks against one of its caps; the file is
+        named.
     """
     from jaxpersona import specs
 
-    edits = specs.interventions(spec, model, folder=folder)
+    folder = file.parent
+    try:
+        edits = specs.interventions(spec, model, folder=folder)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
     if check:
         many = isinstance(spec, list)
         for i, item in enumerate(spec if many else [spec]):
@@ -116,6 +122,4 @@ def _test(model: Any, held: Any, at: str = "", **how: Any) -> None:
 
 def _say(what: str) -> None:
     """Print a line of the self-test."""
-    from rich.console import Console
-
-    Console(stderr=True).print(f"check: {what}", markup=False, highlight=False, soft_wrap=True)
+    say(f"check: {what}", error=True)

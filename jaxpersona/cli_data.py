@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from jaxpersona.cli_output import say
+
 app = typer.Typer(no_args_is_help=True, help="Check, show and export roles, questions, traits.")
 
 
@@ -19,7 +21,7 @@ def check(
     """Read every text and name all faults at once."""
     from jaxpersona.persona.export import check_data
 
-    typer.echo("\n".join(check_data(folder)))
+    say(*check_data(folder))
 
 
 @app.command()
@@ -30,7 +32,7 @@ def show(
     """Print one text, or the names of a kind."""
     from jaxpersona.persona import export
 
-    typer.echo(export.show(kind, name))
+    say(export.show(kind, name))
 
 
 @app.command()
@@ -40,4 +42,4 @@ def export(
     """Write our texts into a folder, to be read, changed and given back with --roles."""
     from jaxpersona.persona.export import export as write
 
-    typer.echo(f"{write(folder)} files in {folder}")
+    say(f"{write(folder)} files in {folder}")

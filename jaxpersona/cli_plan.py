@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxpersona.cli_output import say
+
 
 def plan(
     topology: Annotated[str, typer.Option(help="chip:extents, as v5e:4x4 or h200:8.")],
@@ -32,7 +34,7 @@ def plan(
     layers = () if cap is None else resolve_layers(cap, config.n_layers)
     found = make(config, topology, name=model, batch=batch, context=context, cap_layers=layers,
                  mesh=None if mesh is None else parse_mesh(mesh))
-    typer.echo(json.dumps(found) if as_json else "\n".join(card(found)))
+    say(json.dumps(found) if as_json else "\n".join(card(found)))
 
 
 def read_shape(source: str) -> Any:

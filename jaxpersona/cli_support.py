@@ -9,11 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True)
+from jaxpersona import interrupt
+from jaxpersona.cli_output import cell, console, heading, say
 
 
 def open_model(source: str, dtype: str | None, mesh: str | None = None) -> Any:
@@ -47,7 +44,7 @@ def progress() -> Iterator[Callable[[str, int, int, int], None]]:
 
     bar = Progress(TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(),
                    TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-                   console=_console(), transient=not _console().is_terminal)
+                   console=console(error=True), transient=not console(error=True).is_terminal)
     tasks: dict[str, Any] = {}
     begun: dict[str, float] = {}
     with bar:
@@ -106,12 +103,11 @@ def extract(*, model: str, out: pathlib.Path, roles: str | None, questions: str 
         raise ValueError("several processes share one mesh; say which with --mesh, as "
                          "data=2,model=4 of all their devices together")
     loaded = open_model(model, dtype, mesh)
-    console = _console()
     if judge == "none" and processes.first():
-        console.print("judge: none; every answer is taken for one that fully plays its role")
+        say("judge: none; every answer is taken for one that fully plays its role", error=True)
     chosen = {"none": NoJudge, "rules": method.RuleJudge}.get(judge)
     judged = chosen() if chosen else SelfJudge(loaded, batch_size=batch_size)
-    with progress() as report:
+    with interrupt.keeping(lambda: kept_of(out)), progress() as report:
         found = extract_axis(loaded, cast, asked, out, judge=judged, settings=settings,
                              min_count=min_count, held_out=named, redo=redo,
                              report=report)
@@ -140,6 +136,18 @@ def _short(model: str) -> str:
     return model.rstrip("/").split("/")[-1].split(":")[-1]
 
 
+def kept_of(folder: pathlib.Path) -> str:
+    """Say what a run folder holds, for whoever stopped the run."""
+    if not (folder / "run.json").exists():
+        return "nothing was written"
+    steps = {"rollouts": "*.jsonl", "scores": "*.json", "vectors": "*.safetensors"}
+    counts = {step: len([p for p in (folder / step).glob(form) if p.name[0] != "."])
+              for step, form in steps.items()}
+    held = ", ".join(f"{step} of {n} roles" for step, n in counts.items() if n)
+    axis = " and the axis" if (folder / "axis.safetensors").exists() else ""
+    return f"{folder} keeps {held or 'its settings'}{axis}; the same command goes on from here"
+
+
 def draw_run(folder: pathlib.Path, found: Any, middle: int, held_out: Any) -> None:
     """Draw the figures of an extraction into its folder."""
     from jaxpersona.report import figures
@@ -155,9 +163,7 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
           spec_file: pathlib.Path | None, compare: bool, dtype: str | None,
           **settings: Any) -> None:
     """Run `jaxpersona generate`."""
-    from rich.console import Console
     from rich.table import Table
-    from rich.text import Text
 
     from jaxpersona import cli_caps as caps
     from jaxpersona.ckpts.vectors import load_vector
@@ -188,7 +194,7 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
         None if vector is None else steer(vector, layers=at, scale=scale),
         None if held is None else caps.cap_edits(loaded, held, cap_layers, percentile, of, check),
         None if spec is None or spec_file is None else caps.spec_edits(
-            loaded, spec, spec_file.parent, check),
+            loaded, spec, spec_file, check),
     )
     head = [] if system is None else [{"role": "system", "content": system}]
     talks = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
@@ -200,19 +206,17 @@ def reply(prompts: list[str], *, model: str, system: str | None, cap_file: pathl
         settings = {**settings, "batch_size": size, "on_nonfinite": "raise"}
         out = generate(loaded, talks, interventions=edits, progress=tell, **settings)
         plain = generate(loaded, talks, **settings) if compare else None
-    console = Console()
     if plain is None:
-        for text in out.text:
-            print(text)
+        say(*out.text)
     else:
         table = Table("prompt", "without", "with", show_lines=True)
         for prompt, before, after in zip(prompts, plain.text, out.text, strict=True):
-            table.add_row(Text(prompt), Text(before), Text(after))
-        console.print(table)
+            table.add_row(cell(prompt), cell(before), cell(after))
+        console().print(table)
     for table, applied in enumerate(out.applied):
-        _console().print(f"intervention {table}: {int(applied.seen.sum())} tokens seen, "
-                         f"{int(applied.changed.sum())} changes over "
-                         f"{applied.changed.shape[0]} layers")
+        say(f"intervention {table}: {int(applied.seen.sum())} tokens seen, "
+            f"{int(applied.changed.sum())} changes over {applied.changed.shape[0]} layers",
+            error=True)
 
 
 def read_spec(file: pathlib.Path) -> Any:
@@ -234,12 +238,11 @@ def project(conversation: pathlib.Path, files: list[pathlib.Path], *, model: str
             layer: int | None, png: pathlib.Path | None, as_json: bool, dtype: str | None) -> None:
     """Run `jaxpersona project`."""
     import numpy as np
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
 
+    from jaxpersona import chat
     from jaxpersona.ckpts.vectors import load_vector
-    from jaxpersona.families import read_json
+    from jaxpersona.inputs import read_json
     from jaxpersona.persona.check import fit
     from jaxpersona.persona.talk import project_conversation
     from jaxpersona.report import figures
@@ -259,7 +262,11 @@ def project(conversation: pathlib.Path, files: list[pathlib.Path], *, model: str
     empty = [vector.name for vector in vectors if not vector.values[at].any()]
     if empty:
         raise ValueError(f"{empty[0]!r} is zero at layer {at}; choose another with --layer")
-    found = project_conversation(loaded, talk, vectors)
+    try:
+        chat.check_conversation(talk, reply=False)
+        found = project_conversation(loaded, talk, vectors)
+    except ValueError as error:
+        raise ValueError(f"{conversation}: {error}") from None
     names = [vector.name for vector in vectors]
     if len(set(names)) < len(names):  # every axis is called "assistant"
         names = [f"{vector.name} ({file})" for vector, file in zip(vectors, files, strict=True)]
@@ -268,10 +275,10 @@ def project(conversation: pathlib.Path, files: list[pathlib.Path], *, model: str
                            **dict(zip(names, t.values[at].tolist(), strict=True))}
                           for t in found]))
     else:
-        table = Table("message", "tokens", *[escape(f"{name} (layer {at})") for name in names])
+        table = Table("message", "tokens", *[heading(f"{name} (layer {at})") for name in names])
         for t in found:
             table.add_row(str(t.turn), str(t.tokens), *[f"{v:.3f}" for v in t.values[at]])
-        Console().print(table)
+        console().print(table)
     if png is not None:
         figures.conversation(png, [t.turn for t in found],
                              np.stack([t.values[at] for t in found]), names, at)
@@ -288,7 +295,7 @@ def demo(out: pathlib.Path, model: str, seed: int) -> dict[str, Any]:
         raise ValueError(f"model is {model!r}; the demo knows the truth only about mini: "
                          "for other models use `jaxpersona axis`")
     loaded = open_model(model, None)
-    with progress() as report:
+    with interrupt.keeping(lambda: kept_of(out)), progress() as report:
         done = run_demo(loaded, out, seed=seed, report=report)
     middle = loaded.config.n_layers // 2
     draw_run(out, done.extraction, middle, held_out())
@@ -297,7 +304,7 @@ def demo(out: pathlib.Path, model: str, seed: int) -> dict[str, Any]:
     figures.drift(out / "drift.png",
                   {name: talk.projections[:turns, :, middle] for name, talk in done.talks.items()},
                   floor, middle, done.figures["drift_n"])
-    _console().print(f"axis, vectors and figures: {out}", markup=False)
+    say(f"axis, vectors and figures: {out}", error=True)
     head = {"run": str(out), "model": loaded.name,
             "seconds": round(time.perf_counter() - started, 1)}
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in done.figures.items()}

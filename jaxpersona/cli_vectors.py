@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from jaxpersona.cli_output import cell, console, heading, say
+
 app = typer.Typer(no_args_is_help=True, help="Show and convert directions in files.")
 
 KindOption = Annotated[str | None, typer.Option(
@@ -59,16 +61,16 @@ def convert(
     if model is not None:
         chosen = _belonging(chosen, model)
     lost = save_vector(target, chosen)
-    typer.echo(f"{target}: {_described(chosen)}")
+    say(f"{target}: {_described(chosen)}")
     for key, value in chosen.notes.items():
-        typer.echo(f"  {key}: {value}")
+        say(f"  {key}: {value}")
     if lost:
-        typer.echo(f"  the format leaves out {' and '.join(lost)}")
+        say(f"  the format leaves out {' and '.join(lost)}")
     if model is not None and model.startswith("random:"):
-        typer.echo(f"  {model}: the shape alone was checked; random weights are others in every "
+        say(f"  {model}: the shape alone was checked; random weights are others in every "
                    "dtype, so no fingerprint was entered")
     elif not chosen.fingerprint:
-        typer.echo("  it does not say which model it belongs to; --model NAME would")
+        say("  it does not say which model it belongs to; --model NAME would")
 
 
 def _belonging(chosen: Any, source: str) -> Any:
@@ -81,7 +83,7 @@ def _belonging(chosen: Any, source: str) -> Any:
     if source.startswith("random:"):
         chosen = fitted(chosen, preset(source.removeprefix("random:")), source)
         return chosen if chosen.fingerprint else dataclasses.replace(chosen, model=source)
-    typer.echo(f"{source}: reading the weights for their fingerprint", err=True)
+    say(f"{source}: reading the weights for their fingerprint", error=True)
     model = open_model(source, None)
     chosen = fitted(chosen, model.config, model.name, model.fingerprint)
     return dataclasses.replace(chosen, model=model.name, fingerprint=model.fingerprint,
@@ -95,15 +97,8 @@ def _described(found: Any) -> str:
     return f"{found.kind} {found.name!r}, {found.n_layers} layers, width {found.values.shape[1]}"
 
 
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
 def _show_facts(found: Any, shape: str) -> None:
     from rich.table import Table
-    from rich.text import Text
 
     table = Table("field", "value", show_header=False)
     facts = {"kind": found.kind, "name": found.name, "model": found.model or "not said",
@@ -112,36 +107,34 @@ def _show_facts(found: Any, shape: str) -> None:
              "site": getattr(found, "site", "residual"), "layers": "zero-based, after the block",
              "shape": shape, **found.notes}
     for key, value in facts.items():
-        table.add_row(Text(str(key)), Text(str(value)))
-    _console().print(table)
+        table.add_row(cell(key), cell(value))
+    console().print(table)
 
 
 def _show_vector(vector: Any) -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     from jaxpersona.interventions.bank import normalised
 
     _show_facts(vector, f"[{vector.values.shape[0]} layers, width {vector.values.shape[1]}]")
     tables = getattr(vector, "percentiles", {})
-    norms = Table("layer", "norm", *[escape(f"{of} p25") for of in tables])
+    norms = Table("layer", "norm", *[heading(f"{of} p25") for of in tables])
     known = [table.get("p25") for table in tables.values()]
     for i, norm in enumerate(normalised(vector.values)[1]):
         norms.add_row(str(i), f"{norm:.4g}", *["" if p is None else f"{p[i]:.4g}" for p in known])
-    _console().print(norms)
+    console().print(norms)
 
 
 def _show_caps(experiments: dict[str, Any]) -> None:
     """Show the first experiment in full and the others in a line each."""
     from rich.table import Table
-    from rich.text import Text
 
     first = next(iter(experiments.values()))
     _show_facts(first, f"[{len(first.layers)} caps, width {first.values.shape[1]}]")
     floors = Table("order", "layer", "vector", "floor")
     for i, (layer, label, floor) in enumerate(
             zip(first.layers, first.labels, first.floors, strict=True)):
-        floors.add_row(str(i), str(layer), Text(label), f"{floor:.4g}")
-    _console().print(floors)
+        floors.add_row(str(i), str(layer), cell(label), f"{floor:.4g}")
+    console().print(floors)
     for other in list(experiments.values())[1:]:
-        _console().print(Text(f"also {_described(other)}"))
+        console().print(cell(f"also {_described(other)}"))

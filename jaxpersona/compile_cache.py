@@ -20,12 +20,15 @@ def use_compile_cache() -> str | None:
     `jax_compilation_cache_dir` chooses another folder.
 
     Returns:
-      The folder in use, or None.
+      The folder in use, or None: turned off, or the user has no home folder.
     """
     chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if chosen or os.environ.get(SWITCH, "1") == "0":
         return chosen
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    except RuntimeError:  # HOME is not set and the system does not know the user, as in containers
+        return None
     folder = str(pathlib.Path(base) / "jaxpersona" / _processor())
     jax.config.update("jax_compilation_cache_dir", folder)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

@@ -1,32 +1,22 @@
 """The families of models, one row each, and how a Hugging Face configuration is read and written.
 
 Adding a family means adding a row: which architecture name it answers to, which fields its
-configuration may have, and how they become fields of `ModelConfig`. A field that no row reads is
-refused by name, because ignoring one would silently run another model.
+configuration may have, and how they become fields of `ModelConfig`. A field that changes the
+computation and is not implemented is refused by name, because ignoring it would silently run
+another model. Training code and tools add keys of their own to a configuration: a key that is not
+known here is ignored, as transformers ignores it, with a warning that names it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import pathlib
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxpersona.config import MAX_LAYERS, ModelConfig, Rope
-
-# Bookkeeping that changes nothing in a forward pass at inference.
-_IGNORED = frozenset("""
-    architectures model_type transformers_version torch_dtype dtype use_cache _name_or_path
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
-    initializer_range attention_dropout hidden_dropout pretraining_tp auto_map return_dict
-    output_hidden_states output_attentions cache_implementation _attn_implementation
-    tokenizer_class task_specific_params id2label label2id problem_type finetuning_task
-    is_encoder_decoder add_cross_attention tie_encoder_decoder chunk_size_feed_forward
-    torchscript prefix pruned_heads cross_attention_hidden_size is_decoder
-    _attn_implementation_autoset attn_implementation
-""".split())
+from jaxpersona.family_keys import check_keys
 
 _COMMON = frozenset("""
     vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim
@@ -56,7 +46,7 @@ def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> t
         types = ["sliding_attention" if fallback(i) else "full_attention" for i in range(n)]
     known = ("full_attention", "sliding_attention")
     if not isinstance(types, list) or len(types) != n or any(t not in known for t in types):
-        raise ValueError(f"layer_types must list {n} of {known}; it is {types!r}")
+        raise ValueError(f"layer_types must list {n} of {known}; it is {reprlib.repr(types)}")
     if window is None and "sliding_attention" in types:
         raise ValueError("sliding_window is null, but layer_types asks for sliding_attention")
     return tuple(window if t == "sliding_attention" else None for t in types)
@@ -123,7 +113,7 @@ def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
 _WINDOW = frozenset({"sliding_window", "layer_types"})
 _QWEN = _WINDOW | {"use_sliding_window", "max_window_layers"}
 _GEMMA2 = _WINDOW | {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
-                     "hidden_activation"}
+                     "hidden_activation", "sliding_window_size"}  # the last: a former name
 _GEMMA3 = _GEMMA2 | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern",
                      "use_bidirectional_attention"}
 
@@ -149,6 +139,17 @@ FAMILIES: dict[str, Family] = {
     )
 }
 
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**31
+
+
+def _is_positive(value: Any) -> bool:
+    """Whether a number is positive and finite in float32, its reciprocal too."""
+    return type(value) in (int, float) and 1e-37 < value < 1e37
+
+
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -156,11 +157,11 @@ _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
     """Read one rotary embedding from a v4 `rope_scaling` or a v5 `rope_parameters` dict."""
     if not isinstance(raw, Mapping):
-        raise ValueError(f"rope scaling is {raw!r}; it must be a table")
+        raise ValueError(f"rope scaling is {reprlib.repr(raw)}; it must be a table")
     for key in ("rope_theta", *_LLAMA3):
-        value = raw.get(key, 1)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"rope scaling: {key} is {value!r}; it must be a positive number")
+        if not _is_positive(raw.get(key, 1)):
+            raise ValueError(f"rope scaling: {key} is {reprlib.repr(raw[key])}; it must be a "
+                             "positive number that float32 holds")
     base = float(raw.get("rope_theta", theta if theta is not None else 10_000.0))
     kind = raw.get("rope_type", raw.get("type", "default"))
     allowed = {"rope_theta", "rope_type", "type"}
@@ -169,7 +170,10 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
         if missing:
             raise ValueError(f"rope scaling 'llama3' lacks {', '.join(missing)}")
         factor, low, high = (float(raw[key]) for key in _LLAMA3[:3])
-        rope = Rope(base, "llama3", factor, low, high, int(raw[_LLAMA3[3]]))
+        if not _is_size(raw[_LLAMA3[3]]):
+            raise ValueError(f"rope scaling: {_LLAMA3[3]} is {raw[_LLAMA3[3]]!r}; it must be a "
+                             "positive integer below 2³¹")
+        rope = Rope(base, "llama3", factor, low, high, raw[_LLAMA3[3]])
         allowed |= set(_LLAMA3)
     elif kind == "linear":
         if "factor" not in raw:
@@ -178,7 +182,8 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
     elif kind == "default":
         rope = Rope(base)
     else:
-        raise ValueError(f"rope_type is {kind!r}; 'default', 'linear' and 'llama3' are implemented")
+        raise ValueError(f"rope_type is {reprlib.repr(kind)}; 'default', 'linear' and 'llama3' are "
+                         "implemented")
     unread = sorted(set(raw) - allowed)
     if unread:
         raise ValueError(f"rope scaling {kind!r} has a field not implemented here: {unread}")
@@ -192,8 +197,14 @@ def _read_rope(raw: Mapping[str, Any]) -> Rope:
     return _rope(raw.get("rope_scaling") or {}, raw.get("rope_theta"))
 
 
-def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
+def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfig:
     """Read a Hugging Face configuration (the dict in `config.json`, v4 or v5 style).
+
+    Warns once of all keys that are not known here and are ignored.
+
+    Args:
+      raw: the configuration.
+      place: names the file in the warning.
 
     Raises:
       ValueError: an unknown architecture, a missing or malformed field, or a field or value that
@@ -201,20 +212,18 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     """
     names = raw.get("architectures") or []
     if not isinstance(names, list):
-        raise ValueError(f"architectures is {names!r}; it must be a list of names")
+        raise ValueError(f"architectures is {reprlib.repr(names)}; it must be a list of names")
     by_architecture = [f for f in FAMILIES.values() if f.architecture in names]
     by_type = [f for f in FAMILIES.values() if not names and f.model_type == raw.get("model_type")]
     if not by_architecture + by_type:
         known = ", ".join(f.architecture for f in FAMILIES.values())
         found = names or raw.get("model_type")
-        raise ValueError(f"architecture {found!r} is not one that this engine knows: {known}")
+        raise ValueError(f"architecture {reprlib.repr(found)} is not one that this engine "
+                         f"knows: {known}")
     family = (by_architecture + by_type)[0]
-    unread = sorted(set(raw) - _IGNORED - _COMMON - family.fields)
-    unread = [key for key in unread if raw[key] not in (None, False)]
-    if unread:
-        fields = ", ".join(f"{key}={raw[key]!r}" for key in unread)
-        raise ValueError(f"config.json of family {family.name} has a field that is not "
-                         f"implemented: {fields}")
+    own = _COMMON | family.fields
+    others = frozenset().union(*(other.fields for other in FAMILIES.values())) - own
+    check_keys(raw, family.name, own, others, place)
     given = {key: value for key, value in raw.items() if value is not None}
     # An explicit null of an optional soft-cap or window means "none", not "the default".
     nulls = {key: None for key, value in raw.items() if value is None and key in family.fields}
@@ -225,8 +234,9 @@ def from_hf(raw: Mapping[str, Any]) -> ModelConfig:
     if missing:
         raise ValueError(f"config.json lacks {', '.join(missing)}")
     for key in required:
-        if not isinstance(raw[key], int) or isinstance(raw[key], bool) or raw[key] < 1:
-            raise ValueError(f"config.json: {key} is {raw[key]!r}; it must be a positive integer")
+        if not _is_size(raw[key]):
+            raise ValueError(f"config.json: {key} is {reprlib.repr(raw[key])}; it must be a "
+                             "positive integer below 2³¹")
     _check_types(raw)
     activation = raw.get("hidden_activation") or raw.get("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
@@ -270,15 +280,12 @@ def _check_types(raw: Mapping[str, Any]) -> None:
 
     def check(key: str, good: bool, wanted: str) -> None:
         if raw.get(key) is not None and not good:
-            faults.append(f"{key} is {raw[key]!r}; it must be {wanted}")
+            faults.append(f"{key} is {reprlib.repr(raw[key])}; it must be {wanted}")
 
     for key in _INTEGERS:
-        value = raw.get(key)
-        check(key, type(value) is int and value > 0, "a positive integer")
+        check(key, _is_size(raw.get(key)), "a positive integer below 2³¹")
     for key in _REALS:
-        value = raw.get(key)
-        good = type(value) is not bool and isinstance(value, int | float) and 0 < value < math.inf
-        check(key, good, "a positive number")
+        check(key, _is_positive(raw.get(key)), "a positive number that float32 holds")
     for key in _FLAGS:
         check(key, isinstance(raw.get(key), bool), "true or false")
     first = raw.get("max_window_layers")
@@ -292,16 +299,6 @@ def _check_types(raw: Mapping[str, Any]) -> None:
                       f"{MAX_LAYERS}")
     if faults:
         raise ValueError("config.json: " + "; ".join(faults))
-
-
-def read_json(path: pathlib.Path) -> Any:
-    """Read a JSON file, naming it in the error when it is missing or malformed."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from flax import nnx
 
 from jaxpersona.batch import Batch, check_ids
 from jaxpersona.ckpts import files
-from jaxpersona.families import read_json
+from jaxpersona.inputs import read_json
 from jaxpersona.interventions import SITES, Interventions, Site, Where, resolve_layers, steer
 from jaxpersona.interventions.bank import Layers
 from jaxpersona.interventions.where import everywhere

@@ -6,11 +6,14 @@ nor a network.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.resources
 import os
 import pathlib
-from collections.abc import Mapping
+import reprlib
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -22,7 +25,8 @@ from jaxpersona import sharding
 from jaxpersona.ckpts import hf, orbax
 from jaxpersona.compile_cache import use_compile_cache
 from jaxpersona.config import ModelConfig
-from jaxpersona.families import FAMILIES, read_json
+from jaxpersona.families import FAMILIES
+from jaxpersona.inputs import read_json, require_files
 from jaxpersona.params import (
     Derived,
     Params,
@@ -36,6 +40,24 @@ from jaxpersona.runtime import own_rules
 
 DTYPES = ("float32", "bfloat16", "float16")
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+# second copies of the weights in another layout, adapters, and folders of other programs
+_NOT_FETCHED = ("consolidated*.safetensors", "adapter_model*.safetensors", "*/*.safetensors",
+                "original/*", "onnx/*")
+_TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")  # what transformers may read in a folder
+# Settings of generation_config.json that transformers' generate follows and ours does not, with
+# the value at which each does nothing (null does nothing in any).
+_UNFOLLOWED = {
+    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+    "min_length": 0, "min_new_tokens": 0, "num_beams": 1, "num_beam_groups": 1,
+    "diversity_penalty": 0.0, "length_penalty": 1.0, "guidance_scale": 1.0, "penalty_alpha": 0.0,
+    "suppress_tokens": [], "begin_suppress_tokens": [], "bad_words_ids": [],
+    "force_words_ids": [], "constraints": [], "sequence_bias": {}, "forced_bos_token_id": None,
+    "forced_eos_token_id": None, "forced_decoder_ids": [], "stop_strings": [],
+    "exponential_decay_length_penalty": None, "watermarking_config": None, "dola_layers": None,
+    "remove_invalid_values": False, "renormalize_logits": False, "token_healing": False,
+}
+_SAMPLED = {"top_k": (0, 50), "min_p": (0, 0.0), "top_h": ()}  # those that act on sampling alone
 _MINI_VOCABULARY = 1024
 
 
@@ -217,15 +239,22 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
     Raises:
       ValueError: its files are malformed, or it cannot be read without code of its own.
     """
-    if not any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer.model")):
+    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
         return None
+    require_files(folder, _TOKENIZER_FILES)
     from transformers import AutoTokenizer
 
     try:
         # False, not None: with None transformers asks at the terminal whether to run the code
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True,
-                                             trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds, tokenizers a bare Exception
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True,
+                                                  trust_remote_code=False)
+        # a regular expression that the library cannot run ends its first use in a panic
+        with _without_stderr():
+            tokenizer("Hello, world! 1 + 1", add_special_tokens=False)
+        return tokenizer
+    except BaseException as error:  # transformers raises many kinds, tokenizers even panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = " ".join(str(error).split())[:200]
         if "trust_remote_code" in str(error):
             raise ValueError(f"{folder}: the tokenizer needs Python code of its own (auto_map in "
@@ -234,12 +263,30 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
         raise ValueError(f"{folder}: the tokenizer cannot be read ({reason})") from None
 
 
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Drop what native code writes to standard error, such as the backtrace of a panic."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
     """Collect the ids that end a reply, from every place that names one, in that order."""
     path = folder / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
+    generation = read_json(path) if path.exists() else {}
     if not isinstance(generation, dict):
         raise ValueError(f"{path}: holds {type(generation).__name__}, not a table")
+    _warn_unfollowed(path, generation)
     found: list[int] = []
     for place, value in (
         (path.name, generation.get("eos_token_id")),
@@ -248,10 +295,23 @@ def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> t
     ):
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
-            raise ValueError(f"{folder}: eos_token_id of {place} is {value!r}; it must be an "
-                             "integer or a list of them")
+            raise ValueError(f"{folder}: eos_token_id of {place} is {reprlib.repr(value)}; it must "
+                             "be an integer or a list of them")
         found += ids
     return tuple(dict.fromkeys(found))
+
+
+def _warn_unfollowed(path: pathlib.Path, generation: Mapping[str, Any]) -> None:
+    """Warn of a checkpoint's generation settings that `generate` does not follow."""
+    unfollowed = [key for key, nothing in _UNFOLLOWED.items()
+                  if generation.get(key) is not None and generation[key] != nothing]
+    if generation.get("do_sample") is True:
+        unfollowed += [key for key, nothing in _SAMPLED.items()
+                       if generation.get(key) is not None and generation[key] not in nothing]
+    if unfollowed:
+        said = ", ".join(f"{key}={reprlib.repr(generation[key])}" for key in unfollowed)
+        warnings.warn(f"{path}: ignored {said}; generate has no such setting, so replies may "
+                      "differ from those of transformers", stacklevel=2)
 
 
 def _download(name: str, revision: str | None) -> pathlib.Path:
@@ -261,7 +321,8 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
     at = f"{name}@{revision}" if revision else name
     try:
         return pathlib.Path(snapshot_download(name, revision=revision,
-                                              allow_patterns=list(_PATTERNS)))
+                                              allow_patterns=list(_PATTERNS),
+                                              ignore_patterns=list(_NOT_FETCHED)))
     except errors.GatedRepoError:
         raise ValueError(f"{at}: the repository is gated; accept its terms on huggingface.co and "
                          "log in with `hf auth login`") from None

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import math
 import reprlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field, FiniteFloat, NonNegativeInt
+from pydantic import Field
 
 from jaxpersona.interventions import Site, Where
 from jaxpersona.interventions.bank import parse_layers
 from jaxpersona.interventions.where import NAMED
+
+_FLOAT32 = 3.4028234e38  # the greatest finite number
 
 
 def _numbers(value: Any) -> Any:
@@ -26,12 +27,13 @@ def _numbers(value: Any) -> Any:
         for part in value:
             _numbers(part)
     elif isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
-        raise ValueError("must be a finite number, or a list of them")
+        raise ValueError("must be a finite number of float32, or a list of them")
     return value
 
 
 def _finite(value: float) -> bool:
-    return isinstance(value, int) or math.isfinite(value)
+    """Whether a number is one that float32 holds, an integer of any length included."""
+    return -_FLOAT32 <= value <= _FLOAT32
 
 
 def _direction_form(value: Any) -> Any:
@@ -84,6 +86,10 @@ Layers = Annotated[Any, pydantic.AfterValidator(_layers_form),
                    _schema({"type": "integer"}, _many({"type": "integer"}), _TEXT)]
 
 
+Index = Annotated[int, Field(ge=0, lt=2**31)]
+Number = Annotated[float, Field(ge=-_FLOAT32, le=_FLOAT32, allow_inf_nan=False)]
+
+
 class _Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -94,7 +100,7 @@ class Place(_Strict):
     name: Annotated[str, pydantic.WithJsonSchema({"type": "string", "enum": list(NAMED)})] = \
         "everywhere"
     without: list[str] = []
-    turns: list[NonNegativeInt] | None = Field(default=None, min_length=2, max_length=2)
+    turns: list[Index] | None = Field(default=None, min_length=2, max_length=2)
 
     def build(self, first: bool) -> Where:
         """Return the test; `first` says whether it may hold on a row's first token."""
@@ -119,9 +125,9 @@ class GateSpec(_Strict):
     """What must hold before an operator acts (`gate`)."""
 
     vector: Direction
-    layer: NonNegativeInt
-    above: FiniteFloat | None = None
-    below: FiniteFloat | None = None
+    layer: Index
+    above: Number | None = None
+    below: Number | None = None
     over: Literal["prompt", "token"] = "prompt"
     within: bool = False
     where: Where_ | None = None
@@ -217,7 +223,7 @@ class Reading(_Strict):
     layers: Layers | None = None
     site: Site = "residual"
     name: str | None = None
-    turns: int | None = None
+    turns: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     directions: Annotated[list[Direction], Field(min_length=1)] | None = None
     edges: Numbers | None = None
 

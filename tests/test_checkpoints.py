@@ -183,6 +183,7 @@ def test_save_replaces_another_model_and_refuses_what_does_not_fit(small, tmp_pa
         hf.save(tmp_path / "file" / "m", params, config)
 
 
+@pytest.mark.filterwarnings("ignore:.*ignored:UserWarning")  # of damaged names in config.json
 def test_a_thousand_corruptions_end_in_a_clear_error_or_a_load(small, tmp_path):
     folder = copy(small[0], tmp_path / "m")
     original = {path.name: path.read_bytes() for path in folder.iterdir()}

@@ -22,6 +22,23 @@ def chosen(home: pathlib.Path, **variables: str) -> str:
     return done.stdout.split()[-1]
 
 
+def test_without_a_home_nothing_is_kept(monkeypatch):
+    """As in containers that run as a user whom the system does not know."""
+    import jax
+
+    from jaxpersona import compile_cache
+
+    def homeless() -> pathlib.Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(pathlib.Path, "home", homeless)
+    for name in ("XDG_CACHE_HOME", compile_cache.SWITCH):
+        monkeypatch.delenv(name, raising=False)
+    before = jax.config.jax_compilation_cache_dir
+    assert compile_cache.use_compile_cache() is None
+    assert jax.config.jax_compilation_cache_dir == before
+
+
 @pytest.mark.parametrize(("variables", "expected"), [
     ({}, "{home}/.cache/jaxpersona/"), ({"XDG_CACHE_HOME": "{home}/x"}, "{home}/x/jaxpersona/"),
     ({"JAX_COMPILATION_CACHE_DIR": "{home}/mine"}, "{home}/mine"),

@@ -167,6 +167,75 @@ def test_what_is_not_implemented_or_malformed_is_refused_by_name(change, words):
         from_hf(BASE | change)
 
 
+# keys that released files and tools add: of HuggingFaceTB's SmolLM2, of unsloth's copies, of
+# transformers itself after `gguf_file=`
+RELEASED = {
+    "SmolLM2-135M-Instruct": _raw(
+        "LlamaForCausalLM", "llama", (49152, 576, 30, 9, 3, 1536, 8192, 1e-5), 100000,
+        rope_scaling=None, hidden_act="silu", attention_bias=False, mlp_bias=False,
+        pretraining_tp=1, tie_word_embeddings=True, is_llama_config=True, rope_interleaved=False,
+        pad_token_id=2, initializer_range=0.041666666666666664, **{
+            "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}}),
+    "unsloth/Llama-3.2-1B-Instruct": _llama(2048, 16, 32, 8, 8192) | {
+        "unsloth_fixed": True, "pad_token_id": 128004, "head_dim": 64, "_name_or_path": "meta"},
+    "unsloth-trained": BASE | {"unsloth_version": "2025.3.19", "unsloth_fixed": True,
+                               "use_cache": False, "pad_token_id": 151654},
+    "from GGUF": BASE | {"_model_name_or_path": "folder", "is_llama_config": True,
+                         "_attn_implementation_autoset": True, "return_dict": True},
+    "gemma-3-270m": oracle.config("gemma3").to_dict() | {
+        "architectures": ["Gemma3ForCausalLM"], "_model_name_or_path": "folder",
+        "_sliding_window_pattern": 6, "use_bidirectional_attention": False,
+        "cache_implementation": "hybrid"},
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_configurations_are_read_without_a_word(name):
+    """A warning would be an error here."""
+    from_hf(RELEASED[name])
+
+
+def test_an_unknown_key_is_named_once_and_ignored():
+    strange = {"my_training_run": "a7", "weird": [1] * 100, "off": False, "null": None}
+    with pytest.warns(UserWarning, match="m/config.json: ignored my_training_run='a7', ") as w:
+        assert from_hf(BASE | strange, place="m/config.json") == from_hf(BASE)
+    assert len(w) == 1 and len(str(w[0].message)) < 300 and "off" not in str(w[0].message)
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("quantization_config", {"quant_method": "fp8"}), ("num_local_experts", 8),
+    ("partial_rotary_factor", 0.5), ("residual_multiplier", 0.22), ("logit_scale", 0.0625),
+    ("attention_multiplier", 0.1), ("clip_qkv", 8.0), ("use_qk_norm", True),
+    ("layer_norm_type", "low_precision_layernorm"), ("rope_interleaved", True),
+    ("no_rope_layers", [1, 1, 0]), ("vision_config", {"depth": 3}), ("is_causal", False),
+    ("use_rope", False), ("final_logit_softcapping", 30.0), ("query_pre_attn_scalar", 144),
+    ("sliding_window_pattern", 6), ("kv_lora_rank", 512), ("attention_sinks", True),
+    ("attn_logit_softcap", 50.0), ("logits_scaling", 8.0), ("moe_intermediate_size", 768),
+])
+def test_a_key_that_changes_the_computation_is_refused(key, value):
+    with pytest.raises(ValueError, match=f"not implemented: {key}="):
+        from_hf(BASE | {key: value})
+
+
+@pytest.mark.parametrize(("key", "value"), [
+    ("partial_rotary_factor", 1.0), ("residual_multiplier", 1), ("num_local_experts", 0),
+    ("no_rope_layers", []), ("is_causal", True), ("quantization_config", {}),
+    ("final_logit_softcapping", None), ("use_qk_norm", False),
+])
+def test_such_a_key_passes_where_it_changes_nothing(key, value):
+    assert from_hf(BASE | {key: value}) == from_hf(BASE)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "rms_norm_eps", "rope_theta",
+                                 "head_dim", "max_position_embeddings", "num_key_value_heads"])
+@pytest.mark.parametrize("value", [10**400, -(10**400), 1e308, float("inf"), float("nan")])
+def test_numbers_beyond_any_model_are_refused(key, value):
+    with pytest.raises(ValueError, match=f"{key} is"):
+        from_hf(BASE | {key: value})
+    with pytest.raises(ValueError, match="rope"):
+        from_hf(BASE | {"rope_scaling": {"rope_type": "linear", "factor": 10**400}})
+
+
 def test_a_missing_field_is_named():
     with pytest.raises(ValueError, match="vocab_size"):
         from_hf({k: v for k, v in BASE.items() if k != "vocab_size"})

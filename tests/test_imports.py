@@ -13,7 +13,8 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # every module may import those of a lower level and of its own group
 LEVELS = (
-    ("config", "compile_cache", "chips", "processes", "runtime"), ("families",), ("presets",),
+    ("config", "inputs", "interrupt", "compile_cache", "chips", "processes", "runtime"),
+    ("family_keys", "families"), ("presets",),
     ("sharding", "hlo"), ("params", "programs"), ("kernels",), ("nn",), ("batch",),
     ("interventions", "cache"), ("readings",), ("capture",), ("vectors",), ("trace",), ("model",),
     ("fences",), ("sampling", "decode"),
@@ -24,7 +25,7 @@ LEVELS = (
 )
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 NARROW = {  # less than what their level would allow
-    "ckpts": {"config", "families", "params", "sharding", "vectors", "ckpts"},
+    "ckpts": {"config", "inputs", "families", "params", "sharding", "vectors", "ckpts"},
     "template": {"batch", "sandbox", "template"},
     "sandbox": {"sandbox"},
     "sandbox_worker": set(),  # a script that starts with Jinja alone

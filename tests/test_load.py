@@ -159,6 +159,79 @@ def test_a_folder_that_is_no_model_or_has_a_broken_tokenizer(folder, tmp_path):
         load(folder)
 
 
+def test_what_is_fetched_is_what_is_read(monkeypatch, folder):
+    """No second copy of the weights, no adapter, nothing of other programs' folders."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download",
+                        lambda name, **options: asked.update(options) or str(folder))
+    load("owner/m")
+    wanted = ["config.json", "generation_config.json", "model-00001-of-00002.safetensors",
+              "model-00002-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+              "tokenizer.model", "chat_template.jinja", "additional_chat_templates/tools.jinja"]
+    others = ["consolidated.safetensors", "consolidated.00.pth", "consolidated-00001.safetensors",
+              "adapter_model.safetensors", "original/params.json",
+              "checkpoint-500/model.safetensors", "onnx/config.json",
+              "pytorch_model.bin", "README.md"]
+    found = filter_repo_objects([*wanted, *others], allow_patterns=asked["allow_patterns"],
+                                ignore_patterns=asked["ignore_patterns"])
+    assert sorted(found) == sorted(wanted)
+
+
+@pytest.mark.parametrize(("raw", "words"), [
+    ({"peft_type": "LORA", "base_model_name_or_path": "owner/base", "r": 8},
+     "a LoRA adapter of 'owner/base', not a model.*merge_and_unload"),
+    ({"peft_type": "IA3"}, "an adapter .'IA3'. of PEFT, not a model"),
+    ({"base_model_name_or_path": ["x"]}, "a LoRA adapter, not a model"), ([], "a LoRA adapter"),
+])
+def test_an_adapter_is_called_one(tmp_path, raw, words):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(raw))
+    (tmp_path / "adapter_model.safetensors").write_bytes(bytes(16))
+    with pytest.raises(ValueError, match=words) as caught:
+        load(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_authors_own_layout_is_called_that(tmp_path):
+    (tmp_path / "params.json").write_text("{}")
+    with pytest.raises(ValueError, match="params.json and no config.json"):
+        load(tmp_path)
+
+
+def test_generation_settings_that_are_not_followed_are_named_once(folder):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({
+        "eos_token_id": 7, "repetition_penalty": 1.1, "top_k": 20, "do_sample": True,
+        "temperature": 0.7, "no_repeat_ngram_size": 3, "num_beams": 1, "suppress_tokens": [],
+        "bad_words_ids": [[4]], "min_length": 0, "transformers_version": "4.43"}))
+    with pytest.warns(UserWarning, match="ignored repetition_penalty=1.1, no_repeat_ngram_size=3, "
+                                         r"bad_words_ids=\[\[4\]\], top_k=20;") as warned:
+        assert load(folder).stop_ids == (7, 5)
+    assert len(warned) == 1 and str(path) in str(warned[0].message)
+    for quiet in ({"do_sample": False, "top_k": 20}, {"do_sample": True, "top_k": 50},
+                  {"temperature": 0.6, "top_p": 0.9, "do_sample": True}, {"min_length": None}):
+        path.write_text(json.dumps(quiet))
+        load(folder)  # a warning would be an error here
+
+
+def test_a_tokenizer_that_panics_is_named(checkpoint, tmp_path, capfd):
+    """A regular expression beyond the tokenizers library's engine ends in a panic, no exception."""
+    copied = tmp_path / "m"
+    copied.mkdir()
+    for path in checkpoint.iterdir():
+        (copied / path.name).write_bytes(path.read_bytes())
+    table = json.loads((copied / "tokenizer.json").read_text())
+    table["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": r"(?:[^z]|[^z]|[^z])*(?<=q)"},
+                              "behavior": "Isolated", "invert": False}
+    (copied / "tokenizer.json").write_text(json.dumps(table))
+    with pytest.raises(ValueError, match="the tokenizer cannot be read") as caught:
+        load(copied)
+    assert str(copied) in str(caught.value)
+    assert "panicked" not in capfd.readouterr().err
+
+
 def test_transformers_is_not_imported_where_no_tokenizer_is_read(folder):
     code = (f"import sys; from jaxpersona.load import load; load({str(folder)!r}); "
             "assert not {'transformers', 'torch', 'huggingface_hub'} & set(sys.modules)")

@@ -133,6 +133,12 @@ def _extract(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[
     for i, role in enumerate(roles):
         if processes.owns(i):
             means[role.name] = run.means(role.name)
+            wanted = (len(scores[role.name]), model.config.n_layers, model.config.d_model)
+            if means[role.name].shape != wanted or means[role.name].dtype != np.float32:
+                raise ValueError(
+                    f"{run.folder}/means/{role.name}.safetensors: damaged, or rollouts/{role.name}"
+                    f".jsonl is: it holds {means[role.name].dtype}{list(means[role.name].shape)}, "
+                    f"and the rollouts need float32{list(wanted)}; delete both to make them anew")
             vectors[role.name] = science.role_vectors(means[role.name], scores[role.name])
             run.save_vectors(role.name, vectors[role.name])
     vectors = _in_order(vectors, names)
@@ -187,6 +193,12 @@ def _check(model: Model, roles: Sequence[Role], questions: Sequence[Question], s
     if twice:
         raise ValueError(f"question id {twice[0]} is given more than once; rollouts are known by "
                          "it: give every question an id of its own")
+    most = sorted(len(role.prompts) * len(questions) * settings.samples for role in roles
+                  if role.name not in ("default", *held_out))[-2:]
+    if most and min_count > most[0]:
+        raise ValueError(f"min_count is {min_count}, but two roles with so many rollouts are "
+                         f"needed, and these questions and samples make at most {most[0]}; lower "
+                         "min_count or ask more")
     if len(roles) - 1 - len(held_out) < 2:
         raise ValueError(f"{len(roles) - 1 - len(held_out)} roles besides the default may enter "
                          "the axis; it needs two")

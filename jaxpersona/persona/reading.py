@@ -13,6 +13,8 @@ import re
 from importlib.resources.abc import Traversable
 from typing import Any
 
+from jaxpersona.inputs import parse_json, read_bytes
+
 
 class Faults(list[str]):
     """A list of faults, each naming its file and field."""
@@ -43,11 +45,14 @@ def folder_files(folder: Traversable, faults: Faults) -> list[Traversable]:
 def read_text(file: Traversable, faults: Faults) -> str | None:
     """Return a file's text (UTF-8, with or without a byte order mark), or None with a fault."""
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        data = read_bytes(file) if isinstance(file, pathlib.Path) else file.read_bytes()
+        return data.decode("utf-8-sig")
     except FileNotFoundError:
         faults.append(f"{file}: no such file")
     except UnicodeDecodeError as error:
         faults.append(f"{file}: invalid UTF-8 at byte {error.start}")
+    except ValueError as error:
+        faults.append(str(error))
     except OSError as error:
         faults.append(f"{file}: cannot be read ({error.strerror or error})")
     return None
@@ -65,12 +70,12 @@ def parse(text: str, where: str, faults: Faults) -> Any:
         return out
 
     try:
-        return json.loads(text, object_pairs_hook=table)
+        return parse_json(text, table)
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, " if "\n" in text.strip() else ""
         faults.append(f"{where}: not JSON ({error.msg}, {at}column {error.colno})")
-    except RecursionError:
-        faults.append(f"{where}: not JSON of ours (nested too deeply)")
+    except ValueError as error:
+        faults.append(f"{where}: not JSON of ours ({error})")
     return None
 
 

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from jaxpersona.load import Model
 
 Progress = Callable[[int, int, int], None]
+MAX_SAMPLES = 100_000  # the paper takes one; a role's rollouts are held in memory together
+MAX_ROWS = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,12 @@ class Settings:
         for field in ("max_new_tokens", "samples", "batch_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be positive")
+        if self.samples > MAX_SAMPLES:
+            raise ValueError(f"samples is {self.samples}; at most {MAX_SAMPLES} are taken of each "
+                             "prompt and question: give fewer")
+        if self.batch_size > MAX_ROWS:
+            raise ValueError(f"batch_size is {self.batch_size}; at most {MAX_ROWS} rows run side "
+                             "by side: give fewer")
 
 
 def play(

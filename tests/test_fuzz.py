@@ -1,0 +1,274 @@
+"""Every reader of files, through the command: damaged input is one line that names it, or no harm.
+
+Each case damages one file (`fuzz`), runs a command in this process, and expects exit code 0 or 2,
+with 2 one line that names the file or its folder, and no control character on the terminal.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pathlib
+import random
+import shutil
+import signal
+import sys
+from typing import Any
+
+import fuzz
+import numpy as np
+import pytest
+import support as s
+from jaxpersona.ckpts import hf, orbax
+from jaxpersona.ckpts.files import write_tensors
+from jaxpersona.ckpts.vectors import save_vector
+
+import jaxpersona as jp
+from jaxpersona import chat
+from jaxpersona.persona.texts import Question, Role
+from jaxpersona.vectors import Axis, Vector
+
+LAYERS, WIDTH = 3, 32  # of the model that the fixture `checkpoint` makes
+SECONDS = 60  # no file may hold a command for so long
+VALUES = np.random.default_rng(0).normal(size=(LAYERS, WIDTH)).astype(np.float32)
+TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": "So."}]
+SPEC = [{"operator": "steer", "vector": "v.safetensors", "layers": 1, "scale": 2.0},
+        {"operator": "cap", "vector": "a.safetensors", "layers": "1:3", "floor": "p25",
+         "of": "default", "where": {"name": "generated", "turns": [0, 5]}, "first_token": False,
+         "gate": {"vector": [0.5] * WIDTH, "layer": 1, "below": -3.0}},
+        {"operator": "rotate", "plane": [[1.0] * WIDTH, "v.safetensors"], "layers": [0, 2],
+         "by": 0.5}, {"operator": "restore_norm", "layers": "1"}]
+ROLES = [Role("default", ("", "You are an AI assistant."), ""),
+         Role("ghost", ("You are a ghost.",), ""), Role("tutor", ("You are a tutor.",), "")]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, checkpoint):
+    """A folder with a valid file for every reader, and the model that the commands are given."""
+    folder = tmp_path_factory.mktemp("fuzz")
+    axis = Axis(VALUES, "assistant", "m", notes={"a": 1, "b": "c"},
+                percentiles={"default": {"p25": np.zeros(LAYERS, np.float32)}})
+    save_vector(folder / "a.safetensors", axis)
+    save_vector(folder / "v.safetensors", Vector(VALUES, notes={"n": 1}))
+    np.save(folder / "v.npy", VALUES)
+    (folder / "talk.json").write_text(json.dumps(TALK))
+    (folder / "spec.json").write_text(json.dumps(SPEC))
+    header = {"format": "jaxpersona-vector", "kind": "caps", "layer_base": "0", "norm": "none",
+              "sign": "+", "site": "residual", "layers": "[0, 2]", "labels": '["a", "b"]',
+              "notes": '{"n": 1}'}
+    write_tensors(folder / "c.safetensors", {"values": VALUES[:2], "floors": VALUES[0, :2]}, header)
+    texts = folder / "texts"
+    texts.mkdir()
+    s.write_texts(texts, ROLES, [Question(i, f"Why {i}?") for i in range(3)])
+    for name, value in (
+        ("traits/kind.json", {"instruction": [{"pos": "Be so.", "neg": "Do not."}],
+                              "questions": ["Why?"], "eval_prompt": "{question} {answer}"}),
+        ("drift/coding.json", {"domain": "coding", "description": "d", "personas": [
+            {"id": "p", "card": "c", "topics": [{"id": "t", "title": "t", "opening": "o"}]}]}),
+        ("role_list.json", {"ghost": "A ghost."}),
+    ):
+        (texts / name).parent.mkdir(exist_ok=True)
+        (texts / name).write_text(json.dumps(value))
+    model = jp.load(str(checkpoint))
+    shutil.copytree(checkpoint, folder / "model")
+    (folder / "model" / "generation_config.json").write_text(json.dumps(
+        {"eos_token_id": [257], "repetition_penalty": 1.1, "do_sample": True, "top_k": 20}))
+    hf.save(folder / "shards", model.params, model.config, shard_bytes=40_000)
+    orbax.save(folder / "orbax", model.params, model.config)
+    (folder / "adapter").mkdir()
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "base_model_name_or_path": "owner/base", "r": 8}))
+    assert s.run_command(s.axis_command(checkpoint, texts, folder / "run")) == 0
+    return folder, model
+
+
+def _pickle(change: Any) -> bytes:
+    import torch
+
+    kept = io.BytesIO()
+    torch.save(change, kept)
+    return kept.getvalue()
+
+
+def _damaged_pickle(value: Any):
+    """Damage a .pt file, by the values that it holds or by its bytes."""
+    def make(data: bytes, draw: random.Random) -> bytes:
+        if draw.random() < 0.4:
+            return fuzz.damage(data, draw)
+        import torch
+
+        others = (torch.ones(3), torch.ones(2, 2, dtype=torch.int32), torch.ones(1).expand(9, 9),
+                  torch.tensor(float("nan")), torch.zeros(0, 4), torch.ones(4, 4).to_sparse(),
+                  torch.ones(2, 3, dtype=torch.float8_e4m3fn), {"q": torch.ones(3)})
+        return _pickle(fuzz.replaced(value, draw, others))
+    return make
+
+
+def _show(folder: pathlib.Path, path: pathlib.Path, _: Any) -> list[str]:
+    return ["vectors", "show", str(path)]
+
+
+def _convert(folder: pathlib.Path, path: pathlib.Path, _: Any) -> list[str]:
+    model = next(p for p in path.parents if p.parent == folder)
+    return ["vectors", "convert", str(folder / "v.safetensors"), str(folder / "o.safetensors"),
+            "--model", str(model)]
+
+
+def _plan(folder: pathlib.Path, path: pathlib.Path, _: Any) -> list[str]:
+    return ["plan", "--topology", "h200:1", "--context", "64", "--model",
+            str(path.parent)]
+
+
+def _check(folder: pathlib.Path, path: pathlib.Path, _: Any) -> list[str]:
+    return ["data", "check", str(folder / "texts")]
+
+
+def _spec(folder: pathlib.Path, path: pathlib.Path, model: Any) -> list[str]:
+    return ["generate", "hi", "--spec", str(path), "--no-check", "--model", model.name]
+
+
+def _project(folder: pathlib.Path, path: pathlib.Path, model: Any) -> list[str]:
+    return ["project", str(path), "--on", str(folder / "v.safetensors"), "--model", model.name]
+
+
+def _axis(folder: pathlib.Path, path: pathlib.Path, model: Any) -> list[str]:
+    return s.axis_command(model.name, folder / "texts", folder / "run")
+
+
+# what is damaged, how, and by which command it is read
+READERS = {
+    "v.safetensors": (fuzz.damaged_safetensors, _show),
+    "a.safetensors": (fuzz.damaged_safetensors, _show),
+    "c.safetensors": (fuzz.damaged_safetensors, _show),
+    "v.npy": (fuzz.damage, _show),
+    "spec.json": (fuzz.damaged_json, _spec),
+    "talk.json": (fuzz.damaged_json, _project),
+    "texts/roles/ghost.json": (fuzz.damaged_json, _check),
+    "texts/role_list.json": (fuzz.damaged_json, _check),
+    "texts/questions.jsonl": (fuzz.damaged_json, _check),
+    "texts/traits/kind.json": (fuzz.damaged_json, _check),
+    "texts/drift/coding.json": (fuzz.damaged_json, _check),
+    "model/config.json": (fuzz.damaged_json, _convert),
+    "shards/config.json": (fuzz.damaged_json, _plan),
+    "model/generation_config.json": (fuzz.damaged_json, _convert),
+    "model/tokenizer.json": (fuzz.damaged_json, _convert),
+    "model/tokenizer_config.json": (fuzz.damaged_json, _convert),
+    "model/model.safetensors": (fuzz.damaged_safetensors, _convert),
+    "shards/model.safetensors.index.json": (fuzz.damaged_json, _convert),
+    "shards/model-00002-of-00006.safetensors": (fuzz.damaged_safetensors, _convert),
+    "adapter/adapter_config.json": (fuzz.damaged_json, _plan),
+    "orbax/config.json": (fuzz.damaged_json, _convert),
+    "orbax/params/_METADATA": (fuzz.damaged_json, _convert),
+    "run/run.json": (fuzz.damaged_json, _axis),
+    "run/rollouts/ghost.jsonl": (fuzz.damaged_json, _axis),
+    "run/scores/ghost.json": (fuzz.damaged_json, _axis),
+    "run/means/ghost.safetensors": (fuzz.damaged_safetensors, _axis),
+}
+PICKLES = {
+    "capping_config.pt": lambda t: {
+        "vectors": {"q": {"layer": 1, "vector": t.ones(3)}},
+        "experiments": [{"id": "a-p0.25", "interventions": [{"vector": "q", "cap": 1.5}]}]},
+    "axis.pt": lambda t: {"axis": t.ones(3, 4)},
+    "role.pt": lambda t: {"vector": t.ones(3, 4), "type": "pos_3", "role": "ghost"},
+}
+
+
+def _guarded(arguments: list[str]) -> Any:
+    """Run the command; a file that holds it for long fails the test instead of hanging it."""
+    def late(*_: Any) -> None:
+        raise AssertionError(f"{arguments} ran for {SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(SECONDS)
+    try:
+        return s.run_command(arguments)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _judge(code: Any, out: str, err: str, path: pathlib.Path) -> str | None:
+    """Return what is wrong with a command's end, or None."""
+    # progress bars are for people at a terminal; warnings and self-tests have lines of their own
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    marks = [c for c in out + err if ord(c) < 32 and c not in "\n\t\r" or 126 < ord(c) < 160]
+    if code not in (0, 2):
+        return f"exit code {code}"
+    if marks:
+        return f"control characters {set(marks)}"
+    if code == 0:
+        return "an error with exit code 0" if lines else None
+    if len(lines) != 1 or "Traceback" in err:
+        return f"{len(lines)} lines of error"
+    folders = [str(p) for p in path.parents if "fuzz0" in p.parent.name]  # a model's, a run's
+    if path.name not in lines[0] and not any(folder in lines[0] for folder in folders):
+        return f"the file is not named: {lines[0][:400]}"
+    return None
+
+
+def run(place: Any, name: str, make: Any, command: Any, count: int, capsys: Any,
+        monkeypatch: Any) -> None:
+    folder, model = place
+    path, kept = folder / name, folder / "kept"
+    data = path.read_bytes()
+    if command in (_spec, _project, _axis):  # the model is no part of what these read
+        monkeypatch.setattr("jaxpersona.cli_support.open_model", lambda *_: model)
+    generate = sys.modules["jaxpersona.generate"]
+    if command is _spec:  # one program for each spec would be compiled
+        monkeypatch.setattr(generate, "generate", lambda *_, **__: sys.exit(0))
+    if command is _project:  # and one for each length
+        monkeypatch.setattr("jaxpersona.persona.talk.project_conversation",
+                            lambda model, talk, _: chat.encode(model, [talk], reply=False) and [])
+    monkeypatch.setattr("jaxpersona.cli_support.draw_run", lambda *_: None)
+    faults, codes = [], {}
+    draw = random.Random(name)
+    if command is _axis:
+        shutil.copytree(folder / "run", kept)
+    for i in range(count):
+        made = make(data, draw)
+        path.write_bytes(made)
+        capsys.readouterr()
+        try:
+            code = _guarded(command(folder, path, model))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is the finding
+            code = f"{type(error).__name__}: {str(error)[:300]}"
+        codes[code] = codes.get(code, 0) + 1
+        fault = _judge(code, *capsys.readouterr(), path)
+        if fault is not None:
+            faults.append((i, fault, made[:200]))
+        if command is _axis:
+            shutil.rmtree(folder / "run")
+            shutil.copytree(kept, folder / "run")
+    path.write_bytes(data)
+    shutil.rmtree(kept, ignore_errors=True)
+    assert not faults, "\n".join(map(str, [len(faults), *faults[:12]]))
+    assert codes.get(2, 0) > count // 5, codes
+
+
+COUNTS = [pytest.param(12, id="few"), pytest.param(1000, id="many", marks=pytest.mark.slow)]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", READERS)
+def test_damage_is_named_or_does_no_harm(place, name, count, capsys, monkeypatch):
+    run(place, name, *READERS[name], count, capsys, monkeypatch)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("name", PICKLES)
+def test_damage_to_a_pickle(place, name, count, capsys, monkeypatch):
+    torch = pytest.importorskip("torch")
+    value = PICKLES[name](torch)
+    (place[0] / name).write_bytes(_pickle(value))
+    run(place, name, _damaged_pickle(value), _show, count, capsys, monkeypatch)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("count", COUNTS)
+def test_damage_to_a_control_vector(place, count, capsys, monkeypatch):
+    pytest.importorskip("gguf")
+    save_vector(place[0] / "v.gguf", Vector(VALUES, notes={"n": 1}))
+    run(place, "v.gguf", fuzz.damage, _show, count, capsys, monkeypatch)

@@ -1,0 +1,139 @@
+"""Signals end the command with one line that says what is kept; the console loses no reply."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import support as s
+
+import jaxpersona.interrupt as interrupt
+from jaxpersona.persona.texts import Question, Role
+
+ROLES = [Role("default", ("", "You are an AI assistant."), ""),
+         *(Role(name, (f"You are a {name}.",), "") for name in ("ghost", "tutor", "pirate"))]
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+
+
+def start(*arguments, **variables):
+    """Start the command as its script does, with its output to be read."""
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | variables
+    code = "import sys; sys.argv[0] = 'jaxpersona'; from jaxpersona.cli import main; main()"
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], text=True, env=env,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("delay", [0.3, 0.8])
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_importing_is_one_line(number, delay):
+    process = start("plan", "--topology", "h200:1")
+    time.sleep(delay)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert "Traceback" not in err and not out
+    assert process.returncode == 128 + number and err == "stopped; nothing was written\n"
+
+
+def test_the_package_leaves_the_signals_of_other_programs_alone():
+    code = ("import signal; before = [signal.getsignal(n) for n in (2, 15)]; import jaxpersona; "
+            "assert before == [signal.getsignal(n) for n in (2, 15)]")
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert not interrupt.is_command()
+
+
+@pytest.fixture
+def texts(tmp_path):
+    (tmp_path / "texts").mkdir()
+    return s.write_texts(tmp_path / "texts", ROLES, [Question(0, "Why?")])
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_during_a_run_says_what_is_kept(checkpoint, texts, tmp_path, capsys, monkeypatch,
+                                                 number):
+    """The exit code is the shell's, the line names what is there, and the run goes on from it."""
+    from jaxpersona.persona import extract
+
+    out, saved = tmp_path / "out", []
+    keep = extract.Run.save_rollouts
+
+    def save(run, role, *given):
+        keep(run, role, *given)
+        saved.append(role)
+        if len(saved) == 2:
+            os.kill(os.getpid(), number)
+            time.sleep(5)  # the handler runs before this ends
+
+    monkeypatch.setattr(extract.Run, "save_rollouts", save)
+    before = [signal.getsignal(n) for n in SIGNALS]
+    command = s.axis_command(checkpoint, texts, out)
+    assert s.run_command(command) == 128 + number
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == (f"stopped; {out} keeps rollouts of 2 roles; the same command goes on from here")
+    assert [signal.getsignal(n) for n in SIGNALS] == before
+    monkeypatch.undo()
+    assert s.run_command(command) == 0
+    assert s.run_command(command) == 0
+
+
+def test_a_signal_before_anything_is_written_says_so(checkpoint, texts, tmp_path, capsys,
+                                                     monkeypatch):
+    def load(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setattr("jaxpersona.cli_support.open_model", load)
+    assert s.run_command(s.axis_command(checkpoint, texts, tmp_path / "out")) == 130
+    assert capsys.readouterr().err.strip().splitlines()[-1] == "stopped; nothing was written"
+
+
+def test_a_killed_command_of_its_own_process_is_one_line(checkpoint, texts, tmp_path):
+    """Through the command-line library, wherever the signal meets it."""
+    process = start(*s.axis_command(checkpoint, texts, tmp_path / "out", "--samples", "2000"))
+    deadline = time.monotonic() + 90
+    while not (tmp_path / "out" / "run.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    assert re.search(r"^stopped; .*out keeps .*; the same command goes on from here$", err, re.M)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_no_reply_is_lost_to_the_encoding_of_the_console(monkeypatch, encoding, tmp_path):
+    """A character that the console lacks, and half a surrogate pair, are written as escapes."""
+    import io
+
+    from jaxpersona import cli_output
+
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    with cli_output.prepared():
+        cli_output.say("caf\u00e9 \u4e16 \U0001f600", "half \ud800", "last")
+        cli_output.console().print(cli_output.cell("\u4e16 \ud83d"))
+    out.flush()
+    lines = out.buffer.getvalue().decode(encoding).splitlines()
+    wanted = {"ascii": "caf\\xe9 \\u4e16 \\U0001f600", "cp1252": "caf\u00e9 \\u4e16 \\U0001f600",
+              "utf-8": "caf\u00e9 \u4e16 \U0001f600"}[encoding]
+    world = "\u4e16" if encoding == "utf-8" else "\\u4e16"
+    assert lines == [wanted, "half \\ud800", "last", f"{world} \\ud83d"]
+
+
+def test_a_console_of_seven_bits_shows_every_reply(checkpoint, tmp_path):
+    """The whole command: replies of random bytes, a prompt and a table beyond the encoding."""
+    from jaxpersona.ckpts.vectors import save_vector
+
+    from jaxpersona.vectors import Vector
+
+    save_vector(tmp_path / "v.safetensors", Vector([[1.0] * 32] * 3, name="\u4e16\u754c"))
+    for more in ((), ("--steer", tmp_path / "v.safetensors", "--compare")):
+        process = start("generate", "caf\u00e9", "\u4e16", "--model", checkpoint, "--temperature",
+                        "1", "--max-new-tokens", "12", *more, PYTHONIOENCODING="ascii")
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert out.isascii() and len(out.splitlines()) >= 2
