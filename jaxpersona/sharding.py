@@ -225,7 +225,7 @@ def on_own_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def off_mesh(tree: Any) -> Any:
-    """Fetch a small tree's arrays that lie on a mesh, as those do that are made in `jax.set_mesh`."""
+    """Fetch the arrays of a small tree that lie on a mesh (arrays made in `jax.set_mesh` do)."""
     def one(x: Any) -> Any:
         concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
         return jax.device_get(x) if concrete and mesh_of(x) is not None else x

@@ -1,0 +1,116 @@
+"""Programs of a measurement: compiled ahead in parallel, timed, and profiled kernel by kernel."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import pathlib
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from common import seconds_of
+from decoding import NOTHING, Decoding
+
+from jaxpersona import hlo
+from jaxpersona.capture import Capture
+from jaxpersona.decode import decode
+
+Program = Callable[..., Any]
+
+
+class Steps:
+    """The decode programs of one batch size, each compiled ahead, in threads after the first."""
+
+    def __init__(self, model: Any, rows: int, steps: int, edits: dict[str, Any], *,
+                 prompt: int = 32) -> None:
+        self.setting = Decoding(model, rows, steps, prompt=prompt)
+        self.edits, read = edits, Capture()
+        base = jax.block_until_ready(self.setting.start(NOTHING, read))
+        self.given = {}
+        for name, edit in edits.items():
+            shape = jax.eval_shape(lambda edit=edit: self.setting.start(edit, read))
+            empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
+                                 (shape.applied, shape.gates))
+            state = base.replace(applied=empty[0], gates=empty[1])
+            self.given[name] = self.setting.arguments(state, edit, read)
+
+        def build(name: str) -> Program:
+            return decode.lower(*self.given[name], greedy=True).compile()
+
+        self.programs, self.compile_s = compile_all(
+            {name: (lambda name=name: build(name)) for name in edits})
+        self.kernels = {name: attempt(count_kernels, program)
+                        for name, program in self.programs.items()}
+
+    def timer(self, name: str) -> Callable[[], float]:
+        """Return a call that times the steps of one arm."""
+        program = self.programs[name]
+        params, _, state, *rest = self.given[name]  # the configuration is static
+
+        def once() -> float:
+            mine = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+            begun = time.perf_counter()
+            out = jax.block_until_ready(program(params, mine, *rest))
+            spent = time.perf_counter() - begun
+            if int(out.step) != self.setting.steps:
+                raise RuntimeError(f"{int(out.step)} steps ran, not {self.setting.steps}")
+            return spent
+
+        return once
+
+
+def count_kernels(program: Any) -> int:
+    """Count the fusions of a compiled step."""
+    return hlo.fusions(hlo.operations(program.as_text()))
+
+
+def timed(run: Program, given: tuple[Any, ...], count: int, size: int) -> dict[str, float]:
+    """Return the microseconds of one of `count` products and the bytes of weights a second."""
+    spent = seconds_of(lambda: run(*given), 10) / count
+    return {"us": round(1e6 * spent, 2), "gb_per_s": round(size / spent / 1e9, 1)}
+
+
+def attempt(work: Callable[..., Any], *given: Any) -> Any:
+    """Return `work(*given)`, or its error where a part should go on without this figure."""
+    try:
+        return work(*given)
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+def compile_all(builds: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], float]:
+    """Run the first build alone (it tunes the products for all), then the others in threads."""
+    begun = time.perf_counter()
+    names = list(builds)
+    out = {names[0]: builds[names[0]]()}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        rest = {name: pool.submit(builds[name]) for name in names[1:]}
+        out |= {name: future.result() for name, future in rest.items()}
+    return out, round(time.perf_counter() - begun, 2)
+
+
+def busy(path: pathlib.Path, steps: int, most: int = 30) -> dict[str, Any]:
+    """Sum a profile's device events by kernel: microseconds and calls a step."""
+    data = jax.profiler.ProfileData.from_file(str(path))
+    spent: dict[str, float] = defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
+    lines = set()
+    for plane in data.planes:
+        if "gpu" not in plane.name.lower() or "device" not in plane.name.lower():
+            continue
+        for line in plane.lines:
+            if not line.name.lower().startswith("stream"):
+                continue
+            lines.add(line.name)
+            for event in line.events:
+                name = event.name.rstrip("0123456789").rstrip("_.")
+                spent[name] += event.duration_ns / 1e3
+                calls[name] += 1
+    top = sorted(spent, key=lambda name: -spent[name])[:most]
+    return {"kernel_us_per_step": round(sum(spent.values()) / steps, 1),
+            "kernel_calls_per_step": round(sum(calls.values()) / steps, 1), "lines": sorted(lines),
+            "top": {name: [round(spent[name] / steps, 2), round(calls[name] / steps, 2)]
+                    for name in top}}
