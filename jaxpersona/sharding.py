@@ -225,7 +225,7 @@ def on_own_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def off_mesh(tree: Any) -> Any:
-    """Fetch the arrays of a small tree that lie on a mesh (arrays made in `jax.set_mesh` do)."""
+    """Fetch a small tree's arrays that lie on a mesh, such as those made in `jax.set_mesh`."""
     def one(x: Any) -> Any:
         concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
         return jax.device_get(x) if concrete and mesh_of(x) is not None else x
@@ -243,6 +243,8 @@ def check_set_mesh(like: jax.Array) -> None:
     if current.empty or (mesh is not None and _same_shape(current, mesh)):
         return
     if mesh is None:
+        if AxisType.Explicit not in current.axis_types:
+            return
         raise ValueError(f"the mesh {_written(current)} is set, but the model lies on one device: "
                          "leave jax.set_mesh, or load the model with mesh=")
     raise ValueError(f"the mesh that is set, {_written(current)}, is not the model's, "

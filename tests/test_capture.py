@@ -261,3 +261,20 @@ REFUSED = {
 def test_refused(message):
     with pytest.raises(ValueError, match=message):
         REFUSED[message]()
+
+
+def test_every_reading_multiplies_in_full_precision():
+    """On a GPU or TPU a product of the default precision would round float32 activations."""
+    v = np.random.default_rng(0).normal(size=(2, 32))
+    read = (capture.mean() | capture.mean(turns=2, name="turns") | capture.last()
+            | capture.projections(v) | capture.moments(v) | capture.histogram(v, [0.0]))
+    model = s.tiny_model()
+    state = read.start(model.config, 2, 4)
+    rows = batch([[5, 6, 7], [8, 9]])
+    h = jnp.ones((2, 3, 32), jnp.float32)
+    for name, part in read.parts.items():
+        text = jax.make_jaxpr(lambda h, part=part: part.read(h, part.weights(rows), 0))(h)
+        products = [eqn for eqn in text.jaxpr.eqns if eqn.primitive.name == "dot_general"]
+        assert products and name in state
+        for eqn in products:
+            assert eqn.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2, name

@@ -1,0 +1,156 @@
+"""The compiled programs that are kept: how many, which are dropped, and for which platform."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support as s
+
+import jaxpersona as jp
+from jaxpersona import programs, sharding
+from jaxpersona.decode import TRACES
+from jaxpersona.generate import generate
+from jaxpersona.programs import KEPT, program
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Keep three programs, beginning with none."""
+    KEPT.clear()
+    monkeypatch.setattr(KEPT, "limit", 3)
+    yield
+    KEPT.clear()
+
+
+def counted():
+    seen = []
+
+    @program(static=("times",))
+    def double(x, y, *, times):
+        seen.append(y.shape)
+        return y * times
+
+    return double, seen
+
+
+def test_the_least_recently_used_is_dropped(few):
+    double, seen = counted()
+
+    def call(n):
+        np.testing.assert_array_equal(double(jnp.ones(2), jnp.ones(n), times=2.0), 2.0)
+
+    for n in (1, 2, 3, 1, 4):  # the fourth shape drops the second, used last but one
+        call(n)
+    assert seen == [(1,), (2,), (3,), (4,)] and len(KEPT) == 3
+    call(1), call(3), call(4)
+    assert len(seen) == 4
+    call(2)
+    assert seen[4:] == [(2,)]
+
+
+def test_new_values_never_trace_again_and_static_ones_do(few):
+    double, seen = counted()
+    for value in (1.0, 2.0):
+        double(jnp.ones(2), jnp.full(3, value), times=2.0)
+    assert len(seen) == 1
+    double(jnp.ones(2), jnp.ones(3), times=3.0)
+    assert len(seen) == 2
+
+
+def test_what_is_dropped_is_freed(few):
+    double, _ = counted()
+    double(jnp.ones(2), jnp.ones(1), times=2.0)
+    (made,) = KEPT._held.values()
+    gone = weakref.ref(made)
+    del made
+    for n in (2, 3, 4):
+        double(jnp.ones(2), jnp.ones(n), times=2.0)
+    gc.collect()
+    assert gone() is None
+
+
+def test_generating_stays_within_the_bound_and_keeps_its_bits(few, monkeypatch):
+    model = s.tiny_model()
+    texts = s.prompts((5, 40, 70))
+
+    def reply():
+        return generate(model, texts, max_new_tokens=4, batch_size=2).tokens
+
+    kept = reply()
+    assert len(KEPT) <= 3
+    before = TRACES["decode"]
+    assert s.same_bits(reply(), kept) and TRACES["decode"] > before  # dropped and made anew
+    monkeypatch.setattr(KEPT, "limit", programs.LIMIT)
+    reply()
+    before = dict(TRACES)
+    assert s.same_bits(reply(), kept) and dict(TRACES) == before
+
+
+def test_the_limit_is_read_from_the_environment(monkeypatch):
+    monkeypatch.setenv(programs.SWITCH, "12")
+    assert programs._limit() == 12
+    for said in ("0", "-3", "many", "1.5"):
+        monkeypatch.setenv(programs.SWITCH, said)
+        with pytest.raises(ValueError, match=f"{programs.SWITCH} is '{said}'; it must be"):
+            programs._limit()
+
+
+@pytest.fixture
+def gpu_host(monkeypatch):
+    """Let JAX's default back end be a GPU, while all arrays of this test lie on CPUs."""
+    KEPT.clear()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    yield
+    KEPT.clear()
+
+
+def test_arrays_on_a_cpu_are_known_on_a_gpu_host(gpu_host):
+    """Whatever chooses by platform asks the arrays, and programs trace for theirs."""
+    from jaxpersona import schedule
+    from jaxpersona.cache import kept_dtype
+
+    model = s.tiny_model()
+    x = model.params.embed_vd
+    assert sharding.platform(x) == "cpu" and sharding.on_cpu(x)
+    assert kept_dtype(x.astype(jnp.bfloat16)) == jnp.float32
+    assert schedule.fast_params(model, 8) is not model.params
+    assert sharding.default_platform() == "gpu"
+    inside = []
+
+    @program()
+    def traced(x):
+        inside.append((sharding.platform(x), sharding.on_cpu(x)))
+        return x
+
+    traced(x)
+    assert inside == [("cpu", True)]
+    jax.jit(lambda x: inside.append(sharding.platform(x)) or x)(x)
+    assert inside[1:] == ["gpu"]  # where nobody says: the default
+
+
+def test_a_long_prompt_on_a_cpu_does_not_ask_for_cudnn(gpu_host, recwarn):
+    model = s.tiny_model(dtype=jnp.bfloat16, head_dim=16, max_context=1024)
+    long = s.prompts((600,))
+    generate(model, long, max_new_tokens=1, batch_size=1)
+    jp.forward(model.params, model.config, jp.batch(long), attention="auto", logits="last")
+    assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]
+
+
+def test_a_batch_of_extract_fits_the_arrays_platform(gpu_host):
+    found = jp.extract(s.tiny_model(), s.prompts((5, 7)), capture=jp.capture.last())
+    assert found.padded == 1024
+
+
+def test_the_default_dtype_is_that_of_the_place_of_the_parameters(gpu_host):
+    from jaxpersona.load import _dtype
+
+    assert _dtype(None, None).name == "bfloat16"
+    assert _dtype(None, sharding.make_mesh(2)).name == "float32"
+    with jax.default_device(jax.devices("cpu")[1]):
+        assert _dtype(None, None).name == "float32"
+        assert sharding.default_device() == jax.devices("cpu")[1]

@@ -1,0 +1,80 @@
+"""What is derived from weights follows them: another array anywhere is another copy."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import support as s
+
+from jaxpersona.generate import generate
+from jaxpersona.load import Model
+from jaxpersona.params import in_out
+from jaxpersona.schedule import fast_params
+
+PROMPTS = s.prompts((5, 9, 3))
+
+
+def made(seed=0):
+    tiny = s.tiny_model(seed=seed)
+    return Model(tiny.config, tiny.params, None, None, "m", tiny.fingerprint, (), False)
+
+
+def test_a_replaced_array_is_used_whichever_it_is():
+    model = made()
+    fast_params(model, 8)
+    leaves, tree = jax.tree.flatten(model.params)
+    for i in range(len(leaves)):
+        params = tree.unflatten([*leaves[:i], leaves[i] * 0.5, *leaves[i + 1:]])
+        other = dataclasses.replace(model, params=params)
+        assert s.same_bits(fast_params(other, 8), in_out(params)), f"array {i}"
+    assert s.same_bits(fast_params(model, 8), in_out(model.params))
+
+
+def test_edited_layers_generate_the_same_at_every_batch_size():
+    model = made()
+    kept = dict(max_new_tokens=8)
+    before = generate(model, PROMPTS, batch_size=8, **kept).tokens
+    layers = jax.tree.map(lambda w: w * 0.5, model.params.layers)
+    other = dataclasses.replace(model, params=model.params.replace(layers=layers))
+    few, many = (generate(other, PROMPTS, batch_size=n, **kept).tokens for n in (2, 8))
+    assert s.same_bits(few, many) and not s.same_bits(before, many)
+
+
+def test_the_copy_is_made_once_and_belongs_to_its_model():
+    model, other = made(), made(seed=1)
+    first = fast_params(model, 8)
+    fast_params(other, 32)
+    assert fast_params(model, 16) is first
+    assert fast_params(model, 4) is model.params
+
+
+def test_models_in_threads_keep_their_own_copies():
+    models = [made(seed) for seed in range(2)]
+    wanted = [in_out(model.params).layers[0].w_up_fd.value for model in models]
+    wrong = []
+
+    def ask(i):
+        for _ in range(200):
+            found = fast_params(models[i], 8).layers[0].w_up_fd.value
+            if found is not first[i] or not np.array_equal(found, wanted[i]):
+                wrong.append(i)
+
+    first = [fast_params(model, 8).layers[0].w_up_fd.value for model in models]
+    threads = [threading.Thread(target=ask, args=(i % 2,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_model_that_no_cache_belongs_to_is_never_stale():
+    tiny = s.tiny_model()
+    fast_params(tiny, 8)
+    other = dataclasses.replace(tiny, params=tiny.params.replace(
+        final_norm_d=jnp.zeros_like(tiny.params.final_norm_d)))
+    assert not np.asarray(fast_params(other, 8).final_norm_d).any()

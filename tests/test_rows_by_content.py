@@ -1,0 +1,99 @@
+"""Rows' interventions are merged by what they hold, whichever objects hold it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support as s
+
+from jaxpersona.decode import TRACES
+from jaxpersona.generate import generate
+from jaxpersona.interventions import (
+    cap,
+    chain,
+    custom,
+    gate,
+    reserve,
+    rotate,
+    stack_rows,
+    steer,
+)
+from jaxpersona.interventions.where import everywhere
+
+V = np.random.default_rng(0).normal(size=(3, 32))
+
+
+def bend(amount, h):
+    return h + amount * jnp.tanh(h)
+
+
+KINDS = {
+    "cap": lambda x: cap(V[0], layers=[0, 1], floor=x),
+    "steer": lambda x: chain(steer(V[1], layers=[1], scale=x), cap(V[0], layers=[2], floor=0.5)),
+    "gate": lambda x: gate(steer(V[2], layers=[2]), V[0], layer=0, above=x),
+    "rotate": lambda x: rotate(V[0], V[1], layers=[0], to=x),
+    "custom": lambda x: custom(bend, {"a": np.float32(x)}, layers=[1]),
+}
+
+
+def shapes(edits):
+    return jax.tree.structure(edits), [x.shape for x in jax.tree.leaves(edits)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_parts_share_an_entry_as_one_object_does(kind):
+    make = KINDS[kind]
+    one, other = make(0.5), make(0.7)
+    same = stack_rows([one, one, None, other])
+    apart = stack_rows([make(0.5), make(0.5), None, make(0.7)])
+    mapped = stack_rows(jax.tree.map(jnp.copy, [one, one, None, other]))
+    for found in (apart, mapped):
+        assert shapes(found) == shapes(same) and s.same_bits(found, same)
+    assert {edit.entries for edit in same.edits} <= {1, 2}
+
+
+def test_equal_values_at_other_layers_or_of_another_function_stay_apart():
+    def bend_too(amount, h):
+        return h + amount * jnp.tanh(h)
+
+    found = stack_rows([cap(V[0], layers=[0], floor=0.5), cap(V[0], layers=[1], floor=0.5),
+                        cap(V[0], layers=[0], floor=0.5, where=everywhere.without("first"))])
+    assert found.edits[0].index.tolist() == [0, 1, 2]
+    with_functions = stack_rows([custom(bend, np.float32(1), layers=[0]),
+                                 custom(bend_too, np.float32(1), layers=[0])])
+    assert len(with_functions.edits) == 2
+
+
+def test_a_mapped_copy_runs_the_same_program():
+    model = s.tiny_model()
+    parts = [KINDS["cap"](0.5)] * 3 + [KINDS["cap"](0.9)]
+    texts = s.prompts((5, 6, 7, 8))
+
+    def reply(parts):
+        return generate(model, texts, interventions=stack_rows(parts), max_new_tokens=3,
+                        batch_size=4).tokens
+
+    wanted, before = reply(parts), dict(TRACES)
+    copies = [jax.tree.map(jnp.copy, part) for part in parts]
+    assert s.same_bits(reply(copies), wanted) and dict(TRACES) == before
+
+
+def test_reserved_entries_are_counted_by_content():
+    into = reserve(4, 32, [0, 1], entries=1)
+    filled = stack_rows([KINDS["cap"](0.5) for _ in range(4)], into=into)
+    assert filled.edits[0].index.tolist() == [0, 0, 0, 0]
+    with pytest.raises(ValueError, match="2 edits .* do not fit the reserved 1"):
+        stack_rows([*(KINDS["cap"](x) for x in (0.5, 0.5, 0.6)), None], into=into)
+
+
+def test_traced_parts_have_an_entry_each():
+    def loss(x):
+        edits = stack_rows([cap(V[0], layers=[0], floor=x), cap(V[0], layers=[0], floor=x),
+                            cap(V[0], layers=[0], floor=0.5)])
+        assert edits.edits[0].index.tolist() == [0, 1, 2] and edits.edits[0].entries == 4
+        return edits.edits[0].coefficients[..., 2].sum(where=jnp.isfinite(
+            edits.edits[0].coefficients[..., 2]))
+
+    assert float(jax.grad(loss)(jnp.float32(0.5))) == 2.0
