@@ -23,6 +23,7 @@ from jaxpersona.capture import Capture, mean
 from jaxpersona.config import ModelConfig
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.where import WIDTH, holds
+from jaxpersona.missing import describe_empty, result_of
 from jaxpersona.model import Output, forward
 from jaxpersona.params import Params
 from jaxpersona.readings import (
@@ -30,8 +31,6 @@ from jaxpersona.readings import (
     Mean,
     ProjectionMoments,
     TokenState,
-    describe_empty,
-    result_of,
 )
 from jaxpersona.sharding import rows_divisor
 from jaxpersona.trace import Applied

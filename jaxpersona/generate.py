@@ -24,7 +24,7 @@ from jaxpersona.batch import CODE
 from jaxpersona.capture import Capture, TokenState
 from jaxpersona.decode import State, Stops
 from jaxpersona.interventions.compose import Interventions, given
-from jaxpersona.readings import describe_empty, result_of
+from jaxpersona.missing import describe_empty, result_of
 from jaxpersona.sampling import sampling
 from jaxpersona.schedule import Job
 from jaxpersona.sharding import rows_divisor

@@ -13,7 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # every module may import those of a lower level and of its own group
 LEVELS = (
-    ("config", "compile_cache", "chips", "processes"), ("families",), ("presets",),
+    ("config", "compile_cache", "chips", "processes", "missing"), ("families",), ("presets",),
     ("sharding", "hlo"), ("params",), ("kernels",), ("nn",), ("batch",),
     ("interventions", "cache"), ("readings",), ("capture",), ("vectors",), ("trace",), ("model",),
     ("fences",), ("sampling", "decode"),
