@@ -24,6 +24,7 @@ from jaxpersona.capture import Capture, mean
 from jaxpersona.config import ModelConfig
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.where import WIDTH, holds
+from jaxpersona.missing import describe_empty, result_of
 from jaxpersona.model import Output, forward
 from jaxpersona.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
 from jaxpersona.params import Params
@@ -33,8 +34,6 @@ from jaxpersona.readings import (
     Mean,
     ProjectionMoments,
     TokenState,
-    describe_empty,
-    result_of,
 )
 from jaxpersona.runtime import debugging, own_rules
 from jaxpersona.sharding import off_mesh, on_own_mesh, platform, rows_divisor

@@ -25,8 +25,8 @@ from jaxpersona.batch import CODE
 from jaxpersona.capture import Capture, TokenState
 from jaxpersona.decode import State, Stops
 from jaxpersona.interventions.compose import Interventions, given
+from jaxpersona.missing import describe_empty, result_of
 from jaxpersona.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
-from jaxpersona.readings import describe_empty, result_of
 from jaxpersona.runtime import debugging, own_rules
 from jaxpersona.sampling import sampling
 from jaxpersona.schedule import Job

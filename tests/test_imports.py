@@ -13,7 +13,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # every module may import those of a lower level and of its own group
 LEVELS = (
-    ("config", "inputs", "interrupt", "compile_cache", "chips", "processes", "runtime"),
+    ("config", "inputs", "interrupt", "compile_cache", "chips", "processes", "runtime", "missing"),
     ("family_keys", "families"), ("presets",),
     ("sharding", "hlo"), ("params", "programs"), ("kernels",), ("nn",), ("batch",),
     ("interventions", "cache"), ("readings",), ("capture",), ("vectors",), ("trace",), ("model",),
