@@ -58,7 +58,8 @@ def test_the_length_of_a_direction_changes_no_bit(kind, size):
 
 
 def test_a_bare_array_beyond_float32_has_a_direction():
-    one, two = (cap(x, layers=[1], floor=2.0) for x in (V[1].astype(float), V[1].astype(float) * 2.0**700))
+    wide = V[1].astype(float)
+    one, two = (cap(x, layers=[1], floor=2.0) for x in (wide, wide * 2.0**700))
     assert s.differing(one, two) == []
 
 
