@@ -40,7 +40,7 @@ def require_file(path: str | os.PathLike[str], limit: int | None = None) -> int:
         raise ValueError(f"{path}: no such file")
     kind = next((name for test, name in _KINDS if test(found.st_mode)), None)
     if kind is not None:
-        raise ValueError(f"{path}: no such file (it is {kind})")
+        raise ValueError(f"{path}: cannot be read (it is {kind}; give a file)")
     if limit is not None and found.st_size > limit:
         raise ValueError(f"{path}: has {found.st_size} bytes; at most {limit} are read here")
     return found.st_size

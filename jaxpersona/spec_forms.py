@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 import reprlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -27,13 +28,15 @@ def _numbers(value: Any) -> Any:
         for part in value:
             _numbers(part)
     elif isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
-        raise ValueError("must be a finite number of float32, or a list of them")
+        raise ValueError("must be a finite number, or a list of them")
     return value
 
 
 def _finite(value: float) -> bool:
-    """Whether a number is one that float32 holds, an integer of any length included."""
-    return -_FLOAT32 <= value <= _FLOAT32
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _direction_form(value: Any) -> Any:
