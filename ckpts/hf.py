@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxpersona.ckpts import tensorfile
+from jaxpersona.ckpts.shards import INDEX, SINGLE, read_entries, some
 from jaxpersona.ckpts.tensorfile import DTYPES, Entry
 
 from jaxpersona import sharding
@@ -29,9 +30,7 @@ from jaxpersona.inputs import read_json, require_file, require_folder
 from jaxpersona.params import Params, Spec, layout
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-SINGLE = "model.safetensors"
 ADAPTER = "adapter_config.json"
-INDEX = "model.safetensors.index.json"
 READERS = 3  # tensors read at one time; where memory is slow to be had, one thread waits for it
 Progress = Callable[[int, int], None]
 
@@ -197,87 +196,18 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}" + ("" if n == 1 else "s")
 
 
-def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
-    """Find every tensor of a folder's files.
-
-    A single file is read before shards, as transformers does: an index beside it is left over from
-    an earlier save. Where the index's own files are there too, a warning names both.
-
-    Returns:
-      The tensors by name, and the faults of the index and of the files.
-    """
-    index = folder / INDEX
-    if not index.exists() or _is_left_over(index):
-        if not (folder / SINGLE).exists():
-            other = sorted(p.name for p in folder.glob("*.bin"))
-            hint = f"; {other[0]} is a PyTorch file: convert it to safetensors" if other else ""
-            return {}, [f"there is neither {SINGLE} nor {INDEX}{hint}"]
-        entries, _, faults = tensorfile.read_header(folder / SINGLE)
-        return entries, faults
-    try:
-        raw = read_json(index)
-        table = raw["weight_map"]
-        if not all(isinstance(v, str) and pathlib.PurePath(v).name == v for v in table.values()):
-            raise TypeError
-    except ValueError as error:
-        return {}, [f"{INDEX}: corrupt ({error})"]
-    except (TypeError, KeyError, AttributeError):
-        return {}, [f"{INDEX}: corrupt (weight_map must give a file for each tensor)"]
-    entries, faults = {}, []
-    for name in sorted(set(table.values())):
-        named = {tensor for tensor, file in table.items() if file == name}
-        if len(name.encode("utf-8", "replace")) > 255 or not (folder / name).exists():
-            faults.append(f"{name}: missing; {INDEX} names it for {_some(named)}")
-            continue
-        held, _, wrong = tensorfile.read_header(folder / name)
-        faults += wrong
-        if not held:
-            continue
-        if absent := named - set(held):
-            faults.append(f"{name}: does not hold {_some(absent)}, which {INDEX} says it does")
-        if unnamed := set(held) - named:
-            faults.append(f"{name}: holds {_some(unnamed)}, which {INDEX} does not name there")
-        entries |= {tensor: held[tensor] for tensor in named & set(held)}
-    return entries, faults
-
-
-def _is_left_over(index: pathlib.Path) -> bool:
-    """Whether an index lies beside a single file that it does not name."""
-    if not (index.parent / SINGLE).exists():
-        return False
-    try:
-        names = set(read_json(index)["weight_map"].values())
-    except (ValueError, TypeError, KeyError, AttributeError):
-        names = set()
-    if SINGLE in names:
-        return False
-    there = {name for name in names if isinstance(name, str)
-             and (index.parent / pathlib.PurePath(name).name).is_file()}
-    if there:
-        warnings.warn(f"{index.parent}: holds both {SINGLE} and the shards of {INDEX} "
-                      f"({_some(there)}); {SINGLE} is read, as in transformers. Remove those "
-                      "that are out of date", UserWarning, stacklevel=5)
-    return True
-
-
-def _some(names: set[str], limit: int = 6) -> str:
-    listed = sorted(names)
-    rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
-    return ", ".join(listed[:limit]) + rest
-
-
 def _mismatches(entries: Mapping[str, Entry], specs: list[Spec], config: ModelConfig) -> list[str]:
     """Compare a folder's tensors with those that the configuration asks for."""
     expected = {spec.file_name: spec for spec in specs}
     faults = []
     if missing := set(expected) - set(entries):
-        faults.append(f"missing: {_some(missing, 1000)}")
+        faults.append(f"missing: {some(missing, 1000)}")
     extra = {name for name in set(entries) - set(expected) if not name.endswith("inv_freq")}
     if config.tied_embeddings and HEAD in extra:
         extra.remove(HEAD)  # some writers keep the tied head's second name
         expected[HEAD] = expected[EMBED]
     if extra:
-        faults.append(f"extra: {_some(extra, 1000)}")
+        faults.append(f"extra: {some(extra, 1000)}")
     for name in sorted(set(expected) & set(entries)):
         entry, shape = entries[name], expected[name].file_shape
         if entry.shape != shape:

@@ -1,0 +1,84 @@
+"""The tensors of a Hugging Face folder: in one safetensors file, or in shards and their index."""
+
+from __future__ import annotations
+
+import pathlib
+import warnings
+
+from jaxpersona.ckpts import tensorfile
+from jaxpersona.ckpts.tensorfile import Entry
+
+from jaxpersona.inputs import read_json
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
+    """Find every tensor of a folder's files.
+
+    A single file is read before shards, as transformers does: an index beside it is left over from
+    an earlier save. Where the index's own files are there too, a warning names both.
+
+    Returns:
+      The tensors by name, and the faults of the index and of the files.
+    """
+    index = folder / INDEX
+    if not index.exists() or _is_left_over(index):
+        if not (folder / SINGLE).exists():
+            other = sorted(p.name for p in folder.glob("*.bin"))
+            hint = f"; {other[0]} is a PyTorch file: convert it to safetensors" if other else ""
+            return {}, [f"there is neither {SINGLE} nor {INDEX}{hint}"]
+        entries, _, faults = tensorfile.read_header(folder / SINGLE)
+        return entries, faults
+    try:
+        raw = read_json(index)
+        table = raw["weight_map"]
+        if not all(isinstance(v, str) and pathlib.PurePath(v).name == v for v in table.values()):
+            raise TypeError
+    except ValueError as error:
+        return {}, [f"{INDEX}: corrupt ({error})"]
+    except (TypeError, KeyError, AttributeError):
+        return {}, [f"{INDEX}: corrupt (weight_map must give a file for each tensor)"]
+    entries, faults = {}, []
+    for name in sorted(set(table.values())):
+        named = {tensor for tensor, file in table.items() if file == name}
+        if len(name.encode("utf-8", "replace")) > 255 or not (folder / name).exists():
+            faults.append(f"{name}: missing; {INDEX} names it for {some(named)}")
+            continue
+        held, _, wrong = tensorfile.read_header(folder / name)
+        faults += wrong
+        if not held:
+            continue
+        if absent := named - set(held):
+            faults.append(f"{name}: does not hold {some(absent)}, which {INDEX} says it does")
+        if unnamed := set(held) - named:
+            faults.append(f"{name}: holds {some(unnamed)}, which {INDEX} does not name there")
+        entries |= {tensor: held[tensor] for tensor in named & set(held)}
+    return entries, faults
+
+
+def _is_left_over(index: pathlib.Path) -> bool:
+    """Whether an index lies beside a single file that it does not name."""
+    if not (index.parent / SINGLE).exists():
+        return False
+    try:
+        names = set(read_json(index)["weight_map"].values())
+    except (ValueError, TypeError, KeyError, AttributeError):
+        names = set()
+    if SINGLE in names:
+        return False
+    there = {name for name in names if isinstance(name, str)
+             and (index.parent / pathlib.PurePath(name).name).is_file()}
+    if there:
+        warnings.warn(f"{index.parent}: holds both {SINGLE} and the shards of {INDEX} "
+                      f"({some(there)}); {SINGLE} is read, as in transformers. Remove those "
+                      "that are out of date", UserWarning, stacklevel=5)
+    return True
+
+
+def some(names: set[str], limit: int = 6) -> str:
+    """List names, those beyond a limit as their number."""
+    listed = sorted(names)
+    rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + rest
