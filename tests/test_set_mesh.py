@@ -1,0 +1,61 @@
+"""What a mesh that the caller has set (`jax.set_mesh`) does to the functions of a model."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+import support as s
+from jax.sharding import AxisType
+from test_sharding import ROWS, V, one_device, spread
+
+from jaxpersona import capture, sharding
+from jaxpersona.batch import batch
+from jaxpersona.extract import extract
+from jaxpersona.generate import generate
+from jaxpersona.interventions import cap
+from jaxpersona.load import load
+from jaxpersona.model import forward
+
+
+@pytest.mark.parametrize("setting", ["the caller's", "the model's", "another"])
+def test_a_mesh_that_is_set_does_not_reach_the_functions_of_a_model(setting):
+    """`fit` splits the caller's "model" of 4 for 2 key/value heads: two meshes, both may be set."""
+    given = sharding.make_mesh(data=2, model=4)
+    model = spread(one_device("llama"), given)
+    mesh = {"the caller's": given, "the model's": model.mesh,
+            "another": jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))}[setting]
+
+    def both(model):
+        edits = cap(V, layers=[0, 1], floor=0.5, rows=[0, 1, 2, -1] * 2)  # made while it is set
+        read = capture.mean() | capture.projections(V)
+        out = generate(model, ROWS, interventions=edits, capture=read, max_new_tokens=3,
+                       batch_size=8, temperature=[0.0, 0.7] * 4)
+        return out.tokens, out.captured, extract(model, ROWS, interventions=edits,
+                                                 capture=capture.last()).captured
+
+    for one in (model, one_device("llama")):
+        wanted = both(one)
+        with jax.set_mesh(mesh):
+            assert s.same_bits(both(one), wanted)
+        assert jax.sharding.get_abstract_mesh().empty
+
+
+def test_a_forward_pass_names_the_mesh_to_set():
+    given = sharding.make_mesh(data=2, model=4)
+    model = spread(one_device("llama"), given)
+    with jax.set_mesh(given):
+        with pytest.raises(ValueError, match="data=2 × model=4, is not the model's, data=2 × "
+                           "model=2 × group=2: write `with jax.set_mesh.model.mesh.`") as caught:
+            forward(model.params, model.config, batch(ROWS))
+        assert "\n" not in str(caught.value)
+        alone = one_device("llama")
+        with pytest.raises(ValueError, match="the model lies on one device: leave jax.set_mesh"):
+            forward(alone.params, alone.config, batch(ROWS))
+
+
+def test_a_model_is_loaded_while_the_caller_s_mesh_is_set():
+    mesh = sharding.make_mesh(data=2, model=4)
+    for name in ("mini", "random:qwen3-mini"):
+        wanted = load(name, mesh=mesh)
+        with jax.set_mesh(mesh):
+            assert load(name, mesh=mesh).fingerprint == wanted.fingerprint
