@@ -29,7 +29,7 @@ if [ "$part" = 1 ]; then
     shape=()
     [ "${SMALL:-0}" = 1 ] && shape=(--model mini --dtype float32 --small --budget 2)
     XLA_PYTHON_CLIENT_MEM_FRACTION=.92 timeout 345 "$python" bench/gpu.py --out "$out" \
-        --seconds "${SECONDS_1:-300}" ${PARTS:+--parts $PARTS} "${shape[@]}" || status=1
+        --seconds "${LATEST:-300}" ${BUDGET:+--budget "$BUDGET"} ${PARTS:+--parts $PARTS} "${shape[@]}" || status=1
     exit $status
 fi
 
