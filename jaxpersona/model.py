@@ -92,6 +92,9 @@ def forward(
         long batches where it fits (`kernels.attention`). With `cudnn` a row's positions must rise
         by one a token, as `batch` makes them.
 
+    The package's functions set JAX's debugging flags and transfer guard aside, but this one runs
+    under those of its caller: with `jax_debug_nans` a capture that marks tokens with NaN fails.
+
     Raises:
       ValueError: interventions or captures that do not fit the model or the batch, a batch wider
         than its cache, token ids outside the embedding (in a program that is being compiled they

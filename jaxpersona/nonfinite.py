@@ -7,6 +7,8 @@ norms at every site.
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -28,9 +30,7 @@ if TYPE_CHECKING:
     from jaxpersona.load import Model
 
 OnNonfinite = Literal["warn", "raise"]
-_READ = norms(site="attention", name="attention") | norms(site="mlp", name="mlp") | norms()
 _SITES = sorted(ORDER, key=ORDER.__getitem__)
-_NAMES = {"attention": "attention", "mlp": "mlp", "residual": "norms"}  # of `_READ`
 _forward = jax.jit(forward, static_argnames=("logits",))
 
 
@@ -76,12 +76,13 @@ def first_site(model: Model, row: Row, edits: Interventions) -> tuple[int, str, 
     batch = make_batch([row.tokens] * rows, kind=[row.kind] * rows, turn=[row.turn] * rows,
                        width=bucket(count))
     edits = edits.take(np.zeros(rows, np.int32))
+    read = functools.reduce(operator.or_, (norms(site=site, name=site) for site in _SITES))
     out = _forward(model.params, model.config, jax.tree.map(jnp.asarray, batch),
-                   interventions=edits, capture=_READ, logits=None)
-    read = processes.fetch({name: state.values for name, state in out.captured.items()})
+                   interventions=edits, capture=read, logits=None)
+    found = processes.fetch({name: state.values for name, state in out.captured.items()})
     for layer in range(model.config.n_layers):
         for site in _SITES:
-            bad = np.flatnonzero(~np.isfinite(read[_NAMES[site]][layer, 0, :count]))
+            bad = np.flatnonzero(~np.isfinite(found[site][layer, 0, :count]))
             if bad.size:
                 return layer, site, int(bad[0])
     return None

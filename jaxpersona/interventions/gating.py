@@ -39,7 +39,8 @@ def gate(
       vector: the direction, [D] or a named one; for a bank with `rows=` also one for each of its
         edits, [n, D] or a list.
       layer, site: where it is measured (after any edit there); before every layer it gates.
-      above, below: the bounds, a number or for a bank [n]; at least one.
+      above, below: the bounds, a number or for a bank [n]; at least one. −inf above and inf below
+        are no bound.
       over: "prompt": a row's mean over its prompt decides for the row, from its prompt's last token
         on. "token": every token decides for itself.
       within: with "prompt", act on the whole prompt too. It must then be run in one piece.

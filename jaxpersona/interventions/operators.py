@@ -89,8 +89,8 @@ def cap(
 
     Args:
       vector, layers, where, rows, site: as for `steer`; the direction's length does not matter.
-      floor: the least projection τ, in units of the residual stream.
-      ceiling: the greatest.
+      floor: the least projection τ, in units of the residual stream; −inf is no floor.
+      ceiling: the greatest; inf is no ceiling.
       push: a direction (or bank) in the same form as `vector` to move along instead: the control
         that displaces h exactly as far as the cap would, but elsewhere. It caps nothing.
 
