@@ -20,6 +20,7 @@ from jaxpersona.ckpts.tensorfile import DTYPES
 from jaxpersona import sharding
 from jaxpersona.config import ModelConfig
 from jaxpersona.families import to_hf
+from jaxpersona.inputs import require_file
 from jaxpersona.params import Params, layout
 
 NAME = "params"
@@ -81,6 +82,9 @@ def load(folder: str | pathlib.Path, *, dtype: Any = None,
     config, _ = hf.read_config(folder)
     if not holds_checkpoint(folder):
         raise ValueError(f"{folder}: not an Orbax folder (it has no {NAME}/{_MARKS[0]})")
+    for path in (folder / NAME).rglob("*"):  # reading a pipe would wait for a writer
+        if not path.is_dir():
+            require_file(path)
     specs, tree = jax.tree.flatten(layout(config))
     mesh = None if mesh is None else sharding.fit(mesh, config)
     with _checkpointer() as orbax:

@@ -31,6 +31,9 @@ def plan(
     from jaxpersona.sharding import parse_mesh
 
     config = read_shape(model)
+    if context > config.max_context:
+        raise ValueError(f"context is {context}; the model was made for {config.max_context} "
+                         f"({model})")
     layers = () if cap is None else resolve_layers(cap, config.n_layers)
     found = make(config, topology, name=model, batch=batch, context=context, cap_layers=layers,
                  mesh=None if mesh is None else parse_mesh(mesh))

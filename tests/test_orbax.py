@@ -126,3 +126,16 @@ def test_a_damaged_checkpoint_is_refused_in_words(tmp_path):
     (tmp_path / "params" / "_METADATA").write_text("{")
     with pytest.raises(ValueError, match="cannot be read"):
         orbax.load(tmp_path)
+
+
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(saved, tmp_path):
+    import os
+    import shutil
+
+    folder = tmp_path / "m"
+    shutil.copytree(saved[0], folder)
+    (folder / "params" / "_METADATA").unlink()
+    os.mkfifo(folder / "params" / "_METADATA")
+    (folder / "params" / "_CHECKPOINT_METADATA").touch()
+    with pytest.raises(ValueError, match="_METADATA: cannot be read .it is a pipe"):
+        orbax.load(folder)
