@@ -165,10 +165,10 @@ def finite(logits: jax.Array, token: jax.Array | None = None) -> jax.Array:
 
     Args:
       token: [B] int32, what `most_likely` returned for these logits, or None where another choice
-        was made. A reduction that the choice contains already then need not run twice.
+        was made; that contains the same search, which the compiler then does once.
     """
-    if token is not None and mesh_of(logits) is None:
-        return jnp.isfinite(of_each(logits, token))
+    if mesh_of(logits) is None:
+        return jnp.isfinite(of_each(logits, most_likely(logits) if token is None else token))
     return jnp.isfinite(logits.max(-1))
 
 
