@@ -1,5 +1,6 @@
 # make demo: install and run the whole method on the embedded model.
-# make test: run the tests but those marked `slow`.  make test-all: run them all.
+# make test: run the tests but those marked `slow`.  make test-all: run these too.
+# make test-real: fetch released checkpoints (1.5 GB) and compare with transformers.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,16 +13,20 @@ EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),test$(comma)
 comma := ,
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo test test-all test-real bench lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxpersona demo
 
 test: $(VENV)/.installed-test
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m 'not slow and not real'
 
 test-all: $(VENV)/.installed-test
-	$(PYTEST)
+	$(PYTEST) -m 'not real'
+
+test-real: $(VENV)/.installed-test
+	$(BIN)/pip install -q -e '.[real]'
+	$(BIN)/python -m pytest -q -m real
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/suite.py
