@@ -126,6 +126,7 @@ def test_no_reply_is_lost_to_the_encoding_of_the_console(monkeypatch, encoding, 
 def test_a_console_of_seven_bits_shows_every_reply(checkpoint, tmp_path, monkeypatch):
     """The whole command: replies of random bytes, a prompt and a table beyond the encoding."""
     from jaxpersona.ckpts.vectors import save_vector
+
     from jaxpersona.vectors import Vector
 
     save_vector(tmp_path / "v.safetensors", Vector([[1.0] * 32] * 3, name="\u4e16\u754c"))
