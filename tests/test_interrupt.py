@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -107,8 +108,6 @@ def test_a_killed_command_of_its_own_process_is_one_line(checkpoint, texts, tmp_
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_no_reply_is_lost_to_the_encoding_of_the_console(monkeypatch, encoding, tmp_path):
     """A character that the console lacks, and half a surrogate pair, are written as escapes."""
-    import io
-
     from jaxpersona import cli_output
 
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
@@ -124,16 +123,19 @@ def test_no_reply_is_lost_to_the_encoding_of_the_console(monkeypatch, encoding, 
     assert lines == [wanted, "half \\ud800", "last", f"{world} \\ud83d"]
 
 
-def test_a_console_of_seven_bits_shows_every_reply(checkpoint, tmp_path):
+def test_a_console_of_seven_bits_shows_every_reply(checkpoint, tmp_path, monkeypatch):
     """The whole command: replies of random bytes, a prompt and a table beyond the encoding."""
     from jaxpersona.ckpts.vectors import save_vector
 
     from jaxpersona.vectors import Vector
 
     save_vector(tmp_path / "v.safetensors", Vector([[1.0] * 32] * 3, name="\u4e16\u754c"))
-    for more in ((), ("--steer", tmp_path / "v.safetensors", "--compare")):
-        process = start("generate", "caf\u00e9", "\u4e16", "--model", checkpoint, "--temperature",
-                        "1", "--max-new-tokens", "12", *more, PYTHONIOENCODING="ascii")
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-        assert out.isascii() and len(out.splitlines()) >= 2
+    for more in ((), ("--steer", str(tmp_path / "v.safetensors"), "--compare")):
+        out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", out)
+        code = s.run_command(["generate", "caf\u00e9", "\u4e16", "--model", str(checkpoint),
+                              "--temperature", "1", "--max-new-tokens", "12", *more])
+        out.flush()
+        said = out.buffer.getvalue()
+        assert code == 0 and said.isascii() and len(said.splitlines()) >= 2
+        assert b"\\u" in said or b"\\x" in said
