@@ -19,7 +19,7 @@ import jax
 
 from jaxpersona.sharding import platform, running_on
 
-LIMIT = 128  # programs; a run of many widths uses about forty
+LIMIT = 64  # programs; prompts of eight widths, with and without a cap, use about as many
 SWITCH = "JAXPERSONA_PROGRAMS"
 _LOG = logging.getLogger("jaxpersona")
 

@@ -18,6 +18,7 @@ from jaxpersona.config import ModelConfig, Rope
 from jaxpersona.interventions.where import everywhere
 from jaxpersona.model import forward
 from jaxpersona.params import Params, fingerprint, layout
+from jaxpersona.programs import KEPT
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,6 +83,12 @@ def prompts(lengths: Any, vocabulary: int = 97, seed: int = 0) -> list[list[int]
 run = jax.jit(forward, static_argnames=("logits",))  # the configuration is a plain argument
 
 READ = capture.full(everywhere)
+
+
+def compiled(program: Any) -> int:
+    """Count the compiled programs that are kept of one of the engine's functions."""
+    held = list(KEPT._held.items())
+    return sum(made._cache_size() for key, made in held if key[0] is program.__wrapped__)
 
 
 def residuals(model: Any, batch: Any, edits: Any = None) -> tuple[np.ndarray, np.ndarray]:

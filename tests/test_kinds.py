@@ -181,7 +181,7 @@ def test_reserved_tables_take_any_edits_without_another_trace():
 
     plain = generate(model, rows, batch_size=4, max_new_tokens=6, ids=range(4))
     nothing = go([None] * 4)
-    before = (dict(decode.TRACES), decode.decode._cache_size())
+    before = (dict(decode.TRACES), s.compiled(decode.decode))
     one = [steer(u, layers=[0], scale=2), None, chain(cap(v, layers=[1, 2], floor=4.0),
                                                       ablate(u, layers=[2], where=generated)), None]
     two = [None, scale(v, -3.0, layers=[0, 1, 2]), set_projection(v, 9.0, layers=[1]),
@@ -199,9 +199,9 @@ def test_reserved_tables_take_any_edits_without_another_trace():
     nobody = stack_rows([None] * 4, into=filled)
     assert all((edit.index == -1).all() for edit in nobody.edits)
     go([steer(u, layers=[0], where=generated.without("code"))] * 4)
-    after = (dict(decode.TRACES), decode.decode._cache_size())
+    after = (dict(decode.TRACES), s.compiled(decode.decode))
     assert after[1] - before[1] <= 2  # those of the two unreserved runs, none of the reserved
-    assert go(two) and (dict(decode.TRACES), decode.decode._cache_size()) == after
+    assert go(two) and (dict(decode.TRACES), s.compiled(decode.decode)) == after
 
 
 MODEL = s.tiny_model(n_layers=2, windows=(None, None))

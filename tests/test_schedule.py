@@ -74,10 +74,10 @@ def steps_of(refill, rows, monkeypatch):
 
 def test_refill_takes_fewer_steps_and_no_program_more(monkeypatch):
     few, out = steps_of(True, ROWS, monkeypatch)
-    before = (dict(decode.TRACES), decode.decode._cache_size(), decode.prefill._cache_size())
+    before = (dict(decode.TRACES), s.compiled(decode.decode), s.compiled(decode.prefill))
     few, out = steps_of(True, ROWS[::-1], monkeypatch)
-    assert before == (dict(decode.TRACES), decode.decode._cache_size(),
-                      decode.prefill._cache_size())
+    assert before == (dict(decode.TRACES), s.compiled(decode.decode),
+                      s.compiled(decode.prefill))
     many, static = steps_of(False, ROWS[::-1], monkeypatch)
     same = sum(np.array_equal(a, b) for a, b in zip(out.tokens, static.tokens, strict=True))
     assert same >= 38  # a near tie may fall otherwise
