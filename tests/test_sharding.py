@@ -29,6 +29,7 @@ from jaxpersona.interventions import (
     steer,
 )
 from jaxpersona.model import forward
+from jaxpersona.nonfinite import NonfiniteWarning
 from jaxpersona.params import layout
 
 LENGTHS = (13, 8, 1, 5, 9, 4, 2, 7)
@@ -109,6 +110,16 @@ def expected(family):
 def replies(model):
     return generate(model, ROWS, interventions=BY_ROW, max_new_tokens=8, batch_size=8,
                     capture=capture.mean() | capture.norms() | capture.projections(V))
+
+
+def test_an_overflow_is_found_and_explained_on_a_mesh():
+    model = spread(one_device("qwen3"), sharding.make_mesh(data=2, model=2))
+    edits = steer(np.ones(32) * 1e18, layers=[1], scale=[1e19], rows=[-1, 0, -1, -1])
+    for temperature in (0.0, 1.0):
+        with pytest.warns(NonfiniteWarning, match=r"1 of 4 .* layer 1 \(residual\), token 0"):
+            out = generate(model, ROWS[:4], interventions=edits, max_new_tokens=4, batch_size=4,
+                           temperature=temperature)
+        assert [f == "nonfinite" for f in out.finish] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("axes", [{"model": 8}, {"data": 1, "model": 4}])
