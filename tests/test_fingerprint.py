@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -243,10 +244,13 @@ def test_a_file_is_stamped_anew(tmp_path, capsys):
     hf.save(tmp_path / "m", jax.tree.map(jnp.asarray, params), config)
     old_file(tmp_path / "old.safetensors",
              Axis(np.ones((2, 32)), fingerprint=config.hash() + "12345678"))
-    with pytest.warns(UserWarning, match="scheme 1"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # as for a user: the command prints a warning as one line
         assert s.run_command(["vectors", "convert", str(tmp_path / "old.safetensors"),
                               str(tmp_path / "new.safetensors"), "--model",
                               str(tmp_path / "m")]) == 0
+    said = capsys.readouterr().err
+    assert "warning: " in said and "scheme 1" in said
     found = load_vector(tmp_path / "new.safetensors")
     assert found.fingerprint == load(tmp_path / "m").fingerprint
     assert found.fingerprint_scheme == SCHEME

@@ -38,8 +38,9 @@ def everything():
         jp.gate(jp.cap(V[0], layers=[2], floor=1.0), V[0], layer=1, above=-np.inf),
         jp.restore_norm(layers=[2]))
     jp.stack_rows([jp.cap(V[0], layers=[1], floor=1.0)] * 2, into=jp.reserve(2, 32, [1]))
-    read = (capture.mean() | capture.last(everywhere) | capture.norms() | capture.full()
-            | capture.projections(named) | capture.moments(V) | capture.histogram(V, [0.0, 1.0]))
+    read = (capture.mean(everywhere) | capture.last(everywhere) | capture.norms() | capture.full()
+            | capture.projections(named) | capture.moments(V, everywhere)
+            | capture.histogram(V, [0.0, 1.0]))
     out = jp.generate(MODEL, ROWS, interventions=edits, capture=read, max_new_tokens=6,
                       batch_size=4, temperature=[0.0, 1.0, 1.0])
     found = jp.extract(MODEL, ROWS, interventions=edits, capture=read)

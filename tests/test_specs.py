@@ -176,8 +176,10 @@ def fits(value, schema, whole):
             ok = value in want
         elif key == "items":
             ok = all(fits(one, want, whole) for one in value)
-        elif key == "minimum":
-            ok = value >= want
+        elif key in ("minimum", "maximum"):
+            ok = value >= want if key == "minimum" else value <= want
+        elif key == "exclusiveMaximum":
+            ok = value < want
         elif key in ("minItems", "maxItems"):
             ok = len(value) >= want if key == "minItems" else len(value) <= want
         elif key == "required":

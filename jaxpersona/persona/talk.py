@@ -66,7 +66,7 @@ def project_conversation(
     known = [i for i, layer in enumerate(directions) if layer.any(1).all()]
     if not known:
         raise ValueError("the directions have no layer in common at which none is zero")
-    row = encode(model, list(conversation), reply=False)
+    row = encode(model, conversation, reply=False)
     read = extract(model, [row], interventions=interventions, on_nonfinite="raise",
                    capture=capture.projections(directions[known], response, layers=known),
                    batch_tokens=width_of(row.tokens.size))  # no more rows than there must be

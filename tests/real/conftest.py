@@ -111,11 +111,12 @@ def converted(name: str) -> pathlib.Path:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name,
-                                                 dtype=torch.float32)
+                                                 dtype=torch.float32, trust_remote_code=False)
     model.hf_quantizer = None  # the weights are plain float32 now
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name,
+                                  trust_remote_code=False).save_pretrained(folder)
     (folder / "complete").touch()
     return folder

@@ -29,13 +29,14 @@ def test_logits_and_greedy_replies_are_those_of_transformers(name):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = converted(name)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     prompts = [tokenizer(text).input_ids for text in PROMPTS]
     if tokenizer.chat_template:
         prompts = [tokenizer.apply_chat_template([{"role": "user", "content": text}],
                                                  add_generation_prompt=True, return_dict=True)
                    .input_ids for text in PROMPTS]
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False).eval()
     with torch.no_grad():
         logits = [theirs(torch.tensor([ids])).logits[0].numpy() for ids in prompts]
         replies = [theirs.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)),
