@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxpersona import processes
 from jaxpersona.config import ModelConfig
 from jaxpersona.sharding import Axes, unset_mesh
 
@@ -245,9 +246,13 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
 
     leaves = jax.tree.leaves(params)
     placed = [_spread(x) for x in leaves]
+    sums = []
     with unset_mesh():
-        sums = [_sums(x, *_weights(x), placed=where)
-                for x, where in zip(leaves, placed, strict=True)]
+        for x, where in zip(leaves, placed, strict=True):
+            found = _sums(x, *_weights(x), placed=where)
+            # several processes must exchange the sums of one array after those of another: programs
+            # that are dispatched together run in any order on CPUs, and each would wait for ever
+            sums.append(jax.block_until_ready(found) if processes.many() else found)
     digest = hashlib.sha256(b"".join(x.tobytes() for x in jax.device_get(sums)))
     return config.hash() + digest.hexdigest()[:8]
 
