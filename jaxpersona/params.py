@@ -245,16 +245,13 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
     import hashlib
 
     leaves = jax.tree.leaves(params)
-    placed = [_spread(x) for x in leaves]
-    sums = []
     with unset_mesh():
-        for x, where in zip(leaves, placed, strict=True):
-            found = _sums(x, *_weights(x), placed=where)
-            # several processes must exchange the sums of one array after those of another: programs
-            # that are dispatched together run in any order on CPUs, and each would wait for ever
-            sums.append(jax.block_until_ready(found) if processes.many() else found)
-    digest = hashlib.sha256(b"".join(x.tobytes() for x in jax.device_get(sums)))
-    return config.hash() + digest.hexdigest()[:8]
+        parts = [_sums(x, *_weights(x), placed=_spread(x)) for x in leaves]
+    local = jax.device_get([[shard.data for shard in part.addressable_shards] for part in parts])
+    sums = np.stack([np.concatenate(of_one).sum(0, dtype=np.uint32) for of_one in local])
+    if not all(part.is_fully_addressable for part in parts):
+        sums = processes.total(sums)
+    return config.hash() + hashlib.sha256(sums.tobytes()).hexdigest()[:8]
 
 
 def origin(mark: str) -> int:
@@ -302,20 +299,27 @@ def _odd(count: int, seed: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("placed",))
 def _sums(x: jax.Array, *weights: jax.Array, placed: NamedSharding | None) -> jax.Array:
-    """Return the two weighted sums of an array, [2] uint32."""
+    """Return the two weighted sums of each device's part of an array, [devices, 2] uint32.
+
+    Nothing is sent between devices. With several processes each array's sum would be a program that
+    waits for the others, and on a CPU such programs deadlock if two of them run side by side.
+    """
     if placed is None:
-        return _local_sums(x, *weights)
-    spec = placed.spec
-    axes = {name for entry in spec if entry is not None
+        return _local_sums(x, *weights)[None]
+    mesh, spec = placed.mesh, placed.spec
+    used = {name for entry in spec if entry is not None
             for name in (entry if isinstance(entry, tuple) else (entry,))}
+    copies = [name for name in mesh.axis_names if name not in used]
 
     def part(*local: jax.Array) -> jax.Array:
         found = _local_sums(*local)
-        return jax.lax.psum(found, tuple(sorted(axes))) if axes else found
+        for name in copies:  # of devices that hold the same part one counts
+            found = jnp.where(jax.lax.axis_index(name) == 0, found, jnp.zeros_like(found))
+        return found[None]
 
     row, column = PartitionSpec(*spec[:-1]), PartitionSpec(*spec[-1:])
-    return jax.shard_map(part, mesh=placed.mesh, in_specs=(spec, row, row, column, column),
-                         out_specs=PartitionSpec(), check_vma=False)(x, *weights)
+    return jax.shard_map(part, mesh=mesh, in_specs=(spec, row, row, column, column),
+                         out_specs=PartitionSpec(mesh.axis_names), check_vma=False)(x, *weights)
 
 
 def _local_sums(x: jax.Array, row_a: jax.Array, row_b: jax.Array, column_a: jax.Array,

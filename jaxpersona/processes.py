@@ -112,6 +112,17 @@ def fetch(tree: Any) -> Any:
     return structure.unflatten(jax.device_get(leaves))
 
 
+def total(mine: np.ndarray) -> np.ndarray:
+    """Sum an array of integers over all processes, which must call it together.
+
+    It wraps around as its dtype does, and is the same however the terms are distributed.
+    """
+    from jax.experimental import multihost_utils
+
+    every = np.asarray(multihost_utils.process_allgather(mine))
+    return every.reshape(-1, *mine.shape).sum(0, dtype=mine.dtype)
+
+
 def merge(mine: Mapping[str, T]) -> dict[str, T]:
     """Join what each process knows into one table; all processes must call it together."""
     if not many():
