@@ -137,3 +137,12 @@ def test_a_console_of_seven_bits_shows_every_reply(checkpoint, tmp_path):
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         assert out.isascii() and len(out.splitlines()) >= 2
+
+
+def test_nothing_is_claimed_of_a_folder_that_cannot_be_read():
+    def describe():
+        raise PermissionError(13, "no")
+
+    with pytest.raises(interrupt.Stopped) as stopped, interrupt.keeping(describe):
+        raise interrupt.Stopped(signal.SIGINT)
+    assert stopped.value.kept == "nothing is known of its files"

@@ -1,4 +1,4 @@
-"""`docs/robustness.md` lists every cache, indexed access, handler and mutable global of the product.
+"""`docs/robustness.md` lists every cache, indexed access, reader, handler and mutable global.
 
 Each is collected from the source here and compared with the document, so that a new one is looked
 at by somebody before it is merged.
@@ -25,10 +25,10 @@ _SLICES = {"dynamic_slice", "dynamic_slice_in_dim", "dynamic_update_slice",
 _READS = {"open", "read_bytes", "read_text", "memmap", "mmap", "fromfile", "load", "GGUFReader",
           "ZipFile", "from_pretrained", "from_file", "restore", "metadata", "item_metadata"}
 # calls whose results cannot be changed, or that only describe types
-_IMMUTABLE = {"frozenset", "compile", "int", "float", "max", "tuple", "TypeVar", "getLogger", "Rope",
-              "Where", "range", "Option", "Field", "AfterValidator", "dtype"}
-_CHANGES = {"add", "append", "extend", "insert", "update", "setdefault", "pop", "popitem", "remove",
-            "discard", "clear", "sort", "reverse"}
+_IMMUTABLE = {"frozenset", "compile", "int", "float", "max", "tuple", "TypeVar", "getLogger",
+              "Rope", "Where", "range", "Option", "Field", "AfterValidator", "dtype"}
+_CHANGES = {"add", "append", "extend", "insert", "update", "setdefault", "pop", "popitem",
+            "remove", "discard", "clear", "sort", "reverse"}
 
 
 @functools.cache
