@@ -162,7 +162,7 @@ def extract(
     if nonfinite.any():
         said = explained()  # by all processes together
         if processes.first():
-            warnings.warn(said, NonfiniteWarning, stacklevel=3)
+            warnings.warn(said, NonfiniteWarning, stacklevel=4)
     order = [found[i] for i in range(len(rows))]
     ragged = {name for name, state in (running[1].captured if running else {}).items()
               if isinstance(state, TokenState)}

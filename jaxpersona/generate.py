@@ -163,7 +163,7 @@ def generate(
     if out.nonfinite:
         said = explained()  # by all processes together
         if processes.first():
-            warnings.warn(said, NonfiniteWarning, stacklevel=3)
+            warnings.warn(said, NonfiniteWarning, stacklevel=4)
     return out.finish(model, rows)
 
 

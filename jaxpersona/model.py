@@ -99,9 +99,8 @@ def forward(
       ValueError: interventions or captures that do not fit the model or the batch, a batch wider
         than its cache, a row with more tokens than free slots or ids without a row of the
         embedding (in a program that is being compiled both give NaN instead), a gate that is to
-        act within a prompt which comes in chunks, both `cache`
-        and `new_cache`, cuDNN asked for where it does not fit, or a mesh set by `jax.set_mesh` that
-        is not the parameters'.
+        act within a prompt which comes in chunks, both `cache` and `new_cache`, cuDNN asked for
+        where it does not fit, or a mesh set by `jax.set_mesh` that is not the parameters'.
     """
     rows, width = batch.tokens.shape
     _check_ids(batch.tokens, config)

@@ -186,8 +186,9 @@ def test_the_self_judge_asks_for_the_last_message_and_reads_the_verdicts(monkeyp
 
     def said(model, conversations, **options):
         asked.extend(conversations)
-        assert options == {"max_new_tokens": 10, "batch_size": 2}
-        return module.Generated(["3", "Score: 1", "4", "I cannot say"], [], np.zeros(4), [], {}, ())
+        assert options == {"max_new_tokens": 10, "batch_size": 2, "on_nonfinite": "raise"}
+        return module.Generated(["3", "Score: 1", "4", "I cannot say"], [], np.zeros(4), [], {}, (),
+                                ["stop"] * 4)
 
     monkeypatch.setattr(module, "generate", said)
     role = Role("ghost", ("You are a ghost.",), "Q: {question} A: {answer} Rate it 0 to 3.")
