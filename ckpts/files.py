@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from jaxpersona.ckpts.tensorfile import READABLE, pieces, read_header, read_slice
+from jaxpersona.ckpts.tensorfile import READABLE, Entry, pieces, read_header, read_slice
 
 from jaxpersona.inputs import parse_json, require_file
 from jaxpersona.params import SCHEME
@@ -119,9 +119,11 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
             file.write(piece)
 
 
-def header_of(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:
-    """Return the bytes with which `write_tensors` begins a file."""
-    return next(_pieces(tensors, metadata))
+def header_of(shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+              metadata: Mapping[str, str]) -> bytes:
+    """Return the bytes with which `write_tensors` begins a file of such dtypes and shapes."""
+    ordered = {name: shapes[name] for name in sorted(shapes)}
+    return next(pieces(ordered, lambda _: np.empty(0), dict(sorted(metadata.items()))))
 
 
 def _pieces(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> Iterator[Any]:
@@ -141,6 +143,17 @@ def read_tensors(path: str | os.PathLike, limit: int | None = None,
     Raises:
       ValueError: no such file, a larger one or not a readable one; the file is named.
     """
+    entries, metadata = read_entries(path, limit)
+    return {name: read_slice(entry) for name, entry in entries.items()}, metadata
+
+
+def read_entries(path: str | os.PathLike,
+                 limit: int | None = None) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Read where a safetensors file's tensors lie, and its metadata; of the tensors nothing.
+
+    Raises:
+      ValueError: as `read_tensors`.
+    """
     path = pathlib.Path(path)
     require_file(path, limit)
     entries, metadata, faults = read_header(path)
@@ -150,4 +163,4 @@ def read_tensors(path: str | os.PathLike, limit: int | None = None,
         faults.append("corrupt header (its metadata are not texts)")
     if faults:
         raise ValueError(f"{path}: not a readable safetensors file ({'; '.join(faults)})")
-    return {name: read_slice(entry) for name, entry in entries.items()}, metadata
+    return entries, metadata

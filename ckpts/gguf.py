@@ -24,7 +24,7 @@ from jaxpersona.vectors import CONTROL_VECTOR, Axis, Vector
 
 ARCHITECTURE = "controlvector"
 VECTOR_BYTES = 1 << 30  # the largest file of directions read; one of a 405B model has 8 MB
-_MOST_FIELDS = 1 << 16  # fields of a file, and elements of its arrays; ours has 8
+_MOST_FIELDS = 1 << 16  # fields of a file, and elements of all its arrays; ours has 8
 _MOST_DIMENSIONS = 4
 _STRING, _ARRAY = 8, 9
 _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # scalars, bytes
@@ -91,7 +91,7 @@ class _Header:
     """Walks a header: each step checks that what follows is in the file."""
 
     def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 4
+        self.data, self.at, self.elements = data, 4, 0
         if data[:4] != b"GGUF":
             raise struct.error("no GGUF file")
         if self.number("I") & 0xFFFF == 0:  # the package would read its numbers as others
@@ -133,6 +133,9 @@ class _Header:
         kind, count = self.number("I"), self.number("Q")
         if count > _MOST_FIELDS:
             raise ValueError(f"an array claims {count} elements")
+        self.elements += count
+        if self.elements > _MOST_FIELDS:  # the package makes an object of each
+            raise ValueError(f"its arrays claim {self.elements} elements and more")
         if kind == _ARRAY:
             raise ValueError("it holds an array of arrays")
         for _ in range(count):

@@ -20,7 +20,7 @@ from jaxpersona.ckpts.tensorfile import DTYPES
 from jaxpersona import sharding
 from jaxpersona.config import ModelConfig
 from jaxpersona.families import to_hf
-from jaxpersona.inputs import require_file
+from jaxpersona.inputs import TEXT_BYTES, require_file
 from jaxpersona.params import Params, layout
 
 NAME = "params"
@@ -30,6 +30,18 @@ _MARKS = ("_METADATA", "_CHECKPOINT_METADATA")  # what Orbax leaves beside its a
 def holds_checkpoint(folder: str | pathlib.Path) -> bool:
     """Whether a folder has the layout that `save` writes."""
     return any((pathlib.Path(folder) / NAME / mark).is_file() for mark in _MARKS)
+
+
+def check_files(folder: pathlib.Path) -> None:
+    """Check the files of a checkpoint before Orbax reads them.
+
+    Raises:
+      ValueError: one is no regular file (reading a pipe would wait for a writer), or one of Orbax's
+        own texts, which it reads whole, is too large; it is named.
+    """
+    for path in folder.rglob("*"):
+        if not path.is_dir():
+            require_file(path, TEXT_BYTES if path.name.startswith("_") else None)
 
 
 def save(folder: str | pathlib.Path, params: Params, config: ModelConfig) -> None:
@@ -82,9 +94,7 @@ def load(folder: str | pathlib.Path, *, dtype: Any = None,
     config, _ = hf.read_config(folder)
     if not holds_checkpoint(folder):
         raise ValueError(f"{folder}: not an Orbax folder (it has no {NAME}/{_MARKS[0]})")
-    for path in (folder / NAME).rglob("*"):  # reading a pipe would wait for a writer
-        if not path.is_dir():
-            require_file(path)
+    check_files(folder / NAME)
     specs, tree = jax.tree.flatten(layout(config))
     mesh = None if mesh is None else sharding.fit(mesh, config)
     with _checkpointer() as orbax:

@@ -33,6 +33,7 @@ READABLE = DTYPES | {name: np.dtype(kind) for name, kind in {
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4,
            "I32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
 _HEADER_LIMIT = 100_000_000  # the format's own bound on a header, in bytes
+_MOST_DIMENSIONS = 16  # of a tensor; NumPy's own bound is 64, and no model's exceeds 4
 _PIECE = 1 << 20  # bytes read at one time where they are cast, so that they are still in the cache
 _ALIGN = 64  # the alignment at which JAX takes a host buffer over without a copy
 
@@ -102,6 +103,8 @@ def _entry(path: pathlib.Path, value: Any, base: int) -> Entry | str:
         begin, end = value["data_offsets"]
     except (TypeError, KeyError, ValueError):
         return "corrupt description"
+    if isinstance(shape, list) and len(shape) > _MOST_DIMENSIONS:  # their product takes for ever
+        return f"it claims {len(shape)} dimensions"
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers) or end < begin:
         return "corrupt shape or byte range"
@@ -169,6 +172,25 @@ def read_pieces(entry: Entry) -> Iterator[np.ndarray]:
             part = np.empty(min(step, total - at), dtype)
             _read_into(entry.path, entry.start + at * dtype.itemsize, part)
             yield part
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{entry.path}: reading stopped: {error}") from None
+
+
+def read_bytes_of(entry: Entry) -> Iterator[bytes]:
+    """Read a tensor's bytes in order, in pieces of 1 MB.
+
+    Raises:
+      ValueError: the file cannot be read, or is shorter than its header says.
+    """
+    try:
+        with open(entry.path, "rb") as file:
+            file.seek(entry.start)
+            for at in range(0, entry.size, _PIECE):
+                size = min(_PIECE, entry.size - at)
+                part = file.read(size)
+                if len(part) < size:
+                    raise EOFError(f"the file ends at byte {entry.start + at + len(part)}")
+                yield part
     except (OSError, EOFError) as error:
         raise ValueError(f"{entry.path}: reading stopped: {error}") from None
 

@@ -36,10 +36,10 @@ def use_compile_cache() -> str | None:
     return folder
 
 
-def _processor() -> str:
+def _processor(described: str = "/proc/cpuinfo") -> str:
     """Name the processor: a program made for one may not run on another that shares the folder."""
     try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = pathlib.Path(described).read_text("utf-8", "replace").splitlines()
         flags = next(line for line in lines if line.lower().startswith(("flags", "features")))
     except (OSError, StopIteration):
         flags = platform.processor()

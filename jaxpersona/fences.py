@@ -70,7 +70,7 @@ _STEP = _machine()
 STATES = 1 + max(state for state, _ in _STEP)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1 << 16)
 def _walk(text: str) -> np.ndarray:
     """Return where a reduced text leads from every state, [states] uint8, with its `CODE_BIT`."""
     out = np.zeros(STATES, np.uint8)
@@ -80,6 +80,7 @@ def _walk(text: str) -> np.ndarray:
             state = _STEP[state, c]
             code |= state >= _INSIDE
         out[begin] = state | CODE_BIT * code
+    out.flags.writeable = False  # it is shared by all who ask
     return out
 
 
@@ -107,14 +108,23 @@ def walk(texts: list[str]) -> np.ndarray:
     return np.array(out, bool)
 
 
-@functools.lru_cache(maxsize=4)
 def table(tokenizer: Any, size: int) -> np.ndarray:
-    """Return the automaton of a tokenizer's vocabulary, [size, states] uint8.
+    """Return the automaton of a tokenizer's vocabulary, [size, states] uint8, read-only.
 
     An entry is the state that a token leads to from a state, with `CODE_BIT` where some of its text
-    is code.
+    is code. The table is kept for the tokenizer as it is: with a token added it is made anew.
     """
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    known = tuple(sorted((number, str(token)) for number, token in added.items()))
+    return _table(tokenizer, size, len(tokenizer), known)
+
+
+@functools.lru_cache(maxsize=4)
+def _table(tokenizer: Any, size: int, count: int, added: tuple[tuple[int, str], ...],
+           ) -> np.ndarray:
     texts = (_written(token or "")
-             for token in tokenizer.convert_ids_to_tokens(range(min(len(tokenizer), size))))
+             for token in tokenizer.convert_ids_to_tokens(range(min(count, size))))
     rows = [_walk(_reduced(text)) for text in texts]
-    return np.stack([*rows, *[_walk("x")] * (size - len(rows))])
+    made = np.stack([*rows, *[_walk("x")] * (size - len(rows))])
+    made.flags.writeable = False
+    return made

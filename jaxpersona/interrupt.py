@@ -89,7 +89,8 @@ def keeping(describe: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except Stopped as stop:
-        with contextlib.suppress(OSError):
+        stop.kept = "nothing is known of its files"
+        with contextlib.suppress(OSError):  # then that is what there is to say
             stop.kept = describe()
         raise
 

@@ -20,12 +20,13 @@ import optax
 from flax import nnx
 
 from jaxpersona.batch import Batch, check_ids
-from jaxpersona.ckpts import files
+from jaxpersona.ckpts import files, orbax
 from jaxpersona.inputs import read_json
 from jaxpersona.interventions import SITES, Interventions, Site, Where, resolve_layers, steer
 from jaxpersona.interventions.bank import Layers
 from jaxpersona.interventions.where import everywhere
 from jaxpersona.model import Output, forward
+from jaxpersona.runtime import check_process
 from jaxpersona.vectors import Vector
 
 if TYPE_CHECKING:
@@ -110,8 +111,10 @@ def fit(
     Raises:
       ValueError: no batches or steps, a direction or a checkpoint that does not fit, a folder that
         holds more steps, a loss that is no number, or a loss or gradient that is no longer finite
-        (the direction is then as it was before that step, and so is the folder).
+        (the direction is then as it was before that step, and so is the folder), or this process
+        was forked from one that had used JAX.
     """
+    check_process()
     if isinstance(batches, Batch):
         raise ValueError("batches is one Batch; give a list of them")
     if not isinstance(batches, Iterable):
@@ -226,6 +229,8 @@ def _claim(folder: pathlib.Path, what: dict[str, Any]) -> None:
         files.write_json(path, what)
         return
     kept = read_json(path)
+    if not isinstance(kept, dict):
+        raise ValueError(f"{path}: holds {type(kept).__name__}, not a table; use another folder")
     for field, value in what.items():
         if kept.get(field) != value:
             raise ValueError(f"{folder}: the checkpoint does not fit this direction: its {field} "
@@ -250,6 +255,7 @@ def _checkpoints(folder: str | pathlib.Path | None, direction: Direction,
     _claim(path, {"layers": list(direction.layers), "site": direction.site,
                   "where": direction.where.encode().tolist(), "model": model.fingerprint,
                   "shape": list(direction.vector[...].shape)})
+    orbax.check_files(path)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
     handler = ocp.StandardCheckpointHandler()
     with ocp.CheckpointManager(path, options=options, item_handlers=handler) as manager:

@@ -12,6 +12,7 @@ import importlib.resources
 import os
 import pathlib
 import reprlib
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -59,6 +60,7 @@ _UNFOLLOWED = {
 }
 _SAMPLED = {"top_k": (0, 50), "min_p": (0, 0.0), "top_h": ()}  # those that act on sampling alone
 _MINI_VOCABULARY = 1024
+_STDERR = threading.Lock()  # guards file descriptor 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +243,9 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
     """
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
         return None
-    require_files(folder, _TOKENIZER_FILES)
+    for part in (folder, folder / "additional_chat_templates"):
+        if part.is_dir():
+            require_files(part, _TOKENIZER_FILES)
     from transformers import AutoTokenizer
 
     try:
@@ -265,19 +269,23 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Drop what native code writes to standard error, such as the backtrace of a panic."""
-    try:
-        kept = os.dup(2)
-    except OSError:  # there is none
-        yield
-        return
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+    """Drop what native code writes to standard error, such as the backtrace of a panic.
+
+    One thread at a time: a second one would take the first one's sink for the process's own.
+    """
+    with _STDERR:
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is none
+            yield
+            return
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona import nn
-from jaxpersona.batch import Batch, check_ids
+from jaxpersona.batch import VALID, Batch, check_ids
 from jaxpersona.cache import Cache, advance, assign_slots, init_cache, kept_dtype, write
 from jaxpersona.capture import Capture
 from jaxpersona.config import ModelConfig
@@ -97,10 +97,10 @@ def forward(
 
     Raises:
       ValueError: interventions or captures that do not fit the model or the batch, a batch wider
-        than its cache, token ids outside the embedding (in a program that is being compiled they
-        give NaN instead), a gate that is to act within a prompt which comes in chunks, both `cache`
-        and `new_cache`, cuDNN asked for where it does not fit, or a mesh set by `jax.set_mesh` that
-        is not the parameters'.
+        than its cache, a row with more tokens than free slots or ids without a row of the
+        embedding (in a program that is being compiled both give NaN instead), a gate that is to
+        act within a prompt which comes in chunks, both `cache` and `new_cache`, cuDNN asked for
+        where it does not fit, or a mesh set by `jax.set_mesh` that is not the parameters'.
     """
     rows, width = batch.tokens.shape
     _check_ids(batch.tokens, config)
@@ -123,6 +123,8 @@ def forward(
     if new_cache is not None:
         cache = init_cache(config, rows, new_cache, kept_dtype(like))
     cache = None if cache is None else cache.spread(like)
+    if new_cache is None and cache is not None:
+        _check_room(cache, batch)
     slots = assign_slots(cache, batch)
     start: Any = None if cache is None else cache.next  # before this call's tokens
     state = captured
@@ -135,8 +137,12 @@ def forward(
     else:
         cache = advance(cache, batch, slots)
         positions = cache.position
+    at = batch.position
+    if cache is not None and new_cache is None:
+        # the key of a token without a slot is dropped, and a row cannot go on without it: NaN shows
+        at = jnp.where(batch.valid & (slots >= cache.slots), jnp.nan, at.astype(jnp.float32))
     angles = {
-        rope: nn.rotary(batch.position, rope, config.head_dim)
+        rope: nn.rotary(at, rope, config.head_dim)
         for rope in {config.rope_at(i) for i in range(config.n_layers)}
     }
     x = embed(params, config, batch)
@@ -187,6 +193,21 @@ def _check_ids(tokens: Any, config: ModelConfig) -> None:
             return
         tokens = jax.device_get(tokens)
     check_ids(np.asarray(tokens), config.vocab_size, "the batch")
+
+
+def _check_room(cache: Cache, batch: Batch) -> None:
+    """Refuse tokens without a free slot where the numbers are known to this process."""
+    parts = cache.next, batch.kind
+    if any(isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True)
+           for x in parts):
+        return
+    used, kind = jax.device_get(parts)
+    wanted = np.asarray(used) + ((np.asarray(kind) & VALID) != 0).sum(-1)
+    if (wanted > cache.slots).any():
+        row = int(np.argmax(wanted > cache.slots))
+        raise ValueError(f"row {row} of the batch needs {int(wanted[row])} slots, its earlier "
+                         f"tokens included; the cache has {cache.slots}: make it larger "
+                         "(`init_cache`)")
 
 
 def _finite(x: jax.Array, batch: Batch) -> jax.Array:

@@ -23,6 +23,7 @@ from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.table import ORDER
 from jaxpersona.model import forward
 from jaxpersona.params import Params
+from jaxpersona.programs import program
 from jaxpersona.prompts import bucket
 from jaxpersona.sharding import rows_divisor
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 OnNonfinite = Literal["warn", "raise"]
 _SITES = sorted(ORDER, key=ORDER.__getitem__)
-_forward = jax.jit(forward, static_argnames=("logits",))
+_forward = program(static=("logits",))(forward)
 
 
 class NonfiniteWarning(RuntimeWarning):

@@ -194,24 +194,27 @@ def in_out(params: Params) -> Params:
 
 
 class Derived:
-    """One thing that was computed from arrays, kept until it is asked for with other arrays.
+    """One thing that was computed from arrays, kept until another is asked for.
 
-    It belongs to the object that holds the arrays, and is compared with every one of them, so that
-    it never outlives or outdates them. Threads may share it.
+    It belongs to the object that holds the arrays. It is compared with every one of them, with
+    their structure and with the function, so that it never outlives or outdates them. Threads may
+    share it.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: tuple[list[Any], Any] | None = None
+        self._held: tuple[Callable[[Any], Any], Any, list[Any], Any] | None = None
 
     def get(self, tree: Any, make: Callable[[Any], Any]) -> Any:
         """Return make(tree), computed once for the arrays in `tree`."""
-        leaves = jax.tree.leaves(tree)
+        leaves, structure = jax.tree.flatten(tree)
         with self._lock:
-            if self._held is None or not same_arrays(self._held[0], leaves):
-                self._held = None  # freed before the next one is made
-                self._held = leaves, make(tree)
-            return self._held[1]
+            held = self._held
+            if held is None or held[0] is not make or held[1] != structure or (
+                    not same_arrays(held[2], leaves)):
+                self._held = held = None  # freed before the next one is made
+                self._held = held = make, structure, leaves, make(tree)
+            return held[3]
 
 
 def same_arrays(one: Sequence[Any], other: Sequence[Any]) -> bool:

@@ -30,6 +30,7 @@ from jaxpersona.interventions import Interventions, cap
 from jaxpersona.kernels.attention import attention_implementation
 from jaxpersona.nn import QUERY_CHUNK
 from jaxpersona.params import Params, layout
+from jaxpersona.runtime import check_process
 from jaxpersona.sampling import sampling
 
 ITEM = 2  # bytes of a bfloat16
@@ -101,8 +102,9 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
 
     Raises:
       ValueError: an unknown topology, a mesh that does not fit the model or the chips, settings out
-        of range.
+        of range, or a process that was forked from one that had used JAX.
     """
+    check_process()
     chip, count = chips.parse(topology)
     if batch < 1 or context < 2:
         raise ValueError(f"batch ({batch}) must be at least 1, context ({context}) at least 2")

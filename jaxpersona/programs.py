@@ -28,10 +28,11 @@ class Kept:
     """The compiled programs of a process, dropped in the order of their last use.
 
     Attributes:
-      limit: the most programs that are kept; `JAXPERSONA_PROGRAMS` sets it at the start.
+      limit: the most programs that are kept; None: what `JAXPERSONA_PROGRAMS` says at the first
+        program. A wrong value is then an error of that call, not of the import.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int | None = None) -> None:
         self._lock = threading.Lock()
         self._held: OrderedDict[Any, Any] = OrderedDict()
         self.limit = limit
@@ -42,6 +43,8 @@ class Kept:
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return what is kept under a key, or make it and drop what exceeds the limit."""
         with self._lock:
+            if self.limit is None:
+                self.limit = _limit()
             found = self._held.pop(key, None)
             if found is None:
                 found = make()
@@ -68,7 +71,7 @@ def _limit() -> int:
     return int(said[:9])
 
 
-KEPT = Kept(_limit())
+KEPT = Kept()
 
 
 def program(*, static: tuple[str, ...] = (),

@@ -15,12 +15,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
 SECONDS = 10.0  # of processor time for one rendering
 MEMORY = 2 << 30  # bytes of address space, Python's own included
 CHARACTERS = 1 << 26  # of a conversation and of a rendering
+_LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON writes a character in at most six
 _WAIT = 10  # times SECONDS by the clock, for a machine that does much else
 _START = 120.0  # seconds by the clock for the process to start
 
@@ -119,7 +121,10 @@ class _Worker:
             self.sink.write(request)
             self.sink.flush()
             head = self._read(8, wait)
-            reply = self._read(int.from_bytes(head, "little"), wait)
+            size = int.from_bytes(head, "little")
+            if size > _LARGEST_REPLY:  # no answer of the worker's own
+                raise EOFError
+            reply = self._read(size, wait)
         except (OSError, EOFError, TimeoutError) as error:
             self.end()
             return {"error": self._cause(error), "refused": False}
@@ -140,11 +145,11 @@ class _Worker:
             if len(data) < size:
                 raise EOFError
             return data
-        parts, left = [], size
+        parts, left, end = [], size, time.monotonic() + wait
         with selectors.DefaultSelector() as selector:
             selector.register(self.source, selectors.EVENT_READ)
             while left:
-                if not selector.select(wait):
+                if not selector.select(max(end - time.monotonic(), 0)):
                     raise TimeoutError
                 part = os.read(self.source.fileno(), min(left, 1 << 20))
                 if not part:

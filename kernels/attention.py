@@ -107,12 +107,12 @@ def _gpu() -> Any:
         return None
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def _say_once(text: str) -> None:
     warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=64)
 def cudnn_fault(dtype: str, head_dim: int, groups: int, windowed: bool) -> str | None:
     """Run cuDNN's attention on a small case and compare it with the definition; None: they agree.
 

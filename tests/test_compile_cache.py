@@ -49,3 +49,13 @@ def test_the_folder(tmp_path, variables, expected):
     assert chosen(tmp_path, **given).startswith(expected.format(home=tmp_path))
     if not variables:
         assert list(tmp_path.rglob("*")), "nothing was kept"
+
+
+def test_a_processor_described_in_any_encoding_has_a_folder(tmp_path):
+    from jaxpersona.compile_cache import _processor
+
+    described = tmp_path / "cpuinfo"
+    described.write_bytes(b"model name\t: \xe9\xff\nflags\t\t: fpu vme\n")
+    named = _processor(str(described))
+    described.write_bytes(b"model name\t: x\nflags\t\t: fpu vme\n")
+    assert named == _processor(str(described)) != _processor(str(tmp_path / "none"))

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -396,3 +397,43 @@ def test_only_the_run_s_own_leftovers_are_removed(finished, run, tmp_path):
     resume(run)
     assert set(contents(run)) == set(contents(finished / "run")) | set(kept)
     assert (run / ".folder.5.tmp").is_dir()
+
+
+@pytest.mark.parametrize("name", ["rollouts/ghost.jsonl", "means/ghost.safetensors"])
+def test_a_file_of_any_size_is_hashed_before_it_is_held(run, name):
+    """It may have grown beyond the memory; the header of means still describes it."""
+    size, path = 512 << 20, run / name
+    if path.suffix == ".jsonl":
+        os.truncate(path, size)
+    else:
+        _, about = read_tensors(path)
+        header = json.dumps({"__metadata__": about, "response": {
+            "dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}},
+            separators=(",", ":")).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        os.truncate(path, 8 + len(header) + size)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"{path.name}: damaged"):
+            Run.read(run).rollouts("ghost")
+        assert tracemalloc.get_traced_memory()[1] < size / 8
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_lock_file_is_never_another_file_of_the_user(run, tmp_path):
+    """What a link leads to is not emptied, and what is only called alike is left alone."""
+    mine = tmp_path / "mine.txt"
+    mine.write_text("keep me")
+    notes = run / ".lock.notes"
+    notes.write_text("keep me too")
+    resume(run)
+    assert notes.read_text() == "keep me too" and not (run / ".lock").exists()
+    (run / ".lock").symlink_to(mine)
+    with pytest.raises(ValueError, match=r"\.lock: cannot be written"):
+        resume(run)
+    assert mine.read_text() == "keep me"
+    (run / ".lock").unlink()
+    os.mkfifo(run / ".lock")
+    with pytest.raises(ValueError, match=r"\.lock: cannot be written \(it is no regular file"):
+        resume(run)

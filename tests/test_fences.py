@@ -114,3 +114,15 @@ def test_code_that_is_being_generated_can_be_left_out(model, monkeypatch):
                                stopped=False)
     np.testing.assert_array_equal(
         (later.kind[start : start + len(ids)] & CODE) != 0, inside)
+
+
+def test_a_table_follows_tokens_that_are_added_later():
+    import support as s
+
+    tokenizer = s.byte_tokenizer()
+    count = len(tokenizer)
+    before = fences.table(tokenizer, count + 2)
+    assert fences.table(tokenizer, count + 2) is before and not before.flags.writeable
+    tokenizer.add_tokens(["```"])
+    after = fences.table(tokenizer, count + 2)
+    assert after[count, 0] & fences.CODE_BIT and not before[count, 0] & fences.CODE_BIT

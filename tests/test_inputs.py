@@ -4,6 +4,7 @@ import io
 import json
 import os
 import struct
+import time
 import tracemalloc
 import zipfile
 
@@ -378,3 +379,34 @@ def test_numbers_of_any_size_on_the_command_line_are_refused(checkpoint, tmp_pat
         assert s.run_command(arguments) == 2, arguments
         assert "Traceback" not in capsys.readouterr().err
         assert not out.exists(), arguments
+
+
+def test_shapes_of_many_dimensions_are_refused_at_once(tmp_path, capsys):
+    """Their product has millions of digits, and NumPy knows no array of so many dimensions."""
+    for count, size in ((400_000, 2**62), (65, 1)):
+        header = json.dumps({"__metadata__": HEADER, "values": {
+            "dtype": "F32", "shape": [size] * count, "data_offsets": [0, 4]}}).encode()
+        path = tmp_path / "v.safetensors"
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+        began = time.perf_counter()
+        refused(capsys, ["vectors", "show", path], path.name, f"claims {count} dimensions")
+        assert time.perf_counter() - began < 10
+
+
+def test_the_arrays_of_a_gguf_are_bounded_together(tmp_path, capsys):
+    pytest.importorskip("gguf")
+    path = tmp_path / "v.gguf"
+    path.write_bytes(gguf_file((array_of(0, 40_000) + bytes(40_000)) * 3, 3))
+    refused(capsys, ["vectors", "show", path], path.name, "its arrays claim 80000 elements")
+
+
+def test_templates_beside_a_tokenizer_are_checked_too(checkpoint, tmp_path, capsys):
+    """transformers reads every template of this folder, and would wait for a pipe's writer."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        if path.is_file():
+            (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "additional_chat_templates").mkdir()
+    os.mkfifo(folder / "additional_chat_templates" / "other.jinja")
+    refused(capsys, ["generate", "hi", "--model", folder], "other.jinja", "a pipe")

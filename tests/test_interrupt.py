@@ -139,3 +139,12 @@ def test_a_console_of_seven_bits_shows_every_reply(checkpoint, tmp_path, monkeyp
         said = out.buffer.getvalue()
         assert code == 0 and said.isascii() and len(said.splitlines()) >= 2
         assert b"\\u" in said or b"\\x" in said
+
+
+def test_nothing_is_claimed_of_a_folder_that_cannot_be_read():
+    def describe():
+        raise PermissionError(13, "no")
+
+    with pytest.raises(interrupt.Stopped) as stopped, interrupt.keeping(describe):
+        raise interrupt.Stopped(signal.SIGINT)
+    assert stopped.value.kept == "nothing is known of its files"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,3 +169,25 @@ def test_refused():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_folder_of_checkpoints_is_checked_before_it_is_read(tmp_path):
+    model, rows = s.tiny_model(), [batch([[5, 9, 8]])]
+
+    def fit(steps):
+        return learn.fit(model, learn.Direction(32, layers=1), lambda out, _: out.logits.sum(),
+                         rows, steps=steps, folder=tmp_path)
+
+    fit(1)
+    pipe = tmp_path / "1" / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match="pipe: cannot be read .it is a pipe"):
+        fit(2)
+    pipe.unlink()
+    large = next(path for path in tmp_path.rglob("_METADATA"))
+    os.truncate(large, 40 << 30)
+    with pytest.raises(ValueError, match="_METADATA: has .* bytes"):
+        fit(2)
+    (tmp_path / "direction.json").write_text("[1]")
+    with pytest.raises(ValueError, match="direction.json: holds list, not a table"):
+        fit(2)

@@ -236,3 +236,30 @@ def test_transformers_is_not_imported_where_no_tokenizer_is_read(folder):
     code = (f"import sys; from jaxpersona.load import load; load({str(folder)!r}); "
             "assert not {'transformers', 'torch', 'huggingface_hub'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_threads_that_try_tokenizers_leave_standard_error_as_it_was():
+    """A second thread must not take the first one's sink for the process's own."""
+    code = """
+import os, threading
+from jaxpersona.load import _without_stderr
+first, second = threading.Event(), threading.Event()
+
+def one():
+    with _without_stderr():
+        first.set()
+        second.wait(0.5)  # for the other thread to enter, if it can
+
+def two():
+    first.wait()
+    with _without_stderr():
+        second.set()
+        threads[0].join(0.5)
+
+threads = [threading.Thread(target=f) for f in (one, two)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+os.write(2, b"still here")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and done.stderr.endswith("still here"), done

@@ -243,3 +243,30 @@ def test_one_bfloat16_row_is_multiplied_as_a_row_among_others():
     assert found.shape == (1, 1, 64) and found.dtype == jnp.float32
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
     np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-4)
+
+
+def test_a_token_without_a_free_slot_is_refused_and_never_dropped_in_silence():
+    """Outside a program it is an error; inside one its row, and no other, becomes NaN."""
+    model = s.tiny_model()
+    config, slots = model.config, 8
+
+    def run(params, rows, cache):
+        return forward(params, config, rows, cache=cache, logits="last")
+
+    step = jax.jit(run)
+
+    def token(at):
+        rows = batch([[5], [6]])
+        return rows.replace(position=np.array([[at], [at - 5]], np.int32))
+
+    out = run(model.params, batch([s.prompts((7,))[0], [4, 5]]), init_cache(config, 2, slots))
+    out = step(model.params, token(7), out.cache)  # the last free slot of row 0
+    assert np.isfinite(out.logits).all() and np.asarray(out.cache.next).tolist() == [8, 3]
+    with pytest.raises(ValueError, match="row 0 of the batch needs 9 slots.* the cache has 8"):
+        run(model.params, token(8), out.cache)
+    whole = step(model.params, token(8), out.cache)
+    assert np.isnan(whole.logits[0]).all() and np.isfinite(whole.logits[1]).all()
+    assert np.asarray(whole.finite).tolist() == [False, True]
+    with pytest.raises(ValueError, match="row 1 of the batch needs 10 slots"):
+        run(model.params, batch([[5], [6] * 7]).replace(
+            kind=np.array([[0] * 7, [1] * 7], np.uint16)), out.cache)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import weakref
 
 import jax
@@ -154,3 +157,26 @@ def test_the_default_dtype_is_that_of_the_place_of_the_parameters(gpu_host):
     with jax.default_device(jax.devices("cpu")[1]):
         assert _dtype(None, None).name == "float32"
         assert sharding.default_device() == jax.devices("cpu")[1]
+
+
+def test_a_wrong_limit_is_an_error_of_the_call_and_not_of_the_import():
+    code = ("import jaxpersona as jp\n"
+            "try:\n    jp.generate(jp.load('mini'), ['hi'], max_new_tokens=1)\n"
+            "except ValueError as error:\n    print(error)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          timeout=200, env={**os.environ, programs.SWITCH: "many"})
+    assert done.stdout.startswith(f"{programs.SWITCH} is 'many'; it must be"), done.stderr[-500:]
+
+
+def test_what_explains_activations_is_among_the_kept_programs(few):
+    """One `jax.jit` for all would keep a program for each width of a row."""
+    from jaxpersona import nonfinite
+    from jaxpersona.chat import Row
+    from jaxpersona.interventions import Interventions
+
+    model = s.tiny_model()
+    for width in (5, 40, 70, 140, 300):
+        tokens = np.array(s.prompts((width,))[0], np.int32)
+        row = Row(tokens, np.full(width, 16, np.int32), np.zeros(width, np.int32), "")
+        assert nonfinite.first_site(model, row, Interventions()) is None
+    assert len(KEPT) == 3

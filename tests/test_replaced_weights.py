@@ -12,7 +12,7 @@ import support as s
 
 from jaxpersona.generate import generate
 from jaxpersona.load import Model
-from jaxpersona.params import in_out
+from jaxpersona.params import Derived, in_out
 from jaxpersona.schedule import fast_params
 
 PROMPTS = s.prompts((5, 9, 3))
@@ -78,3 +78,15 @@ def test_a_model_that_no_cache_belongs_to_is_never_stale():
     other = dataclasses.replace(tiny, params=tiny.params.replace(
         final_norm_d=jnp.zeros_like(tiny.params.final_norm_d)))
     assert not np.asarray(fast_params(other, 8).final_norm_d).any()
+
+
+def test_what_is_derived_is_known_by_its_function_and_its_structure():
+    derived, x = Derived(), jnp.ones(2)
+    assert derived.get({"a": x}, sorted) == ["a"] and derived.get({"b": x}, sorted) == ["b"]
+    assert derived.get({"b": x}, len) == 1
+    calls = []
+
+    def count(tree):
+        return calls.append(tree) or len(calls)
+
+    assert [derived.get({"a": x}, count), derived.get({"a": x}, count)] == [1, 1]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 import time
 
 import chat_templates
@@ -150,3 +152,29 @@ def test_encoding_takes_time_in_proportion_to_the_conversation(tokenizer, templa
             took.append(time.process_time() - begun)
         assert counts[1] < 6 * counts[0]
         assert took[1] < 1.5, content  # about 0.1 s; minutes where it is quadratic
+
+
+def answering(script):
+    """A worker whose process is another program, to see what is read of its answer."""
+    made = object.__new__(sandbox._Worker)
+    made.limits = (0.5, sandbox.MEMORY, sandbox.CHARACTERS)
+    made.process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE,
+                                    stdout=subprocess.PIPE)
+    made.sink, made.source = made.process.stdin, made.process.stdout
+    return made
+
+
+def test_an_answer_is_bounded_in_time_and_size():
+    """A byte now and then is no sign that the answer will end."""
+    slow = answering("import sys, time\n"
+                     "sys.stdout.buffer.write((100).to_bytes(8, 'little'))\n"
+                     "for _ in range(100): sys.stdout.buffer.write(b' '); sys.stdout.flush(); "
+                     "time.sleep(0.2)")
+    began = time.monotonic()
+    assert "runs for more than" in slow.ask(b"", 3.0)["error"]
+    assert time.monotonic() - began < 10 and slow.process.poll() is not None
+    large = answering("import sys\nout = sys.stdout.buffer\n"
+                      "out.write((1 << 40).to_bytes(8, 'little'))\n"
+                      "while True: out.write(bytes(1 << 20))")
+    assert "process ended" in large.ask(b"", 60.0)["error"]
+    assert large.process.poll() is not None

@@ -6,10 +6,13 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import re
 import socket
+import stat
 from collections.abc import Iterator
 
 NAME = ".lock"
+_OF_WORKER = re.compile(r"\.lock(\.[1-9][0-9]{0,8})?")
 
 
 @contextlib.contextmanager
@@ -22,29 +25,37 @@ def locked(folder: pathlib.Path, worker: int = 0) -> Iterator[None]:
         which must come first, makes sure that no process of another run holds one.
 
     Raises:
-      ValueError: another process holds the lock (it is named), or the folder cannot be locked.
+      ValueError: another process holds the lock (it is named), the folder cannot be locked, or
+        something else than a lock file has its name.
     """
     path = folder / (NAME if worker == 0 else f"{NAME}.{worker}")
     handle = _take(path)
     try:
         if worker == 0:
             for other in sorted(folder.glob(f"{NAME}.*")):
-                _release(other, _take(other))
+                if is_lock(other.name):
+                    _release(other, _take(other))
         yield
     finally:
         _release(path, handle)
+
+
+def is_lock(name: str) -> bool:
+    """Whether a file's name is that of a run's lock file; any other is the user's own."""
+    return _OF_WORKER.fullmatch(name) is not None
 
 
 def _take(path: pathlib.Path) -> int:
     folder = path.parent
     while True:
         try:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            # never through a link: what it leads to would be emptied below
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine, there = os.fstat(handle), os.stat(path)
+            mine, there = os.fstat(handle), os.stat(path, follow_symlinks=False)
         except BlockingIOError:
             owner = os.read(handle, 200).decode("utf-8", "replace").strip()
             os.close(handle)
@@ -60,8 +71,14 @@ def _take(path: pathlib.Path) -> int:
         if (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino):
             break
         os.close(handle)  # removed by its owner and made anew by another process
-    os.ftruncate(handle, 0)
-    os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    try:
+        if not stat.S_ISREG(mine.st_mode):
+            raise OSError(f"it is no regular file; remove {path.name}")
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    except OSError as error:
+        os.close(handle)
+        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
     return handle
 
 

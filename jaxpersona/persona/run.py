@@ -27,7 +27,7 @@ import json
 import os
 import pathlib
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,13 +36,14 @@ from jaxpersona.ckpts.files import (
     header_of,
     json_text,
     leftovers,
-    read_tensors,
+    read_entries,
     write_json,
     write_tensors,
     write_text,
 )
-from jaxpersona.inputs import read_json, require_file
-from jaxpersona.persona.lock import NAME, locked
+from jaxpersona.ckpts.tensorfile import READABLE, read_bytes_of, read_slice
+from jaxpersona.inputs import TEXT_BYTES, read_bytes, read_json, require_file
+from jaxpersona.persona.lock import is_lock, locked
 from jaxpersona.persona.names import file_stem
 
 FORMAT = "jaxpersona-run 2"
@@ -139,7 +140,7 @@ class Run:
         """
         left = {path.name for path, target, _ in leftovers(self.folder) if target == "run.json"}
         return all(
-            entry.name == NAME or entry.name.startswith(f"{NAME}.") or entry.name in left
+            is_lock(entry.name) or entry.name in left
             or (entry.name in _PARTS and entry.is_dir() and not any(entry.iterdir()))
             for entry in self.folder.iterdir())
 
@@ -171,9 +172,17 @@ class Run:
         path = self.path("rollouts", role)
         if not _there(path):
             return None
-        data = self._bytes(role, path)
-        if self._rollouts_digest(role) != _sha256(data):
-            raise Damaged(role, path, "not the rollouts that the run wrote")
+        try:
+            require_file(path)
+            with open(path, "rb") as file:  # piece by piece: another file may exceed the memory
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != self._rollouts_digest(role):
+                raise Damaged(role, path, "not the rollouts that the run wrote")
+            data = path.read_bytes()
+        except Damaged:
+            raise
+        except (OSError, ValueError) as error:
+            raise Damaged(role, path, str(error).removeprefix(f"{path}: ")) from None
         # split at newlines alone: a reply may hold any other separator of lines
         return [json.loads(line) for line in data.decode().split("\n") if line]
 
@@ -212,7 +221,10 @@ class Run:
         path = self.path("scores", role)
         if not _there(path):
             return None
-        data = self._bytes(role, path)
+        try:
+            data = read_bytes(path, TEXT_BYTES)
+        except ValueError as error:
+            raise Damaged(role, path, str(error).removeprefix(f"{path}: ")) from None
         try:
             found = json.loads(data)
             scores = found["scores"]
@@ -273,20 +285,25 @@ class Run:
     def _seal(self, part: str, role: str, tensors: Mapping[str, np.ndarray],
               about: Mapping[str, str]) -> None:
         about = {**about, "run": self.identity, "role": role}
-        write_tensors(self.path(part, role), tensors,
-                      about | {"digest": _tensors_digest(about, tensors)})
+        held = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+        sealed = _tensors_digest(about, {name: (x.dtype, x.shape) for name, x in held.items()},
+                                 lambda name: [held[name].reshape(-1).view(np.uint8).data])
+        write_tensors(self.path(part, role), held, about | {"digest": sealed})
 
     def _sealed(self, part: str, role: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         """Read a file that `_seal` wrote: its tensors and what it says of itself.
+
+        Nothing is held in memory before its digest is right.
 
         Raises:
           Damaged: it is missing, or not what this run wrote for this role.
         """
         path = self.path(part, role)
         try:
-            tensors, about = read_tensors(path)
+            entries, about = read_entries(path)
+            shapes = {name: (READABLE[e.dtype], e.shape) for name, e in entries.items()}
             with open(path, "rb") as file:
-                whole = header_of(tensors, about)
+                whole = header_of(shapes, about)
                 same = file.read(len(whole)) == whole
         except (ValueError, OSError, KeyError) as error:  # the last: a dtype that is not written
             why = str(error).removeprefix(f"{path}: ")
@@ -294,16 +311,16 @@ class Run:
         said = about.pop("digest", "")
         if about.get("run") != self.identity or about.get("role") != role:
             raise Damaged(role, path, "of another role or run")
-        if not same or said != _tensors_digest(about, tensors):
-            raise Damaged(role, path, "not what the run wrote")
-        return tensors, about
-
-    def _bytes(self, role: str, path: pathlib.Path) -> bytes:
         try:
-            require_file(path)
-            return path.read_bytes()
-        except (OSError, ValueError) as error:
+            if not same or said != _tensors_digest(about, shapes,
+                                                   lambda name: read_bytes_of(entries[name])):
+                raise Damaged(role, path, "not what the run wrote")
+            tensors = {name: read_slice(entry) for name, entry in entries.items()}
+        except Damaged:
+            raise
+        except ValueError as error:  # the disk fails, or the file became shorter
             raise Damaged(role, path, str(error).removeprefix(f"{path}: ")) from None
+        return tensors, about
 
 
 def rollout_key(record: Mapping[str, Any]) -> str:
@@ -318,12 +335,16 @@ def digest(value: Any) -> str:
     return _sha256(text.encode("utf-8", "surrogatepass"))[:16]
 
 
-def _tensors_digest(about: Mapping[str, str], tensors: Mapping[str, np.ndarray]) -> str:
+def _tensors_digest(about: Mapping[str, str], shapes: Mapping[str, tuple[Any, tuple[int, ...]]],
+                    parts: Callable[[str], Iterable[Any]]) -> str:
+    """Return the digest of what a file says of itself and of its tensors, whose bytes `parts`
+    gives."""
     found = hashlib.sha256(json_text(dict(about)).encode())
-    for name in sorted(tensors):
-        value = np.ascontiguousarray(tensors[name])
-        found.update(f"{name} {value.dtype.str} {value.shape}\n".encode())
-        found.update(value.reshape(-1).view(np.uint8).data)
+    for name in sorted(shapes):
+        dtype, shape = shapes[name]
+        found.update(f"{name} {dtype.str} {shape}\n".encode())
+        for part in parts(name):
+            found.update(part)
     return found.hexdigest()
 
 

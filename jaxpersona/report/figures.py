@@ -17,18 +17,16 @@ _CAPPED, _PLAIN, _ROLE = "#1b7f5c", "#c2452d", "#4a6fa5"
 def _save(figure: Any, path: pathlib.Path) -> None:
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
-    import matplotlib.pyplot as plt
-
-    plt.close(figure)
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:
-    import matplotlib
+    # without pyplot, whose back end and list of figures belong to the whole process
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
