@@ -196,7 +196,8 @@ class Derived:
     """One thing that was computed from arrays, kept until it is asked for with other arrays.
 
     It belongs to the object that holds the arrays, and is compared with every one of them, so that
-    it never outlives or outdates them. Threads may share it.
+    it never outlives or outdates them. Arrays of NumPy can change in place: with one of them
+    nothing is kept. Threads may share it.
     """
 
     def __init__(self) -> None:
@@ -206,6 +207,8 @@ class Derived:
     def get(self, tree: Any, make: Callable[[Any], Any]) -> Any:
         """Return make(tree), computed once for the arrays in `tree`."""
         leaves = jax.tree.leaves(tree)
+        if not all(isinstance(x, jax.Array) for x in leaves):
+            return make(tree)
         with self._lock:
             if self._held is None or not same_arrays(self._held[0], leaves):
                 self._held = None  # freed before the next one is made
