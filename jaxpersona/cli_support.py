@@ -223,7 +223,7 @@ def read_spec(file: pathlib.Path) -> Any:
     """Read a JSON file of interventions.
 
     Raises:
-      ValueError: no such file, or not JSON.
+      ValueError: no such file, not JSON, or null.
     """
     from jaxpersona.persona.reading import Faults, parse, read_text
 
@@ -231,6 +231,8 @@ def read_spec(file: pathlib.Path) -> Any:
     text = read_text(file, faults)
     found = None if text is None else parse(text, str(file), faults)
     faults.raise_if_any(file)
+    if found is None:  # which a caller would take for no file
+        raise ValueError(f"{file}: holds null, not interventions; give at least one")
     return found
 
 

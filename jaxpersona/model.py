@@ -235,7 +235,8 @@ def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
          which: Logits) -> jax.Array | None:
     """Turn the last residual into logits, float32: [B, T, V], or [B, V] of each row's last.
 
-    They are NaN where the residual, or its sum of squares, is not finite.
+    They are NaN where the residual, or its sum of squares, is not finite, and where a soft-cap
+    would turn an infinite logit into a finite one.
     """
     if which is None:
         return None
@@ -252,7 +253,8 @@ def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
             out = jnp.einsum("btd,vd->btv", x, gather_weight(weight),
                              preferred_element_type=jnp.float32)
         if config.final_softcap is not None:
-            out = config.final_softcap * jnp.tanh(out / config.final_softcap)
+            capped = config.final_softcap * jnp.tanh(out / config.final_softcap)
+            out = jnp.where(jnp.isfinite(out), capped, jnp.nan)  # tanh would hide infinity
         return out[:, 0] if which == "last" else out
 
 

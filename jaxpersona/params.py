@@ -197,8 +197,8 @@ class Derived:
     """One thing that was computed from arrays, kept until another is asked for.
 
     It belongs to the object that holds the arrays. It is compared with every one of them, with
-    their structure and with the function, so that it never outlives or outdates them. Threads may
-    share it.
+    their structure and with the function, so that it never outlives or outdates them. Arrays of
+    NumPy can change in place: with one of them nothing is kept. Threads may share it.
     """
 
     def __init__(self) -> None:
@@ -208,6 +208,8 @@ class Derived:
     def get(self, tree: Any, make: Callable[[Any], Any]) -> Any:
         """Return make(tree), computed once for the arrays in `tree`."""
         leaves, structure = jax.tree.flatten(tree)
+        if not all(isinstance(x, jax.Array) for x in leaves):
+            return make(tree)
         with self._lock:
             held = self._held
             if held is None or held[0] is not make or held[1] != structure or (

@@ -171,6 +171,15 @@ def test_the_head_and_a_restored_norm_show_an_overflow():
     assert np.isfinite(plain.logits).all() and np.asarray(plain.finite).all()
 
 
+def test_a_soft_cap_does_not_hide_infinite_logits():
+    model = s.tiny_model(final_softcap=30.0)
+    norm = model.params.final_norm_d.at[0].set(np.inf)
+    broken = dataclasses.replace(model, params=model.params.replace(final_norm_d=norm))
+    batch = jp.batch(ROWS[:2])
+    assert np.isnan(s.run(broken.params, broken.config, batch).logits[batch.valid]).all()
+    assert np.isfinite(s.run(model.params, model.config, batch).logits).all()
+
+
 def test_finite_logits():
     rows = np.zeros((6, 97), np.float32)
     rows[1, 5], rows[2, 5], rows[3], rows[4, 5] = np.nan, np.inf, -np.inf, -np.inf

@@ -52,6 +52,14 @@ def test_the_copy_is_made_once_and_belongs_to_its_model():
     assert fast_params(model, 4) is model.params
 
 
+def test_arrays_of_numpy_that_change_in_place_are_read_again():
+    params = jax.tree.map(np.array, made().params)
+    model = dataclasses.replace(made(), params=params)
+    fast_params(model, 8)
+    params.layers[0].wo_dnh[...] = 0
+    assert not np.asarray(fast_params(model, 8).layers[0].wo_dnh.value).any()
+
+
 def test_models_in_threads_keep_their_own_copies():
     models = [made(seed) for seed in range(2)]
     wanted = [in_out(model.params).layers[0].w_up_fd.value for model in models]
