@@ -19,11 +19,12 @@ from jaxpersona import chat, processes
 from jaxpersona.ckpts.files import write_json
 from jaxpersona.ckpts.vectors import save_vector
 from jaxpersona.persona import axis as science
+from jaxpersona.persona.damage import Damaged, remedy
 from jaxpersona.persona.judges import Judge
 from jaxpersona.persona.manifest import manifest, tokens_digest
 from jaxpersona.persona.names import check_names
 from jaxpersona.persona.rollouts import Settings, opening, play
-from jaxpersona.persona.run import Damaged, Run, remedy, rollout_key
+from jaxpersona.persona.run import Run, rollout_key
 from jaxpersona.persona.texts import Question, Role, all_of
 from jaxpersona.sampling import sampling
 from jaxpersona.vectors import Axis

@@ -26,7 +26,6 @@ import hashlib
 import json
 import os
 import pathlib
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -43,6 +42,7 @@ from jaxpersona.ckpts.files import (
 )
 from jaxpersona.ckpts.tensorfile import READABLE, read_bytes_of, read_slice
 from jaxpersona.inputs import TEXT_BYTES, read_bytes, read_json, require_file
+from jaxpersona.persona.damage import Damaged
 from jaxpersona.persona.lock import is_lock, locked
 from jaxpersona.persona.names import file_stem
 
@@ -51,25 +51,6 @@ FIGURES = ("roles.png", "pca.png", "variance.png", "drift.png")
 _FILES = ("run.json", "axis.safetensors", "analysis.json")
 _PARTS = {"rollouts": ".jsonl", "means": ".safetensors", "scores": ".json",
           "vectors": ".safetensors"}
-
-
-class Damaged(ValueError):
-    """A file of a role that is not what the run wrote.
-
-    Attributes:
-      role: whose file it is.
-      fault: the file and what is wrong with it.
-    """
-
-    def __init__(self, role: str, path: pathlib.Path, why: str) -> None:
-        self.role, self.fault = role, f"{path}: damaged ({why})"
-        super().__init__(f"{self.fault}; {remedy([role])}")
-
-
-def remedy(roles: Sequence[str]) -> str:
-    """Say how to make damaged roles anew."""
-    options = " ".join(f"--redo {shlex.quote(role)}" for role in roles)
-    return f"restore the file, or make the role anew with redo={list(roles)!r} ({options})"
 
 
 class Run:

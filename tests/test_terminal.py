@@ -1,0 +1,64 @@
+"""Text of files reaches the terminal without control characters."""
+
+import json
+
+import numpy as np
+import support as s
+from jaxpersona.ckpts.vectors import save_vector
+
+from jaxpersona import inputs
+from jaxpersona.vectors import Axis, Vector
+
+
+def test_control_characters_are_written_out():
+    said = "a\x1b[31mb\x07\x9bc\x7f\u202e\r\n\td\u200d\u00e9"
+    assert inputs.printable(said) == "a\\x1b[31mb\\x07\\x9bc\\x7f\\u202e\n\td\u200d\u00e9"
+    assert inputs.printable(5) == "5"
+
+
+HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b1m\u202e"
+
+
+def clean(capsys):
+    """What was printed holds no control character but tab and newline."""
+    out = "".join(capsys.readouterr())
+    assert out and not [c for c in out if (ord(c) < 32 or 126 < ord(c) < 160 or c == "\u202e")
+                        and c not in "\n\t"], repr(out)
+    return out
+
+
+def test_names_and_notes_of_files_reach_the_terminal_as_text(checkpoint, tmp_path, capsys):
+    """In tables, lines, errors and figures' names; whatever command prints them."""
+    import jaxpersona as jp
+
+    model = jp.load(str(checkpoint))
+    shape = (model.config.n_layers, model.config.d_model)
+    axis = Axis(np.ones(shape), name=HOSTILE, model=HOSTILE, notes={HOSTILE: HOSTILE},
+                percentiles={HOSTILE: {"p25": np.zeros(shape[0])}})
+    save_vector(tmp_path / "a.safetensors", axis)
+    file, out = str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")
+    talk = tmp_path / "talk.json"
+    talk.write_text(json.dumps([{"role": "user", "content": "hi"},
+                                {"role": "assistant", "content": HOSTILE}]))
+    assert s.run_command(["vectors", "show", file]) == 0
+    assert "\\x1b]0;title" in clean(capsys)
+    assert s.run_command(["vectors", "convert", file, out]) == 0
+    assert "\\x1b]0;title" in clean(capsys)
+    assert s.run_command(["project", str(talk), "--on", file, "--model", str(checkpoint)]) == 0
+    assert "\\x1b]0;" in clean(capsys)
+    assert s.run_command(["generate", "hi", "--steer", file, "--model", str(checkpoint),
+                          "--max-new-tokens", "4", "--steer-layers", "9"]) == 2
+    clean(capsys)
+    talk.write_text(json.dumps([{"role": HOSTILE, "content": "hi"}]))
+    assert s.run_command(["project", str(talk), "--on", file, "--model", str(checkpoint)]) == 2
+    clean(capsys)
+    roles = tmp_path / "texts" / "roles"
+    roles.mkdir(parents=True)
+    (roles / "\x1b[2Jghost.json").write_text("{}")
+    assert s.run_command(["data", "check", str(tmp_path / "texts")]) == 2
+    assert "\\x1b[2Jghost.json" in clean(capsys)
+    vector = Vector(np.ones((5, 7)), name=HOSTILE)
+    save_vector(tmp_path / "v.safetensors", vector)
+    assert s.run_command(["generate", "hi", "--steer", str(tmp_path / "v.safetensors"),
+                          "--model", str(checkpoint)]) == 2
+    assert "made for another model" in clean(capsys)
