@@ -15,8 +15,9 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 .PHONY: demo test test-all test-real bench lint clean
 
+# on a CPU, unless JAX_PLATFORMS says otherwise: with libtpu installed JAX would look for a TPU first
 demo: $(VENV)/.installed
-	$(BIN)/jaxpersona demo
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/jaxpersona demo
 
 test: $(VENV)/.installed-test
 	$(PYTEST) -m 'not slow and not real'
