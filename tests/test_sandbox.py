@@ -178,3 +178,16 @@ def test_an_answer_is_bounded_in_time_and_size():
                       "while True: out.write(bytes(1 << 20))")
     assert "process ended" in large.ask(b"", 60.0)["error"]
     assert large.process.poll() is not None
+
+
+def test_an_interrupted_rendering_gives_its_answer_to_no_later_one(monkeypatch):
+    assert sandbox.render("{{ a }}", {"a": "first"}) == "first"
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sandbox._Worker, "_read", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            sandbox.render("{{ a }}", {"a": "second"})
+    assert sandbox.render("{{ a }}", {"a": "third"}) == "third"
