@@ -238,7 +238,7 @@ def answered(tokenizer: Any, row: Row, reply: np.ndarray) -> Row:
     """Return a prompt with the ids [n] of its reply, marked as decode marks them.
 
     Args:
-      tokenizer: the model's, or None; then neither thinking nor code is told apart.
+      tokenizer: the model's, or None; then thinking and code are not marked.
     """
     reply = np.asarray(reply, np.int32).reshape(-1)
     kind = np.full(reply.size, ASSISTANT | GENERATED, np.int32)

@@ -46,7 +46,7 @@ def axis(
     min_count: Annotated[int, typer.Option(help="Rollouts that a role's vector needs.")] = 10,
     held_out: Annotated[str, typer.Option(help="Roles to keep out, with commas.")] = "",
     redo: Annotated[list[str] | None, typer.Option(
-        help="A role of a run to make anew, as one whose files are damaged; may be repeated.")
+        help="Generate this role again, as one whose files are damaged; may be repeated.")
     ] = None,
     dtype: DtypeOption = None,
     mesh: Annotated[str | None, typer.Option(help="Devices to spread over, as data=2,model=4 (or "
