@@ -137,12 +137,12 @@ def forward(
     else:
         cache = advance(cache, batch, slots)
         positions = cache.position
-    at = batch.position
+    # False at a token without a row of the embedding, or without a slot of the cache for its key
+    known = (batch.tokens >= 0) & (batch.tokens < params.embed_vd.shape[0])
     if cache is not None and new_cache is None:
-        # the key of a token without a slot is dropped, and a row cannot go on without it: NaN shows
-        at = jnp.where(batch.valid & (slots >= cache.slots), jnp.nan, at.astype(jnp.float32))
+        known &= slots < cache.slots
     angles = {
-        rope: nn.rotary(at, rope, config.head_dim)
+        rope: nn.rotary(batch.position, rope, config.head_dim)
         for rope in {config.rope_at(i) for i in range(config.n_layers)}
     }
     x = embed(params, config, batch)
@@ -150,7 +150,8 @@ def forward(
     needed = config.n_layers if logits is not None or cache is not None else trace.highest + 1
     for i, layer in enumerate(params.layers[:needed]):
         with jax.named_scope(f"layer{i}"):
-            q, k, v = _project(layer, config, x, angles[config.rope_at(i)])
+            q, k, v = _project(layer, config, x, angles[config.rope_at(i)],
+                               known | ~batch.valid if i == 0 else None)
             own = k, v  # of this call's tokens, [B, T, K, H]
             if cache is None:
                 k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
@@ -223,9 +224,8 @@ def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
     narrow = table.dtype != jnp.float32 and isinstance(table, jax.core.Tracer)
     if narrow and on_cpu(table):  # else XLA turns the whole table to float32 before a loop
         table, tokens = jax.lax.optimization_barrier((table, tokens))
-    # an id without a row gives NaN, not another token's row, where the host could not refuse it
-    x = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False,
-                             out_sharding=placed)
+    # `forward` turns ids without a row to NaN in the first norm, which costs no kernel
+    x = table.at[tokens].get(mode="clip", wrap_negative_indices=False, out_sharding=placed)
     if config.embed_scale != 1.0:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     return x
@@ -259,9 +259,13 @@ def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
 
 
 def _project(layer: Layer, config: ModelConfig, x: jax.Array,
-             angle: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Make queries [B, T, N, H], keys and values [B, T, K, H] of one block."""
-    y = nn.rms_norm(x, layer.attn_norm_d, config.norm_eps, config.norm_offset)
+             angle: tuple[jax.Array, jax.Array],
+             known: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Make queries [B, T, N, H], keys and values [B, T, K, H] of one block.
+
+    They are NaN at the tokens where `known` [B, T] is False, and so is all that follows from them.
+    """
+    y = nn.rms_norm(x, layer.attn_norm_d, config.norm_eps, config.norm_offset, known=known)
     q = nn.add_bias(nn.contract("btd,nhd->btnh", y, layer.wq_nhd), layer.bq_nh)
     k = nn.add_bias(nn.contract("btd,khd->btkh", y, layer.wk_khd), layer.bk_kh)
     v = nn.add_bias(nn.contract("btd,khd->btkh", y, layer.wv_khd), layer.bv_kh)

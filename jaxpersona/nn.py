@@ -69,16 +69,19 @@ def round_residual(x: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, *,
-             overflow_to_nan: bool = False) -> jax.Array:
+             overflow_to_nan: bool = False, known: jax.Array | None = None) -> jax.Array:
     """Divide by the root mean square over the last axis and scale, in float32 (Zhang 2019).
 
     Where the mean square exceeds float32 (numbers beyond 1.8e19) the quotient is 0; with
-    `overflow_to_nan` it is NaN, so that the overflow shows in whatever is computed from it.
+    `overflow_to_nan` it is NaN, so that the overflow shows in whatever is computed from it. It is
+    NaN too where `known`, of x's shape without the last axis, is False.
     """
     y = x.astype(F32)
     factor = jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
     if overflow_to_nan:  # asked of the factor alone, which keeps it one kernel
         factor = jnp.where(factor > 0, factor, jnp.nan)
+    if known is not None:
+        factor = jnp.where(known[..., None], factor, jnp.nan)
     y = y * factor
     return (y * aligned(weight.astype(F32) + offset, y)).astype(x.dtype)
 
