@@ -31,6 +31,7 @@ from jaxpersona.inputs import read_json, require_files
 from jaxpersona.params import (
     Derived,
     Params,
+    begin_fingerprint,
     fingerprint,
     init_params,
     layout,
@@ -207,7 +208,7 @@ def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
         with importlib.resources.as_file(_mini()) as folder:
             tokenizer = read_tokenizer(folder)
             stop_ids = _stop_ids(folder, {}, tokenizer)
-    return _model(config, params, tokenizer, mesh, name, stop_ids)
+    return _model(config, params, tokenizer, mesh, name, stop_ids, fingerprint(config, params))
 
 
 def _folder(folder: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
@@ -222,14 +223,15 @@ def _folder(folder: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
         params, _ = orbax.load(folder, dtype=dtype, mesh=mesh)
     else:
         params = hf.load(folder, config, dtype=dtype, mesh=mesh, progress=progress)
+    finish = begin_fingerprint(config, params)  # the device works while the tokenizer is read
     tokenizer = read_tokenizer(folder)
-    return _model(config, params, tokenizer, mesh, name, _stop_ids(folder, raw, tokenizer))
+    return _model(config, params, tokenizer, mesh, name, _stop_ids(folder, raw, tokenizer),
+                  finish())
 
 
 def _model(config: ModelConfig, params: Params, tokenizer: Any, mesh: Mesh | None, name: str,
-           stop_ids: tuple[int, ...]) -> Model:
+           stop_ids: tuple[int, ...], mark: str) -> Model:
     template = bool(getattr(tokenizer, "chat_template", None))
-    mark = fingerprint(config, params)
     return Model(config, params, tokenizer, mesh, name, mark, stop_ids, template)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
 import operator
 import threading
@@ -247,16 +248,26 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
 
     With several processes all of them must call it together.
     """
-    import hashlib
+    return begin_fingerprint(config, params)()
 
+
+def begin_fingerprint(config: ModelConfig, params: Params) -> Callable[[], str]:
+    """Start to compute the sums of a fingerprint; the function returned waits for them.
+
+    A device computes them while the host does something else.
+    """
     leaves = jax.tree.leaves(params)
     with unset_mesh():
         parts = [_sums(x, *_weights(x), placed=_spread(x)) for x in leaves]
-    local = jax.device_get([[shard.data for shard in part.addressable_shards] for part in parts])
-    sums = np.stack([np.concatenate(of_one).sum(0, dtype=np.uint32) for of_one in local])
-    if not all(part.is_fully_addressable for part in parts):
-        sums = processes.total(sums)
-    return config.hash() + hashlib.sha256(sums.tobytes()).hexdigest()[:8]
+
+    def finish() -> str:
+        local = jax.device_get([[shard.data for shard in x.addressable_shards] for x in parts])
+        sums = np.stack([np.concatenate(of_one).sum(0, dtype=np.uint32) for of_one in local])
+        if not all(part.is_fully_addressable for part in parts):
+            sums = processes.total(sums)
+        return config.hash() + hashlib.sha256(sums.tobytes()).hexdigest()[:8]
+
+    return finish
 
 
 def origin(mark: str) -> int:
