@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpersona import fences
+from jaxpersona import fences, sandbox
 from jaxpersona.batch import (
     ASSISTANT,
     CODE,
@@ -129,6 +129,7 @@ def listed(given: Any, name: str = "conversations") -> list[Any]:
     return found
 
 
+@sandbox.one_conversation()
 def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinking: bool = False,
                variables: Mapping[str, Any] | None = None) -> Row:
     """Encode one conversation; the arguments are those of `encode`.
@@ -149,6 +150,7 @@ def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinkin
     return row
 
 
+@sandbox.one_conversation()
 def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, *, stopped: bool,
                  thinking: bool = False, variables: Mapping[str, Any] | None = None) -> Row:
     """Return the next prompt of a conversation: its tokens, the reply's, then a user message.

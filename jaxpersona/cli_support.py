@@ -249,6 +249,8 @@ def project(conversation: pathlib.Path, files: list[pathlib.Path], *, model: str
     from jaxpersona.persona.talk import project_conversation
     from jaxpersona.report import figures
 
+    if png is not None and png.is_dir():
+        raise ValueError(f"--png is {png}, a folder; give the name of the picture's file")
     talk = read_json(conversation)
     if isinstance(talk, dict):
         talk = talk.get("conversation", talk.get("messages"))

@@ -99,9 +99,9 @@ class Model:
         if marked is not None and marked[0] == self.config and same_arrays(marked[1], leaves):
             return
         if marked is not None:
-            known = all(isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
-                        for x in leaves)
-            mark = fingerprint(self.config, self.params) if known else ""
+            traced = any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in leaves)
+            mark = "" if traced else fingerprint(
+                self.config, jax.tree.map(jnp.asarray, self.params))  # NumPy's arrays too
             object.__setattr__(self, "fingerprint", mark)
         object.__setattr__(self, "marked", (self.config, leaves))
 
@@ -257,7 +257,6 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
         # a regular expression that the library cannot run ends its first use in a panic
         with _without_stderr():
             tokenizer("Hello, world! 1 + 1", add_special_tokens=False)
-        return tokenizer
     except BaseException as error:  # transformers raises many kinds, tokenizers even panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -267,6 +266,12 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
                              "tokenizer_config.json), which is not run; save the tokenizer as "
                              "tokenizer.json and remove auto_map") from None
         raise ValueError(f"{folder}: the tokenizer cannot be read ({reason})") from None
+    template = getattr(tokenizer, "chat_template", None)
+    texts = template.values() if isinstance(template, dict) else (template or "",)
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{folder}: chat_template in tokenizer_config.json is {template!r:.60}; "
+                         "it must be text, or a table of texts")
+    return tokenizer
 
 
 @contextlib.contextmanager

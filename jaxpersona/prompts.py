@@ -55,7 +55,7 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
         isinstance(item, Sequence) and any(isinstance(message, Mapping) for message in item)
     ):
         if tokenizer is None:
-            raise ValueError("the model has no tokenizer; give token ids instead of text")
+            raise ValueError(f"{model.name} has no tokenizer; give token ids instead of text")
         row = chat.encode_row(tokenizer, item, reply=reply, thinking=thinking)
         check_ids(row.tokens, rows, "a conversation", tokenizer)
         return row

@@ -7,6 +7,8 @@ again after a template has ended it.
 from __future__ import annotations
 
 import atexit
+import contextlib
+import contextvars
 import json
 import os
 import pathlib
@@ -16,10 +18,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-SECONDS = 10.0  # of processor time for one rendering
+SECONDS = 10.0  # of processor time for one rendering, and for all those of one conversation
 MEMORY = 2 << 30  # bytes of address space, Python's own included
 CHARACTERS = 1 << 26  # of a conversation and of a rendering
 _LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON writes a character in at most six
@@ -31,23 +33,48 @@ class Refused(ValueError):
     """The template refuses the conversation, by its own words or by an error within it."""
 
 
-def render(template: str, variables: Mapping[str, Any]) -> str:
+_budget: contextvars.ContextVar[list[float] | None] = contextvars.ContextVar(
+    "jaxpersona_renderings", default=None)  # one number: the processor seconds left
+
+
+@contextlib.contextmanager
+def one_conversation() -> Iterator[None]:
+    """Bound the renderings of a `with` block together by `SECONDS`; an inner block adds nothing."""
+    if _budget.get() is not None:
+        yield
+        return
+    token = _budget.set([SECONDS])
+    try:
+        yield
+    finally:
+        _budget.reset(token)
+
+
+def render(template: str, variables: Mapping[str, Any], source: str = "") -> str:
     """Render a template.
 
     Args:
       template: Jinja source.
       variables: what it is rendered with; JSON values.
+      source: where the template comes from, for messages.
 
     Raises:
       Refused: the template raises an error.
       ValueError: it exceeds a limit, a variable is no JSON value, or no process can be started.
     """
     request = _encoded({"template": template, "variables": dict(variables)})
-    with _lock:
-        reply = _worker().ask(request)
+    left = _budget.get()
+    if left is not None and left[0] <= 0:
+        reply = {"error": "the renderings of one conversation take more than "
+                          f"{SECONDS:g} s together", "refused": False}
+    else:
+        with _lock:
+            reply = _worker().ask(request)
+    if left is not None:
+        left[0] -= reply.get("seconds", 0.0)
     if "text" in reply:
         return reply["text"]
-    reason = " ".join(str(reply["error"]).split())
+    reason = " ".join(str(reply["error"]).split()) + (f" ({source})" if source else "")
     if reply["refused"]:
         raise Refused(f"the chat template refuses the conversation: {reason}")
     raise ValueError(f"the chat template cannot be rendered: {reason}; use another template "

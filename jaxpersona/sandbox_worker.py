@@ -6,7 +6,7 @@ process and nothing else. The environment is the one that transformers renders t
 
 Protocol: a message is its length (8 bytes, little endian) and JSON in UTF-8. The first message on
 standard input holds the limits. Each further one is a request, answered on standard output by
-{"text": …} or {"error": …, "refused": bool}.
+{"text": …} or {"error": …, "refused": bool}, with the "seconds" of processor time that it took.
 
 This file imports nothing of the package: it must start fast, with Jinja alone.
 """
@@ -17,6 +17,7 @@ import contextlib
 import json
 import signal
 import sys
+import time
 from datetime import datetime
 from typing import Any, BinaryIO
 
@@ -165,8 +166,9 @@ def main() -> None:
     write(sink, {"ready": True})
     while (request := read(source)) is not None:
         limit_time(limits["seconds"])
+        begun = time.process_time()
         try:
-            reply = answer(request, known, limits)
+            reply = answer(request, known, limits) | {"seconds": time.process_time() - begun}
             reply = {k: v[:2000] if k == "error" else v for k, v in reply.items()}
         finally:
             limit_time(0)

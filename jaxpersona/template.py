@@ -83,7 +83,8 @@ class Template:
                                                   options.get("tools"))
         return sandbox.render(source, {
             "tools": None, "documents": None, **self.tokenizer.special_tokens_map, **options,
-            "messages": messages, "add_generation_prompt": reply})
+            "messages": messages, "add_generation_prompt": reply},
+            str(getattr(self.tokenizer, "name_or_path", "")))
 
     def takes_system(self) -> bool:
         """Tell whether the template renders a system message."""

@@ -246,6 +246,17 @@ def test_no_code_of_a_tokenizers_folder_is_run_or_asked_for(tmp_path, native):
     assert "Traceback" not in out.stderr
 
 
+@pytest.mark.parametrize("template", [5, True, ["a"]])
+def test_a_template_that_is_no_text_is_refused_with_its_file(tmp_path, template):
+    s.byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)  # it would be read instead
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    with pytest.raises(ValueError, match="chat_template|cannot be read") as caught:
+        read_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_code_that_a_tokenizer_needs_is_refused_in_one_line(tmp_path, monkeypatch):
     import transformers
 

@@ -29,7 +29,7 @@ NARROW = {  # less than what their level would allow
     "template": {"batch", "sandbox", "template"},
     "sandbox": {"sandbox"},
     "sandbox_worker": set(),  # a script that starts with Jinja alone
-    "chat": {"batch", "fences", "template", "chat"},
+    "chat": {"batch", "fences", "sandbox", "template", "chat"},
     "kernels": {"kernels"},
 }
 

@@ -34,6 +34,16 @@ def test_a_replaced_array_is_used_whichever_it_is():
     assert s.same_bits(fast_params(model, 8), in_out(model.params))
 
 
+def test_parameters_of_numpy_have_the_fingerprint_of_their_values():
+    """Else a direction of another model of that shape would be accepted without a word."""
+    model = made()
+    same = dataclasses.replace(model, params=jax.tree.map(np.asarray, model.params))
+    other = dataclasses.replace(model, params=jax.tree.map(
+        lambda x: np.asarray(x) * np.float32(0.5), model.params))
+    assert len(model.fingerprint) == 16
+    assert same.fingerprint == model.fingerprint != other.fingerprint
+
+
 def test_edited_layers_generate_the_same_at_every_batch_size():
     model = made()
     kept = dict(max_new_tokens=8)

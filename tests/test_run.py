@@ -224,6 +224,9 @@ def test_generate_and_project_commands(checkpoint, texts, tmp_path, capsys):
     turns = json.loads(capsys.readouterr().out)
     assert [t["turn"] for t in turns] == [1, 3] and [t["tokens"] for t in turns] == [11, 2]
     assert picture.read_bytes()[:4] == b"\x89PNG"
+    assert run(["project", str(tmp_path / "talk.json"), "--on", axis, "--model", str(checkpoint),
+                "--png", str(tmp_path)]) == 2
+    assert f"--png is {tmp_path}, a folder" in " ".join(capsys.readouterr().err.split())
     assert run(["vectors", "show", axis]) == 0
     assert "assistant" in capsys.readouterr().out
 

@@ -60,6 +60,38 @@ def test_no_template_runs_for_ever_or_fills_memory(tokenizer, bounds, template, 
     assert chat.encode_row(tokenizer, "Who?").text.startswith("<|im_start|>user\nWho?")
 
 
+def test_the_renderings_of_one_conversation_are_bounded_together(tokenizer, monkeypatch):
+    """A conversation is rendered several times; slow renderings must not add up."""
+    slow = chat_templates.CHATML + ("{% for a in range(300) %}{% for b in range(3000) %}"
+                                    "{% endfor %}{% endfor %}")
+    asked, real = [], sandbox._Worker.ask
+
+    def ask(self, request, wait=None):
+        reply = real(self, request, wait)
+        asked.append(reply.get("seconds"))
+        return reply
+
+    monkeypatch.setattr(sandbox._Worker, "ask", ask)
+    t = with_template(tokenizer, slow)
+    chat.encode_row(t, "Who?")
+    used = [seconds for seconds in asked if seconds is not None]
+    assert len(used) > 1 and min(used) > 1e-3
+    monkeypatch.setattr(sandbox, "SECONDS", sum(used) / len(used) * 1.5)
+    chat.encode_row(tokenizer, "Who?")  # a new process, with the new limit
+    asked.clear()
+    with pytest.raises(ValueError, match="renderings of one conversation take more|runs for more"):
+        chat.encode_row(t, "Who?")
+    assert len(asked) < len(used)
+    chat.encode_row(tokenizer, "Who?")  # the next conversation has its own bound
+
+
+def test_an_error_of_a_template_names_where_it_comes_from(tokenizer):
+    t = with_template(tokenizer, "{{ raise_exception('no') }}")
+    t.name_or_path = "some/model"
+    with pytest.raises(ValueError, match=r"refuses the conversation: no \(some/model\)"):
+        chat.encode_row(t, "Who?")
+
+
 @pytest.mark.parametrize("template", [
     "{{ 1 / 0 }}", "{{ 'x' + 1 }}", "{{ messages[9].role.x }}", "{% for %}", "{{ x | absent }}",
     "{{ 'x'.encode('utf-9') }}", "{{ '{'.format() }}", "{{ int('x') }}", "{{ [].pop() }}",

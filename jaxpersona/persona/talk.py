@@ -61,7 +61,7 @@ def project_conversation(
     """
     vectors = [fit(model, vector) for vector in vectors]
     if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer; a conversation needs one")
+        raise ValueError(f"{model.name} has no tokenizer; a conversation needs one")
     directions = np.stack([vector.values for vector in vectors], 1)
     known = [i for i, layer in enumerate(directions) if layer.any(1).all()]
     if not known:
