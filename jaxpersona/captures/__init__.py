@@ -1,0 +1,1 @@
+"""What is read off the activations, as reductions inside the program."""

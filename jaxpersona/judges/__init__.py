@@ -1,0 +1,1 @@
+"""Judges score role play."""

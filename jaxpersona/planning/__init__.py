@@ -1,0 +1,1 @@
+"""Predict whether a model fits a device: arithmetic and ahead-of-time compilation."""

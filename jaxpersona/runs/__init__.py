@@ -1,0 +1,1 @@
+"""A run's folder on disk: its files, their digests and its lock."""

@@ -1,0 +1,1 @@
+"""Learn directions by gradient descent through the frozen model."""

@@ -1,0 +1,1 @@
+"""Directions of the residual stream: vectors, axes and caps."""
