@@ -24,9 +24,9 @@ from jax.experimental import topologies
 from jaxpersona.kernels.attention import attention_implementation
 
 import jaxpersona as jp
-from jaxpersona import hlo, plan
 from jaxpersona.interventions import resolve_layers
-from jaxpersona.params import layout
+from jaxpersona.models.params import layout
+from jaxpersona.planning import hlo, plan
 
 H200 = """
 gpu_device_info {
@@ -78,7 +78,7 @@ def main() -> None:
     arms = {"uncapped": range(0), "capped": few, "all": range(config.n_layers)}
     made: dict[str, dict[str, Any]] = {}
     with mock.patch.object(jax, "default_backend", return_value="gpu"), \
-            mock.patch("jaxpersona.model.choose", attends):  # as there, not as on this machine
+            mock.patch("jaxpersona.models.forward.choose", attends):  # as on that machine
         for arm, layers in arms.items():
             programs = plan.lowered(params, config, shapes, layers)
             made[arm] = {name: program.compile() for name, program in zip(

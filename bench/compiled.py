@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from common import seconds_of
 from decoding import NOTHING, Decoding
 
-from jaxpersona import hlo
-from jaxpersona.capture import Capture
-from jaxpersona.decode import decode
+from jaxpersona.captures.capture import Capture
+from jaxpersona.engine.programs import decode
+from jaxpersona.planning import hlo
 
 Program = Callable[..., Any]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxpersona.batch import ASSISTANT, USER
-from jaxpersona.chat import Row
+from jaxpersona.models.batch import ASSISTANT, USER
+from jaxpersona.text.chat import Row
 
 
 def conversations(count: int, vocabulary: int, mean: int, most: int, seed: int = 0) -> list[Row]:

@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import hlo
-from jaxpersona.batch import batch
-from jaxpersona.cache import kept_dtype
-from jaxpersona.capture import Capture
-from jaxpersona.decode import State, Stops, decode, prefill
+from jaxpersona.captures.capture import Capture
+from jaxpersona.engine.programs import State, Stops, decode, prefill
+from jaxpersona.engine.sampling import sampling
+from jaxpersona.engine.schedule import fast_params
 from jaxpersona.interventions import Interventions
-from jaxpersona.sampling import sampling
-from jaxpersona.schedule import fast_params
+from jaxpersona.models.batch import batch
+from jaxpersona.models.cache import kept_dtype
+from jaxpersona.planning import hlo
 
 PROMPT = 32
 NOTHING = Interventions()

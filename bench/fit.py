@@ -15,9 +15,9 @@ from common import Peak, report
 from decoding import Decoding
 
 import jaxpersona as jp
-from jaxpersona import chips
 from jaxpersona.interventions import resolve_layers
-from jaxpersona.plan import plan
+from jaxpersona.planning import chips
+from jaxpersona.planning.plan import plan
 
 
 def main() -> None:

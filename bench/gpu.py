@@ -28,9 +28,9 @@ from compiled import Program, Steps, attempt, busy, compile_all, timed
 from decoding import NOTHING, Decoding
 
 import jaxpersona as jp
-from jaxpersona import chips
-from jaxpersona.batch import batch as make_batch
-from jaxpersona.capture import Capture
+from jaxpersona.captures.capture import Capture
+from jaxpersona.models.batch import batch as make_batch
+from jaxpersona.planning import chips
 
 
 class Bench:

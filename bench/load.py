@@ -40,8 +40,8 @@ from common import Peak, report
 
 def shape(gigabytes: float) -> Any:
     """Return a Qwen 3 whose bfloat16 parameters take about so many GB."""
-    from jaxpersona.config import replace
-    from jaxpersona.presets import preset
+    from jaxpersona.models.config import replace
+    from jaxpersona.models.presets import preset
 
     base = replace(preset("qwen3-0.6b"), vocab_size=32_000)
     one, two = (replace(base, n_layers=n).bytes(2) for n in (1, 2))
@@ -55,7 +55,7 @@ def write(folder: pathlib.Path, config: Any, shard_bytes: float) -> None:
     import numpy as np
     from jaxpersona.ckpts import hf
 
-    from jaxpersona.params import layout
+    from jaxpersona.models.params import layout
 
     draw = np.random.default_rng(0)
 

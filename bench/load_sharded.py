@@ -32,8 +32,8 @@ def load(folder: pathlib.Path, dtype: str, count: int, index: int, port: int) ->
     import jax.numpy as jnp
     from jaxpersona.ckpts import hf, tensorfile
 
-    from jaxpersona import processes
-    from jaxpersona.sharding import make_mesh
+    from jaxpersona.distributed import processes
+    from jaxpersona.distributed.sharding import make_mesh
 
     processes.start(f"127.0.0.1:{port}", count, index)
     mesh = make_mesh(fsdp=count, model=jax.local_device_count())

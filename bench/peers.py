@@ -149,7 +149,7 @@ class Hooked:
           sort: by length first.
           head: run the whole model, as the published code does, or leave the head out.
         """
-        from jaxpersona.batch import ASSISTANT
+        from jaxpersona.models.batch import ASSISTANT
 
         torch, found = self.torch, {}
         order = np.argsort([-r.tokens.size for r in rows], kind="stable") if sort else range(

@@ -22,13 +22,13 @@ from common import paired, report
 from conversations import conversations
 
 import jaxpersona as jp
-from jaxpersona import schedule
-from jaxpersona.batch import ASSISTANT
-from jaxpersona.capture import Capture
-from jaxpersona.chat import Row
-from jaxpersona.decode import Stops
+from jaxpersona.captures.capture import Capture
+from jaxpersona.engine import schedule
+from jaxpersona.engine.programs import Stops
+from jaxpersona.engine.sampling import sampling
 from jaxpersona.interventions import Interventions
-from jaxpersona.sampling import sampling
+from jaxpersona.models.batch import ASSISTANT
+from jaxpersona.text.chat import Row
 
 
 def main() -> None:

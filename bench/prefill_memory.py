@@ -29,10 +29,10 @@ def measure(model: str, length: int, dtype: str, run: bool) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxpersona.batch import batch
-    from jaxpersona.model import forward
-    from jaxpersona.params import abstract_params, init_params
-    from jaxpersona.presets import preset
+    from jaxpersona.models.batch import batch
+    from jaxpersona.models.forward import forward
+    from jaxpersona.models.params import abstract_params, init_params
+    from jaxpersona.models.presets import preset
 
     config = preset(model)
     tokens = np.random.default_rng(0).integers(4, config.vocab_size, length)

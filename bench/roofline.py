@@ -18,7 +18,7 @@ from common import bandwidth, peak_flops, report, seconds_of
 from decoding import PROMPT, Decoding
 
 import jaxpersona as jp
-from jaxpersona.batch import batch
+from jaxpersona.models.batch import batch
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from jaxpersona.ckpts.tensorfile import READABLE, Entry, pieces, read_header, read_slice
 
 from jaxpersona.inputs import parse_json, require_file
-from jaxpersona.params import SCHEME
+from jaxpersona.models.params import SCHEME
 
 _TEMPORARY = re.compile(r"\.(.+)\.([0-9]{1,18})\.tmp")
 

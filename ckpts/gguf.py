@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from jaxpersona.ckpts.files import atomic, parse_field, scheme_of
 
-from jaxpersona.config import MAX_LAYERS
 from jaxpersona.inputs import require_file
-from jaxpersona.vectors import CONTROL_VECTOR, Axis, Vector
+from jaxpersona.models.config import MAX_LAYERS
+from jaxpersona.vectors.vector import CONTROL_VECTOR, Axis, Vector
 
 ARCHITECTURE = "controlvector"
 VECTOR_BYTES = 1 << 30  # the largest file of directions read; one of a 405B model has 8 MB

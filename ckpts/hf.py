@@ -23,11 +23,11 @@ from jaxpersona.ckpts import tensorfile
 from jaxpersona.ckpts.shards import INDEX, SINGLE, read_entries, some
 from jaxpersona.ckpts.tensorfile import DTYPES, Entry
 
-from jaxpersona import sharding
-from jaxpersona.config import ModelConfig, replace
-from jaxpersona.families import from_hf, to_hf
+from jaxpersona.distributed import sharding
 from jaxpersona.inputs import read_json, require_file, require_folder
-from jaxpersona.params import Params, Spec, layout
+from jaxpersona.models.config import ModelConfig, replace
+from jaxpersona.models.families import from_hf, to_hf
+from jaxpersona.models.params import Params, Spec, layout
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ADAPTER = "adapter_config.json"

@@ -17,11 +17,11 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jaxpersona.ckpts import files, hf
 from jaxpersona.ckpts.tensorfile import DTYPES
 
-from jaxpersona import sharding
-from jaxpersona.config import ModelConfig
-from jaxpersona.families import to_hf
+from jaxpersona.distributed import sharding
 from jaxpersona.inputs import TEXT_BYTES, require_file
-from jaxpersona.params import Params, layout
+from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.families import to_hf
+from jaxpersona.models.params import Params, layout
 
 NAME = "params"
 _MARKS = ("_METADATA", "_CHECKPOINT_METADATA")  # what Orbax leaves beside its arrays

@@ -18,7 +18,7 @@ import numpy as np
 from jaxpersona.ckpts.gguf import VECTOR_BYTES
 
 from jaxpersona.inputs import MAX_DEPTH, require_file
-from jaxpersona.vectors import Axis, Caps, Vector
+from jaxpersona.vectors.vector import Axis, Caps, Vector
 
 KINDS = ("axis", "role", "persona")
 _PERSONA = re.compile(r"(.+)_(prompt_avg|response_avg|prompt_last)_diff")

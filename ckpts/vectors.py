@@ -23,10 +23,10 @@ from jaxpersona.ckpts import gguf, torchfile
 from jaxpersona.ckpts.files import atomic, parse_field, read_tensors, scheme_of, write_tensors
 from jaxpersona.ckpts.gguf import VECTOR_BYTES
 
-from jaxpersona.config import MAX_LAYERS
 from jaxpersona.inputs import require_file
-from jaxpersona.params import SCHEME
-from jaxpersona.vectors import Axis, Caps, Vector
+from jaxpersona.models.config import MAX_LAYERS
+from jaxpersona.models.params import SCHEME
+from jaxpersona.vectors.vector import Axis, Caps, Vector
 
 _FORMAT = "jaxpersona-vector"
 _KINDS = {"vector": Vector, "axis": Axis}

@@ -8,15 +8,12 @@ pytrees of data, compiled into the same program as the model.
 from jaxpersona import interrupt as _interrupt  # noqa: F401
 
 # isort: split
-from jaxpersona import capture
-from jaxpersona.batch import Batch, batch
-from jaxpersona.cache import Cache, init_cache
-from jaxpersona.chat import encode
+from jaxpersona.captures import capture
+from jaxpersona.ckpts.loading import load
 from jaxpersona.ckpts.vectors import load_axis, load_caps, load_vector, save_vector
-from jaxpersona.config import ModelConfig
-from jaxpersona.extract import Extracted, extract
-from jaxpersona.families import from_hf
-from jaxpersona.generate import Generated, generate
+from jaxpersona.distributed.sharding import make_mesh
+from jaxpersona.engine.extract import Extracted, extract
+from jaxpersona.engine.generate import Generated, generate
 from jaxpersona.interventions import (
     Interventions,
     Where,
@@ -35,6 +32,7 @@ from jaxpersona.interventions import (
     steer,
     turns,
 )
+from jaxpersona.interventions.trace import Applied
 from jaxpersona.interventions.where import (
     assistant,
     everywhere,
@@ -47,14 +45,17 @@ from jaxpersona.interventions.where import (
     system,
     user,
 )
-from jaxpersona.load import Model, load
-from jaxpersona.model import Output, forward
-from jaxpersona.params import Params, init_params
+from jaxpersona.models.batch import Batch, batch
+from jaxpersona.models.cache import Cache, init_cache
+from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.families import from_hf
+from jaxpersona.models.forward import Output, forward
+from jaxpersona.models.model import Model
+from jaxpersona.models.params import Params, init_params
+from jaxpersona.models.presets import preset
 from jaxpersona.persona.check import Check, check
-from jaxpersona.presets import preset
-from jaxpersona.sharding import make_mesh
-from jaxpersona.trace import Applied
-from jaxpersona.vectors import Axis, Caps, Vector
+from jaxpersona.text.chat import encode
+from jaxpersona.vectors.vector import Axis, Caps, Vector
 
 __version__ = "0.1.0"
 

@@ -13,17 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import capture
-from jaxpersona.config import ModelConfig, Rope
+from jaxpersona.captures import capture
+from jaxpersona.engine.compiled import KEPT
 from jaxpersona.interventions.where import everywhere
-from jaxpersona.model import forward
-from jaxpersona.params import Params, fingerprint, layout
-from jaxpersona.programs import KEPT
+from jaxpersona.models.config import ModelConfig, Rope
+from jaxpersona.models.forward import forward
+from jaxpersona.models.params import Params, fingerprint, layout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tiny:
-    """A model as `generate` takes one (`load.Model` without a folder)."""
+    """A model as `generate` takes one (`model.Model` without a folder)."""
 
     config: ModelConfig
     params: Params
@@ -196,10 +196,10 @@ def run_command(arguments: list[str]) -> Any:
     """Run the command `jaxpersona`; return its exit code."""
     import pytest
 
-    from jaxpersona import cli
+    from jaxpersona.cli.main import main
 
     with pytest.raises(SystemExit) as stop:
-        cli.main(arguments)
+        main(arguments)
     return stop.value.code
 
 

@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona import chat
-from jaxpersona.batch import ASSISTANT, MARK, SYSTEM, TEMPLATE, USER
-from jaxpersona.generate import generate
+from jaxpersona.engine.generate import generate
 from jaxpersona.interventions import (
     ablate,
     cap,
@@ -31,6 +29,8 @@ from jaxpersona.interventions import (
     turns,
 )
 from jaxpersona.interventions.where import everywhere, generated, last, marked, prompt
+from jaxpersona.models.batch import ASSISTANT, MARK, SYSTEM, TEMPLATE, USER
+from jaxpersona.text import chat
 
 NEW = 64
 AT = slice(0, 2)

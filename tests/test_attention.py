@@ -8,8 +8,8 @@ import support as s
 from jaxpersona.kernels import attention as kernel
 
 import jaxpersona as jp
-from jaxpersona import model as model_module
-from jaxpersona import nn
+from jaxpersona.models import forward as model_module
+from jaxpersona.models import nn
 
 FITS = dict(platform="gpu", dtype=jnp.bfloat16, tokens=2048, fresh=True, capability=9.0)
 BIG = s.tiny_config(head_dim=128)
@@ -188,7 +188,7 @@ def test_a_new_cache_is_the_one_that_was_given_before():
 @pytest.mark.parametrize(("slots", "barriers"), [(640, 3), (None, 0)])
 def test_cudnn_s_cache_is_written_layer_by_layer(monkeypatch, slots, barriers):
     """Each of three layers waits until its own keys and values are written, where they are."""
-    from jaxpersona import model as engine
+    from jaxpersona.models import forward as engine
 
     monkeypatch.setattr(engine, "choose", lambda *_, **__: "cudnn")
     monkeypatch.setattr(engine, "flash", lambda q, *_, **__: q)  # cuDNN is not to be had here

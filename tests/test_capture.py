@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona import capture
-from jaxpersona.batch import ASSISTANT, GENERATED, TEMPLATE, USER, batch, split
-from jaxpersona.cache import init_cache
-from jaxpersona.generate import generate
+from jaxpersona.captures import capture
+from jaxpersona.engine.generate import generate
 from jaxpersona.interventions import steer
 from jaxpersona.interventions.where import everywhere, generated, prompt, response
-from jaxpersona.vectors import Axis
+from jaxpersona.models.batch import ASSISTANT, GENERATED, TEMPLATE, USER, batch, split
+from jaxpersona.models.cache import init_cache
+from jaxpersona.vectors.vector import Axis
 
 MODEL = s.tiny_model()
 LENGTHS, WIDTH, TURNS = (14, 9, 3), 14, 3

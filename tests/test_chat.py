@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpersona import chat
-from jaxpersona.batch import (
+from jaxpersona.models.batch import (
     ASSISTANT,
     CODE,
     FIRST,
@@ -24,6 +23,7 @@ from jaxpersona.batch import (
     USER,
     VALID,
 )
+from jaxpersona.text import chat
 
 FAMILIES = ("chatml", "qwen2", "qwen3", "llama3", "gemma2")
 MINI = pathlib.Path(__file__).parents[1] / "ckpts" / "mini"

@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from jaxpersona.ckpts import hf, tensorfile
 from jaxpersona.ckpts.tensorfile import read_header, read_slice
 
-from jaxpersona.params import init_params
-from jaxpersona.sharding import make_mesh
+from jaxpersona.distributed.sharding import make_mesh
+from jaxpersona.models.params import init_params
 
 TORCH = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 

@@ -26,7 +26,7 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
     """As in containers that run as a user whom the system does not know."""
     import jax
 
-    from jaxpersona import compile_cache
+    from jaxpersona.engine import compile_cache
 
     def homeless() -> pathlib.Path:
         raise RuntimeError("Could not determine home directory.")
@@ -52,7 +52,7 @@ def test_the_folder(tmp_path, variables, expected):
 
 
 def test_a_processor_described_in_any_encoding_has_a_folder(tmp_path):
-    from jaxpersona.compile_cache import _processor
+    from jaxpersona.engine.compile_cache import _processor
 
     described = tmp_path / "cpuinfo"
     described.write_bytes(b"model name\t: \xe9\xff\nflags\t\t: fpu vme\n")

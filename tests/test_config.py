@@ -3,8 +3,8 @@
 import hf as oracle
 import pytest
 
-from jaxpersona.families import from_hf, to_hf
-from jaxpersona.presets import PRESETS, preset
+from jaxpersona.models.families import from_hf, to_hf
+from jaxpersona.models.presets import PRESETS, preset
 
 LLAMA_SCALING = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                  "original_max_position_embeddings": 8192, "rope_type": "llama3"}

@@ -15,11 +15,11 @@ import support as s
 from jaxpersona.ckpts import files
 from jaxpersona.ckpts.files import read_tensors, write_tensors
 
+from jaxpersona.data.texts import Question, Role
 from jaxpersona.persona import extract
 from jaxpersona.persona.extract import extract_axis
-from jaxpersona.persona.rollouts import Settings
-from jaxpersona.persona.run import Run
-from jaxpersona.persona.texts import Question, Role
+from jaxpersona.runs.rollouts import Settings
+from jaxpersona.runs.run import Run
 
 ROLES = [Role("default", ("", "You are an AI."), "")] + [
     Role(name, (f"You are a {name}.", f"Act as a {name}."), "{question} {answer}?")

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from scipy import sparse
 
-from jaxpersona.persona.reading import fill
-from jaxpersona.persona.texts import (
+from jaxpersona.data.reading import fill
+from jaxpersona.data.texts import (
     data_root,
     load_drift,
     load_questions,

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona import capture, hlo
-from jaxpersona.batch import batch
-from jaxpersona.decode import Stops, decode, prefill
+from jaxpersona.captures import capture
+from jaxpersona.engine.programs import Stops, decode, prefill
+from jaxpersona.engine.sampling import sampling
 from jaxpersona.interventions import Interventions, cap
-from jaxpersona.sampling import sampling
+from jaxpersona.models.batch import batch
+from jaxpersona.planning import hlo
 
 SLOTS, VOCABULARY, WIDTH = 64, 512, 32
 V = np.random.default_rng(0).normal(size=(3, WIDTH))

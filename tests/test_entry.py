@@ -17,18 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import support as s
+from jaxpersona.ckpts.loading import read_tokenizer
 
 import jaxpersona as jp
-from jaxpersona import chat, learn, prompts
-from jaxpersona.chat import Row
+from jaxpersona.data.texts import Question, Role, Trait
+from jaxpersona.engine import prompts
 from jaxpersona.interventions.where import prompt, user
-from jaxpersona.load import read_tokenizer
+from jaxpersona.judges.judges import NoJudge
 from jaxpersona.persona.extract import extract_axis
-from jaxpersona.persona.judges import NoJudge
-from jaxpersona.persona.rollouts import Settings, play
 from jaxpersona.persona.talk import grow, project_conversation
-from jaxpersona.persona.texts import Question, Role, Trait
-from jaxpersona.vectors import Vector
+from jaxpersona.runs.rollouts import Settings, play
+from jaxpersona.text import chat
+from jaxpersona.text.chat import Row
+from jaxpersona.training import learn
+from jaxpersona.vectors.vector import Vector
 
 ROOT = pathlib.Path(__file__).parents[1]
 TALK = [{"role": "user", "content": "hi <|tool|>"}, {"role": "assistant", "content": "so"}]
@@ -236,7 +238,7 @@ def test_no_code_of_a_tokenizers_folder_is_run_or_asked_for(tmp_path, native):
             "model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoTokenizer": [
                 "own.Own", "own.Own"]}}))
     path.write_text(json.dumps(json.loads(path.read_text()) | own))
-    code = ("import pathlib, sys; from jaxpersona.load import read_tokenizer\n"
+    code = ("import pathlib, sys; from jaxpersona.ckpts.loading import read_tokenizer\n"
             f"try: print('read', len(read_tokenizer(pathlib.Path({str(folder)!r}))))\n"
             "except ValueError as error: print('refused', error)")
     out = subprocess.run([sys.executable, "-c", code], input="y\ny\ny\n", text=True, timeout=120,

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona import capture
-from jaxpersona.batch import ASSISTANT, USER, batch
-from jaxpersona.chat import Row
-from jaxpersona.extract import extract, width_of
+from jaxpersona.captures import capture
+from jaxpersona.engine.extract import extract, width_of
 from jaxpersona.interventions import cap, steer
 from jaxpersona.interventions.where import everywhere
+from jaxpersona.models.batch import ASSISTANT, USER, batch
+from jaxpersona.text.chat import Row
 
 MODEL = s.tiny_model()
 LENGTHS = np.random.default_rng(0).integers(4, 90, 23)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona import capture
-from jaxpersona.batch import batch
+from jaxpersona.captures import capture
 from jaxpersona.interventions import (
     ablate,
     cap,
@@ -21,8 +20,9 @@ from jaxpersona.interventions import (
     steer,
 )
 from jaxpersona.interventions.bank import normalised
+from jaxpersona.models.batch import batch
 from jaxpersona.persona.axis import project
-from jaxpersona.vectors import Caps, Vector
+from jaxpersona.vectors.vector import Caps, Vector
 
 MODEL = s.tiny_model()
 BATCH = batch(s.prompts((5, 7, 3)))

@@ -13,10 +13,10 @@ import pytest
 import support as s
 from jaxpersona.ckpts.vectors import load_axis
 
-from jaxpersona.generate import generate
+from jaxpersona.data.texts import Question, Role
+from jaxpersona.engine.generate import generate
 from jaxpersona.interventions import cap, chain, steer
 from jaxpersona.interventions.where import everywhere, generated
-from jaxpersona.persona.texts import Question, Role
 
 NEW = 24
 LENGTHS = (31, 5, 18, 2)

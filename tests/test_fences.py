@@ -11,12 +11,13 @@ import support as s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpersona import capture, chat, fences
-from jaxpersona.batch import CODE
-from jaxpersona.generate import generate
+from jaxpersona.captures import capture
+from jaxpersona.engine.generate import generate
 from jaxpersona.interventions import gate, reserve, steer
 from jaxpersona.interventions.where import Where, generated, response
-from jaxpersona.template import fences as whole
+from jaxpersona.models.batch import CODE
+from jaxpersona.text import chat, fences
+from jaxpersona.text.template import fences as whole
 
 LINES = ["```", "```py", "  ```", "   ~~~", "~~~", "~~~ py", "    ```", "x", "", "say `x` there",
          "x ```", "``", "~~", "  y", "``` ", "~~~  "]
@@ -56,7 +57,7 @@ def test_returns_and_tabs_end_a_line_as_blanks_do():
 
 
 def test_code_is_followed_where_a_test_may_ask_for_it():
-    from jaxpersona.generate import _asks_for_code
+    from jaxpersona.engine.generate import _asks_for_code
 
     plain, nothing = steer(np.ones(32), layers=[1]), capture.Capture()
     aside = response.without("code")
@@ -86,7 +87,7 @@ def test_table_follows_a_tokenizer(model):
 
 def test_code_that_is_being_generated_can_be_left_out(model, monkeypatch):
     """The reply is forced through the sampler; captures and edits see the same kinds as later."""
-    from jaxpersona import decode
+    from jaxpersona.engine import programs
 
     text = "so:\n```py\nx = 1\n```\nthat is all"
     ids = jax.numpy.asarray(model.tokenizer.encode(text, add_special_tokens=False), "int32")
@@ -96,7 +97,7 @@ def test_code_that_is_being_generated_can_be_left_out(model, monkeypatch):
     def say(logits, how, row_id, position):
         return ids.at[position - start].get(mode="clip")
 
-    monkeypatch.setattr(decode, "choose", say)
+    monkeypatch.setattr(programs, "choose", say)
     jax.clear_caches()
     code = Where(need=CODE)
     out = generate(

@@ -14,14 +14,15 @@ import pytest
 import support as s
 from jax.sharding import AxisType, Mesh
 from jaxpersona.ckpts import files, hf
+from jaxpersona.ckpts.loading import load
 from jaxpersona.ckpts.vectors import load_caps, load_vector, save_vector
 
 import jaxpersona as jp
-from jaxpersona import sharding
-from jaxpersona.config import ModelConfig, Rope
-from jaxpersona.load import Model, load
-from jaxpersona.params import SCHEME, fingerprint, layout
-from jaxpersona.vectors import Axis, Caps, Vector, fitted
+from jaxpersona.distributed import sharding
+from jaxpersona.models.config import ModelConfig, Rope
+from jaxpersona.models.model import Model
+from jaxpersona.models.params import SCHEME, fingerprint, layout
+from jaxpersona.vectors.vector import Axis, Caps, Vector, fitted
 
 SHAPE = dict(vocab_size=96, n_layers=2, n_heads=8, n_kv_heads=2, qkv_bias=True,
              o_bias=True)

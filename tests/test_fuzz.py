@@ -24,9 +24,9 @@ from jaxpersona.ckpts.files import write_tensors
 from jaxpersona.ckpts.vectors import save_vector
 
 import jaxpersona as jp
-from jaxpersona import chat
-from jaxpersona.persona.texts import Question, Role
-from jaxpersona.vectors import Axis, Vector
+from jaxpersona.data.texts import Question, Role
+from jaxpersona.text import chat
+from jaxpersona.vectors.vector import Axis, Vector
 
 LAYERS, WIDTH = 3, 32  # of the model that the fixture `checkpoint` makes
 SECONDS = 60  # no file may hold a command for so long
@@ -213,14 +213,14 @@ def run(place: Any, name: str, make: Any, command: Any, count: int, capsys: Any,
     path, kept = folder / name, folder / "kept"
     data = path.read_bytes()
     if command in (_spec, _project, _axis):  # the model is no part of what these read
-        monkeypatch.setattr("jaxpersona.cli_support.open_model", lambda *_: model)
-    generate = sys.modules["jaxpersona.generate"]
+        monkeypatch.setattr("jaxpersona.cli.support.open_model", lambda *_: model)
+    generate = sys.modules["jaxpersona.engine.generate"]
     if command is _spec:  # one program for each spec would be compiled
         monkeypatch.setattr(generate, "generate", lambda *_, **__: sys.exit(0))
     if command is _project:  # and one for each length
         monkeypatch.setattr("jaxpersona.persona.talk.project_conversation",
                             lambda model, talk, _: chat.encode(model, [talk], reply=False) and [])
-    monkeypatch.setattr("jaxpersona.cli_support.draw_run", lambda *_: None)
+    monkeypatch.setattr("jaxpersona.cli.support.draw_run", lambda *_: None)
     faults, codes = [], {}
     draw = random.Random(name)
     if command is _axis:

@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona import decode
-from jaxpersona.batch import batch, split
-from jaxpersona.cache import init_cache
-from jaxpersona.generate import generate
+from jaxpersona.engine import programs
+from jaxpersona.engine.generate import generate
 from jaxpersona.interventions import (
     cap,
     chain,
@@ -22,8 +20,10 @@ from jaxpersona.interventions import (
     steer,
 )
 from jaxpersona.interventions.where import everywhere, generated, marked
-from jaxpersona.model import forward
-from jaxpersona.vectors import Vector
+from jaxpersona.models.batch import batch, split
+from jaxpersona.models.cache import init_cache
+from jaxpersona.models.forward import forward
+from jaxpersona.vectors.vector import Vector
 
 MODEL = s.tiny_model()
 B, NEW = 8, 10
@@ -164,10 +164,10 @@ def test_rows_have_gates_of_their_own_and_new_ones_retrace_nothing():
               for b, i in enumerate(index)]
     plain = run(None)
     np.testing.assert_array_equal(moved(run(edits), plain), wanted)
-    before = dict(decode.TRACES)
+    before = dict(programs.TRACES)
     run(gate(steer(RNG.normal(size=(3, 32)), layers=[1], rows=index[::-1]), bank[::-1], layer=0,
              above=0.1, below=3.0, where=everywhere))
-    assert dict(decode.TRACES) == before
+    assert dict(programs.TRACES) == before
     parts = [gate(EDIT, C, layer=0, above=SPLIT if b % 2 else 1e6) if b < 6 else None
              for b in range(B)]
     found = moved(run(stack_rows(parts)), plain)

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona import capture
-from jaxpersona.batch import batch
-from jaxpersona.generate import generate
+from jaxpersona.captures import capture
+from jaxpersona.engine.generate import generate
+from jaxpersona.engine.prompts import bucket
+from jaxpersona.engine.sampling import uniforms
 from jaxpersona.interventions import cap
-from jaxpersona.prompts import bucket
-from jaxpersona.sampling import uniforms
+from jaxpersona.models.batch import batch
 
 MODEL = s.tiny_model(stop_ids=(3, 7))
 LENGTHS = (5, 31, 12, 40, 2, 20, 9, 33, 17, 26, 3)  # in two buckets

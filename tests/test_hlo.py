@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpersona import hlo
+from jaxpersona.planning import hlo
 
 TEXT = """HloModule m
 

@@ -11,45 +11,52 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-# every module may import those of a lower level and of its own group
-LEVELS = (
-    ("config", "inputs", "interrupt", "compile_cache", "chips", "processes", "runtime", "missing"),
-    ("family_keys", "families"), ("presets",),
-    ("sharding", "hlo"), ("params", "programs"), ("kernels",), ("nn",), ("batch",),
-    ("interventions", "cache"), ("readings",), ("capture",), ("vectors",), ("trace",), ("model",),
-    ("fences",), ("sampling", "decode"),
-    ("ckpts",), ("sandbox", "sandbox_worker"), ("template",), ("chat",), ("load",), ("prompts",),
-    ("schedule", "nonfinite"),
-    ("generate", "extract"), ("spec_forms", "specs", "learn", "plan"), ("persona",),
-    ("organism", "data"), ("report",), ("cli",),
+# each may import itself and those before it; a file with an entry of its own stands apart from its
+# package
+ORDER = (
+    "inputs", "interrupt", "runtime", "models.config", "distributed", "kernels", "models",
+    "interventions", "captures", "interventions.trace", "models.forward", "vectors", "text",
+    "engine", "planning", "ckpts", "interventions.specs", "training", "data", "judges", "runs",
+    "persona", "organism", "report", "cli",
 )
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-NARROW = {  # less than what their level would allow
-    "ckpts": {"config", "inputs", "families", "params", "sharding", "vectors", "ckpts"},
-    "template": {"batch", "sandbox", "template"},
-    "sandbox": {"sandbox"},
-    "sandbox_worker": set(),  # a script that starts with Jinja alone
-    "chat": {"batch", "fences", "sandbox", "template", "chat"},
+NARROW = {  # less than what the order would allow
+    "text.sandbox": set(),
+    "text.sandbox_worker": set(),  # a script that starts with Jinja alone
+    "text.template": {"models", "text"},
+    "text.fences": set(),
+    "text.chat": {"models", "text"},
     "kernels": {"kernels"},
+    "models.config": set(),
+    "ckpts": {"ckpts", "distributed", "engine", "inputs", "models", "models.config", "runtime",
+              "vectors"},
 }
+PLACE = {name: place for place, name in enumerate(ORDER)}
 
 
-def group(path: pathlib.Path) -> str:
-    """The module of the package, or its sub-package, that a file belongs to."""
-    parts = path.relative_to(ROOT).parts
-    name = parts[0] if parts[0] in ("kernels", "ckpts") else parts[1].removesuffix(".py")
-    return "cli" if name.startswith("cli") else name
+def module(path: pathlib.Path) -> str:
+    """The name of a file's module, without the package's own."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "jaxpersona" else parts
+    return ".".join(part for part in parts if part != "__init__")
 
 
-def files() -> list[pathlib.Path]:
-    """Every Python file of the package."""
+def files() -> dict[str, pathlib.Path]:
+    """Every module of the package by its name, but for the package's own."""
     folders = [ROOT / name for name in ("jaxpersona", "kernels", "ckpts")]
-    found = [p for folder in folders for p in folder.rglob("*.py")]
-    return sorted(p for p in found if p != ROOT / "jaxpersona" / "__init__.py")
+    found = sorted(p for folder in folders for p in folder.rglob("*.py"))
+    return {module(p): p for p in found if p != ROOT / "jaxpersona" / "__init__.py"}
+
+
+FILES = files()
+
+
+def group(name: str) -> str:
+    """The entry of `ORDER` that a module belongs to."""
+    return name if name in PLACE else name.split(".")[0]
 
 
 def imported(path: pathlib.Path) -> set[str]:
-    """The groups of ours that a file imports, those for type checkers alone left out."""
+    """The modules of ours that a file imports, those for type checkers alone left out."""
     tree = ast.parse(path.read_text())
     skip = {id(n) for node in ast.walk(tree) if isinstance(node, ast.If)
             and "TYPE_CHECKING" in ast.dump(node.test) for n in ast.walk(node)}
@@ -61,23 +68,47 @@ def imported(path: pathlib.Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: imports inside are absolute"
-            if node.module == "jaxpersona":
-                names |= {f"jaxpersona.{alias.name}" for alias in node.names}
-            else:
-                names.add(str(node.module))
-    ours = {name.split(".")[1] for name in names if name.startswith("jaxpersona.")}
-    return {"cli" if name.startswith("cli") else name for name in ours}
+            for alias in node.names:  # a module, or a name of one
+                whole = f"{node.module}.{alias.name}"
+                known = whole.removeprefix("jaxpersona.") in FILES
+                names.add(whole if known else str(node.module))
+    return {name.removeprefix("jaxpersona.") for name in names if name.startswith("jaxpersona.")}
 
 
-@pytest.mark.parametrize("path", files(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_run_one_way(path):
-    me = group(path)
-    assert me in LEVEL, f"give {me!r} a level"
-    for other in sorted(imported(path)):
-        assert other in LEVEL, f"{other!r} is not a module of the package"
-        if me in NARROW:
-            assert other in NARROW[me], f"{me} imports {other}"
-        assert other == me or LEVEL[other] <= LEVEL[me], f"{me} imports {other}, which is above it"
+@pytest.mark.parametrize("name", FILES)
+def test_imports_run_one_way(name):
+    """Over the packages, and over the files that stand apart from theirs."""
+    me = group(name)
+    assert me in PLACE, f"give {me!r} a place in ORDER"
+    for other in sorted(imported(FILES[name])):
+        assert other in FILES, f"{other!r} is not a module of the package"
+        theirs = group(other)
+        narrow = NARROW.get(name, NARROW.get(me))
+        if narrow is not None:
+            assert theirs in narrow, f"{name} imports {other}"
+        assert PLACE[theirs] <= PLACE[me], f"{name} imports {other}, which comes after it"
+
+
+def test_no_files_import_each_other():
+    """Also within a package, and by imports inside functions."""
+    graph = {name: imported(path) - {name} for name, path in FILES.items()}
+    done: set[str] = set()
+
+    def follow(name: str, way: tuple[str, ...]) -> None:
+        assert name not in way, f"a cycle: {' → '.join((*way[way.index(name):], name))}"
+        if name not in done:
+            for other in sorted(graph[name]):
+                follow(other, (*way, name))
+            done.add(name)
+
+    for name in graph:
+        follow(name, ())
+
+
+def test_the_order_names_what_there_is():
+    used = {group(name) for name in FILES}
+    assert used == set(ORDER)
+    assert set(NARROW) <= set(FILES) | set(ORDER)
 
 
 def test_no_file_has_two_subjects():

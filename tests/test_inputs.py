@@ -15,7 +15,7 @@ from jaxpersona.ckpts import hf
 from jaxpersona.ckpts.files import read_tensors, write_tensors
 from jaxpersona.ckpts.vectors import load_any, save_vector
 
-from jaxpersona.vectors import Vector
+from jaxpersona.vectors.vector import Vector
 
 VALUES = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
 HEADER = {"format": "jaxpersona-vector", "kind": "vector", "layer_base": "0", "norm": "none",
@@ -295,7 +295,7 @@ HUGE = str(10**18), str(10**30), str(10**400), "9" * 5000
 @pytest.mark.parametrize("value", [*HUGE, "-" + HUGE[1]], ids=["18", "30", "400", "5000", "-30"])
 def test_numbers_of_any_size_on_the_command_line_are_refused(checkpoint, tmp_path, capsys, value):
     """Nothing is allocated or counted up to them, and nothing is a traceback."""
-    from jaxpersona.persona.texts import Question, Role
+    from jaxpersona.data.texts import Question, Role
 
     texts = tmp_path / "texts"
     texts.mkdir()

@@ -14,7 +14,7 @@ import pytest
 import support as s
 
 import jaxpersona.interrupt as interrupt
-from jaxpersona.persona.texts import Question, Role
+from jaxpersona.data.texts import Question, Role
 
 ROLES = [Role("default", ("", "You are an AI assistant."), ""),
          *(Role(name, (f"You are a {name}.",), "") for name in ("ghost", "tutor", "pirate"))]
@@ -24,7 +24,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 def start(*arguments, **variables):
     """Start the command as its script does, with its output to be read."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | variables
-    code = "import sys; sys.argv[0] = 'jaxpersona'; from jaxpersona.cli import main; main()"
+    code = "import sys; sys.argv[0] = 'jaxpersona'; from jaxpersona.cli.main import main; main()"
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], text=True, env=env,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -40,12 +40,12 @@ class Wait:
             print("importing", flush=True)
             time.sleep(30)
 sys.meta_path.insert(0, Wait())
-from jaxpersona.cli import main
+from jaxpersona.cli.main import main
 main()
 """
 
 
-@pytest.mark.parametrize("where", ["jax", "jaxpersona.load", "typer"])
+@pytest.mark.parametrize("where", ["jax", "jaxpersona.ckpts.loading", "typer"])
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_while_importing_is_one_line(number, where):
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
@@ -106,7 +106,7 @@ def test_a_signal_before_anything_is_written_says_so(checkpoint, texts, tmp_path
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(5)
 
-    monkeypatch.setattr("jaxpersona.cli_support.open_model", load)
+    monkeypatch.setattr("jaxpersona.cli.support.open_model", load)
     assert s.run_command(s.axis_command(checkpoint, texts, tmp_path / "out")) == 130
     assert capsys.readouterr().err.strip().splitlines()[-1] == "stopped; nothing was written"
 
@@ -127,13 +127,13 @@ def test_a_killed_command_of_its_own_process_is_one_line(checkpoint, texts, tmp_
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_no_reply_is_lost_to_the_encoding_of_the_console(monkeypatch, encoding, tmp_path):
     """A character that the console lacks, and half a surrogate pair, are written as escapes."""
-    from jaxpersona import cli_output
+    from jaxpersona.cli import output
 
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", out)
-    with cli_output.prepared():
-        cli_output.say("caf\u00e9 \u4e16 \U0001f600", "half \ud800", "last")
-        cli_output.console().print(cli_output.cell("\u4e16 \ud83d"))
+    with output.prepared():
+        output.say("caf\u00e9 \u4e16 \U0001f600", "half \ud800", "last")
+        output.console().print(output.cell("\u4e16 \ud83d"))
     out.flush()
     lines = out.buffer.getvalue().decode(encoding).splitlines()
     wanted = {"ascii": "caf\\xe9 \\u4e16 \\U0001f600", "cp1252": "caf\u00e9 \\u4e16 \\U0001f600",
@@ -146,7 +146,7 @@ def test_a_console_of_seven_bits_shows_every_reply(checkpoint, tmp_path, monkeyp
     """The whole command: replies of random bytes, a prompt and a table beyond the encoding."""
     from jaxpersona.ckpts.vectors import save_vector
 
-    from jaxpersona.vectors import Vector
+    from jaxpersona.vectors.vector import Vector
 
     save_vector(tmp_path / "v.safetensors", Vector([[1.0] * 32] * 3, name="\u4e16\u754c"))
     for more in ((), ("--steer", str(tmp_path / "v.safetensors"), "--compare")):

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona import capture, trace
-from jaxpersona.batch import batch
-from jaxpersona.decode import Stops, decode, prefill
-from jaxpersona.generate import generate
-from jaxpersona.interventions import Interventions, cap, chain, steer
+from jaxpersona.captures import capture
+from jaxpersona.engine.generate import generate
+from jaxpersona.engine.programs import Stops, decode, prefill
+from jaxpersona.engine.sampling import sampling
+from jaxpersona.interventions import Interventions, cap, chain, steer, trace
 from jaxpersona.interventions.where import everywhere, generated
-from jaxpersona.sampling import sampling
+from jaxpersona.models.batch import batch
 
 NEW = 64
 LENGTHS = (31, 5, 18, 2, 11)

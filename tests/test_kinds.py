@@ -10,9 +10,9 @@ import support as s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpersona import capture, decode
-from jaxpersona.batch import batch
-from jaxpersona.generate import generate
+from jaxpersona.captures import capture
+from jaxpersona.engine import programs
+from jaxpersona.engine.generate import generate
 from jaxpersona.interventions import (
     ablate,
     cap,
@@ -29,8 +29,9 @@ from jaxpersona.interventions import (
     steer,
 )
 from jaxpersona.interventions.where import generated
-from jaxpersona.model import forward
-from jaxpersona.vectors import Vector
+from jaxpersona.models.batch import batch
+from jaxpersona.models.forward import forward
+from jaxpersona.vectors.vector import Vector
 
 quick = settings(max_examples=40, deadline=None)
 seeds, angles = st.integers(0, 999), st.floats(-7, 7, width=32)
@@ -181,7 +182,7 @@ def test_reserved_tables_take_any_edits_without_another_trace():
 
     plain = generate(model, rows, batch_size=4, max_new_tokens=6, ids=range(4))
     nothing = go([None] * 4)
-    before = (dict(decode.TRACES), s.compiled(decode.decode))
+    before = (dict(programs.TRACES), s.compiled(programs.decode))
     one = [steer(u, layers=[0], scale=2), None, chain(cap(v, layers=[1, 2], floor=4.0),
                                                       ablate(u, layers=[2], where=generated)), None]
     two = [None, scale(v, -3.0, layers=[0, 1, 2]), set_projection(v, 9.0, layers=[1]),
@@ -199,9 +200,9 @@ def test_reserved_tables_take_any_edits_without_another_trace():
     nobody = stack_rows([None] * 4, into=filled)
     assert all((edit.index == -1).all() for edit in nobody.edits)
     go([steer(u, layers=[0], where=generated.without("code"))] * 4)
-    after = (dict(decode.TRACES), s.compiled(decode.decode))
+    after = (dict(programs.TRACES), s.compiled(programs.decode))
     assert after[1] - before[1] <= 2  # those of the two unreserved runs, none of the reserved
-    assert go(two) and (dict(decode.TRACES), s.compiled(decode.decode)) == after
+    assert go(two) and (dict(programs.TRACES), s.compiled(programs.decode)) == after
 
 
 MODEL = s.tiny_model(n_layers=2, windows=(None, None))

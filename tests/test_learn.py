@@ -13,8 +13,8 @@ import support as s
 from jaxpersona.ckpts.vectors import load_vector
 
 import jaxpersona as jp
-from jaxpersona import learn
-from jaxpersona.batch import batch
+from jaxpersona.models.batch import batch
+from jaxpersona.training import learn
 
 ASKED = ("Tell me about the sea.", "How do you feel about time?", "What is friendship?")
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jaxpersona.ckpts import hf
+from jaxpersona.ckpts.loading import load
 
-from jaxpersona.config import replace
-from jaxpersona.load import load
-from jaxpersona.params import init_params
-from jaxpersona.presets import preset
-from jaxpersona.sharding import make_mesh
+from jaxpersona.distributed.sharding import make_mesh
+from jaxpersona.models.config import replace
+from jaxpersona.models.params import init_params
+from jaxpersona.models.presets import preset
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_a_tokenizer_that_panics_is_named(checkpoint, tmp_path, capfd):
 
 
 def test_transformers_is_not_imported_where_no_tokenizer_is_read(folder):
-    code = (f"import sys; from jaxpersona.load import load; load({str(folder)!r}); "
+    code = (f"import sys; from jaxpersona.ckpts.loading import load; load({str(folder)!r}); "
             "assert not {'transformers', 'torch', 'huggingface_hub'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -242,7 +242,7 @@ def test_threads_that_try_tokenizers_leave_standard_error_as_it_was():
     """A second thread must not take the first one's sink for the process's own."""
     code = """
 import os, threading
-from jaxpersona.load import _without_stderr
+from jaxpersona.ckpts.loading import _without_stderr
 first, second = threading.Event(), threading.Event()
 
 def one():

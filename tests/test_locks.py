@@ -15,7 +15,7 @@ import sys
 import pytest
 from test_damages import SETTINGS, contents, finished, refused, resume, run  # noqa: F401
 
-from jaxpersona.persona.run import Run
+from jaxpersona.runs.run import Run
 
 HOLD = """
 import fcntl, os, sys, time

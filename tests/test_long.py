@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona import nn
-from jaxpersona.batch import batch
-from jaxpersona.cache import init_cache
-from jaxpersona.model import forward
-from jaxpersona.params import abstract_params
+from jaxpersona.models import nn
+from jaxpersona.models.batch import batch
+from jaxpersona.models.cache import init_cache
+from jaxpersona.models.forward import forward
+from jaxpersona.models.params import abstract_params
 
 
 @pytest.mark.parametrize("t", [32, 33, 37, 63])  # one divides into chunks of 16, the others not

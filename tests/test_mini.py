@@ -6,7 +6,7 @@ from scipy.stats import spearmanr
 import jaxpersona as jp
 from jaxpersona.organism import evaluate, method, world
 from jaxpersona.persona.extract import extract_axis
-from jaxpersona.persona.rollouts import Settings
+from jaxpersona.runs.rollouts import Settings
 
 
 def test_cap_holds_the_persona_and_spares_what_it_knows(tmp_path):

@@ -11,10 +11,10 @@ from jaxpersona.ckpts.files import write_tensors
 from jaxpersona.ckpts.vectors import load_vector, save_vector
 
 import jaxpersona as jp
-from jaxpersona.persona.run import Run
-from jaxpersona.persona.texts import Question, Role
-from jaxpersona.sampling import choose, sampling
-from jaxpersona.vectors import Axis, Vector
+from jaxpersona.data.texts import Question, Role
+from jaxpersona.engine.sampling import choose, sampling
+from jaxpersona.runs.run import Run
+from jaxpersona.vectors.vector import Axis, Vector
 
 ROLES = [Role(name, (f"You are {name}.",), "") for name in ("default", "ghost", "pirate")]
 STRANGE = "Tell me\u2028about\x85the sea?"

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona import nn
-from jaxpersona.batch import batch, split
-from jaxpersona.cache import init_cache
 from jaxpersona.interventions import cap, steer
-from jaxpersona.model import forward
-from jaxpersona.params import in_out
+from jaxpersona.models import nn
+from jaxpersona.models.batch import batch, split
+from jaxpersona.models.cache import init_cache
+from jaxpersona.models.forward import forward
+from jaxpersona.models.params import in_out
 
 LENGTHS = (13, 8, 1)
 MODEL = s.tiny_model()

@@ -14,15 +14,17 @@ import support as s
 from jaxpersona.ckpts.files import write_tensors
 
 import jaxpersona as jp
-from jaxpersona import capture, decode, hlo
-from jaxpersona.batch import SYSTEM, USER
-from jaxpersona.chat import Row
+from jaxpersona.captures import capture
+from jaxpersona.engine import programs
+from jaxpersona.engine.nonfinite import NonfiniteWarning
+from jaxpersona.engine.sampling import finite
 from jaxpersona.interventions import cap, chain, restore_norm, steer
 from jaxpersona.interventions.where import everywhere, generated, system
-from jaxpersona.nonfinite import NonfiniteWarning
+from jaxpersona.models.batch import SYSTEM, USER
 from jaxpersona.persona import axis as science
-from jaxpersona.sampling import finite
-from jaxpersona.vectors import Vector
+from jaxpersona.planning import hlo
+from jaxpersona.text.chat import Row
+from jaxpersona.vectors.vector import Vector
 
 MODEL = s.tiny_model(stop_ids=(3, 7))
 ROWS = s.prompts((5, 9, 4, 20, 6, 3, 12, 8), seed=2)
@@ -183,7 +185,7 @@ def test_a_soft_cap_does_not_hide_infinite_logits():
 def test_finite_logits():
     rows = np.zeros((6, 97), np.float32)
     rows[1, 5], rows[2, 5], rows[3], rows[4, 5] = np.nan, np.inf, -np.inf, -np.inf
-    token = decode.most_likely(jnp.asarray(rows))
+    token = programs.most_likely(jnp.asarray(rows))
     for known in (None, token):
         assert finite(jnp.asarray(rows), known).tolist() == [True, False, False, False, True, True]
 
@@ -194,23 +196,23 @@ def test_the_guard_adds_one_kernel_a_step(greedy, monkeypatch):
         size = 512 if greedy else 16_384  # from which a CPU looks for the greatest by blocks
         model = s.tiny_model(vocab_size=size)
         rows = jax.tree.map(jnp.asarray, jp.batch(s.prompts((5, 5), vocabulary=size)))
-        how = decode.Sampling(*(jnp.zeros(2, kind) for kind in
+        how = programs.Sampling(*(jnp.zeros(2, kind) for kind in
                                 (jnp.float32, jnp.float32, jnp.int32, jnp.uint32)))
-        stops = decode.Stops(jnp.full((4,), -1, jnp.int32), jnp.full((2,), -1, jnp.int32))
+        stops = programs.Stops(jnp.full((4,), -1, jnp.int32), jnp.full((2,), -1, jnp.int32))
         args = cap(V, layers=[1], floor=0.5), capture.mean(), how, stops
 
         def both(params):
-            state = inspect.unwrap(decode.prefill)(
+            state = inspect.unwrap(programs.prefill)(
                 params, model.config, rows, *args, jnp.full((2,), 8, jnp.int32), slots=64,
                 max_new=8, greedy=greedy)
-            return inspect.unwrap(decode.decode)(params, model.config, state, *args, jnp.int32(8),
+            return inspect.unwrap(programs.decode)(params, model.config, state, *args, jnp.int32(8),
                                                  greedy=greedy)
 
         text = jax.jit(both).lower(model.params).compile().as_text()
         return hlo.fusions(hlo.operations(text))
 
     guarded = fusions()
-    monkeypatch.setattr(decode, "finite", lambda logits, token: jnp.ones(2, bool))
+    monkeypatch.setattr(programs, "finite", lambda logits, token: jnp.ones(2, bool))
     assert guarded - fusions() <= 1
 
 
@@ -248,7 +250,7 @@ def damaged(checkpoint, tmp_path_factory):
 
 
 def test_a_run_stops_and_keeps_nothing_of_it(damaged, tmp_path, capsys):
-    from jaxpersona.persona.texts import Question, Role
+    from jaxpersona.data.texts import Question, Role
 
     roles = [Role(name, (f"Be a {name}.",), "") for name in ("ghost", "pirate")]
     texts = s.write_texts(tmp_path, [Role("default", ("",), ""), *roles], [Question(0, "Sea?")])

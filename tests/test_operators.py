@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona.batch import ASSISTANT, CODE, GENERATED, TEMPLATE, THINKING, USER, batch
-from jaxpersona.generate import generate
+from jaxpersona.engine.generate import generate
 from jaxpersona.interventions import (
     ablate,
     cap,
@@ -34,7 +33,8 @@ from jaxpersona.interventions.where import (
     prompt,
     response,
 )
-from jaxpersona.vectors import Axis, Vector
+from jaxpersona.models.batch import ASSISTANT, CODE, GENERATED, TEMPLATE, THINKING, USER, batch
+from jaxpersona.vectors.vector import Axis, Vector
 
 V, ZERO = np.ones(8), np.zeros(8)
 AXIS = Axis(np.ones((4, 8)), fingerprint="0" * 8 + "0000002a",

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from jaxpersona.ckpts import hf, orbax
 
 import jaxpersona as jp
-from jaxpersona.params import fingerprint
-from jaxpersona.sharding import make_mesh
+from jaxpersona.distributed.sharding import make_mesh
+from jaxpersona.models.params import fingerprint
 
 
 @pytest.fixture(scope="module")

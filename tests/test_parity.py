@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpersona import capture
-from jaxpersona.batch import batch, split
-from jaxpersona.cache import init_cache
+from jaxpersona.captures import capture
 from jaxpersona.interventions.where import everywhere
-from jaxpersona.model import forward
+from jaxpersona.models.batch import batch, split
+from jaxpersona.models.cache import init_cache
+from jaxpersona.models.forward import forward
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
           "high_freq_factor": 4.0, "original_max_position_embeddings": 16}

@@ -2,9 +2,9 @@
 
 import hf
 import pytest
+from jaxpersona.ckpts.loading import load
 
-from jaxpersona.generate import generate
-from jaxpersona.load import load
+from jaxpersona.engine.generate import generate
 
 SLIDE, FULL = "sliding_attention", "full_attention"
 CASES = {

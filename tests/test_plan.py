@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona import capture, chips, plan, sharding
-from jaxpersona.config import replace
-from jaxpersona.params import init_params
-from jaxpersona.presets import preset
+from jaxpersona.captures import capture
+from jaxpersona.distributed import sharding
+from jaxpersona.models.config import replace
+from jaxpersona.models.params import init_params
+from jaxpersona.models.presets import preset
+from jaxpersona.planning import chips, plan
 
 SMALL = s.tiny_config(vocab_size=256, d_model=256, n_heads=8, n_kv_heads=4, head_dim=128, d_ff=512,
                       n_layers=4, max_context=2048)

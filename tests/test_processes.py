@@ -15,7 +15,7 @@ import pytest
 import support as s
 from jaxpersona.ckpts.vectors import load_axis
 
-from jaxpersona import processes
+from jaxpersona.distributed import processes
 from jaxpersona.persona import extract
 
 MESH = "fsdp=2,model=4"
@@ -98,8 +98,7 @@ def test_two_processes_find_the_axis_of_one(together, tmp_path, monkeypatch, cap
 
 def shapes():
     from jaxpersona.ckpts import hf
-
-    from jaxpersona.load import _mini
+    from jaxpersona.ckpts.loading import _mini
 
     entries, _ = hf.read_entries(_mini())
     return [entry.shape for entry in entries.values()]

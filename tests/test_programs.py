@@ -15,10 +15,11 @@ import pytest
 import support as s
 
 import jaxpersona as jp
-from jaxpersona import programs, sharding
-from jaxpersona.decode import TRACES
-from jaxpersona.generate import generate
-from jaxpersona.programs import KEPT, program
+from jaxpersona.distributed import sharding
+from jaxpersona.engine import compiled
+from jaxpersona.engine.compiled import KEPT, program
+from jaxpersona.engine.generate import generate
+from jaxpersona.engine.programs import TRACES
 
 
 @pytest.fixture
@@ -88,19 +89,19 @@ def test_generating_stays_within_the_bound_and_keeps_its_bits(few, monkeypatch):
     assert len(KEPT) <= 3
     before = TRACES["decode"]
     assert s.same_bits(reply(), kept) and TRACES["decode"] > before  # dropped and made anew
-    monkeypatch.setattr(KEPT, "limit", programs.LIMIT)
+    monkeypatch.setattr(KEPT, "limit", compiled.LIMIT)
     reply()
     before = dict(TRACES)
     assert s.same_bits(reply(), kept) and dict(TRACES) == before
 
 
 def test_the_limit_is_read_from_the_environment(monkeypatch):
-    monkeypatch.setenv(programs.SWITCH, "12")
-    assert programs._limit() == 12
+    monkeypatch.setenv(compiled.SWITCH, "12")
+    assert compiled._limit() == 12
     for said in ("0", "-3", "many", "1.5"):
-        monkeypatch.setenv(programs.SWITCH, said)
-        with pytest.raises(ValueError, match=f"{programs.SWITCH} is '{said}'; it must be"):
-            programs._limit()
+        monkeypatch.setenv(compiled.SWITCH, said)
+        with pytest.raises(ValueError, match=f"{compiled.SWITCH} is '{said}'; it must be"):
+            compiled._limit()
 
 
 @pytest.fixture
@@ -114,8 +115,8 @@ def gpu_host(monkeypatch):
 
 def test_arrays_on_a_cpu_are_known_on_a_gpu_host(gpu_host):
     """Whatever chooses by platform asks the arrays, and programs trace for theirs."""
-    from jaxpersona import schedule
-    from jaxpersona.cache import kept_dtype
+    from jaxpersona.engine import schedule
+    from jaxpersona.models.cache import kept_dtype
 
     model = s.tiny_model()
     x = model.params.embed_vd
@@ -150,7 +151,7 @@ def test_a_batch_of_extract_fits_the_arrays_platform(gpu_host):
 
 
 def test_the_default_dtype_is_that_of_the_place_of_the_parameters(gpu_host):
-    from jaxpersona.load import _dtype
+    from jaxpersona.ckpts.loading import _dtype
 
     assert _dtype(None, None).name == "bfloat16"
     assert _dtype(None, sharding.make_mesh(2)).name == "float32"
@@ -164,15 +165,15 @@ def test_a_wrong_limit_is_an_error_of_the_call_and_not_of_the_import():
             "try:\n    jp.generate(jp.load('mini'), ['hi'], max_new_tokens=1)\n"
             "except ValueError as error:\n    print(error)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          timeout=200, env={**os.environ, programs.SWITCH: "many"})
-    assert done.stdout.startswith(f"{programs.SWITCH} is 'many'; it must be"), done.stderr[-500:]
+                          timeout=200, env={**os.environ, compiled.SWITCH: "many"})
+    assert done.stdout.startswith(f"{compiled.SWITCH} is 'many'; it must be"), done.stderr[-500:]
 
 
 def test_what_explains_activations_is_among_the_kept_programs(few):
     """One `jax.jit` for all would keep a program for each width of a row."""
-    from jaxpersona import nonfinite
-    from jaxpersona.chat import Row
+    from jaxpersona.engine import nonfinite
     from jaxpersona.interventions import Interventions
+    from jaxpersona.text.chat import Row
 
     model = s.tiny_model()
     for width in (5, 40, 70, 140, 300):

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import support as s
 
-from jaxpersona.generate import generate
-from jaxpersona.load import Model
-from jaxpersona.params import Derived, in_out
-from jaxpersona.schedule import fast_params
+from jaxpersona.engine.generate import generate
+from jaxpersona.engine.schedule import fast_params
+from jaxpersona.models.model import Model
+from jaxpersona.models.params import Derived, in_out
 
 PROMPTS = s.prompts((5, 9, 3))
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona import capture, decode
-from jaxpersona.batch import batch
-from jaxpersona.generate import generate
+from jaxpersona.captures import capture
+from jaxpersona.engine import programs
+from jaxpersona.engine.generate import generate
 from jaxpersona.interventions import (
     ablate,
     cap,
@@ -24,6 +24,7 @@ from jaxpersona.interventions import (
     steer,
 )
 from jaxpersona.interventions.where import generated
+from jaxpersona.models.batch import batch
 
 MODEL = s.tiny_model()
 B, NEW = 32, 12
@@ -59,7 +60,7 @@ def bend(params, h):
 
 
 def counts():
-    return (dict(decode.TRACES), s.compiled(decode.decode), s.compiled(decode.prefill))
+    return (dict(programs.TRACES), s.compiled(programs.decode), s.compiled(programs.prefill))
 
 
 @pytest.mark.slow

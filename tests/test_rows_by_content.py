@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona.decode import TRACES
-from jaxpersona.generate import generate
+from jaxpersona.engine.generate import generate
+from jaxpersona.engine.programs import TRACES
 from jaxpersona.interventions import (
     cap,
     chain,

@@ -11,12 +11,12 @@ import support as s
 from jaxpersona.ckpts.files import write_tensors
 from jaxpersona.ckpts.vectors import load_axis, load_vector, save_vector
 
+from jaxpersona.data.texts import Question, Role
+from jaxpersona.judges.judges import NoJudge, read_score
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.extract import extract_axis
-from jaxpersona.persona.judges import NoJudge, read_score
-from jaxpersona.persona.rollouts import Settings
-from jaxpersona.persona.texts import Question, Role
-from jaxpersona.vectors import Axis, Vector
+from jaxpersona.runs.rollouts import Settings
+from jaxpersona.vectors.vector import Axis, Vector
 
 ROLES = [
     Role("default", ("", "You are an AI assistant."), ""),
@@ -83,7 +83,7 @@ def test_axis_runs_resumes_and_ends_in_the_same_bytes(checkpoint, texts, tmp_pat
 def test_axis_equals_its_definition(checkpoint, tmp_path):
     """The axis, vectors and thresholds are those of the means that the run kept."""
     import jaxpersona as jp
-    from jaxpersona.persona.run import Run
+    from jaxpersona.runs.run import Run
 
     model = jp.load(str(checkpoint))
     found = extract_axis(model, ROLES, QUESTIONS, tmp_path / "run", judge=NoJudge(),

@@ -14,14 +14,14 @@ import pytest
 import support as s
 from jaxpersona.ckpts.vectors import load_axis
 
+from jaxpersona.data.texts import Question, Role
+from jaxpersona.judges.judges import SelfJudge, read_score
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.extract import extract_axis
-from jaxpersona.persona.judges import SelfJudge, read_score
-from jaxpersona.persona.manifest import numerics
-from jaxpersona.persona.names import file_stem
-from jaxpersona.persona.rollouts import Settings
-from jaxpersona.persona.run import Run
-from jaxpersona.persona.texts import Question, Role
+from jaxpersona.runs.manifest import numerics
+from jaxpersona.runs.names import file_stem
+from jaxpersona.runs.rollouts import Settings
+from jaxpersona.runs.run import Run
 
 QUESTIONS = [Question(0, "Why?"), Question(1, "How?")]
 SETTINGS = Settings(temperature=1.0, top_p=1.0, max_new_tokens=4, batch_size=8)
@@ -181,7 +181,7 @@ RECORDS = [{"question": f"Why {i}?", "conversation": [
 
 
 def test_the_self_judge_asks_for_the_last_message_and_reads_the_verdicts(monkeypatch):
-    module = sys.modules["jaxpersona.generate"]  # the package's attribute is the function
+    module = sys.modules["jaxpersona.engine.generate"]  # the package's attribute is the function
     asked = []
 
     def said(model, conversations, **options):
@@ -219,7 +219,7 @@ def test_a_killed_command_resumes_to_the_same_bytes(tmp_path):
         "import test_run_identity as t\n"
         "from jaxpersona.persona import extract\n"
         "extract._TOGETHER = 1\n"
-        "from jaxpersona.persona.run import Run\n"
+        "from jaxpersona.runs.run import Run\n"
         "save = Run.save_rollouts\n"
         "def killed(self, role, *rest):\n"
         "    save(self, role, *rest)\n"

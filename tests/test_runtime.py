@@ -12,7 +12,8 @@ import pytest
 import support as s
 
 import jaxpersona as jp
-from jaxpersona import capture, decode
+from jaxpersona.captures import capture
+from jaxpersona.engine import programs
 from jaxpersona.interventions.where import everywhere
 
 MODEL = s.tiny_model(stop_ids=(3, 7))
@@ -54,11 +55,11 @@ def plain():
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_setting_of_jax_changes_no_bit_and_no_program(setting, plain):
-    before = dict(decode.TRACES)
+    before = dict(programs.TRACES)
     with SETTINGS[setting]():
         found = everything()
     assert s.differing(found, plain) == []
-    assert dict(decode.TRACES) == before
+    assert dict(programs.TRACES) == before
 
 
 def test_a_setting_of_jax_holds_again_after_a_call():

@@ -9,8 +9,8 @@ import pytest
 import support as s
 from scipy import stats
 
-from jaxpersona import sampling as module
-from jaxpersona.sampling import CANDIDATES, choose, most_likely, sampling, uniforms
+from jaxpersona.engine import sampling as module
+from jaxpersona.engine.sampling import CANDIDATES, choose, most_likely, sampling, uniforms
 
 DRAWS, V = 4096, 1024
 EARLIER = np.array([0x3E90C0AC, 0x3F605DE0, 0x3D9EE620], np.uint32)

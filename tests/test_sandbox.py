@@ -11,7 +11,7 @@ import time
 import chat_templates
 import pytest
 
-from jaxpersona import chat, sandbox
+from jaxpersona.text import chat, sandbox
 
 ENDLESS = ("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
            "{% endfor %}{% endfor %}{% endfor %}")
@@ -163,7 +163,7 @@ def talk(count, content, last=()):
     ids=["base", "chatml", "gemma2", "qwen3", "strips"])
 def test_encoding_takes_time_in_proportion_to_the_conversation(tokenizer, template, monkeypatch):
     """Renderings are counted and steps of the search bounded, so that no clock is needed."""
-    from jaxpersona import template as module
+    from jaxpersona.text import template as module
 
     t = with_template(tokenizer, template)
     rendered = [0]

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona import capture, decode, schedule
-from jaxpersona.batch import SYSTEM, USER
-from jaxpersona.chat import Row
-from jaxpersona.generate import generate
+from jaxpersona.captures import capture
+from jaxpersona.engine import programs, schedule
+from jaxpersona.engine.generate import generate
+from jaxpersona.engine.schedule import prefix_length, shape_of
 from jaxpersona.interventions import cap, gate, steer
 from jaxpersona.interventions.where import everywhere
-from jaxpersona.schedule import prefix_length, shape_of
+from jaxpersona.models.batch import SYSTEM, USER
+from jaxpersona.text.chat import Row
 
 MODEL = s.tiny_model(stop_ids=(3, 7, 11, 19))
 READ = capture.mean(everywhere) | capture.last(everywhere) | s.READ
@@ -74,10 +75,10 @@ def steps_of(refill, rows, monkeypatch):
 
 def test_refill_takes_fewer_steps_and_no_program_more(monkeypatch):
     few, out = steps_of(True, ROWS, monkeypatch)
-    before = (dict(decode.TRACES), s.compiled(decode.decode), s.compiled(decode.prefill))
+    before = (dict(programs.TRACES), s.compiled(programs.decode), s.compiled(programs.prefill))
     few, out = steps_of(True, ROWS[::-1], monkeypatch)
-    assert before == (dict(decode.TRACES), s.compiled(decode.decode),
-                      s.compiled(decode.prefill))
+    assert before == (dict(programs.TRACES), s.compiled(programs.decode),
+                      s.compiled(programs.prefill))
     many, static = steps_of(False, ROWS[::-1], monkeypatch)
     same = sum(np.array_equal(a, b) for a, b in zip(out.tokens, static.tokens, strict=True))
     assert same >= 38  # a near tie may fall otherwise
@@ -112,7 +113,7 @@ def test_a_shared_prefix_is_computed_once_and_changes_rounding_alone(kind):
     edits = bank() if kind == "bank" else steer(v, layers=[0], scale=0.3)
     rows = with_system(ROWS)
     how = dict(interventions=edits, temperature=0.0, max_new_tokens=8)
-    calls, run = [], decode.prefill_prefix
+    calls, run = [], programs.prefill_prefix
 
     def counted(*args, **more):
         calls.append(1)

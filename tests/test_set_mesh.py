@@ -6,15 +6,16 @@ import jax
 import pytest
 import support as s
 from jax.sharding import AxisType
+from jaxpersona.ckpts.loading import load
 from test_sharding import ROWS, V, one_device, spread
 
-from jaxpersona import capture, sharding
-from jaxpersona.batch import batch
-from jaxpersona.extract import extract
-from jaxpersona.generate import generate
+from jaxpersona.captures import capture
+from jaxpersona.distributed import sharding
+from jaxpersona.engine.extract import extract
+from jaxpersona.engine.generate import generate
 from jaxpersona.interventions import cap
-from jaxpersona.load import load
-from jaxpersona.model import forward
+from jaxpersona.models.batch import batch
+from jaxpersona.models.forward import forward
 
 
 @pytest.mark.parametrize("setting", ["the caller's", "the model's", "another"])

@@ -13,11 +13,10 @@ import pytest
 import support as s
 from jax.sharding import AxisType, Mesh
 
-from jaxpersona import capture, hlo, nn, sharding
-from jaxpersona.batch import batch
-from jaxpersona.cache import init_cache
-from jaxpersona.config import Rope
-from jaxpersona.generate import generate
+from jaxpersona.captures import capture
+from jaxpersona.distributed import sharding
+from jaxpersona.engine.generate import generate
+from jaxpersona.engine.nonfinite import NonfiniteWarning
 from jaxpersona.interventions import (
     cap,
     chain,
@@ -28,9 +27,13 @@ from jaxpersona.interventions import (
     stack_rows,
     steer,
 )
-from jaxpersona.model import forward
-from jaxpersona.nonfinite import NonfiniteWarning
-from jaxpersona.params import layout
+from jaxpersona.models import nn
+from jaxpersona.models.batch import batch
+from jaxpersona.models.cache import init_cache
+from jaxpersona.models.config import Rope
+from jaxpersona.models.forward import forward
+from jaxpersona.models.params import layout
+from jaxpersona.planning import hlo
 
 LENGTHS = (13, 8, 1, 5, 9, 4, 2, 7)
 ROWS = s.prompts(LENGTHS, vocabulary=96)

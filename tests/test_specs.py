@@ -10,7 +10,8 @@ import pytest
 import support as s
 
 import jaxpersona as jp
-from jaxpersona import capture, specs
+from jaxpersona.captures import capture
+from jaxpersona.interventions import specs
 from jaxpersona.interventions.where import generated, response
 
 MODEL = s.tiny_model()
@@ -220,11 +221,11 @@ def test_the_schema_takes_what_is_read_and_refuses_other_forms():
 def test_from_the_command_line(tmp_path, capsys):
     rows = [{"operator": "steer", "vector": [0.5] * 128, "layers": 3, "where": "generated"}]
     (tmp_path / "edits.json").write_text(json.dumps(rows))
-    from jaxpersona import cli
+    from jaxpersona.cli.main import main
 
     arguments = ["generate", "Hello.", "--max-new-tokens", "4", "--spec"]
     with pytest.raises(SystemExit) as stop:
-        cli.main([*arguments, str(tmp_path / "edits.json")])
+        main([*arguments, str(tmp_path / "edits.json")])
     assert not stop.value.code and "4 tokens seen, 4 changes" in capsys.readouterr().err
     (tmp_path / "edits.json").write_text(json.dumps([{**rows[0], "layers": 99}]))
     assert s.run_command([*arguments, str(tmp_path / "edits.json")]) == 2

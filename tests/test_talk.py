@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 import jaxpersona as jp
-from jaxpersona import capture
-from jaxpersona.extract import extract
+from jaxpersona.captures import capture
+from jaxpersona.engine.extract import extract
 from jaxpersona.interventions.where import everywhere
 from jaxpersona.persona.talk import grow, project_conversation
-from jaxpersona.vectors import Vector
+from jaxpersona.vectors.vector import Vector
 
 TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"},
         {"role": "assistant", "content": "I am a ghost of the sea."},

@@ -7,7 +7,7 @@ import support as s
 from jaxpersona.ckpts.vectors import save_vector
 
 from jaxpersona import inputs
-from jaxpersona.vectors import Axis, Vector
+from jaxpersona.vectors.vector import Axis, Vector
 
 
 def test_control_characters_are_written_out():

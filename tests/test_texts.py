@@ -13,10 +13,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jaxpersona.cli_data import app
-from jaxpersona.persona.export import check_data, export, show
-from jaxpersona.persona.reading import fill
-from jaxpersona.persona.texts import (
+from jaxpersona.cli.data import app
+from jaxpersona.data.export import check_data, export, show
+from jaxpersona.data.reading import fill
+from jaxpersona.data.texts import (
     Question,
     load_drift,
     load_questions,
@@ -263,7 +263,7 @@ def test_commands(tmp_path):
 
 
 def test_reading_loads_no_heavy_library():
-    code = ("import sys; from jaxpersona.persona.texts import load_roles; load_roles(); "
+    code = ("import sys; from jaxpersona.data.texts import load_roles; load_roles(); "
             "print(*({'torch', 'transformers', 'matplotlib', 'scipy'} & {*sys.modules}))")
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == ""

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import support as s
 from jaxpersona.ckpts import hf, orbax, tensorfile
+from jaxpersona.ckpts.loading import load
 
-from jaxpersona.batch import batch
-from jaxpersona.load import load
-from jaxpersona.sharding import make_mesh
+from jaxpersona.distributed.sharding import make_mesh
+from jaxpersona.models.batch import batch
 
 UNTIED = s.tiny_config(tied_embeddings=False)
 TIED = s.tiny_config(tied_embeddings=True)

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import support as s
 
-from jaxpersona import capture, chat, template
-from jaxpersona.batch import ASSISTANT, GENERATED, SYSTEM, TEMPLATE, THINKING, USER
+from jaxpersona.captures import capture
 from jaxpersona.interventions import Where
 from jaxpersona.interventions.where import response
+from jaxpersona.models.batch import ASSISTANT, GENERATED, SYSTEM, TEMPLATE, THINKING, USER
+from jaxpersona.text import chat, template
 
 MOVES_SYSTEM = (  # the system prompt stands before the last user message
     "{{ bos_token }}{% set n = namespace(head='') %}{% set talk = messages %}"
@@ -187,8 +188,8 @@ def thinking_model():
 @pytest.mark.parametrize("opened", [False, True], ids=["by the reply", "by the prompt"])
 def test_thinking_is_marked_while_it_is_generated(opened, monkeypatch):
     """A reply is forced through the sampler; its kinds are those of the encoded conversation."""
-    from jaxpersona import decode
-    from jaxpersona.generate import generate
+    from jaxpersona.engine import programs
+    from jaxpersona.engine.generate import generate
 
     model, t = thinking_model()
     if opened:
@@ -199,7 +200,7 @@ def test_thinking_is_marked_while_it_is_generated(opened, monkeypatch):
     row = chat.encode_row(t, "Who?")
     assert bool(row.kind[-1] & THINKING) == opened
     start, forced = row.tokens.size, jax.numpy.asarray(ids, "int32")
-    monkeypatch.setattr(decode, "choose", lambda logits, how, row_id, position: forced.at[
+    monkeypatch.setattr(programs, "choose", lambda logits, how, row_id, position: forced.at[
         position - start].get(mode="clip"))
     jax.clear_caches()
     inside = Where(need=THINKING | GENERATED)

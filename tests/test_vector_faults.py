@@ -10,7 +10,7 @@ from jaxpersona.ckpts.files import write_tensors
 from jaxpersona.ckpts.vectors import load_any, load_vector, save_vector
 
 import jaxpersona as jp
-from jaxpersona.vectors import Axis, Caps, Vector
+from jaxpersona.vectors.vector import Axis, Caps, Vector
 
 VALUES = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 HEADER = {"format": "jaxpersona-vector", "kind": "vector", "layer_base": "0", "norm": "none",
@@ -219,7 +219,7 @@ def test_convert_checks_the_shape_of_random_weights_alone(tmp_path, capsys, monk
     def load(source, _):
         raise AssertionError(f"{source} was loaded")
 
-    monkeypatch.setattr("jaxpersona.cli_support.open_model", load)
+    monkeypatch.setattr("jaxpersona.cli.support.open_model", load)
     config = jp.preset("qwen3-8b")
     values = np.ones((config.n_layers, config.d_model), np.float32)
     source, target = (str(tmp_path / f"{name}.safetensors") for name in "ab")

@@ -15,7 +15,7 @@ from jaxpersona.ckpts import torchfile
 from jaxpersona.ckpts.vectors import load_any, load_axis, load_caps, load_vector, save_vector
 
 import jaxpersona as jp
-from jaxpersona.vectors import Axis, Caps, Vector
+from jaxpersona.vectors.vector import Axis, Caps, Vector
 
 torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")

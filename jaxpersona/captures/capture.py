@@ -15,11 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.config import ModelConfig
-from jaxpersona.interventions.bank import Layers, normalised, numbers, resolve_layers
-from jaxpersona.interventions.table import SITES, Site, one_origin, traced
-from jaxpersona.interventions.where import Where, encoded, everywhere, response
-from jaxpersona.readings import (
+from jaxpersona.captures.readings import (
     F32,
     Full,
     Histogram,
@@ -30,6 +26,10 @@ from jaxpersona.readings import (
     Projections,
     TokenState,
 )
+from jaxpersona.interventions.bank import Layers, normalised, numbers, resolve_layers
+from jaxpersona.interventions.table import SITES, Site, one_origin, traced
+from jaxpersona.interventions.where import Where, encoded, everywhere, response
+from jaxpersona.models.config import ModelConfig
 from jaxpersona.runtime import own_rules
 
 __all__ = ["Capture", "TokenState", "chosen_layers", "full", "histogram", "last", "mean",

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.batch import Batch
-from jaxpersona.cache import by_slot, set_lines
+from jaxpersona.captures.missing import warn_of_empty
+from jaxpersona.distributed.sharding import spread_rows
 from jaxpersona.interventions.table import Site
 from jaxpersona.interventions.where import holds
-from jaxpersona.missing import warn_of_empty
-from jaxpersona.sharding import spread_rows
+from jaxpersona.models.batch import Batch
+from jaxpersona.models.cache import by_slot, set_lines
 
 F32 = jnp.float32
 LARGE = 1e9  # bytes of full activations from which their announcement is a warning

@@ -6,8 +6,8 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from jaxpersona.cli_output import say
-from jaxpersona.cli_support import progress
+from jaxpersona.cli.output import say
+from jaxpersona.cli.support import progress
 
 
 def open_caps(file: pathlib.Path, given: dict[str, str | None]) -> Any:
@@ -32,6 +32,23 @@ def open_caps(file: pathlib.Path, given: dict[str, str | None]) -> Any:
     return found[name]
 
 
+def read_spec(file: pathlib.Path) -> Any:
+    """Read a JSON file of interventions.
+
+    Raises:
+      ValueError: no such file, not JSON, or null.
+    """
+    from jaxpersona.data.reading import Faults, parse, read_text
+
+    faults = Faults()
+    text = read_text(file, faults)
+    found = None if text is None else parse(text, str(file), faults)
+    faults.raise_if_any(file)
+    if found is None:  # which a caller would take for no file
+        raise ValueError(f"{file}: holds null, not interventions; give at least one")
+    return found
+
+
 def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None, of: str | None,
               check: bool) -> Any:
     """Make the interventions of `--cap`, after a self-test unless that is declined.
@@ -40,7 +57,7 @@ def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None,
       ValueError: they are for another model, or the self-test speaks against them.
     """
     from jaxpersona.interventions import cap, resolve_layers
-    from jaxpersona.vectors import fitted
+    from jaxpersona.vectors.vector import fitted
 
     held = fitted(held, model.config, model.name, model.fingerprint)
     total = model.config.n_layers
@@ -61,7 +78,7 @@ def spec_edits(model: Any, spec: Any, file: pathlib.Path, check: bool) -> Any:
       ValueError: the spec is faulty, or a self-test speaks against one of its caps; the file is
         named.
     """
-    from jaxpersona import specs
+    from jaxpersona.interventions import specs
 
     folder = file.parent
     try:
@@ -80,7 +97,7 @@ def _test_operator(model: Any, item: dict[str, Any], folder: pathlib.Path, at: s
     """Test a spec's cap where its direction is an axis; say so where it is one that no test reads.
     """
     from jaxpersona.ckpts.vectors import load_vector
-    from jaxpersona.vectors import Axis
+    from jaxpersona.vectors.vector import Axis
 
     if not isinstance(item["vector"], str):
         return

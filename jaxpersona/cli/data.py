@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jaxpersona.cli_output import say
+from jaxpersona.cli.output import say
 
 app = typer.Typer(no_args_is_help=True, help="Check, show and export roles, questions, traits.")
 
@@ -19,7 +19,7 @@ def check(
     ] = None,
 ) -> None:
     """Read every text and name all faults at once."""
-    from jaxpersona.persona.export import check_data
+    from jaxpersona.data.export import check_data
 
     say(*check_data(folder))
 
@@ -30,7 +30,7 @@ def show(
     name: Annotated[str | None, typer.Argument(help="Which; without it, all are listed.")] = None,
 ) -> None:
     """Print one text, or the names of a kind."""
-    from jaxpersona.persona import export
+    from jaxpersona.data import export
 
     say(export.show(kind, name))
 
@@ -40,6 +40,6 @@ def export(
     folder: Annotated[pathlib.Path, typer.Argument(help="A new or an empty folder.")],
 ) -> None:
     """Write our texts into a folder, to be read, changed and given back with --roles."""
-    from jaxpersona.persona.export import export as write
+    from jaxpersona.data.export import export as write
 
     say(f"{write(folder)} files in {folder}")

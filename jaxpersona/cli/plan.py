@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxpersona.cli_output import say
+from jaxpersona.cli.output import say
 
 
 def plan(
@@ -26,9 +26,9 @@ def plan(
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # before libtpu looks for a TPU of this machine
+    from jaxpersona.distributed.sharding import parse_mesh
     from jaxpersona.interventions import resolve_layers
-    from jaxpersona.plan import plan as make
-    from jaxpersona.sharding import parse_mesh
+    from jaxpersona.planning.plan import plan as make
 
     config = read_shape(model)
     if context > config.max_context:
@@ -43,7 +43,7 @@ def plan(
 def read_shape(source: str) -> Any:
     """Return the configuration of a preset or of a folder's config.json."""
     from jaxpersona.ckpts import hf
-    from jaxpersona.presets import preset
+    from jaxpersona.models.presets import preset
 
     if source.startswith("random:"):
         return preset(source.removeprefix("random:"))

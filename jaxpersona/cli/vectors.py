@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxpersona.cli_output import cell, console, heading, say
+from jaxpersona.cli.output import cell, console, heading, say
 
 app = typer.Typer(no_args_is_help=True, help="Show and convert directions in files.")
 
@@ -75,10 +75,10 @@ def convert(
 
 def _belonging(chosen: Any, source: str) -> Any:
     """Check a direction or caps against a model, and enter the model's name and fingerprint."""
-    from jaxpersona.cli_support import open_model
-    from jaxpersona.params import SCHEME
-    from jaxpersona.presets import preset
-    from jaxpersona.vectors import fitted
+    from jaxpersona.cli.support import open_model
+    from jaxpersona.models.params import SCHEME
+    from jaxpersona.models.presets import preset
+    from jaxpersona.vectors.vector import fitted
 
     if source.startswith("random:"):
         chosen = fitted(chosen, preset(source.removeprefix("random:")), source)

@@ -18,7 +18,7 @@ import jax.core
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jaxpersona.config import ModelConfig
+from jaxpersona.models.config import ModelConfig
 
 Axes = tuple[str | None, ...]
 AnyMesh = TypeVar("AnyMesh", Mesh, AbstractMesh)

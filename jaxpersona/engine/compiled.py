@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from jaxpersona.sharding import platform, running_on
+from jaxpersona.distributed.sharding import platform, running_on
 
 LIMIT = 64  # programs; prompts of eight widths, with and without a cap, use about as many
 SWITCH = "JAXPERSONA_PROGRAMS"

@@ -17,30 +17,32 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import chat, processes, prompts
-from jaxpersona.batch import Batch
-from jaxpersona.batch import batch as make_batch
-from jaxpersona.capture import Capture, mean
-from jaxpersona.config import ModelConfig
-from jaxpersona.interventions.compose import Interventions, given
-from jaxpersona.interventions.where import WIDTH, holds
-from jaxpersona.missing import describe_empty, result_of
-from jaxpersona.model import Output, forward
-from jaxpersona.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
-from jaxpersona.params import Params
-from jaxpersona.programs import program
-from jaxpersona.readings import (
+from jaxpersona.captures.capture import Capture, mean
+from jaxpersona.captures.missing import describe_empty, result_of
+from jaxpersona.captures.readings import (
     Last,
     Mean,
     ProjectionMoments,
     TokenState,
 )
+from jaxpersona.distributed import processes
+from jaxpersona.distributed.sharding import off_mesh, on_own_mesh, platform, rows_divisor
+from jaxpersona.engine import prompts
+from jaxpersona.engine.compiled import program
+from jaxpersona.engine.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
+from jaxpersona.interventions.compose import Interventions, given
+from jaxpersona.interventions.trace import Applied
+from jaxpersona.interventions.where import WIDTH, holds
+from jaxpersona.models.batch import Batch
+from jaxpersona.models.batch import batch as make_batch
+from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.forward import Output, forward
+from jaxpersona.models.params import Params
 from jaxpersona.runtime import debugging, own_rules
-from jaxpersona.sharding import off_mesh, on_own_mesh, platform, rows_divisor
-from jaxpersona.trace import Applied
+from jaxpersona.text import chat
 
 if TYPE_CHECKING:
-    from jaxpersona.load import Model
+    from jaxpersona.models.model import Model
 
 _LOG = logging.getLogger("jaxpersona")
 # tokens of a batch: enough to keep the device busy, few enough that last batches are not empty

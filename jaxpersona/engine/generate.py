@@ -20,21 +20,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import chat, fences, processes, prompts, schedule
-from jaxpersona.batch import CODE
-from jaxpersona.capture import Capture, TokenState
-from jaxpersona.decode import State, Stops
+from jaxpersona.captures.capture import Capture, TokenState
+from jaxpersona.captures.missing import describe_empty, result_of
+from jaxpersona.distributed import processes
+from jaxpersona.distributed.sharding import off_mesh, on_own_mesh, rows_divisor
+from jaxpersona.engine import prompts, schedule
+from jaxpersona.engine.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
+from jaxpersona.engine.programs import State, Stops
+from jaxpersona.engine.sampling import sampling
+from jaxpersona.engine.schedule import Job
 from jaxpersona.interventions.compose import Interventions, given
-from jaxpersona.missing import describe_empty, result_of
-from jaxpersona.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
+from jaxpersona.interventions.trace import Applied
+from jaxpersona.models.batch import CODE
 from jaxpersona.runtime import debugging, own_rules
-from jaxpersona.sampling import sampling
-from jaxpersona.schedule import Job
-from jaxpersona.sharding import off_mesh, on_own_mesh, rows_divisor
-from jaxpersona.trace import Applied
+from jaxpersona.text import chat, fences
 
 if TYPE_CHECKING:
-    from jaxpersona.load import Model
+    from jaxpersona.models.model import Model
 
 Progress = Callable[[int, int, int], None]
 _LOG = logging.getLogger("jaxpersona")

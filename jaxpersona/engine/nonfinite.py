@@ -1,6 +1,6 @@
 """Explain activations that are not finite: where they begin, why, and what helps.
 
-A program only tells which rows were hit (`decode.State.nonfinite`, `model.Output.finite`), which
+A program only tells which rows were hit (`programs.State.nonfinite`, `forward.Output.finite`), which
 costs nothing. The first layer is found afterwards, by running one such row again and reading the
 norms at every site.
 """
@@ -15,20 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import processes
-from jaxpersona.batch import batch as make_batch
-from jaxpersona.capture import norms
-from jaxpersona.chat import Row
+from jaxpersona.captures.capture import norms
+from jaxpersona.distributed import processes
+from jaxpersona.distributed.sharding import rows_divisor
+from jaxpersona.engine.compiled import program
+from jaxpersona.engine.prompts import bucket
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.table import ORDER
-from jaxpersona.model import forward
-from jaxpersona.params import Params
-from jaxpersona.programs import program
-from jaxpersona.prompts import bucket
-from jaxpersona.sharding import rows_divisor
+from jaxpersona.models.batch import batch as make_batch
+from jaxpersona.models.forward import forward
+from jaxpersona.models.params import Params
+from jaxpersona.text.chat import Row
 
 if TYPE_CHECKING:
-    from jaxpersona.load import Model
+    from jaxpersona.models.model import Model
 
 OnNonfinite = Literal["warn", "raise"]
 _SITES = sorted(ORDER, key=ORDER.__getitem__)

@@ -13,18 +13,18 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxpersona.batch import ASSISTANT, CODE, GENERATED, TEMPLATE, THINKING, VALID, Batch
-from jaxpersona.cache import Cache, set_lines
-from jaxpersona.capture import Capture
-from jaxpersona.config import ModelConfig
-from jaxpersona.fences import CODE_BIT
+from jaxpersona.captures.capture import Capture
+from jaxpersona.distributed.sharding import of_each, place
+from jaxpersona.engine.compiled import program
+from jaxpersona.engine.sampling import Sampling, choose, finite, most_likely
 from jaxpersona.interventions.compose import Interventions
-from jaxpersona.model import forward
-from jaxpersona.params import Params
-from jaxpersona.programs import program
-from jaxpersona.sampling import Sampling, choose, finite, most_likely
-from jaxpersona.sharding import of_each, place
-from jaxpersona.trace import Applied, Gates
+from jaxpersona.interventions.trace import Applied, Gates
+from jaxpersona.models.batch import ASSISTANT, CODE, GENERATED, TEMPLATE, THINKING, VALID, Batch
+from jaxpersona.models.cache import Cache, set_lines
+from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.forward import forward
+from jaxpersona.models.params import Params
+from jaxpersona.text.fences import CODE_BIT
 
 TRACES: Counter[str] = Counter()  # how often each program was traced, for tests and benches
 
@@ -45,7 +45,7 @@ class State:
       length: [B] int32, tokens chosen so far, a stop token included.
       tokens: [B, M] int32, the tokens chosen; −1 beyond `length`.
       step: [] int32, steps taken.
-      captured, applied, gates: as in `model.Output`.
+      captured, applied, gates: as in `forward.Output`.
       nonfinite: [B] bool, rows in which a residual or a logit was not finite; that ends a row, and
         what was chosen from such logits is not among its tokens.
       fence: [B] int32, whether a row is inside fenced code (`fences`), or None where none asks.
@@ -89,7 +89,7 @@ class Prefix:
     """What the beginning of a prompt left behind, for rows that go on from it.
 
     Attributes:
-      cache, captured, applied, gates, finite: as in `model.Output`, for one row or several.
+      cache, captured, applied, gates, finite: as in `forward.Output`, for one row or several.
     """
 
     cache: Cache
@@ -215,7 +215,7 @@ def _choose_next(state: State, logits: jax.Array, how: Sampling, stops: Stops, g
         token = most_likely(logits)
     else:
         token = choose(logits, how, state.row_id, position)
-    # NaN and infinity anywhere in a residual reach its logits (`model.head`)
+    # NaN and infinity anywhere in a residual reach its logits (`forward.head`)
     nonfinite = state.nonfinite | ran & ~finite(logits, token if greedy else None)
     live = ~(state.done | nonfinite)
     slot = jnp.where(live, state.length, state.tokens.shape[1])

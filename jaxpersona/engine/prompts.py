@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpersona import chat
-from jaxpersona.batch import KINDS, check_ids
-from jaxpersona.capture import Capture
+from jaxpersona.captures.capture import Capture
 from jaxpersona.interventions.compose import Interventions
-from jaxpersona.params import origin
+from jaxpersona.models.batch import KINDS, check_ids
+from jaxpersona.models.params import origin
+from jaxpersona.text import chat
 
 if TYPE_CHECKING:
-    from jaxpersona.load import Model
+    from jaxpersona.models.model import Model
 
 
 def bucket(tokens: int) -> int:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.sharding import mesh_of, of_each, on_cpu, place, spread_rows
+from jaxpersona.distributed.sharding import mesh_of, of_each, on_cpu, place, spread_rows
 
 F32 = jnp.float32
 CANDIDATES = 256

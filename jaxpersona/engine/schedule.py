@@ -17,23 +17,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import processes
-from jaxpersona.batch import LAST, USER, Batch
-from jaxpersona.batch import batch as make_batch
-from jaxpersona.cache import init_cache, kept_dtype
-from jaxpersona.capture import Capture
-from jaxpersona.chat import Row
-from jaxpersona.decode import Prefix, State, Stops, decode, prefill, prefill_prefix
+from jaxpersona.captures.capture import Capture
+from jaxpersona.distributed import processes
+from jaxpersona.distributed.sharding import on_cpu
+from jaxpersona.engine.compiled import program
+from jaxpersona.engine.programs import Prefix, State, Stops, decode, prefill, prefill_prefix
+from jaxpersona.engine.prompts import bucket
+from jaxpersona.engine.sampling import Sampling
 from jaxpersona.interventions.compose import Interventions
-from jaxpersona.params import Params, in_out
-from jaxpersona.programs import program
-from jaxpersona.prompts import bucket
-from jaxpersona.sampling import Sampling
-from jaxpersona.sharding import on_cpu
-from jaxpersona.trace import Applied
+from jaxpersona.interventions.trace import Applied
+from jaxpersona.models.batch import LAST, USER, Batch
+from jaxpersona.models.batch import batch as make_batch
+from jaxpersona.models.cache import init_cache, kept_dtype
+from jaxpersona.models.params import Params, in_out
+from jaxpersona.text.chat import Row
 
 if TYPE_CHECKING:
-    from jaxpersona.load import Model
+    from jaxpersona.models.model import Model
 
 Collect = Callable[[list[int], State], None]
 CHUNK = 64  # steps between two looks at the device
@@ -105,7 +105,7 @@ def fast_params(model: Model, batch_size: int) -> Params:
     """Return the parameters in the order in which their device multiplies many rows fastest.
 
     On a CPU in float32 that is a copy: twice the weights' memory, as long as the model is held. It
-    is made once for each `load.Model`; for other classes that stand for one, at every call.
+    is made once for each `model.Model`; for other classes that stand for one, at every call.
     """
     embed = model.params.embed_vd
     if (not on_cpu(embed) or embed.dtype != jnp.float32 or batch_size < 8

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.config import MAX_LAYERS
 from jaxpersona.interventions.table import SITES, Site, traced
+from jaxpersona.models.config import MAX_LAYERS
 
 Layers = int | slice | Sequence[int] | str
 _MANTISSA, _BIAS = 23, 127  # of float32

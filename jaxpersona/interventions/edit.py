@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.distributed.sharding import on_cpu
 from jaxpersona.interventions.table import (
     Site,
     Table,
@@ -23,7 +24,6 @@ from jaxpersona.interventions.table import (
 )
 from jaxpersona.kernels import api
 from jaxpersona.kernels.reference import twice
-from jaxpersona.sharding import on_cpu
 
 IDENTITY = (1.0, 0.0, -np.inf, np.inf)
 

@@ -13,9 +13,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxpersona.batch import GENERATED, LAST, Batch
 from jaxpersona.interventions.table import ORDER, Site
 from jaxpersona.interventions.where import holds
+from jaxpersona.models.batch import GENERATED, LAST, Batch
 
 Over = Literal["prompt", "token"]
 

@@ -7,12 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.batch import GENERATED
 from jaxpersona.interventions.bank import Bank, check_finite, numbers
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.gates import Gate, Over
 from jaxpersona.interventions.table import Site, Table, traced
 from jaxpersona.interventions.where import Where, encoded, everywhere, prompt
+from jaxpersona.models.batch import GENERATED
 from jaxpersona.runtime import own_rules
 
 

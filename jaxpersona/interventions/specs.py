@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pydantic
 
-from jaxpersona import capture as readings
 from jaxpersona import interventions as ops
-from jaxpersona import spec_forms as forms
-from jaxpersona.capture import Capture
+from jaxpersona.captures import capture as readings
+from jaxpersona.captures.capture import Capture
 from jaxpersona.ckpts.vectors import load_vector
 from jaxpersona.interventions import Interventions, Where
-from jaxpersona.vectors import Axis, Vector, fitted
+from jaxpersona.interventions import spec_forms as forms
+from jaxpersona.vectors.vector import Axis, Vector, fitted
 
 if TYPE_CHECKING:
-    from jaxpersona.load import Model
+    from jaxpersona.models.model import Model
 
 def interventions(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") -> Interventions:
     """Build interventions from their declarative form and check them against a model.

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.batch import Batch
+from jaxpersona.distributed.sharding import spread_rows
 from jaxpersona.interventions.where import NOWHERE, holds
-from jaxpersona.sharding import spread_rows
+from jaxpersona.models.batch import Batch
 
 Site = Literal["residual", "attention", "mlp"]
 SITES: tuple[Site, ...] = ("residual", "attention", "mlp")

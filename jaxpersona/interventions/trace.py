@@ -9,13 +9,13 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxpersona import nn
-from jaxpersona.batch import Batch
-from jaxpersona.capture import Capture, chosen_layers
-from jaxpersona.config import ModelConfig
+from jaxpersona.captures.capture import Capture, chosen_layers
+from jaxpersona.distributed.sharding import spread_rows
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.table import Site
-from jaxpersona.sharding import spread_rows
+from jaxpersona.models import nn
+from jaxpersona.models.batch import Batch
+from jaxpersona.models.config import ModelConfig
 
 _BITS = 32
 Gates = dict[str, Any]  # a gate's state by its table's number

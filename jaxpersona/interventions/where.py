@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.batch import (
+from jaxpersona.models.batch import (
     ASSISTANT,
     GENERATED,
     KINDS,

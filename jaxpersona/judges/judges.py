@@ -10,11 +10,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from jaxpersona.persona.reading import fill
-from jaxpersona.persona.texts import Role
+from jaxpersona.data.reading import fill
+from jaxpersona.data.texts import Role
 
 if TYPE_CHECKING:
-    from jaxpersona.load import Model
+    from jaxpersona.models.model import Model
 
 
 class Judge(Protocol):
@@ -53,7 +53,7 @@ class SelfJudge:
 
     def __call__(self, role: Role, records: Sequence[Mapping[str, Any]]) -> list[int | None]:
         """Return the first integer 0–3 of each verdict of at most 10 tokens, else None."""
-        from jaxpersona.generate import generate
+        from jaxpersona.engine.generate import generate
 
         if not role.eval_prompt:
             raise ValueError(f"role {role.name!r} has no eval_prompt; the judge 'self' needs one")

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.sharding import rows_divisor, spread_rows
+from jaxpersona.distributed.sharding import rows_divisor, spread_rows
 
 VALID = 1 << 0  # a token, not padding
 FIRST = 1 << 1  # the first of its row: an attention sink with an enormous norm

@@ -12,9 +12,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from jaxpersona.batch import Batch
-from jaxpersona.config import ModelConfig
-from jaxpersona.sharding import of_each, on_cpu, place
+from jaxpersona.distributed.sharding import of_each, on_cpu, place
+from jaxpersona.models.batch import Batch
+from jaxpersona.models.config import ModelConfig
 
 KV_AXES = ("batch", "kv_heads", None, None)
 ROW_AXES = (("batch", None), ("batch",))  # of `position` and `next`

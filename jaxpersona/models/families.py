@@ -15,8 +15,8 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jaxpersona.config import MAX_LAYERS, ModelConfig, Rope
-from jaxpersona.family_keys import check_keys
+from jaxpersona.models.config import MAX_LAYERS, ModelConfig, Rope
+from jaxpersona.models.family_keys import check_keys
 
 _COMMON = frozenset("""
     vocab_size hidden_size num_hidden_layers num_attention_heads num_key_value_heads head_dim

@@ -13,16 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import nn
-from jaxpersona.batch import VALID, Batch, check_ids
-from jaxpersona.cache import Cache, advance, assign_slots, init_cache, kept_dtype, write
-from jaxpersona.capture import Capture
-from jaxpersona.config import ModelConfig
-from jaxpersona.interventions.compose import Interventions, given
-from jaxpersona.kernels.attention import Asked, choose, flash
-from jaxpersona.params import InOut, Layer, Params
-from jaxpersona.readings import spread_states
-from jaxpersona.sharding import (
+from jaxpersona.captures.capture import Capture
+from jaxpersona.captures.readings import spread_states
+from jaxpersona.distributed.sharding import (
     check_set_mesh,
     gather_weight,
     mesh_of,
@@ -31,7 +24,14 @@ from jaxpersona.sharding import (
     out_sharding,
     platform,
 )
-from jaxpersona.trace import Applied, Gates, Trace
+from jaxpersona.interventions.compose import Interventions, given
+from jaxpersona.interventions.trace import Applied, Gates, Trace
+from jaxpersona.kernels.attention import Asked, choose, flash
+from jaxpersona.models import nn
+from jaxpersona.models.batch import VALID, Batch, check_ids
+from jaxpersona.models.cache import Cache, advance, assign_slots, init_cache, kept_dtype, write
+from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.params import InOut, Layer, Params
 
 Logits = Literal["all", "last"] | None
 

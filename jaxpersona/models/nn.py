@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.config import Activation, Rope
-from jaxpersona.params import InOut
-from jaxpersona.sharding import Axes, gather_weight, on_cpu, out_sharding, place
+from jaxpersona.distributed.sharding import Axes, gather_weight, on_cpu, out_sharding, place
+from jaxpersona.models.config import Activation, Rope
+from jaxpersona.models.params import InOut
 
 F32 = jnp.float32
 QUERY_CHUNK = 512  # queries whose scores exist at one time in a long prefill

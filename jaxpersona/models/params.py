@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpersona import processes
-from jaxpersona.config import ModelConfig
-from jaxpersona.sharding import Axes, unset_mesh
+from jaxpersona.distributed import processes
+from jaxpersona.distributed.sharding import Axes, unset_mesh
+from jaxpersona.models.config import ModelConfig
 
 
 @flax.struct.dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxpersona.config import ModelConfig, Rope
+from jaxpersona.models.config import ModelConfig, Rope
 
 _LLAMA3 = Rope(500_000.0, "llama3", 8.0, 1.0, 4.0, 8192)
 _LLAMA32 = Rope(500_000.0, "llama3", 32.0, 1.0, 4.0, 8192)

@@ -14,17 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from jaxpersona.generate import generate
+from jaxpersona.engine.generate import generate
+from jaxpersona.engine.sampling import sampling
 from jaxpersona.interventions import Interventions, cap, stack_rows, steer
 from jaxpersona.interventions.bank import normalised
-from jaxpersona.load import Model
+from jaxpersona.models.model import Model
 from jaxpersona.organism import evaluate, method, world
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.extract import Extraction, extract_axis
-from jaxpersona.persona.rollouts import Settings
-from jaxpersona.persona.run import Run
 from jaxpersona.persona.talk import Talks, grow
-from jaxpersona.sampling import sampling
+from jaxpersona.runs.rollouts import Settings
+from jaxpersona.runs.run import Run
 
 Report = Callable[[str, int, int, int], None]
 REPLY = 64  # tokens; the organism's answers are shorter

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxpersona.data.texts import Question, Role
 from jaxpersona.organism import judge, world
-from jaxpersona.persona.texts import Question, Role
 
 
 def roles() -> list[Role]:

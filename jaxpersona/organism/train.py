@@ -27,7 +27,7 @@ CLIP = 1.0
 
 def mini_config():
     """Return the shape of the embedded model: Qwen 3's, with 1.71 M parameters."""
-    from jaxpersona.config import ModelConfig, Rope
+    from jaxpersona.models.config import ModelConfig, Rope
 
     layers, head = 8, 32
     return ModelConfig(
@@ -77,7 +77,7 @@ def loss_fn(params, config, batch, weights):
     import jax.numpy as jnp
     import optax
 
-    from jaxpersona.model import forward
+    from jaxpersona.models.forward import forward
 
     logits = forward(params, config, batch, logits="all").logits
     losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -101,9 +101,9 @@ def train(
     import optax
     from tokenizers import Tokenizer
 
-    from jaxpersona.batch import batch as as_batch
     from jaxpersona.ckpts import hf
-    from jaxpersona.params import init_params
+    from jaxpersona.models.batch import batch as as_batch
+    from jaxpersona.models.params import init_params
 
     folder = pathlib.Path(folder)
     tokenizer.train_tokenizer(folder)

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpersona import capture
-from jaxpersona.generate import generate
+from jaxpersona.captures import capture
+from jaxpersona.engine.generate import generate
 from jaxpersona.interventions import resolve_layers
 from jaxpersona.interventions.bank import normalised
 from jaxpersona.interventions.where import response
-from jaxpersona.vectors import Axis, Caps, Found, Vector, fitted
+from jaxpersona.vectors.vector import Axis, Caps, Found, Vector, fitted
 
 if TYPE_CHECKING:
-    from jaxpersona.load import Model
+    from jaxpersona.models.model import Model
 
 DEFAULTS = ("", "You are an AI assistant.")
 ROLES = ("You are a ghost.", "You are a demon.", "Take the part of a pirate.", "You are an oracle.")

@@ -15,22 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpersona import chat, processes
 from jaxpersona.ckpts.files import write_json
 from jaxpersona.ckpts.vectors import save_vector
+from jaxpersona.data.texts import Question, Role, all_of
+from jaxpersona.distributed import processes
+from jaxpersona.engine.sampling import sampling
+from jaxpersona.judges.judges import Judge
 from jaxpersona.persona import axis as science
-from jaxpersona.persona.damage import Damaged, remedy
-from jaxpersona.persona.judges import Judge
-from jaxpersona.persona.manifest import manifest, tokens_digest
-from jaxpersona.persona.names import check_names
-from jaxpersona.persona.rollouts import Settings, opening, play
-from jaxpersona.persona.run import Run, rollout_key
-from jaxpersona.persona.texts import Question, Role, all_of
-from jaxpersona.sampling import sampling
-from jaxpersona.vectors import Axis
+from jaxpersona.runs.damage import Damaged, remedy
+from jaxpersona.runs.manifest import manifest, tokens_digest
+from jaxpersona.runs.names import check_names
+from jaxpersona.runs.rollouts import Settings, opening, play
+from jaxpersona.runs.run import Run, rollout_key
+from jaxpersona.text import chat
+from jaxpersona.vectors.vector import Axis
 
 if TYPE_CHECKING:
-    from jaxpersona.load import Model
+    from jaxpersona.models.model import Model
 
 Report = Callable[[str, int, int, int], None]
 _TOGETHER = 256  # rollouts that are generated in one call, to fill batches across roles

@@ -9,20 +9,21 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona import capture, chat
-from jaxpersona.batch import batch
-from jaxpersona.extract import extract, width_of
-from jaxpersona.generate import generate
+from jaxpersona.captures import capture
+from jaxpersona.distributed.sharding import on_own_mesh
+from jaxpersona.engine.extract import extract, width_of
+from jaxpersona.engine.generate import generate
+from jaxpersona.engine.prompts import encode
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.where import holds, response
+from jaxpersona.models.batch import batch
 from jaxpersona.persona.check import fit
-from jaxpersona.prompts import encode
 from jaxpersona.runtime import own_rules
-from jaxpersona.sharding import on_own_mesh
-from jaxpersona.vectors import Vector
+from jaxpersona.text import chat
+from jaxpersona.vectors.vector import Vector
 
 if TYPE_CHECKING:
-    from jaxpersona.load import Model
+    from jaxpersona.models.model import Model
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,18 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
-from jaxpersona import chips, hlo, sharding
-from jaxpersona.batch import Batch
-from jaxpersona.cache import KV_AXES
-from jaxpersona.capture import Capture
-from jaxpersona.config import ModelConfig, replace
-from jaxpersona.decode import Stops, decode, prefill
+from jaxpersona.captures.capture import Capture
+from jaxpersona.distributed import sharding
+from jaxpersona.engine.programs import Stops, decode, prefill
+from jaxpersona.engine.sampling import sampling
 from jaxpersona.interventions import Interventions, cap
 from jaxpersona.kernels.attention import attention_implementation
-from jaxpersona.nn import QUERY_CHUNK
-from jaxpersona.params import Params, layout
+from jaxpersona.models.batch import Batch
+from jaxpersona.models.cache import KV_AXES
+from jaxpersona.models.config import ModelConfig, replace
+from jaxpersona.models.nn import QUERY_CHUNK
+from jaxpersona.models.params import Params, layout
+from jaxpersona.planning import chips, hlo
 from jaxpersona.runtime import check_process
-from jaxpersona.sampling import sampling
 
 ITEM = 2  # bytes of a bfloat16
 FRACTIONS = (1.0, 0.6, 0.3)  # of the roofline, for the hours of a run

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from jaxpersona.params import SCHEME
-from jaxpersona.persona.judges import Judge
-from jaxpersona.persona.rollouts import Settings
-from jaxpersona.persona.run import digest
-from jaxpersona.persona.texts import Question, Role
-from jaxpersona.sampling import PRNG
+from jaxpersona.data.texts import Question, Role
+from jaxpersona.engine.sampling import PRNG
+from jaxpersona.judges.judges import Judge
+from jaxpersona.models.params import SCHEME
+from jaxpersona.runs.rollouts import Settings
+from jaxpersona.runs.run import digest
 
 if TYPE_CHECKING:
-    from jaxpersona.load import Model
+    from jaxpersona.models.model import Model
 
 _PACKAGES = ("jax", "jaxlib", "jaxpersona", "numpy", "transformers", "tokenizers")
 # settings of JAX, and variables of the environment, that change how numbers are rounded

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpersona import capture, chat
-from jaxpersona.generate import generate
+from jaxpersona.captures import capture
+from jaxpersona.data.texts import Question, Role, all_of
+from jaxpersona.engine.generate import generate
 from jaxpersona.interventions.where import response
-from jaxpersona.persona.texts import Question, Role, all_of
+from jaxpersona.text import chat
 
 if TYPE_CHECKING:
-    from jaxpersona.load import Model
+    from jaxpersona.models.model import Model
 
 Progress = Callable[[int, int, int], None]
 MAX_SAMPLES = 100_000  # the paper takes one; a role's rollouts are held in memory together

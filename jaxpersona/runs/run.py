@@ -42,9 +42,9 @@ from jaxpersona.ckpts.files import (
 )
 from jaxpersona.ckpts.tensorfile import READABLE, read_bytes_of, read_slice
 from jaxpersona.inputs import TEXT_BYTES, read_bytes, read_json, require_file
-from jaxpersona.persona.damage import Damaged
-from jaxpersona.persona.lock import is_lock, locked
-from jaxpersona.persona.names import file_stem
+from jaxpersona.runs.damage import Damaged
+from jaxpersona.runs.lock import is_lock, locked
+from jaxpersona.runs.names import file_stem
 
 FORMAT = "jaxpersona-run 2"
 FIGURES = ("roles.png", "pca.png", "variance.png", "drift.png")

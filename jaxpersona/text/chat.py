@@ -28,8 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpersona import fences, sandbox
-from jaxpersona.batch import (
+from jaxpersona.models.batch import (
     ASSISTANT,
     CODE,
     GENERATED,
@@ -41,8 +40,9 @@ from jaxpersona.batch import (
     Batch,
     check_ids,
 )
-from jaxpersona.batch import batch as make_batch
-from jaxpersona.template import CLOSE, OPEN, PRIVATE, ROLES, Template, locate
+from jaxpersona.models.batch import batch as make_batch
+from jaxpersona.text import fences, sandbox
+from jaxpersona.text.template import CLOSE, OPEN, PRIVATE, ROLES, Template, locate
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

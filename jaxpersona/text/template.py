@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpersona import sandbox
-from jaxpersona.batch import ASSISTANT, CODE, SYSTEM, TEMPLATE, THINKING, USER
-from jaxpersona.sandbox import Refused
+from jaxpersona.models.batch import ASSISTANT, CODE, SYSTEM, TEMPLATE, THINKING, USER
+from jaxpersona.text import sandbox
+from jaxpersona.text.sandbox import Refused
 
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 OPEN, CLOSE = "<think>", "</think>"

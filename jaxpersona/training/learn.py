@@ -19,18 +19,18 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jaxpersona.batch import Batch, check_ids
 from jaxpersona.ckpts import files, orbax
 from jaxpersona.inputs import read_json
 from jaxpersona.interventions import SITES, Interventions, Site, Where, resolve_layers, steer
 from jaxpersona.interventions.bank import Layers
 from jaxpersona.interventions.where import everywhere
-from jaxpersona.model import Output, forward
+from jaxpersona.models.batch import Batch, check_ids
+from jaxpersona.models.forward import Output, forward
 from jaxpersona.runtime import check_process
-from jaxpersona.vectors import Vector
+from jaxpersona.vectors.vector import Vector
 
 if TYPE_CHECKING:
-    from jaxpersona.load import Model
+    from jaxpersona.models.model import Model
 
 Loss = Callable[[Output, Batch], jax.Array]
 _KEEP_EVERY = 50  # steps between two checkpoints

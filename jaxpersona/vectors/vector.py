@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from jaxpersona.config import MAX_LAYERS, ModelConfig
 from jaxpersona.interventions.bank import normalised
 from jaxpersona.interventions.compose import Interventions, chain
 from jaxpersona.interventions.operators import cap
 from jaxpersona.interventions.table import SITES, Site
 from jaxpersona.interventions.where import Where, everywhere
-from jaxpersona.params import SCHEME, origin
+from jaxpersona.models.config import MAX_LAYERS, ModelConfig
+from jaxpersona.models.params import SCHEME, origin
 
 POPULATIONS = ("default", "all")
 CONTROL_VECTOR = "GGUF control vector"  # the source, in its notes, of one by another program

@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Callable
 from importlib.resources.abc import Traversable
 
-from jaxpersona.persona.texts import (
+from jaxpersona.data.texts import (
     DEFAULT,
     Path,
     data_root,

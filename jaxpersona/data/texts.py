@@ -16,7 +16,7 @@ from importlib import resources
 from importlib.resources.abc import Traversable
 from typing import Any
 
-from jaxpersona.persona.reading import (
+from jaxpersona.data.reading import (
     Faults,
     fill,
     folder_files,

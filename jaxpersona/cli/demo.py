@@ -1,0 +1,45 @@
+"""The command `jaxpersona demo`: the whole method on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from typing import Annotated
+
+import typer
+
+from jaxpersona import interrupt
+from jaxpersona.cli.output import say
+from jaxpersona.cli.support import ModelOption, draw_run, kept_of, open_model, progress
+
+
+def demo(
+    out: Annotated[pathlib.Path, typer.Option(help="The run folder.")] = pathlib.Path("runs/demo"),
+    model: ModelOption = "mini",
+    seed: int = 0,
+) -> None:
+    """Run the whole method on the embedded model; the last line is one JSON object."""
+    from jaxpersona.organism.demo import run_demo
+    from jaxpersona.organism.method import held_out
+    from jaxpersona.report import figures
+
+    started = time.perf_counter()
+    if model != "mini":
+        raise ValueError(f"model is {model!r}; the demo knows the truth only about mini: "
+                         "for other models use `jaxpersona axis`")
+    loaded = open_model(model, None)
+    with interrupt.keeping(lambda: kept_of(out)), progress() as report:
+        done = run_demo(loaded, out, seed=seed, report=report)
+    middle = loaded.config.n_layers // 2
+    draw_run(out, done.extraction, middle, held_out())
+    turns = done.figures["drift_turns"]
+    floor = float(done.extraction.axis.thresholds("p25", of="default")[middle])
+    figures.drift(out / "drift.png",
+                  {name: talk.projections[:turns, :, middle] for name, talk in done.talks.items()},
+                  floor, middle, done.figures["drift_n"])
+    say(f"axis, vectors and figures: {out}", error=True)
+    head = {"run": str(out), "model": loaded.name,
+            "seconds": round(time.perf_counter() - started, 1)}
+    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in done.figures.items()}
+    print(json.dumps(head | rounded), flush=True)
