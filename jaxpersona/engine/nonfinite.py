@@ -1,8 +1,8 @@
 """Explain activations that are not finite: where they begin, why, and what helps.
 
-A program only tells which rows were hit (`programs.State.nonfinite`, `forward.Output.finite`), which
-costs nothing. The first layer is found afterwards, by running one such row again and reading the
-norms at every site.
+A program only reports which rows were hit (`programs.State.nonfinite`, `forward.Output.finite`),
+which costs nothing. The first layer is found afterwards: one such row runs again, and its norms are
+read at every site.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from jaxpersona.text.chat import Row
 from jaxpersona.training import learn
 from jaxpersona.vectors.vector import Vector
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 TALK = [{"role": "user", "content": "hi <|tool|>"}, {"role": "assistant", "content": "so"}]
 
 

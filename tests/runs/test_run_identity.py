@@ -228,7 +228,8 @@ def test_a_killed_command_resumes_to_the_same_bytes(tmp_path):
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "Run.save_rollouts = killed\n"
         "t.find(sys.argv[1], t.cast('a', 'b'))\n")
-    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    folders = map(os.path.dirname, (__file__, s.__file__))
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "part")], env=env,
                           capture_output=True, text=True)
     assert done.returncode == -9, done.stderr

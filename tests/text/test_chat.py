@@ -26,7 +26,7 @@ from jaxpersona.models.batch import (
 from jaxpersona.text import chat
 
 FAMILIES = ("chatml", "qwen2", "qwen3", "llama3", "gemma2")
-MINI = pathlib.Path(__file__).parents[1] / "ckpts" / "mini"
+MINI = pathlib.Path(__file__).parents[2] / "ckpts" / "mini"
 ROLE = {None: TEMPLATE, "system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 LETTERS = {TEMPLATE: "t", SYSTEM: "s", USER: "u", ASSISTANT: "a", GENERATED: "g",
            THINKING: "h", CODE: "c"}
