@@ -23,7 +23,7 @@ from conversations import conversations
 
 import jaxpersona as jp
 from jaxpersona.captures.capture import Capture
-from jaxpersona.engine import schedule
+from jaxpersona.engine.generate import drain
 from jaxpersona.engine.programs import Stops
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.interventions import Interventions
@@ -106,17 +106,16 @@ class Run:
     def work(self, lengths: np.ndarray, read: Capture, refill: bool) -> list[np.ndarray]:
         """Run the scheduler; return the replies' tokens."""
         count = len(self.rows)
-        job = schedule.Job(
-            self.rows, np.arange(count, dtype=np.uint32), lengths.astype(np.int32),
-            sampling(count), Interventions(), read, self.args.new, True, False)
         out: dict[int, np.ndarray] = {}
 
-        def collect(members: list[int], state: Any) -> None:
+        def collect(tasks: list[Any], state: Any) -> None:
             tokens, length, _ = jax.device_get((state.tokens, state.length, state.captured))
-            for row, i in enumerate(members):
-                out[i] = tokens[row, : length[row]]
+            for row, task in enumerate(tasks):
+                out[task.number] = tokens[row, : length[row]]
 
-        schedule.run(self.model, job, self.args.batch, self.stops, collect, refill=refill)
+        drain(self.model, self.rows, np.arange(count, dtype=np.uint32), lengths.astype(np.int32),
+              sampling(count), Interventions(), read, self.stops, collect, max_new=self.args.new,
+              batch_size=self.args.batch, refill=refill)
         if any(len(out[i]) != lengths[i] for i in range(count)):
             raise RuntimeError("a reply has another length than was asked for")
         return [out[i] for i in range(count)]

@@ -24,11 +24,20 @@ from jaxpersona.captures.capture import Capture, TokenState
 from jaxpersona.captures.missing import describe_empty, result_of
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.sharding import off_mesh, on_own_mesh, rows_divisor
-from jaxpersona.engine import prompts, schedule
+from jaxpersona.engine import prompts
+from jaxpersona.engine.edits import SharedEdits
+from jaxpersona.engine.lanes import (
+    Lane,
+    Setting,
+    Task,
+    fast_params,
+    prefix_key,
+    shape_of,
+)
 from jaxpersona.engine.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
 from jaxpersona.engine.programs import State, Stops
-from jaxpersona.engine.sampling import sampling
-from jaxpersona.engine.schedule import Job
+from jaxpersona.engine.sampling import Sampling, sampling
+from jaxpersona.engine.scheduler import Collect, Scheduler
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.models.batch import CODE
@@ -138,12 +147,10 @@ def generate(
     if share_prefix and model.mesh is not None:
         raise ValueError("share_prefix is for one device; leave it off for a model on a mesh")
     how = sampling(count, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-    greedy = bool((np.asarray(how.temperature) == 0).all())
     rows = [prompts.encode(model, item, thinking=thinking) for item in conversations]
     limits = prompts.limits(model, rows, max_new_tokens)
     names = prompts.row_ids(rows, ids)
-    job = Job(rows, names, limits, how, edits, capture if capture is not None else Capture(),
-              max_new_tokens, greedy, share_prefix)
+    capture = Capture() if capture is None else capture
     out = _Collector(count)
     stop = on_nonfinite == "raise" or debugging()
 
@@ -153,15 +160,16 @@ def generate(
         return explain(model, chat.answered(model.tokenizer, rows[i], out.tokens[i]),
                        edits.take([i]), f"conversation {i}", f"{hit} of {done} replies ended at")
 
-    def collect(members: list[int], state: State) -> None:
-        out.add(members, state)
+    def collect(tasks: list[Task], state: State) -> None:
+        out.add([task.number for task in tasks], state)
         if out.nonfinite and stop:
             raise ValueError(explained())
         if progress is not None:
             progress(len(out.tokens), count, out.total)
 
-    stops = _stops(model, _asks_for_code(edits, job.capture))
-    schedule.run(model, job, batch_size, stops, collect, refill=refill)
+    stops = stops_of(model, asks_for_code(edits, capture))
+    drain(model, rows, names, limits, how, edits, capture, stops, collect,
+          max_new=max_new_tokens, batch_size=batch_size, share_prefix=share_prefix, refill=refill)
     if out.nonfinite:
         said = explained()  # by all processes together
         if processes.first():
@@ -169,7 +177,42 @@ def generate(
     return out.finish(model, rows)
 
 
-def _asks_for_code(edits: Interventions, capture: Capture) -> bool:
+def drain(model: Model, rows: list[chat.Row], names: np.ndarray, limits: np.ndarray, how: Sampling,
+          edits: Interventions, capture: Capture, stops: Stops, collect: Collect, *, max_new: int,
+          batch_size: int, share_prefix: bool = False, refill: bool = True) -> None:
+    """Give all prompts to a scheduler and run it until no one is left.
+
+    Args:
+      rows: N encoded prompts.
+      names: [N] uint32, what each is for its random draws.
+      limits: [N] int32, the most tokens of each reply; at most `max_new`.
+      how, edits: of N rows; or edits for all alike.
+      collect: called with finished prompts, whose `number` is their place, and a state whose first
+        rows are theirs.
+    """
+    greedy = bool((np.asarray(how.temperature) == 0).all())
+    params, shared = fast_params(model, batch_size), SharedEdits(edits)
+    # a mesh spreads rows over devices, where exchanging single ones would move all
+    together = max(1, batch_size // 4) if model.mesh is None else batch_size
+
+    def open_lane(slots: Any) -> Lane:
+        return Lane(model.config, params, Setting(slots, max_new, greedy, capture, stops), shared,
+                    batch_size, together)
+
+    scheduler = Scheduler(open_lane, collect, refill=refill)
+    shapes = [shape_of(row, max_new, share_prefix) for row in rows]
+    tasks = [Task(i, row, int(names[i]), int(limits[i]), how.take([i]), shapes[i], shapes[i].slots)
+             for i, row in enumerate(rows)]
+    order = {slots: place for place, slots in enumerate(dict.fromkeys(t.lane for t in tasks))}
+    # neighbours in the queue share a shape, and a prefix, so that few of these are kept
+    scheduler.waiting.extend(sorted(tasks, key=lambda task: (
+        order[task.lane], task.shape, prefix_key(task),
+        shared.key(task) if task.shape.prefix else ())))
+    while not scheduler.idle:
+        scheduler.step()
+
+
+def asks_for_code(edits: Interventions, capture: Capture) -> bool:
     """Whether a test of an intervention or a capture looks at code, or may come to do so."""
     if any(edit.reserved for edit in edits.edits):
         return True
@@ -181,7 +224,7 @@ def _asks_for_code(edits: Interventions, capture: Capture) -> bool:
                for code in (np.asarray(test).reshape(-1, 5)[:, :3] for test in tests))
 
 
-def _stops(model: Model, code: bool) -> Stops:
+def stops_of(model: Model, code: bool) -> Stops:
     ids = list(model.stop_ids) or [-1]
     ids += [-1] * (-len(ids) % 4)  # a few lengths, so that models of one shape share programs
     tokenizer = model.tokenizer

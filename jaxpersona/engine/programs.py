@@ -49,6 +49,7 @@ class State:
       nonfinite: [B] bool, rows in which a residual or a logit was not finite; that ends a row, and
         what was chosen from such logits is not among its tokens.
       fence: [B] int32, whether a row is inside fenced code (`fences`), or None where none asks.
+      matched: [B] int32, how far a row's text has come towards a stop string, or None likewise.
     """
 
     cache: Cache
@@ -67,6 +68,7 @@ class State:
     gates: Gates
     nonfinite: Any
     fence: Any = None
+    matched: Any = None
 
 
 @flax.struct.dataclass
@@ -77,11 +79,13 @@ class Stops:
       ids: [n] int32, any of which ends a row (−1: none).
       think: [2] int32, the opening and closing ids of a thinking block (−1: none).
       fences: [V, states] uint8, `fences.table`, or None where nothing asks for code.
+      strings: [V, states] uint8, `stopping.table`, or None where no text ends a row.
     """
 
     ids: Any
     think: Any
     fences: Any = None
+    strings: Any = None
 
 
 @flax.struct.dataclass
@@ -151,6 +155,7 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
         gates=out.gates,
         nonfinite=~out.finite & (length > 0),
         fence=None if stops.fences is None else jnp.zeros_like(length),
+        matched=None if stops.strings is None else jnp.zeros_like(length),
     )
     return _choose_next(state, out.logits, how, stops, greedy, ran=length > 0)
 
@@ -219,7 +224,10 @@ def _choose_next(state: State, logits: jax.Array, how: Sampling, stops: Stops, g
     nonfinite = state.nonfinite | ran & ~finite(logits, token if greedy else None)
     live = ~(state.done | nonfinite)
     slot = jnp.where(live, state.length, state.tokens.shape[1])
-    stopped = (token[:, None] == stops.ids[None]).any(-1)
+    stopped, matched = (token[:, None] == stops.ids[None]).any(-1), state.matched
+    if stops.strings is not None:
+        matched = stops.strings.at[token, matched].get(mode="clip").astype(jnp.int32)
+        stopped |= matched == stops.strings.shape[1] - 1
     return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
         token=jnp.where(live, token, state.token),
         position=jnp.where(live, position, state.position),
@@ -227,4 +235,5 @@ def _choose_next(state: State, logits: jax.Array, how: Sampling, stops: Stops, g
         tokens=set_lines(place(state.tokens, ("batch", None), token), token, slot, lines=1),
         done=state.done | nonfinite | stopped,
         nonfinite=nonfinite,
+        matched=matched,
     )

@@ -115,14 +115,14 @@ def gpu_host(monkeypatch):
 
 def test_arrays_on_a_cpu_are_known_on_a_gpu_host(gpu_host):
     """Whatever chooses by platform asks the arrays, and programs trace for theirs."""
-    from jaxpersona.engine import schedule
+    from jaxpersona.engine import lanes
     from jaxpersona.models.cache import kept_dtype
 
     model = s.tiny_model()
     x = model.params.embed_vd
     assert sharding.platform(x) == "cpu" and sharding.on_cpu(x)
     assert kept_dtype(x.astype(jnp.bfloat16)) == jnp.float32
-    assert schedule.fast_params(model, 8) is not model.params
+    assert lanes.fast_params(model, 8) is not model.params
     assert sharding.default_platform() == "gpu"
     inside = []
 

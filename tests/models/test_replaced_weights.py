@@ -11,7 +11,7 @@ import numpy as np
 import support as s
 
 from jaxpersona.engine.generate import generate
-from jaxpersona.engine.schedule import fast_params
+from jaxpersona.engine.lanes import fast_params
 from jaxpersona.models.model import Model
 from jaxpersona.models.params import Derived, in_out
 

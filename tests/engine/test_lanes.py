@@ -7,9 +7,9 @@ import pytest
 import support as s
 
 from jaxpersona.captures import capture
-from jaxpersona.engine import programs, schedule
+from jaxpersona.engine import lanes, programs
 from jaxpersona.engine.generate import generate
-from jaxpersona.engine.schedule import prefix_length, shape_of
+from jaxpersona.engine.lanes import prefix_length, shape_of
 from jaxpersona.interventions import cap, gate, steer
 from jaxpersona.interventions.where import everywhere
 from jaxpersona.models.batch import SYSTEM, USER
@@ -59,7 +59,7 @@ def test_refilled_rows_have_the_bits_of_rows_alone():
 
 def steps_of(refill, rows, monkeypatch):
     """The decode steps of a run, and its replies."""
-    taken, run = [], schedule.decode
+    taken, run = [], lanes.decode
 
     def counted(params, config, state, *args, **more):
         before = int(state.step)
@@ -68,7 +68,7 @@ def steps_of(refill, rows, monkeypatch):
         return state
 
     with monkeypatch.context() as patch:
-        patch.setattr(schedule, "decode", counted)
+        patch.setattr(lanes, "decode", counted)
         out = go(rows, refill=refill, capture=None)
     return sum(taken), out
 
@@ -120,7 +120,7 @@ def test_a_shared_prefix_is_computed_once_and_changes_rounding_alone(kind):
         return run(*args, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "prefill_prefix", counted)
+        patch.setattr(lanes, "prefill_prefix", counted)
         shared = go(rows, share_prefix=True, **how)
     assert len(calls) == (10 if kind == "bank" else 2)  # two heads, and five settings
     whole = go(rows, **how)

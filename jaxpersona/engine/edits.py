@@ -1,0 +1,158 @@
+"""The interventions of a lane's rows: one table for all prompts of a call, or one for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpersona.engine.compiled import program
+from jaxpersona.engine.lanes import Task
+from jaxpersona.interventions.compose import Interventions, reserve, stack_rows
+
+
+class SharedEdits:
+    """Interventions made for all prompts of a call: a row takes its entry by the prompt's number.
+
+    The entries stay on the device; only their numbers change with the rows.
+    """
+
+    def __init__(self, edits: Interventions) -> None:
+        self.edits = edits
+        self.indexed = jax.device_get(edits)  # to look at single entries
+
+    def structure(self, rows: int) -> Interventions:
+        """Return the interventions."""
+        return self.edits
+
+    def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
+        """Return the interventions of tasks in the first of `rows` rows."""
+        numbers = [task.number for task in tasks]
+        return self.edits.take(np.array(numbers + [-1] * (rows - len(numbers)), np.int32))
+
+    def seat(self, tasks: Sequence[Task], fresh: Interventions, rows: np.ndarray) -> None:
+        """Do nothing: rows are looked up when they are needed."""
+
+    def seated(self, tasks: Sequence[Task | None]) -> Interventions:
+        """Return the interventions of all rows of the lane."""
+        return self.edits.take(np.array([-1 if task is None else task.number for task in tasks],
+                                        np.int32))
+
+    def key(self, task: Task) -> tuple:
+        """Return the entry of each table."""
+        return tuple(int(edit.index[task.number]) for edit in self.indexed.edits
+                     if edit.index is not None)
+
+
+class RowEdits:
+    """Interventions of which each row has a copy of its own on the device, written in place."""
+
+    def __init__(self, idle: Interventions, rows: int) -> None:
+        """Begin with rows that nothing is done to.
+
+        Args:
+          idle: what `for_one_row` makes of no interventions in the lane's structure.
+        """
+        self.idle = idle
+        self.axes = tuple(jax.tree.leaves(jax.tree.map(_axis_of_rows, *(
+            jax.eval_shape(lambda n=n: _repeated(idle, n)) for n in (1, 2)))))
+        self.table = jax.tree.map(jnp.copy, _repeated(idle, rows))
+
+    def structure(self, rows: int) -> Interventions:
+        """Return as many idle rows."""
+        return _repeated(self.idle, rows)
+
+    def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
+        """Return the interventions of tasks in the first of `rows` rows."""
+        each = [task.edits for task in tasks] + [self.idle] * (rows - len(tasks))
+        return _side_by_side(tuple(each), axes=self.axes) if self.axes else self.idle
+
+    def seat(self, tasks: Sequence[Task], fresh: Interventions, rows: np.ndarray) -> None:
+        """Write the interventions of tasks into rows [n] of the lane; B is no row."""
+        if not self.axes:
+            return
+        if fresh_rows(fresh, self.axes) == fresh_rows(self.table, self.axes):
+            self.table = fresh  # all rows at once
+        else:
+            self.table = _write(self.table, fresh, rows, axes=self.axes)
+
+    def seated(self, tasks: Sequence[Task | None]) -> Interventions:
+        """Return the interventions of all rows of the lane."""
+        return self.table
+
+    def key(self, task: Task) -> tuple:
+        """Return the values, which no other interventions have."""
+        return tuple(np.asarray(x).tobytes() for x in jax.tree.leaves(task.edits))
+
+
+def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> Interventions:
+    """Return one row's interventions, in the structure of a capacity if there is one.
+
+    Args:
+      edits: for all rows alike.
+      capacity: what `reserve` made, for any number of rows.
+
+    Raises:
+      ValueError: interventions with rows of their own, or that do not fit the capacity.
+    """
+    if capacity is None and (edits is None or not edits.edits):
+        return Interventions()
+    into = None
+    if capacity is not None:
+        into = Interventions(tuple(
+            reserve(1, int(table.width or 0), table.layers, site=table.site).edits[0]
+            for table in capacity.edits))
+    made = stack_rows([edits], into=into)
+    return jax.device_get(Interventions(tuple(
+        table.by_row(1).replace(index=None) for table in made.edits)))  # pyright: ignore
+
+
+def idle_row(edits: Interventions) -> Interventions:
+    """Return one row of the same structure that nothing is done to: no token passes its tests."""
+    return jax.device_get(Interventions(tuple(
+        table.replace(index=np.array([-1], np.int32), each=False).by_row(1)  # pyright: ignore
+        .replace(index=None) for table in edits.edits)))
+
+
+def fresh_rows(edits: Interventions, axes: tuple[int, ...]) -> int:
+    """Return the number of rows that a table is for."""
+    return next(x.shape[axis] for x, axis in zip(jax.tree.leaves(edits), axes, strict=True)
+                if axis >= 0)
+
+
+def _repeated(edits: Interventions, rows: int) -> Interventions:
+    """Return interventions of one row for many."""
+    def each(table: Any) -> Any:
+        axes = {"where": 0, "origin": 0, "gate": 0, **table.PAYLOAD}
+        return table.replace(**{
+            name: jax.tree.map(lambda x, axis=axis: jnp.repeat(jnp.asarray(x), rows, axis),
+                               getattr(table, name))
+            for name, axis in axes.items()})
+
+    return Interventions(tuple(each(table) for table in edits.edits))
+
+
+def _axis_of_rows(one: Any, two: Any) -> int:
+    pairs = enumerate(zip(one.shape, two.shape, strict=True))
+    return next((axis for axis, (a, b) in pairs if a != b), -1)
+
+
+@program(static=("axes",))
+def _side_by_side(parts: tuple[Interventions, ...], *, axes: tuple[int, ...]) -> Interventions:
+    """Put interventions of one row each side by side."""
+    where = jax.tree.unflatten(jax.tree.structure(parts[0]), axes)
+    return jax.tree.map(lambda axis, *rows: jnp.concatenate(rows, axis), where, *parts)
+
+
+@program(static=("axes",), donate=("table",))
+def _write(table: Interventions, fresh: Interventions, rows: jax.Array, *,
+           axes: tuple[int, ...]) -> Interventions:
+    """Write rows of a table; those beyond its end are dropped."""
+    def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        return old.at[(slice(None),) * axis + (rows,)].set(new, mode="drop")
+
+    where = jax.tree.unflatten(jax.tree.structure(table), axes)
+    return jax.tree.map(put, table, fresh, where)

@@ -1,0 +1,368 @@
+"""Rows that decode together: a lane has B of them, with caches of one size.
+
+Prompts are prefilled a few at a time and put into free rows; finished rows are taken out. Which
+rows these are is data, so a lane needs few programs. A cache has a slot for each row, so rows of
+any age decode side by side. A prompt's shapes are functions of that prompt and of B alone, so its
+bits depend on neither its neighbours, nor its row, nor when it came.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpersona.captures.capture import Capture
+from jaxpersona.distributed import processes
+from jaxpersona.distributed.sharding import on_cpu
+from jaxpersona.engine.compiled import program
+from jaxpersona.engine.programs import Prefix, State, Stops, decode, prefill, prefill_prefix
+from jaxpersona.engine.prompts import bucket
+from jaxpersona.engine.sampling import Sampling
+from jaxpersona.interventions.compose import Interventions
+from jaxpersona.interventions.trace import Applied
+from jaxpersona.models.batch import LAST, USER, Batch
+from jaxpersona.models.batch import batch as make_batch
+from jaxpersona.models.cache import init_cache, kept_dtype
+from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.params import Params, in_out
+from jaxpersona.text.chat import Row
+
+if TYPE_CHECKING:
+    from jaxpersona.models.model import Model
+
+CHUNK = 64  # steps between two looks at the device
+_SHORTEST_PREFIX = 16  # tokens that are worth a pass of their own
+_LARGEST_COPY = 8e9  # bytes of weights beyond which speed is not worth holding them twice
+
+
+class Edits(Protocol):
+    """The interventions of a lane's rows, each row with its own."""
+
+    def structure(self, rows: int) -> Interventions:
+        """Return interventions of the lane's structure for so many rows, whatever they do."""
+        ...
+
+    def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
+        """Return the interventions of tasks in the first of `rows` rows."""
+        ...
+
+    def seat(self, tasks: Sequence[Task], fresh: Interventions, rows: np.ndarray) -> None:
+        """Give rows [n] of the lane to tasks, whose interventions `fresh` are; B is no row."""
+        ...
+
+    def seated(self, tasks: Sequence[Task | None]) -> Interventions:
+        """Return the interventions of all rows of the lane."""
+        ...
+
+    def key(self, task: Task) -> tuple:
+        """Return what tells a task's interventions from another's."""
+        ...
+
+
+@dataclasses.dataclass(eq=False)
+class Task:
+    """A prompt on its way through the engine.
+
+    Attributes:
+      number: its place among the prompts of a call, or in the order of requests.
+      row: the encoded prompt.
+      name: uint32, what it is for its random draws.
+      limit: the most tokens of its reply.
+      how: its sampling, of one row.
+      shape: the lengths that it is run at.
+      lane: what tells the lanes apart in which it may run.
+      edits: its own interventions, where the lane has none for all.
+      cancelled: it is to leave its row, without a result.
+    """
+
+    number: int
+    row: Row
+    name: int
+    limit: int
+    how: Sampling
+    shape: Shape
+    lane: Any
+    edits: Any = None
+    cancelled: bool = False
+
+
+class Setting(NamedTuple):
+    """What all rows of a lane share; equal settings share their programs.
+
+    Attributes:
+      slots: S of the caches.
+      max_new: the most tokens of a reply.
+      greedy: whether no row draws.
+    """
+
+    slots: int
+    max_new: int
+    greedy: bool
+    capture: Capture
+    stops: Stops
+
+
+class Shape(NamedTuple):
+    """The lengths that a prompt's programs are compiled for, functions of the prompt alone.
+
+    Attributes:
+      prefix: tokens of the padded prefix, 0 where none is shared.
+      width: tokens of the padded prompt, or of what follows the prefix.
+      slots: S of the cache.
+    """
+
+    prefix: int
+    width: int
+    slots: int
+
+
+def fast_params(model: Model, batch_size: int) -> Params:
+    """Return the parameters in the order in which their device multiplies many rows fastest.
+
+    On a CPU in float32 that is a copy: twice the weights' memory, as long as the model is held. It
+    is made once for each `model.Model`; for other classes that stand for one, at every call.
+    """
+    embed = model.params.embed_vd
+    if (not on_cpu(embed) or embed.dtype != jnp.float32 or batch_size < 8
+            or model.mesh is not None or model.config.bytes(4) > _LARGEST_COPY):
+        return model.params
+    held = getattr(model, "derived", None)
+    return in_out(model.params) if held is None else held.get(model.params, in_out)
+
+
+def shape_of(row: Row, max_new: int, share_prefix: bool) -> Shape:
+    """Return the lengths that a prompt is run at."""
+    shared = prefix_length(row) if share_prefix else 0
+    before = bucket(shared) if shared else 0
+    width = bucket(row.tokens.size - shared)
+    return Shape(before, width, -(-(before + width + max_new) // 64) * 64)
+
+
+def prefix_length(row: Row) -> int:
+    """Count the tokens before the first user message; 0 where they are few."""
+    users = np.flatnonzero(row.kind & USER)
+    length = int(users[0]) if users.size else 0
+    return length if length >= _SHORTEST_PREFIX else 0
+
+
+class Lane:
+    """B rows and what they hold.
+
+    Attributes:
+      rows: B.
+      together: how many prompts are prefilled, and taken out, in one program.
+      tasks: who has each row, or None.
+      filling: whether rows were given away since the last step.
+    """
+
+    def __init__(self, config: ModelConfig, params: Params, setting: Setting, edits: Edits,
+                 rows: int, together: int) -> None:
+        self.config, self.params, self.setting, self.edits = config, params, setting, edits
+        self.rows, self.together = rows, together
+        self.tasks: list[Task | None] = [None] * rows
+        self.filling = False
+        self.prefixes: OrderedDict[tuple, Prefix] = OrderedDict()
+        one, two = (jax.eval_shape(functools.partial(self._blank, n)) for n in (1, 2))
+        self.axes: State = jax.tree.map(_differing_axis, one, two)
+        self.state: Any = self._blank(rows) if together < rows else None
+
+    @property
+    def free(self) -> int:
+        """The number of rows that nobody has."""
+        return self.tasks.count(None)
+
+    def admit(self, chosen: list[Task], shape: Shape) -> None:
+        """Prefill at most `together` prompts of one shape and give each a free row.
+
+        Without prompts the programs run all the same, and are compiled by it.
+        """
+        edits = self.edits.of(chosen, self.together)
+        fresh = self._prefill(chosen, shape, edits)
+        free = [i for i, task in enumerate(self.tasks) if task is None][: len(chosen)]
+        at = np.full(self.together, self.rows, np.int32)  # beyond the end: dropped
+        at[: len(free)] = free
+        if self.together == self.rows:
+            self.state = fresh
+        else:
+            self.state = _seat(self.state, fresh, at, axes=_static(self.axes))
+        self.edits.seat(chosen, edits, at)
+        for i, task in zip(free, chosen, strict=True):
+            self.tasks[i] = task
+
+    def decode(self, most_done: int, steps: int) -> np.ndarray:
+        """Decode until `most_done` rows are done or so many steps were taken.
+
+        Returns:
+          The rows that somebody has and that are done.
+        """
+        setting = self.setting
+        how = jax.tree.map(lambda *x: np.concatenate(x), *(
+            _IDLE if task is None else task.how for task in self.tasks))
+        self.state = decode(
+            self.params, self.config, self.state, self.edits.seated(self.tasks), setting.capture,
+            how, setting.stops, jnp.asarray(int(self.state.step) + steps, jnp.int32),
+            jnp.asarray(most_done, jnp.int32), greedy=setting.greedy)
+        seated = np.array([task is not None for task in self.tasks])
+        return np.flatnonzero(processes.fetch(self.state.done) & seated)
+
+    def take_out(self, done: np.ndarray) -> list[tuple[list[Task], State]]:
+        """Free rows that are done.
+
+        Returns:
+          At most `together` tasks at a time, and a state whose first rows are theirs.
+        """
+        out = []
+        for begin in range(0, max(done.size, 1), self.together):
+            rows = done[begin : begin + self.together]
+            state = self.state
+            if self.together < self.rows:
+                at = np.zeros(self.together, np.int32)
+                at[: rows.size] = rows
+                state = _leave(self.state, at, axes=_static(self.axes))
+            tasks = [task for i in rows if (task := self.tasks[i]) is not None]
+            out.append((tasks, state))
+        for i in done:
+            self.tasks[i] = None
+        return out if done.size else []
+
+    def end(self, rows: Sequence[int]) -> None:
+        """Free rows whose replies nobody waits for any more."""
+        gone = np.zeros(self.rows, bool)
+        for i in rows:
+            gone[i], self.tasks[i] = True, None
+        self.state = _end(self.state, gone)
+
+    def _prefill(self, chosen: list[Task], shape: Shape, edits: Interventions) -> State:
+        """Run the prompts of some rows and choose their first tokens."""
+        setting, count = self.setting, self.together
+        shared = [prefix_length(task.row) if shape.prefix else 0 for task in chosen]
+        prefix = None
+        if shape.prefix:
+            parts = [self._prefix(task, shared[i], shape) for i, task in enumerate(chosen)]
+            parts += parts[:1] * (count - len(chosen))  # of padding rows, which nobody reads
+            axes = self.axes
+            prefix = _stack(tuple(parts), axes=_static(
+                Prefix(axes.cache, axes.captured, axes.applied, axes.gates, axes.nonfinite)))
+        batch = _cut(chosen, shared, [task.row.tokens.size for task in chosen], shape.width, count,
+                     shape.prefix > 0)
+        how = jax.tree.map(lambda *x: np.concatenate(x), *(
+            task.how for task in chosen), *[_IDLE] * (count - len(chosen)))
+        limit = np.array([task.limit for task in chosen] + [0] * (count - len(chosen)), np.int32)
+        return prefill(self.params, self.config, batch, edits, setting.capture, how, setting.stops,
+                       jnp.asarray(limit), slots=setting.slots, max_new=setting.max_new,
+                       greedy=setting.greedy, prefix=prefix)
+
+    def _prefix(self, task: Task, shared: int, shape: Shape) -> Prefix:
+        """Return what a prompt's prefix leaves behind, computed once for all that share it."""
+        key = (*prefix_key(task), *self.edits.key(task))
+        if key not in self.prefixes:
+            batch = _cut([task], [0], [shared], shape.prefix, 1, True)
+            self.prefixes[key] = prefill_prefix(
+                self.params, self.config, batch, self.edits.of([task], 1), self.setting.capture,
+                slots=self.setting.slots)
+            if len(self.prefixes) > self.together:
+                self.prefixes.popitem(last=False)
+        return self.prefixes[key]
+
+    def _blank(self, rows: int) -> State:
+        """Return a state with all rows free."""
+        config, setting = self.config, self.setting
+        edits, slots = self.edits.structure(rows).edits, setting.slots
+        zeros = jnp.zeros((rows,), jnp.int32)
+        blank = State(
+            cache=init_cache(config, rows, slots, kept_dtype(self.params.embed_vd)),
+            token=zeros, position=zeros, turn=zeros, row_id=zeros.astype(jnp.uint32),
+            done=jnp.ones((rows,), bool), thinking=jnp.zeros((rows,), bool), limit=zeros,
+            length=zeros, tokens=jnp.full((rows, setting.max_new), -1, jnp.int32),
+            step=jnp.zeros((), jnp.int32), captured=setting.capture.start(config, rows, slots),
+            applied=tuple(Applied(zeros, jnp.zeros((len(edit.layers), rows), jnp.int32))
+                          for edit in edits),
+            gates={str(number): edit.gate.start(rows)
+                   for number, edit in enumerate(edits) if edit.gate is not None},
+            nonfinite=jnp.zeros((rows,), bool),
+            fence=None if setting.stops.fences is None else zeros,
+            matched=None if setting.stops.strings is None else zeros,
+        )
+        return jax.tree.map(jnp.copy, blank)  # a buffer of its own each, because they are donated
+
+
+_IDLE = Sampling(*(np.array([value], kind) for value, kind in (
+    (0, np.float32), (1, np.float32), (0, np.int32), (0, np.uint32))))
+
+
+def prefix_key(task: Task) -> tuple:
+    """Return what prompts that share a prefix have in common."""
+    n = prefix_length(task.row) if task.shape.prefix else 0
+    row = task.row
+    return tuple(x[:n].tobytes() for x in (row.tokens, row.kind, row.turn)) if n else ()
+
+
+def _cut(chosen: Sequence[Task], start: Sequence[int], stop: Sequence[int], width: int, size: int,
+         chunk: bool) -> Batch:
+    """Make a batch of `size` rows from tokens start…stop of prompts, the missing rows empty."""
+    shape = (size, width)
+    tokens, position, turn = (np.zeros(shape, np.int32) for _ in range(3))
+    kind = np.zeros(shape, np.uint16)
+    names = np.zeros(size, np.uint32)
+    for b, (task, low, high) in enumerate(zip(chosen, start, stop, strict=True)):
+        row = task.row
+        whole = make_batch([row.tokens], kind=[row.kind & ~LAST], turn=[row.turn])
+        for out, values in ((tokens, whole.tokens), (position, whole.position),
+                            (kind, whole.kind), (turn, whole.turn)):
+            out[b, : high - low] = values[0, low:high]
+        names[b] = task.name
+    return jax.tree.map(jnp.asarray, Batch(tokens, position, kind, turn, row_id=names,
+                                           chunk=chunk))
+
+
+def _differing_axis(one: Any, two: Any) -> int:
+    """Return the axis of rows: the one in which states of one row and of two differ, else −1."""
+    pairs = enumerate(zip(one.shape, two.shape, strict=True))
+    return next((axis for axis, (a, b) in pairs if a != b), -1)
+
+
+def _static(axes: Any) -> tuple[int, ...]:
+    return tuple(jax.tree.leaves(axes))
+
+
+@program(static=("axes",), donate=("state",))
+def _seat(state: State, fresh: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
+    """Put prefilled rows into the given rows of a state."""
+
+    def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        return old if axis < 0 else old.at[(slice(None),) * axis + (rows,)].set(new, mode="drop")
+
+    return jax.tree.map(put, state, fresh, jax.tree.unflatten(jax.tree.structure(state), axes))
+
+
+@program(donate=("state",))
+def _end(state: State, gone: jax.Array) -> State:
+    """Mark rows [B] as done."""
+    return state.replace(done=state.done | gone)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@program(static=("axes",))
+def _leave(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
+    """Copy the given rows out of a state, but for their keys and values."""
+    where = jax.tree.unflatten(jax.tree.structure(state), axes)
+    state, where = (x.replace(cache=x.cache.replace(k=(), v=()))  # pyright: ignore
+                    for x in (state, where))
+
+    def take(value: jax.Array, axis: int) -> jax.Array:
+        return value if axis < 0 else jnp.take(value, rows, axis, mode="clip")
+
+    return jax.tree.map(take, state, where)
+
+
+@program(static=("axes",))
+def _stack(parts: tuple[Prefix, ...], *, axes: tuple[int, ...]) -> Prefix:
+    """Put prefixes of one row each side by side."""
+    where = jax.tree.unflatten(jax.tree.structure(parts[0]), axes)
+    return jax.tree.map(lambda axis, *rows: jnp.concatenate(rows, axis), where, *parts)
