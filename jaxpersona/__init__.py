@@ -12,8 +12,11 @@ from jaxpersona.captures import capture
 from jaxpersona.ckpts.loading import load
 from jaxpersona.ckpts.vectors import load_axis, load_caps, load_vector, save_vector
 from jaxpersona.distributed.sharding import make_mesh
+from jaxpersona.engine.engine import Engine
 from jaxpersona.engine.extract import Extracted, extract
 from jaxpersona.engine.generate import Generated, generate
+from jaxpersona.engine.replies import Reply
+from jaxpersona.engine.request import Event, Handle, QueueFull, Request
 from jaxpersona.interventions import (
     Interventions,
     Where,
@@ -60,11 +63,12 @@ from jaxpersona.vectors.vector import Axis, Caps, Vector
 __version__ = "0.1.0"
 
 __all__ = [
-    "Applied", "Axis", "Batch", "Cache", "Caps", "Check", "Extracted", "Generated",
-    "Interventions", "Model", "ModelConfig", "Output", "Params", "Vector", "Where", "ablate",
-    "assistant", "batch", "cap", "capture", "chain", "check", "custom", "encode", "everywhere",
-    "extract", "forward", "from_hf", "from_last", "gate", "generate", "generated", "init_cache",
-    "init_params", "last", "load", "load_axis", "load_caps", "load_vector", "make_mesh", "marked",
-    "mean_ablate", "preset", "prompt", "reserve", "response", "restore_norm", "rotate",
-    "save_vector", "scale", "set_projection", "stack_rows", "steer", "system", "turns", "user",
+    "Applied", "Axis", "Batch", "Cache", "Caps", "Check", "Engine", "Event", "Extracted",
+    "Generated", "Handle", "Interventions", "Model", "ModelConfig", "Output", "Params",
+    "QueueFull", "Reply", "Request", "Vector", "Where", "ablate", "assistant", "batch", "cap",
+    "capture", "chain", "check", "custom", "encode", "everywhere", "extract", "forward",
+    "from_hf", "from_last", "gate", "generate", "generated", "init_cache", "init_params", "last",
+    "load", "load_axis", "load_caps", "load_vector", "make_mesh", "marked", "mean_ablate",
+    "preset", "prompt", "reserve", "response", "restore_norm", "rotate", "save_vector", "scale",
+    "set_projection", "stack_rows", "steer", "system", "turns", "user",
 ]

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import operator
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.captures.capture import Capture, TokenState
-from jaxpersona.captures.missing import describe_empty, result_of
+from jaxpersona.captures.capture import Capture
+from jaxpersona.captures.missing import describe_empty
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.sharding import off_mesh, on_own_mesh, rows_divisor
 from jaxpersona.engine import prompts
@@ -36,8 +34,10 @@ from jaxpersona.engine.lanes import (
 )
 from jaxpersona.engine.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
 from jaxpersona.engine.programs import State, Stops
+from jaxpersona.engine.replies import Finished, unpack
 from jaxpersona.engine.sampling import Sampling, sampling
 from jaxpersona.engine.scheduler import Collect, Scheduler
+from jaxpersona.engine.stopping import text_of
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.models.batch import CODE
@@ -156,8 +156,8 @@ def generate(
 
     def explained() -> str:
         i = min(out.nonfinite)
-        hit, done = len(out.nonfinite), len(out.tokens)
-        return explain(model, chat.answered(model.tokenizer, rows[i], out.tokens[i]),
+        hit, done = len(out.nonfinite), len(out.done)
+        return explain(model, chat.answered(model.tokenizer, rows[i], out.done[i].tokens),
                        edits.take([i]), f"conversation {i}", f"{hit} of {done} replies ended at")
 
     def collect(tasks: list[Task], state: State) -> None:
@@ -165,7 +165,7 @@ def generate(
         if out.nonfinite and stop:
             raise ValueError(explained())
         if progress is not None:
-            progress(len(out.tokens), count, out.total)
+            progress(len(out.done), count, out.total)
 
     stops = stops_of(model, asks_for_code(edits, capture))
     drain(model, rows, names, limits, how, edits, capture, stops, collect,
@@ -237,76 +237,41 @@ def stops_of(model: Model, code: bool) -> Stops:
 
 
 class _Collector:
-    """Put batches' results back into the order of the conversations."""
+    """Put finished replies back into the order of the conversations."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.total = 0
-        self.tokens: dict[int, np.ndarray] = {}
-        self.stopped = np.zeros(count, bool)
-        self.values: dict[str, dict[int, Any]] = defaultdict(dict)
-        self.ragged: set[str] = set()
-        self.empty: dict[str, list[int]] = defaultdict(list)  # rows of which no token was read
-        self.applied: list[tuple[list[int], tuple[Applied, ...]]] = []
+        self.done: dict[int, Finished] = {}
         self.nonfinite: list[int] = []
 
-    def add(self, members: list[int], state: State) -> None:
-        """Take over one batch's rows."""
-        keep = (state.tokens, state.length, state.cache.next, state.captured, state.applied,
-                state.nonfinite)
-        tokens, length, used, captured, applied, nonfinite = processes.fetch(keep)
-        values = {name: result_of(part) for name, part in captured.items()}
-        for name, part in captured.items():
-            if hasattr(part, "empty"):
-                self.empty[name] += [i for i, none in zip(members, part.empty, strict=False)
-                                     if none]
-            if isinstance(part, TokenState):
-                self.ragged.add(name)
-        for row, i in enumerate(members):
-            # every content token was run; a stop token was chosen but never run
-            ran = int(used[row])
-            self.tokens[i] = tokens[row, : length[row]]
-            if nonfinite[row]:
-                self.nonfinite.append(i)
-            for name, value in values.items():
-                mine = jax.tree.map(operator.itemgetter(row), value)
-                self.values[name][i] = np.array(mine[:, :ran]) if name in self.ragged else (
-                    jax.tree.map(np.array, mine))
-        self.applied.append((members, applied))
-        self.total += int(length[: len(members)].sum())
+    def add(self, tasks: list[Task], state: State) -> None:
+        """Take the rows of tasks from a state."""
+        for task, finished in zip(tasks, unpack(state, tasks), strict=True):
+            self.done[task.number] = finished
+            self.total += finished.tokens.size
+            if finished.nonfinite:
+                self.nonfinite.append(task.number)
 
     def finish(self, model: Model, rows: list[chat.Row]) -> Generated:
-        """Cut the stop tokens off and put everything in order."""
-        for name, rows_of in self.empty.items():
-            if rows_of:
+        """Remove the stop tokens and put everything in order."""
+        done = [self.done[i] for i in range(self.count)]
+        for name in done[0].captured:
+            if empty := [i for i, one in enumerate(done) if name in one.empty]:
                 _LOG.warning("capture %r %s", name,
-                             describe_empty(sorted(rows_of), self.count, "conversations"))
-        stops, bad = set(model.stop_ids), set(self.nonfinite)
-        tokens, finish = [], []
-        for i in range(self.count):
-            ids = self.tokens[i]
-            self.stopped[i] = bool(ids.size) and int(ids[-1]) in stops
-            finish.append("nonfinite" if i in bad else "stop" if self.stopped[i] else "length")
-            tokens.append(ids[:-1] if self.stopped[i] else ids)
-        text = [""] * self.count
-        if model.tokenizer is not None:
-            text = [model.tokenizer.decode(t.tolist(), skip_special_tokens=True) for t in tokens]
+                             describe_empty(empty, self.count, "conversations"))
+        stops = set(model.stop_ids)
+        stopped = np.array([bool(x.tokens.size) and int(x.tokens[-1]) in stops for x in done])
+        tokens = [x.tokens[:-1] if end else x.tokens for x, end in zip(done, stopped, strict=True)]
+        finish = ["nonfinite" if x.nonfinite else "stop" if end else "length"
+                  for x, end in zip(done, stopped, strict=True)]
         captured = {
-            name: [by_row[i] for i in range(self.count)] if name in self.ragged
-            else jax.tree.map(lambda *x: np.stack(x), *(by_row[i] for i in range(self.count)))
-            for name, by_row in self.values.items()
+            name: [x.captured[name] for x in done] if name in done[0].per_token
+            else jax.tree.map(lambda *x: np.stack(x), *(x.captured[name] for x in done))
+            for name in done[0].captured
         }
-        return Generated(text, tokens, self.stopped, rows, captured, self._counts(), finish)
-
-    def _counts(self) -> tuple[Applied, ...]:
-        tables = len(self.applied[0][1])
-        out = []
-        for number in range(tables):
-            layers = self.applied[0][1][number].changed.shape[0]
-            seen = np.zeros(self.count, np.int32)
-            changed = np.zeros((layers, self.count), np.int32)
-            for members, applied in self.applied:
-                seen[members] = applied[number].seen[: len(members)]
-                changed[:, members] = applied[number].changed[:, : len(members)]
-            out.append(Applied(seen, changed))
-        return tuple(out)
+        applied = tuple(Applied(np.array([x.applied[table].seen for x in done], np.int32),
+                                np.stack([x.applied[table].changed for x in done], 1))
+                        for table in range(len(done[0].applied)))
+        return Generated([text_of(model.tokenizer, t) for t in tokens], tokens, stopped, rows,
+                         captured, applied, finish)

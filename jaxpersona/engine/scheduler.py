@@ -5,8 +5,9 @@ It knows nothing of conversations and threads: `generate` drains it, `Engine` st
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from jaxpersona.engine.lanes import CHUNK, Lane, Task
 from jaxpersona.engine.programs import State
 
 Collect = Callable[[list[Task], State], None]
+Failed = Callable[[list[Task], BaseException], None]
 
 
 class Scheduler:
@@ -30,7 +32,7 @@ class Scheduler:
 
     def __init__(self, open_lane: Callable[[Hashable], Lane], collect: Collect, *,
                  lanes: int = 1, batched: bool = True, refill: bool = True,
-                 chunk: int = CHUNK) -> None:
+                 chunk: int = CHUNK, failed: Failed | None = None) -> None:
         """Begin with nothing.
 
         Args:
@@ -41,9 +43,12 @@ class Scheduler:
             as soon as it can be.
           refill: admit prompts while others decode; else only into an empty lane.
           chunk: the most steps between two looks at the device.
+          failed: called with prompts whose lane failed, and the error; their lane is dropped.
+            Without it the error is raised.
         """
         self.open_lane, self.collect = open_lane, collect
         self.most, self.batched, self.refill, self.chunk = lanes, batched, refill, chunk
+        self.failed = failed
         self.waiting: deque[Task] = deque()
         self.lanes: dict[Any, Lane] = {}
 
@@ -53,15 +58,17 @@ class Scheduler:
         return not self.waiting and not any(_busy(lane) for lane in self.lanes.values())
 
     def step(self) -> None:
-        """Admit what can be admitted and run one chunk of every lane."""
-        while self._admit():
-            pass
-        for key, lane in list(self.lanes.items()):
+        """Free the rows of cancelled prompts, admit others, and run one chunk of every lane."""
+        for lane in self.lanes.values():
             if (gone := [i for i, task in enumerate(lane.tasks)
                          if task is not None and task.cancelled]):
                 lane.end(gone)
+        while self._admit():
+            pass
+        for key, lane in list(self.lanes.items()):
             if _busy(lane):
-                self._decode(key, lane)
+                with self._alone(key, []):
+                    self._decode(key, lane)
 
     def lane_of(self, key: Any) -> Lane | None:
         """Return a key's lane, opened if need be, or None where it must wait for another."""
@@ -84,6 +91,8 @@ class Scheduler:
         lane = self.lane_of(first.lane)
         if lane is None or (_busy(lane) and not self.refill and not lane.filling):
             return False
+        if lane.together == lane.rows and _busy(lane):  # prefill would replace all rows
+            return False
         # the fewest free rows that are worth a prefill
         least = lane.together if self.batched and self.refill else 1
         room = min(lane.together, lane.free)
@@ -98,9 +107,21 @@ class Scheduler:
                 chosen.append(self.waiting.popleft())
             else:
                 break
-        lane.admit(chosen, first.shape)
-        lane.filling = True
+        with self._alone(first.lane, chosen):
+            lane.admit(chosen, first.shape)
+            lane.filling = True
         return True
+
+    @contextlib.contextmanager
+    def _alone(self, key: Any, chosen: list[Task]) -> Iterator[None]:
+        """Let an error end a lane and its prompts, not those of others."""
+        try:
+            yield
+        except Exception as error:
+            if self.failed is None:
+                raise
+            lane = self.lanes.pop(key)
+            self.failed([*chosen, *(task for task in lane.tasks if task is not None)], error)
 
     def _decode(self, key: Any, lane: Lane) -> None:
         lane.filling = False

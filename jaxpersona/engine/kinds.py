@@ -1,0 +1,61 @@
+"""What the requests of one lane have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpersona.captures.capture import Capture
+from jaxpersona.engine import stopping
+from jaxpersona.engine.generate import stops_of
+from jaxpersona.engine.lanes import Setting
+from jaxpersona.interventions.compose import Interventions
+
+if TYPE_CHECKING:
+    from jaxpersona.models.model import Model
+
+
+class Kind:
+    """A kind of request; equal kinds share a lane.
+
+    Attributes:
+      slots: S of the cache.
+      greedy: whether the request draws nothing.
+      code: whether a test of it asks for fenced code.
+      strings: its stop strings (`stopping.checked`).
+      capture: what is read, compared by its values.
+      idle: one row without interventions, in the structure of the request's.
+    """
+
+    def __init__(self, slots: int, greedy: bool, code: bool, strings: tuple[str, ...],
+                 capture: Capture, idle: Interventions) -> None:
+        self.slots, self.greedy, self.code, self.strings = slots, greedy, code, strings
+        self.capture, self.idle = capture, idle
+        reads, reads_structure = jax.tree.flatten(jax.device_get(capture))
+        edits, edits_structure = jax.tree.flatten(idle)
+        self.key = (slots, greedy, code, strings, reads_structure,
+                    tuple((x.shape, x.tobytes()) for x in map(np.asarray, reads)),
+                    edits_structure, tuple(x.shape for x in edits))
+        self._hash = hash(self.key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Kind) and self.key == other.key
+
+    def setting(self, model: Model) -> Setting:
+        """Return what the rows of its lane share; the longest reply fills the cache."""
+        stops = stops_of(model, self.code)
+        if self.strings:
+            table = stopping.table(model.tokenizer, model.config.vocab_size, self.strings)
+            stops = stops.replace(strings=jnp.asarray(table))  # pyright: ignore
+        return Setting(self.slots, self.slots, self.greedy, self.capture, stops)
+
+    @property
+    def match(self) -> int | None:
+        """The state of the stop strings' automaton that is a match, if there are any."""
+        return len(stopping.automaton(self.strings)) - 1 if self.strings else None

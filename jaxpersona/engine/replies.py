@@ -1,0 +1,98 @@
+"""Finished replies: taken from a lane's state, and as a caller gets them."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxpersona.captures.capture import TokenState
+from jaxpersona.captures.missing import result_of
+from jaxpersona.distributed import processes
+from jaxpersona.engine.lanes import Task
+from jaxpersona.engine.programs import State
+from jaxpersona.interventions.trace import Applied
+from jaxpersona.text.chat import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """One row of a state, on the host.
+
+    Attributes:
+      tokens: [n] int32, the ids that were chosen, a stop token included.
+      captured: the result of each reading: [L, …], or for readings per token [L, T, …] over the
+        tokens of the prompt and of the reply that ran.
+      per_token: the names of the readings per token.
+      empty: the names of readings that saw no token.
+      applied: for each table: seen [], changed [l].
+      nonfinite: whether an activation or a logit was not finite.
+      matched: whether a stop string ended the reply.
+    """
+
+    tokens: np.ndarray
+    captured: dict[str, Any]
+    per_token: frozenset[str]
+    empty: frozenset[str]
+    applied: tuple[Applied, ...]
+    nonfinite: bool
+    matched: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """The reply to one request.
+
+    Attributes:
+      text: the reply without the stop token, cut before a stop string; "" without a tokenizer.
+      tokens: [n] int32, its ids without the stop token. The last one may complete a stop string.
+      finish: "stop" (a stop token or a stop string), "length" (the limit), "cancelled", or
+        "nonfinite" (an activation was NaN or infinite: do not use what was captured).
+      row: the encoded prompt.
+      captured: the result of each reading by its name: [L, …], or for readings per token
+        [L, T, …] over the tokens of the prompt and of the reply. A stop token, and a token that
+        completes a stop string, is chosen but never run, so it is not captured. Empty where the
+        request was cancelled.
+      applied: one `Applied` for each table of the interventions: seen [], changed [l].
+    """
+
+    text: str
+    tokens: np.ndarray
+    finish: str
+    row: Row
+    captured: dict[str, Any]
+    applied: tuple[Applied, ...]
+
+
+def unpack(state: State, tasks: Sequence[Task], match: int | None = None) -> list[Finished]:
+    """Bring the first rows of a state, one for each task, to the host.
+
+    Args:
+      match: the state of the stop strings' automaton that is a match, if there are any.
+    """
+    keep = (state.tokens, state.length, state.cache.next, state.captured, state.applied,
+            state.nonfinite, state.matched)
+    tokens, length, used, captured, applied, nonfinite, progress = processes.fetch(keep)
+    values = {name: result_of(part) for name, part in captured.items()}
+    per_token = frozenset(name for name, part in captured.items() if isinstance(part, TokenState))
+    out = []
+    for row in range(len(tasks)):
+        ran = int(used[row])  # every content token ran; a stop token was chosen but never ran
+        own = {name: jax.tree.map(operator.itemgetter(row), value)
+               for name, value in values.items()}
+        out.append(Finished(
+            tokens=tokens[row, : length[row]],
+            captured={name: np.array(value[:, :ran]) if name in per_token
+                      else jax.tree.map(np.array, value) for name, value in own.items()},
+            per_token=per_token,
+            empty=frozenset(name for name, part in captured.items()
+                            if hasattr(part, "empty") and part.empty[row]),
+            applied=tuple(Applied(table.seen[row], table.changed[:, row]) for table in applied),
+            nonfinite=bool(nonfinite[row]),
+            matched=match is not None and int(progress[row]) == match,
+        ))
+    return out

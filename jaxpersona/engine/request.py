@@ -1,0 +1,110 @@
+"""What is asked of an engine, and what it gives back while it works."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+import numpy as np
+
+from jaxpersona.captures.capture import Capture
+from jaxpersona.engine.replies import Reply
+from jaxpersona.interventions.compose import Interventions
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A conversation to reply to, with its own settings.
+
+    Attributes:
+      conversation: a list of {"role", "content"}, a string (one user message), a `chat.Row`, or
+        token ids.
+      interventions: what is done to its activations; for all rows alike, without `rows=`.
+      capture: what to read off its activations.
+      max_new_tokens: the most tokens of the reply; less where the model's context ends before.
+      temperature, top_p, top_k, seed: how tokens are drawn (`sampling.Sampling`).
+      stop: texts that end the reply, also across tokens. The reply's text ends before them.
+      id: uint32, what the request is for its random draws; default: a hash of its tokens. Two
+        requests with the same tokens, id, seed and settings get the same reply.
+      thinking: let a model that can think do so before it answers.
+    """
+
+    conversation: Any
+    interventions: Interventions | None = None
+    capture: Capture | None = None
+    max_new_tokens: int = 512
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    stop: Any = ()
+    id: int | None = None
+    thinking: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """A piece of a reply.
+
+    Attributes:
+      text: what follows the text of the events before; all of them join to `Reply.text`.
+      tokens: [n] int32, the ids that follow those of the events before.
+      projections: for each capture of projections [n, L, K], those of `tokens`.
+      reply: the whole reply in the last event, else None.
+    """
+
+    text: str
+    tokens: np.ndarray
+    projections: dict[str, np.ndarray]
+    reply: Reply | None = None
+
+
+class QueueFull(RuntimeError):
+    """As many requests wait as the engine's queue holds."""
+
+
+class Handle:
+    """A request that was submitted; `Engine.result` and `Engine.stream` take it.
+
+    Attributes:
+      request: the request.
+      number: its place in the order of requests.
+    """
+
+    def __init__(self, request: Request, number: int) -> None:
+        self.request, self.number = request, number
+        self._lock = threading.Lock()
+        self._tokens = np.zeros(0, np.int32)
+        self._projections: dict[str, np.ndarray] = {}
+        self._reply: Reply | None = None
+        self._error: BaseException | None = None
+        self._streamed = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the reply is complete, was cancelled, or has failed."""
+        with self._lock:
+            return self._reply is not None or self._error is not None
+
+    def _look(self) -> tuple[np.ndarray, dict[str, np.ndarray], Reply | None, BaseException | None]:
+        with self._lock:
+            return self._tokens, self._projections, self._reply, self._error
+
+    def _grow(self, tokens: np.ndarray, projections: dict[str, np.ndarray]) -> None:
+        with self._lock:
+            self._tokens, self._projections = tokens, projections
+
+    def _finish(self, reply: Reply | None, error: BaseException | None = None) -> bool:
+        """Set the outcome, unless there is one; return whether it was set."""
+        with self._lock:
+            if self._reply is not None or self._error is not None:
+                return False
+            self._reply, self._error = reply, error
+            return True
+
+    def __repr__(self) -> str:
+        tokens, _, reply, error = self._look()
+        state = (f"failed: {type(error).__name__}" if error is not None
+                 else reply.finish if reply is not None else f"{tokens.size} tokens so far")
+        return f"Handle({self.number}: {state})"

@@ -1,0 +1,176 @@
+"""Stop strings: an automaton over the vocabulary, and the text of a reply while it is written.
+
+A stop string may begin and end inside tokens. The automaton of Aho and Corasick (1975) runs over
+bytes; a token's bytes take it from one state to another, so the whole of it is one table
+[V, states] that the decode loop reads.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+STATES = 255  # the most, because the table holds uint8
+
+
+def checked(stop: Any) -> tuple[str, ...]:
+    """Return stop strings as a tuple.
+
+    Raises:
+      ValueError: something that is no list of texts, an empty text, or too many bytes.
+    """
+    strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if not all(isinstance(text, str) and text for text in strings):
+        raise ValueError(f"stop is {stop!r:.60}; it must be a list of texts that are not empty")
+    strings = tuple(sorted(set(strings)))
+    size = sum(len(text.encode()) for text in strings)
+    if size > STATES - 2:
+        raise ValueError(f"stop has {size} bytes of text; at most {STATES - 2} are possible")
+    return strings
+
+
+def automaton(strings: Sequence[str]) -> np.ndarray:
+    """Return the automaton of stop strings: [states, 256] uint8, the last state is a match."""
+    texts = [text.encode() for text in strings]
+    tree: list[dict[int, int]] = [{}]
+    ends: set[int] = set()
+    for text in texts:
+        state = 0
+        for byte in text:
+            if byte not in tree[state]:
+                tree.append({})
+                tree[state][byte] = len(tree) - 1
+            state = tree[state][byte]
+        ends.add(state)
+    match = len(tree)
+    step = np.zeros((match + 1, 256), np.int32)
+    fail = [0] * match
+    order = [0]
+    for state in order:  # breadth first: what a state falls back to is complete before it
+        for byte in range(256):
+            if byte in tree[state]:
+                step[state, byte] = child = tree[state][byte]
+                fail[child] = step[fail[state], byte] if state else 0
+                order.append(child)
+            else:
+                step[state, byte] = step[fail[state], byte] if state else 0
+        if fail[state] in ends:
+            ends.add(state)
+    step[np.isin(step, list(ends))] = match
+    step[match] = match
+    return step.astype(np.uint8)
+
+
+def token_bytes(tokenizer: Any, size: int) -> list[bytes]:
+    """Return the bytes that each of `size` ids adds to a decoded text; none for special tokens."""
+    count = min(len(tokenizer), size)
+    names = tokenizer.convert_ids_to_tokens(range(count))
+    special = set(tokenizer.all_special_ids)
+    added = {number: str(token) for number, token in
+             getattr(tokenizer, "added_tokens_decoder", {}).items()}
+    level = _byte_level() if _is_byte_level(tokenizer) else None
+    out = []
+    for number, name in enumerate(names):
+        if number in special or name is None:
+            out.append(b"")
+        elif number in added:
+            out.append(added[number].encode())
+        elif level is not None and all(c in level for c in name):
+            out.append(bytes(level[c] for c in name))
+        elif level is None and re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", name):
+            out.append(bytes([int(name[3:5], 16)]))
+        else:
+            out.append(name.replace("▁", " ").encode())
+    return out + [b""] * (size - count)
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return "ByteLevel" in str(getattr(backend, "decoder", ""))
+
+
+@functools.cache
+def _byte_level() -> dict[str, int]:
+    """Return the byte of each character of GPT-2's alphabet."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+@functools.lru_cache(maxsize=8)
+def table(tokenizer: Any, size: int, strings: tuple[str, ...]) -> np.ndarray:
+    """Return the state that each token leads to from each state: [size, states] uint8.
+
+    Args:
+      tokenizer: of transformers.
+      size: V.
+      strings: what `checked` returned.
+
+    The last state is a match, which no token leaves.
+    """
+    step = automaton(strings)
+    texts = _texts(tokenizer, size, len(tokenizer))
+    out = np.tile(np.arange(len(step), dtype=np.uint8), (size, 1))
+    length = np.array([len(text) for text in texts])
+    order = np.argsort(-length, kind="stable")
+    for at in range(int(length.max(initial=0))):
+        live = order[: int((length > at).sum())]
+        byte = np.array([texts[i][at] for i in live])
+        out[live] = step[out[live], byte[:, None]]
+    out.flags.writeable = False
+    return out
+
+
+@functools.lru_cache(maxsize=2)
+def _texts(tokenizer: Any, size: int, count: int) -> list[bytes]:
+    return token_bytes(tokenizer, size)
+
+
+def cut(text: str, strings: Sequence[str]) -> str:
+    """Return a text up to the first stop string in it."""
+    places = [place for one in strings if (place := text.find(one)) >= 0]
+    return text[: min(places)] if places else text
+
+
+class Written:
+    """The text of a reply while its tokens arrive, in pieces that join to the whole.
+
+    Text is held back while it may still change: an incomplete character, white space at the end,
+    and the beginning of a stop string.
+    """
+
+    def __init__(self, tokenizer: Any, strings: Sequence[str] = ()) -> None:
+        self.tokenizer, self.strings, self.sent = tokenizer, strings, ""
+
+    def push(self, tokens: np.ndarray) -> str:
+        """Return what is new and certain of the text of all tokens so far."""
+        whole = text_of(self.tokenizer, tokens, self.strings)
+        held = whole.rstrip("\ufffd \n\t")
+        for one in self.strings:
+            for length in range(min(len(one) - 1, len(held)), 0, -1):
+                if whole[: len(held)].endswith(one[:length]):
+                    held = held[: len(held) - length]
+                    break
+        return self._new(held)
+
+    def finish(self, whole: str) -> str:
+        """Return what is left of the final text."""
+        return self._new(whole)
+
+    def _new(self, text: str) -> str:
+        if not text.startswith(self.sent):  # decoded otherwise with more tokens
+            return ""
+        piece, self.sent = text[len(self.sent):], text
+        return piece
+
+
+def text_of(tokenizer: Any, tokens: np.ndarray, strings: Sequence[str] = ()) -> str:
+    """Decode ids without special tokens, cut before the first stop string; "" without a tokenizer.
+    """
+    if tokenizer is None:
+        return ""
+    return cut(tokenizer.decode(tokens.tolist(), skip_special_tokens=True), strings)
