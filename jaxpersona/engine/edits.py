@@ -12,6 +12,7 @@ import numpy as np
 from jaxpersona.engine.compiled import program
 from jaxpersona.engine.lanes import Task
 from jaxpersona.interventions.compose import Interventions, reserve, stack_rows
+from jaxpersona.interventions.where import NOWHERE
 
 
 class SharedEdits:
@@ -105,16 +106,23 @@ def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> 
         into = Interventions(tuple(
             reserve(1, int(table.width or 0), table.layers, site=table.site).edits[0]
             for table in capacity.edits))
-    made = stack_rows([edits], into=into)
-    return jax.device_get(Interventions(tuple(
-        table.by_row(1).replace(index=None) for table in made.edits)))  # pyright: ignore
+    made = jax.device_get(stack_rows([edits], into=into))
+    return Interventions(tuple(
+        _own(table) if table.index[0] >= 0 else _idle(_own(table)) for table in made.edits))
 
 
 def idle_row(edits: Interventions) -> Interventions:
     """Return one row of the same structure that nothing is done to: no token passes its tests."""
-    return jax.device_get(Interventions(tuple(
-        table.replace(index=np.array([-1], np.int32), each=False).by_row(1)  # pyright: ignore
-        .replace(index=None) for table in edits.edits)))
+    return Interventions(tuple(map(_idle, edits.edits)))
+
+
+def _own(table: Any) -> Any:
+    """Return a table of one entry as one row's own."""
+    return table.replace(index=None, each=True)
+
+
+def _idle(table: Any) -> Any:
+    return table.replace(where=np.array([NOWHERE], np.int32))
 
 
 def fresh_rows(edits: Interventions, axes: tuple[int, ...]) -> int:

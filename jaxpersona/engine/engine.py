@@ -28,12 +28,14 @@ from jaxpersona.engine.generate import asks_for_code
 from jaxpersona.engine.kinds import Kind
 from jaxpersona.engine.lanes import Lane, Shape, Task, fast_params, shape_of
 from jaxpersona.engine.programs import State
+from jaxpersona.engine.prompts import bucket
 from jaxpersona.engine.replies import Finished, Reply, unpack
 from jaxpersona.engine.request import Event, Handle, QueueFull, Request
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.engine.scheduler import Scheduler
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.runtime import own_rules
+from jaxpersona.text.chat import Row
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
@@ -255,7 +257,7 @@ class Engine:
                        top_k=request.top_k, seed=request.seed).take([0])
         name = int(prompts.row_ids([row], None if request.id is None else [request.id])[0])
         own = for_one_row(edits, self.capacity)
-        shape = self._shape(shape_of(row, limit, False))
+        shape, limit = self._shape(row, limit)
         strings = stopping.checked(request.stop)
         if strings and model.tokenizer is None:
             raise ValueError(f"stop is {request.stop!r:.60}; {model.name} has no tokenizer, so no "
@@ -264,15 +266,17 @@ class Engine:
                     strings, capture, idle_row(own))
         return Task(-1, row, name, limit, how, shape, kind, own)
 
-    def _shape(self, shape: Shape) -> Shape:
+    def _shape(self, row: Row, limit: int) -> tuple[Shape, int]:
+        """Return the lengths that a request runs at, and its limit; the largest cache cuts it."""
         if self.sizes is None:
-            return shape
-        holds = [size for size in self.sizes if size >= shape.slots]
-        if not holds:
-            raise ValueError(f"the request needs {shape.slots} tokens of cache; the engine's "
-                             f"largest is {self.sizes[-1]}: shorten the conversation or "
-                             "max_new_tokens, or make the engine with larger sizes")
-        return shape._replace(slots=holds[0])
+            return shape_of(row, limit, False), limit
+        width = bucket(row.tokens.size)
+        if width >= self.sizes[-1]:
+            raise ValueError(f"the conversation has {row.tokens.size} tokens, padded to {width}; "
+                             f"the engine's largest cache holds {self.sizes[-1]}, the reply "
+                             "included: shorten it, or make the engine with larger sizes")
+        limit = min(limit, self.sizes[-1] - width)
+        return Shape(0, width, next(x for x in self.sizes if x >= width + limit)), limit
 
     def _open(self, kind: Any) -> Lane:
         return Lane(self.model.config, self._params, kind.setting(self.model),

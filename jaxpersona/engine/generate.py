@@ -161,7 +161,7 @@ def generate(
                        edits.take([i]), f"conversation {i}", f"{hit} of {done} replies ended at")
 
     def collect(tasks: list[Task], state: State) -> None:
-        out.add([task.number for task in tasks], state)
+        out.add(tasks, state)
         if out.nonfinite and stop:
             raise ValueError(explained())
         if progress is not None:

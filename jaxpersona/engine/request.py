@@ -22,7 +22,8 @@ class Request:
         token ids.
       interventions: what is done to its activations; for all rows alike, without `rows=`.
       capture: what to read off its activations.
-      max_new_tokens: the most tokens of the reply; less where the model's context ends before.
+      max_new_tokens: the most tokens of the reply; less where the model's context, or the engine's
+        largest cache, ends before.
       temperature, top_p, top_k, seed: how tokens are drawn (`sampling.Sampling`).
       stop: texts that end the reply, also across tokens. The reply's text ends before them.
       id: uint32, what the request is for its random draws; default: a hash of its tokens. Two

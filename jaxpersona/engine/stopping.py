@@ -149,13 +149,13 @@ class Written:
     def push(self, tokens: np.ndarray) -> str:
         """Return what is new and certain of the text of all tokens so far."""
         whole = text_of(self.tokenizer, tokens, self.strings)
-        held = whole.rstrip("\ufffd \n\t")
+        held = whole.rstrip("\ufffd")
         for one in self.strings:
             for length in range(min(len(one) - 1, len(held)), 0, -1):
                 if whole[: len(held)].endswith(one[:length]):
                     held = held[: len(held) - length]
                     break
-        return self._new(held)
+        return self._new(held.rstrip())
 
     def finish(self, whole: str) -> str:
         """Return what is left of the final text."""
