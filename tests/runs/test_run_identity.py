@@ -72,10 +72,11 @@ def test_any_name_stays_within_its_folder_and_is_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(("names", "wanted"), [
-    (["x" * 201], "takes 201 bytes as a file name; it may take 200"),
-    (["é" * 40], "takes 240 bytes"), ([""], "must be a text"), ([None], "must be a text"),
+    (["x" * 201], "takes 201 bytes as a file name; the limit is 200"),
+    (["é" * 40], "takes 240 bytes"), ([""], "must be a non-empty string"),
+    ([None], "must be a non-empty string"),
     (["\ud800"], "half a surrogate pair"), (["a", "b", "a"], "two roles are named 'a'"),
-    (["Ghost", "ghost"], "alike but for upper and lower case")])
+    (["Ghost", "ghost"], "equal up to upper and lower case")])
 def test_a_name_that_no_file_can_have_is_refused_before_anything(tmp_path, names, wanted):
     with pytest.raises(ValueError, match=wanted):
         find(tmp_path / "run", [*cast("one", "two")] + cast(*names)[1:])
@@ -87,7 +88,7 @@ def test_question_ids_and_counts_of_scores_are_checked(tmp_path):
     with pytest.raises(ValueError, match="question id 0 is given more than once"):
         extract_axis(MODEL, cast("a", "b"), twice, tmp_path / "run", judge=Judge({}))
     assert not list(tmp_path.iterdir())
-    for scores, wanted in (([3], "gave 1 scores for the 4 rollouts"),
+    for scores, wanted in (([3], "returned 1 scores for 4 rollouts"),
                            ([3, True, 3, 3], "a rollout of role 'a' True"),
                            ([3, 2.0, 3, 3], "a rollout of role 'a' 2.0"),
                            ([3, 4, 3, 3], "a rollout of role 'a' 4")):
