@@ -1,1 +1,1 @@
-"""A run's folder on disk: its files, their digests and its lock."""
+"""The run folder: rollouts, its files, their digests, its manifest and its lock."""

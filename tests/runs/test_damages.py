@@ -159,7 +159,7 @@ def test_removed_means_and_a_removed_manifest_are_refused(run):
     (run / "means/ghost.safetensors").unlink()
     refused(run, "means/ghost.safetensors", "no such file", "--redo ghost")
     (run / "run.json").unlink()
-    refused(run, str(run), "holds no run.json")
+    refused(run, str(run), "has no run.json")
 
 
 def swap_lines(text):
@@ -268,8 +268,8 @@ def test_files_of_another_role_or_run(finished, run, parts, source):
     (("numerics", "mesh"), {"data": 2}, "numerics.mesh.data was 2, now absent"),
     (("numerics", "prng"), "rbg", "numerics.prng"),
     (("numerics", "jax", "jax_enable_x64"), True, "numerics.jax.jax_enable_x64"),
-    (("format",), "jaxpersona-run 1", "go on with the version that began it"),
-    (("format",), 5, "not one of this engine's runs"),
+    (("format",), "jaxpersona-run 1", "resume with the version that started the run"),
+    (("format",), 5, "is not a jaxpersona run"),
     (("unknown",), 1, "unknown was 1, now absent"),
 ], ids=str)
 def test_every_field_of_the_manifest_is_compared(run, field, value, wanted):

@@ -63,7 +63,7 @@ def test_only_the_run_s_own_leftovers_are_removed(finished, run, tmp_path):
         (run / name).write_text("x")
     (run / ".folder.5.tmp").mkdir()
     before = contents(run)
-    refused(run, "holds another run", settings=dataclasses.replace(SETTINGS, seed=9))
+    refused(run, "contains another run", settings=dataclasses.replace(SETTINGS, seed=9))
     assert contents(run) == before
     resume(run)
     assert set(contents(run)) == set(contents(finished / "run")) | set(kept)
@@ -84,5 +84,5 @@ def test_a_lock_file_is_never_another_file_of_the_user(run, tmp_path):
     assert mine.read_text() == "keep me"
     (run / ".lock").unlink()
     os.mkfifo(run / ".lock")
-    with pytest.raises(ValueError, match=r"\.lock: cannot be written \(it is no regular file"):
+    with pytest.raises(ValueError, match=r"\.lock: cannot be written \(it is not a regular file"):
         resume(run)

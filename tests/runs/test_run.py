@@ -184,7 +184,7 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, texts, tmp_path, ca
         "ghost.json": [*command(checkpoint, texts, out), "--roles", str(bad_roles)],
         "line 1": [*command(checkpoint, texts, out), "--questions", str(tmp_path / "file")],
         "temperature": command(checkpoint, texts, out, "--temperature", "-1"),
-        "holds another run": command(checkpoint, texts, finished, "--seed", "5"),
+        "contains another run": command(checkpoint, texts, finished, "--seed", "5"),
         "cannot be written": command(checkpoint, texts, tmp_path / "file" / "run"),
         "no run.json": command(checkpoint, texts, texts),
         "width 7": [*ask, "--cap", str(tmp_path / "wide.safetensors")],
