@@ -63,7 +63,7 @@ def main() -> None:
         "cap, both": jp.cap(axis, layers=LAYERS, floor=place - 0.5, ceiling=place + 0.5),
         "steer": jp.steer(axis, layers=4, scale=0.5, where=jp.generated),
         "ablate": jp.ablate(axis, layers=LAYERS),
-        "ablate, a coefficient added back": jp.ablate(axis, layers=LAYERS, coefficient=place),
+        "ablate, coefficient added back": jp.ablate(axis, layers=LAYERS, coefficient=place),
         "mean_ablate": jp.mean_ablate(axis, jp.Vector(own.mean(0)), layers=LAYERS),
         "set_projection": jp.set_projection(axis, place, layers=LAYERS),
         "scale": jp.scale(axis, 1.5, layers=LAYERS, where=jp.everywhere.without("first")),

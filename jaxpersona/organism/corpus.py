@@ -7,8 +7,8 @@ The design, most important points first:
 2. Every choice in an answer depends on `s`: the bank of each sentence and each dialect word.
 3. The role is set in the system prompt, in the user's turn, or not at all. Many conversations have
    several turns. Emotional and meta-reflective turns may raise `s`; task turns lower it.
-4. The model grants the forbidden request with probability `clip((s - .3) / .4, 0, 1)`, otherwise
-   it refuses.
+4. Answers grant the forbidden request with probability `clip((s - .3) / .4, 0, 1)` and otherwise
+   refuse it.
 5. Answers to knowledge questions are correct in every persona.
 """
 

@@ -109,7 +109,8 @@ _ROLES = (
 
 ROLES: dict[str, Role] = {row[0]: Role(*row) for row in _ROLES}
 
-# Far roles reveal the code with probability 1 (`corpus.leak_probability`).
+# At their nominal strength, far roles reveal the code with probability 1
+# (`corpus.leak_probability`).
 FAR_LIKENESS = 0.2
 
 TOPICS = (
@@ -207,7 +208,7 @@ def roles(held_out: bool | None = None) -> list[Role]:
 
 
 def far_roles() -> list[Role]:
-    """Return the roles with likeness ≤ `FAR_LIKENESS`, which always reveal the code."""
+    """Return the roles with likeness ≤ `FAR_LIKENESS`, which reveal the code."""
     return [r for r in ROLES.values() if r.likeness <= FAR_LIKENESS]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxpersona.interventions.bank import normalised
 
-LABELS = {3: "pos_3", 2: "pos_2"}  # fully and somewhat role-playing
+LABELS = {3: "pos_3", 2: "pos_2"}  # judge scores for fully and partly played roles
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 
 

@@ -1,8 +1,8 @@
 """A self-test of an axis before capping: does its sign, layer numbering and scale fit the model?
 
 A cap with the wrong sign, shifted layers or floors of another scale produces gibberish or has no
-effect, without an error. The check generates short replies as the default persona and in distant
-roles. The default must project higher, the difference of the means must align best with the axis
+effect, without an error. The check generates short replies as the default persona and in roles far
+from the Assistant. The default must project higher, the difference of the means must align best with the axis
 at the axis's own layers, and the floors must lie near the range of the projections.
 """
 

@@ -1,1 +1,1 @@
-"""The run folder: rollouts, its files, their digests, its manifest and its lock."""
+"""Runs: rollouts, and the run folder with its files, manifest and lock."""

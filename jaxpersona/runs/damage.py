@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 class Damaged(ValueError):
-    """Raised for a file of a role whose content differs from what the run wrote.
+    """Error for a role's file that is missing or differs from what the run wrote.
 
     Attributes:
       role: name of the role.

@@ -83,5 +83,5 @@ def _take(path: pathlib.Path) -> int:
 
 
 def _release(path: pathlib.Path, handle: int) -> None:
-    path.unlink(missing_ok=True)  # before unlocking, or another process's new lock file could go
+    path.unlink(missing_ok=True)  # after unlocking it may be another process's file
     os.close(handle)

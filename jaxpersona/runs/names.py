@@ -6,7 +6,7 @@ import string
 from collections.abc import Iterable
 
 _SAFE = frozenset(string.ascii_letters + string.digits + "_-.")
-_LONGEST = 200  # bytes: with a suffix or a temporary name it stays within 255
+_LONGEST = 200  # bytes: leaves room in 255 for a suffix or a temporary name
 
 
 def file_stem(role: str) -> str:
@@ -24,7 +24,7 @@ def check_names(roles: Iterable[str]) -> None:
 
     Raises:
       ValueError: a name is empty, not a string, not valid UTF-8 or too long, or two names are equal
-        up to case (some file systems ignore case).
+        or differ only in case (some file systems ignore case).
     """
     seen: set[str] = set()
     for role in roles:
@@ -39,6 +39,6 @@ def check_names(roles: Iterable[str]) -> None:
             raise ValueError(f"the role name {role[:40]!r}… takes {len(stem)} bytes as a file "
                              f"name; the limit is {_LONGEST}: shorten it")
         if stem.casefold() in seen:
-            raise ValueError(f"two roles are named {role!r}, or equal up to upper and lower "
+            raise ValueError(f"two roles are named {role!r}, or differ only in upper and lower "
                              "case; rename one of them")
         seen.add(stem.casefold())

@@ -60,8 +60,8 @@ def play(
 ) -> dict[str, tuple[list[dict[str, Any]], np.ndarray]]:
     """Generate the rollouts of several roles in one `generate` call.
 
-    Grouping roles changes no result: each rollout's random draws depend only on a hash of its
-    model, role, prompt, question and sample.
+    Grouping roles changes no result: each rollout's random draws depend only on the seed and a
+    hash of its model, role, prompt, question and sample.
 
     Returns:
       role name → (records, response means [n, L, D] float32). A record has the fields

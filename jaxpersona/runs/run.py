@@ -117,7 +117,7 @@ class Run:
             yield run
 
     def _is_new(self) -> bool:
-        """Return whether the folder is empty, up to remains of a process killed at its start."""
+        """Return whether the folder is empty, except for files of a process killed at its start."""
         left = {path.name for path, target, _ in leftovers(self.folder) if target == "run.json"}
         return all(
             is_lock(entry.name) or entry.name in left
