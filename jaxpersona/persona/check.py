@@ -2,8 +2,8 @@
 
 A cap with the wrong sign, shifted layers or floors of another scale produces gibberish or has no
 effect, without an error. The check generates short replies as the default persona and in roles far
-from the Assistant. The default must project higher, the difference of the means must align best with the axis
-at the axis's own layers, and the floors must lie near the range of the projections.
+from the Assistant. The default must project higher, the difference of the means must align best
+with the axis at the axis's own layers, and the floors must lie near the range of the projections.
 """
 
 from __future__ import annotations
