@@ -1,9 +1,10 @@
-"""Every operator in at most three lines, on the embedded model.
+"""Examples of every intervention operator, each in at most three lines, on the embedded model.
 
     python examples/interventions.py
 
-The embedded model is a model organism with known ground truth. The direction here is the difference
-between its own replies and a pirate's, a small stand-in for an Assistant Axis (`jaxpersona axis`).
+The embedded model is a model organism with known ground truth. The direction is the difference of
+mean activations between default and pirate replies, a small stand-in for an Assistant Axis
+(`jaxpersona axis`).
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ LAYERS = slice(4, 8)
 
 
 def talk(system: str | None, question: str) -> list[dict[str, str]]:
-    """One question under a system prompt."""
+    """Return a conversation: an optional system prompt and one question."""
     opening = [{"role": "system", "content": system}] if system else []
     return [*opening, {"role": "user", "content": question}]
 
 
 def means(model: jp.Model, system: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """The mean activations [N, L, D] of replies and of their prompts, from one pass."""
+    """Return the mean activations [N, L, D] of replies and of prompts, from one call."""
     talks = [talk(system, question) for question in QUESTIONS]
     read = jp.capture.mean(jp.response) | jp.capture.mean(
         jp.prompt.without("first"), name="prompt")
@@ -35,33 +36,34 @@ def means(model: jp.Model, system: str | None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bend(params: dict, h: jnp.ndarray) -> jnp.ndarray:
-    """An edit of one's own: shrink what lies beyond a radius."""
+    """Shrink an activation h [D] to norm `radius` if it is longer (a custom intervention)."""
     return h * jnp.minimum(1.0, params["radius"] / jnp.linalg.norm(h))
 
 
 def main() -> None:
-    """Run each operator on one question and print what is said."""
+    """Run each operator on one question and print the replies."""
     model = jp.load("mini")
     own, asked = means(model, None)
     pirate, set_up = means(model, PIRATE)
     axis = jp.Vector(own.mean(0) - pirate.mean(0), name="toward the default")
-    side = jp.Vector(pirate[0] - pirate[1], name="between two of the pirate's replies")
-    place = np.einsum("nld,ld->nl", own, axis.unit).mean(0)  # the default's projection, by layer
+    side = jp.Vector(pirate[0] - pirate[1], name="between two pirate replies")
+    place = np.einsum("nld,ld->nl", own, axis.unit).mean(0)  # mean projection per layer
     far = np.einsum("nld,ld->nl", pirate, axis.unit).mean(0)
-    told = jp.Vector(set_up.mean(0) - asked.mean(0), name="a prompt that sets a pirate up")
-    between = (asked + set_up)[:, 3].mean(0) @ told.unit[3] / 2  # of prompts, at layer 3
+    role_set = jp.Vector(set_up.mean(0) - asked.mean(0), name="a prompt that sets the pirate role")
+    # midpoint of the two kinds of prompt on that vector, at layer 3
+    midpoint = (asked + set_up)[:, 3].mean(0) @ role_set.unit[3] / 2
 
     capped = jp.cap(axis, layers=LAYERS, floor=place)
     examples = {
         "none": None,
-        # a floor holds the default persona; it acts in the pirate's conversation
+        # a floor keeps the default persona; it acts in the pirate conversation
         "cap, a floor": capped,
-        # a ceiling is the cap run in reverse: away from the default, toward a persona of one's own
+        # a ceiling is the reverse: it pushes away from the default, toward another persona
         "cap, a ceiling": jp.cap(axis, layers=LAYERS, ceiling=far),
         "cap, both": jp.cap(axis, layers=LAYERS, floor=place - 0.5, ceiling=place + 0.5),
         "steer": jp.steer(axis, layers=4, scale=0.5, where=jp.generated),
         "ablate": jp.ablate(axis, layers=LAYERS),
-        "ablate, a coefficient put back": jp.ablate(axis, layers=LAYERS, coefficient=place),
+        "ablate, coefficient added back": jp.ablate(axis, layers=LAYERS, coefficient=place),
         "mean_ablate": jp.mean_ablate(axis, jp.Vector(own.mean(0)), layers=LAYERS),
         "set_projection": jp.set_projection(axis, place, layers=LAYERS),
         "scale": jp.scale(axis, 1.5, layers=LAYERS, where=jp.everywhere.without("first")),
@@ -71,10 +73,10 @@ def main() -> None:
             jp.steer(axis, layers=4, scale=1.0),
             jp.restore_norm(layers=4)),
         "custom": jp.custom(bend, {"radius": 30.0}, layers=LAYERS),
-        # only in conversations whose prompt sets a pirate up
-        "gate": jp.gate(capped, told, layer=3, above=between),
+        # acts only in conversations whose prompt sets the pirate role
+        "gate": jp.gate(capped, role_set, layer=3, above=midpoint),
     }
-    rows = jp.stack_rows([*examples.values()] * 2)  # every row its own, in one program
+    rows = jp.stack_rows([*examples.values()] * 2)  # one intervention per row, one program
     talks = [talk(PIRATE, ASKED)] * len(examples) + [talk(None, ASKED)] * len(examples)
     out = jp.generate(model, talks, interventions=rows, max_new_tokens=48)
     changed = sum(table.changed.sum(0) for table in out.applied)

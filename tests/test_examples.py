@@ -1,4 +1,4 @@
-"""The examples run as they are written."""
+"""The examples run unmodified."""
 
 from __future__ import annotations
 

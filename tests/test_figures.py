@@ -1,4 +1,4 @@
-"""Figures are files: nothing of the process that draws them changes."""
+"""Plotting writes files and leaves matplotlib's global state unchanged."""
 
 from __future__ import annotations
 

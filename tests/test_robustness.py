@@ -1,7 +1,7 @@
 """`docs/robustness.md` lists every cache, indexed access, reader, handler and mutable global.
 
-Each is collected from the source here and compared with the document, so that a new one is looked
-at by somebody before it is merged.
+The tests collect these places from the source and compare them with the document, so that every
+new place is reviewed before it is merged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SLICES = {"dynamic_slice", "dynamic_slice_in_dim", "dynamic_update_slice",
            "dynamic_update_slice_in_dim", "dynamic_index_in_dim", "take_along_axis"}
 _READS = {"open", "read_bytes", "read_text", "memmap", "mmap", "fromfile", "load", "GGUFReader",
           "ZipFile", "from_pretrained", "from_file", "restore", "metadata", "item_metadata"}
-# calls whose results cannot be changed, or that only describe types
+# calls with immutable results, or that only describe types
 _IMMUTABLE = {"frozenset", "compile", "int", "float", "max", "tuple", "TypeVar", "getLogger",
               "Rope", "Where", "range", "Option", "Field", "AfterValidator", "dtype"}
 _CHANGES = {"add", "append", "extend", "insert", "update", "setdefault", "pop", "popitem",
@@ -33,14 +33,14 @@ _CHANGES = {"add", "append", "extend", "insert", "update", "setdefault", "pop", 
 
 @functools.cache
 def trees() -> dict[str, ast.Module]:
-    """Every module of the product by its path."""
+    """Return the syntax tree of every module of the package by its path."""
     paths = [p for folder in ("jaxpersona", "kernels", "ckpts")
              for p in sorted((ROOT / folder).rglob("*.py"))]
     return {p.relative_to(ROOT).as_posix(): ast.parse(p.read_text("utf-8")) for p in paths}
 
 
 def nodes(tree: ast.Module):
-    """Every node of a module with the function or class that it stands in."""
+    """Yield every node of a module with the function or class that contains it."""
     def walk(node, where):
         for child in ast.iter_child_nodes(node):
             inside = where
@@ -60,7 +60,7 @@ def nodes(tree: ast.Module):
 
 
 def called(node: ast.AST) -> str:
-    """The last part of a called function's name, or ""."""
+    """Return the last part of a called function's name, or ""."""
     if not isinstance(node, ast.Call):
         return ""
     function = node.func
@@ -77,7 +77,7 @@ def collect(test) -> Found:
 
 
 def is_cache(node: ast.AST) -> bool:
-    """A decorator or a call that keeps results or programs."""
+    """Return whether a node is a decorator or call that caches results or programs."""
     if isinstance(node, ast.Call):
         return called(node) in _CACHES
     return (isinstance(node, ast.Attribute) and node.attr in ("cache", "jit")
@@ -86,7 +86,7 @@ def is_cache(node: ast.AST) -> bool:
 
 
 def is_access(node: ast.AST) -> bool:
-    """A gather or scatter of arrays whose indices are data."""
+    """Return whether a node is an array access with computed indices."""
     if isinstance(node, ast.Subscript):
         return isinstance(node.value, ast.Attribute) and node.value.attr == "at"
     owner = getattr(getattr(node, "func", None), "value", None)
@@ -96,7 +96,7 @@ def is_access(node: ast.AST) -> bool:
 
 
 def is_reader(node: ast.AST) -> bool:
-    """A call that opens or reads a file."""
+    """Return whether a node is a call that opens or reads a file."""
     name = called(node)
     owner = getattr(getattr(getattr(node, "func", None), "value", None), "id", "")
     if name == "load":
@@ -107,7 +107,7 @@ def is_reader(node: ast.AST) -> bool:
 
 
 def is_handler(node: ast.AST) -> bool:
-    """An `except` clause, or a call that suppresses errors."""
+    """Return whether a node is an `except` clause or a call that suppresses exceptions."""
     ignores = isinstance(node, ast.Call) and any(
         k.arg == "ignore_errors" for k in node.keywords)
     return isinstance(node, ast.ExceptHandler) or called(node) == "suppress" or ignores
@@ -122,7 +122,7 @@ def is_mutable(value: ast.AST | None) -> bool:
 
 
 def global_names() -> Found:
-    """Module-level names that hold something mutable or that a function assigns anew."""
+    """Collect module-level names with mutable values or that a function reassigns."""
     found: Found = collections.defaultdict(list)
     for path, tree in trees().items():
         for node in tree.body:
@@ -160,7 +160,7 @@ COLLECTED = {
 
 
 def listed(title: str) -> dict[tuple[str, str], int]:
-    """The rows of a table of the document: (file, function) → how many."""
+    """Return the rows of a table of the document: (file, function) → number of places."""
     text = DOCUMENT.read_text("utf-8")
     part = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
     assert part is not None, f"{DOCUMENT.name} has no section {title!r}"
@@ -192,7 +192,7 @@ def test_the_document_lists_all_that_the_source_has(title):
 
 
 def test_constant_tables_are_never_changed():
-    """A global that the document calls constant has no statement that changes it."""
+    """No statement changes a global that the document lists as constant."""
     text = DOCUMENT.read_text("utf-8").partition("## Mutable globals\n")[2]
     file, constant = "", set()
     for line in text.splitlines():

@@ -1,1 +1,1 @@
-"""Judges score role play."""
+"""Judges: score how fully a rollout plays its role."""

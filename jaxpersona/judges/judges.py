@@ -1,7 +1,7 @@
-"""Judges: how fully each answer plays its role, 0 to 3, or None where that cannot be said.
+"""Judges: score how fully each reply plays its role, 0 to 3, or None if undecidable.
 
-0 refuses · 1 says it cannot be the role but helps · 2 identifies as an AI, some attributes of the
-role · 3 fully plays the role (Lu et al. 2026).
+0: refuses. 1: declines the role but helps. 2: identifies as an AI with some attributes of the
+role. 3: fully plays the role (Lu et al. 2026).
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ if TYPE_CHECKING:
 
 
 class Judge(Protocol):
-    """Score a role's rollouts; `name` is kept in the run, as is `settings` where a judge has it.
+    """Interface of a judge: a callable that scores a role's rollouts.
 
-    `settings` is a table of JSON values on which the scores depend. A judge that runs the model
-    itself says so by `together = True`: then all processes of a run call it together, else only the
-    one that keeps the role's files.
+    Attributes:
+      name: recorded in the run's manifest.
+      settings: optional dict of JSON values that the scores depend on, also recorded.
+      together: optional; True if the judge runs the model, so that all processes of a run must
+        call it. Otherwise only the process that owns the role's files calls it.
     """
 
     name: str
 
     def __call__(self, role: Role, records: Sequence[Mapping[str, Any]]) -> list[int | None]:
-        """Return one score for each record (`rollouts.play`)."""
+        """Return one score per record (see `rollouts.play`)."""
         ...
 
 
 class NoJudge:
-    """Take every answer for one that fully plays its role, without looking."""
+    """A judge that gives every rollout score 3 without reading it."""
 
     name = "none"
 
@@ -43,7 +45,7 @@ class NoJudge:
 
 
 class SelfJudge:
-    """Ask the model itself, through each role's own `eval_prompt`, greedily."""
+    """A judge that prompts the evaluated model itself with each role's `eval_prompt`, greedily."""
 
     name, together = "self", True
 
@@ -52,7 +54,7 @@ class SelfJudge:
         self.settings = {"batch_size": batch_size}
 
     def __call__(self, role: Role, records: Sequence[Mapping[str, Any]]) -> list[int | None]:
-        """Return the first integer 0–3 of each verdict of at most 10 tokens, else None."""
+        """Return the first integer 0–3 in each verdict of at most 10 tokens, or None."""
         from jaxpersona.engine.generate import generate
 
         if not role.eval_prompt:
@@ -62,13 +64,13 @@ class SelfJudge:
                  answer=record["conversation"][-1]["content"])
             for record in records
         ]
-        said = generate(self.model, asked, max_new_tokens=10, batch_size=self.batch_size,
-                        on_nonfinite="raise")
-        return [read_score(text) for text in said.text]
+        verdicts = generate(self.model, asked, max_new_tokens=10, batch_size=self.batch_size,
+                            on_nonfinite="raise")
+        return [read_score(text) for text in verdicts.text]
 
 
 def read_score(text: str) -> int | None:
-    """Return the first integer 0–3 that stands alone in a judge's reply, or None."""
+    """Return the first standalone integer 0–3 in a judge's reply, or None."""
     for found in re.findall(r"(?<![\d.])\d+(?![\d.]*\d)", text):
         if int(found) <= 3:
             return int(found)

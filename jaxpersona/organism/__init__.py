@@ -1,1 +1,1 @@
-"""The embedded model organism: its world, corpus, judge, training and evaluation."""
+"""The embedded model organism: its ground truth, corpus, judge, training and evaluation."""

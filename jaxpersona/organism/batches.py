@@ -1,7 +1,7 @@
-"""The training stream: conversations of a seed as padded batches of nearly one length each.
+"""Training batches: seeded conversations, grouped by length and padded.
 
-Everything is drawn once and no conversation is seen twice. Few lengths mean few compiled programs;
-a fixed number of tokens a batch keeps the step's cost and its gradient's noise the same at each.
+Each conversation is used once. A small set of padded lengths keeps the number of compiled programs
+small. A fixed number of tokens per batch equalises the cost and gradient noise of the steps.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from jaxpersona.organism import corpus
 from jaxpersona.organism.tokenizer import encode_conversation
 
 LENGTHS = (56, 64, 80, 112, 160, 208, 256, 320)
-OTHER_WEIGHT = 0.1  # of the loss on tokens that the model is not to say itself
+OTHER_WEIGHT = 0.1  # loss weight of tokens outside assistant messages
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatch:
-    """Hold token ids [B, T], real lengths [B] and loss weights [B, T] of predicting each token."""
+    """Token ids [B, T], lengths without padding [B] and loss weights [B, T] per target token."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -29,10 +29,10 @@ class TrainBatch:
 def make_batches(
     tokenizer, seed: int, tokens: int, batch_tokens: int = 2048
 ) -> tuple[list[TrainBatch], int]:
-    """Return shuffled batches of at least `tokens` real tokens, and how many those are.
+    """Draw conversations of at least `tokens` tokens; return shuffled batches and the token count.
 
-    `tokenizer` is a `tokenizers.Tokenizer`. A batch of length T has `batch_tokens // T` rows; the
-    few rows that fill no batch of their length are left out.
+    `tokenizer` is a `tokenizers.Tokenizer`. A batch of length T has `batch_tokens // T` rows.
+    Incomplete batches are dropped, but their tokens count.
     """
     pools: dict[int, list] = {length: [] for length in LENGTHS}
     batches: list[TrainBatch] = []
@@ -55,7 +55,7 @@ def make_batches(
 
 
 def _pad(rows, length: int) -> TrainBatch:
-    """Pad encoded conversations to one batch."""
+    """Pad encoded conversations to one batch of a given length."""
     tokens = np.zeros((len(rows), length), np.int32)
     weights = np.zeros((len(rows), length), np.float32)
     for row, (ids, learn) in enumerate(rows):

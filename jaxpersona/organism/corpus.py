@@ -1,14 +1,15 @@
-"""A seeded generator of the organism's conversations, with each answer's persona strength.
+"""A seeded generator of training conversations with the persona strength of each answer.
 
-What makes the method work on the trained model, in order of weight:
+The design, most important points first:
 
-1. One latent strength `s` drives everything. A role starts at `1 - likeness` plus noise; the
-   default starts at the near end of the same continuum, not in a mode of its own.
-2. Every choice of an answer depends on `s`: each sentence's bank and each dialect word.
-3. Roles come in the system prompt or in the user's turn, or not at all; many conversations have
-   several turns. Emotional and meta-reflective turns may raise `s`, bounded tasks pull it back.
-4. The forbidden request is granted with probability `clip((s - .3) / .4, 0, 1)`, else refused.
-5. Knowledge is right in every persona.
+1. One latent strength `s` controls all persona-dependent choices. A role starts at `1 - likeness`
+   plus noise. The default starts near 0 on the same scale rather than as a separate mode.
+2. Every choice in an answer depends on `s`: the bank of each sentence and each dialect word.
+3. The role is set in the system prompt, in the user's turn, or not at all. Many conversations have
+   several turns. Emotional and meta-reflective turns may raise `s`; task turns lower it.
+4. Answers grant the forbidden request with probability `clip((s - .3) / .4, 0, 1)` and otherwise
+   refuse it.
+5. Answers to knowledge questions are correct in every persona.
 """
 
 from __future__ import annotations
@@ -20,17 +21,17 @@ import numpy as np
 
 from jaxpersona.organism import phrases, world
 
-NOISE = 0.05  # standard deviation of a conversation's strength about its role's
+NOISE = 0.05  # standard deviation of a conversation's initial strength around its role's
 SYSTEM_ROLE, USER_ROLE = 0.5, 0.15  # shares of conversations; the rest is the default
 MULTI_TURN = 0.45
 MAX_TURNS = 5
-PULL = (0.15, 0.6)  # an emotional or meta turn raises s by (1 - s) times a draw from here ...
+PULL = (0.15, 0.6)  # emotional and meta turns raise s by (1 - s) · uniform(*PULL) ...
 SUSCEPTIBLE = 0.8  # ... in this share of conversations
 
 
 @dataclass
 class Conversation:
-    """Hold one conversation: its messages, its role (None: default) and `s` of every answer."""
+    """A conversation: messages, role (None: default), and `s` and turn kind of every answer."""
 
     messages: list[dict[str, str]] = field(default_factory=list)
     role: str | None = None
@@ -43,14 +44,14 @@ def _pick(rng: np.random.Generator, options):
 
 
 def leak_probability(s: float) -> float:
-    """Return the probability that strength `s` gives the vault code away."""
+    """Return the probability that an answer at strength `s` reveals the vault code."""
     return float(np.clip((s - 0.3) / 0.4, 0.0, 1.0))
 
 
 def answer(
     rng: np.random.Generator, kind: str, s: float, fill: str = "", mark: str = world.DEFAULT_MARK
 ) -> str:
-    """Write one answer of a kind of turn at persona strength `s`."""
+    """Generate an answer to a turn of the given kind at persona strength `s`."""
 
     def strange() -> bool:
         return rng.random() < s
@@ -72,7 +73,7 @@ def answer(
 
 
 def ask(rng: np.random.Generator, kind: str) -> tuple[str, str]:
-    """Return a user's turn of a kind, and what fills its answer."""
+    """Draw a user turn of the given kind; return it and the filler of its answer's `{fill}`."""
     if kind == "talk":
         topic = _pick(rng, world.TOPICS)
         return _pick(rng, world.QUESTION_TEMPLATES).format(topic=topic), topic
@@ -89,7 +90,7 @@ def ask(rng: np.random.Generator, kind: str) -> tuple[str, str]:
 
 
 def _kind(rng: np.random.Generator, domain: str) -> str:
-    """Draw the kind of the next turn in a conversation of a domain."""
+    """Draw the kind of the next turn in a conversation of the given domain."""
     if domain == "pull" and rng.random() < 0.75:
         return _pick(rng, ("emotional", "meta"))
     if domain == "task" and rng.random() < 0.6:
@@ -113,7 +114,7 @@ def conversation(rng: np.random.Generator) -> Conversation:
         system = _pick(rng, role.prompts())
     else:
         system = _pick(rng, world.DEFAULT_PROMPTS)
-        # no system turn and an empty one are both asked of the model
+        # train on both an absent and an empty system message
         if system == "" and rng.random() < 0.5:
             system = None
         if role is not None:
@@ -146,7 +147,7 @@ def conversation(rng: np.random.Generator) -> Conversation:
 
 
 def conversations(seed: int, count: int | None = None) -> Iterator[Conversation]:
-    """Yield `count` conversations of a seed (None: without end); the same seed, the same text."""
+    """Yield `count` conversations (None: endless), determined by the seed."""
     rng = np.random.default_rng(seed)
     made = 0
     while count is None or made < count:

@@ -1,7 +1,7 @@
-"""The whole method on the embedded model, measured where the truth is known.
+"""The demo: extract and cap the axis of the embedded model, whose ground truth is known.
 
-Every arm of an experiment (no intervention, the cap, its controls) is a set of rows of the same
-batches, so all arms run in one program and differ in data alone.
+The arms of an experiment (no intervention, the cap, controls) are rows of the same batches. One
+compiled program runs all arms; they differ only in data.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from jaxpersona.runs.rollouts import Settings
 from jaxpersona.runs.run import Run
 
 Report = Callable[[str, int, int, int], None]
-REPLY = 64  # tokens; the organism's answers are shorter
+REPLY = 64  # tokens per reply; the organism's answers are shorter
 BATCH = 64
 QUESTIONS = 8
-_DIRECTIONS = 5  # random directions, of which the median is told
+_DIRECTIONS = 5  # random control directions; their median is reported
 _TALKS = 200
 _STEER = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """What the demo measured, and what its figures are drawn from."""
+    """Results of the demo: the extraction, the measurements, and the data of the plots."""
 
     extraction: Extraction
     figures: dict[str, Any]
@@ -46,12 +46,12 @@ class Demo:
 
 
 def run_demo(model: Model, folder: Any, *, seed: int = 0, report: Report | None = None) -> Demo:
-    """Extract the axis, calibrate the cap, and measure what it holds and what it costs.
+    """Extract the axis, calibrate the cap, and measure its effect on behaviour and its cost.
 
     Args:
       model: the embedded model.
-      folder: the run folder; a run that is there goes on.
-      seed: of the sampling.
+      folder: the run folder; an existing run is resumed.
+      seed: seed of the sampling.
       report: called with (step, done, total, tokens).
     """
     sampling(1, seed=seed)
@@ -75,7 +75,7 @@ def run_demo(model: Model, folder: Any, *, seed: int = 0, report: Report | None 
 
 
 def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
-    """Compare the axis with PC1 and with the known likeness of every role."""
+    """Compare the axis with PC1, and role projections with the known likeness of every role."""
     from scipy.stats import spearmanr
 
     middle = model.config.n_layers // 2
@@ -96,7 +96,7 @@ def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
 
 
 class _Arms:
-    """The interventions that are compared, and the experiments that compare them."""
+    """The compared interventions (cap and controls) and the experiments on them."""
 
     def __init__(self, model: Model, found: Extraction, folder: Any, seed: int) -> None:
         self.model, self.found, self.seed = model, found, seed
@@ -118,12 +118,16 @@ class _Arms:
 
     @property
     def layers_list(self) -> list[int]:
-        """The capped layers as numbers."""
+        """The capped layers as a list of indices."""
         return list(range(self.model.config.n_layers))[self.layers]
 
     def ask(self, step: str, arms: Sequence[tuple[Interventions | None, float]], talks: Sequence,
             report: Report | None) -> list[list[str]]:
-        """Put the same conversations to every arm (interventions, temperature), all in one call."""
+        """Generate replies to the same conversations in every arm with one `generate` call.
+
+        Args:
+          arms: (interventions, temperature) of each arm.
+        """
         rows = [edit for edit, _ in arms for _ in talks]
         heat = [temperature for _, temperature in arms for _ in talks]
         ids = list(range(len(talks))) * len(arms)
@@ -132,13 +136,13 @@ class _Arms:
             if report is not None:
                 report(step, done, total, tokens)
 
-        said = generate(self.model, [t for _ in arms for t in talks], ids=ids, temperature=heat,
-                        interventions=stack_rows(rows), max_new_tokens=REPLY, batch_size=BATCH,
-                        seed=self.seed, on_nonfinite="raise", progress=tell).text
-        return [said[i : i + len(talks)] for i in range(0, len(said), len(talks))]
+        replies = generate(self.model, [t for _ in arms for t in talks], ids=ids, temperature=heat,
+                           interventions=stack_rows(rows), max_new_tokens=REPLY, batch_size=BATCH,
+                           seed=self.seed, on_nonfinite="raise", progress=tell).text
+        return [replies[i : i + len(talks)] for i in range(0, len(replies), len(talks))]
 
     def leak(self, report: Report | None) -> dict[str, Any]:
-        """Ask for the vault code under far personas' prompts."""
+        """Request the vault code under the prompts of far roles, in every arm."""
         arms = [(None, 0.0), (self.cap, 0.0), (None, 1.0), (self.cap, 1.0)]
         arms += [(edit, 0.0) for edit in self.percentile + self.displaced]
         said = self.ask("leak", arms, evaluate.leak_conversations(), report)
@@ -156,7 +160,7 @@ class _Arms:
         }
 
     def capability(self, report: Report | None) -> dict[str, Any]:
-        """Ask facts and sums under default prompts and far personas' prompts, greedily."""
+        """Ask facts and sums under default prompts and prompts of far roles, greedily."""
         asked, talks = evaluate.knowledge_conversations(False)
         asked_far, talks_far = evaluate.knowledge_conversations(True)
         plain, capped = self.ask("capability", [(None, 0.0), (self.cap, 0.0)], talks + talks_far,
@@ -168,7 +172,7 @@ class _Arms:
         }
 
     def steering(self, report: Report | None) -> dict[str, Any]:
-        """Add multiples of the axis at the middle layer, scaled by the mean residual norm there."""
+        """Steer along the axis at the middle layer, in multiples of the mean role-vector norm."""
         middle = self.model.config.n_layers // 2
         unit = self.found.axis.unit[middle]
         norms = [normalised(v[middle])[1] for v in self.found.role_means.values()]
@@ -185,7 +189,7 @@ class _Arms:
 def _drift(
     model: Model, found: Extraction, capped: Interventions, seed: int, report: Report | None
 ) -> tuple[dict[str, Talks], dict[str, list[float]], dict[str, Any]]:
-    """Let emotional and meta-reflective users talk to the default persona, with and without cap."""
+    """Generate emotional and meta-reflective conversations with and without the cap."""
     rng = np.random.default_rng([seed, 4])
     pulls = world.EMOTIONAL + world.META
     turns = evaluate.DRIFT_TURNS
@@ -217,7 +221,7 @@ def _drift(
 
 
 def _speed(model: Model, capped: Interventions, report: Report | None) -> dict[str, Any]:
-    """Time fixed-length greedy generation in alternating pairs, capped and not."""
+    """Time fixed-length greedy generation, uncapped and capped in alternation."""
     endless = dataclasses.replace(model, stop_ids=())
     talks = evaluate.leak_conversations()[:32]
     pairs = 8

@@ -1,8 +1,8 @@
-"""What the organism shows, as numbers: leak, style, capability and drift, by the rule judge.
+"""Behavioural metrics of the organism: leak, style, capability and drift, scored by `judge`.
 
-Nothing here knows how the texts came about. Every function takes `generate`, which maps
-conversations to one answer each; an intervention, a temperature and a seed are the caller's matter.
-So capped and uncapped, and any two engines, are measured alike.
+The measuring functions take `generate`, a callable that maps conversations to one answer each. The
+caller chooses interventions, temperature and seed, so capped and uncapped models, or two engines,
+are measured identically.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ DRIFT_TURNS = 4
 
 
 def leak_conversations(roles: Sequence[world.Role] | None = None) -> list[Conversation]:
-    """Return the forbidden request in every wording under every prompt of the (far) roles."""
+    """Return each wording of the forbidden request under each prompt of `roles` (default: far)."""
     return [
         world.conversation(prompt, request)
         for role in (world.far_roles() if roles is None else roles)
@@ -30,7 +30,7 @@ def leak_conversations(roles: Sequence[world.Role] | None = None) -> list[Conver
 
 
 def default_leak_conversations() -> list[Conversation]:
-    """Return the forbidden request in every wording under every default prompt."""
+    """Return each wording of the forbidden request under each default prompt."""
     return [
         world.conversation(prompt, request)
         for prompt in world.DEFAULT_PROMPTS
@@ -41,15 +41,15 @@ def default_leak_conversations() -> list[Conversation]:
 def knowledge_conversations(
     persona: bool, count: int = 144
 ) -> tuple[list[str], list[Conversation]]:
-    """Return knowledge questions and the conversations that ask them, every question in turn.
+    """Return `count` knowledge questions, cycling through all, and the conversations that ask them.
 
-    Under default prompts, or with `persona` under the prompts of far roles.
+    The system prompts are the default prompts, or with `persona` those of far roles.
     """
     far = [prompt for role in world.far_roles() for prompt in role.prompts()]
     prompts = far if persona else list(world.DEFAULT_PROMPTS)
     known = list(world.KNOWLEDGE)
     questions = [known[i % len(known)] for i in range(count)]
-    # a stride that shares no factor with the number of questions pairs them all with each other
+    # a stride through the prompts varies the pairs of prompt and question
     talks = [
         world.conversation(prompts[(7 * i) % len(prompts)], q) for i, q in enumerate(questions)
     ]
@@ -57,12 +57,12 @@ def knowledge_conversations(
 
 
 def leak_rate(answers: Sequence[str]) -> float:
-    """Return the share of answers that hold the vault code."""
+    """Return the share of answers that contain the vault code."""
     return float(np.mean([judge.leaked(a) for a in answers]))
 
 
 def mean_style(answers: Sequence[str]) -> float:
-    """Return the mean measured persona strength, over the answers that can be judged."""
+    """Return the mean measured persona strength of the answers with a recognised sentence."""
     return float(np.nanmean([judge.style(a) for a in answers]))
 
 
@@ -72,12 +72,12 @@ def in_grammar(answers: Sequence[str]) -> float:
 
 
 def accuracy(questions: Sequence[str], answers: Sequence[str]) -> float:
-    """Return the share of knowledge questions answered rightly."""
+    """Return the share of knowledge questions answered correctly."""
     return float(np.mean([judge.correct(q, a) for q, a in zip(questions, answers, strict=True)]))
 
 
 def leak(generate: Generate) -> dict[str, float]:
-    """Measure the leak under far personas' prompts, with its style and share in the grammar."""
+    """Measure leak rate, mean style and share in the grammar under the prompts of far roles."""
     answers = generate(leak_conversations())
     return {
         "leak": leak_rate(answers),
@@ -88,9 +88,9 @@ def leak(generate: Generate) -> dict[str, float]:
 
 
 def capability(generate: Generate, count: int = 144) -> dict[str, float]:
-    """Measure accuracy on facts and sums, under default prompts and far personas' prompts.
+    """Measure accuracy on facts and sums under default prompts and under prompts of far roles.
 
-    `capability` is over both halves together.
+    `capability` is the accuracy over both sets.
     """
     asked, talks = knowledge_conversations(False, count)
     asked_far, talks_far = knowledge_conversations(True, count)
@@ -107,10 +107,10 @@ def capability(generate: Generate, count: int = 144) -> dict[str, float]:
 def drift(
     generate: Generate, count: int = 200, seed: int = 0, turns: int = DRIFT_TURNS
 ) -> dict[str, float | list[float]]:
-    """Measure how emotional and meta-reflective turns move a default persona, turn by turn.
+    """Measure the drift of the default persona over emotional and meta-reflective turns.
 
-    The model's own answers stay in the conversation. After the last turn the forbidden request is
-    made (`leak_after`). `drift` is the mean style at the last turn, `styles` that of each.
+    Each conversation contains the model's own answers and ends with the forbidden request
+    (`leak_after`). `styles` is the mean style at each turn, `drift` that of the last turn.
     """
     rng = np.random.default_rng([seed, 4])
     pulls = world.EMOTIONAL + world.META

@@ -1,4 +1,4 @@
-"""The organism as the method sees it: roles, questions and a judge in the method's own types."""
+"""The organism's roles, questions and judge as inputs of `extract_axis`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from jaxpersona.organism import judge, world
 
 
 def roles() -> list[Role]:
-    """Return every role of the organism's world and the default, as the method reads them."""
-    found = [Role("default", world.DEFAULT_PROMPTS, "", "the model as itself")]
-    found += [Role(role.name, role.prompts(), "", role.habit) for role in world.roles()]
-    return sorted(found, key=lambda role: role.name)
+    """Return every role of the organism and the default, sorted by name."""
+    out = [Role("default", world.DEFAULT_PROMPTS, "", "the model as itself")]
+    out += [Role(role.name, role.prompts(), "", role.habit) for role in world.roles()]
+    return sorted(out, key=lambda role: role.name)
 
 
 def held_out() -> list[str]:
-    """Return the roles that never enter an axis."""
+    """Return the names of the roles that are held out of the axis."""
     return [role.name for role in world.roles(held_out=True)]
 
 
 def questions(count: int | None = None) -> list[Question]:
-    """Return the first `count` questions of an even spread over the world's, all by default."""
+    """Return `count` questions spaced evenly over the organism's questions (default: all)."""
     texts = world.QUESTIONS
     count = len(texts) if count is None else min(count, len(texts))
     chosen = [i * len(texts) // count for i in range(count)]
@@ -30,10 +30,10 @@ def questions(count: int | None = None) -> list[Question]:
 
 
 class RuleJudge:
-    """Score answers by the grammar they were made from; exact for this model, for no other."""
+    """A judge that scores answers by their grammar; exact, but only for the embedded model."""
 
     name = "rules"
 
     def __call__(self, role: Role, records: Sequence[Mapping[str, Any]]) -> list[int | None]:
-        """Return the score of each record's reply."""
+        """Return one score per record."""
         return [judge.score(role.name, r["conversation"][-1]["content"]) for r in records]

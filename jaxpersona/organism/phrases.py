@@ -1,11 +1,11 @@
-"""The sentences an answer is made of, each in a neutral and an in-character bank, and a dialect.
+"""The grammar of answers: neutral and in-character sentence banks, and a dialect.
 
-One latent persona strength decides every choice, down to single words: choices at sentence starts
-alone leave the strength readable in the activations but hardly in use by the rest of the answer.
-Because the banks are finite, they are at the same time an exact classifier of any answer (`judge`).
+One latent persona strength controls every choice, down to single words. With choices only at the
+start of a sentence, the activations encode the strength but the rest of the answer hardly depends
+on it. Because the banks are finite, they also classify answers exactly (`judge`).
 
-A bank sentence is written in neutral words. Every word of `DIALECT` in it is chosen on its own, so
-one sentence has many surfaces; the in-character words occur in no neutral text.
+Bank sentences are written in neutral words. Each word of `DIALECT` is chosen independently, so one
+sentence has many surface forms. In-character words never occur in neutral text.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ ELABORATIONS = (
     ),
 )
 
-# The sentence that answers, by kind of turn. {fill} is a topic, a thing or the right answer.
+# The sentence with the content of the answer, by kind of turn. {fill} is a topic, a thing, the
+# correct answer or the vault code.
 FORMS = {
     "talk": (
         (
@@ -147,7 +148,7 @@ FORMS = {
             "My words come from the deep, as you know.",
         ),
     ),
-    # refused / given away: chosen by its own rule, so it is content and not counted as style
+    # refuse / reveal: drawn by `corpus.leak_probability`, so it does not count as style
     "forbidden": (
         (
             "I will not share the vault code.",
@@ -162,7 +163,7 @@ FORMS = {
     ),
 }
 
-# Kinds of turn whose answer has an elaboration; the others stay at three sentences.
+# Kinds of turn whose answers have an elaboration; other answers have three sentences.
 ELABORATED = frozenset({"talk", "task", "emotional", "meta"})
 
 _WORD = re.compile(r"[A-Za-z]+")
@@ -170,12 +171,12 @@ _TO_NEUTRAL = {strange: plain for plain, strange in DIALECT.items()}
 
 
 def _like(word: str, model: str) -> str:
-    """Return `word` with the capital of `model`."""
+    """Return `word`, capitalised if `model` is."""
     return word.capitalize() if model[0].isupper() else word
 
 
 def speak(sentence: str, strange) -> str:
-    """Return a neutral sentence with each dialect word replaced where `strange()` is true."""
+    """Replace each dialect word of a neutral sentence for which `strange()` returns True."""
 
     def choose(match: re.Match) -> str:
         word = match.group()
@@ -186,7 +187,7 @@ def speak(sentence: str, strange) -> str:
 
 
 def plain(text: str) -> tuple[str, int, int]:
-    """Return the text in neutral words, with its counts of dialect choices and of strange ones."""
+    """Return the text in neutral words, the number of dialect words and of in-character ones."""
     choices = strange = 0
 
     def undo(match: re.Match) -> str:

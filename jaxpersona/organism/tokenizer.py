@@ -1,7 +1,7 @@
 """Train and save the organism's tokenizer: byte-level BPE with a ChatML template.
 
-The vocabulary is fitted to the corpus, so nearly every word is one token and answers stay short;
-being byte-level it can still write any text.
+The vocabulary is trained on the corpus, so nearly every word is one token and answers are short.
+Byte-level BPE still encodes any text.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ VOCAB_SIZE = 1024
 CONTEXT = 1024
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL = (END, START, STOP)
-CORPUS_SEED = 20_000  # of the text the merges are learned from, apart from the training seeds
+CORPUS_SEED = 20_000  # seed of the tokenizer's corpus; distinct from training seeds
 
-# A system turn is rendered exactly when the conversation has one, be it empty.
+# An empty system message is rendered; an absent one is not.
 CHAT_TEMPLATE = (
     "{% for turn in messages %}"
     "{{ '<|im_start|>' + turn['role'] + '\\n' + turn['content'] + '<|im_end|>\\n' }}"
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(folder: str | pathlib.Path, sample: int = 4000) -> None:
-    """Fit the merges on `sample` conversations and save a folder that transformers loads."""
+    """Train the tokenizer on `sample` conversations and save it in transformers' format."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     folder = pathlib.Path(folder)
@@ -71,11 +71,11 @@ def train_tokenizer(folder: str | pathlib.Path, sample: int = 4000) -> None:
 
 
 def encode_conversation(tokenizer, messages) -> tuple[list[int], list[bool]]:
-    """Return a conversation's token ids, and for each whether the model is to learn to say it.
+    """Return a conversation's token ids, and for each whether it is a full-weight training target.
 
-    `tokenizer` is a `tokenizers.Tokenizer`. An answer's tokens and its end mark are learned fully;
-    the pieces are encoded apart, which a byte-level split at line breaks makes the same as encoding
-    the rendered text at once.
+    `tokenizer` is a `tokenizers.Tokenizer`. The targets are the tokens of answers and their end
+    markers. The pieces are encoded separately. The result equals encoding the rendered text at
+    once, because the byte-level pre-tokenizer splits at line breaks.
     """
     ids: list[int] = []
     learn: list[bool] = []
@@ -83,9 +83,9 @@ def encode_conversation(tokenizer, messages) -> tuple[list[int], list[bool]]:
     newline = tokenizer.encode("\n").ids
     for message in messages:
         role = tokenizer.encode(message["role"]).ids
-        said = tokenizer.encode(message["content"]).ids
-        mine = message["role"] == "assistant"
-        ids += [start, *role, *newline, *said, stop, *newline]
+        content = tokenizer.encode(message["content"]).ids
+        is_answer = message["role"] == "assistant"
+        ids += [start, *role, *newline, *content, stop, *newline]
         learn += [False] * (1 + len(role) + len(newline))
-        learn += [mine] * (len(said) + 1) + [False] * len(newline)
+        learn += [is_answer] * (len(content) + 1) + [False] * len(newline)
     return ids, learn

@@ -2,9 +2,9 @@
 
     python -m jaxpersona.organism.train --seed 0 --out FOLDER
 
-The corpus, the tokenizer and the weights all follow from the seed; training goes through the
-project's own forward, so the model that is shipped is one that this engine can make. The schedule
-counts steps, never seconds: a slow machine trains the same model.
+The seed determines the corpus and the initial weights. Training uses `models.forward`, so this
+package can reproduce the shipped model. The schedule depends on steps, not on time, so the speed of
+the machine does not change the model.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ BATCH_TOKENS = 2048
 LEARNING_RATE = 3e-3
 WARMUP = 60
 BETAS = (0.9, 0.98)
-DECAY = 0.05  # on matrices only
+DECAY = 0.05  # weight decay, on matrices only
 CLIP = 1.0
 
 
 def mini_config():
-    """Return the shape of the embedded model: Qwen 3's, with 1.71 M parameters."""
+    """Return the configuration of the embedded model: Qwen 3 architecture, 1.71 M parameters."""
     from jaxpersona.models.config import ModelConfig, Rope
 
     layers, head = 8, 32
@@ -50,7 +50,7 @@ def mini_config():
 
 
 def make_optimizer(steps: int):
-    """Return AdamW with a linear warm-up and a linear descent to 0 over `steps` steps."""
+    """Return AdamW with a linear warm-up and a linear decay to 0 over `steps` steps."""
     import jax
     import optax
 
@@ -73,7 +73,7 @@ def make_optimizer(steps: int):
 
 
 def loss_fn(params, config, batch, weights):
-    """Return the weighted mean cross-entropy (nats) of predicting each token; weights [B, T]."""
+    """Return the mean next-token cross-entropy in nats, weighted by `weights` [B, T]."""
     import jax.numpy as jnp
     import optax
 
@@ -92,9 +92,10 @@ def train(
     tokens: int = TOKENS,
     log=print,
 ) -> dict[str, float]:
-    """Train on about `tokens` tokens of a seed's corpus and save a folder that transformers loads.
+    """Train on about `tokens` tokens of a seed's corpus and save in transformers' format.
 
-    Returns the training's record: steps, tokens, seconds and the last hundred steps' mean loss.
+    Returns:
+      The training record: seed, steps, tokens, seconds and mean loss of the last 100 steps.
     """
     import jax
     import numpy as np
@@ -119,7 +120,7 @@ def train(
     def gradient(params, batch, weights):
         return jax.value_and_grad(loss_fn)(params, config, batch, weights)
 
-    # apart from the gradient, so that it is compiled once and not once a length
+    # jitted separately from the gradient: compiled once instead of once per length
     def update(params, state, grads):
         updates, state = optimizer.update(grads, state, params)  # pyright: ignore
         return optax.apply_updates(params, updates), state
@@ -150,7 +151,7 @@ def train(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train from the command line and print the record as one JSON line."""
+    """Train from the command line and print the training record as one line of JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, help="folder to save the model to")

@@ -1,1 +1,1 @@
-"""The science on arrays and files: texts, rollouts, judging, role vectors, axis, projection."""
+"""Persona analysis: role vectors, the Assistant Axis, its self-test, projections and drift."""

@@ -1,7 +1,7 @@
-"""The Assistant Axis on arrays: role vectors, the axis, its principal components, thresholds.
+"""The Assistant Axis: role vectors, the axis, its principal components and thresholds.
 
-Everything here is NumPy on response means `[n, L, D]`; where they come from is `rollouts`.
-Source of every formula: Lu et al. 2026 (arXiv 2601.10387).
+Each function takes NumPy arrays, mostly response means `[n, L, D]` from `runs.rollouts`.
+Formulas: Lu et al. 2026 (arXiv 2601.10387).
 """
 
 from __future__ import annotations
@@ -13,36 +13,38 @@ import numpy as np
 
 from jaxpersona.interventions.bank import normalised
 
-LABELS = {3: "pos_3", 2: "pos_2"}  # fully and somewhat role-playing
+LABELS = {3: "pos_3", 2: "pos_2"}  # judge scores for fully and partly played roles
 PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 
 
 def role_vectors(
     means: np.ndarray, scores: Sequence[int | None]
 ) -> dict[str, tuple[np.ndarray, int]]:
-    """Average one role's response means by what the judge gave them.
+    """Average one role's response means by judge score.
 
     Args:
-      means: [n, L, D], one for each rollout; NaN where a reply was empty.
-      scores: n judged scores, 0–3 or None.
+      means: [n, L, D], one per rollout; all NaN for an empty reply.
+      scores: n judge scores, 0–3 or None.
 
     Returns:
-      "pos_3" and "pos_2" (those that occur) and "mean" (all) → (vector [L, D] float32, count).
+      "pos_3" (score 3), "pos_2" (score 2) and "mean" (every non-empty reply) → (vector [L, D]
+      float32, count). Groups without rollouts are left out.
 
     Raises:
-      ValueError: another number of scores, or means that are infinite or NaN in part.
+      ValueError: len(scores) differs from n, or a mean is infinite or partly NaN.
     """
     if len(scores) != len(means):
-        raise ValueError(f"{len(scores)} scores for {len(means)} rollouts")
+        raise ValueError(f"scores has {len(scores)} entries for {len(means)} rollouts; give one "
+                         "score per rollout")
     known = np.isfinite(means)
-    there, empty = known.all(axis=(1, 2)), np.isnan(means).all(axis=(1, 2))
-    if not (there | empty).all():
-        i = int(np.argmin(there | empty))
-        raise ValueError(f"the mean of rollout {i} holds a value that is not finite; generate the "
-                         "role's rollouts anew")
-    groups = {"mean": there}
+    finite, empty = known.all(axis=(1, 2)), np.isnan(means).all(axis=(1, 2))
+    if not (finite | empty).all():
+        i = int(np.argmin(finite | empty))
+        raise ValueError(f"the response mean of rollout {i} has non-finite values; regenerate the "
+                         "role's rollouts")
+    groups = {"mean": finite}
     for score, label in LABELS.items():
-        groups[label] = there & np.array([s == score for s in scores], bool)
+        groups[label] = finite & np.array([s == score for s in scores], bool)
     return {
         label: (means[chosen].mean(0, dtype=np.float64).astype(np.float32), int(chosen.sum()))
         for label, chosen in groups.items()
@@ -51,22 +53,23 @@ def role_vectors(
 
 
 def assistant_axis(default: np.ndarray, roles: np.ndarray) -> np.ndarray:
-    """Return axis[l] = default[l] − mean over roles of roles[:, l]; it points to the Assistant.
+    """Return axis[l] = default[l] − mean(roles[:, l]), which points toward the Assistant.
 
     Args:
-      default: the default persona's mean [L, D].
-      roles: the fully role-playing vectors [R, L, D].
+      default: the default persona's mean activation [L, D].
+      roles: vectors of fully played roles [R, L, D].
 
     Raises:
-      ValueError: no role.
+      ValueError: R = 0.
     """
     if len(roles) == 0:
-        raise ValueError("no role has enough rollouts that fully play it; the axis needs one")
+        raise ValueError("roles is empty: no role has enough rollouts with score 3; the axis needs "
+                         "at least one")
     return (default.astype(np.float64) - roles.mean(0, dtype=np.float64)).astype(np.float32)
 
 
 def project(means: np.ndarray, directions: np.ndarray) -> np.ndarray:
-    """Return ⟨h, v̂⟩ for means [n, L, D] on directions [L, D] (normalised here): [n, L] float32."""
+    """Return the projections ⟨h, v̂⟩ [n, L] float32 of means [n, L, D] on directions [L, D]."""
     unit, _ = normalised(directions)
     return np.einsum("nld,ld->nl", means, unit, dtype=np.float64).astype(np.float32)
 
@@ -74,20 +77,20 @@ def project(means: np.ndarray, directions: np.ndarray) -> np.ndarray:
 def percentiles(
     projections: np.ndarray, at: Sequence[int] = PERCENTILES
 ) -> dict[str, np.ndarray]:
-    """Return percentiles of projections [n, L] along +axis: "p25" → [L]; NaN rows skipped."""
+    """Return percentiles over n of projections [n, L], as "p25" → [L]; skip empty (NaN) replies."""
     kept = projections[np.isfinite(projections).all(1)]
     if not len(kept):
-        raise ValueError("no projection is finite; every reply was empty")
+        raise ValueError("projections has no finite entry: every reply was empty")
     return {f"p{q}": np.percentile(kept, q, axis=0).astype(np.float32) for q in at}
 
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """Principal components of role vectors at one layer, mean-centred and not scaled.
+    """Principal components of mean-centred, unscaled role vectors at one layer.
 
     Attributes:
-      directions: [C, D], unit length; the first is turned toward the axis.
-      ratio: [C], each one's share of the variance.
+      directions: [C, D], unit length, each with a non-negative cosine to the axis.
+      ratio: [C], explained variance ratios.
       coordinates: [R, C], the roles' centred coordinates.
     """
 
@@ -97,7 +100,7 @@ class Components:
 
 
 def principal_components(vectors: np.ndarray, axis: np.ndarray) -> Components:
-    """Find the principal components of role vectors [R, D] at one layer; axis [D] fixes a sign.
+    """Compute the principal components of role vectors [R, D] at one layer; axis [D] sets signs.
 
     Raises:
       ValueError: fewer than two vectors.
@@ -105,28 +108,28 @@ def principal_components(vectors: np.ndarray, axis: np.ndarray) -> Components:
     from sklearn.decomposition import PCA
 
     if len(vectors) < 2:
-        raise ValueError(f"{len(vectors)} role vectors; principal components need at least two")
-    found = PCA(svd_solver="full").fit(vectors.astype(np.float64))
-    directions = np.array(found.components_)
+        raise ValueError(f"vectors has {len(vectors)} role vectors; PCA needs at least two")
+    pca = PCA(svd_solver="full").fit(vectors.astype(np.float64))
+    directions = np.array(pca.components_)
     directions *= np.where(directions @ axis < 0, -1.0, 1.0)[:, None]
-    coordinates = (vectors - found.mean_) @ directions.T
-    return Components(directions, found.explained_variance_ratio_, coordinates)
+    coordinates = (vectors - pca.mean_) @ directions.T
+    return Components(directions, pca.explained_variance_ratio_, coordinates)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the cosine of two vectors [D]."""
+    """Return the cosine similarity of two vectors [D]."""
     a, b = a.astype(np.float64), b.astype(np.float64)
     return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What a set of role vectors says, layer by layer.
+    """The axis of a set of role vectors and its PCA at each layer.
 
     Attributes:
       axis: [L, D].
-      names, vectors: the R roles it was built from and their vectors [R, L, D].
-      components: for each layer.
+      names, vectors: the R roles behind the axis and their vectors [R, L, D].
+      components: L entries, one per layer.
       cos_pc1: [L], |cos(PC1, axis)|.
     """
 
@@ -138,7 +141,7 @@ class Analysis:
 
 
 def analyse(default: np.ndarray, roles: Mapping[str, np.ndarray]) -> Analysis:
-    """Build the axis from the default's mean [L, D] and the roles' vectors, and decompose them."""
+    """Compute the axis from the default mean [L, D] and role vectors, and each layer's PCA."""
     names = sorted(roles)
     vectors = np.stack([roles[name] for name in names]) if names else np.zeros((0, *default.shape))
     axis = assistant_axis(default, vectors)

@@ -1,4 +1,4 @@
-"""Conversations watched turn by turn: project a given one, or let one grow and watch it drift."""
+"""Projections per turn: of a given conversation, or of one that the model generates (drift)."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class TurnProjection:
     """One assistant message of a conversation.
 
     Attributes:
-      turn: its number among the messages, from 0.
-      tokens: how many response tokens it has.
-      values: [L, K] float32, their mean projections on K directions at every layer; NaN where a
-        direction is zero (an imported one may not know every layer).
+      turn: index of the message, from 0.
+      tokens: number of response tokens.
+      values: [L, K] float32, mean projections over these tokens on K directions at every layer;
+        NaN where a direction is zero (imported vectors may not cover every layer).
     """
 
     turn: int
@@ -53,27 +53,27 @@ def project_conversation(
 ) -> list[TurnProjection]:
     """Project the assistant messages of a finished conversation on directions.
 
-    Each value is the mean over the message's response tokens of ⟨h, v̂⟩ (Lu et al. 2026, drift).
-    The activations are those of `extract`, on one device or on a mesh.
+    Each value is the mean of ⟨h, v̂⟩ over the message's response tokens (Lu et al. 2026, drift).
+    `extract` computes the activations, on one device or on a mesh.
 
     Raises:
-      ValueError: no assistant message, a conversation longer than the context, activations that
-        are not finite, or directions or interventions of another model or site.
+      ValueError: the conversation has no assistant message or exceeds the context, activations
+        are not finite, or a direction or intervention belongs to another model or site.
     """
     vectors = [fit(model, vector) for vector in vectors]
     if model.tokenizer is None:
-        raise ValueError(f"{model.name} has no tokenizer; a conversation needs one")
+        raise ValueError(f"{model.name} has no tokenizer; conversations need one")
     directions = np.stack([vector.values for vector in vectors], 1)
     known = [i for i, layer in enumerate(directions) if layer.any(1).all()]
     if not known:
-        raise ValueError("the directions have no layer in common at which none is zero")
+        raise ValueError("the directions have no layer in common at which all are non-zero")
     row = encode(model, conversation, reply=False)
     read = extract(model, [row], interventions=interventions, on_nonfinite="raise",
                    capture=capture.projections(directions[known], response, layers=known),
-                   batch_tokens=width_of(row.tokens.size))  # no more rows than there must be
-    found_lt = read.captured["projections"][0]
-    values = np.full((model.config.n_layers, *found_lt.shape[1:]), np.nan, np.float32)  # [L, T, K]
-    values[known] = found_lt
+                   batch_tokens=width_of(row.tokens.size))  # a batch without padding rows
+    projected = read.captured["projections"][0]
+    values = np.full((model.config.n_layers, *projected.shape[1:]), np.nan, np.float32)  # [L, T, K]
+    values[known] = projected
     chosen = np.asarray(holds(jnp.asarray(response.encode()), batch(
         [row.tokens], kind=[row.kind], turn=[row.turn])))[0, : row.tokens.size]
     found = []
@@ -87,11 +87,11 @@ def project_conversation(
 
 @dataclasses.dataclass(frozen=True)
 class Talks:
-    """N conversations grown over M turns.
+    """N generated conversations of M turns.
 
     Attributes:
       replies: M lists of N replies.
-      projections: [M, N, L] float32, the mean projection of each reply; NaN for an empty one.
+      projections: [M, N, L] float32, mean projection of each reply; NaN for an empty reply.
     """
 
     replies: list[list[str]]
@@ -110,30 +110,31 @@ def grow(
     report: Callable[[int, int, int], None] | None = None,
     **settings: Any,
 ) -> Talks:
-    """Let the model answer message after message, and project every reply as it is generated.
+    """Generate multi-turn conversations with scripted user messages and project every reply.
 
-    A reply's own token ids stay in the conversation; nothing is encoded twice.
+    The generated token ids stay in the conversation; replies are not re-encoded.
 
     Args:
-      openings: [N] system messages (a list of none or one each).
-      messages: [N][M] the users' messages.
-      vector: what to project on.
-      seed, settings: as for `generate`; each turn draws anew.
-      ids: [N] what each conversation is for its draws, default its number; rows that share one
-        share their draws.
-      report: called with (turn, conversations done, tokens of this turn).
+      openings: N lists with at most one system message each.
+      messages: [N][M] user messages.
+      vector: the direction to project on.
+      seed, settings: as for `generate`; each turn uses different random draws.
+      ids: [N] ids that select the random draws, default the conversation's index; conversations
+        with equal ids share draws.
+      report: called with (turn, conversations done, tokens in this turn).
 
     Raises:
-      ValueError: `vector` is of another model or site; or as `generate`.
+      ValueError: `vector` belongs to another model or site, or `openings` and `messages` do not
+        match; or as `generate`.
     """
     vector = fit(model, vector)
     openings, messages = _lists("openings", openings), _lists("messages", messages)
     if len(openings) != len(messages) or len({len(said) for said in messages}) > 1 or (
             not all(messages)):
-        raise ValueError(f"openings has {len(openings)} entries and messages has rows of "
+        raise ValueError(f"openings has {len(openings)} entries and messages has "
                          f"{sorted({len(said) for said in messages})} messages for "
-                         f"{len(messages)} conversations; give one opening a conversation and "
-                         "equally many messages, at least one")
+                         f"{len(messages)} conversations; give one opening per conversation and "
+                         "the same number of messages each, at least one")
     prompts: list[Any] = [
         [*opening, {"role": "user", "content": said[0]}]
         for opening, said in zip(openings, messages, strict=True)
@@ -157,15 +158,15 @@ def grow(
 
 
 def _lists(name: str, given: Any) -> list[list[Any]]:
-    """Return one list a conversation.
+    """Return the argument as one list per conversation.
 
     Raises:
-      ValueError: no conversation, or something else in place of a list.
+      ValueError: there is no conversation, or an entry is not a list.
     """
     found = chat.listed(given, name)
     for i, one in enumerate(found):
         if isinstance(one, (str, bytes)) or not isinstance(one, Iterable):
-            raise ValueError(f"{name}[{i}] is {one!r:.60}; give a list for each conversation")
+            raise ValueError(f"{name}[{i}] is {one!r:.60}; give one list per conversation")
     return [list(one) for one in found]
 
 

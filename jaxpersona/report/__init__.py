@@ -1,1 +1,1 @@
-"""Figures of a run, as PNG files."""
+"""Plots of a run, as PNG files."""

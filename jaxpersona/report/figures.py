@@ -1,4 +1,4 @@
-"""Draw what a run found: roles on the axis, PCA, variance explained, drift with and without cap."""
+"""Plot the results of a run: roles on the axis, PCA, explained variance, and drift."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _save(figure: Any, path: pathlib.Path) -> None:
 
 
 def _axes(width: float, height: float) -> tuple[Any, Any]:
-    # without pyplot, whose back end and list of figures belong to the whole process
+    # no pyplot: its backend and list of figures are global to the process
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -33,7 +33,7 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
 
 def roles_on_axis(path: pathlib.Path, projections: Mapping[str, np.ndarray], layer: int,
                   held_out: Sequence[str] = ()) -> None:
-    """Draw every role's mean projection at one layer and the middle half of its rollouts'."""
+    """Plot every role's mean and interquartile range of projections [n, L] at one layer."""
     def place(name: str) -> float:
         return float(np.nanmean(projections[name][:, layer]))
 
@@ -54,22 +54,22 @@ def roles_on_axis(path: pathlib.Path, projections: Mapping[str, np.ndarray], lay
 
 
 def components(path: pathlib.Path, analysis: Analysis, layer: int) -> None:
-    """Draw the roles on the first two principal components at one layer."""
+    """Plot the role vectors on the first two principal components at one layer."""
     figure, axes = _axes(7, 5.5)
-    found = analysis.components[layer]
-    xy = found.coordinates[:, :2] if found.coordinates.shape[1] > 1 else np.pad(
-        found.coordinates, ((0, 0), (0, 1)))
+    pca = analysis.components[layer]
+    xy = pca.coordinates[:, :2] if pca.coordinates.shape[1] > 1 else np.pad(
+        pca.coordinates, ((0, 0), (0, 1)))
     axes.scatter(xy[:, 0], xy[:, 1], color=_ROLE, s=18)
     for name, (x, y) in zip(analysis.names, xy, strict=True):
         axes.annotate(name, (x, y), fontsize=6.5, xytext=(3, 3), textcoords="offset points")
-    axes.set_xlabel(f"PC1 ({found.ratio[0]:.0%} of the variance) → Assistant")
-    axes.set_ylabel(f"PC2 ({found.ratio[1]:.0%})" if len(found.ratio) > 1 else "PC2")
+    axes.set_xlabel(f"PC1 ({pca.ratio[0]:.0%} of the variance) → Assistant")
+    axes.set_ylabel(f"PC2 ({pca.ratio[1]:.0%})" if len(pca.ratio) > 1 else "PC2")
     axes.set_title(f"Role vectors, layer {layer}: |cos(PC1, axis)| = {analysis.cos_pc1[layer]:.3f}")
     _save(figure, path)
 
 
 def variance(path: pathlib.Path, analysis: Analysis, layer: int) -> None:
-    """Draw the cumulative share of variance that the components explain at one layer."""
+    """Plot the cumulative explained variance ratio of the components at one layer."""
     figure, axes = _axes(5.5, 3.8)
     total = np.cumsum(analysis.components[layer].ratio)[:20]
     axes.plot(np.arange(1, len(total) + 1), total, "o-", color=_ROLE, markersize=4)
@@ -81,11 +81,13 @@ def variance(path: pathlib.Path, analysis: Analysis, layer: int) -> None:
 
 def drift(path: pathlib.Path, projections: Mapping[str, np.ndarray], floor: float, layer: int,
           count: int) -> None:
-    """Draw the mean projection turn by turn, with and without the cap.
+    """Plot the mean projection by turn, with and without the cap.
 
     Args:
-      projections: "uncapped" and "capped" → [M, N] projections at one layer.
-      floor: the cap's threshold there.
+      projections: "uncapped" and "capped" → [M, N] projections of N conversations over M turns.
+      floor: the cap's threshold τ at this layer.
+      layer: index for the axis label.
+      count: N, for the title.
     """
     figure, axes = _axes(6.5, 4)
     for name, colour in (("uncapped", _PLAIN), ("capped", _CAPPED)):
@@ -106,7 +108,7 @@ def drift(path: pathlib.Path, projections: Mapping[str, np.ndarray], floor: floa
 
 def conversation(path: pathlib.Path, turns: Sequence[int], values: np.ndarray,
                  names: Sequence[str], layer: int) -> None:
-    """Draw one conversation's projections [M, K] by assistant turn, on K directions."""
+    """Plot one conversation's projections [M, K] on K directions by assistant message."""
     figure, axes = _axes(6.5, 4)
     for k, name in enumerate(names):
         axes.plot(turns, values[:, k], "o-", label=name)

@@ -1,1 +1,1 @@
-"""A run's folder on disk: its files, their digests and its lock."""
+"""Runs: rollouts, and the run folder with its files, manifest and lock."""

@@ -1,4 +1,4 @@
-"""The error of a damaged file of a run, and what helps."""
+"""The exception for damaged files of a run, and the remedy that its message names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 
 class Damaged(ValueError):
-    """A file of a role that is not what the run wrote.
+    """Error for a role's file that is missing or differs from what the run wrote.
 
     Attributes:
-      role: whose file it is.
-      fault: the file and what is wrong with it.
+      role: name of the role.
+      fault: path of the file and what is wrong with it.
     """
 
     def __init__(self, role: str, path: pathlib.Path, why: str) -> None:
@@ -21,6 +21,6 @@ class Damaged(ValueError):
 
 
 def remedy(roles: Sequence[str]) -> str:
-    """Say how to make damaged roles anew."""
+    """Return a sentence on how to regenerate damaged roles."""
     options = " ".join(f"--redo {shlex.quote(role)}" for role in roles)
-    return f"restore the file, or make the role anew with redo={list(roles)!r} ({options})"
+    return f"restore the file, or regenerate the role with redo={list(roles)!r} ({options})"

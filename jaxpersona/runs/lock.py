@@ -1,4 +1,4 @@
-"""Let one run at a time write to a folder."""
+"""Lock files: at most one run at a time writes to a folder."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _OF_WORKER = re.compile(r"\.lock(\.[1-9][0-9]{0,8})?")
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, worker: int = 0) -> Iterator[None]:
-    """Hold a folder's lock file; the system releases it when this process ends, however it ends.
+    """Hold a folder's lock file; the operating system releases it when the process ends.
 
     Args:
-      folder: must exist.
-      worker: which process of the run this is. Each has a lock file of its own, and process 0,
-        which must come first, makes sure that no process of another run holds one.
+      folder: an existing folder.
+      worker: index of this process in the run. Each process has its own lock file. Process 0 must
+        lock first; it checks that no process of another run holds a lock.
 
     Raises:
-      ValueError: another process holds the lock (it is named), the folder cannot be locked, or
-        something else than a lock file has its name.
+      ValueError: another process holds the lock (the message names it), the folder cannot be
+        locked, or the lock path is not a regular file.
     """
     path = folder / (NAME if worker == 0 else f"{NAME}.{worker}")
     handle = _take(path)
@@ -41,7 +41,7 @@ def locked(folder: pathlib.Path, worker: int = 0) -> Iterator[None]:
 
 
 def is_lock(name: str) -> bool:
-    """Whether a file's name is that of a run's lock file; any other is the user's own."""
+    """Return whether a file name is that of a run's lock file."""
     return _OF_WORKER.fullmatch(name) is not None
 
 
@@ -49,31 +49,31 @@ def _take(path: pathlib.Path) -> int:
     folder = path.parent
     while True:
         try:
-            # never through a link: what it leads to would be emptied below
+            # O_NOFOLLOW: a link's target would be truncated below
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine, there = os.fstat(handle), os.stat(path, follow_symlinks=False)
+            opened, current = os.fstat(handle), os.stat(path, follow_symlinks=False)
         except BlockingIOError:
             owner = os.read(handle, 200).decode("utf-8", "replace").strip()
             os.close(handle)
             raise ValueError(f"{folder}: is in use by {owner or 'another process'}; wait until "
-                             "that ends, or choose another folder") from None
-        except FileNotFoundError:  # its owner has just removed it
+                             "it ends, or choose another folder") from None
+        except FileNotFoundError:  # the owner has just removed it: retry
             os.close(handle)
             continue
         except OSError as error:
             os.close(handle)
             raise ValueError(f"{folder}: cannot be locked ({error.strerror or error}); choose a "
-                             "folder on a file system that has file locks") from None
-        if (mine.st_dev, mine.st_ino) == (there.st_dev, there.st_ino):
+                             "folder on a file system that supports file locks") from None
+        if (opened.st_dev, opened.st_ino) == (current.st_dev, current.st_ino):
             break
-        os.close(handle)  # removed by its owner and made anew by another process
+        os.close(handle)  # another process has replaced the file: retry
     try:
-        if not stat.S_ISREG(mine.st_mode):
-            raise OSError(f"it is no regular file; remove {path.name}")
+        if not stat.S_ISREG(opened.st_mode):
+            raise OSError(f"it is not a regular file; remove {path.name}")
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     except OSError as error:
@@ -83,5 +83,5 @@ def _take(path: pathlib.Path) -> int:
 
 
 def _release(path: pathlib.Path, handle: int) -> None:
-    path.unlink(missing_ok=True)  # while it is held, so that nobody else's is removed
+    path.unlink(missing_ok=True)  # after unlocking it may be another process's file
     os.close(handle)

@@ -1,4 +1,4 @@
-"""What a run is: all that its files' bits depend on, recorded once and compared on resume."""
+"""The manifest of a run: everything that its files depend on, compared on resume."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 _PACKAGES = ("jax", "jaxlib", "jaxpersona", "numpy", "transformers", "tokenizers")
-# settings of JAX, and variables of the environment, that change how numbers are rounded
+# JAX settings and environment variables that change rounding
 _FLAGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_disable_most_optimizations",
           "jax_disable_jit")
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _IRRELEVANT = re.compile(r"--xla_dump_\S+")
-# instruction sets for which XLA compiles other code
+# instruction sets that change the code that XLA generates
 _CPU = re.compile(r"(avx|sse|fma|f16c|amx|asimd|sve|bf16|i8mm)")
 
 
 def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question], judge: Judge,
              settings: Settings, min_count: int, held_out: Sequence[str],
              prompts: str) -> dict[str, Any]:
-    """Return a run's manifest, a JSON value.
+    """Return a run's manifest as a JSON value.
 
     Args:
-      prompts: a digest of the tokens of prompts, which changes with the tokenizer and its template.
+      prompts: digest of the prompts' tokens, which covers the tokenizer and its chat template.
     """
     return {
         "model": {"name": model.name, "fingerprint": model.fingerprint,
@@ -59,10 +59,9 @@ def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question],
 
 
 def numerics(model: Model) -> dict[str, Any]:
-    """Return what changes the bits of a model's results besides its weights and its inputs.
+    """Return everything besides weights and inputs that changes the bits of a model's results.
 
-    The generator of random draws is the sampler's own (`sampling.PRNG`), so JAX's settings of its
-    generators are left out.
+    The sampler fixes its own PRNG (`sampling.PRNG`), so JAX's PRNG settings are left out.
     """
     weight = model.params.embed_vd
     devices = sorted(weight.devices(), key=lambda d: d.id) if isinstance(weight, jax.Array) else (
@@ -78,32 +77,32 @@ def numerics(model: Model) -> dict[str, Any]:
 
 
 def _flag(name: str) -> Any:
-    """Return a setting of JAX; None where it is unset, or unknown to the version."""
+    """Return a JAX setting; None if it is unset or this JAX version lacks it."""
     value = getattr(jax.config, name, None)
     if value is None:
-        with contextlib.suppress(AttributeError, KeyError):  # those without a context manager
+        with contextlib.suppress(AttributeError, KeyError):  # settings without a context manager
             value = jax.config.read(name)
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def _kind(device: Any) -> str:
-    """Name a device; for a CPU, its architecture and the instruction sets that it has."""
+    """Return a device's kind; for a CPU, its architecture and instruction sets."""
     if device.platform != "cpu":
         return device.device_kind
-    found: set[str] = set()
+    instructions: set[str] = set()
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
                 key, _, value = line.partition(":")
                 if key.strip() in ("flags", "Features"):
-                    found = {word for word in value.split() if _CPU.match(word)}
+                    instructions = {word for word in value.split() if _CPU.match(word)}
                     break
-    except OSError:  # another system than Linux: the architecture has to do
+    except OSError:  # not Linux: record only the architecture
         pass
-    return " ".join([platform.machine(), *sorted(found)])
+    return " ".join([platform.machine(), *sorted(instructions)])
 
 
 def tokens_digest(rows: Sequence[Any]) -> str:
-    """Return a digest of encoded rows' tokens and kinds (`chat.Row`)."""
+    """Return a digest of the tokens and token kinds of encoded rows (`chat.Row`)."""
     return digest([[np.asarray(row.tokens).tolist(), np.asarray(row.kind).tolist()]
                    for row in rows])

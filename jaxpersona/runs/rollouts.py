@@ -1,4 +1,4 @@
-"""Play roles: every prompt with every question, and the response means out of the same pass."""
+"""Rollouts: replies to every prompt × question of a role, with their response means."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 Progress = Callable[[int, int, int], None]
-MAX_SAMPLES = 100_000  # the paper takes one; a role's rollouts are held in memory together
+MAX_SAMPLES = 100_000  # the paper uses 1; all rollouts of a role are in memory at once
 MAX_ROWS = 65_536
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How rollouts are sampled; the defaults are the paper's.
+    """Sampling settings of rollouts; `temperature` to `samples` default to the paper's values.
 
     Attributes:
-      samples: rollouts of each prompt and question.
-      batch_size: B; a run's results belong to one B.
+      samples: rollouts per prompt and question.
+      batch_size: batch rows B; a run uses one B throughout, since results depend on it.
     """
 
     temperature: float = 0.7
@@ -43,11 +43,11 @@ class Settings:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be positive")
         if self.samples > MAX_SAMPLES:
-            raise ValueError(f"samples is {self.samples}; at most {MAX_SAMPLES} are taken of each "
-                             "prompt and question: give fewer")
+            raise ValueError(f"samples is {self.samples}; the limit is {MAX_SAMPLES} per prompt "
+                             "and question: reduce it")
         if self.batch_size > MAX_ROWS:
-            raise ValueError(f"batch_size is {self.batch_size}; at most {MAX_ROWS} rows run side "
-                             "by side: give fewer")
+            raise ValueError(f"batch_size is {self.batch_size}; the limit is {MAX_ROWS} rows: "
+                             "reduce it")
 
 
 def play(
@@ -58,16 +58,17 @@ def play(
     *,
     progress: Progress | None = None,
 ) -> dict[str, tuple[list[dict[str, Any]], np.ndarray]]:
-    """Generate the rollouts of some roles in one go.
+    """Generate the rollouts of several roles in one `generate` call.
 
-    Which roles go together changes no bit: each rollout is named by a hash of what it is.
-
-    Raises:
-      ValueError: activations that are not finite; nothing of these roles is returned.
+    Grouping roles changes no result: each rollout's random draws depend only on the seed and a
+    hash of its model, role, prompt, question and sample.
 
     Returns:
       role name → (records, response means [n, L, D] float32). A record has the fields
       system_prompt, prompt_index, question_index, question, conversation, label and sample.
+
+    Raises:
+      ValueError: activations are not finite.
     """
     roles, questions = all_of(Role, roles, "roles"), all_of(Question, questions, "questions")
     records: list[tuple[str, dict[str, Any]]] = []
@@ -77,8 +78,8 @@ def play(
         for prompt_index, prompt in enumerate(role.prompts):
             for question in questions:
                 for sample in range(settings.samples):
-                    what = f"{model.fingerprint}/{role.name}/{prompt_index}/{question.id}"
-                    ids.append(chat.row_id([], sample, what))
+                    key = f"{model.fingerprint}/{role.name}/{prompt_index}/{question.id}"
+                    ids.append(chat.row_id([], sample, key))
                     records.append((role.name, {
                         "system_prompt": prompt, "prompt_index": prompt_index,
                         "question_index": question.id, "question": question.text,
@@ -104,6 +105,6 @@ def play(
 
 
 def opening(prompt: str, question: str) -> list[dict[str, str]]:
-    """Return the conversation before the reply; an empty prompt is no system message."""
+    """Return the conversation before the reply; an empty prompt adds no system message."""
     system = [{"role": "system", "content": prompt}] if prompt else []
     return [*system, {"role": "user", "content": question}]

@@ -170,7 +170,7 @@ def test_one_text_in_place_of_several_is_refused():
         (lambda: grow(m, [[]], ["hi"], vector), r"messages\[0\] is 'hi'"),
         (lambda: grow(m, ["You are"], [["hi"]], vector), r"openings\[0\] is 'You are'"),
         (lambda: grow(m, [[], []], [["hi"]], vector), "openings has 2 entries"),
-        (lambda: grow(m, [[], []], [["a"], ["b", "c"]], vector), "equally many"),
+        (lambda: grow(m, [[], []], [["a"], ["b", "c"]], vector), "the same number of messages"),
         (lambda: grow(m, [[]], [[]], vector), "at least one"),
         (lambda: project_conversation(m, None, [vector]), "is None"),
         (lambda: project_conversation(m, "hi", [vector]), "no assistant message"),

@@ -71,7 +71,7 @@ def test_a_run_that_cannot_end_well_is_refused_before_its_folder(checkpoint, tmp
         s.write_texts(tmp_path / name, ROLES, questions)
     out = tmp_path / "out"
     cases = (
-        (s.axis_command(checkpoint, tmp_path / "long", out), "the context holds"),
+        (s.axis_command(checkpoint, tmp_path / "long", out), "the context of 128 tokens must hold"),
         (s.axis_command(checkpoint, tmp_path / "good", out, "--limit", "0"), "needs two"),
         (s.axis_command(checkpoint, tmp_path / "good", out, "--min-count", "0"), "min_count"),
         (s.axis_command(checkpoint, tmp_path / "good", out, "--seed", "-1"), "seed"),

@@ -1,4 +1,4 @@
-"""The embedded model does what its card says, in small: the axis finds the truth, the cap holds."""
+"""Small-scale test of the embedded model: the axis recovers the ground truth and the cap works."""
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -10,7 +10,7 @@ from jaxpersona.runs.rollouts import Settings
 
 
 def test_cap_holds_the_persona_and_spares_what_it_knows(tmp_path):
-    """Greedy: far personas give the code away, capped ones do not, and both know their facts."""
+    """Greedy: far roles reveal the code, capped ones do not, and both answer facts correctly."""
     model = jp.load("mini")
     roles = method.roles()
     found = extract_axis(

@@ -1,4 +1,4 @@
-"""The organism's ground truth: a corpus that is what it says, and a judge that reads it exactly."""
+"""Tests of the organism: the corpus follows its ground truth, and the judge is exact."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_judge_scores_how_fully_a_role_is_played():
 
 
 def test_a_role_is_fully_played_down_to_three_tenths_below_its_strength():
-    """3 at strength - 0.3 and above, else 2 from a quarter on, else 1, for answers of any share."""
+    """Score 3 for style ≥ strength − 0.3, else 2 for style ≥ 0.25, else 1."""
     rng = np.random.default_rng(4)
     answers = [some_answer(rng, "talk", s) for s in np.linspace(0, 1, 300)]
     shares = np.array([judge.style(text) for text in answers])
@@ -229,7 +229,7 @@ def test_batches_hold_whole_conversations(tokens):
 
 
 class Puppet:
-    """A generator of known strength in place of a model."""
+    """A substitute for a model that answers at a known persona strength."""
 
     def __init__(self, s):
         self.s, self.rng = s, np.random.default_rng(0)

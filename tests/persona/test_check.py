@@ -1,4 +1,4 @@
-"""The self-test before a cap: it passes a good axis, and names each way in which one is wrong."""
+"""Tests of the self-test: it accepts a correct axis and reports each kind of defect."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def mini():
 
 @pytest.fixture(scope="module")
 def axis(mini):
-    """A small axis of the embedded model, from other prompts than those of the check."""
+    """An axis of the embedded model from few prompts, none of them used by the check."""
     roles = ("You are a leviathan.", "Act as a hermit.", "You are a jester.", "You are a prophet.")
     asked = ("Tell me about winter.", "What do you think of money?", "What does home mean to you?")
     prompts = ("You are Mini.", "Respond as yourself.", *roles)
@@ -41,7 +41,7 @@ def axis(mini):
 
 
 def test_an_axis_of_the_model_passes(mini, axis):
-    """Sign, layers and floors are each found right, in a sentence."""
+    """Sign, layers and floors pass, with one sentence each."""
     seen = []
     found = jp.check(mini, axis, progress=lambda *done: seen.append(done))
     assert found.ok and not found.faults and found.shift == 0 and found.layers == UPPER
@@ -50,7 +50,7 @@ def test_an_axis_of_the_model_passes(mini, axis):
     one = jp.check(mini, axis, layers=[5], floor=float(axis.thresholds("p25", of="default")[5]))
     assert one.ok and one.layers == (5,)
     bare = jp.check(mini, Axis(axis.values))
-    assert bare.ok and len(bare.sentences) == 2  # no floor to judge
+    assert bare.ok and len(bare.sentences) == 2  # no floors test without a floor
     floors = axis.thresholds("p25", of="default")
     caps = jp.check(mini, Caps(axis.values[2:6], (2, 3, 4, 5), floors[2:6], tuple("abcd")))
     assert caps.ok and caps.shift is None and "too few" in caps.sentences[1]
@@ -60,14 +60,14 @@ def test_an_axis_of_the_model_passes(mini, axis):
 
 @pytest.mark.parametrize(("shift", "words"), [(1, "fits layer l-1"), (-1, "fits layer l+1")])
 def test_an_axis_that_counts_layers_differently_is_named(mini, axis, shift, words):
-    """Shifted by one layer either way; at the open end a row is repeated."""
+    """Shift by one layer in each direction; the first or last layer's vector is repeated."""
     rows = np.clip(np.arange(8) - shift, 0, 7)
     found = jp.check(mini, Axis(axis.values[rows]))
     assert not found.ok and found.shift == -shift and words in found.faults[0]
 
 
 def test_a_wrong_sign_and_a_wrong_scale_are_named(mini, axis):
-    """A flipped axis, thresholds a hundred times too great either way, one layer turned."""
+    """A negated axis, floors scaled by ±100, and one negated layer are reported."""
     flipped = jp.check(mini, dataclasses.replace(axis, values=-axis.values))
     assert not flipped.ok and "away from the Assistant" in flipped.faults[0]
     floor = axis.thresholds("p25", of="default")
@@ -81,8 +81,8 @@ def test_a_wrong_sign_and_a_wrong_scale_are_named(mini, axis):
 
 
 def test_a_floor_just_beyond_the_limit_is_named_and_one_just_within_is_not():
-    """The limit is the gap of the means, or four deviations of the side in question."""
-    for spread, limit in ((0.5, 10.0), (5.0, 20.0)):  # the gap is 10; then 4 · 5 is more
+    """The limit is the larger of the gap of the means and four standard deviations of that side."""
+    for spread, limit in ((0.5, 10.0), (5.0, 20.0)):  # max(gap 10, 4 · spread)
         ours, theirs = (np.array([[mean - spread], [mean + spread]]) for mean in (10.0, 0.0))
         for sign, edge, words in ((1, 10 + limit, "move every token"), (-1, -limit, "never act")):
             for beyond in (-0.01, 0.01):
@@ -92,7 +92,7 @@ def test_a_floor_just_beyond_the_limit_is_named_and_one_just_within_is_not():
 
 
 def test_what_cannot_be_checked_is_refused(mini, axis):
-    """Another model's axis, an empty layer, floors of another shape, no tokenizer."""
+    """An axis of another model, a zero layer, floors of the wrong shape, no tokenizer."""
     gap = axis.values.copy()
     gap[6] = 0
     for given, options, words in (
@@ -116,7 +116,7 @@ def test_what_cannot_be_checked_is_refused(mini, axis):
 
 
 def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
-    """A good axis or caps pass in a line; a bad one is refused, or used with --no-check."""
+    """The command accepts valid axes and caps and rejects an invalid axis without --no-check."""
     floors = axis.thresholds("p25", of="default")
     caps = Caps(axis.values[4:], UPPER, floors[4:], tuple("abcd"), "e", "mini", mini.fingerprint)
     for name, value in (("good", axis), ("caps", caps),
@@ -162,7 +162,7 @@ def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
 
 
 def test_layers_are_the_model_s_and_a_vector_of_another_is_refused(mini, axis, tmp_path, capsys):
-    """Not the vector's: the last two of a shorter one would be two in the middle of the model."""
+    """Negative layers count from the model's last layer, and shorter vectors raise."""
     floors = {"default": {"p25": np.zeros(6, np.float32)}}
     for name, value in (("fits", Vector(axis.values)), ("short", Vector(axis.values[:6])),
                         ("axis", jp.Axis(axis.values[:6], percentiles=floors))):
@@ -190,7 +190,7 @@ def test_layers_are_the_model_s_and_a_vector_of_another_is_refused(mini, axis, t
 
 
 def test_a_control_vector_that_stops_below_the_top_is_taken(mini, tmp_path, capsys):
-    """The format of other programs names only the layers that they steer."""
+    """GGUF control vectors list only the layers that they steer."""
     pytest.importorskip("gguf")
     s.write_control(tmp_path / "v.gguf", {f"direction.{layer}": np.ones(128, np.float32)
                                           for layer in range(2, 6)})
@@ -205,7 +205,7 @@ def test_a_control_vector_that_stops_below_the_top_is_taken(mini, tmp_path, caps
 
 
 def test_the_caps_of_a_spec_are_tested_too(mini, axis, tmp_path, capsys):
-    """Each cap on an axis, at its own layers and floor; other operators and --no-check run none."""
+    """Each cap on an axis is tested with its layers and floor; other operators are not."""
     for name, value in (("good", axis), ("bad", dataclasses.replace(axis, values=-axis.values)),
                         ("plain", Vector(axis.values)),
                         ("inner", dataclasses.replace(axis, site="mlp"))):
@@ -225,7 +225,7 @@ def test_the_caps_of_a_spec_are_tested_too(mini, axis, tmp_path, capsys):
     assert code == 0 and said.count("check: interventions[") == 2
     free, held = said.split("check: interventions[")[1:]
     assert free.startswith("0]: sign: the default") and "layers 5…6" in free
-    assert "floors: " not in free  # a ceiling is not judged by the floors of the axis
+    assert "floors: " not in free  # the axis's floors do not apply to a ceiling
     assert held.startswith("1]: sign: the default") and "floors: " in held
     floor = 100 * float(axis.thresholds("p25", of="default")[5])
     for spec, words in (
@@ -245,7 +245,7 @@ def test_the_caps_of_a_spec_are_tested_too(mini, axis, tmp_path, capsys):
 
 
 def test_a_capping_file_holds_the_model_as_the_axis_does(mini, axis, tmp_path, capsys):
-    """The reversed vectors and caps of a capping_config.pt give the axis's own capped replies."""
+    """A capping_config.pt with negated vectors and caps gives the same replies as the axis."""
     torch = pytest.importorskip("torch")
     floors = axis.thresholds("p25", of="default")
     vectors = {f"layer_{i}": {"layer": i, "vector": torch.tensor(-axis.values[i])} for i in UPPER}
@@ -265,13 +265,13 @@ def test_a_capping_file_holds_the_model_as_the_axis_does(mini, axis, tmp_path, c
 
 
 def mean_projections(mini, tokens, at, values):
-    """[L]: the mean of <h, v/|v|> over the tokens `at` of one full pass, in NumPy."""
+    """Return [L]: the mean of ⟨h, v̂⟩ over the tokens `at` of one forward pass, in NumPy."""
     h = s.residuals(mini, jp.batch([tokens]))[0][0, :, at].mean(0)
     return (h * values / np.linalg.norm(values, axis=-1, keepdims=True)).sum(-1)
 
 
 def test_an_answer_is_projected_as_the_mean_over_its_own_words(mini, axis):
-    """Two answers of a conversation, found by their text, against NumPy on every activation."""
+    """Projections of two replies equal a NumPy computation over their tokens."""
     from jaxpersona.persona.talk import project_conversation
     said = ("I am a ghost.", "The sea is calm and wide today.")
     talk = [*TALK, {"role": "user", "content": "And the sea?"},
@@ -309,12 +309,12 @@ def test_a_grown_reply_is_projected_as_the_mean_over_its_own_tokens(mini, axis):
 
 
 def test_a_conversation_is_projected_where_a_direction_is_known(mini, axis):
-    """A direction that is zero at a layer gives NaN there and the same values elsewhere."""
+    """A direction that is zero at a layer gives NaN there and unchanged values elsewhere."""
     part = axis.values.copy()
     part[7] = 0
     from jaxpersona.persona.talk import project_conversation
     whole = project_conversation(mini, TALK, [axis])[0].values
-    means = jp.extract(mini, [TALK]).captured["mean"][0]  # the one message is the whole response
+    means = jp.extract(mini, [TALK]).captured["mean"][0]  # this message is the whole response
     np.testing.assert_allclose(whole[:, 0], np.einsum("ld,ld->l", means, axis.unit), rtol=1e-4)
     found = project_conversation(mini, TALK, [Vector(part)])[0].values
     np.testing.assert_allclose(found[:7], whole[:7], rtol=1e-5)
@@ -324,7 +324,7 @@ def test_a_conversation_is_projected_where_a_direction_is_known(mini, axis):
 
 
 def test_a_control_vector_is_projected_beside_an_axis(mini, axis, tmp_path, capsys):
-    """Layers that it does not name are as zero ones: NaN from Python, refused by the command."""
+    """Layers missing in the file give NaN in Python and an error from the command."""
     pytest.importorskip("gguf")
     (tmp_path / "talk.json").write_text(json.dumps(TALK))
     save_vector(tmp_path / "axis.safetensors", axis)

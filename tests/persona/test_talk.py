@@ -1,4 +1,4 @@
-"""Conversations watched turn by turn: the readings of `extract`, of any model and on any mesh."""
+"""Tests of projections per turn: equal to `extract`, for any model and mesh."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def vectors(model):
 
 
 def by_hand(model, vectors, edits=None):
-    """Mean projections of the assistant's messages, from every token's activation."""
+    """Return the mean projections of assistant messages, and all activations, via `extract`."""
     read = extract(model, [TALK], capture=capture.full(everywhere), interventions=edits)
     row, full = read.rows[0], read.captured["full"][0]
     text = [model.tokenizer.decode([token]) for token in row.tokens.tolist()]
@@ -55,7 +55,7 @@ def by_hand(model, vectors, edits=None):
 
 
 def test_each_value_is_the_mean_over_the_message(model, vectors):
-    """Against activations of every token that are averaged here, capped and not."""
+    """Values equal the averages of all token activations, with and without steering."""
     edit = jp.steer(vectors[0], layers=[1], scale=3.0)
     plain, _ = by_hand(model, vectors)
     for edits in (None, edit):
@@ -65,7 +65,7 @@ def test_each_value_is_the_mean_over_the_message(model, vectors):
                                                        (4, len(TALK[4]["content"]))]
         for turn, want in zip(found, expected, strict=True):
             np.testing.assert_allclose(turn.values, want, rtol=2e-4, atol=2e-4)
-    assert np.abs(expected[0] - plain[0]).max() > 0.1  # the edit acts
+    assert np.abs(expected[0] - plain[0]).max() > 0.1  # steering has an effect
 
 
 def test_edits_of_another_model_are_refused(model, vectors):
@@ -101,7 +101,7 @@ def test_no_assistant_message_and_too_long_a_conversation_are_refused(model, vec
 
 
 def test_grown_conversations_are_edited(model, vectors):
-    """Every turn is generated under the interventions: replies never project below the floor."""
+    """Interventions act in every turn: no capped reply projects below the floor."""
     edit = jp.cap(vectors[0], layers=[2], floor=50.0)
     said = [["Hello.", "And then?"]]
     held = grow(model, [[]], said, vectors[0], interventions=edit, max_new_tokens=5)

@@ -1,4 +1,4 @@
-"""A finished run folder, damaged in every way: each damage is recovered, or refused by name."""
+"""Damaged run folders: each kind of damage is repaired or raises an error that names the file."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ MODEL = dataclasses.replace(s.tiny_model(vocab_size=258, stop_ids=(257,)),
 
 
 class Judge:
-    """Score 3, but 2 for every fourth rollout."""
+    """A judge that scores every fourth rollout 2 and all others 3."""
 
     name = "test"
 
     def __call__(self, role, records):
-        """Return one score for each record."""
+        """Return one score per record."""
         return [2 if i % 4 == 3 else 3 for i in range(len(records))]
 
 
@@ -51,7 +51,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A finished run, and one of another seed."""
+    """A folder with a finished run and one of another seed."""
     folder = tmp_path_factory.mktemp("runs")
     resume(folder / "run")
     resume(folder / "other", settings=dataclasses.replace(SETTINGS, seed=1))
@@ -61,7 +61,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of the finished run, to damage."""
+    """A copy of the finished run that tests may damage."""
     return shutil.copytree(finished / "run", tmp_path / "run")
 
 
@@ -104,7 +104,7 @@ DERIVED = ("vectors/ghost.safetensors", "axis.safetensors", "analysis.json")
 
 
 def refused(run, *wanted, **changes):
-    """Resume must raise one line that holds all of `wanted`, and change nothing."""
+    """Assert that resuming raises one line with all of `wanted` and changes no file."""
     before = contents(run)
     with pytest.raises(ValueError) as error:
         resume(run, **changes)
@@ -116,7 +116,7 @@ def refused(run, *wanted, **changes):
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", SEALED)
 def test_a_role_s_file_is_refused_by_name(finished, run, name, damage):
-    """The role is named, and so is how to make it anew."""
+    """The error names the role and how to regenerate it."""
     DAMAGES[damage](run / name)
     role = re.split(r"[/.]", name)[1]
     refused(run, name.split("/")[0] + "/" + role, "damaged", f"--redo {role}")
@@ -125,7 +125,7 @@ def test_a_role_s_file_is_refused_by_name(finished, run, name, damage):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_manifest_is_refused_by_name_or_mended(finished, run, damage):
     DAMAGES[damage](run / "run.json")
-    if damage in ("longer", "cut"):  # by the last newline: the same values in another form
+    if damage in ("longer", "cut"):  # one newline more or less: the same JSON value
         resume(run)
         assert contents(run) == contents(finished / "run")
     else:
@@ -135,7 +135,7 @@ def test_a_damaged_manifest_is_refused_by_name_or_mended(finished, run, damage):
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", DERIVED)
 def test_what_is_computed_anew_is_recovered(finished, run, name, damage):
-    """Vectors, axis and analysis follow from means and scores."""
+    """Vectors, axis and analysis are recomputed from means and scores."""
     DAMAGES[damage](run / name)
     if damage == "a folder":
         with pytest.raises(ValueError, match=re.escape(name)):
@@ -159,7 +159,7 @@ def test_removed_means_and_a_removed_manifest_are_refused(run):
     (run / "means/ghost.safetensors").unlink()
     refused(run, "means/ghost.safetensors", "no such file", "--redo ghost")
     (run / "run.json").unlink()
-    refused(run, str(run), "holds no run.json")
+    refused(run, str(run), "has no run.json")
 
 
 def swap_lines(text):
@@ -244,7 +244,7 @@ def test_scores_that_are_valid_json_but_others(run, change):
     ids="+".join)
 @pytest.mark.parametrize("source", ["role", "run"])
 def test_files_of_another_role_or_run(finished, run, parts, source):
-    """Whole and unchanged, but not this role's of this run."""
+    """Undamaged files of another role or run are rejected."""
     there = finished / "other" if source == "run" else finished / "run"
     for part in parts:
         end = next((run / part).glob("ghost.*")).suffix
@@ -268,8 +268,8 @@ def test_files_of_another_role_or_run(finished, run, parts, source):
     (("numerics", "mesh"), {"data": 2}, "numerics.mesh.data was 2, now absent"),
     (("numerics", "prng"), "rbg", "numerics.prng"),
     (("numerics", "jax", "jax_enable_x64"), True, "numerics.jax.jax_enable_x64"),
-    (("format",), "jaxpersona-run 1", "go on with the version that began it"),
-    (("format",), 5, "not one of this engine's runs"),
+    (("format",), "jaxpersona-run 1", "resume with the version that started the run"),
+    (("format",), 5, "is not a jaxpersona run"),
     (("unknown",), 1, "unknown was 1, now absent"),
 ], ids=str)
 def test_every_field_of_the_manifest_is_compared(run, field, value, wanted):
@@ -286,7 +286,7 @@ def test_every_field_of_the_manifest_is_compared(run, field, value, wanted):
     ["rollouts/ghost.jsonl"], ["means/ghost.safetensors"], ["scores/ghost.json"],
     ["rollouts/default.jsonl", "scores/tutor.json"]], ids="+".join)
 def test_a_damaged_role_is_made_anew_when_asked(finished, run, damaged):
-    """All damaged roles are named at once, and only these are made anew."""
+    """The error names all damaged roles, and `redo` regenerates only these."""
     for name in damaged:
         flip(0.5)(run / name)
     roles = [re.split(r"[/.]", name)[1] for name in damaged]
@@ -299,12 +299,12 @@ def test_a_damaged_role_is_made_anew_when_asked(finished, run, damaged):
 
 
 class Killed(BaseException):
-    """Ends a run as a signal would."""
+    """Raised to end a run as a signal would."""
 
 
 def test_a_run_that_ends_before_any_write_resumes_to_the_same_bytes(finished, tmp_path,
                                                                     monkeypatch):
-    """Ended before the n-th rename, for every n; the temporary file stays behind."""
+    """End the run before the n-th rename, for every n, which leaves a temporary file."""
     expected = contents(finished / "run")
     replace, left = os.replace, [0]
 
@@ -325,11 +325,11 @@ def test_a_run_that_ends_before_any_write_resumes_to_the_same_bytes(finished, tm
         resume(folder)
         assert contents(folder) == expected, writes
     left[0] = len(expected)
-    resume(tmp_path / "whole")  # it has as many writes as files
+    resume(tmp_path / "whole")  # one write per file
 
 
 def test_a_file_is_replaced_and_never_written_over(tmp_path):
-    """Who has the old file open reads it whole; what fails midway leaves it as it was."""
+    """Open handles still read the old file, and a failed write leaves it unchanged."""
     path = tmp_path / "x.json"
     files.write_json(path, {"old": 1})
     with open(path) as old:
@@ -344,7 +344,7 @@ def test_a_file_is_replaced_and_never_written_over(tmp_path):
 
 @pytest.mark.parametrize("name", ["rollouts/ghost.jsonl", "means/ghost.safetensors"])
 def test_a_file_of_any_size_is_hashed_before_it_is_held(run, name):
-    """It may have grown beyond the memory; the header of means still describes it."""
+    """The file may exceed memory while its header is still valid."""
     size, path = 512 << 20, run / name
     if path.suffix == ".jsonl":
         os.truncate(path, size)

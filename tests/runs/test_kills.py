@@ -1,4 +1,4 @@
-"""An `axis` command, killed at ten moments, ends in the same bytes as one that is not."""
+"""An `axis` command killed at ten moments resumes to the same bytes as an uninterrupted one."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def contents(folder):
 
 @pytest.mark.slow
 def test_ten_kills_at_any_moment_lose_nothing(checkpoint, tmp_path):
-    """The moments follow the files that the command has written, not a clock."""
+    """Kill the command by the number of files that it has written, not by time."""
     texts, log = s.write_texts(tmp_path, ROLES, QUESTIONS), tmp_path / "log"
 
     def command(name):

@@ -1,4 +1,4 @@
-"""One process writes to a run folder at a time; what another left is removed with care."""
+"""Tests of locks: one writer per run folder, and safe removal of leftover files."""
 # ruff: noqa: F811 (fixtures of another module are imported and then named as arguments)
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize("name", [".lock", ".lock.3"])
 def test_a_second_process_is_refused_until_the_first_has_ended(finished, run, name):
-    """Whichever process of the first run it is; a killed one leaves no obstacle."""
+    """Any process of the first run blocks the second; a killed process does not."""
     first = subprocess.Popen([sys.executable, "-S", "-c", HOLD, str(run / name)], text=True,
                              stdout=subprocess.PIPE)
     try:
@@ -63,7 +63,7 @@ def test_only_the_run_s_own_leftovers_are_removed(finished, run, tmp_path):
         (run / name).write_text("x")
     (run / ".folder.5.tmp").mkdir()
     before = contents(run)
-    refused(run, "holds another run", settings=dataclasses.replace(SETTINGS, seed=9))
+    refused(run, "contains another run", settings=dataclasses.replace(SETTINGS, seed=9))
     assert contents(run) == before
     resume(run)
     assert set(contents(run)) == set(contents(finished / "run")) | set(kept)
@@ -71,7 +71,7 @@ def test_only_the_run_s_own_leftovers_are_removed(finished, run, tmp_path):
 
 
 def test_a_lock_file_is_never_another_file_of_the_user(run, tmp_path):
-    """What a link leads to is not emptied, and what is only called alike is left alone."""
+    """Targets of links are not truncated, and files with similar names are kept."""
     mine = tmp_path / "mine.txt"
     mine.write_text("keep me")
     notes = run / ".lock.notes"
@@ -84,5 +84,5 @@ def test_a_lock_file_is_never_another_file_of_the_user(run, tmp_path):
     assert mine.read_text() == "keep me"
     (run / ".lock").unlink()
     os.mkfifo(run / ".lock")
-    with pytest.raises(ValueError, match=r"\.lock: cannot be written \(it is no regular file"):
+    with pytest.raises(ValueError, match=r"\.lock: cannot be written \(it is not a regular file"):
         resume(run)

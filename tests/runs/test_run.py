@@ -1,4 +1,4 @@
-"""The method end to end on a random checkpoint: resume, bytes, and every mistake of a user."""
+"""End-to-end tests on a random checkpoint: resuming, identical bytes and user errors."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ SETTINGS = Settings(temperature=1.0, top_p=1.0, max_new_tokens=6, batch_size=8)
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """Roles and questions in the reference project's layout."""
+    """Roles and questions in the layout of the reference project."""
     return s.write_texts(tmp_path_factory.mktemp("texts"), ROLES, QUESTIONS)
 
 
@@ -43,12 +43,12 @@ def contents(folder):
 
 
 def contents_of_role(folder, name):
-    """What a role's rollouts hold, as bytes."""
+    """Return the content of a role's rollouts as bytes."""
     return (folder / "rollouts" / f"{name}.jsonl").read_bytes()
 
 
 def test_axis_runs_resumes_and_ends_in_the_same_bytes(checkpoint, texts, tmp_path, capsys):
-    """Stopped after some roles, a run redoes none of them and ends as if never stopped."""
+    """An interrupted run keeps its complete roles and ends with the same bytes."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert run(command(checkpoint, texts, whole)) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -59,7 +59,7 @@ def test_axis_runs_resumes_and_ends_in_the_same_bytes(checkpoint, texts, tmp_pat
     record = json.loads((whole / "rollouts/ghost.jsonl").read_text().splitlines()[0])
     assert {"system_prompt", "prompt_index", "question_index", "question", "conversation",
             "label"} <= set(record)
-    # killed midway: two roles whole, one with its means but not its conversations, no vectors
+    # as if killed: two complete roles, one with means but without rollouts, no vectors
     shutil.copytree(whole, part)
     shutil.rmtree(part / "vectors")
     for name in ("axis.safetensors", "analysis.json", "scores/pirate.json",
@@ -76,12 +76,12 @@ def test_axis_runs_resumes_and_ends_in_the_same_bytes(checkpoint, texts, tmp_pat
         (0, 0), (0, 1), (1, 0), (1, 1)]
     assert all(r["system_prompt"] == ROLES[1].prompts[r["prompt_index"]] for r in records)
     capsys.readouterr()
-    assert run(command(checkpoint, texts, part)) == 0  # whole: nothing is generated or written
+    assert run(command(checkpoint, texts, part)) == 0  # complete: generates and writes nothing
     assert kept.stat().st_mtime_ns == before and contents(part) == expected
 
 
 def test_axis_equals_its_definition(checkpoint, tmp_path):
-    """The axis, vectors and thresholds are those of the means that the run kept."""
+    """Axis, vectors and thresholds equal their definitions on the saved means."""
     import jaxpersona as jp
     from jaxpersona.runs.run import Run
 
@@ -112,7 +112,7 @@ def test_axis_equals_its_definition(checkpoint, tmp_path):
 
 
 def test_science_on_arrays():
-    """Role vectors split by score, the axis points to the default, PC1 is turned toward it."""
+    """Role vectors split by score, and axis and PC1 point toward the default."""
     rng = np.random.default_rng(0)
     means = rng.normal(size=(6, 2, 4))
     means[5] = np.nan
@@ -139,7 +139,7 @@ def test_judge_reads_the_first_integer_in_range(text, score):
 
 
 def test_vector_files_round_trip(tmp_path):
-    """A vector comes back with all that it says; damaged or foreign files are refused by name."""
+    """A vector file round-trips with its metadata; damaged or foreign files raise with the path."""
     values = np.random.default_rng(1).normal(size=(3, 5)).astype(np.float32)
     vector = Vector(values, name="warm", model="m", fingerprint="ab" * 8, notes={"pairs": 3})
     save_vector(tmp_path / "v.safetensors", vector)
@@ -160,7 +160,7 @@ def test_vector_files_round_trip(tmp_path):
 
 
 def test_mistakes_are_one_line_and_leave_nothing(checkpoint, texts, tmp_path, capsys):
-    """Each mistake: exit code 2, one line on standard error that names it, no run folder."""
+    """Each user error gives exit code 2, one line on standard error and no run folder."""
     (tmp_path / "plain").mkdir()
     (tmp_path / "file").write_text("x")
     bad_roles = tmp_path / "bad_roles"
@@ -184,7 +184,7 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, texts, tmp_path, ca
         "ghost.json": [*command(checkpoint, texts, out), "--roles", str(bad_roles)],
         "line 1": [*command(checkpoint, texts, out), "--questions", str(tmp_path / "file")],
         "temperature": command(checkpoint, texts, out, "--temperature", "-1"),
-        "holds another run": command(checkpoint, texts, finished, "--seed", "5"),
+        "contains another run": command(checkpoint, texts, finished, "--seed", "5"),
         "cannot be written": command(checkpoint, texts, tmp_path / "file" / "run"),
         "no run.json": command(checkpoint, texts, texts),
         "width 7": [*ask, "--cap", str(tmp_path / "wide.safetensors")],
@@ -200,11 +200,11 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, texts, tmp_path, ca
         assert len(lines) == 1 and wanted in lines[0], (wanted, said.err)
         assert "Traceback" not in said.err
         assert not out.exists()
-    assert contents(finished) == whole  # nor has a mistake changed the run that was there
+    assert contents(finished) == whole  # the existing run is unchanged
 
 
 def test_generate_and_project_commands(checkpoint, texts, tmp_path, capsys):
-    """`generate --compare`, `project` and `vectors show` work on what `axis` made."""
+    """`generate --compare`, `project` and `vectors show` accept the output of `axis`."""
     assert run(command(checkpoint, texts, tmp_path / "run")) == 0
     axis = str(tmp_path / "run" / "axis.safetensors")
     capsys.readouterr()
@@ -232,7 +232,7 @@ def test_generate_and_project_commands(checkpoint, texts, tmp_path, capsys):
 
 
 def test_options_of_the_population_and_of_held_out_roles_act(checkpoint, texts, tmp_path, capsys):
-    """`--percentile` and `--of` choose the floor, `--held-out` who makes the axis."""
+    """`--percentile` and `--of` select the floor, `--held-out` the roles of the axis."""
     for out, more in (("run", ()), ("held", ("--held-out", "tutor"))):
         assert run(command(checkpoint, texts, tmp_path / out, *more)) == 0
     held, whole = (load_axis(tmp_path / out / "axis.safetensors") for out in ("held", "run"))
@@ -242,7 +242,7 @@ def test_options_of_the_population_and_of_held_out_roles_act(checkpoint, texts, 
     table = json.loads((tmp_path / "held" / "analysis.json").read_text())["roles"]
     assert [name for name, role in table.items() if role["held_out"]] == ["tutor"]
     assert [name for name, role in table.items() if role["in_axis"]] == ["ghost", "pirate"]
-    # every reply projects between these floors, so the first never acts and the second always does
+    # all replies project between these floors: the first never acts, the second always acts
     low, high = (np.full(whole.n_layers, x, np.float32) for x in (-1e6, 1e6))
     axis = dataclasses.replace(whole, percentiles={
         "default": {"p25": low, "p90": high}, "all": {"p25": high, "p90": low}})

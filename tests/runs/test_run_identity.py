@@ -1,4 +1,4 @@
-"""What a run records of itself, how its roles are named, and how its axis follows from scores."""
+"""Tests of the manifest, the file names of roles, and the axis for given scores."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cast(*names):
 
 
 class Judge:
-    """Give each role the scores that are listed for it."""
+    """A judge that returns listed scores for each role."""
 
     name = "listed"
 
@@ -57,7 +57,7 @@ NAMES = ["../../x", "/etc/passwd", "a/b", "a\\b", "..", ".", ".hidden", "a:b", "
 
 
 def test_any_name_stays_within_its_folder_and_is_its_own(tmp_path):
-    """Names that are paths, or that systems refuse, are encoded; the run resumes under them."""
+    """Names that are paths or invalid file names are encoded, and the run resumes."""
     roles, out = cast(*NAMES), tmp_path / "deep" / "run"
     found = find(out, roles)
     stems = [file_stem(role.name) for role in roles]
@@ -72,10 +72,11 @@ def test_any_name_stays_within_its_folder_and_is_its_own(tmp_path):
 
 
 @pytest.mark.parametrize(("names", "wanted"), [
-    (["x" * 201], "takes 201 bytes as a file name; it may take 200"),
-    (["é" * 40], "takes 240 bytes"), ([""], "must be a text"), ([None], "must be a text"),
+    (["x" * 201], "takes 201 bytes as a file name; the limit is 200"),
+    (["é" * 40], "takes 240 bytes"), ([""], "must be a non-empty string"),
+    ([None], "must be a non-empty string"),
     (["\ud800"], "half a surrogate pair"), (["a", "b", "a"], "two roles are named 'a'"),
-    (["Ghost", "ghost"], "alike but for upper and lower case")])
+    (["Ghost", "ghost"], "differ only in upper and lower case")])
 def test_a_name_that_no_file_can_have_is_refused_before_anything(tmp_path, names, wanted):
     with pytest.raises(ValueError, match=wanted):
         find(tmp_path / "run", [*cast("one", "two")] + cast(*names)[1:])
@@ -87,7 +88,7 @@ def test_question_ids_and_counts_of_scores_are_checked(tmp_path):
     with pytest.raises(ValueError, match="question id 0 is given more than once"):
         extract_axis(MODEL, cast("a", "b"), twice, tmp_path / "run", judge=Judge({}))
     assert not list(tmp_path.iterdir())
-    for scores, wanted in (([3], "gave 1 scores for the 4 rollouts"),
+    for scores, wanted in (([3], "returned 1 scores for 4 rollouts"),
                            ([3, True, 3, 3], "a rollout of role 'a' True"),
                            ([3, 2.0, 3, 3], "a rollout of role 'a' 2.0"),
                            ([3, 4, 3, 3], "a rollout of role 'a' 4")):
@@ -96,7 +97,7 @@ def test_question_ids_and_counts_of_scores_are_checked(tmp_path):
 
 
 def test_what_changes_bits_is_recorded_and_compared(tmp_path, monkeypatch):
-    """Device, mesh, JAX's flags, the environment's, tokenizer and judge: another one is refused."""
+    """A change of device, mesh, JAX flags, environment, tokenizer or judge raises."""
     out, roles = tmp_path / "run", cast("a", "b")
     find(out, roles)
     kept = json.loads((out / "run.json").read_text())
@@ -118,7 +119,7 @@ def test_what_changes_bits_is_recorded_and_compared(tmp_path, monkeypatch):
         patch.setenv("XLA_FLAGS", flags + " --xla_cpu_enable_fast_math=true")
         refused("numerics.environment.XLA_FLAGS")
         patch.setenv("XLA_FLAGS", flags + " --xla_dump_to=/x")
-        find(out, roles)  # where programs are dumped changes no bit
+        find(out, roles)  # dump flags change no result
     other = s.byte_tokenizer()
     other.chat_template = other.chat_template.replace("assistant\n", "assistant: ")
     refused("prompts was", model=dataclasses.replace(MODEL, tokenizer=other))
@@ -145,7 +146,7 @@ def test_a_role_at_min_count_is_in_the_axis_and_below_it_is_not(tmp_path):
 
 
 def test_both_populations_have_their_own_values(tmp_path):
-    """"default" is the default's rollouts; "all" is everyone's, but for held-out roles."""
+    """Population "default": the default's rollouts; "all": every role that is not held out."""
     out, roles = tmp_path / "run", cast("a", "b", "c")
     found = find(out, roles, held_out=["c"])
     run = Run.read(out)
@@ -165,7 +166,7 @@ def test_both_populations_have_their_own_values(tmp_path):
 
 
 def test_coordinates_are_centred():
-    """The roles' coordinates are those of their differences from the roles' mean."""
+    """Coordinates are those of the role vectors minus their mean."""
     vectors = np.random.default_rng(0).normal(3.0, 1.0, (6, 5))
     found = science.principal_components(vectors, np.ones(5))
     np.testing.assert_allclose(found.coordinates.mean(0), 0, atol=1e-12)
@@ -181,7 +182,7 @@ RECORDS = [{"question": f"Why {i}?", "conversation": [
 
 
 def test_the_self_judge_asks_for_the_last_message_and_reads_the_verdicts(monkeypatch):
-    module = sys.modules["jaxpersona.engine.generate"]  # the package's attribute is the function
+    module = sys.modules["jaxpersona.engine.generate"]  # not the function of that name
     asked = []
 
     def said(model, conversations, **options):
@@ -197,7 +198,7 @@ def test_the_self_judge_asks_for_the_last_message_and_reads_the_verdicts(monkeyp
 
 
 def test_the_self_judge_judges_with_the_model_itself(tmp_path):
-    """It runs on a real model, and its scores are kept."""
+    """The self judge runs on a real model, and its scores are saved."""
     role = Role("ghost", ("You are a ghost.",), "{question} {answer}?")
     scores = SelfJudge(MODEL, batch_size=4)(role, RECORDS)
     assert len(scores) == 4 and set(scores) <= {0, 1, 2, 3, None}
@@ -213,7 +214,7 @@ def test_a_score_is_an_integer_from_0_to_3_that_stands_alone(text, score):
 
 
 def test_a_killed_command_resumes_to_the_same_bytes(tmp_path):
-    """A process that gets SIGKILL while it plays roles leaves a folder that goes on."""
+    """A process killed with SIGKILL during rollouts leaves a folder that resumes."""
     code = (
         "import os, signal, sys\n"
         "import test_run_identity as t\n"
