@@ -1,0 +1,173 @@
+"""Compare the speed of this checkout with that of another one, in alternating pairs.
+
+    git worktree add /tmp/before main && python bench/compare.py /tmp/before --model mini
+
+Each checkout runs in a process of its own, which imports its own package and its own `decoding.py`.
+Arms: decode and capped decode at every batch size, prefill, and extraction. A ratio above 1 means
+that this checkout is faster. Two processes of one checkout may differ by some percent, because
+memory lies elsewhere, so every arm is measured with several pairs of processes (`--restarts`); the
+column `same` is the ratio of two processes of the other checkout, which shows how much to trust.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+HERE = pathlib.Path(__file__).resolve().parents[1]
+BAR = 0.98
+
+
+class Side:
+    """A process that times the arms of one checkout."""
+
+    def __init__(self, root: pathlib.Path, links: pathlib.Path, args: argparse.Namespace) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(links)}
+        command = [sys.executable, "-P", __file__, str(root), "--one", "--model", args.model,
+                   "--steps", str(args.steps), "--batch", *map(str, args.batch)]
+        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE, text=True)
+        self.kernels: dict[str, int] = self._read()
+
+    def _read(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("a process of the comparison ended; its error stands above")
+        return json.loads(line)
+
+    def seconds(self, arm: str) -> float:
+        """Return the seconds of one call of an arm."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(arm + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.kill()
+        self.process.communicate()
+
+
+@contextlib.contextmanager
+def linked(root: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Give a folder from which `import jaxpersona` finds a checkout, without installing it."""
+    with tempfile.TemporaryDirectory() as folder:
+        package = pathlib.Path(folder) / "jaxpersona"
+        package.mkdir()
+        for path in [*(root / "jaxpersona").iterdir(), root / "kernels", root / "ckpts"]:
+            (package / path.name).symlink_to(path)
+        yield pathlib.Path(folder)
+
+
+def serve(root: pathlib.Path, args: argparse.Namespace) -> None:
+    """Time arms as their names come on standard input."""
+    sys.path.insert(0, str(root / "bench"))
+    import time
+
+    import jax
+    import numpy as np
+    from decoding import NOTHING, Decoding
+
+    import jaxpersona as jp
+
+    if root not in pathlib.Path(jp.__file__).resolve().parents:
+        raise SystemExit(f"{jp.__file__} is not of {root}")
+    model = jp.load(args.model)
+    depth, rng = model.config.n_layers, np.random.default_rng(0)
+    cap = jp.cap(rng.normal(size=model.config.d_model).astype(np.float32),
+                 layers=slice(depth // 2, depth), floor=0.0)
+    arms, kernels = {}, {}
+    for rows in args.batch:
+        setting = Decoding(model, rows, args.steps)
+        for name, edit in (("decode", NOTHING), ("capped", cap)):
+            arms[f"{name} {rows}"] = setting.timer(edit)
+            kernels[f"{name} {rows}"] = setting.fusions(edit)
+
+    def prefill() -> float:
+        begun = time.perf_counter()
+        jax.block_until_ready(setting.start(NOTHING, jp.capture.mean()).token)
+        return time.perf_counter() - begun
+
+    talks = [rng.integers(0, model.config.vocab_size, n).tolist()
+             for n in rng.integers(16, 128, 4 * max(args.batch))]
+
+    def extract() -> float:
+        begun = time.perf_counter()
+        jp.extract(model, talks, capture=jp.capture.mean(jp.everywhere))
+        return time.perf_counter() - begun
+
+    arms |= {"prefill": prefill, "extract": extract}
+    for arm in arms.values():
+        arm()
+    print(json.dumps(kernels), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(arms[line.strip()]()), flush=True)
+
+
+def compare(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure all arms."""
+    from common import interval
+
+    other = pathlib.Path(args.other).resolve()
+    arms = [f"{name} {rows}" for rows in args.batch for name in ("decode", "capped")]
+    arms += ["prefill", "extract"]
+    ratios: dict[str, list[float]] = {arm: [] for arm in arms}
+    same: dict[str, list[float]] = {arm: [] for arm in arms}
+    kernels: dict[str, Any] = {}
+    with linked(HERE) as here, linked(other) as there:
+        for restart in range(args.restarts):
+            places = [(HERE, here), (other, there), (other, there)]
+            order = [(i + restart) % 3 for i in range(3)]
+            sides = dict(sorted((i, Side(*places[i], args)) for i in order))
+            kernels = {arm: [sides[1].kernels[arm], sides[0].kernels[arm]]
+                       for arm in sides[0].kernels}
+            for arm in arms:
+                for turn in range(args.pairs):
+                    spent = {i: sides[i].seconds(arm) for i in (order if turn % 2 else order[::-1])}
+                    ratios[arm].append(spent[1] / spent[0])
+                    same[arm].append(spent[1] / spent[2])
+            for side in sides.values():
+                side.close()
+            print(f"{restart + 1} of {args.restarts} restarts", file=sys.stderr, flush=True)
+    found = {}
+    for arm in arms:
+        low, high = interval(ratios[arm])
+        found[arm] = {"ratio": round(sorted(ratios[arm])[len(ratios[arm]) // 2], 4),
+                      "interval": [round(low, 4), round(high, 4)],
+                      "same": [round(x, 4) for x in interval(same[arm])],
+                      "holds": low >= BAR - 0.01, "unresolved": high - low > 0.02,
+                      "kernels": kernels.get(arm)}
+        print(arm, json.dumps(found[arm]), flush=True)
+    return found
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("other", help="the checkout to compare with")
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=8, help="of each arm in a pair of processes")
+    parser.add_argument("--restarts", type=int, default=3, help="pairs of processes")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        serve(pathlib.Path(args.other).resolve(), args)
+        return
+    from common import report
+
+    report("compare", args.model, args, arms=compare(args))
+
+
+if __name__ == "__main__":
+    main()
