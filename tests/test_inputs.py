@@ -55,19 +55,19 @@ def tensor_of(*dimensions, name="direction.1", count=None):
 
 
 @pytest.mark.parametrize(("data", "words"), [
-    (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + array_of(4, 1 << 62), "an array claims"),
-    (gguf_file(array_of(0, 1 << 62), 1), "an array claims"),
-    (gguf_file(array_of(8, 1 << 40), 1), "an array claims"),
+    (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + array_of(4, 1 << 62), "an array declares"),
+    (gguf_file(array_of(0, 1 << 62), 1), "an array declares"),
+    (gguf_file(array_of(8, 1 << 40), 1), "an array declares"),
     (gguf_file(array_of(4, 60_000), 1), "truncated or damaged"),
-    (gguf_file(array_of(9, 3), 1), "array of arrays"),
+    (gguf_file(array_of(9, 3), 1), "nested arrays"),
     (gguf_file(array_of(77, 1), 1), "unknown type 77"),
     (gguf_file(string("k")[:-1], 1 << 60), "truncated or damaged"),
-    (gguf_file(n_tensors=1 << 60), "claims 1152921504606846976 tensors"),
+    (gguf_file(n_tensors=1 << 60), "declares 1152921504606846976 tensors"),
     (gguf_file(struct.pack("<Q", 1 << 63), 1), "truncated or damaged"),
-    (gguf_file(tensors=tensor_of(1 << 40), n_tensors=1), "claim 1099511627776 elements"),
+    (gguf_file(tensors=tensor_of(1 << 40), n_tensors=1), "declare 1099511627776 elements"),
     (gguf_file(tensors=tensor_of(1 << 32, 1 << 32), n_tensors=1), "elements"),
     (gguf_file(tensors=tensor_of(2, count=1 << 31), n_tensors=1), "dimensions"),
-    (gguf_file(architecture="llama"), "its architecture is 'llama'"),
+    (gguf_file(architecture="llama"), "architecture is 'llama'"),
 ], ids=str)
 def test_what_a_control_vector_claims_is_checked_before_it_is_read(tmp_path, capsys, data, words):
     """A file of a hundred bytes costs no memory and no time, whatever counts are in it."""
@@ -117,14 +117,14 @@ def test_an_archive_that_expands_is_refused_unread(tmp_path, capsys):
     assert load_any(tmp_path / "axis.pt").n_layers == 1000  # as it is stored it is read
     whole = (tmp_path / "axis.pt").read_bytes()
     (tmp_path / "axis.pt").write_bytes(whole[: len(whole) // 2])
-    refused(capsys, ["vectors", "show", tmp_path / "axis.pt"], "axis.pt", "not a readable .pt file")
+    refused(capsys, ["vectors", "show", tmp_path / "axis.pt"], "axis.pt", "invalid .pt file")
 
 
 def test_shared_parts_of_a_pickle_are_walked_once(tmp_path, capsys):
     """A view that repeats a number, a nest that names itself many times, and a bottomless one."""
     torch = pytest.importorskip("torch")
     torch.save({"axis": torch.ones(1).expand(1 << 20, 1 << 20)}, tmp_path / "axis.pt")
-    refused(capsys, ["vectors", "show", tmp_path / "axis.pt"], "axis.pt", "a tensor claims")
+    refused(capsys, ["vectors", "show", tmp_path / "axis.pt"], "axis.pt", "a tensor declares")
     nest = [torch.ones(2)]
     for _ in range(60):
         nest = [nest, nest]
@@ -334,7 +334,7 @@ def test_shapes_of_many_dimensions_are_refused_at_once(tmp_path, capsys):
         path = tmp_path / "v.safetensors"
         path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
         began = time.perf_counter()
-        refused(capsys, ["vectors", "show", path], path.name, f"claims {count} dimensions")
+        refused(capsys, ["vectors", "show", path], path.name, f"declares {count} dimensions")
         assert time.perf_counter() - began < 10
 
 
@@ -342,7 +342,7 @@ def test_the_arrays_of_a_gguf_are_bounded_together(tmp_path, capsys):
     pytest.importorskip("gguf")
     path = tmp_path / "v.gguf"
     path.write_bytes(gguf_file((array_of(0, 40_000) + bytes(40_000)) * 3, 3))
-    refused(capsys, ["vectors", "show", path], path.name, "its arrays claim 80000 elements")
+    refused(capsys, ["vectors", "show", path], path.name, "arrays declare at least 80000 elements")
 
 
 def test_templates_beside_a_tokenizer_are_checked_too(checkpoint, tmp_path, capsys):
