@@ -324,7 +324,7 @@ def test_encode_makes_a_batch_whose_rows_are_named_by_what_they_are():
     assert int(out.kind[0, rows[0].tokens.size - 1]) == VALID | LAST | TEMPLATE
     assert chat.row_id([1, 2, 3]) == 1753001278  # never changes: finished runs depend on it
     assert len({chat.row_id([1, 2, 3], s, salt) for s in range(9) for salt in ("", "a")}) == 18
-    with pytest.raises(ValueError, match="put it into a list"):
+    with pytest.raises(ValueError, match="wrap it in a list"):
         chat.encode(t, talks[1])
     with pytest.raises(ValueError, match="no tokenizer"):
         chat.encode(object(), talks)
@@ -340,13 +340,13 @@ def test_tokenizers_without_thinking_tags_have_no_ids_for_them():
 @pytest.mark.parametrize("talk, complaint", [
     ([], "conversation is"), (3, "conversation is"), ([3], "message 0 is 3"),
     ([{"role": "user"}], "has no 'content'"), ([{"content": "x"}], "has no 'role'"),
-    ([{"role": "model", "content": "x"}], "the role 'model'"),
-    ([{"role": ["user"], "content": "x"}], "the role"),
-    ([{"role": "user", "content": None}], "the content None"),
+    ([{"role": "model", "content": "x"}], "has role 'model'"),
+    ([{"role": ["user"], "content": "x"}], "has role"),
+    ([{"role": "user", "content": None}], "has content None"),
     ([{"role": "user", "content": "x", "name": "y"}], "the field 'name'"),
-    (says("x", "y"), "a reply can only follow a user message"),
-    (says(system="x"), "a reply can only follow a user message"),
-    ([*says("x"), *says("y", system="z")], "only the first message may"),
+    (says("x", "y"), "it must be 'user'"),
+    (says(system="x"), "it must be 'user'"),
+    ([*says("x"), *says("y", system="z")], "only message 0 may"),
     (["x"], "message 0 is 'x'"), (says("\ud800"), "lone surrogate"),
 ])
 def test_a_malformed_conversation_is_refused_by_field_and_value(talk, complaint):
@@ -362,11 +362,11 @@ def test_a_template_that_changes_contents_is_refused():
         chat.encode_row(upper, "Who?")
     drops = with_template(t, "{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}"
                              "{% endfor %}")
-    with pytest.raises(ValueError, match="leaves out the content of message 0"):
+    with pytest.raises(ValueError, match="omits the content of message 0"):
         chat.encode_row(drops, says("Who?", "the sea", "Why?"))
-    with pytest.raises(ValueError, match="refuses the conversation: roles must alternate"):
+    with pytest.raises(ValueError, match="rejects the conversation: roles must alternate"):
         chat.encode_row(tokenizer_of("gemma2"), [*says("x"), *says("y")])
-    with pytest.raises(ValueError, match="renders to no token"):
+    with pytest.raises(ValueError, match="renders to zero tokens"):
         chat.encode_row(with_template(t, None), "")
 
 
