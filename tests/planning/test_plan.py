@@ -149,8 +149,8 @@ def test_what_a_tpu_cannot_hold_is_measured_not_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize(("arguments", "wanted"), [
-    (("--topology", "v5e"), "write chip:extents"),
-    (("--topology", "v9x:2x2"), "the known chips are v5e"),
+    (("--topology", "v5e"), "use chip:extents"),
+    (("--topology", "v9x:2x2"), "supported chips are v5e"),
     (("--topology", "h200:0"), "every extent"),
     (("--topology", "h200:8", "--model", "random:none"), "preset 'none' is unknown"),
     (("--topology", "h200:8", "--model", "nowhere/else"), "no such folder"),
@@ -158,8 +158,8 @@ def test_what_a_tpu_cannot_hold_is_measured_not_an_error(monkeypatch):
     (("--topology", "h200:8", "--mesh", "rows=2"), "write sizes of data"),
     (("--topology", "h200:8", "--mesh", "data=2,model=2"), "needs 4 chips; the topology has 8"),
     (("--topology", "h200:8", "--batch", "3", "--mesh", "data=8"), "use a multiple of 8"),
-    (("--topology", "h200:8", "--context", "1"), "context (1) at least 2"),
-    (("--topology", "h200:8", "--context", "9999999"), "the model was made for"),
+    (("--topology", "h200:8", "--context", "1"), "context is 1; they must be at least 1 and 2"),
+    (("--topology", "h200:8", "--context", "9999999"), "the model supports at most"),
     (("--topology", "h200:8", "--cap", "70:90"), "beyond"),
 ])
 def test_mistakes_are_one_line(capsys, arguments, wanted):
@@ -201,7 +201,7 @@ def test_a_decode_turns_no_buffer_over(topology, mesh, reads, monkeypatch):
 @needs_libtpu
 def test_libtpu_s_refusal_is_one_line(capsys):
     code, _, said = run(capsys, "--topology", "v5e:3x5")
-    assert code == 2 and said.count("\n") == 1 and "libtpu refuses it" in said
+    assert code == 2 and said.count("\n") == 1 and "libtpu rejects it" in said
 
 
 def test_the_command_prints_a_card_or_json(capsys):
