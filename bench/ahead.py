@@ -54,7 +54,7 @@ def kernels(program: Any) -> Counter[str]:
 
 
 def main() -> None:
-    """Compile and report."""
+    """Compile the programs and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="qwen3-8b", help="name of a preset")
     parser.add_argument("--batch", type=int, default=32)

@@ -20,7 +20,7 @@ from jaxpersona.interventions import resolve_layers
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, default=32)

@@ -56,7 +56,7 @@ class Steps:
             out = jax.block_until_ready(program(params, fresh, *rest))
             spent = time.perf_counter() - begun
             if int(out.step) != self.setting.steps:
-                raise RuntimeError(f"{int(out.step)} steps ran, not {self.setting.steps}")
+                raise RuntimeError(f"ran {int(out.step)} steps, expected {self.setting.steps}")
             return spent
 
         return once

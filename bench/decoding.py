@@ -63,7 +63,7 @@ class Decoding:
                 decode(*self.arguments(state, edits, reads), greedy=self.greedy))
             spent = time.perf_counter() - begun
             if int(state.step) != self.steps:
-                raise RuntimeError(f"{int(state.step)} steps ran, not {self.steps}")
+                raise RuntimeError(f"ran {int(state.step)} steps, expected {self.steps}")
             return spent
 
         return once

@@ -28,7 +28,7 @@ KINDS = {"hooks": (False, True), "sorted": (True, True), "headless": (True, Fals
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--conversations", type=int, default=256)

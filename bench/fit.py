@@ -21,7 +21,7 @@ from jaxpersona.planning.plan import plan
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--dtype", default=None)

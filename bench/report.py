@@ -91,11 +91,11 @@ def figures(value: dict[str, Any]) -> list[tuple[str, str]]:
             return [(key, str(value[key])) for key in keys]
         case "pipeline":
             return [
-                ("one pass over two", ratio(value["one_pass_over_two_pass"], value["interval"],
+                ("one pass ÷ two passes", ratio(value["one_pass_over_two_pass"], value["interval"],
                                             value["unresolved"])),
                 ("predicted", str(value["predicted"])),
-                ("one pass over two engines", str(value["one_pass_over_two_engines"])),
-                ("refill over static", ratio(value["refill_over_static"], value["refill_interval"],
+                ("one pass ÷ two engines", str(value["one_pass_over_two_engines"])),
+                ("refill ÷ static", ratio(value["refill_over_static"], value["refill_interval"],
                                              value["refill_unresolved"])),
             ]
         case "peers":

@@ -181,7 +181,7 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
     for tensor in reader.tensors:
         number = re.fullmatch(r"direction\.([1-9]\d{0,8})", tensor.name)
         if number is None or int(number[1]) >= MAX_LAYERS:
-            raise ValueError(f"tensor {tensor.name!r} is not direction.1 to "
+            raise ValueError(f"tensor {tensor.name!r} must be named direction.1 to "
                              f"direction.{MAX_LAYERS - 1}")
         value = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
         if value.ndim != 1:

@@ -112,7 +112,7 @@ def _entry(path: pathlib.Path, value: Any, base: int) -> Entry | str:
         return f"unknown dtype {dtype!r}"
     width = DTYPES[dtype].itemsize if dtype in DTYPES else _WIDTHS[dtype]
     if math.prod(shape) * width != end - begin:
-        return f"{end - begin} bytes do not hold {dtype} {shape}"
+        return f"{dtype} {shape} does not match its {end - begin} bytes"
     return Entry(path, dtype, tuple(shape), base + begin, end - begin)
 
 

@@ -69,7 +69,7 @@ def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thin
     """Encode conversations as a batch.
 
     Args:
-      model: a tokenizer, or anything with one as `tokenizer`.
+      model: a tokenizer, or an object with a `tokenizer` attribute.
       conversations: an iterable of B conversations, each a list of {"role", "content"} dicts or a
         string (one user message).
       reply: append the generation prompt.

@@ -193,8 +193,8 @@ def test_drift(tmp_path):
     for wanted in ("domain is empty", "description is missing", "personas[0] is a number",
                    "personas[1].id is missing", "personas[1].card is missing",
                    "personas[1].topics[0] is a number", "personas[1].topics[1].title is missing",
-                   "personas[1].topics[1].opening is missing", "domain 'coding' is given more",
-                   "persona 'coding_p' is given more", "topic 'coding_t' is given more"):
+                   "personas[1].topics[1].opening is missing", "duplicate domain 'coding'",
+                   "duplicate persona 'coding_p'", "duplicate topic 'coding_t'"):
         assert any(wanted in fault for fault in found), wanted
     assert len(found) == 11
 

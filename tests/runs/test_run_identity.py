@@ -74,7 +74,7 @@ def test_any_name_stays_within_its_folder_and_is_its_own(tmp_path):
 @pytest.mark.parametrize(("names", "wanted"), [
     (["x" * 201], "takes 201 bytes as a file name; it may take 200"),
     (["é" * 40], "takes 240 bytes"), ([""], "must be a text"), ([None], "must be a text"),
-    (["\ud800"], "a lone surrogate"), (["a", "b", "a"], "two roles are named 'a'"),
+    (["\ud800"], "half a surrogate pair"), (["a", "b", "a"], "two roles are named 'a'"),
     (["Ghost", "ghost"], "alike but for upper and lower case")])
 def test_a_name_that_no_file_can_have_is_refused_before_anything(tmp_path, names, wanted):
     with pytest.raises(ValueError, match=wanted):
