@@ -1,4 +1,4 @@
-"""Reading texts: every fault is named, all of them at once, in folders written here."""
+"""Loading data folders: all errors are reported at once."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_commands(tmp_path):
     assert "275 and the default" in runner.invoke(app, ["check"]).stdout
     assert "pirate" in runner.invoke(app, ["show", "role", "pirate"]).stdout
     assert "files in" in runner.invoke(app, ["export", str(tmp_path / "out")]).stdout
-    # an error is the command line's to print: it is not caught here
+    # the CLI prints the error; it is not caught here
     assert isinstance(runner.invoke(app, ["check", str(tmp_path / "no")]).exception, ValueError)
 
 
