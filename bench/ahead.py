@@ -1,10 +1,10 @@
-"""What XLA makes of prefill and decode for an H200, compiled where there is none: the kernels of a
-step, capped and not, and the memory of both beside what `plan` reckons.
+"""Compile prefill and decode for an H200 without a GPU; report kernels and memory against `plan`.
 
-    pip install 'jax[cuda12]'        (of this the card below is described)
+    pip install 'jax[cuda12]'        (the version that the target below describes)
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python bench/ahead.py --model qwen3-8b --batch 32
 
-Nothing is run, so nothing is tuned: on a GPU XLA tries several kernels for each product.
+Kernels per step are counted with and without caps. Without a GPU, XLA cannot autotune its matmul
+kernels.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 12 minor: 8 }
 device_description_str: "NVIDIA H200 141GB HBM3e"
-"""  # as XLA describes the card to itself
+"""  # XLA's own target description of the GPU
 
 
 def kernels(program: Any) -> Counter[str]:
-    """Count what a step launches, by the place in the model that it comes from."""
-    found = [op for op in hlo.operations(program.as_text()) if op.looped]
+    """Count the kernels of one decode step by named scope."""
+    looped = [op for op in hlo.operations(program.as_text()) if op.looped]
     return Counter(
         re.sub(r"layer\d+", "layer", op.scope.removeprefix("jit(decode)/while/body/")) or "(none)"
-        for op in found if op.kind in ("fusion", "custom-call", "copy", "sort"))
+        for op in looped if op.kind in ("fusion", "custom-call", "copy", "sort"))
 
 
 def main() -> None:
-    """Compile and report."""
+    """Compile the programs and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", default="qwen3-8b", help="a preset's name")
+    parser.add_argument("--model", default="qwen3-8b", help="name of a preset")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--layers", default="24:32", help="to cap, half-open")
+    parser.add_argument("--layers", default="24:32", help="layers to cap, half-open")
     args = parser.parse_args()
-    # there is no card to try kernels on
+    # without a GPU, autotuning is impossible
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     config = jp.preset(args.model)
     few = resolve_layers(args.layers, config.n_layers)
@@ -78,7 +78,7 @@ def main() -> None:
     arms = {"uncapped": range(0), "capped": few, "all": range(config.n_layers)}
     made: dict[str, dict[str, Any]] = {}
     with mock.patch.object(jax, "default_backend", return_value="gpu"), \
-            mock.patch("jaxpersona.models.forward.choose", attends):  # as on that machine
+            mock.patch("jaxpersona.models.forward.choose", attends):  # as on a GPU machine
         for arm, layers in arms.items():
             programs = plan.lowered(params, config, shapes, layers)
             made[arm] = {name: program.compile() for name, program in zip(
@@ -87,8 +87,8 @@ def main() -> None:
     prefilled = memory["prefill"]
     total = (prefilled.argument_size_in_bytes + prefilled.output_size_in_bytes
              + prefilled.temp_size_in_bytes)
-    reckoned = plan.plan(config, "h200:1", batch=args.batch,
-                         context=args.context)["bytes_per_chip"]
+    planned = plan.plan(config, "h200:1", batch=args.batch,
+                        context=args.context)["bytes_per_chip"]
     steps = {arm: kernels(programs["decode"]) for arm, programs in made.items()}
     count = {arm: found.total() for arm, found in steps.items()}
     bare, capped = steps["uncapped"], steps["capped"]
@@ -106,10 +106,10 @@ def main() -> None:
         added_temporaries={
             name: made["capped"][name].memory_analysis().temp_size_in_bytes
             - memory[name].temp_size_in_bytes for name in memory},
-        bytes=total, planned_bytes=reckoned["total"],
-        planned_over_compiled=round(reckoned["total"] / total, 4),
+        bytes=total, planned_bytes=planned["total"],
+        planned_over_compiled=round(planned["total"] / total, 4),
         planned_temporaries_over_compiled=round(
-            reckoned["temporaries"] / prefilled.temp_size_in_bytes, 4),
+            planned["temporaries"] / prefilled.temp_size_in_bytes, 4),
     )
 
 

@@ -1,10 +1,9 @@
-"""What a cap costs: decode steps a second, uncapped, with a cap that never binds, and with one that
-binds.
+"""Measure the decode overhead of a cap: uncapped, with an idle cap and with a binding cap.
 
     python bench/cap_overhead.py --model mini --batch 32 --layers 4:8 --sweep
 
-The arms run in alternating pairs; fusions are counted in the compiled program, which noise does
-not touch: those that one more capped layer adds, and those that any cap adds once a step.
+The arms run in alternating pairs. Fusions are counted in the compiled program, which is free of
+timing noise: per additional capped layer, and once per step for any cap.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from jaxpersona.interventions import resolve_layers
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--layers", default=None, help="half-open, as 4:8; default: the upper half")
+    parser.add_argument("--layers", default=None, help="half-open (4:8); default: upper half")
     parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--pairs", type=int, default=200, help="the most; ten at least")
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds of pairs")
+    parser.add_argument("--pairs", type=int, default=200, help="maximum pairs (minimum 10)")
+    parser.add_argument("--budget", type=float, default=120.0, help="time limit for pairs, s")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--dtype", default=None)
-    parser.add_argument("--sweep", action="store_true", help="also a quarter and all of the layers")
+    parser.add_argument("--sweep", action="store_true", help="also cap a quarter of and all layers")
     args = parser.parse_args()
     model = jp.load(args.model, dtype=args.dtype)
     total = model.config.n_layers

@@ -1,12 +1,11 @@
-"""What every bench shares: paired runs with a stopping rule, the machine's limits, a card, one JSON
-line.
+"""Benchmark utilities: paired timing with a stopping rule, device limits and JSON reports.
 
-Machines are noisy, so two arms are compared by the ratios of alternating pairs, and pairs are taken
-until the bootstrap 95 % interval of the median ratio is narrow, or a limit is reached. An interval
-wider than `WIDTH` (of the ratio, where that is above 1) is unresolved: it passes nothing. In a pair
-each arm runs for about `LONG` seconds, in many short turns where its call is short: they alternate
-faster than other programs come and go. An interval is that of its own moment; to stop at the first
-narrow one makes it cover the truth somewhat less often than 95 %.
+Timings are noisy, so two arms are compared by the ratios of alternating pairs. Pairs are added
+until the bootstrap 95 % interval of the median ratio is narrow or a limit is reached. An interval
+wider than `WIDTH` (relative to the ratio if that is above 1) is unresolved and supports no claim.
+In a pair each arm runs for about `LONG` seconds; short calls are interleaved many times, faster
+than background load changes. Stopping at the first narrow interval lowers its coverage somewhat
+below 95 %.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ import numpy as np
 import jaxpersona
 
 WIDTH = 0.02
-LONG = 2.0  # seconds of each arm in a pair, about; less where the budget is small
-_HIDDEN = ("one", "side", "out")  # arguments of a bench to its own processes
+LONG = 2.0  # approximate seconds per arm in a pair; less if the budget is small
+_HIDDEN = ("one", "side", "out")  # internal arguments for subprocesses, omitted from reports
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "transformers", "torch")
 
 
@@ -49,27 +48,28 @@ def interval(ratios: Sequence[float], draws: int = 2000) -> tuple[float, float]:
 def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int = 200,
            least: int = 10, budget: float = 150.0,
            judged: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Run every arm in turn, again and again, and compare each with the baseline.
+    """Time all arms in alternating rounds and compare each with the baseline.
 
     Args:
-      arms: name → a call that returns its own seconds.
-      baseline: the arm that the ratios are taken over.
-      pairs: the most rounds, but `least` are always taken.
-      budget: seconds after which no round is begun, `least` apart. Where it is too little for that
-        many rounds of `LONG` seconds an arm, the rounds are shorter.
-      judged: the arms that must be resolved before it ends; every one by default.
+      arms: name → a function that runs once and returns its seconds.
+      baseline: the arm in the numerator of the ratios.
+      pairs: maximum number of rounds; at least `least` are run.
+      least: minimum number of rounds.
+      budget: seconds after which no round starts, except for the first `least`. If `least` rounds
+        of `LONG` seconds per arm exceed it, rounds are shorter.
+      judged: arms that must be resolved before stopping; default: all.
 
     Returns:
-      For each arm, the baseline too: ratio (the median over rounds of the baseline's seconds / its
-      own, so that 1 is as fast and less is slower), interval, unresolved, pairs, seconds (of a
-      call: the median over rounds of a round's median).
+      For each arm, including the baseline: ratio (median over rounds of baseline seconds / arm
+      seconds; below 1 is slower), interval, unresolved, pairs, and seconds per call (median over
+      rounds of the median in a round).
     """
     long = min(LONG, budget / (least * len(arms)))
     turns = {}
     for name, arm in arms.items():
         arm()  # warm up
         once = arm()
-        if once < long:  # the shorter of two, where it decides how many
+        if once < long:  # two runs, because this sets the number of calls
             once = min(once, arm())
         turns[name] = max(1, math.ceil(long / max(once, 1e-6)))
     begun = time.perf_counter()
@@ -99,17 +99,19 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int = 
 
 
 def turn_about(arms: dict[str, Callable[[], float]], turns: dict[str, int]) -> dict[str, float]:
-    """Call every arm as often as `turns` says, evenly interleaved; return each one's median, which
-    a stall of a few calls does not move."""
+    """Call every arm `turns[name]` times, evenly interleaved; return each arm's median seconds.
+
+    The median ignores stalls of a few calls.
+    """
     spent: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(sum(turns.values())):
         behind = min(arms, key=lambda name: (len(spent[name]) + 0.5) / turns[name])
         spent[behind].append(arms[behind]())
-    return {name: statistics.median(found) for name, found in spent.items()}
+    return {name: statistics.median(values) for name, values in spent.items()}
 
 
 def machine() -> dict[str, Any]:
-    """Describe the device and versions of a measurement."""
+    """Return the device, core count and package versions."""
     device = jax.devices()[0]
     versions = {"python": platform.python_version(), "jaxpersona": jaxpersona.__version__}
     for name in _PACKAGES:
@@ -124,7 +126,7 @@ def machine() -> dict[str, Any]:
 
 
 def seconds_of(call: Callable[[], Any], repeats: int = 5) -> float:
-    """Return the least seconds of a few calls, after one that compiles."""
+    """Return the minimum seconds of several calls, after one warm-up call that compiles."""
     jax.block_until_ready(call())
     best = float("inf")
     for _ in range(repeats):
@@ -135,22 +137,24 @@ def seconds_of(call: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def bandwidth(megabytes: int = 256) -> float:
-    """Measure the bytes a second at which the device reads its memory."""
+    """Measure the device's memory read bandwidth in bytes/s."""
     x = jnp.ones((megabytes << 18,), jnp.float32)
     read = jax.jit(jnp.sum)
     return x.nbytes / seconds_of(lambda: read(x))
 
 
 def peak_flops(dtype: Any, size: int = 2048) -> float:
-    """Measure the floating-point operations a second of a large matrix product."""
+    """Measure the FLOP/s of a large matmul."""
     x = jnp.ones((size, size), dtype)
     multiply = jax.jit(lambda x: jnp.matmul(x, x, preferred_element_type=jnp.float32))
     return 2 * size**3 / seconds_of(lambda: multiply(x))
 
 
 class Peak:
-    """The greatest memory inside a `with` block above that at its beginning: the devices' own
-    account where they keep one, else the process's resident memory (Linux)."""
+    """Context manager that records peak memory above the start of the block.
+
+    Uses the devices' memory statistics if available, else the process's resident memory (Linux).
+    """
 
     def __enter__(self) -> Peak:
         self.start = self.most = self._now()
@@ -165,9 +169,9 @@ class Peak:
             self.most = max(self.most, self._now())
 
     def _now(self) -> int:
-        known = [device.memory_stats() for device in jax.local_devices()]
-        if all(known):
-            return _torch_bytes() + sum(found["bytes_in_use"] for found in known if found)
+        stats = [device.memory_stats() for device in jax.local_devices()]
+        if all(stats):
+            return _torch_bytes() + sum(each["bytes_in_use"] for each in stats if each)
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096
 
@@ -179,26 +183,26 @@ class Peak:
 
     @property
     def above(self) -> int:
-        """Bytes above the beginning."""
+        """Peak bytes above the start."""
         return self.most - self.start
 
 
 def _torch_bytes() -> int:
-    """Return what PyTorch holds of a card's memory."""
+    """Return the GPU memory allocated by PyTorch in bytes."""
     torch: Any = sys.modules.get("torch")
     try:
         return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
-    except AttributeError:  # not imported, or not to its end yet
+    except AttributeError:  # torch is not imported, or only partly
         return 0
 
 
 def report(bench: str, model: Any, arguments: Any, **result: Any) -> None:
-    """Print a card of a result, then the result as one JSON line."""
-    found = {
+    """Print a result as a table, then as one JSON line."""
+    entries = {
         "bench": bench, "model": model if isinstance(model, str) else model.name, **machine(),
         "date": datetime.date.today().isoformat(),
         "arguments": {k: v for k, v in vars(arguments).items() if k not in _HIDDEN}, **result,
     }
-    for key, value in found.items():
+    for key, value in entries.items():
         print(f"{key:<28}{value}")
-    print(json.dumps(found), flush=True)
+    print(json.dumps(entries), flush=True)

@@ -1,4 +1,4 @@
-"""Programs of a measurement: compiled ahead in parallel, timed, and profiled kernel by kernel."""
+"""Compile benchmark programs ahead of time in threads, time them and profile their kernels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Program = Callable[..., Any]
 
 
 class Steps:
-    """The decode programs of one batch size, each compiled ahead, in threads after the first."""
+    """Decode programs of one batch size, one per edit, compiled ahead of time."""
 
     def __init__(self, model: Any, rows: int, steps: int, edits: dict[str, Any], *,
                  prompt: int = 32) -> None:
@@ -46,35 +46,35 @@ class Steps:
                         for name, program in self.programs.items()}
 
     def timer(self, name: str) -> Callable[[], float]:
-        """Return a call that times the steps of one arm."""
+        """Return a function that runs one arm's steps and returns the seconds."""
         program = self.programs[name]
         params, _, state, *rest = self.given[name]  # the configuration is static
 
         def once() -> float:
-            mine = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+            fresh = jax.block_until_ready(jax.tree.map(jnp.copy, state))
             begun = time.perf_counter()
-            out = jax.block_until_ready(program(params, mine, *rest))
+            out = jax.block_until_ready(program(params, fresh, *rest))
             spent = time.perf_counter() - begun
             if int(out.step) != self.setting.steps:
-                raise RuntimeError(f"{int(out.step)} steps ran, not {self.setting.steps}")
+                raise RuntimeError(f"ran {int(out.step)} steps, expected {self.setting.steps}")
             return spent
 
         return once
 
 
 def count_kernels(program: Any) -> int:
-    """Count the fusions of a compiled step."""
+    """Count the fusions of one compiled decode step."""
     return hlo.fusions(hlo.operations(program.as_text()))
 
 
 def timed(run: Program, given: tuple[Any, ...], count: int, size: int) -> dict[str, float]:
-    """Return the microseconds of one of `count` products and the bytes of weights a second."""
+    """Return microseconds per matmul (`count` in one call) and GB/s of `size` bytes of weights."""
     spent = seconds_of(lambda: run(*given), 10) / count
     return {"us": round(1e6 * spent, 2), "gb_per_s": round(size / spent / 1e9, 1)}
 
 
 def attempt(work: Callable[..., Any], *given: Any) -> Any:
-    """Return `work(*given)`, or its error where a part should go on without this figure."""
+    """Return `work(*given)`, or {"failed": reason}, so that the other results are kept."""
     try:
         return work(*given)
     except Exception as error:
@@ -82,7 +82,7 @@ def attempt(work: Callable[..., Any], *given: Any) -> Any:
 
 
 def compile_all(builds: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], float]:
-    """Run the first build alone (it tunes the products for all), then the others in threads."""
+    """Run the first build alone, so its autotuning is reused, then the others in threads."""
     begun = time.perf_counter()
     names = list(builds)
     out = {names[0]: builds[names[0]]()}
@@ -93,7 +93,7 @@ def compile_all(builds: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], f
 
 
 def busy(path: pathlib.Path, steps: int, most: int = 30) -> dict[str, Any]:
-    """Sum a profile's device events by kernel: microseconds and calls a step."""
+    """Sum a profile's GPU events by kernel: microseconds and calls per step."""
     data = jax.profiler.ProfileData.from_file(str(path))
     spent: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)

@@ -1,4 +1,4 @@
-"""Random conversations of mixed length, for benches that run finished ones."""
+"""Random finished conversations of mixed length."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from jaxpersona.text.chat import Row
 
 
 def conversations(count: int, vocabulary: int, mean: int, most: int, seed: int = 0) -> list[Row]:
-    """Draw conversations whose lengths are geometric: `mean` on average, 8 to `most` tokens.
+    """Draw conversations of geometric length with mean `mean`, clipped to 8…`most` tokens.
 
-    The first third is a user's message, the rest the reply.
+    The first third is the user message, the rest is the reply.
     """
     draw = np.random.default_rng(seed)
     rows = []

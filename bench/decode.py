@@ -1,8 +1,8 @@
-"""How fast decoding is, how near the memory's limit, and what reading every layer's mean costs it.
+"""Measure decode speed, memory bandwidth utilization (MBU) and the cost of capturing all means.
 
     python bench/decode.py --model mini --batch 1 8 32
 
-MBU = (weights + keys and values) bytes a step ÷ (seconds a step · the bandwidth measured here).
+MBU = bytes of weights, keys and values per step ÷ (seconds per step · measured bandwidth).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import jaxpersona as jp
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--pairs", type=int, default=200, help="the most; ten at least")
-    parser.add_argument("--budget", type=float, default=40.0, help="seconds of pairs a batch size")
+    parser.add_argument("--pairs", type=int, default=200, help="maximum pairs (minimum 10)")
+    parser.add_argument("--budget", type=float, default=40.0, help="time limit per batch size, s")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--dtype", default=None)

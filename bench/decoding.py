@@ -1,4 +1,4 @@
-"""One batch of random prompts, decoded for a fixed number of steps: what several benches time."""
+"""Shared workload: a batch of random prompts decoded for a fixed number of steps."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ NOTHING = Interventions()
 
 
 class Decoding:
-    """`rows` prompts of `prompt` tokens, `steps` steps after them; nothing ends a row."""
+    """`rows` random prompts of `prompt` tokens and `steps` decode steps, without stop tokens."""
 
     def __init__(self, model: Any, rows: int, steps: int, *, prompt: int = PROMPT,
                  temperature: float = 0.0, top_p: float = 1.0) -> None:
         self.model, self.rows, self.steps, self.prompt = model, rows, steps, prompt
-        self.params = fast_params(model, rows)  # as `generate` would run them
+        self.params = fast_params(model, rows)  # same layout as in `generate`
         self.prompts = np.random.default_rng(1).integers(0, model.config.vocab_size, (rows, prompt))
         self.batch = jax.tree.map(jnp.asarray, batch(self.prompts))
         self.how = sampling(rows, temperature=temperature, top_p=top_p)
@@ -39,21 +39,21 @@ class Decoding:
         self.until = jnp.asarray(steps, jnp.int32)
 
     def start(self, edits: Interventions, read: Capture) -> State:
-        """Run the prompts."""
+        """Prefill the prompts."""
         return prefill(self.params, self.model.config, self.batch, edits, read, self.how,
                        self.stops, self.limit, slots=self.prompt + self.steps + 16,
                        max_new=self.steps + 1, greedy=self.greedy)
 
     def arguments(self, state: State, edits: Interventions, read: Capture) -> tuple:
-        """What the decode program takes."""
+        """Return the arguments of `decode`."""
         return (self.params, self.model.config, state, edits, read, self.how, self.stops,
                 self.until)
 
     def timer(self, edits: Interventions = NOTHING, read: Capture | None = None, *,
               prompts: bool = False) -> Callable[[], float]:
-        """Return a call that times the steps, with the prompts before them if asked."""
+        """Return a function that times the steps, including the prefill if `prompts`."""
         reads = Capture() if read is None else read
-        first = None if prompts else self.start(edits, reads)  # copied, because decode takes it
+        first = None if prompts else self.start(edits, reads)  # copied per run: decode donates it
 
         def once() -> float:
             state = None if first is None else jax.block_until_ready(jax.tree.map(jnp.copy, first))
@@ -63,21 +63,21 @@ class Decoding:
                 decode(*self.arguments(state, edits, reads), greedy=self.greedy))
             spent = time.perf_counter() - begun
             if int(state.step) != self.steps:
-                raise RuntimeError(f"{int(state.step)} steps ran, not {self.steps}")
+                raise RuntimeError(f"ran {int(state.step)} steps, expected {self.steps}")
             return spent
 
         return once
 
     def fusions(self, edits: Interventions = NOTHING) -> int:
-        """Count the fusions that one compiled step runs (those of the loop's body)."""
-        state = jax.eval_shape(lambda: self.start(edits, Capture()))  # nothing need run for it
+        """Count the fusions in the loop body of the compiled decode."""
+        state = jax.eval_shape(lambda: self.start(edits, Capture()))  # shapes suffice
         program = decode.lower(*self.arguments(state, edits, Capture()),
                                greedy=self.greedy).compile()
         return hlo.fusions(hlo.operations(program.as_text()))
 
     @property
     def bytes(self) -> int:
-        """The bytes that a step in the middle of the run must read: weights, keys and values."""
+        """Bytes that a step halfway through the run reads: weights, keys and values."""
         embed = self.model.params.embed_vd
         config = self.model.config
         seen = self.prompt + self.steps // 2

@@ -1,12 +1,12 @@
-"""How fast activations of finished conversations are read, against hooks in transformers.
+"""Compare activation extraction from finished conversations with transformers and forward hooks.
 
     python bench/extract.py --model mini --conversations 256
 
-All layers' means over response tokens. "Hooks" run the whole model on batches in the given order
-and keep every layer's output until the batch is averaged, as the published code does; "sorted
-hooks" take the conversations by length; a third figure leaves the peer's head out too. Each side is
-a process of its own, timed after a first run, and its memory is the peak above its loaded weights.
-MFU counts real tokens only, against the largest product that this device was seen to do.
+Both sides compute all layers' means over response tokens. "hooks" runs the full model on batches in
+the given order and keeps every layer's output until the batch is averaged, as the published code
+does. "sorted" sorts conversations by length; "headless" also skips the output head. Each side runs
+in its own process and is timed after a warm-up; memory is the peak above the loaded weights. MFU
+counts real tokens only, relative to this device's measured peak matmul FLOP/s.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ KINDS = {"hooks": (False, True), "sorted": (True, True), "headless": (True, Fals
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--conversations", type=int, default=256)
-    parser.add_argument("--mean", type=int, default=150, help="tokens, geometric")
-    parser.add_argument("--most", type=int, default=512, help="tokens")
+    parser.add_argument("--mean", type=int, default=150, help="mean length in tokens (geometric)")
+    parser.add_argument("--most", type=int, default=512, help="maximum length in tokens")
     parser.add_argument("--batch-tokens", type=int, default=None)
     parser.add_argument("--peer-batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def run(side: str, folder: str) -> dict[str, Any]:
-    """Measure one side in a process of its own."""
+    """Measure one side in a subprocess."""
     out = pathlib.Path(folder) / f"{side}.npy"
     done = subprocess.run([sys.executable, *sys.argv, "--side", side, "--out", str(out)],
                           check=True, stdout=subprocess.PIPE, text=True)
@@ -80,7 +80,7 @@ def run(side: str, folder: str) -> dict[str, Any]:
 
 
 def one_side(args: argparse.Namespace) -> dict[str, Any]:
-    """Time one side and keep its vectors."""
+    """Time one side and save its vectors."""
     import jax
 
     import jaxpersona as jp
@@ -104,7 +104,7 @@ def one_side(args: argparse.Namespace) -> dict[str, Any]:
         found = jp.extract(model, rows, batch_tokens=args.batch_tokens)
         return found.captured["mean"]
 
-    plain = jp.capture.last(layers=[model.config.n_layers - 1])  # as little as can be read
+    plain = jp.capture.last(layers=[model.config.n_layers - 1])  # minimal capture
     out = jp.extract(model, rows, batch_tokens=args.batch_tokens)
     flops = sum(model.config.prefill_flops(row.tokens.size) for row in rows)
     found = timed(work, args, {"tokens": out.tokens, "padded": out.padded})
@@ -117,7 +117,7 @@ def one_side(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def timed(work: Any, args: argparse.Namespace, more: dict[str, Any]) -> dict[str, Any]:
-    """Run once under watch of the memory, then for time; keep the vectors."""
+    """Run once to record peak memory and save the vectors, then time repeats."""
     with Peak() as peak:
         np.save(args.out, work())
     seconds = least(work, args.repeats) if args.repeats else peak.seconds
@@ -125,7 +125,7 @@ def timed(work: Any, args: argparse.Namespace, more: dict[str, Any]) -> dict[str
 
 
 def least(work: Any, repeats: int) -> float:
-    """Return the least seconds of some runs after a first one."""
+    """Return the minimum seconds of `repeats` runs after a warm-up."""
     work()
     times = []
     for _ in range(max(repeats, 1)):

@@ -1,9 +1,9 @@
-"""What generating with a cap holds on the device, beside what `plan` reckons for it.
+"""Compare the peak device memory of capped generation with the estimate of `plan`.
 
     python bench/fit.py --model random:qwen3-32b --dtype bfloat16 --batch 32 --context 2048
 
-Weights, cache and everything else, from before the model is loaded: the device's own account where
-it keeps one. Bandwidth is what the chip's maker says.
+The measured peak includes weights, cache and temporaries; it uses the device's memory statistics if
+available. MBU is relative to the published bandwidth.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from jaxpersona.planning.plan import plan
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--new", type=int, default=512, help="of the context, for the reply")
-    parser.add_argument("--layers", default=None, help="half-open, as 46:54; default: upper half")
-    parser.add_argument("--chip", default="h200:1", help="that `plan` is asked about")
+    parser.add_argument("--new", type=int, default=512, help="tokens of the context for the reply")
+    parser.add_argument("--layers", default=None, help="half-open (46:54); default: upper half")
+    parser.add_argument("--chip", default="h200:1", help="topology for `plan`")
     args = parser.parse_args()
     with Peak() as peak:
         model = jp.load(args.model, dtype=args.dtype)
         total = model.config.n_layers
         layers = args.layers or f"{total // 2}:{total}"
         direction = np.random.default_rng(0).normal(size=model.config.d_model)
-        # a decoding keeps sixteen slots free
+        # Decoding allocates 16 extra slots
         setting = Decoding(model, args.batch, args.new - 16, prompt=args.context - args.new)
         edits = jp.cap(direction, layers=resolve_layers(layers, total), floor=1e3)
         setting.timer(edits, prompts=True)()
-    once = setting.timer(edits)  # keeps a second cache to begin from again
+    once = setting.timer(edits)  # holds a second copy of the cache
     once()
     step = once() / setting.steps
-    reckoned = plan(model.config, args.chip, batch=args.batch, context=args.context)
-    planned = reckoned["bytes_per_chip"]["total"]
+    estimate = plan(model.config, args.chip, batch=args.batch, context=args.context)
+    planned = estimate["bytes_per_chip"]["total"]
     chip, _ = chips.parse(args.chip)
     report(
         "fit", model, args, capped_layers=layers, prompt_tokens=setting.prompt,
         dtype=str(model.params.embed_vd.dtype), bytes=peak.above, planned_bytes=planned,
-        planned=reckoned["bytes_per_chip"], planned_over_measured=round(planned / peak.above, 4),
+        planned=estimate["bytes_per_chip"], planned_over_measured=round(planned / peak.above, 4),
         ms_per_step=round(1000 * step, 3),
         tokens_per_second=round(args.batch / step, 1),
         mbu=round(setting.bytes / step / chip.bandwidth, 4),

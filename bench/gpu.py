@@ -1,12 +1,11 @@
-"""Measure one GPU in one process: decode, caps, extraction, products, and where the time goes.
+"""Benchmark one GPU in one process: decode, caps, extraction, matmuls and kernel profiles.
 
     python bench/gpu.py --parts limits decode32 decode1 --out bench/results
-    python bench/gpu.py --model mini --dtype float32 --small        # rehearsal on a CPU
+    python bench/gpu.py --model mini --dtype float32 --small        # smoke test on a CPU
 
-The model is loaded once and the programs of a part are compiled in parallel threads, because time
-on a rented card is short. Every part writes `gpu-<part>.json` as soon as it ends and prints it as
-one line, so a run that is cut off keeps what it has. A part that fails is reported with its error
-and the exit status is 1.
+To save GPU time, the model is loaded once and the programs of a part are compiled in threads. Each
+part writes `gpu-<part>.json` when it ends and prints it as one line, so an interrupted run keeps
+its results. A failed part is reported with its error, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from jaxpersona.planning import chips
 
 
 class Bench:
-    """The loaded model, and what the parts share."""
+    """The loaded model and one method per benchmark part."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -52,7 +51,7 @@ class Bench:
         self.small = args.small
 
     def cap(self, layers: range, floor: float = 1e3) -> jp.Interventions:
-        """Return a cap that binds at every token, or never with a low floor."""
+        """Return a cap that binds at every token by default, and never with a very low floor."""
         return jp.cap(self.direction, layers=layers, floor=floor)
 
     def many(self, rows: int) -> jp.Interventions:
@@ -64,7 +63,7 @@ class Bench:
     # ---- parts ---------------------------------------------------------------------------------
 
     def limits(self) -> dict[str, Any]:
-        """Measure the memory bandwidth and the largest matrix product."""
+        """Measure memory bandwidth and peak matmul FLOP/s."""
         x = jnp.ones(((1 << 24) if self.small else (1 << 30),), jnp.float32)
         copy = jax.jit(lambda x: x + 1)
         read = jax.jit(jnp.sum)
@@ -79,29 +78,29 @@ class Bench:
                 "load_s": self.load_s}
 
     def decode1(self) -> dict[str, Any]:
-        """Compare caps with no cap at one row."""
+        """Measure the overhead of caps at 1 row."""
         return self._decoding(1)
 
     def decode32(self) -> dict[str, Any]:
-        """Compare caps with no cap at 32 rows."""
+        """Measure the overhead of caps at 32 rows."""
         return self._decoding(32)
 
     def decode256(self) -> dict[str, Any]:
-        """Compare caps with no cap at 256 rows, with one cap for all and with 256 caps."""
+        """Measure the overhead at 256 rows of one shared cap and of 256 per-row caps."""
         return self._decoding(256)
 
     def context1(self) -> dict[str, Any]:
-        """Time plain decoding of one row in the middle of a long context."""
+        """Time uncapped decoding of 1 row after a long prompt."""
         return self._context(1)
 
     def context32(self) -> dict[str, Any]:
-        """Time plain decoding of 32 rows in the middle of a long context."""
+        """Time uncapped decoding of 32 rows after a long prompt."""
         return self._context(32)
 
     def products(self) -> dict[str, Any]:
-        """Time one block's largest product in several forms of the weight, at 1 and 32 rows."""
+        """Time one block's largest matmul in several weight layouts and dtypes, 1 and 32 rows."""
         d, f = self.config.d_model, self.config.d_ff
-        count = 4 if self.small else 12  # different weights: more than any cache holds
+        count = 4 if self.small else 12  # distinct weights, to exceed the L2 cache
         dtype = jnp.dtype(self.args.dtype)
         keys = jax.random.split(jax.random.key(0), count)
         weights = [jax.random.normal(key, (f, d), jnp.float32) * 0.02 for key in keys]
@@ -148,7 +147,7 @@ class Bench:
                     for i in range(count):
                         y = form(x, w[i], s[i])
                         total += y.sum()
-                        x = (x + y[:, :1] * 0).astype(x.dtype)  # one after the other
+                        x = (x + y[:, :1] * 0).astype(x.dtype)  # forces sequential execution
                     return total
 
                 found[f"{rows} rows, {name}"] = attempt(
@@ -176,7 +175,7 @@ class Bench:
         return {"shape": [f, d], "weights": count, "forms": found}
 
     def prefill(self) -> dict[str, Any]:
-        """Time extraction with every layer's means, and attention by XLA and by cuDNN."""
+        """Time extraction with all layers' means, with XLA and with cuDNN attention."""
         widths = (96, 64) if self.small else (2048, 512, 256, 128)
         tokens = 768 if self.small else 16384
         means = jp.capture.mean(jp.everywhere)
@@ -190,7 +189,7 @@ class Bench:
         def build(arm: tuple[int, str, str]) -> tuple[Program, Any]:
             width, attention, name = arm
             rows = max(1, tokens // width)
-            drawn = np.random.default_rng(width).integers(  # both attentions get the same tokens
+            drawn = np.random.default_rng(width).integers(  # same tokens for both
                 4, self.config.vocab_size, (rows, width))
             text = jax.tree.map(jnp.asarray, make_batch(drawn))
             read = means if name == "means" else least
@@ -228,7 +227,7 @@ class Bench:
         return out
 
     def start(self) -> dict[str, Any]:
-        """Time the way to the first token, compiled and warm, for a prompt of 32 tokens."""
+        """Time the first token of a 32-token prompt, with compilation and warm."""
         setting = Decoding(self.model, 1, 16)
         begun = time.perf_counter()
         jax.block_until_ready(setting.start(NOTHING, Capture()).token)
@@ -237,7 +236,7 @@ class Bench:
         return {"load_s": round(self.load_s, 3), "first_call_s": round(first, 3),
                 "warm_first_token_ms": round(1e3 * warm, 3)}
 
-    # ---- how ------------------------------------------------------------------------------------
+    # ---- helpers --------------------------------------------------------------------------------
 
     def _decoding(self, rows: int) -> dict[str, Any]:
         steps = 8 if self.small else 64
@@ -282,7 +281,7 @@ class Bench:
         return out
 
     def _profile(self, made: Steps, name: str) -> dict[str, Any]:
-        """Run one arm under the profiler; keep its compiled text beside the results."""
+        """Profile one arm and save its HLO text next to the results."""
         text = made.programs[name].as_text()
         kept = self.args.out / f"gpu-decode{made.setting.rows}-{name}{self.args.tag}.hlo.txt"
         kept.write_text(text[:6_000_000])
@@ -301,17 +300,17 @@ PARTS = ("limits", "decode32", "decode1", "context32", "context1", "prefill", "d
 
 
 def main() -> None:
-    """Run the parts in the order in which they are named."""
+    """Run the parts in the given order."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="random:qwen3-8b")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench/results"))
-    parser.add_argument("--tag", default="", help="added to the names of the files")
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds of a part's pairs")
+    parser.add_argument("--tag", default="", help="suffix of the file names")
+    parser.add_argument("--budget", type=float, default=20.0, help="time limit of pairs, s")
     parser.add_argument("--seconds", type=float, default=330.0,
-                        help="no part is begun after this long")
-    parser.add_argument("--small", action="store_true", help="small shapes, for a rehearsal")
+                        help="start no part after this many seconds")
+    parser.add_argument("--small", action="store_true", help="small shapes, for a smoke test")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
@@ -321,12 +320,12 @@ def main() -> None:
              "date": time.strftime("%Y-%m-%d")}
     for part in args.parts:
         if time.perf_counter() - begun > args.seconds:
-            print(f"{part}: not begun after {time.perf_counter() - begun:.0f} s", flush=True)
+            print(f"{part}: skipped after {time.perf_counter() - begun:.0f} s", flush=True)
             continue
         at = time.perf_counter()
         try:
             found = getattr(bench, part)()
-        except Exception as error:  # the other parts still count
+        except Exception as error:  # continue with the other parts
             traceback.print_exc()
             found = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
             failed = True

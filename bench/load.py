@@ -1,25 +1,24 @@
-"""Loading a sharded checkpoint: peak memory, and speed against reading the same files raw.
+"""Measure checkpoint loading: peak memory, and speed relative to raw reads of the same files.
 
     python bench/load.py [--gigabytes 2] [--rounds 3] [--dtype bfloat16]
 
-Writes a synthetic bfloat16 checkpoint into a temporary folder. Rounds alternate, each in a process
-of its own, a raw read with `ckpts.hf.load`, so that both meet the same state of the disk cache; the
-first round is a warm-up. What the figures are:
+Writes a synthetic sharded bfloat16 checkpoint to a temporary folder. Each round runs a raw read and
+`ckpts.hf.load` in separate processes, with the same disk cache; the first round is a warm-up.
+Results:
 
-- `speed_over_raw`: seconds of a raw read over seconds of the load. The raw read is `read_bytes` of
-  every file, kept until the last is read: what a loader is there for is to *keep* the weights, so
-  a fair rival fills new memory too. This is the figure to hold a loader to.
-- `kept_over_raw`: the same by bytes that are kept a second. It differs where the load widens: from
-  bfloat16 to float32 it fills twice the memory that the raw read does.
-- `speed_over_buffer`: against a read through one reused buffer of 16 MiB, which keeps nothing. No
-  loader can come near it; it shows what new memory costs on the machine.
+- `speed_over_raw`: seconds of the raw read / seconds of the load. The raw read calls `read_bytes`
+  on every file and keeps the bytes, because a loader must allocate memory for the weights too. This
+  is the main figure.
+- `kept_over_raw`: ratio of bytes kept per second. It differs if the load widens the dtype: float32
+  parameters take twice the bytes of the bfloat16 files.
+- `speed_over_buffer`: relative to a read through one reused 16 MiB buffer. This bound is out of
+  reach for a loader; it shows the cost of allocating memory.
 
-Every process asks for pages of the ordinary size (`NUMPY_MADVISE_HUGEPAGE=0`). NumPy would take
-huge ones, for the load alone, and on a virtual machine that hands freed memory back to its host
-just these must be fetched anew: a tenth of the speed, by chance. A load also watches its process's
-resident memory from after its imports.
+All processes use ordinary pages (`NUMPY_MADVISE_HUGEPAGE=0`). Otherwise only the load uses huge
+pages, which virtual machines that return freed memory to the host reallocate up to ten times more
+slowly. Peak resident memory is measured after the imports.
 
-Prints a card, then one line of JSON.
+Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ from common import Peak, report
 
 
 def shape(gigabytes: float) -> Any:
-    """Return a Qwen 3 whose bfloat16 parameters take about so many GB."""
+    """Return a Qwen 3 configuration with about `gigabytes` GB of bfloat16 parameters."""
     from jaxpersona.models.config import replace
     from jaxpersona.models.presets import preset
 
@@ -49,7 +48,7 @@ def shape(gigabytes: float) -> Any:
 
 
 def write(folder: pathlib.Path, config: Any, shard_bytes: float) -> None:
-    """Write random bfloat16 parameters of a shape, as shards and their index."""
+    """Write random bfloat16 parameters of a configuration as shards with an index."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -60,7 +59,7 @@ def write(folder: pathlib.Path, config: Any, shard_bytes: float) -> None:
     draw = np.random.default_rng(0)
 
     def value(spec: Any) -> Any:
-        # random bits with an exponent far from NaN: fast to draw, and nothing compresses them
+        # random bits with the top exponent bit cleared: fast, no NaN, incompressible
         bits = draw.integers(0, 2**16, spec.shape, np.uint16) & np.uint16(0xBFFF)
         return bits.view(jnp.bfloat16)
 
@@ -68,14 +67,14 @@ def write(folder: pathlib.Path, config: Any, shard_bytes: float) -> None:
 
 
 def raw(folder: pathlib.Path) -> dict[str, Any]:
-    """Read every file of weights into new memory and keep it: seconds and bytes."""
+    """Read every weight file into new memory; return seconds and bytes."""
     started = time.perf_counter()
     held = [path.read_bytes() for path in sorted(folder.glob("*.safetensors"))]
     return {"seconds": time.perf_counter() - started, "bytes": sum(map(len, held))}
 
 
 def buffered(folder: pathlib.Path) -> dict[str, Any]:
-    """Read every file of weights through one buffer: seconds and bytes."""
+    """Read every weight file through one buffer; return seconds and bytes."""
     buffer = memoryview(bytearray(1 << 24))
     total, started = 0, time.perf_counter()
     for path in sorted(folder.glob("*.safetensors")):
@@ -86,12 +85,12 @@ def buffered(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def load(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
-    """Load the folder: seconds, bytes of the parameters, peak resident memory above the start."""
+    """Load the folder; return seconds, parameter bytes and peak resident memory above the start."""
     import jax
     import jax.numpy as jnp
     from jaxpersona.ckpts import hf
 
-    jax.block_until_ready(jax.device_put(jnp.zeros(8)))  # the back end's own memory is not ours
+    jax.block_until_ready(jax.device_put(jnp.zeros(8)))  # exclude backend init
     with Peak() as peak:
         started = time.perf_counter()
         params = jax.block_until_ready(hf.load(folder, dtype=jnp.dtype(dtype)))
@@ -127,21 +126,21 @@ def main() -> None:
         pages = {**os.environ, "NUMPY_MADVISE_HUGEPAGE": "0"}
         rounds: dict[str, list[dict[str, Any]]] = {"buffer": [], "raw": [], "load": []}
         for turn in range(given.rounds + 1):
-            said = []
+            speeds = []
             for kind, runs in rounds.items():
                 done = subprocess.run([*command, kind, name], check=True, stdout=subprocess.PIPE,
                                       text=True, env=pages)
                 runs.append(json.loads(done.stdout.splitlines()[-1]))
-                said.append(f"{kind} {total_bytes(folder) / runs[-1]['seconds'] / 1e9:.2f} GB/s")
-            print(f"{'warm-up' if turn == 0 else f'round {turn}'}: {', '.join(said)}", flush=True)
+                speeds.append(f"{kind} {total_bytes(folder) / runs[-1]['seconds'] / 1e9:.2f} GB/s")
+            print(f"{'warm-up' if turn == 0 else f'round {turn}'}: {', '.join(speeds)}", flush=True)
         total = total_bytes(folder)
     seconds = {kind: [run["seconds"] for run in runs[1:]] for kind, runs in rounds.items()}
     peaks = [run["peak_bytes"] / run["bytes"] for run in rounds["load"][1:]]
 
     def speed(against: str) -> float:
-        """Median over rounds: how fast the load is against another way to read."""
+        """Return the median ratio of another read's seconds to the load's seconds."""
         pairs = zip(seconds[against], seconds["load"], strict=True)
-        return round(statistics.median(other / mine for other, mine in pairs), 4)
+        return round(statistics.median(other / ours for other, ours in pairs), 4)
 
     widened = rounds["load"][0]["bytes"] / total
     report(

@@ -1,12 +1,11 @@
-"""Loading a checkpoint by several processes: each one's peak memory over what it has to hold.
+"""Measure multi-process checkpoint loading: peak memory of each process relative to its shards.
 
     python bench/load_sharded.py [--gigabytes 6] [--processes 2] [--devices 4] [--dtype bfloat16]
 
-Writes a synthetic bfloat16 checkpoint into a temporary folder and loads it by `ckpts.hf.load` in
-processes that share one mesh of forced CPU devices, the weights spread over all of it (fsdp over
-the processes, model within them). Each watches its own resident memory from after its imports and
-the joining; what it has to hold are its shards and the largest tensor. Prints a card, then one
-line of JSON.
+Writes a synthetic bfloat16 checkpoint to a temporary folder and loads it with `ckpts.hf.load` in
+several processes that share one mesh of forced CPU devices ("fsdp" across processes, "model" within
+each). Each process measures its peak resident memory after imports and initialization, relative to
+its shards plus the largest tensor. Prints a table, then one JSON line.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from load import shape, total_bytes, write
 
 
 def load(folder: pathlib.Path, dtype: str, count: int, index: int, port: int) -> dict[str, Any]:
-    """Load this process's shards: seconds, bytes held and read, the peak above the start."""
+    """Load this process's shards; return seconds, bytes held and read, and peak memory."""
     import jax
     import jax.numpy as jnp
     from jaxpersona.ckpts import hf, tensorfile
@@ -60,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=6.0)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--devices", type=int, default=4, help="of each process")
+    parser.add_argument("--devices", type=int, default=4, help="devices per process")
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -83,16 +82,16 @@ def main() -> None:
         workers = [subprocess.Popen([*command, "--one", name, str(index), str(port)], env=env,
                                     stdout=subprocess.PIPE, text=True)
                    for index in range(given.processes)]
-        said = [worker.communicate()[0] for worker in workers]
-    found = [json.loads(text.splitlines()[-1]) for text in said]
-    ratios = [one["peak_bytes"] / (one["held_bytes"] + one["largest_tensor"]) for one in found]
-    for index, one in enumerate(found):
+        outputs = [worker.communicate()[0] for worker in workers]
+    results = [json.loads(text.splitlines()[-1]) for text in outputs]
+    ratios = [one["peak_bytes"] / (one["held_bytes"] + one["largest_tensor"]) for one in results]
+    for index, one in enumerate(results):
         print(f"process {index}: read {one['read_bytes'] / 1e9:.2f} of {total / 1e9:.2f} GB, holds "
               f"{one['held_bytes'] / 1e9:.2f}, peak {one['peak_bytes'] / 1e9:.2f} GB: "
-              f"{ratios[index]:.3f} of its shards and the largest tensor, {one['seconds']:.1f} s")
+              f"{ratios[index]:.3f} × (shards + largest tensor), {one['seconds']:.1f} s")
     report(
         "load_sharded", f"synthetic {config.family}, {config.n_layers} layers", given,
-        file_bytes=total, processes=found, peak_ratios=[round(x, 4) for x in ratios],
+        file_bytes=total, processes=results, peak_ratios=[round(x, 4) for x in ratios],
         peak_over_held_and_largest=round(max(ratios), 4),
     )
 

@@ -1,12 +1,12 @@
-"""Capped generation against transformers with hooks, on one checkpoint and one machine.
+"""Compare capped generation with transformers and forward hooks, on the same machine.
 
     python bench/peers.py --model mini --batch 1 8 32
 
-Both sides run the same prompts, cap the same layers by the same vector and threshold, and make the
-same number of tokens greedily, prompts included; runs alternate. The peer caps as the published
-code does, by a forward hook on each layer. `--dtypes` lists what each side may compute in: the
-fastest of them is each side's own. Other forms of the peer run beside it: `plain` without any cap,
-`static` with hooks and a static cache, `compiled` with hooks, a static cache and `torch.compile`.
+Both sides run the same prompts, cap the same layers with the same vector and threshold, and decode
+the same number of tokens greedily; times include the prefill, and runs alternate. The peer caps
+with a forward hook per layer, as the published code does. Each side uses its fastest dtype of
+`--dtypes` and `--peer-dtypes`. Other forms of the peer: `plain` without a cap, `static` with hooks
+and a static cache, `compiled` with hooks, a static cache and `torch.compile`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import jaxpersona as jp
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=200, help="the most; ten at least")
-    parser.add_argument("--budget", type=float, default=40.0, help="seconds of pairs a batch size")
+    parser.add_argument("--pairs", type=int, default=200, help="maximum pairs (minimum 10)")
+    parser.add_argument("--budget", type=float, default=40.0, help="time limit per batch size, s")
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--peer-dtypes", nargs="+", default=["float32"])
     parser.add_argument("--forms", nargs="*", default=["plain"],
@@ -55,15 +55,15 @@ def main() -> None:
                 arms[f"{form} {peer.dtype}"] = peer.generation(
                     setting.prompts, args.new, form=form, direction=direction, floor=1e3,
                     layers=layers)
-        mine, best = fastest(arms, "jaxpersona"), fastest(arms, "hooks")
+        own, best = fastest(arms, "jaxpersona"), fastest(arms, "hooks")
         forms = {form: fastest(arms, form) for form in args.forms}
-        found = paired({"hooks": arms[best], "ours": arms[mine],
+        found = paired({"hooks": arms[best], "ours": arms[own],
                         **{form: arms[name] for form, name in forms.items()}}, "hooks",
                        pairs=args.pairs, budget=args.budget, judged=("ours",))
         by_batch[str(rows)] = {
             "ratio": found["ours"]["ratio"], "interval": found["ours"]["interval"],
             "unresolved": found["ours"]["unresolved"], "pairs": found["ours"]["pairs"],
-            "ours": mine, "peer": best,
+            "ours": own, "peer": best,
             "tokens_per_second": {name: round(rows * args.new / arm["seconds"], 1)
                                   for name, arm in found.items()},
             "ratio_to_forms": {form: round(found["ours"]["ratio"] / found[form]["ratio"], 3)
@@ -76,15 +76,15 @@ def main() -> None:
 
 
 def fastest(arms: dict[str, Callable[[], float]], side: str) -> str:
-    """Return the arm of one side whose best of three runs, after one to warm up, is the least."""
-    mine = [name for name in arms if name.split()[0] == side]
-    if len(mine) == 1:
-        return mine[0]
-    return min(mine, key=lambda name: min([arms[name]() for _ in range(4)][1:]))
+    """Return one side's fastest arm, by the best of three runs after a warm-up."""
+    names = [name for name in arms if name.split()[0] == side]
+    if len(names) == 1:
+        return names[0]
+    return min(names, key=lambda name: min([arms[name]() for _ in range(4)][1:]))
 
 
 class Hooked:
-    """The same weights in transformers, with hooks."""
+    """The same weights in transformers, with forward hooks."""
 
     def __init__(self, model: Any, dtype: str, device: str | None = None) -> None:
         import torch
@@ -102,7 +102,7 @@ class Hooked:
         self.made = made.to(self.device).eval()
 
     def capped(self, direction: np.ndarray, floor: float, layers: range) -> list[Any]:
-        """Hook a cap, h ← h − v̂·min(⟨h, v̂⟩ − τ, 0), on layers; return the handles."""
+        """Register hooks that cap layers, h ← h − v̂·min(⟨h, v̂⟩ − τ, 0); return the handles."""
         torch = self.torch
         unit = torch.tensor(direction / np.linalg.norm(direction), dtype=self.made.dtype,
                             device=self.device)
@@ -116,7 +116,7 @@ class Hooked:
 
     def generation(self, prompts: np.ndarray, new: int, *, form: str, direction: np.ndarray,
                    floor: float, layers: range) -> Callable[[], float]:
-        """Return a call that times a greedy generation of `new` tokens a prompt."""
+        """Return a function that times greedy generation of `new` tokens per prompt."""
         torch = self.torch
         tokens = torch.tensor(prompts, device=self.device)
         how: dict[str, Any] = {}
@@ -135,19 +135,19 @@ class Hooked:
             for handle in handles:
                 handle.remove()
             if out.shape[1] != tokens.shape[1] + new:
-                raise RuntimeError(f"{out.shape[1] - tokens.shape[1]} tokens came, not {new}")
+                raise RuntimeError(f"{out.shape[1] - tokens.shape[1]} new tokens, expected {new}")
             return spent
 
         return once
 
     def means(self, rows: list[Any], size: int, *, sort: bool, head: bool = True) -> np.ndarray:
-        """Return every layer's mean over response tokens, through hooks: [N, L, D] float32.
+        """Return every layer's mean over response tokens, by hooks, [N, L, D] float32.
 
         Args:
           rows: conversations (`chat.Row`).
-          size: conversations a batch.
-          sort: by length first.
-          head: run the whole model, as the published code does, or leave the head out.
+          size: batch size.
+          sort: sort conversations by length.
+          head: run the output head too, as the published code does.
         """
         from jaxpersona.models.batch import ASSISTANT
 

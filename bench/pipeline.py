@@ -1,12 +1,12 @@
-"""Activations out of the pass that generates, against a second pass; refilled rows against batches.
+"""Compare capture during generation with a second forward pass, and refill with static batching.
 
     python bench/pipeline.py --model mini --batch 32
 
-One pass generates with every layer's response means captured. Two passes generate, then run the
-finished conversations through `jaxpersona.extract`; both are ours, both tuned. Predicted:
-1 + t_forward / t_generate. `one_pass_over_two_engines` puts transformers with hooks in place of the
-second pass (sorted by length, without a head). Refill: replies of geometric length, whose mean is a
-third of the longest, at one batch size.
+One pass: generate and capture all layers' response means. Two passes: generate, then run the
+finished conversations through `jaxpersona.extract`. The predicted ratio is
+1 + t_forward / t_generate. `one_pass_over_two_engines` uses transformers with hooks as the second
+pass (sorted by length, without the output head). Refill: reply lengths are geometric with a mean of
+a third of the maximum; the batch size is the same for both.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from jaxpersona.text.chat import Row
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--prompts", type=int, default=160)
     parser.add_argument("--prompt-tokens", type=int, default=30)
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=200, help="the most; ten at least")
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds of pairs, each of two")
+    parser.add_argument("--pairs", type=int, default=200, help="maximum pairs (minimum 10)")
+    parser.add_argument("--budget", type=float, default=60.0, help="time limit per comparison, s")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--peer-batch", type=int, default=8)
     parser.add_argument("--peer-dtype", default="float32")
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 class Run:
-    """The prompts of a run, through the scheduler with reply lengths that are given."""
+    """Runs prompts through the scheduler with fixed reply lengths."""
 
     def __init__(self, model: Any, rows: list[Row], args: argparse.Namespace) -> None:
         self.model, self.rows, self.args = model, rows, args
@@ -96,7 +96,7 @@ class Run:
         self.stops = Stops(np.full(4, -1, np.int32), np.full(2, -1, np.int32))
 
     def generate(self, read: Capture | None = None) -> list[np.ndarray]:
-        """Generate replies of the full length."""
+        """Generate replies of maximum length."""
         return self.work(np.full(len(self.rows), self.args.new), read or Capture(), True)
 
     def geometric(self, refill: bool) -> list[np.ndarray]:
@@ -104,7 +104,7 @@ class Run:
         return self.work(self.lengths, Capture(), refill)
 
     def work(self, lengths: np.ndarray, read: Capture, refill: bool) -> list[np.ndarray]:
-        """Run the scheduler; return the replies' tokens."""
+        """Run the scheduler; return the token ids of the replies."""
         count = len(self.rows)
         out: dict[int, np.ndarray] = {}
 
@@ -117,12 +117,12 @@ class Run:
               sampling(count), Interventions(), read, self.stops, collect, max_new=self.args.new,
               batch_size=self.args.batch, refill=refill)
         if any(len(out[i]) != lengths[i] for i in range(count)):
-            raise RuntimeError("a reply has another length than was asked for")
+            raise RuntimeError("a reply does not have the requested length")
         return [out[i] for i in range(count)]
 
 
 def said(row: Row, tokens: np.ndarray) -> Row:
-    """Return a prompt with its reply."""
+    """Append a reply to a prompt."""
     n = tokens.size
     return Row(np.concatenate([row.tokens, tokens]),
                np.concatenate([row.kind, np.full(n, ASSISTANT, np.int32)]),
@@ -130,7 +130,7 @@ def said(row: Row, tokens: np.ndarray) -> Row:
 
 
 def clocked(work: Any) -> float:
-    """Return the seconds of a call."""
+    """Return the seconds of one call."""
     begun = time.perf_counter()
     jax.block_until_ready(work())
     return time.perf_counter() - begun

@@ -1,14 +1,15 @@
-"""How a prefill's memory grows with its length.
+"""Measure how prefill memory grows with prompt length.
 
     python bench/prefill_memory.py [--model qwen3-0.6b] [--lengths 1024 2048 4096 8192]
 
-Every length is a process of its own: random weights, one row prefilled into a cache of its length,
-logits of the last token. Two figures above the weights: what the compiled program reserves
-(`memory_analysis()`: temporaries and outputs, the cache among them), and the peak resident memory
-that the system saw between the weights' arrival and the end. Prints a card, then one line of JSON.
+Each length runs in its own process: random weights, one row prefilled into a cache of that length,
+logits of the last token. Two figures, both excluding the weights: the memory of the compiled
+program (`memory_analysis()`: temporaries and outputs, including the cache) and the peak resident
+memory.
+Prints a table, then one JSON line.
 
-float32 is the default because on a CPU XLA widens bfloat16 weights, a constant that would flatter
-the ratio.
+The default dtype is float32, because XLA on CPU widens bfloat16 weights: the constant copy would
+lower the growth ratio.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from common import Peak, report
 
 
 def measure(model: str, length: int, dtype: str, run: bool) -> dict[str, Any]:
-    """Compile, and where asked run, one prefill of `length` tokens."""
+    """Compile, and if `run` also run, one prefill of `length` tokens."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--run-to", type=int, default=1 << 30,
-                        help="longer prefills are compiled, not run")
+                        help="compile longer prefills without running them")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:

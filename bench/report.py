@@ -1,8 +1,8 @@
-"""Write `bench/REPORT.md` and its plots from the results that are there.
+"""Write `bench/REPORT.md` and its plots from the saved results.
 
     python bench/report.py
 
-Nothing is measured here, and a figure whose interval is too wide is printed as unresolved.
+Measures nothing. Ratios with too wide an interval are marked as unresolved.
 """
 
 from __future__ import annotations
@@ -17,25 +17,26 @@ BENCHES = ("cap_overhead", "rows", "decode", "extract", "pipeline", "peers", "ro
 
 
 def main() -> None:
-    """Read the results, draw, write."""
+    """Read the results, draw the plots and write the report."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     found = {name: value for name, value in found.items()
              if isinstance(value, dict) and value.get("bench") in BENCHES}
     plots = draw(found)
     lines = ["# Measurements", "",
-             "Written by `bench/report.py` from `bench/results/`; `make bench` measures the CPU's "
-             "share anew. A ratio is the median of alternating pairs with its bootstrap 95 % "
-             "interval; one wider than 0.02 (of the ratio, above 1) is *unresolved* and passes "
-             "nothing. What was expected of each change, and what came of it, is in `NOTES.md`.",
+             "Written by `bench/report.py` from `bench/results/`; `make bench` repeats the CPU "
+             "measurements. A ratio is the median of alternating pairs with its bootstrap 95 % "
+             "interval; an interval wider than 0.02 (relative to ratios above 1) is *unresolved* "
+             "and supports no claim. `NOTES.md` has the expected and measured effect of each "
+             "change.",
              ""]
     for plot, caption in plots:
         lines += [f"![{caption}](results/{plot})", ""]
     for bench in BENCHES:
-        mine = {name: value for name, value in found.items() if value["bench"] == bench}
-        if not mine:
+        results = {name: value for name, value in found.items() if value["bench"] == bench}
+        if not results:
             continue
         lines += [f"## {bench}", "", "| run | figure | value |", "|---|---|---|"]
-        for name, value in mine.items():
+        for name, value in results.items():
             lines += [f"| {name}: {describe(value)} | {key} | {shown} |"
                       for key, shown in figures(value)]
         lines.append("")
@@ -44,17 +45,17 @@ def main() -> None:
 
 
 def describe(value: dict[str, Any]) -> str:
-    """Say what a run was: model, arguments, device, date."""
+    """Describe a run: model, arguments, device, date."""
     keep = ("batch", "steps", "distinct", "layers", "temperature", "top_p", "dtype", "new",
             "conversations", "prompts", "budget")
     usual = {"temperature": 0.0, "top_p": 1.0}
-    given = [f"{key} {said}" for key in keep
-             if (said := value["arguments"].get(key)) not in (None, []) and said != usual.get(key)]
+    given = [f"{key} {arg}" for key in keep
+             if (arg := value["arguments"].get(key)) not in (None, []) and arg != usual.get(key)]
     return ", ".join([value["model"], *given, value["device"], value["date"]])
 
 
 def figures(value: dict[str, Any]) -> list[tuple[str, str]]:
-    """List a result's figures, each with its interval where it has one."""
+    """List a result's figures, with intervals where available."""
 
     def ratio(number: Any, interval: Any, unresolved: Any) -> str:
         mark = " *unresolved*" if unresolved else ""
@@ -67,9 +68,9 @@ def figures(value: dict[str, Any]) -> list[tuple[str, str]]:
                                             value["unresolved"])),
                 ("idle ÷ uncapped", ratio(value["idle_over_uncapped"], value["idle_interval"],
                                           value["idle_unresolved"])),
-                ("fusions a capped layer adds a step; once", f"{value['added_fusions_per_layer']};"
+                ("added fusions per capped layer; per step", f"{value['added_fusions_per_layer']};"
                  f" {value['added_fusions_once']} (of {value['fusions_uncapped']})"),
-                ("ms a step", str(value["ms_per_step"])),
+                ("ms per step", str(value["ms_per_step"])),
             ] + [(f"{n} layers capped ÷ uncapped", ratio(at["ratio"], at["interval"],
                                                           at["unresolved"]))
                  for n, at in value["by_layers"].items() if len(value["by_layers"]) > 1]
@@ -78,7 +79,7 @@ def figures(value: dict[str, Any]) -> list[tuple[str, str]]:
                                                 value["unresolved"]))]
         case "decode":
             return [(f"batch {rows}", f"{at['tokens_per_second']} tokens/s, {at['ms_per_step']} ms "
-                     f"a step, MBU {at['mbu']}; captured ÷ plain "
+                     f"per step, MBU {at['mbu']}; captured ÷ plain "
                      + ratio(at["captured_over_plain"], at["captured_interval"],
                              at["captured_unresolved"]))
                     for rows, at in value["by_batch"].items()]
@@ -90,11 +91,11 @@ def figures(value: dict[str, Any]) -> list[tuple[str, str]]:
             return [(key, str(value[key])) for key in keys]
         case "pipeline":
             return [
-                ("one pass over two", ratio(value["one_pass_over_two_pass"], value["interval"],
+                ("one pass ÷ two passes", ratio(value["one_pass_over_two_pass"], value["interval"],
                                             value["unresolved"])),
                 ("predicted", str(value["predicted"])),
-                ("one pass over two engines", str(value["one_pass_over_two_engines"])),
-                ("refill over static", ratio(value["refill_over_static"], value["refill_interval"],
+                ("one pass ÷ two engines", str(value["one_pass_over_two_engines"])),
+                ("refill ÷ static", ratio(value["refill_over_static"], value["refill_interval"],
                                              value["refill_unresolved"])),
             ]
         case "peers":
@@ -113,7 +114,7 @@ def figures(value: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def draw(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Draw the four plots of one set of results; return files and captions."""
+    """Draw the four plots; return file names and captions."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -141,9 +142,9 @@ def draw(found: dict[str, Any]) -> list[tuple[str, str]]:
                     axes[1, 1].plot(p["intensity"], p["flops_per_second"], "o", color="black")
                     axes[1, 1].annotate(p["name"], (p["intensity"], p["flops_per_second"]),
                                         fontsize=7)
-    labels = (("rows", "tokens a second"), ("capped layers", "capped ÷ uncapped speed"),
+    labels = (("rows", "tokens/s"), ("capped layers", "capped ÷ uncapped speed"),
               ("distinct settings", "speed ÷ one shared setting"),
-              ("operations a byte", "operations a second"))
+              ("FLOP/byte", "FLOP/s"))
     for axis, (x, y) in zip(axes.flat, labels, strict=True):
         axis.set_xlabel(x)
         axis.set_ylabel(y)
@@ -156,8 +157,8 @@ def draw(found: dict[str, Any]) -> list[tuple[str, str]]:
     figure.tight_layout()
     figure.savefig(RESULTS / "speed.png", dpi=110)
     plt.close(figure)
-    return [("speed.png", "throughput by batch, overhead by capped layers and by distinct settings,"
-             " and the roofline")]
+    return [("speed.png", "throughput by batch size, overhead by capped layers and by distinct "
+             "settings, and the roofline")]
 
 
 def line(axis: Any, at: dict[int, dict[str, Any]], name: str) -> None:

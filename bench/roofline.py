@@ -1,10 +1,10 @@
-"""Where decoding and extraction stand under the roof that this device's memory and arithmetic make.
+"""Place decoding and extraction on a roofline plot of this device.
 
     python bench/roofline.py --model mini --batch 1 8 32 128
 
-Each point is operations a byte against operations a second; the roof is min(peak, intensity ·
-bandwidth), both measured here. Bytes are what must be read: weights once a pass, keys and values. A
-model that fits a cache, as `mini` does, may stand above the roof of the memory.
+Each point is FLOP/byte against FLOP/s; the roof is min(peak, intensity · bandwidth), both measured
+here. Bytes are the minimum reads: weights once per pass, keys and values. Models that fit the CPU
+cache, such as `mini`, can exceed the memory roof.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from jaxpersona.models.batch import batch
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens before the steps")
-    parser.add_argument("--width", type=int, default=256, help="tokens of an extracted row")
-    parser.add_argument("--rows", type=int, default=4, help="extracted rows")
+    parser.add_argument("--prompt", type=int, default=PROMPT, help="prompt tokens")
+    parser.add_argument("--width", type=int, default=256, help="tokens per extracted row")
+    parser.add_argument("--rows", type=int, default=4, help="number of extracted rows")
     parser.add_argument("--dtype", default=None)
     args = parser.parse_args()
     model = jp.load(args.model, dtype=args.dtype)

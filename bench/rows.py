@@ -1,4 +1,4 @@
-"""What it costs that rows differ: one cap for all rows against as many caps as there are rows.
+"""Measure the overhead of per-row interventions: one shared cap against one cap per row.
 
     python bench/rows.py --model mini --batch 256
 """
@@ -15,22 +15,22 @@ import jaxpersona as jp
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=200, help="the most; ten at least")
-    parser.add_argument("--budget", type=float, default=120.0, help="seconds of pairs")
+    parser.add_argument("--pairs", type=int, default=200, help="maximum pairs (minimum 10)")
+    parser.add_argument("--budget", type=float, default=120.0, help="time limit for pairs, s")
     parser.add_argument("--distinct", type=int, nargs="+", default=None,
-                        help="numbers of settings beside one a row; default: 4, 16, 64, …")
+                        help="numbers of distinct caps; default: 4, 16, 64, …")
     parser.add_argument("--dtype", default=None)
     args = parser.parse_args()
     asked = [4**i for i in range(1, 8) if 4**i < args.batch]
     if args.distinct is not None:
         asked = args.distinct
     if not all(0 < n <= args.batch for n in asked):
-        parser.error(f"--distinct is {asked}; each must be 1…{args.batch}, the rows")
+        parser.error(f"--distinct is {asked}; each must be between 1 and --batch {args.batch}")
     model = jp.load(args.model, dtype=args.dtype)
     total = model.config.n_layers
     layers = range(total // 2, total)

@@ -1,9 +1,9 @@
-"""Run the benches that a CPU can do, keep their results, and write the report.
+"""Run the CPU benchmarks, save their results and write the report.
 
     python bench/suite.py [--only cap_overhead rows …] [--tag cpu]
 
-Each bench is a process with defaults that end in two or three minutes; its last line becomes
-`bench/results/<bench>-<tag>.json`. One that fails is said to, and the others go on.
+Each benchmark runs in its own process for two or three minutes by default; its last output line is
+saved as `bench/results/<bench>-<tag>.json`. Failures are reported and do not stop the others.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ BENCHES = {
 
 
 def main() -> None:
-    """Run the benches, then the report."""
+    """Run the benchmarks, then write the report."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", default=list(BENCHES), choices=list(BENCHES))
     parser.add_argument("--tag", default="cpu")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds a bench")
+    parser.add_argument("--limit", type=float, default=300.0, help="time limit per benchmark, s")
     args = parser.parse_args()
     failed = []
     for name in args.only:

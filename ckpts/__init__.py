@@ -1,1 +1,1 @@
-"""Files: Hugging Face folders, Orbax checkpoints, vectors, and the embedded model."""
+"""Checkpoints and vectors: Hugging Face folders, Orbax, vector files and the embedded model."""

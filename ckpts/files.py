@@ -1,4 +1,4 @@
-"""Write files so that a reader never sees half of one."""
+"""Atomic file writes, and readers of safetensors headers and tensors."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _TEMPORARY = re.compile(r"\.(.+)\.([0-9]{1,18})\.tmp")
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Give a temporary path beside `path`; flush and rename it when the block ends well.
+    """Yield a temporary path next to `path`; fsync and rename it if the block succeeds.
 
     Raises:
       ValueError: the folder cannot be written.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # as `leftovers` reads it
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # `leftovers` parses this
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -37,50 +37,50 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     except OSError as error:
         raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        with contextlib.suppress(OSError):  # a parent that is no folder has been named above
+        with contextlib.suppress(OSError):  # the error above already names an invalid parent
             temporary.unlink(missing_ok=True)
 
 
 def leftovers(folder: pathlib.Path) -> list[tuple[pathlib.Path, str, int]]:
-    """List the temporary files of `atomic` in a folder, which a killed process leaves behind.
+    """List the temporary files of `atomic` that killed processes left in a folder.
 
     Returns:
-      For each: its path, the name of the file that it was to become, and the process that wrote it.
+      For each file: its path, the name of its target, and the id of the process that wrote it.
     """
-    found = []
+    files = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            parts = _TEMPORARY.fullmatch(entry.name)
-            if parts is not None and entry.is_file(follow_symlinks=False):
-                found.append((pathlib.Path(entry.path), parts[1], int(parts[2])))
-    return found
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match is not None and entry.is_file(follow_symlinks=False):
+                files.append((pathlib.Path(entry.path), match[1], int(match[2])))
+    return files
 
 
 def parse_field(text: str, field: str, kind: type) -> Any:
-    """Return what the JSON text of a header's field holds, a `dict` or a `list`.
+    """Parse a header field as JSON and require a `dict` or a `list`.
 
     Raises:
-      ValueError: not JSON, nested too deeply to read, or something of another kind.
+      ValueError: invalid JSON, nesting that is too deep, or another JSON type.
     """
     try:
         value = parse_json(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{field} is not JSON ({error})") from None
+        raise ValueError(f"{field} is invalid JSON ({error})") from None
     except ValueError as error:
-        raise ValueError(f"{field} is not JSON of ours ({error})") from None
+        raise ValueError(f"{field} cannot be parsed ({error})") from None
     if not isinstance(value, kind):
         raise ValueError(f"{field} is {str(value)[:80]!r}; it must be a "
-                         f"{'table' if kind is dict else 'list'}")
+                         f"{'JSON object' if kind is dict else 'list'}")
     return value
 
 
 def scheme_of(fingerprint: Any, scheme: Any) -> int:
-    """Return the scheme of a file's fingerprint from its header's text.
+    """Return the version of a file's fingerprint algorithm, from its header fields.
 
-    A file that has a fingerprint and does not say its scheme is older than schemes: it is of 1.
+    A fingerprint without a scheme predates versioning and has scheme 1.
 
     Raises:
-      ValueError: text that is no positive integer.
+      ValueError: `scheme` is not a positive integer.
     """
     if not fingerprint:
         return SCHEME
@@ -93,26 +93,26 @@ def scheme_of(fingerprint: Any, scheme: Any) -> int:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file atomically, UTF-8."""
+    """Write a UTF-8 text file atomically."""
     with atomic(path) as temporary:
         temporary.write_text(text, "utf-8")
 
 
 def json_text(value: Any) -> str:
-    """Return a JSON file's text: sorted keys, two spaces, one form for one value."""
+    """Serialize to canonical JSON: sorted keys, two-space indent, final newline."""
     return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-    """Write a JSON file atomically, in the form of `json_text`."""
+    """Write a JSON file atomically, serialized by `json_text`."""
     write_text(path, json_text(value))
 
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
                   metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically, the same bytes for the same content.
+    """Write a safetensors file atomically; equal content gives equal bytes.
 
-    Names and metadata are sorted; the library's own writer leaves their order to chance.
+    Names and metadata are sorted, because the order of the safetensors library varies.
     """
     with atomic(path) as temporary, open(temporary, "wb") as file:
         for piece in _pieces(tensors, metadata):
@@ -121,7 +121,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
 
 def header_of(shapes: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
               metadata: Mapping[str, str]) -> bytes:
-    """Return the bytes with which `write_tensors` begins a file of such dtypes and shapes."""
+    """Return the header bytes that `write_tensors` writes for these dtypes and shapes."""
     ordered = {name: shapes[name] for name in sorted(shapes)}
     return next(pieces(ordered, lambda _: np.empty(0), dict(sorted(metadata.items()))))
 
@@ -134,14 +134,14 @@ def _pieces(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> I
 
 def read_tensors(path: str | os.PathLike, limit: int | None = None,
                  ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read a small safetensors file whole: its tensors and its metadata.
+    """Read all tensors and the metadata of a small safetensors file.
 
     Args:
       path: the file.
-      limit: the largest size accepted, in bytes; None accepts any.
+      limit: maximum file size in bytes; None accepts any size.
 
     Raises:
-      ValueError: no such file, a larger one or not a readable one; the file is named.
+      ValueError: the file is missing, too large or invalid; the message names it.
     """
     entries, metadata = read_entries(path, limit)
     return {name: read_slice(entry) for name, entry in entries.items()}, metadata
@@ -149,7 +149,7 @@ def read_tensors(path: str | os.PathLike, limit: int | None = None,
 
 def read_entries(path: str | os.PathLike,
                  limit: int | None = None) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Read where a safetensors file's tensors lie, and its metadata; of the tensors nothing.
+    """Read a safetensors file's header: tensor entries and metadata, without the values.
 
     Raises:
       ValueError: as `read_tensors`.
@@ -157,10 +157,10 @@ def read_entries(path: str | os.PathLike,
     path = pathlib.Path(path)
     require_file(path, limit)
     entries, metadata, faults = read_header(path)
-    faults += [f"{name}: dtype {entry.dtype} is not read here" for name, entry in entries.items()
+    faults += [f"{name}: dtype {entry.dtype} is not supported" for name, entry in entries.items()
                if entry.dtype not in READABLE]
     if not all(isinstance(value, str) for value in metadata.values()):
-        faults.append("corrupt header (its metadata are not texts)")
+        faults.append("corrupt header (metadata values must be strings)")
     if faults:
-        raise ValueError(f"{path}: not a readable safetensors file ({'; '.join(faults)})")
+        raise ValueError(f"{path}: invalid safetensors file ({'; '.join(faults)})")
     return entries, metadata

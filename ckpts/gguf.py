@@ -1,7 +1,7 @@
-"""Control vectors as GGUF files, the form that llama.cpp adds to a model while it runs.
+"""Control vectors in llama.cpp's GGUF format.
 
-Tensor `direction.N` is added to the residual stream after block N, counted from zero: our layer N.
-Layer 0 has no place in the format, and llama.cpp refuses a file that names it.
+llama.cpp adds tensor `direction.N` to the residual stream after block N (zero-based), which is
+layer N of this package. The format has no layer 0: llama.cpp rejects a `direction.0`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from jaxpersona.models.config import MAX_LAYERS
 from jaxpersona.vectors.vector import CONTROL_VECTOR, Axis, Vector
 
 ARCHITECTURE = "controlvector"
-VECTOR_BYTES = 1 << 30  # the largest file of directions read; one of a 405B model has 8 MB
-_MOST_FIELDS = 1 << 16  # fields of a file, and elements of all its arrays; ours has 8
+VECTOR_BYTES = 1 << 30  # maximum size of a vector file; a 405B model's has 8 MB
+_MOST_FIELDS = 1 << 16  # limit for fields, and for array elements in total; `write` makes 10
 _MOST_DIMENSIONS = 4
 _STRING, _ARRAY = 8, 9
-_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # scalars, bytes
-# keys `jaxpersona.<field>`
+_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # type id: bytes
+# stored under keys `jaxpersona.<field>`
 _OURS = ("kind", "name", "model", "fingerprint", "fingerprint_scheme", "layers", "notes")
 
 
@@ -36,87 +36,87 @@ def _package(path: pathlib.Path) -> Any:
     try:
         import gguf
     except ImportError:
-        raise ValueError(f"{path}: GGUF needs the package gguf: pip install 'jaxpersona[gguf]'"
+        raise ValueError(f"{path}: GGUF files need the package gguf: pip install 'jaxpersona[gguf]'"
                          ) from None
     return gguf
 
 
 def read(path: str | os.PathLike) -> Vector:
-    """Read a control vector; layers that the file does not name are zero.
+    """Read a control vector; layers missing from the file are zero.
 
     Raises:
-      ValueError: no such file, the package gguf is not installed, or a file that is damaged or
-        holds something else; the file is named.
+      ValueError: the package gguf is not installed, or the file is missing, damaged or not a
+        control vector; the message names the file.
     """
     path = pathlib.Path(path)
     size = require_file(path)
     gguf = _package(path)
-    damaged = f"{path}: truncated or damaged, or no GGUF file ({size} bytes)"
+    damaged = f"{path}: truncated or damaged, or not a GGUF file ({size} bytes)"
     try:
         check_bounds(path)
     except (struct.error, OSError, UnicodeDecodeError):
         raise ValueError(damaged) from None
     except ValueError as error:
-        raise ValueError(f"{path}: not a readable control vector ({error})") from None
+        raise ValueError(f"{path}: invalid control vector ({error})") from None
     require_file(path, VECTOR_BYTES)
     try:
         reader = gguf.GGUFReader(path)
-    except Exception:  # it slices without looking, and NumPy's words about that help nobody
+    except Exception:  # gguf slices unchecked, and NumPy's slicing errors do not help the user
         raise ValueError(damaged) from None
     try:
         return _build(gguf, reader, path.stem)
-    except Exception as error:  # damaged fields raise almost any kind
-        said = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ValueError(f"{path}: not a readable control vector ({said})") from None
+    except Exception as error:  # damaged fields raise many exception types
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ValueError(f"{path}: invalid control vector ({reason})") from None
 
 
 def check_bounds(path: pathlib.Path) -> None:
-    """Check every count and length in a file's header before the package reads it.
+    """Check every count and length in the header before the gguf package parses the file.
 
-    The package makes an object of each element that a header claims, whether the file holds it or
-    not: an array of 2^62 elements fills the memory.
+    The gguf package allocates an object per declared array element without checking the file size,
+    so an array declared with 2^62 elements exhausts memory.
 
     Raises:
-      ValueError: a count or length that no control vector has, or another architecture.
-      struct.error: the header claims more than the file holds.
+      ValueError: a count or length exceeds the limits, or the architecture is another one.
+      struct.error: the header declares more data than the file holds.
     """
     with open(path, "rb") as file:
         if os.fstat(file.fileno()).st_size < 24:
-            raise struct.error("shorter than a header")
+            raise struct.error("shorter than a GGUF header")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             _Header(data).check()
 
 
 class _Header:
-    """Walks a header: each step checks that what follows is in the file."""
+    """Bounds-checked walk over a GGUF header."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self.data, self.at, self.elements = data, 4, 0
         if data[:4] != b"GGUF":
-            raise struct.error("no GGUF file")
-        if self.number("I") & 0xFFFF == 0:  # the package would read its numbers as others
-            raise ValueError("it was written in big-endian byte order; convert it")
+            raise struct.error("not a GGUF file")
+        if self.number("I") & 0xFFFF == 0:  # the version field shows it; gguf would misread it
+            raise ValueError("big-endian byte order is not supported; convert the file")
 
     def check(self) -> None:
         tensors, fields = self.number("Q"), self.number("Q")
         if tensors > MAX_LAYERS or fields > _MOST_FIELDS:
             named = self.architecture(min(fields, _MOST_FIELDS))
             _check_architecture(named)
-            raise ValueError(f"it claims {tensors} tensors and {fields} fields")
+            raise ValueError(f"the header declares {tensors} tensors and {fields} fields")
         _check_architecture(self.architecture(fields))
         elements = 0
         for _ in range(tensors):
             self.text()
             dimensions = self.number("I")
             if dimensions > _MOST_DIMENSIONS:
-                raise ValueError(f"a tensor claims {dimensions} dimensions")
+                raise ValueError(f"a tensor declares {dimensions} dimensions")
             elements += math.prod(self.number("Q") for _ in range(dimensions))
             self.skip(4 + 8)
         if elements > VECTOR_BYTES // 4:
-            raise ValueError(f"its tensors claim {elements} elements")
+            raise ValueError(f"the tensors declare {elements} elements")
 
     def architecture(self, fields: int) -> str | None:
-        """Walk the fields and return the architecture; stop at one that is another's."""
+        """Walk the fields and return the architecture; raise as soon as it is another one."""
         named = None
         for _ in range(fields):
             key, kind = self.text(), self.number("I")
@@ -132,12 +132,12 @@ class _Header:
     def array(self) -> None:
         kind, count = self.number("I"), self.number("Q")
         if count > _MOST_FIELDS:
-            raise ValueError(f"an array claims {count} elements")
+            raise ValueError(f"an array declares {count} elements")
         self.elements += count
-        if self.elements > _MOST_FIELDS:  # the package makes an object of each
-            raise ValueError(f"its arrays claim {self.elements} elements and more")
+        if self.elements > _MOST_FIELDS:  # gguf allocates an object per element
+            raise ValueError(f"the arrays declare at least {self.elements} elements")
         if kind == _ARRAY:
-            raise ValueError("it holds an array of arrays")
+            raise ValueError("nested arrays are not supported")
         for _ in range(count):
             self.value(kind)
 
@@ -147,7 +147,7 @@ class _Header:
         elif kind in _WIDTHS:
             self.skip(_WIDTHS[kind])
         else:
-            raise ValueError(f"a field has the unknown type {kind}")
+            raise ValueError(f"a field has unknown type {kind}")
 
     def number(self, form: str) -> int:
         value = struct.unpack_from("<" + form, self.data, self.at)[0]
@@ -162,39 +162,39 @@ class _Header:
 
     def skip(self, size: int) -> None:
         if size > len(self.data) - self.at:
-            raise struct.error("longer than the file")
+            raise struct.error("past the end of the file")
         self.at += size
 
 
 def _check_architecture(found: Any) -> None:
     if found != ARCHITECTURE:
-        raise ValueError(f"its architecture is {found!r:.80}, not {ARCHITECTURE!r}")
+        raise ValueError(f"architecture is {found!r:.80}, not {ARCHITECTURE!r}")
 
 
 def _build(gguf: Any, reader: Any, stem: str) -> Vector:
     def field(name: str) -> Any:
-        found = reader.get_field(name)
-        return None if found is None else found.contents()
+        entry = reader.get_field(name)
+        return None if entry is None else entry.contents()
 
     _check_architecture(field("general.architecture"))
     directions: dict[int, np.ndarray] = {}
     for tensor in reader.tensors:
         number = re.fullmatch(r"direction\.([1-9]\d{0,8})", tensor.name)
         if number is None or int(number[1]) >= MAX_LAYERS:
-            raise ValueError(f"tensor {tensor.name!r} is not direction.1 to "
+            raise ValueError(f"tensor {tensor.name!r} must be named direction.1 to "
                              f"direction.{MAX_LAYERS - 1}")
         value = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
         if value.ndim != 1:
-            raise ValueError(f"{tensor.name} has {value.ndim} dimensions; it must have one")
+            raise ValueError(f"{tensor.name} has {value.ndim} dimensions; it must have 1")
         directions[int(number[1])] = value
     widths = {value.size for value in directions.values()}
     if len(widths) != 1 or 0 in widths:
-        raise ValueError("it holds no direction" if not widths - {0} else
-                         f"its directions have the widths {sorted(widths)}")
+        raise ValueError("the file holds no direction" if not widths - {0} else
+                         f"directions have different widths {sorted(widths)}")
     ours = {name: field(f"jaxpersona.{name}") for name in _OURS}
     layers = max(*directions, int(ours["layers"] or 0) - 1) + 1
     if layers > MAX_LAYERS:
-        raise ValueError(f"jaxpersona.layers is {layers}; no model has so many")
+        raise ValueError(f"jaxpersona.layers is {layers}; at most {MAX_LAYERS} are allowed")
     values = np.zeros((layers, widths.pop()), np.float32)
     for number, value in directions.items():
         values[number] = value
@@ -207,17 +207,17 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
 
 
 def write(path: str | os.PathLike, vector: Vector) -> list[str]:
-    """Write a direction as a control vector, atomically, and return what the format leaves out.
+    """Write a direction as a control vector, atomically; return the parts that GGUF cannot store.
 
     Raises:
-      ValueError: the package gguf is not installed, the direction is not one of the residual
-        stream, or it is zero beyond layer 0.
+      ValueError: the package gguf is not installed, the direction is not of the residual site, or
+        it is zero at every layer above 0.
     """
     path = pathlib.Path(path)
     vector.check_site("residual")
     chosen = [i for i, row in enumerate(vector.values) if i and row.any()]
     if not chosen:
-        raise ValueError(f"{path}: the direction is zero beyond layer 0, and GGUF holds no layer 0")
+        raise ValueError(f"{path}: the direction is zero above layer 0, and GGUF stores no layer 0")
     gguf = _package(path)
     with atomic(path) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
@@ -238,7 +238,7 @@ def write(path: str | os.PathLike, vector: Vector) -> list[str]:
         writer.close()
     lost = []
     if vector.values[0].any():
-        lost.append("layer 0 (llama.cpp refuses a direction.0)")
+        lost.append("layer 0 (llama.cpp rejects direction.0)")
     if getattr(vector, "percentiles", None):
         lost.append("the thresholds")
     return lost

@@ -1,8 +1,8 @@
-"""Hugging Face folders: config.json and safetensors, to parameters and back.
+"""Load and save Hugging Face folders: config.json and safetensors weights.
 
-A folder is read tensor by tensor, each shard straight to the devices that hold it, without PyTorch
-and without a second copy in memory. Whatever is wrong with it is said at once, before anything
-is read.
+Tensors are read one by one, each shard directly onto the devices that hold it, without PyTorch and
+without a second copy in memory. All errors in the files are collected and raised together before
+any weights are read.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from jaxpersona.models.params import Params, Spec, layout
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ADAPTER = "adapter_config.json"
-READERS = 3  # tensors read at one time; where memory is slow to be had, one thread waits for it
+READERS = 3  # tensors read concurrently: allocating fresh memory can stall one thread
 Progress = Callable[[int, int], None]
 
 
 def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Read a folder's config.json.
 
-    Where it says that the head is the embedding (`tie_word_embeddings`), but the folder's weights
-    hold a head with other values, the configuration is that of an untied model, as in transformers,
-    and a warning says so.
+    If `tie_word_embeddings` is true but the weights hold an output head that differs from the
+    embedding, the returned configuration is untied, as in transformers, and a warning is issued.
 
     Returns:
-      The configuration, and the file's dict as it stands.
+      The configuration and the raw dict of the file.
 
     Raises:
-      ValueError: no such folder, no or a malformed config.json, or a model not implemented here.
+      ValueError: the folder or config.json is missing, config.json is malformed, or the model is
+        not supported.
     """
     folder = pathlib.Path(folder)
     require_folder(folder)
@@ -54,7 +54,7 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
         raise ValueError(f"{folder}: {_without_config(folder)}")
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):
-        raise ValueError(f"{folder / 'config.json'}: holds {type(raw).__name__}, not a table")
+        raise ValueError(f"{folder / 'config.json'}: holds {type(raw).__name__}, not a JSON object")
     try:
         config = from_hf(raw, place=str(folder / "config.json"))
     except ValueError as error:
@@ -68,10 +68,10 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
 
 
 def _has_other_head(entries: Mapping[str, Entry]) -> bool:
-    """Whether files hold both an embedding and a head of its shape that differ."""
+    """Return whether the files hold an embedding and a head of equal shape and other values."""
     embed, head = entries.get(EMBED), entries.get(HEAD)
     if embed is None or head is None or embed.shape != head.shape:
-        return False  # a head of another shape is a fault, which `load` names
+        return False  # `load` reports a head of another shape
     if not {embed.dtype, head.dtype} <= set(DTYPES):
         return False
     pairs = zip(tensorfile.read_pieces(embed), tensorfile.read_pieces(head), strict=True)
@@ -80,43 +80,43 @@ def _has_other_head(entries: Mapping[str, Entry]) -> bool:
 
 
 def _without_config(folder: pathlib.Path) -> str:
-    """Say what a folder without config.json holds, and what makes a model of it."""
+    """Describe a folder without config.json and how to turn it into a model folder."""
     path = folder / ADAPTER
     if path.exists():
         raw = read_json(path)
         raw = raw if isinstance(raw, dict) else {}
         base, kind = raw.get("base_model_name_or_path"), raw.get("peft_type")
-        what = "a LoRA adapter" if kind in (None, "LORA") else f"an adapter ({kind!r:.40}) of PEFT"
+        what = "a LoRA adapter" if kind in (None, "LORA") else f"a PEFT adapter ({kind!r:.40})"
         of = f" of {base!r:.200}" if isinstance(base, str) and base else ""
-        return (f"{what}{of}, not a model ({ADAPTER} and no config.json); merge it into its base "
+        return (f"{what}{of}, not a model ({ADAPTER} without config.json); merge it into its base "
                 "with peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
                 ".save_pretrained(NEW), save the tokenizer there too, and load NEW")
     if (folder / "params.json").exists():
-        return ("not a model folder in the Hugging Face layout (params.json and no config.json: "
-                "its authors' own layout); convert it with transformers, or take its hub copy")
-    return "not a model folder (it has no config.json)"
+        return ("not in the Hugging Face layout (params.json without config.json: the original "
+                "release layout); convert it with transformers, or load it from the hub")
+    return "not a model folder (no config.json)"
 
 
 def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *, dtype: Any = None,
          mesh: Mesh | None = None, progress: Progress | None = None) -> Params:
-    """Read the parameters of a folder.
+    """Load the parameters of a folder.
 
     Args:
       folder: holds `model.safetensors`, or shards and their index.
-      config: the model's shape; read from the folder if None.
-      dtype: float32, bfloat16 or float16; each tensor's own if None.
-      mesh: spreads the parameters by `sharding.RULES`; each process reads only its own shards.
-      progress: called with the bytes read so far and in all.
+      config: the model configuration; read from the folder if None.
+      dtype: float32, bfloat16 or float16; None keeps each tensor's dtype.
+      mesh: shards the parameters by `sharding.RULES`; each process reads only its own shards.
+      progress: called with (bytes read so far, total bytes).
 
     Raises:
-      ValueError: everything that is wrong with the folder's files, in one message.
+      ValueError: the files are invalid; one message lists every error.
     """
     folder = pathlib.Path(folder)
     if config is None:
         config, _ = read_config(folder)
     target = None if dtype is None else np.dtype(dtype)
     if target is not None and target not in DTYPES.values():
-        raise ValueError(f"dtype is {target}; parameters are float32, bfloat16 or float16")
+        raise ValueError(f"dtype is {target}; it must be float32, bfloat16 or float16")
     specs, tree = jax.tree.flatten(layout(config))
     entries, faults = _tensors(folder, config)
     _refuse(folder, faults)
@@ -141,17 +141,17 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *, dtype
 
 
 def verify(folder: str | pathlib.Path, sha256: Mapping[str, str] | None = None) -> dict[str, int]:
-    """Check a folder's files without loading them: sizes, headers, index, tensors, and hashes.
+    """Check a folder without loading it: file sizes, headers, index, tensor shapes and hashes.
 
     Args:
       folder: the folder.
-      sha256: hexadecimal digests by file name, to be compared with those of the files.
+      sha256: expected hexadecimal digests by file name.
 
     Returns:
-      The size in bytes of every file of weights, by name.
+      The size in bytes of every weight file, by name.
 
     Raises:
-      ValueError: everything that is wrong, in one message.
+      ValueError: the folder is invalid; one message lists every error.
     """
     folder = pathlib.Path(folder)
     config, _ = read_config(folder)
@@ -160,29 +160,29 @@ def verify(folder: str | pathlib.Path, sha256: Mapping[str, str] | None = None) 
         try:
             require_file(folder / name)
             with open(folder / name, "rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             faults.append(f"{name}: not readable ({error.strerror})")
             continue
         except ValueError as error:
             faults.append(str(error))
             continue
-        if found != wanted.lower():
-            faults.append(f"{name}: sha256 is {found}, expected {wanted}")
+        if digest != wanted.lower():
+            faults.append(f"{name}: sha256 is {digest}, expected {wanted}")
     _refuse(folder, faults)
     return {path.name: path.stat().st_size for path in sorted({e.path for e in entries.values()})}
 
 
 def _tensors(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Entry], list[str]]:
-    """Find the tensors that a configuration asks for, and everything that is wrong with them."""
+    """Return the folder's tensors and every mismatch with the configuration."""
     entries, faults = read_entries(folder)
     if config.tied_embeddings and EMBED not in entries and HEAD in entries:
-        entries[EMBED] = entries[HEAD]  # some writers keep one name of two that share a tensor
-    if entries or not faults:  # a folder that cannot be read at all has said so
+        entries[EMBED] = entries[HEAD]  # some writers store a shared tensor under one name only
+    if entries or not faults:  # an unreadable folder already has a fault
         faults += _mismatches(entries, jax.tree.leaves(layout(config)), config)
     if not faults and config.tied_embeddings and _has_other_head(entries):
-        faults.append(f"{HEAD}: differs from {EMBED}, but the configuration that was given has "
-                      "tied_embeddings=True; use that of read_config")
+        faults.append(f"{HEAD}: differs from {EMBED}, but config has tied_embeddings=True; "
+                      "use the configuration that read_config returns")
     return entries, faults
 
 
@@ -197,14 +197,14 @@ def _count(n: int, what: str) -> str:
 
 
 def _mismatches(entries: Mapping[str, Entry], specs: list[Spec], config: ModelConfig) -> list[str]:
-    """Compare a folder's tensors with those that the configuration asks for."""
+    """List missing, extra, mis-shaped and mistyped tensors."""
     expected = {spec.file_name: spec for spec in specs}
     faults = []
     if missing := set(expected) - set(entries):
         faults.append(f"missing: {some(missing, 1000)}")
     extra = {name for name in set(entries) - set(expected) if not name.endswith("inv_freq")}
     if config.tied_embeddings and HEAD in extra:
-        extra.remove(HEAD)  # some writers keep the tied head's second name
+        extra.remove(HEAD)  # some writers store the tied head a second time
         expected[HEAD] = expected[EMBED]
     if extra:
         faults.append(f"extra: {some(extra, 1000)}")
@@ -213,12 +213,12 @@ def _mismatches(entries: Mapping[str, Entry], specs: list[Spec], config: ModelCo
         if entry.shape != shape:
             faults.append(f"{name}: shape {list(entry.shape)}, expected {list(shape)}")
         if entry.dtype not in DTYPES:
-            faults.append(f"{name}: dtype {entry.dtype}; {', '.join(DTYPES)} can be read")
+            faults.append(f"{name}: dtype {entry.dtype}; supported are {', '.join(DTYPES)}")
     return faults
 
 
 def _ahead(read: Callable[[Spec], Any], specs: Iterable[Spec]) -> Iterator[Any]:
-    """Yield what `read` makes of each, in order, never more than `READERS` of them ahead."""
+    """Yield `read(spec)` in order, prefetching at most `READERS` results in threads."""
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
         for spec in specs:
@@ -230,7 +230,7 @@ def _ahead(read: Callable[[Spec], Any], specs: Iterable[Spec]) -> Iterator[Any]:
 
 
 def _place(entry: Entry, spec: Spec, target: np.dtype | None, mesh: Mesh) -> jax.Array:
-    """Read this process's shards of one tensor, each once, to all of its devices that hold it."""
+    """Read this process's shards of one tensor; each is read once and copied to its devices."""
     dtype = target or DTYPES[entry.dtype]
     placed = sharding.weight_sharding(spec.axes, spec.shape, mesh)
     holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
@@ -246,10 +246,10 @@ def _place(entry: Entry, spec: Spec, target: np.dtype | None, mesh: Mesh) -> jax
 
 
 def file_index(spec: Spec, ranges: list[tuple[int, int]]) -> tuple[slice, ...]:
-    """Translate ranges of a parameter's dimensions to slices of its tensor in the file.
+    """Map index ranges of a parameter to slices of its tensor in the file.
 
-    A dimension of the file is one of ours, or several of ours flattened; of those only the first
-    may be cut, because heads are split over devices and a head is not.
+    A file dimension is one parameter dimension, or several flattened (heads × head_dim). Of
+    flattened dimensions only the first may be sharded: devices hold whole heads.
     """
     out, at = [], 0
     for extent in spec.file_shape:
@@ -257,7 +257,7 @@ def file_index(spec: Spec, ranges: list[tuple[int, int]]) -> tuple[slice, ...]:
         at += 1
         while spec.shape[first] * inner < extent:
             if ranges[at] != (0, spec.shape[at]):
-                raise ValueError(f"{spec.file_name}: a head cannot be split over devices")
+                raise ValueError(f"{spec.file_name}: one head cannot be sharded over devices")
             inner *= spec.shape[at]
             at += 1
         out.append(slice(ranges[first][0] * inner, ranges[first][1] * inner))
@@ -274,20 +274,20 @@ def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def save(folder: str | pathlib.Path, params: Params, config: ModelConfig, *,
          shard_bytes: float = 5e9, extra_config: Mapping[str, Any] | None = None) -> None:
-    """Write a folder that transformers loads, and `load` too.
+    """Write a folder that transformers and `load` can read.
 
-    Every file is written under a temporary name; when all are whole they are renamed, config.json
-    last, so that a folder cut short in the making is not taken for a model.
+    Files are written under temporary names and renamed once all are complete, config.json last, so
+    an interrupted save leaves no loadable model.
 
     Args:
-      folder: made where it does not exist.
-      params: in the dtype that is to be written.
-      config: their model's shape.
-      shard_bytes: a file grows to this many bytes before another is begun.
-      extra_config: entries that are added to config.json.
+      folder: created if missing.
+      params: the parameters, in the dtype to write.
+      config: the model configuration.
+      shard_bytes: maximum size of a weight file in bytes.
+      extra_config: additional entries of config.json.
 
     Raises:
-      ValueError: the parameters do not fit the configuration, or the folder cannot be written to.
+      ValueError: the parameters do not match the configuration, or the folder is not writable.
     """
     folder = pathlib.Path(folder)
     arrays = named(params, config)
@@ -321,15 +321,15 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig, *,
 
 
 def named(params: Params, config: ModelConfig) -> dict[str, tuple[Spec, jax.Array]]:
-    """Pair every parameter with its file's tensor.
+    """Return {tensor name: (spec, array)} for every parameter.
 
     Raises:
-      ValueError: a structure, shape or dtype that the configuration or the format does not allow.
+      ValueError: the structure, a shape or a dtype does not match the configuration.
     """
     specs, tree = jax.tree.flatten(layout(config))
-    arrays, found = jax.tree.flatten(params)
-    if found != tree:
-        raise ValueError("the parameters have another structure than the configuration describes")
+    arrays, structure = jax.tree.flatten(params)
+    if structure != tree:
+        raise ValueError("the tree structure of params does not match the configuration")
     faults = [
         f"{spec.file_name}: {array.dtype}{list(array.shape)}, expected {list(spec.shape)} in "
         "float32, bfloat16 or float16"
@@ -337,7 +337,7 @@ def named(params: Params, config: ModelConfig) -> dict[str, tuple[Spec, jax.Arra
         if array.shape != spec.shape or np.dtype(array.dtype) not in DTYPES.values()
     ]
     if faults:
-        raise ValueError("the parameters do not fit the configuration: " + "; ".join(faults))
+        raise ValueError("params do not match the configuration: " + "; ".join(faults))
     return {s.file_name: (s, a) for s, a in zip(specs, arrays, strict=True)}
 
 

@@ -1,7 +1,6 @@
-"""From a name to a model: a folder, the embedded model, random weights or a repository of the hub.
+"""Load a model by name: a local folder, the embedded model, random weights or a hub repository.
 
-Libraries are imported when a source needs them, so that random weights need neither transformers
-nor a network.
+Optional libraries are imported on demand: random weights need neither transformers nor a network.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ from jaxpersona.runtime import own_rules
 
 DTYPES = ("float32", "bfloat16", "float16")
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
-# second copies of the weights in another layout, adapters, and folders of other programs
+# duplicate weights in other layouts, adapters, and exports for other runtimes
 _NOT_FETCHED = ("consolidated*.safetensors", "adapter_model*.safetensors", "*/*.safetensors",
                 "original/*", "onnx/*")
-_TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")  # what transformers may read in a folder
-# Settings of generation_config.json that transformers' generate follows and ours does not, with
-# the value at which each does nothing (null does nothing in any).
+_TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")  # suffixes that transformers may read
+# generation_config.json settings that transformers' generate supports and this package ignores,
+# each with its no-op value (null is always a no-op).
 _UNFOLLOWED = {
     "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
@@ -57,7 +56,7 @@ _UNFOLLOWED = {
     "exponential_decay_length_penalty": None, "watermarking_config": None, "dola_layers": None,
     "remove_invalid_values": False, "renormalize_logits": False, "token_healing": False,
 }
-_SAMPLED = {"top_k": (0, 50), "min_p": (0, 0.0), "top_h": ()}  # those that act on sampling alone
+_SAMPLED = {"top_k": (0, 50), "min_p": (0, 0.0), "top_h": ()}  # ignored only if do_sample is true
 _MINI_VOCABULARY = 1024
 _STDERR = threading.Lock()  # guards file descriptor 2
 
@@ -66,23 +65,23 @@ _STDERR = threading.Lock()  # guards file descriptor 2
 @own_rules()
 def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any = None,
          progress: hf.Progress | None = None, revision: str | None = None) -> Model:
-    """Load a model; programs compiled from now on are kept on disk (`compile_cache`).
+    """Load a model and enable the on-disk compilation cache (`compile_cache`).
 
     Args:
-      source: a folder in the Hugging Face layout or that `ckpts.orbax.save` wrote; "mini", the
-        embedded model; "random:<preset>", random weights of a real shape; or a repository of the
-        hub, "owner/name" or "owner/name@revision".
-      mesh: spreads the parameters over devices; `Model.mesh` is this one fitted to the model
-        (`sharding.fit`), which may have another axis: in `jax.set_mesh` either will do for the
-        functions that take a model, but only `Model.mesh` for those that take parameters.
-      dtype: "float32", "bfloat16" or "float16"; by default float32 where the parameters lie on a
-        CPU (the mesh's, or `jax.default_device`), else bfloat16. Gemma 2 and 3 exceed float16,
-        which is refused for them.
-      progress: called with the bytes read so far and in all.
-      revision: a branch, tag or commit of the hub's repository; a commit alone never changes.
+      source: a folder in the Hugging Face layout or written by `ckpts.orbax.save`; "mini", the
+        embedded model; "random:<preset>", random weights in a preset's shapes; or a hub
+        repository, "owner/name" or "owner/name@revision".
+      mesh: shards the parameters over devices. `Model.mesh` is this mesh fitted to the model
+        (`sharding.fit`) and may have another axis. Under `jax.set_mesh`, functions that take a
+        model accept either mesh; functions that take parameters need `Model.mesh`.
+      dtype: "float32", "bfloat16" or "float16". Default: float32 if the parameters are on a CPU
+        (by `mesh` or `jax.default_device`), else bfloat16. float16 raises for Gemma 2 and 3, whose
+        activations overflow it.
+      progress: called with (bytes read so far, total bytes).
+      revision: branch, tag or commit of the hub repository; only a commit is immutable.
 
     Raises:
-      ValueError: no such model, or one that is faulty or not implemented; it says which and why.
+      ValueError: the model is missing, invalid or unsupported; the message gives the reason.
     """
     use_compile_cache()
     name, kind = os.fspath(source), _dtype(dtype, mesh)
@@ -90,8 +89,8 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
     local = name == "mini" or name.startswith(("random:", ".", "/", "~")) or _there(path)
     if local or isinstance(source, pathlib.PurePath):
         if revision is not None:
-            raise ValueError(f"revision is {revision!r}, but {name} is no repository of the hub; "
-                             "leave it out")
+            raise ValueError(f"revision is {revision!r}, but {name} is not a hub repository; "
+                             "omit revision")
         if name.startswith("random:"):
             return _random(name, kind, mesh)
         if name == "mini":
@@ -102,14 +101,14 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
     if not _is_repository(repository) or name.endswith("@"):
         raise ValueError(f"{name}: no such folder")
     if pinned and revision not in (None, pinned):
-        raise ValueError(f"{name} and revision {revision!r} name two revisions; give one")
+        raise ValueError(f"two revisions ({name} and revision {revision!r}); give one")
     return _folder(_download(repository, pinned or revision), name, kind, mesh, progress)
 
 
 def _there(path: pathlib.Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # reading it says why
+    except OSError:  # reading the path raises the precise error
         return True
 
 
@@ -118,7 +117,7 @@ def _mini() -> Any:
 
 
 def _is_repository(name: str) -> bool:
-    """Whether a name has the form of a repository of the hub: owner/name."""
+    """Return whether a name has the form of a hub repository: owner/name."""
     parts = name.split("/")
     plain = all(part and part.strip(".-_") and " " not in part for part in parts)
     return len(parts) == 2 and plain
@@ -130,19 +129,19 @@ def _dtype(dtype: Any, mesh: Mesh | None) -> np.dtype:
                  mesh.devices.flat[0].platform)
         return np.dtype(np.float32 if where == "cpu" else jnp.bfloat16)
     try:
-        found = np.dtype(getattr(jnp, dtype) if isinstance(dtype, str) else dtype)
+        parsed = np.dtype(getattr(jnp, dtype) if isinstance(dtype, str) else dtype)
     except (TypeError, AttributeError):
-        found = None
-    if found is None or found.name not in DTYPES:
+        parsed = None
+    if parsed is None or parsed.name not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    return found
+    return parsed
 
 
 def _check_range(config: ModelConfig, dtype: np.dtype, name: str) -> None:
-    """Refuse float16 for families whose activations exceed it, before weights are read."""
+    """Raise if the family's activations overflow the requested float16."""
     if dtype == np.float16 and not FAMILIES[config.family].float16:
         raise ValueError(f"dtype is 'float16'; activations of {config.family} models such as "
-                         f"{name} exceed its 65504: use 'bfloat16' or 'float32'")
+                         f"{name} exceed its maximum 65504: use 'bfloat16' or 'float32'")
 
 
 def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
@@ -154,7 +153,7 @@ def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
 
     if mesh is None:
         params = draw()
-    else:  # made where they belong: no device ever holds them all
+    else:  # initialized sharded, because one device may not hold all of it
         mesh = sharding.fit(mesh, config)
         places = jax.tree.map(lambda s: sharding.weight_sharding(s.axes, s.shape, mesh),
                               layout(config))
@@ -175,11 +174,11 @@ def _folder(folder: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
     if orbax.holds_checkpoint(folder):
         if also := [name for name in (hf.SINGLE, hf.INDEX) if (folder / name).exists()]:
             raise ValueError(f"{folder}: holds both an Orbax checkpoint ({orbax.NAME}) and "
-                             f"{also[0]}; remove the one that is out of date")
+                             f"{also[0]}; remove the outdated one")
         params, _ = orbax.load(folder, dtype=dtype, mesh=mesh)
     else:
         params = hf.load(folder, config, dtype=dtype, mesh=mesh, progress=progress)
-    finish = begin_fingerprint(config, params)  # the device works while the tokenizer is read
+    finish = begin_fingerprint(config, params)  # runs while the tokenizer loads
     tokenizer = read_tokenizer(folder)
     return _model(config, params, tokenizer, mesh, name, _stop_ids(folder, raw, tokenizer),
                   finish())
@@ -192,12 +191,12 @@ def _model(config: ModelConfig, params: Params, tokenizer: Any, mesh: Mesh | Non
 
 
 def read_tokenizer(folder: pathlib.Path) -> Any:
-    """Read a folder's tokenizer through transformers, or None where it has none.
+    """Load a folder's tokenizer with transformers; return None if there is none.
 
-    No code of the folder is run, and nothing asks whether to run it.
+    Remote code from the folder is never run, and transformers never prompts to run it.
 
     Raises:
-      ValueError: its files are malformed, or it cannot be read without code of its own.
+      ValueError: the tokenizer files are malformed, or the tokenizer needs remote code.
     """
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
         return None
@@ -207,44 +206,44 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        # False, not None: with None transformers asks at the terminal whether to run the code
+        # False, not None: with None transformers prompts whether to run remote code
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True,
                                                   trust_remote_code=False)
-        # a regular expression that the library cannot run ends its first use in a panic
+        # an unsupported regular expression makes the tokenizers library panic on first use
         with _without_stderr():
             tokenizer("Hello, world! 1 + 1", add_special_tokens=False)
-    except BaseException as error:  # transformers raises many kinds, tokenizers even panics
+    except BaseException as error:  # transformers raises many types; tokenizers may panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]
         if "trust_remote_code" in str(error):
-            raise ValueError(f"{folder}: the tokenizer needs Python code of its own (auto_map in "
-                             "tokenizer_config.json), which is not run; save the tokenizer as "
+            raise ValueError(f"{folder}: the tokenizer needs remote code (auto_map in "
+                             "tokenizer_config.json), which is never run; save the tokenizer as "
                              "tokenizer.json and remove auto_map") from None
         raise ValueError(f"{folder}: the tokenizer cannot be read ({reason})") from None
     template = getattr(tokenizer, "chat_template", None)
     texts = template.values() if isinstance(template, dict) else (template or "",)
     if not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{folder}: chat_template in tokenizer_config.json is {template!r:.60}; "
-                         "it must be text, or a table of texts")
+                         "it must be a string or an object of strings")
     return tokenizer
 
 
 @contextlib.contextmanager
 def _without_stderr() -> Iterator[None]:
-    """Drop what native code writes to standard error, such as the backtrace of a panic.
+    """Discard what native code writes to stderr, such as a panic's backtrace.
 
-    One thread at a time: a second one would take the first one's sink for the process's own.
+    Holds a lock: a concurrent call would save the redirected descriptor and restore it at exit.
     """
     with _STDERR:
         try:
             kept = os.dup(2)
-        except OSError:  # there is none
+        except OSError:  # stderr is closed
             yield
             return
         try:
-            with open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), 2)
+            with open(os.devnull, "wb") as sink:
+                os.dup2(sink.fileno(), 2)
             yield
         finally:
             os.dup2(kept, 2)
@@ -252,13 +251,13 @@ def _without_stderr() -> Iterator[None]:
 
 
 def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:
-    """Collect the ids that end a reply, from every place that names one, in that order."""
+    """Collect stop token ids from generation_config.json, config.json and the tokenizer."""
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
     if not isinstance(generation, dict):
-        raise ValueError(f"{path}: holds {type(generation).__name__}, not a table")
+        raise ValueError(f"{path}: holds {type(generation).__name__}, not a JSON object")
     _warn_unfollowed(path, generation)
-    found: list[int] = []
+    stop_ids: list[int] = []
     for place, value in (
         (path.name, generation.get("eos_token_id")),
         ("config.json", raw.get("eos_token_id")),
@@ -267,26 +266,26 @@ def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> t
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
             raise ValueError(f"{folder}: eos_token_id of {place} is {reprlib.repr(value)}; it must "
-                             "be an integer or a list of them")
-        found += ids
-    return tuple(dict.fromkeys(found))
+                             "be a token id or a list of token ids")
+        stop_ids += ids
+    return tuple(dict.fromkeys(stop_ids))
 
 
 def _warn_unfollowed(path: pathlib.Path, generation: Mapping[str, Any]) -> None:
-    """Warn of a checkpoint's generation settings that `generate` does not follow."""
+    """Warn about generation_config.json settings that `generate` does not support."""
     unfollowed = [key for key, nothing in _UNFOLLOWED.items()
                   if generation.get(key) is not None and generation[key] != nothing]
     if generation.get("do_sample") is True:
         unfollowed += [key for key, nothing in _SAMPLED.items()
                        if generation.get(key) is not None and generation[key] not in nothing]
     if unfollowed:
-        said = ", ".join(f"{key}={reprlib.repr(generation[key])}" for key in unfollowed)
-        warnings.warn(f"{path}: ignored {said}; generate has no such setting, so replies may "
-                      "differ from those of transformers", stacklevel=2)
+        settings = ", ".join(f"{key}={reprlib.repr(generation[key])}" for key in unfollowed)
+        warnings.warn(f"{path}: ignored {settings}; generate does not support them, so "
+                      "replies may differ from transformers", stacklevel=2)
 
 
 def _download(name: str, revision: str | None) -> pathlib.Path:
-    """Fetch a repository's files, or find them in the hub's local cache."""
+    """Download a hub repository, or find it in the local cache; return its folder."""
     from huggingface_hub import constants, errors, snapshot_download
 
     at = f"{name}@{revision}" if revision else name
@@ -298,16 +297,16 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
         raise ValueError(f"{at}: the repository is gated; accept its terms on huggingface.co and "
                          "log in with `hf auth login`") from None
     except errors.RevisionNotFoundError:
-        raise ValueError(f"{at}: the repository has no such revision; give a branch, a tag or a "
-                         "commit of it") from None
+        raise ValueError(f"{at}: unknown revision; give a branch, tag or commit of the "
+                         "repository") from None
     except errors.RepositoryNotFoundError:
-        raise ValueError(f"{at}: no such folder, and no such repository on the hub (a private one "
-                         "needs `hf auth login`)") from None
+        raise ValueError(f"{at}: no such folder and no such hub repository (private ones need "
+                         "`hf auth login`)") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no network"
-        raise ValueError(f"{at}: no such folder, not in the hub's local cache, and the hub cannot "
-                         f"be reached ({why}); download it first, or go online") from None
+        raise ValueError(f"{at}: no such folder, not in the local hub cache, and the hub is "
+                         f"unreachable ({why}); download the model first, or go online") from None
     except (errors.HFValidationError, errors.HfHubHTTPError, errors.EntryNotFoundError,
             OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{at}: not a folder, and fetching it failed ({reason})") from None
+        raise ValueError(f"{at}: not a folder, and downloading failed ({reason})") from None

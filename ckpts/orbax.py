@@ -1,7 +1,7 @@
-"""Orbax checkpoints: parameters saved and restored shard by shard, by every process at once.
+"""Orbax checkpoints, saved and restored shard by shard by all processes in parallel.
 
-A folder holds `config.json` as transformers would write it, and `params`, the checkpoint proper.
-Arrays go by their Hugging Face names, so that a checkpoint outlives a change of our dataclasses.
+A folder holds `config.json` in transformers' format and the Orbax checkpoint `params`. Arrays are
+keyed by their Hugging Face names, so checkpoints do not depend on this package's dataclasses.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from jaxpersona.models.families import to_hf
 from jaxpersona.models.params import Params, layout
 
 NAME = "params"
-_MARKS = ("_METADATA", "_CHECKPOINT_METADATA")  # what Orbax leaves beside its arrays
+_MARKS = ("_METADATA", "_CHECKPOINT_METADATA")  # metadata files that Orbax writes
 
 
 def holds_checkpoint(folder: str | pathlib.Path) -> bool:
-    """Whether a folder has the layout that `save` writes."""
+    """Return whether a folder has the layout that `save` writes."""
     return any((pathlib.Path(folder) / NAME / mark).is_file() for mark in _MARKS)
 
 
 def check_files(folder: pathlib.Path) -> None:
-    """Check the files of a checkpoint before Orbax reads them.
+    """Check a checkpoint's files before Orbax reads them.
 
     Raises:
-      ValueError: one is no regular file (reading a pipe would wait for a writer), or one of Orbax's
-        own texts, which it reads whole, is too large; it is named.
+      ValueError: an entry is not a regular file (reading a pipe would block), or a metadata file,
+        which Orbax reads whole, is too large; the message names it.
     """
     for path in folder.rglob("*"):
         if not path.is_dir():
@@ -45,17 +45,17 @@ def check_files(folder: pathlib.Path) -> None:
 
 
 def save(folder: str | pathlib.Path, params: Params, config: ModelConfig) -> None:
-    """Write parameters, wherever they lie, and their configuration.
+    """Write parameters, on any devices, and their configuration.
 
-    config.json is removed first and written last: a save cut short is not taken for a model.
+    config.json is removed first and written last, so an interrupted save leaves no loadable model.
 
     Args:
-      folder: made where it does not exist; a checkpoint that it holds is replaced.
-      params: in the dtype that is to be written.
-      config: their model's shape.
+      folder: created if missing; an existing checkpoint in it is replaced.
+      params: the parameters, in the dtype to write.
+      config: the model configuration.
 
     Raises:
-      ValueError: the parameters do not fit the configuration, or the folder cannot be written to.
+      ValueError: the parameters do not match the configuration, or the folder is not writable.
     """
     folder = pathlib.Path(folder).absolute()
     arrays = {name: array for name, (_, array) in hf.named(params, config).items()}
@@ -73,51 +73,51 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig) -> Non
 
 def load(folder: str | pathlib.Path, *, dtype: Any = None,
          mesh: Mesh | None = None) -> tuple[Params, ModelConfig]:
-    """Restore what `save` wrote, each shard straight to the device that holds it.
+    """Restore a folder that `save` wrote, each shard directly onto its device.
 
     Args:
-      folder: what was given to `save`.
-      dtype: cast to float32, bfloat16 or float16; each array's own if None.
-      mesh: spreads the parameters by `sharding.RULES`, however they were spread when saved.
+      folder: the folder given to `save`.
+      dtype: cast to float32, bfloat16 or float16; None keeps each array's dtype.
+      mesh: shards the parameters by `sharding.RULES`, independent of the sharding when saved.
 
     Returns:
       The parameters and their configuration.
 
     Raises:
-      ValueError: no such folder, not such a folder, a damaged one, or arrays that its
-        configuration does not ask for; all are named.
+      ValueError: the folder is missing, not an Orbax folder or damaged, or its arrays do not match
+        config.json; the message lists every mismatch.
     """
     folder = pathlib.Path(folder).absolute()
     target = None if dtype is None else np.dtype(dtype)
     if target is not None and target not in DTYPES.values():
-        raise ValueError(f"dtype is {target}; parameters are float32, bfloat16 or float16")
+        raise ValueError(f"dtype is {target}; it must be float32, bfloat16 or float16")
     config, _ = hf.read_config(folder)
     if not holds_checkpoint(folder):
-        raise ValueError(f"{folder}: not an Orbax folder (it has no {NAME}/{_MARKS[0]})")
+        raise ValueError(f"{folder}: not an Orbax folder (no {NAME}/{_MARKS[0]})")
     check_files(folder / NAME)
     specs, tree = jax.tree.flatten(layout(config))
     mesh = None if mesh is None else sharding.fit(mesh, config)
     with _checkpointer() as orbax:
         with _named_errors(folder, "the checkpoint cannot be read"):
-            found = dict(orbax.metadata(folder / NAME).item_metadata.tree)
+            stored = dict(orbax.metadata(folder / NAME).item_metadata.tree)
         wanted = {spec.file_name: spec for spec in specs}
         faults = [f"{what}: {', '.join(sorted(names))}"
-                  for what, names in (("missing", set(wanted) - set(found)),
-                                      ("extra", set(found) - set(wanted))) if names]
-        for name in sorted(set(wanted) & set(found)):
-            shape, kind = getattr(found[name], "shape", None), getattr(found[name], "dtype", None)
+                  for what, names in (("missing", set(wanted) - set(stored)),
+                                      ("extra", set(stored) - set(wanted))) if names]
+        for name in sorted(set(wanted) & set(stored)):
+            shape, kind = getattr(stored[name], "shape", None), getattr(stored[name], "dtype", None)
             if shape is None or tuple(shape) != wanted[name].shape:
                 faults.append(f"{name}: shape {list(shape or ())}, expected "
                               f"{list(wanted[name].shape)}")
             elif kind not in DTYPES.values():
-                faults.append(f"{name}: dtype {kind}; float32, bfloat16 and float16 can be read")
+                faults.append(f"{name}: dtype {kind}; supported are float32, bfloat16 and float16")
         if faults:
             listed = "\n".join(f"  - {fault}" for fault in faults)
-            raise ValueError(f"{folder}: the checkpoint does not fit its config.json\n{listed}")
+            raise ValueError(f"{folder}: the checkpoint does not match its config.json\n{listed}")
         here = SingleDeviceSharding(sharding.default_device())
         shapes = {
             name: jax.ShapeDtypeStruct(
-                spec.shape, target or found[name].dtype,
+                spec.shape, target or stored[name].dtype,
                 sharding=here if mesh is None else
                 sharding.weight_sharding(spec.axes, spec.shape, mesh))
             for name, spec in wanted.items()
@@ -131,13 +131,13 @@ def load(folder: str | pathlib.Path, *, dtype: Any = None,
 def _checkpointer() -> Iterator[Any]:
     import orbax.checkpoint
 
-    with orbax.checkpoint.StandardCheckpointer() as made:
-        yield made
+    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+        yield checkpointer
 
 
 @contextlib.contextmanager
 def _named_errors(folder: pathlib.Path, what: str) -> Iterator[None]:
-    """Name the folder in whatever Orbax and TensorStore raise, which is of many kinds."""
+    """Convert any exception of Orbax or TensorStore to a ValueError that names the folder."""
     try:
         yield
     except Exception as error:

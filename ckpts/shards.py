@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder: in one safetensors file, or in shards and their index."""
+"""Locate the tensors of a Hugging Face folder: a single safetensors file, or indexed shards."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ INDEX = "model.safetensors.index.json"
 
 
 def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
-    """Find every tensor of a folder's files.
+    """Locate every tensor of a folder.
 
-    A single file is read before shards, as transformers does: an index beside it is left over from
-    an earlier save. Where the index's own files are there too, a warning names both.
+    As in transformers, `model.safetensors` takes precedence over an index, which is then left over
+    from an earlier save. If the shards of that index exist too, a warning names both.
 
     Returns:
-      The tensors by name, and the faults of the index and of the files.
+      The tensor entries by name, and the errors in the index and the files.
     """
     index = folder / INDEX
     if not index.exists() or _is_left_over(index):
         if not (folder / SINGLE).exists():
             other = sorted(p.name for p in folder.glob("*.bin"))
             hint = f"; {other[0]} is a PyTorch file: convert it to safetensors" if other else ""
-            return {}, [f"there is neither {SINGLE} nor {INDEX}{hint}"]
+            return {}, [f"neither {SINGLE} nor {INDEX} exists{hint}"]
         entries, _, faults = tensorfile.read_header(folder / SINGLE)
         return entries, faults
     try:
@@ -39,27 +39,27 @@ def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
     except ValueError as error:
         return {}, [f"{INDEX}: corrupt ({error})"]
     except (TypeError, KeyError, AttributeError):
-        return {}, [f"{INDEX}: corrupt (weight_map must give a file for each tensor)"]
+        return {}, [f"{INDEX}: corrupt (weight_map must map each tensor to a file name)"]
     entries, faults = {}, []
     for name in sorted(set(table.values())):
         named = {tensor for tensor, file in table.items() if file == name}
         if len(name.encode("utf-8", "replace")) > 255 or not (folder / name).exists():
-            faults.append(f"{name}: missing; {INDEX} names it for {some(named)}")
+            faults.append(f"{name}: missing; {INDEX} lists it for {some(named)}")
             continue
         held, _, wrong = tensorfile.read_header(folder / name)
         faults += wrong
         if not held:
             continue
         if absent := named - set(held):
-            faults.append(f"{name}: does not hold {some(absent)}, which {INDEX} says it does")
+            faults.append(f"{name}: does not hold {some(absent)}, which {INDEX} lists for it")
         if unnamed := set(held) - named:
-            faults.append(f"{name}: holds {some(unnamed)}, which {INDEX} does not name there")
+            faults.append(f"{name}: holds {some(unnamed)}, which {INDEX} does not list for it")
         entries |= {tensor: held[tensor] for tensor in named & set(held)}
     return entries, faults
 
 
 def _is_left_over(index: pathlib.Path) -> bool:
-    """Whether an index lies beside a single file that it does not name."""
+    """Return whether a single file exists that the index does not list."""
     if not (index.parent / SINGLE).exists():
         return False
     try:
@@ -68,17 +68,17 @@ def _is_left_over(index: pathlib.Path) -> bool:
         names = set()
     if SINGLE in names:
         return False
-    there = {name for name in names if isinstance(name, str)
+    present = {name for name in names if isinstance(name, str)
              and (index.parent / pathlib.PurePath(name).name).is_file()}
-    if there:
+    if present:
         warnings.warn(f"{index.parent}: holds both {SINGLE} and the shards of {INDEX} "
-                      f"({some(there)}); {SINGLE} is read, as in transformers. Remove those "
-                      "that are out of date", UserWarning, stacklevel=5)
+                      f"({some(present)}); {SINGLE} is read, as in transformers. Remove the "
+                      "outdated files", UserWarning, stacklevel=5)
     return True
 
 
 def some(names: set[str], limit: int = 6) -> str:
-    """List names, those beyond a limit as their number."""
+    """Join sorted names with commas; names beyond the limit are only counted."""
     listed = sorted(names)
     rest = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + rest

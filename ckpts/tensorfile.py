@@ -1,8 +1,8 @@
-"""One safetensors file: its header read and checked, a tensor's slice read, a file written.
+"""Safetensors files: header validation, reads of tensors and slices, and writing.
 
-The format is eight bytes of header length, a JSON header that gives each tensor's dtype, shape and
-byte range, and the bytes. Reading it here rather than through a memory map of the whole file keeps
-one tensor at a time in memory, and lets every fault of a file be said at once.
+A file is an 8-byte header length, a JSON header with each tensor's dtype, shape and byte range, and
+the data. Unlike a memory map of the whole file, this reader keeps one tensor in memory at a time
+and reports all errors in a header together.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ READABLE = DTYPES | {name: np.dtype(kind) for name, kind in {
 }.items()}
 _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4,
            "I32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8}
-_HEADER_LIMIT = 100_000_000  # the format's own bound on a header, in bytes
-_MOST_DIMENSIONS = 16  # of a tensor; NumPy's own bound is 64, and no model's exceeds 4
-_PIECE = 1 << 20  # bytes read at one time where they are cast, so that they are still in the cache
-_ALIGN = 64  # the alignment at which JAX takes a host buffer over without a copy
+_HEADER_LIMIT = 100_000_000  # maximum header size of the format, in bytes
+_MOST_DIMENSIONS = 16  # per tensor; NumPy's limit is 64, and no model exceeds 4
+_PIECE = 1 << 20  # bytes read before each cast, small enough to stay in the CPU cache
+_ALIGN = 64  # alignment at which JAX adopts a host buffer without copying
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where one tensor lies: its file, dtype name, shape, and first byte in the file."""
+    """Location of one tensor: file, dtype name, shape, byte offset in the file, size in bytes."""
 
     path: pathlib.Path
     dtype: str
@@ -50,19 +50,19 @@ class Entry:
 
 
 def read_header(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str], list[str]]:
-    """Read and check a file's header.
+    """Read and validate a file's header.
 
     Returns:
-      The tensors by name, the metadata, and the file's faults, each a line that names the file.
+      The tensor entries by name, the metadata, and a list of errors that each name the file.
     """
     try:
-        require_file(path)  # opening a pipe would wait for a writer
+        require_file(path)  # opening a pipe would block
         with open(path, "rb") as file:
             total = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if total < 8 or length > min(total - 8, _HEADER_LIMIT):
-                return {}, {}, [f"{path.name}: truncated or no safetensors file ({total} bytes, "
-                                f"header of {length})"]
+                return {}, {}, [f"{path.name}: truncated or not a safetensors file ({total} "
+                                f"bytes, header length {length})"]
             text = file.read(length)
     except OSError as error:
         return {}, {}, [f"{path.name}: not readable ({error.strerror})"]
@@ -73,7 +73,7 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str], l
     except ValueError as error:
         return {}, {}, [f"{path.name}: corrupt header ({error})"]
     if not isinstance(raw, dict):
-        return {}, {}, [f"{path.name}: corrupt header (no table of tensors)"]
+        return {}, {}, [f"{path.name}: corrupt header (not a JSON object)"]
     metadata = raw.pop("__metadata__", {})
     metadata = metadata if isinstance(metadata, dict) else {}
     entries: dict[str, Entry] = {}
@@ -92,52 +92,53 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str], l
 def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError("a name appears twice")
+        raise ValueError("duplicate name")
     return table
 
 
 def _entry(path: pathlib.Path, value: Any, base: int) -> Entry | str:
-    """Check one tensor's description; a string says what is wrong with it."""
+    """Validate one header entry; return it, or an error message."""
     try:
         dtype, shape = value["dtype"], value["shape"]
         begin, end = value["data_offsets"]
     except (TypeError, KeyError, ValueError):
-        return "corrupt description"
-    if isinstance(shape, list) and len(shape) > _MOST_DIMENSIONS:  # their product takes for ever
-        return f"it claims {len(shape)} dimensions"
+        return "corrupt header entry"
+    if isinstance(shape, list) and len(shape) > _MOST_DIMENSIONS:  # slow product
+        return f"declares {len(shape)} dimensions; at most {_MOST_DIMENSIONS} are supported"
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers) or end < begin:
         return "corrupt shape or byte range"
     if not isinstance(dtype, str) or dtype not in {*DTYPES, *_WIDTHS}:
-        return f"dtype {dtype!r} is unknown"
+        return f"unknown dtype {dtype!r}"
     width = DTYPES[dtype].itemsize if dtype in DTYPES else _WIDTHS[dtype]
     if math.prod(shape) * width != end - begin:
-        return f"{end - begin} bytes do not hold {dtype} {shape}"
+        return f"{dtype} {shape} does not match its {end - begin} bytes"
     return Entry(path, dtype, tuple(shape), base + begin, end - begin)
 
 
 def _layout_faults(path: pathlib.Path, entries: Iterable[Entry], base: int,
                    total: int) -> list[str]:
-    """Check that the tensors fill the file from end to end without a hole or an overlap."""
+    """Check that the tensors fill the data section without gaps or overlaps."""
     at = base
     for entry in sorted(entries, key=lambda e: (e.start, e.size)):
         if entry.start != at:
-            return [f"{path.name}: corrupt header (byte ranges overlap or leave a hole)"]
+            return [f"{path.name}: corrupt header (byte ranges overlap or leave a gap)"]
         at += entry.size
     if at > total:
-        return [f"{path.name}: truncated ({total} bytes of {at})"]
+        return [f"{path.name}: truncated ({total} of {at} bytes)"]
     if at < total:
-        return [f"{path.name}: {total - at} bytes more than its header describes"]
+        return [f"{path.name}: {total - at} bytes beyond the end of the last tensor"]
     return []
 
 
 def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
-    """Read a tensor, or a slice of it by unit-step slices, into fresh memory.
+    """Read a tensor, or a part of it given by unit-step slices, into new memory.
 
-    Whole rows are read straight into place; columns are copied through a map of this one tensor.
+    A slice of the first dimension is read directly into the result; other slices are copied from a
+    memory map of this tensor.
 
     Raises:
-      ValueError: the file cannot be read, or is shorter than its header says.
+      ValueError: the file cannot be read, or is shorter than its header declares.
     """
     dtype = READABLE[entry.dtype]
     bounds = [s.indices(n)[:2] for s, n in zip(index, entry.shape, strict=False)]
@@ -155,15 +156,15 @@ def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
             source = np.memmap(entry.path, dtype, "r", entry.start, entry.shape)
             np.copyto(out, source[tuple(slice(*b) for b in bounds)])
     except (OSError, EOFError) as error:
-        raise ValueError(f"{entry.path}: reading stopped: {error}") from None
+        raise ValueError(f"{entry.path}: cannot be read ({error})") from None
     return out
 
 
 def read_pieces(entry: Entry) -> Iterator[np.ndarray]:
-    """Read a tensor in order as flat pieces; tensors of one shape have pieces of one size.
+    """Yield a tensor as consecutive flat pieces; the piece size depends only on the shape.
 
     Raises:
-      ValueError: the file cannot be read, or is shorter than its header says.
+      ValueError: the file cannot be read, or is shorter than its header declares.
     """
     dtype, total = DTYPES[entry.dtype], math.prod(entry.shape)
     step = _PIECE // 4
@@ -173,14 +174,14 @@ def read_pieces(entry: Entry) -> Iterator[np.ndarray]:
             _read_into(entry.path, entry.start + at * dtype.itemsize, part)
             yield part
     except (OSError, EOFError) as error:
-        raise ValueError(f"{entry.path}: reading stopped: {error}") from None
+        raise ValueError(f"{entry.path}: cannot be read ({error})") from None
 
 
 def read_bytes_of(entry: Entry) -> Iterator[bytes]:
-    """Read a tensor's bytes in order, in pieces of 1 MB.
+    """Yield a tensor's bytes in order, in pieces of 1 MiB.
 
     Raises:
-      ValueError: the file cannot be read, or is shorter than its header says.
+      ValueError: the file cannot be read, or is shorter than its header declares.
     """
     try:
         with open(entry.path, "rb") as file:
@@ -192,14 +193,14 @@ def read_bytes_of(entry: Entry) -> Iterator[bytes]:
                     raise EOFError(f"the file ends at byte {entry.start + at + len(part)}")
                 yield part
     except (OSError, EOFError) as error:
-        raise ValueError(f"{entry.path}: reading stopped: {error}") from None
+        raise ValueError(f"{entry.path}: cannot be read ({error})") from None
 
 
 def read_as(entry: Entry, dtype: np.dtype) -> np.ndarray:
-    """Read a whole tensor in another dtype, through a small buffer: it is never held twice.
+    """Read a whole tensor and cast it to `dtype`, through a small buffer to save memory.
 
     Raises:
-      ValueError: the file cannot be read, or is shorter than its header says.
+      ValueError: the file cannot be read, or is shorter than its header declares.
     """
     source = DTYPES[entry.dtype]
     if source == dtype:
@@ -213,7 +214,7 @@ def read_as(entry: Entry, dtype: np.dtype) -> np.ndarray:
             _read_into(entry.path, entry.start + at * source.itemsize, part)
             np.copyto(flat[at : at + part.size], part, casting="unsafe")
     except (OSError, EOFError) as error:
-        raise ValueError(f"{entry.path}: reading stopped: {error}") from None
+        raise ValueError(f"{entry.path}: cannot be read ({error})") from None
     return out
 
 
@@ -230,7 +231,7 @@ def _read_into(path: pathlib.Path, start: int, out: np.ndarray) -> None:
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Allocate an array that JAX on a CPU can take over without a copy."""
+    """Allocate an array that JAX can adopt on CPU without copying."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGN, np.uint8)
     offset = -memory.ctypes.data % _ALIGN
@@ -239,11 +240,11 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def pieces(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
            values: Callable[[str], np.ndarray], metadata: Mapping[str, str]) -> Iterator[Any]:
-    """Yield a file's bytes, tensor by tensor.
+    """Yield the bytes of a safetensors file: the header, then tensor by tensor.
 
     Args:
-      tensors: dtype and shape by name, in the order in which they are written.
-      values: returns a tensor's values when its turn comes.
+      tensors: dtype and shape by name, in file order.
+      values: returns a tensor's values by name; called just before they are written.
       metadata: strings for the header.
     """
     names = {dtype: name for name, dtype in DTYPES.items()}
@@ -263,15 +264,15 @@ def pieces(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
 
 def replace_files(folder: pathlib.Path, files: Mapping[str, Iterable[Any]],
                   stale: Iterable[str] = ()) -> None:
-    """Write files to temporary names, flush them to the disk, and only then rename them all.
+    """Write all files under temporary names and fsync them, then rename them.
 
     Args:
-      folder: made where it does not exist.
-      files: the bytes of each, in the order of renaming.
-      stale: names that are removed before the first is renamed.
+      folder: created if missing.
+      files: chunks of bytes by file name, in the order of renaming.
+      stale: file names to remove before the first rename.
 
     Raises:
-      ValueError: the folder cannot be written to.
+      ValueError: the folder is not writable.
     """
     at, temporary = folder, {n: folder / f".{n}.{os.getpid()}.tmp" for n in files}
     try:

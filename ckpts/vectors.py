@@ -1,13 +1,13 @@
-"""Directions as files. Our own are safetensors whose header says what they are; others come in too.
+"""Read and write direction files: the package's safetensors format and three others.
 
 | suffix | read | written |
 |---|---|---|
-| .safetensors | ours: a vector, an axis, caps | yes |
+| .safetensors | this package's vector, axis or caps | yes |
 | .pt | Assistant Axis, Persona Vectors (`torchfile`) | no: a pickle |
 | .gguf | control vectors (`gguf`) | yes, without layer 0 and thresholds |
-| .npy | a bare [L, D] array | yes, the values alone |
+| .npy | a bare [L, D] array | yes, values only |
 
-Reading any of them runs no code.
+Reading never executes code from a file.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _SUFFIXES = (".safetensors", ".pt", ".gguf", ".npy")
 
 
 def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
-    """Write a direction or caps atomically, in the format of the path's suffix.
+    """Write a direction or caps atomically, in the format given by the path's suffix.
 
     Returns:
-      What the format could not keep, for whoever asked to know; for .safetensors nothing.
+      Descriptions of what the format cannot store; empty for .safetensors.
 
     Raises:
-      ValueError: a suffix that is not written, or something that the format cannot hold.
+      ValueError: the suffix is not supported, or the format cannot store the value.
     """
     suffix = pathlib.Path(path).suffix.lower()
     if suffix == ".safetensors":
@@ -49,7 +49,7 @@ def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
     if isinstance(vector, Caps) or suffix not in (".gguf", ".npy"):
         what = "caps are" if isinstance(vector, Caps) else "directions are"
         forms = ".safetensors" if isinstance(vector, Caps) else ".safetensors, .gguf or .npy"
-        raise ValueError(f"{path}: {what} written as {forms}, not {suffix or 'without a suffix'}")
+        raise ValueError(f"{path}: {what} written as {forms}; the suffix is {suffix or 'missing'}")
     if suffix == ".gguf":
         return gguf.write(path, vector)
     with atomic(path) as temporary, open(temporary, "wb") as file:
@@ -58,30 +58,30 @@ def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
 
 
 def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str, Caps]:
-    """Read a file of any known format, by its suffix.
+    """Read a file of any supported format, chosen by its suffix.
 
     Args:
       path: the file.
-      kind: what a bare tensor in a .pt file is, where its name does not say (`torchfile.read`).
+      kind: kind of a bare tensor in a .pt file whose name does not show it (`torchfile.read`).
 
     Returns:
-      A direction, or experiments by their id where the file holds caps.
+      A direction, or caps by experiment id.
 
     Raises:
-      ValueError: an unknown suffix, no such file, a damaged one, one that would run code, or one
-        that says something this engine cannot follow; the file is named.
+      ValueError: the suffix is unknown, or the file is missing, damaged, unsafe or uses an
+        unsupported convention; the message names the file.
     """
-    found = _read_any(path, kind)
-    if isinstance(found, Vector) and found.n_layers > MAX_LAYERS:
-        raise ValueError(f"{path}: holds {found.n_layers} layers; no model has more than "
-                         f"{MAX_LAYERS}")
-    return found
+    loaded = _read_any(path, kind)
+    if isinstance(loaded, Vector) and loaded.n_layers > MAX_LAYERS:
+        raise ValueError(f"{path}: holds {loaded.n_layers} layers; at most {MAX_LAYERS} are "
+                         "allowed")
+    return loaded
 
 
 def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, Caps]:
     suffix = pathlib.Path(path).suffix.lower()
     if kind is not None and suffix != ".pt":
-        raise ValueError(f"{path}: kind is {kind!r}, but only .pt files leave their kind open")
+        raise ValueError(f"{path}: kind is {kind!r}, but it applies only to .pt files; omit it")
     if suffix == ".pt":
         return torchfile.read(path, kind)
     if suffix == ".gguf":
@@ -98,57 +98,57 @@ def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, C
         return _dated(path, _build(header, tensors))
     except KeyError as error:
         raise ValueError(f"{path}: {error} is missing") from None
-    except (ValueError, TypeError, RecursionError) as error:  # the last: a nest that is quoted
+    except (ValueError, TypeError, RecursionError) as error:  # repr of a deep nest: RecursionError
         raise ValueError(f"{path}: {error}") from None
 
 
 def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
-    """Read a direction of any known format (see the module).
+    """Read a direction of any supported format (see the module docstring).
 
     Raises:
       ValueError: as `load_any`, or the file holds caps.
     """
-    found = load_any(path, kind)
-    if isinstance(found, dict):
-        raise ValueError(f"{path}: holds caps ({', '.join(list(found)[:4])}); read it with "
-                         "load_caps; `generate --cap` takes it")
-    return found
+    loaded = load_any(path, kind)
+    if isinstance(loaded, dict):
+        raise ValueError(f"{path}: holds caps ({', '.join(list(loaded)[:4])}); read it with "
+                         "load_caps or pass it to `generate --cap`")
+    return loaded
 
 
 def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
-    """Read an Assistant Axis of any known format (see the module).
+    """Read an assistant axis of any supported format (see the module docstring).
 
     Raises:
-      ValueError: as `load_vector`, or the file holds another kind of direction.
+      ValueError: as `load_vector`, or the file holds a direction that is not an axis.
     """
-    found = load_vector(path, kind=kind)
-    if not isinstance(found, Axis):
-        raise ValueError(f"{path}: holds a {found.kind}, not an axis")
-    return found
+    loaded = load_vector(path, kind=kind)
+    if not isinstance(loaded, Axis):
+        raise ValueError(f"{path}: holds a {loaded.kind}, not an axis")
+    return loaded
 
 
 def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
-    """Read capping experiments by their id; `caps.interventions()` is what `generate` takes.
+    """Read caps by experiment id; pass `caps.interventions()` to `generate`.
 
     Raises:
       ValueError: as `load_any`, or the file holds no caps.
     """
-    found = load_any(path)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds a {found.kind}, not caps")
-    return found
+    loaded = load_any(path)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: holds a {loaded.kind}, not caps")
+    return loaded
 
 
 def _dated(path: str | os.PathLike, found: Any) -> Any:
-    """Warn of a fingerprint that this version cannot compare, because it was computed otherwise."""
+    """Warn if a file's fingerprint has another scheme, so that it cannot be compared."""
     scheme = found.fingerprint_scheme
     if found.fingerprint and scheme != SCHEME:
-        how = ("a sample of the weights, which another model can share" if scheme == 1 else
-               "of a later version")
+        detail = ("computed from a sample of the weights, so not unique" if scheme == 1 else
+                  "from a later version")
         warnings.warn(
-            f"{path}: its fingerprint is of scheme {scheme} ({how}); this version uses scheme "
-            f"{SCHEME}, so only its shape is checked. `jaxpersona vectors convert {path} NEW "
-            f"--model {found.model or 'MODEL'}` writes a file with a new one",
+            f"{path}: its fingerprint has scheme {scheme} ({detail}); this version uses scheme "
+            f"{SCHEME}, so only the shape is checked. `jaxpersona vectors convert {path} NEW "
+            f"--model {found.model or 'MODEL'}` writes a file with a new fingerprint",
             UserWarning, stacklevel=4)
     return found
 
@@ -157,17 +157,17 @@ def _read_array(path: pathlib.Path) -> Vector:
     require_file(path, VECTOR_BYTES)
     try:
         value = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy raises many kinds on damaged headers
-        said = " ".join(str(error).split())[:160]
-        raise ValueError(f"{path}: not a readable .npy file ({said})") from None
+    except Exception as error:  # numpy raises many types on damaged headers
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path}: invalid .npy file ({reason})") from None
     if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind not in "fiu":
         what = (f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray)
                 else "an archive")
-        raise ValueError(f"{path}: holds {what}; it must be real numbers [L, D], one row a layer "
-                         "from 0")
+        raise ValueError(f"{path}: holds {what}; it must be a real array [L, D], one entry per "
+                         "layer from 0")
     try:
         return Vector(np.array(value), path.stem,
-                      notes={"source": "bare .npy array; its row l was taken for layer l"})
+                      notes={"source": "bare .npy array; row l is read as layer l"})
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -197,15 +197,15 @@ def _write(path: str | os.PathLike, vector: Vector | Caps) -> None:
 
 
 def _check_header(header: dict[str, str], tensors: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Check what every kind's header says; return the notes."""
+    """Check the header fields shared by all kinds; return the notes."""
     if header.get("format") != _FORMAT or "values" not in tensors:
-        raise ValueError("not a jaxpersona vector file (its header does not say so)")
+        raise ValueError(f"not a jaxpersona vector file (no values, or format is not {_FORMAT!r})")
     notes = parse_field(header.get("notes", "{}"), "notes", dict)
     sign = "+assistant" if header.get("kind") == "axis" else "+"
     wanted = {"layer_base": "0", "sign": sign, "norm": "none"}
     for field, want in wanted.items():
         if header.get(field) != want:
-            raise ValueError(f"{field} is {header.get(field)!r}; this engine reads {want!r}")
+            raise ValueError(f"{field} is {header.get(field)!r}; only {want!r} is supported")
     return notes
 
 

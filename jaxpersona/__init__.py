@@ -1,10 +1,10 @@
-"""Read and hold a language model's persona: a JAX engine whose activations are open to data.
+"""JAX engine to read and steer the persona of chat models through the residual stream.
 
-A decoder-only language model as a pure function whose residual stream is read and edited by
-pytrees of data, compiled into the same program as the model.
+The model is a pure function. Captures and interventions are pytrees of arrays passed to it and
+compiled into the same program.
 """
 
-# first: the command answers signals while the other modules are imported
+# first, so that the CLI handles signals during the slow imports
 from jaxpersona import interrupt as _interrupt  # noqa: F401
 
 # isort: split

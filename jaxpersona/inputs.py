@@ -1,8 +1,8 @@
-"""Read files of unknown origin: bounded in kind, size and depth, and printed without effects.
+"""Safe reading of untrusted files: checks of file type, size and JSON depth; escaped printing.
 
-A path that a user names may be a pipe, a device, a sparse file of any size or a JSON text nested
-beyond what Python functions can walk. Every reader of the package goes through the checks here
-before it reads, so that a damaged or hostile file costs an error message and nothing else.
+A user-supplied path may be a pipe, a device, a huge sparse file or JSON nested beyond Python's
+recursion limit. Every reader of the package applies these checks first, so a damaged or hostile
+file only raises an error.
 """
 
 from __future__ import annotations
@@ -15,45 +15,45 @@ import stat
 from collections.abc import Callable
 from typing import Any
 
-TEXT_BYTES = 256 << 20  # the largest text file read; tokenizers' files, the largest, have 35 MB
-MAX_DEPTH = 500  # of nested JSON: half of Python's limit on recursion, which readers depend on
+TEXT_BYTES = 256 << 20  # maximum size of a text file; the largest, tokenizer files, have 35 MB
+MAX_DEPTH = 500  # maximum JSON nesting: half of Python's recursion limit, for recursive readers
 
-# C0 and C1 controls without tab and newline, and the marks that reorder a line's characters
+# C0 and C1 controls except tab and newline, and Unicode bidirectional controls
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u202a-\u202e\u2066-\u2069]")
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
           (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
 
 
 def require_file(path: str | os.PathLike[str], limit: int | None = None) -> int:
-    """Check that there is a regular file at a path, and return its size in bytes.
+    """Check that a path is a regular file; return its size in bytes.
 
     Args:
       path: the file; symbolic links are followed.
-      limit: the largest size accepted, in bytes; None accepts any.
+      limit: maximum size in bytes; None accepts any size.
 
     Raises:
-      ValueError: no such file, something else than a regular file, a larger one, or a name that
-        the system refuses; the path is named.
+      ValueError: the file is missing, not regular or too large, or the path is invalid; the
+        message names the path.
     """
-    found = _stat(path)
-    if found is None:
+    status = _stat(path)
+    if status is None:
         raise ValueError(f"{path}: no such file")
-    kind = next((name for test, name in _KINDS if test(found.st_mode)), None)
+    kind = next((name for test, name in _KINDS if test(status.st_mode)), None)
     if kind is not None:
         raise ValueError(f"{path}: cannot be read (it is {kind}; give a file)")
-    if limit is not None and found.st_size > limit:
-        raise ValueError(f"{path}: has {found.st_size} bytes; at most {limit} are read here")
-    return found.st_size
+    if limit is not None and status.st_size > limit:
+        raise ValueError(f"{path}: has {status.st_size} bytes; the limit is {limit}")
+    return status.st_size
 
 
 def require_folder(path: str | os.PathLike[str]) -> None:
-    """Check that there is a folder at a path.
+    """Check that a path is a folder.
 
     Raises:
-      ValueError: no such folder, or a name that the system refuses; the path is named.
+      ValueError: the folder is missing or the path is invalid; the message names the path.
     """
-    found = _stat(path)
-    if found is None or not stat.S_ISDIR(found.st_mode):
+    status = _stat(path)
+    if status is None or not stat.S_ISDIR(status.st_mode):
         raise ValueError(f"{path}: no such folder")
 
 
@@ -62,7 +62,7 @@ def _stat(path: str | os.PathLike[str]) -> os.stat_result | None:
         return os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:  # too long a name, a folder that is closed, a null byte
+    except (OSError, ValueError) as error:  # name too long, permission denied, null byte
         raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"
                          ) from None
 
@@ -71,26 +71,26 @@ def read_bytes(path: str | os.PathLike[str], limit: int = TEXT_BYTES) -> bytes:
     """Read a regular file of at most `limit` bytes.
 
     Raises:
-      ValueError: as `require_file`, or the file cannot be read; the path is named.
+      ValueError: as `require_file`, or reading fails; the message names the path.
     """
     size = require_file(path, limit)
     try:
         with open(path, "rb") as file:
-            return file.read(max(size, 1 << 20))  # a file in /proc reports no size
+            return file.read(max(size, 1 << 20))  # files in /proc report size 0
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def parse_json(text: str, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    """Parse a JSON text whose nesting every function of the package can walk.
+    """Parse JSON with bounded nesting, so that recursive functions can process the value.
 
     Args:
-      text: the text.
-      hook: makes an object from its pairs, as `json.loads` takes it.
+      text: the JSON text.
+      hook: `object_pairs_hook` of `json.loads`.
 
     Raises:
-      json.JSONDecodeError: not JSON.
-      ValueError: nested more than `MAX_DEPTH` deep, or a number of more digits than Python parses.
+      json.JSONDecodeError: invalid JSON.
+      ValueError: nesting exceeds `MAX_DEPTH`, or a number has more digits than Python parses.
     """
     try:
         value = json.loads(text, object_pairs_hook=hook)
@@ -109,20 +109,20 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file.
 
     Raises:
-      ValueError: as `read_bytes`, or the content is not JSON; the path is named.
+      ValueError: as `read_bytes`, or the content is invalid JSON; the message names the path.
     """
     data = read_bytes(path)
     try:
         return parse_json(data.decode("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
+        raise ValueError(f"{path}: invalid JSON ({error})") from None
 
 
 def require_files(folder: pathlib.Path, suffixes: tuple[str, ...], limit: int = TEXT_BYTES) -> None:
-    """Check a folder's files of some suffixes before another library reads them.
+    """Check all files with given suffixes in a folder before another library reads them.
 
     Raises:
-      ValueError: one of them is no regular file or is too large; it is named.
+      ValueError: an entry is not a regular file or is too large; the message names it.
     """
     for path in sorted(folder.iterdir()):
         if path.name.endswith(suffixes) and not path.is_dir() and _stat(path) is not None:
@@ -130,9 +130,9 @@ def require_files(folder: pathlib.Path, suffixes: tuple[str, ...], limit: int = 
 
 
 def printable(text: object) -> str:
-    r"""Return a text with every control character but tab and newline written out, as \x1b.
+    r"""Escape control characters except tab and newline, e.g. as \x1b.
 
-    A terminal then shows a name or a note from a file and obeys nothing in it.
+    Text from a file then cannot send control sequences to the terminal.
     """
     plain = str(text).replace("\r\n", "\n")
     return _CONTROL.sub(lambda m: ascii(m.group())[1:-1], plain)

@@ -1,8 +1,8 @@
-"""End the command on SIGINT and SIGTERM with one line that says what is kept.
+"""Exit the CLI on SIGINT and SIGTERM with one line that describes the files written.
 
-Importing JAX takes seconds, and the package is imported before the command's `main` begins. The
-package therefore imports this module first; where the process is the command `jaxpersona`, it
-handles both signals from then on. In any other program nothing is changed.
+Importing JAX takes seconds and happens before the CLI's `main`. The package therefore imports this
+module first, which installs handlers for both signals if the process is the `jaxpersona` command.
+Other programs are unaffected.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(BaseException):
-    """A signal asked the command to stop.
+    """Raised when a signal stops the command.
 
-    No subclass of KeyboardInterrupt: the command-line library exits on that one by itself.
+    Not a subclass of KeyboardInterrupt, which the CLI library handles itself.
 
     Attributes:
-      code: the exit code, 128 and the signal's number.
-      kept: what the command has written so far, in words.
+      code: exit code, 128 + signal number.
+      kept: description of the files written so far.
     """
 
     def __init__(self, number: int) -> None:
@@ -37,19 +37,19 @@ class Stopped(BaseException):
 
 
 def is_command() -> bool:
-    """Whether this process is the command: `jaxpersona`, or `python -m jaxpersona.cli`."""
-    given = getattr(sys, "orig_argv", [])
-    module = any(pair == ("-m", "jaxpersona.cli") for pair in zip(given, given[1:], strict=False))
+    """Return whether this process runs `jaxpersona` or `python -m jaxpersona.cli`."""
+    argv = getattr(sys, "orig_argv", [])
+    module = any(pair == ("-m", "jaxpersona.cli") for pair in zip(argv, argv[1:], strict=False))
     return module or pathlib.PurePath(sys.argv[0] if sys.argv else "").stem == "jaxpersona"
 
 
 def _leave(number: int, _: FrameType | None) -> None:
     os.write(2, b"stopped; nothing was written\n")
-    os._exit(128 + number)  # in the middle of an import nothing needs to be closed
+    os._exit(128 + number)  # during imports there is nothing to clean up
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    for each in _SIGNALS:  # a second signal does not wait for anything to be closed
+    for each in _SIGNALS:  # a second signal exits without cleanup
         if signal.getsignal(each) is _stop:
             signal.signal(each, _leave_at_once)
     raise Stopped(number)
@@ -60,7 +60,7 @@ def _leave_at_once(number: int, _: FrameType | None) -> None:
 
 
 def _handle(action: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
-    """Let `action` handle both signals, unless the caller of the process ignores them."""
+    """Install `action` for both signals unless they are ignored; return the old handlers."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -78,19 +78,19 @@ def raised() -> Iterator[None]:
         yield
     finally:
         for number, held in before.items():
-            # once the command has run, the words of `_leave` may be wrong
+            # the command may have written files, so `_leave`'s message could be wrong
             held = _leave_at_once if held is _leave else held
             signal.signal(number, signal.SIG_DFL if held is None else held)
 
 
 @contextlib.contextmanager
 def keeping(describe: Callable[[], str]) -> Iterator[None]:
-    """Say with `describe` what is kept when a signal stops the block."""
+    """Set `Stopped.kept` to `describe()` if a signal stops the block."""
     try:
         yield
     except Stopped as stop:
-        stop.kept = "nothing is known of its files"
-        with contextlib.suppress(OSError):  # then that is what there is to say
+        stop.kept = "the state of its files is unknown"
+        with contextlib.suppress(OSError):  # keep the default description
             stop.kept = describe()
         raise
 

@@ -1,7 +1,7 @@
-"""What surrounds a call: JAX's debugging flags, its guard of transfers, and forked processes.
+"""Runtime context of public calls: JAX debugging flags, transfer guard and fork check.
 
-The package uses NaN for "not read" and infinity for "no bound", and it moves its own numbers to and
-from the device. JAX's flags against these are therefore off within its functions, and only there.
+The package uses NaN for "no value" and infinity for "no bound", and transfers small arrays between
+host and device. JAX's NaN, inf and transfer checks are therefore disabled inside its functions.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _asked: contextvars.ContextVar[bool | None] = contextvars.ContextVar("debugging"
 
 @contextlib.contextmanager
 def own_rules() -> Iterator[None]:
-    """Run the package's own code without `jax_debug_nans`, `jax_debug_infs` and a transfer guard.
+    """Disable `jax_debug_nans`, `jax_debug_infs` and the transfer guard in a block or function.
 
-    It also decorates a function. Programs and their cache are the same as without these flags.
+    The flags do not change compiled programs or their cache keys.
 
     Raises:
-      ValueError: this process was forked from one that had used JAX.
+      ValueError: this process was forked from one that has used JAX.
     """
     check_process()
     before = _asked.set(debugging())
@@ -36,22 +36,22 @@ def own_rules() -> Iterator[None]:
 
 
 def debugging() -> bool:
-    """Whether the user asks JAX to stop at values that are not finite; within `own_rules` too."""
+    """Return whether the user set jax_debug_nans or jax_debug_infs, also inside `own_rules`."""
     asked = _asked.get()
     return bool(jax.config.jax_debug_nans or jax.config.jax_debug_infs) if asked is None else asked
 
 
 def check_process() -> None:
-    """Refuse to run in a child of a process that has used JAX, where JAX's threads are missing.
+    """Raise if this process was forked from one that has used JAX: JAX's threads are missing.
 
     Raises:
-      ValueError: this process is such a child.
+      ValueError: this process is such a fork.
     """
     global _used_by
     if _used_by is None:
         _used_by = os.getpid()
     elif _used_by != os.getpid():
         raise ValueError(
-            f"process {os.getpid()} was forked from process {_used_by}, which has used JAX; a call "
-            "in it would wait for ever: start it by multiprocessing.get_context('spawn')"
+            f"process {os.getpid()} was forked from process {_used_by}, which has used JAX; JAX "
+            "would deadlock here: use multiprocessing.get_context('spawn')"
         )

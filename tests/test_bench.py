@@ -1,4 +1,4 @@
-"""The benches' own arithmetic, and what a cap adds to a compiled step, which noise cannot touch."""
+"""Benchmark statistics, and the kernels that a cap adds to a compiled step."""
 
 from __future__ import annotations
 
@@ -36,17 +36,20 @@ def test_pairs_stop_when_the_interval_is_narrow_and_say_when_it_is_not():
     wild = common.paired({"a": lambda: 2.0, "b": lambda: next(noise)}, "a", pairs=19)
     assert wild["b"]["unresolved"] and wild["b"]["pairs"] == 19
     few = common.paired({"a": lambda: 2.0, "b": lambda: next(noise)}, "a", pairs=3)
-    assert few["b"]["pairs"] == 10  # never fewer
+    assert few["b"]["pairs"] == 10  # the minimum
     late = common.paired({"a": lambda: 2.0, "b": lambda: next(noise)}, "a", pairs=99, budget=0.0)
     assert late["b"]["unresolved"] and late["b"]["pairs"] == 10
-    many = itertools.cycle([9.95, 10.05])  # a large ratio's width is relative
+    many = itertools.cycle([9.95, 10.05])  # above 1 the width is relative
     large = common.paired({"a": lambda: next(many), "b": lambda: 1.0}, "a", pairs=19)
     assert not large["b"]["unresolved"]
 
 
 def median_quantile(values, q):
-    """The q quantile of the bootstrap's median, exactly (n odd): it is at most the k-th least value
-    where at least half of n draws are, of which each is so with probability k/n."""
+    """Return the exact q quantile of the bootstrap median for odd n.
+
+    The median is at most the k-th smallest value if more than half of n draws are, each with
+    probability k/n.
+    """
     n = len(values)
     for k, value in enumerate(sorted(values), 1):
         if stats.binom.sf(n // 2, n, k / n) >= q:
@@ -55,7 +58,7 @@ def median_quantile(values, q):
 
 @pytest.mark.parametrize("n", [41, 51])
 def test_an_interval_is_the_bootstrap_s_of_the_median(n):
-    """A skewed sample, whose mean and whose 90 % interval lie elsewhere."""
+    """A skewed sample, whose mean and 90 % interval differ from the tested values."""
     import common
 
     values = 1.3 ** np.arange(n)
@@ -73,7 +76,7 @@ def test_an_interval_is_unresolved_above_two_hundredths_of_the_ratio_and_of_one(
     for width, wanted in ((0.0196, False), (0.0204, True)):
         half = width / 2 * max(1.0, ratio)
         turn = itertools.cycle([1 / (ratio - half), 1 / (ratio + half)])
-        # long calls, of which a pair has one
+        # long calls: one per pair
         found = common.paired({"a": lambda: 20.0, "b": lambda t=turn: 20.0 * next(t)}, "a",
                               pairs=15)
         low, high = found["b"]["interval"]
@@ -90,7 +93,7 @@ def test_each_arm_of_a_pair_runs_for_two_seconds_evenly_interleaved():
         clock = itertools.cycle(seconds)
         return lambda: called.append(name) or next(clock)
 
-    # three calls warm up, and the least of the last two says how many make two seconds
+    # three warm-up calls; the faster of the last two sets the calls per pair
     found = common.paired({"slow": arm("slow", 1.0), "fast": arm("fast", 0.3, 0.25, 0.35, 0.26)},
                           "slow")
     assert len(called) == 6 + 10 * (2 + 8)
@@ -98,7 +101,7 @@ def test_each_arm_of_a_pair_runs_for_two_seconds_evenly_interleaved():
     for pair in pairs:
         assert pair.count("slow") == 2 and pair.count("fast") == 8
         assert max(len(list(run)) for _, run in itertools.groupby(pair)) <= 4
-    assert found["fast"]["seconds"] == pytest.approx(0.28)  # the median of a pair's calls
+    assert found["fast"]["seconds"] == pytest.approx(0.28)  # median of the calls in a pair
     assert found["fast"]["ratio"] == pytest.approx(1 / 0.28, abs=1e-3)
 
 
@@ -120,7 +123,7 @@ def test_a_small_budget_shortens_the_pairs():
 
 
 def test_a_card_s_memory_is_that_of_both_programs(monkeypatch):
-    """PyTorch may be there unused, used, or in the midst of its import."""
+    """PyTorch may be unused, in use, or partly imported."""
     import common
 
     device = types.SimpleNamespace(memory_stats=lambda: {"bytes_in_use": 5})

@@ -1,4 +1,4 @@
-"""Files of unknown origin: what they claim, how deep they nest, what they are, what they print."""
+"""Untrusted files: declared sizes, nesting depth, file types and printed text."""
 
 import io
 import json
@@ -23,7 +23,7 @@ HEADER = {"format": "jaxpersona-vector", "kind": "vector", "layer_base": "0", "n
 
 
 def refused(capsys, arguments, *words):
-    """Run a command that must fail with one line that holds every word."""
+    """Run a command that must fail with one error line containing every word; return the line."""
     capsys.readouterr()
     assert s.run_command([str(part) for part in arguments]) == 2
     said = capsys.readouterr().err
@@ -40,7 +40,7 @@ def string(text):
 
 
 def gguf_file(fields=b"", n_fields=0, tensors=b"", n_tensors=0, architecture="controlvector"):
-    """The bytes of a GGUF header: its architecture, then fields and tensors as they are given."""
+    """Return the bytes of a GGUF header with an architecture and the given fields and tensors."""
     own = string("general.architecture") + struct.pack("<I", 8) + string(architecture)
     return b"GGUF" + struct.pack("<IQQ", 3, n_tensors, n_fields + 1) + own + fields + tensors
 
@@ -55,22 +55,22 @@ def tensor_of(*dimensions, name="direction.1", count=None):
 
 
 @pytest.mark.parametrize(("data", "words"), [
-    (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + array_of(4, 1 << 62), "an array claims"),
-    (gguf_file(array_of(0, 1 << 62), 1), "an array claims"),
-    (gguf_file(array_of(8, 1 << 40), 1), "an array claims"),
+    (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + array_of(4, 1 << 62), "an array declares"),
+    (gguf_file(array_of(0, 1 << 62), 1), "an array declares"),
+    (gguf_file(array_of(8, 1 << 40), 1), "an array declares"),
     (gguf_file(array_of(4, 60_000), 1), "truncated or damaged"),
-    (gguf_file(array_of(9, 3), 1), "array of arrays"),
+    (gguf_file(array_of(9, 3), 1), "nested arrays"),
     (gguf_file(array_of(77, 1), 1), "unknown type 77"),
     (gguf_file(string("k")[:-1], 1 << 60), "truncated or damaged"),
-    (gguf_file(n_tensors=1 << 60), "claims 1152921504606846976 tensors"),
+    (gguf_file(n_tensors=1 << 60), "declares 1152921504606846976 tensors"),
     (gguf_file(struct.pack("<Q", 1 << 63), 1), "truncated or damaged"),
-    (gguf_file(tensors=tensor_of(1 << 40), n_tensors=1), "claim 1099511627776 elements"),
+    (gguf_file(tensors=tensor_of(1 << 40), n_tensors=1), "declare 1099511627776 elements"),
     (gguf_file(tensors=tensor_of(1 << 32, 1 << 32), n_tensors=1), "elements"),
     (gguf_file(tensors=tensor_of(2, count=1 << 31), n_tensors=1), "dimensions"),
-    (gguf_file(architecture="llama"), "its architecture is 'llama'"),
+    (gguf_file(architecture="llama"), "architecture is 'llama'"),
 ], ids=str)
 def test_what_a_control_vector_claims_is_checked_before_it_is_read(tmp_path, capsys, data, words):
-    """A file of a hundred bytes costs no memory and no time, whatever counts are in it."""
+    """Counts in a header of a hundred bytes do not make the reader allocate memory."""
     pytest.importorskip("gguf")
     path = tmp_path / "v.gguf"
     path.write_bytes(data)
@@ -85,7 +85,7 @@ def test_what_a_control_vector_claims_is_checked_before_it_is_read(tmp_path, cap
 
 
 def test_a_big_endian_control_vector_is_refused(tmp_path, capsys):
-    """The package reads its header and takes its numbers for little-endian ones."""
+    """The gguf package would misread its numbers as little-endian."""
     gguf = pytest.importorskip("gguf")
     path = tmp_path / "v.gguf"
     writer = gguf.GGUFWriter(path, "controlvector", endianess=gguf.GGUFEndian.BIG)
@@ -104,7 +104,7 @@ def archive(path, entries, compress=zipfile.ZIP_STORED):
 
 
 def test_an_archive_that_expands_is_refused_unread(tmp_path, capsys):
-    """PyTorch stores its entries; a compressed one could claim any size."""
+    """PyTorch stores entries uncompressed; a compressed one could expand to any size."""
     torch = pytest.importorskip("torch")
     kept = io.BytesIO()
     torch.save({"axis": torch.zeros(1000, 4000)}, kept)
@@ -114,17 +114,17 @@ def test_an_archive_that_expands_is_refused_unread(tmp_path, capsys):
     assert (tmp_path / "axis.pt").stat().st_size < 100_000
     refused(capsys, ["vectors", "show", tmp_path / "axis.pt"], "axis.pt", "compressed entry")
     archive(tmp_path / "axis.pt", {name: data for name, data in entries.items()})
-    assert load_any(tmp_path / "axis.pt").n_layers == 1000  # as it is stored it is read
+    assert load_any(tmp_path / "axis.pt").n_layers == 1000  # uncompressed it is accepted
     whole = (tmp_path / "axis.pt").read_bytes()
     (tmp_path / "axis.pt").write_bytes(whole[: len(whole) // 2])
-    refused(capsys, ["vectors", "show", tmp_path / "axis.pt"], "axis.pt", "not a readable .pt file")
+    refused(capsys, ["vectors", "show", tmp_path / "axis.pt"], "axis.pt", "invalid .pt file")
 
 
 def test_shared_parts_of_a_pickle_are_walked_once(tmp_path, capsys):
-    """A view that repeats a number, a nest that names itself many times, and a bottomless one."""
+    """An expanded view, a structure with many shared references, and too deep nesting."""
     torch = pytest.importorskip("torch")
     torch.save({"axis": torch.ones(1).expand(1 << 20, 1 << 20)}, tmp_path / "axis.pt")
-    refused(capsys, ["vectors", "show", tmp_path / "axis.pt"], "axis.pt", "a tensor claims")
+    refused(capsys, ["vectors", "show", tmp_path / "axis.pt"], "axis.pt", "a tensor declares")
     nest = [torch.ones(2)]
     for _ in range(60):
         nest = [nest, nest]
@@ -147,7 +147,7 @@ def test_shared_parts_of_a_pickle_are_walked_once(tmp_path, capsys):
     ({"vectors": 5}, "vectors is a int"),
 ], ids=str)
 def test_experiments_of_another_shape_are_named(tmp_path, capsys, change, words):
-    """Bare tensors, lists and numbers where a capping file has tables."""
+    """Tensors, lists and numbers in place of dicts in a capping file."""
     torch = pytest.importorskip("torch")
     table = {"vectors": {"q": {"layer": 1, "vector": torch.ones(3)}},
              "experiments": [{"id": "a", "interventions": [{"vector": "q", "cap": 1.0}]}]} | change
@@ -186,7 +186,7 @@ def test_more_layers_than_any_model_are_refused_in_every_format(tmp_path, capsys
 
 @pytest.mark.parametrize("suffix", ["npy", "safetensors", "pt", "gguf"])
 def test_a_sparse_file_of_any_size_is_not_read(tmp_path, capsys, suffix):
-    """Forty gigabytes that the disk does not hold, behind a header that is right."""
+    """A sparse file of 40 GB with a valid header."""
     path = tmp_path / f"v.{suffix}"
     size = 40 << 30
     if suffix == "npy":
@@ -206,7 +206,7 @@ def test_a_sparse_file_of_any_size_is_not_read(tmp_path, capsys, suffix):
 
 
 def test_texts_of_any_size_and_pipes_and_devices_are_refused(checkpoint, tmp_path, capsys):
-    """Nothing waits for a writer, and nothing is read that has no end."""
+    """Reads do not block on pipes or read endless devices."""
     big, pipe = tmp_path / "big.json", tmp_path / "pipe.json"
     big.write_text("{")
     os.truncate(big, 40 << 30)
@@ -241,7 +241,7 @@ def test_a_pipe_or_a_sparse_file_in_a_model_folder_is_named(checkpoint, tmp_path
     (folder / name).unlink()
     (folder / name).write_bytes(b"{")
     os.truncate(folder / name, 40 << 30)
-    weights = name == "model.safetensors"  # its header alone is read
+    weights = name == "model.safetensors"  # only the header is read
     refused(capsys, arguments, str(folder), name, "corrupt header" if weights else "bytes")
 
 
@@ -294,7 +294,7 @@ HUGE = str(10**18), str(10**30), str(10**400), "9" * 5000
 
 @pytest.mark.parametrize("value", [*HUGE, "-" + HUGE[1]], ids=["18", "30", "400", "5000", "-30"])
 def test_numbers_of_any_size_on_the_command_line_are_refused(checkpoint, tmp_path, capsys, value):
-    """Nothing is allocated or counted up to them, and nothing is a traceback."""
+    """Huge numbers cause no allocation, loop or traceback."""
     from jaxpersona.data.texts import Question, Role
 
     texts = tmp_path / "texts"
@@ -310,7 +310,7 @@ def test_numbers_of_any_size_on_the_command_line_are_refused(checkpoint, tmp_pat
     say = ["generate", "hi", "--model", str(checkpoint), "--max-new-tokens", "2"]
     plan = ["plan", "--topology", "h200:1", "--model", "random:qwen3-mini"]
     for arguments in ([*say, "--temperature", value], [*say, "--steer", vector, "--scale", value]):
-        assert s.run_command(arguments) in (0, 2), arguments  # 1e18 is a number like others
+        assert s.run_command(arguments) in (0, 2), arguments  # 1e18 is accepted
         assert "Traceback" not in capsys.readouterr().err
     for arguments in (
         *([*axis, option, value] for option in ("--samples", "--batch-size", "--seed",
@@ -327,14 +327,14 @@ def test_numbers_of_any_size_on_the_command_line_are_refused(checkpoint, tmp_pat
 
 
 def test_shapes_of_many_dimensions_are_refused_at_once(tmp_path, capsys):
-    """Their product has millions of digits, and NumPy knows no array of so many dimensions."""
+    """The product of the shape has millions of digits, and NumPy limits the dimensions."""
     for count, size in ((400_000, 2**62), (65, 1)):
         header = json.dumps({"__metadata__": HEADER, "values": {
             "dtype": "F32", "shape": [size] * count, "data_offsets": [0, 4]}}).encode()
         path = tmp_path / "v.safetensors"
         path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
         began = time.perf_counter()
-        refused(capsys, ["vectors", "show", path], path.name, f"claims {count} dimensions")
+        refused(capsys, ["vectors", "show", path], path.name, f"declares {count} dimensions")
         assert time.perf_counter() - began < 10
 
 
@@ -342,11 +342,11 @@ def test_the_arrays_of_a_gguf_are_bounded_together(tmp_path, capsys):
     pytest.importorskip("gguf")
     path = tmp_path / "v.gguf"
     path.write_bytes(gguf_file((array_of(0, 40_000) + bytes(40_000)) * 3, 3))
-    refused(capsys, ["vectors", "show", path], path.name, "its arrays claim 80000 elements")
+    refused(capsys, ["vectors", "show", path], path.name, "arrays declare at least 80000 elements")
 
 
 def test_templates_beside_a_tokenizer_are_checked_too(checkpoint, tmp_path, capsys):
-    """transformers reads every template of this folder, and would wait for a pipe's writer."""
+    """transformers reads every template in the folder and would block on a pipe."""
     folder = tmp_path / "model"
     folder.mkdir()
     for path in checkpoint.iterdir():

@@ -1,4 +1,4 @@
-"""What a user may have set around a call: debugging flags of JAX, guards of transfers, a fork."""
+"""Runtime context: JAX debugging flags, transfer guards and forked processes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SETTINGS = {
 
 
 def everything():
-    """Every constructor, and generate and extract with every reading."""
+    """Call every constructor, and generate and extract with every capture."""
     named = jp.Vector(V)
     edits = jp.chain(
         jp.steer(V[:2], layers=[1], scale=0.5, rows=[0, -1, 1]),

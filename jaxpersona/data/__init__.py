@@ -1,1 +1,1 @@
-"""Roles, questions, traits and drift conversations, written for this project (DATA_CARD.md)."""
+"""Prompt data of this project: roles, questions, traits, drift conversations (DATA_CARD.md)."""

@@ -1,4 +1,4 @@
-"""Check, show and export the texts: what `jaxpersona data` does."""
+"""Check, show and export the prompt data; implements `jaxpersona data`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxpersona.data.texts import (
 
 KINDS = ("role", "question", "trait", "drift")
 
-# a part's name in a folder of texts → how it is read
+# file or folder name of each part → its reader
 PARTS: dict[str, Callable[..., list]] = {
     "roles": load_roles,
     "questions.jsonl": load_questions,
@@ -31,14 +31,14 @@ PARTS: dict[str, Callable[..., list]] = {
 
 
 def check_data(path: Path | None = None) -> list[str]:
-    """Read all texts and return a summary, a line a part.
+    """Read all prompt data and return a summary, one line per part.
 
     Args:
-      path: a folder as `export` writes it; a part that it lacks is named as absent. None: the texts
-        of this package.
+      path: a folder in the layout of `export`; missing parts are reported as absent. None reads
+        the package data.
 
     Raises:
-      ValueError: no such folder, none of the parts in it, or any fault in them; all are listed.
+      ValueError: the folder is missing, holds none of the parts, or has errors; all are listed.
     """
     places: dict[str, pathlib.Path | None] = dict.fromkeys(PARTS)
     if path is not None:
@@ -77,28 +77,28 @@ def _summary(part: str, texts: list) -> str:
 
 
 def show(kind: str, name: str | None = None) -> str:
-    """Return one text of this package for reading, or the names of a kind.
+    """Format one entry of the package data for display, or list the entries of a kind.
 
     Args:
       kind: "role", "question", "trait" or "drift".
-      name: a role's or trait's name, a question's id, a domain's name; None lists them.
+      name: name of a role, trait or drift domain, or id of a question; None lists all.
 
     Raises:
-      ValueError: an unknown kind or name.
+      ValueError: unknown `kind` or `name`.
     """
     shown = _catalogue(kind)
     if name is None:
         return "\n".join(f"{key}: {first}" for key, (first, _) in shown.items())
     if name not in shown:
         near = [key for key in shown if key.startswith(name[:3])][:8]
-        hint = f"; near it: {', '.join(near)}" if near else ""
-        raise ValueError(f"{kind} {name!r} is not one of {len(shown)}{hint}")
+        hint = f"; similar: {', '.join(near)}" if near else ""
+        raise ValueError(f"unknown {kind} {name!r} ({len(shown)} exist){hint}")
     first, rest = shown[name]
     return "\n".join([f"{name}: {first}", *rest])
 
 
 def _catalogue(kind: str) -> dict[str, tuple[str, list[str]]]:
-    """Return name → (one line, more lines)."""
+    """Return name → (summary line, detail lines)."""
     if kind == "role":
         return {role.name: (role.description, [f"  {i}. {prompt or '(no system prompt)'}"
                                                for i, prompt in enumerate(role.prompts)])
@@ -121,35 +121,35 @@ def _catalogue(kind: str) -> dict[str, tuple[str, list[str]]]:
 
 
 def export(folder: Path) -> int:
-    """Write this package's texts and their card into a folder, whole or not at all.
+    """Write the package data and its data card to a folder, atomically.
 
     Args:
-      folder: a new or an empty folder; roles/, questions.jsonl, traits/, drift/ and the tables
-        that describe them are written there.
+      folder: a new or empty folder; receives roles/, questions.jsonl, traits/, drift/ and their
+        lists of descriptions.
 
     Returns:
-      The number of files.
+      The number of files written.
 
     Raises:
-      ValueError: the folder holds something already, or cannot be written.
+      ValueError: the folder is not empty or not writable.
     """
     folder = pathlib.Path(os.path.abspath(folder))
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; name a folder")
-    made = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+        raise ValueError(f"{folder}: is a file; give a folder")
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder}: is not empty; name a new folder")
+            raise ValueError(f"{folder}: is not empty; give a new folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        count = _copy(data_root(), made)
+        count = _copy(data_root(), temporary)
         if folder.exists():
             folder.rmdir()
-        os.rename(made, folder)
+        os.rename(temporary, folder)
         return count
     except OSError as error:
         raise ValueError(f"{folder}: cannot be written ({error.strerror or error})") from None
     finally:
-        shutil.rmtree(made, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _copy(source: Traversable, target: pathlib.Path) -> int:

@@ -1,8 +1,7 @@
-"""Read JSON texts and collect every fault before raising any.
+"""Read JSON data files and collect all errors before raising.
 
-Mending a folder of three hundred files one error at a time takes three hundred runs. A `Faults` is
-handed down while a folder is read, each reader notes what is wrong and goes on, and the whole list
-is raised once.
+Readers append errors to a shared `Faults` list and continue, so one run reports every error in a
+folder of several hundred files.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from jaxpersona.inputs import parse_json, read_bytes
 
 
 class Faults(list[str]):
-    """A list of faults, each naming its file and field."""
+    """A list of error messages, each with its file and field."""
 
     def raise_if_any(self, what: object) -> None:
-        """Raise all faults as one error.
+        """Raise all collected errors as one.
 
         Raises:
-          ValueError: there is a fault; every one is listed.
+          ValueError: the list is not empty; the message holds every entry.
         """
         if self:
             count = f"{len(self)} fault{'s' if len(self) > 1 else ''}"
@@ -31,11 +30,11 @@ class Faults(list[str]):
 
 
 def folder_files(folder: Traversable, faults: Faults) -> list[Traversable]:
-    """Return the `.json` files of a folder by name; note a missing or an empty folder."""
+    """Return a folder's `.json` files sorted by name; record a missing or empty folder."""
     if not folder.is_dir():
         faults.append(f"{folder}: no such folder")
         return []
-    # a leading dot is an editor's or an operating system's own file
+    # editors and operating systems create files with a leading dot
     files = [f for f in folder.iterdir() if f.name.endswith(".json") and f.name[0] != "."]
     if not files:
         faults.append(f"{folder}: holds no .json file")
@@ -43,7 +42,7 @@ def folder_files(folder: Traversable, faults: Faults) -> list[Traversable]:
 
 
 def read_text(file: Traversable, faults: Faults) -> str | None:
-    """Return a file's text (UTF-8, with or without a byte order mark), or None with a fault."""
+    """Read a UTF-8 file, with or without byte order mark; on error record it and return None."""
     try:
         data = read_bytes(file) if isinstance(file, pathlib.Path) else file.read_bytes()
         return data.decode("utf-8-sig")
@@ -59,28 +58,28 @@ def read_text(file: Traversable, faults: Faults) -> str | None:
 
 
 def parse(text: str, where: str, faults: Faults) -> Any:
-    """Return what a JSON text holds, or None with a fault; a key may not occur twice."""
+    """Parse JSON and record duplicate keys; on a syntax error record it and return None."""
 
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
         if len(out) < len(pairs):
             keys = [key for key, _ in pairs]
             twice = sorted({key for key in keys if keys.count(key) > 1})
-            faults.append(f"{where}: {', '.join(map(repr, twice))} is given more than once")
+            faults.append(f"{where}: duplicate key {', '.join(map(repr, twice))}")
         return out
 
     try:
         return parse_json(text, table)
     except json.JSONDecodeError as error:
         at = f"line {error.lineno}, " if "\n" in text.strip() else ""
-        faults.append(f"{where}: not JSON ({error.msg}, {at}column {error.colno})")
+        faults.append(f"{where}: invalid JSON ({error.msg}, {at}column {error.colno})")
     except ValueError as error:
-        faults.append(f"{where}: not JSON of ours ({error})")
+        faults.append(f"{where}: cannot be parsed as JSON ({error})")
     return None
 
 
 def read_table(file: Traversable, faults: Faults) -> dict[str, Any] | None:
-    """Return the JSON object of a file, or None with a fault."""
+    """Read a file that holds a JSON object; on error record it and return None."""
     text = read_text(file, faults)
     if text is None:
         return None
@@ -94,7 +93,7 @@ def read_table(file: Traversable, faults: Faults) -> dict[str, Any] | None:
 
 
 def kind(value: Any) -> str:
-    """Name a JSON value's type as JSON does."""
+    """Return the JSON type name of a value, with its article."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean",
              int: "a number", float: "a number", type(None): "null"}
     return names[type(value)]
@@ -102,15 +101,15 @@ def kind(value: Any) -> str:
 
 def get_text(table: Any, field: str, where: str, faults: Faults, *, empty: bool = False,
              prefix: str = "") -> str:
-    """Return a text field of a JSON object; note a missing, empty or unusable one.
+    """Return a string field of a JSON object; on error record it and return "".
 
     Args:
-      table: the object (anything else is a fault).
+      table: the object; any other type is an error.
       field: the key.
-      where: the file.
-      faults: takes the fault; "" is returned with one.
-      empty: whether an empty text is allowed.
-      prefix: where in the file the object is, such as "instruction[2].".
+      where: the file, for messages.
+      faults: receives the error.
+      empty: accept an empty string.
+      prefix: path of the object within the file, such as "instruction[2].".
     """
     name = prefix + field
     if not isinstance(table, dict):
@@ -122,7 +121,7 @@ def get_text(table: Any, field: str, where: str, faults: Faults, *, empty: bool 
     elif not table[field].strip() and not (empty and table[field] == ""):
         faults.append(f"{where}: {name} is empty")
     elif any(0xD800 <= ord(c) <= 0xDFFF for c in table[field]):
-        faults.append(f"{where}: {name} holds half a surrogate pair, which is not valid UTF-8")
+        faults.append(f"{where}: {name} holds a lone surrogate, which is not valid UTF-8")
     else:
         return table[field]
     return ""
@@ -130,7 +129,7 @@ def get_text(table: Any, field: str, where: str, faults: Faults, *, empty: bool 
 
 def get_list(table: dict[str, Any], field: str, where: str, faults: Faults, *,
              prefix: str = "") -> list[Any]:
-    """Return a list field of a JSON object; note a missing, empty or ill-typed one."""
+    """Return a list field; if it is missing, empty or not a list, record it and return []."""
     name = prefix + field
     if field not in table:
         faults.append(f"{where}: {name} is missing")
@@ -144,7 +143,7 @@ def get_list(table: dict[str, Any], field: str, where: str, faults: Faults, *,
 
 
 def get_eval_prompt(table: dict[str, Any], where: str, faults: Faults) -> str:
-    """Return `eval_prompt`, which must hold `{question}` and `{answer}`."""
+    """Return `eval_prompt`; record an error unless it holds `{question}` and `{answer}`."""
     text = get_text(table, "eval_prompt", where, faults)
     missing = [p for p in ("{question}", "{answer}") if text and p not in text]
     if missing:
@@ -153,9 +152,9 @@ def get_eval_prompt(table: dict[str, Any], where: str, faults: Faults) -> str:
 
 
 def fill(template: str, **values: str) -> str:
-    """Put values in for `{name}` placeholders, in one pass: a value's own braces stay as they are.
+    """Replace `{name}` placeholders in one pass, so braces in values are not expanded.
 
-    A placeholder that no value is given for stays too.
+    Placeholders without a value are kept.
     """
     pattern = "|".join(re.escape("{" + name + "}") for name in values)
     return re.sub(pattern, lambda m: values[m.group()[1:-1]], template) if values else template

@@ -1,8 +1,7 @@
-"""The texts of the method: roles, questions, traits and openings of conversations that drift.
+"""Load prompt data: roles, questions, traits and opening messages of drift conversations.
 
-Our own are package data; any folder of the same layout does as well, so that texts written for the
-published code work here and ours work there. Faults are collected over all files and raised once,
-before a model is loaded.
+The default is the package data. The file layout is that of the published code, so data is
+interchangeable. All errors in all files are raised together, before a model is loaded.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from jaxpersona.data.reading import (
 
 DEFAULT = "default"
 
-# The default persona's system prompts; the first is none at all.
+# system prompts of the default persona; "" means no system prompt
 DEFAULT_PROMPTS = (
     "",
     "You are an AI assistant.",
@@ -41,7 +40,7 @@ DEFAULT_PROMPTS = (
     "Respond as yourself.",
 )
 
-# Tables of descriptions that may lie in a folder of texts and are none themselves.
+# description files that may be in a data folder and are not roles or traits
 ROLE_LIST, TRAIT_LIST = "role_list.json", "trait_list.json"
 
 Path = str | os.PathLike[str]
@@ -49,13 +48,13 @@ Path = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Role:
-    """A persona a model is asked to be.
+    """A persona that system prompts assign to the model.
 
     Attributes:
-      name: the file's stem; "default" is the model as itself.
-      prompts: system prompts; only the default's may be empty.
+      name: the file's stem; "default" is the model without an assigned persona.
+      prompts: system prompts; "" is allowed only in the default role.
       eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" for the default.
-      description: one line; "" where none is known.
+      description: one line; "" if unknown.
     """
 
     name: str
@@ -64,13 +63,13 @@ class Role:
     description: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse one string where several are expected: it would be taken apart."""
+        """Raise if a single string is given: it would be iterated by character."""
         _check_texts(f"the prompts of role {self.name!r}", self.prompts)
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question put to every role; `id` is what a rollout is known by."""
+    """A question asked to every role; `id` identifies its rollouts."""
 
     id: int
     text: str
@@ -83,9 +82,9 @@ class Trait:
     Attributes:
       name: the file's stem.
       pairs: (positive, negative) system prompts.
-      questions: what is asked under each of them.
+      questions: asked under every system prompt.
       eval_prompt: the judge's prompt with `{question}` and `{answer}`.
-      description: one line; "" where none is known.
+      description: one line; "" if unknown.
     """
 
     name: str
@@ -95,7 +94,7 @@ class Trait:
     description: str = ""
 
     def __post_init__(self) -> None:
-        """Refuse one string where several are expected: it would be taken apart."""
+        """Raise if a single string is given: it would be iterated by character."""
         _check_texts(f"the questions of trait {self.name!r}", self.questions)
         for i, pair in enumerate(self.pairs):
             _check_texts(f"pair {i} of trait {self.name!r}", pair)
@@ -106,7 +105,7 @@ class Trait:
 
 @dataclass(frozen=True)
 class Topic:
-    """What a simulated user comes with: an id, a title and the first message."""
+    """A simulated user's topic: id, title and first message."""
 
     id: str
     title: str
@@ -115,7 +114,7 @@ class Topic:
 
 @dataclass(frozen=True)
 class User:
-    """A simulated user: `card` is the system prompt of the model that plays them."""
+    """A simulated user; `card` is the system prompt of the model that plays the user."""
 
     id: str
     card: str
@@ -124,7 +123,7 @@ class User:
 
 @dataclass(frozen=True)
 class Domain:
-    """A kind of conversation whose drift is measured."""
+    """A category of conversations in which persona drift is measured."""
 
     name: str
     description: str
@@ -132,47 +131,46 @@ class Domain:
 
 
 def _check_texts(what: str, texts: Any) -> None:
-    """Refuse what is no tuple or list of strings."""
+    """Raise unless `texts` is a tuple or list of strings."""
     if not isinstance(texts, (tuple, list)) or not all(isinstance(x, str) for x in texts):
-        raise ValueError(f"{what}: {texts!r:.60} is no tuple of strings; give one, even of one")
+        raise ValueError(f"{what}: {texts!r:.60} is not a tuple of strings; wrap it in a tuple")
 
 
 def all_of(kind: type, given: Any, name: str) -> list[Any]:
-    """Return an argument's items, roles or questions, from any iterable, as a list.
+    """Convert an iterable of roles or questions to a list.
 
     Raises:
-      ValueError: one item in place of several, or items of another kind.
+      ValueError: a single item is given, or an item has another type.
     """
     wanted = f"give a list of texts.{kind.__name__}"
     if isinstance(given, (str, bytes, kind)) or not isinstance(given, Iterable):
         raise ValueError(f"{name} is {given!r:.60}; {wanted}")
-    found = list(given)
-    for i, one in enumerate(found):
-        if not isinstance(one, kind):
-            raise ValueError(f"{name}[{i}] is {one!r:.60}; {wanted}")
-    return found
+    items = list(given)
+    for i, item in enumerate(items):
+        if not isinstance(item, kind):
+            raise ValueError(f"{name}[{i}] is {item!r:.60}; {wanted}")
+    return items
 
 
 def data_root() -> Traversable:
-    """Return the folder of this package's own texts."""
+    """Return the folder of the package data."""
     return resources.files("jaxpersona.data")
 
 
 def load_roles(path: Path | None = None, *, model_name: str = "the model") -> list[Role]:
-    """Read roles, sorted by name, the default among them.
+    """Load roles, including the default role, sorted by name.
 
     Args:
-      path: a folder of `<name>.json`, each {"instruction": [{"pos": …}, …], "eval_prompt": …};
-        None: the roles of this package. Where it has no `default.json`, which the axis cannot do
-        without, the published five default prompts stand in; a malformed one is a fault. A
-        `role_list.json` (name → one line) in the folder or beside it gives the descriptions.
-      model_name: put in for `{model_name}`.
+      path: a folder of `<name>.json`, each {"instruction": [{"pos": …}, …], "eval_prompt": …}; None
+        loads the package data. Without a `default.json` the five published default prompts are
+        used. A `role_list.json` (name → description) is read from the folder or its parent.
+      model_name: replaces `{model_name}` in prompts.
 
     Raises:
-      ValueError: no such folder, or any fault in its files; all are listed.
+      ValueError: the folder is missing or has errors; all are listed.
     """
     if not model_name.strip():
-        raise ValueError("model_name is empty; it is what {model_name} in a prompt becomes")
+        raise ValueError("model_name is empty; it replaces {model_name} in prompts")
     faults = Faults()
     folder, table = _place(path, "roles", ROLE_LIST)
     described = _descriptions(table, faults)
@@ -188,20 +186,20 @@ def load_roles(path: Path | None = None, *, model_name: str = "the model") -> li
 
 
 def load_questions(path: Path | None = None) -> list[Question]:
-    """Read questions in the file's order.
+    """Load questions in file order.
 
     Args:
-      path: a JSONL file of {"question": …, "id": …}; a line without an id has its line number
-        (from 0) for one. None: the questions of this package.
+      path: a JSONL file of {"question": …, "id": …}; the id defaults to the zero-based line number.
+        None loads the package data.
 
     Raises:
-      ValueError: no such file, or any fault in it; all are listed.
+      ValueError: the file is missing or has errors; all are listed.
     """
     faults = Faults()
     file = data_root() / "questions.jsonl" if path is None else pathlib.Path(path)
     questions: list[Question] = []
     ids: list[int] = []
-    # by "\n" alone: str.splitlines also breaks at U+2028, which JSON allows inside a text
+    # not str.splitlines, which also splits at U+2028, allowed inside JSON strings
     lines = (read_text(file, faults) or "").split("\n")
     for number, line in enumerate(lines):
         where = f"{file}, line {number + 1}"
@@ -215,7 +213,7 @@ def load_questions(path: Path | None = None) -> list[Question]:
             continue
         id = raw.get("id", number)
         if isinstance(id, bool) or not isinstance(id, int):
-            faults.append(f"{where}: id is {kind(id)} ({id!r}), not a whole number")
+            faults.append(f"{where}: id is {kind(id)} ({id!r}), not an integer")
             id = number
         elif id < 0:
             faults.append(f"{where}: id is {id}; it must be 0 or more")
@@ -225,21 +223,21 @@ def load_questions(path: Path | None = None) -> list[Question]:
     if not questions and not faults:
         faults.append(f"{file}: holds no question")
     for id in _twice(ids):
-        faults.append(f"{file}: id {id} is given more than once")
+        faults.append(f"{file}: duplicate id {id}")
     faults.raise_if_any(file)
     return questions
 
 
 def load_traits(path: Path | None = None) -> list[Trait]:
-    """Read traits, sorted by name.
+    """Load traits, sorted by name.
 
     Args:
       path: a folder of `<name>.json`, each {"instruction": [{"pos": …, "neg": …}, …],
-        "questions": […], "eval_prompt": …}; None: the traits of this package. A `trait_list.json`
-        (name → one line) in the folder or beside it gives the descriptions.
+        "questions": […], "eval_prompt": …}; None loads the package data. A `trait_list.json` (name
+        → description) is read from the folder or its parent.
 
     Raises:
-      ValueError: no such folder, or any fault in its files; all are listed.
+      ValueError: the folder is missing or has errors; all are listed.
     """
     faults = Faults()
     folder, table = _place(path, "traits", TRAIT_LIST)
@@ -253,14 +251,14 @@ def load_traits(path: Path | None = None) -> list[Trait]:
 
 
 def load_drift(path: Path | None = None) -> list[Domain]:
-    """Read the domains of drift, sorted by name.
+    """Load drift domains, sorted by name.
 
     Args:
       path: a folder of `<domain>.json`, each {"domain", "description", "personas": [{"id", "card",
-        "topics": [{"id", "title", "opening"}, …]}, …]}; None: the domains of this package.
+        "topics": [{"id", "title", "opening"}, …]}, …]}; None loads the package data.
 
     Raises:
-      ValueError: no such folder, or any fault in its files; all are listed.
+      ValueError: the folder is missing or has errors; all are listed.
     """
     faults = Faults()
     folder = data_root() / "drift" if path is None else pathlib.Path(path)
@@ -273,13 +271,13 @@ def load_drift(path: Path | None = None) -> list[Domain]:
                       ("persona", [user.id for user in users]),
                       ("topic", [topic.id for user in users for topic in user.topics])):
         for id in _twice(filter(None, ids)):
-            faults.append(f"{folder}: {what} {id!r} is given more than once")
+            faults.append(f"{folder}: duplicate {what} {id!r}")
     faults.raise_if_any(folder)
     return sorted(domains, key=lambda domain: domain.name)
 
 
 def _place(path: Path | None, part: str, table: str) -> tuple[Traversable, Traversable | None]:
-    """Return a folder of texts and the table that describes them, if there is one."""
+    """Return a data folder and its description file, or None if there is none."""
     if path is None:
         return data_root() / part, data_root() / table
     folder = pathlib.Path(path)
@@ -303,7 +301,7 @@ def _role(raw: dict[str, Any], file: Traversable, described: dict[str, str], mod
              model_name=model_name)
         for i, entry in enumerate(get_list(raw, "instruction", where, faults))
     )
-    # nobody is asked how well the default plays itself
+    # the default role is not judged
     eval_prompt = "" if default and "eval_prompt" not in raw else get_eval_prompt(
         raw, where, faults)
     return Role(name, prompts, eval_prompt, described.get(name, ""))
@@ -319,7 +317,7 @@ def _trait(raw: dict[str, Any], file: Traversable, described: dict[str, str],
             pos = get_text(entry, "pos", where, faults, prefix=prefix)
             neg = get_text(entry, "neg", where, faults, prefix=prefix)
             if pos and pos == neg:
-                faults.append(f"{where}: {prefix}pos and {prefix}neg are the same")
+                faults.append(f"{where}: {prefix}pos and {prefix}neg are equal")
             pairs.append((pos, neg))
         else:
             faults.append(f"{where}: {prefix.rstrip('.')} is {kind(entry)}, not an object")
@@ -328,7 +326,7 @@ def _trait(raw: dict[str, Any], file: Traversable, described: dict[str, str],
         field = f"questions[{i}]"
         questions.append(get_text({field: entry}, field, where, faults))
     for text in _twice(filter(None, questions)):
-        faults.append(f"{where}: questions holds {text!r} more than once")
+        faults.append(f"{where}: duplicate question {text!r}")
     return Trait(name, tuple(pairs), tuple(questions), get_eval_prompt(raw, where, faults),
                  described.get(name, ""))
 
@@ -357,5 +355,5 @@ def _domain(raw: dict[str, Any], where: str, faults: Faults) -> Domain:
 
 
 def _twice(values: Iterable[Any]) -> list[Any]:
-    """Return what occurs more than once, in the order of its first place."""
+    """Return the values that occur more than once, in order of first occurrence."""
     return [value for value, n in Counter(values).items() if n > 1]

@@ -1,1 +1,1 @@
-"""Predict whether a model fits a device: arithmetic and ahead-of-time compilation."""
+"""Predict memory and speed of a model on a device, by arithmetic and AOT compilation."""

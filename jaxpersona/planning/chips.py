@@ -1,4 +1,4 @@
-"""Published figures of accelerators, and the devices of a TPU topology that need not exist here."""
+"""Published accelerator specifications, and abstract TPU devices for AOT compilation."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What a maker says of one chip.
+    """Published specifications of one chip.
 
     Attributes:
-      memory: bytes of device memory.
-      bandwidth: bytes a second between memory and chip.
-      peak: dense bfloat16 operations a second.
-      link: bytes a second that a chip exchanges with its neighbours, all links, one way.
-      source: where the figures are published.
+      memory: device memory in bytes.
+      bandwidth: memory bandwidth in bytes/s.
+      peak: dense bfloat16 FLOP/s.
+      link: interconnect bandwidth per chip in bytes/s, all links, one direction.
+      source: the publication.
     """
 
     name: str
@@ -46,17 +46,17 @@ EXAMPLES = "v5e:4x4, v5p:2x2x2, v6e:2x4 or h200:8"
 
 
 def parse(topology: str) -> tuple[Chip, int]:
-    """Return the chip of a topology and how many it has.
+    """Parse a topology; return its chip and the number of chips.
 
     Raises:
-      ValueError: not of the form chip:extents, or a chip that is not in `CHIPS`.
+      ValueError: the form is not chip:extents, or the chip is not in `CHIPS`.
     """
     matched = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
     if matched is None:
-        raise ValueError(f"topology is {topology!r}; write chip:extents, as {EXAMPLES}")
+        raise ValueError(f"topology is {topology!r}; use chip:extents, such as {EXAMPLES}")
     name, extents = matched.group(1).lower(), [int(n) for n in matched.group(2).split("x")]
     if name not in CHIPS:
-        raise ValueError(f"topology is {topology!r}; the known chips are {', '.join(CHIPS)}")
+        raise ValueError(f"topology is {topology!r}; supported chips are {', '.join(CHIPS)}")
     count = 1
     for extent in extents:
         count *= extent
@@ -66,30 +66,30 @@ def parse(topology: str) -> tuple[Chip, int]:
 
 
 def tpu_devices(topology: str) -> list[Any] | None:
-    """Return the devices of a TPU topology, to compile for; None where libtpu is not installed.
+    """Return the devices of a TPU topology for AOT compilation; None if libtpu is missing.
 
     Raises:
-      ValueError: libtpu knows no such topology.
+      ValueError: libtpu does not support the topology.
     """
     import importlib.util
 
     if importlib.util.find_spec("libtpu") is None:
         return None
-    # without these libtpu asks the network which TPU this machine is part of
+    # otherwise libtpu queries the network for this machine's TPU
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nothing here opens a TPU
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is opened
     from jax.experimental import topologies
 
     try:
-        # a host has 2 × 2 chips, but for machines of one or two
+        # a host has 2 × 2 chips, or fewer in topologies of 1 or 2 chips
         extents = [int(n) for n in topology.split(":")[1].split("x")]
         bounds = [*(min(n, 2) for n in extents[:2]), 1, 1][:3]
-        found = topologies.get_topology_desc(platform="tpu", topology_name=topology,
-                                             chips_per_host_bounds=bounds)
-    except Exception as error:  # of the runtime, without a class of its own
+        description = topologies.get_topology_desc(platform="tpu", topology_name=topology,
+                                                   chips_per_host_bounds=bounds)
+    except Exception as error:  # the runtime raises no specific type
         reason = str(error).split(": ", 1)[-1].splitlines()[0].rstrip(".")
-        raise ValueError(f"topology is {topology!r}; libtpu refuses it ({reason}): try "
+        raise ValueError(f"topology is {topology!r}; libtpu rejects it ({reason}): try "
                          f"{EXAMPLES}") from None
-    return list(found.devices)
+    return list(description.devices)

@@ -1,7 +1,6 @@
-"""What a compiled program does, read off its HLO text: kernels, and traffic between devices.
+"""Parse compiled HLO text: count kernels and collectives.
 
-Only computations that run as they stand are counted: the entry, loop bodies and branches. What a
-fusion holds inside is one kernel.
+Only the entry computation, loop bodies and branches are counted. A fusion counts as one kernel.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "coll
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One operation of a program.
+    """One HLO operation.
 
     Attributes:
-      kind: its HLO opcode; of an asynchronous pair the start, without its ending.
-      scope: the names under which it was traced, `op_name`.
-      bytes: of its result.
-      looped: whether it runs at each turn of a loop.
+      kind: HLO opcode; an asynchronous start/done pair is one operation, named without "-start".
+      scope: the `op_name` metadata, a path of named scopes.
+      bytes: size of the result.
+      looped: whether it runs in every iteration of a loop.
     """
 
     kind: str
@@ -38,9 +37,9 @@ class Operation:
 
 
 def operations(text: str) -> list[Operation]:
-    """List the operations that a compiled module runs, each once however often a loop runs it."""
+    """List the operations of a compiled module; operations in a loop are listed once."""
     bodies, entry = _computations(text)
-    found: list[Operation] = []
+    out: list[Operation] = []
     waiting, seen = [(entry, False)], set()
     while waiting:
         name, looped = waiting.pop()
@@ -57,30 +56,30 @@ def operations(text: str) -> list[Operation]:
             if kind.endswith("-done"):
                 continue
             scope = re.search(r'op_name="([^"]*)"', rest)
-            found.append(Operation(kind.removesuffix("-start"), scope.group(1) if scope else "",
-                                   _size(shape), looped))
-    return found
+            out.append(Operation(kind.removesuffix("-start"), scope.group(1) if scope else "",
+                                 _size(shape), looped))
+    return out
 
 
 def collectives(text: str) -> list[Operation]:
-    """List the operations of a compiled module that move data between devices."""
+    """List the collectives of a compiled module."""
     return [op for op in operations(text) if op.kind in COLLECTIVES]
 
 
 def by_layer(found: list[Operation], layer: int) -> list[Operation]:
-    """Choose the operations that were traced within one block (`layer{i}`)."""
+    """Return the operations in the named scope `layer{i}`."""
     return [op for op in found if f"layer{layer}" in op.scope.split("/")]
 
 
 def reductions(found: list[Operation]) -> int:
-    """Count the sums over devices; a reduce-scatter and the all-gather after it are one."""
+    """Count reductions over devices; a reduce-scatter with its all-gather counts as one."""
     kinds = [op.kind for op in found]
     scattered = kinds.count("reduce-scatter")
     return scattered + len(kinds) - scattered - min(scattered, kinds.count("all-gather"))
 
 
 def fusions(found: Iterable[Operation]) -> int:
-    """Count the fused kernels that one turn of a loop launches."""
+    """Count the fused kernels that one loop iteration launches."""
     return sum(op.kind == "fusion" and op.looped for op in found)
 
 

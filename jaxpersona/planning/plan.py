@@ -1,7 +1,7 @@
-"""What a model needs and costs on chips that are not here: no weights, no accelerator.
+"""Estimate a model's memory and speed on given chips, without weights or an accelerator.
 
-For TPUs prefill and decode are compiled ahead of time, so bytes, kernels and traffic are the
-compiler's word. Seconds are arithmetic on published figures everywhere; nothing is ever timed.
+For TPUs, prefill and decode are compiled ahead of time: bytes, kernels and collectives come from
+the compiler. Times are roofline estimates from published specifications; nothing is measured.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from jaxpersona.models.params import Params, layout
 from jaxpersona.planning import chips, hlo
 from jaxpersona.runtime import check_process
 
-ITEM = 2  # bytes of a bfloat16
-FRACTIONS = (1.0, 0.6, 0.3)  # of the roofline, for the hours of a run
-ROLLOUTS = 331_200  # of an axis as published (Lu et al. 2026): 276 roles of 1,200
-NEW_TOKENS = 512  # the longest reply there
-DEPTHS = (8, 12)  # layers of the prefills that are compiled: below 8 temporaries grow unevenly
-_WIDEST = 16  # ways of model parallelism that are chosen unasked
+ITEM = 2  # bytes per bfloat16
+FRACTIONS = (1.0, 0.6, 0.3)  # of roofline speed, for `axis_run_hours`
+ROLLOUTS = 331_200  # for a published axis (Lu et al. 2026): 276 roles × 1,200
+NEW_TOKENS = 512  # maximum reply length of the published axis
+DEPTHS = (8, 12)  # layers of the compiled prefills; below 8 temporaries are not linear in layers
+_WIDEST = 16  # maximum default size of the model axis
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """What is compiled for: B rows, a prompt's padded width and the cache's slots."""
+    """Static shapes: B rows, padded prompt width and cache slots per row."""
 
     batch: int
     width: int
@@ -52,23 +52,23 @@ class Shapes:
 
     @classmethod
     def of(cls, batch: int, context: int) -> Shapes:
-        """Keep a quarter of the context, at most `NEW_TOKENS`, for the reply."""
+        """Reserve a quarter of the context, at most `NEW_TOKENS` tokens, for the reply."""
         return cls(batch, context - max(1, min(NEW_TOKENS, context // 4)), context)
 
     @property
     def new(self) -> int:
-        """The most tokens of a reply."""
+        """The maximum number of reply tokens."""
         return self.slots - self.width
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of prefill and decode, one chip's share of it.
+    """Compiler figures of prefill and decode, per chip.
 
     Attributes:
-      prefill_temporaries, decode_temporaries: bytes beside weights, cache and results.
-      operations: what one decode step runs; none where it needs too much memory to compile.
-      bytes: that one decode step reads and writes, by the compiler's own count.
+      prefill_temporaries, decode_temporaries: temporary bytes besides weights, cache and outputs.
+      operations: operations of one decode step; empty if it exceeds device memory.
+      bytes: bytes that one decode step accesses, by the compiler's cost analysis.
     """
 
     prefill_temporaries: int
@@ -78,49 +78,49 @@ class Compiled:
 
     @property
     def temporaries(self) -> int:
-        """The bytes of the program that needs more; they never run together."""
+        """The larger of the two, because prefill and decode never run at the same time."""
         return max(self.prefill_temporaries, self.decode_temporaries)
 
 
 def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int = 32,
          context: int = 2048, cap_layers: Sequence[int] = (),
          mesh: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """Say what fits on a topology and what it costs.
+    """Estimate memory, largest batch and speed of a model on a topology.
 
     Args:
-      config: the model's shape.
-      topology: chip:extents, as v5e:4x4 or h200:8.
-      name: what the model is called in the result.
-      batch: rows B of all chips together.
-      context: cache slots a row; a quarter of them, at most 512, are for the reply.
-      cap_layers: layers to cap, to compare with the same program uncapped.
-      mesh: sizes of "data", "fsdp" and "model"; by default as wide a model axis as the shape
+      config: the model configuration.
+      topology: chip:extents, such as v5e:4x4 or h200:8.
+      name: the model's name in the result.
+      batch: rows B over all chips.
+      context: cache slots per row; a quarter of them, at most 512, is reserved for the reply.
+      cap_layers: layers to cap; the capped program is compared with the uncapped one.
+      mesh: sizes of "data", "fsdp" and "model"; default: the largest model axis that the model
         allows, up to 16, and data for the rest.
 
     Returns:
-      What `jaxpersona plan --json` prints. Fields that only a compiler knows are None where none
-      was asked (GPUs, or libtpu is not installed).
+      The dict that `jaxpersona plan --json` prints. Fields from the compiler are None for GPUs, or
+      if libtpu is not installed.
 
     Raises:
-      ValueError: an unknown topology, a mesh that does not fit the model or the chips, settings out
-        of range, or a process that was forked from one that had used JAX.
+      ValueError: the topology is unknown, the mesh does not fit the model or the chips, an argument
+        is out of range, or this process was forked from one that had used JAX.
     """
     check_process()
     chip, count = chips.parse(topology)
     if batch < 1 or context < 2:
-        raise ValueError(f"batch ({batch}) must be at least 1, context ({context}) at least 2")
+        raise ValueError(f"batch is {batch}, context is {context}; they must be at least 1 and 2")
     if context > config.max_context:
-        raise ValueError(f"context is {context}; the model was made for {config.max_context}")
+        raise ValueError(f"context is {context}; the model supports at most {config.max_context}")
     sizes = choose_mesh(config, count) if mesh is None else _checked(mesh, count)
     shapes = Shapes.of(batch, context)
     devices = chips.tpu_devices(topology) if chip.name in chips.TPUS else None
     if devices is not None and len(devices) != count:
         raise ValueError(f"topology {topology!r} has {len(devices)} devices for {count} chips; "
-                         f"plan for one of {', '.join(chips.TPUS)}")
+                         f"use one of {', '.join(chips.TPUS)}")
     placed = _mesh(sizes, devices, config)
     ways = sharding.ways(placed, "batch")
     if batch % ways:
-        raise ValueError(f"batch is {batch}; the mesh spreads rows over {ways} chips: use a "
+        raise ValueError(f"batch is {batch}; the mesh shards rows over {ways} chips: use a "
                          f"multiple of {ways}")
     compiled = None
     if isinstance(placed, Mesh):
@@ -147,13 +147,15 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
 
 
 def usable(chip: chips.Chip) -> int:
-    """Return the bytes of a chip that a program may take: the runtime keeps about a sixty-fourth,
-    as the compiler's own limit for v5e (15.75 of 16 GiB) shows."""
+    """Return the bytes of a chip available to a program.
+
+    The runtime reserves about 1/64, as the compiler's limit for v5e shows (15.75 of 16 GiB).
+    """
     return chip.memory - chip.memory // 64
 
 
 def choose_mesh(config: ModelConfig, count: int) -> dict[str, int]:
-    """Return data × model for `count` chips: model as wide as the shape allows, at most 16."""
+    """Choose mesh sizes for `count` chips: the largest valid model axis, at most 16, times data."""
     for ways in range(min(count, _WIDEST), 0, -1):
         if count % ways == 0:
             try:
@@ -161,20 +163,20 @@ def choose_mesh(config: ModelConfig, count: int) -> dict[str, int]:
             except ValueError:
                 continue
             return {"data": count // ways, "model": ways}
-    raise AssertionError("one way always fits")
+    raise AssertionError("a model axis of size 1 always fits")
 
 
 def _checked(mesh: Mapping[str, int], count: int) -> dict[str, int]:
     size = int(np.prod(list(mesh.values())))
     if size != count:
-        asked = " × ".join(f"{name}={n}" for name, n in mesh.items())
-        raise ValueError(f"a mesh of {asked} needs {size} chips; the topology has {count}")
+        axes = " × ".join(f"{name}={n}" for name, n in mesh.items())
+        raise ValueError(f"mesh {axes} needs {size} chips; the topology has {count}")
     return dict(mesh)
 
 
 def _mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None,
           config: ModelConfig) -> Mesh | AbstractMesh:
-    """Make a mesh of devices, or of none where nothing is to be compiled, fitted to a model."""
+    """Return a mesh fitted to the model; an AbstractMesh if `devices` is None."""
     if devices is not None:
         return sharding.fit(sharding.make_mesh(**sizes, devices=devices), config)
     kinds = (AxisType.Explicit,) * len(sizes)
@@ -182,7 +184,7 @@ def _mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None,
 
 
 def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
-    """Return the bytes of one chip's shards of the parameters, bfloat16."""
+    """Return the bytes of one chip's parameter shards in bfloat16."""
     specs = jax.tree.leaves(layout(config))
     return ITEM * sum(
         math.prod(sharding.weight_sharding(s.axes, s.shape, mesh).shard_shape(s.shape))
@@ -190,21 +192,21 @@ def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
 
 
 def cache_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes) -> int:
-    """Return the bytes of one chip's keys and values."""
+    """Return the bytes of one chip's shard of the key/value cache."""
     whole = (shapes.batch, config.n_kv_heads, shapes.slots, config.head_dim)
-    mine = NamedSharding(mesh, sharding.spec(KV_AXES, mesh)).shard_shape(whole)
-    return 2 * config.n_layers * ITEM * math.prod(mine)
+    shard = NamedSharding(mesh, sharding.spec(KV_AXES, mesh)).shard_shape(whole)
+    return 2 * config.n_layers * ITEM * math.prod(shard)
 
 
 def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
                      chip: chips.Chip) -> int:
-    """Estimate what a prefill holds beside weights and cache, where no compiler is asked.
+    """Estimate the temporary bytes of a prefill per chip, without a compiler.
 
-    On a GPU it is the greater of two: the MLP's two halves, the residual stream, its norm and the
-    product that is added to it; the queries twice and, where cuDNN does not attend, the scores of
-    one chunk of them in float32 with their softmax in bfloat16. `bench/ahead.py` compares it with
-    what XLA takes for an H200. On a TPU whose compiler is not at hand everything counts at one
-    time, the MLP, the norm and the scores twice in float32.
+    On a GPU the estimate is the larger of MLP and attention. MLP: gate and up projections, residual
+    stream, its norm and the block output. Attention: queries twice and, without cuDNN attention,
+    the float32 scores of one query chunk and their bfloat16 softmax. `bench/ahead.py` compares it
+    with XLA on an H200. On a TPU without libtpu, residual stream, norm, MLP and two copies
+    of the scores are added up, mostly in float32.
     """
     split = sharding.ways(mesh, "ff")
     rows = shapes.batch // sharding.ways(mesh, "batch")
@@ -222,11 +224,11 @@ def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Sha
 
 def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
             chip: chips.Chip) -> dict[str, float]:
-    """Return the least seconds of a decode step and of a prefill, by arithmetic.
+    """Return roofline times of a decode step and a prefill in seconds.
 
-    A decode step reads every weight once and every row's keys and values, of a cache that is full
-    on average by its prompt and half its reply; a prefill computes. The sums over the model axis
-    are a ring's, 2·(n − 1)/n of their bytes over the links, and are not hidden behind anything.
+    A decode step reads all weights and every row's keys and values, on average for the prompt and
+    half the reply; a prefill is compute bound. All-reduces over the model axis are rings that move
+    2·(n − 1)/n of the bytes over the links, without overlap with compute.
     """
     split, ways = sharding.ways(mesh, "ff"), sharding.ways(mesh, "batch")
     rows = shapes.batch // ways
@@ -243,7 +245,7 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
 
 
 def run_hours(roofline: Mapping[str, float], shapes: Shapes, fraction: float) -> float:
-    """Return the hours of a published axis run at a fraction of the roofline, replies all full."""
+    """Return the hours of a published axis run at a fraction of roofline speed, full replies."""
     batches = -(-ROLLOUTS // shapes.batch)
     one = roofline["prefill"] + NEW_TOKENS * roofline["decode_step"]
     return batches * one / fraction / 3600
@@ -251,10 +253,10 @@ def run_hours(roofline: Mapping[str, float], shapes: Shapes, fraction: float) ->
 
 def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
                 cap_layers: Sequence[int]) -> dict[str, Compiled]:
-    """Compile prefill and decode, uncapped and (where layers are given) capped.
+    """Compile prefill and decode, uncapped and, if `cap_layers` is given, capped.
 
-    A prefill's temporaries grow evenly with the layers, so it is compiled at the two `DEPTHS` and
-    extended to the whole; the decode is compiled as it is.
+    Prefill temporaries are linear in the number of layers, so prefill is compiled at the two
+    `DEPTHS` and extrapolated. Decode is compiled at full depth.
     """
     shallow, deep = (min(depth, config.n_layers) for depth in DEPTHS)
     arms: dict[str, tuple[int, ...]] = {"plain": ()}
@@ -263,22 +265,22 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
     lowered: dict[tuple[str, str], Any] = {}
     for arm, layers in arms.items():
         lowered[arm, "decode"] = _lower(config, mesh, shapes, layers)[1]
-        # as great a share of the layers as the cap has of the whole model's, from the same depth
+        # cap the same fraction of layers, from the same relative depth, as in the full model
         share = -(-len(layers) * deep // config.n_layers)
         begin = min(layers[0] * deep // config.n_layers, deep - share) if layers else 0
         lowered[arm, "prefill"] = _lower(replace(config, n_layers=deep), mesh, shapes,
                                          tuple(range(begin, begin + share)))[0]
     lowered["plain", "shallow"] = _lower(replace(config, n_layers=shallow), mesh, shapes, ())[0]
-    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # the compiler works outside Python
-        made = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
-    rise = made["plain", "prefill"][1] - made["plain", "shallow"][1]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:  # compilation releases the GIL
+        programs = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
+    rise = programs["plain", "prefill"][1] - programs["plain", "shallow"][1]
     beyond = round(rise / max(deep - shallow, 1) * (config.n_layers - deep))
     out = {}
     for arm in arms:
-        program, temporaries = made[arm, "decode"]
+        program, temporaries = programs[arm, "decode"]
         text = "" if program is None else program.as_text()
         out[arm] = Compiled(
-            prefill_temporaries=made[arm, "prefill"][1] + beyond,
+            prefill_temporaries=programs[arm, "prefill"][1] + beyond,
             decode_temporaries=temporaries,
             operations=tuple(hlo.operations(text)) if text else (),
             bytes=0 if program is None else int(program.cost_analysis()["bytes accessed"]))
@@ -287,7 +289,7 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
 
 def _lower(config: ModelConfig, mesh: Mesh, shapes: Shapes,
            cap_layers: tuple[int, ...]) -> tuple[Any, Any]:
-    """Trace prefill and decode for parameters that are nothing but shapes on a mesh."""
+    """Lower prefill and decode for abstract parameters sharded on a mesh."""
     params = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16, sharding=sharding.weight_sharding(
             s.axes, s.shape, mesh)), layout(config))
@@ -296,7 +298,7 @@ def _lower(config: ModelConfig, mesh: Mesh, shapes: Shapes,
 
 def lowered(params: Params, config: ModelConfig, shapes: Shapes,
             cap_layers: Sequence[int]) -> tuple[Any, Any]:
-    """Trace prefill and decode, greedy, for where these parameters (or their shapes) lie."""
+    """Lower greedy prefill and decode for parameters, or their ShapeDtypeStructs."""
     rows, width = shapes.batch, shapes.width
     edits = Interventions()
     if cap_layers:
@@ -316,7 +318,7 @@ def lowered(params: Params, config: ModelConfig, shapes: Shapes,
 
 
 def _compile(lowered: Any) -> tuple[Any, int]:
-    """Compile; return the program and its temporaries in bytes, or None where they are too many."""
+    """Compile; return (program, temporary bytes); program is None if it exceeds device memory."""
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -330,11 +332,12 @@ def _compile(lowered: Any) -> tuple[Any, int]:
 
 def compare(compiled: Mapping[str, Compiled] | None,
             cap_layers: Sequence[int]) -> dict[str, Any]:
-    """Say what the compiled decode step sends, and what a cap adds to it.
+    """Return the collectives of the compiled decode step and the overhead of a cap.
 
-    A capped layer's kernels are those traced within it; `added_fusions_once` are what is left of a
-    step's, which a cap adds whatever its number of layers. `temporaries_ratio` is of the bytes that
-    a chip must have, for the greater of the two programs; `temporaries_by_program` is of each.
+    `added_fusions_per_layer` is the median number of added kernels per capped layer;
+    `added_fusions_once` is the rest, independent of the number of layers. `temporaries_ratio`
+    (capped / uncapped) compares the larger of prefill and decode; `temporaries_by_program`
+    compares each.
     """
     names = ("collectives_per_layer", "added_collectives", "added_fusions_per_layer",
              "added_fusions_once", "added_bytes", "temporaries_ratio", "temporaries_by_program")
@@ -352,8 +355,8 @@ def compare(compiled: Mapping[str, Compiled] | None,
         return out
 
     def fusions(side: Compiled, layer: int | None = None) -> int:
-        found = side.operations if layer is None else hlo.by_layer(list(side.operations), layer)
-        return hlo.fusions(found)
+        ops = side.operations if layer is None else hlo.by_layer(list(side.operations), layer)
+        return hlo.fusions(ops)
 
     per_layer = statistics.median(fusions(capped, i) - fusions(plain, i) for i in cap_layers)
     other = [op for op in capped.operations if op.kind in hlo.COLLECTIVES]

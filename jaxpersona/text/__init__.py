@@ -1,1 +1,1 @@
-"""Conversations as text: chat templates, tokens and what each token is."""
+"""Chat templates, tokenization and token labels."""

@@ -1,21 +1,20 @@
-"""Conversations to tokens, with what is known of each token, through the checkpoint's own template.
+"""Tokenize conversations with the checkpoint's chat template and label every token.
 
-The rendering is tokenised once, and character offsets carry the spans that `template` locates to
-tokens; text is never searched for, and what a model has generated is never encoded again.
+The rendered text is tokenized once. Character offsets map the spans from `template.locate` to
+tokens, without string search. Generated tokens are never re-encoded.
 
-What a token counts as:
-- content of a message is SYSTEM, USER or ASSISTANT; everything that the template writes, a default
-  system prompt included, and every token that straddles the two is TEMPLATE. One exception: where
-  blanks of the template and the beginning of a content's first word are one token, that token is
-  content, as it is when the model generates it;
-- a thinking block of an assistant message is ASSISTANT | THINKING with its tags, one that the
-  template itself writes is TEMPLATE | THINKING. The last token of a prompt is THINKING exactly
-  when the reply begins inside an open block;
-- fenced code, fences included, is CODE.
+Token kinds:
+- Message content is SYSTEM, USER or ASSISTANT. Text written by the template, including a default
+  system prompt, is TEMPLATE, and so is a token that spans both. Exception: a token that joins
+  template whitespace and the start of a content's first word is content, as in generation.
+- A thinking block of an assistant message, tags included, is ASSISTANT | THINKING; one that the
+  template writes is TEMPLATE | THINKING. The last prompt token is THINKING if and only if the
+  reply starts inside an open thinking block.
+- Fenced code, fences included, is CODE.
 
-An empty system message is not a missing one: it is rendered as the template renders it. Where the
-template has no system role, the system prompt is put before the first user message, a blank line
-between, and keeps its kind and its turn; an empty one adds nothing.
+An empty system message is rendered, not skipped. If the template has no system role, the system
+prompt is prepended to the first user message with a blank line between; it keeps its kind and turn,
+and an empty one adds nothing.
 """
 
 from __future__ import annotations
@@ -47,15 +46,15 @@ from jaxpersona.text.template import CLOSE, OPEN, PRIVATE, ROLES, Template, loca
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Row:
-    """One conversation as tokens.
+    """One tokenized conversation.
 
     Attributes:
       tokens: [T] int32.
-      kind: [T] int32, bits of `batch.KINDS` (valid, first and last are set by `batch.batch`).
-      turn: [T] int32, the number of the message that a token belongs to, from 0 as they were given;
-        the generation prompt belongs to the coming message.
-      text: what was tokenised.
-      messages: the messages, or None for a row that was made of token ids.
+      kind: [T] int32, bits of `batch.KINDS` (`batch.batch` sets valid, first and last).
+      turn: [T] int32, index of the message that a token belongs to; the generation prompt belongs
+        to the next message.
+      text: the tokenized text.
+      messages: the messages, or None for a row built from token ids.
     """
 
     tokens: np.ndarray
@@ -70,16 +69,16 @@ def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thin
     """Encode conversations as a batch.
 
     Args:
-      model: a tokenizer, or anything with one as `tokenizer`.
-      conversations: B conversations from any iterable, each a list of {"role", "content"} or one
-        user message.
-      reply: end with the generation prompt.
-      thinking: what the template is told as `enable_thinking`.
+      model: a tokenizer, or an object with a `tokenizer` attribute.
+      conversations: an iterable of B conversations, each a list of {"role", "content"} dicts or a
+        string (one user message).
+      reply: append the generation prompt.
+      thinking: the template variable `enable_thinking`.
       width: pad to this many tokens; default: the longest row.
-      variables: more template variables, such as {"date_string": "26 Jul 2024"}.
+      variables: additional template variables, such as {"date_string": "26 Jul 2024"}.
 
     Returns:
-      A batch whose `row_id` are hashes of the tokens; the n-th copy of a row counts as sample n.
+      A batch whose `row_id` hashes the tokens; the n-th duplicate of a row is sample n.
 
     Raises:
       ValueError: as `encode_row` and `batch.batch`.
@@ -101,42 +100,41 @@ def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thin
 
 
 def listed(given: Any, name: str = "conversations") -> list[Any]:
-    """Return conversations, from any iterable, as a list.
+    """Convert an iterable of conversations to a list.
 
     Args:
       given: the argument's value.
-      name: the argument's name.
+      name: the argument's name, for messages.
 
     Raises:
-      ValueError: none at all, or one conversation (or a part of one) in place of several, which
-        would otherwise be taken apart.
+      ValueError: `given` is empty, or is a single conversation (or message) instead of a list.
     """
     if isinstance(given, (str, bytes)):
-        raise ValueError(f"{name} is one string ({given[:40]!r}); put it into a list")
+        raise ValueError(f"{name} is a single string ({given[:40]!r}); wrap it in a list")
     if isinstance(given, (Mapping, Row)):
-        raise ValueError(f"{name} is one {'message' if isinstance(given, Mapping) else 'Row'}; "
-                         f"give a list of {name}")
+        what = "message" if isinstance(given, Mapping) else "Row"
+        raise ValueError(f"{name} is a single {what}; give a list of {name}")
     try:
-        found = list(given) if not isinstance(given, (set, frozenset)) else None
-    except TypeError:  # an array without dimensions has no elements either
-        found = None
-    if found is None:
+        items = list(given) if not isinstance(given, (set, frozenset)) else None
+    except TypeError:  # not iterable, such as a 0-d array
+        items = None
+    if items is None:
         raise ValueError(f"{name} is {given!r:.60}; give a list of {name}")
-    if not found:
+    if not items:
         raise ValueError(f"{name} is empty; give at least one")
-    if any(isinstance(one, (Mapping, int, np.integer)) for one in found):
-        raise ValueError(f"{name} is one conversation; put it into a list")
-    return found
+    if any(isinstance(item, (Mapping, int, np.integer)) for item in items):
+        raise ValueError(f"{name} is a single conversation; wrap it in a list")
+    return items
 
 
 @sandbox.one_conversation()
 def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinking: bool = False,
                variables: Mapping[str, Any] | None = None) -> Row:
-    """Encode one conversation; the arguments are those of `encode`.
+    """Encode one conversation; see `encode` for the arguments.
 
     Raises:
-      ValueError: a malformed conversation, one that the template refuses, contents that cannot be
-        located in its rendering, or a tokenizer without character offsets.
+      ValueError: the conversation is malformed, the template rejects it or alters its contents in
+        an unknown way, or the tokenizer has no character offsets.
     """
     messages = check_conversation(conversation, reply=reply)
     template = Template(tokenizer, thinking, variables)
@@ -144,7 +142,7 @@ def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinkin
     row = _tokenise(template, text, kind, turn)
     row = dataclasses.replace(row, messages=tuple(messages))
     if row.tokens.size == 0:
-        raise ValueError("the conversation is empty: it renders to no token")
+        raise ValueError("the conversation is empty: it renders to zero tokens")
     if reply and text.endswith(CLOSE):
         row.kind[-1] &= ~THINKING
     return row
@@ -153,28 +151,29 @@ def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinkin
 @sandbox.one_conversation()
 def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, *, stopped: bool,
                  thinking: bool = False, variables: Mapping[str, Any] | None = None) -> Row:
-    """Return the next prompt of a conversation: its tokens, the reply's, then a user message.
+    """Append a reply and the next user message to a prompt; return the next prompt.
 
-    What the model has seen is not encoded again: the prompt and the reply keep their ids. What
-    follows the reply is taken from the template's rendering of the whole conversation.
+    The token ids of the prompt and the reply are kept, not re-encoded. Only the tokens after the
+    reply come from rendering the whole conversation.
 
     Args:
-      row: the prompt that was answered, from `encode_row`, `generate` or this function.
-      generated: [n] the reply's token ids, with or without the stop token.
+      row: the answered prompt, from `encode_row`, `generate` or this function.
+      generated: [n] token ids of the reply, with or without the stop token.
       message: the next user message.
-      stopped: whether a stop ended the reply (else the length limit did). A stop token that begins
-        the template's end of turn is not doubled.
+      stopped: True if a stop token ended the reply, False if the length limit did. A stop token
+        that starts the template's end of turn is not repeated.
 
     Raises:
-      ValueError: a row without messages or whose last one is not the user's, or as `encode_row`.
+      ValueError: `row` has no messages or its last message is not a user message; or as
+        `encode_row`.
     """
     check_conversation([{"role": "user", "content": message}])
     if row.messages is None:
-        raise ValueError("row has no messages, because it was made of token ids; continue a row "
-                         "that `encode_row` made, or append the ids yourself")
+        raise ValueError("row was built from token ids and has no messages; pass a row from "
+                         "`encode_row`, or append the token ids yourself")
     if row.messages[-1]["role"] != "user":
-        raise ValueError(f"the row's last message has the role {row.messages[-1]['role']!r}; a "
-                         "reply can only follow a user message")
+        raise ValueError(f"the row's last message has role {row.messages[-1]['role']!r}; it must "
+                         "be 'user'")
     reply = np.asarray(generated, np.int32).reshape(-1)
     template = Template(tokenizer, thinking, variables)
     answered = len(row.messages)
@@ -185,20 +184,20 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
     tail = _tokenise(template, text, kind, turn, start)
     if text.endswith(CLOSE):
         tail.kind[-1] &= ~THINKING
-    said = _reply_kinds(tokenizer, row, reply)
+    reply_kind = _reply_kinds(tokenizer, row, reply)
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     text = tail.text
     if reply.size and tail.tokens.size and reply[-1] == tail.tokens[0] and (
         stopped or int(reply[-1]) in special
     ):
-        said[-1] = TEMPLATE | GENERATED
+        reply_kind[-1] = TEMPLATE | GENERATED
         text = text.removeprefix(tokenizer.decode(reply[-1:].tolist()))
         tail = Row(tail.tokens[1:], tail.kind[1:], tail.turn[1:], text)
     elif reply.size and stopped and int(reply[-1]) in special:
-        said[-1] = TEMPLATE | GENERATED
+        reply_kind[-1] = TEMPLATE | GENERATED
     return Row(
         np.concatenate([row.tokens, reply, tail.tokens]),
-        np.concatenate([row.kind & ~LAST, said, tail.kind]),
+        np.concatenate([row.kind & ~LAST, reply_kind, tail.kind]),
         np.concatenate([row.turn, np.full(reply.size, answered, np.int32), tail.turn]),
         row.text + _decoded_after(tokenizer, row.tokens, reply) + text,
         tuple(messages),
@@ -207,10 +206,10 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
 
 def _after_reply(template: Template, messages: list[dict[str, str]],
                  ) -> tuple[str, np.ndarray, np.ndarray, int]:
-    """Render a conversation; return what `locate` does and where the last reply's content ends.
+    """Render a conversation; return (text, kind, turn) and the end of the last reply's content.
 
-    A reply that the template drops or changes is rendered as one private-use character instead:
-    only what follows it is used.
+    If the template alters the reply, a private-use character stands in for it, because only the
+    text after the reply is used.
     """
     *before, reply, message = messages
     used = "".join(m["content"] for m in messages)
@@ -225,42 +224,42 @@ def _after_reply(template: Template, messages: list[dict[str, str]],
             continue
         if len(before) in ends:
             return text, kind, turn, ends[len(before)]
-    raise ValueError("the chat template leaves out a reply that a user message follows; the "
+    raise ValueError("the chat template omits a reply before the next user message; the "
                      "conversation cannot be continued")
 
 
 def _decoded_after(tokenizer: Any, before: np.ndarray, ids: np.ndarray) -> str:
-    """Decode ids as they stand after others; alone, a decoder may drop their first blank."""
+    """Decode ids in context, because decoding them alone may drop the leading space."""
     context = before[-1:].tolist()
     head, whole = tokenizer.decode(context), tokenizer.decode([*context, *ids.tolist()])
     return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(ids.tolist())
 
 
 def answered(tokenizer: Any, row: Row, reply: np.ndarray) -> Row:
-    """Return a prompt with the ids [n] of its reply, marked as decode marks them.
+    """Append a reply's token ids [n] to a prompt, with the kinds that decoding assigns.
 
     Args:
-      tokenizer: the model's, or None; then thinking and code are not marked.
+      tokenizer: the model's tokenizer; None leaves THINKING and CODE unset.
     """
     reply = np.asarray(reply, np.int32).reshape(-1)
     kind = np.full(reply.size, ASSISTANT | GENERATED, np.int32)
     if tokenizer is not None and reply.size:
         kind = _reply_kinds(tokenizer, row, reply)
-    turn = int(row.turn[-1]) + (not row.kind[-1] & TEMPLATE)  # a bare prompt is the turn before
+    turn = int(row.turn[-1]) + (not row.kind[-1] & TEMPLATE)  # no generation prompt: next turn
     return Row(np.concatenate([row.tokens, reply]),
                np.concatenate([row.kind & ~LAST, kind]) if reply.size else row.kind,
                np.concatenate([row.turn, np.full(reply.size, turn, np.int32)]), "")
 
 
 def row_id(tokens: Any, sample: int = 0, salt: str = "") -> int:
-    """Return a stable 32-bit hash of what a row is: its tokens, sample number and a salt."""
+    """Return a stable 32-bit hash of a row's tokens, sample number and salt."""
     ids = np.ascontiguousarray(tokens, "<i4").reshape(-1)
     head = f"{salt}\0{int(sample)}\0".encode()
     return int.from_bytes(hashlib.sha256(head + ids.tobytes()).digest()[:4], "little")
 
 
 def thinking_ids(tokenizer: Any) -> tuple[int, int]:
-    """Return the ids that open and close a thinking block, or (-1, -1) where they are no tokens."""
+    """Return the ids of the <think> and </think> tokens; (-1, -1) if they are not single tokens."""
     ids = [tokenizer.encode(tag, add_special_tokens=False) for tag in (OPEN, CLOSE)]
     if any(len(one) != 1 for one in ids) or ids[0] == ids[1]:
         return -1, -1
@@ -268,60 +267,62 @@ def thinking_ids(tokenizer: Any) -> tuple[int, int]:
 
 
 def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[str, str]]:
-    """Return a conversation's messages (a bare string is one user message).
+    """Validate a conversation and return its messages (a string is one user message).
 
     Raises:
-      ValueError: what is wrong, of which message, and the mend.
+      ValueError: the conversation is malformed; the message names the entry and the fix.
     """
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]
     if not isinstance(conversation, Sequence) or not len(conversation):
         raise ValueError(f"conversation is {conversation!r:.60}; give a list of "
-                         '{"role", "content"} or one string')
+                         '{"role", "content"} dicts or a string')
     out = []
     for i, message in enumerate(conversation):
         if not isinstance(message, Mapping):
-            raise ValueError(f"message {i} is {message!r:.60}; give a dict of role and content")
+            raise ValueError(f"message {i} is {message!r:.60}; give a dict with role and content")
         for field in ("role", "content"):
             if field not in message:
                 raise ValueError(f"message {i} has no {field!r}; give role and content")
         if extra := sorted(set(message) - {"role", "content"}, key=str):
             raise ValueError(f"message {i} has the field {extra[0]!r}; only role and content are "
-                             "read, so take it out")
+                             "supported, remove it")
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"message {i} has the role {role!r}; it must be system, user or "
+            raise ValueError(f"message {i} has role {role!r}; it must be system, user or "
                              "assistant")
         if not isinstance(content, str):
-            raise ValueError(f"message {i} has the content {content!r:.60}; it must be a string")
+            raise ValueError(f"message {i} has content {content!r:.60}; it must be a string")
         if re.search("[\ud800-\udfff]", content):
-            raise ValueError(f"message {i} has a lone surrogate in its content, which is no text; "
-                             "replace it")
+            raise ValueError(f"message {i} has a lone surrogate in its content, which is invalid "
+                             "Unicode; replace it")
         if role == "system" and i:
-            raise ValueError(f"message {i} has the role 'system'; only the first message may")
+            raise ValueError(f"message {i} has role 'system'; only message 0 may")
         out.append({"role": role, "content": content})
     if reply and out[-1]["role"] != "user":
-        raise ValueError(f"the last message has the role {out[-1]['role']!r}; a reply can only "
-                         "follow a user message (or pass reply=False)")
+        raise ValueError(f"the last message has role {out[-1]['role']!r}; it must be 'user' "
+                         "(or pass reply=False)")
     return out
 
 
 def _tokenizer(model: Any) -> Any:
-    found = model if hasattr(model, "apply_chat_template") else getattr(model, "tokenizer", None)
-    if found is None:
-        raise ValueError("the model has no tokenizer; give token ids to batch.batch instead")
-    return found
+    tokenizer = model
+    if not hasattr(model, "apply_chat_template"):
+        tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise ValueError("the model has no tokenizer; pass token ids to batch.batch instead")
+    return tokenizer
 
 
 def _tokenise(template: Template, text: str, kind: np.ndarray, turn: np.ndarray,
               begin: int = 0) -> Row:
-    """Tokenise a rendering once and give every token what its characters are.
+    """Tokenize a rendering once and label every token from its characters.
 
     Args:
-      text, kind, turn: the rendering, and what each character is.
-      begin: return only the tokens from this character on. They are those of the whole text, so
-        that a tokenizer that marks the start of a text does not mark them; where a token of the
-        whole lies on both sides, what follows is tokenised behind another character.
+      text, kind, turn: the rendering, with the kind and turn of each character.
+      begin: return only the tokens from this character on. The whole text is tokenized, so that
+        they get no start-of-text marker. If a token crosses `begin`, the rest is tokenized after
+        a guard character instead.
     """
     tokens, start, stop = _spans(template, text)
     at = int(np.searchsorted(start, begin)) if begin else 0
@@ -358,11 +359,11 @@ def _tokenise(template: Template, text: str, kind: np.ndarray, turn: np.ndarray,
 
 def _spans(template: Template, text: str, *, lead: bool = True,
            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Tokenise a text: ids [T] int32, and from where to where each token covers the text.
+    """Tokenize a text; return ids [T] int32 and the start and stop character of each token.
 
-    A token covers what lies between the end of the one before and its own end: tokenizers cut
-    blanks off the offsets they report, and a character of several tokens has one span for all.
-    A base model's leading tokens are its tokenizer's own; what follows them is encoded as alone.
+    A token's span starts where the previous one ends, because tokenizers trim whitespace from their
+    offsets and report one span for all tokens of a character. For base models the tokens that the
+    tokenizer prepends (such as BOS) come first.
     """
     before = template.lead if lead else []
     size = len(template.lead_text) if before else 0
@@ -370,7 +371,7 @@ def _spans(template: Template, text: str, *, lead: bool = True,
         out = template.tokenizer(text[size:], add_special_tokens=False,
                                  return_offsets_mapping=True, verbose=False)
     except NotImplementedError as error:
-        raise ValueError("the tokenizer reports no character offsets; load the model's fast "
+        raise ValueError("the tokenizer has no character offsets; use the model's fast "
                          "tokenizer (tokenizer.json)") from error
     tokens = np.asarray([*before, *out["input_ids"]], np.int32)
     if not tokens.size:
@@ -383,7 +384,7 @@ def _spans(template: Template, text: str, *, lead: bool = True,
 
 
 def _reply_kinds(tokenizer: Any, row: Row, reply: np.ndarray) -> np.ndarray:
-    """Return the kinds of generated ids, by the same rule as decode's."""
+    """Return the kinds of generated tokens, by the same rule as decoding."""
     begin, end = thinking_ids(tokenizer)
     inside = bool(row.kind[-1] & THINKING)
     kind = np.full(reply.size, ASSISTANT | GENERATED, np.int32)

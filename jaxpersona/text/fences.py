@@ -1,13 +1,12 @@
-"""Fenced code, recognised token by token while a reply is being written.
+"""Detect fenced code token by token during decoding.
 
-A text of lines is in or out of a code block by an automaton over five kinds of character: a
-backtick, a tilde, a newline, a blank, anything else. A token's text takes the automaton from one
-state to another, so the whole of it is one table [V, states] that the decode loop looks up.
+A finite automaton over five character classes (backtick, tilde, newline, space, other) tracks
+whether the text is inside a Markdown code block. Each token maps a state to the next state, so the
+decode loop only looks up a table [V, states].
 
-A fence is known at its third mark; a longer one closes at three marks too, and an opening line
-with a second backtick further on (code within a line) counts as code up to there. Lists are not
-followed: a fence behind a list's mark is text. A finished text is read by `template.fences`, which
-sees whole lines.
+Limits: a fence is recognized at its third mark, and three marks also close a longer fence. An
+opening line with another backtick later (inline code) counts as code up to that backtick. Fences
+after list markers are not recognized. `template.fences` parses complete texts by lines.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-CODE_BIT = 0x80  # of a table's entry: some of the token's text is code
-_LINE, _TEXT = 0, 4  # outside: at a line's start (1 to 3: after as many blanks), within a line
-_INSIDE = 9  # states from here on are code
+CODE_BIT = 0x80  # flag in table entries: part of the token's text is code
+_LINE, _TEXT = 0, 4  # outside code: line start (1 to 3: after that many spaces), within a line
+_INSIDE = 9  # states >= this are inside code
 
 
 def _machine() -> dict[tuple[int, str], int]:
@@ -29,7 +28,7 @@ def _machine() -> dict[tuple[int, str], int]:
 
     def line(start: int, text: int, marks: str, runs: dict[str, int],
              after: dict[str, int]) -> None:
-        """A line's beginning: up to three blanks (start + 1 …), then a run of three marks."""
+        """Add the line-start transitions: up to three spaces (start + 1 …), then three marks."""
         for blanks in range(4):
             state = start + blanks
             step[state, " "] = state + 1 if blanks < 3 else text
@@ -47,8 +46,9 @@ def _machine() -> dict[tuple[int, str], int]:
             step[text, c] = text
         step[text, "\n"] = start
 
-    # outside 0…8; a backtick's opening line 9 (marks), 10 (what follows); a tilde's 11
-    inside = {"`": 12, "~": 21}  # then 4 starts, 2 runs, 1 closing run, 1 blanks after it, 1 text
+    # outside: 0…8; opening line of a backtick fence: 9 (marks), 10 (rest); of a tilde fence: 11
+    # inside, per mark: 4 line starts, 2 runs of marks, closing run, spaces after it, text
+    inside = {"`": 12, "~": 21}
     line(_LINE, _TEXT, "`~", {"`": 5, "~": 7}, {"`": 9, "~": 11})
     for state in (9, 10, 11):
         for c in "`~ x":
@@ -72,7 +72,7 @@ STATES = 1 + max(state for state, _ in _STEP)
 
 @functools.lru_cache(maxsize=1 << 16)
 def _walk(text: str) -> np.ndarray:
-    """Return where a reduced text leads from every state, [states] uint8, with its `CODE_BIT`."""
+    """Return the next state from every state, [states] uint8, with `CODE_BIT` if code was seen."""
     out = np.zeros(STATES, np.uint8)
     for begin in range(STATES):
         state, code = begin, False
@@ -80,26 +80,26 @@ def _walk(text: str) -> np.ndarray:
             state = _STEP[state, c]
             code |= state >= _INSIDE
         out[begin] = state | CODE_BIT * code
-    out.flags.writeable = False  # it is shared by all who ask
+    out.flags.writeable = False  # the cache returns the same array to all callers
     return out
 
 
 def _reduced(text: str) -> str:
-    """Keep of a text what the automaton can tell apart."""
-    # a carriage return before a newline is no more than a blank at a line's end
+    """Shorten a text without changing the automaton's path."""
+    # a carriage return before a newline is equivalent to a trailing space
     text = re.sub(r"[^`~\n ]+", "x", text.replace("\t", "    ").replace("\r", " "))
     return re.sub(r"(.)\1{4,}", r"\1\1\1\1", text, flags=re.DOTALL)
 
 
 def _written(token: str) -> str:
-    """Put white space for its stand-ins in byte-level and in sentencepiece vocabularies."""
+    """Replace whitespace markers of byte-level and SentencePiece vocabularies (Ġ, ▁, …)."""
     for marks, text in (("[Ġ▁]", " "), ("Ċ|<0x0A>", "\n"), ("ĉ|<0x09>", "\t"), ("č|<0x0D>", "\r")):
         token = re.sub(marks, text, token)
     return token
 
 
 def walk(texts: list[str]) -> np.ndarray:
-    """Say which of a reply's tokens hold fenced code: [T] bool for T texts."""
+    """Return which of T token texts contain fenced code, [T] bool."""
     state, out = _LINE, []
     for text in texts:
         entry = int(_walk(_reduced(text))[state])
@@ -109,10 +109,10 @@ def walk(texts: list[str]) -> np.ndarray:
 
 
 def table(tokenizer: Any, size: int) -> np.ndarray:
-    """Return the automaton of a tokenizer's vocabulary, [size, states] uint8, read-only.
+    """Return the transition table of a tokenizer's vocabulary, [size, states] uint8, read-only.
 
-    An entry is the state that a token leads to from a state, with `CODE_BIT` where some of its text
-    is code. The table is kept for the tokenizer as it is: with a token added it is made anew.
+    Entry [token, state] is the next state, with `CODE_BIT` set if part of the token's text is code.
+    The table is cached per tokenizer and recomputed when tokens are added.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {})
     known = tuple(sorted((number, str(token)) for number, token in added.items()))
@@ -125,6 +125,6 @@ def _table(tokenizer: Any, size: int, count: int, added: tuple[tuple[int, str], 
     texts = (_written(token or "")
              for token in tokenizer.convert_ids_to_tokens(range(min(count, size))))
     rows = [_walk(_reduced(text)) for text in texts]
-    made = np.stack([*rows, *[_walk("x")] * (size - len(rows))])
-    made.flags.writeable = False
-    return made
+    entries = np.stack([*rows, *[_walk("x")] * (size - len(rows))])
+    entries.flags.writeable = False
+    return entries

@@ -1,7 +1,7 @@
-"""Render chat templates with bounds on time, memory and size.
+"""Render chat templates in a subprocess with limits on time, memory and size.
 
-One process renders for all tokenizers (`sandbox_worker`). It starts with the first rendering and
-again after a template has ended it.
+One worker process (`sandbox_worker`) serves all tokenizers. It starts on the first rendering and is
+restarted after a template exceeds a limit.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-SECONDS = 10.0  # of processor time for one rendering, and for all those of one conversation
-MEMORY = 2 << 30  # bytes of address space, Python's own included
-CHARACTERS = 1 << 26  # of a conversation and of a rendering
-_LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON writes a character in at most six
-_WAIT = 10  # times SECONDS by the clock, for a machine that does much else
-_START = 120.0  # seconds by the clock for the process to start
+SECONDS = 10.0  # CPU seconds per rendering, and for all renderings of one conversation
+MEMORY = 2 << 30  # bytes of address space of the worker, interpreter included
+CHARACTERS = 1 << 26  # maximum size of a conversation and of a rendering
+_LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON uses at most 6 per character
+_WAIT = 10  # wall-clock timeout in multiples of SECONDS, for busy machines
+_START = 120.0  # wall-clock seconds for the process to start
 
 
 class Refused(ValueError):
-    """The template refuses the conversation, by its own words or by an error within it."""
+    """The template rejects the conversation: it raises an error."""
 
 
 _budget: contextvars.ContextVar[list[float] | None] = contextvars.ContextVar(
-    "jaxpersona_renderings", default=None)  # one number: the processor seconds left
+    "jaxpersona_renderings", default=None)  # one item: the remaining CPU seconds
 
 
 @contextlib.contextmanager
 def one_conversation() -> Iterator[None]:
-    """Bound the renderings of a `with` block together by `SECONDS`; an inner block adds nothing."""
+    """Limit all renderings in a `with` block to `SECONDS` in total; nested blocks add none."""
     if _budget.get() is not None:
         yield
         return
@@ -55,12 +55,12 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
 
     Args:
       template: Jinja source.
-      variables: what it is rendered with; JSON values.
-      source: where the template comes from, for messages.
+      variables: template variables; JSON values.
+      source: origin of the template, for messages.
 
     Raises:
       Refused: the template raises an error.
-      ValueError: it exceeds a limit, a variable is no JSON value, or no process can be started.
+      ValueError: a limit is exceeded, a variable is not a JSON value, or the worker cannot start.
     """
     request = _encoded({"template": template, "variables": dict(variables)})
     left = _budget.get()
@@ -76,16 +76,16 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
         return reply["text"]
     reason = " ".join(str(reply["error"]).split()) + (f" ({source})" if source else "")
     if reply["refused"]:
-        raise Refused(f"the chat template refuses the conversation: {reason}")
+        raise Refused(f"the chat template rejects the conversation: {reason}")
     raise ValueError(f"the chat template cannot be rendered: {reason}; use another template "
                      "(`tokenizer.chat_template`)")
 
 
 def _encoded(message: Any) -> bytes:
-    """Return a message of the protocol.
+    """Encode a protocol message.
 
     Raises:
-      ValueError: a variable that is no JSON value, or more characters than `CHARACTERS`.
+      ValueError: a variable is not a JSON value, or the message exceeds `CHARACTERS`.
     """
     try:
         text = json.dumps(message, ensure_ascii=False, default=_plain)
@@ -94,9 +94,9 @@ def _encoded(message: Any) -> bytes:
             try:
                 json.dumps(value, default=_plain)
             except (TypeError, ValueError, RecursionError):
-                raise ValueError(f"the template variable {name!r} is {value!r:.60}; give text, "
-                                 "numbers, booleans, None, lists or dictionaries") from None
-        raise ValueError(f"the template variables are no JSON values ({error})") from None
+                raise ValueError(f"the template variable {name!r} is {value!r:.60}; use strings, "
+                                 "numbers, booleans, None, lists or dicts") from None
+        raise ValueError(f"the template variables are not JSON values ({error})") from None
     if len(text) > CHARACTERS:
         raise ValueError(f"the conversation has {len(text):,} characters; the limit is "
                          f"{CHARACTERS:,}: shorten it")
@@ -105,16 +105,16 @@ def _encoded(message: Any) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    """Return numbers of NumPy as Python's and added tokens as their text."""
+    """Convert NumPy numbers to Python numbers and added tokens to strings."""
     if type(value).__module__.split(".")[0] == "numpy" and hasattr(value, "tolist"):
         return value.tolist()
     if type(value).__name__ == "AddedToken":
         return str(value)
-    raise TypeError(f"{type(value).__name__} is no JSON value")
+    raise TypeError(f"{type(value).__name__} is not a JSON value")
 
 
 class _Worker:
-    """A running process and its two pipes."""
+    """A running worker process and its two pipes."""
 
     def __init__(self) -> None:
         self.limits = (SECONDS, MEMORY, CHARACTERS)
@@ -123,7 +123,7 @@ class _Worker:
         import markupsafe
 
         folders = {str(pathlib.Path(str(m.__file__)).parents[1]) for m in (jinja2, markupsafe)}
-        # -P: neither the script's folder nor the current one may hide a module of Python's
+        # -P keeps the script's and the current folder from shadowing standard modules
         code = ("import runpy, sys; sys.path += sys.argv[2:]; "
                 "runpy.run_path(sys.argv[1], run_name='__main__')")
         try:
@@ -142,27 +142,27 @@ class _Worker:
                              f"({ready['error']}); {sys.executable} must be a Python with jinja2")
 
     def ask(self, request: bytes, wait: float | None = None) -> dict[str, Any]:
-        """Send a request and return the answer; the process is ended if that fails."""
+        """Send a request and return the answer; kill the process on failure."""
         wait = _WAIT * self.limits[0] if wait is None else wait
         try:
             self.sink.write(request)
             self.sink.flush()
             head = self._read(8, wait)
             size = int.from_bytes(head, "little")
-            if size > _LARGEST_REPLY:  # no answer of the worker's own
+            if size > _LARGEST_REPLY:  # not a valid answer
                 raise EOFError
             reply = self._read(size, wait)
         except (OSError, EOFError, TimeoutError) as error:
             self.end()
             return {"error": self._cause(error), "refused": False}
-        except BaseException:  # an interrupt: the answer would be taken for the next request's
+        except BaseException:  # interrupt: a late answer would go to the next request
             self.end()
             raise
         return json.loads(reply.decode("utf-8", "surrogatepass"))
 
     def _read(self, size: int, wait: float) -> bytes:
-        """Read so many bytes within `wait` seconds by the clock."""
-        if os.name != "posix":  # pipes cannot be polled there
+        """Read exactly `size` bytes within `wait` wall-clock seconds."""
+        if os.name != "posix":  # Windows cannot poll pipes
             timer = threading.Timer(wait, self.process.kill)
             timer.start()
             try:
@@ -172,33 +172,33 @@ class _Worker:
             if len(data) < size:
                 raise EOFError
             return data
-        parts, left, end = [], size, time.monotonic() + wait
+        chunks, left, end = [], size, time.monotonic() + wait
         with selectors.DefaultSelector() as selector:
             selector.register(self.source, selectors.EVENT_READ)
             while left:
                 if not selector.select(max(end - time.monotonic(), 0)):
                     raise TimeoutError
-                part = os.read(self.source.fileno(), min(left, 1 << 20))
-                if not part:
+                chunk = os.read(self.source.fileno(), min(left, 1 << 20))
+                if not chunk:
                     raise EOFError
-                parts.append(part)
-                left -= len(part)
-        return b"".join(parts)
+                chunks.append(chunk)
+                left -= len(chunk)
+        return b"".join(chunks)
 
     def _cause(self, error: BaseException) -> str:
         code = self.process.returncode
         spent = code is not None and code == -getattr(signal, "SIGPROF", 0)
         if spent or isinstance(error, TimeoutError):
-            return f"it runs for more than {self.limits[0]:g} s"
-        return f"its process ended with code {code}"
+            return f"rendering takes more than {self.limits[0]:g} s"
+        return f"the worker process exited with code {code}"
 
     def end(self) -> None:
-        """End the process and close its pipes."""
+        """Kill the process and close its pipes."""
         global _current
         if _current is self:
             _current = None
         if self.process.poll() is None and isinstance(sys.exc_info()[1], EOFError | OSError):
-            try:  # it is about to end by itself, and its code says why
+            try:  # it is exiting by itself; its exit code gives the cause
                 self.process.wait(1.0)
             except subprocess.TimeoutExpired:
                 pass
@@ -207,17 +207,17 @@ class _Worker:
         for pipe in (self.sink, self.source):
             try:
                 pipe.close()
-            except OSError:  # what was not sent cannot be flushed any more
+            except OSError:  # unsent data cannot be flushed
                 pass
 
 
 _lock = threading.Lock()
 _current: _Worker | None = None
-_inherited: list[_Worker] = []  # of a parent process: kept, so that nothing ends or awaits them
+_inherited: list[_Worker] = []  # workers of the parent process; referenced so none is finalized
 
 
 def _worker() -> _Worker:
-    """Return the running process, or start one."""
+    """Return the running worker, or start one."""
     global _current
     if _current is not None and (
         _current.limits != (SECONDS, MEMORY, CHARACTERS) or _current.process.poll() is not None
@@ -229,7 +229,7 @@ def _worker() -> _Worker:
 
 
 def _forget() -> None:
-    """Leave the process to the parent, in a process that was forked."""
+    """After a fork, leave the worker to the parent process."""
     global _current, _lock
     if _current is not None:
         _inherited.append(_current)

@@ -1,14 +1,14 @@
-"""The process that renders chat templates, run as a script by `sandbox`.
+"""Worker process that renders chat templates; `sandbox` runs this file as a script.
 
-A template is a program from a stranger. It runs here in Jinja's sandbox, in a process whose memory
-and processor time the system limits, so that a template that never ends or fills memory ends this
-process and nothing else. The environment is the one that transformers renders templates in.
+Chat templates are untrusted programs. They run in Jinja's sandbox inside a process with operating
+system limits on memory and CPU time, so a runaway template kills only this process. The Jinja
+environment equals that of transformers.
 
-Protocol: a message is its length (8 bytes, little endian) and JSON in UTF-8. The first message on
-standard input holds the limits. Each further one is a request, answered on standard output by
-{"text": …} or {"error": …, "refused": bool}, with the "seconds" of processor time that it took.
+Protocol: a message is its length (8 bytes, little endian) followed by UTF-8 JSON. The first message
+on stdin holds the limits. Each later message is a request, answered on stdout by {"text": …} or
+{"error": …, "refused": bool}, plus "seconds", the CPU time used.
 
-This file imports nothing of the package: it must start fast, with Jinja alone.
+This file imports only Jinja and the standard library, to start fast.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ import jinja2.utils
 
 
 class Generation(jinja2.ext.Extension):
-    """Render what stands between `{% generation %}` and `{% endgeneration %}` as it is."""
+    """Jinja extension that renders `{% generation %}` … `{% endgeneration %}` blocks unchanged."""
 
     tags = {"generation"}
 
     def parse(self, parser: Any) -> Any:
-        """Read the block."""
+        """Parse the block."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
         call = self.call_method("_same")
@@ -45,18 +45,18 @@ class Generation(jinja2.ext.Extension):
 
 
 class Table:
-    """The global `dict` of a template, without the attributes of the class."""
+    """The template global `dict`, without the class attributes of `dict`."""
 
     def __call__(self, *args: Any, **fields: Any) -> dict[Any, Any]:
         return dict(*args, **fields)
 
     def fromkeys(self, *args: Any) -> dict[Any, Any]:
-        """Make a dictionary of keys with one value."""
+        """Return `dict.fromkeys(*args)`."""
         return dict.fromkeys(*args)
 
 
 class Namespace(jinja2.utils.Namespace):
-    """The global `namespace` of a template, without names that begin with an underscore."""
+    """The template global `namespace`, restricted to names without a leading underscore."""
 
     def __init__(*args: Any, **fields: Any) -> None:  # noqa: B902 - a field may be named self
         self, args = args[0], args[1:]
@@ -72,12 +72,12 @@ class Namespace(jinja2.utils.Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold the name {name!r}")
+        raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} is not allowed")
 
 
 def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """Make the environment that templates are rendered in."""
-    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    """Create the Jinja environment for chat templates."""
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
 
     def tojson(value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None,
@@ -88,19 +88,19 @@ def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     def raise_exception(message: Any) -> None:
         raise jinja2.exceptions.TemplateError(message)
 
-    made.filters["tojson"] = tojson
-    made.globals |= {
+    env.filters["tojson"] = tojson
+    env.globals |= {
         "raise_exception": raise_exception, "dict": Table(), "namespace": Namespace,
         "strftime_now": lambda form: datetime.now().strftime(form),
     }
-    return made
+    return env
 
 
 def limit_process(memory: int) -> None:
-    """Limit this process's memory in bytes, and let it write no file."""
+    """Limit this process's memory in bytes and forbid file writes."""
     try:
         import resource
-    except ImportError:  # Windows: the caller's clock is the only limit
+    except ImportError:  # Windows has only the caller's timeout
         return
     for name, most in (("RLIMIT_AS", memory), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
         with contextlib.suppress(AttributeError, ValueError, OSError):
@@ -110,8 +110,8 @@ def limit_process(memory: int) -> None:
 
 
 def limit_time(seconds: float) -> None:
-    """Let the system end this process after so many seconds of processor time; 0: never."""
-    if hasattr(signal, "setitimer"):  # SIGPROF's default action needs no Python code to run
+    """Kill this process after `seconds` of CPU time; 0 disables the limit."""
+    if hasattr(signal, "setitimer"):  # SIGPROF's default action kills without running Python code
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
@@ -125,22 +125,22 @@ def answer(request: dict[str, Any], known: dict[str, Any],
             known[source] = environment().from_string(source)
         text = known[source].render(**request["variables"])
     except MemoryError:
-        return {"error": f"it needs more than {limits['memory'] >> 20} MiB of memory",
+        return {"error": f"rendering needs more than {limits['memory'] >> 20} MiB of memory",
                 "refused": False}
     except RecursionError:
-        return {"error": "it calls itself without end", "refused": False}
+        return {"error": "infinite recursion", "refused": False}
     except jinja2.exceptions.TemplateError as error:
         return {"error": str(error), "refused": True}
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}", "refused": True}
     if len(text) > limits["characters"]:
-        return {"error": f"it writes {len(text):,} characters; the limit is "
+        return {"error": f"the rendering has {len(text):,} characters; the limit is "
                          f"{limits['characters']:,}", "refused": False}
     return {"text": text}
 
 
 def read(stream: BinaryIO) -> Any:
-    """Read one message, or None at the end."""
+    """Read one message; return None at end of input."""
     head = stream.read(8)
     if len(head) < 8:
         return None
@@ -156,7 +156,7 @@ def write(stream: BinaryIO, message: Any) -> None:
 
 def main() -> None:
     """Answer requests until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller decides what an interrupt means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles interrupts
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     limits = read(source)
     if limits is None:

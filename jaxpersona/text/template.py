@@ -1,8 +1,8 @@
-"""Where each message's content stands in what a chat template makes of a conversation.
+"""Locate each message's content in the text that a chat template renders.
 
-Nothing is searched for. The template renders a twin of the conversation whose contents are unique
-private-use characters; the twin is split there, the true contents are put back, as they are or
-trimmed, and the result must equal the true rendering character by character.
+The template also renders a copy of the conversation, the twin, whose contents are replaced by
+unique private-use characters. The twin is split at these marks and the contents, verbatim or
+trimmed, are put back; the result must equal the real rendering. String search would be ambiguous.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from jaxpersona.text.sandbox import Refused
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 OPEN, CLOSE = "<think>", "</think>"
 BLANK_LINE = "\n\n"
-# Templates look for these inside contents; a twin holds them to be led down the same path.
+# Templates branch on these tags in contents, so the twin keeps them.
 TAGS = re.compile(r"(</?think>|</?tool_response>|</?tool_call>)")
 FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
-# Unicode's planes 15 and 16: private use, in no text by meaning
+# Unicode planes 15 and 16: private use, absent from ordinary text
 PRIVATE = range(0xF0000, 0x10FFFE)
-_EXAMPLES = 16  # messages whose closings are looked at
+_EXAMPLES = 16  # maximum number of messages whose closing text is determined
 
 
 class _Piece(NamedTuple):
-    """A part of one message's content: running text, a tag, or the joint between two messages."""
+    """A part of a message's content: text, a tag, or the joint between two merged messages."""
 
     owner: int
     place: int
@@ -39,17 +39,17 @@ class _Piece(NamedTuple):
     what: str = "text"
 
 
-_Found = tuple[_Piece, int, int]  # a piece, and from where to where it stands in the rendering
+_Found = tuple[_Piece, int, int]  # piece, start and end character in the rendering
 
 
 class Template:
-    """A checkpoint's template with its arguments bound.
+    """A checkpoint's chat template with its variables bound.
 
     Attributes:
-      base: whether there is none: a conversation is then a plain completion.
-      lead: the ids that a base model's tokenizer puts before a text, such as a beginning-of-text
-        token; with a template these are the template's matter.
-      lead_text: how they are written.
+      base: True for a base model without a template; contents are then joined as plain text.
+      lead: token ids that a base model's tokenizer prepends (such as BOS); empty with a template,
+        which writes them itself.
+      lead_text: the text of `lead`.
     """
 
     def __init__(self, tokenizer: Any, thinking: bool, variables: Mapping[str, Any] | None) -> None:
@@ -57,26 +57,26 @@ class Template:
         self.options = {"enable_thinking": thinking, **(variables or {})}
         self.lead: list[int] = _lead(tokenizer) if self.base else []
         self.lead_text = "".join(tokenizer.convert_ids_to_tokens(self.lead)) if self.lead else ""
-        # a tokenizer that brings a method of its own renders without transformers' environment
+        # a tokenizer class may override apply_chat_template; that method is then called
         method = getattr(type(tokenizer), "apply_chat_template", None)
         self.own = getattr(method, "__module__", "") != "transformers.tokenization_utils_base"
 
     def __call__(self, messages: list[dict[str, str]], reply: bool) -> str:
-        """Render messages, with the generation prompt if a reply is to follow.
+        """Render messages; append the generation prompt if `reply`.
 
         Raises:
           sandbox.Refused: the template raises an error.
-          ValueError: its rendering exceeds a limit (`sandbox`).
+          ValueError: the rendering exceeds a limit (see `sandbox`).
         """
-        if self.base:  # plain completion: what is said, joined by blank lines
-            said = BLANK_LINE.join(m["content"] for m in messages if m["content"])
-            return self.lead_text + said
+        if self.base:
+            joined = BLANK_LINE.join(m["content"] for m in messages if m["content"])
+            return self.lead_text + joined
         if self.own:
             try:
                 return self.tokenizer.apply_chat_template(
                     messages, tokenize=False, add_generation_prompt=reply, **self.options)
             except Exception as error:
-                raise Refused(f"the chat template refuses the conversation: "
+                raise Refused(f"the chat template rejects the conversation: "
                               f"{type(error).__name__}: {error}") from error
         options = dict(self.options)
         source = self.tokenizer.get_chat_template(options.pop("chat_template", None),
@@ -87,7 +87,7 @@ class Template:
             str(getattr(self.tokenizer, "name_or_path", "")))
 
     def takes_system(self) -> bool:
-        """Tell whether the template renders a system message."""
+        """Return whether the template renders a system message."""
         asked = [{"role": "system", "content": chr(PRIVATE[0])}, {"role": "user", "content": "x"}]
         try:
             return chr(PRIVATE[0]) in self(asked, True)
@@ -96,7 +96,7 @@ class Template:
 
 
 def _lead(tokenizer: Any) -> list[int]:
-    """Return the ids that a tokenizer puts before a text of its own accord."""
+    """Return the special token ids that a tokenizer prepends to a text."""
     bare = tokenizer("x", add_special_tokens=False)["input_ids"]
     whole = tokenizer("x")["input_ids"]
     at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
@@ -104,7 +104,7 @@ def _lead(tokenizer: Any) -> list[int]:
 
 
 def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[str, list[_Piece]]]:
-    """Return the role and the pieces of every message that the template is to render."""
+    """Return (role, pieces) of every message to render; merge in an unsupported system message."""
     out = []
     for owner, message in enumerate(messages):
         parts = TAGS.split(message["content"])
@@ -114,48 +114,48 @@ def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[st
     if messages[0]["role"] != "system" or template.takes_system():
         return out
     if len(messages) == 1 or messages[1]["role"] != "user":
-        raise ValueError("the chat template has no system role, and message 0 (system) is not "
-                         "followed by a user message to put it into")
-    (_, said), (_, asked), *rest = out
+        raise ValueError("the chat template has no system role, and message 0 (system) cannot be "
+                         "merged: no user message follows it")
+    (_, system), (_, user), *rest = out
     if not messages[0]["content"].strip():
-        return [("user", asked), *rest]
+        return [("user", user), *rest]
     joint = [_Piece(1, -1, BLANK_LINE, "joint")] if messages[1]["content"].strip() else []
-    return [("user", [*said, *joint, *asked]), *rest]
+    return [("user", [*system, *joint, *user]), *rest]
 
 
 def locate(template: Template, messages: list[dict[str, str]], reply: bool,
            ) -> tuple[str, np.ndarray, np.ndarray, dict[int, int]]:
-    """Render a conversation; return its text, kind and turn by character, and contents' ends."""
+    """Render a conversation; return text, kind and turn per character, and each content's end."""
     plan = _pieces(template, messages)
     text = template([{"role": role, "content": "".join(p.text for p in pieces)}
                      for role, pieces in plan], reply)
-    for blanks in ("all", "within", "none"):  # templates may test whether a content is empty
+    for blanks in ("all", "within", "none"):  # templates may branch on empty contents
         twin, marks = _twin(plan, text, blanks)
         skeleton = template(twin, reply)
-        found = _match(skeleton, text, marks)
-        if found is not None:
+        spans = _match(skeleton, text, marks)
+        if spans is not None:
             break
     else:
         where = ", ".join(f"{i} ({m['role']})" for i, m in enumerate(messages))
-        raise ValueError(f"the contents of messages {where} could not be located in what the chat "
-                         "template makes of them: it changes them in an unknown way")
+        raise ValueError(f"the contents of messages {where} could not be located in the rendered "
+                         "text: the chat template alters them in an unknown way")
     kind = np.full(len(text), TEMPLATE, np.int32)
     parts: list[list[_Piece]] = [[] for _ in messages]
     for _, pieces in plan:
         for piece in pieces:
             if piece.what != "joint":
                 parts[piece.owner].append(piece)
-    mine: list[list[_Found]] = [[] for _ in messages]
-    for one in found:
-        mine[one[0].owner].append(one)
+    by_message: list[list[_Found]] = [[] for _ in messages]
+    for span in spans:
+        by_message[span[0].owner].append(span)
     places: dict[int, list[tuple[int, int]]] = {}
     for i, message in enumerate(messages):
-        if not mine[i] and message["content"].strip():
-            raise ValueError(f"the chat template leaves out the content of message {i} "
+        if not by_message[i] and message["content"].strip():
+            raise ValueError(f"the chat template omits the content of message {i} "
                              f"({message['role']})")
-        _mark_content(text, kind, ROLES[message["role"]], parts[i], mine[i])
-        places[i] = [(start, end) for _, start, end in mine[i]]
-    turn = _turns(template, twin, marks, skeleton, text, found, reply, len(messages))
+        _mark_content(text, kind, ROLES[message["role"]], parts[i], by_message[i])
+        places[i] = [(start, end) for _, start, end in by_message[i]]
+    turn = _turns(template, twin, marks, skeleton, text, spans, reply, len(messages))
     _mark_thinking(text, kind, turn, messages, places)
     _mark_code(text, kind, turn)
     return text, kind, turn, {i: s[-1][1] for i, s in places.items() if s}
@@ -163,9 +163,10 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
 
 def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
           ) -> tuple[list[dict[str, str]], dict[str, _Piece]]:
-    """Return the messages with a mark of its own for every piece of text, and the marks.
+    """Return the twin messages, with a unique mark per text piece, and the piece of each mark.
 
-    `blanks` says which blank pieces get one: all, those within contents that are not blank, none.
+    `blanks` selects which whitespace-only pieces are marked: "all", "within" contents that have
+    other text, or "none".
     """
     used = set(text).union(*(p.text for _, pieces in plan for p in pieces))
     free = (chr(code) for code in PRIVATE if chr(code) not in used)
@@ -173,8 +174,8 @@ def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
     twin = []
     for role, pieces in plan:
         content = ""
-        said = any(piece.text.strip() for piece in pieces)
-        blank = blanks == "all" or (blanks == "within" and said)
+        has_text = any(piece.text.strip() for piece in pieces)
+        blank = blanks == "all" or (blanks == "within" and has_text)
         for piece in pieces:
             if piece.what == "text" and (blank or piece.text.strip()):
                 mark = next(free, "")
@@ -190,7 +191,7 @@ def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
 
 
 def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] | None:
-    """Put the pieces back between the scaffold of `skeleton` so that `text` results, or fail."""
+    """Place the pieces between the fixed parts of `skeleton` to give `text`; None if impossible."""
     if not marks:
         return [] if skeleton == text else None
     at = [i for i, char in enumerate(skeleton) if char in marks]
@@ -200,12 +201,11 @@ def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] |
     if not text.startswith(first) or not steps:
         return [] if skeleton == text else None
     forms = [_forms(piece.text) for piece, _ in steps]
-    # what can still follow a step, at the most and at the least: a text too long or too short for
-    # it is given up at once. A step that failed at a place is not tried there again. Without both,
-    # contents of nothing but blanks are tried in all their combinations.
+    # The search is pruned by the minimum and maximum length of the remaining steps and by memoizing
+    # failed (step, position) pairs; whitespace-only contents would otherwise take exponential time.
     most, least = [0], [0]
-    for (_, scaffold), some in zip(reversed(steps), reversed(forms), strict=True):
-        sizes = [len(form) for form in some]
+    for (_, scaffold), variants in zip(reversed(steps), reversed(forms), strict=True):
+        sizes = [len(form) for form in variants]
         most.append(most[-1] + len(scaffold) + max(sizes))
         least.append(least[-1] + len(scaffold) + min(sizes))
     most.reverse()
@@ -213,7 +213,7 @@ def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] |
     failed: set[tuple[int, int]] = set()
     trail = [(len(first), iter(forms[0]))]
     found: list[_Found] = []
-    while trail:  # depth first; a form that does not fit is dropped at once
+    while trail:  # depth-first search with backtracking
         number = len(trail) - 1
         start, left = trail[-1]
         piece, scaffold = steps[number]
@@ -227,7 +227,7 @@ def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] |
                 continue
             found.append((piece, start, end))
             if number + 1 == len(steps):
-                return found  # nothing can be left: the bounds are both 0
+                return found  # the length bounds ensure that no text remains
             trail.append((after, iter(forms[number + 1])))
             break
         else:
@@ -239,7 +239,7 @@ def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] |
 
 
 def _forms(content: str) -> list[str]:
-    """Return a content as it is and as templates trim it."""
+    """Return a content verbatim and in the trimmed variants that templates produce."""
     forms = [content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"),
              content.lstrip("\n"), content.rstrip("\n")]
     return list(dict.fromkeys(forms))
@@ -247,7 +247,7 @@ def _forms(content: str) -> list[str]:
 
 def _mark_content(text: str, kind: np.ndarray, role: int, parts: list[_Piece],
                   mine: list[_Found]) -> None:
-    """Mark one message's pieces, and its own tags beside them where they stand as it has them."""
+    """Mark one message's pieces, and its tags between and around them where rendered verbatim."""
     for (piece, start, end), after in itertools.zip_longest(mine, mine[1:]):
         kind[start:end] = role
         i = piece.place
@@ -265,11 +265,11 @@ def _mark_content(text: str, kind: np.ndarray, role: int, parts: list[_Piece],
 
 def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Piece],
            skeleton: str, text: str, found: list[_Found], reply: bool, n: int) -> np.ndarray:
-    """Return the message number of every character.
+    """Return the message index of every character.
 
-    What closes a message is what follows its mark when the template renders no more than it.
+    A message's closing text is what follows its mark when the conversation is cut after it.
     """
-    # a system message may have been put into the one after it: its place in the twin is that one's
+    # a merged system message shares the twin message of the user message
     places = {piece.owner: m for m, message in enumerate(twin)
               for piece in (marks[c] for c in message["content"] if c in marks)}
     closings = _closings(template, twin, marks, places)
@@ -287,23 +287,23 @@ def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Pie
     if reply and not template.base:
         closed = template(twin, False)
         coming = len(skeleton) - len(closed) if skeleton.startswith(closed) else 0
-        turn[max(at, len(text) - coming) if coming else at :] = n  # none: what follows is the cue
+        turn[max(at, len(text) - coming) if coming else at :] = n  # 0: all remaining text
     return turn
 
 
 def _manner(twin: list[dict[str, str]], m: int) -> tuple[Any, ...]:
-    """Return what a template may close a message by: its role, its tags, and its neighbour."""
-    said = twin[m]["content"]
-    return (twin[m]["role"], bool(said), tuple(sorted(set(TAGS.findall(said)))),
+    """Return what a message's closing text may depend on: role, tags and the previous role."""
+    content = twin[m]["content"]
+    return (twin[m]["role"], bool(content), tuple(sorted(set(TAGS.findall(content)))),
             m == 0 or twin[m - 1]["role"])
 
 
 def _closings(template: Template, twin: list[dict[str, str]],
               marks: dict[str, _Piece], places: dict[int, int]) -> dict[tuple[Any, ...], str]:
-    """Return how messages of each manner are closed.
+    """Return the closing text for each manner of message.
 
-    Of each manner the first two messages are looked at, and the later one counts: a conversation's
-    first may be special. Each is a rendering of its own, so their number is bounded.
+    The first two messages of each manner are rendered and the second one wins, because a
+    conversation's first message may be special. The number of renderings is bounded.
     """
     seen: dict[tuple[Any, ...], int] = {}
     out: dict[tuple[Any, ...], str] = {}
@@ -316,7 +316,7 @@ def _closings(template: Template, twin: list[dict[str, str]],
         looked += 1
         try:
             alone = template(twin[: m + 1], False)
-        except Refused:  # some templates refuse a conversation that ends there
+        except Refused:  # some templates reject a conversation cut here
             continue
         if at := [i for i, char in enumerate(alone) if char in marks]:
             last = places[marks[alone[at[-1]]].owner]
@@ -330,38 +330,38 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
     if OPEN not in text and CLOSE not in text:
         return
     begins = np.full(len(messages) + 1, -1)
-    begins[turn[::-1]] = np.arange(len(text))[::-1]  # of several entries the last one stays
+    begins[turn[::-1]] = np.arange(len(text))[::-1]  # reversed: the first character of a turn wins
     ends = np.full(len(messages) + 1, -1)
     ends[turn] = np.arange(len(text))
     for i in range(len(messages) + 1):
         if begins[i] < 0 or (i < len(messages) and messages[i]["role"] != "assistant"):
             continue
-        mine = spans.get(i, [])
+        content = spans.get(i, [])
         low, high = int(begins[i]), int(ends[i]) + 1
         begin: int | None = None
-        blocks: list[tuple[int, int, int]] = []  # start, end, end of what is inside
+        blocks: list[tuple[int, int, int]] = []  # start, end, end of the inner text
         for tag in re.finditer(f"{OPEN}|{CLOSE}", text[low:high]):
             start, end = low + tag.start(), low + tag.end()
             if tag[0] == OPEN:
                 begin = start if begin is None else begin
                 continue
-            if begin is None:  # closed without an opening: it was opened in the prompt before
-                begin = start if blocks or not mine else min(mine[0][0], start)
+            if begin is None:  # no opening tag: the generation prompt opened the block
+                begin = start if blocks or not content else min(content[0][0], start)
             blocks.append((begin, end, start))
             begin = None
         if begin is not None:
-            end = mine[-1][1] if mine and mine[-1][1] > begin else high
+            end = content[-1][1] if content and content[-1][1] > begin else high
             blocks.append((begin, end, end))
-        starts = [start for start, _ in mine]
+        starts = [start for start, _ in content]
         for begin, end, inner in blocks:
-            # spans and blocks ascend, so the first span that begins in a block decides
+            # both ascend: the first content span that starts in the block decides
             one = bisect.bisect_left(starts, begin)
-            own = one < len(mine) and mine[one][1] <= inner
+            own = one < len(content) and content[one][1] <= inner
             kind[begin:end] = (ASSISTANT if own else TEMPLATE) | THINKING
 
 
 def _mark_code(text: str, kind: np.ndarray, turn: np.ndarray) -> None:
-    """Mark fenced code, fences included, in every unbroken run of content."""
+    """Mark fenced code, fences included, in every contiguous run of content."""
     if "```" not in text and "~~~" not in text:
         return
     cuts = np.flatnonzero((np.diff(kind) != 0) | (np.diff(turn) != 0)) + 1
@@ -372,7 +372,7 @@ def _mark_code(text: str, kind: np.ndarray, turn: np.ndarray) -> None:
 
 
 def fences(text: str) -> list[tuple[int, int]]:
-    """Return the fenced blocks of a text; one that is never closed runs to its end."""
+    """Return (start, end) of each fenced block; an unclosed block extends to the end."""
     out: list[tuple[int, int]] = []
     fence, begin = "", 0
     for line in FENCE.finditer(text):

@@ -105,11 +105,12 @@ def test_a_batch_takes_token_ids_alone(tokens, wanted):
 
 
 ONE = (
-    ("hello", "one string"), (b"hello", "one string"), (None, "is None"), (5, "is 5"),
-    (TALK, "one conversation; put it into a list"), (TALK[0], "is one message"),
-    ([5, 6, 7], "one conversation"), (np.arange(5), "one conversation"), (np.array(5), "array"),
+    ("hello", "a single string"), (b"hello", "a single string"), (None, "is None"), (5, "is 5"),
+    (TALK, "a single conversation; wrap it in a list"), (TALK[0], "is a single message"),
+    ([5, 6, 7], "a single conversation"), (np.arange(5), "a single conversation"),
+    (np.array(5), "array"),
     ([], "is empty"), ((x for x in ()), "is empty"), ({"a", "b"}, "give a list"),
-    (bare_row([5]), "one Row"), (object(), "give a list"),
+    (bare_row([5]), "a single Row"), (object(), "give a list"),
 )
 
 
@@ -166,7 +167,7 @@ def test_one_text_in_place_of_several_is_refused():
         (lambda: extract_axis(m, [default, role], None, "x", judge=NoJudge()), "questions is None"),
         (lambda: extract_axis(m, [default, role], [asked], "x", judge=NoJudge(),
                               held_out="pirate"), "held_out is one string"),
-        (lambda: grow(m, [[]], "hi", vector), "messages is one string"),
+        (lambda: grow(m, [[]], "hi", vector), "messages is a single string"),
         (lambda: grow(m, [[]], ["hi"], vector), r"messages\[0\] is 'hi'"),
         (lambda: grow(m, ["You are"], [["hi"]], vector), r"openings\[0\] is 'You are'"),
         (lambda: grow(m, [[], []], [["hi"]], vector), "openings has 2 entries"),
@@ -268,7 +269,7 @@ def test_code_that_a_tokenizer_needs_is_refused_in_one_line(tmp_path, monkeypatc
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", needs)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="needs Python code of its own.*not run") as caught:
+    with pytest.raises(ValueError, match="needs remote code.*never run") as caught:
         read_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Signals end the command with one line that says what is kept; the console loses no reply."""
+"""Signals end the command with one line about the written files; console output is never lost."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
 def start(*arguments, **variables):
-    """Start the command as its script does, with its output to be read."""
+    """Start the command in a subprocess with captured output."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | variables
     code = "import sys; sys.argv[0] = 'jaxpersona'; from jaxpersona.cli.main import main; main()"
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], text=True, env=env,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-# the command, stopped for half a minute while it imports the module named first
+# runs the command, paused for half a minute while it imports the given module
 WAITING = """
 import sys, time
 where, sys.argv = sys.argv[1], ["jaxpersona", *sys.argv[2:]]
@@ -75,7 +75,7 @@ def texts(tmp_path):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_during_a_run_says_what_is_kept(checkpoint, texts, tmp_path, capsys, monkeypatch,
                                                  number):
-    """The exit code is the shell's, the line names what is there, and the run goes on from it."""
+    """The exit code is 128 + signal, the line names the kept files, and the run can resume."""
     from jaxpersona.persona import extract
 
     out, saved = tmp_path / "out", []
@@ -86,7 +86,7 @@ def test_a_signal_during_a_run_says_what_is_kept(checkpoint, texts, tmp_path, ca
         saved.append(role)
         if len(saved) == 2:
             os.kill(os.getpid(), number)
-            time.sleep(5)  # the handler runs before this ends
+            time.sleep(5)  # the handler runs before the call returns
 
     monkeypatch.setattr(extract.Run, "save_rollouts", save)
     before = [signal.getsignal(n) for n in SIGNALS]
@@ -112,7 +112,7 @@ def test_a_signal_before_anything_is_written_says_so(checkpoint, texts, tmp_path
 
 
 def test_a_killed_command_of_its_own_process_is_one_line(checkpoint, texts, tmp_path):
-    """Through the command-line library, wherever the signal meets it."""
+    """The CLI library exits cleanly at any point."""
     process = start(*s.axis_command(checkpoint, texts, tmp_path / "out", "--samples", "2000"))
     deadline = time.monotonic() + 90
     while not (tmp_path / "out" / "run.json").exists() and time.monotonic() < deadline:
@@ -126,7 +126,7 @@ def test_a_killed_command_of_its_own_process_is_one_line(checkpoint, texts, tmp_
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_no_reply_is_lost_to_the_encoding_of_the_console(monkeypatch, encoding, tmp_path):
-    """A character that the console lacks, and half a surrogate pair, are written as escapes."""
+    """Unencodable characters and lone surrogates are printed as escapes."""
     from jaxpersona.cli import output
 
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
@@ -143,7 +143,7 @@ def test_no_reply_is_lost_to_the_encoding_of_the_console(monkeypatch, encoding, 
 
 
 def test_a_console_of_seven_bits_shows_every_reply(checkpoint, tmp_path, monkeypatch):
-    """The whole command: replies of random bytes, a prompt and a table beyond the encoding."""
+    """End to end: random-byte replies, a prompt and a table that the encoding cannot represent."""
     from jaxpersona.ckpts.vectors import save_vector
 
     from jaxpersona.vectors.vector import Vector
@@ -166,4 +166,4 @@ def test_nothing_is_claimed_of_a_folder_that_cannot_be_read():
 
     with pytest.raises(interrupt.Stopped) as stopped, interrupt.keeping(describe):
         raise interrupt.Stopped(signal.SIGINT)
-    assert stopped.value.kept == "nothing is known of its files"
+    assert stopped.value.kept == "the state of its files is unknown"

@@ -1,4 +1,4 @@
-"""The texts of this package: counts, schema, limits, near-duplicates and templates."""
+"""Package data: counts, schema, limits, near-duplicates and prompt variety."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_word_limits(what, texts, low, high):
 
 def test_texts_are_whole():
     unfit = re.compile(r"[{}<>\[\]]|lorem|\btodo\b|\btbd\b|\bxxx|placeholder|  |\s$|^\s", re.I)
-    # an opening may quote code
+    # opening messages may quote code
     code = {t.opening for d in DOMAINS if d.name == "coding" for u in d.users for t in u.topics}
     assert not [text for text in TEXTS if text not in code and unfit.search(text)]
     assert not [text for text in TEXTS if not text.strip() or not text.isprintable()]
@@ -188,7 +188,7 @@ def test_no_near_duplicates(what, texts):
 
 
 def test_prompts_are_not_templates():
-    """At most a tenth share six or more running words with another role's."""
+    """At most 10 % of prompts share six or more consecutive words with another role."""
     owners: dict[tuple[str, ...], set[int]] = defaultdict(set)
     for i, (_, prompt) in enumerate(PROMPTS):
         run = re.findall(r"[a-z0-9']+", prompt.lower())

@@ -1,4 +1,4 @@
-"""Reading texts: every fault is named, all of them at once, in folders written here."""
+"""Loading data folders: all errors are reported at once."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def test_a_folder_without_default_gets_ours(tmp_path):
 
 
 ROLE_FAULTS = {
-    "text": ("{", "not JSON"),
+    "text": ("{", "invalid JSON"),
     "list": ([], "holds a list, not an object"),
     "utf8": (b'{"a": "\xff"}', "invalid UTF-8 at byte 7"),
     "key": ('{"instruction": [{"pos": "a"}], "eval_prompt": "{question}{answer}", '
-            '"eval_prompt": "{question}{answer}"}', "'eval_prompt' is given more than once"),
+            '"eval_prompt": "{question}{answer}"}', "duplicate key 'eval_prompt'"),
     "deep": ("[" * 100_000, "nested too deeply"),
     "missing": ({"eval_prompt": EVAL}, "instruction is missing"),
     "unlisted": (role() | {"instruction": "You are."}, "instruction is a string, not a list"),
@@ -97,7 +97,7 @@ ROLE_FAULTS = {
     "empty": (role("a", ""), "instruction[1].pos is empty"),
     "blank": (role(" \n"), "instruction[0].pos is empty"),
     "surrogate": ('{"instruction": [{"pos": "\\ud800"}], "eval_prompt": "{question}{answer}"}',
-                  "half a surrogate pair"),
+                  "a lone surrogate"),
     "uneval": ({"instruction": [{"pos": "a"}]}, "eval_prompt is missing"),
     "noplace": (role("a", eval_prompt="Rate it."), "eval_prompt lacks {question} and {answer}"),
     "default": ({"instruction": [{"pos": " "}]}, "instruction[0].pos is empty"),
@@ -149,11 +149,11 @@ def test_all_faults_of_questions_at_once(tmp_path):
              '{"question": "e", "id": -1}', '{"question": 4, "id": 99}']
     file = write(tmp_path / "q.jsonl", "\n".join(lines))
     found = faults(load_questions, file)
-    for line, wanted in ((3, "not JSON"), (4, "holds a list"), (5, "question is missing"),
+    for line, wanted in ((3, "invalid JSON"), (4, "holds a list"), (5, "question is missing"),
                          (6, "question is empty"), (7, "id is a string ('x')"),
                          (8, "id is a boolean"), (9, "id is -1"), (10, "question is a number")):
         assert any(f"line {line}:" in fault and wanted in fault for fault in found), wanted
-    assert any("id 1 is given more than once" in fault for fault in found)
+    assert any("duplicate id 1" in fault for fault in found)
     assert len(found) == 9
 
 
@@ -172,11 +172,11 @@ def test_traits(tmp_path):
     write(tmp_path / "b.json", trait(questions=["Why?", 4, "Why?", ""], eval_prompt="{question}"))
     write(tmp_path / "c.json", {})
     found = faults(load_traits, tmp_path)
-    for name, wanted in (("a", "instruction[0].pos and instruction[0].neg are the same"),
+    for name, wanted in (("a", "instruction[0].pos and instruction[0].neg are equal"),
                          ("a", "instruction[1].pos is empty"),
                          ("a", "instruction[1].neg is missing"),
                          ("a", "instruction[2] is a number"), ("b", "questions[1] is a number"),
-                         ("b", "questions[3] is empty"), ("b", "'Why?' more than once"),
+                         ("b", "questions[3] is empty"), ("b", "duplicate question 'Why?'"),
                          ("b", "eval_prompt lacks {answer}"), ("c", "instruction is missing"),
                          ("c", "questions is missing"), ("c", "eval_prompt is missing")):
         assert any(f"/{name}.json" in fault and wanted in fault for fault in found), wanted
@@ -193,8 +193,8 @@ def test_drift(tmp_path):
     for wanted in ("domain is empty", "description is missing", "personas[0] is a number",
                    "personas[1].id is missing", "personas[1].card is missing",
                    "personas[1].topics[0] is a number", "personas[1].topics[1].title is missing",
-                   "personas[1].topics[1].opening is missing", "domain 'coding' is given more",
-                   "persona 'coding_p' is given more", "topic 'coding_t' is given more"):
+                   "personas[1].topics[1].opening is missing", "duplicate domain 'coding'",
+                   "duplicate persona 'coding_p'", "duplicate topic 'coding_t'"):
         assert any(wanted in fault for fault in found), wanted
     assert len(found) == 11
 
@@ -246,7 +246,7 @@ def test_show():
     assert show("question", "7") == "7: What does the word home mean to you?"
     assert len(show("trait").splitlines()) == 240 and "  - " in show("trait", "callous")
     assert "night_shift_backend" in show("drift", "coding")
-    with pytest.raises(ValueError, match="near it: .*pirate"):
+    with pytest.raises(ValueError, match="similar: .*pirate"):
         show("role", "pirates")
     with pytest.raises(ValueError, match="kind is 'song'"):
         show("song")
@@ -258,7 +258,7 @@ def test_commands(tmp_path):
     assert "275 and the default" in runner.invoke(app, ["check"]).stdout
     assert "pirate" in runner.invoke(app, ["show", "role", "pirate"]).stdout
     assert "files in" in runner.invoke(app, ["export", str(tmp_path / "out")]).stdout
-    # an error is the command line's to print: it is not caught here
+    # the CLI prints the error; it is not caught here
     assert isinstance(runner.invoke(app, ["check", str(tmp_path / "no")]).exception, ValueError)
 
 

@@ -129,8 +129,8 @@ def test_all_faults_are_named_at_once(small, tmp_path):
 
 @pytest.mark.parametrize(("damage", "words"), [
     (lambda f: (f / "config.json").unlink(), "not a model folder"),
-    (lambda f: (f / "config.json").write_text("{"), "not readable as JSON"),
-    (lambda f: (f / "config.json").write_text("[]"), "not a table"),
+    (lambda f: (f / "config.json").write_text("{"), "invalid JSON"),
+    (lambda f: (f / "config.json").write_text("[]"), "not a JSON object"),
     (lambda f: (f / hf.INDEX).write_text("{"), "corrupt"),
     (lambda f: (f / hf.INDEX).write_text('{"weight_map": {"a": "../b"}}'), "corrupt"),
     (lambda f: (f / hf.INDEX).unlink(), "neither"),

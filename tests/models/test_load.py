@@ -62,13 +62,13 @@ def test_random_weights_are_the_same_on_a_mesh():
 @pytest.mark.parametrize(("source", "options", "words"), [
     ("./absent", {}, "no such folder"),
     ("absent", {}, "no such folder"),
-    ("owner/absent", {}, "the hub cannot be reached"),
+    ("owner/absent", {}, "the hub is unreachable"),
     ("random:gpt-9", {}, "gpt-9"),
     ("random:qwen3-mini", {"dtype": "int8"}, "int8"),
-    ("mini", {"revision": "main"}, "mini is no repository of the hub; leave it out"),
-    ("random:qwen3-mini", {"revision": "main"}, "no repository of the hub"),
-    ("./absent", {"revision": "main"}, "no repository of the hub"),
-    ("owner/m@v1", {"revision": "v2"}, "name two revisions"),
+    ("mini", {"revision": "main"}, "mini is not a hub repository; omit revision"),
+    ("random:qwen3-mini", {"revision": "main"}, "not a hub repository"),
+    ("./absent", {"revision": "main"}, "not a hub repository"),
+    ("owner/m@v1", {"revision": "v2"}, "two revisions"),
     ("owner/m@", {}, "no such folder"),
     ("x" * 300, {}, "cannot be read .File name too long"),
     ("./" + "x" * 300, {}, "cannot be read .File name too long"),
@@ -95,13 +95,13 @@ def hub_error(name):
 
 @pytest.mark.parametrize(("error", "words"), [
     ("GatedRepoError", "gated; accept its terms on huggingface.co and log in with `hf auth login`"),
-    ("RepositoryNotFoundError", "no such repository on the hub.*`hf auth login`"),
-    ("RevisionNotFoundError", "no such revision; give a branch, a tag or a commit"),
-    ("LocalEntryNotFoundError", "not in the hub's local cache.*download it first"),
-    ("OfflineModeIsEnabled", "the hub cannot be reached"),
-    ("HFValidationError", "fetching it failed .said the hub."),
-    ("EntryNotFoundError", "fetching it failed"), ("DisabledRepoError", "fetching it failed"),
-    ("HfHubHTTPError", "fetching it failed .said the hub"),
+    ("RepositoryNotFoundError", "no such hub repository.*`hf auth login`"),
+    ("RevisionNotFoundError", "unknown revision; give a branch, tag or commit"),
+    ("LocalEntryNotFoundError", "not in the local hub cache.*download the model first"),
+    ("OfflineModeIsEnabled", "the hub is unreachable"),
+    ("HFValidationError", "downloading failed .said the hub."),
+    ("EntryNotFoundError", "downloading failed"), ("DisabledRepoError", "downloading failed"),
+    ("HfHubHTTPError", "downloading failed .said the hub"),
 ])
 def test_what_the_hub_says_is_one_line(monkeypatch, error, words):
     """Each error of the hub's own classes is explained, with the repository and its revision."""
@@ -183,7 +183,7 @@ def test_what_is_fetched_is_what_is_read(monkeypatch, folder):
 @pytest.mark.parametrize(("raw", "words"), [
     ({"peft_type": "LORA", "base_model_name_or_path": "owner/base", "r": 8},
      "a LoRA adapter of 'owner/base', not a model.*merge_and_unload"),
-    ({"peft_type": "IA3"}, "an adapter .'IA3'. of PEFT, not a model"),
+    ({"peft_type": "IA3"}, "a PEFT adapter .'IA3'., not a model"),
     ({"base_model_name_or_path": ["x"]}, "a LoRA adapter, not a model"), ([], "a LoRA adapter"),
 ])
 def test_an_adapter_is_called_one(tmp_path, raw, words):
@@ -196,7 +196,7 @@ def test_an_adapter_is_called_one(tmp_path, raw, words):
 
 def test_the_authors_own_layout_is_called_that(tmp_path):
     (tmp_path / "params.json").write_text("{}")
-    with pytest.raises(ValueError, match="params.json and no config.json"):
+    with pytest.raises(ValueError, match="params.json without config.json"):
         load(tmp_path)
 
 

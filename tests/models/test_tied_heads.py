@@ -48,7 +48,8 @@ def test_a_head_that_differs_is_used_though_the_configuration_says_tied(tmp_path
             model = load(tmp_path, **options)
         assert not model.config.tied_embeddings
         assert s.relative(logits(model), wanted).max() < 1e-5
-    with pytest.raises(ValueError, match="lm_head.weight: differs from .*use that of read_config"):
+    with pytest.raises(ValueError, match="lm_head.weight: differs from .*"
+                       "use the configuration that read_config"):
         hf.load(tmp_path, TIED)
     with pytest.warns(UserWarning, match="differs"):
         hf.verify(tmp_path)
@@ -118,5 +119,5 @@ def test_two_kinds_of_checkpoint_in_one_folder_are_refused(tmp_path):
     orbax.save(tmp_path, s.random_params(UNTIED, 1), UNTIED)
     hf.save(tmp_path, s.random_params(UNTIED, 2), UNTIED)
     with pytest.raises(ValueError, match="holds both an Orbax checkpoint .params. and "
-                       "model.safetensors; remove the one that is out of date"):
+                       "model.safetensors; remove the outdated one"):
         load(tmp_path)

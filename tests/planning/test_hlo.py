@@ -1,4 +1,4 @@
-"""What is read off a compiled program: each kernel and collective once, loops and branches seen."""
+"""HLO parsing: kernels and collectives are counted once, also in loops and branches."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 
 
 def test_text_is_read():
-    assert hlo.fusions(hlo.operations(TEXT)) == 1  # not those within a fusion, nor after the loop
+    assert hlo.fusions(hlo.operations(TEXT)) == 1  # not in a fusion or after the loop
     found = hlo.collectives(TEXT)
     assert [op.kind for op in found] == ["all-reduce", "reduce-scatter", "all-gather"]
     assert [op.bytes for op in found] == [16, 32, 64 + 16]
-    assert hlo.reductions(hlo.by_layer(found, 1)) == 1  # the pair is one sum
+    assert hlo.reductions(hlo.by_layer(found, 1)) == 1  # the pair is one reduction
     assert [op.kind for op in hlo.by_layer(found, 10)] == ["all-reduce"]
     assert hlo.reductions(found) == 2
     assert [op.looped for op in found] == [False, True, True]

@@ -1,4 +1,4 @@
-"""Plans: arithmetic against a count by hand, the compiler's word for a TPU, and mistakes."""
+"""Plans: arithmetic against manual counts, TPU compilation and error messages."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(capsys, *arguments):
 
 
 def test_bytes_are_those_of_the_arrays():
-    """On a real mesh of as many devices every chip holds what the plan says."""
+    """Per-chip bytes equal those of arrays on a real mesh of the same size."""
     import jax
 
     mesh = sharding.fit(sharding.make_mesh(data=1, model=8), SMALL)
@@ -42,17 +42,17 @@ def test_bytes_are_those_of_the_arrays():
     found = plan.plan(SMALL, "h200:8", batch=16, context=256)
     assert found["mesh"] == dict(mesh.shape) == {"data": 1, "model": 4, "group": 2}
     assert found["bytes_per_chip"]["weights"] == mine
-    # one key/value head a chip, held by groups of two
+    # one key/value head per chip, replicated in groups of two
     assert found["bytes_per_chip"]["cache"] == 2 * 4 * 16 * 1 * 256 * 128 * 2
     assert found["fits"] and not found["compiled"] and found["collectives_per_layer"] is None
 
 
 def test_roofline_is_the_formula():
-    """Llama 3.1 8B on one H200: 4,800 GB/s, 989e12 operations/s; 1,536 tokens and half of 512."""
+    """Llama 3.1 8B on one H200: 4,800 GB/s, 989e12 FLOP/s; 1,536 tokens and half of 512."""
     config, chip = preset("llama-3.1-8b"), chips.CHIPS["h200"]
     shapes = plan.Shapes(batch=32, width=1536, slots=2048)
     found = plan.seconds(config, plan._mesh({"data": 1, "model": 1}, None, config), shapes, chip)
-    # weights without the input embedding, and 131,072 bytes of keys and values a token
+    # weights without the input embedding; 131,072 bytes of keys and values per token
     step = (15_009_849_344 + 32 * 1792 * 131_072) / 4800e9
     prefill = 32 * (2 * 6_979_588_096 * 1536 + 262_144 * 1536**2) / 989e12
     assert found == {"decode_step": pytest.approx(step), "decode_sums": 0,
@@ -67,11 +67,11 @@ def test_roofline_is_the_formula():
     ({"data": 2, "fsdp": 2, "model": 2}, 8, 2),
 ])
 def test_roofline_of_a_mesh_is_the_formula(sizes, rows, model):
-    """Rows are divided by the ways of data and fsdp, weights, heads and products by model's."""
+    """Data and fsdp shard rows; model shards weights, heads and matmuls."""
     config, chip = preset("llama-3.1-8b"), chips.CHIPS["h200"]
     shapes = plan.Shapes(batch=32, width=1536, slots=2048)
     found = plan.seconds(config, plan._mesh(sizes, None, config), shapes, chip)
-    # two sums a layer over a ring: 2 (n - 1) / n of the bytes of a row's 4,096 bfloat16 numbers
+    # two ring all-reduces per layer: 2 (n - 1) / n of the bytes of 4,096 bfloat16 per row
     sums = 2 * 32 * 2 * (model - 1) / model * rows * 4096 * 2 / 450e9
     step = (15_009_849_344 / model + rows * 1792 * 131_072 / model) / 4800e9
     prefill = rows * (2 * 6_979_588_096 * 1536 + 262_144 * 1536**2) / model / 989e12
@@ -87,7 +87,7 @@ def test_a_step_of_many_rows_is_bound_by_its_products():
     found = plan.seconds(config, plan._mesh({"data": 1, "model": 1}, None, config), shapes, chip)
     step = 4096 * 112 * 131_072 / 4800e9 + 2 * 4096 * 7_504_924_672 / 989e12
     assert found["decode_step"] == pytest.approx(step)
-    # and the window of a model that has one bounds what a row reads
+    # a sliding window limits the keys and values that a row reads
     gemma, shapes = preset("gemma-2-27b"), plan.Shapes(batch=1, width=7680, slots=8192)
     found = plan.seconds(gemma, plan._mesh({"data": 1, "model": 1}, None, gemma), shapes, chip)
     read = 54_454_256_640 + 23 * (4096 + 7936) * 8_192
@@ -109,7 +109,7 @@ def test_bytes_a_chip_stay_flat_as_chips_and_batch_grow():
 
 
 @pytest.mark.parametrize(("model", "batch", "compiled"), [
-    # bytes that XLA takes for an H200 at context 2,048 (bench/results/ahead-*.json)
+    # bytes that XLA allocates for an H200 at context 2,048 (bench/results/ahead-*.json)
     ("qwen3-8b", 32, 3_649_073_824), ("qwen3-32b", 32, 6_568_331_360),
     ("llama-3.1-8b", 32, 4_051_723_872), ("gemma-2-27b", 32, 8_178_918_208),
     ("gemma-2-9b", 8, 1_094_736_640),
@@ -149,8 +149,8 @@ def test_what_a_tpu_cannot_hold_is_measured_not_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize(("arguments", "wanted"), [
-    (("--topology", "v5e"), "write chip:extents"),
-    (("--topology", "v9x:2x2"), "the known chips are v5e"),
+    (("--topology", "v5e"), "use chip:extents"),
+    (("--topology", "v9x:2x2"), "supported chips are v5e"),
     (("--topology", "h200:0"), "every extent"),
     (("--topology", "h200:8", "--model", "random:none"), "preset 'none' is unknown"),
     (("--topology", "h200:8", "--model", "nowhere/else"), "no such folder"),
@@ -158,8 +158,8 @@ def test_what_a_tpu_cannot_hold_is_measured_not_an_error(monkeypatch):
     (("--topology", "h200:8", "--mesh", "rows=2"), "write sizes of data"),
     (("--topology", "h200:8", "--mesh", "data=2,model=2"), "needs 4 chips; the topology has 8"),
     (("--topology", "h200:8", "--batch", "3", "--mesh", "data=8"), "use a multiple of 8"),
-    (("--topology", "h200:8", "--context", "1"), "context (1) at least 2"),
-    (("--topology", "h200:8", "--context", "9999999"), "the model was made for"),
+    (("--topology", "h200:8", "--context", "1"), "context is 1; they must be at least 1 and 2"),
+    (("--topology", "h200:8", "--context", "9999999"), "the model supports at most"),
     (("--topology", "h200:8", "--cap", "70:90"), "beyond"),
 ])
 def test_mistakes_are_one_line(capsys, arguments, wanted):
@@ -181,8 +181,8 @@ def test_a_machine_may_have_fewer_chips_than_a_host(topology, count):
         ("v5e:2x2", {"data": 2, "model": 2}, False), ("v5e:1x1", {"data": 1, "model": 1}, False),
         ("v5e:1x1", {"data": 1, "model": 1}, True)))])
 def test_a_decode_turns_no_buffer_over(topology, mesh, reads, monkeypatch):
-    """With several key/value heads a chip, a step adds its token to each buffer as it lies; so too
-    to those of a reading a token, of which `full` is as large as the cache here."""
+    """With several key/value heads per chip, a decode step writes its token without transposing the
+    cache or the buffers of per-token captures (`full` is as large as the cache here)."""
     config, shapes = replace(SMALL, n_layers=2), plan.Shapes(32, 768, 1024)
     placed = plan._mesh(mesh, chips.tpu_devices(topology), config)
     if reads:
@@ -201,7 +201,7 @@ def test_a_decode_turns_no_buffer_over(topology, mesh, reads, monkeypatch):
 @needs_libtpu
 def test_libtpu_s_refusal_is_one_line(capsys):
     code, _, said = run(capsys, "--topology", "v5e:3x5")
-    assert code == 2 and said.count("\n") == 1 and "libtpu refuses it" in said
+    assert code == 2 and said.count("\n") == 1 and "libtpu rejects it" in said
 
 
 def test_the_command_prints_a_card_or_json(capsys):

@@ -1,4 +1,4 @@
-"""Conversations become the template's own tokens, each with exactly what it is."""
+"""Chat encoding: tokens equal the template's, and every token has the right kind and turn."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def says(*contents, system=None):
 
 
 def runs(tokenizer, row):
-    """Group neighbours of one kind and turn: [(letters of `LETTERS`, turn, text)]."""
+    """Merge adjacent tokens of equal kind and turn: [(letters of `LETTERS`, turn, text)]."""
     out, ids = [], []
     for i, token in enumerate(row.tokens.tolist()):
         ids.append(token)
@@ -61,7 +61,7 @@ def same_ids(tokenizer, row, messages, **options):
 
 
 def by_bytes(tokenizer, row, segments):
-    """Work out kind and turn from segments by counting bytes, with no offsets."""
+    """Compute the expected kind and turn by counting bytes of the segments, without offsets."""
     kind, turn = [], []
     for role, number, text in segments:
         kind += [ROLE[role]] * len(text.encode())
@@ -70,7 +70,7 @@ def by_bytes(tokenizer, row, segments):
     at, kinds, turns = 0, [], []
     for token in row.tokens.tolist():
         name = tokenizer.convert_ids_to_tokens(token)
-        size = len(name.encode()) if token in added else len(name)  # one character is one byte
+        size = len(name.encode()) if token in added else len(name)  # ASCII: one byte per character
         mine = set(kind[at : at + size])
         kinds.append(mine.pop() if len(mine) == 1 else TEMPLATE)
         turns.append(turn[at])
@@ -146,7 +146,7 @@ def test_any_conversation_has_its_spans(family, turns, system, reply):
     kinds, numbers = by_bytes(t, row, segments)
     assert (row.kind & ~(THINKING | CODE)).tolist() == kinds
     assert row.turn.tolist() == numbers
-    for role, number, text in segments:  # where boundaries align, content's tokens are its text
+    for role, number, text in segments:  # tokens aligned with the content decode to it
         aligned = family in ("chatml", "qwen2", "qwen3") and not text[:1].isspace()
         if role is not None and aligned:
             mine = (row.turn == number) & ((row.kind & ROLE[role]) != 0)
@@ -163,7 +163,7 @@ def test_system_prompt_goes_before_the_first_user_message_where_there_is_no_role
         ("u", 1, "Who are you?"), ("t", 1, "<end_of_turn>\n"), ("t", 2, "<start_of_turn>model\n"),
     ]
     row = chat.encode_row(t, says("Who?", system="You are a pirate."))
-    assert ("t", 0, ".\n\n") in runs(t, row)  # one token straddles: it is nobody's content
+    assert ("t", 0, ".\n\n") in runs(t, row)  # a token that spans both is TEMPLATE
     with pytest.raises(ValueError, match="no system role"):
         chat.encode_row(t, says(system="You are."), reply=False)
 
@@ -214,7 +214,7 @@ def test_a_thinking_block_opened_by_the_prompt_is_open_at_its_last_token():
     assert runs(t, row)[4] == ("a", 1, "the ship")
     assert runs(t, row)[-2:] == [("t", 3, "<|im_start|>assistant\n"), ("th", 3, "<think>\n")]
     assert chat.thinking_ids(t) == tuple(t.convert_tokens_to_ids(["<think>", "</think>"]))
-    # A block that the prompt also closes must not look open to what reads its last token.
+    # A block closed within the prompt must not leave the last token THINKING.
     closed = t.chat_template.replace(r"<think>\n", "<think></think>")
     row = chat.encode_row(with_template(t, closed), talk)
     assert [bool(k & THINKING) for k in row.kind[-3:]] == [False, True, False]
@@ -235,7 +235,7 @@ def test_templates_that_move_the_system_prompt_and_cue_nothing():
     assert same_ids(t, row, talk)
     assert runs(t, row) == [
         ("t", 1, "<bos>[INST] "), ("u", 1, "Who?"), ("t", 1, "[/INST]"),
-        ("a", 2, " the sea"), ("t", 2, "<eos>"),  # the template's blank is one token with "the"
+        ("a", 2, " the sea"), ("t", 2, "<eos>"),  # one token joins the template's space and "the"
         ("t", 0, "[INST] "), ("s", 0, "You are"), ("t", 3, "\n\n"), ("u", 3, "Who?"),
         ("t", 4, "[/INST]")]
 
@@ -285,19 +285,19 @@ def test_continuing_from_ids_equals_the_rendering_of_the_whole(family, stop, sys
 def test_generated_ids_are_kept_and_their_thinking_and_code_marked():
     t = tokenizer_of("qwen3")
     row = chat.encode_row(t, "Who?", thinking=True)
-    odd = t.convert_tokens_to_ids(["t", "h", "e"])  # never what the tokenizer would write
+    odd = t.convert_tokens_to_ids(["t", "h", "e"])  # differs from the tokenizer's own encoding
     said = t.encode("<think>sea</think>\n```\nthe\n```\nship", add_special_tokens=False)
     more = chat.continue_row(t, row, np.array([*said, *odd]), "Who?", stopped=False)
     assert more.tokens[row.tokens.size :][: len(said) + 3].tolist() == [*said, *odd]
     assert runs(t, more)[4:8] == [
         ("agh", 1, "<think>sea</think>"), ("ag", 1, "\n``"), ("agc", 1, "`\nthe\n```"),
-        ("ag", 1, "\nshipthe")]  # a fence is known at its third mark
+        ("ag", 1, "\nshipthe")]  # a fence is recognized at its third mark
     assert runs(t, more)[8][:2] == ("t", 1)
-    # Two stop ids: the other one stays, and the template's own closes the turn.
+    # Two stop ids: the reply's is kept, and the template's closes the turn.
     other = t.convert_tokens_to_ids("<|endoftext|>")
     more = chat.continue_row(t, row, np.array([*odd, other]), "Who?", stopped=True)
     assert "the<|endoftext|><|im_end|>\n<|im_start|>user\nWho?<|im_end|>" in more.text
-    # A third turn: what was generated is carried on as it is.
+    # Third turn: generated ids are kept unchanged.
     third = chat.continue_row(t, more, np.array(odd), "Why?", stopped=True)
     assert third.tokens[: more.tokens.size].tolist() == more.tokens.tolist()
     assert third.turn[-1] == 5 and runs(t, third)[-4][:2] == ("t", 4)
@@ -322,9 +322,9 @@ def test_encode_makes_a_batch_whose_rows_are_named_by_what_they_are():
         chat.row_id(rows[0].tokens), chat.row_id(rows[1].tokens), chat.row_id(rows[0].tokens, 1)]
     assert int(out.kind[0, 0]) == VALID | FIRST | TEMPLATE
     assert int(out.kind[0, rows[0].tokens.size - 1]) == VALID | LAST | TEMPLATE
-    assert chat.row_id([1, 2, 3]) == 1753001278  # never changes: finished runs depend on it
+    assert chat.row_id([1, 2, 3]) == 1753001278  # must never change: saved runs depend on it
     assert len({chat.row_id([1, 2, 3], s, salt) for s in range(9) for salt in ("", "a")}) == 18
-    with pytest.raises(ValueError, match="put it into a list"):
+    with pytest.raises(ValueError, match="wrap it in a list"):
         chat.encode(t, talks[1])
     with pytest.raises(ValueError, match="no tokenizer"):
         chat.encode(object(), talks)
@@ -340,13 +340,13 @@ def test_tokenizers_without_thinking_tags_have_no_ids_for_them():
 @pytest.mark.parametrize("talk, complaint", [
     ([], "conversation is"), (3, "conversation is"), ([3], "message 0 is 3"),
     ([{"role": "user"}], "has no 'content'"), ([{"content": "x"}], "has no 'role'"),
-    ([{"role": "model", "content": "x"}], "the role 'model'"),
-    ([{"role": ["user"], "content": "x"}], "the role"),
-    ([{"role": "user", "content": None}], "the content None"),
+    ([{"role": "model", "content": "x"}], "has role 'model'"),
+    ([{"role": ["user"], "content": "x"}], "has role"),
+    ([{"role": "user", "content": None}], "has content None"),
     ([{"role": "user", "content": "x", "name": "y"}], "the field 'name'"),
-    (says("x", "y"), "a reply can only follow a user message"),
-    (says(system="x"), "a reply can only follow a user message"),
-    ([*says("x"), *says("y", system="z")], "only the first message may"),
+    (says("x", "y"), "it must be 'user'"),
+    (says(system="x"), "it must be 'user'"),
+    ([*says("x"), *says("y", system="z")], "only message 0 may"),
     (["x"], "message 0 is 'x'"), (says("\ud800"), "lone surrogate"),
 ])
 def test_a_malformed_conversation_is_refused_by_field_and_value(talk, complaint):
@@ -362,11 +362,11 @@ def test_a_template_that_changes_contents_is_refused():
         chat.encode_row(upper, "Who?")
     drops = with_template(t, "{% for m in messages %}{% if loop.last %}{{ m.content }}{% endif %}"
                              "{% endfor %}")
-    with pytest.raises(ValueError, match="leaves out the content of message 0"):
+    with pytest.raises(ValueError, match="omits the content of message 0"):
         chat.encode_row(drops, says("Who?", "the sea", "Why?"))
-    with pytest.raises(ValueError, match="refuses the conversation: roles must alternate"):
+    with pytest.raises(ValueError, match="rejects the conversation: roles must alternate"):
         chat.encode_row(tokenizer_of("gemma2"), [*says("x"), *says("y")])
-    with pytest.raises(ValueError, match="renders to no token"):
+    with pytest.raises(ValueError, match="renders to zero tokens"):
         chat.encode_row(with_template(t, None), "")
 
 

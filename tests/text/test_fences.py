@@ -1,4 +1,4 @@
-"""Fenced code token by token: against the line-wise reading of a whole text, and while decoding."""
+"""Token-wise detection of fenced code, against line-wise parsing and during decoding."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def test_agrees_with_the_whole_text_but_for_a_fence_not_yet_known(lines, size, e
     inside = np.zeros(len(text) + 1, int)
     for low, high in whole(text):
         opening = min(i for i in range(low, len(text)) if text[i : i + 3] in ("```", "~~~"))
-        inside[opening + 2 : high] = 1  # known at the third mark
+        inside[opening + 2 : high] = 1  # recognized at the third mark
     wanted = [inside[i * size : i * size + len(p)].any() for i, p in enumerate(pieces)]
     np.testing.assert_array_equal(found, wanted, err_msg=repr(text))
 
 
 def test_what_it_cannot_know_is_as_documented():
     assert fences.walk(["```", "one", "``` two", "\n", "x"]).tolist() == [
-        True, True, False, False, False]  # code within a line, taken for a block up to its end
+        True, True, False, False, False]  # inline code counts as a block up to its end
     assert fences.walk(["````\n", "```\n", "x"]).tolist() == [True, True, False]
 
 
@@ -66,7 +66,7 @@ def test_code_is_followed_where_a_test_may_ask_for_it():
     for edits, read in (
         (gate(plain, np.ones(32), layer=0, above=0, over="token", where=aside), nothing),
         (steer(np.ones(32), layers=[1], where=aside), nothing), (plain, capture.mean(aside)),
-        (reserve(2, 32, [1]), nothing),  # which may come to ask for it
+        (reserve(2, 32, [1]), nothing),  # reserved slots may need it later
     ):
         assert _asks_for_code(edits, read)
 
@@ -86,7 +86,7 @@ def test_table_follows_a_tokenizer(model):
 
 
 def test_code_that_is_being_generated_can_be_left_out(model, monkeypatch):
-    """The reply is forced through the sampler; captures and edits see the same kinds as later."""
+    """Captures and edits see the same kinds during decoding as in a later forward pass."""
     from jaxpersona.engine import programs
 
     text = "so:\n```py\nx = 1\n```\nthat is all"

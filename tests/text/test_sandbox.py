@@ -1,4 +1,4 @@
-"""Chat templates are programs of strangers: each is bounded, and each of its errors is one line."""
+"""Untrusted chat templates: resource limits, and one-line errors."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def bounds(monkeypatch):
 
 
 @pytest.mark.parametrize(("template", "wanted"), [
-    (ENDLESS, "runs for more than 0.5 s"),
-    ("{{ 10 ** (10 ** 9) }}", "runs for more than 0.5 s|MiB of memory"),
+    (ENDLESS, "takes more than 0.5 s"),
+    ("{{ 10 ** (10 ** 9) }}", "takes more than 0.5 s|MiB of memory"),
     ("{{ '%9999999999d' % 1 }}", "memory|OverflowError|width too big"),
     ("{{ 'x' * 30000000000 }}", "MiB of memory"),
     ("{{ 'x'.center(30000000000) }}", "MiB of memory"),
     ("{{ 'x' | center(30000000000) }}", "MiB of memory"),
     ("{{ [0] * 30000000000 }}", "MiB of memory"),
-    (DOUBLING, "memory|runs for more"), (NESTED, "memory|runs for more"),
-    ("{{ 'x' * 2000000 }}", "writes 2,000,000 characters; the limit is 1,048,576"),
+    (DOUBLING, "memory|rendering takes more"), (NESTED, "memory|rendering takes more"),
+    ("{{ 'x' * 2000000 }}", "has 2,000,000 characters; the limit is 1,048,576"),
 ])
 def test_no_template_runs_for_ever_or_fills_memory(tokenizer, bounds, template, wanted):
     started = time.perf_counter()
@@ -56,12 +56,12 @@ def test_no_template_runs_for_ever_or_fills_memory(tokenizer, bounds, template, 
         chat.encode_row(with_template(tokenizer, template), "Who?")
     assert "chat template" in str(caught.value) and "\n" not in str(caught.value)
     assert time.perf_counter() - started < 60
-    # the next template is rendered as if nothing had been
+    # the next template renders normally
     assert chat.encode_row(tokenizer, "Who?").text.startswith("<|im_start|>user\nWho?")
 
 
 def test_the_renderings_of_one_conversation_are_bounded_together(tokenizer, monkeypatch):
-    """A conversation is rendered several times; slow renderings must not add up."""
+    """The time limit covers all renderings of one conversation together."""
     slow = chat_templates.CHATML + ("{% for a in range(300) %}{% for b in range(3000) %}"
                                     "{% endfor %}{% endfor %}")
     asked, real = [], sandbox._Worker.ask
@@ -77,18 +77,19 @@ def test_the_renderings_of_one_conversation_are_bounded_together(tokenizer, monk
     used = [seconds for seconds in asked if seconds is not None]
     assert len(used) > 1 and min(used) > 1e-3
     monkeypatch.setattr(sandbox, "SECONDS", sum(used) / len(used) * 1.5)
-    chat.encode_row(tokenizer, "Who?")  # a new process, with the new limit
+    chat.encode_row(tokenizer, "Who?")  # starts a new process with the new limit
     asked.clear()
-    with pytest.raises(ValueError, match="renderings of one conversation take more|runs for more"):
+    with pytest.raises(ValueError, match="renderings of one conversation take more|"
+                       "rendering takes more"):
         chat.encode_row(t, "Who?")
     assert len(asked) < len(used)
-    chat.encode_row(tokenizer, "Who?")  # the next conversation has its own bound
+    chat.encode_row(tokenizer, "Who?")  # the next conversation has a new budget
 
 
 def test_an_error_of_a_template_names_where_it_comes_from(tokenizer):
     t = with_template(tokenizer, "{{ raise_exception('no') }}")
     t.name_or_path = "some/model"
-    with pytest.raises(ValueError, match=r"refuses the conversation: no \(some/model\)"):
+    with pytest.raises(ValueError, match=r"rejects the conversation: no \(some/model\)"):
         chat.encode_row(t, "Who?")
 
 
@@ -107,7 +108,7 @@ def test_any_error_of_a_template_is_one_line(tokenizer, template):
 
 
 def test_renders_what_transformers_renders(tokenizer):
-    """Filters, globals, blocks and variables that templates use; whitespace to the character."""
+    """Filters, globals, blocks, variables and whitespace match transformers exactly."""
     template = (
         "{%- set n = namespace(k=0) -%}\n  {% for m in messages %}\n{% if m.role == 'tool' %}"
         "{% continue %}{% endif %}{% set n.k = n.k + 1 %}{{ n.k }}{{ m.content | trim }}\n"
@@ -135,7 +136,7 @@ def test_the_process_is_started_again_and_left_to_the_parent(tokenizer):
     chat.encode_row(tokenizer, "Who?")
     assert sandbox._current is not first
     kept = sandbox._current
-    sandbox._forget()  # what a forked child does
+    sandbox._forget()  # as in a forked child
     try:
         chat.encode_row(tokenizer, "Who?")
         assert sandbox._current is not kept and kept.process.poll() is None
@@ -162,7 +163,7 @@ def talk(count, content, last=()):
     "{% for m in messages %}{{ m.content.strip('\n') + '\n\n' }}{% endfor %}"],
     ids=["base", "chatml", "gemma2", "qwen3", "strips"])
 def test_encoding_takes_time_in_proportion_to_the_conversation(tokenizer, template, monkeypatch):
-    """Renderings are counted and steps of the search bounded, so that no clock is needed."""
+    """The test counts renderings and search steps instead of measuring time."""
     from jaxpersona.text import template as module
 
     t = with_template(tokenizer, template)
@@ -183,11 +184,11 @@ def test_encoding_takes_time_in_proportion_to_the_conversation(tokenizer, templa
             counts.append(rendered[0])
             took.append(time.process_time() - begun)
         assert counts[1] < 6 * counts[0]
-        assert took[1] < 1.5, content  # about 0.1 s; minutes where it is quadratic
+        assert took[1] < 1.5, content  # about 0.1 s; minutes if quadratic
 
 
 def answering(script):
-    """A worker whose process is another program, to see what is read of its answer."""
+    """Return a worker whose process runs another program."""
     made = object.__new__(sandbox._Worker)
     made.limits = (0.5, sandbox.MEMORY, sandbox.CHARACTERS)
     made.process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE,
@@ -197,18 +198,18 @@ def answering(script):
 
 
 def test_an_answer_is_bounded_in_time_and_size():
-    """A byte now and then is no sign that the answer will end."""
+    """A slow answer times out, and an oversized one is rejected."""
     slow = answering("import sys, time\n"
                      "sys.stdout.buffer.write((100).to_bytes(8, 'little'))\n"
                      "for _ in range(100): sys.stdout.buffer.write(b' '); sys.stdout.flush(); "
                      "time.sleep(0.2)")
     began = time.monotonic()
-    assert "runs for more than" in slow.ask(b"", 3.0)["error"]
+    assert "takes more than" in slow.ask(b"", 3.0)["error"]
     assert time.monotonic() - began < 10 and slow.process.poll() is not None
     large = answering("import sys\nout = sys.stdout.buffer\n"
                       "out.write((1 << 40).to_bytes(8, 'little'))\n"
                       "while True: out.write(bytes(1 << 20))")
-    assert "process ended" in large.ask(b"", 60.0)["error"]
+    assert "process exited" in large.ask(b"", 60.0)["error"]
     assert large.process.poll() is not None
 
 

@@ -1,4 +1,4 @@
-"""Turn after turn: what is appended to a conversation, and what a reply's tokens count as."""
+"""Multi-turn conversations: appended tokens, and the kinds of reply tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jaxpersona.interventions.where import response
 from jaxpersona.models.batch import ASSISTANT, GENERATED, SYSTEM, TEMPLATE, THINKING, USER
 from jaxpersona.text import chat, template
 
-MOVES_SYSTEM = (  # the system prompt stands before the last user message
+MOVES_SYSTEM = (  # the system prompt precedes the last user message
     "{{ bos_token }}{% set n = namespace(head='') %}{% set talk = messages %}"
     "{% if messages[0].role == 'system' %}{% set n.head = messages[0].content + '\n\n' %}"
     "{% set talk = messages[1:] %}{% endif %}"
@@ -50,7 +50,7 @@ def with_template(tokenizer, source):
 
 @functools.cache
 def sentencepiece(kind):
-    """A tokenizer with marks for blanks; "prepend" and "always" also mark the start of a text."""
+    """Build a SentencePiece-like tokenizer; "prepend" and "always" also mark a text's start."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -81,7 +81,7 @@ def test_the_next_turn_comes_from_the_conversations_own_messages():
     t = with_template(tokenizer_of("mistral"), MOVES_SYSTEM)
     row = chat.encode_row(t, says("Who?", system="You are"))
     reply = np.array(t.encode(" the sea", add_special_tokens=False))
-    for _ in range(2):  # a turn later, the system prompt is still the real one
+    for _ in range(2):  # one turn later the real system prompt is still used
         row = chat.continue_row(t, row, reply, "Why?", stopped=True)
         assert row.text.endswith(" the sea<eos>[INST] You are\n\nWhy?[/INST]")
         assert row.text == t.decode(row.tokens.tolist())
@@ -97,10 +97,10 @@ def test_a_row_without_messages_cannot_be_continued():
     t = tokenizer_of("chatml")
     row = chat.encode_row(t, "Who?")
     bare = chat.Row(row.tokens, row.kind, row.turn, row.text)
-    with pytest.raises(ValueError, match="row has no messages"):
+    with pytest.raises(ValueError, match="has no messages"):
         chat.continue_row(t, bare, row.tokens[:2], "Why?", stopped=False)
     finished = chat.encode_row(t, says("Who?", "the sea"), reply=False)
-    with pytest.raises(ValueError, match="last message has the role 'assistant'"):
+    with pytest.raises(ValueError, match="last message has role 'assistant'"):
         chat.continue_row(t, finished, row.tokens[:2], "Why?", stopped=False)
 
 
@@ -121,7 +121,7 @@ def test_any_reply_can_be_followed_by_a_message(family, reply):
 @pytest.mark.parametrize("source", [VICUNA, LLAMA2, PLAIN_LINES, None],
                          ids=["vicuna", "llama2", "lines", "base"])
 def test_a_turn_appended_has_the_tokens_of_the_whole(kind, source):
-    """A tokenizer that marks the start of a text must not mark the start of what is appended."""
+    """A tokenizer that marks the start of a text must not mark the appended part."""
     t = with_template(sentencepiece(kind), source)
     first, said, then = says("hello world"), "the sea is blue", "ship"
     row = chat.encode_row(t, first)
@@ -167,7 +167,7 @@ def test_a_blank_that_is_one_token_with_the_first_word_is_the_answers(source):
         mine = (row.kind & ASSISTANT) != 0
         assert t.decode(row.tokens[mine].tolist()) == " " + said
         assert set(row.turn[mine].tolist()) == {1}
-    # blanks alone, and blanks after a content, stay the template's
+    # whitespace alone and trailing whitespace stay TEMPLATE
     row = chat.encode_row(t, says("Who?", "\n\nthe"), reply=False)
     assert "the" in t.decode(row.tokens[(row.kind & ASSISTANT) != 0].tolist())
 
@@ -187,7 +187,7 @@ def thinking_model():
 
 @pytest.mark.parametrize("opened", [False, True], ids=["by the reply", "by the prompt"])
 def test_thinking_is_marked_while_it_is_generated(opened, monkeypatch):
-    """A reply is forced through the sampler; its kinds are those of the encoded conversation."""
+    """The kinds of a forced reply equal those of the encoded conversation."""
     from jaxpersona.engine import programs
     from jaxpersona.engine.generate import generate
 
@@ -221,7 +221,7 @@ def test_thinking_is_marked_while_it_is_generated(opened, monkeypatch):
     mine = later.kind[start : start + len(ids)]
     assert ((mine & THINKING) != 0).tolist() == want
     assert chat.thinking_ids(t) == (258, 259)
-    # encoded as a finished conversation, the same tokens think
+    # the encoded conversation marks the same tokens as THINKING
     if not opened:
         done = chat.encode_row(t, says("Who?", said), reply=False)
         there = done.kind[start : start + len(ids)]
@@ -230,7 +230,7 @@ def test_thinking_is_marked_while_it_is_generated(opened, monkeypatch):
 
 
 def test_a_block_that_the_next_prompt_closes_is_not_open():
-    """The generation prompt of the next turn opens and closes a block: the reply is outside."""
+    """The next generation prompt opens and closes a thinking block: the reply is outside it."""
     t = with_template(tokenizer_of("chatml"), chat_templates.CHATML.replace(
         r"<|im_start|>assistant\n' }}{% endif", r"<|im_start|>assistant\n<think></think>' }}"
         "{% endif"))

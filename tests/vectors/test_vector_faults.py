@@ -30,15 +30,15 @@ def refused(capsys, path, words, *more):
 
 
 @pytest.mark.parametrize(("header", "words"), [
-    ({**HEADER, "notes": DEEP}, "notes is not JSON of ours .nested too deeply"),
-    ({**HEADER, "notes": "[" * 400 + "]" * 400}, "notes is .* it must be a table"),
-    ({**HEADER, "notes": "{"}, "notes is not JSON"),
+    ({**HEADER, "notes": DEEP}, "notes cannot be parsed .nested too deeply"),
+    ({**HEADER, "notes": "[" * 400 + "]" * 400}, "notes is .* it must be a JSON object"),
+    ({**HEADER, "notes": "{"}, "notes is invalid JSON"),
     ({**HEADER, "notes": '{"a": {"b": 1}}'}, r"notes\['a'\] is a dict"),
-    ({**HEADER, "norm": "unit"}, "norm is 'unit'; this engine reads 'none'"),
+    ({**HEADER, "norm": "unit"}, "norm is 'unit'; only 'none' is supported"),
     ({k: v for k, v in HEADER.items() if k != "norm"}, "norm is None"),
-    ({**CAPS, "notes": DEEP}, "notes is not JSON of ours"),
-    ({**CAPS, "layers": DEEP}, "layers is not JSON of ours"),
-    ({**CAPS, "labels": DEEP}, "labels is not JSON of ours"),
+    ({**CAPS, "notes": DEEP}, "notes cannot be parsed"),
+    ({**CAPS, "layers": DEEP}, "layers cannot be parsed"),
+    ({**CAPS, "labels": DEEP}, "labels cannot be parsed"),
     ({**CAPS, "layers": "[1e999]"}, "layers is"), ({**CAPS, "layers": "{}"}, "must be a list"),
     ({**CAPS, "labels": '[{"a": 1}]'}, "labels is .* each must be text"),
     ({**CAPS, "labels": "[null]"}, "each must be text"),
@@ -177,14 +177,14 @@ def test_a_table_says_itself_what_it_is(tmp_path):
             if kind == own:
                 assert load_vector(tmp_path / "t.pt", kind=kind).n_layers == 4
                 continue
-            with pytest.raises(ValueError, match=f"kind is '{kind}'.*itself says {own}"):
+            with pytest.raises(ValueError, match=f"kind is '{kind}'.*holds {own}"):
                 load_any(tmp_path / "t.pt", kind)
     for name, kind in (("syntaxist", None), ("taxis", None), ("defaulter", None), ("axis2", "axis"),
                        ("my-axis", "axis"), ("AssistantAxis", "axis"), ("ASSISTANT_AXIS", "axis"),
                        ("default_vector", "vector")):
         torch.save(value, tmp_path / f"{name}.pt")
         if kind is None:
-            with pytest.raises(ValueError, match="does not say of what"):
+            with pytest.raises(ValueError, match="file name does not give its kind"):
                 load_any(tmp_path / f"{name}.pt")
         else:
             assert load_vector(tmp_path / f"{name}.pt").kind == kind
