@@ -130,10 +130,7 @@ def generate(
         `on_nonfinite="raise"`; argument, value and fix.
     """
     check_choice(on_nonfinite)
-    if batch_size < 1 or max_new_tokens < 1:
-        raise ValueError(
-            f"batch_size ({batch_size}) and max_new_tokens ({max_new_tokens}) must be positive"
-        )
+    prompts.check_settings(capture, batch_size=batch_size, max_new_tokens=max_new_tokens)
     conversations = chat.listed(conversations)
     # the model's own bound, so that no buffer is made for tokens that cannot come
     max_new_tokens = min(max_new_tokens, model.config.max_context)
@@ -280,7 +277,7 @@ class _Collector:
         for name, rows_of in self.empty.items():
             if rows_of:
                 _LOG.warning("capture %r %s", name,
-                             describe_empty(sorted(rows_of), self.count, "conversations"))
+                             describe_empty(sorted(rows_of), self.count, "conversation"))
         stops, bad = set(model.stop_ids), set(self.nonfinite)
         tokens, finish = [], []
         for i in range(self.count):
