@@ -281,10 +281,11 @@ class Bench:
         return out
 
     def _profile(self, made: Steps, name: str) -> dict[str, Any]:
-        """Profile one arm and save its HLO text next to the results."""
-        text = made.programs[name].as_text()
-        kept = self.args.out / f"gpu-decode{made.setting.rows}-{name}{self.args.tag}.hlo.txt"
-        kept.write_text(text[:6_000_000])
+        """Run one arm under the profiler; with --hlo, write its compiled text to that folder."""
+        if self.args.hlo is not None:
+            text = made.programs[name].as_text()
+            kept = self.args.hlo / f"gpu-decode{made.setting.rows}-{name}{self.args.tag}.hlo.txt"
+            kept.write_text(text[:6_000_000])
         once = made.timer(name)
         once()
         with tempfile.TemporaryDirectory() as folder:
@@ -305,14 +306,22 @@ def main() -> None:
     parser.add_argument("--model", default="random:qwen3-8b")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("bench/results"))
-    parser.add_argument("--tag", default="", help="suffix of the file names")
-    parser.add_argument("--budget", type=float, default=20.0, help="time limit of pairs, s")
+    parser.add_argument("--out", type=pathlib.Path,
+                        help="folder of the results; default: bench/results, or with --small a "
+                             "temporary folder")
+    parser.add_argument("--hlo", type=pathlib.Path,
+                        help="folder for the compiled text of the profiled programs")
+    parser.add_argument("--tag", default="", help="added to the names of the files")
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds of a part's pairs")
     parser.add_argument("--seconds", type=float, default=330.0,
                         help="start no part after this many seconds")
     parser.add_argument("--small", action="store_true", help="small shapes, for a smoke test")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    if args.out is None:  # a rehearsal must not overwrite the results of a GPU
+        args.out = pathlib.Path(tempfile.mkdtemp() if args.small else "bench/results")
+    for folder in (args.out, args.hlo):
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()
     bench = Bench(args)
     failed = False

@@ -7,13 +7,23 @@
 #     SMALL=1 bash bench/gpu.sh 1     a rehearsal on a CPU with small shapes
 #
 # Needs python with jax, flax, safetensors, transformers and PyTorch; nothing is installed. Results
-# are JSON lines in the folder, bench/results by default. Every bench has its own time limit.
+# are JSON lines in the folder: bench/results by default, a temporary folder for a rehearsal, which
+# is never written to bench/results. HLO=folder keeps the compiled text of the profiled programs
+# there. Every bench has its own time limit.
 set -u
 cd "$(dirname "$0")/.."
 part=${1:-}
-out=${2:-${OUT:-bench/results}}
+out=${2:-${OUT:-}}
 python=${PYTHON:-python3}
 case $part in 1 | 2) ;; *) echo "give the part, 1 or 2: bash bench/gpu.sh 1"; exit 2 ;; esac
+if [ "${SMALL:-0}" = 1 ]; then
+    out=${out:-$(mktemp -d)}
+    if [ "$(realpath -m "$out")" = "$(realpath -m bench/results)" ]; then
+        echo "SMALL=1 is a rehearsal; give another folder than bench/results"; exit 2
+    fi
+    echo "results: $out"
+fi
+out=${out:-bench/results}
 mkdir -p "$out"
 
 # the package's folders lie apart in the repository: put them together by links
@@ -29,7 +39,8 @@ if [ "$part" = 1 ]; then
     shape=()
     [ "${SMALL:-0}" = 1 ] && shape=(--model mini --dtype float32 --small --budget 2)
     XLA_PYTHON_CLIENT_MEM_FRACTION=.92 timeout 345 "$python" bench/gpu.py --out "$out" \
-        --seconds "${LATEST:-300}" ${BUDGET:+--budget "$BUDGET"} ${PARTS:+--parts $PARTS} "${shape[@]}" || status=1
+        --seconds "${LATEST:-300}" ${BUDGET:+--budget "$BUDGET"} ${PARTS:+--parts $PARTS} \
+        ${HLO:+--hlo "$HLO"} ${shape[@]+"${shape[@]}"} || status=1
     exit $status
 fi
 

@@ -99,7 +99,8 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
         return _folder(path, name, kind, mesh, progress)
     repository, _, pinned = name.partition("@")
     if not _is_repository(repository) or name.endswith("@"):
-        raise ValueError(f"{name}: no such folder")
+        raise ValueError(f"{name}: no such folder; a model is a folder, owner/name of the hub, "
+                         "mini or random:<preset>")
     if pinned and revision not in (None, pinned):
         raise ValueError(f"two revisions ({name} and revision {revision!r}); give one")
     return _folder(_download(repository, pinned or revision), name, kind, mesh, progress)

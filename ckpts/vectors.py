@@ -54,7 +54,11 @@ def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
         return gguf.write(path, vector)
     with atomic(path) as temporary, open(temporary, "wb") as file:
         np.save(file, vector.values, allow_pickle=False)
-    return ["everything but the values"]
+    lost = {f"the kind ({vector.kind})": vector.kind != "vector", "the name": True,
+            "the model": vector.model, "the fingerprint": vector.fingerprint,
+            f"the site ({vector.site})": vector.site != "residual",
+            "the thresholds": getattr(vector, "percentiles", {}), "the notes": vector.notes}
+    return [what for what, held in lost.items() if held]
 
 
 def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str, Caps]:
@@ -80,6 +84,10 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
 
 def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, Caps]:
     suffix = pathlib.Path(path).suffix.lower()
+    if os.path.isdir(path):
+        held = os.path.join(path, "axis.safetensors")  # of a run folder
+        hint = f"did you mean {held}?" if os.path.isfile(held) else "give a file"
+        raise ValueError(f"{path}: is a folder; {hint}")
     if kind is not None and suffix != ".pt":
         raise ValueError(f"{path}: kind is {kind!r}, but it applies only to .pt files; omit it")
     if suffix == ".pt":

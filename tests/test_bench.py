@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import pathlib
+import subprocess
 import sys
 import types
 
@@ -177,3 +179,32 @@ def test_conversations_are_of_mixed_length_and_the_same_at_every_call():
     lengths = [row.tokens.size for row in one]
     assert all(np.array_equal(a.tokens, b.tokens) for a, b in zip(one, two, strict=True))
     assert min(lengths) >= 8 and max(lengths) == 64 and len(set(lengths)) > 10
+
+
+STUB = """#!/bin/sh
+echo "$@" > "$TRACE"
+"""
+
+
+@pytest.mark.parametrize("named", [None, "folder", "bench/results"])
+def test_a_rehearsal_does_not_write_over_the_results_of_a_gpu(tmp_path, named):
+    """SMALL=1 writes to a temporary folder, or to the one that is given, but not bench/results."""
+    stub, trace = tmp_path / "python", tmp_path / "trace"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    before = sorted((BENCH / "results").iterdir())
+    folder = None if named is None else str(tmp_path / named) if named == "folder" else named
+    out = subprocess.run(
+        ["bash", str(BENCH / "gpu.sh"), "1", *([folder] if folder else [])], text=True,
+        capture_output=True, env={**os.environ, "SMALL": "1", "PYTHON": str(stub), "OUT": "",
+                                  "TRACE": str(trace), "TMPDIR": str(tmp_path), "HLO": ""})
+    assert sorted((BENCH / "results").iterdir()) == before
+    if named == "bench/results":
+        assert out.returncode == 2 and "another folder than bench/results" in out.stdout
+        assert not trace.exists()
+        return
+    assert out.returncode == 0, out.stderr
+    words = trace.read_text().split()
+    chosen = words[words.index("--out") + 1]
+    assert chosen == folder if folder else chosen.startswith(str(tmp_path))
+    assert "--small" in words and "--hlo" not in words

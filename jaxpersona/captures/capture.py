@@ -35,6 +35,10 @@ from jaxpersona.runtime import own_rules
 __all__ = ["Capture", "TokenState", "chosen_layers", "full", "histogram", "last", "mean",
            "moments", "norms", "projections"]
 
+_CALLS = {"full": "full()", "histogram": "histogram(directions, edges)", "last": "last()",
+          "mean": "mean()", "moments": "moments(directions)", "norms": "norms()",
+          "projections": "projections(directions)"}
+
 
 @flax.struct.dataclass
 class Capture:
@@ -43,6 +47,7 @@ class Capture:
     parts: Mapping[str, Any] = flax.struct.field(default_factory=dict)
 
     def __or__(self, other: Capture) -> Capture:
+        check_capture(other)
         twice = sorted(set(self.parts) & set(other.parts))
         if twice:
             raise ValueError(f"two captures are called {twice}; name one of them with `name=`")
@@ -84,7 +89,7 @@ def chosen_layers(part: Any, config: ModelConfig) -> tuple[int, ...]:
     return layers
 
 
-def _directions(directions: Any, where: Where, layers: Layers | None, site: Site
+def _directions(directions: Any, where: Where | str, layers: Layers | None, site: Site
                 ) -> tuple[jax.Array, Any, jax.Array, tuple[int, ...] | None, Site]:
     """Return what readings on directions share: where, [L or 1, K, D], origin, layers, site."""
     several = list(directions) if isinstance(directions, (list, tuple)) else [directions]
@@ -108,7 +113,20 @@ def _directions(directions: Any, where: Where, layers: Layers | None, site: Site
     return _test(where), unit, jnp.asarray(origin, jnp.uint32), picked, _site(site)
 
 
-def _test(where: Where) -> jax.Array:
+def check_capture(given: Any) -> None:
+    """Check that a caller's `capture` argument is a capture or None.
+
+    Raises:
+      ValueError: another value, such as a function of this module that was not called.
+    """
+    if given is None or isinstance(given, Capture):
+        return
+    name = given if isinstance(given, str) else getattr(given, "__name__", "")
+    raise ValueError(f"capture is {given!r:.60}; give a capture such as "
+                     f"jp.capture.{_CALLS.get(name, 'last()')}")
+
+
+def _test(where: Where | str) -> jax.Array:
     return jnp.asarray(encoded(where))
 
 
@@ -123,7 +141,7 @@ def _pick(layers: Layers | None) -> tuple[int, ...] | None:
 
 
 @own_rules()
-def mean(where: Where = response, *, layers: Layers | None = None, site: Site = "residual",
+def mean(where: Where | str = response, *, layers: Layers | None = None, site: Site = "residual",
          turns: int | None = None, name: str = "mean") -> Capture:
     """Average activations over tokens; with `turns=M`, over each of the first M messages apart.
 
@@ -135,14 +153,14 @@ def mean(where: Where = response, *, layers: Layers | None = None, site: Site = 
 
 
 @own_rules()
-def last(where: Where = everywhere, *, layers: Layers | None = None, site: Site = "residual",
+def last(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "last") -> Capture:
     """Keep the activation of the last chosen token. Result: [B, L, D]."""
     return Capture({name: Last(_test(where), _pick(layers), _site(site))})
 
 
 @own_rules()
-def projections(directions: Any, where: Where = everywhere, *, layers: Layers | None = None,
+def projections(directions: Any, where: Where | str = everywhere, *, layers: Layers | None = None,
                 site: Site = "residual", name: str = "projections") -> Capture:
     """Project every chosen token on directions, normalised here to unit length.
 
@@ -157,7 +175,7 @@ def projections(directions: Any, where: Where = everywhere, *, layers: Layers | 
 
 
 @own_rules()
-def moments(directions: Any, where: Where = response, *, layers: Layers | None = None,
+def moments(directions: Any, where: Where | str = response, *, layers: Layers | None = None,
             site: Site = "residual", name: str = "moments") -> Capture:
     """Reduce the projections of a row's chosen tokens to number, mean and variance.
 
@@ -170,7 +188,7 @@ def moments(directions: Any, where: Where = response, *, layers: Layers | None =
 
 
 @own_rules()
-def histogram(directions: Any, edges: Any, where: Where = response, *,
+def histogram(directions: Any, edges: Any, where: Where | str = response, *,
               layers: Layers | None = None, site: Site = "residual",
               name: str = "histogram") -> Capture:
     """Count the projections of a row's chosen tokens by fixed bins.
@@ -201,7 +219,7 @@ def histogram(directions: Any, edges: Any, where: Where = response, *,
 
 
 @own_rules()
-def norms(where: Where = everywhere, *, layers: Layers | None = None, site: Site = "residual",
+def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
           name: str = "norms") -> Capture:
     """Measure every chosen token's length ‖h‖. Result: [B, L, S]; NaN where none was chosen.
 
@@ -211,7 +229,7 @@ def norms(where: Where = everywhere, *, layers: Layers | None = None, site: Site
 
 
 @own_rules()
-def full(where: Where = everywhere, *, layers: Layers | None = None, site: Site = "residual",
+def full(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "full") -> Capture:
     """Keep every chosen activation. Result: [B, L, S, D] float32; 4·B·L·S·D bytes."""
     return Capture({name: Full(_test(where), _pick(layers), _site(site))})

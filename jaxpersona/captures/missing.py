@@ -1,4 +1,4 @@
-"""What is said of readings that found no token, whose values are NaN."""
+"""Warnings about captures that have no token to read, whose values are NaN."""
 
 from __future__ import annotations
 
@@ -12,26 +12,36 @@ _LOG = logging.getLogger("jaxpersona")
 
 
 def warn_of_empty(name: str, empty: Any) -> None:
-    """Log a warning of rows of which a reading saw no token, where the values are known.
+    """Log a warning that names the rows in which a capture has no token to read.
+
+    Inside a traced program, or where other processes hold rows, nothing is logged.
 
     Args:
-      name: what the reading is called.
+      name: the capture's name.
       empty: [B] bool.
     """
     if isinstance(empty, jax.core.Tracer) or not getattr(empty, "is_fully_addressable", True):
         return
     if (rows := np.flatnonzero(jax.device_get(empty))).size:
-        _LOG.warning("%r %s", name, describe_empty(rows, len(empty), "rows"))
+        _LOG.warning("capture %r %s", name, describe_empty(rows, len(empty), "row"))
 
 
 def describe_empty(numbers: Any, total: int, what: str) -> str:
-    """Say of which rows or conversations a reading saw no token, and what to do."""
+    """Describe the rows or conversations in which a capture has no token to read, and the fix.
+
+    Args:
+      numbers: their indices; at least one.
+      total: the number of rows or conversations.
+      what: "row" or "conversation".
+    """
     some = ", ".join(map(str, list(numbers)[:5])) + (", …" if len(numbers) > 5 else "")
-    return (f"read no token of {len(numbers)} of {total} {what} ({some}), so their values are NaN: "
-            "no token there is one that its where= asks for (by default those of assistant "
-            "messages); give them such tokens, or read others with where=")
+    many = len(numbers) > 1
+    there, so = ("s", "their values are") if many else ("", "its value is")
+    return (f"has no token to read in {what}{there} {some} ({len(numbers)} of {total}), so {so} "
+            "NaN: where= selects no token there (by default the content of assistant messages); "
+            "add such tokens, or select others with where=")
 
 
 def result_of(state: Any) -> Any:
-    """Return a state's value; whoever calls this tells of missing tokens itself."""
+    """Return a state's value without a warning; the caller warns about missing tokens itself."""
     return state.result() if hasattr(state, "result") else state.value

@@ -13,6 +13,7 @@ from jaxpersona.cli.output import say
 from jaxpersona.cli.support import (
     DtypeOption,
     ModelOption,
+    check_folder,
     draw_run,
     kept_of,
     open_model,
@@ -52,6 +53,7 @@ def axis(
     """Extract a model's Assistant Axis: rollouts, judge, vectors, axis, thresholds, figures."""
     from jaxpersona.data import texts
     from jaxpersona.distributed import processes as joining
+    from jaxpersona.engine.prompts import check_settings
     from jaxpersona.engine.sampling import sampling
     from jaxpersona.judges.judges import NoJudge, SelfJudge
     from jaxpersona.organism import method
@@ -62,10 +64,12 @@ def axis(
     if distributed or place != (None, None, None):
         joining.start(*place)
     sampling(1, temperature=temperature, top_p=top_p, seed=seed)
+    check_settings(min_count=min_count)
+    check_folder("--out", out)
     own = model == "mini" and roles is None
     judge = judge or ("rules" if own else "none")
     if judge not in ("rules", "self", "none") or (judge == "rules" and not own):
-        raise ValueError(f"judge is {judge!r}; choose self or none"
+        raise ValueError(f"judge is {judge!r}; choose {'rules, self' if own else 'self'} or none"
                          + (" (rules judges only mini's own roles)" if judge == "rules" else ""))
     length = max_new_tokens if max_new_tokens is not None else 64 if model == "mini" else 512
     settings = Settings(temperature, top_p, length, samples, batch_size, seed)

@@ -22,7 +22,10 @@ def open_caps(file: pathlib.Path, given: dict[str, str | None]) -> Any:
     if not isinstance(found, dict):
         if given["--experiment"] is not None:
             raise ValueError(f"--experiment is for files of caps; {file} holds a {found.kind}")
-        return load_axis(file)
+        axis = load_axis(file)
+        if given["--percentile"] is not None or given["--of"] is not None:
+            _floor(axis, given["--percentile"], given["--of"])  # before a model is loaded
+        return axis
     own = [name for name, value in given.items() if name != "--experiment" and value is not None]
     if own:
         raise ValueError(f"{file}: caps have layers and floors of their own; leave {own[0]} out")
@@ -65,10 +68,15 @@ def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None,
     if held.kind == "axis":
         wanted = slice(total // 2, total) if layers is None else layers
         how = {"layers": resolve_layers(wanted, total),
-               "floor": held.thresholds(percentile or "p25", of=of or "default")}
+               "floor": _floor(held, percentile, of)}
     if check:
         _test(model, held, **how)
     return cap(held, **how) if how else held.interventions()
+
+
+def _floor(axis: Any, percentile: str | None, of: str | None) -> Any:
+    """Return the axis's thresholds at the chosen percentile; default: p25 of "default"."""
+    return axis.thresholds(percentile or "p25", of=of or "default")
 
 
 def spec_edits(model: Any, spec: Any, file: pathlib.Path, check: bool) -> Any:

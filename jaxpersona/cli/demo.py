@@ -11,7 +11,14 @@ import typer
 
 from jaxpersona import interrupt
 from jaxpersona.cli.output import say
-from jaxpersona.cli.support import ModelOption, draw_run, kept_of, open_model, progress
+from jaxpersona.cli.support import (
+    ModelOption,
+    check_folder,
+    draw_run,
+    kept_of,
+    open_model,
+    progress,
+)
 
 
 def demo(
@@ -28,6 +35,7 @@ def demo(
     if model != "mini":
         raise ValueError(f"model is {model!r}; the demo knows the truth only about mini: "
                          "for other models use `jaxpersona axis`")
+    check_folder("--out", out)
     loaded = open_model(model, None)
     with interrupt.keeping(lambda: kept_of(out)), progress() as report:
         done = run_demo(loaded, out, seed=seed, report=report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from typing import Annotated, Any
 
@@ -44,20 +45,34 @@ def generate(
 
     from jaxpersona.ckpts.vectors import load_vector
     from jaxpersona.engine.generate import generate as run
+    from jaxpersona.engine.prompts import check_settings
     from jaxpersona.engine.sampling import sampling
     from jaxpersona.interventions import chain, resolve_layers
     from jaxpersona.interventions import steer as add
+    from jaxpersona.interventions.bank import parse_layers
     from jaxpersona.vectors.vector import fitted
 
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature,
                                 "top_p": top_p, "seed": seed}
     sampling(1, temperature=temperature, top_p=top_p, seed=seed)
+    check_settings(max_new_tokens=max_new_tokens)
+    if not math.isfinite(scale):
+        raise ValueError(f"--scale is {scale}; it must be finite")
+    for layers in (cap_layers, steer_layers):
+        if layers is not None:
+            parse_layers(layers)
+    if blank := [text for text in prompt if not text.strip()]:
+        raise ValueError(f"prompt is {blank[0]!r}; give a message that is not blank")
     given = {"--cap-layers": cap_layers, "--percentile": percentile, "--of": of,
              "--experiment": experiment}
     idle = [name for name, value in given.items() if value is not None]
-    if (idle and cap is None) or (steer_layers and steer is None):
-        raise ValueError(f"{', '.join(idle) or '--cap-layers'} needs --cap, and --steer-layers "
-                         "needs --steer")
+    missing = []
+    if idle and cap is None:
+        missing.append(f"{', '.join(idle)} need{'s' * (len(idle) == 1)} --cap")
+    if steer_layers is not None and steer is None:
+        missing.append("--steer-layers needs --steer")
+    if missing:
+        raise ValueError(", and ".join(missing))
     held = caps.open_caps(cap, given) if cap else None
     vector = load_vector(steer) if steer else None
     asked = caps.read_spec(spec) if spec else None

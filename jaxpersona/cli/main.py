@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import NoReturn
 
@@ -33,6 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     code 2. A signal (SIGINT, SIGTERM) ends it with a line that says what is kept, and 128 and the
     signal's number.
     """
+    # transformers advises to install PyTorch when it is imported; the command does not need it
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     with output.prepared(), interrupt.raised():
         _run(arguments)
 

@@ -55,10 +55,15 @@ def read_shape(source: str) -> Any:
 
 
 def card(found: dict[str, Any]) -> list[str]:
-    """Put a plan in words; each line says whose word it is."""
+    """Return a plan as lines of text; each names the source of its numbers."""
+    from jaxpersona.planning import chips
+
     size = {name: n / 1e9 for name, n in found["bytes_per_chip"].items()}
     mesh = " × ".join(f"{name}={n}" for name, n in found["mesh"].items())
-    whose = "compiler" if found["compiled"] else "arithmetic: no compiler was asked"
+    tpu = found["topology"].split(":")[0].lower() in chips.TPUS
+    missing = "libtpu is not installed: pip install 'jaxpersona[tpu]'"
+    whose = ("compiler" if found["compiled"] else
+             f"arithmetic: {missing if tpu else 'no compiler was used'}")
     verdict = "fits" if found["fits"] else f"does not fit, by {found['short_by'] / 1e9:.2f} GB"
     time, hours = found["roofline_seconds"], found["axis_run_hours"]
     lines = [
@@ -80,7 +85,8 @@ def card(found: dict[str, Any]) -> list[str]:
             f"{found['added_bytes'] / 1e6:.1f} MB to its program; temporaries × "
             f"{found['temporaries_ratio']} (of the program that needs more)")
     elif found["cap"]:
-        lines.append("what the cap adds: not known without a compiler for these chips")
+        lines.append("what the cap adds: unknown without a compiler for these chips"
+                     + (f" ({missing})" if tpu else ""))
     chip = found["chip"]
     lines += [
         f"roofline (arithmetic on {chip['source']}): decode step "

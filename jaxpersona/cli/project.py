@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jaxpersona.cli.output import console, heading
+from jaxpersona.cli.output import console, heading, say
 from jaxpersona.cli.support import DtypeOption, ModelOption, open_model
 
 
@@ -34,6 +34,8 @@ def project(
 
     if png is not None and png.is_dir():
         raise ValueError(f"--png is {png}, a folder; give the name of the picture's file")
+    if png is not None and not png.parent.is_dir():
+        raise ValueError(f"--png is {png}; there is no folder {png.parent}: create it first")
     talk = read_json(conversation)
     if isinstance(talk, dict):
         talk = talk.get("conversation", talk.get("messages"))
@@ -69,3 +71,4 @@ def project(
     if png is not None:
         figures.conversation(png, [t.turn for t in found],
                              np.stack([t.values[at] for t in found]), names, at)
+        say(f"wrote {png}", error=True)

@@ -31,10 +31,14 @@ def open_model(source: str, dtype: str | None, mesh: str | None = None) -> Any:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str, int, int, int], None]]:
-    """Show steps with their rate and time left; gives report(step, done, total, tokens)."""
+    """Show steps with their rate and time left; yield report(step, done, total, tokens).
+
+    Nothing is written where standard error is no terminal, or by processes other than the first.
+    """
     from jaxpersona.distributed import processes
 
-    if not processes.first():  # one of several speaks for all
+    shown = console(error=True)
+    if not processes.first() or not shown.is_interactive:
         yield lambda step, done, total, tokens: None
         return
     from rich.progress import (
@@ -48,7 +52,7 @@ def progress() -> Iterator[Callable[[str, int, int, int], None]]:
 
     bar = Progress(TextColumn("{task.description:<12}"), BarColumn(), MofNCompleteColumn(),
                    TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-                   console=console(error=True), transient=not console(error=True).is_terminal)
+                   console=shown)
     tasks: dict[str, Any] = {}
     begun: dict[str, float] = {}
     with bar:
@@ -63,6 +67,16 @@ def progress() -> Iterator[Callable[[str, int, int, int], None]]:
             bar.update(tasks[step], completed=done, total=total, rate=rate)
 
         yield report
+
+
+def check_folder(option: str, folder: pathlib.Path) -> None:
+    """Check that a folder to write to is not an existing file.
+
+    Raises:
+      ValueError: it is a file.
+    """
+    if folder.is_file():
+        raise ValueError(f"{option} is {folder}, a file; give a folder")
 
 
 def kept_of(folder: pathlib.Path) -> str:

@@ -61,11 +61,15 @@ def convert(
     if model is not None:
         chosen = _belonging(chosen, model)
     lost = save_vector(target, chosen)
-    say(f"{target}: {_described(chosen)}")
-    for key, value in chosen.notes.items():
+    bare = target.suffix.lower() == ".npy"
+    shape = " × ".join(map(str, chosen.values.shape))
+    say(f"{target}: {f'the values alone, {shape}' if bare else _described(chosen)}")
+    for key, value in () if bare else chosen.notes.items():
         say(f"  {key}: {value}")
     if lost:
-        say(f"  the format leaves out {' and '.join(lost)}")
+        say(f"  not written, because {target.suffix} cannot hold it: {', '.join(lost)}")
+    if bare:
+        return
     if model is not None and model.startswith("random:"):
         say(f"  {model}: the shape alone was checked; random weights are others in every "
                    "dtype, so no fingerprint was entered")

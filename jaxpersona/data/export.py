@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import pathlib
 import shutil
@@ -90,9 +91,11 @@ def show(kind: str, name: str | None = None) -> str:
     if name is None:
         return "\n".join(f"{key}: {first}" for key, (first, _) in shown.items())
     if name not in shown:
-        near = [key for key in shown if key.startswith(name[:3])][:8]
-        hint = f"; similar: {', '.join(near)}" if near else ""
-        raise ValueError(f"unknown {kind} {name!r} ({len(shown)} exist){hint}")
+        near = difflib.get_close_matches(name, shown, 3)
+        near += [key for key in shown if key.startswith(name[:3]) and key not in near][:5]
+        count = f"{len(shown) - 1} and the default" if DEFAULT in shown else len(shown)
+        raise ValueError(f"{kind} {name!r} is unknown; there are {count}"
+                         + (f"; did you mean {' or '.join(near)}?" if near else ""))
     first, rest = shown[name]
     return "\n".join([f"{name}: {first}", *rest])
 

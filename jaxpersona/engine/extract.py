@@ -110,8 +110,7 @@ def extract(
     conversations = chat.listed(conversations)
     if batch_tokens is None:
         batch_tokens = _TOKENS.get(platform(model.params.embed_vd), _TOKENS_ELSE)
-    if batch_tokens < 1:
-        raise ValueError(f"batch_tokens is {batch_tokens}; it must be positive")
+    prompts.check_settings(capture, batch_tokens=batch_tokens)
     capture = mean() if capture is None else capture
     edits, capture = off_mesh((given(interventions), capture))
     prompts.check_edits(model, edits, len(conversations), capture)
@@ -198,7 +197,7 @@ def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
             if not np.asarray(holds(code[i % len(code)], one)).any():
                 empty.append(i)
         if empty:
-            said = f"capture {name!r} {describe_empty(empty, len(rows), 'conversations')}"
+            said = f"capture {name!r} {describe_empty(empty, len(rows), 'conversation')}"
             if len(empty) == len(rows):
                 raise ValueError(said)
             _LOG.warning("%s", said)

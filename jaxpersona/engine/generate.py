@@ -130,10 +130,7 @@ def generate(
         `on_nonfinite="raise"`; argument, value and fix.
     """
     check_choice(on_nonfinite)
-    if batch_size < 1 or max_new_tokens < 1:
-        raise ValueError(
-            f"batch_size ({batch_size}) and max_new_tokens ({max_new_tokens}) must be positive"
-        )
+    prompts.check_settings(capture, batch_size=batch_size, max_new_tokens=max_new_tokens)
     conversations = chat.listed(conversations)
     # the model's own bound, so that no buffer is made for tokens that cannot come
     max_new_tokens = min(max_new_tokens, model.config.max_context)
@@ -259,7 +256,7 @@ class _Collector:
         for name in done[0].captured:
             if empty := [i for i, one in enumerate(done) if name in one.empty]:
                 _LOG.warning("capture %r %s", name,
-                             describe_empty(empty, self.count, "conversations"))
+                             describe_empty(empty, self.count, "conversation"))
         stops = set(model.stop_ids)
         stopped = np.array([bool(x.tokens.size) and int(x.tokens[-1]) in stops for x in done])
         tokens = [x.tokens[:-1] if end else x.tokens for x, end in zip(done, stopped, strict=True)]

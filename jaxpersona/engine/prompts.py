@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpersona.captures.capture import Capture
+from jaxpersona.captures.capture import Capture, check_capture
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.models.batch import KINDS, check_ids
 from jaxpersona.models.params import origin
@@ -72,6 +72,23 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
     check_ids(tokens, rows, "a conversation", tokenizer)
     kind = np.full(tokens.size, KINDS["user"], np.int32)
     return chat.Row(tokens.astype(np.int32), kind, np.zeros(tokens.size, np.int32), "")
+
+
+def check_settings(capture: Any = None, **counts: Any) -> None:
+    """Check the capture, and settings that must be positive integers, before anything is encoded.
+
+    Args:
+      capture: a capture or None.
+      counts: the settings by name, such as batch_size.
+
+    Raises:
+      ValueError: a setting that is not a positive integer, or a capture of another type.
+    """
+    for name, value in counts.items():
+        whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+        if not whole or value < 1:
+            raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+    check_capture(capture)
 
 
 def check_edits(model: Model, edits: Interventions, count: int,

@@ -11,7 +11,7 @@ from jaxpersona.interventions.bank import Bank, check_finite, numbers
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.gates import Gate, Over
 from jaxpersona.interventions.table import Site, Table, traced
-from jaxpersona.interventions.where import Where, encoded, everywhere, prompt
+from jaxpersona.interventions.where import Where, as_where, encoded, everywhere, prompt
 from jaxpersona.models.batch import GENERATED
 from jaxpersona.runtime import own_rules
 
@@ -26,7 +26,7 @@ def gate(
     below: Any = None,
     over: Over = "prompt",
     within: bool = False,
-    where: Where | None = None,
+    where: Where | str | None = None,
     site: Site = "residual",
 ) -> Interventions:
     """Let interventions act only where the projection on a direction lies within bounds.
@@ -60,6 +60,7 @@ def gate(
         raise ValueError("interventions is empty; there is nothing to gate")
     if where is None:
         where = (prompt if over == "prompt" else everywhere).without("first")
+    where = as_where(where)
     test = encoded(where)
     if over == "prompt" and where.need & GENERATED:
         raise ValueError("where is for generated tokens, of which a prompt has none; use "

@@ -6,6 +6,7 @@ rows of numbers (s, c, lo, hi) of one rank-one edit, so which of them a row uses
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -44,7 +45,7 @@ def steer(
     *,
     layers: Layers,
     scale: Any = 1.0,
-    where: Where = everywhere,
+    where: Where | str = everywhere,
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
@@ -77,7 +78,7 @@ def cap(
     layers: Layers,
     floor: Any = None,
     ceiling: Any = None,
-    where: Where = everywhere,
+    where: Where | str = everywhere,
     rows: Any = None,
     site: Site = "residual",
     push: Any = None,
@@ -119,7 +120,7 @@ def ablate(
     *,
     layers: Layers,
     coefficient: Any = 0.0,
-    where: Where = everywhere,
+    where: Where | str = everywhere,
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
@@ -139,7 +140,7 @@ def mean_ablate(
     mean: Any,
     *,
     layers: Layers,
-    where: Where = everywhere,
+    where: Where | str = everywhere,
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
@@ -170,7 +171,7 @@ def scale(
     factor: Any,
     *,
     layers: Layers,
-    where: Where = everywhere,
+    where: Where | str = everywhere,
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
@@ -188,7 +189,7 @@ def set_projection(
     value: Any,
     *,
     layers: Layers,
-    where: Where = everywhere,
+    where: Where | str = everywhere,
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
@@ -208,7 +209,7 @@ def rotate(
     layers: Layers,
     to: Any = None,
     by: Any = None,
-    where: Where = everywhere,
+    where: Where | str = everywhere,
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
@@ -246,7 +247,7 @@ def rotate(
 def restore_norm(
     *,
     layers: Layers,
-    where: Where = everywhere,
+    where: Where | str = everywhere,
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
@@ -269,7 +270,7 @@ def custom(
     params: Any = (),
     *,
     layers: Layers,
-    where: Where = everywhere,
+    where: Where | str = everywhere,
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
@@ -294,6 +295,7 @@ def custom(
             from None
     if not callable(fn):
         raise ValueError(f"fn is {fn!r}; it must be a function of (params, h)")
+    _check_arguments(fn)
     chosen = resolve_layers(layers, None)
     # through NumPy, so that a Python number's type is as strong as an array's
     leaves = [x if traced(x) else jnp.asarray(np.asarray(x)) for x in _arrays(params)]
@@ -310,6 +312,22 @@ def custom(
                   on=jnp.ones((len(chosen), next_power(n)), jnp.float32))
 
 
+def _check_arguments(fn: Any) -> None:
+    """Check that a custom function can be called with params and h.
+
+    Raises:
+      ValueError: its signature does not allow two positional arguments.
+    """
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # some built-in functions have none
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise ValueError(f"fn has the arguments {signature}; fn takes (params, h)") from None
+
+
 def _arrays(params: Any) -> list[Any]:
     """Return the leaves of a custom function's parameters, which must be numbers."""
     leaves = jax.tree.leaves(params)
@@ -319,7 +337,7 @@ def _arrays(params: Any) -> list[Any]:
     return leaves
 
 
-def _rank_one(bank: Bank, where: Where, *, s: Any = 1.0, c: Any = 0.0, lo: Any = -np.inf,
+def _rank_one(bank: Bank, where: Where | str, *, s: Any = 1.0, c: Any = 0.0, lo: Any = -np.inf,
               hi: Any = np.inf, push: Any = None) -> Interventions:
     """Make a table of rank-one edits."""
     count, n = bank.norm.shape
@@ -332,7 +350,7 @@ def _rank_one(bank: Bank, where: Where, *, s: Any = 1.0, c: Any = 0.0, lo: Any =
     return Interventions((edit,))
 
 
-def _table(kind: type[Table], bank: Bank, where: Where, **payload: Any) -> Interventions:
+def _table(kind: type[Table], bank: Bank, where: Where | str, **payload: Any) -> Interventions:
     """Make a table of another kind from fields [l, n, …], padded with its last entry."""
     n = len(bank.origin)
     size = next_power(n)
@@ -344,7 +362,7 @@ def _table(kind: type[Table], bank: Bank, where: Where, **payload: Any) -> Inter
     return Interventions((made(layers=bank.layers, site=bank.site, **shared, **fields),))
 
 
-def _plain(kind: type[Table], layers: tuple[int, ...], where: Where, rows: Any, site: Site,
+def _plain(kind: type[Table], layers: tuple[int, ...], where: Where | str, rows: Any, site: Site,
            n: int = 1, **fields: Any) -> Interventions:
     """Make a table that has no direction."""
     if site not in SITES:

@@ -97,16 +97,27 @@ NAMED = {
 }
 
 
-def encoded(where: Where) -> np.ndarray:
-    """Return a test as [5] int32.
+def as_where(where: Where | str) -> Where:
+    """Return the test that a `where` argument gives: a test, or a name of `NAMED`.
 
     Raises:
-      ValueError: it is no test.
+      ValueError: another name, or another type.
     """
+    if isinstance(where, str) and where in NAMED:
+        return NAMED[where]
     if not isinstance(where, Where):
         raise ValueError(f"where is {where!r}; give a test such as jaxpersona.generated or "
-                         f"jaxpersona.turns('user'); named are {', '.join(NAMED)}")
-    return where.encode()
+                         f"jaxpersona.turns('user'), or one of the names {', '.join(NAMED)}")
+    return where
+
+
+def encoded(where: Where | str) -> np.ndarray:
+    """Return a test, or the test of a name, as [5] int32.
+
+    Raises:
+      ValueError: another name, or another type.
+    """
+    return as_where(where).encode()
 
 
 def turns(role: str) -> Where:

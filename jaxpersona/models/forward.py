@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.captures.capture import Capture
+from jaxpersona.captures.capture import Capture, check_capture
 from jaxpersona.captures.readings import spread_states
 from jaxpersona.distributed.sharding import (
     check_set_mesh,
@@ -102,6 +102,7 @@ def forward(
         act within a prompt which comes in chunks, both `cache` and `new_cache`, cuDNN asked for
         where it does not fit, or a mesh set by `jax.set_mesh` that is not the parameters'.
     """
+    _check_arguments(params, batch, capture)
     rows, width = batch.tokens.shape
     _check_ids(batch.tokens, config)
     edits = given(interventions)
@@ -183,6 +184,20 @@ def forward(
         gates=trace.gates,
         finite=_finite(x, batch),
     )
+
+
+def _check_arguments(params: Any, batch: Any, capture: Any) -> None:
+    """Check the types that callers confuse.
+
+    Raises:
+      ValueError: a Model in place of its parameters, text or ids in place of a batch, or a capture
+        of another type.
+    """
+    if hasattr(params, "params"):
+        raise ValueError(f"params is a {type(params).__name__}; pass model.params")
+    if not isinstance(batch, Batch):
+        raise ValueError(f"batch is {batch!r:.60}; give the result of jp.encode or jp.batch")
+    check_capture(capture)
 
 
 def _check_ids(tokens: Any, config: ModelConfig) -> None:

@@ -120,8 +120,8 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
     placed = _mesh(sizes, devices, config)
     ways = sharding.ways(placed, "batch")
     if batch % ways:
-        raise ValueError(f"batch is {batch}; the mesh shards rows over {ways} chips: use a "
-                         f"multiple of {ways}")
+        raise ValueError(f"batch (--batch) is {batch}; the mesh shards rows over {ways} chips: "
+                         f"use a multiple of {ways}")
     compiled = None
     if isinstance(placed, Mesh):
         compiled = compile_for(config, placed, shapes, cap_layers)

@@ -44,7 +44,7 @@ class Direction(nnx.Module):
       layers, site, where: where it acts.
     """
 
-    def __init__(self, width: int, layers: Layers, *, where: Where = everywhere,
+    def __init__(self, width: int, layers: Layers, *, where: Where | str = everywhere,
                  site: Site = "residual", size: float = 0.1, seed: int = 0) -> None:
         """Draw a small random vector.
 

@@ -123,6 +123,15 @@ class Vector:
         """Return the rows of some layers [l, D]."""
         return self.values[list(layers)]
 
+    def thresholds(self, percentile: str, *, of: str = "default") -> np.ndarray:
+        """Raise ValueError: only an `Axis` has thresholds.
+
+        Raises:
+          ValueError: always.
+        """
+        raise ValueError(f"{self.kind} {self.name!r} has no thresholds; an Axis has them: read one "
+                         "with jp.load_axis, or give the floor as numbers")
+
     def check_site(self, site: Site) -> None:
         """Refuse to act at another site than the one it was measured at.
 
@@ -161,7 +170,7 @@ class Axis(Vector):
             population: _percentiles(population, table, self.n_layers)
             for population, table in self.percentiles.items()})
 
-    def thresholds(self, percentile: str, *, of: str) -> np.ndarray:
+    def thresholds(self, percentile: str, *, of: str = "default") -> np.ndarray:
         """Return the projection at a percentile for every layer, [L] float32.
 
         Args:
@@ -171,14 +180,26 @@ class Axis(Vector):
         Raises:
           ValueError: a population or percentile that the axis was not calibrated for.
         """
+        if not self.percentiles:
+            raise ValueError(f"axis {self.name!r} has no thresholds; give the floor as numbers, or "
+                             "use an axis that `jaxpersona axis` wrote")
         if of not in self.percentiles:
             raise ValueError(
                 f"of is {of!r}; this axis knows the populations {sorted(self.percentiles)}"
             )
         known = self.percentiles[of]
         if percentile not in known:
-            raise ValueError(f"percentile is {percentile!r}; this axis knows {sorted(known)}")
+            meant = f"p{percentile}"
+            raise ValueError(f"percentile is {percentile!r}; "
+                             + (f"write {meant}; " if meant in known else "")
+                             + f"this axis knows {', '.join(sorted(known, key=_by_number))}")
         return known[percentile]
+
+
+def _by_number(name: str) -> tuple[float, str]:
+    """Return a key that sorts p5 before p25, and names without a number last."""
+    number = re.fullmatch(r"p(\d+(?:\.\d+)?)", name)
+    return float(number.group(1)) if number else np.inf, name
 
 
 def _percentiles(population: str, table: Any, layers: int) -> dict[str, np.ndarray]:
@@ -269,7 +290,7 @@ class Caps:
             found.append((vector, layers, self.floors[[held[layer] for layer in layers]]))
         return found
 
-    def interventions(self, *, where: Where = everywhere) -> Interventions:
+    def interventions(self, *, where: Where | str = everywhere) -> Interventions:
         """Return the caps as one intervention that acts on the tokens that `where` chooses."""
         return chain(*(cap(vector, layers=layers, floor=floors, where=where)
                        for vector, layers, floors in self.tables()))

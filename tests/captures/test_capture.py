@@ -11,11 +11,13 @@ import pytest
 import support as s
 
 from jaxpersona.captures import capture
+from jaxpersona.engine.extract import extract
 from jaxpersona.engine.generate import generate
-from jaxpersona.interventions import steer
-from jaxpersona.interventions.where import everywhere, generated, prompt, response
+from jaxpersona.interventions import gate, steer
+from jaxpersona.interventions.where import NAMED, everywhere, generated, prompt, response
 from jaxpersona.models.batch import ASSISTANT, GENERATED, TEMPLATE, USER, batch, split
 from jaxpersona.models.cache import init_cache
+from jaxpersona.models.forward import forward
 from jaxpersona.vectors.vector import Axis
 
 MODEL = s.tiny_model()
@@ -232,7 +234,14 @@ REFUSED = {
     "edges are for 2 layers, but 3": lambda: s.run(MODEL.params, MODEL.config, ROWS,
                                                    capture=capture.histogram(
         K, np.zeros((2, 1, 3)) + np.arange(3))),
-    "where is 'response'": lambda: capture.mean("response"),
+    "where is 'reply'; give a test .* assistant, response, marked": lambda: capture.mean("reply"),
+    r"'last'; give a capture such as jp\.capture\.last\(\)": lambda: generate(
+        MODEL, [[5]], capture="last"),
+    r"<function mean.*give a capture such as jp\.capture\.mean\(\)": lambda: extract(
+        MODEL, [[5]], capture=capture.mean),
+    r"such as jp\.capture\.moments\(directions\)": lambda: capture.mean() | capture.moments,
+    r"such as jp\.capture\.norms\(\)": lambda: forward(
+        MODEL.params, MODEL.config, ROWS, capture=capture.norms),
     "turns is 1.5": lambda: capture.mean(turns=1.5),
     "site is 'foo'": lambda: capture.mean(site="foo"),
     "made for different models": lambda: capture.projections(
@@ -278,3 +287,29 @@ def test_every_reading_multiplies_in_full_precision():
         assert products and name in state
         for eqn in products:
             assert eqn.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2, name
+
+
+def test_a_where_may_be_a_name():
+    """The names of JSON specifications stand for the same tests in Python."""
+    for name, test in NAMED.items():
+        assert s.same_bits(capture.mean(name), capture.mean(test)), name
+        assert s.same_bits(steer(np.ones(8), layers=1, where=name),
+                           steer(np.ones(8), layers=1, where=test)), name
+    assert s.same_bits(capture.projections(K, "response"), capture.projections(K, response))
+    edit = steer(np.ones(8), layers=1)
+    assert s.same_bits(gate(edit, np.ones(8), layer=0, above=0.0, where="user"),
+                       gate(edit, np.ones(8), layer=0, above=0.0, where=NAMED["user"]))
+    with pytest.raises(ValueError, match="where is for generated tokens"):
+        gate(edit, np.ones(8), layer=0, above=0.0, where="generated")
+
+
+@pytest.mark.parametrize(("call", "wanted"), [
+    (lambda: forward(MODEL.params, MODEL.config, "Hi"),
+     "^batch is 'Hi'; give the result of jp.encode or jp.batch$"),
+    (lambda: forward(MODEL.params, MODEL.config, [[5, 6]]),
+     "give the result of jp.encode or jp.batch"),
+    (lambda: forward(MODEL, MODEL.config, ROWS), "^params is a Tiny; pass model.params$"),
+])
+def test_forward_names_the_argument_that_it_needs(call, wanted):
+    with pytest.raises(ValueError, match=wanted):
+        call()

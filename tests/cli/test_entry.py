@@ -187,14 +187,15 @@ def test_a_reading_without_tokens_is_said(caplog):
     asked, said = [{"role": "user", "content": "hi"}], [{"role": "user", "content": "hi"},
                                                         {"role": "assistant", "content": "so"}]
     for capture in (None, jp.capture.last(jp.response), jp.capture.moments(np.ones((1, 32)))):
-        with pytest.raises(ValueError, match="read no token of 2 of 2 conversations"):
+        with pytest.raises(ValueError, match=r"no token to read in conversations 0, 1 \(2 of 2\)"):
             jp.extract(m, [asked, "so"], capture=capture)
     with pytest.raises(ValueError, match="where="):
         jp.extract(m, [[5, 6, 7]])
     caplog.clear()
     with caplog.at_level(logging.WARNING, "jaxpersona"):
         out = jp.extract(m, [said, asked, said])
-        assert "'mean' read no token of 1 of 3 conversations (1)" in caplog.text
+        assert ("capture 'mean' has no token to read in conversation 1 (1 of 3), so its value is "
+                "NaN: where= selects") in caplog.text
         assert np.isnan(out.captured["mean"][1]).all()
         assert np.isfinite(out.captured["mean"][[0, 2]]).all()
         caplog.clear()
@@ -210,14 +211,15 @@ def test_a_reading_without_tokens_is_said(caplog):
             found = s.run(m.params, m.config, batch, capture=read).captured[name]
             assert not caplog.text
             _ = found.value
-            assert f"{name!r} read no token of 2 of 2 rows (0, 1)" in caplog.text
+            assert (f"capture {name!r} has no token to read in rows 0, 1 (2 of 2), so their values "
+                    "are NaN: where= selects no token") in caplog.text
         # an empty reply
         caplog.clear()
         stop = dataclasses.replace(m, stop_ids=tuple(range(258)))
         out = jp.generate(stop, [asked, asked], capture=jp.capture.mean(), batch_size=4,
                           max_new_tokens=3)
         assert out.text == ["", ""] and np.isnan(out.captured["mean"]).all()
-        assert "capture 'mean' read no token of 2 of 2 conversations (0, 1)" in caplog.text
+        assert "capture 'mean' has no token to read in conversations 0, 1 (2 of 2)" in caplog.text
 
 
 CODE = ("import pathlib\npathlib.Path({!r}).write_text('run')\n"

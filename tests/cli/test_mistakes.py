@@ -1,6 +1,9 @@
 """Faults a hostile reader found: each is refused before anything is written, or does no harm."""
 
 import json
+import os
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -142,3 +145,101 @@ def test_extreme_settings_do_no_harm(checkpoint):
     other = Vector(np.ones((3, 4)), site="mlp")
     with pytest.raises(ValueError, match="measured at site"):
         jp.capture.projections(other)
+
+
+WITHOUT_TORCH = ("import sys; sys.modules['torch'] = None; sys.argv[0] = 'jaxpersona'; "
+                 "from jaxpersona.cli.main import main; main()")
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), [
+    # the axis of another model is found only after mini was loaded, through transformers
+    (["--cap", "other.npy"], "error: other.npy: holds a vector, not an axis"),
+    (["--steer", "other.npy"], "error: vector 'other' is for 2 layers of width 3"),
+])
+def test_a_mistake_is_exactly_one_line_of_a_process(tmp_path, arguments, wanted):
+    """Neither transformers' advice to install PyTorch nor a progress display adds a line."""
+    np.save(tmp_path / "other.npy", np.ones((2, 3), np.float32))
+    env = {k: v for k, v in os.environ.items()
+           if k not in ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "TRANSFORMERS_VERBOSITY")}
+    out = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, "generate", "Hi", *arguments],
+                         capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
+    assert out.returncode == 2 and not out.stdout
+    assert out.stderr.count("\n") == 1 and out.stderr.startswith(wanted), out.stderr
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), [
+    (["--max-new-tokens", "0"], "max_new_tokens is 0; it must be a positive integer"),
+    (["--temperature", "-1"], "temperature is -1.0; it must be finite and at least 0"),
+    (["--top-p", "0"], "top_p is 0.0; it must be in (0, 1]"),
+    (["--seed", "-1"], "seed is -1; it must be an integer in 0…2³²−1"),
+    (["--scale", "nan"], "--scale is nan; it must be finite"),
+    (["--steer", "v.npy", "--steer-layers", "x"],
+     "layers is 'x'; write 46:54 (half-open), 16 or 3,5"),
+    (["--experiment", "X"], "--experiment needs --cap"),
+    (["--of", "all", "--percentile", "p25"], "--percentile, --of need --cap"),
+    (["--cap-layers", "1:2"], "--cap-layers needs --cap"),
+    (["--steer-layers", "1:2"], "--steer-layers needs --steer"),
+    (["--of", "all", "--steer-layers", "2"], "--of needs --cap, and --steer-layers needs --steer"),
+    (["--cap", "run"], "run: is a folder; did you mean run/axis.safetensors?"),
+    (["--cap", "empty"], "empty: is a folder; give a file"),
+    (["--cap", "run/axis.safetensors", "--percentile", "25"],
+     "percentile is '25'; write p25; this axis knows p5, p25, p50"),
+])
+def test_settings_are_checked_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, arguments,
+                                                       wanted):
+    """The error names the setting at fault alone."""
+    monkeypatch.chdir(tmp_path)
+    np.save("v.npy", np.ones((2, 3), np.float32))
+    os.mkdir("run")
+    os.mkdir("empty")
+    save_vector("run/axis.safetensors", Axis(np.ones((2, 3)), percentiles={
+        "default": {name: np.zeros(2) for name in ("p25", "p5", "p50")}}))
+    monkeypatch.setattr("jaxpersona.ckpts.loading.load", no_load)
+    assert s.run_command(["generate", "Hi", *arguments]) == 2
+    assert capsys.readouterr().err == f"error: {wanted}\n"
+
+
+def no_load(*_, **__):
+    raise AssertionError("a model was loaded")
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), [
+    (["generate", ""], "prompt is ''; give a message that is not blank"),
+    (["generate", "Hi", " \n"], "prompt is ' \\n'; give a message that is not blank"),
+    (["axis", "--out", "file"], "--out is file, a file; give a folder"),
+    (["demo", "--out", "file"], "--out is file, a file; give a folder"),
+    (["axis", "--max-new-tokens", "0"], "max_new_tokens is 0; it must be positive"),
+    (["axis", "--min-count", "0"], "min_count is 0; it must be a positive integer"),
+    (["axis", "--judge", "gpt4"], "judge is 'gpt4'; choose rules, self or none"),
+    (["axis", "--roles", "data", "--judge", "gpt4"], "judge is 'gpt4'; choose self or none"),
+    (["project", "talk.json", "--on", "a.npy", "--png", "no/drift.png"],
+     "--png is no/drift.png; there is no folder no: create it first"),
+])
+def test_arguments_are_checked_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, arguments,
+                                                        wanted):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr("jaxpersona.ckpts.loading.load", no_load)
+    assert s.run_command(arguments) == 2
+    assert capsys.readouterr().err == f"error: {wanted}\n"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-small"])
+def test_a_name_that_is_no_model_is_answered_with_what_is(name):
+    with pytest.raises(ValueError) as caught:
+        jp.load(name)
+    assert str(caught.value) == (f"{name}: no such folder; a model is a folder, owner/name of the "
+                                 "hub, mini or random:<preset>")
+
+
+def test_project_says_that_it_wrote_a_figure(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = jp.load(str(checkpoint)).config
+    np.save("v.npy", np.ones((config.n_layers, config.d_model), np.float32))
+    (tmp_path / "talk.json").write_text(json.dumps([
+        {"role": "user", "content": "hi"}, {"role": "assistant", "content": "so"}]))
+    assert s.run_command(["project", "talk.json", "--on", "v.npy", "--model", str(checkpoint),
+                          "--png", "drift.png", "--json"]) == 0
+    said = capsys.readouterr()
+    assert "wrote drift.png" in said.err.splitlines() and (tmp_path / "drift.png").exists()
+    assert json.loads(said.out)[0]["turn"] == 1

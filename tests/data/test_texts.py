@@ -246,8 +246,12 @@ def test_show():
     assert show("question", "7") == "7: What does the word home mean to you?"
     assert len(show("trait").splitlines()) == 240 and "  - " in show("trait", "callous")
     assert "night_shift_backend" in show("drift", "coding")
-    with pytest.raises(ValueError, match="similar: .*pirate"):
+    with pytest.raises(ValueError, match="275 and the default; did you mean .*pirate"):
         show("role", "pirates")
+    with pytest.raises(ValueError, match="role 'gost' is unknown.*did you mean ghost"):
+        show("role", "gost")
+    with pytest.raises(ValueError, match="question '999' is unknown; there are 240"):
+        show("question", "999")
     with pytest.raises(ValueError, match="kind is 'song'"):
         show("song")
 

@@ -71,6 +71,11 @@ REFUSED = {
     "measured at site 'residual'": lambda: steer(AXIS, layers=1, site="mlp"),
     "of is 'all'": lambda: AXIS.thresholds("p25", of="all"),
     "percentile is 'p50'": lambda: AXIS.thresholds("p50", of="default"),
+    "percentile is 25; write p25; this axis knows p25": lambda: AXIS.thresholds(25),
+    "vector 'vector' has no thresholds; an Axis has them": lambda: Vector(np.ones((4, 8)))
+    .thresholds("p25"),
+    "axis 'vector' has no thresholds; give the floor as numbers": lambda: Axis(np.ones((4, 8)))
+    .thresholds("p25"),
     "needs at least one row": lambda: stack_rows([]),
     "row 1 already has rows": lambda: stack_rows([None, steer(V[None], layers=1, rows=[0, 0])]),
     "different widths": lambda: stack_rows([steer(V, layers=1), steer(np.ones(9), layers=1)]),

@@ -157,9 +157,10 @@ def test_what_a_tpu_cannot_hold_is_measured_not_an_error(monkeypatch):
     (("--topology", "h200:8", "--model", "x" * 300), "no such folder"),
     (("--topology", "h200:8", "--mesh", "rows=2"), "write sizes of data"),
     (("--topology", "h200:8", "--mesh", "data=2,model=2"), "needs 4 chips; the topology has 8"),
-    (("--topology", "h200:8", "--batch", "3", "--mesh", "data=8"), "use a multiple of 8"),
+    (("--topology", "h200:8", "--batch", "3", "--mesh", "data=8"),
+     "batch (--batch) is 3; the mesh shards rows over 8 chips: use a multiple of 8"),
     (("--topology", "h200:8", "--context", "1"), "context is 1; they must be at least 1 and 2"),
-    (("--topology", "h200:8", "--context", "9999999"), "the model supports at most"),
+    (("--topology", "h200:8", "--context", "9999999"), "the model was made for"),
     (("--topology", "h200:8", "--cap", "70:90"), "beyond"),
 ])
 def test_mistakes_are_one_line(capsys, arguments, wanted):
@@ -202,6 +203,15 @@ def test_a_decode_turns_no_buffer_over(topology, mesh, reads, monkeypatch):
 def test_libtpu_s_refusal_is_one_line(capsys):
     code, _, said = run(capsys, "--topology", "v5e:3x5")
     assert code == 2 and said.count("\n") == 1 and "libtpu rejects it" in said
+
+
+def test_a_missing_libtpu_is_named_with_its_remedy(capsys, monkeypatch):
+    monkeypatch.setattr(chips, "tpu_devices", lambda topology: None)
+    ask = ("--model", "random:qwen3-8b", "--cap", "20:28")
+    code, said, _ = run(capsys, "--topology", "v5e:2x4", *ask)
+    assert code == 0 and said.count("libtpu is not installed: pip install 'jaxpersona[tpu]'") == 2
+    code, said, _ = run(capsys, "--topology", "h200:8", *ask)
+    assert code == 0 and "libtpu" not in said and "no compiler was used" in said
 
 
 def test_the_command_prints_a_card_or_json(capsys):

@@ -170,7 +170,13 @@ def test_gguf_in_and_out(tmp_path):
 
 def test_bare_arrays_in_and_out(tmp_path):
     """A .npy keeps the values alone; anything but a real matrix is named."""
-    assert save_vector(tmp_path / "v.npy", Vector(VALUES)) == ["everything but the values"]
+    assert save_vector(tmp_path / "v.npy", Vector(VALUES)) == ["the name"]
+    axis = Axis(VALUES, "a", "m", "ab" * 8, notes={"n": 1},
+                percentiles={"default": {"p25": np.zeros(len(VALUES))}})
+    assert save_vector(tmp_path / "a.npy", axis) == [
+        "the kind (axis)", "the name", "the model", "the fingerprint", "the thresholds",
+        "the notes"]
+    assert save_vector(tmp_path / "m.npy", Vector(VALUES, site="mlp"))[-1] == "the site (mlp)"
     found = load_vector(tmp_path / "v.npy")
     assert s.same_bits(found.values, VALUES) and found.name == "v"
     assert "bare" in found.notes["source"]
@@ -370,9 +376,13 @@ def test_show_and_convert(tmp_path, capsys, checkpoint):
     assert (found.site, found.fingerprint) == ("mlp", model.fingerprint)
     assert s.run_command(["vectors", "convert", here("axis.pt"), here("a.gguf")]) == 0
     said = capsys.readouterr().out
-    assert "leaves out layer 0" in said and "does not say which model" in said
+    assert "not written, because .gguf cannot hold it: layer 0" in said
+    assert "does not say which model" in said
     assert s.run_command(["vectors", "convert", here("a.gguf"), here("b.npy"), "--name", "x"]) == 0
-    capsys.readouterr()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "the values alone" in said[0] and "'x'" not in said[0]
+    assert said[1] == ("  not written, because .npy cannot hold it: the kind (axis), the name, "
+                       "the notes")
     for arguments, words in (
         (["capping_config.pt", "o.safetensors"], f"choose one with --experiment: {ID}, other"),
         (["capping_config.pt", "o.safetensors", "--experiment", "x"], "experiment is 'x'"),
