@@ -197,7 +197,7 @@ REFUSED = {
     "top_k is 1.5": {"top_k": 1.5}, "seed is -1": {"seed": -1},
     "must be positive": {"batch_size": 0},
     "max_new_tokens \\(0\\)": {"max_new_tokens": 0}, "conversations is empty": {"rows": []},
-    "token ids must lie in 0…96": {"rows": [[5, 97]]}, "must be messages": {"rows": [[]]},
+    "token ids must be in 0…96": {"rows": [[5, 97]]}, "must be messages": {"rows": [[]]},
     "has no tokenizer": {"rows": ["hello"]}, "temperature has shape": {"temperature": [1.0, 1.0]},
     "ids has 1 entries for 11": {"ids": [1]}, "ids must": {"ids": [-1] * 11},
     "interventions are for 2 rows": {"interventions": cap(np.ones((1, 32)), layers=[1], floor=0.0,

@@ -149,7 +149,7 @@ def test_chunked_prefill_measures_the_whole_prompt():
         assert s.relative(found, whole).max() < 1e-5
         np.testing.assert_array_equal(counted, counts)
     np.testing.assert_array_equal(counts[0], ABOVE)
-    with pytest.raises(ValueError, match="whole prompt in one piece"):
+    with pytest.raises(ValueError, match="whole prompt in one call"):
         in_chunks(gate(EDIT, C, layer=0, above=SPLIT, within=True), 16)
     in_chunks(gate(EDIT, C, layer=0, above=SPLIT, within=True), 32)
 
