@@ -1,4 +1,4 @@
-"""What is said of readings that found no token, whose values are NaN."""
+"""Warnings for readings that selected no token and are therefore NaN."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ _LOG = logging.getLogger("jaxpersona")
 
 
 def warn_of_empty(name: str, empty: Any) -> None:
-    """Log a warning of rows of which a reading saw no token, where the values are known.
+    """Log a warning that lists the rows in which a reading selected no token.
+
+    Does nothing while tracing, or if this process cannot read the values.
 
     Args:
-      name: what the reading is called.
-      empty: [B] bool.
+      name: the reading's name.
+      empty: [B] bool, True for rows without a selected token.
     """
     if isinstance(empty, jax.core.Tracer) or not getattr(empty, "is_fully_addressable", True):
         return
@@ -25,13 +27,13 @@ def warn_of_empty(name: str, empty: Any) -> None:
 
 
 def describe_empty(numbers: Any, total: int, what: str) -> str:
-    """Say of which rows or conversations a reading saw no token, and what to do."""
+    """Describe the rows or conversations without a selected token, and the remedy."""
     some = ", ".join(map(str, list(numbers)[:5])) + (", …" if len(numbers) > 5 else "")
     return (f"read no token of {len(numbers)} of {total} {what} ({some}), so their values are NaN: "
-            "no token there is one that its where= asks for (by default those of assistant "
-            "messages); give them such tokens, or read others with where=")
+            "no token matches its where= (by default, those of assistant messages); add such "
+            "tokens, or select others with where=")
 
 
 def result_of(state: Any) -> Any:
-    """Return a state's value; whoever calls this tells of missing tokens itself."""
+    """Return a state's value without a warning of missing tokens; the caller gives it."""
     return state.result() if hasattr(state, "result") else state.value
