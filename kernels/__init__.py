@@ -1,1 +1,1 @@
-"""Arithmetic of an edit: a reference, its kernels, and one function to call them by."""
+"""Kernels: the rank-one edit (reference and dispatch) and flash attention."""

@@ -1,4 +1,4 @@
-"""One function to call an edit by, with the implementation named."""
+"""Dispatch of the rank-one edit to a named implementation."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def rank_one_edit(
     *,
     implementation: Implementation = "xla",
 ) -> tuple[jax.Array, jax.Array]:
-    """Apply `reference.rank_one_edit` by the named implementation.
+    """Apply `reference.rank_one_edit` with the named implementation.
 
     Raises:
-      ValueError: an implementation that does not exist.
+      ValueError: unknown implementation.
     """
     if implementation != "xla":
-        raise ValueError(f"implementation is {implementation!r}; only 'xla' exists")
+        raise ValueError(f"implementation is {implementation!r}; only 'xla' is available")
     return reference.rank_one_edit(h, direction, coefficients, active, push, columns)

@@ -1,4 +1,4 @@
-"""The reference form of the rank-one edit: the equation, in the order it is written."""
+"""Reference implementation of the rank-one edit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def rank_one_edit(
     push: jax.Array | None = None,
     columns: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Edit activations along one direction a row.
+    """Edit activations along one direction per row.
 
     With p = ⟨h, v̂⟩ in float32: δ = clip((s − 1)·p + c, lo − p, hi − p), h ← h + δ·v̂.
 
@@ -24,18 +24,18 @@ def rank_one_edit(
       h: activations [B, T, D].
       direction: v̂, unit vectors [B, D] or [1, D] float32.
       coefficients: s, c, lo and hi, each [B] or [1] float32.
-      active: [B, T] bool, where the edit may act.
-      push: û like `direction`, what h moves along instead of v̂; None for v̂ itself.
-      columns: what `twice` makes of v̂, where it is at hand.
+      active: [B, T] bool, the tokens that the edit applies to.
+      push: û, of `direction`'s shape, to move h along û instead of v̂; None for v̂.
+      columns: `twice(direction)`, if already computed.
 
     Returns:
-      The edited h in its own dtype, and [B, T] bool: where δ ≠ 0. Where δ = 0 or the edit is not
-      active, h comes back bit for bit.
+      The edited h in its own dtype, and [B, T] bool: True where the edit is active and δ ≠ 0.
+      Elsewhere h is unchanged, bit for bit.
     """
     s, c, lo, hi = (number[:, None] for number in coefficients)
     wide = h.astype(jnp.float32)
     p = project(wide, direction) if columns is None else _by_product(wide, columns)
-    # s·p − p is exactly 0 at s = 1, like (s − 1)·p, and leaves XLA no difference to hoist by layer
+    # s·p − p is exactly 0 at s = 1, like (s − 1)·p, but XLA cannot hoist s − 1 for each layer
     delta = jnp.clip(s * p - p + c, lo - p, hi - p)
     changed = active & (delta != 0)
     along = direction if push is None else push
@@ -44,7 +44,7 @@ def rank_one_edit(
 
 
 def project(h: jax.Array, direction: jax.Array) -> jax.Array:
-    """Return p = ⟨h, v̂⟩ [B, T] of activations [B, T, D] float32 on v̂ [B, D] or [1, D]."""
+    """Return projections ⟨h, v̂⟩ [B, T] of h [B, T, D] float32 onto v̂ [B, D] or [1, D]."""
 
     def by_product(h: jax.Array, direction: jax.Array) -> jax.Array:
         return _by_product(h, twice(direction))
@@ -53,10 +53,10 @@ def project(h: jax.Array, direction: jax.Array) -> jax.Array:
 
 
 def twice(direction: jax.Array) -> jax.Array:
-    """Set v̂ [B, D] twice side by side, [B, 2, D], for products on a CPU.
+    """Stack v̂ [B, D] twice, [B, 2, D], for products on a CPU.
 
-    XLA turns a product with one column into a multiplication and a sum in steps, three kernels
-    where a product with two equal columns is one.
+    XLA compiles a product with one column to three kernels (multiply and reduce), but a product
+    with two equal columns to one.
     """
     return jnp.stack([direction, direction], 1)
 

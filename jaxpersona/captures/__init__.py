@@ -1,1 +1,1 @@
-"""What is read off the activations, as reductions inside the program."""
+"""Captures: reductions of activations, computed inside the compiled program."""

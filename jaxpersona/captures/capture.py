@@ -1,8 +1,8 @@
-"""What may be read off an activation, always as a reduction inside the program.
+"""Captures: readings of activations, reduced inside the compiled program.
 
-A capture is a pytree that says what to read; its state is a monoid: prefill, every chunk and every
-decode step add to it, so a mean over a finished text costs no second pass and no `[L, B, T, D]`
-array. Captures combine with `|` and share one pass.
+A capture is a pytree that describes the readings. Its state is a monoid to which prefill, every
+chunk and every decode step add, so a mean over a generated text needs no second pass and no
+`[L, B, T, D]` array. Captures are combined with `|` and share one forward pass.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _CALLS = {"full": "full()", "histogram": "histogram(directions, edges)", "last":
 
 @flax.struct.dataclass
 class Capture:
-    """Named readings that share one pass; `a | b` is both."""
+    """Named readings that share one forward pass; `a | b` combines two captures."""
 
     parts: Mapping[str, Any] = flax.struct.field(default_factory=dict)
 
@@ -50,11 +50,11 @@ class Capture:
         check_capture(other)
         twice = sorted(set(self.parts) & set(other.parts))
         if twice:
-            raise ValueError(f"two captures are called {twice}; name one of them with `name=`")
+            raise ValueError(f"two captures have the name {twice}; rename one with `name=`")
         return Capture({**self.parts, **other.parts})
 
     def start(self, config: ModelConfig, rows: int, slots: int) -> dict[str, Any]:
-        """Return the empty state for `rows` rows of `slots` slots."""
+        """Return the initial state for `rows` rows of `slots` slots."""
         return {
             name: part.start(len(chosen_layers(part, config)), rows, slots, config.d_model)
             for name, part in self.parts.items()
@@ -62,7 +62,7 @@ class Capture:
 
 
 def chosen_layers(part: Any, config: ModelConfig) -> tuple[int, ...]:
-    """Return the layers a capture reads, all if it names none.
+    """Return the layers that a reading uses; default: all.
 
     Raises:
       ValueError: a layer that the model does not have, or directions of another shape.
@@ -76,11 +76,11 @@ def chosen_layers(part: Any, config: ModelConfig) -> tuple[int, ...]:
         )
     if hasattr(part, "directions"):
         width = part.directions.shape[-1]
-        for name in ("directions", "edges"):  # else the last set would serve all layers beyond it
+        for name in ("directions", "edges"):  # indexing would clamp to the last set without error
             sets = getattr(part, name, np.zeros(1)).shape[0]
             if sets not in (1, len(layers)):
                 raise ValueError(
-                    f"{name} are for {sets} layers, but {len(layers)} are read: {list(layers)}"
+                    f"{name} are for {sets} layers, but {len(layers)} are captured: {list(layers)}"
                 )
         if width != config.d_model:
             raise ValueError(
@@ -91,7 +91,10 @@ def chosen_layers(part: Any, config: ModelConfig) -> tuple[int, ...]:
 
 def _directions(directions: Any, where: Where | str, layers: Layers | None, site: Site
                 ) -> tuple[jax.Array, Any, jax.Array, tuple[int, ...] | None, Site]:
-    """Return what readings on directions share: where, [L or 1, K, D], origin, layers, site."""
+    """Return the fields shared by projection readings.
+
+    These are the test, unit directions [L or 1, K, D], origin [1], layers and site.
+    """
     several = list(directions) if isinstance(directions, (list, tuple)) else [directions]
     if several and all(hasattr(one, "at_layers") for one in several):
         chosen = resolve_layers(slice(None) if layers is None else layers, several[0].n_layers)
@@ -108,7 +111,7 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None, site
     if value.ndim != 3 or not value.shape[1]:
         raise ValueError(f"directions has shape {value.shape}; it must be [K, D] or [l, K, D]")
     if not traced(value) and not (np.isfinite(value).all() and value.any(-1).all()):
-        raise ValueError("directions holds a zero or a value that is not finite")
+        raise ValueError("directions contains a zero vector or a non-finite value")
     unit = jnp.asarray(normalised(value)[0], F32)
     return _test(where), unit, jnp.asarray(origin, jnp.uint32), picked, _site(site)
 
@@ -143,33 +146,33 @@ def _pick(layers: Layers | None) -> tuple[int, ...] | None:
 @own_rules()
 def mean(where: Where | str = response, *, layers: Layers | None = None, site: Site = "residual",
          turns: int | None = None, name: str = "mean") -> Capture:
-    """Average activations over tokens; with `turns=M`, over each of the first M messages apart.
+    """Average activations over tokens; with `turns=M`, separately for each of the first M messages.
 
     Result: [B, L, D], or [B, L, M, D].
     """
     if turns is not None and (not isinstance(turns, int) or turns < 1):
-        raise ValueError(f"turns is {turns!r}; it must be a positive whole number")
+        raise ValueError(f"turns is {turns!r}; it must be a positive integer")
     return Capture({name: Mean(_test(where), _pick(layers), _site(site), turns)})
 
 
 @own_rules()
 def last(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "last") -> Capture:
-    """Keep the activation of the last chosen token. Result: [B, L, D]."""
+    """Keep the activation of the last selected token. Result: [B, L, D]."""
     return Capture({name: Last(_test(where), _pick(layers), _site(site))})
 
 
 @own_rules()
 def projections(directions: Any, where: Where | str = everywhere, *, layers: Layers | None = None,
                 site: Site = "residual", name: str = "projections") -> Capture:
-    """Project every chosen token on directions, normalised here to unit length.
+    """Project every selected token on directions, which are normalized to unit length.
 
     Args:
-      directions: [K, D] at every layer, [l, K, D] one set for each chosen layer, or a named
-        direction (`Axis`, `Vector`), whose own layers are used.
+      directions: [K, D], the same at every layer; [l, K, D], one set per chosen layer; or a named
+        direction (`Axis`, `Vector`) or a list of them, read at the chosen layers.
 
     Returns:
-      A capture with result [B, L, S, K]; NaN at tokens that were not chosen.
+      A capture with result [B, L, S, K]; NaN at tokens that are not selected.
     """
     return Capture({name: Projections(*_directions(directions, where, layers, site))})
 
@@ -177,9 +180,10 @@ def projections(directions: Any, where: Where | str = everywhere, *, layers: Lay
 @own_rules()
 def moments(directions: Any, where: Where | str = response, *, layers: Layers | None = None,
             site: Site = "residual", name: str = "moments") -> Capture:
-    """Reduce the projections of a row's chosen tokens to number, mean and variance.
+    """Compute count, mean and variance of the projections of a row's selected tokens.
 
-    Its size does not grow with the text (Welford 1962). Args as for `projections`.
+    The state's size does not depend on the text's length (Welford 1962). Arguments as for
+    `projections`.
 
     Returns:
       A capture with result `readings.Moments`: count [B], mean and variance [B, L, K].
@@ -191,18 +195,18 @@ def moments(directions: Any, where: Where | str = response, *, layers: Layers | 
 def histogram(directions: Any, edges: Any, where: Where | str = response, *,
               layers: Layers | None = None, site: Site = "residual",
               name: str = "histogram") -> Capture:
-    """Count the projections of a row's chosen tokens by fixed bins.
+    """Compute a histogram of the projections of a row's selected tokens.
 
     Args:
       directions: as for `projections`.
-      edges: E bounds, ascending: [E], or [l, K, E] for each chosen layer and direction. Bin 0 lies
-        below the first, bin i holds edges[i − 1] ≤ p < edges[i], bin E the rest.
+      edges: E ascending bin edges: [E], or [l, K, E] per chosen layer and direction. Bin 0 is
+        p < edges[0], bin i is edges[i − 1] ≤ p < edges[i], bin E is p ≥ edges[E − 1].
 
     Returns:
       A capture with result [B, L, K, E + 1] int32.
 
     Raises:
-      ValueError: edges that do not ascend or do not fit, or directions that do not.
+      ValueError: edges that do not ascend, or edges or directions of an invalid shape.
     """
     chosen = _directions(directions, where, layers, site)
     bounds = numbers("edges", edges)
@@ -210,20 +214,21 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
     if bounds.ndim != 3 or not bounds.shape[-1]:
         raise ValueError(f"edges has shape {bounds.shape}; it must be [E] or [l, K, E]")
     if not np.isfinite(bounds).all() or (np.diff(bounds.astype(np.float32), axis=-1) <= 0).any():
-        raise ValueError("edges must be finite and ascend, each greater than the one before")
-    known = None if chosen[3] is None else len(chosen[3])  # else the model's, checked with it
+        raise ValueError("edges must be finite and strictly ascending")
+    known = None if chosen[3] is None else len(chosen[3])  # None: checked by `chosen_layers`
     if bounds.shape[1] not in (1, chosen[1].shape[1]) or (
             known is not None and bounds.shape[0] not in (1, known)):
-        raise ValueError(f"edges has shape {bounds.shape}; directions {chosen[1].shape}")
+        raise ValueError(f"edges has shape {bounds.shape}; it must fit the shape of directions, "
+                         f"{chosen[1].shape}")
     return Capture({name: Histogram(*chosen, jnp.asarray(bounds, F32))})
 
 
 @own_rules()
 def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
           name: str = "norms") -> Capture:
-    """Measure every chosen token's length ‖h‖. Result: [B, L, S]; NaN where none was chosen.
+    """Compute the norm ‖h‖ of every selected token. Result: [B, L, S]; NaN elsewhere.
 
-    Its mean over tokens without the first is the unit in which Lu et al. 2026 count steering.
+    The mean norm over all tokens but the first is the unit of steering strengths in Lu et al. 2026.
     """
     return Capture({name: Norms(_test(where), _pick(layers), _site(site))})
 
@@ -231,5 +236,8 @@ def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site
 @own_rules()
 def full(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "full") -> Capture:
-    """Keep every chosen activation. Result: [B, L, S, D] float32; 4·B·L·S·D bytes."""
+    """Keep the activation of every selected token. Result: [B, L, S, D] float32; 4·B·L·S·D bytes.
+
+    The other entries are NaN.
+    """
     return Capture({name: Full(_test(where), _pick(layers), _site(site))})

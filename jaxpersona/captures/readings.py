@@ -1,8 +1,8 @@
-"""The readings: what a capture reduces an activation to, and the states that grow with the tokens.
+"""Readings: the reductions of captures, and their states.
 
-Every reading has four functions: `start` makes the empty state, `weights` says which tokens count,
-`read` reduces one layer, and `add` joins a call's results to the state. A state's `value` is the
-result.
+Every reading has four methods: `start` returns the initial state, `weights` selects the tokens,
+`read` reduces the activations of one layer, and `add` adds the results of a call to the state. The
+`value` of a state is the result.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from jaxpersona.models.batch import Batch
 from jaxpersona.models.cache import by_slot, set_lines
 
 F32 = jnp.float32
-LARGE = 1e9  # bytes of full activations from which their announcement is a warning
+LARGE = 1e9  # bytes of full activations from which their size is logged as a warning
 _LOG = logging.getLogger("jaxpersona")
 
 
 @flax.struct.dataclass
 class MeanState:
-    """A sum of activations and how many tokens are in it; `value` is their mean."""
+    """The sum of activations and the number of tokens; `value` is the mean."""
 
-    total: Any  # [L, B, D], by turn [L, B, M, D], float32
-    count: Any  # [B], by turn [B, M], float32
-    rows = (1, 0)  # which dimension of each is B
+    total: Any  # [L, B, D], with `turns` [L, B, M, D], float32
+    count: Any  # [B], with `turns` [B, M], float32
+    rows = (1, 0)  # the batch axis of each field
 
     @property
     def value(self) -> Any:
-        """[B, L, D], by turn [B, L, M, D]; NaN, with a warning, where there was no token."""
+        """[B, L, D], with `turns` [B, L, M, D]; NaN, with a warning, for rows without a token."""
         warn_of_empty("mean", self.empty)
         return self.result()
 
     @property
     def empty(self) -> Any:
-        """[B] bool: which rows had no token in any message."""
+        """[B] bool: True for rows without a token in any message."""
         return (self.count == 0).reshape(self.count.shape[0], -1).all(-1)
 
     def result(self) -> Any:
@@ -56,21 +56,21 @@ class MeanState:
 
 @flax.struct.dataclass
 class LastState:
-    """The activation of the last token seen."""
+    """The activation of the last selected token so far."""
 
     latest: Any  # [L, B, D] float32
-    position: Any  # [B] int32, −1 before the first
+    position: Any  # [B] int32, −1 before the first selected token
     rows = (1, 0)
 
     @property
     def value(self) -> Any:
-        """[B, L, D]; NaN, with a warning, where there was no token."""
+        """[B, L, D]; NaN, with a warning, for rows without a token."""
         warn_of_empty("last", self.empty)
         return self.result()
 
     @property
     def empty(self) -> Any:
-        """[B] bool: which rows had no token."""
+        """[B] bool: True for rows without a token."""
         return self.position < 0
 
     def result(self) -> Any:
@@ -82,37 +82,37 @@ class LastState:
 
 @flax.struct.dataclass
 class TokenState:
-    """One value a token and slot; `value` is [B, L, S, …], NaN where nothing was read."""
+    """One value per cache slot; `value` is [B, L, S, …], NaN for tokens not selected."""
 
     values: Any  # [L, B, S, …] float32
     rows = (1,)
 
     @property
     def value(self) -> Any:
-        """[B, L, S, …]: entry s is the token in slot s of the cache."""
+        """[B, L, S, …]: entry s belongs to the token in cache slot s."""
         xp = np if isinstance(self.values, np.ndarray) else jnp
         return xp.moveaxis(self.values, 0, 1)
 
 
 @flax.struct.dataclass
 class ProjectionState(TokenState):
-    """As `TokenState`, of K directions; [L, B, K, S], since a TPU fills a short last axis up."""
+    """A `TokenState` of K directions, stored [L, B, K, S]: TPUs pad small minor dimensions."""
 
     @property
     def value(self) -> Any:
-        """[B, L, S, K]: entry s is the token in slot s of the cache."""
+        """[B, L, S, K]: entry s belongs to the token in cache slot s."""
         xp = np if isinstance(self.values, np.ndarray) else jnp
         return xp.transpose(self.values, (1, 0, 3, 2))
 
 
 @flax.struct.dataclass
 class Moments:
-    """The number, mean and variance of a row's projections.
+    """Count, mean and variance of each row's projections.
 
     Attributes:
-      count: [B] float32, tokens.
-      mean: [B, L, K] float32; NaN where there was no token.
-      variance: [B, L, K] float32, divided by the count; NaN likewise.
+      count: [B] float32, the number of tokens.
+      mean: [B, L, K] float32; NaN for rows without a token.
+      variance: [B, L, K] float32, the population variance; NaN for rows without a token.
     """
 
     count: Any
@@ -122,22 +122,22 @@ class Moments:
 
 @flax.struct.dataclass
 class MomentState:
-    """Running moments (Welford 1962, joined as by Chan et al. 1983); `value` is `Moments`."""
+    """Running moments (Welford 1962; merged as in Chan et al. 1983); `value` is `Moments`."""
 
     count: Any  # [B] float32
     mean: Any  # [L, B, K] float32
-    spread: Any  # [L, B, K] float32, the sum of squared distances from the mean
+    spread: Any  # [L, B, K] float32, the sum of squared deviations from the mean
     rows = (0, 1, 1)
 
     @property
     def value(self) -> Moments:
-        """The moments of every row; NaN, with a warning, where there was no token."""
+        """The moments of every row; NaN, with a warning, for rows without a token."""
         warn_of_empty("moments", self.empty)
         return self.result()
 
     @property
     def empty(self) -> Any:
-        """[B] bool: which rows had no token."""
+        """[B] bool: True for rows without a token."""
         return self.count == 0
 
     def result(self) -> Moments:
@@ -152,7 +152,7 @@ class MomentState:
 
 @flax.struct.dataclass
 class CountState:
-    """Counts by bin; `value` is [B, L, K, E + 1]."""
+    """Histogram counts; `value` is [B, L, K, E + 1]."""
 
     counts: Any  # [L, B, K, E + 1] int32
     rows = (1,)
@@ -166,7 +166,7 @@ class CountState:
 
 @flax.struct.dataclass
 class Mean:
-    """Sum activations over the tokens that `where` chooses, by message if `turns` is given."""
+    """The mean activation of the tokens selected by `where`, per message if `turns` is given."""
 
     where: Any
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
@@ -174,12 +174,12 @@ class Mean:
     turns: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def start(self, layers: int, rows: int, slots: int, width: int) -> MeanState:
-        """Return the empty sum."""
+        """Return a sum of zeros."""
         shape = (rows,) if self.turns is None else (rows, self.turns)
         return MeanState(jnp.zeros((layers, *shape, width), F32), jnp.zeros(shape, F32))
 
     def weights(self, batch: Batch) -> jax.Array:
-        """[B, T] or [B, M, T] float32: how much every token counts."""
+        """Return [B, T] or [B, M, T] float32: 1 for selected tokens, else 0."""
         chosen = holds(self.where, batch)
         if self.turns is not None:
             turn = jnp.arange(self.turns, dtype=jnp.int32)
@@ -187,94 +187,94 @@ class Mean:
         return chosen.astype(F32)
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Reduce one layer's h [B, T, D]."""
+        """Sum h [B, T, D] of one layer: [B, D] or [B, M, D]."""
         form = "btd,bt->bd" if self.turns is None else "btd,bmt->bmd"
         return jnp.einsum(form, h.astype(F32), weights, precision="highest")
 
     def add(self, state: MeanState, parts: jax.Array, weights: jax.Array, batch: Batch,
             slots: jax.Array) -> MeanState:
-        """Add one call's parts [L, …] to the sum."""
+        """Add the sums [L, …] of one call."""
         return MeanState(state.total + parts, state.count + weights.sum(-1))
 
 
 @flax.struct.dataclass
 class Last:
-    """Keep the activation of the last token that `where` chooses."""
+    """The activation of the last token selected by `where`."""
 
     where: Any
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
     site: Site = flax.struct.field(pytree_node=False, default="residual")
 
     def start(self, layers: int, rows: int, slots: int, width: int) -> LastState:
-        """Return the state before any token."""
+        """Return the state without a token."""
         return LastState(jnp.zeros((layers, rows, width), F32), jnp.full((rows,), -1, jnp.int32))
 
     def weights(self, batch: Batch) -> jax.Array:
-        """[B, T] float32: 1 at the last chosen token of the call, else 0."""
+        """Return [B, T] float32: 1 at the last selected token of the call, else 0."""
         at = jnp.where(holds(self.where, batch), batch.position, -1)
         top = at.max(-1, keepdims=True)
         return ((at == top) & (top >= 0)).astype(F32)
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Reduce one layer's h [B, T, D]."""
+        """Select the activation [B, D] from h [B, T, D] of one layer."""
         return jnp.einsum("btd,bt->bd", h.astype(F32), weights, precision="highest")
 
     def add(self, state: LastState, parts: jax.Array, weights: jax.Array, batch: Batch,
             slots: jax.Array) -> LastState:
-        """Replace the kept activation where the call saw a later one."""
-        found = weights.sum(-1) > 0
+        """Replace the activations of rows with a selected token in this call."""
+        selected = weights.sum(-1) > 0
         position = (weights.astype(jnp.int32) * batch.position).sum(-1)
         return LastState(
-            jnp.where(found[None, :, None], parts, state.latest),
-            jnp.where(found, position, state.position),
+            jnp.where(selected[None, :, None], parts, state.latest),
+            jnp.where(selected, position, state.position),
         )
 
 
 @flax.struct.dataclass
 class Projections:
-    """Project every token that `where` chooses on K directions a layer."""
+    """The projections of the tokens selected by `where` on K directions per layer."""
 
     where: Any
     directions: Any  # [L or 1, K, D] float32, unit length
-    origin: Any  # [1] uint32, as in a table of edits
+    origin: Any  # [1] uint32, as in `interventions.table.Table`
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
     site: Site = flax.struct.field(pytree_node=False, default="residual")
 
     def start(self, layers: int, rows: int, slots: int, width: int) -> Any:
-        """Return the table before any token: NaN [L, B, K, S]."""
+        """Return an array of NaN [L, B, K, S]."""
         count = self.directions.shape[1]
         return ProjectionState(jnp.full((layers, rows, count, slots), jnp.nan, F32))
 
     def weights(self, batch: Batch) -> jax.Array:
-        """[B, T] bool."""
+        """Return [B, T] bool: the selected tokens."""
         return holds(self.where, batch)
 
     def project(self, h: jax.Array, index: int) -> jax.Array:
-        """Project one layer's h [B, T, D] on its directions: [B, T, K]."""
+        """Project h [B, T, D] of one layer on its directions: [B, T, K]."""
         table = self.directions[index if self.directions.shape[0] > 1 else 0]
         return jnp.einsum("btd,kd->btk", h.astype(F32), table, precision="highest")
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> Any:
-        """Keep the projections of one layer's h [B, T, D] where they are chosen: [B, T, K]."""
+        """Project h [B, T, D] of one layer: [B, T, K], NaN for tokens not selected."""
         return jnp.where(weights[..., None], self.project(h, index), jnp.nan)
 
     def add(self, state: Any, parts: Any, weights: jax.Array, batch: Batch,
             slots: jax.Array) -> Any:
-        """Write one call's values into the slots of its tokens."""
+        """Write the values of one call into the slots of its tokens."""
         return ProjectionState(write_slots(state.values, parts, slots, axis=3))
 
 
 @flax.struct.dataclass
 class ProjectionMoments(Projections):
-    """Reduce a row's projections to their number, mean and variance."""
+    """The count, mean and variance of each row's projections."""
 
     def start(self, layers: int, rows: int, slots: int, width: int) -> MomentState:
-        """Return the moments of nothing."""
+        """Return the moments of zero tokens."""
         zero = jnp.zeros((layers, rows, self.directions.shape[1]), F32)
         return MomentState(jnp.zeros((rows,), F32), zero, zero)
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> Any:
-        """Reduce one layer's h [B, T, D] to a mean and a sum of squared distances, [B, K] each."""
+        """Return the mean and the sum of squared deviations for h [B, T, D], each [B, K]."""
         p, w = self.project(h, index), weights[..., None].astype(F32)
         count = jnp.maximum(w.sum(1), 1.0)
         mean = (p * w).sum(1) / count
@@ -282,7 +282,7 @@ class ProjectionMoments(Projections):
 
     def add(self, state: MomentState, parts: Any, weights: jax.Array, batch: Batch,
             slots: jax.Array) -> MomentState:
-        """Join the moments of two sets of tokens."""
+        """Merge the moments of one call into the state (Chan et al. 1983)."""
         fresh = weights.sum(-1, dtype=F32)
         total = state.count + fresh
         share = (fresh / jnp.maximum(total, 1.0))[None, :, None]
@@ -293,7 +293,7 @@ class ProjectionMoments(Projections):
 
 @flax.struct.dataclass
 class Histogram(Projections):
-    """Count a row's projections by bins between fixed edges; the outer two are open."""
+    """A histogram of each row's projections with fixed bin edges; the outer bins are open."""
 
     edges: Any = None  # [L or 1, K or 1, E] float32, ascending
 
@@ -303,7 +303,7 @@ class Histogram(Projections):
         return CountState(jnp.zeros(shape, jnp.int32))
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Count one layer's h [B, T, D]: [B, K, E + 1] int32."""
+        """Count the projections of h [B, T, D] per bin: [B, K, E + 1] int32."""
         edges = self.edges[index if self.edges.shape[0] > 1 else 0]
         place = (self.project(h, index)[..., None] >= edges[None, None]).sum(-1, dtype=jnp.int32)
         bins = jnp.arange(edges.shape[-1] + 1, dtype=jnp.int32)
@@ -312,28 +312,28 @@ class Histogram(Projections):
 
     def add(self, state: CountState, parts: jax.Array, weights: jax.Array, batch: Batch,
             slots: jax.Array) -> CountState:
-        """Add one call's counts."""
+        """Add the counts of one call."""
         return CountState(state.counts + parts)
 
 
 @flax.struct.dataclass
 class Norms:
-    """Measure the length of every activation that `where` chooses."""
+    """The norms of the activations selected by `where`."""
 
     where: Any
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
     site: Site = flax.struct.field(pytree_node=False, default="residual")
 
     def start(self, layers: int, rows: int, slots: int, width: int) -> TokenState:
-        """Return the table before any token: NaN [L, B, S]."""
+        """Return an array of NaN [L, B, S]."""
         return TokenState(jnp.full((layers, rows, slots), jnp.nan, F32))
 
     def weights(self, batch: Batch) -> jax.Array:
-        """[B, T] bool."""
+        """Return [B, T] bool: the selected tokens."""
         return holds(self.where, batch)
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Measure one layer's h [B, T, D]: [B, T]."""
+        """Return the norms of h [B, T, D]: [B, T], NaN for tokens not selected."""
         return jnp.where(weights, jnp.linalg.norm(h.astype(F32), axis=-1), jnp.nan)
 
     def add(self, state: TokenState, parts: jax.Array, weights: jax.Array, batch: Batch,
@@ -344,26 +344,26 @@ class Norms:
 
 @flax.struct.dataclass
 class Full:
-    """Keep every activation that `where` chooses: `[L, B, S, D]`, the size of a cache and more."""
+    """All activations selected by `where`: [L, B, S, D], larger than a key/value cache."""
 
     where: Any
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False)
     site: Site = flax.struct.field(pytree_node=False, default="residual")
 
     def start(self, layers: int, rows: int, slots: int, width: int) -> TokenState:
-        """Return the table before any token: NaN [L, B, S, D]. Its size is logged first."""
+        """Return an array of NaN [L, B, S, D]; log its size first."""
         size = 4 * layers * rows * slots * width
         _LOG.log(logging.WARNING if size >= LARGE else logging.INFO,
-                 "a capture of full activations keeps %.3g GB: %d layers, %d rows, %d slots, "
+                 "a capture of full activations takes %.3g GB: %d layers, %d rows, %d slots, "
                  "width %d, float32", size / 1e9, layers, rows, slots, width)
         return TokenState(jnp.full((layers, rows, slots, width), jnp.nan, F32))
 
     def weights(self, batch: Batch) -> jax.Array:
-        """[B, T] bool."""
+        """Return [B, T] bool: the selected tokens."""
         return holds(self.where, batch)
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Keep one layer's h [B, T, D] where it is chosen."""
+        """Return h [B, T, D] of one layer in float32, NaN for tokens not selected."""
         return jnp.where(weights[..., None], h.astype(F32), jnp.nan)
 
     def add(self, state: TokenState, parts: jax.Array, weights: jax.Array, batch: Batch,
@@ -374,10 +374,10 @@ class Full:
 
 def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
                 axis: int = 2) -> jax.Array:
-    """Write values of tokens [L, B, T, …] in slots [B, T] into a buffer [L, B, …], whose S is
-    `axis`; beyond S they are dropped.
+    """Write values [L, B, T, …] into the slots [B, T] of a buffer [L, B, …] with slot axis `axis`.
 
-    As in a cache, one token a row is set in place, many are gathered.
+    Values whose slot is S or beyond are dropped. As in `cache.write`, one token per row uses a
+    scatter, several use a gather.
     """
     rows, width = slots.shape
     if width == 1:
@@ -391,7 +391,7 @@ def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
 
 
 def spread_states(states: dict[str, Any], like: jax.Array) -> dict[str, Any]:
-    """Spread the rows of captures' states over the mesh of an array, if that lies on one."""
+    """Shard the rows of captures' states over the mesh of `like`, if there is one."""
     return {
         name: tree.unflatten([spread_rows(x, at, like)
                               for x, at in zip(leaves, state.rows, strict=True)])

@@ -1,1 +1,1 @@
-"""Meshes and processes."""
+"""Distributed execution: meshes, shardings and processes."""

@@ -1,8 +1,8 @@
-"""Run one program in several processes: which one this is, and what they exchange.
+"""Multi-process execution: initialization, process index and collectives on the host.
 
-All processes compute the same programs in the same order, each on its own devices; each keeps the
-files of its own share of the work. With one process, nothing here does anything. How many processes
-there are is JAX's answer, whoever initialised `jax.distributed`.
+All processes run the same programs in the same order, each on its own devices; each writes the
+files of its share of the work. With one process these functions do nothing. The number of processes
+comes from JAX, so `jax.distributed` may also be initialized elsewhere.
 """
 
 from __future__ import annotations
@@ -20,86 +20,86 @@ import numpy as np
 
 T = TypeVar("T")
 _ASYNC = "jax_cpu_enable_async_dispatch"
-_HEARTBEAT = 30  # seconds without a sign of life after which a process counts as dead
+_HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead
 
 
 def start(coordinator: str | None = None, count: int | None = None,
           index: int | None = None) -> None:
-    """Join the other processes, before any array is made.
+    """Initialize `jax.distributed`; call this before creating any array.
 
-    If `jax.distributed` is initialised already, this only checks that the arguments agree with it.
+    If `jax.distributed` is already initialized, this only checks the arguments against it.
 
     Args:
-      coordinator: host:port of process 0; None where SLURM, Kubernetes or a TPU pod says it.
-      count, index: how many processes there are, and which one this is; likewise.
+      coordinator: host:port of process 0; None to detect it on SLURM, Kubernetes or a TPU pod.
+      count, index: the number of processes and this process's index; None to detect them.
 
     Raises:
-      ValueError: settings of which some are missing or out of range, settings that contradict an
-        earlier initialisation, or no cluster that says them.
+      ValueError: missing or out-of-range arguments, arguments that contradict an earlier
+        initialization, or no cluster to detect them from.
     """
     given = (coordinator is not None, count is not None, index is not None)
     if any(given) and not all(given):
         raise ValueError("coordinator, processes and process belong together: give all three, or "
                          "none on SLURM, Kubernetes or a TPU pod")
     if count is not None and index is not None and not 0 <= index < count:
-        raise ValueError(f"process is {index}; it must lie in 0…{count - 1}")
+        raise ValueError(f"process is {index}; it must be in 0…{count - 1}")
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
-        raise ValueError(f"coordinator is {coordinator!r}; write host:port of process 0")
+        raise ValueError(f"coordinator is {coordinator!r}; give host:port of process 0")
     if joined():
         there = jax.process_count(), jax.process_index()
         if all(given) and there != (count, index):
             raise ValueError(f"processes is {count} and process is {index}, but jax.distributed is "
-                             f"initialised already, with {there[0]} and {there[1]}: leave them out")
+                             f"already initialized with {there[0]} and {there[1]}: omit them")
         return
-    # programs that sum over processes deadlock on a CPU if two of them run side by side
+    # two programs with collectives over processes deadlock on CPUs if they run at the same time
     jax.config.update(_ASYNC, False)
     try:
         jax.distributed.initialize(coordinator, count, index,
                                    heartbeat_timeout_seconds=_HEARTBEAT)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the processes cannot be joined ({reason}): name coordinator, processes "
-                         "and process") from None
+        raise ValueError(f"jax.distributed cannot be initialized ({reason}): give coordinator, "
+                         "processes and process") from None
 
 
 def joined() -> bool:
-    """Whether `jax.distributed` is initialised; unlike `many`, this initialises no back end."""
+    """Return whether `jax.distributed` is initialized, without initializing a backend."""
     return jax.distributed.is_initialized()
 
 
 def many() -> bool:
-    """Whether this is one process of several. It initialises JAX's back end."""
+    """Return whether there are several processes. This initializes JAX's backend."""
     return jax.process_count() > 1
 
 
 def warn_of_deadlock() -> None:
-    """Warn where several processes run on CPUs with asynchronous dispatch, which can deadlock."""
+    """Warn if several processes use asynchronous dispatch on CPUs, which can deadlock."""
     if not many() or jax.local_devices()[0].platform != "cpu":
         return
-    with contextlib.suppress(AttributeError, KeyError):  # a version without the setting
+    with contextlib.suppress(AttributeError, KeyError):  # JAX versions without this setting
         if jax.config.read(_ASYNC):
             warnings.warn("several processes run on CPUs with asynchronous dispatch and may "
-                          f"deadlock: call jax.config.update({_ASYNC!r}, False) before the first "
-                          "array is made", stacklevel=3)
+                          f"deadlock: call jax.config.update({_ASYNC!r}, False) before creating "
+                          "the first array", stacklevel=3)
 
 
 def first() -> bool:
-    """Whether this is the process that speaks for all."""
+    """Return whether this is process 0, which prints and writes shared files."""
     return not many() or jax.process_index() == 0
 
 
 def index() -> int:
-    """Return which process this is, from 0."""
+    """Return this process's index, from 0."""
     return jax.process_index()
 
 
 def owns(i: int) -> bool:
-    """Whether piece i of the work is this process's share to keep."""
+    """Return whether work item i is assigned to this process (i modulo the process count)."""
     return not many() or i % jax.process_count() == jax.process_index()
 
 
 def fetch(tree: Any) -> Any:
-    """Bring arrays to the host, whole, wherever they lie; all processes must call it together."""
+    """Copy complete arrays to the host, whatever their sharding; all processes must call this."""
     leaves, structure = jax.tree.flatten(tree)
     far = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)
            and not (x.is_fully_addressable or x.is_fully_replicated)]
@@ -113,9 +113,10 @@ def fetch(tree: Any) -> Any:
 
 
 def total(mine: np.ndarray) -> np.ndarray:
-    """Sum an array of integers over all processes, which must call it together.
+    """Sum an integer array over all processes; all of them must call this.
 
-    It wraps around as its dtype does, and is the same however the terms are distributed.
+    The sum wraps around at the dtype's limit, so it does not depend on the distribution of the
+    terms.
     """
     from jax.experimental import multihost_utils
 
@@ -124,7 +125,7 @@ def total(mine: np.ndarray) -> np.ndarray:
 
 
 def merge(mine: Mapping[str, T]) -> dict[str, T]:
-    """Join what each process knows into one table; all processes must call it together."""
+    """Merge the dicts of all processes into one; all processes must call this."""
     if not many():
         return dict(mine)
     from jax.experimental import multihost_utils
@@ -141,19 +142,19 @@ def merge(mine: Mapping[str, T]) -> dict[str, T]:
 
 
 def in_turn(act: Callable[[], T]) -> T:
-    """Let process 0 act first and the others after it, as where one makes a folder for all."""
+    """Call `act` on process 0 and then on the others, e.g. if process 0 creates a shared folder."""
     if not many():
         return act()
-    found = act() if first() else None
-    merge({})  # the others wait here
+    result = act() if first() else None
+    merge({})  # barrier: the others wait for process 0
     if not first():
-        found = act()
+        result = act()
     merge({})
-    return found  # pyright: ignore[reportReturnType]
+    return result  # pyright: ignore[reportReturnType]
 
 
 def leave(code: int) -> NoReturn:
-    """End this process at once, without waiting for others that may wait for it."""
+    """Exit at once with `code`, without JAX's shutdown barrier, which waits for the others."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,7 +1,7 @@
-"""Where arrays live: logical axes, meshes, and the one helper that resolves output shardings.
+"""Sharding: logical axes, meshes, and helpers that resolve the shardings of arrays.
 
-Model code names *logical* axes ("heads", "batch"); `RULES` says which axes of the mesh each of them
-is spread over. With no mesh nothing here does anything, so one model serves one device and many.
+Model code names *logical* axes ("heads", "batch"); `RULES` maps each of them to mesh axes. Without
+a mesh these helpers do nothing, so the same model code runs on one device and on many.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from jaxpersona.models.config import ModelConfig
 Axes = tuple[str | None, ...]
 AnyMesh = TypeVar("AnyMesh", Mesh, AbstractMesh)
 
-# logical axis -> the mesh axes that it is spread over, those that the mesh has
+# logical axis -> the mesh axes that shard it; axes that a mesh does not have are skipped
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "heads": ("model", "group"),
-    "kv_heads": ("model",),  # whole on each device of a group
-    "kv_group": ("group",),  # the queries of one key/value head
+    "kv_heads": ("model",),  # replicated within a group
+    "kv_group": ("group",),  # the query heads of one key/value head
     "ff": ("model", "group"),
     "vocab": ("model", "group"),
-    "embed": ("fsdp",),  # of weights, which are gathered where they are used; never of activations
+    "embed": ("fsdp",),  # only of weights, which are all-gathered where they are used
 }
 
 
 def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
               devices: Sequence | None = None) -> Mesh:
-    """Make a mesh with Explicit axes.
+    """Create a mesh with Explicit axes.
 
     Args:
-      data: ways to spread rows of a batch; every one of them holds the weights.
-      model: ways to spread heads, feed-forward width and vocabulary.
-      fsdp: ways to spread rows and the weights too, which then cross the mesh at every use.
-      devices: in place of all of them.
+      data: number of shards of batch rows, with replicated weights (data parallelism).
+      model: number of shards of heads, feed-forward width and vocabulary (tensor parallelism).
+      fsdp: number of shards of both rows and weights; weights are all-gathered at every use.
+      devices: the devices to use; default: all.
 
     Raises:
-      ValueError: there are fewer devices than data·fsdp·model.
+      ValueError: fewer devices than data·fsdp·model, or an axis below 1.
     """
     have = len(devices) if devices is not None else jax.device_count()
     wanted = {"data": data, **({"fsdp": fsdp} if fsdp != 1 else {}), "model": model}
     size = data * fsdp * model
     if min(wanted.values()) < 1 or size > have:
         asked = " × ".join(f"{name}={n}" for name, n in wanted.items())
-        mend = (f"there are {have}: make it smaller" if min(wanted.values()) > 0 else
+        mend = (f"there are {have}: use a smaller mesh" if min(wanted.values()) > 0 else
                 "every axis must be at least 1")
         raise ValueError(f"a mesh of {asked} needs {size} devices; {mend}")
     chosen = list(devices if devices is not None else jax.devices())[:size]
@@ -62,33 +62,33 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Read "data=2,model=4" as the arguments of `make_mesh`.
+    """Parse a string such as "data=2,model=4" into arguments of `make_mesh`.
 
     Raises:
-      ValueError: not of that form.
+      ValueError: a string of another form.
     """
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
-        if name not in ("data", "model", "fsdp") or name in found or not size.isdecimal():
-            raise ValueError(f"mesh is {text!r}; write sizes of data, model and fsdp, as "
+        if name not in ("data", "model", "fsdp") or name in sizes or not size.isdecimal():
+            raise ValueError(f"mesh is {text!r}; give sizes of data, model and fsdp, such as "
                              "data=2,model=4")
-        found[name] = int(size)
-    return found
+        sizes[name] = int(size)
+    return sizes
 
 
 def fit(mesh: AnyMesh, config: ModelConfig) -> AnyMesh:
-    """Return the mesh that a model runs on, or say why it cannot run on this one.
+    """Adapt a mesh to a model.
 
-    Where "model" is wider than the key/value heads it is split into "model" × "group": each of
-    these heads is then held by a group of devices, which share its queries.
+    If "model" is a multiple of the number of key/value heads, it is split into "model" × "group":
+    each key/value head is replicated over a group of devices, which share its query heads.
 
     Raises:
-      ValueError: an axis that `RULES` does not know, or that does not divide the model.
+      ValueError: a mesh axis that is not in `RULES`, or that does not divide the model's dimension.
     """
     known = {name for names in RULES.values() for name in names}
     if unknown := [name for name in mesh.axis_names if name not in known]:
-        raise ValueError(f"mesh has the axes {unknown}; name them {', '.join(sorted(known))}")
+        raise ValueError(f"mesh has the unknown axes {unknown}; use {', '.join(sorted(known))}")
     sizes = dict(mesh.shape)
     width, heads = sizes.get("model", 1), config.n_kv_heads
     if "group" not in sizes and heads % width and width % heads == 0:
@@ -103,8 +103,8 @@ def fit(mesh: AnyMesh, config: ModelConfig) -> AnyMesh:
         sizes = dict(mesh.shape)
     model, group = sizes.get("model", 1), sizes.get("group", 1)
     if heads % model or (group > 1 and heads != model):
-        raise ValueError(f"n_kv_heads is {heads}; a mesh of model={model * group} neither divides "
-                         f"it nor is a multiple: use model={_divisor(heads, model * group)}")
+        raise ValueError(f"n_kv_heads is {heads}; model={model * group} of the mesh is neither a "
+                         f"divisor nor a multiple: use model={_divisor(heads, model * group)}")
     for field, value, split in (("n_heads / n_kv_heads", config.n_heads // heads, group),
                                ("d_ff", config.d_ff, model * group),
                                ("d_model", config.d_model, sizes.get("fsdp", 1))):
@@ -123,7 +123,7 @@ def _divisor(value: int, limit: int) -> int:
 
 
 def spec(axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Translate logical axes to a PartitionSpec of a mesh by `RULES`."""
+    """Map logical axes to a mesh's PartitionSpec by `RULES`."""
 
     def entry(axis: str | None) -> Any:
         names = tuple(n for n in RULES[axis] if n in mesh.axis_names) if axis else ()
@@ -134,7 +134,7 @@ def spec(axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
 
 def weight_sharding(axes: Axes, shape: tuple[int, ...],
                     mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Return where a parameter lives; a vocabulary that the mesh does not divide is kept whole."""
+    """Return a parameter's sharding; a vocabulary that the mesh does not divide is replicated."""
     placed = NamedSharding(mesh, spec(axes, mesh))
     try:
         placed.shard_shape(shape)
@@ -144,9 +144,9 @@ def weight_sharding(axes: Axes, shape: tuple[int, ...],
 
 
 def mesh_of(*operands: Any) -> Mesh | AbstractMesh | None:
-    """Return the mesh that the first operand on one lies on, or None."""
+    """Return the mesh of the first operand that has one, or None."""
     for operand in operands:
-        # outside jit an operation needs the devices themselves, which the type does not hold
+        # outside jit an operation needs the concrete devices, which the array's type does not have
         concrete = isinstance(operand, jax.Array) and not isinstance(operand, jax.core.Tracer)
         placed = operand.sharding if concrete else jax.typeof(operand).sharding
         if isinstance(placed, NamedSharding) and not placed.mesh.empty:
@@ -155,8 +155,10 @@ def mesh_of(*operands: Any) -> Mesh | AbstractMesh | None:
 
 
 def on_cpu(*operands: Any) -> bool:
-    """Whether the operands' platform is a CPU and none of them lies on a mesh: XLA then needs some
-    things expressed otherwise. The numbers do not depend on it."""
+    """Return whether the operands are on a single CPU device, without a mesh.
+
+    XLA compiles some operations better there in another form. The results are the same.
+    """
     return platform(*operands) == "cpu" and mesh_of(*operands) is None
 
 
@@ -164,10 +166,10 @@ _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 
 def platform(*operands: Any) -> str:
-    """Return the platform that the operands lie on: "cpu", "gpu" or "tpu".
+    """Return the operands' platform: "cpu", "gpu" or "tpu".
 
-    Arrays know their devices. While a function is traced its operands do not; then it is what
-    `running_on` says, and without that the platform on which JAX places new arrays.
+    Tracers have no devices. For them this returns the platform set by `running_on`, or else the
+    platform on which JAX places new arrays.
     """
     for operand in operands:
         if not isinstance(operand, jax.core.Tracer):
@@ -179,7 +181,7 @@ def platform(*operands: Any) -> str:
 
 @contextlib.contextmanager
 def running_on(where: str) -> Iterator[None]:
-    """Say for which platform functions are traced inside this context."""
+    """Set the platform for functions traced inside this context (see `platform`)."""
     before = _PLATFORM.set(where)
     try:
         yield
@@ -188,7 +190,7 @@ def running_on(where: str) -> Iterator[None]:
 
 
 def default_platform() -> str:
-    """Return the platform on which JAX places new arrays (`jax.default_device` counts)."""
+    """Return the platform on which JAX places new arrays (see `jax.default_device`)."""
     chosen: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if chosen is None:
         return jax.default_backend()
@@ -204,10 +206,10 @@ def default_device() -> Any:
 
 
 def unset_mesh() -> contextlib.AbstractContextManager:
-    """Return a context in which no mesh is set, whatever the caller has set (`jax.set_mesh`).
+    """Return a context without the mesh set by `jax.set_mesh`.
 
-    Everything here takes its mesh from the parameters. The caller's may be another one, since `fit`
-    may have split an axis of it, and new arrays would be placed on it.
+    This package takes the mesh from the parameters. The caller's mesh may differ, since `fit` may
+    split one of its axes, and JAX would place new arrays on it.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
@@ -215,7 +217,7 @@ def unset_mesh() -> contextlib.AbstractContextManager:
 
 
 def on_own_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a function to run without a mesh that its caller has set (`unset_mesh`)."""
+    """Decorate a function to ignore a mesh set by its caller (`unset_mesh`)."""
     @functools.wraps(function)
     def run(*args: Any, **named: Any) -> Any:
         with unset_mesh():
@@ -225,7 +227,7 @@ def on_own_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def off_mesh(tree: Any) -> Any:
-    """Fetch a small tree's arrays that lie on a mesh, such as those made in `jax.set_mesh`."""
+    """Copy a small tree's arrays that are on a mesh to the host (e.g. made in `jax.set_mesh`)."""
     def one(x: Any) -> Any:
         concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
         return jax.device_get(x) if concrete and mesh_of(x) is not None else x
@@ -234,10 +236,10 @@ def off_mesh(tree: Any) -> Any:
 
 
 def check_set_mesh(like: jax.Array) -> None:
-    """Refuse a mesh that the caller has set (`jax.set_mesh`) and that an array does not lie on.
+    """Check that a mesh set by `jax.set_mesh` is the mesh of an array.
 
     Raises:
-      ValueError: the meshes differ; both are named.
+      ValueError: the meshes differ; the message names both.
     """
     current, mesh = jax.sharding.get_abstract_mesh(), mesh_of(like)
     if current.empty or (mesh is not None and _same_shape(current, mesh)):
@@ -245,10 +247,10 @@ def check_set_mesh(like: jax.Array) -> None:
     if mesh is None:
         if AxisType.Explicit not in current.axis_types:
             return
-        raise ValueError(f"the mesh {_written(current)} is set, but the model lies on one device: "
+        raise ValueError(f"the mesh {_written(current)} is set, but the model is on one device: "
                          "leave jax.set_mesh, or load the model with mesh=")
-    raise ValueError(f"the mesh that is set, {_written(current)}, is not the model's, "
-                     f"{_written(mesh)}: write `with jax.set_mesh(model.mesh)`")
+    raise ValueError(f"the mesh set by jax.set_mesh is {_written(current)}, but the model's is "
+                     f"{_written(mesh)}: use `with jax.set_mesh(model.mesh)`")
 
 
 def _same_shape(one: AnyMesh, other: Any) -> bool:
@@ -260,9 +262,9 @@ def _written(mesh: Mesh | AbstractMesh) -> str:
 
 
 def out_sharding(axes: Axes, *operands: Any) -> NamedSharding | None:
-    """Resolve the sharding of a result with logical `axes` from its operands' own mesh.
+    """Return the sharding of a result with logical `axes` on the operands' mesh.
 
-    Returns None where no operand lies on a mesh with Explicit axes.
+    Returns None if no operand is on a mesh with Explicit axes.
     """
     mesh = mesh_of(*operands)
     if mesh is None or AxisType.Explicit not in mesh.axis_types:
@@ -271,10 +273,9 @@ def out_sharding(axes: Axes, *operands: Any) -> NamedSharding | None:
 
 
 def place(x: jax.Array, axes: Axes, *operands: Any) -> jax.Array:
-    """Spread x over the mesh of the operands (or its own) by its logical axes.
+    """Shard x over the operands' mesh (default: its own) by its logical axes.
 
-    On a mesh with Auto axes this is a constraint that the partitioner may rely on; without a mesh
-    it is nothing.
+    On a mesh with Auto axes this is a sharding constraint; without a mesh it returns x.
     """
     mesh = mesh_of(*(operands or (x,)))
     if mesh is None:
@@ -286,14 +287,14 @@ def place(x: jax.Array, axes: Axes, *operands: Any) -> jax.Array:
 
 
 def spread_rows(x: jax.Array, dimension: int, like: Any) -> jax.Array:
-    """Spread the dimension of x that counts rows over the mesh of an array, if that is on one."""
+    """Shard a dimension of x, as batch rows, over the mesh of `like`, if there is one."""
     return place(x, tuple("batch" if i == dimension else None for i in range(x.ndim)), like)
 
 
 def of_each(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Take entries of each row's own choice: x[b, index[b]].
+    """Gather entries per row: x[b, index[b]].
 
-    Unlike `take_along_axis` this also takes a single row, on a mesh that spreads rows.
+    Unlike `take_along_axis`, this supports a single row on a mesh that shards rows.
 
     Args:
       x: [B, n, …].
@@ -309,22 +310,22 @@ def of_each(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def rows_divisor(*operands: Any) -> int:
-    """Return over how many ways the operands' mesh spreads the rows of a batch; 1 without one."""
+    """Return the number of shards of batch rows on the operands' mesh; 1 without a mesh."""
     mesh = mesh_of(*operands)
     return 1 if mesh is None else ways(mesh, "batch")
 
 
 def ways(mesh: Mesh | AbstractMesh, axis: str) -> int:
-    """Return over how many ways a mesh spreads a logical axis."""
+    """Return the number of shards of a logical axis on a mesh."""
     return math.prod(mesh.shape.get(name, 1) for name in RULES[axis])
 
 
 def gather_weight(w: jax.Array) -> jax.Array:
-    """Bring a weight that is spread over "fsdp" together, for the product that uses it."""
+    """All-gather a weight over "fsdp" for the product that uses it."""
     mesh = mesh_of(w)
     if mesh is None or "fsdp" not in mesh.axis_names:
         return w
     if AxisType.Explicit not in mesh.axis_types:
-        return w  # the partitioner sees the product and gathers what it needs
+        return w  # with Auto axes the partitioner inserts the all-gather
     kept = (None if name == "fsdp" else name for name in jax.typeof(w).sharding.spec)
     return jax.sharding.reshard(w, NamedSharding(mesh, PartitionSpec(*kept)))

@@ -1,4 +1,4 @@
-"""What may be done to an activation, as pytrees of data: what, where, in which row, if at all."""
+"""Interventions: edits of activations as pytrees of data, by layer, token, row and gate."""
 
 from jaxpersona.interventions.bank import resolve_layers
 from jaxpersona.interventions.compose import Interventions, chain, reserve, stack_rows

@@ -1,14 +1,14 @@
-"""Directions and numbers in every form that a constructor accepts, brought into one.
+"""Conversion of the directions and numbers that constructors accept to one form.
 
 A direction may be
-  a named one (`Axis`, `Vector`), whose own layers are used;
-  an array [D], the same at every layer; [1, l, D], one for each of the chosen layers;
-  with `rows=`, a bank [n, D] or [n, l, D], or a list of named directions: row b of the batch uses
-  entry rows[b], and −1 leaves it alone.
-Strengths and thresholds are a number, one a layer [l], or for a bank [n] or [n, l].
+  a named direction (`Axis`, `Vector`), of which the values at the chosen layers are used;
+  an array: [D], the same at every layer, or [1, l, D], one per chosen layer;
+  with `rows=`, a bank [n, D] or [n, l, D], or a list of named directions: batch row b uses entry
+  rows[b]; −1 means no edit.
+A strength or threshold is a number, [l] with one per layer, or for a bank [n] or [n, l].
 
-Under a transformation of JAX (grad, vmap, jit) values cannot be looked at; then their shapes alone
-are checked, and everything stays differentiable.
+Under a JAX transformation (grad, vmap, jit) only shapes are checked, because values are unknown;
+all operations are differentiable.
 """
 
 from __future__ import annotations
@@ -27,22 +27,24 @@ from jaxpersona.models.config import MAX_LAYERS
 Layers = int | slice | Sequence[int] | str
 _MANTISSA, _BIAS = 23, 127  # of float32
 _GREATEST = float(np.finfo(np.float32).max)
-_OPEN = {"floor": np.inf, "above": np.inf, "ceiling": -np.inf, "below": -np.inf}  # no bound at all
+# minus the infinite value that means "no bound": −inf for lower bounds, inf for upper bounds
+_OPEN = {"floor": np.inf, "above": np.inf, "ceiling": -np.inf, "below": -np.inf}
 
 
 class Bank:
-    """Directions of the accepted forms, and numbers spread to fit them.
+    """A bank of n directions at l layers, in canonical form.
 
     Attributes:
-      layers, site, index: the structure, and the entry of each row.
+      layers, site: the chosen layers and the site.
+      index: [B], the entry of each row, or None.
       direction: unit vectors [l, n, D].
-      norm: [l, n], the lengths they were given with.
-      origin: [n] uint32, half their models' fingerprints.
+      norm: [l, n], their lengths before normalization.
+      origin: [n] uint32, half of each model's fingerprint.
     """
 
     def __init__(self, vector: Any, layers: Layers, rows: Any, site: Site,
                  name: str = "vector", zero: bool = False) -> None:
-        """Read a direction or a bank of them; `zero` lets it be zero (then so is its unit)."""
+        """Convert a direction or a bank; `zero` allows zero vectors (whose unit is zero)."""
         if site not in SITES:
             raise ValueError(f"site is {site!r}; it must be one of {SITES}")
         self.site: Site = site
@@ -65,21 +67,20 @@ class Bank:
             value, origin = self._array(vector, name), None
         if rows is None and len(value) != 1:
             raise ValueError(
-                f"{name} is a bank of {len(value)} directions; say with `rows=` which row uses "
-                "which"
+                f"{name} is a bank of {len(value)} directions; give each row's entry with `rows=`"
             )
         xp: Any = jnp if traced(value) else np
         if xp is np and not np.isfinite(value).all():
-            raise ValueError(f"{name} holds a value that is not finite")
+            raise ValueError(f"{name} contains a non-finite value")
         unit, norm = normalised(value)
         if xp is np and not zero and not value.any(-1).all():
-            raise ValueError(f"{name} is zero at a chosen layer; it has no direction")
+            raise ValueError(f"{name} is zero at a chosen layer; give nonzero vectors")
         self.norm = norm.T
         self.direction = xp.moveaxis(unit, 0, 1)
         self.origin = np.array(origin or [0] * len(value), np.uint32)
 
     def _array(self, vector: Any, name: str) -> Any:
-        """Read a bare array as [n, l, D]."""
+        """Convert an array to [n, l, D]."""
         value = numbers(name, vector)
         xp: Any = jnp if traced(value) else np
         count = len(self.layers)
@@ -102,7 +103,7 @@ class Bank:
         """Broadcast a strength or threshold to [l, n].
 
         Raises:
-          ValueError: not a number, of another shape, or one that could be meant in two ways.
+          ValueError: not a number, an invalid shape or an ambiguous shape.
         """
         given = numbers(name, value)
         xp: Any = jnp if traced(given) else np
@@ -110,10 +111,10 @@ class Bank:
         if xp is np:
             check_finite(name, given)
         if self.total is not None and given.ndim and given.shape[-1] == self.total:
-            # one a layer of the model
+            # one value per layer of the model: select the chosen layers
             if given.ndim == 1 and self.index is not None and n == self.total > 1:
-                raise ValueError(f"{name} has {n} numbers, for {n} directions or {n} layers; give "
-                                 "[n, l], one a direction and chosen layer")
+                raise ValueError(f"{name} has {n} numbers, which may be for {n} directions or {n} "
+                                 "layers; give [n, l], one per direction and chosen layer")
             given = given[..., np.array(self.layers)]
             if given.ndim == 1 and self.index is not None:
                 given = xp.broadcast_to(given[None], (n, count))
@@ -132,30 +133,31 @@ class Bank:
 
 
 def normalised(value: Any) -> tuple[Any, Any]:
-    """Divide vectors by their length, whatever its size.
+    """Normalize vectors to unit length without overflow or underflow.
 
-    A square overflows float32 beyond 1.8e19 and vanishes below 1e-23. So every vector is first
-    multiplied by the power of two that brings its greatest number between 1/2 and 1, which changes
-    no bit of its direction.
+    Squares overflow float32 for numbers above 1.8e19 and underflow below 1e-23. Each vector is
+    therefore first scaled by the power of two that brings its largest magnitude between 1/2 and 1,
+    which is exact.
 
     Args:
-      value: [..., D], finite; under a transformation of JAX it stays differentiable.
+      value: [..., D], finite. Differentiable if it is traced.
 
     Returns:
       The unit vectors [..., D] in the dtype of `value` (a zero vector stays zero) and the lengths
-      [...], in float64 unless they are traced.
+      [...], in float64 unless traced.
     """
     if not traced(value):
         value = np.asarray(value)
         _, power = np.frexp(np.abs(value).max(-1, keepdims=True, initial=0))
         near = np.ldexp(value, -power)
         norm = np.linalg.norm(near, axis=-1, keepdims=True)
-        with np.errstate(over="ignore"):  # a length beyond float64 is infinite, and is refused
+        with np.errstate(over="ignore"):  # an overflowing length is infinite and raises later
             length = np.ldexp(norm.astype(np.float64), power)
         return near / np.where(norm == 0, 1, norm), length[..., 0]
     greatest = jax.lax.stop_gradient(jnp.abs(value).max(-1, keepdims=True))
     exponent = jax.lax.bitcast_convert_type(greatest, jnp.int32) >> _MANTISSA
-    # a power of two as its bits, because exp2 may round; never subnormal, which XLA may take for 0
+    # Build the power of two from its bits, because exp2 may round. It is never subnormal, because
+    # XLA may flush subnormals to 0.
     scale = jax.lax.bitcast_convert_type(
         jnp.clip(2 * _BIAS - exponent, 1, 2 * _BIAS) << _MANTISSA, jnp.float32)
     near = value * scale
@@ -164,33 +166,33 @@ def normalised(value: Any) -> tuple[Any, Any]:
 
 
 def numbers(name: str, value: Any) -> Any:
-    """Read numbers as float64, or float32 where they are traced.
+    """Convert numbers to a float64 array, or float32 if they are traced.
 
     Raises:
-      ValueError: something else.
+      ValueError: values that are not real numbers.
     """
     if traced(value):
         return jnp.asarray(value, jnp.float32)
     try:
-        found = np.asarray(value)
-    except (TypeError, ValueError):  # no array at all, so no numbers
-        found = np.empty(0, object)
-    if found.dtype.kind in "iuf" or found.dtype.name == "bfloat16":
-        return found.astype(np.float64)
+        array = np.asarray(value)
+    except (TypeError, ValueError):  # not convertible to an array
+        array = np.empty(0, object)
+    if array.dtype.kind in "iuf" or array.dtype.name == "bfloat16":
+        return array.astype(np.float64)
     raise ValueError(f"{name} is {_said(value)}; it must be a real number or an array of them")
 
 
 def _said(value: Any) -> str:
-    """Write a value for an error; a long one is cut short."""
-    said = repr(value)
-    return said if len(said) <= 80 else said[:79] + "…"
+    """Return a value's repr for an error message, truncated to 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def check_finite(name: str, value: np.ndarray) -> None:
-    """Refuse NaN, and what is infinite in float32 but for a bound that stands open.
+    """Check that numbers are finite in float32; an open bound may be infinite.
 
     Raises:
-      ValueError: with the field's name.
+      ValueError: NaN or an infinite value; the message names the field.
     """
     if np.isnan(value).any():
         raise ValueError(f"{name} is NaN")
@@ -201,30 +203,31 @@ def check_finite(name: str, value: np.ndarray) -> None:
 
 
 def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
-    """Return the chosen layers as a tuple from low to high; a slice is half-open, as in Python.
+    """Return the chosen layers as an ascending tuple; slices are half-open, as in Python.
 
-    Text says the same as numbers do: "46:54" a slice, "16" and "3,5" single layers.
+    Text is parsed by `parse_layers`: "46:54" is a slice, "16" and "3,5" are single layers.
 
     Raises:
-      ValueError: none, a negative one, one beyond `total` (the ends of a slice too), a repeated
-        one, another order than from low to high, an open slice where the number of layers is not
-        known, more than any model has, or text of another form.
+      ValueError: no layers, a negative layer, a layer or slice end beyond `total`, repeated or
+        unsorted layers, an open slice if `total` is None, more layers than any model has, or
+        invalid text.
     """
     wanted: Any = parse_layers(layers) if isinstance(layers, str) else layers
-    said = _said(layers)
+    text = _said(layers)
     if isinstance(wanted, slice):
         start, stop = wanted.start, wanted.stop
         if not all(x is None or _whole(x) for x in (start, stop, wanted.step)):
-            raise ValueError(f"layers is {said}; a slice of layers is of ints")
+            raise ValueError(f"layers is {text}; the bounds of a slice must be ints")
         if wanted.step is not None and wanted.step < 1:
-            raise ValueError(f"layers is {said}; a slice of layers goes up, by 1 or more")
+            raise ValueError(f"layers is {text}; the step of a slice must be at least 1")
         if total is None and (stop is None or stop < 0 or (start or 0) < 0):
-            raise ValueError(f"layers is {said}; without a named axis give its start and stop")
+            raise ValueError(f"layers is {text}; without a named direction, give the slice's "
+                             "start and stop")
         highest = max(start or 0, stop or 0)
         if total is not None and (highest > total or (start or 0) < -total):
-            raise ValueError(f"layers is {said}, which reaches beyond 0…{total - 1}")
+            raise ValueError(f"layers is {text}, out of range; they must be in 0…{total - 1}")
         if total is None and highest > MAX_LAYERS:
-            raise ValueError(f"layers is {said}; no model has more than {MAX_LAYERS}")
+            raise ValueError(f"layers is {text}; a model has at most {MAX_LAYERS} layers")
         reach: Any = stop if total is None else total
         chosen = tuple(range(*wanted.indices(reach)))
     else:
@@ -232,22 +235,23 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         several = isinstance(held, Sequence) and not isinstance(held, bytes | bytearray)
         several = several or getattr(held, "ndim", 0) == 1
         if several and len(held) > MAX_LAYERS:
-            raise ValueError(f"layers is {said}; no model has more than {MAX_LAYERS}")
+            raise ValueError(f"layers is {text}; a model has at most {MAX_LAYERS} layers")
         items: list[Any] = list(held) if several else [wanted]
         if not all(map(_whole, items)):
-            raise ValueError(f"layers is {said}; it must be an int, a slice, several ints or "
+            raise ValueError(f"layers is {text}; it must be an int, a slice, a list of ints or "
                              "text such as 46:54")
         chosen = tuple(int(i) for i in items)
     if not chosen:
-        raise ValueError(f"layers is {said}, which chooses none")
+        raise ValueError(f"layers is {text}, which selects no layer; give at least one")
     if len(set(chosen)) != len(chosen):
-        raise ValueError(f"layers is {said}, which repeats one; chain two instead")
+        raise ValueError(f"layers is {text}, with a repeated layer; chain two interventions "
+                         "instead")
     if list(chosen) != sorted(chosen):
-        raise ValueError(f"layers is {said}; give them from low to high, the order in "
-                         "which arrays with one entry a layer are read")
+        raise ValueError(f"layers is {text}; give them in ascending order, the order of arrays "
+                         "with one entry per layer")
     most = MAX_LAYERS if total is None else total
     if chosen[0] < 0 or chosen[-1] >= most:
-        raise ValueError(f"layers is {said}, out of range; they are 0…{most - 1}")
+        raise ValueError(f"layers is {text}, out of range; they must be in 0…{most - 1}")
     return chosen
 
 
@@ -256,7 +260,7 @@ def _whole(value: Any) -> bool:
 
 
 def parse_layers(text: str) -> slice | list[int]:
-    """Read layers as text, "46:54" (half-open), "16" or "3,5".
+    """Parse layers given as text: "46:54" (half-open), "16" or "3,5".
 
     Raises:
       ValueError: text of another form.
@@ -266,4 +270,4 @@ def parse_layers(text: str) -> slice | list[int]:
         return [int(part) for part in text.split(",")]
     if re.fullmatch(rf"({number}|\s*):({number}|\s*)", text):
         return slice(*(int(part) if part.strip() else None for part in text.split(":")))
-    raise ValueError(f"layers is {_said(text)}; write 46:54 (half-open), 16 or 3,5")
+    raise ValueError(f"layers is {_said(text)}; give text such as 46:54 (half-open), 16 or 3,5")

@@ -1,4 +1,4 @@
-"""Interventions as one pytree: tables in order, composed along layers and across rows."""
+"""The `Interventions` pytree: an ordered sequence of tables, composed over layers and rows."""
 
 from __future__ import annotations
 
@@ -20,39 +20,43 @@ from jaxpersona.runtime import own_rules
 
 @flax.struct.dataclass
 class Interventions:
-    """What is done to a forward pass: tables of edits, applied in order.
+    """The edits of a forward pass: tables, applied in order.
 
-    A layer that no table names carries nothing at all in the compiled program.
+    Layers that no table names have no edit code in the compiled program.
     """
 
     edits: tuple[Table, ...] = ()
 
     def at(self, site: Site, layer: int) -> Iterator[tuple[int, Table]]:
-        """Yield the tables that act at one place, with their numbers, in order."""
+        """Yield the tables at one site of one layer with their indices, in order."""
         for number, edit in enumerate(self.edits):
             if edit.site == site and layer in edit.layers:
                 yield number, edit
 
     def gates_at(self, site: Site, layer: int) -> Iterator[tuple[int, Gate]]:
-        """Yield the gates that are measured at one place, with their tables' numbers."""
+        """Yield the gates measured at one site of one layer, with their tables' indices."""
         for number, edit in enumerate(self.edits):
             if edit.gate is not None and (edit.gate.site, edit.gate.layer) == (site, layer):
                 yield number, edit.gate
 
     def ready(self, rows: int, like: Any) -> Interventions:
-        """Do once, before a loop, what its steps would each do: gather every row's entries, spread
-        them over the mesh of an array `like`, if that lies on one, and take the layers apart."""
+        """Prepare the tables once before a decode loop.
+
+        Gathers every row's entries, shards them over the mesh of `like`, if there is one, and
+        splits the tables by layer, so that no step repeats this.
+        """
         return Interventions(tuple(edit if edit.parts is not None else
                                    edit.by_row(rows).spread(like).apart(like)
                                    for edit in self.edits))
 
     @own_rules()
     def take(self, rows: Any) -> Interventions:
-        """Choose rows: row i of the result is what row rows[i] was; −1 is a row without edits of
-        its own (what is shared by all rows stays).
+        """Select rows: row i of the result is the former row rows[i].
+
+        −1 gives a row without edits of its own; tables shared by all rows are unchanged.
 
         Raises:
-          ValueError: `rows` asks for a row that the interventions do not have.
+          ValueError: an index beyond the interventions' rows.
         """
         rows = np.asarray(rows, np.int32)
 
@@ -60,54 +64,55 @@ class Interventions:
 
     @property
     def rows(self) -> int | None:
-        """The number of rows they are for, or None when every row gets the same."""
+        """The number of batch rows, or None if all rows share the same edits."""
         counts = {edit.index.shape[0] for edit in self.edits if edit.index is not None}
         if len(counts) > 1:
-            raise ValueError(f"chained interventions are for different numbers of rows: {counts}")
+            raise ValueError(f"chained interventions have different numbers of rows: {counts}; "
+                             "give them the same number")
         return counts.pop() if counts else None
 
     def check(self, *, layers: int, width: int, rows: int) -> None:
-        """Refuse what does not fit a model of `layers` layers and `width` D, or `rows` rows.
+        """Check the interventions against a model's layers and width D and a batch's rows.
 
         Raises:
-          ValueError: with the field, its value and the mend.
+          ValueError: a mismatch; the message gives the field, its value and the remedy.
         """
         for edit in self.edits:
             gate = edit.gate
-            for found in (edit.width, None if gate is None else gate.direction.shape[-1]):
-                if found not in (None, width):
+            for given_width in (edit.width, None if gate is None else gate.direction.shape[-1]):
+                if given_width not in (None, width):
                     raise ValueError(
-                        f"a direction has width {found}; the model's residual stream has {width}: "
-                        "it was made for another model"
+                        f"a direction has width {given_width}; the model's residual stream has "
+                        f"{width}: the direction was made for another model"
                     )
             if edit.layers[-1] >= layers or edit.layers[0] < 0:
                 raise ValueError(
-                    f"layers {list(edit.layers)} reach beyond the model's layers 0…{layers - 1}"
+                    f"layers {list(edit.layers)} exceed the model's layers 0…{layers - 1}"
                 )
             if edit.site not in SITES:
                 raise ValueError(f"site is {edit.site!r}; it must be one of {SITES}")
         if self.rows not in (None, rows):
             raise ValueError(
-                f"interventions are for {self.rows} rows, the batch has {rows}: give `rows=` one "
-                "entry a row, or none to treat all rows alike"
+                f"interventions are for {self.rows} rows, the batch has {rows}: give `rows=` with "
+                "one entry per row, or omit it to edit all rows alike"
             )
 
 
 def given(interventions: Interventions | None) -> Interventions:
-    """Return interventions as they were given to a run; None is none.
+    """Return `interventions`, or empty ones for None.
 
     Raises:
-      ValueError: something else.
+      ValueError: an argument of another type.
     """
     _check_kind([interventions])
     return Interventions() if interventions is None else interventions
 
 
 def chain(*parts: Interventions | None) -> Interventions:
-    """Apply interventions one after another, in the listed order. None is no intervention.
+    """Combine interventions so that they apply in the listed order; None parts are skipped.
 
     Raises:
-      ValueError: a part is something else.
+      ValueError: a part of another type.
     """
     _check_kind(parts)
     return Interventions(tuple(edit for part in parts if part is not None for edit in part.edits))
@@ -116,32 +121,33 @@ def chain(*parts: Interventions | None) -> Interventions:
 def _check_kind(parts: Sequence[Any]) -> None:
     for part in parts:
         if part is not None and not isinstance(part, Interventions):
-            raise ValueError(f"interventions are what steer, cap, … return, or None; a part is a "
-                             f"{type(part).__name__}")
+            raise ValueError(f"interventions has a part of type {type(part).__name__}; give the "
+                             "result of steer, cap, …, or None")
 
 
 @own_rules()
 def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
             entries: int | None = None, site: Site = "residual") -> Interventions:
-    """Make empty tables of fixed capacity, for `stack_rows(…, into=)` to fill again and again.
+    """Allocate empty tables of fixed capacity, to be filled by `stack_rows(…, into=)`.
 
-    Whatever rank-one edits fill them, the program stays the same one.
+    Filling them with other rank-one edits does not recompile the program.
 
     Args:
       rows: the batch size B.
       width: the model's D.
-      layers: all layers that an edit may name (a slice needs its stop).
-      slots: the longest chain of a row.
-      entries: the most distinct edits of a slot; B by default.
+      layers: all layers that an edit may name (a slice needs a stop).
+      slots: the maximum number of chained edits per row, one table each.
+      entries: the maximum number of distinct edits per table; default: B.
+      site: the site of the edits.
 
     Raises:
-      ValueError: a size that is not positive, or layers that cannot be read.
+      ValueError: a size that is not positive, or invalid layers.
     """
     sizes = {"rows": rows, "width": width, "slots": slots,
              "entries": rows if entries is None else entries}
     for name, size in sizes.items():
         if not isinstance(size, (int, np.integer)) or size < 1:
-            raise ValueError(f"{name} is {size!r}; it must be a positive whole number")
+            raise ValueError(f"{name} is {size!r}; it must be a positive integer")
     if site not in SITES:
         raise ValueError(f"site is {site!r}; it must be one of {SITES}")
     chosen = resolve_layers(layers, None)
@@ -161,41 +167,42 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
 @own_rules()
 def stack_rows(parts: Sequence[Interventions | None], *,
                into: Interventions | None = None) -> Interventions:
-    """Give every row its own interventions in one program: part b acts on row b alone.
+    """Combine per-row interventions into one program: part b applies to row b only.
 
-    Tables of one kind and site are merged slot by slot, so the cost is that of the longest chain,
-    however many rows differ. Parts of equal content share an entry. A layer that a row does not
-    name gets an identity there.
+    Tables of the same kind and site are merged, so the cost is that of the longest chain, however
+    many rows differ. Parts of equal content share an entry. At a layer that a row does not name,
+    its entry is an identity.
 
     Args:
-      parts: for each row interventions that treat all rows alike (no `rows=`), or None.
-      into: what `reserve` made, filled or not: the result has its structure, and so its compiled
-        program, and holds nothing but the parts.
+      parts: per row, interventions made without `rows=`, or None.
+      into: the result of `reserve`, or an earlier result made from it. The new result has its
+        structure, and therefore its compiled program, but only the edits of `parts`.
 
     Raises:
-      ValueError: no rows, a part that has rows of its own, or one that does not fit `into`.
+      ValueError: no rows, a part made with `rows=`, or a part that does not fit `into`.
     """
     if isinstance(parts, Interventions) or not isinstance(parts, Sequence):
-        raise ValueError("parts must be a list with one Interventions or None a row")
+        raise ValueError("parts must be a list with one Interventions or None per row")
     _check_kind(parts)
     if not parts:
         raise ValueError("stack_rows needs at least one row")
     for row, part in enumerate(parts):
         if part is not None and part.rows is not None:
-            raise ValueError(f"row {row} already has rows of its own; stack rows that have none")
+            raise ValueError(f"the part of row {row} was made with rows=; stack parts made without "
+                             "it")
     if into is not None and into.rows != len(parts):
         raise ValueError(f"into is for {into.rows} rows; {len(parts)} parts were given")
     fixed = into.edits if into is not None else ()
     slots: list[tuple[tuple, dict[int, Table]]] = [(edit.key, {}) for edit in fixed]
-    for row, part in enumerate(parts):  # a common supersequence of all rows' chains
+    for row, part in enumerate(parts):  # build a common supersequence of all rows' chains
         cursor = 0
         for edit in part.edits if part is not None else ():
             while cursor < len(slots) and slots[cursor][0] != edit.key:
                 cursor += 1
             if cursor == len(slots):
                 if into is not None:
-                    raise ValueError(f"row {row} does not fit into the reserved tables: their "
-                                     "slots hold rank-one edits at one site, without a gate or a "
+                    raise ValueError(f"the part of row {row} does not fit the reserved tables, "
+                                     "which hold rank-one edits at one site, without a gate or a "
                                      "push; reserve more slots, or stack without into=")
                 slots.append((edit.key, {}))
             slots[cursor][1][row] = edit
@@ -207,26 +214,26 @@ def stack_rows(parts: Sequence[Interventions | None], *,
 
 
 def _contents(edits: list[Table]) -> list[Any]:
-    """Return for each table what tells it from tables of other content: structure and values.
+    """Return a hashable key of each table's content: its structure and values.
 
-    Equal tables share an entry, whichever objects they are. Traced values cannot be compared; a
-    table of such has an entry of its own.
+    Tables with equal keys share an entry. Traced values cannot be compared, so a traced table gets
+    an entry of its own.
     """
     known = {i: edit for i, edit in enumerate(edits) if not traced(edit)}
-    found: list[Any] = list(range(len(edits)))
+    contents: list[Any] = list(range(len(edits)))
     for i, edit in jax.device_get(known).items():
         leaves, structure = jax.tree.flatten(edit)
         values = tuple((x.shape, x.dtype.name, x.tobytes()) for x in map(np.asarray, leaves))
-        found[i] = structure, values
-    return found
+        contents[i] = structure, values
+    return contents
 
 
 def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
-    """Put the shared entries of several tables into one, with an index a row."""
+    """Merge tables of one entry each into one table with an index per row."""
     if not members:
-        assert into is not None  # a slot without members was reserved
-        nobody = jnp.full(rows, -1, jnp.int32)
-        return into.replace(index=nobody, origin=jnp.zeros_like(into.origin), parts=None)  # pyright: ignore
+        assert into is not None  # only a reserved slot can be without members
+        unused = jnp.full(rows, -1, jnp.int32)
+        return into.replace(index=unused, origin=jnp.zeros_like(into.origin), parts=None)  # pyright: ignore
     layers = tuple(sorted({layer for edit in members.values() for layer in edit.layers}))
     entries: dict[Any, int] = {}
     unique: list[Table] = []

@@ -1,7 +1,7 @@
-"""The rank-one edit as a table: which edit a row gets is data, so new ones never recompile.
+"""Tables of rank-one edits; the edit of each row is data, so changing it does not recompile.
 
-With p = ⟨h, v̂⟩ in float32, δ = clip((s − 1)·p + c, lo − p, hi − p) and h ← h + δ·v̂. The four
-numbers make it an addition, a cap, an ablation, a set or a scale.
+With p = ⟨h, v̂⟩ in float32, δ = clip((s − 1)·p + c, lo − p, hi − p) and h ← h + δ·v̂. The
+coefficients (s, c, lo, hi) select steering, capping, ablation, scaling or a set projection.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Edit(Table):
     Attributes:
       direction: v̂ [l, n, D] float32, unit length.
       coefficients: (s, c, lo, hi) [l, n, 4] float32.
-      push: û [l, n, D] float32, what h moves along instead of v̂, or None for v̂ itself.
+      push: û [l, n, D] float32, to move h along û instead of v̂, or None for v̂.
     """
 
     PAYLOAD: ClassVar[dict[str, int]] = {"direction": 1, "coefficients": 1, "push": 1}
@@ -51,32 +51,32 @@ class Edit(Table):
 
     @property
     def key(self) -> tuple:
-        """Kind, site and gate, and having a push."""
+        """Kind, site, gate, and whether there is a push."""
         return (*super().key, self.push is not None)
 
     def apply(self, layer: int, h: jax.Array, active: jax.Array,
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Edit h [B, T, D] at `layer` where `active` [B, T]; also return where it changed."""
+        """Edit h [B, T, D] where `active` [B, T]; also return where it changed (`Table.apply`)."""
         slot = self.layers.index(layer)
         part = self._part(slot) if self.parts is None else self.parts[slot]
         return api.rank_one_edit(h, active=active, **part)
 
     def apart(self, like: jax.Array) -> Self:
-        """Cut the table into one part a layer, and on a CPU set each direction twice."""
+        """Split the table by layer; on a CPU, also precompute `reference.twice`."""
         parts = [self._part(slot) for slot in range(len(self.layers))]
         if on_cpu(like):
             parts = [{**part, "columns": twice(part["direction"])} for part in parts]
         return self.replace(parts=tuple(parts))  # pyright: ignore
 
     def _part(self, slot: int) -> dict[str, Any]:
-        # number by number, which a TPU reads for all layers at once; a row of four, layer by layer
+        # separate coefficients: TPUs then read them for all layers at once, not layer by layer
         return {"direction": self.direction[slot],
                 "coefficients": tuple(self.coefficients[slot, :, i] for i in range(4)),
                 "push": None if self.push is None else self.push[slot]}
 
     @classmethod
     def identities(cls, layers: int, size: int, like: Self) -> dict[str, np.ndarray]:
-        """Make unit directions with coefficients that leave h as it is."""
+        """Return entries that leave h unchanged (see `Table.identities`)."""
         unit = np.zeros((layers, size, like.width), np.float32)
         unit[..., 0] = 1.0
         numbers = np.broadcast_to(np.array(IDENTITY, np.float32), (layers, size, 4)).copy()
@@ -94,7 +94,7 @@ def table(
     index: np.ndarray | None,
     push: Any = None,
 ) -> Edit:
-    """Make an `Edit` of strong types, its entries padded to a power of two with identities.
+    """Build an `Edit` of strongly typed arrays, padded with identities to a power of two.
 
     Args:
       direction: [l, n, D]; coefficients: [l, n, 4]; where: [n, 5]; origin: [n].
@@ -102,7 +102,7 @@ def table(
       index: [B] integers in −1…n−1, or None.
 
     Raises:
-      ValueError: an index that is not one of the n entries (or −1).
+      ValueError: an index outside −1…n−1.
     """
     n = direction.shape[1]
     index = checked_index(index, n)

@@ -1,7 +1,8 @@
-"""Gates: an intervention that acts only where a projection at an earlier layer says so.
+"""Gates: conditions on a projection at an earlier layer for an intervention to apply.
 
-Over the prompt, a row's mean projection opens or shuts the gate once, for the whole reply. Over
-tokens, every token opens it for itself. Bounds and directions are data and may differ by row.
+A prompt gate opens or closes once per row, by the mean projection over the prompt, for the whole
+reply. A token gate is evaluated for every token. Bounds and directions are data and may differ by
+row.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ Over = Literal["prompt", "token"]
 
 @flax.struct.dataclass(kw_only=True)
 class Gate:
-    """What must hold before a table's entries act.
+    """The gate of a table's entries.
 
     Attributes:
       direction: v̂ [n, D] float32, unit length.
-      bounds: (lo, hi) [n, 2] float32; open where lo ≤ ⟨h, v̂⟩ ≤ hi.
-      where: encoded tests [n, 5] int32: the tokens that are measured.
+      bounds: (lo, hi) [n, 2] float32; the gate is open if lo ≤ ⟨h, v̂⟩ ≤ hi.
+      where: encoded tests [n, 5] int32 that select the measured tokens.
       origin: [n] uint32, as in `Table`.
-      layer, site: where in the model.
-      over: "prompt", the mean of the prompt's tokens, or "token", each by itself.
-      within: a gate over the prompt lets the table act on the prompt's own tokens.
+      layer, site: where the projection is measured.
+      over: "prompt" for the mean over the prompt's tokens, or "token" for each token.
+      within: whether a prompt gate also applies to all tokens of the prompt itself.
     """
 
     direction: Any
@@ -45,24 +46,24 @@ class Gate:
 
     @property
     def key(self) -> tuple:
-        """The structure: two gates that share it can be entries of one table."""
+        """The gate's structure; gates with equal keys can be entries of one table."""
         return (self.layer, self.site, self.over, self.within)
 
     @staticmethod
     def gather(gates: Sequence[Gate]) -> Gate:
-        """Stack the first entries of gates that share a key."""
+        """Concatenate the first entries of gates with equal keys."""
         return jax.tree.map(lambda *x: jnp.concatenate([y[:1] for y in x]), *gates)
 
     def precedes(self, layer: int, site: Site) -> bool:
-        """Whether the gate is measured before a block's site is reached."""
+        """Return whether the gate is measured before `site` of `layer` is computed."""
         return (self.layer, ORDER[self.site]) < (layer, ORDER[site])
 
     def start(self, rows: int, before: jax.Array | None = None) -> GateState:
-        """Return the measurements before any token.
+        """Return the initial state.
 
         Args:
-          before: [B] int32, tokens that a cache already holds. A row that has some was measured
-            elsewhere, and that was not handed on: its gate stays shut.
+          before: [B] int32, the number of tokens already in the cache. The measurements of a row
+            that has some are missing, so its gate stays closed (NaN).
         """
         zero = jnp.zeros((rows,), jnp.float32)
         lost = zero if before is None else jnp.where(before > 0, jnp.nan, 0.0).astype(jnp.float32)
@@ -73,7 +74,7 @@ class Gate:
         """Measure h [B, T, D].
 
         Returns:
-          [B, T] bool: the tokens that the gate lets through; and the grown state.
+          [B, T] bool, True where the gate is open, and the updated state.
         """
         wide = h.astype(jnp.float32)
         p = jnp.einsum("btd,btd->bt", wide, jnp.broadcast_to(self.direction[:, None], h.shape),
@@ -88,14 +89,14 @@ class Gate:
         mean = (state.total / jnp.maximum(state.count, 1.0))[:, None]
         opened = (state.count[:, None] > 0) & (mean >= lo) & (mean <= hi)
         reach = (kind & (LAST | GENERATED)) != 0
-        if self.within:  # the prompt's own tokens too, where all of it is here
+        if self.within:  # also the prompt's tokens, if the call contains the whole prompt
             reach = reach | (kind & LAST).any(-1, keepdims=True)
         return opened & reach, state
 
 
 @flax.struct.dataclass
 class GateState:
-    """A row's projections over its prompt so far: their sum [B] and their number [B], float32."""
+    """The sum [B] and number [B] of each row's projections over its prompt, float32."""
 
     total: Any
     count: Any

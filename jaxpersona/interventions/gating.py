@@ -1,4 +1,4 @@
-"""The constructor of gates: interventions that act only where a projection says so."""
+"""The `gate` constructor: interventions conditional on a projection."""
 
 from __future__ import annotations
 
@@ -29,33 +29,35 @@ def gate(
     where: Where | str | None = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Let interventions act only where the projection on a direction lies within bounds.
+    """Apply interventions only where the projection on a direction is within bounds.
 
-    Source: conditional activation steering (Lee et al. 2024), with the projection as its measure.
-    A gate that measured no token is shut.
+    Source: conditional activation steering (Lee et al. 2024), with the projection as the condition.
+    A gate that measured no token is closed.
 
     Args:
-      interventions: of one chain; none of them gated already.
-      vector: the direction, [D] or a named one; for a bank with `rows=` also one for each of its
-        edits, [n, D] or a list.
-      layer, site: where it is measured (after any edit there); before every layer it gates.
-      above, below: the bounds, a number or for a bank [n]; at least one. −inf above and inf below
-        are no bound.
-      over: "prompt": a row's mean over its prompt decides for the row, from its prompt's last token
-        on. "token": every token decides for itself.
-      within: with "prompt", act on the whole prompt too. It must then be run in one piece.
-      where: the tokens that are measured; by default all but the first, an attention sink.
+      interventions: the interventions to gate, without gates of their own.
+      vector: the direction, [D] or a named direction; for a bank with `rows=` also one per edit,
+        [n, D] or a list.
+      layer, site: where the projection is measured (after any edit there). It must precede every
+        gated layer.
+      above, below: the lower and upper bound; at least one is required. A number, or for a bank
+        [n]; −inf for `above` and inf for `below` mean no bound.
+      over: "prompt": the mean over a row's prompt opens the gate for that row, from the prompt's
+        last token on. "token": every token has its own gate.
+      within: with "prompt", also edit the whole prompt. The prompt must then run in one call.
+      where: the measured tokens; default: all except the first, an attention sink.
 
     Raises:
-      ValueError: no bound, a layer that is not before what it gates, a second gate, or a direction
-        that does not fit; field, value and mend.
+      ValueError: no bound, a gate layer not before the gated layers, a second gate, or an invalid
+        direction; the message gives field, value and remedy.
     """
     if above is None and below is None:
         raise ValueError("gate needs a bound: above, below or both")
     if over not in ("prompt", "token"):
         raise ValueError(f"over is {over!r}; it must be 'prompt' or 'token'")
     if within and over == "token":
-        raise ValueError("within is for over='prompt'; a gate over tokens acts within it already")
+        raise ValueError("within is only for over='prompt'; a token gate applies within the prompt "
+                         "anyway")
     if not interventions.edits:
         raise ValueError("interventions is empty; there is nothing to gate")
     if where is None:
@@ -63,7 +65,7 @@ def gate(
     where = as_where(where)
     test = encoded(where)
     if over == "prompt" and where.need & GENERATED:
-        raise ValueError("where is for generated tokens, of which a prompt has none; use "
+        raise ValueError("where selects generated tokens, which a prompt does not contain; use "
                          "over='token' or another where")
     return Interventions(tuple(
         _gated(table, vector, layer, {"above": above, "below": below}, test, site, over, within)
@@ -72,18 +74,18 @@ def gate(
 
 def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: np.ndarray,
            site: Site, over: Over, within: bool) -> Table:
-    """Put a gate before one table."""
+    """Return a table with a gate."""
     if table.gate is not None:
-        raise ValueError("interventions has a gate already; gate each part once, then chain")
+        raise ValueError("interventions already has a gate; gate each part once, then chain them")
     bank = Bank(vector, [layer], None if table.index is None else [0], site)
     direction, size = bank.direction[0], table.entries
-    # those that fill a table up have a test that no token passes
+    # padding entries have a test that no token passes (NOWHERE)
     real = size if traced(table.where) else int((np.asarray(table.where)[:, 0] >= 0).sum())
     if direction.shape[0] not in (1, real):
         raise ValueError(f"the gate has {direction.shape[0]} directions; the bank has {real} edits")
     lo, hi = (_spread(name, value, real) for name, value in bounds.items())
     if not traced(lo, hi) and (lo > hi).any():
-        raise ValueError("above is greater than below; no projection lies between them")
+        raise ValueError("above is greater than below; no projection satisfies both")
     entry = np.array([*range(real), *[0] * (size - real)])
     xp: Any = jnp if traced(lo, hi) else np
     made = Gate(
@@ -99,7 +101,7 @@ def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: 
 
 
 def _spread(name: str, value: Any, count: int) -> Any:
-    """Return a bound for each of `count` entries; None stands open."""
+    """Return a bound for each of `count` entries; None means no bound."""
     if value is None:
         return np.full(count, -np.inf if name == "above" else np.inf)
     given = numbers(name, value)
@@ -107,5 +109,5 @@ def _spread(name: str, value: Any, count: int) -> Any:
         check_finite(name, given)
     if given.shape not in ((), (1,), (count,)):
         raise ValueError(f"{name} has shape {given.shape}; it must be a number or [{count}], one "
-                         "for each edit of the bank")
+                         "per edit of the bank")
     return (jnp if traced(given) else np).broadcast_to(given.reshape(-1), (count,))

@@ -1,5 +1,4 @@
-"""Interventions that no rank-one edit expresses: a rotation in a plane, a norm put back, and a
-function of the user's own."""
+"""Interventions that are not rank-one edits: rotation, norm restoration and custom functions."""
 
 from __future__ import annotations
 
@@ -18,12 +17,12 @@ F32 = jnp.float32
 
 @flax.struct.dataclass(kw_only=True)
 class Rotation(Table):
-    """Rotations in planes: ‖h‖ and the part of h outside the plane stay as they are.
+    """Rotations in a plane, which preserve ‖h‖ and the part of h outside the plane.
 
     Attributes:
       first, second: orthonormal b₁, b₂ [l, n, D] float32.
-      angle: (cos θ, sin θ, to) [l, n, 3] float32; `to` is 1 where θ is counted from b₁ and 0 where
-        it is counted from where h lies.
+      angle: (cos θ, sin θ, to) [l, n, 3] float32; `to` is 1 if θ is measured from b₁, and 0 if it
+        is measured from the projection of h.
     """
 
     PAYLOAD: ClassVar[dict[str, int]] = {"first": 1, "second": 1, "angle": 1}
@@ -39,14 +38,14 @@ class Rotation(Table):
 
     def apply(self, layer: int, h: jax.Array, active: jax.Array,
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rotate h [B, T, D] at `layer` where `active` [B, T]; also return where it changed."""
+        """Rotate h [B, T, D] where `active`; also return where it changed (`Table.apply`)."""
         slot = self.layers.index(layer)
         cos, sin, to = (self.angle[slot][:, i, None] for i in range(3))
         wide = h.astype(F32)
         one, two = (jnp.broadcast_to(b[slot][:, None], h.shape) for b in (self.first, self.second))
         p, q = (jnp.einsum("btd,btd->bt", wide, b, precision="highest") for b in (one, two))
         inside = p * p + q * q
-        some = inside > 0  # the root has no gradient at 0
+        some = inside > 0  # the square root has no gradient at 0
         radius = jnp.where(some, jnp.sqrt(jnp.where(some, inside, 1.0)), 0.0)
         x, y = jnp.where(to > 0, radius, p), jnp.where(to > 0, 0.0, q)
         dp, dq = x * cos - y * sin - p, x * sin + y * cos - q
@@ -56,7 +55,7 @@ class Rotation(Table):
 
     @classmethod
     def identities(cls, layers: int, size: int, like: Self) -> dict[str, np.ndarray]:
-        """Make rotations by nothing."""
+        """Return rotations by the angle 0."""
         planes = np.zeros((2, layers, size, like.width), np.float32)
         planes[0, ..., 0] = planes[1, ..., -1] = 1.0
         angle = np.broadcast_to(np.array([1, 0, 0], np.float32), (layers, size, 3)).copy()
@@ -65,10 +64,10 @@ class Rotation(Table):
 
 @flax.struct.dataclass(kw_only=True)
 class NormRestoration(Table):
-    """Give h back the length that it had when it came to this site.
+    """Rescaling of h to the norm that it had before the edits at this site.
 
     Attributes:
-      amount: [l, n] float32, 1 to put the norm back, 0 to leave it.
+      amount: [l, n] float32, 1 to restore the norm, 0 for no change.
     """
 
     PAYLOAD: ClassVar[dict[str, int]] = {"amount": 1}
@@ -77,29 +76,29 @@ class NormRestoration(Table):
 
     def apply(self, layer: int, h: jax.Array, active: jax.Array,
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rescale h [B, T, D] where `active` [B, T]; also return where it changed."""
+        """Rescale h [B, T, D] where `active`; also return where it changed (`Table.apply`)."""
         slot = self.layers.index(layer)
         wide, was = h.astype(F32), before.astype(F32)
         now = (wide * wide).sum(-1)
         factor = jnp.sqrt((was * was).sum(-1) / jnp.where(now > 0, now, 1.0))
-        # a length beyond float32 must show: a quotient by infinity would make h zero in silence
+        # NaN on overflow of the norm: dividing by infinity would silently set h to zero
         factor = jnp.where(jnp.isfinite(now), factor, jnp.nan)
         changed = active & (self.amount[slot][:, None] > 0) & (factor != 1) & (now > 0)
         return jnp.where(changed[..., None], (wide * factor[..., None]).astype(h.dtype), h), changed
 
     @classmethod
     def identities(cls, layers: int, size: int, like: Self) -> dict[str, np.ndarray]:
-        """Make entries that leave the norm."""
+        """Return entries that leave the norm unchanged."""
         return {"amount": np.zeros((layers, size), np.float32)}
 
 
 @flax.struct.dataclass(kw_only=True)
 class Custom(Table):
-    """A function of one token's activation.
+    """A user-defined function of one token's activation.
 
     Attributes:
       params: a pytree of arrays [n, …].
-      on: [l, n] float32, 1 where an entry acts at a layer.
+      on: [l, n] float32, 1 if the entry applies at the layer.
       fn: fn(params, h) → h for one entry's params and h [D] float32 (static).
     """
 
@@ -111,29 +110,29 @@ class Custom(Table):
 
     @property
     def key(self) -> tuple:
-        """Kind, site, gate, the function, and the form of its parameters."""
+        """Kind, site, gate, the function, and the structure of its parameters."""
         leaves, tree = jax.tree.flatten(self.params)
         forms = tuple((x.shape[1:], str(x.dtype)) for x in leaves)
         return (*super().key, self.fn, tree, forms)
 
     def apply(self, layer: int, h: jax.Array, active: jax.Array,
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Call the function on every token; keep its result where `active` [B, T]."""
+        """Call the function on every token; use its result where `active` (`Table.apply`)."""
         slot = self.layers.index(layer)
         by_token = jax.vmap(self.fn, in_axes=(None, 0))
         shared = self.on.shape[1] == 1
         params = jax.tree.map(lambda x: x[0], self.params) if shared else self.params
         new = jax.vmap(by_token, in_axes=(None if shared else 0, 0))(params, h.astype(F32))
         if new.shape != h.shape:
-            raise ValueError(f"the custom function gave {list(new.shape[2:])} for a token; it must "
-                             f"give [{h.shape[-1]}]")
+            raise ValueError(f"fn returned shape {list(new.shape[2:])} for a token; it must return "
+                             f"[{h.shape[-1]}]")
         new = new.astype(h.dtype)
         changed = active & (self.on[slot][:, None] > 0) & (new != h).any(-1)
         return jnp.where(changed[..., None], new, h), changed
 
     @classmethod
     def gather(cls, members: Sequence[Self], layers: tuple[int, ...], size: int) -> dict[str, Any]:
-        """Stack the parameters of several tables; those of the first fill up."""
+        """Concatenate the parameters of several tables, padded with those of the first."""
         chosen = [*members, *[members[0]] * (size - len(members))]
         params = jax.tree.map(lambda *x: jnp.concatenate([y[:1] for y in x]),
                               *(member.params for member in chosen))
@@ -141,5 +140,5 @@ class Custom(Table):
 
     @classmethod
     def identities(cls, layers: int, size: int, like: Self) -> dict[str, np.ndarray]:
-        """Make entries that act at no layer."""
+        """Return entries that apply at no layer."""
         return {"on": np.zeros((layers, size), np.float32)}

@@ -1,7 +1,7 @@
-"""Operators: the named interventions, each an equation on h, v̂ = v/‖v‖ and p = ⟨h, v̂⟩.
+"""Operators: constructors of interventions, each an equation in h, v̂ = v/‖v‖ and p = ⟨h, v̂⟩.
 
-How directions, strengths and rows may be given is said in `bank`. The linear ones and `cap` are
-rows of numbers (s, c, lo, hi) of one rank-one edit, so which of them a row uses is data.
+`bank` describes the accepted forms of directions, strengths and rows. The linear operators and
+`cap` are coefficients (s, c, lo, hi) of the same rank-one edit, so the operator of a row is data.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from jaxpersona.interventions.table import (
 from jaxpersona.interventions.where import Where, encoded, everywhere
 from jaxpersona.runtime import own_rules
 
-_FLAT = 1e-6  # a plane whose second vector keeps less than this of its length has no direction
+_FLAT = 1e-6  # two unit vectors are collinear if the second's orthogonal part is shorter than this
 
 
 @own_rules()
@@ -49,20 +49,21 @@ def steer(
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Add a direction: h ← h + scale·v, v as given and not normalised.
+    """Add a direction: h ← h + scale·v, without normalizing v.
 
     Source: activation addition (Turner et al. 2023); Chen et al. 2025, §3.
 
     Args:
       vector: a direction or a bank of them (see `bank`).
-      layers: zero-based; an int, a half-open slice, several ints, or text such as "46:54".
-      scale: multiples of v.
-      where: which tokens.
-      rows: the bank's entry for each row, −1 for none.
+      layers: zero-based layers: an int, a half-open slice, a list of ints, or text such as "46:54".
+      scale: the factor of v.
+      where: the tokens to edit.
+      rows: the bank's entry for each batch row, −1 for no edit.
       site: "residual" (after the block), "attention" or "mlp" (their outputs).
 
     Raises:
-      ValueError: a direction, strength, layer or row that does not fit; field, value and mend.
+      ValueError: an invalid direction, strength, layer or row; the message gives field, value and
+        remedy.
     """
     bank = Bank(vector, layers, rows, site)
     amount = bank.spread("scale", scale) * bank.norm
@@ -83,24 +84,24 @@ def cap(
     site: Site = "residual",
     push: Any = None,
 ) -> Interventions:
-    """Hold the projection on a direction within bounds: h ← h + v̂·max(τ − ⟨h, v̂⟩, 0) for a floor.
+    """Clamp the projection on a direction; for a floor, h ← h + v̂·max(τ − ⟨h, v̂⟩, 0).
 
-    Source: activation capping, Lu et al. 2026, §5. A ceiling is the same in reverse:
-    h ← h − v̂·max(⟨h, v̂⟩ − τ, 0). The part of h orthogonal to v̂ is left as it is.
+    Source: activation capping, Lu et al. 2026, §5. For a ceiling, h ← h − v̂·max(⟨h, v̂⟩ − τ, 0).
+    The part of h orthogonal to v̂ is unchanged.
 
     Args:
-      vector, layers, where, rows, site: as for `steer`; the direction's length does not matter.
-      floor: the least projection τ, in units of the residual stream; −inf is no floor.
-      ceiling: the greatest; inf is no ceiling.
-      push: a direction (or bank) in the same form as `vector` to move along instead: the control
-        that displaces h exactly as far as the cap would, but elsewhere. It caps nothing.
+      vector, layers, where, rows, site: as for `steer`; the vector's length does not matter.
+      floor: the minimum projection τ, in units of the residual stream; −inf means no floor.
+      ceiling: the maximum projection; inf means no ceiling.
+      push: a direction (or bank), in the form of `vector`, along which h is moved instead of v̂.
+        This is a control with the displacement of the cap in another direction; it does not cap.
 
     Raises:
-      ValueError: neither bound, a floor above the ceiling, a floor on an axis that does not point
-        toward the Assistant, or anything that `steer` refuses.
+      ValueError: neither bound, a floor above the ceiling, or an argument that is invalid in
+        `steer`.
     """
     if floor is None and ceiling is None:
-        raise ValueError("cap needs a floor, a ceiling or both")
+        raise ValueError("cap needs a bound: floor, ceiling or both")
     bank = Bank(vector, layers, rows, site)
     lo = bank.spread("floor", -np.inf if floor is None else floor)
     hi = bank.spread("ceiling", np.inf if ceiling is None else ceiling)
@@ -108,7 +109,8 @@ def cap(
         raise ValueError("floor is above ceiling; a projection cannot satisfy both")
     along = None if push is None else Bank(push, layers, rows, site, "push")
     if along is not None and along.direction.shape != bank.direction.shape:
-        raise ValueError(f"push has shape {along.direction.shape}; vector {bank.direction.shape}")
+        raise ValueError(f"push has shape {along.direction.shape}; it must be that of vector, "
+                         f"{bank.direction.shape}")
     if along is not None:
         bank.origin = one_origin(bank.origin, along.origin)
     return _rank_one(bank, where, lo=lo, hi=hi, push=None if along is None else along.direction)
@@ -126,8 +128,8 @@ def ablate(
 ) -> Interventions:
     """Remove the component along a direction: h ← h − v̂·⟨h, v̂⟩ + coefficient·v̂.
 
-    Source: directional ablation (Arditi et al. 2024). Args and errors are those of `steer`; the
-    direction's length does not matter, and `coefficient` (what is put back) is in units of the
+    Source: directional ablation (Arditi et al. 2024). Arguments and errors are as for `steer`; the
+    vector's length does not matter. `coefficient`, the resulting projection, is in units of the
     residual stream.
     """
     bank = Bank(vector, layers, rows, site)
@@ -146,21 +148,22 @@ def mean_ablate(
 ) -> Interventions:
     """Replace the component along a direction by a mean activation's: h ← h + v̂·⟨μ − h, v̂⟩.
 
-    An ablation followed by the addition of what the mean has along v̂; the rest of h stays.
+    The part of h orthogonal to v̂ is unchanged.
 
     Args:
       vector, layers, where, rows, site: as for `steer`.
-      mean: μ, the mean activation of some texts, in the same form as `vector`.
+      mean: μ, the mean activation of some texts, in the form of `vector`.
 
     Raises:
-      ValueError: a mean of another form, or anything that `steer` refuses.
+      ValueError: a mean of another shape, or an argument that is invalid in `steer`.
     """
     bank = Bank(vector, layers, rows, site)
     of = Bank(mean, layers, rows, site, "mean", zero=True)
     bank.origin = one_origin(bank.origin, of.origin)
     n, width = bank.direction.shape[1:]
     if of.direction.shape[1] not in (1, n) or of.direction.shape[2] != width:
-        raise ValueError(f"mean has shape {of.direction.shape}; vector {bank.direction.shape}")
+        raise ValueError(f"mean has shape {of.direction.shape}; it must fit that of vector, "
+                         f"{bank.direction.shape}")
     along = (bank.direction * of.direction).sum(-1) * of.norm  # ⟨μ, v̂⟩ [l, n]
     return _rank_one(bank, where, s=0.0, c=along)
 
@@ -177,7 +180,7 @@ def scale(
 ) -> Interventions:
     """Multiply the projection on a direction: h ← h + (factor − 1)·⟨h, v̂⟩·v̂.
 
-    Args and errors are those of `steer`, with `factor` a number, one a layer or one an entry.
+    Arguments and errors are as for `steer`; `factor` is a number, or one per layer or entry.
     """
     bank = Bank(vector, layers, rows, site)
     return _rank_one(bank, where, s=bank.spread("factor", factor))
@@ -193,9 +196,9 @@ def set_projection(
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Put the projection on a direction at a value: h ← h + (value − ⟨h, v̂⟩)·v̂.
+    """Set the projection on a direction to a value: h ← h + (value − ⟨h, v̂⟩)·v̂.
 
-    Args and errors are those of `steer`; `value` is in units of the residual stream.
+    Arguments and errors are as for `steer`; `value` is in units of the residual stream.
     """
     bank = Bank(vector, layers, rows, site)
     return _rank_one(bank, where, s=0.0, c=bank.spread("value", value))
@@ -213,31 +216,34 @@ def rotate(
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Rotate within a plane, the norm kept: h ← h − Ph + ‖Ph‖·(cos θ·b₁ + sin θ·b₂).
+    """Rotate h within a plane, preserving its norm: h ← h − Ph + ‖Ph‖·(cos θ·b₁ + sin θ·b₂).
 
-    b₁ is the first direction's, b₂ the second's part orthogonal to it; P projects on their plane.
-    Source: angular steering (Vu and Nguyen 2025).
+    b₁ is the first unit direction, b₂ the unit vector of the second's part orthogonal to b₁, and P
+    the projection onto their plane. Source: angular steering (Vu and Nguyen 2025).
 
     Args:
-      first, second: two directions, in the same form as `steer`'s vector, that span the plane.
-      to: θ in radians, counted from b₁ toward b₂: where h is to lie.
-      by: θ in radians, how far h is turned from where it lies. One of the two is given.
+      first, second: two directions that span the plane, in the forms of `steer`'s vector.
+      to: the target angle θ in radians, from b₁ toward b₂.
+      by: the rotation angle in radians, relative to the angle of Ph. Give either `to` or `by`.
       layers, where, rows, site: as for `steer`.
 
     Raises:
-      ValueError: neither angle or both, two directions on one line, or what `steer` refuses.
+      ValueError: neither angle or both, collinear directions, or an argument that is invalid in
+        `steer`.
     """
     if (to is None) == (by is None):
         raise ValueError("rotate needs one angle in radians: to= (from the first direction) or by=")
     one, two = Bank(first, layers, rows, site, "first"), Bank(second, layers, rows, site, "second")
     if one.direction.shape != two.direction.shape:
-        raise ValueError(f"second has shape {two.direction.shape}; first {one.direction.shape}")
+        raise ValueError(f"second has shape {two.direction.shape}; it must be that of first, "
+                         f"{one.direction.shape}")
     one.origin = one_origin(one.origin, two.origin)
     xp: Any = jnp if traced(one.direction, two.direction, to, by) else np
     across = two.direction - (one.direction * two.direction).sum(-1, keepdims=True) * one.direction
     length = xp.linalg.norm(across, axis=-1, keepdims=True)
     if xp is np and (length < _FLAT).any():
-        raise ValueError("first and second lie on one line at a chosen layer; they span no plane")
+        raise ValueError("first and second are collinear at a chosen layer; give directions that "
+                         "span a plane")
     theta = one.spread("to" if by is None else "by", to if by is None else by)
     angle = xp.stack([xp.cos(theta), xp.sin(theta), xp.full(theta.shape, float(by is None))], -1)
     return _table(Rotation, one, where, first=one.direction, second=across / length, angle=angle)
@@ -251,13 +257,13 @@ def restore_norm(
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Give h back its norm: h ← h·‖h₀‖/‖h‖, h₀ being h before what precedes this at its site.
+    """Restore the norm: h ← h·‖h₀‖/‖h‖, with h₀ the activation before all edits at this site.
 
-    Chain it after the edits whose effect on the length is to be undone.
+    Chain it after the edits whose effect on the norm it is to undo.
 
     Args:
       layers, where, site: as for `steer`.
-      rows: 0 for each row that it is for, −1 for the others; all rows by default.
+      rows: per batch row, 0 to restore the norm and −1 for no edit; default: all rows.
     """
     chosen = resolve_layers(layers, None)
     return _plain(NormRestoration, chosen, where, rows, site,
@@ -274,30 +280,30 @@ def custom(
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Apply a function of your own to a token's activation: h ← fn(params, h).
+    """Apply a user-defined function to each token's activation: h ← fn(params, h).
 
-    It sees one token, so it means the same in prefill, in chunks and in decode.
+    The function is applied per token, so it works alike in prefill, chunked prefill and decode.
 
     Args:
-      fn: fn(params, h) → h for h [D] float32, traceable by JAX. A named function: it is part of
-        the program, so another one compiles another.
-      params: a pytree of arrays, data: new values compile nothing. With `rows=`, [n, …] each.
-      rows: the entry of `params` for each row, −1 for none.
+      fn: fn(params, h) → h for h [D] float32, traceable by JAX. It is static: a new function
+        recompiles, so define it once rather than as a lambda at each call.
+      params: a pytree of arrays, as data: new values do not recompile. With `rows=`, [n, …] each.
+      rows: the entry of `params` for each batch row, −1 for no edit.
       layers, where, site: as for `steer`.
 
     Raises:
-      ValueError: `fn` cannot be called or hashed, or leaves of `params` that differ in n.
+      ValueError: `fn` is not callable or not hashable, or leaves of `params` differ in n.
     """
     try:
         hash(fn)
     except TypeError:
-        raise ValueError("fn cannot be hashed; give a function and hand its data as params") \
+        raise ValueError("fn is not hashable; give a function and pass its data as params") \
             from None
     if not callable(fn):
         raise ValueError(f"fn is {fn!r}; it must be a function of (params, h)")
     _check_arguments(fn)
     chosen = resolve_layers(layers, None)
-    # through NumPy, so that a Python number's type is as strong as an array's
+    # via NumPy, so that Python numbers are not weakly typed
     leaves = [x if traced(x) else jnp.asarray(np.asarray(x)) for x in _arrays(params)]
     if rows is None:
         leaves = [x[None] for x in leaves]
@@ -329,7 +335,7 @@ def _check_arguments(fn: Any) -> None:
 
 
 def _arrays(params: Any) -> list[Any]:
-    """Return the leaves of a custom function's parameters, which must be numbers."""
+    """Return the leaves of a custom function's parameters; raise if one is not numeric."""
     leaves = jax.tree.leaves(params)
     for leaf in leaves:
         if not traced(leaf) and np.asarray(leaf).dtype.kind in "OSU":
@@ -339,7 +345,7 @@ def _arrays(params: Any) -> list[Any]:
 
 def _rank_one(bank: Bank, where: Where | str, *, s: Any = 1.0, c: Any = 0.0, lo: Any = -np.inf,
               hi: Any = np.inf, push: Any = None) -> Interventions:
-    """Make a table of rank-one edits."""
+    """Build interventions with one table of rank-one edits."""
     count, n = bank.norm.shape
     xp: Any = jnp if traced(s, c, lo, hi) else np
     numbers = [xp.broadcast_to(xp.asarray(x, xp.float32) if xp is jnp else x, (count, n))
@@ -358,13 +364,13 @@ def _table(kind: type[Table], bank: Bank, where: Where | str, **payload: Any) ->
     fields = {name: jnp.asarray(value[:, spread], jnp.float32) for name, value in payload.items()}
     test = np.broadcast_to(encoded(where), (n, 5))
     shared = common(test, bank.origin, checked_index(bank.index, n), size)
-    made: Any = kind  # of which only the fields that all kinds share are known
+    made: Any = kind  # the type checker knows only the fields that all kinds share
     return Interventions((made(layers=bank.layers, site=bank.site, **shared, **fields),))
 
 
 def _plain(kind: type[Table], layers: tuple[int, ...], where: Where | str, rows: Any, site: Site,
            n: int = 1, **fields: Any) -> Interventions:
-    """Make a table that has no direction."""
+    """Build a table of a kind without directions."""
     if site not in SITES:
         raise ValueError(f"site is {site!r}; it must be one of {SITES}")
     test = np.broadcast_to(encoded(where), (n, 5))

@@ -1,6 +1,7 @@
-"""The declarative forms of interventions and captures: what each key may hold.
+"""Pydantic schemas of the JSON form of interventions and captures.
 
-A form is read whole and every fault in it is named at once, before any vector file is opened.
+A specification is validated as a whole, before any vector file is opened; one error lists all its
+problems.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from jaxpersona.interventions import Site, Where
 from jaxpersona.interventions.bank import parse_layers
 from jaxpersona.interventions.where import NAMED
 
-_FLOAT32 = 3.4028234e38  # the greatest finite number
+_FLOAT32 = 3.4028234e38  # the largest finite float32
 
 
 def _numbers(value: Any) -> Any:
-    """Read a finite number, or lists of them to any depth; return it as it came."""
+    """Validate a finite number or a nested list of them; return it unchanged."""
     if isinstance(value, list) and value:
         for part in value:
             _numbers(part)
@@ -35,12 +36,12 @@ def _numbers(value: Any) -> Any:
 def _finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
+    except OverflowError:  # an integer beyond float's range
         return False
 
 
 def _direction_form(value: Any) -> Any:
-    """Read the name of a vector file, or numbers: [D], or one row a layer [l, D]."""
+    """Validate the name of a vector file, or numbers [D] or [l, D] with one row per layer."""
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -53,7 +54,7 @@ def _direction_form(value: Any) -> Any:
 
 
 def _layers_form(value: Any) -> Any:
-    """Read a layer, a list of them, or either as text; return it as it came."""
+    """Validate a layer, a list of layers, or text; return it unchanged."""
     whole = [value] if not isinstance(value, list) else value
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
@@ -98,7 +99,7 @@ class _Strict(pydantic.BaseModel):
 
 
 class Place(_Strict):
-    """Which tokens: a name of `where`, less some kinds, within some messages."""
+    """A token selection: a named `where`, without some kinds, within a range of messages."""
 
     name: Annotated[str, pydantic.WithJsonSchema({"type": "string", "enum": list(NAMED)})] = \
         "everywhere"
@@ -106,7 +107,7 @@ class Place(_Strict):
     turns: list[Index] | None = Field(default=None, min_length=2, max_length=2)
 
     def build(self, first: bool) -> Where:
-        """Return the test; `first` says whether it may hold on a row's first token."""
+        """Return the test; `first` includes each row's first token."""
         if self.name not in NAMED:
             raise ValueError(f"where is {self.name!r}; choose from {', '.join(NAMED)}")
         where = NAMED[self.name].without(*self.without, *([] if first else ["first"]))
@@ -114,7 +115,7 @@ class Place(_Strict):
 
 
 class _OrName:
-    """Add a place's short form, its name alone, to the JSON schema."""
+    """An annotation that adds the short form of `Place`, a name, to the JSON schema."""
 
     @staticmethod
     def __get_pydantic_json_schema__(kind: Any, handler: Any) -> dict[str, Any]:
@@ -125,7 +126,7 @@ Where_ = Annotated[Place, pydantic.BeforeValidator(_place_form), _OrName]
 
 
 class GateSpec(_Strict):
-    """What must hold before an operator acts (`gate`)."""
+    """The arguments of `gate`."""
 
     vector: Direction
     layer: Index
@@ -147,7 +148,7 @@ class _Act(_Strict):
 
 
 class Steer(_Act):
-    """`steer`."""
+    """The arguments of `steer`."""
 
     operator: Literal["steer"]
     vector: Direction
@@ -155,7 +156,7 @@ class Steer(_Act):
 
 
 class Cap(_Act):
-    """`cap`; bounds are numbers or percentiles of an axis, such as "p25" with `of`."""
+    """The arguments of `cap`; a bound is a number or an axis percentile ("p25" with `of`)."""
 
     operator: Literal["cap"]
     vector: Direction
@@ -166,7 +167,7 @@ class Cap(_Act):
 
 
 class Ablate(_Act):
-    """`ablate`."""
+    """The arguments of `ablate`."""
 
     operator: Literal["ablate"]
     vector: Direction
@@ -174,7 +175,7 @@ class Ablate(_Act):
 
 
 class MeanAblate(_Act):
-    """`mean_ablate`."""
+    """The arguments of `mean_ablate`."""
 
     operator: Literal["mean_ablate"]
     vector: Direction
@@ -182,7 +183,7 @@ class MeanAblate(_Act):
 
 
 class Scale(_Act):
-    """`scale`."""
+    """The arguments of `scale`."""
 
     operator: Literal["scale"]
     vector: Direction
@@ -190,7 +191,7 @@ class Scale(_Act):
 
 
 class SetProjection(_Act):
-    """`set_projection`."""
+    """The arguments of `set_projection`."""
 
     operator: Literal["set_projection"]
     vector: Direction
@@ -198,7 +199,7 @@ class SetProjection(_Act):
 
 
 class Rotate(_Act):
-    """`rotate`, in the plane of two directions; angles in radians."""
+    """The arguments of `rotate`: the plane of two directions, and an angle in radians."""
 
     operator: Literal["rotate"]
     plane: list[Direction] = Field(min_length=2, max_length=2)
@@ -207,7 +208,7 @@ class Rotate(_Act):
 
 
 class RestoreNorm(_Act):
-    """`restore_norm`."""
+    """The arguments of `restore_norm`."""
 
     operator: Literal["restore_norm"]
 
@@ -218,7 +219,7 @@ Operator = Annotated[
 
 
 class Reading(_Strict):
-    """A capture: what is read off which tokens."""
+    """The arguments of a capture."""
 
     reading: Literal["mean", "last", "full", "norms", "projections", "moments", "histogram"]
     where: Where_ | None = None
@@ -232,28 +233,28 @@ class Reading(_Strict):
 
 
 def read(spec: Any, kind: Any, name: str) -> tuple[list[Any], list[str]]:
-    """Read one table or a list of them; also say what to call each in an error."""
+    """Validate one JSON object or a list of them; also return each one's name for errors."""
     many = isinstance(spec, Sequence) and not isinstance(spec, (str, bytes))
     if many and not spec:
         raise ValueError(f"{name} is an empty list; give at least one")
     items = list(spec) if many else [spec]
     where = [f"{name}[{i}]" if many else name for i in range(len(items))]
-    adapter, found, faults = pydantic.TypeAdapter(kind), [], []
+    adapter, parsed, faults = pydantic.TypeAdapter(kind), [], []
     for item, at in zip(items, where, strict=True):
         try:
-            found.append(adapter.validate_python(item))
+            parsed.append(adapter.validate_python(item))
         except pydantic.ValidationError as error:
             faults += [_fault(fault, at, item) for fault in error.errors(include_url=False)]
     if faults:
         raise ValueError("; ".join(dict.fromkeys(faults)))
-    return found, where
+    return parsed, where
 
 
 def _fault(fault: Any, at: str, item: Any) -> str:
-    """Say one of pydantic's findings as field, value and mend."""
+    """Format one pydantic error as field, value and remedy."""
     tag = item.get("operator") if isinstance(item, dict) else None
     place = [str(part) for part in fault["loc"]]
-    if place[:1] == [tag] and tag in _KINDS:  # the operator's name, which is no field
+    if place[:1] == [tag] and tag in _KINDS:  # drop the operator's name, which is not a field
         place = place[1:]
     path = ".".join([at, *place])
     if fault["type"] == "extra_forbidden":
@@ -262,10 +263,10 @@ def _fault(fault: Any, at: str, item: Any) -> str:
         owner = kinds[place[-2]] if len(place) > 1 else kind
         near = difflib.get_close_matches(place[-1], owner.model_fields, 1)
         return f"{path} is unknown; " + (f"did you mean {near[0]!r}?" if near else
-                                         f"known are {', '.join(owner.model_fields)}")
+                                         f"known keys: {', '.join(owner.model_fields)}")
     if fault["type"] in ("union_tag_invalid", "union_tag_not_found"):
-        said = "missing" if tag is None else reprlib.repr(tag)
-        return f"{at}: operator is {said}; choose from {', '.join(_KINDS)}"
+        operator = "missing" if tag is None else reprlib.repr(tag)
+        return f"{at}: operator is {operator}; choose from {', '.join(_KINDS)}"
     message = fault["msg"].removeprefix("Value error, ")
     value = "" if fault["type"] == "missing" else f" is {reprlib.repr(fault['input'])}"
     return f"{path}{value}: {message[:1].lower()}{message[1:]}"

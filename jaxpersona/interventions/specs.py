@@ -1,13 +1,13 @@
-"""Interventions and captures as JSON, one form for the command line, files and services.
+"""Interventions and captures from JSON, for the command line, files and services.
 
-A file holds one object, or a list of them that acts in the listed order:
+A specification is one object, or a list of objects that apply in the listed order:
 
     [{"operator": "steer", "vector": "calm.safetensors", "layers": 16, "scale": 2.0},
      {"operator": "cap", "vector": "axis.safetensors", "layers": "46:54", "floor": "p25",
       "of": "default", "where": "generated",
       "gate": {"vector": "axis.safetensors", "layer": 20, "below": -3.0}}]
 
-Everything is checked before anything compiles, and every fault is named at once.
+Specifications are checked before anything compiles; one error lists all problems of the form.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 def interventions(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") -> Interventions:
-    """Build interventions from their declarative form and check them against a model.
+    """Build interventions from a JSON specification and check them against a model.
 
     Args:
-      spec: a table as JSON gives it, or a list of them.
-      model: what `load` returned.
-      folder: what vector files' names are relative to.
+      spec: a dict parsed from JSON, or a list of them.
+      model: the model, from `load`.
+      folder: the folder that vector file names are relative to.
 
     Raises:
-      ValueError: unknown or missing keys, values of another type, a vector file, layer, width or
-        plane that does not fit; field, value and mend, all of a spec's form at once.
+      ValueError: unknown or missing keys, values of another type (one message lists all of these),
+        or a vector file, layer, width or plane that does not match; field, value and remedy.
     """
     parts = [_operator(item, at, model, pathlib.Path(folder))
              for item, at in zip(*forms.read(spec, forms.Operator, "interventions"), strict=True)]
@@ -47,7 +47,7 @@ def interventions(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") 
 
 
 def captures(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") -> Capture:
-    """Build a capture from its declarative form; arguments and errors as for `interventions`."""
+    """Build a capture from a JSON specification; arguments and errors as for `interventions`."""
     out = Capture()
     for item, at in zip(*forms.read(spec, forms.Reading, "capture"), strict=True):
         try:
@@ -65,7 +65,7 @@ def schema() -> dict[str, Any]:
 
 
 def _operator(item: Any, at: str, model: Model, folder: pathlib.Path) -> Interventions:
-    """Build one operator, gate and all, and check it against the model."""
+    """Build one operator with its gate and check it against the model."""
     try:
         made = _build(item, model, folder)
         if item.gate is not None:
@@ -96,7 +96,8 @@ def _build(item: Any, model: Model, folder: pathlib.Path) -> Interventions:
                 how["push"] = read(item.push)
             if item.of is not None and not any(isinstance(x, str)
                                                for x in (item.floor, item.ceiling)):
-                raise ValueError("of is for percentiles; floor and ceiling are numbers")
+                raise ValueError("of is only for percentiles, but floor and ceiling are numbers; "
+                                 "omit it")
             return ops.cap(vector, floor=_bound(vector, "floor", item.floor, item.of),
                            ceiling=_bound(vector, "ceiling", item.ceiling, item.of), **how)
         case forms.Ablate():
@@ -124,9 +125,9 @@ def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture
     on = item.reading in ("projections", "moments", "histogram")
     for field, wanted in (("directions", on), ("edges", item.reading == "histogram")):
         if (getattr(item, field) is not None) != wanted:
-            raise ValueError(f"{item.reading} {'needs' if wanted else 'takes no'} {field}")
+            raise ValueError(f"{item.reading} {'needs' if wanted else 'does not take'} {field}")
     if item.turns is not None and item.reading != "mean":
-        raise ValueError(f"{item.reading} takes no turns")
+        raise ValueError(f"{item.reading} does not take turns")
     make = getattr(readings, item.reading)
     if not on:
         return make(**how, **({"turns": item.turns} if item.reading == "mean" else {}))
@@ -134,12 +135,12 @@ def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture
     if not any(isinstance(one, Vector) for one in value):
         value = np.array(value)
     elif not all(isinstance(one, Vector) for one in value):
-        raise ValueError("directions mixes files and numbers; give one kind")
+        raise ValueError("directions mixes files and numbers; give only files or only numbers")
     return make(value, *([item.edges] if item.reading == "histogram" else []), **how)
 
 
 def _gate_place(gate: forms.GateSpec) -> Where | None:
-    """Return the tokens that a gate measures; None for its own default."""
+    """Return the selection of the tokens that a gate measures; None for `gate`'s default."""
     if gate.where is None and not gate.first_token:
         return None
     usual = forms.Place(name="prompt" if gate.over == "prompt" else "everywhere")
@@ -154,12 +155,12 @@ def _direction(value: Any, model: Model, folder: pathlib.Path) -> Any:
 
 
 def _bound(vector: Any, name: str, value: Any, of: str | None) -> Any:
-    """Return a bound as numbers, looked up on its axis where it is a percentile."""
+    """Return a bound as numbers; look up a percentile in the axis."""
     if not isinstance(value, str):
         return value
     if not isinstance(vector, Axis):
-        raise ValueError(f"{name} is {value!r}; only an axis has percentiles: give a number")
+        raise ValueError(f"{name} is {value!r}, but only an axis has percentiles; give a number")
     if of is None:
-        raise ValueError(f"{name} is {value!r}; say of which population: \"of\": \"default\" or "
+        raise ValueError(f"{name} is {value!r}; give its population: \"of\": \"default\" or "
                          "\"all\"")
     return vector.thresholds(value, of=of)

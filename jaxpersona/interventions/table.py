@@ -1,9 +1,8 @@
-"""What every kind of intervention shares: which entry each row uses, on which tokens, behind which
-gate.
+"""The base class of intervention tables: the entry of each row, the token selection and the gate.
 
-A table holds n entries of one kind for one site of some layers. Which entry a row uses is data, so
-a batch may mix entries freely and change them without another program. Structure, which compiles,
-is the kind, the site, the layers, the number of entries and whether there is a gate.
+A table has n entries of one kind for one site of some layers. The entry of each row is data, so
+the rows of a batch may use different entries and change them without recompiling. The static
+structure is the kind, the site, the layers, the number of entries and whether there is a gate.
 """
 
 from __future__ import annotations
@@ -22,25 +21,25 @@ from jaxpersona.models.batch import Batch
 
 Site = Literal["residual", "attention", "mlp"]
 SITES: tuple[Site, ...] = ("residual", "attention", "mlp")
-ORDER = {"attention": 0, "mlp": 1, "residual": 2}  # in which a block comes to its sites
+ORDER = {"attention": 0, "mlp": 1, "residual": 2}  # the order of the sites in a block
 
 
 @flax.struct.dataclass(kw_only=True)
 class Table:
-    """n entries of one kind at one site of l layers; a base for the kinds.
+    """The base class of tables: n entries of one kind at one site of l layers.
 
     Attributes:
       where: encoded tests [n, 5] int32.
-      origin: [n] uint32, half a model's fingerprint; 0 where a direction does not say.
+      origin: [n] uint32, half of the model's fingerprint; 0 if unknown.
       index: [B] int32, the entry of each row, −1 for none; None: entry 0 for every row.
-      gate: what must hold for a row or a token before the entry acts, or None.
-      parts: what each layer needs, once a table has been taken `apart`; None before.
-      layers, site: the structure.
-      each: True once entry b belongs to row b (`by_row`).
-      reserved: whether entries may come and go (`compose.reserve`).
+      gate: the condition for the entries to apply, or None.
+      parts: the per-layer data of a table split by `apart`, else None.
+      layers, site: where the table applies (static).
+      each: whether entry b belongs to row b (after `by_row`).
+      reserved: whether the entries may be replaced (`compose.reserve`).
     """
 
-    PAYLOAD: ClassVar[dict[str, int]] = {}  # the kind's own fields, and their axis of entries
+    PAYLOAD: ClassVar[dict[str, int]] = {}  # the kind's own fields -> the axis of their entries
 
     where: Any
     origin: Any
@@ -54,39 +53,39 @@ class Table:
 
     @property
     def entries(self) -> int:
-        """The number of entries n, padding included."""
+        """The number of entries n, including padding."""
         return self.where.shape[0]
 
     @property
     def width(self) -> int | None:
-        """The width D that a model must have, or None where any will do."""
+        """The required width D of the model, or None for any."""
         return None
 
     @property
     def key(self) -> tuple:
-        """What two tables must share for their entries to become one table's."""
+        """The table's structure; tables with equal keys can be merged."""
         return (type(self).__name__, self.site, None if self.gate is None else self.gate.key)
 
     def by_row(self, rows: int) -> Self:
-        """Give row b its own entry b, so that a loop need not gather again.
+        """Gather the entries by row once, so that a decode loop need not: entry b is row b's.
 
-        A shared table stays shared: it has nothing to gather. A row without an entry keeps some
-        entry's numbers, with a test that no token passes.
+        A table shared by all rows is returned unchanged. A row without an entry gets arbitrary
+        numbers and a test that no token passes.
         """
         return self if self.index is None or self.each else self._gathered(self.index)
 
     def take(self, rows: np.ndarray) -> Self:
-        """Choose rows, −1 for one without an entry; what all rows share stays.
+        """Select rows, −1 for a row without an entry; a table shared by all rows is unchanged.
 
         Raises:
-          ValueError: `rows` asks for a row that the table does not have.
+          ValueError: an index beyond the table's rows.
         """
         if self.index is None:
             return self
         count = self.index.shape[0]
         if rows.size and rows.max() >= count:
             raise ValueError(
-                f"interventions are for {count} rows; row {int(rows.max())} was asked for"
+                f"interventions are for {count} rows; row {int(rows.max())} is out of range"
             )
         if self.each:
             return self._gathered(jnp.asarray(rows, jnp.int32)).replace(  # pyright: ignore
@@ -112,9 +111,9 @@ class Table:
         )
 
     def spread(self, like: jax.Array) -> Self:
-        """Spread the entries over the mesh of an array as its rows are, once each row has its own.
+        """Shard the entries of a table gathered by row (`by_row`) over the mesh of `like`.
 
-        A shared table is small and stays whole on every device.
+        A shared table is small and stays replicated.
         """
         if not self.each:
             return self
@@ -125,43 +124,46 @@ class Table:
         })
 
     def apart(self, like: jax.Array) -> Self:
-        """Make ready what each layer needs, so that a loop need not cut it from the table at every
-        step.
+        """Split the table by layer (see `parts`), so that a decode loop need not at every step.
 
         Args:
-          like: an array that lies where the table is to be used.
+          like: an array on the devices that will use the table.
         """
         return self
 
     def seen(self, batch: Batch) -> jax.Array:
-        """[B, T] bool: the tokens on which the table may act."""
+        """Return [B, T] bool: the tokens that the table's tests select."""
         return holds(self.where, batch)
 
     def apply(self, layer: int, h: jax.Array, active: jax.Array,
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Change h [B, T, D] at `layer` where `active` [B, T].
+        """Edit h [B, T, D] at `layer` where `active` [B, T].
 
         Args:
-          before: what h was when it came to this site, before any table.
+          layer: the layer's index.
+          h: the activation after the preceding tables.
+          active: [B, T] bool, the tokens to edit.
+          before: the activation at this site before any table.
 
         Returns:
-          The new h, bit for bit the old one where nothing changed, and [B, T] bool: where it did.
+          The edited h, bit for bit equal to `h` where unchanged, and [B, T] bool: where it changed.
         """
         raise NotImplementedError
 
     @classmethod
     def gather(cls, members: Sequence[Self], layers: tuple[int, ...], size: int) -> dict[str, Any]:
-        """Collect one entry of each of several tables of one key, with identities to fill up.
+        """Merge one entry of each of several tables with equal keys, padded with identities.
 
         Args:
-          members: tables that have one entry for all rows.
-          layers: at least those of the members; an entry does nothing at the others.
-          size: the number of entries wanted.
+          members: tables with one entry for all rows.
+          layers: the layers of the result, including all of the members'; an entry is an identity
+            at the layers that its table does not have.
+          size: the number of entries of the result.
         """
         out: dict[str, Any] = cls.identities(len(layers), size, members[0])
         if any(member.width != members[0].width for member in members):
-            raise ValueError("the rows' directions have different widths: they are for one model "
-                             "each")
+            raise ValueError("the rows' directions have different widths; use directions of one "
+                             "model")
         for name in out:
             values = [getattr(member, name)[:, 0] for member in members]
             xp: Any = jnp if traced(values) else np
@@ -177,12 +179,12 @@ class Table:
 
     @classmethod
     def identities(cls, layers: int, size: int, like: Self) -> dict[str, np.ndarray]:
-        """Make entries [l, n, …] that do nothing, for a table like another."""
+        """Return identity entries [l, n, …] for a table with the structure of `like`."""
         raise NotImplementedError
 
 
 def next_power(n: int) -> int:
-    """Return the least power of two that is at least n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
@@ -190,13 +192,13 @@ def checked_index(index: Any, entries: int) -> np.ndarray | None:
     """Return the entry of each row as an array.
 
     Raises:
-      ValueError: an index that is not one of the entries (or −1 for none).
+      ValueError: an index outside −1…entries−1.
     """
     if index is None:
         return None
     index = np.asarray(index)
     if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
-        raise ValueError("rows must be a list of integers, one a row (−1: no edit)")
+        raise ValueError("rows must be a list of integers, one per batch row (−1: no edit)")
     bad = sorted({int(i) for i in index if i >= entries or i < -1})
     if bad:
         raise ValueError(f"rows has {bad}; the bank has entries 0…{entries - 1} (−1: no edit)")
@@ -204,27 +206,27 @@ def checked_index(index: Any, entries: int) -> np.ndarray | None:
 
 
 def traced(*values: Any) -> bool:
-    """Whether a value is being traced (by jit, grad or vmap), so that NumPy cannot look at it."""
+    """Return whether a value is traced (by jit, grad or vmap), so that NumPy cannot read it."""
     return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values))
 
 
 def one_origin(*origins: Any) -> np.ndarray:
-    """Return the model that directions used together come from, [n] uint32 (0: not known).
+    """Return the common origin of directions that are used together, [n] uint32 (0: unknown).
 
     Raises:
-      ValueError: they come from different models.
+      ValueError: the directions are of different models.
     """
-    found = np.zeros(max(len(origin) for origin in origins), np.uint32)
+    common_origin = np.zeros(max(len(origin) for origin in origins), np.uint32)
     for origin in origins:
-        known = np.broadcast_to(np.asarray(origin, np.uint32), found.shape)
-        if ((found != 0) & (known != 0) & (found != known)).any():
-            raise ValueError("the directions were made for different models; use those of one")
-        found = np.where(found == 0, known, found)
-    return found
+        known = np.broadcast_to(np.asarray(origin, np.uint32), common_origin.shape)
+        if ((common_origin != 0) & (known != 0) & (common_origin != known)).any():
+            raise ValueError("the directions were made for different models; use directions of one")
+        common_origin = np.where(common_origin == 0, known, common_origin)
+    return common_origin
 
 
 def common(where: Any, origin: Any, index: np.ndarray | None, size: int) -> dict[str, Any]:
-    """Make the fields that all kinds share, of strong types, padded to `size` entries."""
+    """Return the fields shared by all kinds, strongly typed and padded to `size` entries."""
     extra = size - len(where)
     where = np.concatenate([where, np.broadcast_to(np.array([NOWHERE]), (extra, len(NOWHERE)))])
     origin = np.concatenate([origin, np.zeros(extra, np.uint32)])

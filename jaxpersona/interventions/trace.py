@@ -1,4 +1,4 @@
-"""What one traced forward pass changed and read: the visitor of a block's three sites."""
+"""Application of interventions and captures at the three sites of each block, during tracing."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from jaxpersona.models.batch import Batch
 from jaxpersona.models.config import ModelConfig
 
 _BITS = 32
-Gates = dict[str, Any]  # a gate's state by its table's number
+Gates = dict[str, Any]  # the state of each gate, by its table's index
 
 
 @flax.struct.dataclass
 class Applied:
-    """Proof that an intervention ran, one table's counts for every row.
+    """The token counts of one intervention table.
 
     Attributes:
-      seen: [B] int32, tokens that its `where` chose.
-      changed: [l, B] int32, tokens that it changed, at each of its layers: where a rank-one edit's
-        δ is not 0, whether or not so small a change survives rounding to the model's dtype.
+      seen: [B] int32, the number of tokens that `where` selected.
+      changed: [l, B] int32, the number of tokens changed at each layer. A rank-one edit counts as a
+        change if δ ≠ 0, even if rounding to the model's dtype removes it.
     """
 
     seen: Any
@@ -36,7 +36,7 @@ class Applied:
 
 
 class Trace:
-    """Edit and read activations on their way through a model. Lives only while it is traced."""
+    """The edits and readings of one forward pass; it exists only during tracing."""
 
     def __init__(self, config: ModelConfig, batch: Batch, edits: Interventions, capture: Capture,
                  gates: Gates | None, before: jax.Array | None) -> None:
@@ -54,8 +54,9 @@ class Trace:
             for number, edit in enumerate(edits.edits) if edit.gate is not None
         }
         if gates is not None and set(gates) != set(self.gates):
-            raise ValueError(f"gates are those of other interventions: {sorted(gates)}, not "
-                             f"{sorted(self.gates)}")
+            raise ValueError(f"gates has the tables {sorted(gates)}, but the interventions have "
+                             f"gates at {sorted(self.gates)}; give the state of these "
+                             "interventions")
         self.opened: dict[int, jax.Array] = {}
         self.changed: list[list[jax.Array]] = [[] for _ in edits.edits]
         self.layers = {name: chosen_layers(part, config) for name, part in capture.parts.items()}
@@ -65,12 +66,12 @@ class Trace:
 
     @property
     def highest(self) -> int:
-        """The last layer that anything reads or edits, −1 where nothing does."""
+        """The highest layer that is read or edited, −1 if none is."""
         used = [*self.layers.values(), *(edit.layers for edit in self.edits.edits)]
         return max((layers[-1] for layers in used), default=-1)
 
     def visit(self, site: Site, layer: int, h: jax.Array) -> jax.Array:
-        """Edit, then measure and read, the activation [B, T, D] at one site."""
+        """Apply the edits, gate measurements and readings to h [B, T, D]; return the edited h."""
         before = h
         for number, edit in self.edits.at(site, layer):
             with jax.named_scope("intervention"):
@@ -95,11 +96,11 @@ class Trace:
         """Add this call's readings to the state.
 
         Raises:
-          ValueError: the state is another capture's.
+          ValueError: the state of another capture.
         """
         if state is not None and set(state) != set(self.capture.parts):
-            raise ValueError(f"captured is of another capture: {sorted(state)}, not "
-                             f"{sorted(self.capture.parts)}")
+            raise ValueError(f"captured has the readings {sorted(state)}, but the capture has "
+                             f"{sorted(self.capture.parts)}; give the state of this capture")
         with jax.named_scope("capture"):
             return {
                 name: part.add(state[name], jax.tree.map(lambda *x: jnp.stack(x),
@@ -110,7 +111,7 @@ class Trace:
             }
 
     def applied(self) -> tuple[Applied, ...]:
-        """Count the tokens that each table saw and changed."""
+        """Return the numbers of tokens that each table selected and changed."""
         with jax.named_scope("intervention"):
             rows = self.batch.tokens.shape[0]
             return tuple(
@@ -123,9 +124,10 @@ class Trace:
 
 
 def _counts(changed: list[jax.Array]) -> jax.Array:
-    """Count the tokens of every layer's [B, T] bool: [l, B] int32.
+    """Count the True tokens of each layer's [B, T] bool: [l, B] int32.
 
-    In a decode step the layers become bits of words: stacked, each would be a kernel of its own.
+    In a decode step (T = 1) the layers are packed into the bits of words, because stacking would
+    run one kernel per layer.
     """
     if changed[0].shape[1] > 1:
         return jnp.stack(changed).sum(-1, dtype=jnp.int32)

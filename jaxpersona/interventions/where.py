@@ -1,7 +1,7 @@
-"""Where an intervention acts or a capture reads: a test on a token's kind and turn, kept as data.
+"""Token selection for interventions and captures: a test on a token's kind and turn, as data.
 
-The test travels as five integers, so two rows of one batch may look at different places and a new
-place never recompiles.
+A test is encoded as five integers, so the rows of a batch may have different tests, and changing a
+test does not recompile.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from jaxpersona.models.batch import (
 )
 
 FOREVER = 2**31 - 1
-WIDTH = 5  # integers of an encoded test
-NOWHERE = (-1, 0, 0, 0, 0)  # an encoded test that no token passes: it needs every bit
+WIDTH = 5  # the number of integers of an encoded test
+NOWHERE = (-1, 0, 0, 0, 0)  # an encoded test that no token passes: it requires all bits
 
 
 @dataclasses.dataclass(frozen=True)
 class Where:
     """A test on one token: all bits of `need`, one of `any`, none of `none`, lo ≤ turn < hi.
 
-    `a & b` is both; `a.without("first", …)` leaves tokens of the named kinds out.
+    `a & b` requires both tests; `a.without("first", …)` excludes tokens of the named kinds.
     """
 
     need: int = VALID
@@ -46,24 +46,24 @@ class Where:
 
     def __and__(self, other: Where) -> Where:
         if self.any and other.any and self.any != other.any:
-            raise ValueError("two different 'any of' tests cannot be combined with &")
+            raise ValueError("two tests with different `any` bits cannot be combined with &")
         return Where(self.need | other.need, self.any | other.any, self.none | other.none,
                      max(self.lo, other.lo), min(self.hi, other.hi))
 
     def without(self, *kinds: str) -> Where:
-        """Leave out tokens of the named kinds (`batch.KINDS`), such as "first" or "code"."""
+        """Exclude tokens of the named kinds (`batch.KINDS`), such as "first" or "code"."""
         return dataclasses.replace(self, none=self.none | _bits(kinds))
 
     def within(self, lo: int, hi: int = FOREVER) -> Where:
-        """Keep only messages lo ≤ turn < hi.
+        """Restrict the test to messages lo ≤ turn < hi.
 
         Raises:
-          ValueError: no message lies there.
+          ValueError: the range is empty.
         """
-        found = self & Where(lo=lo, hi=hi)
-        if found.lo >= found.hi:
-            raise ValueError(f"within {lo}…{hi} holds no message; lo must be less than hi")
-        return found
+        restricted = self & Where(lo=lo, hi=hi)
+        if restricted.lo >= restricted.hi:
+            raise ValueError(f"within {lo}…{hi} contains no message; lo must be less than hi")
+        return restricted
 
     def encode(self) -> np.ndarray:
         """Return the test as [5] int32."""
@@ -121,7 +121,11 @@ def encoded(where: Where | str) -> np.ndarray:
 
 
 def turns(role: str) -> Where:
-    """Return the content of one role's messages: "system", "user" or "assistant"."""
+    """Return the test for the content of a role's messages ("system", "user", "assistant").
+
+    Raises:
+      ValueError: another role.
+    """
     if role not in ("system", "user", "assistant"):
         raise ValueError(f"role is {role!r}; it must be 'system', 'user' or 'assistant'")
     return NAMED[role]
@@ -137,7 +141,7 @@ def holds(code: jax.Array, batch: Batch) -> jax.Array:
     Returns:
       [B, T] bool.
     """
-    code = code.reshape(-1, WIDTH)  # one test for all rows, or one a row
+    code = code.reshape(-1, WIDTH)  # one test for all rows, or one per row
     need, any_of, none, lo, hi = (code[:, i, None] for i in range(WIDTH))
     kind = batch.kind.astype(jnp.int32)
     ok = ((kind & need) == need) & ((kind & none) == 0)

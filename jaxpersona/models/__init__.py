@@ -1,1 +1,1 @@
-"""The model as data and a pure function: its shape, parameters, cache, batches and forward pass."""
+"""Models: configuration, parameters, key/value cache, batches and the forward pass."""

@@ -1,8 +1,8 @@
-"""A batch: tokens with what is known of each one.
+"""Batches: token ids with per-token metadata.
 
-Every question of *where* (an intervention's, a capture's) is a test on `kind` and `turn`, which
-travel with the tokens. It therefore means the same in prefill, in chunked prefill and in decode,
-and padding is nothing special: it is simply not valid.
+`kind` and `turn` are stored per token. Interventions and captures select tokens by testing them,
+so a selection has the same meaning in prefill, chunked prefill and decode. Padding is marked by
+the absence of the `VALID` bit.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 from jaxpersona.distributed.sharding import rows_divisor, spread_rows
 
 VALID = 1 << 0  # a token, not padding
-FIRST = 1 << 1  # the first of its row: an attention sink with an enormous norm
-TEMPLATE = 1 << 2  # scaffold of the chat template, an end-of-turn token included
+FIRST = 1 << 1  # the first token of its row: an attention sink with a very large norm
+TEMPLATE = 1 << 2  # added by the chat template, including end-of-turn tokens
 SYSTEM = 1 << 3  # content of a system message
 USER = 1 << 4  # content of a user message
 ASSISTANT = 1 << 5  # content of an assistant message
@@ -27,7 +27,7 @@ GENERATED = 1 << 6  # sampled by this engine
 THINKING = 1 << 7  # inside a thinking block
 CODE = 1 << 8  # inside a code block
 LAST = 1 << 9  # the last token of the prompt
-MARK = 1 << 10  # a mask of the user's own
+MARK = 1 << 10  # a user-defined mask
 
 KINDS = {
     "valid": VALID, "first": FIRST, "template": TEMPLATE, "system": SYSTEM, "user": USER,
@@ -38,15 +38,16 @@ KINDS = {
 
 @flax.struct.dataclass
 class Batch:
-    """Rows of tokens, right-padded.
+    """A right-padded batch of token rows.
 
     Attributes:
       tokens: [B, T] int32.
       position: [B, T] int32, the rotary position; 0 at padding.
-      kind: [B, T] uint16, bits of `KINDS`; 0 at padding.
-      turn: [B, T] int32, the number of the message that a token belongs to, from 0.
-      row_id: [B] uint32, what the row is, for its random draws; never its place in the batch.
-      chunk: whether it is a piece of longer prompts (static).
+      kind: [B, T] uint16, a bit mask of `KINDS`; 0 at padding.
+      turn: [B, T] int32, the index of the token's message, from 0.
+      row_id: [B] uint32, the row's identity, which seeds its random draws; independent of the
+        row's index in the batch.
+      chunk: whether the batch is one chunk of longer prompts (static).
     """
 
     tokens: Any
@@ -58,24 +59,24 @@ class Batch:
 
     @property
     def valid(self) -> jax.Array:
-        """[B, T] bool: which entries are tokens."""
+        """[B, T] bool: True at tokens, False at padding."""
         return (self.kind & VALID) != 0
 
     @property
     def length(self) -> jax.Array:
-        """[B] int32: how many tokens each row has."""
+        """[B] int32: the number of tokens in each row."""
         return self.valid.sum(-1, dtype=jnp.int32)
 
     def spread(self, like: jax.Array) -> Batch:
-        """Spread the rows over the mesh of an array, if that lies on one.
+        """Shard the rows over the mesh of `like`; return the batch unchanged if it has none.
 
         Raises:
-          ValueError: the mesh does not divide the rows.
+          ValueError: the number of rows is not a multiple of the mesh's data-parallel size.
         """
         ways = rows_divisor(like)
         if self.tokens.shape[0] % ways:
             raise ValueError(
-                f"the batch has {self.tokens.shape[0]} rows; the mesh spreads rows over {ways} "
+                f"the batch has {self.tokens.shape[0]} rows; the mesh shards rows over {ways} "
                 f"devices: give a multiple of {ways}"
             )
         return jax.tree.map(lambda x: spread_rows(x, 0, like), self)
@@ -83,24 +84,25 @@ class Batch:
 
 def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None,
           width: int | None = None, vocabulary: int | None = None) -> Batch:
-    """Make a batch of bare tokens.
+    """Build a batch from token ids.
 
     Args:
-      tokens: [B, T] integers, or a sequence of B sequences of any lengths (padded on the right).
-      kind: bits of `KINDS` in the same form (valid, first and last are set here), or None.
-      turn: message numbers in the same form, or None for 0.
+      tokens: [B, T] integers, or B sequences of any length (right-padded here).
+      kind: bit masks of `KINDS`, in the form of `tokens` (VALID, FIRST and LAST are set here), or
+        None.
+      turn: message indices in the form of `tokens`, or None for 0.
       row_id: [B] integers, or None for 0, 1, ….
       width: pad to this many tokens; default: the longest row.
-      vocabulary: refuse ids that are not below this number, the model's `config.vocab_size`.
-        Without it `forward` refuses them when it is called outside `jax.jit`; inside, where values
-        are not known, they give NaN.
+      vocabulary: the model's `config.vocab_size`; larger ids raise an error. If None, `forward`
+        checks the ids when it runs outside `jax.jit`; under `jax.jit`, where values are unknown,
+        an invalid id gives NaN.
 
     Raises:
-      ValueError: an empty batch, an empty row, one row in place of several, values that are no
-        token ids, `kind` or `turn` of another form, or a row that is longer than `width`.
+      ValueError: an empty batch, an empty row, a single row not in a list, values that are not
+        token ids, `kind` or `turn` of another shape, or a row longer than `width`.
     """
     if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Iterable):
-        raise ValueError(f"tokens is {tokens!r:.60}; give rows of token ids")
+        raise ValueError(f"tokens is {tokens!r:.60}; give a list of rows of token ids")
     rows = [_row(row, i) for i, row in enumerate(tokens)]
     if not rows or any(row.size == 0 for row in rows):
         raise ValueError("tokens has no row or an empty row; every row needs at least one token")
@@ -144,29 +146,29 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
 
 
 def _row(values: Any, number: int) -> np.ndarray:
-    """Return one row of a batch as it was given, [T]."""
+    """Return one row of a batch as an integer array [T]."""
     try:
         row = np.asarray(values)
     except ValueError:
         row = np.asarray(None)
     if row.ndim == 0 and np.issubdtype(row.dtype, np.integer):
-        raise ValueError("tokens is one row of ids; put it into a list")
+        raise ValueError("tokens is a single row of ids; give a list of rows")
     if row.size and not np.issubdtype(row.dtype, np.integer):
         raise ValueError(f"row {number} of tokens is {values!r:.60}; give integers")
     return row.reshape(-1)
 
 
 def check_ids(ids: np.ndarray, vocabulary: int | None, what: str, tokenizer: Any = None) -> None:
-    """Refuse token ids that a model has no embedding for.
+    """Raise an error if a token id is outside the model's embedding.
 
     Args:
       ids: integers of any shape.
-      vocabulary: how many rows the embedding has; None: any id that int32 holds.
-      what: what holds the ids, for the message.
-      tokenizer: writes the token in the message.
+      vocabulary: the number of rows of the embedding; None allows any nonnegative int32.
+      what: the source of the ids, for the message.
+      tokenizer: if given, the message also shows the token's text.
 
     Raises:
-      ValueError: an id below 0 or not below `vocabulary`; it names the first one.
+      ValueError: an id below 0 or not below `vocabulary`; the message names the first one.
     """
     most = 2**31 if vocabulary is None else vocabulary
     if not ids.size or (int(ids.min()) >= 0 and int(ids.max()) < most):
@@ -177,15 +179,15 @@ def check_ids(ids: np.ndarray, vocabulary: int | None, what: str, tokenizer: Any
     if tokenizer is not None and 0 <= wrong < len(tokenizer):
         written = f" ({tokenizer.convert_ids_to_tokens(wrong)!r})"
     raise ValueError(
-        f"{what} has the token id {wrong}{written}; token ids must lie in 0…{most - 1}"
+        f"{what} has the token id {wrong}{written}; token ids must be in 0…{most - 1}"
         + ("" if vocabulary is None else ", the rows of the model's embedding")
-        + (": the tokenizer has tokens that the model lacks, so take them out of the text or use "
+        + (": the tokenizer has tokens that the model lacks, so remove them from the text or use "
            "the model's own tokenizer" if written else "")
     )
 
 
 def split(source: Batch, size: int) -> list[Batch]:
-    """Cut a batch along its tokens into chunks of at most `size`, for chunked prefill.
+    """Split a batch along T into chunks of at most `size` tokens, for chunked prefill.
 
     Raises:
       ValueError: `size` is not positive.

@@ -1,7 +1,8 @@
-"""The key/value cache: one array a layer, and for every row the next free slot.
+"""The key/value cache: one pair of arrays per layer, and the next free slot of every row.
 
-Rows fill their slots without holes, whatever the padding around them, so a row's cache depends on
-that row alone. A slot knows the rotary position of what it holds; attention asks nothing else.
+Valid tokens of a row fill consecutive slots; padding takes none, so a row's cache does not depend
+on the other rows. Each slot stores the rotary position of its token, from which attention derives
+its mask.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from jaxpersona.models.batch import Batch
 from jaxpersona.models.config import ModelConfig
 
 KV_AXES = ("batch", "kv_heads", None, None)
-ROW_AXES = (("batch", None), ("batch",))  # of `position` and `next`
+ROW_AXES = (("batch", None), ("batch",))  # logical axes of `position` and `next`
 
 
 @flax.struct.dataclass
@@ -26,7 +27,7 @@ class Cache:
 
     Attributes:
       k, v: for each layer [B, K, S, H].
-      position: [B, S] int32, the rotary position in each slot; −1 where it is empty.
+      position: [B, S] int32, the rotary position of each slot's token; −1 in empty slots.
       next: [B] int32, the next free slot.
     """
 
@@ -41,26 +42,27 @@ class Cache:
         return self.position.shape[1]
 
     def spread(self, like: jax.Array) -> Cache:
-        """Spread the cache over the mesh of an array, if that lies on one."""
+        """Shard the cache over the mesh of `like`; return it unchanged if it has none."""
         return Cache(*(jax.tree.map(lambda x, axes=axes: place(x, axes, like), part)
                        for part, axes in zip((self.k, self.v, self.position, self.next),
                                              (KV_AXES, KV_AXES, *ROW_AXES), strict=True)))
 
 
 def kept_dtype(like: jax.Array) -> Any:
-    """Return the dtype in which keys and values of a model with such a parameter are kept.
+    """Return the fastest cache dtype for a model whose parameters are like `like`.
 
-    It is the parameter's own, but on one CPU float32, of values rounded to the parameter's: XLA
-    would turn a whole low-precision cache to float32 and back for every token written. That is
-    twice the memory.
+    This is the parameter's dtype, except on a single CPU, where it is float32 (the values are
+    still rounded to the parameter's dtype). There XLA would convert a whole low-precision cache to
+    float32 and back for every token written. A float32 cache takes twice the memory of a 16-bit
+    one.
     """
     return jnp.float32 if on_cpu(like) else like.dtype
 
 
 def init_cache(config: ModelConfig, rows: int, slots: int, dtype: Any = jnp.float32) -> Cache:
-    """Make an empty cache for `rows` rows of `slots` tokens.
+    """Allocate an empty cache of `rows` rows and `slots` slots.
 
-    Any dtype that holds the model's works; `kept_dtype` is the fastest.
+    Any dtype that can represent the model's works; `kept_dtype` returns the fastest.
     """
     shape = (rows, config.n_kv_heads, slots, config.head_dim)
     return Cache(
@@ -72,9 +74,9 @@ def init_cache(config: ModelConfig, rows: int, slots: int, dtype: Any = jnp.floa
 
 
 def assign_slots(cache: Cache | None, batch: Batch) -> jax.Array:
-    """Return the slot of every token [B, T]; one past the end for padding, so that it is dropped.
+    """Return each token's slot [B, T]; padding gets the out-of-range slot S and is dropped.
 
-    Valid tokens of a row come first (right padding) and take the row's next slots in order.
+    A row's valid tokens come first (right padding) and take its next free slots in order.
     """
     rows, width = batch.tokens.shape
     steps = jnp.arange(width, dtype=jnp.int32)[None]
@@ -84,7 +86,7 @@ def assign_slots(cache: Cache | None, batch: Batch) -> jax.Array:
 
 
 def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
-    """Enter the positions of a batch's tokens; keys and values follow layer by layer."""
+    """Write the positions of a batch's tokens; `write` adds keys and values per layer."""
     return cache.replace(  # pyright: ignore[reportAttributeAccessIssue]
         position=set_lines(cache.position, batch.position, slots, lines=1),
         next=cache.next + batch.length,
@@ -92,9 +94,9 @@ def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
 
 
 def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
-    """Write [B, T, K, H] into the slots [B, T] of a [B, K, S, H] buffer.
+    """Write values [B, T, K, H] into the slots [B, T] of a [B, K, S, H] buffer.
 
-    One token a row is set in place, many are gathered (`by_slot`).
+    One token per row uses a scatter (`set_lines`); several use a gather (`by_slot`).
     """
     values = values.astype(buffer.dtype)
     if values.shape[1] == 1:
@@ -105,12 +107,12 @@ def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
 
 
 def set_lines(buffer: jax.Array, values: jax.Array, slots: jax.Array, lines: int) -> jax.Array:
-    """Set values in the slots of a buffer, whose axis S comes after `lines` others; beyond S they
-    are dropped.
+    """Scatter values into the slots of a buffer whose axis S follows `lines` leading axes.
 
-    Every line has slots of its own. With one index for all heads of a row TPUs would turn the
-    buffer to have a row's heads beside each other before a loop of steps and back after it, and a
-    CPU would copy that of a single row three times a step.
+    Values whose slot is S or beyond are dropped. The scatter is mapped over every leading axis, so
+    each head has its own index. With one index shared by the heads of a row, XLA would transpose
+    the buffer before and after a decode loop on TPUs, and copy a one-row buffer three times a step
+    on CPUs.
     """
     def enter(line: jax.Array, value: jax.Array, slot: jax.Array) -> jax.Array:
         return line.at[slot].set(value, mode="drop")
@@ -121,14 +123,14 @@ def set_lines(buffer: jax.Array, values: jax.Array, slots: jax.Array, lines: int
 
 
 def by_slot(values: jax.Array, slots: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """Bring values [B, T, …] of tokens in slots [B, T] into the order of `count` slots.
+    """Reorder per-token values [B, T, …] by slot, given the tokens' slots [B, T].
 
-    Every slot asks which token is its own, because setting many runs token by token on some back
-    ends. A row's valid tokens come first and lie in slots that follow each other.
+    Uses a gather from each slot's token, because some backends run a scatter token by token. A
+    row's valid tokens must come first and have consecutive slots.
 
     Returns:
-      moved: [B, S, …], of any token where there is none of that slot.
-      taken: [B, S] bool, where there is one.
+      moved: [B, S, …] with S = `count`; arbitrary values in slots without a token.
+      taken: [B, S] bool, True in slots with a token.
     """
     slot = jnp.arange(count, dtype=jnp.int32)[None]
     source = slot - slots[:, :1]

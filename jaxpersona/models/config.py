@@ -1,7 +1,7 @@
-"""What a model is: every number that shapes its program, and what that costs.
+"""Model configuration, with parameter, memory and FLOP counts.
 
-A `ModelConfig` is frozen, hashable and static under `jax.jit`. A family's difference is a *field*
-here, never a branch on a name elsewhere, so one forward serves every family.
+A `ModelConfig` is frozen, hashable and static under `jax.jit`. Differences between model families
+are fields of it, so one `forward` serves every family without testing the family's name.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, Literal
 import jax
 
 Activation = Literal["silu", "gelu_tanh"]
-# What `ModelConfig.hash` covers, version 1. Hashes are stored in files, so this list never changes:
-# a field added later enters a hash only where its value is not the default.
+# The fields that `ModelConfig.hash` covers, version 1. Hashes are stored in files, so this list
+# must not change: a field added later enters the hash only if its value is not the default.
 _HASHED = {
     "ModelConfig": frozenset("""
         family vocab_size d_model n_layers n_heads n_kv_heads head_dim d_ff norm_eps max_context
@@ -26,15 +26,15 @@ _HASHED = {
         theta kind factor low_freq_factor high_freq_factor original_context
     """.split()),
 }
-MAX_LAYERS = 1024  # more than any model has; a file that says more is damaged
+MAX_LAYERS = 1024  # more than any released model has; a larger number means a damaged file
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding: base, and how its frequencies are stretched.
+    """Rotary position embedding: the base and the scaling of its frequencies.
 
     kind "default" uses `theta` alone; "linear" divides every frequency by `factor`; "llama3"
-    divides the low ones by `factor` and blends between the two wave-length bounds.
+    divides low frequencies by `factor` and interpolates between the two wavelength bounds.
     """
 
     theta: float = 10_000.0
@@ -51,14 +51,14 @@ class ModelConfig:
     """The shape of a decoder-only language model.
 
     Attributes:
-      family: the row of `families.FAMILIES` that the configuration was read by.
+      family: the name of the model's entry in `families.FAMILIES`.
       d_model, d_ff, n_layers, n_heads, n_kv_heads, head_dim, vocab_size: D, F, L, N, K, H, V.
-      attn_scale: what q·k is multiplied by (1/√H in most families).
-      windows: for each layer the number of positions a query sees, or None for all.
-      rope_local: the rotary embedding of layers with a window, where it is another one.
-      norm_offset: 1 where a norm multiplies by (1 + weight), else 0.
-      post_norms: whether attention and MLP outputs are normed before they are added.
-      max_context: the longest sequence that the model was made for, in tokens.
+      attn_scale: the factor applied to q·k (1/√H in most families).
+      windows: per layer, the sliding-window size in positions, or None for full attention.
+      rope_local: the rotary embedding of sliding-window layers, or None to use `rope`.
+      norm_offset: 1 if norms multiply by (1 + weight), else 0.
+      post_norms: whether attention and MLP outputs are normalized before the residual add.
+      max_context: the model's maximum sequence length in tokens.
     """
 
     family: str
@@ -98,10 +98,10 @@ class ModelConfig:
                 f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads ({self.n_heads})"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; rotary positions need an even one")
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
         if len(self.windows) != self.n_layers:
             raise ValueError(
-                f"windows has {len(self.windows)} entries; it needs one a layer ({self.n_layers})"
+                f"windows has {len(self.windows)} entries; give one per layer ({self.n_layers})"
             )
 
     def rope_at(self, layer: int) -> Rope:
@@ -110,16 +110,16 @@ class ModelConfig:
         return self.rope_local if local else self.rope  # pyright: ignore[reportReturnType]
 
     def hash(self) -> str:
-        """Return eight hexadecimal digits that change with the value of any field.
+        """Return an eight-digit hexadecimal hash of all fields.
 
-        A field that is added to the class later, with a default, changes no existing hash.
+        Adding a field with a default to the class leaves existing hashes unchanged.
         """
         text = json.dumps(_hashed(self, "ModelConfig"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     @property
     def parameters(self) -> int:
-        """Count the parameters; a tied head is counted once."""
+        """The number of parameters; a tied head is counted once."""
         d, f, n, k, h = self.d_model, self.d_ff, self.n_heads, self.n_kv_heads, self.head_dim
         attention = 2 * n * h * d + 2 * k * h * d
         attention += self.qkv_bias * (n + 2 * k) * h + self.o_bias * d + self.qk_norm * 2 * h
@@ -133,19 +133,20 @@ class ModelConfig:
         return self.parameters * itemsize
 
     def step_bytes(self, itemsize: int = 2) -> int:
-        """Return the weight bytes that one decode step reads: all but an untied input embedding."""
+        """Return the weight bytes read by one decode step: all except an untied embedding."""
         untied = 0 if self.tied_embeddings else self.vocab_size * self.d_model
         return (self.parameters - untied) * itemsize
 
     def cache_bytes(self, length: int, itemsize: int = 2) -> int:
-        """Return the bytes of keys and values that one row of `length` tokens attends to."""
+        """Return the bytes of keys and values read by one row of `length` tokens."""
         seen = sum(min(length, w) if w else length for w in self.windows)
         return 2 * self.n_kv_heads * self.head_dim * itemsize * seen
 
     def prefill_flops(self, length: int, *, head: bool = False) -> int:
-        """Return the floating-point operations of one row of `length` tokens.
+        """Return the floating-point operations of a prefill of one row of `length` tokens.
 
-        2·P·T + 2·L·N·H·T², the attention term halved by causality; P leaves the embeddings out.
+        2·P·T + 2·L·N·H·T²; causality halves the attention term, and P excludes the embeddings.
+        `head` adds the head at every token.
         """
         heads = 1 if self.tied_embeddings else 2
         dense = self.parameters - heads * self.vocab_size * self.d_model
@@ -154,17 +155,20 @@ class ModelConfig:
 
 
 def _hashed(value: Any, kind: str) -> dict[str, Any]:
-    """Return the fields of a dataclass that its hash covers."""
-    found = {}
+    """Return the fields and values of a dataclass that its hash covers."""
+    covered = {}
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
         if field.name in _HASHED[kind] or item != field.default:
-            found[field.name] = _hashed(item, "Rope") if isinstance(item, Rope) else item
-    return found
+            covered[field.name] = _hashed(item, "Rope") if isinstance(item, Rope) else item
+    return covered
 
 
 def replace(config: ModelConfig, **changes: Any) -> ModelConfig:
-    """Return `config` with some fields changed (`windows` follows a new `n_layers`)."""
+    """Return a copy of `config` with changed fields.
+
+    A new `n_layers` without `windows` repeats or truncates the pattern of `windows`.
+    """
     if "n_layers" in changes and "windows" not in changes:
         n = changes["n_layers"]
         if len(set(config.windows)) == 1:

@@ -1,10 +1,9 @@
-"""The families of models, one row each, and how a Hugging Face configuration is read and written.
+"""Model families, and conversion of Hugging Face configurations to and from `ModelConfig`.
 
-Adding a family means adding a row: which architecture name it answers to, which fields its
-configuration may have, and how they become fields of `ModelConfig`. A field that changes the
-computation and is not implemented is refused by name, because ignoring it would silently run
-another model. Training code and tools add keys of their own to a configuration: a key that is not
-known here is ignored, as transformers ignores it, with a warning that names it.
+To add a family, add an entry to `FAMILIES`: its architecture name, the fields of its `config.json`,
+and their conversion to `ModelConfig`. An unsupported field that changes the computation raises an
+error, because ignoring it would silently compute a different model. An unknown key, such as one
+added by training code, is ignored with a warning (transformers ignores it too).
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _COMMON = frozenset("""
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """One family: names it goes by, fields it may have, and what they mean here."""
+    """A model family: its Hugging Face names, its configuration fields and their conversion."""
 
     name: str
     architecture: str
@@ -35,20 +34,21 @@ class Family:
     fields: frozenset[str]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     default: Mapping[str, Any]
-    float16: bool = True  # whether released models' activations stay below its 65504
+    float16: bool = True  # whether activations of released models stay below 65504, its maximum
 
 
 def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> tuple:
-    """Read which layers see a sliding window, from `layer_types` where it is given."""
+    """Return the sliding window of each layer from `layer_types`, or from `fallback` without it."""
     n, window = raw["num_hidden_layers"], raw.get("sliding_window")
     types = raw.get("layer_types")
     if types is None:
         types = ["sliding_attention" if fallback(i) else "full_attention" for i in range(n)]
     known = ("full_attention", "sliding_attention")
     if not isinstance(types, list) or len(types) != n or any(t not in known for t in types):
-        raise ValueError(f"layer_types must list {n} of {known}; it is {reprlib.repr(types)}")
+        raise ValueError(f"layer_types is {reprlib.repr(types)}; it must be a list of {n} values, "
+                         f"each one of {known}")
     if window is None and "sliding_attention" in types:
-        raise ValueError("sliding_window is null, but layer_types asks for sliding_attention")
+        raise ValueError("sliding_window is null, but layer_types contains sliding_attention")
     return tuple(window if t == "sliding_attention" else None for t in types)
 
 
@@ -63,7 +63,7 @@ def _mistral(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _qwen_windows(raw: Mapping[str, Any]) -> tuple:
-    """Read Qwen's windows: off unless `use_sliding_window`, then from `max_window_layers` up."""
+    """Return Qwen's windows: with `use_sliding_window`, layers from `max_window_layers` up."""
     if not raw.get("use_sliding_window", False):
         return (None,) * raw["num_hidden_layers"]
     first = raw.get("max_window_layers", 28)
@@ -97,9 +97,9 @@ def _gemma2(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("use_bidirectional_attention"):
-        raise ValueError("use_bidirectional_attention is true; only causal attention is run here")
+        raise ValueError("use_bidirectional_attention is true; only causal attention is supported")
     if raw.get("attn_logit_softcapping") is not None:
-        raise ValueError("attn_logit_softcapping is set; Gemma 3 attends without a soft-cap")
+        raise ValueError("attn_logit_softcapping is set; Gemma 3 has no attention soft-cap")
     period = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6))
     local = (raw.get("rope_parameters") or {}).get("sliding_attention")
     theta = raw.get("rope_local_base_freq", 10_000.0)
@@ -113,7 +113,7 @@ def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
 _WINDOW = frozenset({"sliding_window", "layer_types"})
 _QWEN = _WINDOW | {"use_sliding_window", "max_window_layers"}
 _GEMMA2 = _WINDOW | {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
-                     "hidden_activation", "sliding_window_size"}  # the last: a former name
+                     "hidden_activation", "sliding_window_size"}  # _size: an older name
 _GEMMA3 = _GEMMA2 | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern",
                      "use_bidirectional_attention"}
 
@@ -146,7 +146,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    """Whether a number is positive and finite in float32, its reciprocal too."""
+    """Return whether a number and its reciprocal are positive and finite in float32."""
     return type(value) in (int, float) and 1e-37 < value < 1e37
 
 
@@ -155,13 +155,13 @@ _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 
 
 def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
-    """Read one rotary embedding from a v4 `rope_scaling` or a v5 `rope_parameters` dict."""
+    """Convert a transformers v4 `rope_scaling` or v5 `rope_parameters` dict to a `Rope`."""
     if not isinstance(raw, Mapping):
-        raise ValueError(f"rope scaling is {reprlib.repr(raw)}; it must be a table")
+        raise ValueError(f"rope scaling is {reprlib.repr(raw)}; it must be a JSON object")
     for key in ("rope_theta", *_LLAMA3):
         if not _is_positive(raw.get(key, 1)):
             raise ValueError(f"rope scaling: {key} is {reprlib.repr(raw[key])}; it must be a "
-                             "positive number that float32 holds")
+                             "positive number within float32's range")
     base = float(raw.get("rope_theta", theta if theta is not None else 10_000.0))
     kind = raw.get("rope_type", raw.get("type", "default"))
     allowed = {"rope_theta", "rope_type", "type"}
@@ -183,10 +183,10 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
         rope = Rope(base)
     else:
         raise ValueError(f"rope_type is {reprlib.repr(kind)}; 'default', 'linear' and 'llama3' are "
-                         "implemented")
+                         "supported")
     unread = sorted(set(raw) - allowed)
     if unread:
-        raise ValueError(f"rope scaling {kind!r} has a field not implemented here: {unread}")
+        raise ValueError(f"rope scaling {kind!r} has unsupported fields: {unread}")
     return rope
 
 
@@ -198,17 +198,17 @@ def _read_rope(raw: Mapping[str, Any]) -> Rope:
 
 
 def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfig:
-    """Read a Hugging Face configuration (the dict in `config.json`, v4 or v5 style).
+    """Convert a Hugging Face configuration (the dict in `config.json`, transformers v4 or v5).
 
-    Warns once of all keys that are not known here and are ignored.
+    Unknown keys are ignored with a single warning.
 
     Args:
       raw: the configuration.
-      place: names the file in the warning.
+      place: the file's name, for the warning.
 
     Raises:
-      ValueError: an unknown architecture, a missing or malformed field, or a field or value that
-        this engine does not implement; all named.
+      ValueError: an unknown architecture, a missing or malformed field, or an unsupported field or
+        value; the message names them.
     """
     names = raw.get("architectures") or []
     if not isinstance(names, list):
@@ -217,15 +217,15 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     by_type = [f for f in FAMILIES.values() if not names and f.model_type == raw.get("model_type")]
     if not by_architecture + by_type:
         known = ", ".join(f.architecture for f in FAMILIES.values())
-        found = names or raw.get("model_type")
-        raise ValueError(f"architecture {reprlib.repr(found)} is not one that this engine "
-                         f"knows: {known}")
+        given = names or raw.get("model_type")
+        raise ValueError(f"architecture {reprlib.repr(given)} is not supported; supported: "
+                         f"{known}")
     family = (by_architecture + by_type)[0]
     own = _COMMON | family.fields
     others = frozenset().union(*(other.fields for other in FAMILIES.values())) - own
     check_keys(raw, family.name, own, others, place)
     given = {key: value for key, value in raw.items() if value is not None}
-    # An explicit null of an optional soft-cap or window means "none", not "the default".
+    # An explicit null of an optional soft-cap or window disables it; it does not mean the default.
     nulls = {key: None for key, value in raw.items() if value is None and key in family.fields}
     raw = {**family.default, **given, **nulls}
     required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
@@ -240,7 +240,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     _check_types(raw)
     activation = raw.get("hidden_activation") or raw.get("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"hidden_act is {activation!r}; {sorted(_ACTIVATIONS)} are implemented")
+        raise ValueError(f"hidden_act is {activation!r}; {sorted(_ACTIVATIONS)} are supported")
     heads, layers = raw["num_attention_heads"], raw["num_hidden_layers"]
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
     fields: dict[str, Any] = {
@@ -271,10 +271,10 @@ _FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias", "use_sliding_wind
 
 
 def _check_types(raw: Mapping[str, Any]) -> None:
-    """Check the optional fields' types, so that what reads them need not.
+    """Check the types of all optional fields.
 
     Raises:
-      ValueError: all malformed fields, named.
+      ValueError: malformed fields; the message lists all of them.
     """
     faults = []
 
@@ -285,24 +285,24 @@ def _check_types(raw: Mapping[str, Any]) -> None:
     for key in _INTEGERS:
         check(key, _is_size(raw.get(key)), "a positive integer below 2³¹")
     for key in _REALS:
-        check(key, _is_positive(raw.get(key)), "a positive number that float32 holds")
+        check(key, _is_positive(raw.get(key)), "a positive number within float32's range")
     for key in _FLAGS:
         check(key, isinstance(raw.get(key), bool), "true or false")
     first = raw.get("max_window_layers")
-    check("max_window_layers", type(first) is int and first >= 0, "an integer from 0 up")
+    check("max_window_layers", type(first) is int and first >= 0, "a nonnegative integer")
     for key in ("hidden_act", "hidden_activation"):
-        check(key, isinstance(raw.get(key), str), "a name")
+        check(key, isinstance(raw.get(key), str), "a string")
     for key in ("rope_scaling", "rope_parameters"):
-        check(key, isinstance(raw.get(key), Mapping), "a table")
+        check(key, isinstance(raw.get(key), Mapping), "a JSON object")
     if raw["num_hidden_layers"] > MAX_LAYERS:
-        faults.append(f"num_hidden_layers is {raw['num_hidden_layers']}; the most is "
+        faults.append(f"num_hidden_layers is {raw['num_hidden_layers']}; the maximum is "
                       f"{MAX_LAYERS}")
     if faults:
         raise ValueError("config.json: " + "; ".join(faults))
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Write a configuration as the dict of a `config.json` that transformers reads."""
+    """Convert a `ModelConfig` to the dict of a `config.json` for transformers."""
     family = FAMILIES[config.family]
     activation = next(k for k, v in _ACTIVATIONS.items() if v == config.activation)
     raw: dict[str, Any] = {
@@ -327,7 +327,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     if "hidden_activation" in family.fields:
         raw["hidden_activation"] = raw.pop("hidden_act")
         scalar = config.attn_scale**-2
-        whole = round(scalar)  # transformers takes an integer alone
+        whole = round(scalar)  # transformers accepts only an integer
         raw["query_pre_attn_scalar"] = whole if math.isclose(whole, scalar) else scalar
         raw["attn_logit_softcapping"] = config.attn_softcap
         raw["final_logit_softcapping"] = config.final_softcap

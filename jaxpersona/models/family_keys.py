@@ -1,8 +1,8 @@
-"""The keys of a configuration that no family reads: which may be ignored, and which may not.
+"""Checks of the `config.json` keys that a model family does not read.
 
-Configurations carry bookkeeping, keys of training code and tools, and fields of other
-architectures. The first are ignored, the last refused where they are set, because ignoring one
-would silently run another model. Any other key is ignored with a warning that names it.
+Such keys are metadata, settings of training code and tools, or fields of other architectures.
+Known metadata is ignored. A field of another architecture raises an error if it is set, because
+ignoring it would silently compute a different model. Any other key is ignored with a warning.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-# Bookkeeping that changes nothing in a forward pass at inference.
+# Metadata and training settings without effect on an inference forward pass.
 _IGNORED = frozenset("""
     architectures model_type transformers_version torch_dtype dtype use_cache _name_or_path
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
@@ -29,8 +29,8 @@ _IGNORED = frozenset("""
     attn_pdrop embedding_dropout residual_dropout attention_probs_dropout_prob hidden_dropout_prob
 """.split())
 
-# Fields of other architectures and of forks that change a forward pass, each with the value at
-# which it changes nothing; None: where it is empty, 0 or false. Null changes nothing in any.
+# Fields of other architectures and of forks that change the forward pass, each with its neutral
+# value. None: empty, 0 and false are neutral. JSON null is neutral for every field.
 _CHANGES: dict[str, Any] = {key: None for key in """
     quantization_config quantization compression_config sparsity_config bnb_config
     num_experts num_local_experts n_routed_experts num_experts_per_tok num_experts_per_token
@@ -82,17 +82,18 @@ _CHANGES |= {"attention_multiplier": None, "is_causal": True, "causal": True, "u
 
 def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others: frozenset[str],
                place: str) -> None:
-    """Refuse set keys that change the computation and are not read; warn of those unknown here.
+    """Raise an error for unsupported keys that change the computation; warn of unknown keys.
 
     Args:
       raw: the configuration.
-      family: names its family in the error.
+      family: the family's name, for the error.
       own: the keys that the family reads.
       others: the keys that other families read.
-      place: names the file in the warning.
+      place: the file's name, for the warning.
 
     Raises:
-      ValueError: a set key that this family does not implement; all are named.
+      ValueError: keys that are set and that this family does not implement; the message lists
+        them.
     """
     unread = sorted(set(raw) - _IGNORED - own)
 
@@ -107,12 +108,12 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
 
     refused = [key for key in unread if changes(key)]
     if refused:
-        raise ValueError(f"config.json of family {family} has a field that is not "
-                         f"implemented: {_said(raw, refused)}")
+        raise ValueError(f"config.json of family {family} has unsupported fields: "
+                         f"{_said(raw, refused)}")
     strange = [key for key in unread if key not in _CHANGES and raw[key] not in (None, False)]
     if strange:
-        warnings.warn(f"{place}: ignored {_said(raw, strange)}, as transformers does: no code "
-                      "here reads such a key", stacklevel=4)
+        warnings.warn(f"{place}: ignored the unknown keys {_said(raw, strange)}, as transformers "
+                      "does", stacklevel=4)
 
 
 def _said(raw: Mapping[str, Any], keys: list[str]) -> str:

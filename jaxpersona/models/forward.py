@@ -1,7 +1,7 @@
-"""The forward pass: embed → blocks → head, a pure function of parameters and data.
+"""The forward pass, embed → blocks → head, as a pure function of parameters and data.
 
-One function serves every family, with or without a cache, interventions and captures. What a run
-does not ask for is absent from its program: no hooks, no branches at run time.
+One function serves every model family, with or without a cache, interventions and captures. The
+compiled program contains only what a call requests: no hooks and no run-time branches.
 """
 
 from __future__ import annotations
@@ -38,17 +38,19 @@ Logits = Literal["all", "last"] | None
 
 @flax.struct.dataclass
 class Output:
-    """What a forward pass returns; `captured` and `applied` grow from call to call when handed on.
+    """The result of a forward pass.
+
+    Pass `captured`, `cache` and `gates` to the next call to continue them.
 
     Attributes:
       logits: [B, T, V], [B, V] or None, float32.
-      captured: the state of each reading by its name; `.value` is the result.
-      applied: one `Applied` for each table of the interventions.
-      cache: the cache with this call's tokens in it, or None.
-      gates: what gates over the prompt have measured so far, by their table's number.
+      captured: the state of each reading by name; `.value` is the result.
+      applied: one `Applied` per intervention table.
+      cache: the cache including this call's tokens, or None.
+      gates: the accumulated state of prompt gates, by the index of their table.
       finite: [B] bool, whether the residual stream after the last block that ran, and its sum of
-        squares, are finite in float32 at every valid token of this call. What is not finite in an
-        earlier block is not finite there either, unless an edit removed it.
+        squares, are finite in float32 at every valid token of this call. Non-finite values of an
+        earlier block propagate to it unless an edit removes them.
     """
 
     logits: Any
@@ -76,31 +78,32 @@ def forward(
     """Run the model on a batch.
 
     Args:
-      params: the parameters; their dtype is the dtype of the computation.
-      config: the model's shape (static).
-      batch: B rows of T tokens, right-padded. With a cache the tokens continue its rows.
-      interventions: what is done to the activations.
-      capture: what is read off them.
-      cache: keys and values of earlier tokens, or None to see this batch alone.
-      new_cache: instead of `cache`, the slots of an empty one that is made here, in the dtype that
-        is fastest (`cache.kept_dtype`).
-      logits: of every token, of each row's last valid token, or none (then no head is computed,
-        and without a cache no layer above the highest that is read or edited).
-      captured: the captures' state of earlier calls, to be added to.
-      gates: the gates' state of earlier calls, likewise.
-      attention: "xla", the reference; "cudnn", flash attention on a GPU; "auto", the latter for
-        long batches where it fits (`kernels.attention`). With `cudnn` a row's positions must rise
-        by one a token, as `batch` makes them.
+      params: the parameters; their dtype is the computation's dtype.
+      config: the model configuration (static).
+      batch: B rows of T tokens, right-padded. With a cache, the tokens continue its rows.
+      interventions: the edits of the activations.
+      capture: the readings of the activations.
+      cache: keys and values of earlier tokens, or None.
+      new_cache: instead of `cache`, the number of slots of a new cache, allocated in the fastest
+        dtype (`cache.kept_dtype`).
+      logits: "all" for every token; "last" for each row's last valid token; None skips the head
+        and, without a cache, all layers above the highest one that is read or edited.
+      captured: the captures' state from earlier calls, to continue.
+      gates: the gates' state from earlier calls, to continue.
+      attention: "xla", the reference; "cudnn", flash attention on a GPU; "auto", cuDNN for long
+        batches where it is supported (`kernels.attention`). cuDNN requires that positions increase
+        by one per token, as in a batch from `batch`.
 
-    The package's functions set JAX's debugging flags and transfer guard aside, but this one runs
-    under those of its caller: with `jax_debug_nans` a capture that marks tokens with NaN fails.
+    Unlike the package's other functions, which disable JAX's debugging flags and transfer guard,
+    this one runs under its caller's: with `jax_debug_nans`, a capture that marks tokens with NaN
+    raises an error.
 
     Raises:
-      ValueError: interventions or captures that do not fit the model or the batch, a batch wider
-        than its cache, a row with more tokens than free slots or ids without a row of the
-        embedding (in a program that is being compiled both give NaN instead), a gate that is to
-        act within a prompt which comes in chunks, both `cache` and `new_cache`, cuDNN asked for
-        where it does not fit, or a mesh set by `jax.set_mesh` that is not the parameters'.
+      ValueError: interventions or captures that do not match the model or the batch; a batch wider
+        than its cache; a row with more tokens than free slots or an id outside the embedding
+        (under `jax.jit` both give NaN instead); a gate with `within=True` on a chunked prompt;
+        both `cache` and `new_cache`; unsupported use of cuDNN; or a mesh set by `jax.set_mesh`
+        that differs from the parameters' mesh.
     """
     _check_arguments(params, batch, capture)
     rows, width = batch.tokens.shape
@@ -108,10 +111,11 @@ def forward(
     edits = given(interventions)
     edits.check(layers=config.n_layers, width=config.d_model, rows=rows)
     if batch.chunk and any(e.gate is not None and e.gate.within for e in edits.edits):
-        raise ValueError("a gate with within=True needs the whole prompt in one piece; run it "
-                         "unchunked, or leave within=False")
+        raise ValueError("a gate with within=True needs the whole prompt in one call; disable "
+                         "chunked prefill, or use within=False")
     if cache is not None and new_cache is not None:
-        raise ValueError("give cache, to go on in one, or new_cache, to begin one; not both")
+        raise ValueError("give either cache, to continue one, or new_cache, to allocate one; not "
+                         "both")
     room = new_cache if cache is None else cache.slots
     if room is not None and width > room:
         raise ValueError(f"the batch is {width} tokens wide; the cache has {room} slots")
@@ -138,7 +142,7 @@ def forward(
     else:
         cache = advance(cache, batch, slots)
         positions = cache.position
-    # False at a token without a row of the embedding, or without a slot of the cache for its key
+    # False at tokens whose id is outside the embedding or for which the cache has no free slot
     known = (batch.tokens >= 0) & (batch.tokens < params.embed_vd.shape[0])
     if cache is not None and new_cache is None:
         known &= slots < cache.slots
@@ -153,15 +157,15 @@ def forward(
         with jax.named_scope(f"layer{i}"):
             q, k, v = _project(layer, config, x, angles[config.rope_at(i)],
                                known | ~batch.valid if i == 0 else None)
-            own = k, v  # of this call's tokens, [B, T, K, H]
+            own = k, v  # this call's keys and values, [B, T, K, H]
             if cache is None:
                 k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
             else:
                 k = write(cache.k[i], _kept(k, cache.k[i]), slots)
                 v = write(cache.v[i], _kept(v, cache.v[i]), slots)
                 if chosen == "cudnn":
-                    # written before the layer goes on: cuDNN does not read the cache, and XLA would
-                    # hold every layer's own keys and values to write them all at the end
+                    # The barrier orders the cache write before attention. cuDNN does not read the
+                    # cache, so XLA would keep every layer's k and v and write them all at the end.
                     k, v, *own = jax.lax.optimization_barrier((k, v, *own))
                 keys.append(k)
                 values.append(v)
@@ -201,7 +205,7 @@ def _check_arguments(params: Any, batch: Any, capture: Any) -> None:
 
 
 def _check_ids(tokens: Any, config: ModelConfig) -> None:
-    """Refuse ids without a row of the embedding where their values are known to this process."""
+    """Raise an error for ids outside the embedding, if this process can read their values."""
     if isinstance(tokens, jax.core.Tracer):
         return
     if isinstance(tokens, jax.Array):
@@ -212,7 +216,7 @@ def _check_ids(tokens: Any, config: ModelConfig) -> None:
 
 
 def _check_room(cache: Cache, batch: Batch) -> None:
-    """Refuse tokens without a free slot where the numbers are known to this process."""
+    """Raise an error if a row exceeds its free slots, if this process can read the values."""
     parts = cache.next, batch.kind
     if any(isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True)
            for x in parts):
@@ -221,25 +225,25 @@ def _check_room(cache: Cache, batch: Batch) -> None:
     wanted = np.asarray(used) + ((np.asarray(kind) & VALID) != 0).sum(-1)
     if (wanted > cache.slots).any():
         row = int(np.argmax(wanted > cache.slots))
-        raise ValueError(f"row {row} of the batch needs {int(wanted[row])} slots, its earlier "
-                         f"tokens included; the cache has {cache.slots}: make it larger "
+        raise ValueError(f"row {row} of the batch needs {int(wanted[row])} slots, including its "
+                         f"earlier tokens; the cache has {cache.slots}: allocate a larger one "
                          "(`init_cache`)")
 
 
 def _finite(x: jax.Array, batch: Batch) -> jax.Array:
-    """Tell which rows of a residual [B, T, D] have a finite sum of squares at every valid token."""
+    """Return [B] bool: whether a residual [B, T, D] has finite squares at every valid token."""
     wide = x.astype(jnp.float32)
     return (jnp.isfinite((wide * wide).sum(-1)) | ~batch.valid).all(-1)
 
 
 def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
-    """Look up the tokens: [B, T, D], scaled where the family asks for it."""
+    """Return the token embeddings [B, T, D], multiplied by `config.embed_scale`."""
     table = gather_weight(params.embed_vd)
     tokens, placed = batch.tokens, out_sharding(("batch", None, None), table)
     narrow = table.dtype != jnp.float32 and isinstance(table, jax.core.Tracer)
-    if narrow and on_cpu(table):  # else XLA turns the whole table to float32 before a loop
+    if narrow and on_cpu(table):  # else XLA converts the whole table to float32 before a loop
         table, tokens = jax.lax.optimization_barrier((table, tokens))
-    # `forward` turns ids without a row to NaN in the first norm, which costs no kernel
+    # clipped ids become NaN in the first norm (`_project`), which needs no extra kernel
     x = table.at[tokens].get(mode="clip", wrap_negative_indices=False, out_sharding=placed)
     if config.embed_scale != 1.0:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
@@ -248,17 +252,17 @@ def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
 
 def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
          which: Logits) -> jax.Array | None:
-    """Turn the last residual into logits, float32: [B, T, V], or [B, V] of each row's last.
+    """Return float32 logits of the final residual: [B, T, V], or [B, V] of the last tokens.
 
-    They are NaN where the residual, or its sum of squares, is not finite, and where a soft-cap
-    would turn an infinite logit into a finite one.
+    They are NaN where the residual or its sum of squares is not finite, and where a soft-cap would
+    make an infinite logit finite.
     """
     if which is None:
         return None
     with jax.named_scope("head"):
         if which == "last":
             x = of_each(x, jnp.maximum(batch.length - 1, 0)[:, None])
-        # the logits of a residual that is too great for float32 would be zeros, hence a token
+        # without NaN, an overflowing sum of squares would give zero logits, hence a valid token
         x = nn.rms_norm(x, params.final_norm_d, config.norm_eps, config.norm_offset,
                         overflow_to_nan=True)
         weight = params.embed_vd if params.head_vd is None else params.head_vd
@@ -269,16 +273,16 @@ def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
                              preferred_element_type=jnp.float32)
         if config.final_softcap is not None:
             capped = config.final_softcap * jnp.tanh(out / config.final_softcap)
-            out = jnp.where(jnp.isfinite(out), capped, jnp.nan)  # tanh would hide infinity
+            out = jnp.where(jnp.isfinite(out), capped, jnp.nan)  # tanh maps infinity to 1
         return out[:, 0] if which == "last" else out
 
 
 def _project(layer: Layer, config: ModelConfig, x: jax.Array,
              angle: tuple[jax.Array, jax.Array],
              known: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Make queries [B, T, N, H], keys and values [B, T, K, H] of one block.
+    """Compute queries [B, T, N, H], keys and values [B, T, K, H] of one block.
 
-    They are NaN at the tokens where `known` [B, T] is False, and so is all that follows from them.
+    They are NaN at tokens where `known` [B, T] is False, and the NaN propagates from there.
     """
     y = nn.rms_norm(x, layer.attn_norm_d, config.norm_eps, config.norm_offset, known=known)
     q = nn.add_bias(nn.contract("btd,nhd->btnh", y, layer.wq_nhd), layer.bq_nh)
@@ -291,13 +295,19 @@ def _project(layer: Layer, config: ModelConfig, x: jax.Array,
 
 
 def _kept(x: jax.Array, buffer: jax.Array) -> jax.Array:
-    """Round what is to be kept in a wider dtype, whatever XLA would carry over."""
+    """Round x to its own precision before it is stored in a buffer of a wider dtype.
+
+    Without this, XLA may keep extra precision from a fusion.
+    """
     return x if x.dtype == buffer.dtype else nn.round_residual(x)
 
 
 def _block(layer: Layer, config: ModelConfig, x: jax.Array, mixed: jax.Array, trace: Trace,
            i: int) -> jax.Array:
-    """Finish one block from its attention's heads [B, T, N, H]; visit its three sites."""
+    """Compute the rest of a block from its attention heads [B, T, N, H].
+
+    Interventions and captures run at its three sites: attention, mlp and residual.
+    """
     eps, offset = config.norm_eps, config.norm_offset
     out = nn.contract("btnh,dnh->btd", mixed, layer.wo_dnh, ("batch", None, None))
     out = nn.add_bias(out, layer.bo_d)

@@ -1,4 +1,4 @@
-"""A model that is ready to run: its shape, parameters and tokenizer as plain data."""
+"""The `Model` dataclass: configuration, parameters and tokenizer of a loaded model."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from jaxpersona.models.params import Derived, Params, fingerprint, same_arrays
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model that is ready to run.
+    """A loaded model.
 
     Attributes:
-      config, params: its shape and its parameters.
-      tokenizer: of transformers, or None where the source has none.
-      mesh: the devices that the parameters are spread over, or None for one.
-      name: what it was loaded as.
-      fingerprint: sixteen digits that identify its shape and weights (`params.fingerprint`). A copy
-        with other parameters (`dataclasses.replace`) gets its own; "" while they are traced.
-      stop_ids: the tokens that end a reply.
-      template: whether the tokenizer has a chat template; a base model has none.
-      marked: the configuration and arrays that the fingerprint is of.
-      derived: what was computed from the parameters for speed; a copy begins without.
+      config, params: the configuration and the parameters.
+      tokenizer: a transformers tokenizer, or None if the source has none.
+      mesh: the mesh that the parameters are sharded over, or None for one device.
+      name: the name that it was loaded by.
+      fingerprint: sixteen hexadecimal digits that identify configuration and weights
+        (`params.fingerprint`). A copy with other parameters (`dataclasses.replace`) gets a new
+        one; "" if the parameters are traced or abstract.
+      stop_ids: the token ids that end a reply.
+      template: whether the tokenizer has a chat template; base models have none.
+      marked: the configuration and arrays that `fingerprint` was computed from.
+      derived: cache of arrays derived from the parameters; empty in a copy.
     """
 
     config: ModelConfig
@@ -50,6 +51,6 @@ class Model:
         if marked is not None:
             traced = any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in leaves)
             mark = "" if traced else fingerprint(
-                self.config, jax.tree.map(jnp.asarray, self.params))  # NumPy's arrays too
+                self.config, jax.tree.map(jnp.asarray, self.params))  # accepts NumPy arrays
             object.__setattr__(self, "fingerprint", mark)
         object.__setattr__(self, "marked", (self.config, leaves))

@@ -1,6 +1,6 @@
-"""Layers as functions of arrays: norm, rotary positions, attention, MLP.
+"""Layers as functions of arrays: normalization, rotary embedding, attention, MLP.
 
-Einsum letters are the README's: b batch, t query, s cache, d model, f feed-forward, n heads,
+Einsum letters: b batch row, t query token, s cache slot, d model, f feed-forward, n heads,
 k key/value heads, g = n/k, h head dimension, v vocabulary.
 """
 
@@ -18,15 +18,15 @@ from jaxpersona.models.config import Activation, Rope
 from jaxpersona.models.params import InOut
 
 F32 = jnp.float32
-QUERY_CHUNK = 512  # queries whose scores exist at one time in a long prefill
-_MASKED = -1e30  # finite, so that a row with nothing to see stays free of NaN
+QUERY_CHUNK = 512  # queries per chunk of attention scores in a long prefill
+_MASKED = -1e30  # finite: the softmax of a fully masked row stays free of NaN
 
 
 def contract(equation: str, x: jax.Array, w: jax.Array | InOut,
              axes: Axes | None = None) -> jax.Array:
-    """Multiply activations by weights, accumulating in float32 and returning x's dtype.
+    """Contract activations with weights in float32 accumulation; return x's dtype.
 
-    `axes` names the result's logical axes where a sharded contraction leaves them open.
+    `axes` are the logical axes of the result, needed where JAX cannot infer its sharding.
     """
     if isinstance(w, InOut) or jax.typeof(w).sharding.mesh.empty:
         return product(equation, x, w).astype(x.dtype)
@@ -37,8 +37,10 @@ def contract(equation: str, x: jax.Array, w: jax.Array | InOut,
 
 
 def product(equation: str, x: jax.Array, w: jax.Array | InOut) -> jax.Array:
-    """Contract on one device as a 2-D product; float32. As it stands, XLA's CPU back end would
-    transpose a weight of three dimensions anew at every step."""
+    """Contract on one device as a 2-D matrix product; return float32.
+
+    XLA's CPU backend would transpose a three-dimensional weight at every step.
+    """
     left, right = equation.split("->")[0].split(",")
     rows = x.shape[: sum(letter not in right for letter in left)]
     if isinstance(w, InOut):
@@ -49,17 +51,17 @@ def product(equation: str, x: jax.Array, w: jax.Array | InOut) -> jax.Array:
     inner = math.prod(w.shape[len(out) :])
     x = x.reshape(-1, inner)
     alone = x.shape[0] == 1 and x.dtype == jnp.bfloat16 and on_cpu(w)
-    if alone:  # XLA's CPU back end has a fast bfloat16 product for two rows, none for one
+    if alone:  # XLA's CPU backend has a fast bfloat16 product for two rows, but not for one
         x = jnp.concatenate([x, x])
     y = jnp.einsum("rd,fd->rf", x, w.reshape(-1, inner), preferred_element_type=F32)
     return (y[:1] if alone else y).reshape(*rows, *out)
 
 
 def round_residual(x: jax.Array) -> jax.Array:
-    """Round to the dtype's own precision, so that a fusion cannot carry more.
+    """Round x to the precision of its dtype, also inside a fusion.
 
-    XLA may keep a bfloat16 sum in float32 inside a fusion; whether an edit follows it would then
-    change values that the edit leaves alone.
+    XLA may keep a bfloat16 sum in float32 inside a fusion. A following edit would then change the
+    rounding of values that it does not edit.
     """
     if x.dtype == jnp.bfloat16:
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
@@ -70,15 +72,15 @@ def round_residual(x: jax.Array) -> jax.Array:
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, *,
              overflow_to_nan: bool = False, known: jax.Array | None = None) -> jax.Array:
-    """Divide by the root mean square over the last axis and scale, in float32 (Zhang 2019).
+    """Apply RMSNorm over the last axis, in float32 (Zhang and Sennrich 2019).
 
-    Where the mean square exceeds float32 (numbers beyond 1.8e19) the quotient is 0; with
-    `overflow_to_nan` it is NaN, so that the overflow shows in whatever is computed from it. It is
-    NaN too where `known`, of x's shape without the last axis, is False.
+    Where the mean square overflows float32 (numbers beyond 1.8e19) the result is 0, or NaN with
+    `overflow_to_nan`, so that the overflow propagates. The result is also NaN where `known`, of
+    x's shape without the last axis, is False.
     """
     y = x.astype(F32)
     factor = jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
-    if overflow_to_nan:  # asked of the factor alone, which keeps it one kernel
+    if overflow_to_nan:  # a test of the factor alone keeps this a single kernel
         factor = jnp.where(factor > 0, factor, jnp.nan)
     if known is not None:
         factor = jnp.where(known[..., None], factor, jnp.nan)
@@ -87,7 +89,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, *,
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Return the H/2 angular frequencies in radians a position, float32."""
+    """Return the H/2 angular frequencies in radians per position, float32."""
     inverse = rope.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if rope.kind == "linear":
         inverse = inverse / rope.factor
@@ -101,14 +103,14 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
 
 
 def rotary(position: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array, jax.Array]:
-    """Return cosine and sine of every position's angles, each [B, T, 1, H/2] float32 (Su 2021)."""
+    """Return the rotary cosines and sines, each [B, T, 1, H/2] float32 (Su et al. 2021)."""
     frequency = rope_frequencies(rope, head_dim)[None, None, None]
     angle = position[..., None, None].astype(F32) * frequency
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate the halves of every head of x [B, T, N, H] by its position's angles."""
+    """Apply the rotary embedding to x [B, T, N, H], pairing the halves of each head."""
     a, b = jnp.split(x.astype(F32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
@@ -124,17 +126,18 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> jax.Array:
-    """Attend causally by position; queries beyond `QUERY_CHUNK` are taken in chunks.
+    """Compute causal attention, masked by position, in chunks of `QUERY_CHUNK` queries.
 
-    On a mesh the rows and heads of queries and keys are spread alike.
+    On a mesh, queries and keys must be sharded alike over rows and heads.
 
     Args:
       q_btnh: queries [B, T, N, H].
       k_bksh, v_bksh: keys and values [B, K, S, H].
       q_position: [B, T] int32.
-      k_position: [B, S] int32; -1 where a slot holds nothing.
+      k_position: [B, S] int32; -1 in empty slots.
+      scale: the factor applied to q·k.
       softcap: scores become softcap·tanh(scores/softcap) (Gemma 2), or None.
-      window: a query sees only the last `window` positions, or None.
+      window: sliding-window size in positions, or None for full attention.
 
     Returns:
       [B, T, N, H].
@@ -158,8 +161,8 @@ def attention(
         mixed = jax.checkpoint(part)(piece, where)
         return jax.lax.dynamic_update_slice_in_dim(rows, mixed, start, 1)
 
-    # what a chunk gives takes its queries' place: for results stacked by `map`, XLA made the
-    # empty buffers of all layers at one time, 51 GB for 64 layers of 32 × 1536 tokens on a GPU
+    # Each chunk's result overwrites its queries. With `jax.lax.map`, XLA allocated the result
+    # buffers of all layers at once: 51 GB for 64 layers of 32 × 1536 tokens on a GPU.
     return jax.lax.fori_loop(0, chunks, one, q)[:, :t]
 
 
@@ -167,7 +170,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_position: jax.Array, k_p
             scale: float, softcap: float | None, window: int | None) -> jax.Array:
     b, t, n, h = q.shape
     groups = k.shape[1]
-    # said, because a single key/value head leaves JAX to guess which of the two is spread
+    # Explicit: JAX cannot infer the sharded axis with one key/value head.
     apart = out_sharding(("batch", None, "kv_heads", "kv_group", None), q)
     q_btkgh = jnp.reshape(q, (b, t, groups, n // groups, h), out_sharding=apart)
     scores = _product("btkgh,bksh->bkgts", q_btkgh, k) * scale
@@ -178,7 +181,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_position: jax.Array, k_p
     if window is not None:
         seen &= query - key < window
     weights = jax.nn.softmax(jnp.where(seen, scores, _MASKED), axis=-1)
-    # the first order is three times as fast on a CPU; TPUs held gigabytes more with it in a prefill
+    # The first order is three times as fast on a CPU, but takes gigabytes more in a TPU prefill.
     if t == 1 or on_cpu(v):
         out = jnp.moveaxis(_product("bkgts,bksh->bkgth", weights.astype(q.dtype), v), 3, 1)
     else:
@@ -188,8 +191,10 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_position: jax.Array, k_p
 
 
 def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Contract with float32 accumulation; on CPU low precision is widened first (XLA has no
-    batched bfloat16 product with a float32 result there)."""
+    """Contract in float32 accumulation; on CPUs, convert 16-bit inputs to float32 first.
+
+    XLA's CPU backend has no batched bfloat16 product with a float32 result.
+    """
 
     def plain(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.einsum(equation, x, y, preferred_element_type=F32)
@@ -206,7 +211,7 @@ def mlp(x: jax.Array, layer: Any, activation: Activation) -> jax.Array:
     """Apply the gated MLP, down(act(gate(x)) · up(x)) (Shazeer 2020), to x [B, T, D]."""
     gate = add_bias(contract("btd,fd->btf", x, layer.w_gate_fd), layer.b_gate_f)
     up = add_bias(contract("btd,fd->btf", x, layer.w_up_fd), layer.b_up_f)
-    wide = gate.astype(F32)  # rounded once, after the product
+    wide = gate.astype(F32)  # float32 until after the product: a single rounding
     act = jax.nn.silu(wide) if activation == "silu" else jax.nn.gelu(wide, approximate=True)
     inner = (act * up.astype(F32)).astype(x.dtype)
     out = contract("btf,df->btd", inner, layer.w_down_df, ("batch", None, None))
@@ -214,10 +219,10 @@ def mlp(x: jax.Array, layer: Any, activation: Activation) -> jax.Array:
 
 
 def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Add a bias where there is one."""
+    """Return x plus the bias, or x if there is none."""
     return x if bias is None else x + aligned(bias, x)
 
 
 def aligned(w: jax.Array, x: jax.Array) -> jax.Array:
-    """Give w as many dimensions as x by new leading ones, so that no rank is promoted unseen."""
+    """Add leading dimensions to w until it has x's rank, to avoid implicit rank promotion."""
     return jax.lax.expand_dims(w, tuple(range(x.ndim - w.ndim)))

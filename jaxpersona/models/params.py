@@ -1,8 +1,8 @@
-"""Parameters: one table with the shape, logical axes, initialiser and file name of every array.
+"""Model parameters: layout, initialization and fingerprints.
 
-The table (`layout`) serves initialisation, loading, saving, sharding and counting, so these cannot
-disagree. Weights keep the `[out, in]` order of the files with heads split out, so that reading one
-is a reshape: `wq_nhd` is q_proj's `[N·H, D]`.
+`layout` describes the shape, logical axes, initializer and file name of every array, for
+initialization, loading, saving and sharding. Weights keep the `[out, in]` order of the checkpoint
+files with the head axes split, so loading is a reshape: `wq_nhd` is q_proj's `[N·H, D]`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jaxpersona.models.config import ModelConfig
 
 @flax.struct.dataclass
 class Layer:
-    """The parameters of one block; None where the family has no such array."""
+    """The parameters of one block; None for arrays that the family does not have."""
 
     attn_norm_d: Any
     wq_nhd: Any
@@ -55,7 +55,7 @@ class Layer:
 
 @flax.struct.dataclass
 class Params:
-    """The parameters of a model: embedding, blocks, final norm, and a head where it is untied."""
+    """The parameters of a model: embedding, blocks, final norm, and a head if it is untied."""
 
     embed_vd: Any
     layers: tuple[Layer, ...]
@@ -65,12 +65,13 @@ class Params:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What is known of one parameter before it has values.
+    """The description of one parameter array.
 
     Attributes:
-      shape, axes: its dimensions and their logical axes.
-      file_name, file_shape: the tensor of a Hugging Face folder that holds it.
-      init: standard deviation of its normal initialiser, or None for a norm at its identity.
+      shape, axes: the dimensions and their logical axes.
+      file_name, file_shape: name and shape of the tensor in a Hugging Face checkpoint.
+      init: standard deviation of the normal initializer, or None for a norm weight, which starts
+        as the identity.
     """
 
     shape: tuple[int, ...]
@@ -126,7 +127,7 @@ def _layer_layout(config: ModelConfig, i: int) -> Layer:
 
 
 def layout(config: ModelConfig) -> Params:
-    """Describe every parameter of a model as a `Params` of `Spec`."""
+    """Return the description of every parameter: a `Params` of `Spec`."""
     v, d = config.vocab_size, config.d_model
     axes: Axes = ("vocab", "embed")
     head = None if config.tied_embeddings else Spec((v, d), axes, "lm_head.weight", (v, d))
@@ -139,9 +140,9 @@ def layout(config: ModelConfig) -> Params:
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
-    """Draw random parameters: normal weights (deviation 0.02), norms at their identity.
+    """Initialize parameters: normal weights (standard deviation 0.02), identity norms.
 
-    They are drawn in float32 and rounded, so that a key means one model whatever its dtype.
+    Values are drawn in float32 and then rounded, so that a key gives the same model in every dtype.
     """
     specs, tree = jax.tree.flatten(layout(config))
     identity = 1.0 - config.norm_offset
@@ -157,28 +158,28 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -
 
 @flax.struct.dataclass
 class InOut:
-    """A weight that is stored [in, out] for a run, instead of the files' [out, in].
+    """A weight in [in, out] order, transposed from the checkpoint's [out, in].
 
     Attributes:
       value: [in, out].
-      out: the output's own dimensions (heads split out).
+      out: the output dimensions, with the head axes split.
     """
 
     value: Any
     out: tuple[int, ...] = flax.struct.field(pytree_node=False)
 
 
-# a block's products: how many of a weight's dimensions are the output's
+# the number of output dimensions of each weight of a block's matrix products
 _PRODUCTS = {"wq_nhd": 2, "wk_khd": 2, "wv_khd": 2, "wo_dnh": 1, "w_gate_fd": 1, "w_up_fd": 1,
              "w_down_df": 1}
 
 
 @jax.jit
 def in_out(params: Params) -> Params:
-    """Copy every weight of a product to [in, out] (`InOut`), a tied head too.
+    """Copy the weights of all matrix products, including a tied head, to [in, out] (`InOut`).
 
-    XLA's float32 product on a CPU packs an [out, in] weight anew at each call unless there is one
-    row: with 8 rows that takes twice as long. One row is faster the other way round.
+    XLA's float32 product on CPUs repacks an [out, in] weight at each call if the batch has several
+    rows; with 8 rows that takes twice as long. With one row, [out, in] is faster.
     """
 
     def turn(w: jax.Array, dims: int) -> InOut:
@@ -195,11 +196,10 @@ def in_out(params: Params) -> Params:
 
 
 class Derived:
-    """One thing that was computed from arrays, kept until another is asked for.
+    """A thread-safe cache of the last value computed from a pytree of arrays.
 
-    It belongs to the object that holds the arrays. It is compared with every one of them, with
-    their structure and with the function, so that it never outlives or outdates them. Arrays of
-    NumPy can change in place: with one of them nothing is kept. Threads may share it.
+    The value is reused only if the function, the tree structure and every array (by identity) are
+    the same. NumPy arrays can change in place, so a tree with one of them is never cached.
     """
 
     def __init__(self) -> None:
@@ -207,7 +207,7 @@ class Derived:
         self._held: tuple[Callable[[Any], Any], Any, list[Any], Any] | None = None
 
     def get(self, tree: Any, make: Callable[[Any], Any]) -> Any:
-        """Return make(tree), computed once for the arrays in `tree`."""
+        """Return make(tree), cached for the arrays in `tree`."""
         leaves, structure = jax.tree.flatten(tree)
         if not all(isinstance(x, jax.Array) for x in leaves):
             return make(tree)
@@ -215,46 +215,46 @@ class Derived:
             held = self._held
             if held is None or held[0] is not make or held[1] != structure or (
                     not same_arrays(held[2], leaves)):
-                self._held = held = None  # freed before the next one is made
+                self._held = held = None  # free the old value before computing the new one
                 self._held = held = make, structure, leaves, make(tree)
             return held[3]
 
 
 def same_arrays(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Whether two lists hold the very same arrays, in order."""
+    """Return whether two lists hold identical array objects, in order."""
     return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Params:
-    """Return the parameters' shapes without their values, to compile for."""
+    """Return the parameters as `jax.ShapeDtypeStruct`, for ahead-of-time compilation."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), layout(config))
 
 
-SCHEME = 2  # of fingerprints; 1 covered 64 numbers of each array
+SCHEME = 2  # version of the fingerprint; version 1 covered only 64 numbers of each array
 
 
 def fingerprint(config: ModelConfig, params: Params) -> str:
-    """Return sixteen hexadecimal digits that identify a model: its shape and all its weights.
+    """Return sixteen hexadecimal digits that identify a model's configuration and weights.
 
-    The first eight are `config.hash()`. The others are a hash of two sums for each array, modulo
-    2³², over the bits of every number rounded to bfloat16, each scrambled and multiplied by an odd
-    number that depends on its position. An odd factor is invertible modulo 2³², so a change of any
-    single number changes both sums; positions make exchanged numbers count. The sums are integers,
-    computed where the weights lie: they are equal on one device and on every mesh, for a checkpoint
-    loaded in float32 and in bfloat16.
+    The first eight are `config.hash()`. The others are a hash of two sums per array, modulo 2³²:
+    each number is rounded to bfloat16, its bits are mixed and multiplied by an odd factor that
+    depends on its position. Odd factors are invertible modulo 2³², so changing any single number
+    changes both sums; factors per position detect exchanged numbers. The sums are integers and are
+    computed on the weights' devices, so they are equal on every mesh and for a checkpoint loaded in
+    float32 or bfloat16.
 
-    Float16 holds fewer exponents. A checkpoint loaded in it keeps its fingerprint only if no number
-    overflows, underflows or is rounded twice; otherwise it counts as another model.
+    Float16 has a smaller exponent range. A checkpoint loaded in float16 keeps its fingerprint only
+    if no number overflows, underflows or is rounded twice; otherwise it counts as another model.
 
-    With several processes all of them must call it together.
+    With several processes, all of them must call this together.
     """
     return begin_fingerprint(config, params)()
 
 
 def begin_fingerprint(config: ModelConfig, params: Params) -> Callable[[], str]:
-    """Start to compute the sums of a fingerprint; the function returned waits for them.
+    """Dispatch the sums of a fingerprint; return a function that blocks and returns it.
 
-    A device computes them while the host does something else.
+    The devices compute the sums while the host continues.
     """
     leaves = jax.tree.leaves(params)
     with unset_mesh():
@@ -271,12 +271,12 @@ def begin_fingerprint(config: ModelConfig, params: Params) -> Callable[[], str]:
 
 
 def origin(mark: str) -> int:
-    """Return the half of a fingerprint that depends on the weights; 0 where there is none."""
+    """Return the weights' half of a fingerprint as an integer; 0 for an empty one."""
     return int(mark[8:], 16) if mark else 0
 
 
 def _spread(x: jax.Array) -> NamedSharding | None:
-    """Return how an array is spread over several devices, one entry a dimension, or None."""
+    """Return an array's sharding with one entry per dimension, or None on a single device."""
     placed = x.sharding
     if not isinstance(placed, NamedSharding) or placed.mesh.size == 1:
         return None
@@ -285,15 +285,17 @@ def _spread(x: jax.Array) -> NamedSharding | None:
 
 
 def _weights(x: jax.Array) -> list[Any]:
-    """Return an array's odd factors: two of its shape without the last dimension, and two [C] for
-    that one. A number is multiplied by one of either.
+    """Return an array's odd factors for its two sums.
+
+    Two have the array's shape without the last dimension; two are [C], for the last dimension. Each
+    number is multiplied by one of each kind.
     """
     placed = _spread(x)
     rows, column = x.shape[:-1], x.shape[-1:]
     made = []
     for seed, shape in enumerate((rows, rows, column, column)):
         numbers = _odd(math.prod(shape), seed).reshape(shape)
-        if placed is not None:  # spread as the array is, which `shard_map` asks for
+        if placed is not None:  # `shard_map` requires the array's own sharding
             spec = placed.spec[:-1] if seed < 2 else placed.spec[-1:]
             where = NamedSharding(placed.mesh, PartitionSpec(*spec))
             numbers = jax.make_array_from_callback(shape, where, numbers.__getitem__)
@@ -303,7 +305,7 @@ def _weights(x: jax.Array) -> list[Any]:
 
 @functools.lru_cache(maxsize=32)
 def _odd(count: int, seed: int) -> np.ndarray:
-    """Return pseudo-random odd uint32, a function of position (the finaliser of MurmurHash3)."""
+    """Return `count` odd pseudo-random uint32, by position (the finalizer of MurmurHash3)."""
     x = np.arange(count, dtype=np.uint32) + np.uint32(0x9E3779B1 * (seed + 1) % 2**32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         x ^= x >> np.uint32(shift)
@@ -315,10 +317,10 @@ def _odd(count: int, seed: int) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnames=("placed",))
 def _sums(x: jax.Array, *weights: jax.Array, placed: NamedSharding | None) -> jax.Array:
-    """Return the two weighted sums of each device's part of an array, [devices, 2] uint32.
+    """Return the two weighted sums of each device's shard of an array, [devices, 2] uint32.
 
-    Nothing is sent between devices. With several processes each array's sum would be a program that
-    waits for the others, and on a CPU such programs deadlock if two of them run side by side.
+    There is no communication between devices. With several processes a collective per array would
+    be a program that waits for the others; two such programs running at once deadlock on CPUs.
     """
     if placed is None:
         return _local_sums(x, *weights)[None]
@@ -328,10 +330,10 @@ def _sums(x: jax.Array, *weights: jax.Array, placed: NamedSharding | None) -> ja
     copies = [name for name in mesh.axis_names if name not in used]
 
     def part(*local: jax.Array) -> jax.Array:
-        found = _local_sums(*local)
-        for name in copies:  # of devices that hold the same part one counts
-            found = jnp.where(jax.lax.axis_index(name) == 0, found, jnp.zeros_like(found))
-        return found[None]
+        sums = _local_sums(*local)
+        for name in copies:  # count only one of the devices with the same replicated shard
+            sums = jnp.where(jax.lax.axis_index(name) == 0, sums, jnp.zeros_like(sums))
+        return sums[None]
 
     row, column = PartitionSpec(*spec[:-1]), PartitionSpec(*spec[-1:])
     return jax.shard_map(part, mesh=mesh, in_specs=(spec, row, row, column, column),
@@ -345,7 +347,7 @@ def _local_sums(x: jax.Array, row_a: jax.Array, row_b: jax.Array, column_a: jax.
     def weighted(row: jax.Array, column: jax.Array) -> jax.Array:
         return bits * row[..., None] * jax.lax.expand_dims(column, range(x.ndim - 1))
 
-    # both sums in one reduction: XLA's CPU back end runs it fifty times as fast as two
+    # both sums in one reduction: on XLA's CPU backend this is fifty times as fast as two
     both = weighted(row_a, column_a), weighted(row_b, column_b)
     return jnp.stack(jax.lax.reduce(both, (np.uint32(0),) * 2, _add, tuple(range(x.ndim))))
 
@@ -355,9 +357,9 @@ def _add(one: tuple[Any, Any], other: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 def _bfloat16_bits(x: jax.Array) -> jax.Array:
-    """Return the bits of numbers rounded to bfloat16, as uint32; every NaN is the same one.
+    """Return the bits of numbers rounded to bfloat16, as uint32, with one bit pattern for NaN.
 
-    The rounding is done on integers: conversions of some processors flush subnormal numbers.
+    Rounding uses integer arithmetic, because some processors flush subnormals when they convert.
     """
     if x.dtype == jnp.bfloat16:
         bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
@@ -365,13 +367,16 @@ def _bfloat16_bits(x: jax.Array) -> jax.Array:
     else:
         wide = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
         nan = (wide & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        half = np.uint32(0x7FFF) + (wide >> np.uint32(16) & np.uint32(1))  # to even
+        half = np.uint32(0x7FFF) + (wide >> np.uint32(16) & np.uint32(1))  # ties to even
         bits = (wide + half) >> np.uint32(16)
     return jnp.where(nan, np.uint32(0x7FC0), bits)
 
 
 def _scrambled(bits: jax.Array) -> jax.Array:
-    """Spread a number's bits over 32, one to one: a changed sign then changes more than bit 15,
-    which sums modulo 2³² would keep from all but seventeen bits of the factors."""
+    """Mix a number's bits over all 32 by a one-to-one function.
+
+    Otherwise a changed sign would change only bit 15, and of a product modulo 2³² only the
+    seventeen bits from there up.
+    """
     wide = bits * np.uint32(0x9E3779B1)
     return wide ^ (wide >> np.uint32(15))

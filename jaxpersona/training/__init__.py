@@ -1,1 +1,1 @@
-"""Learn directions by gradient descent through the frozen model."""
+"""Training of directions by gradient descent through the frozen model."""

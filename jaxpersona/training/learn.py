@@ -1,8 +1,8 @@
-"""Learned directions: a steering vector trained through the frozen model against any loss.
+"""Training of a steering vector through the frozen model for any loss.
 
-The vector is a `flax.nnx` module, split to pure state for the step; the gradient goes through the
-intervention. Training is kept with Orbax and goes on where it stopped; what was learned leaves as a
-named direction.
+The vector is a `flax.nnx` module, whose pure state is passed to the training step; the gradient
+flows through the intervention. Training is saved in Orbax checkpoints and can be resumed; the
+result is a named direction.
 """
 
 from __future__ import annotations
@@ -37,24 +37,28 @@ _KEEP_EVERY = 50  # steps between two checkpoints
 
 
 class Direction(nnx.Module):
-    """A steering vector to be learned: h ← h + v at some layers and tokens.
+    """A trainable steering vector: h ← h + v at the given layers, site and tokens.
 
     Attributes:
-      vector: [l, D] float32, one for each of the layers.
-      layers, site, where: where it acts.
+      vector: [l, D] float32, one per layer.
+      layers, site, where: where the vector is added.
     """
 
     def __init__(self, width: int, layers: Layers, *, where: Where | str = everywhere,
                  site: Site = "residual", size: float = 0.1, seed: int = 0) -> None:
-        """Draw a small random vector.
+        """Initialize a small random vector.
 
         Args:
           width: the model's D.
-          layers: an int, a slice with a stop, several ints, or text such as "46:54".
-          size: the length of each layer's first vector; not 0, where a length has no gradient.
+          layers: an int, a slice with a stop, a list of ints, or text such as "46:54".
+          where: the tokens to steer.
+          site: the site to steer, as for `steer`.
+          size: the norm of each layer's initial vector; positive, because a norm has no gradient
+            at 0.
+          seed: the seed of the random initialization.
 
         Raises:
-          ValueError: layers, a site or a size that cannot be.
+          ValueError: invalid layers, site or size.
         """
         if not 0 < size < math.inf:
             raise ValueError(f"size is {size}; it must be positive")
@@ -67,13 +71,13 @@ class Direction(nnx.Module):
         self.vector = nnx.Param(size * drawn / jnp.linalg.norm(drawn, axis=-1, keepdims=True))
 
     def interventions(self) -> Interventions:
-        """Return the steering as it stands, differentiable in the vector."""
+        """Return the current steering intervention, differentiable in the vector."""
         return steer(self.vector[...][None], layers=self.layers, where=self.where, site=self.site)
 
     def to_vector(self, model: Model, name: str = "learned") -> Vector:
-        """Return a named direction [L, D], zero at layers that were not learned.
+        """Return a named direction [L, D], zero at layers that were not trained.
 
-        `steer(vector, layers=direction.layers, where=…)` then does what was learned.
+        `steer(vector, layers=direction.layers, where=…)` applies it as in training.
         """
         values = np.zeros((model.config.n_layers, self.vector[...].shape[-1]), np.float32)
         values[list(self.layers)] = np.asarray(self.vector[...])
@@ -92,31 +96,31 @@ def fit(
     folder: str | pathlib.Path | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> list[float]:
-    """Train a direction in place; the model stays as it is.
+    """Train a direction in place; the model's parameters are frozen.
 
     Args:
-      model: what `load` returned.
-      direction: the vector to be learned.
-      loss: loss(output, batch) → a number to be made small, traceable by JAX.
-      batches: taken in turn, again and again; those of one shape share one program.
-      steps: the number of steps in all, those of an earlier run in `folder` included.
-      optimizer: of optax; default: Adam with learning rate 0.05.
-      folder: where checkpoints are kept every fifty steps and at the end; a later call goes on
-        from the last. None: nothing is kept.
+      model: the model, from `load`.
+      direction: the vector to train.
+      loss: loss(output, batch) → a scalar to minimize, traceable by JAX.
+      batches: the training batches, used cyclically; batches of equal shape share one program.
+      steps: the total number of steps, including those of an earlier run in `folder`.
+      optimizer: an optax optimizer; default: Adam with learning rate 0.05.
+      folder: the checkpoint folder, written every fifty steps and at the end; a later call resumes
+        from its last checkpoint. None: no checkpoints.
       progress: called with (steps done, steps, loss).
 
     Returns:
-      The loss of every step that was taken now.
+      The loss of every step of this call.
 
     Raises:
-      ValueError: no batches or steps, a direction or a checkpoint that does not fit, a folder that
-        holds more steps, a loss that is no number, or a loss or gradient that is no longer finite
-        (the direction is then as it was before that step, and so is the folder), or this process
-        was forked from one that had used JAX.
+      ValueError: no batches or steps; a direction or checkpoint that does not match; a folder with
+        more steps than `steps`; a loss that is not a scalar; a non-finite loss or gradient (the
+        direction keeps its value from before that step); or a process that was forked from one
+        that had used JAX.
     """
     check_process()
     if isinstance(batches, Batch):
-        raise ValueError("batches is one Batch; give a list of them")
+        raise ValueError("batches is a single Batch; give a list of them")
     if not isinstance(batches, Iterable):
         raise ValueError(f"batches is {batches!r:.60}; give a list of them")
     batches = list(batches)
@@ -125,7 +129,7 @@ def fit(
     config = model.config
     for i, one in enumerate(batches):
         if not isinstance(one, Batch):
-            raise ValueError(f"batches[{i}] is {one!r:.60}; give what `batch` or `encode` returns")
+            raise ValueError(f"batches[{i}] is {one!r:.60}; give the result of `batch` or `encode`")
         if getattr(one.tokens, "is_fully_addressable", True):
             check_ids(np.asarray(jax.device_get(one.tokens)), config.vocab_size, f"batches[{i}]")
     direction.interventions().check(layers=config.n_layers, width=config.d_model, rows=0)
@@ -138,7 +142,7 @@ def fit(
             edits = nnx.merge(graph, state).interventions()
             value = loss(forward(params, config, batch, interventions=edits), batch)
             if jnp.shape(value) != ():
-                raise ValueError(f"the loss has shape {jnp.shape(value)}; it must be one number")
+                raise ValueError(f"the loss has shape {jnp.shape(value)}; it must be a scalar")
             return value
 
         value, slope = jax.value_and_grad(measured)(learned)
@@ -152,17 +156,17 @@ def fit(
             learned, memory = kept.restore((learned, memory))
             done = kept.latest
             if done > steps:
-                raise ValueError(f"steps is {steps}, but {folder} holds {done}; ask for more, or "
-                                 "use another folder")
+                raise ValueError(f"steps is {steps}, but {folder} already has {done}; give more "
+                                 "steps, or use another folder")
         for number in range(done, steps):
             batch = batches[number % len(batches)]
             new, memory, value = step(learned, memory, model.params, batch)
             finite = all(bool(jnp.isfinite(x).all()) for x in (value, *jax.tree.leaves(new)))
             if not finite:
                 nnx.update(direction, learned)
-                raise ValueError(f"the loss is {float(value)} at step {number} and it or its "
-                                 "gradient is not finite; choose a smaller learning rate or "
-                                 "another loss")
+                raise ValueError(f"the loss is {float(value)} at step {number}, and it or its "
+                                 "gradient is not finite; use a smaller learning rate or another "
+                                 "loss")
             learned = new
             losses.append(float(value))
             if kept is not None and ((number + 1) % _KEEP_EVERY == 0 or number + 1 == steps):
@@ -174,28 +178,29 @@ def fit(
 
 
 class _Checkpoints:
-    """Orbax checkpoints of a training, by step."""
+    """The Orbax checkpoints of a training run, by step."""
 
     def __init__(self, manager: Any, folder: pathlib.Path) -> None:
         self.manager, self.folder = manager, folder
 
     @property
     def latest(self) -> int | None:
-        """The last step that was kept."""
+        """The step of the last checkpoint, or None."""
         return self.manager.latest_step()
 
     def save(self, step: int, state: Any) -> None:
-        """Keep the state after a step; the last two are kept."""
+        """Save the state after a step; only the last two checkpoints are kept."""
         import orbax.checkpoint as ocp
 
         self.manager.save(step, args=ocp.args.StandardSave(_plain(state)))
         self.manager.wait_until_finished()
 
     def restore(self, like: Any) -> Any:
-        """Return the last state kept, in the form of another.
+        """Return the last saved state, with the tree structure of `like`.
 
         Raises:
-          ValueError: it is of another form: of other layers, width or optimizer.
+          ValueError: the checkpoint is damaged, or has another structure (other layers, width or
+            optimizer).
         """
         import orbax.checkpoint as ocp
 
@@ -207,45 +212,46 @@ class _Checkpoints:
                 raise ValueError("its metadata is damaged")
             shapes = {name: tuple(array.shape) for name, array in kept.items()}
             if shapes != {name: x.shape for name, x in wanted.items()}:
-                raise ValueError("it is of another optimizer")
-            found = self.manager.restore(self.latest, args=ocp.args.StandardRestore(wanted))
+                raise ValueError("it was written with another optimizer")
+            arrays = self.manager.restore(self.latest, args=ocp.args.StandardRestore(wanted))
         except Exception as error:
             reason = " ".join(str(error).split())[:160]
             raise ValueError(f"{self.folder}: the checkpoint cannot be used ({reason}); use "
-                             "another folder, or delete it to begin anew") from None
-        return jax.tree.unflatten(tree, [found[f"{i:04d}"] for i in range(len(leaves))])
+                             "another folder, or delete it to start again") from None
+        return jax.tree.unflatten(tree, [arrays[f"{i:04d}"] for i in range(len(leaves))])
 
 
 def _claim(folder: pathlib.Path, what: dict[str, Any]) -> None:
-    """Enter what is learned into a folder, or check that the folder is of the same.
+    """Write the training run's settings to a folder, or compare them with those in the folder.
 
     Raises:
-      ValueError: it is of something else, or cannot be written.
+      ValueError: the folder belongs to another training run, or cannot be written.
     """
     path = folder / "direction.json"
     if not path.exists():
         if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{folder}: is not empty and holds no {path.name}; use another folder")
+            raise ValueError(f"{folder}: is not empty and has no {path.name}; use another folder")
         files.write_json(path, what)
         return
     kept = read_json(path)
     if not isinstance(kept, dict):
-        raise ValueError(f"{path}: holds {type(kept).__name__}, not a table; use another folder")
+        raise ValueError(f"{path}: contains a {type(kept).__name__}, not a JSON object; use "
+                         "another folder")
     for field, value in what.items():
         if kept.get(field) != value:
-            raise ValueError(f"{folder}: the checkpoint does not fit this direction: its {field} "
+            raise ValueError(f"{folder}: the checkpoint does not match this direction: its {field} "
                              f"is {kept.get(field)}, not {value}; use another folder")
 
 
 def _plain(state: Any) -> dict[str, Any]:
-    """Name a state's arrays by their order, so that no class of ours or optax's is in the file."""
+    """Return a state's arrays by number, so that files do not depend on Python classes."""
     return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
 
 
 @contextlib.contextmanager
 def _checkpoints(folder: str | pathlib.Path | None, direction: Direction,
                  model: Model) -> Iterator[_Checkpoints | None]:
-    """Open the checkpoints of a training, which must be of this direction and model."""
+    """Open the checkpoints of a training run; raise if they are of another direction or model."""
     if folder is None:
         yield None
         return

@@ -1,1 +1,1 @@
-"""Directions of the residual stream: vectors, axes and caps."""
+"""Vectors: named directions of the residual stream, axes and caps."""

@@ -1,7 +1,7 @@
-"""Named directions that say what they are: of which model, site and layers, and with which sign.
+"""Named directions with metadata: the model, site and layers that they belong to.
 
-A bare array can be added to the wrong model at the wrong layer with the wrong sign, and nothing
-will complain. A `Vector` knows, and the interventions ask it.
+Nothing detects that a bare array is added to the wrong model or site. Interventions check the
+metadata of a `Vector`.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from jaxpersona.models.config import MAX_LAYERS, ModelConfig
 from jaxpersona.models.params import SCHEME, origin
 
 POPULATIONS = ("default", "all")
-CONTROL_VECTOR = "GGUF control vector"  # the source, in its notes, of one by another program
+CONTROL_VECTOR = "GGUF control vector"  # notes["source"] of a vector written by another program
 
 
 def _float32(values: Any, field: str) -> np.ndarray:
     try:
-        # what is too great becomes infinite, and is refused as such
+        # overflow gives infinity, which the caller rejects
         with np.errstate(over="ignore"):
             return np.asarray(values, np.float32)
     except (OverflowError, TypeError, ValueError) as error:  # an integer of 400 digits, None, text
-        raise ValueError(f"{field} are not numbers that float32 holds ({error})") from None
+        raise ValueError(f"{field} cannot be converted to float32 ({error})") from None
 
 
 def _check_names(found: Vector | Caps) -> None:
-    """Check what a direction says of itself in words, and make its notes plain."""
+    """Check the text metadata of a direction, and convert its notes to plain Python values."""
     for field in ("name", "model", "fingerprint"):
         value = getattr(found, field)
         if not isinstance(value, str):
-            raise ValueError(f"{field} is {value!r}; it must be text")
+            raise ValueError(f"{field} is {value!r}; it must be a string")
     if not re.fullmatch(r"([0-9a-f]{16})?", found.fingerprint):
         raise ValueError(f"fingerprint is {found.fingerprint!r}; it must be sixteen hexadecimal "
                          "digits or empty")
@@ -51,17 +51,17 @@ def _check_names(found: Vector | Caps) -> None:
 
 
 def _plain(notes: Any) -> dict[str, Any]:
-    """Return notes as every file can hold them: scalars of NumPy and JAX become Python's."""
+    """Return notes with NumPy and JAX scalars converted to Python's, which all formats support."""
     if not isinstance(notes, Mapping):
-        raise ValueError(f"notes is a {type(notes).__name__}; it must be a table")
-    found = {}
+        raise ValueError(f"notes is a {type(notes).__name__}; it must be a dict")
+    plain = {}
     for name, value in notes.items():
         value = value.item() if getattr(value, "ndim", None) == 0 else value
         if not isinstance(name, str) or not isinstance(value, (str, int, float)):
-            raise ValueError(f"notes[{str(name)[:40]!r}] is a {type(value).__name__}; notes are "
-                             "text and numbers, each by a name")
-        found[name] = value
-    return found
+            raise ValueError(f"notes[{str(name)[:40]!r}] is a {type(value).__name__}; keys must be "
+                             "strings and values strings or numbers")
+        plain[name] = value
+    return plain
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,17 +69,18 @@ class Vector:
     """A direction in the residual stream at every layer of one model.
 
     Attributes:
-      values: [L, D] float32, not normalised; row l is the residual after block l (zero-based).
-      name: what it is a direction of.
+      values: [L, D] float32, not normalized; values[l] belongs to block l (zero-based), for the
+        site "residual" to the residual stream after it.
+      name: the name of the direction.
       model: the model's name.
-      fingerprint: the model's sixteen digits, or "" where nothing is known.
-      site: where in a block it was measured.
-      notes: more about its making (strings and numbers), kept with it in its file.
-      fingerprint_scheme: how the fingerprint was computed (`params.SCHEME`). One of another scheme
-        cannot be compared with a model's; the direction is then checked by its shape alone.
+      fingerprint: the model's fingerprint (sixteen hexadecimal digits), or "" if unknown.
+      site: the site in the block at which the direction was measured.
+      notes: further metadata (strings and numbers), saved in the vector's file.
+      fingerprint_scheme: the version of the fingerprint (`params.SCHEME`). Fingerprints of
+        different versions cannot be compared; the direction is then checked only by its shape.
 
     Raises:
-      ValueError: values that are not [L, D] or not finite, or a field of another kind.
+      ValueError: values that are not [L, D] or not finite, or a field of an invalid type.
     """
 
     values: np.ndarray
@@ -95,10 +96,9 @@ class Vector:
     def __post_init__(self) -> None:
         values = _float32(self.values, "values")
         if values.ndim != 2 or not values.size:
-            raise ValueError(f"values has shape {values.shape}; it must be [L, D], neither of them "
-                             "0")
+            raise ValueError(f"values has shape {values.shape}; it must be [L, D], both nonzero")
         if not np.isfinite(values).all():
-            raise ValueError(f"{self.kind} {self.name!r} holds a value that is not finite")
+            raise ValueError(f"{self.kind} {self.name!r} contains a non-finite value")
         _check_names(self)
         if self.site not in SITES:
             raise ValueError(f"site is {self.site!r}; it must be one of {SITES}")
@@ -111,16 +111,16 @@ class Vector:
 
     @property
     def unit(self) -> np.ndarray:
-        """[L, D] float32: v̂; a zero row stays zero."""
+        """The unit vectors v̂ [L, D] float32; a zero vector stays zero."""
         return normalised(self.values)[0]
 
     @property
     def origin(self) -> int:
-        """Half the fingerprint as an integer; 0 where nothing comparable is known of the model."""
+        """The weights' half of the fingerprint as an integer; 0 if unknown or not comparable."""
         return origin(self.fingerprint) if self.fingerprint_scheme == SCHEME else 0
 
     def at_layers(self, layers: tuple[int, ...]) -> np.ndarray:
-        """Return the rows of some layers [l, D]."""
+        """Return the values of the given layers, [l, D]."""
         return self.values[list(layers)]
 
     def thresholds(self, percentile: str, *, of: str = "default") -> np.ndarray:
@@ -133,28 +133,28 @@ class Vector:
                          "with jp.load_axis, or give the floor as numbers")
 
     def check_site(self, site: Site) -> None:
-        """Refuse to act at another site than the one it was measured at.
+        """Check that the direction was measured at `site`.
 
         Raises:
-          ValueError: the sites differ.
+          ValueError: it was measured at another site.
         """
         if site != self.site:
             raise ValueError(
                 f"{self.kind} {self.name!r} was measured at site {self.site!r}; to use it at "
-                f"{site!r} pass its bare array"
+                f"{site!r}, pass its values as an array"
             )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Axis(Vector):
-    """The Assistant Axis: it points toward the Assistant, higher is more Assistant-like.
+    """The Assistant Axis, oriented so that a higher projection is more Assistant-like.
 
     Attributes:
-      percentiles: population → "p25" → [L] float32, percentiles of the projections of that
-        population's response means on the unit axis.
+      percentiles: population → percentile such as "p25" → [L] float32: percentiles of the
+        projections of the population's mean response activations on the unit axis.
 
     Raises:
-      ValueError: as for `Vector`, or percentiles that are not one finite number a layer.
+      ValueError: as for `Vector`, or percentiles that are not one finite number per layer.
     """
 
     percentiles: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
@@ -165,7 +165,7 @@ class Axis(Vector):
         super().__post_init__()
         if not isinstance(self.percentiles, Mapping):
             raise ValueError(f"percentiles is a {type(self.percentiles).__name__}; it must be a "
-                             "table of populations, such as default")
+                             "dict by population, such as default")
         object.__setattr__(self, "percentiles", {
             population: _percentiles(population, table, self.n_layers)
             for population, table in self.percentiles.items()})
@@ -174,8 +174,8 @@ class Axis(Vector):
         """Return the projection at a percentile for every layer, [L] float32.
 
         Args:
-          percentile: such as "p25", along +axis: a quarter of the population lies below.
-          of: the population, "default" (the default persona's rollouts) or "all" (every rollout's).
+          percentile: such as "p25": a quarter of the population has a lower projection.
+          of: the population: "default" (rollouts of the default persona) or "all" (all rollouts).
 
         Raises:
           ValueError: a population or percentile that the axis was not calibrated for.
@@ -185,14 +185,14 @@ class Axis(Vector):
                              "use an axis that `jaxpersona axis` wrote")
         if of not in self.percentiles:
             raise ValueError(
-                f"of is {of!r}; this axis knows the populations {sorted(self.percentiles)}"
+                f"of is {of!r}; this axis has the populations {sorted(self.percentiles)}"
             )
         known = self.percentiles[of]
         if percentile not in known:
             meant = f"p{percentile}"
             raise ValueError(f"percentile is {percentile!r}; "
                              + (f"write {meant}; " if meant in known else "")
-                             + f"this axis knows {', '.join(sorted(known, key=_by_number))}")
+                             + f"this axis has {', '.join(sorted(known, key=_by_number))}")
         return known[percentile]
 
 
@@ -203,37 +203,39 @@ def _by_number(name: str) -> tuple[float, str]:
 
 
 def _percentiles(population: str, table: Any, layers: int) -> dict[str, np.ndarray]:
-    """Return a population's percentiles as float32, each one finite value a layer."""
+    """Return a population's percentiles as float32; raise unless each is finite and [L]."""
     if not isinstance(table, Mapping):
         raise ValueError(f"percentiles[{population!r}] is a {type(table).__name__}; it must be a "
-                         "table of [L] by name, such as p25")
-    found = {}
+                         "dict of [L] by percentile, such as p25")
+    checked = {}
     for name, given in table.items():
         field = f"percentiles/{population}/{name}"
         if field.count("/") != 2:
-            raise ValueError(f"{field} has a / in a name, where its file could not keep it")
-        found[name] = value = _float32(given, field)
+            raise ValueError(f"{field} has a / in a name, which the file format does not allow")
+        checked[name] = value = _float32(given, field)
         if value.shape != (layers,):
-            raise ValueError(f"{field} has shape {list(value.shape)}; it needs one value a layer, "
-                             f"[{layers}]")
+            raise ValueError(f"{field} has shape {list(value.shape)}; it must have one value per "
+                             f"layer, [{layers}]")
         if not np.isfinite(value).all():
-            raise ValueError(f"{field} holds a value that is not finite; calibrate the axis anew")
-    return found
+            raise ValueError(f"{field} contains a non-finite value; calibrate the axis again")
+    return checked
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Caps:
-    """Floors on named directions, in the order in which they act; a layer may have several.
+    """Floors on directions of the residual stream, in the order in which they apply.
+
+    A layer may have several caps.
 
     Attributes:
-      values: [n, D] float32, not normalised.
-      layers: [n] zero-based layers, each the residual after its block.
-      floors: [n] float32, the least projection on each unit direction.
-      labels: n names, one a cap.
+      values: [n, D] float32, not normalized.
+      layers: n zero-based layers; each cap applies to the residual stream after the block.
+      floors: [n] float32, the minimum projection on each unit direction.
+      labels: n names, one per cap.
       name, model, fingerprint, notes, fingerprint_scheme: as for `Vector`.
 
     Raises:
-      ValueError: fields that do not fit each other, or a value that no cap can have.
+      ValueError: fields of different lengths, or an invalid value.
     """
 
     values: np.ndarray
@@ -255,24 +257,24 @@ class Caps:
         if values.ndim != 2 or not count or set(shapes) != {(count,)}:
             raise ValueError(f"caps {self.name!r} have values {list(values.shape)}, floors "
                              f"{list(floors.shape)}, {count} layers and {len(self.labels)} labels; "
-                             "they need [n, D], [n], n and n")
+                             "they must be [n, D], [n], n and n")
         if not np.isfinite(values).all() or not np.isfinite(floors).all():
-            raise ValueError(f"caps {self.name!r} hold a value that is not finite")
+            raise ValueError(f"caps {self.name!r} contain a non-finite value")
         if not values.any(axis=1).all():
-            raise ValueError(f"caps {self.name!r} hold a zero vector; it has no direction")
+            raise ValueError(f"caps {self.name!r} contain a zero vector; give nonzero vectors")
         if any(type(layer) is not int or not 0 <= layer < MAX_LAYERS for layer in self.layers):
             raise ValueError(f"layers is {list(self.layers)}; each must be in 0…{MAX_LAYERS - 1}")
         if not all(isinstance(label, str) for label in self.labels):
-            raise ValueError(f"labels is {str(self.labels)[:80]}; each must be text")
+            raise ValueError(f"labels is {str(self.labels)[:80]}; each must be a string")
         _check_names(self)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "floors", floors)
 
     def tables(self) -> list[tuple[Vector, tuple[int, ...], np.ndarray]]:
-        """Return what `cap` takes, call by call: a direction, its layers, their floors [l].
+        """Return the arguments of successive calls of `cap`: direction, layers and floors [l].
 
-        The second cap of a layer is in the second table, and so on: chained in this order, every
-        layer's caps act in theirs.
+        The second cap of a layer is in the second call, and so on, so that chaining the calls
+        applies each layer's caps in order.
         """
         rounds: list[dict[int, int]] = []
         for i, layer in enumerate(self.layers):
@@ -280,15 +282,15 @@ class Caps:
             if free is None:
                 rounds.append(free := {})
             free[layer] = i
-        found = []
+        calls = []
         for held in rounds:
             layers = tuple(sorted(held))
             values = np.zeros((max(self.layers) + 1, self.values.shape[1]), np.float32)
             values[list(layers)] = self.values[[held[layer] for layer in layers]]
             vector = Vector(values, self.name, self.model, self.fingerprint, notes=self.notes,
                             fingerprint_scheme=self.fingerprint_scheme)
-            found.append((vector, layers, self.floors[[held[layer] for layer in layers]]))
-        return found
+            calls.append((vector, layers, self.floors[[held[layer] for layer in layers]]))
+        return calls
 
     def interventions(self, *, where: Where | str = everywhere) -> Interventions:
         """Return the caps as one intervention that acts on the tokens that `where` chooses."""
@@ -300,12 +302,13 @@ Found = TypeVar("Found", bound=Vector | Caps)
 
 
 def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") -> Found:
-    """Return a direction, or caps, as one of a model; without its fingerprint, of its shape.
+    """Check that a direction or caps belong to a model, and return them.
 
-    A fingerprint of an older scheme is compared by the half that depends on the shape.
+    Without the model's fingerprint, or with one of an older scheme, only the half of the
+    fingerprint that depends on the configuration is compared.
 
-    A control vector by another program names only the layers that it steers: those above them are
-    zero.
+    A control vector written by another program has only the layers up to the last one that it
+    steers; it is padded with zeros.
 
     Raises:
       ValueError: another width, number of layers or fingerprint.
@@ -322,16 +325,16 @@ def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") 
         raise ValueError(
             f"{found.kind} {found.name!r} is for {layers} layers of width "
             f"{found.values.shape[1]}; {name} has {config.n_layers} of {config.d_model}: it "
-            "was made for another model; use one of this model's"
+            "was made for another model; use one made for this model"
         )
-    if found.fingerprint_scheme > SCHEME:  # of a later version; nothing of it can be compared
+    if found.fingerprint_scheme > SCHEME:  # a later version cannot be compared
         return found
-    # the whole, or its shape's half, which both schemes share
+    # the whole fingerprint, or the configuration's half, which is the same in both schemes
     known = fingerprint if fingerprint and found.fingerprint_scheme == SCHEME else config.hash()
     if found.fingerprint[: len(known)] not in ("", known):
         raise ValueError(
             f"{found.kind} {found.name!r} was made for another model ({found.model or 'not named'}"
-            f"), not for {name}; use one of this model's"
-            + (", or its bare array" if isinstance(found, Vector) else "")
+            f"), not for {name}; use one made for this model"
+            + (", or pass its values as an array" if isinstance(found, Vector) else "")
         )
     return found

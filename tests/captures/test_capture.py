@@ -248,14 +248,14 @@ REFUSED = {
         [Axis(np.ones((3, 32)), fingerprint=f"{i}" * 16) for i in (1, 2)]),
     "made for another model": lambda: generate(MODEL, [[5]], capture=capture.moments(
         Axis(np.ones((3, 32)), fingerprint="ab" * 8))),
-    "captured is of another": lambda: s.run(MODEL.params, MODEL.config, ROWS,
+    "captured has the readings": lambda: s.run(MODEL.params, MODEL.config, ROWS,
                                             capture=capture.mean(), captured={}),
     "edges has shape \\(1, 3, 2\\)": lambda: capture.histogram(
         K, np.zeros((1, 3, 2)) + np.arange(2)),
-    "two captures are called \\['mean'\\]": lambda: capture.mean() | capture.mean(everywhere),
+    "two captures have the name \\['mean'\\]": lambda: capture.mean() | capture.mean(everywhere),
     "must be \\[K, D\\]": lambda: capture.projections(np.ones(8)),
     "a zero": lambda: capture.projections(np.zeros((1, 8))),
-    "not finite": lambda: capture.projections(np.full((1, 8), np.inf)),
+    "non-finite": lambda: capture.projections(np.full((1, 8), np.inf)),
     "out of range": lambda: capture.mean(layers=-1),
     "reads layer 3": lambda: s.run(MODEL.params, MODEL.config, ROWS,
                                    capture=capture.mean(layers=3)),

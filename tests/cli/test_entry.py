@@ -92,7 +92,7 @@ def test_ids_that_a_compiled_program_cannot_refuse_give_nan():
 
 
 @pytest.mark.parametrize(("tokens", "wanted"), [
-    ([1, 2, 3], "one row of ids; put it into a list"), (np.arange(3), "one row of ids"),
+    ([1, 2, 3], "single row of ids; give a list of rows"), (np.arange(3), "single row of ids"),
     ("hello", "tokens is 'hello'"), (["hello"], "row 0 of tokens is 'hello'"),
     ([[1], ["2"]], "row 1 of tokens"), ([[1.5]], "give integers"), (None, "tokens is None"),
     (5, "tokens is 5"), ([[2**31]], "token id 2147483648"), ([[2**32 + 5]], "token id 4294967301"),

@@ -125,10 +125,10 @@ def test_a_death_ends_the_run_clearly_and_a_resume_ends_in_the_same_bytes(togeth
 
 @pytest.mark.parametrize(("arguments", "wanted"), [
     (["--processes", "2"], "give all three"),
-    (["--coordinator", "here:1", "--processes", "2", "--process", "2"], "it must lie in 0…1"),
-    (["--coordinator", "here", "--processes", "2", "--process", "0"], "write host:port"),
+    (["--coordinator", "here:1", "--processes", "2", "--process", "2"], "it must be in 0…1"),
+    (["--coordinator", "here", "--processes", "2", "--process", "0"], "give host:port"),
     (["--mesh", "data=99"], "needs 99 devices; there are 8"),
-    (["--mesh", "model=2,data=x"], "write sizes of data"),
+    (["--mesh", "model=2,data=x"], "give sizes of data"),
     (["--mesh", "data=8", "--batch-size", "12"], "multiple of 8"),
 ])
 def test_mistakes_are_one_line(tmp_path, capsys, arguments, wanted):
@@ -178,7 +178,7 @@ processes.start()
 try:
     processes.start(f"127.0.0.1:{sys.argv[1]}", 3, me)
 except ValueError as error:
-    assert "initialised already, with 2" in str(error)
+    assert "already initialized with 2" in str(error)
 else:
     raise AssertionError
 print("done", flush=True)

@@ -45,12 +45,12 @@ def test_a_forward_pass_names_the_mesh_to_set():
     given = sharding.make_mesh(data=2, model=4)
     model = spread(one_device("llama"), given)
     with jax.set_mesh(given):
-        with pytest.raises(ValueError, match="data=2 × model=4, is not the model's, data=2 × "
-                           "model=2 × group=2: write `with jax.set_mesh.model.mesh.`") as caught:
+        with pytest.raises(ValueError, match="data=2 × model=4, but the model's is data=2 × "
+                           "model=2 × group=2: use `with jax.set_mesh.model.mesh.`") as caught:
             forward(model.params, model.config, batch(ROWS))
         assert "\n" not in str(caught.value)
         alone = one_device("llama")
-        with pytest.raises(ValueError, match="the model lies on one device: leave jax.set_mesh"):
+        with pytest.raises(ValueError, match="the model is on one device: leave jax.set_mesh"):
             forward(alone.params, alone.config, batch(ROWS))
 
 

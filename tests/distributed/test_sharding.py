@@ -354,7 +354,8 @@ def test_other_misuse_of_a_mesh_is_refused():
     with pytest.raises(ValueError, match="batch_size is 6; .*use a multiple of 4"):
         generate(model, ROWS, batch_size=6)
     strange = jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Explicit,))
-    with pytest.raises(ValueError, match=r"axes \['tensor'\]; name them data, fsdp, group, model"):
+    with pytest.raises(ValueError, match=r"unknown axes \['tensor'\]; use data, fsdp, "
+                                         "group, model"):
         sharding.fit(strange, model.config)
 
 

@@ -201,7 +201,7 @@ REFUSED = {
     "^batch_size is 2.5; it must be a positive integer$": {"batch_size": 2.5},
     "^batch_size is True; it must be a positive integer$": {"batch_size": True},
     "conversations is empty": {"rows": []},
-    "token ids must lie in 0…96": {"rows": [[5, 97]]}, "must be messages": {"rows": [[]]},
+    "token ids must be in 0…96": {"rows": [[5, 97]]}, "must be messages": {"rows": [[]]},
     "has no tokenizer": {"rows": ["hello"]}, "temperature has shape": {"temperature": [1.0, 1.0]},
     "ids has 1 entries for 11": {"ids": [1]}, "ids must": {"ids": [-1] * 11},
     "interventions are for 2 rows": {"interventions": cap(np.ones((1, 32)), layers=[1], floor=0.0,

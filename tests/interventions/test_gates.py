@@ -149,7 +149,7 @@ def test_chunked_prefill_measures_the_whole_prompt():
         assert s.relative(found, whole).max() < 1e-5
         np.testing.assert_array_equal(counted, counts)
     np.testing.assert_array_equal(counts[0], ABOVE)
-    with pytest.raises(ValueError, match="whole prompt in one piece"):
+    with pytest.raises(ValueError, match="whole prompt in one call"):
         in_chunks(gate(EDIT, C, layer=0, above=SPLIT, within=True), 16)
     in_chunks(gate(EDIT, C, layer=0, above=SPLIT, within=True), 32)
 
@@ -184,9 +184,9 @@ def test_a_gate_that_measured_nothing_is_shut():
 REFUSED = {
     "needs a bound": lambda: gate(EDIT, C, layer=0),
     "over is 'row'": lambda: gate(EDIT, C, layer=0, above=0, over="row"),
-    "within is for": lambda: gate(EDIT, C, layer=0, above=0, over="token", within=True),
+    "within is only for": lambda: gate(EDIT, C, layer=0, above=0, over="token", within=True),
     "nothing to gate": lambda: gate(chain(), C, layer=0, above=0),
-    "has a gate already": lambda: gate(gate(EDIT, C, layer=0, above=0), C, layer=0, above=0),
+    "already has a gate": lambda: gate(gate(EDIT, C, layer=0, above=0), C, layer=0, above=0),
     "above is greater": lambda: gate(EDIT, C, layer=0, above=2, below=1),
     "layer 1 \\(residual\\) is not before": lambda: gate(EDIT, C, layer=1, above=0),
     "above is NaN": lambda: gate(EDIT, C, layer=0, above=np.nan),
@@ -195,9 +195,9 @@ REFUSED = {
         steer(np.ones((8, 32)), layers=[1], rows=range(8)), np.ones((5, 32)), layer=0, above=0),
     "the gate has 4 directions; the bank has 3": lambda: gate(
         steer(np.ones((3, 32)), layers=[1], rows=[0, 1, 2]), np.ones((4, 32)), layer=0, above=0),
-    "where is for generated tokens": lambda: gate(EDIT, C, layer=0, above=0, where=generated),
-    "holds no message": lambda: everywhere.within(3, 1),
-    "gates are those of other": lambda: forward(
+    "where selects generated tokens": lambda: gate(EDIT, C, layer=0, above=0, where=generated),
+    "contains no message": lambda: everywhere.within(3, 1),
+    "gates has the tables": lambda: forward(
         MODEL.params, MODEL.config, batch(ROWS), interventions=gate(EDIT, C, layer=0, above=0),
         gates={"7": 1}),
     "the gate has 3 directions": lambda: gate(

@@ -44,9 +44,9 @@ REFUSED = {
     "neither a floor": lambda: cap(V, layers=1),
     "floor is above ceiling": lambda: cap(V, layers=1, floor=2, ceiling=1),
     "site is 'head'": lambda: cap(V, layers=1, floor=0, site="head"),
-    "say with `rows=`": lambda: steer([AXIS, AXIS], layers=1),
-    "vector holds a value that is not finite": lambda: steer(NAN, layers=1),
-    "it has no direction": lambda: steer(ZERO, layers=1),
+    "give each row's entry with `rows=`": lambda: steer([AXIS, AXIS], layers=1),
+    "vector contains a non-finite value": lambda: steer(NAN, layers=1),
+    "vector is zero at a chosen layer; give nonzero vectors": lambda: steer(ZERO, layers=1),
     "vector has shape \\(2, 8\\)": lambda: steer(np.ones((2, 8)), layers=1),
     "vector has shape \\(\\)": lambda: steer(np.float32(2), layers=1),
     "vector has 3 layers, but 2 were chosen": lambda: steer(np.ones((1, 3, 8)), layers=[1, 2]),
@@ -57,56 +57,58 @@ REFUSED = {
     "floor is NaN": lambda: cap(V, layers=1, floor=np.nan),
     "floor has shape \\(3,\\)": lambda: cap(V, layers=[1, 2], floor=[1, 2, 3]),
     "scale has shape \\(2, 2\\)": lambda: steer(V, layers=[1, 2], scale=np.ones((2, 2))),
-    "without a named axis": lambda: steer(V, layers=slice(1, None)),
-    "reaches beyond 0…3": lambda: steer(AXIS, layers=slice(2, 5)),
+    "without a named direction": lambda: steer(V, layers=slice(1, None)),
+    "out of range; they must be in 0…3": lambda: steer(AXIS, layers=slice(2, 5)),
     "must be an int, a slice": lambda: steer(V, layers=[1.5]),
-    "chooses none": lambda: steer(V, layers=slice(3, 3)),
-    "from low to high": lambda: cap(V, layers=[2, 1], floor=[1.0, 2.0]),
+    "selects no layer": lambda: steer(V, layers=slice(3, 3)),
+    "in ascending order": lambda: cap(V, layers=[2, 1], floor=[1.0, 2.0]),
     "floor is infinite": lambda: cap(V, layers=1, floor=np.inf),
     "vector is an empty list": lambda: steer([], layers=1),
-    "repeats one": lambda: steer(V, layers=[1, 1]),
-    "out of range; they are 0…1023": lambda: steer(V, layers=-1),
-    "out of range; they are 0…3": lambda: steer(AXIS, layers=4),
+    "with a repeated layer": lambda: steer(V, layers=[1, 1]),
+    "out of range; they must be in 0…1023": lambda: steer(V, layers=-1),
+    "layers is 4, out of range; they must be in 0…3": lambda: steer(AXIS, layers=4),
     "bank has entries 0…1": lambda: steer(np.ones((2, 8)), layers=1, rows=[0, 2]),
     "measured at site 'residual'": lambda: steer(AXIS, layers=1, site="mlp"),
     "of is 'all'": lambda: AXIS.thresholds("p25", of="all"),
     "percentile is 'p50'": lambda: AXIS.thresholds("p50", of="default"),
-    "percentile is 25; write p25; this axis knows p25": lambda: AXIS.thresholds(25),
+    "percentile is 25; write p25; this axis has p25": lambda: AXIS.thresholds(25),
     "vector 'vector' has no thresholds; an Axis has them": lambda: Vector(np.ones((4, 8)))
     .thresholds("p25"),
     "axis 'vector' has no thresholds; give the floor as numbers": lambda: Axis(np.ones((4, 8)))
     .thresholds("p25"),
     "needs at least one row": lambda: stack_rows([]),
-    "row 1 already has rows": lambda: stack_rows([None, steer(V[None], layers=1, rows=[0, 0])]),
+    "the part of row 1 was made with rows=": lambda: stack_rows(
+        [None, steer(V[None], layers=1, rows=[0, 0])]),
     "different widths": lambda: stack_rows([steer(V, layers=1), steer(np.ones(9), layers=1)]),
     "different numbers of rows": lambda: chain(
         steer(V[None], layers=1, rows=[0, 0]), steer(V[None], layers=1, rows=[0])).rows,
-    "row 2 was asked for": lambda: steer(V[None], layers=1, rows=[0, 0]).take([2]),
+    "row 2 is out of range": lambda: steer(V[None], layers=1, rows=[0, 0]).take([2]),
     "width 8; the model": lambda: steer(V, layers=1).check(layers=4, width=9, rows=1),
-    "beyond the model's layers 0…0": lambda: steer(V, layers=1).check(layers=1, width=8, rows=1),
+    "exceed the model's layers 0…0": lambda: steer(V, layers=1).check(layers=1, width=8, rows=1),
     "for 2 rows, the batch has 3": lambda: steer(V[None], layers=1, rows=[0, 0]).check(
         layers=4, width=8, rows=3),
     "role is 'tool'": lambda: turns("tool"),
     "kind 'sink' is unknown": lambda: everywhere.without("sink"),
-    "'any of' tests": lambda: from_last & Where(any=USER),
+    "different `any` bits": lambda: from_last & Where(any=USER),
     "\\[L, D\\]": lambda: Vector(np.ones(3)),
-    "vector 'x' holds a value": lambda: Vector(NAN[None], name="x"),
+    "vector 'x' contains a non-finite value": lambda: Vector(NAN[None], name="x"),
 }
-REFUSED["cap needs a floor, a ceiling or both"] = REFUSED.pop("neither a floor")
-REFUSED |= {f"layers is {text!r}; write 46:54": lambda text=text: steer(AXIS, layers=text)
+REFUSED["cap needs a bound: floor, ceiling or both"] = REFUSED.pop("neither a floor")
+REFUSED |= {f"layers is {text!r}; give text such as 46:54":
+            lambda text=text: steer(AXIS, layers=text)
             for text in ("", ":a", "1:2:3", "1-3", "1,", "1.0")}
 REFUSED |= {
     "layers is '4', out of range": lambda: steer(AXIS, layers="4"),
-    "layers is '2:'; without a named axis": lambda: steer(V, layers="2:"),
-    "layers is '3:3', which chooses none": lambda: steer(V, layers="3:3"),
-    "a slice of layers is of ints": lambda: steer(AXIS, layers=slice(1.0, 3.0)),
+    "layers is '2:'; without a named direction": lambda: steer(V, layers="2:"),
+    "layers is '3:3', which selects no layer": lambda: steer(V, layers="3:3"),
+    "the bounds of a slice must be ints": lambda: steer(AXIS, layers=slice(1.0, 3.0)),
     "layers is array\\(2\\.\\); it must be an int": lambda: steer(AXIS, layers=np.array(2.0)),
     "layers is b'46'; it must be": lambda: steer(AXIS, layers=b"46"),
-    "layers is '1_0'; write": lambda: steer(AXIS, layers="1_0"),
-    "layers is '٤'; write": lambda: steer(AXIS, layers="٤"),
-    "goes up, by 1 or more": lambda: steer(AXIS, layers=slice(0, 4, 0)),
-    "layers is '-9:2', which reaches": lambda: steer(AXIS, layers="-9:2"),
-    "layers is '2:5', which reaches beyond 0…3": lambda: steer(AXIS, layers="2:5"),
+    "layers is '1_0'; give text": lambda: steer(AXIS, layers="1_0"),
+    "layers is '٤'; give text": lambda: steer(AXIS, layers="٤"),
+    "the step of a slice must be at least 1": lambda: steer(AXIS, layers=slice(0, 4, 0)),
+    "layers is '-9:2', out of range": lambda: steer(AXIS, layers="-9:2"),
+    "layers is '2:5', out of range; they must be in 0…3": lambda: steer(AXIS, layers="2:5"),
 }
 
 
@@ -160,19 +162,19 @@ def test_layers():
     assert resolve_layers(slice(0, 1024), None) == tuple(range(1024))
     for layers, total, words in (
         ([True], None, "True"),
-        (slice(9, None), 4, "reaches beyond 0…3"), (slice(4, None), 4, "chooses none"),
-        (slice(0, 5), 4, "reaches beyond"), (slice(-5, 2), 4, "reaches beyond"),
-        (slice(3, 0, -1), 4, "goes up, by 1 or more"),
-        ([0, 1, 2, 3, 4, 5, 6, 99], 9, r"0, 1, 2, 3, 4, 5, 6, 99\], out of range; they are 0…8"),
-        (slice(0, 10**9), None, "no model has more than 1024"),
-        ("0:999999999", None, "no model has more than 1024"),
-        (slice(0, 1025), None, "no model has more than 1024"),
-        (range(10**9), 8, "no model has more than 1024"),
-        ("1024", None, "out of range; they are 0…1023"),
+        (slice(9, None), 4, "they must be in 0…3"), (slice(4, None), 4, "selects no layer"),
+        (slice(0, 5), 4, "must be in 0…3"), (slice(-5, 2), 4, "must be in 0…3"),
+        (slice(3, 0, -1), 4, "the step of a slice must be at least 1"),
+        ([0, 1, 2, 3, 4, 5, 6, 99], 9, r"4, 5, 6, 99\], out of range; they must be in 0…8"),
+        (slice(0, 10**9), None, "a model has at most 1024 layers"),
+        ("0:999999999", None, "a model has at most 1024 layers"),
+        (slice(0, 1025), None, "a model has at most 1024 layers"),
+        (range(10**9), 8, "a model has at most 1024 layers"),
+        ("1024", None, "out of range; they must be in 0…1023"),
     ):
         with pytest.raises(ValueError, match=words):
             resolve_layers(layers, total)
-    with pytest.raises(ValueError, match="repeats one") as caught:
+    with pytest.raises(ValueError, match="with a repeated layer") as caught:
         resolve_layers([0] * 999, 4)
     assert len(str(caught.value)) < 150  # cut short
 

@@ -101,13 +101,13 @@ def steer(**changes):
 
 REFUSED = [
     (steer(scal=1), "interventions.scal is unknown; did you mean 'scale'"),
-    (steer(colour="red"), "colour is unknown; known are layers, where"),
+    (steer(colour="red"), "colour is unknown; known keys: layers, where"),
     (steer(scale="much"), "interventions.scale is 'much'"),
     (steer(scale=float("nan")), "scale is nan"),
     ({"operator": "steer", "vector": A}, "interventions.layers: field required"),
     ({"operator": "melt"}, "operator is 'melt'; choose from steer, cap"),
     ([steer(), steer(layers=9)], r"interventions\[1\]: layers is 9, out of range"),
-    (steer(layers="9:12"), "which reaches beyond 0…"),
+    (steer(layers="9:12"), "out of range; they must be in 0…"),
     (steer(layers="a:b"), "layers is 'a:b': must be a number, a list"),
     (steer(layers=True), "layers is True: must be a number"),
     (steer(vector=[1.0, 2.0]), "width 2; the model's residual stream has 32"),
@@ -117,8 +117,9 @@ REFUSED = [
     ({"operator": [1]}, r"operator is \[1\]; choose"),
     (steer(vector=[0.5] * 5119 + ["x"]), r"^.{20,200}$"),
     (steer(gate={"vector": A, "layer": 0, "aboveX": 2}), "gate.aboveX is unknown; did you mean"),
-    (steer(where={"turns": [3, 1]}), "holds no message"),
-    ({"operator": "cap", "vector": A, "layers": 1, "floor": 1, "of": "all"}, "of is for percent"),
+    (steer(where={"turns": [3, 1]}), "contains no message"),
+    ({"operator": "cap", "vector": A, "layers": 1, "floor": 1, "of": "all"},
+     "of is only for percent"),
     ({"operator": "cap", "vector": A, "layers": 1, "floor": 1e39}, "infinite in float32"),
     (steer(vector="x" * 300 + ".safetensors"), "xxx"),
     (steer(vector="absent.safetensors"), "absent.safetensors"),
@@ -131,7 +132,7 @@ REFUSED = [
     ({"operator": "rotate", "plane": [A], "to": 1, "layers": 1}, "plane"),
     ({"operator": "cap", "vector": A, "layers": 1, "floor": "p25"}, "only an axis has percentiles"),
     ({"operator": "cap", "vector": "axis.safetensors", "layers": 1, "floor": "p25"},
-     "of which population"),
+     "give its population"),
     ("cap", "interventions is 'cap'"),
     ([steer(scal=1), steer(scale="x")], r"\[0\].scal.*\[1\].scale"),  # all at once
 ]
@@ -144,10 +145,10 @@ def test_refused_before_anything_compiles(spec, message, folder):
 
 
 @pytest.mark.parametrize(("spec", "message"), [
-    ({"reading": "mean", "edges": [1]}, "mean takes no edges"),
+    ({"reading": "mean", "edges": [1]}, "mean does not take edges"),
     ({"reading": "histogram", "directions": [A]}, "histogram needs edges"),
     ({"reading": "projections"}, "projections needs directions"),
-    ({"reading": "last", "turns": 2}, "last takes no turns"),
+    ({"reading": "last", "turns": 2}, "last does not take turns"),
     ({"reading": "mean", "layers": 7}, "out of range|reads layer 7"),
     ({"reading": "mean", "laers": 1}, "did you mean 'layers'"),
     ([{"reading": "mean"}, {"reading": "mean"}], "two captures"),

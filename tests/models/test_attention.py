@@ -22,7 +22,7 @@ def choice(config=BIG, **changes):
 
 def test_cudnn_is_chosen_where_it_fits():
     """Long fresh prompts in half precision on a GPU, windows included, up to the head's limit."""
-    assert choice() == ("cudnn", "it fits")
+    assert choice() == ("cudnn", "it is supported")
     assert choice(dtype=jnp.float16)[0] == "cudnn"
     assert choice(s.tiny_config(head_dim=64, windows=(16, None, 16)))[0] == "cudnn"
     assert choice(s.tiny_config(head_dim=256))[0] == "cudnn"
@@ -43,7 +43,7 @@ def test_what_does_not_fit_goes_to_xla_with_its_reason(config, changes, words):
     """Each reason alone turns "auto" to XLA, and refuses cuDNN where it was asked for."""
     found, reason = choice(config, **changes)
     assert found == "xla" and words in reason
-    assert choice(config, **changes, asked="xla") == ("xla", "it was asked for")
+    assert choice(config, **changes, asked="xla") == ("xla", "it was requested")
     with pytest.raises(ValueError, match="attention is 'cudnn', but") as caught:
         choice(config, **changes, asked="cudnn")
     assert words in str(caught.value) and "use 'auto' or 'xla'" in str(caught.value)
@@ -253,7 +253,7 @@ def test_the_start_up_test_runs_in_a_trace_and_finds_faults(monkeypatch):
         jax.jit(lambda x: said.append(kernel.cudnn_fault("bfloat16", 16, 2, True)) or x)(1)
         return str(said[0])
 
-    for change, fault in ((0.0, "None"), (0.5, "is off by 0.5"), (float("nan"), "is off by nan")):
+    for change, fault in ((0.0, "None"), (0.5, "max error 0.5"), (float("nan"), "max error nan")):
         kernel.cudnn_fault.cache_clear()
         monkeypatch.setattr(kernel, "flash", play(change))
         assert fault in in_a_trace()

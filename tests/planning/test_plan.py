@@ -155,7 +155,7 @@ def test_what_a_tpu_cannot_hold_is_measured_not_an_error(monkeypatch):
     (("--topology", "h200:8", "--model", "random:none"), "preset 'none' is unknown"),
     (("--topology", "h200:8", "--model", "nowhere/else"), "no such folder"),
     (("--topology", "h200:8", "--model", "x" * 300), "no such folder"),
-    (("--topology", "h200:8", "--mesh", "rows=2"), "write sizes of data"),
+    (("--topology", "h200:8", "--mesh", "rows=2"), "give sizes of data"),
     (("--topology", "h200:8", "--mesh", "data=2,model=2"), "needs 4 chips; the topology has 8"),
     (("--topology", "h200:8", "--batch", "3", "--mesh", "data=8"),
      "batch (--batch) is 3; the mesh shards rows over 8 chips: use a multiple of 8"),

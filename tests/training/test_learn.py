@@ -86,12 +86,12 @@ def test_a_stopped_training_ends_in_the_same_vector(tmp_path):
     assert s.same_bits(parts.vector[...], whole.vector[...])
     for other in (learn.Direction(32, layers=2), learn.Direction(32, layers=1, site="mlp"),
                   learn.Direction(32, layers=1, where=jp.generated)):
-        with pytest.raises(ValueError, match="does not fit this direction"):
+        with pytest.raises(ValueError, match="does not match this direction"):
             learn.fit(model, other, loss, rows, steps=80, folder=tmp_path)
-    with pytest.raises(ValueError, match="of another optimizer"):
+    with pytest.raises(ValueError, match="written with another optimizer"):
         learn.fit(model, learn.Direction(32, layers=1), loss, rows, steps=80, folder=tmp_path,
                   optimizer=optax.sgd(0.1))
-    with pytest.raises(ValueError, match="steps is 30, but .* holds 70"):
+    with pytest.raises(ValueError, match="steps is 30, but .* already has 70"):
         learn.fit(model, learn.Direction(32, layers=1), loss, rows, steps=30, folder=tmp_path)
 
 
@@ -148,7 +148,7 @@ def test_refused():
     for message, call in {
         "size is 0": lambda: learn.Direction(32, layers=1, size=0),
         "size is nan": lambda: learn.Direction(32, layers=1, size=float("nan")),
-        "batches is one Batch": lambda: learn.fit(model, learn.Direction(32, layers=1), None,
+        "batches is a single Batch": lambda: learn.fit(model, learn.Direction(32, layers=1), None,
                                                   rows[0], steps=1),
         "the loss has shape": lambda: learn.fit(
             model, learn.Direction(32, layers=1), lambda out, rows: out.logits[0, 0], rows,
@@ -160,8 +160,8 @@ def test_refused():
         "out of range": lambda: learn.Direction(32, layers=-1),
         "steps is 0": lambda: learn.fit(model, learn.Direction(32, layers=1), None, rows, steps=0),
         "width 31": lambda: learn.fit(model, learn.Direction(31, layers=1), None, rows, steps=1),
-        "reach beyond": lambda: learn.fit(model, learn.Direction(32, layers=7), None, rows,
-                                          steps=1),
+        "exceed the model's layers": lambda: learn.fit(
+            model, learn.Direction(32, layers=7), None, rows, steps=1),
         "the loss is nan at step 0": lambda: learn.fit(
             model, learn.Direction(32, layers=1),
             lambda output, rows: output.logits.sum() * jnp.nan, rows, steps=2,
@@ -189,5 +189,5 @@ def test_a_folder_of_checkpoints_is_checked_before_it_is_read(tmp_path):
     with pytest.raises(ValueError, match="_METADATA: has .* bytes"):
         fit(2)
     (tmp_path / "direction.json").write_text("[1]")
-    with pytest.raises(ValueError, match="direction.json: holds list, not a table"):
+    with pytest.raises(ValueError, match="direction.json: contains a list, not a JSON object"):
         fit(2)

@@ -40,8 +40,8 @@ def refused(capsys, path, words, *more):
     ({**CAPS, "layers": DEEP}, "layers cannot be parsed"),
     ({**CAPS, "labels": DEEP}, "labels cannot be parsed"),
     ({**CAPS, "layers": "[1e999]"}, "layers is"), ({**CAPS, "layers": "{}"}, "must be a list"),
-    ({**CAPS, "labels": '[{"a": 1}]'}, "labels is .* each must be text"),
-    ({**CAPS, "labels": "[null]"}, "each must be text"),
+    ({**CAPS, "labels": '[{"a": 1}]'}, "labels is .* each must be a string"),
+    ({**CAPS, "labels": "[null]"}, "each must be a string"),
     ({k: v for k, v in CAPS.items() if k != "labels"}, "'labels' is missing"),
 ])
 def test_a_header_that_lies_is_one_line(tmp_path, capsys, header, words):
@@ -67,30 +67,31 @@ def test_a_direction_has_layers_and_width(tmp_path, capsys, shape):
     """Nothing by something is no direction, in a program and in every format that could say so."""
     empty = np.zeros(shape, np.float32)
     for kind in (Vector, Axis):
-        with pytest.raises(ValueError, match="neither of them 0"):
+        with pytest.raises(ValueError, match="both nonzero"):
             kind(empty)
     write_tensors(tmp_path / "v.safetensors", {"values": empty}, HEADER)
     np.save(tmp_path / "v.npy", empty)
     for name in ("v.safetensors", "v.npy"):
-        refused(capsys, tmp_path / name, "neither of them 0")
+        refused(capsys, tmp_path / name, "both nonzero")
     write_tensors(tmp_path / "c.safetensors",
                   {"values": empty, "floors": np.zeros(shape[0], np.float32)},
                   {**CAPS, "layers": json.dumps(list(range(shape[0]))),
                    "labels": json.dumps(["a"] * shape[0])})
-    refused(capsys, tmp_path / "c.safetensors", "they need|zero vector")
+    refused(capsys, tmp_path / "c.safetensors", "they must be|zero vector")
 
 
 @pytest.mark.parametrize(("value", "words"), [
-    (np.full(4, np.nan), "not finite"), (np.full(4, np.inf), "not finite"),
-    (np.zeros(3), "one value a layer"), (1.0, "one value a layer"), (["x"] * 4, "not numbers"),
+    (np.full(4, np.nan), "non-finite"), (np.full(4, np.inf), "non-finite"),
+    (np.zeros(3), "one value per layer"), (1.0, "one value per layer"),
+    (["x"] * 4, "cannot be converted to float32"),
 ])
 def test_thresholds_are_one_finite_number_a_layer(tmp_path, capsys, value, words):
     """In a program and in a file alike."""
     with pytest.raises(ValueError, match=f"percentiles/default/p25.*{words}"):
         Axis(VALUES, percentiles={"default": {"p25": value}})
-    with pytest.raises(ValueError, match="a table of"):
+    with pytest.raises(ValueError, match=r"a dict of \[L\]"):
         Axis(VALUES, percentiles={"p25": value})
-    with pytest.raises(ValueError, match="a table of populations"):
+    with pytest.raises(ValueError, match="a dict by population"):
         Axis(VALUES, percentiles=value)
     with pytest.raises(ValueError, match="has a / in a name"):
         Axis(VALUES, percentiles={"a/b": {"p25": np.zeros(4)}})
@@ -117,7 +118,7 @@ def test_notes_are_plain_in_every_format(tmp_path):
     caps = dict(values=VALUES[:1], layers=(1,), floors=np.zeros(1), labels=("a",))
     for change, words in (({"x": np.ones(2)}, r"notes\['x'\] is a ndarray"), ({1: "a"}, "notes"),
                           ({"x": None}, "NoneType"), ({"x": [1]}, "list"),
-                          ([1], "must be a table")):
+                          ([1], "must be a dict")):
         with pytest.raises(ValueError, match=words):
             Vector(VALUES, notes=change)
         with pytest.raises(ValueError, match=words):
@@ -201,7 +202,7 @@ def test_numbers_beyond_float32_are_one_line(tmp_path, capsys):
     torch.save({"vectors": {"q": {"layer": 2, "vector": torch.ones(3)}},
                 "experiments": [{"id": "a", "interventions": [{"vector": "q", "cap": 10**400}]}]},
                tmp_path / "capping_config.pt")
-    refused(capsys, tmp_path / "capping_config.pt", "floors are not numbers that float32 holds")
+    refused(capsys, tmp_path / "capping_config.pt", "floors cannot be converted to float32")
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".gguf", ".npy"])

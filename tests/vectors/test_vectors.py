@@ -183,8 +183,8 @@ def test_bare_arrays_in_and_out(tmp_path):
     np.save(tmp_path / "h.npy", VALUES.astype(np.float64))
     assert load_vector(tmp_path / "h.npy").values.dtype == np.float32
     for value, words in ((VALUES[0], r"float32\[6\]"), (VALUES.astype(complex), "complex"),
-                         (np.array([["x"]]), "<U1"), (np.full((2, 2), np.nan), "not finite"),
-                         (np.full((2, 2), 1e300), "not finite")):
+                         (np.array([["x"]]), "<U1"), (np.full((2, 2), np.nan), "non-finite"),
+                         (np.full((2, 2), 1e300), "non-finite")):
         np.save(tmp_path / "w.npy", value)
         with pytest.raises(ValueError, match=f"w.npy.*{words}"):
             load_vector(tmp_path / "w.npy")
@@ -288,13 +288,13 @@ def one_cap(cap=1.0, **vector):
     ({"vector": torch.ones(2, 2)}, "'role' is missing"),
     ({"axis": torch.ones(3)}, r"axis is \[3\]"),
     ({"axis": torch.ones(2, 2, dtype=torch.int64)}, "torch.int64"),
-    ({"axis": torch.full((2, 2), torch.inf)}, "not finite"),
+    ({"axis": torch.full((2, 2), torch.inf)}, "non-finite"),
     ({"experiments": []}, "'vectors' is missing"),
     ({"vectors": {}, "experiments": []}, "experiments is empty"),
     ({"vectors": {}, "experiments": [{"id": "a", "interventions": []}]}, "holds no cap"),
     ({**one_cap(), "vectors": {}}, "'q', which is not in vectors"),
     (one_cap(layer="2"), "integer layer"), (one_cap(layer=-2), "must be in 0"),
-    (one_cap("x"), "not a number"), (one_cap(1e300), "not finite"),
+    (one_cap("x"), "not a number"), (one_cap(1e300), "non-finite"),
     (one_cap(vector=torch.ones(1, 3)), r"tensor \[D\]"),
 ])
 def test_a_pt_file_of_another_content_is_named(tmp_path, content, words):
@@ -322,7 +322,7 @@ def test_missing_extras_are_one_line(tmp_path, monkeypatch):
 def test_a_caps_file_that_lies_is_named(tmp_path):
     """Caps are checked as they are read."""
     fields = dict(values=VALUES[:2], layers=(1, 2), floors=np.zeros(2), labels=("a", "b"))
-    for change, words in (({"layers": (1,)}, "1 layers"), ({"floors": [np.nan, 0]}, "not finite"),
+    for change, words in (({"layers": (1,)}, "1 layers"), ({"floors": [np.nan, 0]}, "non-finite"),
                           ({"values": 0 * VALUES[:2]}, "zero vector"),
                           ({"layers": (1, True)}, "must be in 0"),
                           ({"fingerprint": "x"}, "sixteen hexadecimal")):
