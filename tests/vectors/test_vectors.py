@@ -33,9 +33,8 @@ def capping(caps=(0.5, -0.25, 1.5)):
     vectors = {f"layer_{layer}/{i}": {"layer": layer, "vector": tensor(VALUES[i])}
                for i, layer in enumerate((2, 1, 2))}
     listed = [{"vector": name, "cap": cap} for name, cap in zip(vectors, caps, strict=True)]
-    return {"vectors": vectors, "experiments": [
-        {"id": ID, "interventions": listed},
-        {"id": "one", "interventions": listed[1:2]}]}
+    return {"vectors": vectors, "experiments": [{"id": ID, "interventions": listed},
+                                                {"id": "one", "interventions": listed[1:2]}]}
 
 
 def test_the_assistant_axis_projects_files(tmp_path):
