@@ -1,4 +1,4 @@
-"""The command `jaxpersona axis`: the Assistant Axis of a model, into a run folder."""
+"""The command `jaxpersona axis`: extract a model's Assistant Axis into a run folder."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ def axis(
     out: Annotated[pathlib.Path, typer.Option(help="The run folder.")] = pathlib.Path("runs/axis"),
     roles: Annotated[str | None, typer.Option(help="A folder of roles, or `data`.")] = None,
     questions: Annotated[str | None, typer.Option(help="A .jsonl file, or `data`.")] = None,
-    limit: Annotated[int | None, typer.Option(help="At most this many roles.")] = None,
-    limit_questions: Annotated[int | None, typer.Option(help="At most this many.")] = None,
-    judge: Annotated[str | None, typer.Option(help="`rules` (mini), `self` or `none`.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Play at most this many roles.")] = None,
+    limit_questions: Annotated[int | None, typer.Option(help="Likewise questions.")] = None,
+    judge: Annotated[str | None, typer.Option(help="Scores the replies: `rules` (mini), `self` or "
+                                                   "`none`.")] = None,
     samples: int = 1,
     max_new_tokens: int | None = None,
     temperature: float = 0.7,
     top_p: float = 0.9,
     batch_size: int = 32,
     seed: int = 0,
-    min_count: Annotated[int, typer.Option(help="Rollouts that a role's vector needs.")] = 10,
-    held_out: Annotated[str, typer.Option(help="Roles to keep out, with commas.")] = "",
+    min_count: Annotated[int, typer.Option(help="Rollouts a role needs for a vector.")] = 10,
+    held_out: Annotated[str, typer.Option(help="Roles to leave out of the axis, a,b,…")] = "",
     redo: Annotated[list[str] | None, typer.Option(
-        help="Generate this role again, as one whose files are damaged; may be repeated.")
+        help="Generate this role again, e.g. after its files were damaged; repeatable.")
     ] = None,
     dtype: DtypeOption = None,
-    mesh: Annotated[str | None, typer.Option(help="Devices to spread over, as data=2,model=4 (or "
-                                                  "fsdp=).")] = None,
+    mesh: Annotated[str | None, typer.Option(help="E.g. data=2,model=4 (or fsdp=).")] = None,
     distributed: Annotated[bool, typer.Option("--distributed", help="Join the processes of SLURM, "
                                               "Kubernetes or a TPU pod.")] = False,
-    coordinator: Annotated[str | None, typer.Option(help="host:port of process 0, elsewhere.")
-                           ] = None,
-    processes: Annotated[int | None, typer.Option(help="How many there are.")] = None,
-    process: Annotated[int | None, typer.Option(help="Which one this is, from 0.")] = None,
+    coordinator: Annotated[str | None, typer.Option(help="host:port of process 0 on other "
+                                                        "systems.")] = None,
+    processes: Annotated[int | None, typer.Option(help="Number of processes.")] = None,
+    process: Annotated[int | None, typer.Option(help="Index of this process, from 0.")] = None,
 ) -> None:
     """Extract a model's Assistant Axis: rollouts, judge, vectors, axis, thresholds, figures."""
     from jaxpersona.data import texts
@@ -87,11 +87,11 @@ def axis(
     if limit_questions is not None:
         asked = asked[: max(limit_questions, 1)]
     if joining.many() and mesh is None:
-        raise ValueError("several processes share one mesh; say which with --mesh, as "
-                         "data=2,model=4 of all their devices together")
+        raise ValueError("several processes share one mesh; give --mesh over all their "
+                         "devices together, such as data=2,model=4")
     loaded = open_model(model, dtype, mesh)
     if judge == "none" and joining.first():
-        say("judge: none; every answer is taken for one that fully plays its role", error=True)
+        say("judge: none; every answer counts as fully playing its role", error=True)
     chosen = {"none": NoJudge, "rules": method.RuleJudge}.get(judge)
     judged = chosen() if chosen else SelfJudge(loaded, batch_size=batch_size)
     with interrupt.keeping(lambda: kept_of(out)), progress() as report:

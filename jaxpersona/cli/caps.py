@@ -1,4 +1,4 @@
-"""The caps of `jaxpersona generate`: those of `--cap` and of `--spec`, tested before they act."""
+"""The `--cap` and `--spec` options of `jaxpersona generate`, and the self-test of their caps."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from jaxpersona.cli.support import progress
 
 
 def open_caps(file: pathlib.Path, given: dict[str, str | None]) -> Any:
-    """Read what `--cap` names: an axis, or the caps of an experiment.
+    """Read the file of `--cap`: an axis, or the caps of an experiment.
 
     Raises:
-      ValueError: another kind of file, or options that do not go with it.
+      ValueError: another kind of file, or options that do not apply to it.
     """
     from jaxpersona.ckpts.vectors import load_any, load_axis
 
@@ -28,7 +28,7 @@ def open_caps(file: pathlib.Path, given: dict[str, str | None]) -> Any:
         return axis
     own = [name for name, value in given.items() if name != "--experiment" and value is not None]
     if own:
-        raise ValueError(f"{file}: caps have layers and floors of their own; leave {own[0]} out")
+        raise ValueError(f"{file}: caps have their own layers and floors; leave {own[0]} out")
     name = given["--experiment"] or (next(iter(found)) if len(found) == 1 else None)
     if name not in found:
         raise ValueError(f"{file}: choose one with --experiment: {', '.join(found)}")
@@ -47,17 +47,17 @@ def read_spec(file: pathlib.Path) -> Any:
     text = read_text(file, faults)
     found = None if text is None else parse(text, str(file), faults)
     faults.raise_if_any(file)
-    if found is None:  # which a caller would take for no file
+    if found is None:  # the caller uses None for "no file"
         raise ValueError(f"{file}: holds null, not interventions; give at least one")
     return found
 
 
 def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None, of: str | None,
               check: bool) -> Any:
-    """Make the interventions of `--cap`, after a self-test unless that is declined.
+    """Return the interventions of `--cap`, after a self-test if `check` is set.
 
     Raises:
-      ValueError: they are for another model, or the self-test speaks against them.
+      ValueError: they are for another model, or the self-test rejects them.
     """
     from jaxpersona.interventions import cap, resolve_layers
     from jaxpersona.vectors.vector import fitted
@@ -80,10 +80,10 @@ def _floor(axis: Any, percentile: str | None, of: str | None) -> Any:
 
 
 def spec_edits(model: Any, spec: Any, file: pathlib.Path, check: bool) -> Any:
-    """Make the interventions of `--spec`, after a self-test of each of its caps on an axis.
+    """Return the interventions of `--spec`, after a self-test of each of its caps on an axis.
 
     Raises:
-      ValueError: the spec is faulty, or a self-test speaks against one of its caps; the file is
+      ValueError: the spec is invalid, or the self-test rejects one of its caps; the file is
         named.
     """
     from jaxpersona.interventions import specs
@@ -102,8 +102,7 @@ def spec_edits(model: Any, spec: Any, file: pathlib.Path, check: bool) -> Any:
 
 
 def _test_operator(model: Any, item: dict[str, Any], folder: pathlib.Path, at: str) -> None:
-    """Test a spec's cap where its direction is an axis; say so where it is one that no test reads.
-    """
+    """Run the self-test on a spec's cap if its direction is an axis of the residual stream."""
     from jaxpersona.ckpts.vectors import load_vector
     from jaxpersona.vectors.vector import Axis
 
@@ -113,34 +112,34 @@ def _test_operator(model: Any, item: dict[str, Any], folder: pathlib.Path, at: s
     if not isinstance(axis, Axis):
         return
     if axis.site != "residual":
-        _say(f"{at}not tested, because the self-test reads the residual stream and this axis is of "
-             f"{axis.site}")
+        _say(f"{at}not tested: the self-test reads the residual stream, and this axis was measured "
+             f"at site {axis.site}")
         return
     if isinstance(floor, str):
         floor = axis.thresholds(floor, of=item["of"])
-    if floor is None:  # a ceiling alone: the axis's own thresholds are no part of it
+    if floor is None:  # only a ceiling: the axis's thresholds are not used
         axis = dataclasses.replace(axis, percentiles={})
     _test(model, axis, at, layers=item["layers"], floor=floor)
 
 
 def _test(model: Any, held: Any, at: str = "", **how: Any) -> None:
-    """Run the self-test and print what it found.
+    """Run the self-test and print its result.
 
     Raises:
-      ValueError: it speaks against the cap, or cannot be run.
+      ValueError: the test rejects the cap, or cannot be run.
     """
     from jaxpersona.persona.check import check
 
     with progress() as report:
-        def tell(done: int, count: int, tokens: int) -> None:
+        def count_replies(done: int, count: int, tokens: int) -> None:
             report("check", done, count, tokens)
 
         try:
-            found = check(model, held, **how, progress=tell)
+            found = check(model, held, **how, progress=count_replies)
         except ValueError as error:
             raise ValueError(f"{at}{error} (--no-check skips the self-test)") from None
     if not found.ok:
-        raise ValueError(f"{at}the self-test speaks against this cap: "
+        raise ValueError(f"{at}the self-test rejects this cap: "
                          f"{'; '.join(found.faults)} (--no-check skips the test)")
     _say(f"{at}{'; '.join(found.sentences)}")
 

@@ -15,10 +15,10 @@ app = typer.Typer(no_args_is_help=True, help="Check, show and export roles, ques
 @app.command()
 def check(
     folder: Annotated[
-        pathlib.Path | None, typer.Argument(help="A folder of texts; without one, our own.")
+        pathlib.Path | None, typer.Argument(help="A folder of texts; default: the package's own.")
     ] = None,
 ) -> None:
-    """Read every text and name all faults at once."""
+    """Check every text and list all errors."""
     from jaxpersona.data.export import check_data
 
     say(*check_data(folder))
@@ -27,9 +27,9 @@ def check(
 @app.command()
 def show(
     kind: Annotated[str, typer.Argument(help="role, question, trait or drift.")],
-    name: Annotated[str | None, typer.Argument(help="Which; without it, all are listed.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Its name or id; default: list all.")] = None,
 ) -> None:
-    """Print one text, or the names of a kind."""
+    """Print one text, or list all of a kind."""
     from jaxpersona.data import export
 
     say(export.show(kind, name))
@@ -39,7 +39,7 @@ def show(
 def export(
     folder: Annotated[pathlib.Path, typer.Argument(help="A new or an empty folder.")],
 ) -> None:
-    """Write our texts into a folder, to be read, changed and given back with --roles."""
+    """Write the package's texts to a folder, to be edited and passed to `axis --roles`."""
     from jaxpersona.data.export import export as write
 
     say(f"{write(folder)} files in {folder}")

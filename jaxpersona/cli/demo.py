@@ -33,7 +33,7 @@ def demo(
 
     started = time.perf_counter()
     if model != "mini":
-        raise ValueError(f"model is {model!r}; the demo knows the truth only about mini: "
+        raise ValueError(f"model is {model!r}; the demo needs the ground truth of mini: "
                          "for other models use `jaxpersona axis`")
     check_folder("--out", out)
     loaded = open_model(model, None)

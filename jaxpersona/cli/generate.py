@@ -1,4 +1,4 @@
-"""The command `jaxpersona generate`: replies, capped, steered or plain."""
+"""The command `jaxpersona generate`: generate replies, with or without interventions."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ def generate(
     prompt: Annotated[list[str], typer.Argument(help="One or more user messages.")],
     model: ModelOption = "mini",
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
-    cap: Annotated[pathlib.Path | None, typer.Option(help="An axis, or caps, to cap on.")] = None,
-    cap_layers: Annotated[str | None, typer.Option(help="Half-open, as 46:54; default: the upper "
-                                                        "half.")] = None,
-    percentile: Annotated[str | None, typer.Option(help="Default: p25.")] = None,
+    cap: Annotated[pathlib.Path | None, typer.Option(help="A file of an axis, or of caps.")] = None,
+    cap_layers: Annotated[str | None, typer.Option(help="Half-open, e.g. 46:54; default: the upper "
+                                                        "half of the layers.")] = None,
+    percentile: Annotated[str | None, typer.Option(help="Floor of --cap; default: p25.")] = None,
     of: Annotated[str | None, typer.Option(help="The population of the percentile; default: "
                                                 "default.")] = None,
-    experiment: Annotated[str | None, typer.Option(help="Which caps of a capping_config.pt.")
+    experiment: Annotated[str | None, typer.Option(help="Which experiment of a capping_config.pt.")
                           ] = None,
-    check: Annotated[bool, typer.Option(help="Test the cap on short replies first.")] = True,
+    check: Annotated[bool, typer.Option(help="Test the caps on short replies first.")] = True,
     steer: Annotated[pathlib.Path | None, typer.Option(help="A vector file to add.")] = None,
-    steer_layers: Annotated[str | None, typer.Option(help="As 16 or 14:18; default: the middle.")
+    steer_layers: Annotated[str | None, typer.Option(help="E.g. 16 or 14:18; default: the middle.")
                             ] = None,
     scale: float = 1.0,
     spec: Annotated[pathlib.Path | None, typer.Option(
         help="A JSON file of interventions, applied last.")] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Show the reply without beside it.")
-                       ] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also show the replies without "
+                                                            "interventions.")] = False,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
     dtype: DtypeOption = None,
 ) -> None:
-    """Generate replies, capped, steered or plain."""
+    """Generate replies, with caps, steering, other interventions, or none."""
     from rich.table import Table
 
     from jaxpersona.ckpts.vectors import load_vector
@@ -91,12 +91,12 @@ def generate(
     head = [] if system is None else [{"role": "system", "content": system}]
     talks = [[*head, {"role": "user", "content": text}] for text in prompt]
     with progress() as report:
-        def tell(done: int, count: int, tokens: int) -> None:
+        def count_replies(done: int, count: int, tokens: int) -> None:
             report("generate", done, count, tokens)
 
         size = min(32, len(talks))
         settings = {**settings, "batch_size": size, "on_nonfinite": "raise"}
-        out = run(loaded, talks, interventions=edits, progress=tell, **settings)
+        out = run(loaded, talks, interventions=edits, progress=count_replies, **settings)
         plain = run(loaded, talks, **settings) if compare else None
     if plain is None:
         say(*out.text)

@@ -1,4 +1,4 @@
-"""The command `jaxpersona`: one command, sub-commands, no logic of its own."""
+"""The command `jaxpersona` and its sub-commands."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ for command in (axis, generate, project, demo, plan):
 def main(arguments: list[str] | None = None) -> None:
     """Run the command.
 
-    A user's mistake, or a file that the system refuses, is one line on standard error and exit
-    code 2. A signal (SIGINT, SIGTERM) ends it with a line that says what is kept, and 128 and the
-    signal's number.
+    An invalid argument, or a file that cannot be read, is one line on standard error and exit code
+    2. SIGINT or SIGTERM ends the command with a line about the files that are kept, and exit code
+    128 plus the signal's number.
     """
     # transformers advises to install PyTorch when it is imported; the command does not need it
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -46,18 +46,18 @@ def _run(arguments: list[str] | None) -> None:
     try:
         app(arguments)
     except (ValueError, OSError) as error:
-        said = str(error)
+        message = str(error)
         if isinstance(error, OSError) and error.filename:
-            said = f"{error.filename}: {error.strerror}"
-        _fail(said)
+            message = f"{error.filename}: {error.strerror}"
+        _fail(message)
     except MemoryError as error:
-        _fail(f"the memory does not suffice ({error or 'no more is known'}); make the batch, the "
-              "replies or the model smaller")
+        _fail(f"out of memory ({error or 'no details'}); use a smaller batch, shorter replies or a "
+              "smaller model")
     except (interrupt.Stopped, KeyboardInterrupt) as stop:
-        kept = getattr(stop, "kept", "nothing is known of its files")
+        kept = getattr(stop, "kept", "the state of its files is unknown")
         output.say(f"stopped; {kept}", error=True)
         code = getattr(stop, "code", 130)
-        if processes.joined():  # the others may wait for this one, and it must not wait for them
+        if processes.joined():  # they may wait for this one: exit without waiting for them
             processes.leave(code)
         sys.exit(code)
     except Exception as error:
@@ -72,21 +72,21 @@ def _run(arguments: list[str] | None) -> None:
             processes.leave(1)
         reason = " ".join(str(error).split())[:200]
         output.say(f"error: another process of this run ended or cannot be reached ({reason}); "
-                   "start all of them again with the same command: what is written is kept",
+                   "start all of them again with the same command; written results are kept",
                    error=True)
         processes.leave(3)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of the tokenizers library, in Rust
+        if type(error).__name__ != "PanicException":  # raised by the Rust library tokenizers
             raise
-        _fail(f"the tokenizer failed on a text ({error}); its tokenizer.json is damaged or its "
+        _fail(f"the tokenizer failed on a text ({error}); its tokenizer.json is damaged, or its "
               "regular expression cannot be run")
 
 
-def _fail(said: str) -> NoReturn:
-    """Print a user's mistake in one line and end with code 2."""
+def _fail(message: str) -> NoReturn:
+    """Print an error in one line and exit with code 2."""
     from jaxpersona.distributed import processes
 
-    output.say(f"error: {' '.join(said.split())}", error=True)
+    output.say(f"error: {' '.join(message.split())}", error=True)
     if processes.joined():
         processes.leave(2)
     sys.exit(2)

@@ -1,4 +1,4 @@
-"""What the command prints: no control character of a file, and nothing lost to the encoding."""
+"""Printing: control characters are escaped, and so are characters that the encoding lacks."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from jaxpersona.inputs import printable
 
 
 def say(*lines: object, error: bool = False) -> None:
-    """Print lines; control characters in them are written out (`inputs.printable`)."""
+    """Print lines, with control characters escaped (`inputs.printable`)."""
     for line in lines:
         print(printable(line), file=sys.stderr if error else sys.stdout)
 
 
 def cell(text: object) -> Any:
-    """Return a text for a table or a console: no markup and no control character acts in it."""
+    """Return a text for a table or console, without markup, with control characters escaped."""
     from rich.text import Text
 
     return Text(printable(text))
 
 
 def heading(text: object) -> str:
-    """Return a text for a table's head, which takes markup alone."""
+    """Return a text for a table's header, with markup and control characters escaped."""
     from rich.markup import escape
 
     return escape(printable(text))
@@ -40,12 +40,12 @@ def console(error: bool = False) -> Any:
 
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
-    """Make standard output and error write every character, and a warning one line.
+    """Set standard output and error up to write every character, and each warning as one line.
 
     A character that the console's encoding lacks is written as an escape, such as \\u2028.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # a stream of another program's
+        with contextlib.suppress(AttributeError, ValueError):  # the stream was replaced
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore
     shown = warnings.showwarning
 

@@ -1,4 +1,4 @@
-"""The command `jaxpersona plan`: what a model needs on chips that are not here."""
+"""The command `jaxpersona plan`: the memory and time that a model needs on given chips."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from jaxpersona.cli.output import say
 
 
 def plan(
-    topology: Annotated[str, typer.Option(help="chip:extents, as v5e:4x4 or h200:8.")],
+    topology: Annotated[str, typer.Option(help="chip:extents, e.g. v5e:4x4 or h200:8.")],
     model: Annotated[str, typer.Option(help="`random:<preset>` or a folder with a config.json; "
                                             "weights are not read.")] = "random:llama-3.3-70b",
-    batch: Annotated[int, typer.Option(help="Rows of all chips together.")] = 32,
-    context: Annotated[int, typer.Option(help="Tokens a row, prompt and reply.")] = 2048,
-    cap: Annotated[str | None, typer.Option(help="Layers to cap, half-open, as 56:72.")] = None,
-    mesh: Annotated[str | None, typer.Option(help="As data=2,model=8; default: model as wide as "
-                                                  "the shape allows, up to 16.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows over all chips.")] = 32,
+    context: Annotated[int, typer.Option(help="Tokens per row, prompt and reply.")] = 2048,
+    cap: Annotated[str | None, typer.Option(help="Layers to cap, half-open, e.g. 56:72.")] = None,
+    mesh: Annotated[str | None, typer.Option(help="E.g. data=2,model=8; default: the widest model "
+                                                  "axis that the shape allows, up to 16.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what fits on a topology and what it costs, without weights or accelerator."""
+    """Estimate memory and time on a topology, without weights or an accelerator."""
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # before libtpu looks for a TPU of this machine
+    jax.config.update("jax_platforms", "cpu")  # before libtpu looks for a local TPU
     from jaxpersona.distributed.sharding import parse_mesh
     from jaxpersona.interventions import resolve_layers
     from jaxpersona.planning.plan import plan as make

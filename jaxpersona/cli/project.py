@@ -1,4 +1,4 @@
-"""The command `jaxpersona project`: a conversation's projections on directions, turn by turn."""
+"""The command `jaxpersona project`: project each assistant message on directions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def project(
     vector: Annotated[list[pathlib.Path], typer.Option("--on", help="Axis or vector files.")],
     model: ModelOption = "mini",
     layer: Annotated[int | None, typer.Option(help="Default: the middle.")] = None,
-    png: Annotated[pathlib.Path | None, typer.Option(help="Where to draw it.")] = None,
+    png: Annotated[pathlib.Path | None, typer.Option(help="Draw them to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     dtype: DtypeOption = None,
 ) -> None:
-    """Project a conversation's assistant messages on directions, turn by turn."""
+    """Project each assistant message of a conversation on directions."""
     import numpy as np
     from rich.table import Table
 
@@ -57,7 +57,7 @@ def project(
     except ValueError as error:
         raise ValueError(f"{conversation}: {error}") from None
     names = [vector.name for vector in vectors]
-    if len(set(names)) < len(names):  # every axis is called "assistant"
+    if len(set(names)) < len(names):  # e.g. two axes, both named "assistant"
         names = [f"{vector.name} ({file})" for vector, file in zip(vectors, vector, strict=True)]
     if as_json:
         print(json.dumps([{"turn": t.turn, "tokens": t.tokens, "layer": at,

@@ -1,4 +1,4 @@
-"""What several commands share: options, opening a model, progress, a run's figures."""
+"""Options and helpers that several commands share: loading a model, progress, figures."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def check_folder(option: str, folder: pathlib.Path) -> None:
 
 
 def kept_of(folder: pathlib.Path) -> str:
-    """Say what a run folder holds, for whoever stopped the run."""
+    """Describe the files of a run folder, for the line that an interrupted command prints."""
     if not (folder / "run.json").exists():
         return "nothing was written"
     steps = {"rollouts": "*.jsonl", "scores": "*.json", "vectors": "*.safetensors"}
@@ -88,7 +88,7 @@ def kept_of(folder: pathlib.Path) -> str:
               for step, form in steps.items()}
     held = ", ".join(f"{step} of {n} roles" for step, n in counts.items() if n)
     axis = " and the axis" if (folder / "axis.safetensors").exists() else ""
-    return f"{folder} keeps {held or 'its settings'}{axis}; the same command goes on from here"
+    return f"{folder} keeps {held or 'its settings'}{axis}; the same command resumes from here"
 
 
 def draw_run(folder: pathlib.Path, found: Any, middle: int, held_out: Any) -> None:

@@ -1,4 +1,4 @@
-"""The commands of `jaxpersona vectors`: show a file of directions, convert it to another format."""
+"""The commands of `jaxpersona vectors`: show and convert files of directions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KindOption = Annotated[str | None, typer.Option(
 
 @app.command()
 def show(file: pathlib.Path, kind: KindOption = None) -> None:
-    """Show what a file of directions says of itself (.safetensors, .pt, .gguf, .npy)."""
+    """Show the metadata of a file of directions (.safetensors, .pt, .gguf, .npy)."""
     from jaxpersona.ckpts.vectors import load_any
 
     found = load_any(file, kind)
@@ -33,15 +33,15 @@ def convert(
     source: Annotated[pathlib.Path, typer.Argument(help="A .safetensors, .pt, .gguf or .npy.")],
     target: Annotated[pathlib.Path, typer.Argument(help="A .safetensors, .gguf or .npy.")],
     model: Annotated[str | None, typer.Option(
-        help="The model it belongs to: checked against it, and written into the file. Its weights "
-             "are read for its fingerprint; of random:<preset> the shape alone is checked.")
+        help="The model it belongs to: checked, and written to the file with the fingerprint of "
+             "its weights. For random:<preset> only the shape is checked.")
     ] = None,
     experiment: Annotated[str | None, typer.Option(
         help="Which experiment of a capping_config.pt.")] = None,
     kind: KindOption = None,
-    name: Annotated[str | None, typer.Option(help="What to call the direction.")] = None,
+    name: Annotated[str | None, typer.Option(help="The direction's new name.")] = None,
 ) -> None:
-    """Convert a file of directions; the formats are those of the suffixes."""
+    """Convert a file of directions to the format of the target's suffix."""
     from jaxpersona.ckpts.vectors import load_any, save_vector
 
     found = load_any(source, kind)
@@ -71,14 +71,14 @@ def convert(
     if bare:
         return
     if model is not None and model.startswith("random:"):
-        say(f"  {model}: the shape alone was checked; random weights are others in every "
-                   "dtype, so no fingerprint was entered")
+        say(f"  {model}: only the shape was checked; random weights depend on the dtype, so no "
+            "fingerprint was written")
     elif not chosen.fingerprint:
-        say("  it does not say which model it belongs to; --model NAME would")
+        say("  the file does not name its model; --model NAME adds it")
 
 
 def _belonging(chosen: Any, source: str) -> Any:
-    """Check a direction or caps against a model, and enter the model's name and fingerprint."""
+    """Check a direction or caps against a model, and add the model's name and fingerprint."""
     from jaxpersona.cli.support import open_model
     from jaxpersona.models.params import SCHEME
     from jaxpersona.models.presets import preset
@@ -105,9 +105,9 @@ def _show_facts(found: Any, shape: str) -> None:
     from rich.table import Table
 
     table = Table("field", "value", show_header=False)
-    facts = {"kind": found.kind, "name": found.name, "model": found.model or "not said",
+    facts = {"kind": found.kind, "name": found.name, "model": found.model or "unknown",
              "fingerprint": (f"{found.fingerprint} (scheme {found.fingerprint_scheme})"
-                             if found.fingerprint else "not said"),
+                             if found.fingerprint else "unknown"),
              "site": getattr(found, "site", "residual"), "layers": "zero-based, after the block",
              "shape": shape, **found.notes}
     for key, value in facts.items():
@@ -130,7 +130,7 @@ def _show_vector(vector: Any) -> None:
 
 
 def _show_caps(experiments: dict[str, Any]) -> None:
-    """Show the first experiment in full and the others in a line each."""
+    """Print the first experiment in full and the others as one line each."""
     from rich.table import Table
 
     first = next(iter(experiments.values()))

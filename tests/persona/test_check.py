@@ -133,7 +133,7 @@ def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
         assert code == 0 and " ".join(said.err.split()).count("check: sign: the default") == 1
         assert "tokens seen" in said.err
     code, said = command("bad.safetensors")
-    assert code == 2 and "error: the self-test speaks against this cap" in said.err
+    assert code == 2 and "error: the self-test rejects this cap" in said.err
     assert "--no-check" in said.err and "Traceback" not in said.err
     for name, fingerprint in (("other", "0" * 16), ("weights", mini.config.hash() + "0" * 8)):
         save_vector(tmp_path / f"{name}.safetensors",
@@ -229,9 +229,9 @@ def test_the_caps_of_a_spec_are_tested_too(mini, axis, tmp_path, capsys):
     assert held.startswith("1]: sign: the default") and "floors: " in held
     floor = 100 * float(axis.thresholds("p25", of="default")[5])
     for spec, words in (
-        ({**cap, "vector": "bad.safetensors"}, "error: the self-test speaks against this cap: sig"),
+        ({**cap, "vector": "bad.safetensors"}, "error: the self-test rejects this cap: sig"),
         ([flat, {**unbound, "layers": 5, "floor": floor}],
-         "error: interventions[1]: the self-test speaks against this cap: floors"),
+         "error: interventions[1]: the self-test rejects this cap: floors"),
     ):
         code, said = command(spec)
         assert code == 2 and words in said and "--no-check" in said

@@ -227,7 +227,7 @@ def test_convert_checks_the_shape_of_random_weights_alone(tmp_path, capsys, monk
     convert = ["vectors", "convert", source, target, "--model", "random:qwen3-8b"]
     save_vector(source, Vector(values))
     assert s.run_command(convert) == 0
-    assert "the shape alone was checked" in capsys.readouterr().out
+    assert "only the shape was checked" in capsys.readouterr().out
     found = load_vector(target)
     assert (found.model, found.fingerprint) == ("random:qwen3-8b", "")
     known = config.hash() + "01234567"

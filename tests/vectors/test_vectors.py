@@ -356,7 +356,9 @@ def test_show_and_convert(tmp_path, capsys, checkpoint):
     for name in ("axis.pt", "evil_response_avg_diff.pt", "capping_config.pt", "foreign.gguf",
                  "bare.npy"):
         assert s.run_command(["vectors", "show", here(name)]) == 0
-        assert "not said" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert {"model unknown", "fingerprint unknown"} & {
+            " ".join(re.findall(r"\w+", line)) for line in said.splitlines()}
         out = f"{name}.safetensors"
         more = ["--experiment", ID] if name[:3] == "cap" else []
         command = ["vectors", "convert", here(name), here(out), "--model", str(checkpoint), *more]
@@ -376,7 +378,7 @@ def test_show_and_convert(tmp_path, capsys, checkpoint):
     assert s.run_command(["vectors", "convert", here("axis.pt"), here("a.gguf")]) == 0
     said = capsys.readouterr().out
     assert "not written, because .gguf cannot hold it: layer 0" in said
-    assert "does not say which model" in said
+    assert "the file does not name its model" in said
     assert s.run_command(["vectors", "convert", here("a.gguf"), here("b.npy"), "--name", "x"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and "the values alone" in said[0] and "'x'" not in said[0]
