@@ -74,7 +74,7 @@ def test_a_run_that_cannot_end_well_is_refused_before_its_folder(checkpoint, tmp
         s.write_texts(tmp_path / name, ROLES, questions)
     out = tmp_path / "out"
     cases = (
-        (s.axis_command(checkpoint, tmp_path / "long", out), "the context of 128 tokens must hold"),
+        (s.axis_command(checkpoint, tmp_path / "long", out), "the context of 256 tokens must hold"),
         (s.axis_command(checkpoint, tmp_path / "good", out, "--limit", "0"), "needs two"),
         (s.axis_command(checkpoint, tmp_path / "good", out, "--min-count", "0"), "min_count"),
         (s.axis_command(checkpoint, tmp_path / "good", out, "--seed", "-1"), "seed"),
@@ -106,7 +106,7 @@ def test_markup_in_texts_is_text(checkpoint, tmp_path, capsys):
     ({"notes": "5"}, {}, "notes"), ({"fingerprint": "zz" * 8}, {}, "fingerprint"),
     ({"fingerprint": "a" * 40}, {}, "fingerprint"), ({"site": "foo"}, {}, "site"),
     ({}, {"percentiles/x": np.zeros(3, np.float32)}, "percentiles"),
-    ({}, {"percentiles/all/p1": np.zeros(2, np.float32)}, "one value a layer"),
+    ({}, {"percentiles/all/p1": np.zeros(2, np.float32)}, "one value per layer"),
 ])
 def test_a_vector_file_that_lies_is_named(tmp_path, change, tensors, wanted):
     """Each field of a vector file is checked when it is read."""
@@ -174,7 +174,7 @@ def test_a_mistake_is_exactly_one_line_of_a_process(tmp_path, arguments, wanted)
     (["--seed", "-1"], "seed is -1; it must be an integer in 0…2³²−1"),
     (["--scale", "nan"], "--scale is nan; it must be finite"),
     (["--steer", "v.npy", "--steer-layers", "x"],
-     "layers is 'x'; write 46:54 (half-open), 16 or 3,5"),
+     "layers is 'x'; give text such as 46:54 (half-open), 16 or 3,5"),
     (["--experiment", "X"], "--experiment needs --cap"),
     (["--of", "all", "--percentile", "p25"], "--percentile, --of need --cap"),
     (["--cap-layers", "1:2"], "--cap-layers needs --cap"),
