@@ -133,7 +133,7 @@ def test_an_infinite_bound_of_some_layers_leaves_those_alone():
     ("ceiling", lambda: cap(V[1], layers=[1], ceiling=-np.inf)),
     ("above", lambda: gate(cap(V[1], layers=[2], floor=1.0), V[1], layer=1, above=np.inf)),
     ("scale", lambda: steer(V[1], layers=[1], scale=np.inf)),
-    ("caps 'caps' hold", lambda: Caps(V[:1], (0,), [-np.inf], ("a",))),
+    ("caps 'caps' contain a non-finite value", lambda: Caps(V[:1], (0,), [-np.inf], ("a",))),
 ])
 def test_an_infinite_number_that_is_no_open_bound_is_refused(name, make):
     with pytest.raises(ValueError, match=name) as error:
