@@ -179,8 +179,9 @@ def test_a_table_says_itself_what_it_is(tmp_path):
                 continue
             with pytest.raises(ValueError, match=f"kind is '{kind}'.*holds {own}"):
                 load_any(tmp_path / "t.pt", kind)
-    for name, kind in (("syntaxist", None), ("taxis", None), ("defaulter", None), ("axis2", "axis"),
-                       ("my-axis", "axis"), ("AssistantAxis", "axis"), ("ASSISTANT_AXIS", "axis"),
+    for name, kind in (("syntaxist", None), ("taxis", None), ("taxis_2", None), ("praxis", None),
+                       ("defaulter", None), ("axis2", "axis"), ("my-axis", "axis"),
+                       ("my_axis", "axis"), ("AssistantAxis", "axis"), ("ASSISTANT_AXIS", "axis"),
                        ("default_vector", "vector")):
         torch.save(value, tmp_path / f"{name}.pt")
         if kind is None:
