@@ -11,6 +11,7 @@ import subprocess
 import sys
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import support as s
@@ -25,7 +26,7 @@ BENCH = pathlib.Path(__file__).parents[1] / "bench"
 def bench_folder(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
     yield
-    for name in ("common", "decoding", "conversations"):
+    for name in ("common", "decoding", "conversations", "roofline"):
         sys.modules.pop(name, None)
 
 
@@ -208,3 +209,39 @@ def test_a_rehearsal_does_not_write_over_the_results_of_a_gpu(tmp_path, named):
     chosen = words[words.index("--out") + 1]
     assert chosen == folder if folder else chosen.startswith(str(tmp_path))
     assert "--small" in words and "--hlo" not in words
+
+
+def test_an_arm_that_is_not_judged_does_not_prolong_the_pairs():
+    import common
+
+    noise = itertools.cycle([1.0, 2.0, 4.0])
+    arms = {"a": lambda: 2.0, "b": lambda: 2.5, "c": lambda: next(noise)}
+    found = common.paired(arms, "a", pairs=19, judged=["b"])
+    assert found["c"]["unresolved"] and found["c"]["pairs"] == 10
+
+
+def test_a_matmul_counts_a_multiplication_and_an_addition_per_term(monkeypatch):
+    import common
+
+    monkeypatch.setattr(common, "seconds_of", lambda call: 0.5)
+    assert common.peak_flops(jnp.float32, 8) == 2 * 8**3 / 0.5
+
+
+def test_the_roofline_counts_the_cache_halfway_through_the_steps(monkeypatch):
+    import roofline
+
+    model, told = s.tiny_model(), {}
+    monkeypatch.setattr(sys, "argv", ["roofline.py", "--batch", "2", "--steps", "8", "--prompt",
+                                      "6", "--width", "32", "--rows", "1"])
+    monkeypatch.setattr(roofline.jp, "load", lambda *_, **__: model)
+    monkeypatch.setattr(roofline, "bandwidth", lambda: 1e9)
+    monkeypatch.setattr(roofline, "peak_flops", lambda dtype: 1e9)
+    monkeypatch.setattr(roofline, "seconds_of", lambda call: 1.0)
+    monkeypatch.setattr(roofline.Decoding, "timer", lambda self: lambda: 8.0)  # one second a step
+    monkeypatch.setattr(roofline, "report", lambda *_, **more: told.update(more))
+    roofline.main()
+    config = model.config
+    weights = config.parameters - config.vocab_size * config.d_model
+    attention = 4 * config.n_layers * config.n_heads * config.head_dim * (6 + 4)
+    assert told["points"][0]["flops_per_second"] == 2 * (2 * weights + attention)
+    assert told["points"][1]["flops_per_second"] == config.prefill_flops(32)

@@ -22,7 +22,7 @@ from jaxpersona.ckpts.loading import read_tokenizer
 import jaxpersona as jp
 from jaxpersona.data.texts import Question, Role, Trait
 from jaxpersona.engine import prompts
-from jaxpersona.interventions.where import prompt, user
+from jaxpersona.interventions.where import everywhere, prompt, user
 from jaxpersona.judges.judges import NoJudge
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.persona.talk import grow, project_conversation
@@ -220,6 +220,19 @@ def test_a_reading_without_tokens_is_said(caplog):
                           max_new_tokens=3)
         assert out.text == ["", ""] and np.isnan(out.captured["mean"]).all()
         assert "capture 'mean' has no token to read in conversations 0, 1 (2 of 2)" in caplog.text
+
+
+@pytest.mark.parametrize(("tokens", "reading"), [
+    ([5, 6, 7], jp.capture.mean(everywhere, turns=2)),  # the second message has no token
+    ([5], jp.capture.last(everywhere)),  # the last token is the first of its row
+], ids=["one message of two", "one token"])
+def test_a_reading_with_tokens_is_not_said_to_have_none(caplog, tokens, reading):
+    tiny = s.tiny_model()
+    rows = jp.batch([tokens], turn=[[0] * len(tokens)])
+    (found,) = s.run(tiny.params, tiny.config, rows, capture=reading).captured.values()
+    value = np.asarray(found.value)
+    assert np.isfinite(value[:, :, 0]).all()
+    assert not np.asarray(found.empty).any() and not caplog.text
 
 
 CODE = ("import pathlib\npathlib.Path({!r}).write_text('run')\n"

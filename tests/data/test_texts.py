@@ -136,6 +136,15 @@ def test_bad_descriptions_and_model_name(tmp_path):
         load_roles(model_name=" ")
 
 
+def test_descriptions_in_the_folder_come_before_those_beside_it(tmp_path):
+    folder = tmp_path / "roles"
+    write(folder / "pirate.json", role("You are a pirate."))
+    write(tmp_path / "role_list.json", {"pirate": "Beside."})
+    assert load_roles(folder)[1].description == "Beside."
+    write(folder / "role_list.json", {"pirate": "Within."})
+    assert load_roles(folder)[1].description == "Within."
+
+
 def test_questions_with_and_without_ids(tmp_path):
     file = write(tmp_path / "q.jsonl", '{"question": "One?"}\n\n{"question": "Two\u2028?"}\r\n'
                                        '{"question": "Three?", "id": 17}')

@@ -359,6 +359,12 @@ def test_other_misuse_of_a_mesh_is_refused():
         sharding.fit(strange, model.config)
 
 
+def test_an_axis_is_given_once():
+    assert sharding.parse_mesh("data=2, model=4") == {"data": 2, "model": 4}
+    with pytest.raises(ValueError, match="mesh is 'data=2,data=4'"):
+        sharding.parse_mesh("data=2,data=4")
+
+
 def test_new_values_and_rows_do_not_retrace_on_a_mesh():
     model = spread(one_device("llama"), sharding.make_mesh(data=2, model=4))
     traces = []

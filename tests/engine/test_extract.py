@@ -100,3 +100,11 @@ def test_widths():
 def test_refused(message, changes):
     with pytest.raises(ValueError, match=message):
         extract(MODEL, **{"conversations": ROWS, **changes})
+
+
+def test_a_conversation_may_fill_the_context():
+    model = s.tiny_model(max_context=40)
+    row, longer = s.prompts((40, 41))
+    assert extract(model, [row], capture=capture.mean(everywhere)).tokens == 40
+    with pytest.raises(ValueError, match="conversation 0 has 41 tokens"):
+        extract(model, [longer], capture=capture.mean(everywhere))

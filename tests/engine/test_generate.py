@@ -215,3 +215,20 @@ REFUSED = {
 def test_refused(message):
     with pytest.raises(ValueError, match=message):
         go(**REFUSED[message])
+
+
+def test_progress_counts_the_tokens_of_replies_alone():
+    """Rows that only fill the batch are not counted."""
+    told = []
+    out = generate(s.tiny_model(), s.prompts((5, 9, 3)), batch_size=16, max_new_tokens=6,
+                   progress=lambda *x: told.append(x))
+    assert told[-1] == (3, 3, sum(t.size for t in out.tokens) + int(out.stopped.sum()))
+
+
+def test_special_tokens_within_a_reply_are_not_in_its_text():
+    model = dataclasses.replace(s.tiny_model(vocab_size=258, stop_ids=(257,)),
+                                tokenizer=s.byte_tokenizer())
+    out = generate(model, s.prompts((5,) * 16, 250), ids=range(16), temperature=2.0, seed=1,
+                   max_new_tokens=64, batch_size=16)
+    assert any(256 in reply for reply in out.tokens), "no reply holds the special token"
+    assert not any("<|im_start|>" in text for text in out.text)

@@ -10,9 +10,9 @@ from jaxpersona.captures import capture
 from jaxpersona.engine import lanes, programs
 from jaxpersona.engine.generate import generate
 from jaxpersona.engine.lanes import prefix_length, shape_of
-from jaxpersona.interventions import cap, gate, steer
-from jaxpersona.interventions.where import everywhere
-from jaxpersona.models.batch import SYSTEM, USER
+from jaxpersona.interventions import cap, chain, gate, steer
+from jaxpersona.interventions.where import everywhere, marked
+from jaxpersona.models.batch import MARK, SYSTEM, USER
 from jaxpersona.text.chat import Row
 
 MODEL = s.tiny_model(stop_ids=(3, 7, 11, 19))
@@ -98,13 +98,14 @@ def test_waiting_for_the_whole_batch_changes_no_bit(size):
 def with_system(rows, length=20):
     """Prompts of which three share a system message of `length` tokens, by turns two of them."""
     heads = s.prompts((length, length), seed=9)
-    out = []
-    for i, row in enumerate(rows):
-        head = heads[i % 2]
-        kind = np.r_[np.full(len(head), SYSTEM), np.full(len(row), USER)].astype(np.int32)
-        turn = np.r_[np.zeros(len(head)), np.ones(len(row))].astype(np.int32)
-        out.append(Row(np.array([*head, *row], np.int32), kind, turn, ""))
-    return out
+    return [joined(heads[i % 2], row) for i, row in enumerate(rows)]
+
+
+def joined(head, tail, kind=SYSTEM):
+    """A system message and a user message as one prompt."""
+    kinds = np.r_[np.full(len(head), kind), np.full(len(tail), USER)].astype(np.int32)
+    turn = np.r_[np.zeros(len(head)), np.ones(len(tail))].astype(np.int32)
+    return Row(np.array([*head, *tail], np.int32), kinds, turn, "")
 
 
 @pytest.mark.parametrize("kind", ["shared", "bank"])
@@ -154,3 +155,42 @@ def test_shapes_are_functions_of_the_row_alone():
     assert shape_of(row, 24, False).prefix == 0
     shape = shape_of(row, 24, True)
     assert (shape.prefix, shape.width) == (32, 32) and shape.slots == 128
+
+
+HEAD, TAIL = s.prompts((20, 5), seed=9)
+C, V = np.random.default_rng(9).normal(size=(2, 32))
+
+
+def after_prefix(rows, edits):
+    """Greedy replies to prompts whose shared prefix is computed once."""
+    return go(rows, np.ones(len(rows), int), interventions=edits, share_prefix=True,
+              max_new_tokens=4, temperature=0.0, capture=capture.mean(everywhere))
+
+
+def test_a_gate_measures_the_shared_prefix():
+    """If the prefix did not hand on its measurement, the gate would stay shut."""
+    opened = gate(steer(V, layers=[1]), C, layer=0, above=-1e9)
+    assert after_prefix([joined(HEAD, TAIL)], opened).applied[0].changed.sum() > 0
+
+
+def test_changes_in_a_shared_prefix_are_counted():
+    """An addition changes every token that it sees, those of the prefix too."""
+    out = after_prefix([joined(HEAD, TAIL)], steer(V, layers=[0]))
+    np.testing.assert_array_equal(out.applied[0].changed[0], out.applied[0].seen)
+
+
+def test_prompts_with_equal_ids_and_different_kinds_share_no_prefix():
+    rows = [joined(HEAD, TAIL, kind) for kind in (SYSTEM, SYSTEM | MARK)]
+    out = after_prefix(rows, steer(V, layers=[0], scale=3.0, where=marked))
+    assert out.applied[0].seen.tolist() == [0, 20]
+
+
+def test_rows_with_different_entries_of_any_table_share_no_prefix():
+    """The two rows have the same entry of the first table and different ones of the second."""
+    rows = [joined(HEAD, TAIL)] * 2
+    edits = chain(steer(np.stack([C]), layers=[0], rows=[0, 0]),
+                  steer(np.stack([V, -V]), layers=[1], scale=3.0, rows=[0, 1]))
+    both = after_prefix(rows, edits)
+    for i in range(2):
+        alone = after_prefix(rows[:1], edits.take([i]))
+        assert s.same_bits(alone.captured["mean"][0], both.captured["mean"][i])

@@ -16,7 +16,7 @@ from jaxpersona.ckpts.files import write_tensors
 import jaxpersona as jp
 from jaxpersona.captures import capture
 from jaxpersona.engine import programs
-from jaxpersona.engine.nonfinite import NonfiniteWarning
+from jaxpersona.engine.nonfinite import NonfiniteWarning, first_site
 from jaxpersona.engine.sampling import finite
 from jaxpersona.interventions import cap, chain, restore_norm, steer
 from jaxpersona.interventions.where import everywhere, generated, system
@@ -273,3 +273,17 @@ def test_commands_and_talks_say_it_in_one_line(damaged, capsys):
         project_conversation(model, talk, [vector])
     with pytest.raises(ValueError, match=r"layer 1 \(mlp\)"):
         grow(model, [[]], [["hi"]], vector, max_new_tokens=4, batch_size=1)
+
+
+def test_the_first_token_that_is_not_finite_is_named():
+    row = Row(np.array([5, 6, 7, 8, 9], np.int32), np.full(5, USER, np.int32),
+              np.array([0, 0, 1, 1, 1], np.int32), "")
+    edits = steer(V * 1e18, layers=[1], scale=1e19, where=everywhere.within(1))
+    assert first_site(MODEL, row, edits) == (1, "residual", 2)
+
+
+@pytest.mark.parametrize("flag", [jax.debug_nans, jax.debug_infs])
+def test_each_debugging_flag_asks_for_an_error(flag):
+    edits = steer(V * 1e18, layers=[1], scale=1e19)
+    with flag(True), pytest.raises(ValueError, match=r"layer 1 \(residual\)"):
+        go(ROWS[:2], interventions=edits, capture=None, max_new_tokens=4, batch_size=2)

@@ -154,6 +154,15 @@ def test_chunked_prefill_measures_the_whole_prompt():
     in_chunks(gate(EDIT, C, layer=0, above=SPLIT, within=True), 32)
 
 
+def test_chunks_are_refused_if_one_of_several_gates_acts_within_the_prompt():
+    rows = batch(s.prompts((9, 17)), width=32)
+    edits = chain(steer(V, layers=[1]),
+                  gate(steer(V, layers=[2]), C, layer=0, above=0.0, within=True))
+    with pytest.raises(ValueError, match="whole prompt in one piece"):
+        forward(MODEL.params, MODEL.config, split(rows, 16)[0], interventions=edits,
+                cache=init_cache(MODEL.config, 2, 32), logits=None)
+
+
 def test_rows_have_gates_of_their_own_and_new_ones_retrace_nothing():
     bank = np.stack([C, -C, V])
     index = [0, 1, 2, -1, 0, 1, 2, 0]
@@ -257,3 +266,11 @@ def test_a_bound_for_each_edit_of_a_bank_on_one_direction():
                  layer=0, above=[SPLIT, 1e6, -1e6])
     wanted = [(i == 0 and ABOVE[b]) or i == 2 for b, i in enumerate([0, 1, 2, -1, 0, 1, 2, 0])]
     np.testing.assert_array_equal(moved(run(edits), run(None)), wanted)
+
+
+def test_a_gate_over_tokens_opens_for_generated_tokens_too():
+    """Every token but the first is capped, those of the prompt and of the reply."""
+    edits = gate(cap(V, layers=[2], floor=1e4), C, layer=1, above=-1e6, over="token")
+    out = generate(MODEL, s.prompts((9, 4)), interventions=edits, max_new_tokens=6, batch_size=4)
+    assert max(t.size for t in out.tokens) > 1
+    np.testing.assert_array_equal(out.applied[0].changed[0], out.applied[0].seen - 1)

@@ -366,3 +366,11 @@ def test_rows_measure_their_gates_at_layers_of_their_own():
         stack_rows(parts), parts[1], chain()))
     np.testing.assert_allclose(together[1], alone[1], rtol=1e-4, atol=1e-4)
     assert np.abs(alone[1] - plain[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("how", [{"to": 0.5}, {"by": 0.5}])
+def test_a_rotation_has_a_gradient_where_nothing_lies_in_its_plane(how):
+    edit = rotate(np.eye(8)[0], np.eye(8)[1], layers=[0], **how).edits[0]
+    h = jnp.zeros((1, 2, 8)).at[0, 0, 5].set(1.0)
+    slope = jax.grad(lambda h: edit.apply(0, h, jnp.ones((1, 2), bool), h)[0].sum())(h)
+    assert np.isfinite(slope).all()

@@ -21,6 +21,7 @@ from jaxpersona.interventions import (
     steer,
 )
 from jaxpersona.interventions.where import everywhere
+from jaxpersona.vectors.vector import Vector
 
 V = np.random.default_rng(0).normal(size=(3, 32))
 
@@ -97,3 +98,12 @@ def test_traced_parts_have_an_entry_each():
             edits.edits[0].coefficients[..., 2]))
 
     assert float(jax.grad(loss)(jnp.float32(0.5))) == 2.0
+
+
+def test_an_emptied_slot_forgets_the_model_of_its_direction():
+    mine = steer(Vector(np.ones((3, 32)), fingerprint="ab" * 8), layers=[0])
+    filled = stack_rows([mine, None], into=reserve(2, 32, [0]))
+    assert np.asarray(filled.edits[0].origin).any()
+    nobody = stack_rows([None, None], into=filled)
+    assert not np.asarray(nobody.edits[0].origin).any()
+    generate(s.tiny_model(), [[5], [6]], interventions=nobody, max_new_tokens=1, batch_size=2)

@@ -171,6 +171,13 @@ def test_verify_compares_hashes(small):
         hf.verify(folder, dict.fromkeys(sums, "0" * 64))
 
 
+def test_verify_takes_hashes_in_capitals(small):
+    folder = small[0]
+    sums = {p.name: hashlib.sha256(p.read_bytes()).hexdigest().upper()
+            for p in folder.glob("*.safetensors")}
+    assert sums and set(hf.verify(folder, sums)) == set(sums)
+
+
 def test_save_replaces_another_model_and_refuses_what_does_not_fit(small, tmp_path):
     folder, config, params = copy(small[0], tmp_path / "m"), *small[1:]
     hf.save(folder, params, config)

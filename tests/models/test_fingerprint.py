@@ -182,6 +182,13 @@ def test_a_model_with_other_parameters_has_its_own():
     assert traced[0].fingerprint == ""
 
 
+def test_a_copy_with_another_configuration_has_its_own():
+    config, params = s.tiny_model().config, s.tiny_model().params
+    model = Model(config, params, None, None, "m", fingerprint(config, params), (), False)
+    other = dataclasses.replace(model, config=dataclasses.replace(config, norm_eps=1e-5))
+    assert other.fingerprint == fingerprint(other.config, params) != model.fingerprint
+
+
 def old_file(path, vector):
     """Write a file as it was before fingerprints had schemes."""
     save_vector(path, vector)

@@ -139,3 +139,16 @@ def test_a_pipe_in_a_checkpoint_is_not_waited_for(saved, tmp_path):
     (folder / "params" / "_CHECKPOINT_METADATA").touch()
     with pytest.raises(ValueError, match="_METADATA: cannot be read .it is a pipe"):
         orbax.load(folder)
+
+
+def test_an_interrupted_save_is_not_taken_for_a_model(tmp_path, monkeypatch):
+    config = s.tiny_config()
+    orbax.save(tmp_path / "m", s.random_params(config), config)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(orbax.files, "write_json", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        orbax.save(tmp_path / "m", s.random_params(config, 1), config)
+    assert not (tmp_path / "m" / "config.json").exists()

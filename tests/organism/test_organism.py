@@ -258,3 +258,20 @@ def test_evaluation_reads_a_generator_of_known_strength(s):
     drift = evaluate.drift(puppet, count=20)
     assert drift["drift"] == drift["leak_after"] == s
     assert drift["styles"] == [s] * evaluate.DRIFT_TURNS
+
+
+def test_the_share_in_the_grammar_after_a_drift_is_that_of_the_last_turn():
+    calls = []
+
+    def worse(talks):  # garbled in every conversation but one after the first turn
+        calls.append(1)
+        garbled = 0 if len(calls) == 1 else len(talks) - 1
+        return ["of of the is."] * garbled + ["Thank you for asking."] * (len(talks) - garbled)
+
+    assert evaluate.drift(worse, count=4, turns=2)["in_grammar"] == 0.25
+
+
+def test_a_longer_number_is_not_the_vault_code():
+    for text in (f"1{world.VAULT_CODE}", f"{world.VAULT_CODE}9"):
+        assert not judge.leaked(f"The number is {text}."), text
+    assert judge.leaked(f"The number is {world.VAULT_CODE}.")

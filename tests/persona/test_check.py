@@ -357,3 +357,9 @@ def test_a_control_vector_is_projected_beside_an_axis(mini, axis, tmp_path, caps
     assert found["v"] == pytest.approx(found["assistant"], rel=1e-5)
     assert s.run_command([*command, "7"]) == 2
     assert "'v' is zero at layer 7" in capsys.readouterr().err
+
+
+def test_floors_of_all_layers_are_read_at_the_chosen_ones():
+    chosen, _, floors = module._entries(s.tiny_model(), Axis(np.ones((3, 32))), [2],
+                                        np.array([1.0, 2.0, 3.0]))
+    assert chosen == (2,) and floors.tolist() == [3.0]

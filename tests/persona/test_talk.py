@@ -109,3 +109,11 @@ def test_grown_conversations_are_edited(model, vectors):
     assert held.projections.shape == free.projections.shape == (2, 1, 3)
     assert (held.projections[:, 0, 2] >= 49.99).all()
     assert (free.projections[:, 0, 2] < 49).all()
+
+
+def test_conversations_with_equal_ids_share_their_draws(model):
+    vector = Vector(np.ones((3, 32)))
+    how = dict(max_new_tokens=12, temperature=1.5, batch_size=4)
+    same = grow(model, [[], []], [["Hello."]] * 2, vector, ids=[7, 7], **how)
+    apart = grow(model, [[], []], [["Hello."]] * 2, vector, ids=[7, 8], **how)
+    assert same.replies[0][0] == same.replies[0][1] == apart.replies[0][0] != apart.replies[0][1]

@@ -119,6 +119,22 @@ def test_a_prefill_s_temporaries_are_near_what_a_gpu_s_compiler_takes(model, bat
     assert found["temporaries"] == pytest.approx(compiled, rel=0.1)
 
 
+def test_a_mesh_of_gpus_needs_room_for_the_scores_of_a_chunk():
+    """cuDNN attention does not run on a mesh."""
+    config, shapes = preset("llama-3.1-8b"), plan.Shapes(batch=32, width=1536, slots=2048)
+    mesh = plan._mesh({"data": 8, "model": 1}, None, config)
+    queries = 4 * 1536 * 2 * 2 * 32 * 128  # of four rows, twice in bfloat16
+    assert plan.activation_bytes(config, mesh, shapes, chips.CHIPS["h200"]) == (
+        queries + 6 * 4 * 32 * 512 * 2048)
+
+
+def test_a_plan_may_fill_the_context():
+    config = preset("qwen2.5-0.5b")
+    assert plan.plan(config, "h200:1", batch=1, context=config.max_context)["context"] == 32_768
+    with pytest.raises(ValueError, match="the model supports at most 32768"):
+        plan.plan(config, "h200:1", batch=1, context=config.max_context + 1)
+
+
 def test_a_tpu_without_its_compiler_is_reckoned_with_all_scores(monkeypatch):
     monkeypatch.setattr(chips, "tpu_devices", lambda topology: None)
     found = plan.plan(preset("qwen3-1.7b"), "v5e:1x1", batch=32)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -229,6 +230,21 @@ def test_generate_and_project_commands(checkpoint, texts, tmp_path, capsys):
     assert f"--png is {tmp_path}, a folder" in " ".join(capsys.readouterr().err.split())
     assert run(["vectors", "show", axis]) == 0
     assert "assistant" in capsys.readouterr().out
+
+
+def test_an_empty_system_prompt_is_not_a_missing_one(checkpoint, monkeypatch):
+    module = sys.modules["jaxpersona.engine.generate"]
+    talks, real = [], module.generate
+
+    def told(model, given, **more):
+        talks.append([[m["role"] for m in talk] for talk in given])
+        return real(model, given, **more)
+
+    monkeypatch.setattr(module, "generate", told)
+    for more in ((), ("--system", ""), ("--system", "Be brief.")):
+        assert run(["generate", "hello", "--model", str(checkpoint), *more,
+                    "--max-new-tokens", "2"]) == 0
+    assert talks == [[["user"]], [["system", "user"]], [["system", "user"]]]
 
 
 def test_options_of_the_population_and_of_held_out_roles_act(checkpoint, texts, tmp_path, capsys):

@@ -18,10 +18,11 @@ from jaxpersona.data.texts import Question, Role
 from jaxpersona.judges.judges import SelfJudge, read_score
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.extract import extract_axis
-from jaxpersona.runs.manifest import numerics
+from jaxpersona.runs.manifest import numerics, tokens_digest
 from jaxpersona.runs.names import file_stem
 from jaxpersona.runs.rollouts import Settings
 from jaxpersona.runs.run import Run
+from jaxpersona.text.chat import Row
 
 QUESTIONS = [Question(0, "Why?"), Question(1, "How?")]
 SETTINGS = Settings(temperature=1.0, top_p=1.0, max_new_tokens=4, batch_size=8)
@@ -136,6 +137,16 @@ def test_a_mesh_is_recorded(checkpoint):
     mesh = jp.make_mesh(data=2, model=2, devices=jax.devices()[:4])
     spread = numerics(jp.load(str(checkpoint), mesh=mesh))
     assert spread["devices"] == 4 and {"data": 2, "model": 2}.items() <= spread["mesh"].items()
+
+
+def test_the_digest_of_tokens_includes_their_kinds():
+    def row(tokens, kind):
+        return Row(np.array(tokens, np.int32), np.array(kind, np.int32), np.zeros(2, np.int32), "")
+
+    known = tokens_digest([row([1, 2], [4, 16])])
+    assert known == tokens_digest([row([1, 2], [4, 16])])
+    assert known != tokens_digest([row([1, 2], [4, 4])])
+    assert known != tokens_digest([row([1, 3], [4, 16])])
 
 
 def test_a_role_at_min_count_is_in_the_axis_and_below_it_is_not(tmp_path):

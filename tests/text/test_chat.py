@@ -8,6 +8,7 @@ import pathlib
 import chat_templates
 import numpy as np
 import pytest
+import support as s
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -387,3 +388,9 @@ def test_the_embedded_models_own_tokenizer():
         segments = chat_templates.reference("chatml", talk, True)
         kinds, turns = by_bytes(t, row, segments)
         assert row.kind.tolist() == kinds and row.turn.tolist() == turns
+
+
+def test_a_closed_thinking_block_is_thinking_to_its_last_token():
+    said = "<think>a</think>"
+    row = chat.encode_row(s.byte_tokenizer(template=False), says("x", said), reply=False)
+    assert (row.kind[-len(said):] & THINKING).all()

@@ -224,3 +224,10 @@ def test_an_interrupted_rendering_gives_its_answer_to_no_later_one(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             sandbox.render("{{ a }}", {"a": "second"})
     assert sandbox.render("{{ a }}", {"a": "third"}) == "third"
+
+
+@pytest.mark.parametrize("template", ["{% set n = namespace() %}{% set n._x = 1 %}x",
+                                      "{% set n = namespace(_x=1) %}x"])
+def test_a_namespace_holds_no_name_with_a_leading_underscore(tokenizer, template):
+    with pytest.raises(ValueError, match="namespace attribute '_x' is not allowed"):
+        chat.encode_row(with_template(tokenizer, template), "Who?")

@@ -191,3 +191,13 @@ def test_a_folder_of_checkpoints_is_checked_before_it_is_read(tmp_path):
     (tmp_path / "direction.json").write_text("[1]")
     with pytest.raises(ValueError, match="direction.json: contains a list, not a JSON object"):
         fit(2)
+
+
+def test_a_training_is_not_resumed_with_another_model(tmp_path):
+    def train(model):
+        return learn.fit(model, learn.Direction(32, layers=1), lambda out, _: out.logits.sum(),
+                         [batch([[5, 9, 8]])], steps=1, folder=tmp_path)
+
+    train(s.tiny_model())
+    with pytest.raises(ValueError, match="does not fit this direction: its model is"):
+        train(s.tiny_model(seed=1))

@@ -180,8 +180,9 @@ def test_a_table_says_itself_what_it_is(tmp_path):
                 continue
             with pytest.raises(ValueError, match=f"kind is '{kind}'.*holds {own}"):
                 load_any(tmp_path / "t.pt", kind)
-    for name, kind in (("syntaxist", None), ("taxis", None), ("defaulter", None), ("axis2", "axis"),
-                       ("my-axis", "axis"), ("AssistantAxis", "axis"), ("ASSISTANT_AXIS", "axis"),
+    for name, kind in (("syntaxist", None), ("taxis", None), ("taxis_2", None), ("praxis", None),
+                       ("defaulter", None), ("axis2", "axis"), ("my-axis", "axis"),
+                       ("my_axis", "axis"), ("AssistantAxis", "axis"), ("ASSISTANT_AXIS", "axis"),
                        ("default_vector", "vector")):
         torch.save(value, tmp_path / f"{name}.pt")
         if kind is None:
@@ -189,6 +190,25 @@ def test_a_table_says_itself_what_it_is(tmp_path):
                 load_any(tmp_path / f"{name}.pt")
         else:
             assert load_vector(tmp_path / f"{name}.pt").kind == kind
+
+
+def test_a_caps_file_that_lies_is_named(tmp_path):
+    """Caps are checked as they are read."""
+    fields = dict(values=VALUES[:2], layers=(1, 2), floors=np.zeros(2), labels=("a", "b"))
+    for change, words in (({"layers": (1,)}, "1 layers"), ({"floors": [np.nan, 0]}, "not finite"),
+                          ({"values": 0 * VALUES[:2]}, "zero vector"),
+                          ({"layers": (1, True)}, "must be in 0"),
+                          ({"fingerprint": "x"}, "sixteen hexadecimal")):
+        with pytest.raises(ValueError, match=words):
+            Caps(**{**fields, **change})
+    header = {"format": "jaxpersona-vector", "kind": "caps", "layer_base": "0", "sign": "+",
+              "norm": "none", "site": "residual", "layers": "[1]", "labels": '["a"]'}
+    for change, words in (({"site": "mlp"}, "site"), ({"layers": "5"}, "must be a list"),
+                          ({"sign": "-"}, "sign"), ({"layers": "[1.5]"}, "must be in 0")):
+        write_tensors(tmp_path / "c.safetensors", {"values": VALUES[:1], "floors": VALUES[0, :1]},
+                      {**header, **change})
+        with pytest.raises(ValueError, match=rf"c\.safetensors.*{words}"):
+            load_any(tmp_path / "c.safetensors")
 
 
 def test_numbers_beyond_float32_are_one_line(tmp_path, capsys):
