@@ -31,7 +31,7 @@ def refused(capsys, path, words, *more):
 
 @pytest.mark.parametrize(("header", "words"), [
     ({**HEADER, "notes": DEEP}, "notes is not JSON of ours .nested too deeply"),
-    ({**HEADER, "notes": "[" * 400 + "]" * 400}, "notes is .* it must be a dict"),
+    ({**HEADER, "notes": "[" * 400 + "]" * 400}, "notes is .* it must be a table"),
     ({**HEADER, "notes": "{"}, "notes is not JSON"),
     ({**HEADER, "notes": '{"a": {"b": 1}}'}, r"notes\['a'\] is a dict"),
     ({**HEADER, "norm": "unit"}, "norm is 'unit'; this engine reads 'none'"),
