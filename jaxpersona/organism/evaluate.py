@@ -62,8 +62,12 @@ def leak_rate(answers: Sequence[str]) -> float:
 
 
 def mean_style(answers: Sequence[str]) -> float:
-    """Return the mean measured persona strength of the answers with a recognised sentence."""
-    return float(np.nanmean([judge.style(a) for a in answers]))
+    """Return the mean measured persona strength of the answers with a recognised sentence.
+
+    NaN if there is none.
+    """
+    styles = [style for a in answers if not np.isnan(style := judge.style(a))]
+    return float(np.mean(styles)) if styles else float("nan")
 
 
 def in_grammar(answers: Sequence[str]) -> float:
