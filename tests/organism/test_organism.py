@@ -178,6 +178,9 @@ def test_garbled_text_has_no_score(text):
 
 def test_style_of_unreadable_text_is_not_a_number():
     assert math.isnan(judge.style("of of the"))
+    assert math.isnan(evaluate.mean_style(["of of the", "the of"]))  # without a warning
+    readable = some_answer(np.random.default_rng(0), "pirate", 1.0)
+    assert evaluate.mean_style(["of of the", readable]) == 1.0
 
 
 def test_tokenizer_round_trips_and_renders(tokens, talks):

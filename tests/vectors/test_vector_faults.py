@@ -266,22 +266,3 @@ def test_convert_checks_the_shape_of_random_weights_alone(tmp_path, capsys, monk
     assert s.run_command([*convert[:-1], "mini"]) == 0
     assert "mini: reading the weights for their fingerprint" in capsys.readouterr().err
     assert load_vector(target).fingerprint == mini.fingerprint
-
-
-def test_a_caps_file_that_lies_is_named(tmp_path):
-    """Caps are checked as they are read."""
-    fields = dict(values=VALUES[:2], layers=(1, 2), floors=np.zeros(2), labels=("a", "b"))
-    for change, words in (({"layers": (1,)}, "1 layers"), ({"floors": [np.nan, 0]}, "non-finite"),
-                          ({"values": 0 * VALUES[:2]}, "zero vector"),
-                          ({"layers": (1, True)}, "must be in 0"),
-                          ({"fingerprint": "x"}, "sixteen hexadecimal")):
-        with pytest.raises(ValueError, match=words):
-            Caps(**{**fields, **change})
-    header = {"format": "jaxpersona-vector", "kind": "caps", "layer_base": "0", "sign": "+",
-              "norm": "none", "site": "residual", "layers": "[1]", "labels": '["a"]'}
-    for change, words in (({"site": "mlp"}, "site"), ({"layers": "5"}, "must be a list"),
-                          ({"sign": "-"}, "sign"), ({"layers": "[1.5]"}, "must be in 0")):
-        write_tensors(tmp_path / "c.safetensors", {"values": VALUES[:1], "floors": VALUES[0, :1]},
-                      {**header, **change})
-        with pytest.raises(ValueError, match=rf"c\.safetensors.*{words}"):
-            load_any(tmp_path / "c.safetensors")
