@@ -179,7 +179,7 @@ def test_garbled_text_has_no_score(text):
 def test_style_of_unreadable_text_is_not_a_number():
     assert math.isnan(judge.style("of of the"))
     assert math.isnan(evaluate.mean_style(["of of the", "the of"]))  # without a warning
-    readable = some_answer(np.random.default_rng(0), "pirate", 1.0)
+    readable = some_answer(np.random.default_rng(0), STYLED[0], 1.0)
     assert evaluate.mean_style(["of of the", readable]) == 1.0
 
 
