@@ -230,7 +230,7 @@ def test_the_scheme_is_kept_in_files(tmp_path, suffix, recwarn):
     save_vector(tmp_path / f"v{suffix}", made)
     assert load_vector(tmp_path / f"v{suffix}").fingerprint_scheme == SCHEME and not recwarn.list
     save_vector(tmp_path / f"w{suffix}", dataclasses.replace(made, fingerprint_scheme=7))
-    with pytest.warns(UserWarning, match="scheme 7 .of a later version"):
+    with pytest.warns(UserWarning, match="scheme 7 .from a later version"):
         assert load_vector(tmp_path / f"w{suffix}").fingerprint_scheme == 7
 
 
