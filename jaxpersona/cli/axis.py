@@ -9,16 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from jaxpersona import interrupt
+from jaxpersona.cli import support
 from jaxpersona.cli.output import say
-from jaxpersona.cli.support import (
-    DtypeOption,
-    ModelOption,
-    check_folder,
-    draw_run,
-    kept_of,
-    open_model,
-    progress,
-)
+from jaxpersona.cli.support import DtypeOption, ModelOption, check_folder, kept_of, progress
 
 
 def axis(
@@ -89,7 +82,7 @@ def axis(
     if joining.many() and mesh is None:
         raise ValueError("several processes share one mesh; give --mesh over all their "
                          "devices together, such as data=2,model=4")
-    loaded = open_model(model, dtype, mesh)
+    loaded = support.open_model(model, dtype, mesh)
     if judge == "none" and joining.first():
         say("judge: none; every answer counts as fully playing its role", error=True)
     chosen = {"none": NoJudge, "rules": method.RuleJudge}.get(judge)
@@ -101,7 +94,7 @@ def axis(
     if not joining.first():
         return
     middle = loaded.config.n_layers // 2
-    draw_run(out, found, middle, named)
+    support.draw_run(out, found, middle, named)
     print(json.dumps({
         "run": str(out), "model": loaded.name, "roles": len(found.analysis.names),
         "rollouts": found.rollouts, "layers": loaded.config.n_layers, "judge": judge,

@@ -10,15 +10,9 @@ from typing import Annotated
 import typer
 
 from jaxpersona import interrupt
+from jaxpersona.cli import support
 from jaxpersona.cli.output import say
-from jaxpersona.cli.support import (
-    ModelOption,
-    check_folder,
-    draw_run,
-    kept_of,
-    open_model,
-    progress,
-)
+from jaxpersona.cli.support import ModelOption, check_folder, kept_of, progress
 
 
 def demo(
@@ -36,11 +30,11 @@ def demo(
         raise ValueError(f"model is {model!r}; the demo needs the ground truth of mini: "
                          "for other models use `jaxpersona axis`")
     check_folder("--out", out)
-    loaded = open_model(model, None)
+    loaded = support.open_model(model, None)
     with interrupt.keeping(lambda: kept_of(out)), progress() as report:
         done = run_demo(loaded, out, seed=seed, report=report)
     middle = loaded.config.n_layers // 2
-    draw_run(out, done.extraction, middle, held_out())
+    support.draw_run(out, done.extraction, middle, held_out())
     turns = done.figures["drift_turns"]
     floor = float(done.extraction.axis.thresholds("p25", of="default")[middle])
     figures.drift(out / "drift.png",

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from jaxpersona.cli import caps
+from jaxpersona.cli import caps, support
 from jaxpersona.cli.output import cell, console, say
-from jaxpersona.cli.support import DtypeOption, ModelOption, open_model, progress
+from jaxpersona.cli.support import DtypeOption, ModelOption, progress
 
 
 def generate(
@@ -78,7 +78,7 @@ def generate(
     asked = caps.read_spec(spec) if spec else None
     if compare and held is None and vector is None and asked is None:
         raise ValueError("--compare needs something to compare: give --cap, --steer or --spec")
-    loaded = open_model(model, dtype)
+    loaded = support.open_model(model, dtype)
     total = loaded.config.n_layers
     if vector is not None:
         vector = fitted(vector, loaded.config, loaded.name, loaded.fingerprint)

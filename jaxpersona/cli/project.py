@@ -8,8 +8,9 @@ from typing import Annotated
 
 import typer
 
+from jaxpersona.cli import support
 from jaxpersona.cli.output import console, heading, say
-from jaxpersona.cli.support import DtypeOption, ModelOption, open_model
+from jaxpersona.cli.support import DtypeOption, ModelOption
 
 
 def project(
@@ -42,7 +43,7 @@ def project(
     if not isinstance(talk, list):
         raise ValueError(f"{conversation}: must hold a list of messages with role and content")
     vectors = [load_vector(file) for file in vector]
-    loaded = open_model(model, dtype)
+    loaded = support.open_model(model, dtype)
     vectors = [fit(loaded, vector) for vector in vectors]
     total = loaded.config.n_layers
     at = total // 2 if layer is None else layer

@@ -228,7 +228,7 @@ def test_means_that_are_not_finite_are_no_empty_replies():
     for value in (np.nan, np.inf):
         bad = means.copy()
         bad[2, 1, 1] = value
-        with pytest.raises(ValueError, match="the response mean of rollout 2 has non-finite values"):
+        with pytest.raises(ValueError, match="mean of rollout 2 has non-finite values"):
             science.role_vectors(bad, [3] * 4)
 
 
