@@ -94,8 +94,8 @@ os.waitpid(child, 0)
 @pytest.mark.parametrize("inside", (
     'jp.generate(model, ["hi"], max_new_tokens=2)', 'jp.extract(model, ["hi"])',
     'jp.load("mini")', "jp.cap([1.0] * 128, layers=[1], floor=1.0)",
-    "from jaxpersona import learn; learn.fit(model, None, None, [], steps=1)",
-    "from jaxpersona import plan; plan.plan(model.config, 'h200:8')"))
+    "from jaxpersona.training import learn; learn.fit(model, None, None, [], steps=1)",
+    "from jaxpersona.planning import plan; plan.plan(model.config, 'h200:8')"))
 def test_a_child_of_a_process_that_used_jax_is_refused(inside):
     said = fork('model = jp.load("mini")', inside)
     assert "was forked from" in said and "'spawn'" in said and len(said.splitlines()) == 1

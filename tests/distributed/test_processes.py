@@ -21,7 +21,7 @@ from jaxpersona.persona import extract
 MESH = "fsdp=2,model=4"
 WORKER = """
 import sys
-from jaxpersona import cli
+from jaxpersona.cli.main import main
 from jaxpersona.ckpts import tensorfile
 from jaxpersona.persona import extract
 extract._TOGETHER = 4  # rollouts in one call, so that files come one by one
@@ -32,7 +32,7 @@ def counted(entry, index=()):
     return values
 tensorfile.read_slice = counted
 try:
-    cli.main(sys.argv[1:])
+    main(sys.argv[1:])
 finally:
     print("bytes read:", read[0], flush=True)
 """
@@ -162,7 +162,7 @@ def test_one_process_needs_no_others():
 OWN = """
 import sys
 import jax
-from jaxpersona import processes
+from jaxpersona.distributed import processes
 jax.config.update("jax_cpu_enable_async_dispatch", False)
 assert not processes.joined()  # which initialises no back end: the next line needs that
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", 2, int(sys.argv[2]))
