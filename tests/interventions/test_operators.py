@@ -273,5 +273,5 @@ def test_push_displaces_as_far_as_the_cap_elsewhere():
 
 def test_values_that_could_belong_to_directions_or_to_layers_are_refused():
     axis = Axis(np.ones((4, 8)))
-    with pytest.raises(ValueError, match="4 numbers, for 4 directions or 4 layers"):
+    with pytest.raises(ValueError, match="4 numbers, which may be for 4 directions or 4 layers"):
         steer([axis] * 4, layers=[1], scale=[1, 2, 3, 4], rows=[0, 1, 2, 3])
