@@ -158,7 +158,7 @@ def test_chunks_are_refused_if_one_of_several_gates_acts_within_the_prompt():
     rows = batch(s.prompts((9, 17)), width=32)
     edits = chain(steer(V, layers=[1]),
                   gate(steer(V, layers=[2]), C, layer=0, above=0.0, within=True))
-    with pytest.raises(ValueError, match="whole prompt in one piece"):
+    with pytest.raises(ValueError, match="whole prompt in one call"):
         forward(MODEL.params, MODEL.config, split(rows, 16)[0], interventions=edits,
                 cache=init_cache(MODEL.config, 2, 32), logits=None)
 
