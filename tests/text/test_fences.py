@@ -57,18 +57,18 @@ def test_returns_and_tabs_end_a_line_as_blanks_do():
 
 
 def test_code_is_followed_where_a_test_may_ask_for_it():
-    from jaxpersona.engine.generate import _asks_for_code
+    from jaxpersona.engine.generate import asks_for_code
 
     plain, nothing = steer(np.ones(32), layers=[1]), capture.Capture()
     aside = response.without("code")
-    assert not _asks_for_code(plain, nothing | capture.mean())
-    assert not _asks_for_code(steer(np.ones((3, 32)), layers=[1], rows=[0, 1, 2]), nothing)
+    assert not asks_for_code(plain, nothing | capture.mean())
+    assert not asks_for_code(steer(np.ones((3, 32)), layers=[1], rows=[0, 1, 2]), nothing)
     for edits, read in (
         (gate(plain, np.ones(32), layer=0, above=0, over="token", where=aside), nothing),
         (steer(np.ones(32), layers=[1], where=aside), nothing), (plain, capture.mean(aside)),
         (reserve(2, 32, [1]), nothing),  # reserved slots may need it later
     ):
-        assert _asks_for_code(edits, read)
+        assert asks_for_code(edits, read)
 
 
 def test_table_follows_a_tokenizer(model):

@@ -199,5 +199,5 @@ def test_a_training_is_not_resumed_with_another_model(tmp_path):
                          [batch([[5, 9, 8]])], steps=1, folder=tmp_path)
 
     train(s.tiny_model())
-    with pytest.raises(ValueError, match="does not fit this direction: its model is"):
+    with pytest.raises(ValueError, match="does not match this direction: its model is"):
         train(s.tiny_model(seed=1))
