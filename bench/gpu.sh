@@ -51,7 +51,7 @@ if [ "${SMALL:-0}" = 1 ]; then
     new=24 some=2:6 rows=4 context=192 forms="plain static"
 else
     tag=gpu huge=random:qwen3-32b peer=random:qwen3-0.6b kind=bfloat16 count=256 budget=20
-    new=32 some=46:54 rows=8 context=2048 forms="static compiled"
+    new=32 some=46:54 rows=${ROWS:-8} context=2048 forms="static compiled"
 fi
 run() {  # name of the result, seconds, script, arguments
     local name=$1 limit=$2 script=$3; shift 3
@@ -61,15 +61,15 @@ run() {  # name of the result, seconds, script, arguments
         tail -n 1 "$out/$name.log" | cut -c1-1200
     else
         status=1
-        echo "$name failed or was cut off:"; tail -n 5 "$out/$name.log"
+        echo "$name failed or was cut off:"; tail -n 12 "$out/$name.log"
     fi
     rm -f "$out/$name.log"
     echo "   $SECONDS s"
 }
-run fit 120 fit --model "$huge" --dtype "$kind" --batch "$rows" --context "$context" \
+run fit 170 fit --model "$huge" --dtype "$kind" --batch "$rows" --context "$context" \
     --new $((context / 4)) --layers "$some" --chip "${CHIP:-h100:1}"
-run extract 120 extract --model "$peer" --dtype "$kind" --peer-dtype "$kind" \
+run extract 110 extract --model "$peer" --dtype "$kind" --peer-dtype "$kind" \
     --conversations "$count" --repeats 1 --peers hooks sorted
-run peers 120 peers --model "$peer" --dtypes "$kind" --peer-dtypes "$kind" --batch 1 32 \
+run peers 110 peers --model "$peer" --dtypes "$kind" --peer-dtypes "$kind" --batch 1 32 \
     --new "$new" --budget "$budget" --forms $forms
 exit $status
