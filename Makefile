@@ -35,7 +35,8 @@ bench: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/pip install -q -e '.[dev]'
 	$(BIN)/ruff check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	rm -rf build && $(BIN)/pip install -q --no-deps --target build/types .  # kernels and ckpts mapped
+	$(BIN)/pyright
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)

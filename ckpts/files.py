@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from jaxpersona.ckpts.tensorfile import READABLE, Entry, pieces, read_header, read_slice
 
+from jaxpersona.errors import UserError
 from jaxpersona.inputs import parse_json, require_file
 from jaxpersona.models.params import SCHEME
 
@@ -24,7 +25,7 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yield a temporary path next to `path`; fsync and rename it if the block succeeds.
 
     Raises:
-      ValueError: the folder cannot be written.
+      UserError: the folder cannot be written.
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # `leftovers` parses this
@@ -35,7 +36,7 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
         with contextlib.suppress(OSError):  # the error above already names an invalid parent
             temporary.unlink(missing_ok=True)
@@ -60,16 +61,16 @@ def parse_field(text: str, field: str, kind: type) -> Any:
     """Parse a header field as JSON and require a `dict` or a `list`.
 
     Raises:
-      ValueError: invalid JSON, nesting that is too deep, or another JSON type.
+      UserError: invalid JSON, nesting that is too deep, or another JSON type.
     """
     try:
         value = parse_json(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{field} is invalid JSON ({error})") from None
+        raise UserError(f"{field} is invalid JSON ({error})") from None
     except ValueError as error:
-        raise ValueError(f"{field} cannot be parsed ({error})") from None
+        raise UserError(f"{field} cannot be parsed ({error})") from None
     if not isinstance(value, kind):
-        raise ValueError(f"{field} is {str(value)[:80]!r}; it must be a "
+        raise UserError(f"{field} is {str(value)[:80]!r}; it must be a "
                          f"{'JSON object' if kind is dict else 'list'}")
     return value
 
@@ -80,14 +81,14 @@ def scheme_of(fingerprint: Any, scheme: Any) -> int:
     A fingerprint without a scheme predates versioning and has scheme 1.
 
     Raises:
-      ValueError: `scheme` is not a positive integer.
+      UserError: `scheme` is not a positive integer.
     """
     if not fingerprint:
         return SCHEME
     if scheme in (None, ""):
         return 1
     if not re.fullmatch(r"[1-9][0-9]{0,5}", str(scheme)):
-        raise ValueError(f"fingerprint_scheme is {str(scheme)[:40]!r}; it must be a positive "
+        raise UserError(f"fingerprint_scheme is {str(scheme)[:40]!r}; it must be a positive "
                          "integer")
     return int(scheme)
 
@@ -141,7 +142,7 @@ def read_tensors(path: str | os.PathLike, limit: int | None = None,
       limit: maximum file size in bytes; None accepts any size.
 
     Raises:
-      ValueError: the file is missing, too large or invalid; the message names it.
+      UserError: the file is missing, too large or invalid; the message names it.
     """
     entries, metadata = read_entries(path, limit)
     return {name: read_slice(entry) for name, entry in entries.items()}, metadata
@@ -152,7 +153,7 @@ def read_entries(path: str | os.PathLike,
     """Read a safetensors file's header: tensor entries and metadata, without the values.
 
     Raises:
-      ValueError: as `read_tensors`.
+      UserError: as `read_tensors`.
     """
     path = pathlib.Path(path)
     require_file(path, limit)
@@ -162,5 +163,5 @@ def read_entries(path: str | os.PathLike,
     if not all(isinstance(value, str) for value in metadata.values()):
         faults.append("corrupt header (metadata values must be strings)")
     if faults:
-        raise ValueError(f"{path}: invalid safetensors file ({'; '.join(faults)})")
+        raise UserError(f"{path}: invalid safetensors file ({'; '.join(faults)})")
     return entries, metadata

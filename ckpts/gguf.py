@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from jaxpersona.ckpts.files import atomic, parse_field, scheme_of
 
+from jaxpersona.errors import UserError
 from jaxpersona.inputs import require_file
 from jaxpersona.models.config import MAX_LAYERS
 from jaxpersona.vectors.vector import CONTROL_VECTOR, Axis, Vector
@@ -36,7 +37,7 @@ def _package(path: pathlib.Path) -> Any:
     try:
         import gguf
     except ImportError:
-        raise ValueError(f"{path}: GGUF files need the package gguf: pip install 'jaxpersona[gguf]'"
+        raise UserError(f"{path}: GGUF files need the package gguf: pip install 'jaxpersona[gguf]'"
                          ) from None
     return gguf
 
@@ -45,7 +46,7 @@ def read(path: str | os.PathLike) -> Vector:
     """Read a control vector; layers missing from the file are zero.
 
     Raises:
-      ValueError: the package gguf is not installed, or the file is missing, damaged or not a
+      UserError: the package gguf is not installed, or the file is missing, damaged or not a
         control vector; the message names the file.
     """
     path = pathlib.Path(path)
@@ -55,19 +56,19 @@ def read(path: str | os.PathLike) -> Vector:
     try:
         check_bounds(path)
     except (struct.error, OSError, UnicodeDecodeError):
-        raise ValueError(damaged) from None
+        raise UserError(damaged) from None
     except ValueError as error:
-        raise ValueError(f"{path}: invalid control vector ({error})") from None
+        raise UserError(f"{path}: invalid control vector ({error})") from None
     require_file(path, VECTOR_BYTES)
     try:
         reader = gguf.GGUFReader(path)
     except Exception:  # gguf slices unchecked, and NumPy's slicing errors do not help the user
-        raise ValueError(damaged) from None
+        raise UserError(damaged) from None
     try:
         return _build(gguf, reader, path.stem)
     except Exception as error:  # damaged fields raise many exception types
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ValueError(f"{path}: invalid control vector ({reason})") from None
+        raise UserError(f"{path}: invalid control vector ({reason})") from None
 
 
 def check_bounds(path: pathlib.Path) -> None:
@@ -77,7 +78,7 @@ def check_bounds(path: pathlib.Path) -> None:
     so an array declared with 2^62 elements exhausts memory.
 
     Raises:
-      ValueError: a count or length exceeds the limits, or the architecture is another one.
+      UserError: a count or length exceeds the limits, or the architecture is another one.
       struct.error: the header declares more data than the file holds.
     """
     with open(path, "rb") as file:
@@ -95,25 +96,25 @@ class _Header:
         if data[:4] != b"GGUF":
             raise struct.error("not a GGUF file")
         if self.number("I") & 0xFFFF == 0:  # the version field shows it; gguf would misread it
-            raise ValueError("big-endian byte order is not supported; convert the file")
+            raise UserError("big-endian byte order is not supported; convert the file")
 
     def check(self) -> None:
         tensors, fields = self.number("Q"), self.number("Q")
         if tensors > MAX_LAYERS or fields > _MOST_FIELDS:
             named = self.architecture(min(fields, _MOST_FIELDS))
             _check_architecture(named)
-            raise ValueError(f"the header declares {tensors} tensors and {fields} fields")
+            raise UserError(f"the header declares {tensors} tensors and {fields} fields")
         _check_architecture(self.architecture(fields))
         elements = 0
         for _ in range(tensors):
             self.text()
             dimensions = self.number("I")
             if dimensions > _MOST_DIMENSIONS:
-                raise ValueError(f"a tensor declares {dimensions} dimensions")
+                raise UserError(f"a tensor declares {dimensions} dimensions")
             elements += math.prod(self.number("Q") for _ in range(dimensions))
             self.skip(4 + 8)
         if elements > VECTOR_BYTES // 4:
-            raise ValueError(f"the tensors declare {elements} elements")
+            raise UserError(f"the tensors declare {elements} elements")
 
     def architecture(self, fields: int) -> str | None:
         """Walk the fields and return the architecture; raise as soon as it is another one."""
@@ -132,12 +133,12 @@ class _Header:
     def array(self) -> None:
         kind, count = self.number("I"), self.number("Q")
         if count > _MOST_FIELDS:
-            raise ValueError(f"an array declares {count} elements")
+            raise UserError(f"an array declares {count} elements")
         self.elements += count
         if self.elements > _MOST_FIELDS:  # gguf allocates an object per element
-            raise ValueError(f"the arrays declare at least {self.elements} elements")
+            raise UserError(f"the arrays declare at least {self.elements} elements")
         if kind == _ARRAY:
-            raise ValueError("nested arrays are not supported")
+            raise UserError("nested arrays are not supported")
         for _ in range(count):
             self.value(kind)
 
@@ -147,7 +148,7 @@ class _Header:
         elif kind in _WIDTHS:
             self.skip(_WIDTHS[kind])
         else:
-            raise ValueError(f"a field has unknown type {kind}")
+            raise UserError(f"a field has unknown type {kind}")
 
     def number(self, form: str) -> int:
         value = struct.unpack_from("<" + form, self.data, self.at)[0]
@@ -168,7 +169,7 @@ class _Header:
 
 def _check_architecture(found: Any) -> None:
     if found != ARCHITECTURE:
-        raise ValueError(f"architecture is {found!r:.80}, not {ARCHITECTURE!r}")
+        raise UserError(f"architecture is {found!r:.80}, not {ARCHITECTURE!r}")
 
 
 def _build(gguf: Any, reader: Any, stem: str) -> Vector:
@@ -181,20 +182,20 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
     for tensor in reader.tensors:
         number = re.fullmatch(r"direction\.([1-9]\d{0,8})", tensor.name)
         if number is None or int(number[1]) >= MAX_LAYERS:
-            raise ValueError(f"tensor {tensor.name!r} must be named direction.1 to "
+            raise UserError(f"tensor {tensor.name!r} must be named direction.1 to "
                              f"direction.{MAX_LAYERS - 1}")
         value = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
         if value.ndim != 1:
-            raise ValueError(f"{tensor.name} has {value.ndim} dimensions; it must have 1")
+            raise UserError(f"{tensor.name} has {value.ndim} dimensions; it must have 1")
         directions[int(number[1])] = value
     widths = {value.size for value in directions.values()}
     if len(widths) != 1 or 0 in widths:
-        raise ValueError("the file holds no direction" if not widths - {0} else
+        raise UserError("the file holds no direction" if not widths - {0} else
                          f"directions have different widths {sorted(widths)}")
     ours = {name: field(f"jaxpersona.{name}") for name in _OURS}
     layers = max(*directions, int(ours["layers"] or 0) - 1) + 1
     if layers > MAX_LAYERS:
-        raise ValueError(f"jaxpersona.layers is {layers}; at most {MAX_LAYERS} are allowed")
+        raise UserError(f"jaxpersona.layers is {layers}; at most {MAX_LAYERS} are allowed")
     values = np.zeros((layers, widths.pop()), np.float32)
     for number, value in directions.items():
         values[number] = value
@@ -210,14 +211,14 @@ def write(path: str | os.PathLike, vector: Vector) -> list[str]:
     """Write a direction as a control vector, atomically; return the parts that GGUF cannot store.
 
     Raises:
-      ValueError: the package gguf is not installed, the direction is not of the residual site, or
+      UserError: the package gguf is not installed, the direction is not of the residual site, or
         it is zero at every layer above 0.
     """
     path = pathlib.Path(path)
     vector.check_site("residual")
     chosen = [i for i, row in enumerate(vector.values) if i and row.any()]
     if not chosen:
-        raise ValueError(f"{path}: the direction is zero above layer 0, and GGUF stores no layer 0")
+        raise UserError(f"{path}: the direction is zero above layer 0, and GGUF stores no layer 0")
     gguf = _package(path)
     with atomic(path) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)

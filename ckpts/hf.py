@@ -24,6 +24,7 @@ from jaxpersona.ckpts.shards import INDEX, SINGLE, read_entries, some
 from jaxpersona.ckpts.tensorfile import DTYPES, Entry
 
 from jaxpersona.distributed import sharding
+from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json, require_file, require_folder
 from jaxpersona.models.config import ModelConfig, replace
 from jaxpersona.models.families import from_hf, to_hf
@@ -45,20 +46,20 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
       The configuration and the raw dict of the file.
 
     Raises:
-      ValueError: the folder or config.json is missing, config.json is malformed, or the model is
+      UserError: the folder or config.json is missing, config.json is malformed, or the model is
         not supported.
     """
     folder = pathlib.Path(folder)
     require_folder(folder)
     if not (folder / "config.json").exists():
-        raise ValueError(f"{folder}: {_without_config(folder)}")
+        raise UserError(f"{folder}: {_without_config(folder)}")
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):
-        raise ValueError(f"{folder / 'config.json'}: holds {type(raw).__name__}, not a JSON object")
+        raise UserError(f"{folder / 'config.json'}: holds {type(raw).__name__}, not a JSON object")
     try:
         config = from_hf(raw, place=str(folder / "config.json"))
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
     if config.tied_embeddings and _has_other_head(read_entries(folder)[0]):
         warnings.warn(f"{folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBED}; "
                       "both are used, as in transformers. Set it to false in config.json, or "
@@ -109,14 +110,14 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *, dtype
       progress: called with (bytes read so far, total bytes).
 
     Raises:
-      ValueError: the files are invalid; one message lists every error.
+      UserError: the files are invalid; one message lists every error.
     """
     folder = pathlib.Path(folder)
     if config is None:
         config, _ = read_config(folder)
     target = None if dtype is None else np.dtype(dtype)
     if target is not None and target not in DTYPES.values():
-        raise ValueError(f"dtype is {target}; it must be float32, bfloat16 or float16")
+        raise UserError(f"dtype is {target}; it must be float32, bfloat16 or float16")
     specs, tree = jax.tree.flatten(layout(config))
     entries, faults = _tensors(folder, config)
     _refuse(folder, faults)
@@ -151,7 +152,7 @@ def verify(folder: str | pathlib.Path, sha256: Mapping[str, str] | None = None) 
       The size in bytes of every weight file, by name.
 
     Raises:
-      ValueError: the folder is invalid; one message lists every error.
+      UserError: the folder is invalid; one message lists every error.
     """
     folder = pathlib.Path(folder)
     config, _ = read_config(folder)
@@ -189,7 +190,7 @@ def _tensors(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Entry
 def _refuse(folder: pathlib.Path, faults: list[str]) -> None:
     if faults:
         listed = "\n".join(f"  - {fault}" for fault in faults)
-        raise ValueError(f"{folder}: {_count(len(faults), 'fault')}\n{listed}")
+        raise UserError(f"{folder}: {_count(len(faults), 'fault')}\n{listed}")
 
 
 def _count(n: int, what: str) -> str:
@@ -257,7 +258,7 @@ def file_index(spec: Spec, ranges: list[tuple[int, int]]) -> tuple[slice, ...]:
         at += 1
         while spec.shape[first] * inner < extent:
             if ranges[at] != (0, spec.shape[at]):
-                raise ValueError(f"{spec.file_name}: one head cannot be sharded over devices")
+                raise UserError(f"{spec.file_name}: one head cannot be sharded over devices")
             inner *= spec.shape[at]
             at += 1
         out.append(slice(ranges[first][0] * inner, ranges[first][1] * inner))
@@ -287,7 +288,7 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig, *,
       extra_config: additional entries of config.json.
 
     Raises:
-      ValueError: the parameters do not match the configuration, or the folder is not writable.
+      UserError: the parameters do not match the configuration, or the folder is not writable.
     """
     folder = pathlib.Path(folder)
     arrays = named(params, config)
@@ -324,12 +325,12 @@ def named(params: Params, config: ModelConfig) -> dict[str, tuple[Spec, jax.Arra
     """Return {tensor name: (spec, array)} for every parameter.
 
     Raises:
-      ValueError: the structure, a shape or a dtype does not match the configuration.
+      UserError: the structure, a shape or a dtype does not match the configuration.
     """
     specs, tree = jax.tree.flatten(layout(config))
     arrays, structure = jax.tree.flatten(params)
     if structure != tree:
-        raise ValueError("the tree structure of params does not match the configuration")
+        raise UserError("the tree structure of params does not match the configuration")
     faults = [
         f"{spec.file_name}: {array.dtype}{list(array.shape)}, expected {list(spec.shape)} in "
         "float32, bfloat16 or float16"
@@ -337,7 +338,7 @@ def named(params: Params, config: ModelConfig) -> dict[str, tuple[Spec, jax.Arra
         if array.shape != spec.shape or np.dtype(array.dtype) not in DTYPES.values()
     ]
     if faults:
-        raise ValueError("params do not match the configuration: " + "; ".join(faults))
+        raise UserError("params do not match the configuration: " + "; ".join(faults))
     return {s.file_name: (s, a) for s, a in zip(specs, arrays, strict=True)}
 
 

@@ -23,6 +23,7 @@ from jaxpersona.ckpts import hf, orbax
 
 from jaxpersona.distributed import sharding
 from jaxpersona.engine.compile_cache import use_compile_cache
+from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json, require_files
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.families import FAMILIES
@@ -81,7 +82,7 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
       revision: branch, tag or commit of the hub repository; only a commit is immutable.
 
     Raises:
-      ValueError: the model is missing, invalid or unsupported; the message gives the reason.
+      UserError: the model is missing, invalid or unsupported; the message gives the reason.
     """
     use_compile_cache()
     name, kind = os.fspath(source), _dtype(dtype, mesh)
@@ -89,7 +90,7 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
     local = name == "mini" or name.startswith(("random:", ".", "/", "~")) or _there(path)
     if local or isinstance(source, pathlib.PurePath):
         if revision is not None:
-            raise ValueError(f"revision is {revision!r}, but {name} is not a hub repository; "
+            raise UserError(f"revision is {revision!r}, but {name} is not a hub repository; "
                              "omit revision")
         if name.startswith("random:"):
             return _random(name, kind, mesh)
@@ -99,10 +100,10 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
         return _folder(path, name, kind, mesh, progress)
     repository, _, pinned = name.partition("@")
     if not _is_repository(repository) or name.endswith("@"):
-        raise ValueError(f"{name}: no such folder; a model is a folder, owner/name of the hub, "
+        raise UserError(f"{name}: no such folder; a model is a folder, owner/name of the hub, "
                          "mini or random:<preset>")
     if pinned and revision not in (None, pinned):
-        raise ValueError(f"two revisions ({name} and revision {revision!r}); give one")
+        raise UserError(f"two revisions ({name} and revision {revision!r}); give one")
     return _folder(_download(repository, pinned or revision), name, kind, mesh, progress)
 
 
@@ -134,14 +135,14 @@ def _dtype(dtype: Any, mesh: Mesh | None) -> np.dtype:
     except (TypeError, AttributeError):
         parsed = None
     if parsed is None or parsed.name not in DTYPES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     return parsed
 
 
 def _check_range(config: ModelConfig, dtype: np.dtype, name: str) -> None:
     """Raise if the family's activations overflow the requested float16."""
     if dtype == np.float16 and not FAMILIES[config.family].float16:
-        raise ValueError(f"dtype is 'float16'; activations of {config.family} models such as "
+        raise UserError(f"dtype is 'float16'; activations of {config.family} models such as "
                          f"{name} exceed its maximum 65504: use 'bfloat16' or 'float32'")
 
 
@@ -174,7 +175,7 @@ def _folder(folder: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
     mesh = None if mesh is None else sharding.fit(mesh, config)
     if orbax.holds_checkpoint(folder):
         if also := [name for name in (hf.SINGLE, hf.INDEX) if (folder / name).exists()]:
-            raise ValueError(f"{folder}: holds both an Orbax checkpoint ({orbax.NAME}) and "
+            raise UserError(f"{folder}: holds both an Orbax checkpoint ({orbax.NAME}) and "
                              f"{also[0]}; remove the outdated one")
         params, _ = orbax.load(folder, dtype=dtype, mesh=mesh)
     else:
@@ -197,7 +198,7 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
     Remote code from the folder is never run, and transformers never prompts to run it.
 
     Raises:
-      ValueError: the tokenizer files are malformed, or the tokenizer needs remote code.
+      UserError: the tokenizer files are malformed, or the tokenizer needs remote code.
     """
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
         return None
@@ -218,14 +219,14 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
             raise
         reason = " ".join(str(error).split())[:200]
         if "trust_remote_code" in str(error):
-            raise ValueError(f"{folder}: the tokenizer needs remote code (auto_map in "
+            raise UserError(f"{folder}: the tokenizer needs remote code (auto_map in "
                              "tokenizer_config.json), which is never run; save the tokenizer as "
                              "tokenizer.json and remove auto_map") from None
-        raise ValueError(f"{folder}: the tokenizer cannot be read ({reason})") from None
+        raise UserError(f"{folder}: the tokenizer cannot be read ({reason})") from None
     template = getattr(tokenizer, "chat_template", None)
     texts = template.values() if isinstance(template, dict) else (template or "",)
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{folder}: chat_template in tokenizer_config.json is {template!r:.60}; "
+        raise UserError(f"{folder}: chat_template in tokenizer_config.json is {template!r:.60}; "
                          "it must be a string or an object of strings")
     return tokenizer
 
@@ -256,7 +257,7 @@ def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> t
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
     if not isinstance(generation, dict):
-        raise ValueError(f"{path}: holds {type(generation).__name__}, not a JSON object")
+        raise UserError(f"{path}: holds {type(generation).__name__}, not a JSON object")
     _warn_unfollowed(path, generation)
     stop_ids: list[int] = []
     for place, value in (
@@ -266,7 +267,7 @@ def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> t
     ):
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
-            raise ValueError(f"{folder}: eos_token_id of {place} is {reprlib.repr(value)}; it must "
+            raise UserError(f"{folder}: eos_token_id of {place} is {reprlib.repr(value)}; it must "
                              "be a token id or a list of token ids")
         stop_ids += ids
     return tuple(dict.fromkeys(stop_ids))
@@ -295,19 +296,19 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
                                               allow_patterns=list(_PATTERNS),
                                               ignore_patterns=list(_NOT_FETCHED)))
     except errors.GatedRepoError:
-        raise ValueError(f"{at}: the repository is gated; accept its terms on huggingface.co and "
+        raise UserError(f"{at}: the repository is gated; accept its terms on huggingface.co and "
                          "log in with `hf auth login`") from None
     except errors.RevisionNotFoundError:
-        raise ValueError(f"{at}: unknown revision; give a branch, tag or commit of the "
+        raise UserError(f"{at}: unknown revision; give a branch, tag or commit of the "
                          "repository") from None
     except errors.RepositoryNotFoundError:
-        raise ValueError(f"{at}: no such folder and no such hub repository (private ones need "
+        raise UserError(f"{at}: no such folder and no such hub repository (private ones need "
                          "`hf auth login`)") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no network"
-        raise ValueError(f"{at}: no such folder, not in the local hub cache, and the hub is "
+        raise UserError(f"{at}: no such folder, not in the local hub cache, and the hub is "
                          f"unreachable ({why}); download the model first, or go online") from None
     except (errors.HFValidationError, errors.HfHubHTTPError, errors.EntryNotFoundError,
             OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{at}: not a folder, and downloading failed ({reason})") from None
+        raise UserError(f"{at}: not a folder, and downloading failed ({reason})") from None

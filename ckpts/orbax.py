@@ -18,6 +18,7 @@ from jaxpersona.ckpts import files, hf
 from jaxpersona.ckpts.tensorfile import DTYPES
 
 from jaxpersona.distributed import sharding
+from jaxpersona.errors import UserError
 from jaxpersona.inputs import TEXT_BYTES, require_file
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.families import to_hf
@@ -36,7 +37,7 @@ def check_files(folder: pathlib.Path) -> None:
     """Check a checkpoint's files before Orbax reads them.
 
     Raises:
-      ValueError: an entry is not a regular file (reading a pipe would block), or a metadata file,
+      UserError: an entry is not a regular file (reading a pipe would block), or a metadata file,
         which Orbax reads whole, is too large; the message names it.
     """
     for path in folder.rglob("*"):
@@ -55,7 +56,7 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig) -> Non
       config: the model configuration.
 
     Raises:
-      ValueError: the parameters do not match the configuration, or the folder is not writable.
+      UserError: the parameters do not match the configuration, or the folder is not writable.
     """
     folder = pathlib.Path(folder).absolute()
     arrays = {name: array for name, (_, array) in hf.named(params, config).items()}
@@ -64,7 +65,7 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig) -> Non
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").unlink(missing_ok=True)
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be written ({error.strerror or error})") from None
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
     with _checkpointer() as orbax, _named_errors(folder, "cannot be written"):
         orbax.save(folder / NAME, arrays, force=True)
         orbax.wait_until_finished()
@@ -84,16 +85,16 @@ def load(folder: str | pathlib.Path, *, dtype: Any = None,
       The parameters and their configuration.
 
     Raises:
-      ValueError: the folder is missing, not an Orbax folder or damaged, or its arrays do not match
+      UserError: the folder is missing, not an Orbax folder or damaged, or its arrays do not match
         config.json; the message lists every mismatch.
     """
     folder = pathlib.Path(folder).absolute()
     target = None if dtype is None else np.dtype(dtype)
     if target is not None and target not in DTYPES.values():
-        raise ValueError(f"dtype is {target}; it must be float32, bfloat16 or float16")
+        raise UserError(f"dtype is {target}; it must be float32, bfloat16 or float16")
     config, _ = hf.read_config(folder)
     if not holds_checkpoint(folder):
-        raise ValueError(f"{folder}: not an Orbax folder (no {NAME}/{_MARKS[0]})")
+        raise UserError(f"{folder}: not an Orbax folder (no {NAME}/{_MARKS[0]})")
     check_files(folder / NAME)
     specs, tree = jax.tree.flatten(layout(config))
     mesh = None if mesh is None else sharding.fit(mesh, config)
@@ -113,7 +114,7 @@ def load(folder: str | pathlib.Path, *, dtype: Any = None,
                 faults.append(f"{name}: dtype {kind}; supported are float32, bfloat16 and float16")
         if faults:
             listed = "\n".join(f"  - {fault}" for fault in faults)
-            raise ValueError(f"{folder}: the checkpoint does not match its config.json\n{listed}")
+            raise UserError(f"{folder}: the checkpoint does not match its config.json\n{listed}")
         here = SingleDeviceSharding(sharding.default_device())
         shapes = {
             name: jax.ShapeDtypeStruct(
@@ -142,4 +143,4 @@ def _named_errors(folder: pathlib.Path, what: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder}: {what} ({reason or type(error).__name__})") from None
+        raise UserError(f"{folder}: {what} ({reason or type(error).__name__})") from None

@@ -19,6 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxpersona.errors import UserError
 from jaxpersona.inputs import parse_json, require_file
 
 DTYPES: dict[str, np.dtype] = {
@@ -92,7 +93,7 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str], l
 def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
-        raise ValueError("duplicate name")
+        raise UserError("duplicate name")
     return table
 
 
@@ -138,7 +139,7 @@ def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
     memory map of this tensor.
 
     Raises:
-      ValueError: the file cannot be read, or is shorter than its header declares.
+      UserError: the file cannot be read, or is shorter than its header declares.
     """
     dtype = READABLE[entry.dtype]
     bounds = [s.indices(n)[:2] for s, n in zip(index, entry.shape, strict=False)]
@@ -156,7 +157,7 @@ def read_slice(entry: Entry, index: tuple[slice, ...] = ()) -> np.ndarray:
             source = np.memmap(entry.path, dtype, "r", entry.start, entry.shape)
             np.copyto(out, source[tuple(slice(*b) for b in bounds)])
     except (OSError, EOFError) as error:
-        raise ValueError(f"{entry.path}: cannot be read ({error})") from None
+        raise UserError(f"{entry.path}: cannot be read ({error})") from None
     return out
 
 
@@ -164,7 +165,7 @@ def read_pieces(entry: Entry) -> Iterator[np.ndarray]:
     """Yield a tensor as consecutive flat pieces; the piece size depends only on the shape.
 
     Raises:
-      ValueError: the file cannot be read, or is shorter than its header declares.
+      UserError: the file cannot be read, or is shorter than its header declares.
     """
     dtype, total = DTYPES[entry.dtype], math.prod(entry.shape)
     step = _PIECE // 4
@@ -174,14 +175,14 @@ def read_pieces(entry: Entry) -> Iterator[np.ndarray]:
             _read_into(entry.path, entry.start + at * dtype.itemsize, part)
             yield part
     except (OSError, EOFError) as error:
-        raise ValueError(f"{entry.path}: cannot be read ({error})") from None
+        raise UserError(f"{entry.path}: cannot be read ({error})") from None
 
 
 def read_bytes_of(entry: Entry) -> Iterator[bytes]:
     """Yield a tensor's bytes in order, in pieces of 1 MiB.
 
     Raises:
-      ValueError: the file cannot be read, or is shorter than its header declares.
+      UserError: the file cannot be read, or is shorter than its header declares.
     """
     try:
         with open(entry.path, "rb") as file:
@@ -193,14 +194,14 @@ def read_bytes_of(entry: Entry) -> Iterator[bytes]:
                     raise EOFError(f"the file ends at byte {entry.start + at + len(part)}")
                 yield part
     except (OSError, EOFError) as error:
-        raise ValueError(f"{entry.path}: cannot be read ({error})") from None
+        raise UserError(f"{entry.path}: cannot be read ({error})") from None
 
 
 def read_as(entry: Entry, dtype: np.dtype) -> np.ndarray:
     """Read a whole tensor and cast it to `dtype`, through a small buffer to save memory.
 
     Raises:
-      ValueError: the file cannot be read, or is shorter than its header declares.
+      UserError: the file cannot be read, or is shorter than its header declares.
     """
     source = DTYPES[entry.dtype]
     if source == dtype:
@@ -214,7 +215,7 @@ def read_as(entry: Entry, dtype: np.dtype) -> np.ndarray:
             _read_into(entry.path, entry.start + at * source.itemsize, part)
             np.copyto(flat[at : at + part.size], part, casting="unsafe")
     except (OSError, EOFError) as error:
-        raise ValueError(f"{entry.path}: cannot be read ({error})") from None
+        raise UserError(f"{entry.path}: cannot be read ({error})") from None
     return out
 
 
@@ -272,7 +273,7 @@ def replace_files(folder: pathlib.Path, files: Mapping[str, Iterable[Any]],
       stale: file names to remove before the first rename.
 
     Raises:
-      ValueError: the folder is not writable.
+      UserError: the folder is not writable.
     """
     at, temporary = folder, {n: folder / f".{n}.{os.getpid()}.tmp" for n in files}
     try:
@@ -289,7 +290,7 @@ def replace_files(folder: pathlib.Path, files: Mapping[str, Iterable[Any]],
         for name, source in temporary.items():
             os.replace(source, folder / name)
     except OSError as error:
-        raise ValueError(f"{at}: cannot be written ({error.strerror or error})") from None
+        raise UserError(f"{at}: cannot be written ({error.strerror or error})") from None
     finally:
         for path in temporary.values():
             with contextlib.suppress(OSError):

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from jaxpersona.ckpts.gguf import VECTOR_BYTES
 
+from jaxpersona.errors import UserError
 from jaxpersona.inputs import MAX_DEPTH, require_file
 from jaxpersona.vectors.vector import Axis, Caps, Vector
 
@@ -31,7 +32,7 @@ def read_pickle(path: str | os.PathLike) -> Any:
     """Read a `.pt` file: dicts, lists, strings and numbers, with tensors as float32 arrays.
 
     Raises:
-      ValueError: the file is missing or damaged, PyTorch is not installed, or the pickle holds more
+      UserError: the file is missing or damaged, PyTorch is not installed, or the pickle holds more
         than tensors and plain values; no code from the file is run.
     """
     path = pathlib.Path(path)
@@ -40,7 +41,7 @@ def read_pickle(path: str | os.PathLike) -> Any:
     try:
         import torch
     except ImportError:
-        raise ValueError(f"{path}: .pt files need PyTorch: pip install 'jaxpersona[torch]', or "
+        raise UserError(f"{path}: .pt files need PyTorch: pip install 'jaxpersona[torch]', or "
                          "convert the file to .safetensors on another machine") from None
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -50,11 +51,11 @@ def read_pickle(path: str | os.PathLike) -> Any:
         message = " ".join(str(error).split())
         call = re.search(r"GLOBAL ([\w.]+)", message)
         if call:
-            raise ValueError(f"{path}: unsafe pickle: it would call {call[1]}; ask its author "
+            raise UserError(f"{path}: unsafe pickle: it would call {call[1]}; ask its author "
                              "for a file that holds only tensors") from None
         reason = message.split("WeightsUnpickler error: ")[-1].split(". ")[0]
         reason = reason.split(" Check the documentation")[0][:120]
-        raise ValueError(f"{path}: invalid .pt file ({reason or type(error).__name__})"
+        raise UserError(f"{path}: invalid .pt file ({reason or type(error).__name__})"
                          ) from None
 
 
@@ -65,7 +66,7 @@ def _check_archive(path: pathlib.Path, size: int) -> None:
     kilobytes can expand to any size.
 
     Raises:
-      ValueError: an entry is compressed, the entries declare more bytes than the file has, or the
+      UserError: an entry is compressed, the entries declare more bytes than the file has, or the
         archive is damaged; the message names the file.
     """
     try:
@@ -75,16 +76,16 @@ def _check_archive(path: pathlib.Path, size: int) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # a damaged archive raises several types
-        raise ValueError(f"{path}: invalid .pt file (the ZIP archive is damaged: {error})"
+        raise UserError(f"{path}: invalid .pt file (the ZIP archive is damaged: {error})"
                          ) from None
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError(f"{path}: invalid .pt file (it holds a compressed entry, which "
+        raise UserError(f"{path}: invalid .pt file (it holds a compressed entry, which "
                          "PyTorch never writes; save it again with torch.save)")
     claimed = sum(entry.file_size for entry in entries)
     if claimed > size:
-        raise ValueError(f"{path}: invalid .pt file (its entries declare {claimed} bytes, the "
+        raise UserError(f"{path}: invalid .pt file (its entries declare {claimed} bytes, the "
                          f"file has {size})")
 
 
@@ -104,7 +105,7 @@ class _Plain:
             return value
         if id(value) not in self.done:  # `value` outlives the walk, so its id stays unique
             if depth > MAX_DEPTH:
-                raise ValueError("nested too deeply")
+                raise UserError("nested too deeply")
             self.done[id(value)] = self._convert(value, depth + 1)
         return self.done[id(value)]
 
@@ -119,7 +120,7 @@ class _Plain:
         if not value.is_floating_point():
             raise TypeError(f"it holds a tensor of {value.dtype}; directions must be floats")
         if value.numel() > self.size:  # an expanded view of a small storage
-            raise ValueError(f"a tensor declares {value.numel()} elements, the file has "
+            raise UserError(f"a tensor declares {value.numel()} elements, the file has "
                              f"{self.size} bytes")
         return value.detach().to(self.torch.float32).numpy()
 
@@ -145,24 +146,24 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
       A direction, or capping experiments by id (see `capping`).
 
     Raises:
-      ValueError: as `read_pickle`, or the content is none of these; the message names the file.
+      UserError: as `read_pickle`, or the content is none of these; the message names the file.
     """
     path = pathlib.Path(path)
     if kind not in (None, *KINDS):
-        raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+        raise UserError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
     value = read_pickle(path)
     try:
         return _interpret(path.stem, value, kind)
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{path}: {reason}") from None
+        raise UserError(f"{path}: {reason}") from None
 
 
 def _interpret(stem: str, value: Any, kind: str | None) -> Vector | dict[str, Caps]:
     if isinstance(value, dict):
         own = next((name for key, name in _TABLES.items() if key in value), None)
         if own is not None and kind not in (None, own):
-            raise ValueError(f"kind is {kind!r}, but the file holds {own}; omit kind")
+            raise UserError(f"kind is {kind!r}, but the file holds {own}; omit kind")
         if own == "caps":
             return capping(value)
         if own == "axis":
@@ -171,14 +172,14 @@ def _interpret(stem: str, value: Any, kind: str | None) -> Vector | dict[str, Ca
             role, score = _text(value["role"], "role"), _text(value.get("type", ""), "type")
             notes = {"source": "Assistant Axis project, role vector", "type": score}
             return Vector(_matrix(value["vector"], "vector"), role, notes=notes)
-        raise ValueError("holds a dict without any of the keys axis, vector and experiments")
+        raise UserError("holds a dict without any of the keys axis, vector and experiments")
     array = _matrix(value, "the tensor")
     persona = _PERSONA.fullmatch(stem)
     words = [word.lower() for word in _WORD.findall(stem)]
     kind = kind or ("persona" if persona else "axis" if "axis" in words else
                     "role" if words[:1] == ["default"] else None)
     if kind is None:
-        raise ValueError("holds a bare tensor, and the file name does not give its kind; set "
+        raise UserError("holds a bare tensor, and the file name does not give its kind; set "
                          f"kind to one of {', '.join(KINDS)}")
     if kind == "axis":
         return _axis(array)
@@ -191,20 +192,20 @@ def _interpret(stem: str, value: Any, kind: str | None) -> Vector | dict[str, Ca
 
 def _text(value: Any, what: str) -> str:
     if not isinstance(value, (str, int, float)):
-        raise ValueError(f"{what} is a {type(value).__name__}; it must be a string")
+        raise UserError(f"{what} is a {type(value).__name__}; it must be a string")
     return str(value)
 
 
 def _table(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{what} is a {type(value).__name__}; it must be a dict")
+        raise UserError(f"{what} is a {type(value).__name__}; it must be a dict")
     return value
 
 
 def _matrix(value: Any, what: str) -> np.ndarray:
     if not isinstance(value, np.ndarray) or value.ndim != 2 or not value.size:
         shape = list(value.shape) if isinstance(value, np.ndarray) else type(value).__name__
-        raise ValueError(f"{what} is {shape}; it must be a tensor [L, D]")
+        raise UserError(f"{what} is {shape}; it must be a tensor [L, D]")
     return value
 
 
@@ -216,7 +217,7 @@ def _axis(array: np.ndarray) -> Axis:
 
 def _persona(array: np.ndarray, trait: str, pool: str) -> Vector:
     if len(array) < 3:
-        raise ValueError(f"the tensor is {list(array.shape)}; a persona vector is [L + 1, D], "
+        raise UserError(f"the tensor is {list(array.shape)}; a persona vector is [L + 1, D], "
                          "starting at the embeddings")
     values = np.zeros((len(array) - 1, array.shape[1]), np.float32)
     values[:-1] = array[1:-1]
@@ -239,44 +240,44 @@ def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
       The caps of each experiment by id, in file order.
 
     Raises:
-      ValueError: a vector is missing or not [D], or a cap or layer is not a number.
+      UserError: a vector is missing or not [D], or a cap or layer is not a number.
     """
     vectors, out = _table(table["vectors"], "vectors"), {}
     if not isinstance(table["experiments"], list):
-        raise ValueError("experiments must be a list")
+        raise UserError("experiments must be a list")
     for i, experiment in enumerate(table["experiments"]):
         name = _text(_table(experiment, f"experiments[{i}]")["id"], f"experiments[{i}].id")
         labels, layers, floors, values = [], [], [], []
         if not isinstance(experiment["interventions"], list):
-            raise ValueError(f"experiment {name!r}: interventions must be a list")
+            raise UserError(f"experiment {name!r}: interventions must be a list")
         for item in experiment["interventions"]:
             item = _table(item, f"experiment {name!r}: an intervention")
             label = _text(item["vector"], f"experiment {name!r}: vector")
             if label not in vectors:
-                raise ValueError(f"experiment {name!r} names {label!r}, which is not in vectors")
+                raise UserError(f"experiment {name!r} names {label!r}, which is not in vectors")
             entry = vectors[label]
             if not isinstance(entry, dict):
-                raise ValueError(f"vector {label!r} is a {type(entry).__name__}; it must be a "
+                raise UserError(f"vector {label!r} is a {type(entry).__name__}; it must be a "
                                  "dict with vector [D] and layer")
             vector, layer = np.asarray(entry["vector"]), entry["layer"]
             if vector.ndim != 1 or vector.dtype != np.float32 or type(layer) is not int:
-                raise ValueError(f"vector {label!r} must be a tensor [D] with an integer layer")
+                raise UserError(f"vector {label!r} must be a tensor [D] with an integer layer")
             if isinstance(item["cap"], bool) or not isinstance(item["cap"], (int, float)):
                 cap = "a tensor" if isinstance(item["cap"], np.ndarray) else f"{item['cap']!r:.80}"
-                raise ValueError(f"experiment {name!r}: cap is {cap}, not a number")
+                raise UserError(f"experiment {name!r}: cap is {cap}, not a number")
             labels.append(label)
             layers.append(layer)
             floors.append(-item["cap"])
             values.append(-vector)
         if not values or len({len(value) for value in values}) > 1:
-            raise ValueError(f"experiment {name!r} holds no cap, or vectors of different widths")
+            raise UserError(f"experiment {name!r} holds no cap, or vectors of different widths")
         if name in out:
-            raise ValueError(f"duplicate experiment {name!r}")
+            raise UserError(f"duplicate experiment {name!r}")
         notes = {"source": "Assistant Axis project, capping experiment", "sign": _sign(name)}
         out[name] = Caps(np.stack(values), tuple(layers), np.array(floors), tuple(labels), name,
                            notes=notes)
     if not out:
-        raise ValueError("experiments is empty")
+        raise UserError("experiments is empty")
     return out
 
 

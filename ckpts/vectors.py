@@ -23,6 +23,7 @@ from jaxpersona.ckpts import gguf, torchfile
 from jaxpersona.ckpts.files import atomic, parse_field, read_tensors, scheme_of, write_tensors
 from jaxpersona.ckpts.gguf import VECTOR_BYTES
 
+from jaxpersona.errors import UserError
 from jaxpersona.inputs import require_file
 from jaxpersona.models.config import MAX_LAYERS
 from jaxpersona.models.params import SCHEME
@@ -40,7 +41,7 @@ def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
       Descriptions of what the format cannot store; empty for .safetensors.
 
     Raises:
-      ValueError: the suffix is not supported, or the format cannot store the value.
+      UserError: the suffix is not supported, or the format cannot store the value.
     """
     suffix = pathlib.Path(path).suffix.lower()
     if suffix == ".safetensors":
@@ -49,7 +50,7 @@ def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
     if isinstance(vector, Caps) or suffix not in (".gguf", ".npy"):
         what = "caps are" if isinstance(vector, Caps) else "directions are"
         forms = ".safetensors" if isinstance(vector, Caps) else ".safetensors, .gguf or .npy"
-        raise ValueError(f"{path}: {what} written as {forms}; the suffix is {suffix or 'missing'}")
+        raise UserError(f"{path}: {what} written as {forms}; the suffix is {suffix or 'missing'}")
     if suffix == ".gguf":
         return gguf.write(path, vector)
     with atomic(path) as temporary, open(temporary, "wb") as file:
@@ -72,12 +73,12 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
       A direction, or caps by experiment id.
 
     Raises:
-      ValueError: the suffix is unknown, or the file is missing, damaged, unsafe or uses an
+      UserError: the suffix is unknown, or the file is missing, damaged, unsafe or uses an
         unsupported convention; the message names the file.
     """
     loaded = _read_any(path, kind)
     if isinstance(loaded, Vector) and loaded.n_layers > MAX_LAYERS:
-        raise ValueError(f"{path}: holds {loaded.n_layers} layers; at most {MAX_LAYERS} are "
+        raise UserError(f"{path}: holds {loaded.n_layers} layers; at most {MAX_LAYERS} are "
                          "allowed")
     return loaded
 
@@ -87,9 +88,9 @@ def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, C
     if os.path.isdir(path):
         held = os.path.join(path, "axis.safetensors")  # of a run folder
         hint = f"did you mean {held}?" if os.path.isfile(held) else "give a file"
-        raise ValueError(f"{path}: is a folder; {hint}")
+        raise UserError(f"{path}: is a folder; {hint}")
     if kind is not None and suffix != ".pt":
-        raise ValueError(f"{path}: kind is {kind!r}, but it applies only to .pt files; omit it")
+        raise UserError(f"{path}: kind is {kind!r}, but it applies only to .pt files; omit it")
     if suffix == ".pt":
         return torchfile.read(path, kind)
     if suffix == ".gguf":
@@ -97,7 +98,7 @@ def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, C
     if suffix == ".npy":
         return _read_array(pathlib.Path(path))
     if suffix != ".safetensors":
-        raise ValueError(f"{path}: the suffix must be one of {', '.join(_SUFFIXES)}")
+        raise UserError(f"{path}: the suffix must be one of {', '.join(_SUFFIXES)}")
     tensors, header = read_tensors(path, VECTOR_BYTES)
     try:
         if header.get("kind") == "caps":
@@ -105,20 +106,20 @@ def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, C
             return {caps.name: caps}
         return _dated(path, _build(header, tensors))
     except KeyError as error:
-        raise ValueError(f"{path}: {error} is missing") from None
+        raise UserError(f"{path}: {error} is missing") from None
     except (ValueError, TypeError, RecursionError) as error:  # repr of a deep nest: RecursionError
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
     """Read a direction of any supported format (see the module docstring).
 
     Raises:
-      ValueError: as `load_any`, or the file holds caps.
+      UserError: as `load_any`, or the file holds caps.
     """
     loaded = load_any(path, kind)
     if isinstance(loaded, dict):
-        raise ValueError(f"{path}: holds caps ({', '.join(list(loaded)[:4])}); read it with "
+        raise UserError(f"{path}: holds caps ({', '.join(list(loaded)[:4])}); read it with "
                          "load_caps or pass it to `generate --cap`")
     return loaded
 
@@ -127,11 +128,11 @@ def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
     """Read an assistant axis of any supported format (see the module docstring).
 
     Raises:
-      ValueError: as `load_vector`, or the file holds a direction that is not an axis.
+      UserError: as `load_vector`, or the file holds a direction that is not an axis.
     """
     loaded = load_vector(path, kind=kind)
     if not isinstance(loaded, Axis):
-        raise ValueError(f"{path}: holds a {loaded.kind}, not an axis")
+        raise UserError(f"{path}: holds a {loaded.kind}, not an axis")
     return loaded
 
 
@@ -139,11 +140,11 @@ def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
     """Read caps by experiment id; pass `caps.interventions()` to `generate`.
 
     Raises:
-      ValueError: as `load_any`, or the file holds no caps.
+      UserError: as `load_any`, or the file holds no caps.
     """
     loaded = load_any(path)
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path}: holds a {loaded.kind}, not caps")
+        raise UserError(f"{path}: holds a {loaded.kind}, not caps")
     return loaded
 
 
@@ -167,17 +168,17 @@ def _read_array(path: pathlib.Path) -> Vector:
         value = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy raises many types on damaged headers
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"{path}: invalid .npy file ({reason})") from None
+        raise UserError(f"{path}: invalid .npy file ({reason})") from None
     if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind not in "fiu":
         what = (f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray)
                 else "an archive")
-        raise ValueError(f"{path}: holds {what}; it must be a real array [L, D], one entry per "
+        raise UserError(f"{path}: holds {what}; it must be a real array [L, D], one entry per "
                          "layer from 0")
     try:
         return Vector(np.array(value), path.stem,
                       notes={"source": "bare .npy array; row l is read as layer l"})
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def _write(path: str | os.PathLike, vector: Vector | Caps) -> None:
@@ -207,20 +208,20 @@ def _write(path: str | os.PathLike, vector: Vector | Caps) -> None:
 def _check_header(header: dict[str, str], tensors: dict[str, np.ndarray]) -> dict[str, Any]:
     """Check the header fields shared by all kinds; return the notes."""
     if header.get("format") != _FORMAT or "values" not in tensors:
-        raise ValueError(f"not a jaxpersona vector file (no values, or format is not {_FORMAT!r})")
+        raise UserError(f"not a jaxpersona vector file (no values, or format is not {_FORMAT!r})")
     notes = parse_field(header.get("notes", "{}"), "notes", dict)
     sign = "+assistant" if header.get("kind") == "axis" else "+"
     wanted = {"layer_base": "0", "sign": sign, "norm": "none"}
     for field, want in wanted.items():
         if header.get(field) != want:
-            raise ValueError(f"{field} is {header.get(field)!r}; only {want!r} is supported")
+            raise UserError(f"{field} is {header.get(field)!r}; only {want!r} is supported")
     return notes
 
 
 def _build_caps(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Caps:
     notes = _check_header(header, tensors)
     if header.get("site") != "residual":
-        raise ValueError(f"site is {header.get('site')!r}; caps act on the residual stream")
+        raise UserError(f"site is {header.get('site')!r}; caps act on the residual stream")
     layers, labels = (tuple(parse_field(header[field], field, list))
                       for field in ("layers", "labels"))
     return Caps(tensors["values"], layers, tensors["floors"], labels, header.get("name", "caps"),
@@ -232,7 +233,7 @@ def _build(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Vector:
     kind = header.get("kind", "")
     notes = _check_header(header, tensors)
     if kind not in _KINDS:
-        raise ValueError(f"kind is {kind!r}; it must be one of {[*sorted(_KINDS), 'caps']}")
+        raise UserError(f"kind is {kind!r}; it must be one of {[*sorted(_KINDS), 'caps']}")
     fields: dict[str, Any] = {
         "values": tensors["values"], "name": header.get("name", kind),
         "model": header.get("model", ""), "fingerprint": header.get("fingerprint", ""),
@@ -246,7 +247,7 @@ def _build(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Vector:
             if key.startswith("percentiles/"):
                 parts = key.split("/")
                 if len(parts) != 3:
-                    raise ValueError(f"{key} is not percentiles/<population>/<name>")
+                    raise UserError(f"{key} is not percentiles/<population>/<name>")
                 _, population, name = parts
                 percentiles.setdefault(population, {})[name] = value
         fields["percentiles"] = percentiles

@@ -15,6 +15,8 @@ import stat
 from collections.abc import Callable
 from typing import Any
 
+from jaxpersona.errors import UserError
+
 TEXT_BYTES = 256 << 20  # maximum size of a text file; the largest, tokenizer files, have 35 MB
 MAX_DEPTH = 500  # maximum JSON nesting: half of Python's recursion limit, for recursive readers
 
@@ -32,17 +34,17 @@ def require_file(path: str | os.PathLike[str], limit: int | None = None) -> int:
       limit: maximum size in bytes; None accepts any size.
 
     Raises:
-      ValueError: the file is missing, not regular or too large, or the path is invalid; the
+      UserError: the file is missing, not regular or too large, or the path is invalid; the
         message names the path.
     """
     status = _stat(path)
     if status is None:
-        raise ValueError(f"{path}: no such file")
+        raise UserError(f"{path}: no such file")
     kind = next((name for test, name in _KINDS if test(status.st_mode)), None)
     if kind is not None:
-        raise ValueError(f"{path}: cannot be read (it is {kind}; give a file)")
+        raise UserError(f"{path}: cannot be read (it is {kind}; give a file)")
     if limit is not None and status.st_size > limit:
-        raise ValueError(f"{path}: has {status.st_size} bytes; the limit is {limit}")
+        raise UserError(f"{path}: has {status.st_size} bytes; the limit is {limit}")
     return status.st_size
 
 
@@ -50,11 +52,11 @@ def require_folder(path: str | os.PathLike[str]) -> None:
     """Check that a path is a folder.
 
     Raises:
-      ValueError: the folder is missing or the path is invalid; the message names the path.
+      UserError: the folder is missing or the path is invalid; the message names the path.
     """
     status = _stat(path)
     if status is None or not stat.S_ISDIR(status.st_mode):
-        raise ValueError(f"{path}: no such folder")
+        raise UserError(f"{path}: no such folder")
 
 
 def _stat(path: str | os.PathLike[str]) -> os.stat_result | None:
@@ -63,7 +65,7 @@ def _stat(path: str | os.PathLike[str]) -> os.stat_result | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:  # name too long, permission denied, null byte
-        raise ValueError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"
                          ) from None
 
 
@@ -71,14 +73,14 @@ def read_bytes(path: str | os.PathLike[str], limit: int = TEXT_BYTES) -> bytes:
     """Read a regular file of at most `limit` bytes.
 
     Raises:
-      ValueError: as `require_file`, or reading fails; the message names the path.
+      UserError: as `require_file`, or reading fails; the message names the path.
     """
     size = require_file(path, limit)
     try:
         with open(path, "rb") as file:
             return file.read(max(size, 1 << 20))  # files in /proc report size 0
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def parse_json(text: str, hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
@@ -90,39 +92,39 @@ def parse_json(text: str, hook: Callable[[list[tuple[str, Any]]], Any] | None = 
 
     Raises:
       json.JSONDecodeError: invalid JSON.
-      ValueError: nesting exceeds `MAX_DEPTH`, or a number has more digits than Python parses.
+      UserError: nesting exceeds `MAX_DEPTH`, or a number has more digits than Python parses.
     """
     try:
         value = json.loads(text, object_pairs_hook=hook)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise UserError("nested too deeply") from None
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [part for item in level if isinstance(item, (dict, list))
                  for part in (item.values() if isinstance(item, dict) else item)]
         if not level:
             return value
-    raise ValueError("nested too deeply")
+    raise UserError("nested too deeply")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file.
 
     Raises:
-      ValueError: as `read_bytes`, or the content is invalid JSON; the message names the path.
+      UserError: as `read_bytes`, or the content is invalid JSON; the message names the path.
     """
     data = read_bytes(path)
     try:
         return parse_json(data.decode("utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: invalid JSON ({error})") from None
+        raise UserError(f"{path}: invalid JSON ({error})") from None
 
 
 def require_files(folder: pathlib.Path, suffixes: tuple[str, ...], limit: int = TEXT_BYTES) -> None:
     """Check all files with given suffixes in a folder before another library reads them.
 
     Raises:
-      ValueError: an entry is not a regular file or is too large; the message names it.
+      UserError: an entry is not a regular file or is too large; the message names it.
     """
     for path in sorted(folder.iterdir()):
         if path.name.endswith(suffixes) and not path.is_dir() and _stat(path) is not None:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 
 import jax
 
+from jaxpersona.errors import UserError
+
 _used_by: int | None = None  # the process that first used JAX through this package
 _asked: contextvars.ContextVar[bool | None] = contextvars.ContextVar("debugging", default=None)
 
@@ -24,7 +26,7 @@ def own_rules() -> Iterator[None]:
     The flags do not change compiled programs or their cache keys.
 
     Raises:
-      ValueError: this process was forked from one that has used JAX.
+      UserError: this process was forked from one that has used JAX.
     """
     check_process()
     before = _asked.set(debugging())
@@ -45,13 +47,13 @@ def check_process() -> None:
     """Raise if this process was forked from one that has used JAX: JAX's threads are missing.
 
     Raises:
-      ValueError: this process is such a fork.
+      UserError: this process is such a fork.
     """
     global _used_by
     if _used_by is None:
         _used_by = os.getpid()
     elif _used_by != os.getpid():
-        raise ValueError(
+        raise UserError(
             f"process {os.getpid()} was forked from process {_used_by}, which has used JAX; JAX "
             "would deadlock here: use multiprocessing.get_context('spawn')"
         )

@@ -8,6 +8,8 @@ from typing import Literal
 import jax
 from jaxpersona.kernels import reference
 
+from jaxpersona.errors import UserError
+
 Implementation = Literal["xla"]
 
 
@@ -24,8 +26,8 @@ def rank_one_edit(
     """Apply `reference.rank_one_edit` with the named implementation.
 
     Raises:
-      ValueError: unknown implementation.
+      UserError: unknown implementation.
     """
     if implementation != "xla":
-        raise ValueError(f"implementation is {implementation!r}; only 'xla' is available")
+        raise UserError(f"implementation is {implementation!r}; only 'xla' is available")
     return reference.rank_one_edit(h, direction, coefficients, active, push, columns)

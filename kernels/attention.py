@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.errors import UserError
+
 Implementation = Literal["xla", "cudnn"]
 Asked = Literal["auto", "xla", "cudnn"]
 LONG = 127  # the longest batch that uses XLA: from 128 tokens on, cuDNN was faster on an H100
@@ -48,10 +50,10 @@ def attention_implementation(
       The implementation, and the reason for it.
 
     Raises:
-      ValueError: cuDNN is required but not supported; the message lists every reason.
+      UserError: cuDNN is required but not supported; the message lists every reason.
     """
     if asked not in ("auto", "xla", "cudnn"):
-        raise ValueError(f"attention is {asked!r}; it must be auto, xla or cudnn")
+        raise UserError(f"attention is {asked!r}; it must be auto, xla or cudnn")
     if asked == "xla":
         return "xla", "it was requested"
     limit = 256 if capability >= 9 else 128
@@ -67,7 +69,7 @@ def attention_implementation(
         ("the arrays are sharded over a mesh", sharded),
     ) if holds]
     if against and asked == "cudnn":
-        raise ValueError(f"attention is 'cudnn', but {', and '.join(against)}; use 'auto' or 'xla'")
+        raise UserError(f"attention is 'cudnn', but {', and '.join(against)}; use 'auto' or 'xla'")
     if against:
         return "xla", against[0]
     if tokens <= LONG and asked == "auto":
@@ -82,7 +84,7 @@ def choose(config: Any, asked: Asked, *, dtype: Any, tokens: int, fresh: bool, s
     The first choice of cuDNN runs its self-test (`cudnn_fault`).
 
     Raises:
-      ValueError: cuDNN is required, but is not supported or fails its self-test.
+      UserError: cuDNN is required, but is not supported or fails its self-test.
     """
     capability = 0.0
     if platform == "gpu" and asked != "xla":
@@ -97,7 +99,7 @@ def choose(config: Any, asked: Asked, *, dtype: Any, tokens: int, fresh: bool, s
         groups = config.n_heads // config.n_kv_heads
         fault = cudnn_fault(np.dtype(dtype).name, config.head_dim, groups, windowed)
         if fault is not None and asked == "cudnn":
-            raise ValueError(f"attention is 'cudnn', but {fault}; use 'auto' or 'xla'")
+            raise UserError(f"attention is 'cudnn', but {fault}; use 'auto' or 'xla'")
         chosen, reason = ("cudnn", reason) if fault is None else ("xla", fault)
     if chosen == "xla" and platform == "gpu" and asked == "auto" and fresh and tokens > LONG:
         _say_once(f"long prompts use XLA's attention, not cuDNN: {reason}")

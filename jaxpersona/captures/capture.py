@@ -26,6 +26,7 @@ from jaxpersona.captures.readings import (
     Projections,
     TokenState,
 )
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Layers, normalised, numbers, resolve_layers
 from jaxpersona.interventions.table import SITES, Site, one_origin, traced
 from jaxpersona.interventions.where import Where, encoded, everywhere, response
@@ -40,8 +41,7 @@ _CALLS = {"full": "full()", "histogram": "histogram(directions, edges)", "last":
           "projections": "projections(directions)"}
 
 
-@flax.struct.dataclass
-class Capture:
+class Capture(flax.struct.PyTreeNode):
     """Named readings that share one forward pass; `a | b` combines two captures."""
 
     parts: Mapping[str, Any] = flax.struct.field(default_factory=dict)
@@ -50,7 +50,7 @@ class Capture:
         check_capture(other)
         twice = sorted(set(self.parts) & set(other.parts))
         if twice:
-            raise ValueError(f"two captures have the name {twice}; rename one with `name=`")
+            raise UserError(f"two captures have the name {twice}; rename one with `name=`")
         return Capture({**self.parts, **other.parts})
 
     def start(self, config: ModelConfig, rows: int, slots: int) -> dict[str, Any]:
@@ -65,13 +65,13 @@ def chosen_layers(part: Any, config: ModelConfig) -> tuple[int, ...]:
     """Return the layers that a reading uses; default: all.
 
     Raises:
-      ValueError: a layer that the model does not have, or directions of another shape.
+      UserError: a layer that the model does not have, or directions of another shape.
     """
     if part.site not in SITES:
-        raise ValueError(f"site is {part.site!r}; it must be one of {SITES}")
+        raise UserError(f"site is {part.site!r}; it must be one of {SITES}")
     layers = part.layers if part.layers is not None else tuple(range(config.n_layers))
     if layers[-1] >= config.n_layers:
-        raise ValueError(
+        raise UserError(
             f"a capture reads layer {layers[-1]}; the model has layers 0…{config.n_layers - 1}"
         )
     if hasattr(part, "directions"):
@@ -79,11 +79,11 @@ def chosen_layers(part: Any, config: ModelConfig) -> tuple[int, ...]:
         for name in ("directions", "edges"):  # indexing would clamp to the last set without error
             sets = getattr(part, name, np.zeros(1)).shape[0]
             if sets not in (1, len(layers)):
-                raise ValueError(
+                raise UserError(
                     f"{name} are for {sets} layers, but {len(layers)} are captured: {list(layers)}"
                 )
         if width != config.d_model:
-            raise ValueError(
+            raise UserError(
                 f"directions have width {width}; the model's residual stream has {config.d_model}"
             )
     return layers
@@ -101,7 +101,7 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None, site
         for one in several:
             one.check_site(site)
             if one.n_layers != several[0].n_layers:
-                raise ValueError(f"the directions have {several[0].n_layers} and {one.n_layers} "
+                raise UserError(f"the directions have {several[0].n_layers} and {one.n_layers} "
                                  "layers")
         value: Any = np.stack([one.at_layers(chosen) for one in several], 1)
         origin, picked = one_origin(*([one.origin] for one in several)), chosen
@@ -109,9 +109,9 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None, site
         value, picked, origin = numbers("directions", directions), _pick(layers), np.zeros(1)
         value = value[None] if value.ndim == 2 else value
     if value.ndim != 3 or not value.shape[1]:
-        raise ValueError(f"directions has shape {value.shape}; it must be [K, D] or [l, K, D]")
+        raise UserError(f"directions has shape {value.shape}; it must be [K, D] or [l, K, D]")
     if not traced(value) and not (np.isfinite(value).all() and value.any(-1).all()):
-        raise ValueError("directions contains a zero vector or a non-finite value")
+        raise UserError("directions contains a zero vector or a non-finite value")
     unit = jnp.asarray(normalised(value)[0], F32)
     return _test(where), unit, jnp.asarray(origin, jnp.uint32), picked, _site(site)
 
@@ -120,12 +120,12 @@ def check_capture(given: Any) -> None:
     """Check that a caller's `capture` argument is a capture or None.
 
     Raises:
-      ValueError: another value, such as a function of this module that was not called.
+      UserError: another value, such as a function of this module that was not called.
     """
     if given is None or isinstance(given, Capture):
         return
     name = given if isinstance(given, str) else getattr(given, "__name__", "")
-    raise ValueError(f"capture is {given!r:.60}; give a capture such as "
+    raise UserError(f"capture is {given!r:.60}; give a capture such as "
                      f"jp.capture.{_CALLS.get(name, 'last()')}")
 
 
@@ -135,7 +135,7 @@ def _test(where: Where | str) -> jax.Array:
 
 def _site(site: Site) -> Site:
     if site not in SITES:
-        raise ValueError(f"site is {site!r}; it must be one of {SITES}")
+        raise UserError(f"site is {site!r}; it must be one of {SITES}")
     return site
 
 
@@ -151,7 +151,7 @@ def mean(where: Where | str = response, *, layers: Layers | None = None, site: S
     Result: [B, L, D], or [B, L, M, D].
     """
     if turns is not None and (not isinstance(turns, int) or turns < 1):
-        raise ValueError(f"turns is {turns!r}; it must be a positive integer")
+        raise UserError(f"turns is {turns!r}; it must be a positive integer")
     return Capture({name: Mean(_test(where), _pick(layers), _site(site), turns)})
 
 
@@ -206,19 +206,19 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
       A capture with result [B, L, K, E + 1] int32.
 
     Raises:
-      ValueError: edges that do not ascend, or edges or directions of an invalid shape.
+      UserError: edges that do not ascend, or edges or directions of an invalid shape.
     """
     chosen = _directions(directions, where, layers, site)
     bounds = numbers("edges", edges)
     bounds = bounds[None, None] if bounds.ndim == 1 else bounds
     if bounds.ndim != 3 or not bounds.shape[-1]:
-        raise ValueError(f"edges has shape {bounds.shape}; it must be [E] or [l, K, E]")
+        raise UserError(f"edges has shape {bounds.shape}; it must be [E] or [l, K, E]")
     if not np.isfinite(bounds).all() or (np.diff(bounds.astype(np.float32), axis=-1) <= 0).any():
-        raise ValueError("edges must be finite and strictly ascending")
+        raise UserError("edges must be finite and strictly ascending")
     known = None if chosen[3] is None else len(chosen[3])  # None: checked by `chosen_layers`
     if bounds.shape[1] not in (1, chosen[1].shape[1]) or (
             known is not None and bounds.shape[0] not in (1, known)):
-        raise ValueError(f"edges has shape {bounds.shape}; it must fit the shape of directions, "
+        raise UserError(f"edges has shape {bounds.shape}; it must fit the shape of directions, "
                          f"{chosen[1].shape}")
     return Capture({name: Histogram(*chosen, jnp.asarray(bounds, F32))})
 

@@ -27,8 +27,7 @@ LARGE = 1e9  # bytes of full activations from which their size is logged as a wa
 _LOG = logging.getLogger("jaxpersona")
 
 
-@flax.struct.dataclass
-class MeanState:
+class MeanState(flax.struct.PyTreeNode):
     """The sum of activations and the number of tokens; `value` is the mean."""
 
     total: Any  # [L, B, D], with `turns` [L, B, M, D], float32
@@ -54,8 +53,7 @@ class MeanState:
         return xp.moveaxis(mean, 0, 1)
 
 
-@flax.struct.dataclass
-class LastState:
+class LastState(flax.struct.PyTreeNode):
     """The activation of the last selected token so far."""
 
     latest: Any  # [L, B, D] float32
@@ -80,8 +78,7 @@ class LastState:
         return xp.moveaxis(xp.where(seen, self.latest, xp.nan), 0, 1)
 
 
-@flax.struct.dataclass
-class TokenState:
+class TokenState(flax.struct.PyTreeNode):
     """One value per cache slot; `value` is [B, L, S, …], NaN for tokens not selected."""
 
     values: Any  # [L, B, S, …] float32
@@ -94,7 +91,6 @@ class TokenState:
         return xp.moveaxis(self.values, 0, 1)
 
 
-@flax.struct.dataclass
 class ProjectionState(TokenState):
     """A `TokenState` of K directions, stored [L, B, K, S]: TPUs pad small minor dimensions."""
 
@@ -105,8 +101,7 @@ class ProjectionState(TokenState):
         return xp.transpose(self.values, (1, 0, 3, 2))
 
 
-@flax.struct.dataclass
-class Moments:
+class Moments(flax.struct.PyTreeNode):
     """Count, mean and variance of each row's projections.
 
     Attributes:
@@ -120,8 +115,7 @@ class Moments:
     variance: Any
 
 
-@flax.struct.dataclass
-class MomentState:
+class MomentState(flax.struct.PyTreeNode):
     """Running moments (Welford 1962; merged as in Chan et al. 1983); `value` is `Moments`."""
 
     count: Any  # [B] float32
@@ -150,8 +144,7 @@ class MomentState:
         return Moments(self.count, xp.moveaxis(mean, 0, 1), xp.moveaxis(variance, 0, 1))
 
 
-@flax.struct.dataclass
-class CountState:
+class CountState(flax.struct.PyTreeNode):
     """Histogram counts; `value` is [B, L, K, E + 1]."""
 
     counts: Any  # [L, B, K, E + 1] int32
@@ -164,8 +157,7 @@ class CountState:
         return xp.moveaxis(self.counts, 0, 1)
 
 
-@flax.struct.dataclass
-class Mean:
+class Mean(flax.struct.PyTreeNode):
     """The mean activation of the tokens selected by `where`, per message if `turns` is given."""
 
     where: Any
@@ -197,8 +189,7 @@ class Mean:
         return MeanState(state.total + parts, state.count + weights.sum(-1))
 
 
-@flax.struct.dataclass
-class Last:
+class Last(flax.struct.PyTreeNode):
     """The activation of the last token selected by `where`."""
 
     where: Any
@@ -230,8 +221,7 @@ class Last:
         )
 
 
-@flax.struct.dataclass
-class Projections:
+class Projections(flax.struct.PyTreeNode):
     """The projections of the tokens selected by `where` on K directions per layer."""
 
     where: Any
@@ -264,7 +254,6 @@ class Projections:
         return ProjectionState(write_slots(state.values, parts, slots, axis=3))
 
 
-@flax.struct.dataclass
 class ProjectionMoments(Projections):
     """The count, mean and variance of each row's projections."""
 
@@ -291,7 +280,6 @@ class ProjectionMoments(Projections):
         return MomentState(total, state.mean + apart * share, spread)
 
 
-@flax.struct.dataclass
 class Histogram(Projections):
     """A histogram of each row's projections with fixed bin edges; the outer bins are open."""
 
@@ -316,8 +304,7 @@ class Histogram(Projections):
         return CountState(state.counts + parts)
 
 
-@flax.struct.dataclass
-class Norms:
+class Norms(flax.struct.PyTreeNode):
     """The norms of the activations selected by `where`."""
 
     where: Any
@@ -342,8 +329,7 @@ class Norms:
         return TokenState(write_slots(state.values, parts, slots))
 
 
-@flax.struct.dataclass
-class Full:
+class Full(flax.struct.PyTreeNode):
     """All activations selected by `where`: [L, B, S, D], larger than a key/value cache."""
 
     where: Any

@@ -12,6 +12,7 @@ from jaxpersona import interrupt
 from jaxpersona.cli import support
 from jaxpersona.cli.output import say
 from jaxpersona.cli.support import DtypeOption, ModelOption, check_folder, kept_of, progress
+from jaxpersona.errors import UserError
 
 
 def axis(
@@ -62,7 +63,7 @@ def axis(
     own = model == "mini" and roles is None
     judge = judge or ("rules" if own else "none")
     if judge not in ("rules", "self", "none") or (judge == "rules" and not own):
-        raise ValueError(f"judge is {judge!r}; choose {'rules, self' if own else 'self'} or none"
+        raise UserError(f"judge is {judge!r}; choose {'rules, self' if own else 'self'} or none"
                          + (" (rules judges only mini's own roles)" if judge == "rules" else ""))
     length = max_new_tokens if max_new_tokens is not None else 64 if model == "mini" else 512
     settings = Settings(temperature, top_p, length, samples, batch_size, seed)
@@ -80,7 +81,7 @@ def axis(
     if limit_questions is not None:
         asked = asked[: max(limit_questions, 1)]
     if joining.many() and mesh is None:
-        raise ValueError("several processes share one mesh; give --mesh over all their "
+        raise UserError("several processes share one mesh; give --mesh over all their "
                          "devices together, such as data=2,model=4")
     loaded = support.open_model(model, dtype, mesh)
     if judge == "none" and joining.first():

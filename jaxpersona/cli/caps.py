@@ -8,30 +8,31 @@ from typing import Any
 
 from jaxpersona.cli.output import say
 from jaxpersona.cli.support import progress
+from jaxpersona.errors import UserError
 
 
 def open_caps(file: pathlib.Path, given: dict[str, str | None]) -> Any:
     """Read the file of `--cap`: an axis, or the caps of an experiment.
 
     Raises:
-      ValueError: another kind of file, or options that do not apply to it.
+      UserError: another kind of file, or options that do not apply to it.
     """
     from jaxpersona.ckpts.vectors import load_any, load_axis
 
     found = load_any(file)
     if not isinstance(found, dict):
         if given["--experiment"] is not None:
-            raise ValueError(f"--experiment is for files of caps; {file} holds a {found.kind}")
+            raise UserError(f"--experiment is for files of caps; {file} holds a {found.kind}")
         axis = load_axis(file)
         if given["--percentile"] is not None or given["--of"] is not None:
             _floor(axis, given["--percentile"], given["--of"])  # before a model is loaded
         return axis
     own = [name for name, value in given.items() if name != "--experiment" and value is not None]
     if own:
-        raise ValueError(f"{file}: caps have their own layers and floors; leave {own[0]} out")
+        raise UserError(f"{file}: caps have their own layers and floors; leave {own[0]} out")
     name = given["--experiment"] or (next(iter(found)) if len(found) == 1 else None)
     if name not in found:
-        raise ValueError(f"{file}: choose one with --experiment: {', '.join(found)}")
+        raise UserError(f"{file}: choose one with --experiment: {', '.join(found)}")
     return found[name]
 
 
@@ -39,7 +40,7 @@ def read_spec(file: pathlib.Path) -> Any:
     """Read a JSON file of interventions.
 
     Raises:
-      ValueError: no such file, not JSON, or null.
+      UserError: no such file, not JSON, or null.
     """
     from jaxpersona.data.reading import Faults, parse, read_text
 
@@ -48,7 +49,7 @@ def read_spec(file: pathlib.Path) -> Any:
     found = None if text is None else parse(text, str(file), faults)
     faults.raise_if_any(file)
     if found is None:  # the caller uses None for "no file"
-        raise ValueError(f"{file}: holds null, not interventions; give at least one")
+        raise UserError(f"{file}: holds null, not interventions; give at least one")
     return found
 
 
@@ -57,7 +58,7 @@ def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None,
     """Return the interventions of `--cap`, after a self-test if `check` is set.
 
     Raises:
-      ValueError: they are for another model, or the self-test rejects them.
+      UserError: they are for another model, or the self-test rejects them.
     """
     from jaxpersona.interventions import cap, resolve_layers
     from jaxpersona.vectors.vector import fitted
@@ -83,7 +84,7 @@ def spec_edits(model: Any, spec: Any, file: pathlib.Path, check: bool) -> Any:
     """Return the interventions of `--spec`, after a self-test of each of its caps on an axis.
 
     Raises:
-      ValueError: the spec is invalid, or the self-test rejects one of its caps; the file is
+      UserError: the spec is invalid, or the self-test rejects one of its caps; the file is
         named.
     """
     from jaxpersona.interventions import specs
@@ -92,7 +93,7 @@ def spec_edits(model: Any, spec: Any, file: pathlib.Path, check: bool) -> Any:
     try:
         edits = specs.interventions(spec, model, folder=folder)
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
     if check:
         many = isinstance(spec, list)
         for i, item in enumerate(spec if many else [spec]):
@@ -126,7 +127,7 @@ def _test(model: Any, held: Any, at: str = "", **how: Any) -> None:
     """Run the self-test and print its result.
 
     Raises:
-      ValueError: the test rejects the cap, or cannot be run.
+      UserError: the test rejects the cap, or cannot be run.
     """
     from jaxpersona.persona.check import check
 
@@ -137,9 +138,9 @@ def _test(model: Any, held: Any, at: str = "", **how: Any) -> None:
         try:
             found = check(model, held, **how, progress=count_replies)
         except ValueError as error:
-            raise ValueError(f"{at}{error} (--no-check skips the self-test)") from None
+            raise UserError(f"{at}{error} (--no-check skips the self-test)") from None
     if not found.ok:
-        raise ValueError(f"{at}the self-test rejects this cap: "
+        raise UserError(f"{at}the self-test rejects this cap: "
                          f"{'; '.join(found.faults)} (--no-check skips the test)")
     _say(f"{at}{'; '.join(found.sentences)}")
 

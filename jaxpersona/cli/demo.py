@@ -13,6 +13,7 @@ from jaxpersona import interrupt
 from jaxpersona.cli import support
 from jaxpersona.cli.output import say
 from jaxpersona.cli.support import ModelOption, check_folder, kept_of, progress
+from jaxpersona.errors import UserError
 
 
 def demo(
@@ -27,7 +28,7 @@ def demo(
 
     started = time.perf_counter()
     if model != "mini":
-        raise ValueError(f"model is {model!r}; the demo needs the ground truth of mini: "
+        raise UserError(f"model is {model!r}; the demo needs the ground truth of mini: "
                          "for other models use `jaxpersona axis`")
     check_folder("--out", out)
     loaded = support.open_model(model, None)

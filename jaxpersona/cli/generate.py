@@ -11,6 +11,7 @@ import typer
 from jaxpersona.cli import caps, support
 from jaxpersona.cli.output import cell, console, say
 from jaxpersona.cli.support import DtypeOption, ModelOption, progress
+from jaxpersona.errors import UserError
 
 
 def generate(
@@ -57,12 +58,12 @@ def generate(
     sampling(1, temperature=temperature, top_p=top_p, seed=seed)
     check_settings(max_new_tokens=max_new_tokens)
     if not math.isfinite(scale):
-        raise ValueError(f"--scale is {scale}; it must be finite")
+        raise UserError(f"--scale is {scale}; it must be finite")
     for layers in (cap_layers, steer_layers):
         if layers is not None:
             parse_layers(layers)
     if blank := [text for text in prompt if not text.strip()]:
-        raise ValueError(f"prompt is {blank[0]!r}; give a message that is not blank")
+        raise UserError(f"prompt is {blank[0]!r}; give a message that is not blank")
     given = {"--cap-layers": cap_layers, "--percentile": percentile, "--of": of,
              "--experiment": experiment}
     idle = [name for name, value in given.items() if value is not None]
@@ -72,12 +73,12 @@ def generate(
     if steer_layers is not None and steer is None:
         missing.append("--steer-layers needs --steer")
     if missing:
-        raise ValueError(", and ".join(missing))
+        raise UserError(", and ".join(missing))
     held = caps.open_caps(cap, given) if cap else None
     vector = load_vector(steer) if steer else None
     asked = caps.read_spec(spec) if spec else None
     if compare and held is None and vector is None and asked is None:
-        raise ValueError("--compare needs something to compare: give --cap, --steer or --spec")
+        raise UserError("--compare needs something to compare: give --cap, --steer or --spec")
     loaded = support.open_model(model, dtype)
     total = loaded.config.n_layers
     if vector is not None:

@@ -17,6 +17,7 @@ from jaxpersona.cli.generate import generate
 from jaxpersona.cli.plan import plan
 from jaxpersona.cli.project import project
 from jaxpersona.cli.vectors import app as vectors_app
+from jaxpersona.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False,
@@ -45,7 +46,7 @@ def _run(arguments: list[str] | None) -> None:
 
     try:
         app(arguments)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         message = str(error)
         if isinstance(error, OSError) and error.filename:
             message = f"{error.filename}: {error.strerror}"

@@ -46,7 +46,7 @@ def prepared() -> Iterator[None]:
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):  # the stream was replaced
-            stream.reconfigure(errors="backslashreplace")  # pyright: ignore
+            stream.reconfigure(errors="backslashreplace")
     shown = warnings.showwarning
 
     def show(message: Any, category: Any, *_: Any, **__: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxpersona.cli.output import say
+from jaxpersona.errors import UserError
 
 
 def plan(
@@ -32,7 +33,7 @@ def plan(
 
     config = read_shape(model)
     if context > config.max_context:
-        raise ValueError(f"context is {context}; the model was made for {config.max_context} "
+        raise UserError(f"context is {context}; the model was made for {config.max_context} "
                          f"({model})")
     layers = () if cap is None else resolve_layers(cap, config.n_layers)
     found = make(config, topology, name=model, batch=batch, context=context, cap_layers=layers,
@@ -49,7 +50,7 @@ def read_shape(source: str) -> Any:
         return preset(source.removeprefix("random:"))
     folder = os.path.expanduser(source)
     if not os.path.isdir(folder):
-        raise ValueError(f"{source}: no such folder; a plan takes random:<preset> or a folder that "
+        raise UserError(f"{source}: no such folder; a plan takes random:<preset> or a folder that "
                          "holds the model's config.json")
     return hf.read_config(folder)[0]
 

@@ -11,6 +11,7 @@ import typer
 from jaxpersona.cli import support
 from jaxpersona.cli.output import console, heading, say
 from jaxpersona.cli.support import DtypeOption, ModelOption
+from jaxpersona.errors import UserError
 
 
 def project(
@@ -34,29 +35,29 @@ def project(
     from jaxpersona.text import chat
 
     if png is not None and png.is_dir():
-        raise ValueError(f"--png is {png}, a folder; give the name of the picture's file")
+        raise UserError(f"--png is {png}, a folder; give the name of the picture's file")
     if png is not None and not png.parent.is_dir():
-        raise ValueError(f"--png is {png}; there is no folder {png.parent}: create it first")
+        raise UserError(f"--png is {png}; there is no folder {png.parent}: create it first")
     talk = read_json(conversation)
     if isinstance(talk, dict):
         talk = talk.get("conversation", talk.get("messages"))
     if not isinstance(talk, list):
-        raise ValueError(f"{conversation}: must hold a list of messages with role and content")
+        raise UserError(f"{conversation}: must hold a list of messages with role and content")
     vectors = [load_vector(file) for file in vector]
     loaded = support.open_model(model, dtype)
     vectors = [fit(loaded, vector) for vector in vectors]
     total = loaded.config.n_layers
     at = total // 2 if layer is None else layer
     if not 0 <= at < total:
-        raise ValueError(f"layer is {layer}; the model has layers 0…{total - 1}")
+        raise UserError(f"layer is {layer}; the model has layers 0…{total - 1}")
     empty = [vector.name for vector in vectors if not vector.values[at].any()]
     if empty:
-        raise ValueError(f"{empty[0]!r} is zero at layer {at}; choose another with --layer")
+        raise UserError(f"{empty[0]!r} is zero at layer {at}; choose another with --layer")
     try:
         chat.check_conversation(talk, reply=False)
         found = project_conversation(loaded, talk, vectors)
     except ValueError as error:
-        raise ValueError(f"{conversation}: {error}") from None
+        raise UserError(f"{conversation}: {error}") from None
     names = [vector.name for vector in vectors]
     if len(set(names)) < len(names):  # e.g. two axes, both named "assistant"
         names = [f"{vector.name} ({file})" for vector, file in zip(vectors, vector, strict=True)]

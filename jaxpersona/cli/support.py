@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxpersona.cli.output import console
+from jaxpersona.errors import UserError
 
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, `mini`, `random:<preset>` or "
                                                           "a hub name.")]
@@ -73,10 +74,10 @@ def check_folder(option: str, folder: pathlib.Path) -> None:
     """Check that a folder to write to is not an existing file.
 
     Raises:
-      ValueError: it is a file.
+      UserError: it is a file.
     """
     if folder.is_file():
-        raise ValueError(f"{option} is {folder}, a file; give a folder")
+        raise UserError(f"{option} is {folder}, a file; give a folder")
 
 
 def kept_of(folder: pathlib.Path) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from jaxpersona.cli.output import cell, console, heading, say
+from jaxpersona.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, help="Show and convert directions in files.")
 
@@ -49,13 +50,13 @@ def convert(
     if isinstance(found, dict):
         listed = ", ".join(found)
         if experiment is None and len(found) > 1:
-            raise ValueError(f"{source}: holds {len(found)} experiments; choose one with "
+            raise UserError(f"{source}: holds {len(found)} experiments; choose one with "
                              f"--experiment: {listed}")
         if experiment not in (None, *found):
-            raise ValueError(f"experiment is {experiment!r}; {source} holds {listed}")
+            raise UserError(f"experiment is {experiment!r}; {source} holds {listed}")
         chosen = found[experiment] if experiment else next(iter(found.values()))
     elif experiment is not None:
-        raise ValueError(f"--experiment is for files of caps; {source} holds a {found.kind}")
+        raise UserError(f"--experiment is for files of caps; {source} holds a {found.kind}")
     if name is not None:
         chosen = dataclasses.replace(chosen, name=name)
     if model is not None:

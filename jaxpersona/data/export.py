@@ -19,6 +19,7 @@ from jaxpersona.data.texts import (
     load_roles,
     load_traits,
 )
+from jaxpersona.errors import UserError
 
 KINDS = ("role", "question", "trait", "drift")
 
@@ -39,16 +40,16 @@ def check_data(path: Path | None = None) -> list[str]:
         the package data.
 
     Raises:
-      ValueError: the folder is missing, holds none of the parts, or has errors; all are listed.
+      UserError: the folder is missing, holds none of the parts, or has errors; all are listed.
     """
     places: dict[str, pathlib.Path | None] = dict.fromkeys(PARTS)
     if path is not None:
         folder = pathlib.Path(path)
         if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder")
+            raise UserError(f"{folder}: no such folder")
         places = {part: folder / part for part in PARTS if (folder / part).exists()}
         if not places:
-            raise ValueError(f"{folder}: holds none of {', '.join(PARTS)}")
+            raise UserError(f"{folder}: holds none of {', '.join(PARTS)}")
     read: dict[str, list] = {}
     faults = []
     for part, place in places.items():
@@ -57,7 +58,7 @@ def check_data(path: Path | None = None) -> list[str]:
         except ValueError as error:
             faults.append(str(error))
     if faults:
-        raise ValueError("\n".join(faults))
+        raise UserError("\n".join(faults))
     return [_summary(part, read[part]) if part in read else f"{part}: absent" for part in PARTS]
 
 
@@ -85,7 +86,7 @@ def show(kind: str, name: str | None = None) -> str:
       name: name of a role, trait or drift domain, or id of a question; None lists all.
 
     Raises:
-      ValueError: unknown `kind` or `name`.
+      UserError: unknown `kind` or `name`.
     """
     shown = _catalogue(kind)
     if name is None:
@@ -94,7 +95,7 @@ def show(kind: str, name: str | None = None) -> str:
         near = difflib.get_close_matches(name, shown, 3)
         near += [key for key in shown if key.startswith(name[:3]) and key not in near][:5]
         count = f"{len(shown) - 1} and the default" if DEFAULT in shown else len(shown)
-        raise ValueError(f"{kind} {name!r} is unknown; there are {count}"
+        raise UserError(f"{kind} {name!r} is unknown; there are {count}"
                          + (f"; did you mean {' or '.join(near)}?" if near else ""))
     first, rest = shown[name]
     return "\n".join([f"{name}: {first}", *rest])
@@ -120,7 +121,7 @@ def _catalogue(kind: str) -> dict[str, tuple[str, list[str]]]:
             for line in (f"  {user.id}: {user.card}", *(f"    {topic.id} ({topic.title}): "
                                                       f"{topic.opening}" for topic in user.topics))
         ]) for domain in load_drift()}
-    raise ValueError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
+    raise UserError(f"kind is {kind!r}; it must be one of {', '.join(KINDS)}")
 
 
 def export(folder: Path) -> int:
@@ -134,15 +135,15 @@ def export(folder: Path) -> int:
       The number of files written.
 
     Raises:
-      ValueError: the folder is not empty or not writable.
+      UserError: the folder is not empty or not writable.
     """
     folder = pathlib.Path(os.path.abspath(folder))
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder}: is a file; give a folder")
+        raise UserError(f"{folder}: is a file; give a folder")
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder}: is not empty; give a new folder")
+            raise UserError(f"{folder}: is not empty; give a new folder")
         folder.parent.mkdir(parents=True, exist_ok=True)
         count = _copy(data_root(), temporary)
         if folder.exists():
@@ -150,7 +151,7 @@ def export(folder: Path) -> int:
         os.rename(temporary, folder)
         return count
     except OSError as error:
-        raise ValueError(f"{folder}: cannot be written ({error.strerror or error})") from None
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -12,6 +12,7 @@ import re
 from importlib.resources.abc import Traversable
 from typing import Any
 
+from jaxpersona.errors import UserError
 from jaxpersona.inputs import parse_json, read_bytes
 
 
@@ -22,11 +23,11 @@ class Faults(list[str]):
         """Raise all collected errors as one.
 
         Raises:
-          ValueError: the list is not empty; the message holds every entry.
+          UserError: the list is not empty; the message holds every entry.
         """
         if self:
             count = f"{len(self)} fault{'s' if len(self) > 1 else ''}"
-            raise ValueError(f"{what}: {count}\n" + "\n".join(f"  - {fault}" for fault in self))
+            raise UserError(f"{what}: {count}\n" + "\n".join(f"  - {fault}" for fault in self))
 
 
 def folder_files(folder: Traversable, faults: Faults) -> list[Traversable]:

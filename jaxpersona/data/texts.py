@@ -28,6 +28,7 @@ from jaxpersona.data.reading import (
     read_text,
     stem,
 )
+from jaxpersona.errors import UserError
 
 DEFAULT = "default"
 
@@ -99,7 +100,7 @@ class Trait:
         for i, pair in enumerate(self.pairs):
             _check_texts(f"pair {i} of trait {self.name!r}", pair)
             if len(pair) != 2:
-                raise ValueError(f"pair {i} of trait {self.name!r} has {len(pair)} texts; give a "
+                raise UserError(f"pair {i} of trait {self.name!r} has {len(pair)} texts; give a "
                                  "positive and a negative system prompt")
 
 
@@ -133,22 +134,22 @@ class Domain:
 def _check_texts(what: str, texts: Any) -> None:
     """Raise unless `texts` is a tuple or list of strings."""
     if not isinstance(texts, (tuple, list)) or not all(isinstance(x, str) for x in texts):
-        raise ValueError(f"{what}: {texts!r:.60} is not a tuple of strings; wrap it in a tuple")
+        raise UserError(f"{what}: {texts!r:.60} is not a tuple of strings; wrap it in a tuple")
 
 
 def all_of(kind: type, given: Any, name: str) -> list[Any]:
     """Convert an iterable of roles or questions to a list.
 
     Raises:
-      ValueError: a single item is given, or an item has another type.
+      UserError: a single item is given, or an item has another type.
     """
     wanted = f"give a list of texts.{kind.__name__}"
     if isinstance(given, (str, bytes, kind)) or not isinstance(given, Iterable):
-        raise ValueError(f"{name} is {given!r:.60}; {wanted}")
+        raise UserError(f"{name} is {given!r:.60}; {wanted}")
     items = list(given)
     for i, item in enumerate(items):
         if not isinstance(item, kind):
-            raise ValueError(f"{name}[{i}] is {item!r:.60}; {wanted}")
+            raise UserError(f"{name}[{i}] is {item!r:.60}; {wanted}")
     return items
 
 
@@ -167,10 +168,10 @@ def load_roles(path: Path | None = None, *, model_name: str = "the model") -> li
       model_name: replaces `{model_name}` in prompts.
 
     Raises:
-      ValueError: the folder is missing or has errors; all are listed.
+      UserError: the folder is missing or has errors; all are listed.
     """
     if not model_name.strip():
-        raise ValueError("model_name is empty; it replaces {model_name} in prompts")
+        raise UserError("model_name is empty; it replaces {model_name} in prompts")
     faults = Faults()
     folder, table = _place(path, "roles", ROLE_LIST)
     described = _descriptions(table, faults)
@@ -193,7 +194,7 @@ def load_questions(path: Path | None = None) -> list[Question]:
         None loads the package data.
 
     Raises:
-      ValueError: the file is missing or has errors; all are listed.
+      UserError: the file is missing or has errors; all are listed.
     """
     faults = Faults()
     file = data_root() / "questions.jsonl" if path is None else pathlib.Path(path)
@@ -237,7 +238,7 @@ def load_traits(path: Path | None = None) -> list[Trait]:
         → description) is read from the folder or its parent.
 
     Raises:
-      ValueError: the folder is missing or has errors; all are listed.
+      UserError: the folder is missing or has errors; all are listed.
     """
     faults = Faults()
     folder, table = _place(path, "traits", TRAIT_LIST)
@@ -258,7 +259,7 @@ def load_drift(path: Path | None = None) -> list[Domain]:
         "topics": [{"id", "title", "opening"}, …]}, …]}; None loads the package data.
 
     Raises:
-      ValueError: the folder is missing or has errors; all are listed.
+      UserError: the folder is missing or has errors; all are listed.
     """
     faults = Faults()
     folder = data_root() / "drift" if path is None else pathlib.Path(path)

@@ -18,6 +18,8 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import numpy as np
 
+from jaxpersona.errors import UserError
+
 T = TypeVar("T")
 _ASYNC = "jax_cpu_enable_async_dispatch"
 _HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead
@@ -34,21 +36,21 @@ def start(coordinator: str | None = None, count: int | None = None,
       count, index: the number of processes and this process's index; None to detect them.
 
     Raises:
-      ValueError: missing or out-of-range arguments, arguments that contradict an earlier
+      UserError: missing or out-of-range arguments, arguments that contradict an earlier
         initialization, or no cluster to detect them from.
     """
     given = (coordinator is not None, count is not None, index is not None)
     if any(given) and not all(given):
-        raise ValueError("coordinator, processes and process belong together: give all three, or "
+        raise UserError("coordinator, processes and process belong together: give all three, or "
                          "none on SLURM, Kubernetes or a TPU pod")
     if count is not None and index is not None and not 0 <= index < count:
-        raise ValueError(f"process is {index}; it must be in 0…{count - 1}")
+        raise UserError(f"process is {index}; it must be in 0…{count - 1}")
     if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
-        raise ValueError(f"coordinator is {coordinator!r}; give host:port of process 0")
+        raise UserError(f"coordinator is {coordinator!r}; give host:port of process 0")
     if joined():
         there = jax.process_count(), jax.process_index()
         if all(given) and there != (count, index):
-            raise ValueError(f"processes is {count} and process is {index}, but jax.distributed is "
+            raise UserError(f"processes is {count} and process is {index}, but jax.distributed is "
                              f"already initialized with {there[0]} and {there[1]}: omit them")
         return
     # two programs with collectives over processes deadlock on CPUs if they run at the same time
@@ -58,7 +60,7 @@ def start(coordinator: str | None = None, count: int | None = None,
                                    heartbeat_timeout_seconds=_HEARTBEAT)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"jax.distributed cannot be initialized ({reason}): give coordinator, "
+        raise UserError(f"jax.distributed cannot be initialized ({reason}): give coordinator, "
                          "processes and process") from None
 
 

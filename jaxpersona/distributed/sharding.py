@@ -18,6 +18,7 @@ import jax.core
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxpersona.errors import UserError
 from jaxpersona.models.config import ModelConfig
 
 Axes = tuple[str | None, ...]
@@ -46,7 +47,7 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
       devices: the devices to use; default: all.
 
     Raises:
-      ValueError: fewer devices than data·fsdp·model, or an axis below 1.
+      UserError: fewer devices than data·fsdp·model, or an axis below 1.
     """
     have = len(devices) if devices is not None else jax.device_count()
     wanted = {"data": data, **({"fsdp": fsdp} if fsdp != 1 else {}), "model": model}
@@ -55,7 +56,7 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
         asked = " × ".join(f"{name}={n}" for name, n in wanted.items())
         mend = (f"there are {have}: use a smaller mesh" if min(wanted.values()) > 0 else
                 "every axis must be at least 1")
-        raise ValueError(f"a mesh of {asked} needs {size} devices; {mend}")
+        raise UserError(f"a mesh of {asked} needs {size} devices; {mend}")
     chosen = list(devices if devices is not None else jax.devices())[:size]
     kinds = (AxisType.Explicit,) * len(wanted)
     return jax.make_mesh(tuple(wanted.values()), tuple(wanted), axis_types=kinds, devices=chosen)
@@ -65,13 +66,13 @@ def parse_mesh(text: str) -> dict[str, int]:
     """Parse a string such as "data=2,model=4" into arguments of `make_mesh`.
 
     Raises:
-      ValueError: a string of another form.
+      UserError: a string of another form.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
         if name not in ("data", "model", "fsdp") or name in sizes or not size.isdecimal():
-            raise ValueError(f"mesh is {text!r}; give sizes of data, model and fsdp, such as "
+            raise UserError(f"mesh is {text!r}; give sizes of data, model and fsdp, such as "
                              "data=2,model=4")
         sizes[name] = int(size)
     return sizes
@@ -84,11 +85,11 @@ def fit(mesh: AnyMesh, config: ModelConfig) -> AnyMesh:
     each key/value head is replicated over a group of devices, which share its query heads.
 
     Raises:
-      ValueError: a mesh axis that is not in `RULES`, or that does not divide the model's dimension.
+      UserError: a mesh axis that is not in `RULES`, or that does not divide the model's dimension.
     """
     known = {name for names in RULES.values() for name in names}
     if unknown := [name for name in mesh.axis_names if name not in known]:
-        raise ValueError(f"mesh has the unknown axes {unknown}; use {', '.join(sorted(known))}")
+        raise UserError(f"mesh has the unknown axes {unknown}; use {', '.join(sorted(known))}")
     sizes = dict(mesh.shape)
     width, heads = sizes.get("model", 1), config.n_kv_heads
     if "group" not in sizes and heads % width and width % heads == 0:
@@ -99,11 +100,11 @@ def fit(mesh: AnyMesh, config: ModelConfig) -> AnyMesh:
         kinds = (*mesh.axis_types[: place + 1], *mesh.axis_types[place:])
         mesh = (Mesh(mesh.devices.reshape(shape), names, axis_types=kinds)
                 if isinstance(mesh, Mesh) else
-                AbstractMesh(tuple(shape), names, axis_types=kinds))  # pyright: ignore
+                AbstractMesh(tuple(shape), names, axis_types=kinds))
         sizes = dict(mesh.shape)
     model, group = sizes.get("model", 1), sizes.get("group", 1)
     if heads % model or (group > 1 and heads != model):
-        raise ValueError(f"n_kv_heads is {heads}; model={model * group} of the mesh is neither a "
+        raise UserError(f"n_kv_heads is {heads}; model={model * group} of the mesh is neither a "
                          f"divisor nor a multiple: use model={_divisor(heads, model * group)}")
     for field, value, split in (("n_heads / n_kv_heads", config.n_heads // heads, group),
                                ("d_ff", config.d_ff, model * group),
@@ -112,7 +113,7 @@ def fit(mesh: AnyMesh, config: ModelConfig) -> AnyMesh:
             name = "fsdp" if field == "d_model" else "model"
             total = split if name == "fsdp" else model * group
             best = _divisor(value, split) * (model if field.startswith("n_") else 1)
-            raise ValueError(f"{field} is {value}; a mesh of {name}={total} does not divide it: "
+            raise UserError(f"{field} is {value}; a mesh of {name}={total} does not divide it: "
                              f"use {name}={best}")
     return mesh
 
@@ -191,7 +192,7 @@ def running_on(where: str) -> Iterator[None]:
 
 def default_platform() -> str:
     """Return the platform on which JAX places new arrays (see `jax.default_device`)."""
-    chosen: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    chosen: Any = jax.config.jax_default_device
     if chosen is None:
         return jax.default_backend()
     return default_device().platform
@@ -199,7 +200,7 @@ def default_platform() -> str:
 
 def default_device() -> Any:
     """Return the device on which JAX places new arrays."""
-    chosen: Any = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    chosen: Any = jax.config.jax_default_device
     if isinstance(chosen, str):
         return jax.local_devices(backend=chosen)[0]
     return jax.local_devices()[0] if chosen is None else chosen
@@ -239,7 +240,7 @@ def check_set_mesh(like: jax.Array) -> None:
     """Check that a mesh set by `jax.set_mesh` is the mesh of an array.
 
     Raises:
-      ValueError: the meshes differ; the message names both.
+      UserError: the meshes differ; the message names both.
     """
     current, mesh = jax.sharding.get_abstract_mesh(), mesh_of(like)
     if current.empty or (mesh is not None and _same_shape(current, mesh)):
@@ -247,9 +248,9 @@ def check_set_mesh(like: jax.Array) -> None:
     if mesh is None:
         if AxisType.Explicit not in current.axis_types:
             return
-        raise ValueError(f"the mesh {_written(current)} is set, but the model is on one device: "
+        raise UserError(f"the mesh {_written(current)} is set, but the model is on one device: "
                          "leave jax.set_mesh, or load the model with mesh=")
-    raise ValueError(f"the mesh set by jax.set_mesh is {_written(current)}, but the model's is "
+    raise UserError(f"the mesh set by jax.set_mesh is {_written(current)}, but the model's is "
                      f"{_written(mesh)}: use `with jax.set_mesh(model.mesh)`")
 
 

@@ -22,7 +22,7 @@ def use_compile_cache() -> str | None:
     Returns:
       The folder in use, or None: turned off, or the user has no home folder.
     """
-    chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    chosen = jax.config.jax_compilation_cache_dir
     if chosen or os.environ.get(SWITCH, "1") == "0":
         return chosen
     try:

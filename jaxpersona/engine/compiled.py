@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from jaxpersona.distributed.sharding import platform, running_on
+from jaxpersona.errors import UserError
 
 LIMIT = 64  # programs; prompts of eight widths, with and without a cap, use about as many
 SWITCH = "JAXPERSONA_PROGRAMS"
@@ -67,7 +68,7 @@ def _limit() -> int:
     if not said:
         return LIMIT
     if not said.isdecimal() or not 0 < int(said[:9]):
-        raise ValueError(f"{SWITCH} is {said[:40]!r}; it must be a positive number of programs")
+        raise UserError(f"{SWITCH} is {said[:40]!r}; it must be a positive number of programs")
     return int(said[:9])
 
 

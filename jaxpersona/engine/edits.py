@@ -97,7 +97,7 @@ def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> 
       capacity: what `reserve` made, for any number of rows.
 
     Raises:
-      ValueError: interventions with rows of their own, or that do not fit the capacity.
+      UserError: interventions with rows of their own, or that do not fit the capacity.
     """
     if capacity is None and (edits is None or not edits.edits):
         return Interventions()

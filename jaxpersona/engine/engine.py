@@ -33,6 +33,7 @@ from jaxpersona.engine.replies import Finished, Reply, unpack
 from jaxpersona.engine.request import Event, Handle, QueueFull, Request
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.engine.scheduler import Scheduler
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.runtime import own_rules
 from jaxpersona.text.chat import Row
@@ -72,7 +73,7 @@ class Engine:
           queue: the most requests that wait for a row.
 
         Raises:
-          ValueError: a size that is not positive, rows that the mesh does not divide, or a capacity
+          UserError: a size that is not positive, rows that the mesh does not divide, or a capacity
             of another model.
         """
         numbers = {"rows": rows, "lanes": lanes, "chunk": chunk, "queue": queue}
@@ -80,10 +81,10 @@ class Engine:
             numbers[f"sizes[{i}]"] = size
         for name, value in numbers.items():
             if not isinstance(value, (int, np.integer)) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a positive whole number")
+                raise UserError(f"{name} is {value!r}; it must be a positive whole number")
         ways = rows_divisor(model.params.embed_vd)
         if rows % ways:
-            raise ValueError(f"rows is {rows}; the mesh spreads rows over {ways} devices: use a "
+            raise UserError(f"rows is {rows}; the mesh spreads rows over {ways} devices: use a "
                              f"multiple of {ways}")
         self.capacity = None if capacity is None else off_mesh(given(capacity))
         if self.capacity is not None:
@@ -109,12 +110,12 @@ class Engine:
         """Check a request and put it into the queue.
 
         Raises:
-          ValueError: a request that does not fit the model, the capacity or the cache sizes;
+          UserError: a request that does not fit the model, the capacity or the cache sizes;
             argument, value and fix. No other request is affected.
           QueueFull: as many requests wait as `queue` allows.
         """
         if not isinstance(request, Request):
-            raise ValueError(f"request is a {type(request).__name__}; give a jp.Request")
+            raise UserError(f"request is a {type(request).__name__}; give a jp.Request")
         with unset_mesh(), own_rules():
             task = self._task(request)
         with self._changed:
@@ -196,11 +197,11 @@ class Engine:
         Requests that are not done at its end stay; `result` and `stream` go on with them.
 
         Raises:
-          ValueError: the engine runs already.
+          UserError: the engine runs already.
         """
         with self._changed:
             if self._thread is not None:
-                raise ValueError("the engine runs in the background already")
+                raise UserError("the engine runs in the background already")
             self._leaving = False
             self._thread = threading.Thread(target=self._run, name="jaxpersona-engine", daemon=True)
         self._thread.start()
@@ -223,11 +224,11 @@ class Engine:
             not, and structure of interventions where there is no capacity.
 
         Raises:
-          ValueError: the engine is at work, or a request does not fit.
+          UserError: the engine is at work, or a request does not fit.
         """
         with self._device, unset_mesh(), own_rules():
             if self._handles:
-                raise ValueError("the engine has requests; warm it up before the first")
+                raise UserError("the engine has requests; warm it up before the first")
             for request in requests:
                 task = self._task(request)
                 lane = self._scheduler.lane_of(task.lane)
@@ -245,11 +246,11 @@ class Engine:
         row = prompts.encode(model, request.conversation, thinking=request.thinking)
         most = request.max_new_tokens
         if not isinstance(most, (int, np.integer)) or most < 1:
-            raise ValueError(f"max_new_tokens is {most!r}; it must be a positive whole number")
+            raise UserError(f"max_new_tokens is {most!r}; it must be a positive whole number")
         edits, capture = off_mesh((given(request.interventions), request.capture))
         capture = Capture() if capture is None else capture
         if edits.rows is not None:
-            raise ValueError("interventions have rows of their own (`rows=`); a request has one "
+            raise UserError("interventions have rows of their own (`rows=`); a request has one "
                              "row, so leave rows= out")
         prompts.check_edits(model, edits, 1, capture)
         limit = int(prompts.limits(model, [row], int(most))[0])
@@ -260,7 +261,7 @@ class Engine:
         shape, limit = self._shape(row, limit)
         strings = stopping.checked(request.stop)
         if strings and model.tokenizer is None:
-            raise ValueError(f"stop is {request.stop!r:.60}; {model.name} has no tokenizer, so no "
+            raise UserError(f"stop is {request.stop!r:.60}; {model.name} has no tokenizer, so no "
                              "text can end a reply")
         kind = Kind(shape.slots, bool(how.temperature[0] == 0), asks_for_code(own, capture),
                     strings, capture, idle_row(own))
@@ -272,7 +273,7 @@ class Engine:
             return shape_of(row, limit, False), limit
         width = bucket(row.tokens.size)
         if width >= self.sizes[-1]:
-            raise ValueError(f"the conversation has {row.tokens.size} tokens, padded to {width}; "
+            raise UserError(f"the conversation has {row.tokens.size} tokens, padded to {width}; "
                              f"the engine's largest cache holds {self.sizes[-1]}, the reply "
                              "included: shorten it, or make the engine with larger sizes")
         limit = min(limit, self.sizes[-1] - width)

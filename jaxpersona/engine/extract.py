@@ -30,6 +30,7 @@ from jaxpersona.distributed.sharding import off_mesh, on_own_mesh, platform, row
 from jaxpersona.engine import prompts
 from jaxpersona.engine.compiled import program
 from jaxpersona.engine.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.interventions.where import WIDTH, holds
@@ -101,7 +102,7 @@ def extract(
       progress: called with (conversations done, N, tokens so far).
 
     Raises:
-      ValueError: no conversation, one longer than the context, a reading (a mean, say) that would
+      UserError: no conversation, one longer than the context, a reading (a mean, say) that would
         find no token in any of them, arguments that do not fit, or activations that are not finite
         and `on_nonfinite="raise"`. Where some conversations alone have no such token, their values
         are NaN and the log names them.
@@ -117,7 +118,7 @@ def extract(
     rows = [prompts.encode(model, item, reply=False) for item in conversations]
     for i, row in enumerate(rows):
         if row.tokens.size > model.config.max_context:
-            raise ValueError(f"conversation {i} has {row.tokens.size} tokens; the model's context "
+            raise UserError(f"conversation {i} has {row.tokens.size} tokens; the model's context "
                              f"holds {model.config.max_context}: shorten it")
     _check_tokens(rows, capture)
     found: dict[int, tuple[dict[str, Any], tuple[Applied, ...]]] = {}
@@ -135,7 +136,7 @@ def extract(
         values = {name: result_of(state) for name, state in captured.items()}
         nonfinite[members] = ~finite[: len(members)]
         if nonfinite.any() and stop:
-            raise ValueError(explained())
+            raise UserError(explained())
         for b, i in enumerate(members):
             length = rows[i].tokens.size
             mine = {
@@ -185,7 +186,7 @@ def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
     """Look for readings that will find no token, before anything is run.
 
     Raises:
-      ValueError: a mean, a last activation or moments over no token of any conversation.
+      UserError: a mean, a last activation or moments over no token of any conversation.
     """
     for name, part in capture.parts.items():
         if not isinstance(part, (Last, Mean, ProjectionMoments)):
@@ -199,7 +200,7 @@ def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
         if empty:
             said = f"capture {name!r} {describe_empty(empty, len(rows), 'conversation')}"
             if len(empty) == len(rows):
-                raise ValueError(said)
+                raise UserError(said)
             _LOG.warning("%s", said)
 
 

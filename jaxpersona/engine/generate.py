@@ -38,6 +38,7 @@ from jaxpersona.engine.replies import Finished, unpack
 from jaxpersona.engine.sampling import Sampling, sampling
 from jaxpersona.engine.scheduler import Collect, Scheduler
 from jaxpersona.engine.stopping import text_of
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.models.batch import CODE
@@ -125,7 +126,7 @@ def generate(
       progress: called with (conversations done, N, tokens so far).
 
     Raises:
-      ValueError: no conversation, a prompt as long as the context, settings out of range,
+      UserError: no conversation, a prompt as long as the context, settings out of range,
         interventions of another model or number of rows, or activations that are not finite and
         `on_nonfinite="raise"`; argument, value and fix.
     """
@@ -139,10 +140,10 @@ def generate(
     prompts.check_edits(model, edits, count, capture)
     ways = rows_divisor(model.params.embed_vd)
     if batch_size % ways:
-        raise ValueError(f"batch_size is {batch_size}; the mesh spreads rows over {ways} devices: "
+        raise UserError(f"batch_size is {batch_size}; the mesh spreads rows over {ways} devices: "
                          f"use a multiple of {ways}")
     if share_prefix and model.mesh is not None:
-        raise ValueError("share_prefix is for one device; leave it off for a model on a mesh")
+        raise UserError("share_prefix is for one device; leave it off for a model on a mesh")
     how = sampling(count, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     rows = [prompts.encode(model, item, thinking=thinking) for item in conversations]
     limits = prompts.limits(model, rows, max_new_tokens)
@@ -160,7 +161,7 @@ def generate(
     def collect(tasks: list[Task], state: State) -> None:
         out.add(tasks, state)
         if out.nonfinite and stop:
-            raise ValueError(explained())
+            raise UserError(explained())
         if progress is not None:
             progress(len(out.done), count, out.total)
 

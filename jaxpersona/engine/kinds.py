@@ -52,7 +52,7 @@ class Kind:
         stops = stops_of(model, self.code)
         if self.strings:
             table = stopping.table(model.tokenizer, model.config.vocab_size, self.strings)
-            stops = stops.replace(strings=jnp.asarray(table))  # pyright: ignore
+            stops = stops.replace(strings=jnp.asarray(table))
         return Setting(self.slots, self.slots, self.greedy, self.capture, stops)
 
     @property

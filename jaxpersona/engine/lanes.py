@@ -345,14 +345,14 @@ def _seat(state: State, fresh: State, rows: jax.Array, *, axes: tuple[int, ...])
 @program(donate=("state",))
 def _end(state: State, gone: jax.Array) -> State:
     """Mark rows [B] as done."""
-    return state.replace(done=state.done | gone)  # pyright: ignore[reportAttributeAccessIssue]
+    return state.replace(done=state.done | gone)
 
 
 @program(static=("axes",))
 def _leave(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
     """Copy the given rows out of a state, but for their keys and values."""
     where = jax.tree.unflatten(jax.tree.structure(state), axes)
-    state, where = (x.replace(cache=x.cache.replace(k=(), v=()))  # pyright: ignore
+    state, where = (x.replace(cache=x.cache.replace(k=(), v=()))
                     for x in (state, where))
 
     def take(value: jax.Array, axis: int) -> jax.Array:

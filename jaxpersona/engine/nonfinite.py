@@ -20,6 +20,7 @@ from jaxpersona.distributed import processes
 from jaxpersona.distributed.sharding import rows_divisor
 from jaxpersona.engine.compiled import program
 from jaxpersona.engine.prompts import bucket
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.table import ORDER
 from jaxpersona.models.batch import batch as make_batch
@@ -43,10 +44,10 @@ def check_choice(value: Any) -> None:
     """Refuse a value of `on_nonfinite` that does not exist.
 
     Raises:
-      ValueError: it is neither "warn" nor "raise".
+      UserError: it is neither "warn" nor "raise".
     """
     if value not in ("warn", "raise"):
-        raise ValueError(f"on_nonfinite is {value!r}; it must be 'warn' or 'raise'")
+        raise UserError(f"on_nonfinite is {value!r}; it must be 'warn' or 'raise'")
 
 
 def explain(model: Model, row: Row, edits: Interventions, what: str, result: str) -> str:

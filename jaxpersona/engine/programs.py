@@ -29,8 +29,7 @@ from jaxpersona.text.fences import CODE_BIT
 TRACES: Counter[str] = Counter()  # how often each program was traced, for tests and benches
 
 
-@flax.struct.dataclass
-class State:
+class State(flax.struct.PyTreeNode):
     """A batch in the midst of being generated.
 
     Attributes:
@@ -71,8 +70,7 @@ class State:
     matched: Any = None
 
 
-@flax.struct.dataclass
-class Stops:
+class Stops(flax.struct.PyTreeNode):
     """Token ids that matter to the loop, as data.
 
     Attributes:
@@ -88,8 +86,7 @@ class Stops:
     strings: Any = None
 
 
-@flax.struct.dataclass
-class Prefix:
+class Prefix(flax.struct.PyTreeNode):
     """What the beginning of a prompt left behind, for rows that go on from it.
 
     Attributes:
@@ -108,10 +105,10 @@ def prefill_prefix(params: Params, config: ModelConfig, batch: Batch, edits: Int
                    capture: Capture, *, slots: int) -> Prefix:
     """Run the beginnings of prompts, which nothing is sampled from."""
     TRACES["prefix"] += 1
-    out = forward(params, config, batch.replace(chunk=True),  # pyright: ignore
+    out = forward(params, config, batch.replace(chunk=True),
                   interventions=edits, capture=capture, new_cache=slots, logits=None,
                   attention="auto")
-    return Prefix(out.cache, out.captured, out.applied, out.gates,  # pyright: ignore
+    return Prefix(out.cache, out.captured, out.applied, out.gates,
                   out.finite)
 
 
@@ -127,10 +124,10 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
         out = forward(params, config, batch, interventions=edits, capture=capture,
                       new_cache=slots, logits="last", attention="auto")
     else:
-        out = forward(params, config, batch.replace(chunk=True),  # pyright: ignore
+        out = forward(params, config, batch.replace(chunk=True),
                       interventions=edits, capture=capture, cache=prefix.cache,
                       captured=prefix.captured, gates=prefix.gates, logits="last")
-        out = out.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        out = out.replace(
             applied=jax.tree.map(jnp.add, prefix.applied, out.applied),
             finite=prefix.finite & out.finite)
     length = batch.length
@@ -193,7 +190,7 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
                       logits="last")
         opened = state.thinking | (state.token == stops.think[0])
         thinking = opened & (state.token != stops.think[1])
-        grown = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        grown = state.replace(
             cache=out.cache,
             done=state.done | (state.length >= state.limit),
             thinking=jnp.where(state.done, state.thinking, thinking),
@@ -228,7 +225,7 @@ def _choose_next(state: State, logits: jax.Array, how: Sampling, stops: Stops, g
     if stops.strings is not None:
         matched = stops.strings.at[token, matched].get(mode="clip").astype(jnp.int32)
         stopped |= matched == stops.strings.shape[1] - 1
-    return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+    return state.replace(
         token=jnp.where(live, token, state.token),
         position=jnp.where(live, position, state.position),
         length=state.length + live.astype(jnp.int32),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxpersona.captures.capture import Capture, check_capture
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.models.batch import KINDS, check_ids
 from jaxpersona.models.params import origin
@@ -41,33 +42,33 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
       reply: whether a reply is to follow, or the conversation is finished.
 
     Raises:
-      ValueError: another form, text without a tokenizer, or ids outside the vocabulary.
+      UserError: another form, text without a tokenizer, or ids outside the vocabulary.
     """
     rows, tokenizer = model.config.vocab_size, model.tokenizer
     if isinstance(item, chat.Row):
         check_ids(np.asarray(item.tokens), rows, "a conversation", tokenizer)
         return item
     if isinstance(item, Mapping):
-        raise ValueError(f"a conversation is one message, {dict(item)!r:.60}; put it into a list")
+        raise UserError(f"a conversation is one message, {dict(item)!r:.60}; put it into a list")
     if isinstance(item, Iterator):
         item = list(item)
     if isinstance(item, str) or (
         isinstance(item, Sequence) and any(isinstance(message, Mapping) for message in item)
     ):
         if tokenizer is None:
-            raise ValueError(f"{model.name} has no tokenizer; give token ids instead of text")
+            raise UserError(f"{model.name} has no tokenizer; give token ids instead of text")
         row = chat.encode_row(tokenizer, item, reply=reply, thinking=thinking)
         check_ids(row.tokens, rows, "a conversation", tokenizer)
         return row
     if isinstance(item, (int, bytes, set, frozenset)) or not isinstance(item, Iterable):
-        raise ValueError(f"a conversation is {item!r:.60}; give messages, a string, a Row or token "
+        raise UserError(f"a conversation is {item!r:.60}; give messages, a string, a Row or token "
                          "ids")
     try:
         tokens = np.asarray(item)
     except ValueError:  # rows of several lengths
         tokens = np.zeros(0)
     if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"a conversation is {item!r:.60}; it must be messages, a string, a Row or "
+        raise UserError(f"a conversation is {item!r:.60}; it must be messages, a string, a Row or "
                          "a list of token ids")
     check_ids(tokens, rows, "a conversation", tokenizer)
     kind = np.full(tokens.size, KINDS["user"], np.int32)
@@ -82,12 +83,12 @@ def check_settings(capture: Any = None, **counts: Any) -> None:
       counts: the settings by name, such as batch_size.
 
     Raises:
-      ValueError: a setting that is not a positive integer, or a capture of another type.
+      UserError: a setting that is not a positive integer, or a capture of another type.
     """
     for name, value in counts.items():
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not whole or value < 1:
-            raise ValueError(f"{name} is {value!r}; it must be a positive integer")
+            raise UserError(f"{name} is {value!r}; it must be a positive integer")
     check_capture(capture)
 
 
@@ -96,7 +97,7 @@ def check_edits(model: Model, edits: Interventions, count: int,
     """Refuse interventions of another shape, number of rows or model, and readings of another.
 
     Raises:
-      ValueError: with the field, its value and the mend.
+      UserError: with the field, its value and the mend.
     """
     edits.check(layers=model.config.n_layers, width=model.config.d_model, rows=count)
     if not model.fingerprint:  # its parameters are traced: nothing is known of their values
@@ -108,7 +109,7 @@ def check_edits(model: Model, edits: Interventions, count: int,
               if hasattr(part, "origin")]
     foreign = {int(o) for origin in named for o in np.asarray(origin)} - {0, mine}
     if foreign:
-        raise ValueError(
+        raise UserError(
             f"a direction was made for another model than {model.name} (fingerprint "
             f"{model.fingerprint}); use one of this model's, or pass its bare array "
             f"(`axis.values`) to apply it all the same{_in_float16(model)}"
@@ -127,12 +128,12 @@ def limits(model: Model, rows: list[chat.Row], max_new: int) -> np.ndarray:
     """Return the most tokens of each reply [N] int32: `max_new`, or what the context leaves.
 
     Raises:
-      ValueError: a prompt that leaves no room.
+      UserError: a prompt that leaves no room.
     """
     context = model.config.max_context
     for i, row in enumerate(rows):
         if row.tokens.size >= context:
-            raise ValueError(
+            raise UserError(
                 f"prompt {i} has {row.tokens.size} tokens; the model's context holds {context}, "
                 "the reply included: shorten it"
             )
@@ -144,17 +145,17 @@ def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:
     of how often they came before.
 
     Raises:
-      ValueError: another number of ids, or ids that are not uint32.
+      UserError: another number of ids, or ids that are not uint32.
     """
     if ids is not None:
         if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes)):
-            raise ValueError(f"ids is {ids!r:.60}; give one integer a conversation")
+            raise UserError(f"ids is {ids!r:.60}; give one integer a conversation")
         ids = list(ids)
         if len(ids) != len(rows):
-            raise ValueError(f"ids has {len(ids)} entries for {len(rows)} conversations")
+            raise UserError(f"ids has {len(ids)} entries for {len(rows)} conversations")
         given = np.asarray(ids)
         if not np.issubdtype(given.dtype, np.integer) or given.min() < 0 or given.max() >= 2**32:
-            raise ValueError(f"ids must be integers in 0…2³²−1; they begin with {list(ids)[:4]}")
+            raise UserError(f"ids must be integers in 0…2³²−1; they begin with {list(ids)[:4]}")
         return given.astype(np.uint32)
     seen: Counter[bytes] = Counter()
     out = []

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.distributed.sharding import mesh_of, of_each, on_cpu, place, spread_rows
+from jaxpersona.errors import UserError
 
 F32 = jnp.float32
 CANDIDATES = 256
@@ -25,8 +26,7 @@ PRNG = "threefry2x32"  # the generator of `uniforms`, recorded with every run
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
-@flax.struct.dataclass
-class Sampling:
+class Sampling(flax.struct.PyTreeNode):
     """How tokens are drawn, as data: rows may differ and new values never recompile.
 
     Attributes:
@@ -53,15 +53,15 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
     """Check and spread the settings to `rows` rows.
 
     Raises:
-      ValueError: temperature < 0 or not finite, top_p outside (0, 1], top_k outside
+      UserError: temperature < 0 or not finite, top_p outside (0, 1], top_k outside
         0…`CANDIDATES`, a negative seed, or a setting with another number of rows.
     """
     def spread(name: str, value: Any, dtype: Any, ok: Any, want: str) -> jax.Array:
         given = np.asarray(value)
         if given.ndim > 1 or (given.ndim == 1 and given.size != rows):
-            raise ValueError(f"{name} has shape {given.shape}; it must be a number or [{rows}]")
+            raise UserError(f"{name} has shape {given.shape}; it must be a number or [{rows}]")
         if not np.issubdtype(given.dtype, np.number) or not np.all(ok(given)):
-            raise ValueError(f"{name} is {value}; it must be {want}")
+            raise UserError(f"{name} is {value}; it must be {want}")
         return jnp.asarray(np.broadcast_to(given, (rows,)), dtype)
 
     return Sampling(

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxpersona.errors import UserError
+
 STATES = 255  # the most, because the table holds uint8
 
 
@@ -21,15 +23,15 @@ def checked(stop: Any) -> tuple[str, ...]:
     """Return stop strings as a tuple.
 
     Raises:
-      ValueError: something that is no list of texts, an empty text, or too many bytes.
+      UserError: something that is no list of texts, an empty text, or too many bytes.
     """
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if not all(isinstance(text, str) and text for text in strings):
-        raise ValueError(f"stop is {stop!r:.60}; it must be a list of texts that are not empty")
+        raise UserError(f"stop is {stop!r:.60}; it must be a list of texts that are not empty")
     strings = tuple(sorted(set(strings)))
     size = sum(len(text.encode()) for text in strings)
     if size > STATES - 2:
-        raise ValueError(f"stop has {size} bytes of text; at most {STATES - 2} are possible")
+        raise UserError(f"stop has {size} bytes of text; at most {STATES - 2} are possible")
     return strings
 
 

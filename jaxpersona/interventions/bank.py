@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.table import SITES, Site, traced
 from jaxpersona.models.config import MAX_LAYERS
 
@@ -46,19 +47,19 @@ class Bank:
                  name: str = "vector", zero: bool = False) -> None:
         """Convert a direction or a bank; `zero` allows zero vectors (whose unit is zero)."""
         if site not in SITES:
-            raise ValueError(f"site is {site!r}; it must be one of {SITES}")
+            raise UserError(f"site is {site!r}; it must be one of {SITES}")
         self.site: Site = site
         self.index = None if rows is None else np.asarray(rows)
         named = list(vector) if isinstance(vector, (list, tuple)) else [vector]
         if not named:
-            raise ValueError(f"{name} is an empty list; give at least one direction")
+            raise UserError(f"{name} is an empty list; give at least one direction")
         if all(hasattr(item, "at_layers") for item in named):
             self.total = named[0].n_layers
             self.layers = resolve_layers(layers, self.total)
             for item in named:
                 item.check_site(site)
                 if item.n_layers != self.total:
-                    raise ValueError(f"the directions have {self.total} and {item.n_layers} layers")
+                    raise UserError(f"the directions have {self.total} and {item.n_layers} layers")
             value = np.stack([item.at_layers(self.layers) for item in named])
             origin = [item.origin for item in named]
         else:
@@ -66,15 +67,15 @@ class Bank:
             self.layers = resolve_layers(layers, None)
             value, origin = self._array(vector, name), None
         if rows is None and len(value) != 1:
-            raise ValueError(
+            raise UserError(
                 f"{name} is a bank of {len(value)} directions; give each row's entry with `rows=`"
             )
         xp: Any = jnp if traced(value) else np
         if xp is np and not np.isfinite(value).all():
-            raise ValueError(f"{name} contains a non-finite value")
+            raise UserError(f"{name} contains a non-finite value")
         unit, norm = normalised(value)
         if xp is np and not zero and not value.any(-1).all():
-            raise ValueError(f"{name} is zero at a chosen layer; give nonzero vectors")
+            raise UserError(f"{name} is zero at a chosen layer; give nonzero vectors")
         self.norm = norm.T
         self.direction = xp.moveaxis(unit, 0, 1)
         self.origin = np.array(origin or [0] * len(value), np.uint32)
@@ -89,12 +90,12 @@ class Bank:
         elif value.ndim == 2 and self.index is not None:
             value = value[:, None]
         elif value.ndim != 3:
-            raise ValueError(
+            raise UserError(
                 f"{name} has shape {value.shape}; it must be [D], [1, l, D], or with `rows=` "
                 "[n, D] or [n, l, D]"
             )
         if value.shape[1] not in (1, count):
-            raise ValueError(
+            raise UserError(
                 f"{name} has {value.shape[1]} layers, but {count} were chosen: {list(self.layers)}"
             )
         return xp.broadcast_to(value, (value.shape[0], count, value.shape[2]))
@@ -103,7 +104,7 @@ class Bank:
         """Broadcast a strength or threshold to [l, n].
 
         Raises:
-          ValueError: not a number, an invalid shape or an ambiguous shape.
+          UserError: not a number, an invalid shape or an ambiguous shape.
         """
         given = numbers(name, value)
         xp: Any = jnp if traced(given) else np
@@ -113,7 +114,7 @@ class Bank:
         if self.total is not None and given.ndim and given.shape[-1] == self.total:
             # one value per layer of the model: select the chosen layers
             if given.ndim == 1 and self.index is not None and n == self.total > 1:
-                raise ValueError(f"{name} has {n} numbers, which may be for {n} directions or {n} "
+                raise UserError(f"{name} has {n} numbers, which may be for {n} directions or {n} "
                                  "layers; give [n, l], one per direction and chosen layer")
             given = given[..., np.array(self.layers)]
             if given.ndim == 1 and self.index is not None:
@@ -126,7 +127,7 @@ class Bank:
             return xp.broadcast_to(given[:, None], (count, n))
         if given.shape == (n, count):
             return given.T
-        raise ValueError(
+        raise UserError(
             f"{name} has shape {given.shape}; with {count} layers and {n} directions it must be a "
             f"number, {'[n]' if self.index is not None else '[l]'} or [n, l]"
         )
@@ -169,7 +170,7 @@ def numbers(name: str, value: Any) -> Any:
     """Convert numbers to a float64 array, or float32 if they are traced.
 
     Raises:
-      ValueError: values that are not real numbers.
+      UserError: values that are not real numbers.
     """
     if traced(value):
         return jnp.asarray(value, jnp.float32)
@@ -179,7 +180,7 @@ def numbers(name: str, value: Any) -> Any:
         array = np.empty(0, object)
     if array.dtype.kind in "iuf" or array.dtype.name == "bfloat16":
         return array.astype(np.float64)
-    raise ValueError(f"{name} is {_said(value)}; it must be a real number or an array of them")
+    raise UserError(f"{name} is {_said(value)}; it must be a real number or an array of them")
 
 
 def _said(value: Any) -> str:
@@ -192,14 +193,14 @@ def check_finite(name: str, value: np.ndarray) -> None:
     """Check that numbers are finite in float32; an open bound may be infinite.
 
     Raises:
-      ValueError: NaN or an infinite value; the message names the field.
+      UserError: NaN or an infinite value; the message names the field.
     """
     if np.isnan(value).any():
-        raise ValueError(f"{name} is NaN")
+        raise UserError(f"{name} is NaN")
     open_ = _OPEN.get(name)
     beyond = np.abs(value) > _GREATEST
     if (beyond if open_ is None else beyond & (value != -open_)).any():
-        raise ValueError(f"{name} is infinite in float32; it must be a finite number")
+        raise UserError(f"{name} is infinite in float32; it must be a finite number")
 
 
 def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
@@ -208,7 +209,7 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
     Text is parsed by `parse_layers`: "46:54" is a slice, "16" and "3,5" are single layers.
 
     Raises:
-      ValueError: no layers, a negative layer, a layer or slice end beyond `total`, repeated or
+      UserError: no layers, a negative layer, a layer or slice end beyond `total`, repeated or
         unsorted layers, an open slice if `total` is None, more layers than any model has, or
         invalid text.
     """
@@ -217,17 +218,17 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
     if isinstance(wanted, slice):
         start, stop = wanted.start, wanted.stop
         if not all(x is None or _whole(x) for x in (start, stop, wanted.step)):
-            raise ValueError(f"layers is {text}; the bounds of a slice must be ints")
+            raise UserError(f"layers is {text}; the bounds of a slice must be ints")
         if wanted.step is not None and wanted.step < 1:
-            raise ValueError(f"layers is {text}; the step of a slice must be at least 1")
+            raise UserError(f"layers is {text}; the step of a slice must be at least 1")
         if total is None and (stop is None or stop < 0 or (start or 0) < 0):
-            raise ValueError(f"layers is {text}; without a named direction, give the slice's "
+            raise UserError(f"layers is {text}; without a named direction, give the slice's "
                              "start and stop")
         highest = max(start or 0, stop or 0)
         if total is not None and (highest > total or (start or 0) < -total):
-            raise ValueError(f"layers is {text}, out of range; they must be in 0…{total - 1}")
+            raise UserError(f"layers is {text}, out of range; they must be in 0…{total - 1}")
         if total is None and highest > MAX_LAYERS:
-            raise ValueError(f"layers is {text}; a model has at most {MAX_LAYERS} layers")
+            raise UserError(f"layers is {text}; a model has at most {MAX_LAYERS} layers")
         reach: Any = stop if total is None else total
         chosen = tuple(range(*wanted.indices(reach)))
     else:
@@ -235,23 +236,23 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         several = isinstance(held, Sequence) and not isinstance(held, bytes | bytearray)
         several = several or getattr(held, "ndim", 0) == 1
         if several and len(held) > MAX_LAYERS:
-            raise ValueError(f"layers is {text}; a model has at most {MAX_LAYERS} layers")
+            raise UserError(f"layers is {text}; a model has at most {MAX_LAYERS} layers")
         items: list[Any] = list(held) if several else [wanted]
         if not all(map(_whole, items)):
-            raise ValueError(f"layers is {text}; it must be an int, a slice, a list of ints or "
+            raise UserError(f"layers is {text}; it must be an int, a slice, a list of ints or "
                              "text such as 46:54")
         chosen = tuple(int(i) for i in items)
     if not chosen:
-        raise ValueError(f"layers is {text}, which selects no layer; give at least one")
+        raise UserError(f"layers is {text}, which selects no layer; give at least one")
     if len(set(chosen)) != len(chosen):
-        raise ValueError(f"layers is {text}, with a repeated layer; chain two interventions "
+        raise UserError(f"layers is {text}, with a repeated layer; chain two interventions "
                          "instead")
     if list(chosen) != sorted(chosen):
-        raise ValueError(f"layers is {text}; give them in ascending order, the order of arrays "
+        raise UserError(f"layers is {text}; give them in ascending order, the order of arrays "
                          "with one entry per layer")
     most = MAX_LAYERS if total is None else total
     if chosen[0] < 0 or chosen[-1] >= most:
-        raise ValueError(f"layers is {text}, out of range; they must be in 0…{most - 1}")
+        raise UserError(f"layers is {text}, out of range; they must be in 0…{most - 1}")
     return chosen
 
 
@@ -263,11 +264,11 @@ def parse_layers(text: str) -> slice | list[int]:
     """Parse layers given as text: "46:54" (half-open), "16" or "3,5".
 
     Raises:
-      ValueError: text of another form.
+      UserError: text of another form.
     """
     number = r"\s*-?[0-9]{1,9}\s*"
     if re.fullmatch(rf"{number}(,{number})*", text):
         return [int(part) for part in text.split(",")]
     if re.fullmatch(rf"({number}|\s*):({number}|\s*)", text):
         return slice(*(int(part) if part.strip() else None for part in text.split(":")))
-    raise ValueError(f"layers is {_said(text)}; give text such as 46:54 (half-open), 16 or 3,5")
+    raise UserError(f"layers is {_said(text)}; give text such as 46:54 (half-open), 16 or 3,5")

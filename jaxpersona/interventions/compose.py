@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Layers, resolve_layers
 from jaxpersona.interventions.edit import IDENTITY, Edit
 from jaxpersona.interventions.gates import Gate
@@ -18,8 +19,7 @@ from jaxpersona.interventions.where import NOWHERE
 from jaxpersona.runtime import own_rules
 
 
-@flax.struct.dataclass
-class Interventions:
+class Interventions(flax.struct.PyTreeNode):
     """The edits of a forward pass: tables, applied in order.
 
     Layers that no table names have no edit code in the compiled program.
@@ -56,7 +56,7 @@ class Interventions:
         −1 gives a row without edits of its own; tables shared by all rows are unchanged.
 
         Raises:
-          ValueError: an index beyond the interventions' rows.
+          UserError: an index beyond the interventions' rows.
         """
         rows = np.asarray(rows, np.int32)
 
@@ -67,7 +67,7 @@ class Interventions:
         """The number of batch rows, or None if all rows share the same edits."""
         counts = {edit.index.shape[0] for edit in self.edits if edit.index is not None}
         if len(counts) > 1:
-            raise ValueError(f"chained interventions have different numbers of rows: {counts}; "
+            raise UserError(f"chained interventions have different numbers of rows: {counts}; "
                              "give them the same number")
         return counts.pop() if counts else None
 
@@ -75,24 +75,24 @@ class Interventions:
         """Check the interventions against a model's layers and width D and a batch's rows.
 
         Raises:
-          ValueError: a mismatch; the message gives the field, its value and the remedy.
+          UserError: a mismatch; the message gives the field, its value and the remedy.
         """
         for edit in self.edits:
             gate = edit.gate
             for given_width in (edit.width, None if gate is None else gate.direction.shape[-1]):
                 if given_width not in (None, width):
-                    raise ValueError(
+                    raise UserError(
                         f"a direction has width {given_width}; the model's residual stream has "
                         f"{width}: the direction was made for another model"
                     )
             if edit.layers[-1] >= layers or edit.layers[0] < 0:
-                raise ValueError(
+                raise UserError(
                     f"layers {list(edit.layers)} exceed the model's layers 0…{layers - 1}"
                 )
             if edit.site not in SITES:
-                raise ValueError(f"site is {edit.site!r}; it must be one of {SITES}")
+                raise UserError(f"site is {edit.site!r}; it must be one of {SITES}")
         if self.rows not in (None, rows):
-            raise ValueError(
+            raise UserError(
                 f"interventions are for {self.rows} rows, the batch has {rows}: give `rows=` with "
                 "one entry per row, or omit it to edit all rows alike"
             )
@@ -102,7 +102,7 @@ def given(interventions: Interventions | None) -> Interventions:
     """Return `interventions`, or empty ones for None.
 
     Raises:
-      ValueError: an argument of another type.
+      UserError: an argument of another type.
     """
     _check_kind([interventions])
     return Interventions() if interventions is None else interventions
@@ -112,7 +112,7 @@ def chain(*parts: Interventions | None) -> Interventions:
     """Combine interventions so that they apply in the listed order; None parts are skipped.
 
     Raises:
-      ValueError: a part of another type.
+      UserError: a part of another type.
     """
     _check_kind(parts)
     return Interventions(tuple(edit for part in parts if part is not None for edit in part.edits))
@@ -121,7 +121,7 @@ def chain(*parts: Interventions | None) -> Interventions:
 def _check_kind(parts: Sequence[Any]) -> None:
     for part in parts:
         if part is not None and not isinstance(part, Interventions):
-            raise ValueError(f"interventions has a part of type {type(part).__name__}; give the "
+            raise UserError(f"interventions has a part of type {type(part).__name__}; give the "
                              "result of steer, cap, …, or None")
 
 
@@ -141,15 +141,15 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
       site: the site of the edits.
 
     Raises:
-      ValueError: a size that is not positive, or invalid layers.
+      UserError: a size that is not positive, or invalid layers.
     """
     sizes = {"rows": rows, "width": width, "slots": slots,
              "entries": rows if entries is None else entries}
     for name, size in sizes.items():
         if not isinstance(size, (int, np.integer)) or size < 1:
-            raise ValueError(f"{name} is {size!r}; it must be a positive integer")
+            raise UserError(f"{name} is {size!r}; it must be a positive integer")
     if site not in SITES:
-        raise ValueError(f"site is {site!r}; it must be one of {SITES}")
+        raise UserError(f"site is {site!r}; it must be one of {SITES}")
     chosen = resolve_layers(layers, None)
     size = next_power(sizes["entries"])
     unit = np.zeros((len(chosen), size, width), np.float32)
@@ -179,19 +179,19 @@ def stack_rows(parts: Sequence[Interventions | None], *,
         structure, and therefore its compiled program, but only the edits of `parts`.
 
     Raises:
-      ValueError: no rows, a part made with `rows=`, or a part that does not fit `into`.
+      UserError: no rows, a part made with `rows=`, or a part that does not fit `into`.
     """
     if isinstance(parts, Interventions) or not isinstance(parts, Sequence):
-        raise ValueError("parts must be a list with one Interventions or None per row")
+        raise UserError("parts must be a list with one Interventions or None per row")
     _check_kind(parts)
     if not parts:
-        raise ValueError("stack_rows needs at least one row")
+        raise UserError("stack_rows needs at least one row")
     for row, part in enumerate(parts):
         if part is not None and part.rows is not None:
-            raise ValueError(f"the part of row {row} was made with rows=; stack parts made without "
+            raise UserError(f"the part of row {row} was made with rows=; stack parts made without "
                              "it")
     if into is not None and into.rows != len(parts):
-        raise ValueError(f"into is for {into.rows} rows; {len(parts)} parts were given")
+        raise UserError(f"into is for {into.rows} rows; {len(parts)} parts were given")
     fixed = into.edits if into is not None else ()
     slots: list[tuple[tuple, dict[int, Table]]] = [(edit.key, {}) for edit in fixed]
     for row, part in enumerate(parts):  # build a common supersequence of all rows' chains
@@ -201,7 +201,7 @@ def stack_rows(parts: Sequence[Interventions | None], *,
                 cursor += 1
             if cursor == len(slots):
                 if into is not None:
-                    raise ValueError(f"the part of row {row} does not fit the reserved tables, "
+                    raise UserError(f"the part of row {row} does not fit the reserved tables, "
                                      "which hold rank-one edits at one site, without a gate or a "
                                      "push; reserve more slots, or stack without into=")
                 slots.append((edit.key, {}))
@@ -233,7 +233,7 @@ def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
     if not members:
         assert into is not None  # only a reserved slot can be without members
         unused = jnp.full(rows, -1, jnp.int32)
-        return into.replace(index=unused, origin=jnp.zeros_like(into.origin), parts=None)  # pyright: ignore
+        return into.replace(index=unused, origin=jnp.zeros_like(into.origin), parts=None)
     layers = tuple(sorted({layer for edit in members.values() for layer in edit.layers}))
     entries: dict[Any, int] = {}
     unique: list[Table] = []
@@ -248,7 +248,7 @@ def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
     if into is not None:
         beyond = sorted(set(layers) - set(into.layers))
         if beyond or len(unique) > into.entries or unique[0].width != into.width:
-            raise ValueError(
+            raise UserError(
                 f"{len(unique)} edits of width {unique[0].width} at layers {list(layers)} do not "
                 f"fit the reserved {into.entries} of width {into.width} at {list(into.layers)}"
             )
@@ -262,6 +262,6 @@ def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
     origin = jnp.concatenate([*(edit.origin[:1] for edit in unique), jnp.zeros(spare, jnp.uint32)])
     payload = {name: value if name == "params" else jnp.asarray(value, jnp.float32)
                for name, value in payload.items()}
-    return first.replace(  # pyright: ignore[reportAttributeAccessIssue]
+    return first.replace(
         **payload, parts=None, where=where, origin=origin, layers=layers, index=jnp.asarray(index),
         gate=None if first.gate is None else Gate.gather(gates), reserved=into is not None)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Self
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,8 +27,7 @@ from jaxpersona.kernels.reference import twice
 IDENTITY = (1.0, 0.0, -np.inf, np.inf)
 
 
-@flax.struct.dataclass(kw_only=True)
-class Edit(Table):
+class Edit(Table, kw_only=True):
     """A table of rank-one edits.
 
     Attributes:
@@ -66,7 +64,7 @@ class Edit(Table):
         parts = [self._part(slot) for slot in range(len(self.layers))]
         if on_cpu(like):
             parts = [{**part, "columns": twice(part["direction"])} for part in parts]
-        return self.replace(parts=tuple(parts))  # pyright: ignore
+        return self.replace(parts=tuple(parts))
 
     def _part(self, slot: int) -> dict[str, Any]:
         # separate coefficients: TPUs then read them for all layers at once, not layer by layer
@@ -102,7 +100,7 @@ def table(
       index: [B] integers in −1…n−1, or None.
 
     Raises:
-      ValueError: an index outside −1…n−1.
+      UserError: an index outside −1…n−1.
     """
     n = direction.shape[1]
     index = checked_index(index, n)
@@ -118,4 +116,4 @@ def table(
         rest = fill[name].astype(getattr(made, name).dtype)
         return jnp.asarray(xp.concatenate([getattr(made, name), rest], 1), jnp.float32)
 
-    return made.replace(**{name: padded(name) for name in fill})  # pyright: ignore
+    return made.replace(**{name: padded(name) for name in fill})

@@ -21,8 +21,7 @@ from jaxpersona.models.batch import GENERATED, LAST, Batch
 Over = Literal["prompt", "token"]
 
 
-@flax.struct.dataclass(kw_only=True)
-class Gate:
+class Gate(flax.struct.PyTreeNode, kw_only=True):
     """The gate of a table's entries.
 
     Attributes:
@@ -94,8 +93,7 @@ class Gate:
         return opened & reach, state
 
 
-@flax.struct.dataclass
-class GateState:
+class GateState(flax.struct.PyTreeNode):
     """The sum [B] and number [B] of each row's projections over its prompt, float32."""
 
     total: Any

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Bank, check_finite, numbers
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.gates import Gate, Over
@@ -48,24 +49,24 @@ def gate(
       where: the measured tokens; default: all except the first, an attention sink.
 
     Raises:
-      ValueError: no bound, a gate layer not before the gated layers, a second gate, or an invalid
+      UserError: no bound, a gate layer not before the gated layers, a second gate, or an invalid
         direction; the message gives field, value and remedy.
     """
     if above is None and below is None:
-        raise ValueError("gate needs a bound: above, below or both")
+        raise UserError("gate needs a bound: above, below or both")
     if over not in ("prompt", "token"):
-        raise ValueError(f"over is {over!r}; it must be 'prompt' or 'token'")
+        raise UserError(f"over is {over!r}; it must be 'prompt' or 'token'")
     if within and over == "token":
-        raise ValueError("within is only for over='prompt'; a token gate applies within the prompt "
+        raise UserError("within is only for over='prompt'; a token gate applies within the prompt "
                          "anyway")
     if not interventions.edits:
-        raise ValueError("interventions is empty; there is nothing to gate")
+        raise UserError("interventions is empty; there is nothing to gate")
     if where is None:
         where = (prompt if over == "prompt" else everywhere).without("first")
     where = as_where(where)
     test = encoded(where)
     if over == "prompt" and where.need & GENERATED:
-        raise ValueError("where selects generated tokens, which a prompt does not contain; use "
+        raise UserError("where selects generated tokens, which a prompt does not contain; use "
                          "over='token' or another where")
     return Interventions(tuple(
         _gated(table, vector, layer, {"above": above, "below": below}, test, site, over, within)
@@ -76,16 +77,16 @@ def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: 
            site: Site, over: Over, within: bool) -> Table:
     """Return a table with a gate."""
     if table.gate is not None:
-        raise ValueError("interventions already has a gate; gate each part once, then chain them")
+        raise UserError("interventions already has a gate; gate each part once, then chain them")
     bank = Bank(vector, [layer], None if table.index is None else [0], site)
     direction, size = bank.direction[0], table.entries
     # padding entries have a test that no token passes (NOWHERE)
     real = size if traced(table.where) else int((np.asarray(table.where)[:, 0] >= 0).sum())
     if direction.shape[0] not in (1, real):
-        raise ValueError(f"the gate has {direction.shape[0]} directions; the bank has {real} edits")
+        raise UserError(f"the gate has {direction.shape[0]} directions; the bank has {real} edits")
     lo, hi = (_spread(name, value, real) for name, value in bounds.items())
     if not traced(lo, hi) and (lo > hi).any():
-        raise ValueError("above is greater than below; no projection satisfies both")
+        raise UserError("above is greater than below; no projection satisfies both")
     entry = np.array([*range(real), *[0] * (size - real)])
     xp: Any = jnp if traced(lo, hi) else np
     made = Gate(
@@ -95,9 +96,9 @@ def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: 
         origin=jnp.asarray(bank.origin[entry if len(bank.origin) > 1 else 0 * entry]),
         layer=bank.layers[0], site=site, over=over, within=within)
     if not made.precedes(table.layers[0], table.site):
-        raise ValueError(f"the gate's layer {layer} ({site}) is not before layer "
+        raise UserError(f"the gate's layer {layer} ({site}) is not before layer "
                          f"{table.layers[0]} ({table.site}), which it gates")
-    return table.replace(gate=made)  # pyright: ignore[reportAttributeAccessIssue]
+    return table.replace(gate=made)
 
 
 def _spread(name: str, value: Any, count: int) -> Any:
@@ -108,6 +109,6 @@ def _spread(name: str, value: Any, count: int) -> Any:
     if not traced(given):
         check_finite(name, given)
     if given.shape not in ((), (1,), (count,)):
-        raise ValueError(f"{name} has shape {given.shape}; it must be a number or [{count}], one "
+        raise UserError(f"{name} has shape {given.shape}; it must be a number or [{count}], one "
                          "per edit of the bank")
     return (jnp if traced(given) else np).broadcast_to(given.reshape(-1), (count,))

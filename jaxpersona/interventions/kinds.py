@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.table import Table
 
 F32 = jnp.float32
 
 
-@flax.struct.dataclass(kw_only=True)
-class Rotation(Table):
+class Rotation(Table, kw_only=True):
     """Rotations in a plane, which preserve ‖h‖ and the part of h outside the plane.
 
     Attributes:
@@ -62,8 +62,7 @@ class Rotation(Table):
         return {"first": planes[0], "second": planes[1], "angle": angle}
 
 
-@flax.struct.dataclass(kw_only=True)
-class NormRestoration(Table):
+class NormRestoration(Table, kw_only=True):
     """Rescaling of h to the norm that it had before the edits at this site.
 
     Attributes:
@@ -92,8 +91,7 @@ class NormRestoration(Table):
         return {"amount": np.zeros((layers, size), np.float32)}
 
 
-@flax.struct.dataclass(kw_only=True)
-class Custom(Table):
+class Custom(Table, kw_only=True):
     """A user-defined function of one token's activation.
 
     Attributes:
@@ -124,7 +122,7 @@ class Custom(Table):
         params = jax.tree.map(lambda x: x[0], self.params) if shared else self.params
         new = jax.vmap(by_token, in_axes=(None if shared else 0, 0))(params, h.astype(F32))
         if new.shape != h.shape:
-            raise ValueError(f"fn returned shape {list(new.shape[2:])} for a token; it must return "
+            raise UserError(f"fn returned shape {list(new.shape[2:])} for a token; it must return "
                              f"[{h.shape[-1]}]")
         new = new.astype(h.dtype)
         changed = active & (self.on[slot][:, None] > 0) & (new != h).any(-1)

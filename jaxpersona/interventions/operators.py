@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import (
     Bank,
     Layers,
@@ -62,7 +63,7 @@ def steer(
       site: "residual" (after the block), "attention" or "mlp" (their outputs).
 
     Raises:
-      ValueError: an invalid direction, strength, layer or row; the message gives field, value and
+      UserError: an invalid direction, strength, layer or row; the message gives field, value and
         remedy.
     """
     bank = Bank(vector, layers, rows, site)
@@ -97,19 +98,19 @@ def cap(
         This is a control with the displacement of the cap in another direction; it does not cap.
 
     Raises:
-      ValueError: neither bound, a floor above the ceiling, or an argument that is invalid in
+      UserError: neither bound, a floor above the ceiling, or an argument that is invalid in
         `steer`.
     """
     if floor is None and ceiling is None:
-        raise ValueError("cap needs a bound: floor, ceiling or both")
+        raise UserError("cap needs a bound: floor, ceiling or both")
     bank = Bank(vector, layers, rows, site)
     lo = bank.spread("floor", -np.inf if floor is None else floor)
     hi = bank.spread("ceiling", np.inf if ceiling is None else ceiling)
     if not traced(lo, hi) and (lo > hi).any():
-        raise ValueError("floor is above ceiling; a projection cannot satisfy both")
+        raise UserError("floor is above ceiling; a projection cannot satisfy both")
     along = None if push is None else Bank(push, layers, rows, site, "push")
     if along is not None and along.direction.shape != bank.direction.shape:
-        raise ValueError(f"push has shape {along.direction.shape}; it must be that of vector, "
+        raise UserError(f"push has shape {along.direction.shape}; it must be that of vector, "
                          f"{bank.direction.shape}")
     if along is not None:
         bank.origin = one_origin(bank.origin, along.origin)
@@ -155,14 +156,14 @@ def mean_ablate(
       mean: μ, the mean activation of some texts, in the form of `vector`.
 
     Raises:
-      ValueError: a mean of another shape, or an argument that is invalid in `steer`.
+      UserError: a mean of another shape, or an argument that is invalid in `steer`.
     """
     bank = Bank(vector, layers, rows, site)
     of = Bank(mean, layers, rows, site, "mean", zero=True)
     bank.origin = one_origin(bank.origin, of.origin)
     n, width = bank.direction.shape[1:]
     if of.direction.shape[1] not in (1, n) or of.direction.shape[2] != width:
-        raise ValueError(f"mean has shape {of.direction.shape}; it must fit that of vector, "
+        raise UserError(f"mean has shape {of.direction.shape}; it must fit that of vector, "
                          f"{bank.direction.shape}")
     along = (bank.direction * of.direction).sum(-1) * of.norm  # ⟨μ, v̂⟩ [l, n]
     return _rank_one(bank, where, s=0.0, c=along)
@@ -228,21 +229,21 @@ def rotate(
       layers, where, rows, site: as for `steer`.
 
     Raises:
-      ValueError: neither angle or both, collinear directions, or an argument that is invalid in
+      UserError: neither angle or both, collinear directions, or an argument that is invalid in
         `steer`.
     """
     if (to is None) == (by is None):
-        raise ValueError("rotate needs one angle in radians: to= (from the first direction) or by=")
+        raise UserError("rotate needs one angle in radians: to= (from the first direction) or by=")
     one, two = Bank(first, layers, rows, site, "first"), Bank(second, layers, rows, site, "second")
     if one.direction.shape != two.direction.shape:
-        raise ValueError(f"second has shape {two.direction.shape}; it must be that of first, "
+        raise UserError(f"second has shape {two.direction.shape}; it must be that of first, "
                          f"{one.direction.shape}")
     one.origin = one_origin(one.origin, two.origin)
     xp: Any = jnp if traced(one.direction, two.direction, to, by) else np
     across = two.direction - (one.direction * two.direction).sum(-1, keepdims=True) * one.direction
     length = xp.linalg.norm(across, axis=-1, keepdims=True)
     if xp is np and (length < _FLAT).any():
-        raise ValueError("first and second are collinear at a chosen layer; give directions that "
+        raise UserError("first and second are collinear at a chosen layer; give directions that "
                          "span a plane")
     theta = one.spread("to" if by is None else "by", to if by is None else by)
     angle = xp.stack([xp.cos(theta), xp.sin(theta), xp.full(theta.shape, float(by is None))], -1)
@@ -292,15 +293,15 @@ def custom(
       layers, where, site: as for `steer`.
 
     Raises:
-      ValueError: `fn` is not callable or not hashable, or leaves of `params` differ in n.
+      UserError: `fn` is not callable or not hashable, or leaves of `params` differ in n.
     """
     try:
         hash(fn)
     except TypeError:
-        raise ValueError("fn is not hashable; give a function and pass its data as params") \
+        raise UserError("fn is not hashable; give a function and pass its data as params") \
             from None
     if not callable(fn):
-        raise ValueError(f"fn is {fn!r}; it must be a function of (params, h)")
+        raise UserError(f"fn is {fn!r}; it must be a function of (params, h)")
     _check_arguments(fn)
     chosen = resolve_layers(layers, None)
     # via NumPy, so that Python numbers are not weakly typed
@@ -309,7 +310,7 @@ def custom(
         leaves = [x[None] for x in leaves]
     sizes = {x.shape[0] if x.ndim else 0 for x in leaves} or {1}
     if len(sizes) > 1 or 0 in sizes:
-        raise ValueError("with rows=, every array of params must be [n, …] with the same n")
+        raise UserError("with rows=, every array of params must be [n, …] with the same n")
     n = sizes.pop()
     spread = np.array([*range(n), *[n - 1] * (next_power(n) - n)], np.int32)
     leaves = [x[spread] for x in leaves]
@@ -322,7 +323,7 @@ def _check_arguments(fn: Any) -> None:
     """Check that a custom function can be called with params and h.
 
     Raises:
-      ValueError: its signature does not allow two positional arguments.
+      UserError: its signature does not allow two positional arguments.
     """
     try:
         signature = inspect.signature(fn)
@@ -331,7 +332,7 @@ def _check_arguments(fn: Any) -> None:
     try:
         signature.bind(None, None)
     except TypeError:
-        raise ValueError(f"fn has the arguments {signature}; fn takes (params, h)") from None
+        raise UserError(f"fn has the arguments {signature}; fn takes (params, h)") from None
 
 
 def _arrays(params: Any) -> list[Any]:
@@ -339,7 +340,7 @@ def _arrays(params: Any) -> list[Any]:
     leaves = jax.tree.leaves(params)
     for leaf in leaves:
         if not traced(leaf) and np.asarray(leaf).dtype.kind in "OSU":
-            raise ValueError(f"params holds {leaf!r}; its leaves must be arrays or numbers")
+            raise UserError(f"params holds {leaf!r}; its leaves must be arrays or numbers")
     return leaves
 
 
@@ -372,7 +373,7 @@ def _plain(kind: type[Table], layers: tuple[int, ...], where: Where | str, rows:
            n: int = 1, **fields: Any) -> Interventions:
     """Build a table of a kind without directions."""
     if site not in SITES:
-        raise ValueError(f"site is {site!r}; it must be one of {SITES}")
+        raise UserError(f"site is {site!r}; it must be one of {SITES}")
     test = np.broadcast_to(encoded(where), (n, 5))
     shared = common(test, np.zeros(n, np.uint32), checked_index(rows, n), next_power(n))
     return Interventions((kind(layers=layers, site=site, **shared, **fields),))

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from jaxpersona.errors import UserError
 from jaxpersona.interventions import Site, Where
 from jaxpersona.interventions.bank import parse_layers
 from jaxpersona.interventions.where import NAMED
@@ -29,7 +30,7 @@ def _numbers(value: Any) -> Any:
         for part in value:
             _numbers(part)
     elif isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
-        raise ValueError("must be a finite number, or a list of them")
+        raise UserError("must be a finite number, or a list of them")
     return value
 
 
@@ -45,11 +46,11 @@ def _direction_form(value: Any) -> Any:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise ValueError("must be the name of a vector file, or a list of numbers")
+        raise UserError("must be the name of a vector file, or a list of numbers")
     _numbers(value)
     rows = {len(row) if isinstance(row, list) else -1 for row in value}
     if len(rows) > 1:
-        raise ValueError("has rows of different lengths")
+        raise UserError("has rows of different lengths")
     return value
 
 
@@ -62,7 +63,7 @@ def _layers_form(value: Any) -> Any:
             return value
     elif whole and all(isinstance(x, int) and not isinstance(x, bool) for x in whole):
         return value
-    raise ValueError("must be a number, a list of them, or text: "
+    raise UserError("must be a number, a list of them, or text: "
                      "\"46:54\" (half-open), \"16\" or \"3,5\"")
 
 
@@ -109,7 +110,7 @@ class Place(_Strict):
     def build(self, first: bool) -> Where:
         """Return the test; `first` includes each row's first token."""
         if self.name not in NAMED:
-            raise ValueError(f"where is {self.name!r}; choose from {', '.join(NAMED)}")
+            raise UserError(f"where is {self.name!r}; choose from {', '.join(NAMED)}")
         where = NAMED[self.name].without(*self.without, *([] if first else ["first"]))
         return where if self.turns is None else where.within(*self.turns)
 
@@ -236,7 +237,7 @@ def read(spec: Any, kind: Any, name: str) -> tuple[list[Any], list[str]]:
     """Validate one JSON object or a list of them; also return each one's name for errors."""
     many = isinstance(spec, Sequence) and not isinstance(spec, (str, bytes))
     if many and not spec:
-        raise ValueError(f"{name} is an empty list; give at least one")
+        raise UserError(f"{name} is an empty list; give at least one")
     items = list(spec) if many else [spec]
     where = [f"{name}[{i}]" if many else name for i in range(len(items))]
     adapter, parsed, faults = pydantic.TypeAdapter(kind), [], []
@@ -246,7 +247,7 @@ def read(spec: Any, kind: Any, name: str) -> tuple[list[Any], list[str]]:
         except pydantic.ValidationError as error:
             faults += [_fault(fault, at, item) for fault in error.errors(include_url=False)]
     if faults:
-        raise ValueError("; ".join(dict.fromkeys(faults)))
+        raise UserError("; ".join(dict.fromkeys(faults)))
     return parsed, where
 
 
@@ -272,5 +273,5 @@ def _fault(fault: Any, at: str, item: Any) -> str:
     return f"{path}{value}: {message[:1].lower()}{message[1:]}"
 
 
-_KINDS = {kind.model_fields["operator"].annotation.__args__[0]: kind  # pyright: ignore
+_KINDS = {kind.model_fields["operator"].annotation.__args__[0]: kind
           for kind in (Steer, Cap, Ablate, MeanAblate, Scale, SetProjection, Rotate, RestoreNorm)}

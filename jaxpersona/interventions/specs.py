@@ -22,6 +22,7 @@ from jaxpersona import interventions as ops
 from jaxpersona.captures import capture as readings
 from jaxpersona.captures.capture import Capture
 from jaxpersona.ckpts.vectors import load_vector
+from jaxpersona.errors import UserError
 from jaxpersona.interventions import Interventions, Where
 from jaxpersona.interventions import spec_forms as forms
 from jaxpersona.vectors.vector import Axis, Vector, fitted
@@ -38,7 +39,7 @@ def interventions(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") 
       folder: the folder that vector file names are relative to.
 
     Raises:
-      ValueError: unknown or missing keys, values of another type (one message lists all of these),
+      UserError: unknown or missing keys, values of another type (one message lists all of these),
         or a vector file, layer, width or plane that does not match; field, value and remedy.
     """
     parts = [_operator(item, at, model, pathlib.Path(folder))
@@ -55,7 +56,7 @@ def captures(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") -> Ca
             for part in out.parts.values():
                 readings.chosen_layers(part, model.config)
         except ValueError as error:
-            raise ValueError(f"{at}: {error}") from None
+            raise UserError(f"{at}: {error}") from None
     return out
 
 
@@ -76,7 +77,7 @@ def _operator(item: Any, at: str, model: Model, folder: pathlib.Path) -> Interve
                 where=_gate_place(gate))
         made.check(layers=model.config.n_layers, width=model.config.d_model, rows=0)
     except ValueError as error:
-        raise ValueError(f"{at}: {error}") from None
+        raise UserError(f"{at}: {error}") from None
     return made
 
 
@@ -96,7 +97,7 @@ def _build(item: Any, model: Model, folder: pathlib.Path) -> Interventions:
                 how["push"] = read(item.push)
             if item.of is not None and not any(isinstance(x, str)
                                                for x in (item.floor, item.ceiling)):
-                raise ValueError("of is only for percentiles, but floor and ceiling are numbers; "
+                raise UserError("of is only for percentiles, but floor and ceiling are numbers; "
                                  "omit it")
             return ops.cap(vector, floor=_bound(vector, "floor", item.floor, item.of),
                            ceiling=_bound(vector, "ceiling", item.ceiling, item.of), **how)
@@ -125,9 +126,9 @@ def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture
     on = item.reading in ("projections", "moments", "histogram")
     for field, wanted in (("directions", on), ("edges", item.reading == "histogram")):
         if (getattr(item, field) is not None) != wanted:
-            raise ValueError(f"{item.reading} {'needs' if wanted else 'does not take'} {field}")
+            raise UserError(f"{item.reading} {'needs' if wanted else 'does not take'} {field}")
     if item.turns is not None and item.reading != "mean":
-        raise ValueError(f"{item.reading} does not take turns")
+        raise UserError(f"{item.reading} does not take turns")
     make = getattr(readings, item.reading)
     if not on:
         return make(**how, **({"turns": item.turns} if item.reading == "mean" else {}))
@@ -135,7 +136,7 @@ def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture
     if not any(isinstance(one, Vector) for one in value):
         value = np.array(value)
     elif not all(isinstance(one, Vector) for one in value):
-        raise ValueError("directions mixes files and numbers; give only files or only numbers")
+        raise UserError("directions mixes files and numbers; give only files or only numbers")
     return make(value, *([item.edges] if item.reading == "histogram" else []), **how)
 
 
@@ -159,8 +160,8 @@ def _bound(vector: Any, name: str, value: Any, of: str | None) -> Any:
     if not isinstance(value, str):
         return value
     if not isinstance(vector, Axis):
-        raise ValueError(f"{name} is {value!r}, but only an axis has percentiles; give a number")
+        raise UserError(f"{name} is {value!r}, but only an axis has percentiles; give a number")
     if of is None:
-        raise ValueError(f"{name} is {value!r}; give its population: \"of\": \"default\" or "
+        raise UserError(f"{name} is {value!r}; give its population: \"of\": \"default\" or "
                          "\"all\"")
     return vector.thresholds(value, of=of)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.distributed.sharding import spread_rows
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.where import NOWHERE, holds
 from jaxpersona.models.batch import Batch
 
@@ -24,8 +25,7 @@ SITES: tuple[Site, ...] = ("residual", "attention", "mlp")
 ORDER = {"attention": 0, "mlp": 1, "residual": 2}  # the order of the sites in a block
 
 
-@flax.struct.dataclass(kw_only=True)
-class Table:
+class Table(flax.struct.PyTreeNode, kw_only=True):
     """The base class of tables: n entries of one kind at one site of l layers.
 
     Attributes:
@@ -78,20 +78,20 @@ class Table:
         """Select rows, −1 for a row without an entry; a table shared by all rows is unchanged.
 
         Raises:
-          ValueError: an index beyond the table's rows.
+          UserError: an index beyond the table's rows.
         """
         if self.index is None:
             return self
         count = self.index.shape[0]
         if rows.size and rows.max() >= count:
-            raise ValueError(
+            raise UserError(
                 f"interventions are for {count} rows; row {int(rows.max())} is out of range"
             )
         if self.each:
-            return self._gathered(jnp.asarray(rows, jnp.int32)).replace(  # pyright: ignore
+            return self._gathered(jnp.asarray(rows, jnp.int32)).replace(
                 index=jnp.asarray(rows, jnp.int32))
         chosen = np.where(rows >= 0, np.asarray(self.index)[np.maximum(rows, 0)], -1)
-        return self.replace(index=jnp.asarray(chosen, jnp.int32))  # pyright: ignore
+        return self.replace(index=jnp.asarray(chosen, jnp.int32))
 
     def _gathered(self, index: jax.Array) -> Self:
         here = index >= 0
@@ -101,7 +101,7 @@ class Table:
             at = (slice(None),) * axis + (chosen,)
             return jax.tree.map(lambda x: x.at[at].get(mode="fill", fill_value=0), value)
 
-        return self.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        return self.replace(
             where=jnp.where(here[:, None], pick(self.where, 0), jnp.asarray([NOWHERE], jnp.int32)),
             origin=pick(self.origin, 0),
             gate=pick(self.gate, 0),
@@ -118,7 +118,7 @@ class Table:
         if not self.each:
             return self
         axes = {"where": 0, "origin": 0, "gate": 0, **self.PAYLOAD}
-        return self.replace(**{  # pyright: ignore[reportAttributeAccessIssue]
+        return self.replace(**{
             name: jax.tree.map(lambda x, axis=axis: spread_rows(x, axis, like), getattr(self, name))
             for name, axis in axes.items()
         })
@@ -162,7 +162,7 @@ class Table:
         """
         out: dict[str, Any] = cls.identities(len(layers), size, members[0])
         if any(member.width != members[0].width for member in members):
-            raise ValueError("the rows' directions have different widths; use directions of one "
+            raise UserError("the rows' directions have different widths; use directions of one "
                              "model")
         for name in out:
             values = [getattr(member, name)[:, 0] for member in members]
@@ -192,16 +192,16 @@ def checked_index(index: Any, entries: int) -> np.ndarray | None:
     """Return the entry of each row as an array.
 
     Raises:
-      ValueError: an index outside −1…entries−1.
+      UserError: an index outside −1…entries−1.
     """
     if index is None:
         return None
     index = np.asarray(index)
     if index.ndim != 1 or not np.issubdtype(index.dtype, np.integer):
-        raise ValueError("rows must be a list of integers, one per batch row (−1: no edit)")
+        raise UserError("rows must be a list of integers, one per batch row (−1: no edit)")
     bad = sorted({int(i) for i in index if i >= entries or i < -1})
     if bad:
-        raise ValueError(f"rows has {bad}; the bank has entries 0…{entries - 1} (−1: no edit)")
+        raise UserError(f"rows has {bad}; the bank has entries 0…{entries - 1} (−1: no edit)")
     return index
 
 
@@ -214,13 +214,13 @@ def one_origin(*origins: Any) -> np.ndarray:
     """Return the common origin of directions that are used together, [n] uint32 (0: unknown).
 
     Raises:
-      ValueError: the directions are of different models.
+      UserError: the directions are of different models.
     """
     common_origin = np.zeros(max(len(origin) for origin in origins), np.uint32)
     for origin in origins:
         known = np.broadcast_to(np.asarray(origin, np.uint32), common_origin.shape)
         if ((common_origin != 0) & (known != 0) & (common_origin != known)).any():
-            raise ValueError("the directions were made for different models; use directions of one")
+            raise UserError("the directions were made for different models; use directions of one")
         common_origin = np.where(common_origin == 0, known, common_origin)
     return common_origin
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jaxpersona.captures.capture import Capture, chosen_layers
 from jaxpersona.distributed.sharding import spread_rows
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.table import Site
 from jaxpersona.models import nn
@@ -21,8 +22,7 @@ _BITS = 32
 Gates = dict[str, Any]  # the state of each gate, by its table's index
 
 
-@flax.struct.dataclass
-class Applied:
+class Applied(flax.struct.PyTreeNode):
     """The token counts of one intervention table.
 
     Attributes:
@@ -54,7 +54,7 @@ class Trace:
             for number, edit in enumerate(edits.edits) if edit.gate is not None
         }
         if gates is not None and set(gates) != set(self.gates):
-            raise ValueError(f"gates has the tables {sorted(gates)}, but the interventions have "
+            raise UserError(f"gates has the tables {sorted(gates)}, but the interventions have "
                              f"gates at {sorted(self.gates)}; give the state of these "
                              "interventions")
         self.opened: dict[int, jax.Array] = {}
@@ -96,10 +96,10 @@ class Trace:
         """Add this call's readings to the state.
 
         Raises:
-          ValueError: the state of another capture.
+          UserError: the state of another capture.
         """
         if state is not None and set(state) != set(self.capture.parts):
-            raise ValueError(f"captured has the readings {sorted(state)}, but the capture has "
+            raise UserError(f"captured has the readings {sorted(state)}, but the capture has "
                              f"{sorted(self.capture.parts)}; give the state of this capture")
         with jax.named_scope("capture"):
             return {

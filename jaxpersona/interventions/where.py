@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.errors import UserError
 from jaxpersona.models.batch import (
     ASSISTANT,
     GENERATED,
@@ -46,7 +47,7 @@ class Where:
 
     def __and__(self, other: Where) -> Where:
         if self.any and other.any and self.any != other.any:
-            raise ValueError("two tests with different `any` bits cannot be combined with &")
+            raise UserError("two tests with different `any` bits cannot be combined with &")
         return Where(self.need | other.need, self.any | other.any, self.none | other.none,
                      max(self.lo, other.lo), min(self.hi, other.hi))
 
@@ -58,11 +59,11 @@ class Where:
         """Restrict the test to messages lo ≤ turn < hi.
 
         Raises:
-          ValueError: the range is empty.
+          UserError: the range is empty.
         """
         restricted = self & Where(lo=lo, hi=hi)
         if restricted.lo >= restricted.hi:
-            raise ValueError(f"within {lo}…{hi} contains no message; lo must be less than hi")
+            raise UserError(f"within {lo}…{hi} contains no message; lo must be less than hi")
         return restricted
 
     def encode(self) -> np.ndarray:
@@ -74,7 +75,7 @@ def _bits(kinds: tuple[str, ...]) -> int:
     bits = 0
     for kind in kinds:
         if kind not in KINDS:
-            raise ValueError(f"kind {kind!r} is unknown; choose from {', '.join(KINDS)}")
+            raise UserError(f"kind {kind!r} is unknown; choose from {', '.join(KINDS)}")
         bits |= KINDS[kind]
     return bits
 
@@ -101,12 +102,12 @@ def as_where(where: Where | str) -> Where:
     """Return the test that a `where` argument gives: a test, or a name of `NAMED`.
 
     Raises:
-      ValueError: another name, or another type.
+      UserError: another name, or another type.
     """
     if isinstance(where, str) and where in NAMED:
         return NAMED[where]
     if not isinstance(where, Where):
-        raise ValueError(f"where is {where!r}; give a test such as jaxpersona.generated or "
+        raise UserError(f"where is {where!r}; give a test such as jaxpersona.generated or "
                          f"jaxpersona.turns('user'), or one of the names {', '.join(NAMED)}")
     return where
 
@@ -115,7 +116,7 @@ def encoded(where: Where | str) -> np.ndarray:
     """Return a test, or the test of a name, as [5] int32.
 
     Raises:
-      ValueError: another name, or another type.
+      UserError: another name, or another type.
     """
     return as_where(where).encode()
 
@@ -124,10 +125,10 @@ def turns(role: str) -> Where:
     """Return the test for the content of a role's messages ("system", "user", "assistant").
 
     Raises:
-      ValueError: another role.
+      UserError: another role.
     """
     if role not in ("system", "user", "assistant"):
-        raise ValueError(f"role is {role!r}; it must be 'system', 'user' or 'assistant'")
+        raise UserError(f"role is {role!r}; it must be 'system', 'user' or 'assistant'")
     return NAMED[role]
 
 

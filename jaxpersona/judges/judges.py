@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from jaxpersona.data.reading import fill
 from jaxpersona.data.texts import Role
+from jaxpersona.errors import UserError
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
@@ -58,7 +59,7 @@ class SelfJudge:
         from jaxpersona.engine.generate import generate
 
         if not role.eval_prompt:
-            raise ValueError(f"role {role.name!r} has no eval_prompt; the judge 'self' needs one")
+            raise UserError(f"role {role.name!r} has no eval_prompt; the judge 'self' needs one")
         asked = [
             fill(role.eval_prompt, question=record["question"],
                  answer=record["conversation"][-1]["content"])

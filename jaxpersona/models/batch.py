@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.distributed.sharding import rows_divisor, spread_rows
+from jaxpersona.errors import UserError
 
 VALID = 1 << 0  # a token, not padding
 FIRST = 1 << 1  # the first token of its row: an attention sink with a very large norm
@@ -36,8 +37,7 @@ KINDS = {
 }
 
 
-@flax.struct.dataclass
-class Batch:
+class Batch(flax.struct.PyTreeNode):
     """A right-padded batch of token rows.
 
     Attributes:
@@ -71,11 +71,11 @@ class Batch:
         """Shard the rows over the mesh of `like`; return the batch unchanged if it has none.
 
         Raises:
-          ValueError: the number of rows is not a multiple of the mesh's data-parallel size.
+          UserError: the number of rows is not a multiple of the mesh's data-parallel size.
         """
         ways = rows_divisor(like)
         if self.tokens.shape[0] % ways:
-            raise ValueError(
+            raise UserError(
                 f"the batch has {self.tokens.shape[0]} rows; the mesh shards rows over {ways} "
                 f"devices: give a multiple of {ways}"
             )
@@ -98,21 +98,21 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
         an invalid id gives NaN.
 
     Raises:
-      ValueError: an empty batch, an empty row, a single row not in a list, values that are not
+      UserError: an empty batch, an empty row, a single row not in a list, values that are not
         token ids, `kind` or `turn` of another shape, or a row longer than `width`.
     """
     if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Iterable):
-        raise ValueError(f"tokens is {tokens!r:.60}; give a list of rows of token ids")
+        raise UserError(f"tokens is {tokens!r:.60}; give a list of rows of token ids")
     rows = [_row(row, i) for i, row in enumerate(tokens)]
     if not rows or any(row.size == 0 for row in rows):
-        raise ValueError("tokens has no row or an empty row; every row needs at least one token")
+        raise UserError("tokens has no row or an empty row; every row needs at least one token")
     for i, row in enumerate(rows):
         check_ids(row, vocabulary, f"row {i} of tokens")
     rows = [row.astype(np.int32) for row in rows]
     longest = max(row.size for row in rows)
     width = longest if width is None else width
     if longest > width:
-        raise ValueError(f"a row of {longest} tokens does not fit the width {width}")
+        raise UserError(f"a row of {longest} tokens does not fit the width {width}")
 
     def pad(values: Sequence, dtype: Any) -> np.ndarray:
         out = np.zeros((len(rows), width), dtype)
@@ -125,7 +125,7 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
             return [np.zeros(row.size, np.int32) for row in rows]
         arrays = [np.array(v, np.int32).reshape(-1) for v in values]
         if [a.size for a in arrays] != [r.size for r in rows]:
-            raise ValueError(f"{name} must have one entry for every token")
+            raise UserError(f"{name} must have one entry for every token")
         return arrays
 
     kinds = like("kind", kind)
@@ -135,7 +135,7 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
         bits[-1] |= LAST
     ids = np.arange(len(rows)) if row_id is None else np.asarray(row_id)
     if ids.shape != (len(rows),):
-        raise ValueError(f"row_id has shape {ids.shape}; it must be [{len(rows)}]")
+        raise UserError(f"row_id has shape {ids.shape}; it must be [{len(rows)}]")
     return Batch(
         tokens=pad(rows, np.int32),
         position=pad([np.arange(row.size) for row in rows], np.int32),
@@ -152,9 +152,9 @@ def _row(values: Any, number: int) -> np.ndarray:
     except ValueError:
         row = np.asarray(None)
     if row.ndim == 0 and np.issubdtype(row.dtype, np.integer):
-        raise ValueError("tokens is a single row of ids; give a list of rows")
+        raise UserError("tokens is a single row of ids; give a list of rows")
     if row.size and not np.issubdtype(row.dtype, np.integer):
-        raise ValueError(f"row {number} of tokens is {values!r:.60}; give integers")
+        raise UserError(f"row {number} of tokens is {values!r:.60}; give integers")
     return row.reshape(-1)
 
 
@@ -168,7 +168,7 @@ def check_ids(ids: np.ndarray, vocabulary: int | None, what: str, tokenizer: Any
       tokenizer: if given, the message also shows the token's text.
 
     Raises:
-      ValueError: an id below 0 or not below `vocabulary`; the message names the first one.
+      UserError: an id below 0 or not below `vocabulary`; the message names the first one.
     """
     most = 2**31 if vocabulary is None else vocabulary
     if not ids.size or (int(ids.min()) >= 0 and int(ids.max()) < most):
@@ -178,7 +178,7 @@ def check_ids(ids: np.ndarray, vocabulary: int | None, what: str, tokenizer: Any
     written = ""
     if tokenizer is not None and 0 <= wrong < len(tokenizer):
         written = f" ({tokenizer.convert_ids_to_tokens(wrong)!r})"
-    raise ValueError(
+    raise UserError(
         f"{what} has the token id {wrong}{written}; token ids must be in 0…{most - 1}"
         + ("" if vocabulary is None else ", the rows of the model's embedding")
         + (": the tokenizer has tokens that the model lacks, so remove them from the text or use "
@@ -190,10 +190,10 @@ def split(source: Batch, size: int) -> list[Batch]:
     """Split a batch along T into chunks of at most `size` tokens, for chunked prefill.
 
     Raises:
-      ValueError: `size` is not positive.
+      UserError: `size` is not positive.
     """
     if size < 1:
-        raise ValueError(f"size is {size}; it must be positive")
+        raise UserError(f"size is {size}; it must be positive")
     width = source.tokens.shape[1]
     return [
         Batch(*(x[:, i : i + size] for x in (source.tokens, source.position, source.kind,

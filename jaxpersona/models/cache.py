@@ -21,8 +21,7 @@ KV_AXES = ("batch", "kv_heads", None, None)
 ROW_AXES = (("batch", None), ("batch",))  # logical axes of `position` and `next`
 
 
-@flax.struct.dataclass
-class Cache:
+class Cache(flax.struct.PyTreeNode):
     """Keys and values of the tokens seen so far.
 
     Attributes:
@@ -87,7 +86,7 @@ def assign_slots(cache: Cache | None, batch: Batch) -> jax.Array:
 
 def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
     """Write the positions of a batch's tokens; `write` adds keys and values per layer."""
-    return cache.replace(  # pyright: ignore[reportAttributeAccessIssue]
+    return cache.replace(
         position=set_lines(cache.position, batch.position, slots, lines=1),
         next=cache.next + batch.length,
     )

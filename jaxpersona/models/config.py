@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import jax
 
+from jaxpersona.errors import UserError
+
 Activation = Literal["silu", "gelu_tanh"]
 # The fields that `ModelConfig.hash` covers, version 1. Hashes are stored in files, so this list
 # must not change: a field added later enters the hash only if its value is not the default.
@@ -92,15 +94,15 @@ class ModelConfig:
                       "d_ff", "max_context"):
             value = getattr(self, field)
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{field} is {value!r}; it must be a positive integer")
+                raise UserError(f"{field} is {value!r}; it must be a positive integer")
         if self.n_heads % self.n_kv_heads:
-            raise ValueError(
+            raise UserError(
                 f"n_kv_heads is {self.n_kv_heads}; it must divide n_heads ({self.n_heads})"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
+            raise UserError(f"head_dim is {self.head_dim}; rotary embeddings need an even number")
         if len(self.windows) != self.n_layers:
-            raise ValueError(
+            raise UserError(
                 f"windows has {len(self.windows)} entries; give one per layer ({self.n_layers})"
             )
 

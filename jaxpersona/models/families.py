@@ -14,6 +14,7 @@ import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxpersona.errors import UserError
 from jaxpersona.models.config import MAX_LAYERS, ModelConfig, Rope
 from jaxpersona.models.family_keys import check_keys
 
@@ -45,10 +46,10 @@ def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> t
         types = ["sliding_attention" if fallback(i) else "full_attention" for i in range(n)]
     known = ("full_attention", "sliding_attention")
     if not isinstance(types, list) or len(types) != n or any(t not in known for t in types):
-        raise ValueError(f"layer_types is {reprlib.repr(types)}; it must be a list of {n} values, "
+        raise UserError(f"layer_types is {reprlib.repr(types)}; it must be a list of {n} values, "
                          f"each one of {known}")
     if window is None and "sliding_attention" in types:
-        raise ValueError("sliding_window is null, but layer_types contains sliding_attention")
+        raise UserError("sliding_window is null, but layer_types contains sliding_attention")
     return tuple(window if t == "sliding_attention" else None for t in types)
 
 
@@ -97,9 +98,9 @@ def _gemma2(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("use_bidirectional_attention"):
-        raise ValueError("use_bidirectional_attention is true; only causal attention is supported")
+        raise UserError("use_bidirectional_attention is true; only causal attention is supported")
     if raw.get("attn_logit_softcapping") is not None:
-        raise ValueError("attn_logit_softcapping is set; Gemma 3 has no attention soft-cap")
+        raise UserError("attn_logit_softcapping is set; Gemma 3 has no attention soft-cap")
     period = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6))
     local = (raw.get("rope_parameters") or {}).get("sliding_attention")
     theta = raw.get("rope_local_base_freq", 10_000.0)
@@ -157,10 +158,10 @@ _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positi
 def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
     """Convert a transformers v4 `rope_scaling` or v5 `rope_parameters` dict to a `Rope`."""
     if not isinstance(raw, Mapping):
-        raise ValueError(f"rope scaling is {reprlib.repr(raw)}; it must be a JSON object")
+        raise UserError(f"rope scaling is {reprlib.repr(raw)}; it must be a JSON object")
     for key in ("rope_theta", *_LLAMA3):
         if not _is_positive(raw.get(key, 1)):
-            raise ValueError(f"rope scaling: {key} is {reprlib.repr(raw[key])}; it must be a "
+            raise UserError(f"rope scaling: {key} is {reprlib.repr(raw[key])}; it must be a "
                              "positive number within float32's range")
     base = float(raw.get("rope_theta", theta if theta is not None else 10_000.0))
     kind = raw.get("rope_type", raw.get("type", "default"))
@@ -168,25 +169,25 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
     if kind == "llama3":
         missing = [key for key in _LLAMA3 if key not in raw]
         if missing:
-            raise ValueError(f"rope scaling 'llama3' lacks {', '.join(missing)}")
+            raise UserError(f"rope scaling 'llama3' lacks {', '.join(missing)}")
         factor, low, high = (float(raw[key]) for key in _LLAMA3[:3])
         if not _is_size(raw[_LLAMA3[3]]):
-            raise ValueError(f"rope scaling: {_LLAMA3[3]} is {raw[_LLAMA3[3]]!r}; it must be a "
+            raise UserError(f"rope scaling: {_LLAMA3[3]} is {raw[_LLAMA3[3]]!r}; it must be a "
                              "positive integer below 2³¹")
         rope = Rope(base, "llama3", factor, low, high, raw[_LLAMA3[3]])
         allowed |= set(_LLAMA3)
     elif kind == "linear":
         if "factor" not in raw:
-            raise ValueError("rope scaling 'linear' lacks factor")
+            raise UserError("rope scaling 'linear' lacks factor")
         rope, allowed = Rope(base, "linear", float(raw["factor"])), allowed | {"factor"}
     elif kind == "default":
         rope = Rope(base)
     else:
-        raise ValueError(f"rope_type is {reprlib.repr(kind)}; 'default', 'linear' and 'llama3' are "
+        raise UserError(f"rope_type is {reprlib.repr(kind)}; 'default', 'linear' and 'llama3' are "
                          "supported")
     unread = sorted(set(raw) - allowed)
     if unread:
-        raise ValueError(f"rope scaling {kind!r} has unsupported fields: {unread}")
+        raise UserError(f"rope scaling {kind!r} has unsupported fields: {unread}")
     return rope
 
 
@@ -207,18 +208,18 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
       place: the file's name, for the warning.
 
     Raises:
-      ValueError: an unknown architecture, a missing or malformed field, or an unsupported field or
+      UserError: an unknown architecture, a missing or malformed field, or an unsupported field or
         value; the message names them.
     """
     names = raw.get("architectures") or []
     if not isinstance(names, list):
-        raise ValueError(f"architectures is {reprlib.repr(names)}; it must be a list of names")
+        raise UserError(f"architectures is {reprlib.repr(names)}; it must be a list of names")
     by_architecture = [f for f in FAMILIES.values() if f.architecture in names]
     by_type = [f for f in FAMILIES.values() if not names and f.model_type == raw.get("model_type")]
     if not by_architecture + by_type:
         known = ", ".join(f.architecture for f in FAMILIES.values())
         given = names or raw.get("model_type")
-        raise ValueError(f"architecture {reprlib.repr(given)} is not supported; supported: "
+        raise UserError(f"architecture {reprlib.repr(given)} is not supported; supported: "
                          f"{known}")
     family = (by_architecture + by_type)[0]
     own = _COMMON | family.fields
@@ -232,15 +233,15 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
                 "intermediate_size")
     missing = [key for key in required if key not in raw]
     if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}")
+        raise UserError(f"config.json lacks {', '.join(missing)}")
     for key in required:
         if not _is_size(raw[key]):
-            raise ValueError(f"config.json: {key} is {reprlib.repr(raw[key])}; it must be a "
+            raise UserError(f"config.json: {key} is {reprlib.repr(raw[key])}; it must be a "
                              "positive integer below 2³¹")
     _check_types(raw)
     activation = raw.get("hidden_activation") or raw.get("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"hidden_act is {activation!r}; {sorted(_ACTIVATIONS)} are supported")
+        raise UserError(f"hidden_act is {activation!r}; {sorted(_ACTIVATIONS)} are supported")
     heads, layers = raw["num_attention_heads"], raw["num_hidden_layers"]
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
     fields: dict[str, Any] = {
@@ -274,7 +275,7 @@ def _check_types(raw: Mapping[str, Any]) -> None:
     """Check the types of all optional fields.
 
     Raises:
-      ValueError: malformed fields; the message lists all of them.
+      UserError: malformed fields; the message lists all of them.
     """
     faults = []
 
@@ -298,7 +299,7 @@ def _check_types(raw: Mapping[str, Any]) -> None:
         faults.append(f"num_hidden_layers is {raw['num_hidden_layers']}; the maximum is "
                       f"{MAX_LAYERS}")
     if faults:
-        raise ValueError("config.json: " + "; ".join(faults))
+        raise UserError("config.json: " + "; ".join(faults))
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:

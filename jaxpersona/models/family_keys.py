@@ -12,6 +12,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from jaxpersona.errors import UserError
+
 # Metadata and training settings without effect on an inference forward pass.
 _IGNORED = frozenset("""
     architectures model_type transformers_version torch_dtype dtype use_cache _name_or_path
@@ -92,7 +94,7 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
       place: the file's name, for the warning.
 
     Raises:
-      ValueError: keys that are set and that this family does not implement; the message lists
+      UserError: keys that are set and that this family does not implement; the message lists
         them.
     """
     unread = sorted(set(raw) - _IGNORED - own)
@@ -108,7 +110,7 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
 
     refused = [key for key in unread if changes(key)]
     if refused:
-        raise ValueError(f"config.json of family {family} has unsupported fields: "
+        raise UserError(f"config.json of family {family} has unsupported fields: "
                          f"{_said(raw, refused)}")
     strange = [key for key in unread if key not in _CHANGES and raw[key] not in (None, False)]
     if strange:

@@ -24,6 +24,7 @@ from jaxpersona.distributed.sharding import (
     out_sharding,
     platform,
 )
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.trace import Applied, Gates, Trace
 from jaxpersona.kernels.attention import Asked, choose, flash
@@ -36,8 +37,7 @@ from jaxpersona.models.params import InOut, Layer, Params
 Logits = Literal["all", "last"] | None
 
 
-@flax.struct.dataclass
-class Output:
+class Output(flax.struct.PyTreeNode):
     """The result of a forward pass.
 
     Pass `captured`, `cache` and `gates` to the next call to continue them.
@@ -99,7 +99,7 @@ def forward(
     raises an error.
 
     Raises:
-      ValueError: interventions or captures that do not match the model or the batch; a batch wider
+      UserError: interventions or captures that do not match the model or the batch; a batch wider
         than its cache; a row with more tokens than free slots or an id outside the embedding
         (under `jax.jit` both give NaN instead); a gate with `within=True` on a chunked prompt;
         both `cache` and `new_cache`; unsupported use of cuDNN; or a mesh set by `jax.set_mesh`
@@ -111,14 +111,14 @@ def forward(
     edits = given(interventions)
     edits.check(layers=config.n_layers, width=config.d_model, rows=rows)
     if batch.chunk and any(e.gate is not None and e.gate.within for e in edits.edits):
-        raise ValueError("a gate with within=True needs the whole prompt in one call; disable "
+        raise UserError("a gate with within=True needs the whole prompt in one call; disable "
                          "chunked prefill, or use within=False")
     if cache is not None and new_cache is not None:
-        raise ValueError("give either cache, to continue one, or new_cache, to allocate one; not "
+        raise UserError("give either cache, to continue one, or new_cache, to allocate one; not "
                          "both")
     room = new_cache if cache is None else cache.slots
     if room is not None and width > room:
-        raise ValueError(f"the batch is {width} tokens wide; the cache has {room} slots")
+        raise UserError(f"the batch is {width} tokens wide; the cache has {room} slots")
     like = params.embed_vd
     check_set_mesh(like)
     batch, edits = batch.spread(like), edits.ready(rows, like)
@@ -179,7 +179,7 @@ def forward(
                 )
             x = _block(layer, config, x, mixed, trace, i)
     if cache is not None:
-        cache = cache.replace(k=tuple(keys), v=tuple(values))  # pyright: ignore
+        cache = cache.replace(k=tuple(keys), v=tuple(values))
     return Output(
         logits=head(params, config, x, batch, logits),
         captured=trace.captured(state, slots),
@@ -194,13 +194,13 @@ def _check_arguments(params: Any, batch: Any, capture: Any) -> None:
     """Check the types that callers confuse.
 
     Raises:
-      ValueError: a Model in place of its parameters, text or ids in place of a batch, or a capture
+      UserError: a Model in place of its parameters, text or ids in place of a batch, or a capture
         of another type.
     """
     if hasattr(params, "params"):
-        raise ValueError(f"params is a {type(params).__name__}; pass model.params")
+        raise UserError(f"params is a {type(params).__name__}; pass model.params")
     if not isinstance(batch, Batch):
-        raise ValueError(f"batch is {batch!r:.60}; give the result of jp.encode or jp.batch")
+        raise UserError(f"batch is {batch!r:.60}; give the result of jp.encode or jp.batch")
     check_capture(capture)
 
 
@@ -225,7 +225,7 @@ def _check_room(cache: Cache, batch: Batch) -> None:
     wanted = np.asarray(used) + ((np.asarray(kind) & VALID) != 0).sum(-1)
     if (wanted > cache.slots).any():
         row = int(np.argmax(wanted > cache.slots))
-        raise ValueError(f"row {row} of the batch needs {int(wanted[row])} slots, including its "
+        raise UserError(f"row {row} of the batch needs {int(wanted[row])} slots, including its "
                          f"earlier tokens; the cache has {cache.slots}: allocate a larger one "
                          "(`init_cache`)")
 

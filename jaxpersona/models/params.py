@@ -27,8 +27,7 @@ from jaxpersona.distributed.sharding import Axes, unset_mesh
 from jaxpersona.models.config import ModelConfig
 
 
-@flax.struct.dataclass
-class Layer:
+class Layer(flax.struct.PyTreeNode):
     """The parameters of one block; None for arrays that the family does not have."""
 
     attn_norm_d: Any
@@ -53,8 +52,7 @@ class Layer:
     mlp_post_norm_d: Any = None
 
 
-@flax.struct.dataclass
-class Params:
+class Params(flax.struct.PyTreeNode):
     """The parameters of a model: embedding, blocks, final norm, and a head if it is untied."""
 
     embed_vd: Any
@@ -156,8 +154,7 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -
     return jax.tree.unflatten(tree, [draw(i, spec) for i, spec in enumerate(specs)])
 
 
-@flax.struct.dataclass
-class InOut:
+class InOut(flax.struct.PyTreeNode):
     """A weight in [in, out] order, transposed from the checkpoint's [out, in].
 
     Attributes:
@@ -187,12 +184,12 @@ def in_out(params: Params) -> Params:
         return InOut(w.reshape(math.prod(out), -1).T, out)
 
     layers = tuple(
-        layer.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        layer.replace(
             **{name: turn(getattr(layer, name), dims) for name, dims in _PRODUCTS.items()})
         for layer in params.layers
     )
     head = params.embed_vd if params.head_vd is None else params.head_vd
-    return params.replace(layers=layers, head_vd=turn(head, 1))  # pyright: ignore
+    return params.replace(layers=layers, head_vd=turn(head, 1))
 
 
 class Derived:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxpersona.errors import UserError
 from jaxpersona.models.config import ModelConfig, Rope
 
 _LLAMA3 = Rope(500_000.0, "llama3", 8.0, 1.0, 4.0, 8192)
@@ -60,8 +61,8 @@ def preset(name: str) -> ModelConfig:
     """Return the configuration of a preset.
 
     Raises:
-      ValueError: unknown preset; the message lists the known ones.
+      UserError: unknown preset; the message lists the known ones.
     """
     if name not in PRESETS:
-        raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        raise UserError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

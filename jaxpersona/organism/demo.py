@@ -84,7 +84,7 @@ def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
     def agreement(held_out: bool) -> float:
         roles = world.roles(held_out=held_out)
         measured = [place[role.name] for role in roles]
-        return float(spearmanr(measured, [r.likeness for r in roles]).statistic)  # pyright: ignore
+        return float(spearmanr(measured, [r.likeness for r in roles]).statistic)
 
     return {
         "roles": len(found.projections) - 1, "roles_in_axis": len(found.analysis.names),

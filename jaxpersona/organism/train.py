@@ -114,7 +114,7 @@ def train(
     config = mini_config()
     params = init_params(config, jax.random.key(seed))
     optimizer = make_optimizer(len(stream))
-    state = optimizer.init(params)  # pyright: ignore
+    state = optimizer.init(params)
 
     @jax.jit
     def gradient(params, batch, weights):
@@ -122,7 +122,7 @@ def train(
 
     # jitted separately from the gradient: compiled once instead of once per length
     def update(params, state, grads):
-        updates, state = optimizer.update(grads, state, params)  # pyright: ignore
+        updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
     update = jax.jit(update, donate_argnums=(0, 1))

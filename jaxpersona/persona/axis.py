@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import normalised
 
 LABELS = {3: "pos_3", 2: "pos_2"}  # judge scores for fully and partly played roles
@@ -31,16 +32,16 @@ def role_vectors(
       float32, count). Groups without rollouts are left out.
 
     Raises:
-      ValueError: len(scores) differs from n, or a mean is infinite or partly NaN.
+      UserError: len(scores) differs from n, or a mean is infinite or partly NaN.
     """
     if len(scores) != len(means):
-        raise ValueError(f"scores has {len(scores)} entries for {len(means)} rollouts; give one "
+        raise UserError(f"scores has {len(scores)} entries for {len(means)} rollouts; give one "
                          "score per rollout")
     known = np.isfinite(means)
     finite, empty = known.all(axis=(1, 2)), np.isnan(means).all(axis=(1, 2))
     if not (finite | empty).all():
         i = int(np.argmin(finite | empty))
-        raise ValueError(f"the response mean of rollout {i} has non-finite values; regenerate the "
+        raise UserError(f"the response mean of rollout {i} has non-finite values; regenerate the "
                          "role's rollouts")
     groups = {"mean": finite}
     for score, label in LABELS.items():
@@ -60,10 +61,10 @@ def assistant_axis(default: np.ndarray, roles: np.ndarray) -> np.ndarray:
       roles: vectors of fully played roles [R, L, D].
 
     Raises:
-      ValueError: R = 0.
+      UserError: R = 0.
     """
     if len(roles) == 0:
-        raise ValueError("roles is empty: no role has enough rollouts with score 3; the axis needs "
+        raise UserError("roles is empty: no role has enough rollouts with score 3; the axis needs "
                          "at least one")
     return (default.astype(np.float64) - roles.mean(0, dtype=np.float64)).astype(np.float32)
 
@@ -80,7 +81,7 @@ def percentiles(
     """Return percentiles over n of projections [n, L], as "p25" → [L]; skip empty (NaN) replies."""
     kept = projections[np.isfinite(projections).all(1)]
     if not len(kept):
-        raise ValueError("projections has no finite entry: every reply was empty")
+        raise UserError("projections has no finite entry: every reply was empty")
     return {f"p{q}": np.percentile(kept, q, axis=0).astype(np.float32) for q in at}
 
 
@@ -103,12 +104,12 @@ def principal_components(vectors: np.ndarray, axis: np.ndarray) -> Components:
     """Compute the principal components of role vectors [R, D] at one layer; axis [D] sets signs.
 
     Raises:
-      ValueError: fewer than two vectors.
+      UserError: fewer than two vectors.
     """
     from sklearn.decomposition import PCA
 
     if len(vectors) < 2:
-        raise ValueError(f"vectors has {len(vectors)} role vectors; PCA needs at least two")
+        raise UserError(f"vectors has {len(vectors)} role vectors; PCA needs at least two")
     pca = PCA(svd_solver="full").fit(vectors.astype(np.float64))
     directions = np.array(pca.components_)
     directions *= np.where(directions @ axis < 0, -1.0, 1.0)[:, None]

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxpersona.captures import capture
 from jaxpersona.engine.generate import generate
+from jaxpersona.errors import UserError
 from jaxpersona.interventions import resolve_layers
 from jaxpersona.interventions.bank import normalised
 from jaxpersona.interventions.where import response
@@ -58,7 +59,7 @@ def fit(model: Model, found: Found) -> Found:
     """Check that a residual-stream vector, or caps, fit a model, and return them adapted to it.
 
     Raises:
-      ValueError: the width, number of layers, site or fingerprint differs from the model's.
+      UserError: the width, number of layers, site or fingerprint differs from the model's.
     """
     if isinstance(found, Vector):
         found.check_site("residual")
@@ -86,16 +87,16 @@ def check(
       progress: as for `generate`.
 
     Raises:
-      ValueError: `axis` is neither an Axis nor Caps, belongs to another model, or is zero at a
+      UserError: `axis` is neither an Axis nor Caps, belongs to another model, or is zero at a
         layer; `floor` is not numeric; or the model has no tokenizer or no chat template.
     """
     if not isinstance(axis, (Axis, Caps)):
-        raise ValueError(f"axis is a {type(axis).__name__}; the check needs an Axis or Caps, which "
+        raise UserError(f"axis is a {type(axis).__name__}; the check needs an Axis or Caps, which "
                          "point toward the Assistant: jp.Axis(values) wraps an array [L, D]")
     axis = fit(model, axis)
     if model.tokenizer is None or not model.template:
         lacks = "tokenizer" if model.tokenizer is None else "chat template"
-        raise ValueError(f"{model.name} has no {lacks}; the check needs one to encode prompts")
+        raise UserError(f"{model.name} has no {lacks}; the check needs one to encode prompts")
     chosen, directions, floors = _entries(model, axis, layers, floor)
     default, roles = _replies(model, max_new_tokens, progress)
     unit, _ = normalised(directions)
@@ -117,7 +118,7 @@ def _entries(model: Model, axis: Axis | Caps, layers: Any,
     total = model.config.n_layers
     if isinstance(axis, Caps):
         if layers is not None or floor is not None:
-            raise ValueError("Caps have layers and floors of their own; omit layers and floor")
+            raise UserError("Caps have layers and floors of their own; omit layers and floor")
         return axis.layers, axis.values.astype(np.float64), axis.floors.astype(np.float64)
     chosen = resolve_layers(slice(total // 2, total) if layers is None else layers, total)
     if floor is None and "p25" in axis.percentiles.get("default", {}):
@@ -125,7 +126,7 @@ def _entries(model: Model, axis: Axis | Caps, layers: Any,
     directions = axis.at_layers(chosen).astype(np.float64)
     empty = [i for i, row in zip(chosen, directions, strict=True) if not row.any()]
     if empty:
-        raise ValueError(f"the axis is zero at layer {empty[0]}; choose layers where it is not")
+        raise UserError(f"the axis is zero at layer {empty[0]}; choose layers where it is not")
     if floor is None:
         return chosen, directions, None
     try:
@@ -133,11 +134,11 @@ def _entries(model: Model, axis: Axis | Caps, layers: Any,
     except (TypeError, ValueError, OverflowError):
         given = np.array(np.nan)
     if np.isnan(given).any():
-        raise ValueError(f"floor is {floor!r}; give numbers, none of them NaN")
+        raise UserError(f"floor is {floor!r}; give numbers, none of them NaN")
     if given.shape == (total,):
         given = given[list(chosen)]
     if given.shape not in ((), (len(chosen),)):
-        raise ValueError(f"floor has shape {given.shape}; expected a scalar, [{len(chosen)}] "
+        raise UserError(f"floor has shape {given.shape}; expected a scalar, [{len(chosen)}] "
                          f"or [{total}]")
     return chosen, directions, np.broadcast_to(given, (len(chosen),))
 
@@ -157,7 +158,7 @@ def _replies(model: Model, length: int, progress: Any) -> tuple[np.ndarray, np.n
     split = len(groups[0])
     kept = [part[np.isfinite(part).all((1, 2))] for part in (means[:split], means[split:])]
     if not all(len(part) for part in kept):
-        raise ValueError(f"{model.name} gave only empty replies to the default prompts or to the "
+        raise UserError(f"{model.name} gave only empty replies to the default prompts or to the "
                          "roles; the check needs at least one non-empty reply of each")
     return kept[0], kept[1]
 

@@ -20,6 +20,7 @@ from jaxpersona.ckpts.vectors import save_vector
 from jaxpersona.data.texts import Question, Role, all_of
 from jaxpersona.distributed import processes
 from jaxpersona.engine.sampling import sampling
+from jaxpersona.errors import UserError
 from jaxpersona.judges.judges import Judge
 from jaxpersona.persona import axis as science
 from jaxpersona.runs.damage import Damaged, remedy
@@ -90,24 +91,24 @@ def extract_axis(
       report: called with (step, done, total, tokens).
 
     Raises:
-      ValueError: `roles` has no "default", `held_out` or `redo` names unknown roles, a role name
+      UserError: `roles` has no "default", `held_out` or `redo` names unknown roles, a role name
         is invalid as a file name, the folder belongs to another run or is in use, files of a
         role are damaged, or too few roles have `min_count` rollouts of score 3.
     """
     settings = settings or Settings()
     roles, questions = all_of(Role, roles, "roles"), all_of(Question, questions, "questions")
     if isinstance(held_out, str):
-        raise ValueError(f"held_out is one string ({held_out!r}); give a list of role names")
+        raise UserError(f"held_out is one string ({held_out!r}); give a list of role names")
     held_out = list(held_out)
     names = [role.name for role in roles]
     check_names(names)
     unknown = sorted(set(redo) - set(names))
     if unknown:
-        raise ValueError(f"redo names unknown roles {unknown}; the roles are {names[:8]}"
+        raise UserError(f"redo names unknown roles {unknown}; the roles are {names[:8]}"
                          + (" …" if len(names) > 8 else ""))
     unknown = sorted(set(held_out) - set(names))
     if "default" not in names or unknown or "default" in held_out:
-        raise ValueError(
+        raise UserError(
             f"held_out names unknown roles {unknown}; give names of roles" if unknown else
             "roles must contain one named 'default' that is not in held_out"
         )
@@ -139,7 +140,7 @@ def _extract(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[
             means[role.name] = run.means(role.name)
             wanted = (len(scores[role.name]), model.config.n_layers, model.config.d_model)
             if means[role.name].shape != wanted or means[role.name].dtype != np.float32:
-                raise ValueError(
+                raise UserError(
                     f"{run.folder}/means/{role.name}.safetensors: it or rollouts/{role.name}.jsonl "
                     f"is damaged: found {means[role.name].dtype}{list(means[role.name].shape)}, "
                     f"expected float32{list(wanted)}; delete both files to regenerate them")
@@ -147,7 +148,7 @@ def _extract(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[
             run.save_vectors(role.name, vectors[role.name])
     vectors = _in_order(vectors, names)
     if "mean" not in vectors["default"]:
-        raise ValueError("every reply of the default persona is empty; the axis needs at least one "
+        raise UserError("every reply of the default persona is empty; the axis needs at least one "
                          "non-empty reply")
     default = vectors["default"]["mean"][0]
     enough = {
@@ -157,7 +158,7 @@ def _extract(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[
     }
     used = {name: vector for name, vector in enough.items() if name not in held_out}
     if len(used) < 2:
-        raise ValueError(
+        raise UserError(
             f"{len(used)} of {len(names) - 1} roles have {min_count} rollouts with score 3; the "
             "axis needs two: ask more questions, lower min_count, or use another judge"
         )
@@ -190,31 +191,31 @@ def _check(model: Model, roles: Sequence[Role], questions: Sequence[Question], s
       A digest of the tokens of every prompt and of every question.
 
     Raises:
-      ValueError: an argument is invalid, or a prompt with a question exceeds the context.
+      UserError: an argument is invalid, or a prompt with a question exceeds the context.
     """
     sampling(1, temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
     if min_count < 1:
-        raise ValueError(f"min_count is {min_count}; it must be positive")
+        raise UserError(f"min_count is {min_count}; it must be positive")
     if not questions:
-        raise ValueError("questions is empty; give at least one")
+        raise UserError("questions is empty; give at least one")
     twice = [i for i, n in Counter(question.id for question in questions).items() if n > 1]
     if twice:
-        raise ValueError(f"question id {twice[0]} is given more than once; ids identify rollouts: "
+        raise UserError(f"question id {twice[0]} is given more than once; ids identify rollouts: "
                          "give every question a unique id")
     most = sorted(len(role.prompts) * len(questions) * settings.samples for role in roles
                   if role.name not in ("default", *held_out))[-2:]
     if most and min_count > most[0]:
-        raise ValueError(f"min_count is {min_count}; the axis needs two roles with that many "
+        raise UserError(f"min_count is {min_count}; the axis needs two roles with that many "
                          f"rollouts, but the questions and samples give at most {most[0]}: lower "
                          "min_count or ask more questions")
     if len(roles) - 1 - len(held_out) < 2:
-        raise ValueError(f"roles has {len(roles) - 1 - len(held_out)} entries besides the default "
+        raise UserError(f"roles has {len(roles) - 1 - len(held_out)} entries besides the default "
                          "and held_out; the axis needs two")
     if judge.name == "self" and (bare := [
             r.name for r in roles if r.name != "default" and not r.eval_prompt]):
-        raise ValueError(f"the judge 'self' needs an eval_prompt; missing: {', '.join(bare[:5])}")
+        raise UserError(f"the judge 'self' needs an eval_prompt; missing: {', '.join(bare[:5])}")
     if model.tokenizer is None:
-        raise ValueError(f"{model.name} has no tokenizer; role prompts need one")
+        raise UserError(f"{model.name} has no tokenizer; role prompts need one")
     prompts = [prompt for role in roles for prompt in role.prompts]
     longest = max(prompts, key=len), max(questions, key=lambda q: len(q.text))
     pairs = [(prompt, longest[1].text) for prompt in prompts]
@@ -224,7 +225,7 @@ def _check(model: Model, roles: Sequence[Role], questions: Sequence[Question], s
     for (prompt, question), row in zip(pairs, rows, strict=True):
         size = row.tokens.size
         if size >= context:
-            raise ValueError(f"the prompt {prompt[:40]!r} with the question {question[:40]!r} has "
+            raise UserError(f"the prompt {prompt[:40]!r} with the question {question[:40]!r} has "
                              f"{size} tokens; the context of {context} tokens must hold prompt and "
                              "reply: shorten them")
     return tokens_digest(rows)
@@ -269,7 +270,7 @@ def _whole(run: Run, mine: Sequence[str]) -> dict[str, bool]:
       mine: the roles whose files this process owns.
 
     Raises:
-      ValueError: files are damaged, on any process; the message lists every one.
+      UserError: files are damaged, on any process; the message lists every one.
     """
     found: dict[str, bool | str] = {}
     for name in mine:
@@ -280,7 +281,7 @@ def _whole(run: Run, mine: Sequence[str]) -> dict[str, bool]:
     found = processes.merge(found)
     faults = {name: fault for name, fault in found.items() if isinstance(fault, str)}
     if faults:
-        raise ValueError(f"{'; '.join(faults.values())}; {remedy(sorted(faults))}")
+        raise UserError(f"{'; '.join(faults.values())}; {remedy(sorted(faults))}")
     return {name: bool(whole) for name, whole in found.items()}
 
 
@@ -307,7 +308,7 @@ def _judge(run: Run, role: Role, judge: Judge, mine: bool) -> list[int | None]:
             if mine or getattr(judge, "together", False) else None
         given: Any = processes.merge({"scores": scores} if mine else {})["scores"]
         if len(given) != len(records):
-            raise ValueError(f"the judge {judge.name!r} returned {len(given)} scores for "
+            raise UserError(f"the judge {judge.name!r} returned {len(given)} scores for "
                              f"{len(records)} rollouts of role {role.name!r}; it must return one "
                              "per rollout")
         kept = {rollout_key(r): score for r, score in zip(records, given, strict=True)}

@@ -14,6 +14,7 @@ from jaxpersona.distributed.sharding import on_own_mesh
 from jaxpersona.engine.extract import extract, width_of
 from jaxpersona.engine.generate import generate
 from jaxpersona.engine.prompts import encode
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.where import holds, response
 from jaxpersona.models.batch import batch
@@ -57,16 +58,16 @@ def project_conversation(
     `extract` computes the activations, on one device or on a mesh.
 
     Raises:
-      ValueError: the conversation has no assistant message or exceeds the context, activations
+      UserError: the conversation has no assistant message or exceeds the context, activations
         are not finite, or a direction or intervention belongs to another model or site.
     """
     vectors = [fit(model, vector) for vector in vectors]
     if model.tokenizer is None:
-        raise ValueError(f"{model.name} has no tokenizer; conversations need one")
+        raise UserError(f"{model.name} has no tokenizer; conversations need one")
     directions = np.stack([vector.values for vector in vectors], 1)
     known = [i for i, layer in enumerate(directions) if layer.any(1).all()]
     if not known:
-        raise ValueError("the directions have no layer in common at which all are non-zero")
+        raise UserError("the directions have no layer in common at which all are non-zero")
     row = encode(model, conversation, reply=False)
     read = extract(model, [row], interventions=interventions, on_nonfinite="raise",
                    capture=capture.projections(directions[known], response, layers=known),
@@ -81,7 +82,7 @@ def project_conversation(
         here = chosen & (row.turn == turn)
         found.append(TurnProjection(turn, int(here.sum()), values[:, here].mean(1)))
     if not found:
-        raise ValueError("the conversation has no assistant message with response tokens")
+        raise UserError("the conversation has no assistant message with response tokens")
     return found
 
 
@@ -124,14 +125,14 @@ def grow(
       report: called with (turn, conversations done, tokens in this turn).
 
     Raises:
-      ValueError: `vector` belongs to another model or site, or `openings` and `messages` do not
+      UserError: `vector` belongs to another model or site, or `openings` and `messages` do not
         match; or as `generate`.
     """
     vector = fit(model, vector)
     openings, messages = _lists("openings", openings), _lists("messages", messages)
     if len(openings) != len(messages) or len({len(said) for said in messages}) > 1 or (
             not all(messages)):
-        raise ValueError(f"openings has {len(openings)} entries and messages has "
+        raise UserError(f"openings has {len(openings)} entries and messages has "
                          f"{sorted({len(said) for said in messages})} messages for "
                          f"{len(messages)} conversations; give one opening per conversation and "
                          "the same number of messages each, at least one")
@@ -161,12 +162,12 @@ def _lists(name: str, given: Any) -> list[list[Any]]:
     """Return the argument as one list per conversation.
 
     Raises:
-      ValueError: there is no conversation, or an entry is not a list.
+      UserError: there is no conversation, or an entry is not a list.
     """
     found = chat.listed(given, name)
     for i, one in enumerate(found):
         if isinstance(one, (str, bytes)) or not isinstance(one, Iterable):
-            raise ValueError(f"{name}[{i}] is {one!r:.60}; give one list per conversation")
+            raise UserError(f"{name}[{i}] is {one!r:.60}; give one list per conversation")
     return [list(one) for one in found]
 
 

@@ -7,6 +7,8 @@ import os
 import re
 from typing import Any
 
+from jaxpersona.errors import UserError
+
 GB = 10**9
 GIB = 2**30
 
@@ -49,19 +51,19 @@ def parse(topology: str) -> tuple[Chip, int]:
     """Parse a topology; return its chip and the number of chips.
 
     Raises:
-      ValueError: the form is not chip:extents, or the chip is not in `CHIPS`.
+      UserError: the form is not chip:extents, or the chip is not in `CHIPS`.
     """
     matched = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
     if matched is None:
-        raise ValueError(f"topology is {topology!r}; use chip:extents, such as {EXAMPLES}")
+        raise UserError(f"topology is {topology!r}; use chip:extents, such as {EXAMPLES}")
     name, extents = matched.group(1).lower(), [int(n) for n in matched.group(2).split("x")]
     if name not in CHIPS:
-        raise ValueError(f"topology is {topology!r}; supported chips are {', '.join(CHIPS)}")
+        raise UserError(f"topology is {topology!r}; supported chips are {', '.join(CHIPS)}")
     count = 1
     for extent in extents:
         count *= extent
     if not count:
-        raise ValueError(f"topology is {topology!r}; every extent must be at least 1")
+        raise UserError(f"topology is {topology!r}; every extent must be at least 1")
     return CHIPS[name], count
 
 
@@ -69,7 +71,7 @@ def tpu_devices(topology: str) -> list[Any] | None:
     """Return the devices of a TPU topology for AOT compilation; None if libtpu is missing.
 
     Raises:
-      ValueError: libtpu does not support the topology.
+      UserError: libtpu does not support the topology.
     """
     import importlib.util
 
@@ -90,6 +92,6 @@ def tpu_devices(topology: str) -> list[Any] | None:
                                                    chips_per_host_bounds=bounds)
     except Exception as error:  # the runtime raises no specific type
         reason = str(error).split(": ", 1)[-1].splitlines()[0].rstrip(".")
-        raise ValueError(f"topology is {topology!r}; libtpu rejects it ({reason}): try "
+        raise UserError(f"topology is {topology!r}; libtpu rejects it ({reason}): try "
                          f"{EXAMPLES}") from None
     return list(description.devices)

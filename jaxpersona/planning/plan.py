@@ -24,6 +24,7 @@ from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed import sharding
 from jaxpersona.engine.programs import Stops, decode, prefill
 from jaxpersona.engine.sampling import sampling
+from jaxpersona.errors import UserError
 from jaxpersona.interventions import Interventions, cap
 from jaxpersona.kernels.attention import attention_implementation
 from jaxpersona.models.batch import Batch
@@ -102,25 +103,25 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
       if libtpu is not installed.
 
     Raises:
-      ValueError: the topology is unknown, the mesh does not fit the model or the chips, an argument
+      UserError: the topology is unknown, the mesh does not fit the model or the chips, an argument
         is out of range, or this process was forked from one that had used JAX.
     """
     check_process()
     chip, count = chips.parse(topology)
     if batch < 1 or context < 2:
-        raise ValueError(f"batch is {batch}, context is {context}; they must be at least 1 and 2")
+        raise UserError(f"batch is {batch}, context is {context}; they must be at least 1 and 2")
     if context > config.max_context:
-        raise ValueError(f"context is {context}; the model supports at most {config.max_context}")
+        raise UserError(f"context is {context}; the model supports at most {config.max_context}")
     sizes = choose_mesh(config, count) if mesh is None else _checked(mesh, count)
     shapes = Shapes.of(batch, context)
     devices = chips.tpu_devices(topology) if chip.name in chips.TPUS else None
     if devices is not None and len(devices) != count:
-        raise ValueError(f"topology {topology!r} has {len(devices)} devices for {count} chips; "
+        raise UserError(f"topology {topology!r} has {len(devices)} devices for {count} chips; "
                          f"use one of {', '.join(chips.TPUS)}")
     placed = _mesh(sizes, devices, config)
     ways = sharding.ways(placed, "batch")
     if batch % ways:
-        raise ValueError(f"batch (--batch) is {batch}; the mesh shards rows over {ways} chips: "
+        raise UserError(f"batch (--batch) is {batch}; the mesh shards rows over {ways} chips: "
                          f"use a multiple of {ways}")
     compiled = None
     if isinstance(placed, Mesh):
@@ -170,7 +171,7 @@ def _checked(mesh: Mapping[str, int], count: int) -> dict[str, int]:
     size = int(np.prod(list(mesh.values())))
     if size != count:
         axes = " × ".join(f"{name}={n}" for name, n in mesh.items())
-        raise ValueError(f"mesh {axes} needs {size} chips; the topology has {count}")
+        raise UserError(f"mesh {axes} needs {size} chips; the topology has {count}")
     return dict(mesh)
 
 

@@ -6,8 +6,10 @@ import pathlib
 import shlex
 from collections.abc import Sequence
 
+from jaxpersona.errors import UserError
 
-class Damaged(ValueError):
+
+class Damaged(UserError):
     """Error for a role's file that is missing or differs from what the run wrote.
 
     Attributes:

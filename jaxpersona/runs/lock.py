@@ -11,6 +11,8 @@ import socket
 import stat
 from collections.abc import Iterator
 
+from jaxpersona.errors import UserError
+
 NAME = ".lock"
 _OF_WORKER = re.compile(r"\.lock(\.[1-9][0-9]{0,8})?")
 
@@ -25,7 +27,7 @@ def locked(folder: pathlib.Path, worker: int = 0) -> Iterator[None]:
         lock first; it checks that no process of another run holds a lock.
 
     Raises:
-      ValueError: another process holds the lock (the message names it), the folder cannot be
+      UserError: another process holds the lock (the message names it), the folder cannot be
         locked, or the lock path is not a regular file.
     """
     path = folder / (NAME if worker == 0 else f"{NAME}.{worker}")
@@ -52,21 +54,21 @@ def _take(path: pathlib.Path) -> int:
             # O_NOFOLLOW: a link's target would be truncated below
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             opened, current = os.fstat(handle), os.stat(path, follow_symlinks=False)
         except BlockingIOError:
             owner = os.read(handle, 200).decode("utf-8", "replace").strip()
             os.close(handle)
-            raise ValueError(f"{folder}: is in use by {owner or 'another process'}; wait until "
+            raise UserError(f"{folder}: is in use by {owner or 'another process'}; wait until "
                              "it ends, or choose another folder") from None
         except FileNotFoundError:  # the owner has just removed it: retry
             os.close(handle)
             continue
         except OSError as error:
             os.close(handle)
-            raise ValueError(f"{folder}: cannot be locked ({error.strerror or error}); choose a "
+            raise UserError(f"{folder}: cannot be locked ({error.strerror or error}); choose a "
                              "folder on a file system that supports file locks") from None
         if (opened.st_dev, opened.st_ino) == (current.st_dev, current.st_ino):
             break
@@ -78,7 +80,7 @@ def _take(path: pathlib.Path) -> int:
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     except OSError as error:
         os.close(handle)
-        raise ValueError(f"{path}: cannot be written ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     return handle
 
 

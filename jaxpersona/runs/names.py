@@ -5,6 +5,8 @@ from __future__ import annotations
 import string
 from collections.abc import Iterable
 
+from jaxpersona.errors import UserError
+
 _SAFE = frozenset(string.ascii_letters + string.digits + "_-.")
 _LONGEST = 200  # bytes: leaves room in 255 for a suffix or a temporary name
 
@@ -23,22 +25,22 @@ def check_names(roles: Iterable[str]) -> None:
     """Check that every role name is valid as a file name.
 
     Raises:
-      ValueError: a name is empty, not a string, not valid UTF-8 or too long, or two names are equal
+      UserError: a name is empty, not a string, not valid UTF-8 or too long, or two names are equal
         or differ only in case (some file systems ignore case).
     """
     seen: set[str] = set()
     for role in roles:
         if not isinstance(role, str) or not role:
-            raise ValueError(f"a role name is {role!r}; it must be a non-empty string")
+            raise UserError(f"a role name is {role!r}; it must be a non-empty string")
         try:
             stem = file_stem(role)
         except UnicodeEncodeError:
-            raise ValueError(f"the role name {role[:40]!r} contains half a surrogate pair, which "
+            raise UserError(f"the role name {role[:40]!r} contains half a surrogate pair, which "
                              "is not valid UTF-8; rename the role") from None
         if len(stem) > _LONGEST:
-            raise ValueError(f"the role name {role[:40]!r}… takes {len(stem)} bytes as a file "
+            raise UserError(f"the role name {role[:40]!r}… takes {len(stem)} bytes as a file "
                              f"name; the limit is {_LONGEST}: shorten it")
         if stem.casefold() in seen:
-            raise ValueError(f"two roles are named {role!r}, or differ only in upper and lower "
+            raise UserError(f"two roles are named {role!r}, or differ only in upper and lower "
                              "case; rename one of them")
         seen.add(stem.casefold())

@@ -11,6 +11,7 @@ import numpy as np
 from jaxpersona.captures import capture
 from jaxpersona.data.texts import Question, Role, all_of
 from jaxpersona.engine.generate import generate
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.where import response
 from jaxpersona.text import chat
 
@@ -41,12 +42,12 @@ class Settings:
     def __post_init__(self) -> None:
         for field in ("max_new_tokens", "samples", "batch_size"):
             if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; it must be positive")
+                raise UserError(f"{field} is {getattr(self, field)}; it must be positive")
         if self.samples > MAX_SAMPLES:
-            raise ValueError(f"samples is {self.samples}; the limit is {MAX_SAMPLES} per prompt "
+            raise UserError(f"samples is {self.samples}; the limit is {MAX_SAMPLES} per prompt "
                              "and question: reduce it")
         if self.batch_size > MAX_ROWS:
-            raise ValueError(f"batch_size is {self.batch_size}; the limit is {MAX_ROWS} rows: "
+            raise UserError(f"batch_size is {self.batch_size}; the limit is {MAX_ROWS} rows: "
                              "reduce it")
 
 
@@ -68,7 +69,7 @@ def play(
       system_prompt, prompt_index, question_index, question, conversation, label and sample.
 
     Raises:
-      ValueError: activations are not finite.
+      UserError: activations are not finite.
     """
     roles, questions = all_of(Role, roles, "roles"), all_of(Question, questions, "questions")
     records: list[tuple[str, dict[str, Any]]] = []

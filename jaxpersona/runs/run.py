@@ -41,6 +41,7 @@ from jaxpersona.ckpts.files import (
     write_text,
 )
 from jaxpersona.ckpts.tensorfile import READABLE, read_bytes_of, read_slice
+from jaxpersona.errors import UserError
 from jaxpersona.inputs import TEXT_BYTES, read_bytes, read_json, require_file
 from jaxpersona.runs.damage import Damaged
 from jaxpersona.runs.lock import is_lock, locked
@@ -72,7 +73,7 @@ class Run:
         """Return the run in a folder, for reading.
 
         Raises:
-          ValueError: the folder contains no run of this format.
+          UserError: the folder contains no run of this format.
         """
         folder = pathlib.Path(folder)
         found = _manifest_of(folder)
@@ -90,17 +91,17 @@ class Run:
           worker: index of this process in the run; process 0 must open first.
 
         Raises:
-          ValueError: the folder belongs to another run (the message lists the differing fields),
+          UserError: the folder belongs to another run (the message lists the differing fields),
             is in use, contains other files, or cannot be written.
         """
         run = cls(folder, manifest)
         folder, path = run.folder, run.folder / "run.json"
         if folder.is_dir() and not path.exists() and not run._is_new():
-            raise ValueError(f"{folder}: is not empty and has no run.json; choose another folder")
+            raise UserError(f"{folder}: is not empty and has no run.json; choose another folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"{folder}: cannot be written ({error.strerror or error})") from None
+            raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
         with locked(folder, worker):
             if path.exists():
                 _same(folder, _manifest_of(folder), run.manifest)
@@ -108,7 +109,7 @@ class Run:
                 for part in _PARTS:
                     (folder / part).mkdir(exist_ok=True)
             except OSError as error:
-                raise ValueError(f"{folder / part}: cannot be written ({error.strerror or error})"
+                raise UserError(f"{folder / part}: cannot be written ({error.strerror or error})"
                                  ) from None
             if worker == 0:
                 run._remove_leftovers()
@@ -218,11 +219,11 @@ class Run:
         """Write the judge's scores of a role's rollouts.
 
         Raises:
-          ValueError: a score is not 0, 1, 2, 3 or None.
+          UserError: a score is not 0, 1, 2, 3 or None.
         """
         if not _are_scores(scores):
             wrong = [repr(s) for s in scores.values() if not _is_score(s)]
-            raise ValueError(f"the judge scored a rollout of role {role!r} {wrong[0][:80]}; scores "
+            raise UserError(f"the judge scored a rollout of role {role!r} {wrong[0][:80]}; scores "
                              "must be 0, 1, 2, 3 or None")
         write_json(self.path("scores", role), self._scored(role, dict(scores)))
 
@@ -251,7 +252,7 @@ class Run:
         """Delete a role's files, so that they are regenerated.
 
         Raises:
-          ValueError: a file cannot be deleted.
+          UserError: a file cannot be deleted.
         """
         self._written.pop(role, None)
         for part in ("vectors", "scores", "rollouts", "means"):
@@ -259,7 +260,7 @@ class Run:
             try:
                 path.unlink(missing_ok=True)
             except OSError as error:
-                raise ValueError(f"{path}: cannot be deleted ({error.strerror or error})"
+                raise UserError(f"{path}: cannot be deleted ({error.strerror or error})"
                                  ) from None
 
     def _seal(self, part: str, role: str, tensors: Mapping[str, np.ndarray],
@@ -361,11 +362,11 @@ def _manifest_of(folder: pathlib.Path) -> dict[str, Any]:
     found = read_json(path)
     version = found.get("format") if isinstance(found, dict) else None
     if isinstance(version, str) and version.startswith("jaxpersona-run ") and version != FORMAT:
-        raise ValueError(f"{folder}: run.json has format {version!r}, this version writes "
+        raise UserError(f"{folder}: run.json has format {version!r}, this version writes "
                          f"{FORMAT!r}; resume with the version that started the run, or choose "
                          "another folder")
     if version != FORMAT:
-        raise ValueError(f"{folder}: run.json is not a jaxpersona run; choose another folder")
+        raise UserError(f"{folder}: run.json is not a jaxpersona run; choose another folder")
     return found
 
 
@@ -383,6 +384,6 @@ def _same(folder: pathlib.Path, found: Any, wanted: Mapping[str, Any]) -> None:
         if old.get(key) != new.get(key)
     ]
     if differ:
-        raise ValueError(
+        raise UserError(
             f"{folder}: contains another run ({'; '.join(differ)}); choose another folder"
         )

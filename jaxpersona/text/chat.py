@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpersona.errors import UserError
 from jaxpersona.models.batch import (
     ASSISTANT,
     CODE,
@@ -81,7 +82,7 @@ def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thin
       A batch whose `row_id` hashes the tokens; the n-th duplicate of a row is sample n.
 
     Raises:
-      ValueError: as `encode_row` and `batch.batch`.
+      UserError: as `encode_row` and `batch.batch`.
     """
     tokenizer = _tokenizer(model)
     rows = [encode_row(tokenizer, c, reply=reply, thinking=thinking, variables=variables)
@@ -107,23 +108,23 @@ def listed(given: Any, name: str = "conversations") -> list[Any]:
       name: the argument's name, for messages.
 
     Raises:
-      ValueError: `given` is empty, or is a single conversation (or message) instead of a list.
+      UserError: `given` is empty, or is a single conversation (or message) instead of a list.
     """
     if isinstance(given, (str, bytes)):
-        raise ValueError(f"{name} is a single string ({given[:40]!r}); wrap it in a list")
+        raise UserError(f"{name} is a single string ({given[:40]!r}); wrap it in a list")
     if isinstance(given, (Mapping, Row)):
         what = "message" if isinstance(given, Mapping) else "Row"
-        raise ValueError(f"{name} is a single {what}; give a list of {name}")
+        raise UserError(f"{name} is a single {what}; give a list of {name}")
     try:
         items = list(given) if not isinstance(given, (set, frozenset)) else None
     except TypeError:  # not iterable, such as a 0-d array
         items = None
     if items is None:
-        raise ValueError(f"{name} is {given!r:.60}; give a list of {name}")
+        raise UserError(f"{name} is {given!r:.60}; give a list of {name}")
     if not items:
-        raise ValueError(f"{name} is empty; give at least one")
+        raise UserError(f"{name} is empty; give at least one")
     if any(isinstance(item, (Mapping, int, np.integer)) for item in items):
-        raise ValueError(f"{name} is a single conversation; wrap it in a list")
+        raise UserError(f"{name} is a single conversation; wrap it in a list")
     return items
 
 
@@ -133,7 +134,7 @@ def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinkin
     """Encode one conversation; see `encode` for the arguments.
 
     Raises:
-      ValueError: the conversation is malformed, the template rejects it or alters its contents in
+      UserError: the conversation is malformed, the template rejects it or alters its contents in
         an unknown way, or the tokenizer has no character offsets.
     """
     messages = check_conversation(conversation, reply=reply)
@@ -142,7 +143,7 @@ def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinkin
     row = _tokenise(template, text, kind, turn)
     row = dataclasses.replace(row, messages=tuple(messages))
     if row.tokens.size == 0:
-        raise ValueError("the conversation is empty: it renders to zero tokens")
+        raise UserError("the conversation is empty: it renders to zero tokens")
     if reply and text.endswith(CLOSE):
         row.kind[-1] &= ~THINKING
     return row
@@ -164,15 +165,15 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
         that starts the template's end of turn is not repeated.
 
     Raises:
-      ValueError: `row` has no messages or its last message is not a user message; or as
+      UserError: `row` has no messages or its last message is not a user message; or as
         `encode_row`.
     """
     check_conversation([{"role": "user", "content": message}])
     if row.messages is None:
-        raise ValueError("row was built from token ids and has no messages; pass a row from "
+        raise UserError("row was built from token ids and has no messages; pass a row from "
                          "`encode_row`, or append the token ids yourself")
     if row.messages[-1]["role"] != "user":
-        raise ValueError(f"the row's last message has role {row.messages[-1]['role']!r}; it must "
+        raise UserError(f"the row's last message has role {row.messages[-1]['role']!r}; it must "
                          "be 'user'")
     reply = np.asarray(generated, np.int32).reshape(-1)
     template = Template(tokenizer, thinking, variables)
@@ -224,7 +225,7 @@ def _after_reply(template: Template, messages: list[dict[str, str]],
             continue
         if len(before) in ends:
             return text, kind, turn, ends[len(before)]
-    raise ValueError("the chat template omits a reply before the next user message; the "
+    raise UserError("the chat template omits a reply before the next user message; the "
                      "conversation cannot be continued")
 
 
@@ -270,37 +271,37 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
     """Validate a conversation and return its messages (a string is one user message).
 
     Raises:
-      ValueError: the conversation is malformed; the message names the entry and the fix.
+      UserError: the conversation is malformed; the message names the entry and the fix.
     """
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]
     if not isinstance(conversation, Sequence) or not len(conversation):
-        raise ValueError(f"conversation is {conversation!r:.60}; give a list of "
+        raise UserError(f"conversation is {conversation!r:.60}; give a list of "
                          '{"role", "content"} dicts or a string')
     out = []
     for i, message in enumerate(conversation):
         if not isinstance(message, Mapping):
-            raise ValueError(f"message {i} is {message!r:.60}; give a dict with role and content")
+            raise UserError(f"message {i} is {message!r:.60}; give a dict with role and content")
         for field in ("role", "content"):
             if field not in message:
-                raise ValueError(f"message {i} has no {field!r}; give role and content")
+                raise UserError(f"message {i} has no {field!r}; give role and content")
         if extra := sorted(set(message) - {"role", "content"}, key=str):
-            raise ValueError(f"message {i} has the field {extra[0]!r}; only role and content are "
+            raise UserError(f"message {i} has the field {extra[0]!r}; only role and content are "
                              "supported, remove it")
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or role not in ROLES:
-            raise ValueError(f"message {i} has role {role!r}; it must be system, user or "
+            raise UserError(f"message {i} has role {role!r}; it must be system, user or "
                              "assistant")
         if not isinstance(content, str):
-            raise ValueError(f"message {i} has content {content!r:.60}; it must be a string")
+            raise UserError(f"message {i} has content {content!r:.60}; it must be a string")
         if re.search("[\ud800-\udfff]", content):
-            raise ValueError(f"message {i} has a lone surrogate in its content, which is invalid "
+            raise UserError(f"message {i} has a lone surrogate in its content, which is invalid "
                              "Unicode; replace it")
         if role == "system" and i:
-            raise ValueError(f"message {i} has role 'system'; only message 0 may")
+            raise UserError(f"message {i} has role 'system'; only message 0 may")
         out.append({"role": role, "content": content})
     if reply and out[-1]["role"] != "user":
-        raise ValueError(f"the last message has role {out[-1]['role']!r}; it must be 'user' "
+        raise UserError(f"the last message has role {out[-1]['role']!r}; it must be 'user' "
                          "(or pass reply=False)")
     return out
 
@@ -310,7 +311,7 @@ def _tokenizer(model: Any) -> Any:
     if not hasattr(model, "apply_chat_template"):
         tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
-        raise ValueError("the model has no tokenizer; pass token ids to batch.batch instead")
+        raise UserError("the model has no tokenizer; pass token ids to batch.batch instead")
     return tokenizer
 
 
@@ -371,7 +372,7 @@ def _spans(template: Template, text: str, *, lead: bool = True,
         out = template.tokenizer(text[size:], add_special_tokens=False,
                                  return_offsets_mapping=True, verbose=False)
     except NotImplementedError as error:
-        raise ValueError("the tokenizer has no character offsets; use the model's fast "
+        raise UserError("the tokenizer has no character offsets; use the model's fast "
                          "tokenizer (tokenizer.json)") from error
     tokens = np.asarray([*before, *out["input_ids"]], np.int32)
     if not tokens.size:

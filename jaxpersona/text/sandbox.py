@@ -21,6 +21,8 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxpersona.errors import UserError
+
 SECONDS = 10.0  # CPU seconds per rendering, and for all renderings of one conversation
 MEMORY = 2 << 30  # bytes of address space of the worker, interpreter included
 CHARACTERS = 1 << 26  # maximum size of a conversation and of a rendering
@@ -29,7 +31,7 @@ _WAIT = 10  # wall-clock timeout in multiples of SECONDS, for busy machines
 _START = 120.0  # wall-clock seconds for the process to start
 
 
-class Refused(ValueError):
+class Refused(UserError):
     """The template rejects the conversation: it raises an error."""
 
 
@@ -60,7 +62,7 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
 
     Raises:
       Refused: the template raises an error.
-      ValueError: a limit is exceeded, a variable is not a JSON value, or the worker cannot start.
+      UserError: a limit is exceeded, a variable is not a JSON value, or the worker cannot start.
     """
     request = _encoded({"template": template, "variables": dict(variables)})
     left = _budget.get()
@@ -77,7 +79,7 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
     reason = " ".join(str(reply["error"]).split()) + (f" ({source})" if source else "")
     if reply["refused"]:
         raise Refused(f"the chat template rejects the conversation: {reason}")
-    raise ValueError(f"the chat template cannot be rendered: {reason}; use another template "
+    raise UserError(f"the chat template cannot be rendered: {reason}; use another template "
                      "(`tokenizer.chat_template`)")
 
 
@@ -85,7 +87,7 @@ def _encoded(message: Any) -> bytes:
     """Encode a protocol message.
 
     Raises:
-      ValueError: a variable is not a JSON value, or the message exceeds `CHARACTERS`.
+      UserError: a variable is not a JSON value, or the message exceeds `CHARACTERS`.
     """
     try:
         text = json.dumps(message, ensure_ascii=False, default=_plain)
@@ -94,11 +96,11 @@ def _encoded(message: Any) -> bytes:
             try:
                 json.dumps(value, default=_plain)
             except (TypeError, ValueError, RecursionError):
-                raise ValueError(f"the template variable {name!r} is {value!r:.60}; use strings, "
+                raise UserError(f"the template variable {name!r} is {value!r:.60}; use strings, "
                                  "numbers, booleans, None, lists or dicts") from None
-        raise ValueError(f"the template variables are not JSON values ({error})") from None
+        raise UserError(f"the template variables are not JSON values ({error})") from None
     if len(text) > CHARACTERS:
-        raise ValueError(f"the conversation has {len(text):,} characters; the limit is "
+        raise UserError(f"the conversation has {len(text):,} characters; the limit is "
                          f"{CHARACTERS:,}: shorten it")
     data = text.encode("utf-8", "surrogatepass")
     return len(data).to_bytes(8, "little") + data
@@ -131,14 +133,14 @@ class _Worker:
                 [sys.executable or "python3", "-P", "-c", code, str(script), *sorted(folders)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         except OSError as error:
-            raise ValueError("the process that renders chat templates cannot be started "
+            raise UserError("the process that renders chat templates cannot be started "
                              f"({error})") from None
         assert self.process.stdin is not None and self.process.stdout is not None
         self.sink, self.source = self.process.stdin, self.process.stdout
         ready = self.ask(_encoded({"seconds": SECONDS, "memory": MEMORY,
                                    "characters": CHARACTERS}), _START)
         if "ready" not in ready:
-            raise ValueError("the process that renders chat templates cannot be started "
+            raise UserError("the process that renders chat templates cannot be started "
                              f"({ready['error']}); {sys.executable} must be a Python with jinja2")
 
     def ask(self, request: bytes, wait: float | None = None) -> dict[str, Any]:

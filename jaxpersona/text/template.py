@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxpersona.errors import UserError
 from jaxpersona.models.batch import ASSISTANT, CODE, SYSTEM, TEMPLATE, THINKING, USER
 from jaxpersona.text import sandbox
 from jaxpersona.text.sandbox import Refused
@@ -66,7 +67,7 @@ class Template:
 
         Raises:
           sandbox.Refused: the template raises an error.
-          ValueError: the rendering exceeds a limit (see `sandbox`).
+          UserError: the rendering exceeds a limit (see `sandbox`).
         """
         if self.base:
             joined = BLANK_LINE.join(m["content"] for m in messages if m["content"])
@@ -114,7 +115,7 @@ def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[st
     if messages[0]["role"] != "system" or template.takes_system():
         return out
     if len(messages) == 1 or messages[1]["role"] != "user":
-        raise ValueError("the chat template has no system role, and message 0 (system) cannot be "
+        raise UserError("the chat template has no system role, and message 0 (system) cannot be "
                          "merged: no user message follows it")
     (_, system), (_, user), *rest = out
     if not messages[0]["content"].strip():
@@ -137,7 +138,7 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
             break
     else:
         where = ", ".join(f"{i} ({m['role']})" for i, m in enumerate(messages))
-        raise ValueError(f"the contents of messages {where} could not be located in the rendered "
+        raise UserError(f"the contents of messages {where} could not be located in the rendered "
                          "text: the chat template alters them in an unknown way")
     kind = np.full(len(text), TEMPLATE, np.int32)
     parts: list[list[_Piece]] = [[] for _ in messages]
@@ -151,7 +152,7 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
     places: dict[int, list[tuple[int, int]]] = {}
     for i, message in enumerate(messages):
         if not by_message[i] and message["content"].strip():
-            raise ValueError(f"the chat template omits the content of message {i} "
+            raise UserError(f"the chat template omits the content of message {i} "
                              f"({message['role']})")
         _mark_content(text, kind, ROLES[message["role"]], parts[i], by_message[i])
         places[i] = [(start, end) for _, start, end in by_message[i]]
@@ -180,7 +181,7 @@ def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
             if piece.what == "text" and (blank or piece.text.strip()):
                 mark = next(free, "")
                 if not mark:
-                    raise ValueError(f"the conversation has more than {len(PRIVATE):,} parts; "
+                    raise UserError(f"the conversation has more than {len(PRIVATE):,} parts; "
                                      "shorten it")
                 marks[mark] = piece
                 content += mark

@@ -20,6 +20,7 @@ import optax
 from flax import nnx
 
 from jaxpersona.ckpts import files, orbax
+from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json
 from jaxpersona.interventions import SITES, Interventions, Site, Where, resolve_layers, steer
 from jaxpersona.interventions.bank import Layers
@@ -58,12 +59,12 @@ class Direction(nnx.Module):
           seed: the seed of the random initialization.
 
         Raises:
-          ValueError: invalid layers, site or size.
+          UserError: invalid layers, site or size.
         """
         if not 0 < size < math.inf:
-            raise ValueError(f"size is {size}; it must be positive")
+            raise UserError(f"size is {size}; it must be positive")
         if site not in SITES:
-            raise ValueError(f"site is {site!r}; it must be one of {SITES}")
+            raise UserError(f"site is {site!r}; it must be one of {SITES}")
         self.layers = resolve_layers(layers, None)
         self.site: Site = site
         self.where = where
@@ -113,23 +114,23 @@ def fit(
       The loss of every step of this call.
 
     Raises:
-      ValueError: no batches or steps; a direction or checkpoint that does not match; a folder with
+      UserError: no batches or steps; a direction or checkpoint that does not match; a folder with
         more steps than `steps`; a loss that is not a scalar; a non-finite loss or gradient (the
         direction keeps its value from before that step); or a process that was forked from one
         that had used JAX.
     """
     check_process()
     if isinstance(batches, Batch):
-        raise ValueError("batches is a single Batch; give a list of them")
+        raise UserError("batches is a single Batch; give a list of them")
     if not isinstance(batches, Iterable):
-        raise ValueError(f"batches is {batches!r:.60}; give a list of them")
+        raise UserError(f"batches is {batches!r:.60}; give a list of them")
     batches = list(batches)
     if steps < 1 or not batches:
-        raise ValueError(f"steps is {steps} with {len(batches)} batches; both must be positive")
+        raise UserError(f"steps is {steps} with {len(batches)} batches; both must be positive")
     config = model.config
     for i, one in enumerate(batches):
         if not isinstance(one, Batch):
-            raise ValueError(f"batches[{i}] is {one!r:.60}; give the result of `batch` or `encode`")
+            raise UserError(f"batches[{i}] is {one!r:.60}; give the result of `batch` or `encode`")
         if getattr(one.tokens, "is_fully_addressable", True):
             check_ids(np.asarray(jax.device_get(one.tokens)), config.vocab_size, f"batches[{i}]")
     direction.interventions().check(layers=config.n_layers, width=config.d_model, rows=0)
@@ -142,7 +143,7 @@ def fit(
             edits = nnx.merge(graph, state).interventions()
             value = loss(forward(params, config, batch, interventions=edits), batch)
             if jnp.shape(value) != ():
-                raise ValueError(f"the loss has shape {jnp.shape(value)}; it must be a scalar")
+                raise UserError(f"the loss has shape {jnp.shape(value)}; it must be a scalar")
             return value
 
         value, slope = jax.value_and_grad(measured)(learned)
@@ -156,7 +157,7 @@ def fit(
             learned, memory = kept.restore((learned, memory))
             done = kept.latest
             if done > steps:
-                raise ValueError(f"steps is {steps}, but {folder} already has {done}; give more "
+                raise UserError(f"steps is {steps}, but {folder} already has {done}; give more "
                                  "steps, or use another folder")
         for number in range(done, steps):
             batch = batches[number % len(batches)]
@@ -164,7 +165,7 @@ def fit(
             finite = all(bool(jnp.isfinite(x).all()) for x in (value, *jax.tree.leaves(new)))
             if not finite:
                 nnx.update(direction, learned)
-                raise ValueError(f"the loss is {float(value)} at step {number}, and it or its "
+                raise UserError(f"the loss is {float(value)} at step {number}, and it or its "
                                  "gradient is not finite; use a smaller learning rate or another "
                                  "loss")
             learned = new
@@ -199,7 +200,7 @@ class _Checkpoints:
         """Return the last saved state, with the tree structure of `like`.
 
         Raises:
-          ValueError: the checkpoint is damaged, or has another structure (other layers, width or
+          UserError: the checkpoint is damaged, or has another structure (other layers, width or
             optimizer).
         """
         import orbax.checkpoint as ocp
@@ -209,14 +210,14 @@ class _Checkpoints:
         try:
             kept = getattr(self.manager.item_metadata(self.latest), "tree", None)
             if kept is None:
-                raise ValueError("its metadata is damaged")
+                raise UserError("its metadata is damaged")
             shapes = {name: tuple(array.shape) for name, array in kept.items()}
             if shapes != {name: x.shape for name, x in wanted.items()}:
-                raise ValueError("it was written with another optimizer")
+                raise UserError("it was written with another optimizer")
             arrays = self.manager.restore(self.latest, args=ocp.args.StandardRestore(wanted))
         except Exception as error:
             reason = " ".join(str(error).split())[:160]
-            raise ValueError(f"{self.folder}: the checkpoint cannot be used ({reason}); use "
+            raise UserError(f"{self.folder}: the checkpoint cannot be used ({reason}); use "
                              "another folder, or delete it to start again") from None
         return jax.tree.unflatten(tree, [arrays[f"{i:04d}"] for i in range(len(leaves))])
 
@@ -225,21 +226,21 @@ def _claim(folder: pathlib.Path, what: dict[str, Any]) -> None:
     """Write the training run's settings to a folder, or compare them with those in the folder.
 
     Raises:
-      ValueError: the folder belongs to another training run, or cannot be written.
+      UserError: the folder belongs to another training run, or cannot be written.
     """
     path = folder / "direction.json"
     if not path.exists():
         if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{folder}: is not empty and has no {path.name}; use another folder")
+            raise UserError(f"{folder}: is not empty and has no {path.name}; use another folder")
         files.write_json(path, what)
         return
     kept = read_json(path)
     if not isinstance(kept, dict):
-        raise ValueError(f"{path}: contains a {type(kept).__name__}, not a JSON object; use "
+        raise UserError(f"{path}: contains a {type(kept).__name__}, not a JSON object; use "
                          "another folder")
     for field, value in what.items():
         if kept.get(field) != value:
-            raise ValueError(f"{folder}: the checkpoint does not match this direction: its {field} "
+            raise UserError(f"{folder}: the checkpoint does not match this direction: its {field} "
                              f"is {kept.get(field)}, not {value}; use another folder")
 
 

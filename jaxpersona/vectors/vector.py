@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import normalised
 from jaxpersona.interventions.compose import Interventions, chain
 from jaxpersona.interventions.operators import cap
@@ -31,7 +32,7 @@ def _float32(values: Any, field: str) -> np.ndarray:
         with np.errstate(over="ignore"):
             return np.asarray(values, np.float32)
     except (OverflowError, TypeError, ValueError) as error:  # an integer of 400 digits, None, text
-        raise ValueError(f"{field} cannot be converted to float32 ({error})") from None
+        raise UserError(f"{field} cannot be converted to float32 ({error})") from None
 
 
 def _check_names(found: Vector | Caps) -> None:
@@ -39,13 +40,13 @@ def _check_names(found: Vector | Caps) -> None:
     for field in ("name", "model", "fingerprint"):
         value = getattr(found, field)
         if not isinstance(value, str):
-            raise ValueError(f"{field} is {value!r}; it must be a string")
+            raise UserError(f"{field} is {value!r}; it must be a string")
     if not re.fullmatch(r"([0-9a-f]{16})?", found.fingerprint):
-        raise ValueError(f"fingerprint is {found.fingerprint!r}; it must be sixteen hexadecimal "
+        raise UserError(f"fingerprint is {found.fingerprint!r}; it must be sixteen hexadecimal "
                          "digits or empty")
     scheme = found.fingerprint_scheme
     if type(scheme) is not int or scheme < 1:
-        raise ValueError(f"fingerprint_scheme is {scheme!r}; it must be a positive integer, "
+        raise UserError(f"fingerprint_scheme is {scheme!r}; it must be a positive integer, "
                          f"{SCHEME} for fingerprints of this version")
     object.__setattr__(found, "notes", _plain(found.notes))
 
@@ -53,12 +54,12 @@ def _check_names(found: Vector | Caps) -> None:
 def _plain(notes: Any) -> dict[str, Any]:
     """Return notes with NumPy and JAX scalars converted to Python's, which all formats support."""
     if not isinstance(notes, Mapping):
-        raise ValueError(f"notes is a {type(notes).__name__}; it must be a dict")
+        raise UserError(f"notes is a {type(notes).__name__}; it must be a dict")
     plain = {}
     for name, value in notes.items():
         value = value.item() if getattr(value, "ndim", None) == 0 else value
         if not isinstance(name, str) or not isinstance(value, (str, int, float)):
-            raise ValueError(f"notes[{str(name)[:40]!r}] is a {type(value).__name__}; keys must be "
+            raise UserError(f"notes[{str(name)[:40]!r}] is a {type(value).__name__}; keys must be "
                              "strings and values strings or numbers")
         plain[name] = value
     return plain
@@ -80,7 +81,7 @@ class Vector:
         different versions cannot be compared; the direction is then checked only by its shape.
 
     Raises:
-      ValueError: values that are not [L, D] or not finite, or a field of an invalid type.
+      UserError: values that are not [L, D] or not finite, or a field of an invalid type.
     """
 
     values: np.ndarray
@@ -96,12 +97,12 @@ class Vector:
     def __post_init__(self) -> None:
         values = _float32(self.values, "values")
         if values.ndim != 2 or not values.size:
-            raise ValueError(f"values has shape {values.shape}; it must be [L, D], both nonzero")
+            raise UserError(f"values has shape {values.shape}; it must be [L, D], both nonzero")
         if not np.isfinite(values).all():
-            raise ValueError(f"{self.kind} {self.name!r} contains a non-finite value")
+            raise UserError(f"{self.kind} {self.name!r} contains a non-finite value")
         _check_names(self)
         if self.site not in SITES:
-            raise ValueError(f"site is {self.site!r}; it must be one of {SITES}")
+            raise UserError(f"site is {self.site!r}; it must be one of {SITES}")
         object.__setattr__(self, "values", values)
 
     @property
@@ -127,19 +128,19 @@ class Vector:
         """Raise ValueError: only an `Axis` has thresholds.
 
         Raises:
-          ValueError: always.
+          UserError: always.
         """
-        raise ValueError(f"{self.kind} {self.name!r} has no thresholds; an Axis has them: read one "
+        raise UserError(f"{self.kind} {self.name!r} has no thresholds; an Axis has them: read one "
                          "with jp.load_axis, or give the floor as numbers")
 
     def check_site(self, site: Site) -> None:
         """Check that the direction was measured at `site`.
 
         Raises:
-          ValueError: it was measured at another site.
+          UserError: it was measured at another site.
         """
         if site != self.site:
-            raise ValueError(
+            raise UserError(
                 f"{self.kind} {self.name!r} was measured at site {self.site!r}; to use it at "
                 f"{site!r}, pass its values as an array"
             )
@@ -154,7 +155,7 @@ class Axis(Vector):
         projections of the population's mean response activations on the unit axis.
 
     Raises:
-      ValueError: as for `Vector`, or percentiles that are not one finite number per layer.
+      UserError: as for `Vector`, or percentiles that are not one finite number per layer.
     """
 
     percentiles: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
@@ -164,7 +165,7 @@ class Axis(Vector):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not isinstance(self.percentiles, Mapping):
-            raise ValueError(f"percentiles is a {type(self.percentiles).__name__}; it must be a "
+            raise UserError(f"percentiles is a {type(self.percentiles).__name__}; it must be a "
                              "dict by population, such as default")
         object.__setattr__(self, "percentiles", {
             population: _percentiles(population, table, self.n_layers)
@@ -178,19 +179,19 @@ class Axis(Vector):
           of: the population: "default" (rollouts of the default persona) or "all" (all rollouts).
 
         Raises:
-          ValueError: a population or percentile that the axis was not calibrated for.
+          UserError: a population or percentile that the axis was not calibrated for.
         """
         if not self.percentiles:
-            raise ValueError(f"axis {self.name!r} has no thresholds; give the floor as numbers, or "
+            raise UserError(f"axis {self.name!r} has no thresholds; give the floor as numbers, or "
                              "use an axis that `jaxpersona axis` wrote")
         if of not in self.percentiles:
-            raise ValueError(
+            raise UserError(
                 f"of is {of!r}; this axis has the populations {sorted(self.percentiles)}"
             )
         known = self.percentiles[of]
         if percentile not in known:
             meant = f"p{percentile}"
-            raise ValueError(f"percentile is {percentile!r}; "
+            raise UserError(f"percentile is {percentile!r}; "
                              + (f"write {meant}; " if meant in known else "")
                              + f"this axis has {', '.join(sorted(known, key=_by_number))}")
         return known[percentile]
@@ -205,19 +206,19 @@ def _by_number(name: str) -> tuple[float, str]:
 def _percentiles(population: str, table: Any, layers: int) -> dict[str, np.ndarray]:
     """Return a population's percentiles as float32; raise unless each is finite and [L]."""
     if not isinstance(table, Mapping):
-        raise ValueError(f"percentiles[{population!r}] is a {type(table).__name__}; it must be a "
+        raise UserError(f"percentiles[{population!r}] is a {type(table).__name__}; it must be a "
                          "dict of [L] by percentile, such as p25")
     checked = {}
     for name, given in table.items():
         field = f"percentiles/{population}/{name}"
         if field.count("/") != 2:
-            raise ValueError(f"{field} has a / in a name, which the file format does not allow")
+            raise UserError(f"{field} has a / in a name, which the file format does not allow")
         checked[name] = value = _float32(given, field)
         if value.shape != (layers,):
-            raise ValueError(f"{field} has shape {list(value.shape)}; it must have one value per "
+            raise UserError(f"{field} has shape {list(value.shape)}; it must have one value per "
                              f"layer, [{layers}]")
         if not np.isfinite(value).all():
-            raise ValueError(f"{field} contains a non-finite value; calibrate the axis again")
+            raise UserError(f"{field} contains a non-finite value; calibrate the axis again")
     return checked
 
 
@@ -235,7 +236,7 @@ class Caps:
       name, model, fingerprint, notes, fingerprint_scheme: as for `Vector`.
 
     Raises:
-      ValueError: fields of different lengths, or an invalid value.
+      UserError: fields of different lengths, or an invalid value.
     """
 
     values: np.ndarray
@@ -255,17 +256,17 @@ class Caps:
         count = len(self.layers)
         shapes = values.shape[:-1], floors.shape, (len(self.labels),)
         if values.ndim != 2 or not count or set(shapes) != {(count,)}:
-            raise ValueError(f"caps {self.name!r} have values {list(values.shape)}, floors "
+            raise UserError(f"caps {self.name!r} have values {list(values.shape)}, floors "
                              f"{list(floors.shape)}, {count} layers and {len(self.labels)} labels; "
                              "they must be [n, D], [n], n and n")
         if not np.isfinite(values).all() or not np.isfinite(floors).all():
-            raise ValueError(f"caps {self.name!r} contain a non-finite value")
+            raise UserError(f"caps {self.name!r} contain a non-finite value")
         if not values.any(axis=1).all():
-            raise ValueError(f"caps {self.name!r} contain a zero vector; give nonzero vectors")
+            raise UserError(f"caps {self.name!r} contain a zero vector; give nonzero vectors")
         if any(type(layer) is not int or not 0 <= layer < MAX_LAYERS for layer in self.layers):
-            raise ValueError(f"layers is {list(self.layers)}; each must be in 0…{MAX_LAYERS - 1}")
+            raise UserError(f"layers is {list(self.layers)}; each must be in 0…{MAX_LAYERS - 1}")
         if not all(isinstance(label, str) for label in self.labels):
-            raise ValueError(f"labels is {str(self.labels)[:80]}; each must be a string")
+            raise UserError(f"labels is {str(self.labels)[:80]}; each must be a string")
         _check_names(self)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "floors", floors)
@@ -311,7 +312,7 @@ def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") 
     steers; it is padded with zeros.
 
     Raises:
-      ValueError: another width, number of layers or fingerprint.
+      UserError: another width, number of layers or fingerprint.
     """
     if isinstance(found, Caps):
         layers, wanted = max(found.layers) + 1, range(1, config.n_layers + 1)
@@ -322,7 +323,7 @@ def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") 
             found = dataclasses.replace(found, values=padded)
         layers, wanted = found.n_layers, (config.n_layers,)
     if layers not in wanted or found.values.shape[1] != config.d_model:
-        raise ValueError(
+        raise UserError(
             f"{found.kind} {found.name!r} is for {layers} layers of width "
             f"{found.values.shape[1]}; {name} has {config.n_layers} of {config.d_model}: it "
             "was made for another model; use one made for this model"
@@ -332,7 +333,7 @@ def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") 
     # the whole fingerprint, or the configuration's half, which is the same in both schemes
     known = fingerprint if fingerprint and found.fingerprint_scheme == SCHEME else config.hash()
     if found.fingerprint[: len(known)] not in ("", known):
-        raise ValueError(
+        raise UserError(
             f"{found.kind} {found.name!r} was made for another model ({found.model or 'not named'}"
             f"), not for {name}; use one made for this model"
             + (", or pass its values as an array" if isinstance(found, Vector) else "")

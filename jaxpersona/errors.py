@@ -1,0 +1,19 @@
+"""The exception for a user's mistake."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """An invalid argument, file or setting; the message names it, its value and the fix.
+
+    The command `jaxpersona` prints the message as one line and exits with code 2. Any other
+    exception is a bug of this library, and its traceback is shown.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> try:
+      ...     jp.load("mini", dtype="int4")
+      ... except jp.UserError as error:
+      ...     print(error)
+      dtype is 'int4'; it must be one of float32, bfloat16, float16
+    """
