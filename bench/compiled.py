@@ -22,10 +22,13 @@ Program = Callable[..., Any]
 
 
 class Steps:
-    """Decode programs of one batch size, one per edit, compiled ahead of time."""
+    """Decode programs of one batch size, one per edit, compiled ahead of time.
+
+    `params` has the parameters of arms that use other ones than the model's.
+    """
 
     def __init__(self, model: Any, rows: int, steps: int, edits: dict[str, Any], *,
-                 prompt: int = 32) -> None:
+                 prompt: int = 32, params: dict[str, Any] | None = None) -> None:
         self.setting = Decoding(model, rows, steps, prompt=prompt)
         self.edits, read = edits, Capture()
         base = jax.block_until_ready(self.setting.start(NOTHING, read))
@@ -35,7 +38,8 @@ class Steps:
             empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
                                  (shape.applied, shape.gates))
             state = base.replace(applied=empty[0], gates=empty[1])
-            self.given[name] = self.setting.arguments(state, edit, read)
+            own, *rest = self.setting.arguments(state, edit, read)
+            self.given[name] = ((params or {}).get(name, own), *rest)
 
         def build(name: str) -> Program:
             return decode.lower(*self.given[name], greedy=True).compile()

@@ -28,6 +28,7 @@ from decoding import NOTHING, Decoding
 
 import jaxpersona as jp
 from jaxpersona.captures.capture import Capture
+from jaxpersona.models import prepared
 from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.planning import chips
 
@@ -88,6 +89,14 @@ class Bench:
     def decode256(self) -> dict[str, Any]:
         """Measure the overhead at 256 rows of one shared cap and of 256 per-row caps."""
         return self._decoding(256)
+
+    def weights1(self) -> dict[str, Any]:
+        """Time decoding of 1 row with joined and with int8 weights."""
+        return self._weights(1)
+
+    def weights32(self) -> dict[str, Any]:
+        """Time decoding of 32 rows with joined and with int8 weights."""
+        return self._weights(32)
 
     def context1(self) -> dict[str, Any]:
         """Time uncapped decoding of 1 row after a long prompt."""
@@ -261,6 +270,27 @@ class Bench:
                               for name in ("uncapped", "all")}
         return out
 
+    def _weights(self, rows: int) -> dict[str, Any]:
+        steps = 8 if self.small else 64
+        params = self.model.params
+        forms = {"dense": params, "joined": prepared.with_joined(params),
+                 "int8": prepared.in_int8(params), "int8 joined":
+                 prepared.in_int8(params, join=True)}
+        made = Steps(self.model, rows, steps, dict.fromkeys(forms, NOTHING), params=forms)
+        found = paired({name: made.timer(name) for name in forms}, "dense",
+                       budget=self.args.budget)
+        step = found["dense"]["seconds"] / steps
+        out = {"rows": rows, "steps": steps, "prompt": made.setting.prompt,
+               "compile_s": made.compile_s, "arms": found, "kernels": made.kernels}
+        for name in forms:
+            arm = found[name]["seconds"] / steps
+            found[name]["ms_per_step"] = round(1e3 * arm, 4)
+        joined = self._bound(made.setting, found["joined"]["seconds"] / steps)
+        out |= self._bound(made.setting, step) | {"joined_mbu": joined.get("mbu")}
+        out["profile"] = {name: attempt(self._profile, made, name)
+                          for name in ("joined", "int8 joined")}
+        return out
+
     def _context(self, rows: int) -> dict[str, Any]:
         steps, prompt = (8, 64) if self.small else (64, 1856)
         made = Steps(self.model, rows, steps, {"uncapped": NOTHING}, prompt=prompt)
@@ -297,7 +327,7 @@ class Bench:
 
 
 PARTS = ("limits", "decode32", "decode1", "context32", "context1", "prefill", "decode256",
-         "products", "start")
+         "products", "weights1", "weights32", "start")
 
 
 def main() -> None:

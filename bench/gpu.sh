@@ -9,7 +9,8 @@
 # Needs python with jax, flax, safetensors, transformers and PyTorch; nothing is installed. Results
 # are JSON lines in the folder: bench/results by default, a temporary folder for a rehearsal, which
 # is never written to bench/results. HLO=folder keeps the compiled text of the profiled programs
-# there. Every bench has its own time limit.
+# there. PARTS and BENCHES select from a part: PARTS="weights1 start", BENCHES="extract peers".
+# Every bench has its own time limit.
 set -u
 cd "$(dirname "$0")/.."
 part=${1:-}
@@ -51,10 +52,11 @@ if [ "${SMALL:-0}" = 1 ]; then
     new=24 some=2:6 rows=4 context=192 forms="plain static"
 else
     tag=gpu huge=random:qwen3-32b peer=random:qwen3-0.6b kind=bfloat16 count=256 budget=20
-    new=32 some=46:54 rows=${ROWS:-8} context=2048 forms="static compiled"
+    new=32 some=46:54 rows=${ROWS:-8} context=2048 forms="${FORMS:-static compiled}"
 fi
 run() {  # name of the result, seconds, script, arguments
     local name=$1 limit=$2 script=$3; shift 3
+    [[ " ${BENCHES:-fit extract peers} " == *" $name "* ]] || return
     [ $SECONDS -gt 330 ] && { echo "$name: not begun after $SECONDS s"; return; }
     if timeout "$limit" "$python" "bench/$script.py" "$@" > "$out/$name.log" 2>&1; then
         tail -n 1 "$out/$name.log" > "$out/$name-$tag.json"
@@ -68,8 +70,8 @@ run() {  # name of the result, seconds, script, arguments
 }
 run fit 170 fit --model "$huge" --dtype "$kind" --batch "$rows" --context "$context" \
     --new $((context / 4)) --layers "$some" --chip "${CHIP:-h100:1}"
-run extract 110 extract --model "$peer" --dtype "$kind" --peer-dtype "$kind" \
-    --conversations "$count" --repeats 1 --peers hooks sorted
+run extract 140 extract --model "$peer" --dtype "$kind" --peer-dtype "$kind" \
+    --conversations "$count" --repeats 1 --peers ${PEERS:-hooks sorted}
 run peers 110 peers --model "$peer" --dtypes "$kind" --peer-dtypes "$kind" --batch 1 32 \
     --new "$new" --budget "$budget" --forms $forms
 exit $status

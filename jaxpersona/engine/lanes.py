@@ -31,7 +31,8 @@ from jaxpersona.models.batch import LAST, USER, Batch
 from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.models.cache import init_cache, kept_dtype
 from jaxpersona.models.config import ModelConfig
-from jaxpersona.models.params import Params, in_out
+from jaxpersona.models.params import Params
+from jaxpersona.models.prepared import in_out
 from jaxpersona.text.chat import Row
 
 if TYPE_CHECKING:

@@ -32,7 +32,8 @@ from jaxpersona.models import nn
 from jaxpersona.models.batch import VALID, Batch, check_ids
 from jaxpersona.models.cache import Cache, advance, assign_slots, init_cache, kept_dtype, write
 from jaxpersona.models.config import ModelConfig
-from jaxpersona.models.params import InOut, Layer, Params
+from jaxpersona.models.params import Layer, Params
+from jaxpersona.models.weight import dot, dots
 
 Logits = Literal["all", "last"] | None
 
@@ -266,11 +267,7 @@ def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
         x = nn.rms_norm(x, params.final_norm_d, config.norm_eps, config.norm_offset,
                         overflow_to_nan=True)
         weight = params.embed_vd if params.head_vd is None else params.head_vd
-        if isinstance(weight, InOut) or on_cpu(weight):
-            out = nn.product("btd,vd->btv", x, weight)
-        else:
-            out = jnp.einsum("btd,vd->btv", x, gather_weight(weight),
-                             preferred_element_type=jnp.float32)
+        out = dot(x, weight, dtype=jnp.float32)
         if config.final_softcap is not None:
             capped = config.final_softcap * jnp.tanh(out / config.final_softcap)
             out = jnp.where(jnp.isfinite(out), capped, jnp.nan)  # tanh maps infinity to 1
@@ -285,9 +282,10 @@ def _project(layer: Layer, config: ModelConfig, x: jax.Array,
     They are NaN at tokens where `known` [B, T] is False, and the NaN propagates from there.
     """
     y = nn.rms_norm(x, layer.attn_norm_d, config.norm_eps, config.norm_offset, known=known)
-    q = nn.add_bias(nn.contract("btd,nhd->btnh", y, layer.wq_nhd), layer.bq_nh)
-    k = nn.add_bias(nn.contract("btd,khd->btkh", y, layer.wk_khd), layer.bk_kh)
-    v = nn.add_bias(nn.contract("btd,khd->btkh", y, layer.wv_khd), layer.bv_kh)
+    q, k, v = dots(y, layer.qkv)
+    q = nn.add_bias(q, layer.bq_nh)
+    k = nn.add_bias(k, layer.bk_kh)
+    v = nn.add_bias(v, layer.bv_kh)
     if config.qk_norm:
         q = nn.rms_norm(q, layer.q_norm_h, config.norm_eps, config.norm_offset)
         k = nn.rms_norm(k, layer.k_norm_h, config.norm_eps, config.norm_offset)
@@ -309,7 +307,7 @@ def _block(layer: Layer, config: ModelConfig, x: jax.Array, mixed: jax.Array, tr
     Interventions and captures run at its three sites: attention, mlp and residual.
     """
     eps, offset = config.norm_eps, config.norm_offset
-    out = nn.contract("btnh,dnh->btd", mixed, layer.wo_dnh, ("batch", None, None))
+    out = dot(mixed, layer.wo_dnh, inner=2, axes=("batch", None, None))
     out = nn.add_bias(out, layer.bo_d)
     if config.post_norms:
         out = nn.rms_norm(out, layer.attn_post_norm_d, eps, offset)

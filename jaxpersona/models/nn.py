@@ -13,48 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.distributed.sharding import Axes, gather_weight, on_cpu, out_sharding, place
+from jaxpersona.distributed.sharding import on_cpu, out_sharding
 from jaxpersona.models.config import Activation, Rope
-from jaxpersona.models.params import InOut
+from jaxpersona.models.weight import dot, dots
 
 F32 = jnp.float32
 QUERY_CHUNK = 512  # queries per chunk of attention scores in a long prefill
 _MASKED = -1e30  # finite: the softmax of a fully masked row stays free of NaN
-
-
-def contract(equation: str, x: jax.Array, w: jax.Array | InOut,
-             axes: Axes | None = None) -> jax.Array:
-    """Contract activations with weights in float32 accumulation; return x's dtype.
-
-    `axes` are the logical axes of the result, needed where JAX cannot infer its sharding.
-    """
-    if isinstance(w, InOut) or jax.typeof(w).sharding.mesh.empty:
-        return product(equation, x, w).astype(x.dtype)
-    w = gather_weight(w)
-    placed = out_sharding(axes, x, w) if axes else None
-    y = jnp.einsum(equation, x, w, preferred_element_type=F32, out_sharding=placed).astype(x.dtype)
-    return y if placed is not None or axes is None else place(y, axes, x, w)
-
-
-def product(equation: str, x: jax.Array, w: jax.Array | InOut) -> jax.Array:
-    """Contract on one device as a 2-D matrix product; return float32.
-
-    XLA's CPU backend would transpose a three-dimensional weight at every step.
-    """
-    left, right = equation.split("->")[0].split(",")
-    rows = x.shape[: sum(letter not in right for letter in left)]
-    if isinstance(w, InOut):
-        y = jnp.einsum("rd,df->rf", x.reshape(-1, w.value.shape[0]), w.value,
-                       preferred_element_type=F32)
-        return y.reshape(*rows, *w.out)
-    out = w.shape[: sum(letter not in left for letter in right)]
-    inner = math.prod(w.shape[len(out) :])
-    x = x.reshape(-1, inner)
-    alone = x.shape[0] == 1 and x.dtype == jnp.bfloat16 and on_cpu(w)
-    if alone:  # XLA's CPU backend has a fast bfloat16 product for two rows, but not for one
-        x = jnp.concatenate([x, x])
-    y = jnp.einsum("rd,fd->rf", x, w.reshape(-1, inner), preferred_element_type=F32)
-    return (y[:1] if alone else y).reshape(*rows, *out)
 
 
 def round_residual(x: jax.Array) -> jax.Array:
@@ -209,12 +174,12 @@ def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 
 def mlp(x: jax.Array, layer: Any, activation: Activation) -> jax.Array:
     """Apply the gated MLP, down(act(gate(x)) · up(x)) (Shazeer 2020), to x [B, T, D]."""
-    gate = add_bias(contract("btd,fd->btf", x, layer.w_gate_fd), layer.b_gate_f)
-    up = add_bias(contract("btd,fd->btf", x, layer.w_up_fd), layer.b_up_f)
+    gate, up = dots(x, layer.gate_up)
+    gate, up = add_bias(gate, layer.b_gate_f), add_bias(up, layer.b_up_f)
     wide = gate.astype(F32)  # float32 until after the product: a single rounding
     act = jax.nn.silu(wide) if activation == "silu" else jax.nn.gelu(wide, approximate=True)
     inner = (act * up.astype(F32)).astype(x.dtype)
-    out = contract("btf,df->btd", inner, layer.w_down_df, ("batch", None, None))
+    out = dot(inner, layer.w_down_df, axes=("batch", None, None))
     return add_bias(out, layer.b_down_d)
 
 

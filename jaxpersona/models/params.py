@@ -25,10 +25,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.sharding import Axes, unset_mesh
 from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.weight import Joined
 
 
 class Layer(flax.struct.PyTreeNode):
-    """The parameters of one block; None for arrays that the family does not have."""
+    """The parameters of one block; None for arrays that the family does not have.
+
+    Each weight is an array or a prepared `weight.Weight`. With `joined_qkv` or `joined_gate_up`,
+    the weights that these contain are None.
+    """
 
     attn_norm_d: Any
     wq_nhd: Any
@@ -50,6 +55,18 @@ class Layer(flax.struct.PyTreeNode):
     b_down_d: Any = None
     attn_post_norm_d: Any = None
     mlp_post_norm_d: Any = None
+    joined_qkv: Joined | None = None
+    joined_gate_up: Joined | None = None
+
+    @property
+    def qkv(self) -> Joined | tuple[Any, Any, Any]:
+        """The weights of queries, keys and values."""
+        return self.joined_qkv or (self.wq_nhd, self.wk_khd, self.wv_khd)
+
+    @property
+    def gate_up(self) -> Joined | tuple[Any, Any]:
+        """The weights of the MLP's gate and of its values."""
+        return self.joined_gate_up or (self.w_gate_fd, self.w_up_fd)
 
 
 class Params(flax.struct.PyTreeNode):
@@ -152,44 +169,6 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -
         return (sample * spec.init).astype(dtype)
 
     return jax.tree.unflatten(tree, [draw(i, spec) for i, spec in enumerate(specs)])
-
-
-class InOut(flax.struct.PyTreeNode):
-    """A weight in [in, out] order, transposed from the checkpoint's [out, in].
-
-    Attributes:
-      value: [in, out].
-      out: the output dimensions, with the head axes split.
-    """
-
-    value: Any
-    out: tuple[int, ...] = flax.struct.field(pytree_node=False)
-
-
-# the number of output dimensions of each weight of a block's matrix products
-_PRODUCTS = {"wq_nhd": 2, "wk_khd": 2, "wv_khd": 2, "wo_dnh": 1, "w_gate_fd": 1, "w_up_fd": 1,
-             "w_down_df": 1}
-
-
-@jax.jit
-def in_out(params: Params) -> Params:
-    """Copy the weights of all matrix products, including a tied head, to [in, out] (`InOut`).
-
-    XLA's float32 product on CPUs repacks an [out, in] weight at each call if the batch has several
-    rows; with 8 rows that takes twice as long. With one row, [out, in] is faster.
-    """
-
-    def turn(w: jax.Array, dims: int) -> InOut:
-        out = w.shape[:dims]
-        return InOut(w.reshape(math.prod(out), -1).T, out)
-
-    layers = tuple(
-        layer.replace(
-            **{name: turn(getattr(layer, name), dims) for name, dims in _PRODUCTS.items()})
-        for layer in params.layers
-    )
-    head = params.embed_vd if params.head_vd is None else params.head_vd
-    return params.replace(layers=layers, head_vd=turn(head, 1))
 
 
 class Derived:

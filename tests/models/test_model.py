@@ -15,7 +15,7 @@ from jaxpersona.models import nn
 from jaxpersona.models.batch import batch, split
 from jaxpersona.models.cache import init_cache
 from jaxpersona.models.forward import forward
-from jaxpersona.models.params import in_out
+from jaxpersona.models.prepared import in_out
 
 LENGTHS = (13, 8, 1)
 MODEL = s.tiny_model()

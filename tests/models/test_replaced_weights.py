@@ -13,7 +13,8 @@ import support as s
 from jaxpersona.engine.generate import generate
 from jaxpersona.engine.lanes import fast_params
 from jaxpersona.models.model import Model
-from jaxpersona.models.params import Derived, in_out
+from jaxpersona.models.params import Derived
+from jaxpersona.models.prepared import in_out
 
 PROMPTS = s.prompts((5, 9, 3))
 
