@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.captures.capture import Capture
-from jaxpersona.engine.lanes import fast_params
 from jaxpersona.engine.programs import State, Stops, decode, prefill
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.interventions import Interventions
 from jaxpersona.models.batch import batch
 from jaxpersona.models.cache import kept_dtype
+from jaxpersona.models.prepared import fast_params
 from jaxpersona.planning import hlo
 
 PROMPT = 32

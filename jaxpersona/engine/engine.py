@@ -26,7 +26,7 @@ from jaxpersona.engine.compiled import program
 from jaxpersona.engine.edits import RowEdits, for_one_row, idle_row
 from jaxpersona.engine.generate import asks_for_code
 from jaxpersona.engine.kinds import Kind
-from jaxpersona.engine.lanes import Lane, Shape, Task, fast_params, shape_of
+from jaxpersona.engine.lanes import Lane, Shape, Task, shape_of
 from jaxpersona.engine.programs import State
 from jaxpersona.engine.prompts import bucket
 from jaxpersona.engine.replies import Finished, Reply, unpack
@@ -35,6 +35,7 @@ from jaxpersona.engine.sampling import sampling
 from jaxpersona.engine.scheduler import Scheduler
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions, given
+from jaxpersona.models.prepared import fast_params
 from jaxpersona.runtime import own_rules
 from jaxpersona.text.chat import Row
 

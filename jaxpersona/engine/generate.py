@@ -28,7 +28,6 @@ from jaxpersona.engine.lanes import (
     Lane,
     Setting,
     Task,
-    fast_params,
     prefix_key,
     shape_of,
 )
@@ -42,6 +41,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.models.batch import CODE
+from jaxpersona.models.prepared import fast_params
 from jaxpersona.runtime import debugging, own_rules
 from jaxpersona.text import chat, fences
 

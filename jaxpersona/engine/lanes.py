@@ -20,7 +20,6 @@ import numpy as np
 
 from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed import processes
-from jaxpersona.distributed.sharding import on_cpu
 from jaxpersona.engine.compiled import program
 from jaxpersona.engine.programs import Prefix, State, Stops, decode, prefill, prefill_prefix
 from jaxpersona.engine.prompts import bucket
@@ -32,15 +31,13 @@ from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.models.cache import init_cache, kept_dtype
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Params
-from jaxpersona.models.prepared import in_out
 from jaxpersona.text.chat import Row
 
 if TYPE_CHECKING:
-    from jaxpersona.models.model import Model
+    pass
 
 CHUNK = 64  # steps between two looks at the device
 _SHORTEST_PREFIX = 16  # tokens that are worth a pass of their own
-_LARGEST_COPY = 8e9  # bytes of weights beyond which speed is not worth holding them twice
 
 
 class Edits(Protocol):
@@ -122,20 +119,6 @@ class Shape(NamedTuple):
     prefix: int
     width: int
     slots: int
-
-
-def fast_params(model: Model, batch_size: int) -> Params:
-    """Return the parameters in the order in which their device multiplies many rows fastest.
-
-    On a CPU in float32 that is a copy: twice the weights' memory, as long as the model is held. It
-    is made once for each `model.Model`; for other classes that stand for one, at every call.
-    """
-    embed = model.params.embed_vd
-    if (not on_cpu(embed) or embed.dtype != jnp.float32 or batch_size < 8
-            or model.mesh is not None or model.config.bytes(4) > _LARGEST_COPY):
-        return model.params
-    held = getattr(model, "derived", None)
-    return in_out(model.params) if held is None else held.get(model.params, in_out)
 
 
 def shape_of(row: Row, max_new: int, share_prefix: bool) -> Shape:

@@ -4,17 +4,68 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 
+from jaxpersona.distributed.sharding import default_device, platform
+from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Layer, Params
-from jaxpersona.models.weight import Dense, Weight, joined, quantized, transposed
+from jaxpersona.models.weight import F32, Dense, Weight, joined, quantized, transposed
 
 # the weights of a block's matrix products, and the number of their input dimensions
 PRODUCTS = {"wq_nhd": 1, "wk_khd": 1, "wv_khd": 1, "wo_dnh": 2, "w_gate_fd": 1, "w_up_fd": 1,
             "w_down_df": 1}
 _QKV = ("wq_nhd", "wk_khd", "wv_khd")
 _GATE_UP = ("w_gate_fd", "w_up_fd")
+
+
+if TYPE_CHECKING:
+    from jaxpersona.models.model import Model
+
+_LARGEST_COPY = 8e9  # bytes of a model's weights up to which a CPU holds a second copy
+
+
+def fast_params(model: Model, rows: int) -> Params:
+    """Return the parameters in the form that their device multiplies fastest.
+
+    The form depends only on the model, the device and the number of rows, so equal calls give equal
+    bits. On a CPU in float32 with 8 rows or more, it is a transposed copy (`in_out`) of models up
+    to 8 GB. On a GPU it has a copy of the weights that are joined (`with_joined`), if all weights
+    and the copy fit into half of the memory. On a mesh, and everywhere else, it is `model.params`.
+
+    The copy is made once per `Model` and kept as long as the model; for another class with the
+    same attributes, it is made at every call.
+    """
+    params, config = model.params, model.config
+    device, dtype = platform(params.embed_vd), params.embed_vd.dtype
+    if model.mesh is not None:
+        return params
+    if device == "cpu" and dtype == F32 and rows >= 8 and config.bytes(4) <= _LARGEST_COPY:
+        make = in_out
+    elif device == "gpu" and _copy_fits(params, config, _memory(params)):
+        make = with_joined
+    else:
+        return params
+    derived = getattr(model, "derived", None)
+    return make(params) if derived is None else derived.get(params, make)
+
+
+def _copy_fits(params: Params, config: ModelConfig, memory: int) -> bool:
+    """Return whether all weights and the copy of `with_joined` fit into half of `memory` bytes."""
+    copied = sum(getattr(layer, name).nbytes for layer in params.layers
+                 for name in (*_QKV, *_GATE_UP))
+    return 2 * (config.bytes(params.embed_vd.dtype.itemsize) + copied) <= memory
+
+
+def _memory(params: Params) -> int:
+    """Return the bytes that JAX may allocate on the weights' device, or 0 if it does not tell.
+
+    This is not what is free, so that the form of the weights is reproducible.
+    """
+    embed = params.embed_vd
+    device = next(iter(embed.devices())) if isinstance(embed, jax.Array) else default_device()
+    return (device.memory_stats() or {}).get("bytes_limit", 0)
 
 
 @jax.jit

@@ -20,6 +20,7 @@ from jaxpersona.engine import compiled
 from jaxpersona.engine.compiled import KEPT, program
 from jaxpersona.engine.generate import generate
 from jaxpersona.engine.programs import TRACES
+from jaxpersona.models import prepared
 
 
 @pytest.fixture
@@ -115,14 +116,13 @@ def gpu_host(monkeypatch):
 
 def test_arrays_on_a_cpu_are_known_on_a_gpu_host(gpu_host):
     """Whatever chooses by platform asks the arrays, and programs trace for theirs."""
-    from jaxpersona.engine import lanes
     from jaxpersona.models.cache import kept_dtype
 
     model = s.tiny_model()
     x = model.params.embed_vd
     assert sharding.platform(x) == "cpu" and sharding.on_cpu(x)
     assert kept_dtype(x.astype(jnp.bfloat16)) == jnp.float32
-    assert lanes.fast_params(model, 8) is not model.params
+    assert prepared.fast_params(model, 8) is not model.params
     assert sharding.default_platform() == "gpu"
     inside = []
 

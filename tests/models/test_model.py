@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import pytest
 import support as s
 
 from jaxpersona.interventions import cap, steer
-from jaxpersona.models import nn
+from jaxpersona.models import nn, weight
 from jaxpersona.models.batch import batch, split
 from jaxpersona.models.cache import init_cache
 from jaxpersona.models.forward import forward
@@ -239,7 +240,7 @@ def test_a_cpu_keeps_low_precision_keys_in_float32_and_nothing_changes():
 def test_one_bfloat16_row_is_multiplied_as_a_row_among_others():
     rng = np.random.default_rng(0)
     x, w = (jnp.asarray(rng.normal(size=n), jnp.bfloat16) for n in ((1, 1, 96), (64, 96)))
-    found = jax.jit(nn.product, static_argnums=0)("btd,fd->btf", x, w)
+    found = jax.jit(functools.partial(weight.dot, dtype=jnp.float32))(x, w)
     assert found.shape == (1, 1, 64) and found.dtype == jnp.float32
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
     np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-4)

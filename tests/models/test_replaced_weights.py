@@ -11,10 +11,9 @@ import numpy as np
 import support as s
 
 from jaxpersona.engine.generate import generate
-from jaxpersona.engine.lanes import fast_params
 from jaxpersona.models.model import Model
 from jaxpersona.models.params import Derived
-from jaxpersona.models.prepared import in_out
+from jaxpersona.models.prepared import fast_params, in_out
 
 PROMPTS = s.prompts((5, 9, 3))
 
