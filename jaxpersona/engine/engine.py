@@ -238,7 +238,7 @@ class Engine:
                 lane.take_out(np.zeros(0, np.int32))
                 lane.end([])
                 for name in _projected(request):
-                    _row(lane.state.captured[name].values, np.int32(0))
+                    _row(lane.state.carry.captured[name].values, np.int32(0))
 
     def _task(self, request: Request) -> Task:
         """Encode and check a request."""
@@ -365,14 +365,15 @@ class Engine:
                     wanted.append((i, task, held[0]))
             if not wanted:
                 continue
+            state, carry = lane.state, lane.state.carry
             tokens, length, used = processes.fetch(
-                (lane.state.tokens, lane.state.length, lane.state.cache.next))
+                (state.tokens, state.length, carry.cache.next))
             for i, task, handle in wanted:
                 start, count = task.row.tokens.size, int(length[i])
                 projections = {}
                 for name in _projected(handle.request):
                     count = min(count, int(used[i]) - start)  # the last token has not run yet
-                    values = processes.fetch(_row(lane.state.captured[name].values, np.int32(i)))
+                    values = processes.fetch(_row(carry.captured[name].values, np.int32(i)))
                     projections[name] = np.moveaxis(values, 2, 0)[start : start + count]
                 handle._grow(tokens[i, :count], projections)
 

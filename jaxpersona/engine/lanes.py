@@ -22,7 +22,7 @@ from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.sharding import on_cpu
 from jaxpersona.engine.compiled import program
-from jaxpersona.engine.programs import Prefix, State, Stops, decode, prefill, prefill_prefix
+from jaxpersona.engine.programs import State, Stops, decode, prefill, prefill_prefix
 from jaxpersona.engine.prompts import bucket
 from jaxpersona.engine.sampling import Sampling
 from jaxpersona.interventions.compose import Interventions
@@ -30,6 +30,7 @@ from jaxpersona.interventions.trace import Applied
 from jaxpersona.models.batch import LAST, USER, Batch
 from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.models.cache import init_cache, kept_dtype
+from jaxpersona.models.carry import Carry
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Params, in_out
 from jaxpersona.text.chat import Row
@@ -168,7 +169,7 @@ class Lane:
         self.rows, self.together = rows, together
         self.tasks: list[Task | None] = [None] * rows
         self.filling = False
-        self.prefixes: OrderedDict[tuple, Prefix] = OrderedDict()
+        self.prefixes: OrderedDict[tuple, Carry] = OrderedDict()
         one, two = (jax.eval_shape(functools.partial(self._blank, n)) for n in (1, 2))
         self.axes: State = jax.tree.map(_differing_axis, one, two)
         self.state: Any = self._blank(rows) if together < rows else None
@@ -247,9 +248,7 @@ class Lane:
         if shape.prefix:
             parts = [self._prefix(task, shared[i], shape) for i, task in enumerate(chosen)]
             parts += parts[:1] * (count - len(chosen))  # of padding rows, which nobody reads
-            axes = self.axes
-            prefix = _stack(tuple(parts), axes=_static(
-                Prefix(axes.cache, axes.captured, axes.applied, axes.gates, axes.nonfinite)))
+            prefix = _stack(tuple(parts), axes=_static(self.axes.carry))
         batch = _cut(chosen, shared, [task.row.tokens.size for task in chosen], shape.width, count,
                      shape.prefix > 0)
         how = jax.tree.map(lambda *x: np.concatenate(x), *(
@@ -259,7 +258,7 @@ class Lane:
                        jnp.asarray(limit), slots=setting.slots, max_new=setting.max_new,
                        greedy=setting.greedy, prefix=prefix)
 
-    def _prefix(self, task: Task, shared: int, shape: Shape) -> Prefix:
+    def _prefix(self, task: Task, shared: int, shape: Shape) -> Carry:
         """Return what a prompt's prefix leaves behind, computed once for all that share it."""
         key = (*prefix_key(task), *self.edits.key(task))
         if key not in self.prefixes:
@@ -276,17 +275,21 @@ class Lane:
         config, setting = self.config, self.setting
         edits, slots = self.edits.structure(rows).edits, setting.slots
         zeros = jnp.zeros((rows,), jnp.int32)
-        blank = State(
+        carry = Carry(
             cache=init_cache(config, rows, slots, kept_dtype(self.params.embed_vd)),
-            token=zeros, position=zeros, turn=zeros, row_id=zeros.astype(jnp.uint32),
-            done=jnp.ones((rows,), bool), thinking=jnp.zeros((rows,), bool), limit=zeros,
-            length=zeros, tokens=jnp.full((rows, setting.max_new), -1, jnp.int32),
-            step=jnp.zeros((), jnp.int32), captured=setting.capture.start(config, rows, slots),
+            captured=setting.capture.start(config, rows, slots),
             applied=tuple(Applied(zeros, jnp.zeros((len(edit.layers), rows), jnp.int32))
                           for edit in edits),
             gates={str(number): edit.gate.start(rows)
                    for number, edit in enumerate(edits) if edit.gate is not None},
-            nonfinite=jnp.zeros((rows,), bool),
+            finite=jnp.ones((rows,), bool),
+        )
+        blank = State(
+            carry=carry,
+            token=zeros, position=zeros, turn=zeros, row_id=zeros.astype(jnp.uint32),
+            done=jnp.ones((rows,), bool), thinking=jnp.zeros((rows,), bool), limit=zeros,
+            length=zeros, tokens=jnp.full((rows, setting.max_new), -1, jnp.int32),
+            step=jnp.zeros((), jnp.int32),
             fence=None if setting.stops.fences is None else zeros,
             matched=None if setting.stops.strings is None else zeros,
         )
@@ -352,8 +355,9 @@ def _end(state: State, gone: jax.Array) -> State:
 def _leave(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
     """Copy the given rows out of a state, but for their keys and values."""
     where = jax.tree.unflatten(jax.tree.structure(state), axes)
-    state, where = (x.replace(cache=x.cache.replace(k=(), v=()))
-                    for x in (state, where))
+    state, where = (
+        x.replace(carry=x.carry.replace(cache=x.carry.cache.replace(k=(), v=())))
+        for x in (state, where))
 
     def take(value: jax.Array, axis: int) -> jax.Array:
         return value if axis < 0 else jnp.take(value, rows, axis, mode="clip")
@@ -362,7 +366,7 @@ def _leave(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
 
 
 @program(static=("axes",))
-def _stack(parts: tuple[Prefix, ...], *, axes: tuple[int, ...]) -> Prefix:
+def _stack(parts: tuple[Carry, ...], *, axes: tuple[int, ...]) -> Carry:
     """Put prefixes of one row each side by side."""
     where = jax.tree.unflatten(jax.tree.structure(parts[0]), axes)
     return jax.tree.map(lambda axis, *rows: jnp.concatenate(rows, axis), where, *parts)

@@ -74,9 +74,11 @@ def unpack(state: State, tasks: Sequence[Task], match: int | None = None) -> lis
     Args:
       match: the state of the stop strings' automaton that is a match, if there are any.
     """
-    keep = (state.tokens, state.length, state.cache.next, state.captured, state.applied,
-            state.nonfinite, state.matched)
-    tokens, length, used, captured, applied, nonfinite, progress = processes.fetch(keep)
+    carry = state.carry
+    assert carry.cache is not None
+    keep = (state.tokens, state.length, carry.cache.next, carry.captured, carry.applied,
+            carry.finite, state.matched)
+    tokens, length, used, captured, applied, finite, progress = processes.fetch(keep)
     values = {name: result_of(part) for name, part in captured.items()}
     per_token = frozenset(name for name, part in captured.items() if isinstance(part, TokenState))
     out = []
@@ -92,7 +94,7 @@ def unpack(state: State, tasks: Sequence[Task], match: int | None = None) -> lis
             empty=frozenset(name for name, part in captured.items()
                             if hasattr(part, "empty") and part.empty[row]),
             applied=tuple(Applied(table.seen[row], table.changed[:, row]) for table in applied),
-            nonfinite=bool(nonfinite[row]),
+            nonfinite=not bool(finite[row]),
             matched=match is not None and int(progress[row]) == match,
         ))
     return out
