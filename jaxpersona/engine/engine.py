@@ -20,10 +20,11 @@ import numpy as np
 from jaxpersona.captures.capture import Capture
 from jaxpersona.captures.readings import Projections
 from jaxpersona.distributed import processes
-from jaxpersona.distributed.sharding import off_mesh, rows_divisor, unset_mesh
+from jaxpersona.distributed.context import own_context
+from jaxpersona.distributed.sharding import off_mesh, rows_divisor
 from jaxpersona.engine import prompts, stopping
 from jaxpersona.engine.compiled import program
-from jaxpersona.engine.edits import RowEdits, for_one_row, idle_row
+from jaxpersona.engine.edits import RowEdits, for_one_row, neutral_row
 from jaxpersona.engine.generate import asks_for_code
 from jaxpersona.engine.kinds import Kind
 from jaxpersona.engine.lanes import Lane, Shape, Task, fast_params, shape_of
@@ -35,7 +36,6 @@ from jaxpersona.engine.sampling import sampling
 from jaxpersona.engine.scheduler import Scheduler
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions, given
-from jaxpersona.runtime import own_rules
 from jaxpersona.text.chat import Row
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Engine:
         self.model, self.rows = model, rows
         self.sizes = None if sizes is None else tuple(sorted(set(map(int, sizes))))
         self.queue = queue
-        with unset_mesh(), own_rules():
+        with own_context():
             self._params = fast_params(model, rows)
         self._together = max(1, rows // 4) if model.mesh is None else rows
         self._scheduler = Scheduler(self._open, self._collect, lanes=lanes, batched=False,
@@ -116,7 +116,7 @@ class Engine:
         """
         if not isinstance(request, Request):
             raise UserError(f"request is a {type(request).__name__}; give a jp.Request")
-        with unset_mesh(), own_rules():
+        with own_context():
             task = self._task(request)
         with self._changed:
             if len(self._inbox) + len(self._scheduler.waiting) >= self.queue:
@@ -226,7 +226,7 @@ class Engine:
         Raises:
           UserError: the engine is at work, or a request does not fit.
         """
-        with self._device, unset_mesh(), own_rules():
+        with self._device, own_context():
             if self._handles:
                 raise UserError("the engine has requests; warm it up before the first")
             for request in requests:
@@ -264,7 +264,7 @@ class Engine:
             raise UserError(f"stop is {request.stop!r:.60}; {model.name} has no tokenizer, so no "
                              "text can end a reply")
         kind = Kind(shape.slots, bool(how.temperature[0] == 0), asks_for_code(own, capture),
-                    strings, capture, idle_row(own))
+                    strings, capture, neutral_row(own))
         return Task(-1, row, name, limit, how, shape, kind, own)
 
     def _shape(self, row: Row, limit: int) -> tuple[Shape, int]:
@@ -281,11 +281,11 @@ class Engine:
 
     def _open(self, kind: Any) -> Lane:
         return Lane(self.model.config, self._params, kind.setting(self.model),
-                    RowEdits(kind.idle, self.rows), self.rows, self._together)
+                    RowEdits(kind.neutral, self.rows), self.rows, self._together)
 
     def _step(self) -> bool:
         """Do what `step` does; the caller holds the device."""
-        with unset_mesh(), own_rules():
+        with own_context():
             with self._changed:
                 while self._inbox:
                     self._scheduler.waiting.append(self._inbox.popleft())
@@ -330,8 +330,8 @@ class Engine:
                 continue
 
     def _collect(self, tasks: list[Task], state: State) -> None:
-        kind = tasks[0].lane
-        for task, finished in zip(tasks, unpack(state, tasks, kind.match), strict=True):
+        accepting = self._scheduler.lanes[tasks[0].lane].setting.stops.accepting
+        for task, finished in zip(tasks, unpack(state, tasks, accepting), strict=True):
             reply = self._reply(task, finished)
             with self._changed:
                 found = self._handles.pop(task.number, None)

@@ -27,15 +27,15 @@ class Kind:
       code: whether a test of it asks for fenced code.
       strings: its stop strings (`stopping.checked`).
       capture: what is read, compared by its values.
-      idle: one row without interventions, in the structure of the request's.
+      neutral: interventions of one row that change nothing, in the structure of the request's.
     """
 
     def __init__(self, slots: int, greedy: bool, code: bool, strings: tuple[str, ...],
-                 capture: Capture, idle: Interventions) -> None:
+                 capture: Capture, neutral: Interventions) -> None:
         self.slots, self.greedy, self.code, self.strings = slots, greedy, code, strings
-        self.capture, self.idle = capture, idle
+        self.capture, self.neutral = capture, neutral
         reads, reads_structure = jax.tree.flatten(jax.device_get(capture))
-        edits, edits_structure = jax.tree.flatten(idle)
+        edits, edits_structure = jax.tree.flatten(neutral)
         self.key = (slots, greedy, code, strings, reads_structure,
                     tuple((x.shape, x.tobytes()) for x in map(np.asarray, reads)),
                     edits_structure, tuple(x.shape for x in edits))
@@ -54,8 +54,3 @@ class Kind:
             table = stopping.table(model.tokenizer, model.config.vocab_size, self.strings)
             stops = stops.replace(strings=jnp.asarray(table))
         return Setting(self.slots, self.slots, self.greedy, self.capture, stops)
-
-    @property
-    def match(self) -> int | None:
-        """The state of the stop strings' automaton that is a match, if there are any."""
-        return len(stopping.automaton(self.strings)) - 1 if self.strings else None

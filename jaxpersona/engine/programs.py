@@ -79,6 +79,11 @@ class Stops(flax.struct.PyTreeNode):
     fences: Any = None
     strings: Any = None
 
+    @property
+    def accepting(self) -> int | None:
+        """The automaton's accepting state, its last one; None without stop strings."""
+        return None if self.strings is None else self.strings.shape[1] - 1
+
 
 @program(static=("config", "slots"))
 def prefill_prefix(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
@@ -191,7 +196,7 @@ def _choose_next(state: State, logits: jax.Array, how: Sampling, stops: Stops, g
     stopped, matched = (token[:, None] == stops.ids[None]).any(-1), state.matched
     if stops.strings is not None:
         matched = stops.strings.at[token, matched].get(mode="clip").astype(jnp.int32)
-        stopped |= matched == stops.strings.shape[1] - 1
+        stopped |= matched == stops.accepting
     return state.replace(
         token=jnp.where(live, token, state.token),
         position=jnp.where(live, position, state.position),

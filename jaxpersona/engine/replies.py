@@ -68,11 +68,11 @@ class Reply:
     applied: tuple[Applied, ...]
 
 
-def unpack(state: State, tasks: Sequence[Task], match: int | None = None) -> list[Finished]:
+def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) -> list[Finished]:
     """Bring the first rows of a state, one for each task, to the host.
 
     Args:
-      match: the state of the stop strings' automaton that is a match, if there are any.
+      accepting: the accepting state of the lane's stop strings (`Stops.accepting`), or None.
     """
     carry = state.carry
     assert carry.cache is not None
@@ -95,6 +95,6 @@ def unpack(state: State, tasks: Sequence[Task], match: int | None = None) -> lis
                             if hasattr(part, "empty") and part.empty[row]),
             applied=tuple(Applied(table.seen[row], table.changed[:, row]) for table in applied),
             nonfinite=not bool(finite[row]),
-            matched=match is not None and int(progress[row]) == match,
+            matched=accepting is not None and int(progress[row]) == accepting,
         ))
     return out
