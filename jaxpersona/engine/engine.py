@@ -14,24 +14,22 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from jaxpersona.captures.capture import Capture
-from jaxpersona.captures.readings import Projections
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.context import own_context
 from jaxpersona.distributed.sharding import off_mesh, rows_divisor
 from jaxpersona.engine import prompts, stopping
-from jaxpersona.engine.compiled import program
 from jaxpersona.engine.edits import RowEdits, for_one_row, neutral_row
 from jaxpersona.engine.generate import asks_for_code
-from jaxpersona.engine.kinds import Kind
+from jaxpersona.engine.kinds import Kind, plain_kinds
 from jaxpersona.engine.lanes import Lane, Shape, Task, fast_params, shape_of
 from jaxpersona.engine.programs import State
 from jaxpersona.engine.prompts import bucket
 from jaxpersona.engine.replies import Finished, Reply, unpack
-from jaxpersona.engine.request import Event, Handle, QueueFull, Request
+from jaxpersona.engine.request import Event, Handle, QueueFull, Request, projected
+from jaxpersona.engine.rows import take_row
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.engine.scheduler import Scheduler
 from jaxpersona.errors import UserError
@@ -170,7 +168,7 @@ class Engine:
             if reply is not None:
                 start = reply.row.tokens.size + sent
                 rest = {name: np.moveaxis(reply.captured[name][:, start:], 0, 1)
-                        for name in _projected(request) if name in reply.captured}
+                        for name in projected(request) if name in reply.captured}
                 yield Event(written.finish(reply.text), reply.tokens[sent:], rest, reply)
                 return
             if tokens.size > sent:
@@ -216,29 +214,47 @@ class Engine:
                 self._thread = None
                 self._changed.notify_all()
 
-    def warm_up(self, requests: Sequence[Request]) -> None:
-        """Compile all programs that requests like these need, without running them.
+    def warm_up(self, requests: Sequence[Request] | None = None) -> None:
+        """Compile programs before the first request, without running one.
 
         Args:
-          requests: one of each kind: prompt length, cache size, capture, stop strings, greedy or
-            not, and structure of interventions where there is no capacity.
+          requests: one example of each kind: prompt length, cache size, capture, stop strings,
+            greedy or sampled, and structure of interventions where there is no capacity. None:
+            requests without a capture or stop strings, greedy and sampled, for every cache size of
+            `sizes` and every prompt width that it holds, with interventions within the capacity.
 
         Raises:
-          UserError: the engine is at work, or a request does not fit.
+          UserError: the engine has requests, an example does not fit, or there are neither
+            examples nor `sizes`.
         """
+        if requests is None and self.sizes is None:
+            raise UserError("the engine has no sizes, so it cannot list its programs; make it with "
+                            "Engine(sizes=…), or give warm_up example requests")
         with self._device, own_context():
             if self._handles:
                 raise UserError("the engine has requests; warm it up before the first")
+            if requests is None:
+                context = self.model.config.max_context
+                for slots in self.sizes or ():
+                    for kind in plain_kinds(slots, self.capacity):
+                        for width in prompts.widths(slots, context):
+                            self._compile(kind, Shape(0, width, slots))
+                return
             for request in requests:
                 task = self._task(request)
-                lane = self._scheduler.lane_of(task.lane)
-                assert lane is not None  # no lane is busy
-                lane.admit([], task.shape)
-                lane.decode(lane.rows, 0)
-                lane.take_out(np.zeros(0, np.int32))
-                lane.end([])
-                for name in _projected(request):
-                    _row(lane.state.carry.captured[name].values, np.int32(0))
+                lane = self._compile(task.lane, task.shape)
+                for name in projected(request):
+                    take_row(lane.state.carry.captured[name].values, np.int32(0))
+
+    def _compile(self, kind: Any, shape: Shape) -> Lane:
+        """Run the programs of a lane without a request, which compiles them; no row is active."""
+        lane = self._scheduler.lane_of(kind)
+        assert lane is not None
+        lane.admit([], shape)
+        lane.decode(lane.rows, 0)
+        lane.take_out(np.zeros(0, np.int32))
+        lane.end([])
+        return lane
 
     def _task(self, request: Request) -> Task:
         """Encode and check a request."""
@@ -371,20 +387,8 @@ class Engine:
             for i, task, handle in wanted:
                 start, count = task.row.tokens.size, int(length[i])
                 projections = {}
-                for name in _projected(handle.request):
+                for name in projected(handle.request):
                     count = min(count, int(used[i]) - start)  # the last token has not run yet
-                    values = processes.fetch(_row(carry.captured[name].values, np.int32(i)))
+                    values = processes.fetch(take_row(carry.captured[name].values, np.int32(i)))
                     projections[name] = np.moveaxis(values, 2, 0)[start : start + count]
                 handle._grow(tokens[i, :count], projections)
-
-
-def _projected(request: Request) -> list[str]:
-    """Return the names of a request's captures of projections."""
-    parts = {} if request.capture is None else request.capture.parts
-    return [name for name, part in parts.items() if type(part) is Projections]
-
-
-@program()
-def _row(values: jax.Array, row: jax.Array) -> jax.Array:
-    """Take one row of [L, B, K, S]."""
-    return jax.lax.dynamic_index_in_dim(values, row, 1, keepdims=False)

@@ -10,12 +10,27 @@ import numpy as np
 
 from jaxpersona.captures.capture import Capture
 from jaxpersona.engine import stopping
-from jaxpersona.engine.generate import stops_of
+from jaxpersona.engine.edits import for_one_row, neutral_row
+from jaxpersona.engine.generate import asks_for_code, stops_of
 from jaxpersona.engine.lanes import Setting
 from jaxpersona.interventions.compose import Interventions
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
+
+
+def plain_kinds(slots: int, capacity: Interventions | None) -> tuple[Kind, Kind]:
+    """Return the kinds of greedy and of sampled requests without a capture or stop strings.
+
+    Args:
+      slots: S of the cache.
+      capacity: what `reserve` made, or None.
+    """
+    edits, capture = for_one_row(None, capacity), Capture()
+    code = asks_for_code(edits, capture)
+    greedy, sampled = (Kind(slots, greedy, code, (), capture, neutral_row(edits))
+                       for greedy in (True, False))
+    return greedy, sampled
 
 
 class Kind:

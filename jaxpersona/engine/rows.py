@@ -50,3 +50,9 @@ def side_by_side(pieces: tuple[T, ...], *, axes: tuple[int, ...]) -> T:
         return leaves[0] if axis < 0 else jnp.concatenate(leaves, axis)
 
     return jax.tree.map(join, jax.tree.unflatten(jax.tree.structure(pieces[0]), axes), *pieces)
+
+
+@program()
+def take_row(values: jax.Array, row: jax.Array) -> jax.Array:
+    """Return [L, …] of one row of values [L, B, …]."""
+    return jax.lax.dynamic_index_in_dim(values, row, 1, keepdims=False)
