@@ -36,8 +36,9 @@ class Steps:
         for name, edit in edits.items():
             shape = jax.eval_shape(lambda edit=edit: self.setting.start(edit, read))
             empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype),
-                                 (shape.applied, shape.gates))
-            state = base.replace(applied=empty[0], gates=empty[1])
+                                 (shape.carry.applied, shape.carry.gates))
+            state = base.replace(
+                carry=base.carry.replace(applied=empty[0], gates=empty[1]))
             own, *rest = self.setting.arguments(state, edit, read)
             self.given[name] = ((params or {}).get(name, own), *rest)
 

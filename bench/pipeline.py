@@ -109,7 +109,8 @@ class Run:
         out: dict[int, np.ndarray] = {}
 
         def collect(tasks: list[Any], state: Any) -> None:
-            tokens, length, _ = jax.device_get((state.tokens, state.length, state.captured))
+            tokens, length, _ = jax.device_get((state.tokens, state.length,
+                                                 state.carry.captured))
             for row, task in enumerate(tasks):
                 out[task.number] = tokens[row, : length[row]]
 

@@ -42,7 +42,7 @@ def measure(model: str, length: int, dtype: str, run: bool) -> dict[str, Any]:
               else abstract_params(config, jnp.dtype(dtype)))
 
     def prefill(params: Any, rows: Any) -> Any:
-        out = forward(params, config, rows, logits="last", new_cache=length)
+        out = forward(params, config, rows, logits="last", slots=length)
         return out.logits, out.cache
 
     program = jax.jit(prefill).lower(params, rows).compile()

@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxpersona.ckpts import hf, orbax
 
 from jaxpersona.distributed import sharding
+from jaxpersona.distributed.context import own_context
 from jaxpersona.engine.compile_cache import use_compile_cache
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json, require_files
@@ -36,7 +37,6 @@ from jaxpersona.models.params import (
     layout,
 )
 from jaxpersona.models.presets import preset
-from jaxpersona.runtime import own_rules
 
 DTYPES = ("float32", "bfloat16", "float16")
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -62,8 +62,7 @@ _MINI_VOCABULARY = 1024
 _STDERR = threading.Lock()  # guards file descriptor 2
 
 
-@sharding.on_own_mesh
-@own_rules()
+@own_context()
 def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any = None,
          progress: hf.Progress | None = None, revision: str | None = None) -> Model:
     """Load a model and enable the on-disk compilation cache (`compile_cache`).

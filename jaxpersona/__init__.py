@@ -51,6 +51,7 @@ from jaxpersona.interventions.where import (
 )
 from jaxpersona.models.batch import Batch, batch
 from jaxpersona.models.cache import Cache, init_cache
+from jaxpersona.models.carry import Carry
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.families import from_hf
 from jaxpersona.models.forward import Output, forward
@@ -64,8 +65,8 @@ from jaxpersona.vectors.vector import Axis, Caps, Vector
 __version__ = "0.1.0"
 
 __all__ = [
-    "Applied", "Axis", "Batch", "Cache", "Caps", "Check", "Engine", "Event", "Extracted",
-    "Generated", "Handle", "Interventions", "Model", "ModelConfig", "Output", "Params",
+    "Applied", "Axis", "Batch", "Cache", "Caps", "Carry", "Check", "Engine", "Event",
+    "Extracted", "Generated", "Handle", "Interventions", "Model", "ModelConfig", "Output", "Params",
     "QueueFull", "Reply", "Request", "UserError", "Vector", "Where", "ablate", "assistant",
     "batch", "cap", "capture", "chain", "check", "custom", "encode", "everywhere", "extract",
     "forward", "from_hf", "from_last", "gate", "generate", "generated", "init_cache",

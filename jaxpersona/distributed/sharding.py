@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -215,16 +214,6 @@ def unset_mesh() -> contextlib.AbstractContextManager:
     if jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
     return jax.set_mesh(Mesh(np.empty((), object), ()))
-
-
-def on_own_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorate a function to ignore a mesh set by its caller (`unset_mesh`)."""
-    @functools.wraps(function)
-    def run(*args: Any, **named: Any) -> Any:
-        with unset_mesh():
-            return function(*args, **named)
-
-    return run
 
 
 def off_mesh(tree: Any) -> Any:

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.engine.compiled import program
 from jaxpersona.engine.lanes import Task
+from jaxpersona.engine.rows import axis_of_rows, put_rows, side_by_side
 from jaxpersona.interventions.compose import Interventions, reserve, stack_rows
 from jaxpersona.interventions.where import NOWHERE
 
@@ -34,10 +34,10 @@ class SharedEdits:
         numbers = [task.number for task in tasks]
         return self.edits.take(np.array(numbers + [-1] * (rows - len(numbers)), np.int32))
 
-    def seat(self, tasks: Sequence[Task], fresh: Interventions, rows: np.ndarray) -> None:
-        """Do nothing: rows are looked up when they are needed."""
+    def assign(self, edits: Interventions, rows: np.ndarray) -> None:
+        """Do nothing: `of_rows` selects the entries of each step."""
 
-    def seated(self, tasks: Sequence[Task | None]) -> Interventions:
+    def of_rows(self, tasks: Sequence[Task | None]) -> Interventions:
         """Return the interventions of all rows of the lane."""
         return self.edits.take(np.array([-1 if task is None else task.number for task in tasks],
                                         np.int32))
@@ -51,36 +51,36 @@ class SharedEdits:
 class RowEdits:
     """Interventions of which each row has a copy of its own on the device, written in place."""
 
-    def __init__(self, idle: Interventions, rows: int) -> None:
+    def __init__(self, neutral: Interventions, rows: int) -> None:
         """Begin with rows that nothing is done to.
 
         Args:
-          idle: what `for_one_row` makes of no interventions in the lane's structure.
+          neutral: what `for_one_row` makes of no interventions in the lane's structure.
         """
-        self.idle = idle
-        self.axes = tuple(jax.tree.leaves(jax.tree.map(_axis_of_rows, *(
-            jax.eval_shape(lambda n=n: _repeated(idle, n)) for n in (1, 2)))))
-        self.table = jax.tree.map(jnp.copy, _repeated(idle, rows))
+        self.neutral = neutral
+        self.axes = tuple(jax.tree.leaves(jax.tree.map(axis_of_rows, *(
+            jax.eval_shape(lambda n=n: _repeated(neutral, n)) for n in (1, 2)))))
+        self.table = jax.tree.map(jnp.copy, _repeated(neutral, rows))
 
     def structure(self, rows: int) -> Interventions:
-        """Return as many idle rows."""
-        return _repeated(self.idle, rows)
+        """Return so many rows of neutral interventions."""
+        return _repeated(self.neutral, rows)
 
     def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
         """Return the interventions of tasks in the first of `rows` rows."""
-        each = [task.edits for task in tasks] + [self.idle] * (rows - len(tasks))
-        return _side_by_side(tuple(each), axes=self.axes) if self.axes else self.idle
+        each = [task.edits for task in tasks] + [self.neutral] * (rows - len(tasks))
+        return side_by_side(tuple(each), axes=self.axes) if self.axes else self.neutral
 
-    def seat(self, tasks: Sequence[Task], fresh: Interventions, rows: np.ndarray) -> None:
-        """Write the interventions of tasks into rows [n] of the lane; B is no row."""
+    def assign(self, edits: Interventions, rows: np.ndarray) -> None:
+        """Write the interventions of n rows into rows [n] of the lane; B is dropped."""
         if not self.axes:
             return
-        if fresh_rows(fresh, self.axes) == fresh_rows(self.table, self.axes):
-            self.table = fresh  # all rows at once
+        if row_count(edits, self.axes) == row_count(self.table, self.axes):
+            self.table = edits  # all rows at once
         else:
-            self.table = _write(self.table, fresh, rows, axes=self.axes)
+            self.table = put_rows(self.table, edits, rows, axes=self.axes)
 
-    def seated(self, tasks: Sequence[Task | None]) -> Interventions:
+    def of_rows(self, tasks: Sequence[Task | None]) -> Interventions:
         """Return the interventions of all rows of the lane."""
         return self.table
 
@@ -108,12 +108,12 @@ def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> 
             for table in capacity.edits))
     made = jax.device_get(stack_rows([edits], into=into))
     return Interventions(tuple(
-        _own(table) if table.index[0] >= 0 else _idle(_own(table)) for table in made.edits))
+        _own(table) if table.index[0] >= 0 else _neutral(_own(table)) for table in made.edits))
 
 
-def idle_row(edits: Interventions) -> Interventions:
+def neutral_row(edits: Interventions) -> Interventions:
     """Return one row of the same structure that nothing is done to: no token passes its tests."""
-    return Interventions(tuple(map(_idle, edits.edits)))
+    return Interventions(tuple(map(_neutral, edits.edits)))
 
 
 def _own(table: Any) -> Any:
@@ -121,11 +121,11 @@ def _own(table: Any) -> Any:
     return table.replace(index=None, each=True)
 
 
-def _idle(table: Any) -> Any:
+def _neutral(table: Any) -> Any:
     return table.replace(where=np.array([NOWHERE], np.int32))
 
 
-def fresh_rows(edits: Interventions, axes: tuple[int, ...]) -> int:
+def row_count(edits: Interventions, axes: tuple[int, ...]) -> int:
     """Return the number of rows that a table is for."""
     return next(x.shape[axis] for x, axis in zip(jax.tree.leaves(edits), axes, strict=True)
                 if axis >= 0)
@@ -141,26 +141,3 @@ def _repeated(edits: Interventions, rows: int) -> Interventions:
             for name, axis in axes.items()})
 
     return Interventions(tuple(each(table) for table in edits.edits))
-
-
-def _axis_of_rows(one: Any, two: Any) -> int:
-    pairs = enumerate(zip(one.shape, two.shape, strict=True))
-    return next((axis for axis, (a, b) in pairs if a != b), -1)
-
-
-@program(static=("axes",))
-def _side_by_side(parts: tuple[Interventions, ...], *, axes: tuple[int, ...]) -> Interventions:
-    """Put interventions of one row each side by side."""
-    where = jax.tree.unflatten(jax.tree.structure(parts[0]), axes)
-    return jax.tree.map(lambda axis, *rows: jnp.concatenate(rows, axis), where, *parts)
-
-
-@program(static=("axes",), donate=("table",))
-def _write(table: Interventions, fresh: Interventions, rows: jax.Array, *,
-           axes: tuple[int, ...]) -> Interventions:
-    """Write rows of a table; those beyond its end are dropped."""
-    def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-        return old.at[(slice(None),) * axis + (rows,)].set(new, mode="drop")
-
-    where = jax.tree.unflatten(jax.tree.structure(table), axes)
-    return jax.tree.map(put, table, fresh, where)

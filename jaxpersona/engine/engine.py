@@ -14,29 +14,27 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from jaxpersona.captures.capture import Capture
-from jaxpersona.captures.readings import Projections
 from jaxpersona.distributed import processes
-from jaxpersona.distributed.sharding import off_mesh, rows_divisor, unset_mesh
+from jaxpersona.distributed.context import own_context
+from jaxpersona.distributed.sharding import off_mesh, rows_divisor
 from jaxpersona.engine import prompts, stopping
-from jaxpersona.engine.compiled import program
-from jaxpersona.engine.edits import RowEdits, for_one_row, idle_row
+from jaxpersona.engine.edits import RowEdits, for_one_row, neutral_row
 from jaxpersona.engine.generate import asks_for_code
-from jaxpersona.engine.kinds import Kind
+from jaxpersona.engine.kinds import Kind, plain_kinds
 from jaxpersona.engine.lanes import Lane, Shape, Task, shape_of
 from jaxpersona.engine.programs import State
 from jaxpersona.engine.prompts import bucket
 from jaxpersona.engine.replies import Finished, Reply, unpack
-from jaxpersona.engine.request import Event, Handle, QueueFull, Request
+from jaxpersona.engine.request import Event, Handle, QueueFull, Request, projected
+from jaxpersona.engine.rows import take_row
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.engine.scheduler import Scheduler
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.models.prepared import fast_params
-from jaxpersona.runtime import own_rules
 from jaxpersona.text.chat import Row
 
 if TYPE_CHECKING:
@@ -94,7 +92,7 @@ class Engine:
         self.model, self.rows = model, rows
         self.sizes = None if sizes is None else tuple(sorted(set(map(int, sizes))))
         self.queue = queue
-        with unset_mesh(), own_rules():
+        with own_context():
             self._params = fast_params(model, rows)
         self._together = max(1, rows // 4) if model.mesh is None else rows
         self._scheduler = Scheduler(self._open, self._collect, lanes=lanes, batched=False,
@@ -117,7 +115,7 @@ class Engine:
         """
         if not isinstance(request, Request):
             raise UserError(f"request is a {type(request).__name__}; give a jp.Request")
-        with unset_mesh(), own_rules():
+        with own_context():
             task = self._task(request)
         with self._changed:
             if len(self._inbox) + len(self._scheduler.waiting) >= self.queue:
@@ -171,7 +169,7 @@ class Engine:
             if reply is not None:
                 start = reply.row.tokens.size + sent
                 rest = {name: np.moveaxis(reply.captured[name][:, start:], 0, 1)
-                        for name in _projected(request) if name in reply.captured}
+                        for name in projected(request) if name in reply.captured}
                 yield Event(written.finish(reply.text), reply.tokens[sent:], rest, reply)
                 return
             if tokens.size > sent:
@@ -217,29 +215,47 @@ class Engine:
                 self._thread = None
                 self._changed.notify_all()
 
-    def warm_up(self, requests: Sequence[Request]) -> None:
-        """Compile all programs that requests like these need, without running them.
+    def warm_up(self, requests: Sequence[Request] | None = None) -> None:
+        """Compile programs before the first request, without running one.
 
         Args:
-          requests: one of each kind: prompt length, cache size, capture, stop strings, greedy or
-            not, and structure of interventions where there is no capacity.
+          requests: one example of each kind: prompt length, cache size, capture, stop strings,
+            greedy or sampled, and structure of interventions where there is no capacity. None:
+            requests without a capture or stop strings, greedy and sampled, for every cache size of
+            `sizes` and every prompt width that it holds, with interventions within the capacity.
 
         Raises:
-          UserError: the engine is at work, or a request does not fit.
+          UserError: the engine has requests, an example does not fit, or there are neither
+            examples nor `sizes`.
         """
-        with self._device, unset_mesh(), own_rules():
+        if requests is None and self.sizes is None:
+            raise UserError("the engine has no sizes, so it cannot list its programs; make it with "
+                            "Engine(sizes=…), or give warm_up example requests")
+        with self._device, own_context():
             if self._handles:
                 raise UserError("the engine has requests; warm it up before the first")
+            if requests is None:
+                context = self.model.config.max_context
+                for slots in self.sizes or ():
+                    for kind in plain_kinds(slots, self.capacity):
+                        for width in prompts.widths(slots, context):
+                            self._compile(kind, Shape(0, width, slots))
+                return
             for request in requests:
                 task = self._task(request)
-                lane = self._scheduler.lane_of(task.lane)
-                assert lane is not None  # no lane is busy
-                lane.admit([], task.shape)
-                lane.decode(lane.rows, 0)
-                lane.take_out(np.zeros(0, np.int32))
-                lane.end([])
-                for name in _projected(request):
-                    _row(lane.state.captured[name].values, np.int32(0))
+                lane = self._compile(task.lane, task.shape)
+                for name in projected(request):
+                    take_row(lane.state.carry.captured[name].values, np.int32(0))
+
+    def _compile(self, kind: Any, shape: Shape) -> Lane:
+        """Run the programs of a lane without a request, which compiles them; no row is active."""
+        lane = self._scheduler.lane_of(kind)
+        assert lane is not None
+        lane.admit([], shape)
+        lane.decode(lane.rows, 0)
+        lane.take_out(np.zeros(0, np.int32))
+        lane.end([])
+        return lane
 
     def _task(self, request: Request) -> Task:
         """Encode and check a request."""
@@ -265,7 +281,7 @@ class Engine:
             raise UserError(f"stop is {request.stop!r:.60}; {model.name} has no tokenizer, so no "
                              "text can end a reply")
         kind = Kind(shape.slots, bool(how.temperature[0] == 0), asks_for_code(own, capture),
-                    strings, capture, idle_row(own))
+                    strings, capture, neutral_row(own))
         return Task(-1, row, name, limit, how, shape, kind, own)
 
     def _shape(self, row: Row, limit: int) -> tuple[Shape, int]:
@@ -282,11 +298,11 @@ class Engine:
 
     def _open(self, kind: Any) -> Lane:
         return Lane(self.model.config, self._params, kind.setting(self.model),
-                    RowEdits(kind.idle, self.rows), self.rows, self._together)
+                    RowEdits(kind.neutral, self.rows), self.rows, self._together)
 
     def _step(self) -> bool:
         """Do what `step` does; the caller holds the device."""
-        with unset_mesh(), own_rules():
+        with own_context():
             with self._changed:
                 while self._inbox:
                     self._scheduler.waiting.append(self._inbox.popleft())
@@ -331,8 +347,8 @@ class Engine:
                 continue
 
     def _collect(self, tasks: list[Task], state: State) -> None:
-        kind = tasks[0].lane
-        for task, finished in zip(tasks, unpack(state, tasks, kind.match), strict=True):
+        accepting = self._scheduler.lanes[tasks[0].lane].setting.stops.accepting
+        for task, finished in zip(tasks, unpack(state, tasks, accepting), strict=True):
             reply = self._reply(task, finished)
             with self._changed:
                 found = self._handles.pop(task.number, None)
@@ -366,25 +382,14 @@ class Engine:
                     wanted.append((i, task, held[0]))
             if not wanted:
                 continue
+            state, carry = lane.state, lane.state.carry
             tokens, length, used = processes.fetch(
-                (lane.state.tokens, lane.state.length, lane.state.cache.next))
+                (state.tokens, state.length, carry.cache.next))
             for i, task, handle in wanted:
                 start, count = task.row.tokens.size, int(length[i])
                 projections = {}
-                for name in _projected(handle.request):
+                for name in projected(handle.request):
                     count = min(count, int(used[i]) - start)  # the last token has not run yet
-                    values = processes.fetch(_row(lane.state.captured[name].values, np.int32(i)))
+                    values = processes.fetch(take_row(carry.captured[name].values, np.int32(i)))
                     projections[name] = np.moveaxis(values, 2, 0)[start : start + count]
                 handle._grow(tokens[i, :count], projections)
-
-
-def _projected(request: Request) -> list[str]:
-    """Return the names of a request's captures of projections."""
-    parts = {} if request.capture is None else request.capture.parts
-    return [name for name, part in parts.items() if type(part) is Projections]
-
-
-@program()
-def _row(values: jax.Array, row: jax.Array) -> jax.Array:
-    """Take one row of [L, B, K, S]."""
-    return jax.lax.dynamic_index_in_dim(values, row, 1, keepdims=False)

@@ -26,7 +26,8 @@ from jaxpersona.captures.readings import (
     TokenState,
 )
 from jaxpersona.distributed import processes
-from jaxpersona.distributed.sharding import off_mesh, on_own_mesh, platform, rows_divisor
+from jaxpersona.distributed.context import own_context
+from jaxpersona.distributed.sharding import off_mesh, platform, rows_divisor
 from jaxpersona.engine import prompts
 from jaxpersona.engine.compiled import program
 from jaxpersona.engine.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
@@ -39,7 +40,7 @@ from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.forward import Output, forward
 from jaxpersona.models.params import Params
-from jaxpersona.runtime import debugging, own_rules
+from jaxpersona.runtime import debugging
 from jaxpersona.text import chat
 
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ class Extracted:
     nonfinite: np.ndarray
 
 
-@on_own_mesh
-@own_rules()
+@own_context()
 def extract(
     model: Model,
     conversations: Iterable[Any],
@@ -164,7 +164,7 @@ def extract(
     if nonfinite.any():
         said = explained()  # by all processes together
         if processes.first():
-            warnings.warn(said, NonfiniteWarning, stacklevel=4)
+            warnings.warn(said, NonfiniteWarning, stacklevel=3)
     order = [found[i] for i in range(len(rows))]
     ragged = {name for name, state in (running[1].captured if running else {}).items()
               if isinstance(state, TokenState)}

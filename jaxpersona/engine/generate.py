@@ -21,7 +21,8 @@ import numpy as np
 from jaxpersona.captures.capture import Capture
 from jaxpersona.captures.missing import describe_empty
 from jaxpersona.distributed import processes
-from jaxpersona.distributed.sharding import off_mesh, on_own_mesh, rows_divisor
+from jaxpersona.distributed.context import own_context
+from jaxpersona.distributed.sharding import off_mesh, rows_divisor
 from jaxpersona.engine import prompts
 from jaxpersona.engine.edits import SharedEdits
 from jaxpersona.engine.lanes import (
@@ -42,7 +43,7 @@ from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.models.batch import CODE
 from jaxpersona.models.prepared import fast_params
-from jaxpersona.runtime import debugging, own_rules
+from jaxpersona.runtime import debugging
 from jaxpersona.text import chat, fences
 
 if TYPE_CHECKING:
@@ -79,8 +80,7 @@ class Generated:
     finish: list[str]
 
 
-@on_own_mesh
-@own_rules()
+@own_context()
 def generate(
     model: Model,
     conversations: Iterable[Any],
@@ -171,7 +171,7 @@ def generate(
     if out.nonfinite:
         said = explained()  # by all processes together
         if processes.first():
-            warnings.warn(said, NonfiniteWarning, stacklevel=4)
+            warnings.warn(said, NonfiniteWarning, stacklevel=3)
     return out.finish(model, rows)
 
 

@@ -10,12 +10,27 @@ import numpy as np
 
 from jaxpersona.captures.capture import Capture
 from jaxpersona.engine import stopping
-from jaxpersona.engine.generate import stops_of
+from jaxpersona.engine.edits import for_one_row, neutral_row
+from jaxpersona.engine.generate import asks_for_code, stops_of
 from jaxpersona.engine.lanes import Setting
 from jaxpersona.interventions.compose import Interventions
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
+
+
+def plain_kinds(slots: int, capacity: Interventions | None) -> tuple[Kind, Kind]:
+    """Return the kinds of greedy and of sampled requests without a capture or stop strings.
+
+    Args:
+      slots: S of the cache.
+      capacity: what `reserve` made, or None.
+    """
+    edits, capture = for_one_row(None, capacity), Capture()
+    code = asks_for_code(edits, capture)
+    greedy, sampled = (Kind(slots, greedy, code, (), capture, neutral_row(edits))
+                       for greedy in (True, False))
+    return greedy, sampled
 
 
 class Kind:
@@ -27,15 +42,15 @@ class Kind:
       code: whether a test of it asks for fenced code.
       strings: its stop strings (`stopping.checked`).
       capture: what is read, compared by its values.
-      idle: one row without interventions, in the structure of the request's.
+      neutral: interventions of one row that change nothing, in the structure of the request's.
     """
 
     def __init__(self, slots: int, greedy: bool, code: bool, strings: tuple[str, ...],
-                 capture: Capture, idle: Interventions) -> None:
+                 capture: Capture, neutral: Interventions) -> None:
         self.slots, self.greedy, self.code, self.strings = slots, greedy, code, strings
-        self.capture, self.idle = capture, idle
+        self.capture, self.neutral = capture, neutral
         reads, reads_structure = jax.tree.flatten(jax.device_get(capture))
-        edits, edits_structure = jax.tree.flatten(idle)
+        edits, edits_structure = jax.tree.flatten(neutral)
         self.key = (slots, greedy, code, strings, reads_structure,
                     tuple((x.shape, x.tobytes()) for x in map(np.asarray, reads)),
                     edits_structure, tuple(x.shape for x in edits))
@@ -54,8 +69,3 @@ class Kind:
             table = stopping.table(model.tokenizer, model.config.vocab_size, self.strings)
             stops = stops.replace(strings=jnp.asarray(table))
         return Setting(self.slots, self.slots, self.greedy, self.capture, stops)
-
-    @property
-    def match(self) -> int | None:
-        """The state of the stop strings' automaton that is a match, if there are any."""
-        return len(stopping.automaton(self.strings)) - 1 if self.strings else None

@@ -21,14 +21,16 @@ import numpy as np
 from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed import processes
 from jaxpersona.engine.compiled import program
-from jaxpersona.engine.programs import Prefix, State, Stops, decode, prefill, prefill_prefix
+from jaxpersona.engine.programs import State, Stops, decode, prefill, prefill_prefix
 from jaxpersona.engine.prompts import bucket
+from jaxpersona.engine.rows import axis_of_rows, put_rows, side_by_side
 from jaxpersona.engine.sampling import Sampling
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.models.batch import LAST, USER, Batch
 from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.models.cache import init_cache, kept_dtype
+from jaxpersona.models.carry import Carry
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Params
 from jaxpersona.text.chat import Row
@@ -51,12 +53,12 @@ class Edits(Protocol):
         """Return the interventions of tasks in the first of `rows` rows."""
         ...
 
-    def seat(self, tasks: Sequence[Task], fresh: Interventions, rows: np.ndarray) -> None:
-        """Give rows [n] of the lane to tasks, whose interventions `fresh` are; B is no row."""
+    def assign(self, edits: Interventions, rows: np.ndarray) -> None:
+        """Assign the interventions `edits` of n rows to rows [n] of the lane; B is dropped."""
         ...
 
-    def seated(self, tasks: Sequence[Task | None]) -> Interventions:
-        """Return the interventions of all rows of the lane."""
+    def of_rows(self, tasks: Sequence[Task | None]) -> Interventions:
+        """Return the interventions of all rows of the lane; None is a free row."""
         ...
 
     def key(self, task: Task) -> tuple:
@@ -152,9 +154,9 @@ class Lane:
         self.rows, self.together = rows, together
         self.tasks: list[Task | None] = [None] * rows
         self.filling = False
-        self.prefixes: OrderedDict[tuple, Prefix] = OrderedDict()
+        self.prefixes: OrderedDict[tuple, Carry] = OrderedDict()
         one, two = (jax.eval_shape(functools.partial(self._blank, n)) for n in (1, 2))
-        self.axes: State = jax.tree.map(_differing_axis, one, two)
+        self.axes: State = jax.tree.map(axis_of_rows, one, two)
         self.state: Any = self._blank(rows) if together < rows else None
 
     @property
@@ -175,8 +177,8 @@ class Lane:
         if self.together == self.rows:
             self.state = fresh
         else:
-            self.state = _seat(self.state, fresh, at, axes=_static(self.axes))
-        self.edits.seat(chosen, edits, at)
+            self.state = put_rows(self.state, fresh, at, axes=_static(self.axes))
+        self.edits.assign(edits, at)
         for i, task in zip(free, chosen, strict=True):
             self.tasks[i] = task
 
@@ -188,13 +190,13 @@ class Lane:
         """
         setting = self.setting
         how = jax.tree.map(lambda *x: np.concatenate(x), *(
-            _IDLE if task is None else task.how for task in self.tasks))
+            _FREE if task is None else task.how for task in self.tasks))
         self.state = decode(
-            self.params, self.config, self.state, self.edits.seated(self.tasks), setting.capture,
+            self.params, self.config, self.state, self.edits.of_rows(self.tasks), setting.capture,
             how, setting.stops, jnp.asarray(int(self.state.step) + steps, jnp.int32),
             jnp.asarray(most_done, jnp.int32), greedy=setting.greedy)
-        seated = np.array([task is not None for task in self.tasks])
-        return np.flatnonzero(processes.fetch(self.state.done) & seated)
+        active = np.array([task is not None for task in self.tasks])
+        return np.flatnonzero(processes.fetch(self.state.done) & active)
 
     def take_out(self, done: np.ndarray) -> list[tuple[list[Task], State]]:
         """Free rows that are done.
@@ -209,7 +211,7 @@ class Lane:
             if self.together < self.rows:
                 at = np.zeros(self.together, np.int32)
                 at[: rows.size] = rows
-                state = _leave(self.state, at, axes=_static(self.axes))
+                state = _take_rows(self.state, at, axes=_static(self.axes))
             tasks = [task for i in rows if (task := self.tasks[i]) is not None]
             out.append((tasks, state))
         for i in done:
@@ -218,10 +220,10 @@ class Lane:
 
     def end(self, rows: Sequence[int]) -> None:
         """Free rows whose replies nobody waits for any more."""
-        gone = np.zeros(self.rows, bool)
+        removed = np.zeros(self.rows, bool)
         for i in rows:
-            gone[i], self.tasks[i] = True, None
-        self.state = _end(self.state, gone)
+            removed[i], self.tasks[i] = True, None
+        self.state = _mark_done(self.state, removed)
 
     def _prefill(self, chosen: list[Task], shape: Shape, edits: Interventions) -> State:
         """Run the prompts of some rows and choose their first tokens."""
@@ -231,19 +233,17 @@ class Lane:
         if shape.prefix:
             parts = [self._prefix(task, shared[i], shape) for i, task in enumerate(chosen)]
             parts += parts[:1] * (count - len(chosen))  # of padding rows, which nobody reads
-            axes = self.axes
-            prefix = _stack(tuple(parts), axes=_static(
-                Prefix(axes.cache, axes.captured, axes.applied, axes.gates, axes.nonfinite)))
+            prefix = side_by_side(tuple(parts), axes=_static(self.axes.carry))
         batch = _cut(chosen, shared, [task.row.tokens.size for task in chosen], shape.width, count,
                      shape.prefix > 0)
         how = jax.tree.map(lambda *x: np.concatenate(x), *(
-            task.how for task in chosen), *[_IDLE] * (count - len(chosen)))
+            task.how for task in chosen), *[_FREE] * (count - len(chosen)))
         limit = np.array([task.limit for task in chosen] + [0] * (count - len(chosen)), np.int32)
         return prefill(self.params, self.config, batch, edits, setting.capture, how, setting.stops,
                        jnp.asarray(limit), slots=setting.slots, max_new=setting.max_new,
                        greedy=setting.greedy, prefix=prefix)
 
-    def _prefix(self, task: Task, shared: int, shape: Shape) -> Prefix:
+    def _prefix(self, task: Task, shared: int, shape: Shape) -> Carry:
         """Return what a prompt's prefix leaves behind, computed once for all that share it."""
         key = (*prefix_key(task), *self.edits.key(task))
         if key not in self.prefixes:
@@ -260,24 +260,28 @@ class Lane:
         config, setting = self.config, self.setting
         edits, slots = self.edits.structure(rows).edits, setting.slots
         zeros = jnp.zeros((rows,), jnp.int32)
-        blank = State(
+        carry = Carry(
             cache=init_cache(config, rows, slots, kept_dtype(self.params.embed_vd)),
-            token=zeros, position=zeros, turn=zeros, row_id=zeros.astype(jnp.uint32),
-            done=jnp.ones((rows,), bool), thinking=jnp.zeros((rows,), bool), limit=zeros,
-            length=zeros, tokens=jnp.full((rows, setting.max_new), -1, jnp.int32),
-            step=jnp.zeros((), jnp.int32), captured=setting.capture.start(config, rows, slots),
+            captured=setting.capture.start(config, rows, slots),
             applied=tuple(Applied(zeros, jnp.zeros((len(edit.layers), rows), jnp.int32))
                           for edit in edits),
             gates={str(number): edit.gate.start(rows)
                    for number, edit in enumerate(edits) if edit.gate is not None},
-            nonfinite=jnp.zeros((rows,), bool),
+            finite=jnp.ones((rows,), bool),
+        )
+        blank = State(
+            carry=carry,
+            token=zeros, position=zeros, turn=zeros, row_id=zeros.astype(jnp.uint32),
+            done=jnp.ones((rows,), bool), thinking=jnp.zeros((rows,), bool), limit=zeros,
+            length=zeros, tokens=jnp.full((rows, setting.max_new), -1, jnp.int32),
+            step=jnp.zeros((), jnp.int32),
             fence=None if setting.stops.fences is None else zeros,
             matched=None if setting.stops.strings is None else zeros,
         )
         return jax.tree.map(jnp.copy, blank)  # a buffer of its own each, because they are donated
 
 
-_IDLE = Sampling(*(np.array([value], kind) for value, kind in (
+_FREE = Sampling(*(np.array([value], kind) for value, kind in (
     (0, np.float32), (1, np.float32), (0, np.int32), (0, np.uint32))))
 
 
@@ -306,47 +310,25 @@ def _cut(chosen: Sequence[Task], start: Sequence[int], stop: Sequence[int], widt
                                            chunk=chunk))
 
 
-def _differing_axis(one: Any, two: Any) -> int:
-    """Return the axis of rows: the one in which states of one row and of two differ, else −1."""
-    pairs = enumerate(zip(one.shape, two.shape, strict=True))
-    return next((axis for axis, (a, b) in pairs if a != b), -1)
-
-
 def _static(axes: Any) -> tuple[int, ...]:
     return tuple(jax.tree.leaves(axes))
 
 
-@program(static=("axes",), donate=("state",))
-def _seat(state: State, fresh: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
-    """Put prefilled rows into the given rows of a state."""
-
-    def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
-        return old if axis < 0 else old.at[(slice(None),) * axis + (rows,)].set(new, mode="drop")
-
-    return jax.tree.map(put, state, fresh, jax.tree.unflatten(jax.tree.structure(state), axes))
-
-
 @program(donate=("state",))
-def _end(state: State, gone: jax.Array) -> State:
-    """Mark rows [B] as done."""
-    return state.replace(done=state.done | gone)
+def _mark_done(state: State, rows: jax.Array) -> State:
+    """Mark the rows that are True in `rows` [B] as done."""
+    return state.replace(done=state.done | rows)
 
 
 @program(static=("axes",))
-def _leave(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
+def _take_rows(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
     """Copy the given rows out of a state, but for their keys and values."""
     where = jax.tree.unflatten(jax.tree.structure(state), axes)
-    state, where = (x.replace(cache=x.cache.replace(k=(), v=()))
-                    for x in (state, where))
+    state, where = (
+        x.replace(carry=x.carry.replace(cache=x.carry.cache.replace(k=(), v=())))
+        for x in (state, where))
 
     def take(value: jax.Array, axis: int) -> jax.Array:
         return value if axis < 0 else jnp.take(value, rows, axis, mode="clip")
 
     return jax.tree.map(take, state, where)
-
-
-@program(static=("axes",))
-def _stack(parts: tuple[Prefix, ...], *, axes: tuple[int, ...]) -> Prefix:
-    """Put prefixes of one row each side by side."""
-    where = jax.tree.unflatten(jax.tree.structure(parts[0]), axes)
-    return jax.tree.map(lambda axis, *rows: jnp.concatenate(rows, axis), where, *parts)

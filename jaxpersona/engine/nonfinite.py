@@ -1,6 +1,6 @@
 """Explain activations that are not finite: where they begin, why, and what helps.
 
-A program only reports which rows were hit (`programs.State.nonfinite`, `forward.Output.finite`),
+A program only reports which rows were hit (`carry.Carry.finite`),
 which costs nothing. The first layer is found afterwards: one such row runs again, and its norms are
 read at every site.
 """

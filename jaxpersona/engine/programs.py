@@ -18,9 +18,9 @@ from jaxpersona.distributed.sharding import of_each, place
 from jaxpersona.engine.compiled import program
 from jaxpersona.engine.sampling import Sampling, choose, finite, most_likely
 from jaxpersona.interventions.compose import Interventions
-from jaxpersona.interventions.trace import Applied, Gates
 from jaxpersona.models.batch import ASSISTANT, CODE, GENERATED, TEMPLATE, THINKING, VALID, Batch
-from jaxpersona.models.cache import Cache, set_lines
+from jaxpersona.models.cache import set_lines
+from jaxpersona.models.carry import Carry
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.forward import forward
 from jaxpersona.models.params import Params
@@ -33,7 +33,8 @@ class State(flax.struct.PyTreeNode):
     """A batch in the midst of being generated.
 
     Attributes:
-      cache: keys and values of everything but `token`.
+      carry: the carry of `forward`: everything but `token` has run. `carry.finite` [B] bool also
+        covers the logits; False ends a row, and a token chosen from such logits is dropped.
       token: [B] int32, chosen but not yet run.
       position: [B] int32, the position of `token`.
       turn: [B] int32, the message being written.
@@ -44,14 +45,11 @@ class State(flax.struct.PyTreeNode):
       length: [B] int32, tokens chosen so far, a stop token included.
       tokens: [B, M] int32, the tokens chosen; −1 beyond `length`.
       step: [] int32, steps taken.
-      captured, applied, gates: as in `forward.Output`.
-      nonfinite: [B] bool, rows in which a residual or a logit was not finite; that ends a row, and
-        what was chosen from such logits is not among its tokens.
       fence: [B] int32, whether a row is inside fenced code (`fences`), or None where none asks.
       matched: [B] int32, how far a row's text has come towards a stop string, or None likewise.
     """
 
-    cache: Cache
+    carry: Carry
     token: Any
     position: Any
     turn: Any
@@ -62,10 +60,6 @@ class State(flax.struct.PyTreeNode):
     length: Any
     tokens: Any
     step: Any
-    captured: dict[str, Any]
-    applied: tuple[Applied, ...]
-    gates: Gates
-    nonfinite: Any
     fence: Any = None
     matched: Any = None
 
@@ -85,60 +79,45 @@ class Stops(flax.struct.PyTreeNode):
     fences: Any = None
     strings: Any = None
 
-
-class Prefix(flax.struct.PyTreeNode):
-    """What the beginning of a prompt left behind, for rows that go on from it.
-
-    Attributes:
-      cache, captured, applied, gates, finite: as in `forward.Output`, for one row or several.
-    """
-
-    cache: Cache
-    captured: dict[str, Any]
-    applied: tuple[Applied, ...]
-    gates: Gates
-    finite: Any
+    @property
+    def accepting(self) -> int | None:
+        """The automaton's accepting state, its last one; None without stop strings."""
+        return None if self.strings is None else self.strings.shape[1] - 1
 
 
 @program(static=("config", "slots"))
 def prefill_prefix(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
-                   capture: Capture, *, slots: int) -> Prefix:
+                   capture: Capture, *, slots: int) -> Carry:
     """Run the beginnings of prompts, which nothing is sampled from."""
     TRACES["prefix"] += 1
-    out = forward(params, config, batch.replace(chunk=True),
-                  interventions=edits, capture=capture, new_cache=slots, logits=None,
-                  attention="auto")
-    return Prefix(out.cache, out.captured, out.applied, out.gates,
-                  out.finite)
+    return forward(params, config, batch.replace(chunk=True), interventions=edits, capture=capture,
+                   slots=slots, logits=None, attention="auto").carry
 
 
 @program(static=("config", "slots", "max_new", "greedy"))
 def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
             capture: Capture, how: Sampling, stops: Stops, limit: jax.Array, *, slots: int,
-            max_new: int, greedy: bool, prefix: Prefix | None = None) -> State:
+            max_new: int, greedy: bool, prefix: Carry | None = None) -> State:
     """Run the prompts, or what follows their prefix, and choose each row's first token."""
     TRACES["prefill"] += 1
     rows = batch.tokens.shape[0]
     batch = batch.spread(params.embed_vd)
     if prefix is None:
         out = forward(params, config, batch, interventions=edits, capture=capture,
-                      new_cache=slots, logits="last", attention="auto")
+                      slots=slots, logits="last", attention="auto")
     else:
-        out = forward(params, config, batch.replace(chunk=True),
-                      interventions=edits, capture=capture, cache=prefix.cache,
-                      captured=prefix.captured, gates=prefix.gates, logits="last")
-        out = out.replace(
-            applied=jax.tree.map(jnp.add, prefix.applied, out.applied),
-            finite=prefix.finite & out.finite)
+        out = forward(params, config, batch.replace(chunk=True), interventions=edits,
+                      capture=capture, carry=prefix, logits="last")
+    assert out.cache is not None
     length = batch.length
     at = jnp.maximum(length - 1, 0)
     kind = of_each(batch.kind.astype(jnp.int32), at)
     # a template's last scaffold belongs to the reply already; a bare prompt is the turn before it
     begins = ((kind & TEMPLATE) == 0).astype(jnp.int32)
     state = State(
-        cache=out.cache,  # pyright: ignore[reportArgumentType]
+        carry=out.carry,
         token=jnp.zeros((rows,), jnp.int32),
-        position=out.cache.next - 1,  # pyright: ignore[reportOptionalMemberAccess]
+        position=out.cache.next - 1,
         turn=of_each(batch.turn, at) + begins,
         row_id=batch.row_id,
         done=length == 0,
@@ -147,10 +126,6 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
         length=jnp.zeros((rows,), jnp.int32),
         tokens=jnp.full((rows, max_new), -1, jnp.int32),
         step=jnp.zeros((), jnp.int32),
-        captured=out.captured,
-        applied=out.applied,
-        gates=out.gates,
-        nonfinite=~out.finite & (length > 0),
         fence=None if stops.fences is None else jnp.zeros_like(length),
         matched=None if stops.strings is None else jnp.zeros_like(length),
     )
@@ -186,18 +161,15 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
         one = Batch(tokens=state.token[:, None], position=state.position[:, None],
                     kind=kind[:, None], turn=state.turn[:, None], row_id=state.row_id)
         out = forward(params, config, one, interventions=edits, capture=capture,
-                      cache=state.cache, captured=state.captured, gates=state.gates,
-                      logits="last")
+                      carry=state.carry, logits="last")
         opened = state.thinking | (state.token == stops.think[0])
         thinking = opened & (state.token != stops.think[1])
         grown = state.replace(
-            cache=out.cache,
+            # the logits' check in `_choose_next` covers this step, so XLA removes forward's own
+            carry=out.carry.replace(finite=state.carry.finite),
             done=state.done | (state.length >= state.limit),
             thinking=jnp.where(state.done, state.thinking, thinking),
             step=state.step + 1,
-            captured=out.captured,
-            applied=jax.tree.map(jnp.add, state.applied, out.applied),
-            gates=out.gates,
             fence=fence,
         )
         return _choose_next(grown, out.logits, how, stops, greedy, ran=~state.done)
@@ -218,19 +190,19 @@ def _choose_next(state: State, logits: jax.Array, how: Sampling, stops: Stops, g
     else:
         token = choose(logits, how, state.row_id, position)
     # NaN and infinity anywhere in a residual reach its logits (`forward.head`)
-    nonfinite = state.nonfinite | ran & ~finite(logits, token if greedy else None)
-    live = ~(state.done | nonfinite)
+    valid = state.carry.finite & (finite(logits, token if greedy else None) | ~ran)
+    live = valid & ~state.done
     slot = jnp.where(live, state.length, state.tokens.shape[1])
     stopped, matched = (token[:, None] == stops.ids[None]).any(-1), state.matched
     if stops.strings is not None:
         matched = stops.strings.at[token, matched].get(mode="clip").astype(jnp.int32)
-        stopped |= matched == stops.strings.shape[1] - 1
+        stopped |= matched == stops.accepting
     return state.replace(
         token=jnp.where(live, token, state.token),
         position=jnp.where(live, position, state.position),
         length=state.length + live.astype(jnp.int32),
         tokens=set_lines(place(state.tokens, ("batch", None), token), token, slot, lines=1),
-        done=state.done | nonfinite | stopped,
-        nonfinite=nonfinite,
+        done=state.done | ~valid | stopped,
+        carry=state.carry.replace(finite=valid),
         matched=matched,
     )

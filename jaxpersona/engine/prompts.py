@@ -34,6 +34,20 @@ def bucket(tokens: int) -> int:
     return size
 
 
+def widths(slots: int, context: int) -> list[int]:
+    """Return the padded widths (`bucket`) of all prompts that leave room for a reply.
+
+    Args:
+      slots: the size of the cache; a padded prompt is shorter.
+      context: the model's context in tokens; a prompt is shorter.
+    """
+    out, longest = [], 0
+    while longest + 1 < context and (width := bucket(longest + 1)) < slots:
+        out.append(width)
+        longest = width
+    return out
+
+
 def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = False) -> chat.Row:
     """Turn a conversation in any accepted form into a row.
 

@@ -68,15 +68,17 @@ class Reply:
     applied: tuple[Applied, ...]
 
 
-def unpack(state: State, tasks: Sequence[Task], match: int | None = None) -> list[Finished]:
+def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) -> list[Finished]:
     """Bring the first rows of a state, one for each task, to the host.
 
     Args:
-      match: the state of the stop strings' automaton that is a match, if there are any.
+      accepting: the accepting state of the lane's stop strings (`Stops.accepting`), or None.
     """
-    keep = (state.tokens, state.length, state.cache.next, state.captured, state.applied,
-            state.nonfinite, state.matched)
-    tokens, length, used, captured, applied, nonfinite, progress = processes.fetch(keep)
+    carry = state.carry
+    assert carry.cache is not None
+    keep = (state.tokens, state.length, carry.cache.next, carry.captured, carry.applied,
+            carry.finite, state.matched)
+    tokens, length, used, captured, applied, finite, progress = processes.fetch(keep)
     values = {name: result_of(part) for name, part in captured.items()}
     per_token = frozenset(name for name, part in captured.items() if isinstance(part, TokenState))
     out = []
@@ -92,7 +94,7 @@ def unpack(state: State, tasks: Sequence[Task], match: int | None = None) -> lis
             empty=frozenset(name for name, part in captured.items()
                             if hasattr(part, "empty") and part.empty[row]),
             applied=tuple(Applied(table.seen[row], table.changed[:, row]) for table in applied),
-            nonfinite=bool(nonfinite[row]),
-            matched=match is not None and int(progress[row]) == match,
+            nonfinite=not bool(finite[row]),
+            matched=accepting is not None and int(progress[row]) == accepting,
         ))
     return out

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxpersona.captures.capture import Capture
+from jaxpersona.captures.readings import Projections
 from jaxpersona.engine.replies import Reply
 from jaxpersona.interventions.compose import Interventions
 
@@ -42,6 +43,12 @@ class Request:
     stop: Any = ()
     id: int | None = None
     thinking: bool = False
+
+
+def projected(request: Request) -> list[str]:
+    """Return the names of a request's captures of projections, which events carry."""
+    readings = {} if request.capture is None else request.capture.parts
+    return [name for name, reading in readings.items() if type(reading) is Projections]
 
 
 @dataclasses.dataclass(frozen=True)

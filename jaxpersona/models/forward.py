@@ -31,6 +31,7 @@ from jaxpersona.kernels.attention import Asked, choose, flash
 from jaxpersona.models import nn
 from jaxpersona.models.batch import VALID, Batch, check_ids
 from jaxpersona.models.cache import Cache, advance, assign_slots, init_cache, kept_dtype, write
+from jaxpersona.models.carry import Carry
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Layer, Params
 from jaxpersona.models.weight import dot, dots
@@ -41,25 +42,41 @@ Logits = Literal["all", "last"] | None
 class Output(flax.struct.PyTreeNode):
     """The result of a forward pass.
 
-    Pass `captured`, `cache` and `gates` to the next call to continue them.
-
     Attributes:
       logits: [B, T, V], [B, V] or None, float32.
-      captured: the state of each reading by name; `.value` is the result.
-      applied: one `Applied` per intervention table.
-      cache: the cache including this call's tokens, or None.
-      gates: the accumulated state of prompt gates, by the index of their table.
-      finite: [B] bool, whether the residual stream after the last block that ran, and its sum of
-        squares, are finite in float32 at every valid token of this call. Non-finite values of an
-        earlier block propagate to it unless an edit removes them.
+      carry: the state after this call; pass it to the next call to continue.
     """
 
     logits: Any
-    captured: dict[str, Any]
-    applied: tuple[Applied, ...]
-    cache: Cache | None
-    gates: Gates
-    finite: Any
+    carry: Carry
+
+    @property
+    def captured(self) -> dict[str, Any]:
+        """The state of each reading by name; `.value` is the result."""
+        return self.carry.captured or {}
+
+    @property
+    def applied(self) -> tuple[Applied, ...]:
+        """One `Applied` per intervention table, summed over the calls."""
+        return self.carry.applied or ()
+
+    @property
+    def cache(self) -> Cache | None:
+        """The cache including this call's tokens, or None."""
+        return self.carry.cache
+
+    @property
+    def gates(self) -> Gates:
+        """The state of each prompt gate, by the index of its table."""
+        return self.carry.gates or {}
+
+    @property
+    def finite(self) -> Any:
+        """[B] bool, whether the residual stream was finite (`Carry.finite`).
+
+        Non-finite values of an earlier block propagate to the last one unless an edit removes them.
+        """
+        return self.carry.finite
 
 
 def forward(
@@ -69,11 +86,9 @@ def forward(
     *,
     interventions: Interventions | None = None,
     capture: Capture | None = None,
-    cache: Cache | None = None,
-    new_cache: int | None = None,
+    carry: Carry | None = None,
+    slots: int | None = None,
     logits: Logits = "all",
-    captured: dict[str, Any] | None = None,
-    gates: Gates | None = None,
     attention: Asked = "xla",
 ) -> Output:
     """Run the model on a batch.
@@ -84,13 +99,11 @@ def forward(
       batch: B rows of T tokens, right-padded. With a cache, the tokens continue its rows.
       interventions: the edits of the activations.
       capture: the readings of the activations.
-      cache: keys and values of earlier tokens, or None.
-      new_cache: instead of `cache`, the number of slots of a new cache, allocated in the fastest
-        dtype (`cache.kept_dtype`).
+      carry: the state of earlier calls on these rows, to continue; `Output.carry` returns it.
+      slots: the number of slots of a new cache (static), allocated in the fastest dtype
+        (`cache.kept_dtype`). Not with a carry that has a cache.
       logits: "all" for every token; "last" for each row's last valid token; None skips the head
         and, without a cache, all layers above the highest one that is read or edited.
-      captured: the captures' state from earlier calls, to continue.
-      gates: the gates' state from earlier calls, to continue.
       attention: "xla", the reference; "cudnn", flash attention on a GPU; "auto", cuDNN for long
         batches where it is supported (`kernels.attention`). cuDNN requires that positions increase
         by one per token, as in a batch from `batch`.
@@ -102,11 +115,12 @@ def forward(
     Raises:
       UserError: interventions or captures that do not match the model or the batch; a batch wider
         than its cache; a row with more tokens than free slots or an id outside the embedding
-        (under `jax.jit` both give NaN instead); a gate with `within=True` on a chunked prompt;
-        both `cache` and `new_cache`; unsupported use of cuDNN; or a mesh set by `jax.set_mesh`
-        that differs from the parameters' mesh.
+        (under `jax.jit` both give NaN instead); a gate with `within=True` on a chunked prompt; a
+        carry of other readings, tables or gates; `slots` with a carry that has a cache;
+        unsupported use of cuDNN; or a mesh set by `jax.set_mesh` that differs from the parameters'
+        mesh.
     """
-    _check_arguments(params, batch, capture)
+    _check_arguments(params, batch, capture, carry)
     rows, width = batch.tokens.shape
     _check_ids(batch.tokens, config)
     edits = given(interventions)
@@ -114,39 +128,46 @@ def forward(
     if batch.chunk and any(e.gate is not None and e.gate.within for e in edits.edits):
         raise UserError("a gate with within=True needs the whole prompt in one call; disable "
                          "chunked prefill, or use within=False")
-    if cache is not None and new_cache is not None:
-        raise UserError("give either cache, to continue one, or new_cache, to allocate one; not "
-                         "both")
-    room = new_cache if cache is None else cache.slots
-    if room is not None and width > room:
-        raise UserError(f"the batch is {width} tokens wide; the cache has {room} slots")
+    carry = Carry() if carry is None else carry
+    cache = carry.cache
+    if cache is not None and slots is not None:
+        raise UserError("give either a carry with a cache, to continue it, or slots, to allocate a "
+                        "new cache; not both")
+    if carry.applied is not None and len(carry.applied) != len(edits.edits):
+        raise UserError(f"the carry's applied has {len(carry.applied)} tables, but the "
+                        f"interventions have {len(edits.edits)}; continue with the interventions "
+                        "of the earlier call, or use carry.replace(applied=None)")
+    capacity = slots if cache is None else cache.slots
+    if capacity is not None and width > capacity:
+        raise UserError(f"the batch is {width} tokens wide; the cache has {capacity} slots")
     like = params.embed_vd
     check_set_mesh(like)
     batch, edits = batch.spread(like), edits.ready(rows, like)
     dtype = like.dtype
     chosen = choose(config, attention, dtype=dtype, tokens=width, fresh=cache is None,
                     sharded=mesh_of(like) is not None, platform=platform(like))
-    if new_cache is not None:
-        cache = init_cache(config, rows, new_cache, kept_dtype(like))
+    if slots is not None:
+        cache = init_cache(config, rows, slots, kept_dtype(like))
     cache = None if cache is None else cache.spread(like)
-    if new_cache is None and cache is not None:
+    if slots is None and cache is not None:
         _check_room(cache, batch)
-    slots = assign_slots(cache, batch)
+    token_slots = assign_slots(cache, batch)
     start: Any = None if cache is None else cache.next  # before this call's tokens
-    state = captured
+    state = carry.captured
     if state is None and capture is not None:
         state = capture.start(config, rows, width if cache is None else cache.slots)
         state = spread_states(state, like)
-    trace = Trace(config, batch, edits, capture if capture is not None else Capture(), gates, start)
+    trace = Trace(config, batch, edits, capture if capture is not None else Capture(), carry.gates,
+                  start)
     if cache is None:
         positions = jnp.where(batch.valid, batch.position, -1)
     else:
-        cache = advance(cache, batch, slots)
+        cache = advance(cache, batch, token_slots)
         positions = cache.position
     # False at tokens whose id is outside the embedding or for which the cache has no free slot
     known = (batch.tokens >= 0) & (batch.tokens < params.embed_vd.shape[0])
-    if cache is not None and new_cache is None:
-        known &= slots < cache.slots
+    if cache is not None and slots is None:
+        known &= token_slots < cache.slots
     angles = {
         rope: nn.rotary(batch.position, rope, config.head_dim)
         for rope in {config.rope_at(i) for i in range(config.n_layers)}
@@ -162,8 +183,8 @@ def forward(
             if cache is None:
                 k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
             else:
-                k = write(cache.k[i], _kept(k, cache.k[i]), slots)
-                v = write(cache.v[i], _kept(v, cache.v[i]), slots)
+                k = write(cache.k[i], _kept(k, cache.k[i]), token_slots)
+                v = write(cache.v[i], _kept(v, cache.v[i]), token_slots)
                 if chosen == "cudnn":
                     # The barrier orders the cache write before attention. cuDNN does not read the
                     # cache, so XLA would keep every layer's k and v and write them all at the end.
@@ -181,28 +202,33 @@ def forward(
             x = _block(layer, config, x, mixed, trace, i)
     if cache is not None:
         cache = cache.replace(k=tuple(keys), v=tuple(values))
+    applied, finite = trace.applied(), _finite(x, batch)
+    if carry.applied is not None:
+        applied = jax.tree.map(jnp.add, carry.applied, applied)
+    if carry.finite is not None:
+        finite = carry.finite & finite
     return Output(
         logits=head(params, config, x, batch, logits),
-        captured=trace.captured(state, slots),
-        applied=trace.applied(),
-        cache=cache,
-        gates=trace.gates,
-        finite=_finite(x, batch),
+        carry=Carry(cache=cache, captured=trace.captured(state, token_slots), applied=applied,
+                    gates=trace.gates, finite=finite),
     )
 
 
-def _check_arguments(params: Any, batch: Any, capture: Any) -> None:
+def _check_arguments(params: Any, batch: Any, capture: Any, carry: Any) -> None:
     """Check the types that callers confuse.
 
     Raises:
       UserError: a Model in place of its parameters, text or ids in place of a batch, or a capture
-        of another type.
+        or carry of another type.
     """
     if hasattr(params, "params"):
         raise UserError(f"params is a {type(params).__name__}; pass model.params")
     if not isinstance(batch, Batch):
         raise UserError(f"batch is {batch!r:.60}; give the result of jp.encode or jp.batch")
     check_capture(capture)
+    if carry is not None and not isinstance(carry, Carry):
+        raise UserError(f"carry is a {type(carry).__name__}; give the carry of an earlier call "
+                        "(`out.carry`), or jp.Carry(cache=cache)")
 
 
 def _check_ids(tokens: Any, config: ModelConfig) -> None:

@@ -92,8 +92,14 @@ def with_joined(params: Params) -> Params:
     return params.replace(layers=tuple(_joined(layer, Dense) for layer in params.layers))
 
 
-_join = functools.partial(jax.jit, static_argnames="form")(joined)
-_quantize = functools.partial(jax.jit, static_argnames="inner")(quantized)
+@functools.partial(jax.jit, static_argnames="form")
+def _join(weights: list[jax.Array], form: Callable[[jax.Array], Weight]) -> Weight:
+    return joined(weights, form)
+
+
+@functools.partial(jax.jit, static_argnames="inner")
+def _quantize(w: jax.Array, inner: int) -> Weight:
+    return quantized(w, inner)
 
 
 def _joined(layer: Layer, form: Callable[[jax.Array], Weight]) -> Layer:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.captures import capture
-from jaxpersona.distributed.sharding import on_own_mesh
+from jaxpersona.distributed.context import own_context
 from jaxpersona.engine.extract import extract, width_of
 from jaxpersona.engine.generate import generate
 from jaxpersona.engine.prompts import encode
@@ -19,7 +19,6 @@ from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.where import holds, response
 from jaxpersona.models.batch import batch
 from jaxpersona.persona.check import fit
-from jaxpersona.runtime import own_rules
 from jaxpersona.text import chat
 from jaxpersona.vectors.vector import Vector
 
@@ -43,8 +42,7 @@ class TurnProjection:
     values: np.ndarray
 
 
-@on_own_mesh
-@own_rules()
+@own_context()
 def project_conversation(
     model: Model,
     conversation: Sequence[dict[str, str]],

@@ -17,6 +17,7 @@ from jaxpersona.interventions import gate, steer
 from jaxpersona.interventions.where import NAMED, everywhere, generated, prompt, response
 from jaxpersona.models.batch import ASSISTANT, GENERATED, TEMPLATE, USER, batch, split
 from jaxpersona.models.cache import init_cache
+from jaxpersona.models.carry import Carry
 from jaxpersona.models.forward import forward
 from jaxpersona.vectors.vector import Axis
 
@@ -141,13 +142,12 @@ def test_one_pass():
 
 @pytest.mark.parametrize("size", [1, 5])
 def test_in_pieces(size):
-    cache, captured = init_cache(MODEL.config, 3, 20), None
+    carry = Carry(cache=init_cache(MODEL.config, 3, 20))
     for piece in split(ROWS, size):
-        out = s.run(MODEL.params, MODEL.config, piece, capture=READ, cache=cache,
-                    captured=captured)
-        cache, captured = out.cache, out.captured
+        out = s.run(MODEL.params, MODEL.config, piece, capture=READ, carry=carry)
+        carry = out.carry
     plain, _ = s.residuals(MODEL, ROWS)
-    assert s.relative(check(captured), plain).max() <= 1e-5
+    assert s.relative(check(carry.captured), plain).max() <= 1e-5
 
 
 def test_while_generating_equals_a_second_pass():
@@ -249,7 +249,7 @@ REFUSED = {
     "made for another model": lambda: generate(MODEL, [[5]], capture=capture.moments(
         Axis(np.ones((3, 32)), fingerprint="ab" * 8))),
     "captured has the readings": lambda: s.run(MODEL.params, MODEL.config, ROWS,
-                                            capture=capture.mean(), captured={}),
+                                            capture=capture.mean(), carry=Carry(captured={})),
     "edges has shape \\(1, 3, 2\\)": lambda: capture.histogram(
         K, np.zeros((1, 3, 2)) + np.arange(2)),
     "two captures have the name \\['mean'\\]": lambda: capture.mean() | capture.mean(everywhere),

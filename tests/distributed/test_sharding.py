@@ -30,6 +30,7 @@ from jaxpersona.interventions import (
 from jaxpersona.models import nn
 from jaxpersona.models.batch import batch
 from jaxpersona.models.cache import init_cache
+from jaxpersona.models.carry import Carry
 from jaxpersona.models.config import Rope
 from jaxpersona.models.forward import forward
 from jaxpersona.models.params import layout
@@ -265,8 +266,8 @@ def decode_step(model, edits=None, reading=None):
     cache = init_cache(config, 8, 32).spread(model.params.embed_vd)
 
     def step(params, source, cache):
-        return forward(params, config, source, interventions=edits, capture=reading, cache=cache,
-                       logits="last")
+        return forward(params, config, source, interventions=edits, capture=reading,
+                       carry=Carry(cache=cache), logits="last")
 
     one = batch([row[:1] for row in ROWS])
     return jax.jit(step, donate_argnums=2).lower(model.params, one, cache).compile().as_text()
@@ -311,8 +312,8 @@ def test_every_device_holds_its_share_of_rows_weights_and_cache(axes, rows, weig
                                                                 cache):
     """Rows are spread over data and fsdp, feed-forward width, vocabulary and heads over model."""
     model = spread(one_device("llama"), sharding.make_mesh(**axes))
-    out = jax.jit(forward, static_argnames=("new_cache",))(
-        model.params, model.config, batch(ROWS), new_cache=32)
+    out = jax.jit(forward, static_argnames=("slots",))(
+        model.params, model.config, batch(ROWS), slots=32)
     made = (out.logits, model.params.layers[0].w_up_fd, model.params.embed_vd, out.cache.k[0])
     shapes = [x.addressable_shards[0].data.shape for x in made]
     assert [shapes[0][0], *shapes[1:]] == [rows, weight, embedding, cache]

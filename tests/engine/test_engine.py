@@ -121,6 +121,21 @@ def test_requests_from_eight_threads_have_the_bits_they_have_alone(model):
     assert any(not same(done[i], others[i]) for i in range(40) if ends[i] != "cancelled")
 
 
+def test_after_warm_up_without_examples_plain_requests_trace_nothing(model):
+    s.KEPT.clear()
+    engine = make(model, rows=4, sizes=(64, 128))
+    engine.warm_up()
+    traced = dict(programs.TRACES)
+    handles = [engine.submit(Request([5] * width, max_new_tokens=most, temperature=temperature,
+                                     interventions=edits))
+               for width, most in ((3, 5), (30, 60), (40, 9), (64, 200)) for temperature in (0., 1.)
+               for edits in (None, EDITS[4])]
+    assert all(engine.result(handle).tokens.size for handle in handles)
+    assert dict(programs.TRACES) == traced
+    with pytest.raises(ValueError, match=r"no sizes.*Engine\(sizes=…\), or give warm_up example"):
+        make(model, sizes=None).warm_up()
+
+
 def test_a_request_has_the_reply_that_generate_gives(model):
     """Greedy and sampled, edited and read; rounding may differ between the programs."""
     engine = make(model, capacity=None, sizes=None, rows=8)

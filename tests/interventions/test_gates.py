@@ -22,6 +22,7 @@ from jaxpersona.interventions import (
 from jaxpersona.interventions.where import everywhere, generated, marked
 from jaxpersona.models.batch import batch, split
 from jaxpersona.models.cache import init_cache
+from jaxpersona.models.carry import Carry
 from jaxpersona.models.forward import forward
 from jaxpersona.vectors.vector import Vector
 
@@ -132,13 +133,12 @@ def test_a_projection_on_a_bound_lies_within(over):
 
 def in_chunks(edits, size):
     rows = batch(ROWS, width=32)
-    cache, captured, gates, counts = init_cache(MODEL.config, B, 32), None, None, 0
+    carry = Carry(carry=Carry(cache=init_cache(MODEL.config, B, 32)))
     for piece in split(rows, size):
         out = forward(MODEL.params, MODEL.config, piece, interventions=edits, capture=s.READ,
-                      cache=cache, captured=captured, gates=gates, logits="last")
-        cache, captured, gates = out.cache, out.captured, out.gates
-        counts = counts + out.applied[0].changed
-    return np.asarray(captured["full"].value), np.asarray(counts)
+                      carry=carry, logits="last")
+        carry = out.carry
+    return np.asarray(out.captured["full"].value), np.asarray(out.applied[0].changed)
 
 
 def test_chunked_prefill_measures_the_whole_prompt():
@@ -160,7 +160,7 @@ def test_chunks_are_refused_if_one_of_several_gates_acts_within_the_prompt():
                   gate(steer(V, layers=[2]), C, layer=0, above=0.0, within=True))
     with pytest.raises(ValueError, match="whole prompt in one call"):
         forward(MODEL.params, MODEL.config, split(rows, 16)[0], interventions=edits,
-                cache=init_cache(MODEL.config, 2, 32), logits=None)
+                carry=Carry(cache=init_cache(MODEL.config, 2, 32)), logits=None)
 
 
 def test_rows_have_gates_of_their_own_and_new_ones_retrace_nothing():
@@ -208,7 +208,7 @@ REFUSED = {
     "contains no message": lambda: everywhere.within(3, 1),
     "gates has the tables": lambda: forward(
         MODEL.params, MODEL.config, batch(ROWS), interventions=gate(EDIT, C, layer=0, above=0),
-        gates={"7": 1}),
+        carry=Carry(gates={"7": 1})),
     "the gate has 3 directions": lambda: gate(
         steer(np.ones((2, 32)), layers=[1], rows=[0, 1]), np.ones((3, 32)), layer=0, above=0),
     "width 31": lambda: run(gate(EDIT, np.ones(31), layer=0, above=0)),
@@ -256,7 +256,7 @@ def test_measurements_that_are_not_handed_on_shut_the_gate():
                     cache=init_cache(MODEL.config, B, 32))
     for gates, wanted in ((first.gates, 1), (None, 0)):
         out = forward(MODEL.params, MODEL.config, pieces[1], interventions=edits, logits=None,
-                      cache=first.cache, gates=gates)
+                      carry=Carry(cache=first.cache, gates=gates))
         long = [len(row) > 16 for row in ROWS]
         np.testing.assert_array_equal(out.applied[0].changed[0], wanted * np.array(long))
 

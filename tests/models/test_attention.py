@@ -152,9 +152,9 @@ def test_a_forward_pass_through_flash_is_the_same_pass(pretend, windows):
     batch = jp.batch(s.prompts([11, 4, 7]))
     run = jax.jit(lambda *arrays, **options: jp.forward(model.params, model.config, *arrays,
                                                         **options),
-                  static_argnames=("new_cache", "attention"))
+                  static_argnames=("slots", "attention"))
     for slots in (None, 16):
-        outs = {asked: run(batch, new_cache=slots, capture=s.READ, attention=asked)
+        outs = {asked: run(batch, slots=slots, capture=s.READ, attention=asked)
                 for asked in ("xla", "auto")}
         assert pretend.said == {"dtype": jnp.float32, "tokens": 11, "fresh": True, "sharded": False,
                                 "platform": "cpu"}
@@ -167,22 +167,24 @@ def test_a_forward_pass_through_flash_is_the_same_pass(pretend, windows):
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), flash.cache,
                          plain.cache)
             step = jp.batch(s.prompts([1, 1, 1], seed=1))
-            said = [run(step, cache=out.cache, attention="auto") for out in (flash, plain)]
+            said = [run(step, carry=jp.Carry(cache=out.cache), attention="auto")
+                    for out in (flash, plain)]
             assert not pretend.said["fresh"]
             np.testing.assert_allclose(said[0].logits, said[1].logits, atol=2e-4)
 
 
 def test_a_new_cache_is_the_one_that_was_given_before():
-    """`new_cache` is `init_cache` bit for bit (float32), and a call takes one of the two."""
+    """`slots` allocates `init_cache` bit for bit (float32); a call takes one of the two."""
     model = s.tiny_model()
     batch = jp.batch(s.prompts([5, 9]))
-    made = jp.forward(model.params, model.config, batch, new_cache=16)
-    given = jp.forward(model.params, model.config, batch, cache=jp.init_cache(model.config, 2, 16))
+    made = jp.forward(model.params, model.config, batch, slots=16)
+    given = jp.forward(model.params, model.config, batch,
+                       carry=jp.Carry(cache=jp.init_cache(model.config, 2, 16)))
     assert s.same_bits((made.logits, made.cache), (given.logits, given.cache))
     with pytest.raises(ValueError, match="9 tokens wide; the cache has 8 slots"):
-        jp.forward(model.params, model.config, batch, new_cache=8)
+        jp.forward(model.params, model.config, batch, slots=8)
     with pytest.raises(ValueError, match="not both"):
-        jp.forward(model.params, model.config, batch, cache=given.cache, new_cache=16)
+        jp.forward(model.params, model.config, batch, carry=given.carry, slots=16)
 
 
 @pytest.mark.parametrize(("slots", "barriers"), [(640, 3), (None, 0)])
@@ -194,7 +196,7 @@ def test_cudnn_s_cache_is_written_layer_by_layer(monkeypatch, slots, barriers):
     monkeypatch.setattr(engine, "flash", lambda q, *_, **__: q)  # cuDNN is not to be had here
     model = s.tiny_model(dtype=jnp.bfloat16, head_dim=16)
     text = jax.make_jaxpr(lambda params, batch: jp.forward(
-        params, model.config, batch, new_cache=slots, logits="last"))(
+        params, model.config, batch, slots=slots, logits="last"))(
             model.params, jp.batch(s.prompts([600, 40])))
     held = [eqn for eqn in text.jaxpr.eqns if eqn.primitive.name == "optimization_barrier"
             and len(eqn.outvars) == 4]
@@ -205,8 +207,8 @@ def test_a_cpu_is_never_changed_and_never_warned(recwarn):
     """On this machine "auto" is the program of "xla", silently; asking for cuDNN says why not."""
     model = s.tiny_model(dtype=jnp.bfloat16, head_dim=16)
     batch = jp.batch(s.prompts([kernel.LONG + 1, 40]))
-    run = jax.jit(jp.forward, static_argnames=("attention", "new_cache"))
-    auto, xla = (run.lower(model.params, model.config, batch, new_cache=640, attention=asked)
+    run = jax.jit(jp.forward, static_argnames=("attention", "slots"))
+    auto, xla = (run.lower(model.params, model.config, batch, slots=640, attention=asked)
                  .as_text() for asked in ("auto", "xla"))
     assert auto == xla
     assert not [w for w in recwarn if issubclass(w.category, RuntimeWarning)]

@@ -14,6 +14,7 @@ import support as s
 from jaxpersona.models import nn
 from jaxpersona.models.batch import batch
 from jaxpersona.models.cache import init_cache
+from jaxpersona.models.carry import Carry
 from jaxpersona.models.forward import forward
 from jaxpersona.models.params import abstract_params
 
@@ -56,7 +57,7 @@ def test_a_prefill_s_temporaries_grow_linearly(fields, cached):
         cache = jax.eval_shape(lambda t=t: init_cache(config, 1, t)) if cached else None
         rows = batch([np.full(t, 5)])
         program = jax.jit(forward, static_argnames=("logits",)).lower(
-            params, config, rows, cache=cache, logits="last").compile()
+            params, config, rows, carry=Carry(cache=cache), logits="last").compile()
         sizes[t] = program.memory_analysis().temp_size_in_bytes
         shapes = set(re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", program.as_text()))
         assert shapes

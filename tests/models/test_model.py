@@ -15,6 +15,7 @@ from jaxpersona.interventions import cap, steer
 from jaxpersona.models import nn, weight
 from jaxpersona.models.batch import batch, split
 from jaxpersona.models.cache import init_cache
+from jaxpersona.models.carry import Carry
 from jaxpersona.models.forward import forward
 from jaxpersona.models.prepared import in_out
 
@@ -29,14 +30,13 @@ def whole():
 
 
 def in_pieces(pieces, slots):
-    cache, captured = init_cache(MODEL.config, len(ROWS), slots), None
+    carry = Carry(cache=init_cache(MODEL.config, len(ROWS), slots))
     logits = []
     for piece in pieces:
-        out = s.run(MODEL.params, MODEL.config, piece, capture=s.READ, cache=cache,
-                    captured=captured)
-        cache, captured = out.cache, out.captured
+        out = s.run(MODEL.params, MODEL.config, piece, capture=s.READ, carry=carry)
+        carry = out.carry
         logits.append(np.asarray(out.logits))
-    return np.asarray(captured["full"].value), np.concatenate(logits, 1), cache
+    return np.asarray(out.captured["full"].value), np.concatenate(logits, 1), out.cache
 
 
 @pytest.mark.parametrize(("size", "slots"), [(1, 13), (3, 13), (7, 32), (13, 32)])
@@ -199,7 +199,7 @@ def test_forward_refuses_what_does_not_fit(bad):
 def test_a_batch_wider_than_its_cache_is_refused():
     with pytest.raises(ValueError, match="4 tokens wide; the cache has 3 slots"):
         forward(MODEL.params, MODEL.config, batch([[5, 6, 7, 8]]),
-                cache=init_cache(MODEL.config, 1, 3))
+                carry=Carry(cache=init_cache(MODEL.config, 1, 3)))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -219,17 +219,18 @@ def test_weights_stored_in_out_compute_the_same(tied):
 def test_a_cpu_keeps_low_precision_keys_in_float32_and_nothing_changes():
     """The cache that a CPU makes holds rounded values, so one in bfloat16 gives the same bits."""
     model, rows = s.tiny_model(dtype=jnp.bfloat16), batch(ROWS)
-    run = jax.jit(forward, static_argnames=("logits", "new_cache"))
+    run = jax.jit(forward, static_argnames=("logits", "slots"))
 
     def through(**how):
         first = run(model.params, model.config, rows, logits="last", **how)
         one = batch([[5]] * 3)
         one = dataclasses.replace(one, position=np.array(LENGTHS, np.int32)[:, None])
-        after = run(model.params, model.config, one, logits="last", cache=first.cache)
+        after = run(model.params, model.config, one, logits="last", carry=first.carry)
         return first.cache, np.asarray(first.logits), np.asarray(after.logits)
 
-    given, *wanted = through(cache=init_cache(model.config, 3, 20, jnp.bfloat16))
-    made, *found = through(new_cache=20)
+    given, *wanted = through(
+        carry=Carry(cache=init_cache(model.config, 3, 20, jnp.bfloat16)))
+    made, *found = through(slots=20)
     assert given.k[0].dtype == jnp.bfloat16 and made.k[0].dtype == jnp.float32
     for low, high in zip(given.k + given.v, made.k + made.v, strict=True):
         np.testing.assert_array_equal(low.astype(jnp.float32), high)
@@ -252,7 +253,7 @@ def test_a_token_without_a_free_slot_is_refused_and_never_dropped_in_silence():
     config, slots = model.config, 8
 
     def run(params, rows, cache):
-        return forward(params, config, rows, cache=cache, logits="last")
+        return forward(params, config, rows, carry=Carry(cache=cache), logits="last")
 
     step = jax.jit(run)
 

@@ -12,6 +12,7 @@ from jaxpersona.captures import capture
 from jaxpersona.interventions.where import everywhere
 from jaxpersona.models.batch import batch, split
 from jaxpersona.models.cache import init_cache
+from jaxpersona.models.carry import Carry
 from jaxpersona.models.forward import forward
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -95,7 +96,8 @@ READ = capture.full(everywhere)
 @functools.partial(jax.jit, static_argnames=("config",),
                    compiler_options={"xla_backend_optimization_level": 0})  # half the time to build
 def run(params, config, rows, cache=None, captured=None):
-    out = forward(params, config, rows, capture=READ, cache=cache, captured=captured)
+    out = forward(params, config, rows, capture=READ,
+                  carry=Carry(cache=cache, captured=captured))
     return out.logits, out.captured, out.cache
 
 

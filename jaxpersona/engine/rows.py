@@ -1,0 +1,58 @@
+"""Programs that write and join batch rows of pytrees, each leaf along its own axis of rows."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from jaxpersona.engine.compiled import program
+
+T = TypeVar("T")
+
+
+def axis_of_rows(one: Any, two: Any) -> int:
+    """Return the axis of batch rows of a leaf, or −1 if it has none.
+
+    Args:
+      one, two: the leaf's shapes (with a `shape`) for one row and for two.
+    """
+    sizes = enumerate(zip(one.shape, two.shape, strict=True))
+    return next((axis for axis, (a, b) in sizes if a != b), -1)
+
+
+@program(static=("axes",), donate=("target",))
+def put_rows(target: T, source: T, rows: jax.Array, *, axes: tuple[int, ...]) -> T:
+    """Write all rows of `source` into rows [n] of `target`.
+
+    Rows beyond the end of `target` are dropped. A leaf without an axis of rows keeps its value.
+
+    Args:
+      axes: `axis_of_rows` of each leaf.
+    """
+    def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        return old if axis < 0 else old.at[(slice(None),) * axis + (rows,)].set(new, mode="drop")
+
+    return jax.tree.map(put, target, source, jax.tree.unflatten(jax.tree.structure(target), axes))
+
+
+@program(static=("axes",))
+def side_by_side(pieces: tuple[T, ...], *, axes: tuple[int, ...]) -> T:
+    """Concatenate the rows of pytrees with one structure.
+
+    A leaf without an axis of rows is that of the first.
+
+    Args:
+      axes: `axis_of_rows` of each leaf.
+    """
+    def join(axis: int, *leaves: jax.Array) -> jax.Array:
+        return leaves[0] if axis < 0 else jnp.concatenate(leaves, axis)
+
+    return jax.tree.map(join, jax.tree.unflatten(jax.tree.structure(pieces[0]), axes), *pieces)
+
+
+@program()
+def take_row(values: jax.Array, row: jax.Array) -> jax.Array:
+    """Return [L, …] of one row of values [L, B, …]."""
+    return jax.lax.dynamic_index_in_dim(values, row, 1, keepdims=False)

@@ -1,0 +1,35 @@
+"""What a forward pass leaves for the next call on the same rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import flax.struct
+
+from jaxpersona.models.cache import Cache
+
+if TYPE_CHECKING:
+    from jaxpersona.interventions.trace import Applied, Gates
+
+
+class Carry(flax.struct.PyTreeNode):
+    """The state of B rows between two calls of `forward`.
+
+    `forward` returns it with every field set, except `cache` where none was allocated. A field that
+    is None starts from its initial state, so `Carry(cache=cache)` continues a cache alone and
+    `carry.replace(captured=None)` restarts the readings.
+
+    Attributes:
+      cache: keys and values of the tokens seen so far, or None.
+      captured: the state of each reading by name; `.value` is the result.
+      applied: one `Applied` per intervention table, summed over the calls.
+      gates: the state of each prompt gate, by the index of its table.
+      finite: [B] bool, whether the residual stream after the last block that ran, and its sum of
+        squares, were finite in float32 at every valid token of all calls.
+    """
+
+    cache: Cache | None = None
+    captured: dict[str, Any] | None = None
+    applied: tuple[Applied, ...] | None = None
+    gates: Gates | None = None
+    finite: Any = None
