@@ -13,7 +13,7 @@ import reprlib
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,11 @@ from jaxpersona.models.params import (
 )
 from jaxpersona.models.presets import preset
 from jaxpersona.runtime import own_rules
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+    from numpy.typing import DTypeLike
 
 DTYPES = ("float32", "bfloat16", "float16")
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
@@ -64,7 +69,8 @@ _STDERR = threading.Lock()  # guards file descriptor 2
 
 @sharding.on_own_mesh
 @own_rules()
-def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any = None,
+def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
+         dtype: DTypeLike | None = None,
          progress: hf.Progress | None = None, revision: str | None = None) -> Model:
     """Load a model and enable the on-disk compilation cache (`compile_cache`).
 
@@ -114,7 +120,7 @@ def _there(path: pathlib.Path) -> bool:
         return True
 
 
-def _mini() -> Any:
+def _mini() -> Traversable:
     return importlib.resources.files("jaxpersona.ckpts") / "mini"
 
 
@@ -125,7 +131,7 @@ def _is_repository(name: str) -> bool:
     return len(parts) == 2 and plain
 
 
-def _dtype(dtype: Any, mesh: Mesh | None) -> np.dtype:
+def _dtype(dtype: DTypeLike | None, mesh: Mesh | None) -> np.dtype:
     if dtype is None:
         where = (sharding.default_platform() if mesh is None else
                  mesh.devices.flat[0].platform)
@@ -221,8 +227,8 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
         if "trust_remote_code" in str(error):
             raise UserError(f"{folder}: the tokenizer needs remote code (auto_map in "
                              "tokenizer_config.json), which is never run; save the tokenizer as "
-                             "tokenizer.json and remove auto_map") from None
-        raise UserError(f"{folder}: the tokenizer cannot be read ({reason})") from None
+                             "tokenizer.json and remove auto_map") from error
+        raise UserError(f"{folder}: the tokenizer cannot be read ({reason})") from error
     template = getattr(tokenizer, "chat_template", None)
     texts = template.values() if isinstance(template, dict) else (template or "",)
     if not all(isinstance(text, str) for text in texts):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -23,6 +23,10 @@ from jaxpersona.inputs import TEXT_BYTES, require_file
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.families import to_hf
 from jaxpersona.models.params import Params, layout
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+    from orbax.checkpoint import StandardCheckpointer
 
 NAME = "params"
 _MARKS = ("_METADATA", "_CHECKPOINT_METADATA")  # metadata files that Orbax writes
@@ -72,7 +76,7 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig) -> Non
     files.write_json(folder / "config.json", {**to_hf(config), "dtype": dtype})
 
 
-def load(folder: str | pathlib.Path, *, dtype: Any = None,
+def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
          mesh: Mesh | None = None) -> tuple[Params, ModelConfig]:
     """Restore a folder that `save` wrote, each shard directly onto its device.
 
@@ -129,7 +133,7 @@ def load(folder: str | pathlib.Path, *, dtype: Any = None,
 
 
 @contextlib.contextmanager
-def _checkpointer() -> Iterator[Any]:
+def _checkpointer() -> Iterator[StandardCheckpointer]:
     import orbax.checkpoint
 
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
@@ -138,9 +142,9 @@ def _checkpointer() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _named_errors(folder: pathlib.Path, what: str) -> Iterator[None]:
-    """Convert any exception of Orbax or TensorStore to a ValueError that names the folder."""
+    """Convert any exception of Orbax or TensorStore to a UserError that names the folder."""
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: {what} ({reason or type(error).__name__})") from None
+        raise UserError(f"{folder}: {what} ({reason or type(error).__name__})") from error

@@ -8,7 +8,7 @@ the absence of the `VALID` bit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
@@ -17,6 +17,9 @@ import numpy as np
 
 from jaxpersona.distributed.sharding import rows_divisor, spread_rows
 from jaxpersona.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int32, UInt16, UInt32
 
 VALID = 1 << 0  # a token, not padding
 FIRST = 1 << 1  # the first token of its row: an attention sink with a very large norm
@@ -50,11 +53,11 @@ class Batch(flax.struct.PyTreeNode):
       chunk: whether the batch is one chunk of longer prompts (static).
     """
 
-    tokens: Any
-    position: Any
-    kind: Any
-    turn: Any
-    row_id: Any
+    tokens: Int32[Array, "B T"]
+    position: Int32[Array, "B T"]
+    kind: UInt16[Array, "B T"]
+    turn: Int32[Array, "B T"]
+    row_id: UInt32[Array, " B"]
     chunk: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property

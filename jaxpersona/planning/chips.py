@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jaxpersona.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
 
 GB = 10**9
 GIB = 2**30
@@ -67,7 +70,7 @@ def parse(topology: str) -> tuple[Chip, int]:
     return CHIPS[name], count
 
 
-def tpu_devices(topology: str) -> list[Any] | None:
+def tpu_devices(topology: str) -> list[jax.Device] | None:
     """Return the devices of a TPU topology for AOT compilation; None if libtpu is missing.
 
     Raises:
@@ -93,5 +96,5 @@ def tpu_devices(topology: str) -> list[Any] | None:
     except Exception as error:  # the runtime raises no specific type
         reason = str(error).split(": ", 1)[-1].splitlines()[0].rstrip(".")
         raise UserError(f"topology is {topology!r}; libtpu rejects it ({reason}): try "
-                         f"{EXAMPLES}") from None
+                         f"{EXAMPLES}") from error
     return list(description.devices)

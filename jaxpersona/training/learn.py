@@ -24,14 +24,17 @@ from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json
 from jaxpersona.interventions import SITES, Interventions, Site, Where, resolve_layers, steer
 from jaxpersona.interventions.bank import Layers
-from jaxpersona.interventions.where import everywhere
+from jaxpersona.interventions.where import encoded, everywhere
 from jaxpersona.models.batch import Batch, check_ids
 from jaxpersona.models.forward import Output, forward
 from jaxpersona.runtime import check_process
 from jaxpersona.vectors.vector import Vector
 
 if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
+
     from jaxpersona.models.model import Model
+    from jaxpersona.models.params import Params
 
 Loss = Callable[[Output, Batch], jax.Array]
 _KEEP_EVERY = 50  # steps between two checkpoints
@@ -138,8 +141,9 @@ def fit(
     graph, learned = nnx.split(direction)
 
     @jax.jit
-    def step(learned: Any, memory: Any, params: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
-        def measured(state: Any) -> jax.Array:
+    def step(learned: nnx.State, memory: optax.OptState, params: Params,
+             batch: Batch) -> tuple[nnx.State, optax.OptState, jax.Array]:
+        def measured(state: nnx.State) -> jax.Array:
             edits = nnx.merge(graph, state).interventions()
             value = loss(forward(params, config, batch, interventions=edits), batch)
             if jnp.shape(value) != ():
@@ -181,7 +185,7 @@ def fit(
 class _Checkpoints:
     """The Orbax checkpoints of a training run, by step."""
 
-    def __init__(self, manager: Any, folder: pathlib.Path) -> None:
+    def __init__(self, manager: ocp.CheckpointManager, folder: pathlib.Path) -> None:
         self.manager, self.folder = manager, folder
 
     @property
@@ -218,7 +222,7 @@ class _Checkpoints:
         except Exception as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"{self.folder}: the checkpoint cannot be used ({reason}); use "
-                             "another folder, or delete it to start again") from None
+                             "another folder, or delete it to start again") from error
         return jax.tree.unflatten(tree, [arrays[f"{i:04d}"] for i in range(len(leaves))])
 
 
@@ -260,7 +264,7 @@ def _checkpoints(folder: str | pathlib.Path | None, direction: Direction,
 
     path = pathlib.Path(folder).absolute()
     _claim(path, {"layers": list(direction.layers), "site": direction.site,
-                  "where": direction.where.encode().tolist(), "model": model.fingerprint,
+                  "where": encoded(direction.where).tolist(), "model": model.fingerprint,
                   "shape": list(direction.vector[...].shape)})
     orbax.check_files(path)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
