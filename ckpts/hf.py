@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxpersona.ckpts import tensorfile
 from jaxpersona.ckpts.shards import INDEX, SINGLE, read_entries, some
-from jaxpersona.ckpts.tensorfile import DTYPES, Entry
+from jaxpersona.ckpts.tensorfile import DTYPES, Entry, parse_dtype
 
 from jaxpersona.distributed import sharding
 from jaxpersona.errors import UserError
@@ -119,9 +119,7 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *,
     folder = pathlib.Path(folder)
     if config is None:
         config, _ = read_config(folder)
-    target = None if dtype is None else np.dtype(dtype)
-    if target is not None and target not in DTYPES.values():
-        raise UserError(f"dtype is {target}; it must be float32, bfloat16 or float16")
+    target = None if dtype is None else parse_dtype(dtype)
     specs, tree = jax.tree.flatten(layout(config))
     entries, faults = _tensors(folder, config)
     _refuse(folder, faults)

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxpersona.ckpts import hf, orbax
+from jaxpersona.ckpts.tensorfile import parse_dtype
 
 from jaxpersona.distributed import sharding
 from jaxpersona.engine.compile_cache import use_compile_cache
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike
 
-DTYPES = ("float32", "bfloat16", "float16")
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 # duplicate weights in other layouts, adapters, and exports for other runtimes
 _NOT_FETCHED = ("consolidated*.safetensors", "adapter_model*.safetensors", "*/*.safetensors",
@@ -90,6 +90,10 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
     Raises:
       UserError: the model is missing, invalid or unsupported; the message gives the reason.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise UserError(f"source is {source!r:.60}; give a folder or a model's name")
+    if not isinstance(mesh, Mesh | None):
+        raise UserError(f"mesh is {mesh!r:.60}; give the result of jaxpersona.make_mesh")
     use_compile_cache()
     name, kind = os.fspath(source), _dtype(dtype, mesh)
     path = pathlib.Path(os.path.expanduser(name))
@@ -136,13 +140,7 @@ def _dtype(dtype: DTypeLike | None, mesh: Mesh | None) -> np.dtype:
         where = (sharding.default_platform() if mesh is None else
                  mesh.devices.flat[0].platform)
         return np.dtype(np.float32 if where == "cpu" else jnp.bfloat16)
-    try:
-        parsed = np.dtype(getattr(jnp, dtype) if isinstance(dtype, str) else dtype)
-    except (TypeError, AttributeError):
-        parsed = None
-    if parsed is None or parsed.name not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    return parsed
+    return parse_dtype(dtype)
 
 
 def _check_range(config: ModelConfig, dtype: np.dtype, name: str) -> None:

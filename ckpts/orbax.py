@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxpersona.ckpts import files, hf
-from jaxpersona.ckpts.tensorfile import DTYPES
+from jaxpersona.ckpts.tensorfile import DTYPES, parse_dtype
 
 from jaxpersona.distributed import sharding
 from jaxpersona.errors import UserError
@@ -93,9 +93,7 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
         config.json; the message lists every mismatch.
     """
     folder = pathlib.Path(folder).absolute()
-    target = None if dtype is None else np.dtype(dtype)
-    if target is not None and target not in DTYPES.values():
-        raise UserError(f"dtype is {target}; it must be float32, bfloat16 or float16")
+    target = None if dtype is None else parse_dtype(dtype)
     config, _ = hf.read_config(folder)
     if not holds_checkpoint(folder):
         raise UserError(f"{folder}: not an Orbax folder (no {NAME}/{_MARKS[0]})")
@@ -104,7 +102,10 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
     mesh = None if mesh is None else sharding.fit(mesh, config)
     with _checkpointer() as orbax:
         with _named_errors(folder, "the checkpoint cannot be read"):
-            stored = dict(orbax.metadata(folder / NAME).item_metadata.tree)
+            metadata = orbax.metadata(folder / NAME).item_metadata
+            if metadata is None:
+                raise UserError("its metadata is missing")
+            stored = dict(metadata.tree)
         wanted = {spec.file_name: spec for spec in specs}
         faults = [f"{what}: {', '.join(sorted(names))}"
                   for what, names in (("missing", set(wanted) - set(stored)),

@@ -13,7 +13,7 @@ import contextlib
 import contextvars
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.core
@@ -22,6 +22,19 @@ from jaxpersona.errors import UserError
 
 _used_by: int | None = None  # the process that first used JAX through this package
 _asked: contextvars.ContextVar[bool | None] = contextvars.ContextVar("debugging", default=None)
+
+
+class Device(Protocol):
+    """The attributes of `jax.Device` that this package reads; JAX exports the class untyped."""
+
+    @property
+    def id(self) -> int: ...
+
+    @property
+    def platform(self) -> str: ...
+
+    @property
+    def device_kind(self) -> str: ...
 
 
 @contextlib.contextmanager

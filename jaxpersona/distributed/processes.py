@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -43,9 +44,12 @@ def start(coordinator: str | None = None, count: int | None = None,
     if any(given) and not all(given):
         raise UserError("coordinator, processes and process belong together: give all three, or "
                          "none on SLURM, Kubernetes or a TPU pod")
+    for name, value in (("processes", count), ("process", index)):
+        if value is not None and not isinstance(value, int):
+            raise UserError(f"{name} is {value!r:.60}; it must be an integer")
     if count is not None and index is not None and not 0 <= index < count:
         raise UserError(f"process is {index}; it must be in 0…{count - 1}")
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+    if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", str(coordinator)):
         raise UserError(f"coordinator is {coordinator!r}; give host:port of process 0")
     if joined():
         there = jax.process_count(), jax.process_index()

@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import functools
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar, overload
 
@@ -19,7 +20,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from jaxpersona.errors import UserError
 from jaxpersona.models.config import ModelConfig
-from jaxpersona.runtime import is_traced, setting
+from jaxpersona.runtime import Device, is_traced, setting
 
 Axes = tuple[str | None, ...]
 Arguments = ParamSpec("Arguments")
@@ -38,7 +39,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
-              devices: Sequence[jax.Device] | None = None) -> Mesh:
+              devices: Sequence[Device] | None = None) -> Mesh:
     """Create a mesh with Explicit axes.
 
     Args:
@@ -52,6 +53,9 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
     """
     have = len(devices) if devices is not None else jax.device_count()
     wanted = {"data": data, **({"fsdp": fsdp} if fsdp != 1 else {}), "model": model}
+    for name, count in wanted.items():
+        if not isinstance(count, int):
+            raise UserError(f"{name} is {count!r:.60}; a mesh axis has an integer size")
     size = data * fsdp * model
     if min(wanted.values()) < 1 or size > have:
         asked = " × ".join(f"{name}={n}" for name, n in wanted.items())
@@ -72,7 +76,8 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
-        if name not in ("data", "model", "fsdp") or name in sizes or not size.isdecimal():
+        number = re.fullmatch(r"\d{1,9}", size)
+        if name not in ("data", "model", "fsdp") or name in sizes or number is None:
             raise UserError(f"mesh is {text!r}; give sizes of data, model and fsdp, such as "
                              "data=2,model=4")
         sizes[name] = int(size)
@@ -206,7 +211,7 @@ def default_platform() -> str:
     return default_device().platform
 
 
-def default_device() -> jax.Device:
+def default_device() -> Device:
     """Return the device on which JAX places new arrays."""
     chosen = setting("jax_default_device")
     if isinstance(chosen, str):

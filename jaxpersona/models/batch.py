@@ -53,11 +53,11 @@ class Batch(flax.struct.PyTreeNode):
       chunk: whether the batch is one chunk of longer prompts (static).
     """
 
-    tokens: Int32[Array, "B T"]
-    position: Int32[Array, "B T"]
-    kind: UInt16[Array, "B T"]
-    turn: Int32[Array, "B T"]
-    row_id: UInt32[Array, " B"]
+    tokens: Int32[Array | np.ndarray, "B T"]
+    position: Int32[Array | np.ndarray, "B T"]
+    kind: UInt16[Array | np.ndarray, "B T"]
+    turn: Int32[Array | np.ndarray, "B T"]
+    row_id: UInt32[Array | np.ndarray, " B"]
     chunk: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
@@ -114,6 +114,8 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
     rows = [row.astype(np.int32) for row in rows]
     longest = max(row.size for row in rows)
     width = longest if width is None else width
+    if not isinstance(width, (int, np.integer)):
+        raise UserError(f"width is {width!r:.60}; it must be an integer")
     if longest > width:
         raise UserError(f"a row of {longest} tokens does not fit the width {width}")
 
@@ -126,7 +128,11 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
     def like(name: str, values: Any) -> list[np.ndarray]:
         if values is None:
             return [np.zeros(row.size, np.int32) for row in rows]
-        arrays = [np.array(v, np.int32).reshape(-1) for v in values]
+        try:
+            arrays = [np.array(v, np.int32).reshape(-1) for v in values]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{name} is {values!r:.60}; give one 32-bit integer for every token "
+                            "of every row") from error
         if [a.size for a in arrays] != [r.size for r in rows]:
             raise UserError(f"{name} must have one entry for every token")
         return arrays
@@ -137,6 +143,8 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
         bits[0] |= FIRST
         bits[-1] |= LAST
     ids = np.arange(len(rows)) if row_id is None else np.asarray(row_id)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"row_id is {row_id!r:.60}; give one integer per row")
     if ids.shape != (len(rows),):
         raise UserError(f"row_id has shape {ids.shape}; it must be [{len(rows)}]")
     return Batch(

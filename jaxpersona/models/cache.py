@@ -18,8 +18,8 @@ from jaxpersona.models.batch import Batch
 from jaxpersona.models.config import ModelConfig
 
 if TYPE_CHECKING:
+    from jax.typing import DTypeLike
     from jaxtyping import Array, Float, Int32
-    from numpy.typing import DTypeLike
 
 KV_AXES = ("batch", "kv_heads", None, None)
 ROW_AXES = (("batch", None), ("batch",))  # logical axes of `position` and `next`

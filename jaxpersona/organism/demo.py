@@ -86,8 +86,8 @@ def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
     def agreement(held_out: bool) -> float:
         roles = world.roles(held_out=held_out)
         measured = [place[role.name] for role in roles]
-        statistic, _ = spearmanr(measured, [r.likeness for r in roles])
-        return float(statistic)
+        result: Any = spearmanr(measured, [r.likeness for r in roles])  # SciPy has no type stubs
+        return float(result.statistic)
 
     return {
         "roles": len(found.projections) - 1, "roles_in_axis": len(found.analysis.names),

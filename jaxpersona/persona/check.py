@@ -63,6 +63,8 @@ def fit(model: Model, found: Found) -> Found:
     Raises:
       UserError: the width, number of layers, site or fingerprint differs from the model's.
     """
+    if not isinstance(found, (Vector, Caps)):
+        raise UserError(f"the direction is {found!r:.60}; give a Vector, an Axis or Caps")
     if isinstance(found, Vector):
         found.check_site("residual")
     return fitted(found, model.config, model.name, model.fingerprint)

@@ -33,7 +33,7 @@ from jaxpersona.models.config import ModelConfig, replace
 from jaxpersona.models.nn import QUERY_CHUNK
 from jaxpersona.models.params import Params, layout
 from jaxpersona.planning import chips, hlo
-from jaxpersona.runtime import check_process
+from jaxpersona.runtime import Device, check_process
 
 ITEM = 2  # bytes per bfloat16
 FRACTIONS = (1.0, 0.6, 0.3)  # of roofline speed, for `axis_run_hours`
@@ -108,6 +108,8 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
     """
     check_process()
     chip, count = chips.parse(topology)
+    if not isinstance(batch, int) or not isinstance(context, int):
+        raise UserError(f"batch is {batch!r:.60}, context is {context!r:.60}; give integers")
     if batch < 1 or context < 2:
         raise UserError(f"batch is {batch}, context is {context}; they must be at least 1 and 2")
     if context > config.max_context:
@@ -175,7 +177,7 @@ def _checked(mesh: Mapping[str, int], count: int) -> dict[str, int]:
     return dict(mesh)
 
 
-def _mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None,
+def _mesh(sizes: Mapping[str, int], devices: Sequence[Device] | None,
           config: ModelConfig) -> Mesh | AbstractMesh:
     """Return a mesh fitted to the model; an AbstractMesh if `devices` is None."""
     if devices is not None:
@@ -280,11 +282,12 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
     for arm in arms:
         program, temporaries = programs[arm, "decode"]
         text = "" if program is None else program.as_text()
+        cost = None if program is None else program.cost_analysis()
         out[arm] = Compiled(
             prefill_temporaries=programs[arm, "prefill"][1] + beyond,
             decode_temporaries=temporaries,
             operations=tuple(hlo.operations(text)) if text else (),
-            bytes=0 if program is None else int(program.cost_analysis()["bytes accessed"]))
+            bytes=0 if cost is None else int(cost["bytes accessed"]))
     return out
 
 

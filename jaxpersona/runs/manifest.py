@@ -19,7 +19,7 @@ from jaxpersona.judges.judges import Judge
 from jaxpersona.models.params import SCHEME
 from jaxpersona.runs.rollouts import Settings
 from jaxpersona.runs.run import digest
-from jaxpersona.runtime import setting
+from jaxpersona.runtime import Device, setting
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
@@ -83,7 +83,7 @@ def _flag(name: str) -> bool | int | str | None:
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
-def _kind(device: jax.Device) -> str:
+def _kind(device: Device) -> str:
     """Return a device's kind; for a CPU, its architecture and instruction sets."""
     if device.platform != "cpu":
         return device.device_kind
