@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 from common import report
 from jax.experimental import topologies
-from jaxpersona.kernels.attention import attention_implementation
+from jaxpersona.kernels.attention import Asked, attention_implementation
 
 import jaxpersona as jp
 from jaxpersona.interventions import resolve_layers
+from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import layout
 from jaxpersona.planning import hlo, plan
 
@@ -72,7 +73,7 @@ def main() -> None:
         lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16, sharding=placed), layout(config))
     shapes = plan.Shapes.of(args.batch, args.context)
 
-    def attends(config: Any, asked: str, *, platform: str, **case: Any) -> str:
+    def attends(config: ModelConfig, asked: Asked, *, platform: str, **case: Any) -> str:
         return attention_implementation(config, "gpu", capability=9.0, asked=asked, **case)[0]
 
     arms = {"uncapped": range(0), "capped": few, "all": range(config.n_layers)}

@@ -47,13 +47,13 @@ def main() -> None:
     by_batch: dict[str, Any] = {}
     for rows in args.batch:
         arms: dict[str, Callable[[], float]] = {}
-        for model, dtype in zip(ours, args.dtypes, strict=True):
-            setting = Decoding(model, rows, args.new - 1)
+        settings = [Decoding(model, rows, args.new - 1) for model in ours]
+        for setting, dtype in zip(settings, args.dtypes, strict=True):
             arms[f"jaxpersona {dtype}"] = setting.timer(edits, prompts=True)
         for peer in theirs:
             for form in ("hooks", *args.forms):
                 arms[f"{form} {peer.dtype}"] = peer.generation(
-                    setting.prompts, args.new, form=form, direction=direction, floor=1e3,
+                    settings[-1].prompts, args.new, form=form, direction=direction, floor=1e3,
                     layers=layers)
         own, best = fastest(arms, "jaxpersona"), fastest(arms, "hooks")
         forms = {form: fastest(arms, form) for form in args.forms}
@@ -95,7 +95,8 @@ class Hooked:
         self.device = device or ("cuda" if jax.default_backend() == "gpu" else "cpu")
         with tempfile.TemporaryDirectory() as folder:
             hf.save(folder, model.params, model.config)
-            made = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype),
+            # Any: the stubs of `to` and `generate` take models of one mixin only
+            made: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype),
                                                         trust_remote_code=False)
         made.generation_config.eos_token_id = None
         made.generation_config.pad_token_id = 0

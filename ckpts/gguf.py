@@ -62,13 +62,13 @@ def read(path: str | os.PathLike) -> Vector:
     require_file(path, VECTOR_BYTES)
     try:
         reader = gguf.GGUFReader(path)
-    except Exception:  # gguf slices unchecked, and NumPy's slicing errors do not help the user
-        raise UserError(damaged) from None
+    except Exception as error:  # gguf slices unchecked; NumPy's slicing errors do not help users
+        raise UserError(damaged) from error
     try:
         return _build(gguf, reader, path.stem)
     except Exception as error:  # damaged fields raise many exception types
         reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"{path}: invalid control vector ({reason})") from None
+        raise UserError(f"{path}: invalid control vector ({reason})") from error
 
 
 def check_bounds(path: pathlib.Path) -> None:

@@ -14,14 +14,14 @@ import json
 import pathlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxpersona.ckpts import tensorfile
 from jaxpersona.ckpts.shards import INDEX, SINGLE, read_entries, some
-from jaxpersona.ckpts.tensorfile import DTYPES, Entry
+from jaxpersona.ckpts.tensorfile import DTYPES, Entry, parse_dtype
 
 from jaxpersona.distributed import sharding
 from jaxpersona.errors import UserError
@@ -29,6 +29,9 @@ from jaxpersona.inputs import read_json, require_file, require_folder
 from jaxpersona.models.config import ModelConfig, replace
 from jaxpersona.models.families import from_hf, to_hf
 from jaxpersona.models.params import Params, Spec, layout
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ADAPTER = "adapter_config.json"
@@ -59,7 +62,7 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
     try:
         config = from_hf(raw, place=str(folder / "config.json"))
     except ValueError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
     if config.tied_embeddings and _has_other_head(read_entries(folder)[0]):
         warnings.warn(f"{folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBED}; "
                       "both are used, as in transformers. Set it to false in config.json, or "
@@ -98,7 +101,8 @@ def _without_config(folder: pathlib.Path) -> str:
     return "not a model folder (no config.json)"
 
 
-def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *, dtype: Any = None,
+def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *,
+         dtype: DTypeLike | None = None,
          mesh: Mesh | None = None, progress: Progress | None = None) -> Params:
     """Load the parameters of a folder.
 
@@ -115,9 +119,7 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *, dtype
     folder = pathlib.Path(folder)
     if config is None:
         config, _ = read_config(folder)
-    target = None if dtype is None else np.dtype(dtype)
-    if target is not None and target not in DTYPES.values():
-        raise UserError(f"dtype is {target}; it must be float32, bfloat16 or float16")
+    target = None if dtype is None else parse_dtype(dtype)
     specs, tree = jax.tree.flatten(layout(config))
     entries, faults = _tensors(folder, config)
     _refuse(folder, faults)

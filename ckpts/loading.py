@@ -13,13 +13,14 @@ import reprlib
 import threading
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxpersona.ckpts import hf, orbax
+from jaxpersona.ckpts.tensorfile import parse_dtype
 
 from jaxpersona.distributed import sharding
 from jaxpersona.distributed.context import own_context
@@ -38,7 +39,11 @@ from jaxpersona.models.params import (
 )
 from jaxpersona.models.presets import preset
 
-DTYPES = ("float32", "bfloat16", "float16")
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+    from numpy.typing import DTypeLike
+
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 # duplicate weights in other layouts, adapters, and exports for other runtimes
 _NOT_FETCHED = ("consolidated*.safetensors", "adapter_model*.safetensors", "*/*.safetensors",
@@ -63,7 +68,8 @@ _STDERR = threading.Lock()  # guards file descriptor 2
 
 
 @own_context()
-def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any = None,
+def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
+         dtype: DTypeLike | None = None,
          progress: hf.Progress | None = None, revision: str | None = None) -> Model:
     """Load a model and enable the on-disk compilation cache (`compile_cache`).
 
@@ -83,6 +89,10 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None, dtype: Any
     Raises:
       UserError: the model is missing, invalid or unsupported; the message gives the reason.
     """
+    if not isinstance(source, (str, os.PathLike)):
+        raise UserError(f"source is {source!r:.60}; give a folder or a model's name")
+    if not isinstance(mesh, Mesh | None):
+        raise UserError(f"mesh is {mesh!r:.60}; give the result of jaxpersona.make_mesh")
     use_compile_cache()
     name, kind = os.fspath(source), _dtype(dtype, mesh)
     path = pathlib.Path(os.path.expanduser(name))
@@ -113,7 +123,7 @@ def _there(path: pathlib.Path) -> bool:
         return True
 
 
-def _mini() -> Any:
+def _mini() -> Traversable:
     return importlib.resources.files("jaxpersona.ckpts") / "mini"
 
 
@@ -124,18 +134,12 @@ def _is_repository(name: str) -> bool:
     return len(parts) == 2 and plain
 
 
-def _dtype(dtype: Any, mesh: Mesh | None) -> np.dtype:
+def _dtype(dtype: DTypeLike | None, mesh: Mesh | None) -> np.dtype:
     if dtype is None:
         where = (sharding.default_platform() if mesh is None else
                  mesh.devices.flat[0].platform)
         return np.dtype(np.float32 if where == "cpu" else jnp.bfloat16)
-    try:
-        parsed = np.dtype(getattr(jnp, dtype) if isinstance(dtype, str) else dtype)
-    except (TypeError, AttributeError):
-        parsed = None
-    if parsed is None or parsed.name not in DTYPES:
-        raise UserError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
-    return parsed
+    return parse_dtype(dtype)
 
 
 def _check_range(config: ModelConfig, dtype: np.dtype, name: str) -> None:
@@ -220,8 +224,8 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
         if "trust_remote_code" in str(error):
             raise UserError(f"{folder}: the tokenizer needs remote code (auto_map in "
                              "tokenizer_config.json), which is never run; save the tokenizer as "
-                             "tokenizer.json and remove auto_map") from None
-        raise UserError(f"{folder}: the tokenizer cannot be read ({reason})") from None
+                             "tokenizer.json and remove auto_map") from error
+        raise UserError(f"{folder}: the tokenizer cannot be read ({reason})") from error
     template = getattr(tokenizer, "chat_template", None)
     texts = template.values() if isinstance(template, dict) else (template or "",)
     if not all(isinstance(text, str) for text in texts):

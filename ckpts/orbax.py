@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxpersona.ckpts import files, hf
-from jaxpersona.ckpts.tensorfile import DTYPES
+from jaxpersona.ckpts.tensorfile import DTYPES, parse_dtype
 
 from jaxpersona.distributed import sharding
 from jaxpersona.errors import UserError
@@ -23,6 +23,10 @@ from jaxpersona.inputs import TEXT_BYTES, require_file
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.families import to_hf
 from jaxpersona.models.params import Params, layout
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+    from orbax.checkpoint import StandardCheckpointer
 
 NAME = "params"
 _MARKS = ("_METADATA", "_CHECKPOINT_METADATA")  # metadata files that Orbax writes
@@ -72,7 +76,7 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig) -> Non
     files.write_json(folder / "config.json", {**to_hf(config), "dtype": dtype})
 
 
-def load(folder: str | pathlib.Path, *, dtype: Any = None,
+def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
          mesh: Mesh | None = None) -> tuple[Params, ModelConfig]:
     """Restore a folder that `save` wrote, each shard directly onto its device.
 
@@ -89,9 +93,7 @@ def load(folder: str | pathlib.Path, *, dtype: Any = None,
         config.json; the message lists every mismatch.
     """
     folder = pathlib.Path(folder).absolute()
-    target = None if dtype is None else np.dtype(dtype)
-    if target is not None and target not in DTYPES.values():
-        raise UserError(f"dtype is {target}; it must be float32, bfloat16 or float16")
+    target = None if dtype is None else parse_dtype(dtype)
     config, _ = hf.read_config(folder)
     if not holds_checkpoint(folder):
         raise UserError(f"{folder}: not an Orbax folder (no {NAME}/{_MARKS[0]})")
@@ -100,7 +102,10 @@ def load(folder: str | pathlib.Path, *, dtype: Any = None,
     mesh = None if mesh is None else sharding.fit(mesh, config)
     with _checkpointer() as orbax:
         with _named_errors(folder, "the checkpoint cannot be read"):
-            stored = dict(orbax.metadata(folder / NAME).item_metadata.tree)
+            metadata = orbax.metadata(folder / NAME).item_metadata
+            if metadata is None:
+                raise UserError("its metadata is missing")
+            stored = dict(metadata.tree)
         wanted = {spec.file_name: spec for spec in specs}
         faults = [f"{what}: {', '.join(sorted(names))}"
                   for what, names in (("missing", set(wanted) - set(stored)),
@@ -129,7 +134,7 @@ def load(folder: str | pathlib.Path, *, dtype: Any = None,
 
 
 @contextlib.contextmanager
-def _checkpointer() -> Iterator[Any]:
+def _checkpointer() -> Iterator[StandardCheckpointer]:
     import orbax.checkpoint
 
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
@@ -138,9 +143,9 @@ def _checkpointer() -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _named_errors(folder: pathlib.Path, what: str) -> Iterator[None]:
-    """Convert any exception of Orbax or TensorStore to a ValueError that names the folder."""
+    """Convert any exception of Orbax or TensorStore to a UserError that names the folder."""
     try:
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: {what} ({reason or type(error).__name__})") from None
+        raise UserError(f"{folder}: {what} ({reason or type(error).__name__})") from error

@@ -14,13 +14,16 @@ import math
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
 
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import parse_json, require_file
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
 
 DTYPES: dict[str, np.dtype] = {
     "F32": np.dtype(np.float32),
@@ -48,6 +51,28 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     size: int
+
+
+def parse_dtype(dtype: DTypeLike) -> np.dtype:
+    """Return a dtype of weights.
+
+    Args:
+      dtype: "float32", "bfloat16" or "float16", or such a NumPy or JAX dtype.
+
+    Raises:
+      UserError: another value.
+    """
+    if isinstance(dtype, str):
+        parsed = next((known for known in DTYPES.values() if known.name == dtype), None)
+    else:
+        try:
+            parsed = np.dtype(dtype)
+        except (TypeError, ValueError):
+            parsed = None
+    if parsed is None or parsed not in DTYPES.values():
+        shown = repr(dtype) if parsed is None else parsed.name
+        raise UserError(f"dtype is {shown}; it must be one of float32, bfloat16, float16")
+    return parsed
 
 
 def read_header(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str], list[str]]:

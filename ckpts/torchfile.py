@@ -52,11 +52,11 @@ def read_pickle(path: str | os.PathLike) -> Any:
         call = re.search(r"GLOBAL ([\w.]+)", message)
         if call:
             raise UserError(f"{path}: unsafe pickle: it would call {call[1]}; ask its author "
-                             "for a file that holds only tensors") from None
+                             "for a file that holds only tensors") from error
         reason = message.split("WeightsUnpickler error: ")[-1].split(". ")[0]
         reason = reason.split(" Check the documentation")[0][:120]
         raise UserError(f"{path}: invalid .pt file ({reason or type(error).__name__})"
-                         ) from None
+                         ) from error
 
 
 def _check_archive(path: pathlib.Path, size: int) -> None:
@@ -79,7 +79,7 @@ def _check_archive(path: pathlib.Path, size: int) -> None:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # a damaged archive raises several types
         raise UserError(f"{path}: invalid .pt file (the ZIP archive is damaged: {error})"
-                         ) from None
+                         ) from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise UserError(f"{path}: invalid .pt file (it holds a compressed entry, which "
                          "PyTorch never writes; save it again with torch.save)")
@@ -156,7 +156,7 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
         return _interpret(path.stem, value, kind)
     except (ValueError, KeyError, TypeError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise UserError(f"{path}: {reason}") from None
+        raise UserError(f"{path}: {reason}") from error
 
 
 def _interpret(stem: str, value: Any, kind: str | None) -> Vector | dict[str, Caps]:

@@ -108,7 +108,7 @@ def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, C
     except KeyError as error:
         raise UserError(f"{path}: {error} is missing") from None
     except (ValueError, TypeError, RecursionError) as error:  # repr of a deep nest: RecursionError
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from error
 
 
 def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
@@ -168,7 +168,7 @@ def _read_array(path: pathlib.Path) -> Vector:
         value = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # numpy raises many types on damaged headers
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path}: invalid .npy file ({reason})") from None
+        raise UserError(f"{path}: invalid .npy file ({reason})") from error
     if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind not in "fiu":
         what = (f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray)
                 else "an archive")

@@ -98,6 +98,10 @@ def parse_json(text: str, hook: Callable[[list[tuple[str, Any]]], Any] | None = 
         value = json.loads(text, object_pairs_hook=hook)
     except RecursionError:
         raise UserError("nested too deeply") from None
+    except (UserError, json.JSONDecodeError):
+        raise
+    except ValueError as error:  # an integer of thousands of digits
+        raise UserError(str(error)) from None
     level = [value]
     for _ in range(MAX_DEPTH):
         level = [part for item in level if isinstance(item, (dict, list))

@@ -15,9 +15,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Action = Callable[[int, FrameType | None], object]
+Handlers = dict[signal.Signals, Action | int | None]  # int: signal.SIG_DFL or SIG_IGN
 
 
 class Stopped(BaseException):
@@ -59,12 +60,12 @@ def _leave_at_once(number: int, _: FrameType | None) -> None:
     os._exit(128 + number)
 
 
-def _handle(action: Callable[[int, FrameType | None], Any]) -> dict[int, Any]:
+def _handle(action: Action) -> Handlers:
     """Install `action` for both signals unless they are ignored; return the old handlers."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    before = {number: held for number, held in before.items() if held is not signal.SIG_IGN}
+    installed = ((number, signal.getsignal(number)) for number in _SIGNALS)
+    before: Handlers = {number: held for number, held in installed if held is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, action)
     return before

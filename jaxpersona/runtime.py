@@ -1,7 +1,10 @@
-"""Runtime context of public calls: JAX debugging flags, transfer guard and fork check.
+"""Runtime context of public calls: JAX's configuration, tracers, debugging checks and forks.
 
 The package uses NaN for "no value" and infinity for "no bound", and transfers small arrays between
 host and device. JAX's NaN, inf and transfer checks are therefore disabled inside its functions.
+
+This module holds every access to JAX's configuration and to JAX names without type stubs. It was
+tested with jax 0.10, 0.11 and 0.12.
 """
 
 from __future__ import annotations
@@ -10,13 +13,28 @@ import contextlib
 import contextvars
 import os
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import jax
+import jax.core
 
 from jaxpersona.errors import UserError
 
 _used_by: int | None = None  # the process that first used JAX through this package
 _asked: contextvars.ContextVar[bool | None] = contextvars.ContextVar("debugging", default=None)
+
+
+class Device(Protocol):
+    """The attributes of `jax.Device` that this package reads; JAX exports the class untyped."""
+
+    @property
+    def id(self) -> int: ...
+
+    @property
+    def platform(self) -> str: ...
+
+    @property
+    def device_kind(self) -> str: ...
 
 
 @contextlib.contextmanager
@@ -40,7 +58,52 @@ def own_rules() -> Iterator[None]:
 def debugging() -> bool:
     """Return whether the user set jax_debug_nans or jax_debug_infs, also inside `own_rules`."""
     asked = _asked.get()
-    return bool(jax.config.jax_debug_nans or jax.config.jax_debug_infs) if asked is None else asked
+    if asked is not None:
+        return asked
+    return bool(setting("jax_debug_nans") or setting("jax_debug_infs"))
+
+
+def is_traced(*trees: Any) -> bool:
+    """Return whether any leaf of the trees is a tracer of `jit`, `grad`, `vmap` or `eval_shape`."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(trees))
+
+
+def setting(name: str) -> Any:
+    """Return a setting of JAX in this thread, or None if it is unset or this JAX version lacks it.
+
+    Args:
+      name: a name such as "jax_debug_nans".
+    """
+    value = getattr(jax.config, name, None)  # a context manager may have changed it in this thread
+    if value is None:
+        with contextlib.suppress(AttributeError, KeyError):  # settings without a context manager
+            value = jax.config.read(name)
+    return value
+
+
+@contextlib.contextmanager
+def default_setting(name: str, value: bool | str, *, default: bool | None = None) -> Iterator[None]:
+    """Change a setting of JAX that the user has not set; undo the change if the block fails.
+
+    The change outlives the block, because such settings take effect when JAX creates its first
+    array.
+
+    Args:
+      name: a name such as "jax_platforms".
+      value: the new value.
+      default: JAX's own default. Another current value, or an environment variable with the
+        setting's name (JAX_PLATFORMS), is the user's choice and stays.
+    """
+    before = setting(name)
+    if before != default or name.upper() in os.environ:
+        yield
+        return
+    jax.config.update(name, value)
+    try:
+        yield
+    except BaseException:
+        jax.config.update(name, before)
+        raise
 
 
 def check_process() -> None:

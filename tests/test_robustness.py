@@ -26,7 +26,7 @@ _READS = {"open", "read_bytes", "read_text", "memmap", "mmap", "fromfile", "load
           "ZipFile", "from_pretrained", "from_file", "restore", "metadata", "item_metadata"}
 # calls with immutable results, or that only describe types
 _IMMUTABLE = {"frozenset", "compile", "int", "float", "max", "tuple", "TypeVar", "getLogger",
-              "Rope", "Where", "range", "Option", "Field", "AfterValidator", "dtype"}
+              "ParamSpec", "Rope", "Where", "range", "Option", "Field", "AfterValidator", "dtype"}
 _CHANGES = {"add", "append", "extend", "insert", "update", "setdefault", "pop", "popitem",
             "remove", "discard", "clear", "sort", "reverse"}
 

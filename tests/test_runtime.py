@@ -12,6 +12,7 @@ import pytest
 import support as s
 
 import jaxpersona as jp
+from jaxpersona import runtime
 from jaxpersona.captures import capture
 from jaxpersona.engine import programs
 from jaxpersona.interventions.where import everywhere
@@ -72,6 +73,49 @@ def test_a_setting_of_jax_holds_again_after_a_call():
     with jax.debug_infs(True):
         jp.load("mini")
         assert jax.config.jax_debug_infs
+
+
+def test_a_setting_that_the_user_has_chosen_stays(monkeypatch):
+    """Only JAX's own default is changed, and changed back if the block fails."""
+    name = "jax_cpu_enable_async_dispatch"
+    before = runtime.setting(name)
+    try:
+        jax.config.update(name, False)
+        with runtime.default_setting(name, True, default=True):
+            assert runtime.setting(name) is False
+        jax.config.update(name, True)
+        monkeypatch.setenv(name.upper(), "1")
+        with runtime.default_setting(name, False, default=True):
+            assert runtime.setting(name) is True
+        monkeypatch.delenv(name.upper())
+        with pytest.raises(KeyError), runtime.default_setting(name, False, default=True):
+            assert runtime.setting(name) is False
+            raise KeyError
+        assert runtime.setting(name) is True
+        with runtime.default_setting(name, False, default=True):
+            pass
+        assert runtime.setting(name) is False
+    finally:
+        jax.config.update(name, before)
+    assert runtime.setting("jax_no_such_setting") is None
+
+
+def test_a_tracer_is_found_in_any_tree():
+    seen = []
+    jax.jit(lambda x: seen.append(runtime.is_traced({"a": (1.0, x)}, None)) or x)(np.ones(2))
+    assert seen == [True]
+    assert not runtime.is_traced(np.ones(2), {"a": jax.numpy.ones(2)}, None, "text")
+
+
+def test_a_platform_that_the_user_has_chosen_stays():
+    """`jaxpersona plan` asks for a CPU only where no platform is chosen."""
+    before = runtime.setting("jax_platforms")
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        with runtime.default_setting("jax_platforms", "rocm"):
+            assert runtime.setting("jax_platforms") == "cpu"
+    finally:
+        jax.config.update("jax_platforms", before)
 
 
 FORK = """

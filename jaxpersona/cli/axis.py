@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from jaxpersona.cli import support
 from jaxpersona.cli.output import say
 from jaxpersona.cli.support import DtypeOption, ModelOption, check_folder, kept_of, progress
 from jaxpersona.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxpersona.data.texts import Question
 
 
 def axis(
@@ -104,7 +107,7 @@ def axis(
     }))
 
 
-def _questions(source: str | None, own: bool) -> list[Any]:
+def _questions(source: str | None, own: bool) -> list[Question]:
     from jaxpersona.data import texts
     from jaxpersona.organism import method
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from jaxpersona.cli.output import say
 from jaxpersona.cli.support import progress
 from jaxpersona.errors import UserError
 
+if TYPE_CHECKING:
+    import numpy as np
 
-def open_caps(file: pathlib.Path, given: dict[str, str | None]) -> Any:
+    from jaxpersona.interventions import Interventions
+    from jaxpersona.models.model import Model
+    from jaxpersona.vectors.vector import Axis, Caps
+
+
+def open_caps(file: pathlib.Path, given: Mapping[str, str | None]) -> Axis | Caps:
     """Read the file of `--cap`: an axis, or the caps of an experiment.
 
     Raises:
@@ -31,7 +39,7 @@ def open_caps(file: pathlib.Path, given: dict[str, str | None]) -> Any:
     if own:
         raise UserError(f"{file}: caps have their own layers and floors; leave {own[0]} out")
     name = given["--experiment"] or (next(iter(found)) if len(found) == 1 else None)
-    if name not in found:
+    if name is None or name not in found:
         raise UserError(f"{file}: choose one with --experiment: {', '.join(found)}")
     return found[name]
 
@@ -53,34 +61,35 @@ def read_spec(file: pathlib.Path) -> Any:
     return found
 
 
-def cap_edits(model: Any, held: Any, layers: str | None, percentile: str | None, of: str | None,
-              check: bool) -> Any:
+def cap_edits(model: Model, held: Axis | Caps, layers: str | None, percentile: str | None,
+              of: str | None, check: bool) -> Interventions:
     """Return the interventions of `--cap`, after a self-test if `check` is set.
 
     Raises:
       UserError: they are for another model, or the self-test rejects them.
     """
     from jaxpersona.interventions import cap, resolve_layers
-    from jaxpersona.vectors.vector import fitted
+    from jaxpersona.vectors.vector import Caps, fitted
 
     held = fitted(held, model.config, model.name, model.fingerprint)
+    if isinstance(held, Caps):
+        if check:
+            _test(model, held)
+        return held.interventions()
     total = model.config.n_layers
-    how: dict[str, Any] = {}
-    if held.kind == "axis":
-        wanted = slice(total // 2, total) if layers is None else layers
-        how = {"layers": resolve_layers(wanted, total),
-               "floor": _floor(held, percentile, of)}
+    chosen = resolve_layers(slice(total // 2, total) if layers is None else layers, total)
+    floor = _floor(held, percentile, of)
     if check:
-        _test(model, held, **how)
-    return cap(held, **how) if how else held.interventions()
+        _test(model, held, layers=chosen, floor=floor)
+    return cap(held, layers=chosen, floor=floor)
 
 
-def _floor(axis: Any, percentile: str | None, of: str | None) -> Any:
+def _floor(axis: Axis, percentile: str | None, of: str | None) -> np.ndarray:
     """Return the axis's thresholds at the chosen percentile; default: p25 of "default"."""
     return axis.thresholds(percentile or "p25", of=of or "default")
 
 
-def spec_edits(model: Any, spec: Any, file: pathlib.Path, check: bool) -> Any:
+def spec_edits(model: Model, spec: Any, file: pathlib.Path, check: bool) -> Interventions:
     """Return the interventions of `--spec`, after a self-test of each of its caps on an axis.
 
     Raises:
@@ -92,7 +101,7 @@ def spec_edits(model: Any, spec: Any, file: pathlib.Path, check: bool) -> Any:
     folder = file.parent
     try:
         edits = specs.interventions(spec, model, folder=folder)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{file}: {error}") from None
     if check:
         many = isinstance(spec, list)
@@ -102,7 +111,7 @@ def spec_edits(model: Any, spec: Any, file: pathlib.Path, check: bool) -> Any:
     return edits
 
 
-def _test_operator(model: Any, item: dict[str, Any], folder: pathlib.Path, at: str) -> None:
+def _test_operator(model: Model, item: dict[str, Any], folder: pathlib.Path, at: str) -> None:
     """Run the self-test on a spec's cap if its direction is an axis of the residual stream."""
     from jaxpersona.ckpts.vectors import load_vector
     from jaxpersona.vectors.vector import Axis
@@ -123,7 +132,7 @@ def _test_operator(model: Any, item: dict[str, Any], folder: pathlib.Path, at: s
     _test(model, axis, at, layers=item["layers"], floor=floor)
 
 
-def _test(model: Any, held: Any, at: str = "", **how: Any) -> None:
+def _test(model: Model, held: Axis | Caps, at: str = "", **options: Any) -> None:
     """Run the self-test and print its result.
 
     Raises:
@@ -136,8 +145,8 @@ def _test(model: Any, held: Any, at: str = "", **how: Any) -> None:
             report("check", done, count, tokens)
 
         try:
-            found = check(model, held, **how, progress=count_replies)
-        except ValueError as error:
+            found = check(model, held, **options, progress=count_replies)
+        except UserError as error:
             raise UserError(f"{at}{error} (--no-check skips the self-test)") from None
     if not found.ok:
         raise UserError(f"{at}the self-test rejects this cap: "

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jaxpersona.inputs import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
 
 
 def say(*lines: object, error: bool = False) -> None:
@@ -17,7 +22,7 @@ def say(*lines: object, error: bool = False) -> None:
         print(printable(line), file=sys.stderr if error else sys.stdout)
 
 
-def cell(text: object) -> Any:
+def cell(text: object) -> Text:
     """Return a text for a table or console, without markup, with control characters escaped."""
     from rich.text import Text
 
@@ -31,7 +36,7 @@ def heading(text: object) -> str:
     return escape(printable(text))
 
 
-def console(error: bool = False) -> Any:
+def console(error: bool = False) -> Console:
     """Return a console on standard output, or on standard error."""
     from rich.console import Console
 
@@ -45,11 +50,12 @@ def prepared() -> Iterator[None]:
     A character that the console's encoding lacks is written as an escape, such as \\u2028.
     """
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):  # the stream was replaced
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper):  # not if the caller has replaced the stream
+            with contextlib.suppress(ValueError):  # it was detached or closed
+                stream.reconfigure(errors="backslashreplace")
     shown = warnings.showwarning
 
-    def show(message: Any, category: Any, *_: Any, **__: Any) -> None:
+    def show(message: Warning | str, *_: object, **__: object) -> None:
         say(f"warning: {' '.join(str(message).split())}", error=True)
 
     warnings.showwarning = show

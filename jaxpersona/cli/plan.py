@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jaxpersona.cli.output import say
 from jaxpersona.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxpersona.models.config import ModelConfig
 
 
 def plan(
@@ -24,24 +27,23 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Estimate memory and time on a topology, without weights or an accelerator."""
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # before libtpu looks for a local TPU
     from jaxpersona.distributed.sharding import parse_mesh
     from jaxpersona.interventions import resolve_layers
     from jaxpersona.planning.plan import plan as make
+    from jaxpersona.runtime import default_setting
 
     config = read_shape(model)
     if context > config.max_context:
         raise UserError(f"context is {context}; the model was made for {config.max_context} "
                          f"({model})")
     layers = () if cap is None else resolve_layers(cap, config.n_layers)
-    found = make(config, topology, name=model, batch=batch, context=context, cap_layers=layers,
-                 mesh=None if mesh is None else parse_mesh(mesh))
+    with default_setting("jax_platforms", "cpu"):  # otherwise libtpu looks for a local TPU
+        found = make(config, topology, name=model, batch=batch, context=context,
+                     cap_layers=layers, mesh=None if mesh is None else parse_mesh(mesh))
     say(json.dumps(found) if as_json else "\n".join(card(found)))
 
 
-def read_shape(source: str) -> Any:
+def read_shape(source: str) -> ModelConfig:
     """Return the configuration of a preset or of a folder's config.json."""
     from jaxpersona.ckpts import hf
     from jaxpersona.models.presets import preset

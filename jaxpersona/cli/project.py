@@ -56,7 +56,7 @@ def project(
     try:
         chat.check_conversation(talk, reply=False)
         found = project_conversation(loaded, talk, vectors)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{conversation}: {error}") from None
     names = [vector.name for vector in vectors]
     if len(set(names)) < len(names):  # e.g. two axes, both named "assistant"

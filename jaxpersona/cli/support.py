@@ -5,26 +5,31 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jaxpersona.cli.output import console
 from jaxpersona.errors import UserError
 
+if TYPE_CHECKING:
+    from jaxpersona.models.model import Model
+    from jaxpersona.persona.extract import Extraction
+
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, `mini`, `random:<preset>` or "
                                                           "a hub name.")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 
 
-def open_model(source: str, dtype: str | None, mesh: str | None = None) -> Any:
+def open_model(source: str, dtype: str | None, mesh: str | None = None) -> Model:
     """Load a model with a progress bar in bytes."""
     from jaxpersona.ckpts.loading import load
     from jaxpersona.distributed import sharding
 
-    spread = None if mesh is None else sharding.make_mesh(
-        **sharding.parse_mesh(mesh))  # pyright: ignore[reportArgumentType]
+    sizes = None if mesh is None else sharding.parse_mesh(mesh)
+    spread = None if sizes is None else sharding.make_mesh(
+        sizes.get("data", 1), sizes.get("model", 1), fsdp=sizes.get("fsdp", 1))
     with progress() as report:
         return load(source, dtype=dtype, mesh=spread,
                     progress=lambda done, total: report("load", done, total, 0))
@@ -92,10 +97,11 @@ def kept_of(folder: pathlib.Path) -> str:
     return f"{folder} keeps {held or 'its settings'}{axis}; the same command resumes from here"
 
 
-def draw_run(folder: pathlib.Path, found: Any, middle: int, held_out: Any) -> None:
+def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
+             held_out: Sequence[str]) -> None:
     """Draw the figures of an extraction into its folder."""
     from jaxpersona.report import figures
 
-    figures.roles_on_axis(folder / "roles.png", found.projections, middle, held_out)
-    figures.components(folder / "pca.png", found.analysis, middle)
-    figures.variance(folder / "variance.png", found.analysis, middle)
+    figures.roles_on_axis(folder / "roles.png", extraction.projections, middle, held_out)
+    figures.components(folder / "pca.png", extraction.analysis, middle)
+    figures.variance(folder / "variance.png", extraction.analysis, middle)

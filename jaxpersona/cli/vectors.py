@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jaxpersona.cli.output import cell, console, heading, say
 from jaxpersona.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxpersona.vectors.vector import Caps, Found, Vector
 
 app = typer.Typer(no_args_is_help=True, help="Show and convert directions in files.")
 
@@ -46,7 +49,6 @@ def convert(
     from jaxpersona.ckpts.vectors import load_any, save_vector
 
     found = load_any(source, kind)
-    chosen: Any = found
     if isinstance(found, dict):
         listed = ", ".join(found)
         if experiment is None and len(found) > 1:
@@ -57,6 +59,8 @@ def convert(
         chosen = found[experiment] if experiment else next(iter(found.values()))
     elif experiment is not None:
         raise UserError(f"--experiment is for files of caps; {source} holds a {found.kind}")
+    else:
+        chosen = found
     if name is not None:
         chosen = dataclasses.replace(chosen, name=name)
     if model is not None:
@@ -78,7 +82,7 @@ def convert(
         say("  the file does not name its model; --model NAME adds it")
 
 
-def _belonging(chosen: Any, source: str) -> Any:
+def _belonging(chosen: Found, source: str) -> Found:
     """Check a direction or caps against a model, and add the model's name and fingerprint."""
     from jaxpersona.cli.support import open_model
     from jaxpersona.models.params import SCHEME
@@ -95,14 +99,16 @@ def _belonging(chosen: Any, source: str) -> Any:
                                fingerprint_scheme=SCHEME)
 
 
-def _described(found: Any) -> str:
-    if found.kind == "caps":
+def _described(found: Vector | Caps) -> str:
+    from jaxpersona.vectors.vector import Caps
+
+    if isinstance(found, Caps):
         return (f"{len(found.layers)} caps {found.name!r} at layers "
                 f"{', '.join(map(str, sorted(set(found.layers))))}, width {found.values.shape[1]}")
     return f"{found.kind} {found.name!r}, {found.n_layers} layers, width {found.values.shape[1]}"
 
 
-def _show_facts(found: Any, shape: str) -> None:
+def _show_facts(found: Vector | Caps, shape: str) -> None:
     from rich.table import Table
 
     table = Table("field", "value", show_header=False)
@@ -116,7 +122,7 @@ def _show_facts(found: Any, shape: str) -> None:
     console().print(table)
 
 
-def _show_vector(vector: Any) -> None:
+def _show_vector(vector: Vector) -> None:
     from rich.table import Table
 
     from jaxpersona.interventions.bank import normalised
@@ -130,7 +136,7 @@ def _show_vector(vector: Any) -> None:
     console().print(norms)
 
 
-def _show_caps(experiments: dict[str, Any]) -> None:
+def _show_caps(experiments: dict[str, Caps]) -> None:
     """Print the first experiment in full and the others as one line each."""
     from rich.table import Table
 

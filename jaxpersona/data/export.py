@@ -55,7 +55,7 @@ def check_data(path: Path | None = None) -> list[str]:
     for part, place in places.items():
         try:
             read[part] = PARTS[part](place)
-        except ValueError as error:
+        except UserError as error:
             faults.append(str(error))
     if faults:
         raise UserError("\n".join(faults))

@@ -51,7 +51,7 @@ def read_text(file: Traversable, faults: Faults) -> str | None:
         faults.append(f"{file}: no such file")
     except UnicodeDecodeError as error:
         faults.append(f"{file}: invalid UTF-8 at byte {error.start}")
-    except ValueError as error:
+    except UserError as error:
         faults.append(str(error))
     except OSError as error:
         faults.append(f"{file}: cannot be read ({error.strerror or error})")

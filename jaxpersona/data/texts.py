@@ -66,6 +66,9 @@ class Role:
     def __post_init__(self) -> None:
         """Raise if a single string is given: it would be iterated by character."""
         _check_texts(f"the prompts of role {self.name!r}", self.prompts)
+        if not isinstance(self.eval_prompt, str):
+            raise UserError(f"the eval_prompt of role {self.name!r} is {self.eval_prompt!r:.60}; "
+                            "it must be a string")
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,11 @@ class Question:
 
     id: int
     text: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise UserError(f"the text of question {self.id!r} is {self.text!r:.60}; it must be a "
+                            "string")
 
 
 @dataclass(frozen=True)

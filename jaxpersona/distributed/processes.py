@@ -7,9 +7,9 @@ comes from JAX, so `jax.distributed` may also be initialized elsewhere.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from jaxpersona.errors import UserError
+from jaxpersona.runtime import default_setting, setting
 
 T = TypeVar("T")
 _ASYNC = "jax_cpu_enable_async_dispatch"
@@ -43,9 +44,12 @@ def start(coordinator: str | None = None, count: int | None = None,
     if any(given) and not all(given):
         raise UserError("coordinator, processes and process belong together: give all three, or "
                          "none on SLURM, Kubernetes or a TPU pod")
+    for name, value in (("processes", count), ("process", index)):
+        if value is not None and not isinstance(value, int):
+            raise UserError(f"{name} is {value!r:.60}; it must be an integer")
     if count is not None and index is not None and not 0 <= index < count:
         raise UserError(f"process is {index}; it must be in 0…{count - 1}")
-    if coordinator is not None and not coordinator.rpartition(":")[2].isdecimal():
+    if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", str(coordinator)):
         raise UserError(f"coordinator is {coordinator!r}; give host:port of process 0")
     if joined():
         there = jax.process_count(), jax.process_index()
@@ -53,15 +57,15 @@ def start(coordinator: str | None = None, count: int | None = None,
             raise UserError(f"processes is {count} and process is {index}, but jax.distributed is "
                              f"already initialized with {there[0]} and {there[1]}: omit them")
         return
-    # two programs with collectives over processes deadlock on CPUs if they run at the same time
-    jax.config.update(_ASYNC, False)
     try:
-        jax.distributed.initialize(coordinator, count, index,
-                                   heartbeat_timeout_seconds=_HEARTBEAT)
+        # two programs with collectives over processes deadlock on CPUs if they run at the same time
+        with default_setting(_ASYNC, False, default=True):
+            jax.distributed.initialize(coordinator, count, index,
+                                       heartbeat_timeout_seconds=_HEARTBEAT)
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"jax.distributed cannot be initialized ({reason}): give coordinator, "
-                         "processes and process") from None
+                         "processes and process") from error
 
 
 def joined() -> bool:
@@ -78,11 +82,10 @@ def warn_of_deadlock() -> None:
     """Warn if several processes use asynchronous dispatch on CPUs, which can deadlock."""
     if not many() or jax.local_devices()[0].platform != "cpu":
         return
-    with contextlib.suppress(AttributeError, KeyError):  # JAX versions without this setting
-        if jax.config.read(_ASYNC):
-            warnings.warn("several processes run on CPUs with asynchronous dispatch and may "
-                          f"deadlock: call jax.config.update({_ASYNC!r}, False) before creating "
-                          "the first array", stacklevel=3)
+    if setting(_ASYNC):
+        warnings.warn("several processes run on CPUs with asynchronous dispatch and may "
+                      f"deadlock: call jax.config.update({_ASYNC!r}, False) before creating "
+                      "the first array", stacklevel=3)
 
 
 def first() -> bool:
@@ -147,12 +150,14 @@ def in_turn(act: Callable[[], T]) -> T:
     """Call `act` on process 0 and then on the others, e.g. if process 0 creates a shared folder."""
     if not many():
         return act()
-    result = act() if first() else None
-    merge({})  # barrier: the others wait for process 0
-    if not first():
+    if first():
+        result = act()
+        merge({})  # barrier: process 0 is done
+    else:
+        merge({})
         result = act()
     merge({})
-    return result  # pyright: ignore[reportReturnType]
+    return result
 
 
 def leave(code: int) -> NoReturn:

@@ -9,19 +9,19 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
+import re
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, overload
 
 import jax
-import jax.core
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxpersona.errors import UserError
 from jaxpersona.models.config import ModelConfig
+from jaxpersona.runtime import Device, is_traced, setting
 
 Axes = tuple[str | None, ...]
-AnyMesh = TypeVar("AnyMesh", Mesh, AbstractMesh)
 
 # logical axis -> the mesh axes that shard it; axes that a mesh does not have are skipped
 RULES: dict[str, tuple[str, ...]] = {
@@ -36,7 +36,7 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
-              devices: Sequence | None = None) -> Mesh:
+              devices: Sequence[Device] | None = None) -> Mesh:
     """Create a mesh with Explicit axes.
 
     Args:
@@ -50,6 +50,9 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
     """
     have = len(devices) if devices is not None else jax.device_count()
     wanted = {"data": data, **({"fsdp": fsdp} if fsdp != 1 else {}), "model": model}
+    for name, count in wanted.items():
+        if not isinstance(count, int):
+            raise UserError(f"{name} is {count!r:.60}; a mesh axis has an integer size")
     size = data * fsdp * model
     if min(wanted.values()) < 1 or size > have:
         asked = " × ".join(f"{name}={n}" for name, n in wanted.items())
@@ -70,14 +73,23 @@ def parse_mesh(text: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
-        if name not in ("data", "model", "fsdp") or name in sizes or not size.isdecimal():
+        number = re.fullmatch(r"\d{1,9}", size)
+        if name not in ("data", "model", "fsdp") or name in sizes or number is None:
             raise UserError(f"mesh is {text!r}; give sizes of data, model and fsdp, such as "
                              "data=2,model=4")
         sizes[name] = int(size)
     return sizes
 
 
-def fit(mesh: AnyMesh, config: ModelConfig) -> AnyMesh:
+@overload
+def fit(mesh: Mesh, config: ModelConfig) -> Mesh: ...
+
+
+@overload
+def fit(mesh: AbstractMesh, config: ModelConfig) -> AbstractMesh: ...
+
+
+def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
     """Adapt a mesh to a model.
 
     If "model" is a multiple of the number of key/value heads, it is split into "model" × "group":
@@ -125,7 +137,7 @@ def _divisor(value: int, limit: int) -> int:
 def spec(axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Map logical axes to a mesh's PartitionSpec by `RULES`."""
 
-    def entry(axis: str | None) -> Any:
+    def entry(axis: str | None) -> str | tuple[str, ...] | None:
         names = tuple(n for n in RULES[axis] if n in mesh.axis_names) if axis else ()
         return names[0] if len(names) == 1 else names or None
 
@@ -147,7 +159,7 @@ def mesh_of(*operands: Any) -> Mesh | AbstractMesh | None:
     """Return the mesh of the first operand that has one, or None."""
     for operand in operands:
         # outside jit an operation needs the concrete devices, which the array's type does not have
-        concrete = isinstance(operand, jax.Array) and not isinstance(operand, jax.core.Tracer)
+        concrete = isinstance(operand, jax.Array) and not is_traced(operand)
         placed = operand.sharding if concrete else jax.typeof(operand).sharding
         if isinstance(placed, NamedSharding) and not placed.mesh.empty:
             return placed.mesh
@@ -172,7 +184,7 @@ def platform(*operands: Any) -> str:
     platform on which JAX places new arrays.
     """
     for operand in operands:
-        if not isinstance(operand, jax.core.Tracer):
+        if not is_traced(operand):
             devices = getattr(getattr(operand, "sharding", None), "device_set", None)
             if devices:
                 return next(iter(devices)).platform
@@ -191,15 +203,14 @@ def running_on(where: str) -> Iterator[None]:
 
 def default_platform() -> str:
     """Return the platform on which JAX places new arrays (see `jax.default_device`)."""
-    chosen: Any = jax.config.jax_default_device
-    if chosen is None:
+    if setting("jax_default_device") is None:
         return jax.default_backend()
     return default_device().platform
 
 
-def default_device() -> Any:
+def default_device() -> Device:
     """Return the device on which JAX places new arrays."""
-    chosen: Any = jax.config.jax_default_device
+    chosen = setting("jax_default_device")
     if isinstance(chosen, str):
         return jax.local_devices(backend=chosen)[0]
     return jax.local_devices()[0] if chosen is None else chosen
@@ -219,7 +230,7 @@ def unset_mesh() -> contextlib.AbstractContextManager:
 def off_mesh(tree: Any) -> Any:
     """Copy a small tree's arrays that are on a mesh to the host (e.g. made in `jax.set_mesh`)."""
     def one(x: Any) -> Any:
-        concrete = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer)
+        concrete = isinstance(x, jax.Array) and not is_traced(x)
         return jax.device_get(x) if concrete and mesh_of(x) is not None else x
 
     return jax.tree.map(one, tree)
@@ -243,7 +254,7 @@ def check_set_mesh(like: jax.Array) -> None:
                      f"{_written(mesh)}: use `with jax.set_mesh(model.mesh)`")
 
 
-def _same_shape(one: AnyMesh, other: Any) -> bool:
+def _same_shape(one: Mesh | AbstractMesh, other: Mesh | AbstractMesh) -> bool:
     return tuple(one.shape.items()) == tuple(other.shape.items())
 
 

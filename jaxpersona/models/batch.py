@@ -8,7 +8,7 @@ the absence of the `VALID` bit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
@@ -17,6 +17,9 @@ import numpy as np
 
 from jaxpersona.distributed.sharding import rows_divisor, spread_rows
 from jaxpersona.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int32, UInt16, UInt32
 
 VALID = 1 << 0  # a token, not padding
 FIRST = 1 << 1  # the first token of its row: an attention sink with a very large norm
@@ -50,11 +53,11 @@ class Batch(flax.struct.PyTreeNode):
       chunk: whether the batch is one chunk of longer prompts (static).
     """
 
-    tokens: Any
-    position: Any
-    kind: Any
-    turn: Any
-    row_id: Any
+    tokens: Int32[Array | np.ndarray, "B T"]
+    position: Int32[Array | np.ndarray, "B T"]
+    kind: UInt16[Array | np.ndarray, "B T"]
+    turn: Int32[Array | np.ndarray, "B T"]
+    row_id: UInt32[Array | np.ndarray, " B"]
     chunk: bool = flax.struct.field(pytree_node=False, default=False)
 
     @property
@@ -111,6 +114,8 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
     rows = [row.astype(np.int32) for row in rows]
     longest = max(row.size for row in rows)
     width = longest if width is None else width
+    if not isinstance(width, (int, np.integer)):
+        raise UserError(f"width is {width!r:.60}; it must be an integer")
     if longest > width:
         raise UserError(f"a row of {longest} tokens does not fit the width {width}")
 
@@ -123,7 +128,11 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
     def like(name: str, values: Any) -> list[np.ndarray]:
         if values is None:
             return [np.zeros(row.size, np.int32) for row in rows]
-        arrays = [np.array(v, np.int32).reshape(-1) for v in values]
+        try:
+            arrays = [np.array(v, np.int32).reshape(-1) for v in values]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{name} is {values!r:.60}; give one 32-bit integer for every token "
+                            "of every row") from error
         if [a.size for a in arrays] != [r.size for r in rows]:
             raise UserError(f"{name} must have one entry for every token")
         return arrays
@@ -134,6 +143,8 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
         bits[0] |= FIRST
         bits[-1] |= LAST
     ids = np.arange(len(rows)) if row_id is None else np.asarray(row_id)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"row_id is {row_id!r:.60}; give one integer per row")
     if ids.shape != (len(rows),):
         raise UserError(f"row_id has shape {ids.shape}; it must be [{len(rows)}]")
     return Batch(

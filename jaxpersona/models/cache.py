@@ -7,7 +7,7 @@ its mask.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import flax.struct
 import jax
@@ -16,6 +16,10 @@ import jax.numpy as jnp
 from jaxpersona.distributed.sharding import of_each, on_cpu, place
 from jaxpersona.models.batch import Batch
 from jaxpersona.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from jax.typing import DTypeLike
+    from jaxtyping import Array, Float, Int32
 
 KV_AXES = ("batch", "kv_heads", None, None)
 ROW_AXES = (("batch", None), ("batch",))  # logical axes of `position` and `next`
@@ -30,10 +34,10 @@ class Cache(flax.struct.PyTreeNode):
       next: [B] int32, the next free slot.
     """
 
-    k: tuple[Any, ...]
-    v: tuple[Any, ...]
-    position: Any
-    next: Any
+    k: tuple[Float[Array, "B K S H"], ...]
+    v: tuple[Float[Array, "B K S H"], ...]
+    position: Int32[Array, "B S"]
+    next: Int32[Array, " B"]
 
     @property
     def slots(self) -> int:
@@ -47,7 +51,7 @@ class Cache(flax.struct.PyTreeNode):
                                              (KV_AXES, KV_AXES, *ROW_AXES), strict=True)))
 
 
-def kept_dtype(like: jax.Array) -> Any:
+def kept_dtype(like: jax.Array) -> DTypeLike:
     """Return the fastest cache dtype for a model whose parameters are like `like`.
 
     This is the parameter's dtype, except on a single CPU, where it is float32 (the values are
@@ -58,7 +62,8 @@ def kept_dtype(like: jax.Array) -> Any:
     return jnp.float32 if on_cpu(like) else like.dtype
 
 
-def init_cache(config: ModelConfig, rows: int, slots: int, dtype: Any = jnp.float32) -> Cache:
+def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = jnp.float32,
+               ) -> Cache:
     """Allocate an empty cache of `rows` rows and `slots` slots.
 
     Any dtype that can represent the model's works; `kept_dtype` returns the fastest.

@@ -108,8 +108,9 @@ class ModelConfig:
 
     def rope_at(self, layer: int) -> Rope:
         """Return the rotary embedding of `layer`."""
-        local = self.rope_local is not None and self.windows[layer] is not None
-        return self.rope_local if local else self.rope  # pyright: ignore[reportReturnType]
+        if self.rope_local is not None and self.windows[layer] is not None:
+            return self.rope_local
+        return self.rope
 
     def hash(self) -> str:
         """Return an eight-digit hexadecimal hash of all fields.

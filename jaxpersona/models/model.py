@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Derived, Params, fingerprint, same_arrays
+from jaxpersona.runtime import is_traced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Model:
         if marked is not None and marked[0] == self.config and same_arrays(marked[1], leaves):
             return
         if marked is not None:
-            traced = any(isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct) for x in leaves)
-            mark = "" if traced else fingerprint(
+            abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
+            mark = "" if abstract or is_traced(leaves) else fingerprint(
                 self.config, jax.tree.map(jnp.asarray, self.params))  # accepts NumPy arrays
             object.__setattr__(self, "fingerprint", mark)
         object.__setattr__(self, "marked", (self.config, leaves))

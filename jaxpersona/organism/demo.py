@@ -7,6 +7,7 @@ compiled program runs all arms; they differ only in data.
 from __future__ import annotations
 
 import dataclasses
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -45,7 +46,8 @@ class Demo:
     styles: dict[str, list[float]]
 
 
-def run_demo(model: Model, folder: Any, *, seed: int = 0, report: Report | None = None) -> Demo:
+def run_demo(model: Model, folder: str | os.PathLike[str], *, seed: int = 0,
+             report: Report | None = None) -> Demo:
     """Extract the axis, calibrate the cap, and measure its effect on behaviour and its cost.
 
     Args:
@@ -84,7 +86,8 @@ def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
     def agreement(held_out: bool) -> float:
         roles = world.roles(held_out=held_out)
         measured = [place[role.name] for role in roles]
-        return float(spearmanr(measured, [r.likeness for r in roles]).statistic)
+        result: Any = spearmanr(measured, [r.likeness for r in roles])  # SciPy has no type stubs
+        return float(result.statistic)
 
     return {
         "roles": len(found.projections) - 1, "roles_in_axis": len(found.analysis.names),
@@ -98,7 +101,8 @@ def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
 class _Arms:
     """The compared interventions (cap and controls) and the experiments on them."""
 
-    def __init__(self, model: Model, found: Extraction, folder: Any, seed: int) -> None:
+    def __init__(self, model: Model, found: Extraction, folder: str | os.PathLike[str],
+                 seed: int) -> None:
         self.model, self.found, self.seed = model, found, seed
         layers = model.config.n_layers
         self.layers = slice(layers // 2, layers)
@@ -231,7 +235,8 @@ def _speed(model: Model, capped: Interventions, report: Report | None) -> dict[s
         generate(endless, talks, interventions=edits, max_new_tokens=REPLY, batch_size=32)
         return time.perf_counter() - started
 
-    once(None), once(capped)
+    once(None)
+    once(capped)
     plain, held = [], []
     for i in range(pairs):
         plain.append(once(None))

@@ -13,6 +13,7 @@ import argparse
 import json
 import pathlib
 import time
+from typing import Any
 
 from jaxpersona.organism import batches, tokenizer
 
@@ -112,7 +113,7 @@ def train(
     stream, real = batches.make_batches(words, seed, tokens, BATCH_TOKENS)
 
     config = mini_config()
-    params = init_params(config, jax.random.key(seed))
+    params: Any = init_params(config, jax.random.key(seed))  # optax's types omit such pytrees
     optimizer = make_optimizer(len(stream))
     state = optimizer.init(params)
 

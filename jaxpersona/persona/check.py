@@ -9,8 +9,8 @@ with the axis at the axis's own layers, and the floors must lie near the range o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,11 +18,13 @@ from jaxpersona.captures import capture
 from jaxpersona.engine.generate import generate
 from jaxpersona.errors import UserError
 from jaxpersona.interventions import resolve_layers
-from jaxpersona.interventions.bank import normalised
+from jaxpersona.interventions.bank import Layers, normalised
 from jaxpersona.interventions.where import response
 from jaxpersona.vectors.vector import Axis, Caps, Found, Vector, fitted
 
 if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
     from jaxpersona.models.model import Model
 
 DEFAULTS = ("", "You are an AI assistant.")
@@ -61,6 +63,8 @@ def fit(model: Model, found: Found) -> Found:
     Raises:
       UserError: the width, number of layers, site or fingerprint differs from the model's.
     """
+    if not isinstance(found, (Vector, Caps)):
+        raise UserError(f"the direction is {found!r:.60}; give a Vector, an Axis or Caps")
     if isinstance(found, Vector):
         found.check_site("residual")
     return fitted(found, model.config, model.name, model.fingerprint)
@@ -70,8 +74,8 @@ def check(
     model: Model,
     axis: Axis | Caps,
     *,
-    layers: Any = None,
-    floor: Any = None,
+    layers: Layers | None = None,
+    floor: ArrayLike | None = None,
     max_new_tokens: int = 16,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Check:
@@ -112,8 +116,8 @@ def check(
                  ours.mean(0).astype(np.float32), theirs.mean(0).astype(np.float32), shift)
 
 
-def _entries(model: Model, axis: Axis | Caps, layers: Any,
-             floor: Any) -> tuple[tuple[int, ...], np.ndarray, np.ndarray | None]:
+def _entries(model: Model, axis: Axis | Caps, layers: Layers | None,
+             floor: ArrayLike | None) -> tuple[tuple[int, ...], np.ndarray, np.ndarray | None]:
     """Return l layers, directions [l, D] and floors [l] (None if not given)."""
     total = model.config.n_layers
     if isinstance(axis, Caps):
@@ -143,7 +147,8 @@ def _entries(model: Model, axis: Axis | Caps, layers: Any,
     return chosen, directions, np.broadcast_to(given, (len(chosen),))
 
 
-def _replies(model: Model, length: int, progress: Any) -> tuple[np.ndarray, np.ndarray]:
+def _replies(model: Model, length: int, progress: Callable[[int, int, int], None] | None,
+             ) -> tuple[np.ndarray, np.ndarray]:
     """Return the response means [n, L, D] of non-empty default replies and role replies."""
     def talk(prompt: str, question: str) -> list[dict[str, str]]:
         head = [{"role": "system", "content": prompt}] if prompt else []
@@ -227,7 +232,7 @@ def _numbers(values: np.ndarray) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _spoken(layers: Any) -> str:
+def _spoken(layers: Iterable[int]) -> str:
     chosen = sorted(set(layers))
     whole = len(chosen) > 1 and chosen == list(range(chosen[0], chosen[-1] + 1))
     return f"{chosen[0]}…{chosen[-1]}" if whole else ", ".join(map(str, chosen))

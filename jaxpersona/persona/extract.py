@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ def extract_axis(
     model: Model,
     roles: Sequence[Role],
     questions: Sequence[Question],
-    folder: Any,
+    folder: str | os.PathLike[str],
     *,
     judge: Judge,
     settings: Settings | None = None,

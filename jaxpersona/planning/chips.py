@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from typing import Any
 
 from jaxpersona.errors import UserError
+from jaxpersona.runtime import Device
 
 GB = 10**9
 GIB = 2**30
@@ -53,7 +53,9 @@ def parse(topology: str) -> tuple[Chip, int]:
     Raises:
       UserError: the form is not chip:extents, or the chip is not in `CHIPS`.
     """
-    matched = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
+    if not isinstance(topology, str):
+        raise UserError(f"topology is {topology!r:.60}; use chip:extents, such as {EXAMPLES}")
+    matched = re.fullmatch(r"(\w+):(\d{1,9}(?:x\d{1,9})*)", topology)
     if matched is None:
         raise UserError(f"topology is {topology!r}; use chip:extents, such as {EXAMPLES}")
     name, extents = matched.group(1).lower(), [int(n) for n in matched.group(2).split("x")]
@@ -67,7 +69,7 @@ def parse(topology: str) -> tuple[Chip, int]:
     return CHIPS[name], count
 
 
-def tpu_devices(topology: str) -> list[Any] | None:
+def tpu_devices(topology: str) -> list[Device] | None:
     """Return the devices of a TPU topology for AOT compilation; None if libtpu is missing.
 
     Raises:
@@ -93,5 +95,5 @@ def tpu_devices(topology: str) -> list[Any] | None:
     except Exception as error:  # the runtime raises no specific type
         reason = str(error).split(": ", 1)[-1].splitlines()[0].rstrip(".")
         raise UserError(f"topology is {topology!r}; libtpu rejects it ({reason}): try "
-                         f"{EXAMPLES}") from None
+                         f"{EXAMPLES}") from error
     return list(description.devices)

@@ -33,7 +33,7 @@ from jaxpersona.models.config import ModelConfig, replace
 from jaxpersona.models.nn import QUERY_CHUNK
 from jaxpersona.models.params import Params, layout
 from jaxpersona.planning import chips, hlo
-from jaxpersona.runtime import check_process
+from jaxpersona.runtime import Device, check_process
 
 ITEM = 2  # bytes per bfloat16
 FRACTIONS = (1.0, 0.6, 0.3)  # of roofline speed, for `axis_run_hours`
@@ -108,6 +108,8 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
     """
     check_process()
     chip, count = chips.parse(topology)
+    if not isinstance(batch, int) or not isinstance(context, int):
+        raise UserError(f"batch is {batch!r:.60}, context is {context!r:.60}; give integers")
     if batch < 1 or context < 2:
         raise UserError(f"batch is {batch}, context is {context}; they must be at least 1 and 2")
     if context > config.max_context:
@@ -161,7 +163,7 @@ def choose_mesh(config: ModelConfig, count: int) -> dict[str, int]:
         if count % ways == 0:
             try:
                 _mesh({"data": 1, "model": ways}, None, config)
-            except ValueError:
+            except UserError:
                 continue
             return {"data": count // ways, "model": ways}
     raise AssertionError("a model axis of size 1 always fits")
@@ -175,7 +177,7 @@ def _checked(mesh: Mapping[str, int], count: int) -> dict[str, int]:
     return dict(mesh)
 
 
-def _mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None,
+def _mesh(sizes: Mapping[str, int], devices: Sequence[Device] | None,
           config: ModelConfig) -> Mesh | AbstractMesh:
     """Return a mesh fitted to the model; an AbstractMesh if `devices` is None."""
     if devices is not None:
@@ -263,7 +265,7 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
     arms: dict[str, tuple[int, ...]] = {"plain": ()}
     if cap_layers:
         arms["capped"] = tuple(cap_layers)
-    lowered: dict[tuple[str, str], Any] = {}
+    lowered: dict[tuple[str, str], jax.stages.Lowered] = {}
     for arm, layers in arms.items():
         lowered[arm, "decode"] = _lower(config, mesh, shapes, layers)[1]
         # cap the same fraction of layers, from the same relative depth, as in the full model
@@ -280,16 +282,17 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
     for arm in arms:
         program, temporaries = programs[arm, "decode"]
         text = "" if program is None else program.as_text()
+        cost = None if program is None else program.cost_analysis()
         out[arm] = Compiled(
             prefill_temporaries=programs[arm, "prefill"][1] + beyond,
             decode_temporaries=temporaries,
             operations=tuple(hlo.operations(text)) if text else (),
-            bytes=0 if program is None else int(program.cost_analysis()["bytes accessed"]))
+            bytes=0 if cost is None else int(cost["bytes accessed"]))
     return out
 
 
 def _lower(config: ModelConfig, mesh: Mesh, shapes: Shapes,
-           cap_layers: tuple[int, ...]) -> tuple[Any, Any]:
+           cap_layers: tuple[int, ...]) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
     """Lower prefill and decode for abstract parameters sharded on a mesh."""
     params = jax.tree.map(
         lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16, sharding=sharding.weight_sharding(
@@ -298,7 +301,7 @@ def _lower(config: ModelConfig, mesh: Mesh, shapes: Shapes,
 
 
 def lowered(params: Params, config: ModelConfig, shapes: Shapes,
-            cap_layers: Sequence[int]) -> tuple[Any, Any]:
+            cap_layers: Sequence[int]) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
     """Lower greedy prefill and decode for parameters, or their ShapeDtypeStructs."""
     rows, width = shapes.batch, shapes.width
     edits = Interventions()
@@ -318,7 +321,7 @@ def lowered(params: Params, config: ModelConfig, shapes: Shapes,
             decode.lower(params, config, state, edits, Capture(), how, stops, until, greedy=True))
 
 
-def _compile(lowered: Any) -> tuple[Any, int]:
+def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, int]:
     """Compile; return (program, temporary bytes); program is None if it exceeds device memory."""
     try:
         program = lowered.compile()
@@ -328,7 +331,9 @@ def _compile(lowered: Any) -> tuple[Any, int]:
             raise
         size = {"M": 2**20, "G": 2**30}[wanted.group(2)]
         return None, round(float(wanted.group(1)) * size)
-    return program, int(program.memory_analysis().temp_size_in_bytes)
+    memory = program.memory_analysis()
+    assert memory is not None, "XLA for TPUs reports the memory of a program"
+    return program, int(memory.temp_size_in_bytes)
 
 
 def compare(compiled: Mapping[str, Compiled] | None,

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxpersona.ckpts.files import atomic
 from jaxpersona.persona.axis import Analysis
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _CAPPED, _PLAIN, _ROLE = "#1b7f5c", "#c2452d", "#4a6fa5"
 
 
-def _save(figure: Any, path: pathlib.Path) -> None:
+def _save(figure: Figure, path: pathlib.Path) -> None:
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
 
 
-def _axes(width: float, height: float) -> tuple[Any, Any]:
+def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     # no pyplot: its backend and list of figures are global to the process
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

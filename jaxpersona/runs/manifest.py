@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -20,9 +19,11 @@ from jaxpersona.judges.judges import Judge
 from jaxpersona.models.params import SCHEME
 from jaxpersona.runs.rollouts import Settings
 from jaxpersona.runs.run import digest
+from jaxpersona.runtime import Device, setting
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
+    from jaxpersona.text.chat import Row
 
 _PACKAGES = ("jax", "jaxlib", "jaxpersona", "numpy", "transformers", "tokenizers")
 # JAX settings and environment variables that change rounding
@@ -76,33 +77,28 @@ def numerics(model: Model) -> dict[str, Any]:
     }
 
 
-def _flag(name: str) -> Any:
-    """Return a JAX setting; None if it is unset or this JAX version lacks it."""
-    value = getattr(jax.config, name, None)
-    if value is None:
-        with contextlib.suppress(AttributeError, KeyError):  # settings without a context manager
-            value = jax.config.read(name)
+def _flag(name: str) -> bool | int | str | None:
+    """Return a JAX setting as a JSON value; None if it is unset or this JAX version lacks it."""
+    value = setting(name)
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
-def _kind(device: Any) -> str:
+def _kind(device: Device) -> str:
     """Return a device's kind; for a CPU, its architecture and instruction sets."""
     if device.platform != "cpu":
         return device.device_kind
     instructions: set[str] = set()
-    try:
+    if os.path.exists("/proc/cpuinfo"):  # on Linux; elsewhere only the architecture is recorded
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
                 key, _, value = line.partition(":")
                 if key.strip() in ("flags", "Features"):
                     instructions = {word for word in value.split() if _CPU.match(word)}
                     break
-    except OSError:  # not Linux: record only the architecture
-        pass
     return " ".join([platform.machine(), *sorted(instructions)])
 
 
-def tokens_digest(rows: Sequence[Any]) -> str:
+def tokens_digest(rows: Sequence[Row]) -> str:
     """Return a digest of the tokens and token kinds of encoded rows (`chat.Row`)."""
     return digest([[np.asarray(row.tokens).tolist(), np.asarray(row.kind).tolist()]
                    for row in rows])

@@ -29,6 +29,8 @@ def check_names(roles: Iterable[str]) -> None:
         or differ only in case (some file systems ignore case).
     """
     seen: set[str] = set()
+    if not isinstance(roles, Iterable):
+        raise UserError(f"roles is {roles!r:.60}; give a list of role names")
     for role in roles:
         if not isinstance(role, str) or not role:
             raise UserError(f"a role name is {role!r}; it must be a non-empty string")

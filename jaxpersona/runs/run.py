@@ -105,12 +105,12 @@ class Run:
         with locked(folder, worker):
             if path.exists():
                 _same(folder, _manifest_of(folder), run.manifest)
-            try:
-                for part in _PARTS:
+            for part in _PARTS:
+                try:
                     (folder / part).mkdir(exist_ok=True)
-            except OSError as error:
-                raise UserError(f"{folder / part}: cannot be written ({error.strerror or error})"
-                                 ) from None
+                except OSError as error:
+                    raise UserError(f"{folder / part}: cannot be written "
+                                    f"({error.strerror or error})") from None
             if worker == 0:
                 run._remove_leftovers()
                 if not path.exists() or path.read_bytes() != json_text(run.manifest).encode():
@@ -162,7 +162,7 @@ class Run:
             data = path.read_bytes()
         except Damaged:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, UserError) as error:
             raise Damaged(role, path, str(error).removeprefix(f"{path}: ")) from None
         # split at "\n" only: replies may contain other line separators
         return [json.loads(line) for line in data.decode().split("\n") if line]
@@ -204,7 +204,7 @@ class Run:
             return None
         try:
             data = read_bytes(path, TEXT_BYTES)
-        except ValueError as error:
+        except UserError as error:
             raise Damaged(role, path, str(error).removeprefix(f"{path}: ")) from None
         try:
             found = json.loads(data)

@@ -219,7 +219,7 @@ def _after_reply(template: Template, messages: list[dict[str, str]],
         tried = [*before, {"role": "assistant", "content": content}, message]
         try:
             text, kind, turn, ends = locate(template, tried, True)
-        except ValueError:
+        except UserError:
             if content == mark:
                 raise
             continue

@@ -200,17 +200,15 @@ class _Worker:
         if _current is self:
             _current = None
         if self.process.poll() is None and isinstance(sys.exc_info()[1], EOFError | OSError):
-            try:  # it is exiting by itself; its exit code gives the cause
+            # it is exiting by itself, and its exit code gives the cause; if not, it is killed below
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(1.0)
-            except subprocess.TimeoutExpired:
-                pass
         self.process.kill()
         self.process.wait()
         for pipe in (self.sink, self.source):
-            try:
+            # `close` flushes what the ended process has not read: that fails, but closes the pipe
+            with contextlib.suppress(BrokenPipeError):
                 pipe.close()
-            except OSError:  # unsent data cannot be flushed
-                pass
 
 
 _lock = threading.Lock()

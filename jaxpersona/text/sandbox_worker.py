@@ -168,8 +168,10 @@ def main() -> None:
         limit_time(limits["seconds"])
         begun = time.process_time()
         try:
-            reply = answer(request, known, limits) | {"seconds": time.process_time() - begun}
-            reply = {k: v[:2000] if k == "error" else v for k, v in reply.items()}
+            reply = answer(request, known, limits)
+            reply["seconds"] = time.process_time() - begun
+            if "error" in reply:
+                reply["error"] = reply["error"][:2000]
         finally:
             limit_time(0)
         write(sink, reply)

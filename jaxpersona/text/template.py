@@ -55,6 +55,8 @@ class Template:
 
     def __init__(self, tokenizer: Any, thinking: bool, variables: Mapping[str, Any] | None) -> None:
         self.tokenizer, self.base = tokenizer, not getattr(tokenizer, "chat_template", None)
+        if not isinstance(variables, Mapping | None):
+            raise UserError(f"variables is {variables!r:.60}; give a dict of template variables")
         self.options = {"enable_thinking": thinking, **(variables or {})}
         self.lead: list[int] = _lead(tokenizer) if self.base else []
         self.lead_text = "".join(tokenizer.convert_ids_to_tokens(self.lead)) if self.lead else ""

@@ -24,14 +24,17 @@ from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json
 from jaxpersona.interventions import SITES, Interventions, Site, Where, resolve_layers, steer
 from jaxpersona.interventions.bank import Layers
-from jaxpersona.interventions.where import everywhere
+from jaxpersona.interventions.where import as_where, everywhere
 from jaxpersona.models.batch import Batch, check_ids
 from jaxpersona.models.forward import Output, forward
+from jaxpersona.models.model import Model
 from jaxpersona.runtime import check_process
 from jaxpersona.vectors.vector import Vector
 
 if TYPE_CHECKING:
-    from jaxpersona.models.model import Model
+    import orbax.checkpoint as ocp
+
+    from jaxpersona.models.params import Params
 
 Loss = Callable[[Output, Batch], jax.Array]
 _KEEP_EVERY = 50  # steps between two checkpoints
@@ -61,13 +64,17 @@ class Direction(nnx.Module):
         Raises:
           UserError: invalid layers, site or size.
         """
-        if not 0 < size < math.inf:
-            raise UserError(f"size is {size}; it must be positive")
+        if not isinstance(width, (int, np.integer)) or width < 1:
+            raise UserError(f"width is {width!r:.60}; it must be a positive integer, the model's D")
+        if not isinstance(size, (int, float, np.number)) or not 0 < size < math.inf:
+            raise UserError(f"size is {size!r:.60}; it must be a positive number")
+        if not isinstance(seed, (int, np.integer)):
+            raise UserError(f"seed is {seed!r:.60}; it must be an integer")
         if site not in SITES:
             raise UserError(f"site is {site!r}; it must be one of {SITES}")
         self.layers = resolve_layers(layers, None)
         self.site: Site = site
-        self.where = where
+        self.where = as_where(where)
         drawn = jax.random.normal(jax.random.key(seed), (len(self.layers), width), jnp.float32)
         self.vector = nnx.Param(size * drawn / jnp.linalg.norm(drawn, axis=-1, keepdims=True))
 
@@ -79,7 +86,11 @@ class Direction(nnx.Module):
         """Return a named direction [L, D], zero at layers that were not trained.
 
         `steer(vector, layers=direction.layers, where=…)` applies it as in training.
+
+        Raises:
+          UserError: the model has another width or fewer layers.
         """
+        self.interventions().check(layers=model.config.n_layers, width=model.config.d_model, rows=0)
         values = np.zeros((model.config.n_layers, self.vector[...].shape[-1]), np.float32)
         values[list(self.layers)] = np.asarray(self.vector[...])
         return Vector(values, name=name, model=model.name, fingerprint=model.fingerprint,
@@ -125,6 +136,16 @@ def fit(
     if not isinstance(batches, Iterable):
         raise UserError(f"batches is {batches!r:.60}; give a list of them")
     batches = list(batches)
+    if not isinstance(model, Model):
+        raise UserError(f"model is {model!r:.60}; give the result of `jaxpersona.load`")
+    if not isinstance(direction, Direction):
+        raise UserError(f"direction is {direction!r:.60}; give a `Direction`")
+    if not callable(loss):
+        raise UserError(f"loss is {loss!r:.60}; give a function loss(output, batch)")
+    if not isinstance(optimizer, optax.GradientTransformation | None):
+        raise UserError(f"optimizer is {optimizer!r:.60}; give an optax optimizer")
+    if not isinstance(steps, (int, np.integer)):
+        raise UserError(f"steps is {steps!r:.60}; it must be an integer")
     if steps < 1 or not batches:
         raise UserError(f"steps is {steps} with {len(batches)} batches; both must be positive")
     config = model.config
@@ -138,8 +159,9 @@ def fit(
     graph, learned = nnx.split(direction)
 
     @jax.jit
-    def step(learned: Any, memory: Any, params: Any, batch: Batch) -> tuple[Any, Any, jax.Array]:
-        def measured(state: Any) -> jax.Array:
+    def step(learned: nnx.State, memory: optax.OptState, params: Params,
+             batch: Batch) -> tuple[nnx.State, optax.OptState, jax.Array]:
+        def measured(state: nnx.State) -> jax.Array:
             edits = nnx.merge(graph, state).interventions()
             value = loss(forward(params, config, batch, interventions=edits), batch)
             if jnp.shape(value) != ():
@@ -149,13 +171,15 @@ def fit(
         value, slope = jax.value_and_grad(measured)(learned)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes a Python float
             change, memory = optimizer.update(slope, memory, learned)
-        return optax.apply_updates(learned, change), memory, value
+        updated: Any = optax.apply_updates(learned, change)  # a State, as `learned`
+        return updated, memory, value
 
     memory, done, losses = optimizer.init(learned), 0, []
     with _checkpoints(folder, direction, model) as kept:
-        if kept is not None and kept.latest is not None:
-            learned, memory = kept.restore((learned, memory))
-            done = kept.latest
+        latest = None if kept is None else kept.latest
+        if kept is not None and latest is not None:
+            learned, memory = kept.restore(latest, (learned, memory))
+            done = latest
             if done > steps:
                 raise UserError(f"steps is {steps}, but {folder} already has {done}; give more "
                                  "steps, or use another folder")
@@ -181,7 +205,7 @@ def fit(
 class _Checkpoints:
     """The Orbax checkpoints of a training run, by step."""
 
-    def __init__(self, manager: Any, folder: pathlib.Path) -> None:
+    def __init__(self, manager: ocp.CheckpointManager, folder: pathlib.Path) -> None:
         self.manager, self.folder = manager, folder
 
     @property
@@ -196,8 +220,8 @@ class _Checkpoints:
         self.manager.save(step, args=ocp.args.StandardSave(_plain(state)))
         self.manager.wait_until_finished()
 
-    def restore(self, like: Any) -> Any:
-        """Return the last saved state, with the tree structure of `like`.
+    def restore(self, step: int, like: Any) -> Any:
+        """Return the state after a step, with the tree structure of `like`.
 
         Raises:
           UserError: the checkpoint is damaged, or has another structure (other layers, width or
@@ -208,17 +232,17 @@ class _Checkpoints:
         leaves, tree = jax.tree.flatten(like)
         wanted = _plain(like)
         try:
-            kept = getattr(self.manager.item_metadata(self.latest), "tree", None)
+            kept = getattr(self.manager.item_metadata(step), "tree", None)
             if kept is None:
                 raise UserError("its metadata is damaged")
             shapes = {name: tuple(array.shape) for name, array in kept.items()}
             if shapes != {name: x.shape for name, x in wanted.items()}:
                 raise UserError("it was written with another optimizer")
-            arrays = self.manager.restore(self.latest, args=ocp.args.StandardRestore(wanted))
+            arrays = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
         except Exception as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"{self.folder}: the checkpoint cannot be used ({reason}); use "
-                             "another folder, or delete it to start again") from None
+                             "another folder, or delete it to start again") from error
         return jax.tree.unflatten(tree, [arrays[f"{i:04d}"] for i in range(len(leaves))])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +27,8 @@ CONTROL_VECTOR = "GGUF control vector"  # notes["source"] of a vector written by
 
 
 def _float32(values: Any, field: str) -> np.ndarray:
+    if np.iscomplexobj(values):
+        raise UserError(f"{field} is complex; give real numbers")
     try:
         # overflow gives infinity, which the caller rejects
         with np.errstate(over="ignore"):
@@ -211,6 +213,8 @@ def _percentiles(population: str, table: Any, layers: int) -> dict[str, np.ndarr
     checked = {}
     for name, given in table.items():
         field = f"percentiles/{population}/{name}"
+        if not isinstance(population, str) or not isinstance(name, str):
+            raise UserError(f"{field} has a name that is not a string; use names such as p25")
         if field.count("/") != 2:
             raise UserError(f"{field} has a / in a name, which the file format does not allow")
         checked[name] = value = _float32(given, field)
@@ -253,6 +257,9 @@ class Caps:
 
     def __post_init__(self) -> None:
         values, floors = _float32(self.values, "values"), _float32(self.floors, "floors")
+        for field in ("layers", "labels"):
+            if not isinstance(getattr(self, field), Sequence):
+                raise UserError(f"{field} is {getattr(self, field)!r:.60}; it must be a sequence")
         count = len(self.layers)
         shapes = values.shape[:-1], floors.shape, (len(self.labels),)
         if values.ndim != 2 or not count or set(shapes) != {(count,)}:

@@ -58,7 +58,7 @@ def test_another_dtype_is_cast_where_it_is_asked_for_by_name(saved):
     found, _ = orbax.load(folder, dtype="bfloat16")
     wanted = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
     assert s.differing(found, wanted) == []
-    with pytest.raises(ValueError, match="dtype is int8"):
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
         orbax.load(folder, dtype="int8")
 
 
