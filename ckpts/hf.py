@@ -7,36 +7,32 @@ any weights are read.
 
 from __future__ import annotations
 
-import collections
-import concurrent.futures
 import hashlib
 import json
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxpersona.ckpts import tensorfile
+from jaxpersona.ckpts import names, tensorfile
+from jaxpersona.ckpts.names import EMBED, HEAD
 from jaxpersona.ckpts.shards import INDEX, SINGLE, read_entries, some
+from jaxpersona.ckpts.source import Progress, load_params
 from jaxpersona.ckpts.tensorfile import DTYPES, Entry, parse_dtype
 
-from jaxpersona.distributed import sharding
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json, require_file, require_folder
 from jaxpersona.models.config import ModelConfig, replace
 from jaxpersona.models.families import from_hf, to_hf
-from jaxpersona.models.params import Params, Spec, layout
+from jaxpersona.models.params import Params
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
 
-EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ADAPTER = "adapter_config.json"
-READERS = 3  # tensors read concurrently: allocating fresh memory can stall one thread
-Progress = Callable[[int, int], None]
 
 
 def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
@@ -120,27 +116,39 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *,
     if config is None:
         config, _ = read_config(folder)
     target = None if dtype is None else parse_dtype(dtype)
-    specs, tree = jax.tree.flatten(layout(config))
     entries, faults = _tensors(folder, config)
     _refuse(folder, faults)
-    total = sum(entries[spec.file_name].size for spec in specs)
-    done, arrays = 0, []
+    return load_params(SafetensorsSource(entries), config, dtype=target, mesh=mesh,
+                       progress=progress)
 
-    def read(spec: Spec) -> np.ndarray:
-        entry = entries[spec.file_name]
-        return tensorfile.read_as(entry, target or DTYPES[entry.dtype]).reshape(spec.shape)
 
-    if mesh is None:
-        placed = map(jax.device_put, _ahead(read, specs))
-    else:
-        fitted = sharding.fit(mesh, config)
-        placed = _ahead(lambda s: _place(entries[s.file_name], s, target, fitted), specs)
-    for spec, array in zip(specs, placed, strict=True):
-        arrays.append(array)
-        done += entries[spec.file_name].size
-        if progress is not None:
-            progress(done, total)
-    return jax.tree.unflatten(tree, arrays)
+class SafetensorsSource:
+    """The tensors of safetensors files, a `source.TensorSource`."""
+
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
+        self.entries = entries
+
+    def size(self, name: str) -> int:
+        """Return a tensor's bytes (see `TensorSource.size`)."""
+        return self.entries[name].size
+
+    def read(self, name: str, index: tuple[slice, ...] | None,
+             dtype: np.dtype | None) -> np.ndarray:
+        """Read a tensor or a part of it (see `TensorSource.read`).
+
+        Raises:
+          UserError: the file cannot be read, or is shorter than its header declares.
+        """
+        entry = self.entries[name]
+        dtype = dtype or DTYPES[entry.dtype]
+        if index is None:
+            return tensorfile.read_as(entry, dtype)
+        part = tensorfile.read_slice(entry, index)
+        if part.dtype == dtype:
+            return part
+        out = tensorfile.aligned(part.shape, dtype)
+        np.copyto(out, part, casting="unsafe")
+        return out
 
 
 def verify(folder: str | pathlib.Path, sha256: Mapping[str, str] | None = None) -> dict[str, int]:
@@ -182,7 +190,7 @@ def _tensors(folder: pathlib.Path, config: ModelConfig) -> tuple[dict[str, Entry
     if config.tied_embeddings and EMBED not in entries and HEAD in entries:
         entries[EMBED] = entries[HEAD]  # some writers store a shared tensor under one name only
     if entries or not faults:  # an unreadable folder already has a fault
-        faults += _mismatches(entries, jax.tree.leaves(layout(config)), config)
+        faults += _mismatches(entries, config)
     if not faults and config.tied_embeddings and _has_other_head(entries):
         faults.append(f"{HEAD}: differs from {EMBED}, but config has tied_embeddings=True; "
                       "use the configuration that read_config returns")
@@ -199,9 +207,9 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}" + ("" if n == 1 else "s")
 
 
-def _mismatches(entries: Mapping[str, Entry], specs: list[Spec], config: ModelConfig) -> list[str]:
+def _mismatches(entries: Mapping[str, Entry], config: ModelConfig) -> list[str]:
     """List missing, extra, mis-shaped and mistyped tensors."""
-    expected = {spec.file_name: spec for spec in specs}
+    expected = {tensor.name: tensor for tensor in jax.tree.leaves(names.tensors(config))}
     faults = []
     if missing := set(expected) - set(entries):
         faults.append(f"missing: {some(missing, 1000)}")
@@ -212,67 +220,12 @@ def _mismatches(entries: Mapping[str, Entry], specs: list[Spec], config: ModelCo
     if extra:
         faults.append(f"extra: {some(extra, 1000)}")
     for name in sorted(set(expected) & set(entries)):
-        entry, shape = entries[name], expected[name].file_shape
+        entry, shape = entries[name], expected[name].shape
         if entry.shape != shape:
             faults.append(f"{name}: shape {list(entry.shape)}, expected {list(shape)}")
         if entry.dtype not in DTYPES:
             faults.append(f"{name}: dtype {entry.dtype}; supported are {', '.join(DTYPES)}")
     return faults
-
-
-def _ahead(read: Callable[[Spec], Any], specs: Iterable[Spec]) -> Iterator[Any]:
-    """Yield `read(spec)` in order, prefetching at most `READERS` results in threads."""
-    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
-        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
-        for spec in specs:
-            waiting.append(pool.submit(read, spec))
-            if len(waiting) > READERS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _place(entry: Entry, spec: Spec, target: np.dtype | None, mesh: Mesh) -> jax.Array:
-    """Read this process's shards of one tensor; each is read once and copied to its devices."""
-    dtype = target or DTYPES[entry.dtype]
-    placed = sharding.weight_sharding(spec.axes, spec.shape, mesh)
-    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
-    for device, index in placed.addressable_devices_indices_map(spec.shape).items():
-        ranges = tuple(s.indices(n)[:2] for s, n in zip(index or (), spec.shape, strict=True))
-        holders.setdefault(ranges, []).append(device)
-    shards = []
-    for ranges, devices in holders.items():
-        part = tensorfile.read_slice(entry, file_index(spec, list(ranges)))
-        part = _cast(part, dtype).reshape([stop - start for start, stop in ranges])
-        shards += [jax.device_put(part, device) for device in devices]
-    return jax.make_array_from_single_device_arrays(spec.shape, placed, shards)
-
-
-def file_index(spec: Spec, ranges: list[tuple[int, int]]) -> tuple[slice, ...]:
-    """Map index ranges of a parameter to slices of its tensor in the file.
-
-    A file dimension is one parameter dimension, or several flattened (heads × head_dim). Of
-    flattened dimensions only the first may be sharded: devices hold whole heads.
-    """
-    out, at = [], 0
-    for extent in spec.file_shape:
-        first, inner = at, 1
-        at += 1
-        while spec.shape[first] * inner < extent:
-            if ranges[at] != (0, spec.shape[at]):
-                raise UserError(f"{spec.file_name}: one head cannot be sharded over devices")
-            inner *= spec.shape[at]
-            at += 1
-        out.append(slice(ranges[first][0] * inner, ranges[first][1] * inner))
-    return tuple(out)
-
-
-def _cast(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    if values.dtype == dtype:
-        return values
-    out = tensorfile.aligned(values.shape, dtype)
-    np.copyto(out, values, casting="unsafe")
-    return out
 
 
 def save(folder: str | pathlib.Path, params: Params, config: ModelConfig, *,
@@ -293,7 +246,7 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig, *,
       UserError: the parameters do not match the configuration, or the folder is not writable.
     """
     folder = pathlib.Path(folder)
-    arrays = named(params, config)
+    arrays = names.named(params, config)
     shards: list[list[str]] = [[]]
     size = 0
     for name, (_, array) in arrays.items():
@@ -302,7 +255,7 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig, *,
             size = 0
         shards[-1].append(name)
         size += array.nbytes
-    names = [SINGLE] if len(shards) == 1 else [
+    written = [SINGLE] if len(shards) == 1 else [
         f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
     ]
 
@@ -310,38 +263,17 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig, *,
         return np.asarray(arrays[name][1])
 
     files: dict[str, Iterable[Any]] = {}
-    for file, held in zip(names, shards, strict=True):
-        tensors = {n: (np.dtype(arrays[n][1].dtype), arrays[n][0].file_shape) for n in held}
+    for file, held in zip(written, shards, strict=True):
+        tensors = {n: (np.dtype(arrays[n][1].dtype), arrays[n][0].shape) for n in held}
         files[file] = tensorfile.pieces(tensors, value, {"format": "pt"})
     if len(shards) > 1:
-        where = {n: file for file, held in zip(names, shards, strict=True) for n in held}
+        where = {n: file for file, held in zip(written, shards, strict=True) for n in held}
         total = sum(array.nbytes for _, array in arrays.values())
         files[INDEX] = _json({"metadata": {"total_size": total}, "weight_map": where})
     dtype = np.dtype(next(iter(arrays.values()))[1].dtype).name
     files["config.json"] = _json({**to_hf(config), "dtype": dtype, **(extra_config or {})})
     old = [path.name for path in folder.glob("model*.safetensors*")]
     tensorfile.replace_files(folder, files, [name for name in old if name not in files])
-
-
-def named(params: Params, config: ModelConfig) -> dict[str, tuple[Spec, jax.Array]]:
-    """Return {tensor name: (spec, array)} for every parameter.
-
-    Raises:
-      UserError: the structure, a shape or a dtype does not match the configuration.
-    """
-    specs, tree = jax.tree.flatten(layout(config))
-    arrays, structure = jax.tree.flatten(params)
-    if structure != tree:
-        raise UserError("the tree structure of params does not match the configuration")
-    faults = [
-        f"{spec.file_name}: {array.dtype}{list(array.shape)}, expected {list(spec.shape)} in "
-        "float32, bfloat16 or float16"
-        for spec, array in zip(specs, arrays, strict=True)
-        if array.shape != spec.shape or np.dtype(array.dtype) not in DTYPES.values()
-    ]
-    if faults:
-        raise UserError("params do not match the configuration: " + "; ".join(faults))
-    return {s.file_name: (s, a) for s, a in zip(specs, arrays, strict=True)}
 
 
 def _json(value: Mapping[str, Any]) -> list[bytes]:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxpersona.ckpts import hf, orbax
+from jaxpersona.ckpts.source import Progress
 from jaxpersona.ckpts.tensorfile import parse_dtype
 
 from jaxpersona.distributed import sharding
@@ -70,7 +71,7 @@ _STDERR = threading.Lock()  # guards file descriptor 2
 @own_context()
 def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
          dtype: DTypeLike | None = None,
-         progress: hf.Progress | None = None, revision: str | None = None) -> Model:
+         progress: Progress | None = None, revision: str | None = None) -> Model:
     """Load a model and enable the on-disk compilation cache (`compile_cache`).
 
     Args:
@@ -172,7 +173,7 @@ def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
 
 
 def _folder(folder: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
-            progress: hf.Progress | None) -> Model:
+            progress: Progress | None) -> Model:
     config, raw = hf.read_config(folder)
     _check_range(config, dtype, name)
     mesh = None if mesh is None else sharding.fit(mesh, config)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
-from jaxpersona.ckpts import files, hf
+from jaxpersona.ckpts import files, hf, names
 from jaxpersona.ckpts.tensorfile import DTYPES, parse_dtype
 
 from jaxpersona.distributed import sharding
@@ -22,7 +22,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.inputs import TEXT_BYTES, require_file
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.families import to_hf
-from jaxpersona.models.params import Params, layout
+from jaxpersona.models.params import Params
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -63,7 +63,7 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig) -> Non
       UserError: the parameters do not match the configuration, or the folder is not writable.
     """
     folder = pathlib.Path(folder).absolute()
-    arrays = {name: array for name, (_, array) in hf.named(params, config).items()}
+    arrays = {name: array for name, (_, array) in names.named(params, config).items()}
     dtype = np.dtype(next(iter(arrays.values())).dtype).name
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
     if not holds_checkpoint(folder):
         raise UserError(f"{folder}: not an Orbax folder (no {NAME}/{_MARKS[0]})")
     check_files(folder / NAME)
-    specs, tree = jax.tree.flatten(layout(config))
+    expected, tree = jax.tree.flatten(names.tensors(config))
     mesh = None if mesh is None else sharding.fit(mesh, config)
     with _checkpointer() as orbax:
         with _named_errors(folder, "the checkpoint cannot be read"):
@@ -106,7 +106,7 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
             if metadata is None:
                 raise UserError("its metadata is missing")
             stored = dict(metadata.tree)
-        wanted = {spec.file_name: spec for spec in specs}
+        wanted = {tensor.name: tensor.spec for tensor in expected}
         faults = [f"{what}: {', '.join(sorted(names))}"
                   for what, names in (("missing", set(wanted) - set(stored)),
                                       ("extra", set(stored) - set(wanted))) if names]
@@ -130,7 +130,7 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
         }
         with _named_errors(folder, "the checkpoint cannot be read"):
             arrays = orbax.restore(folder / NAME, shapes)
-    return jax.tree.unflatten(tree, [arrays[spec.file_name] for spec in specs]), config
+    return jax.tree.unflatten(tree, [arrays[tensor.name] for tensor in expected]), config
 
 
 @contextlib.contextmanager

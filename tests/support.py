@@ -51,18 +51,18 @@ def random_params(config: ModelConfig, seed: int = 0, dtype: Any = jnp.float32) 
     """Draw weights so large that attention and logits are far from uniform, and random norms."""
     rng = np.random.default_rng(seed)
 
-    def draw(spec: Any) -> jax.Array:
+    def draw(path: Any, spec: Any) -> jax.Array:
         if spec.init is None:
             value = rng.uniform(0.3, 2.0, spec.shape) - config.norm_offset
-        elif len(spec.file_shape) == 1:
+        elif not spec.inner:
             value = rng.normal(0, 0.5, spec.shape)
-        elif "embed" in spec.file_name:
+        elif path[-1].name == "embed_vd":
             value = rng.normal(0, 1.0, spec.shape)
         else:
-            value = rng.normal(0, 1.2 / math.sqrt(spec.file_shape[1]), spec.shape)
+            value = rng.normal(0, 1.2 / math.sqrt(math.prod(spec.shape[-spec.inner:])), spec.shape)
         return jnp.asarray(value, dtype)
 
-    return jax.tree.map(draw, layout(config))
+    return jax.tree_util.tree_map_with_path(draw, layout(config))
 
 
 @functools.lru_cache

@@ -1,8 +1,9 @@
 """Model parameters: layout, initialization and fingerprints.
 
-`layout` describes the shape, logical axes, initializer and file name of every array, for
-initialization, loading, saving and sharding. Weights keep the `[out, in]` order of the checkpoint
-files with the head axes split, so loading is a reshape: `wq_nhd` is q_proj's `[N·H, D]`.
+`layout` describes the shape, logical axes and initializer of every array, for initialization,
+loading, saving and sharding (`ckpts.names` has the names in checkpoints). Weights keep the
+`[out, in]` order of the checkpoint files with the head axes split, so loading is a reshape:
+`wq_nhd` is q_proj's `[N·H, D]`.
 """
 
 from __future__ import annotations
@@ -84,73 +85,58 @@ class Spec:
 
     Attributes:
       shape, axes: the dimensions and their logical axes.
-      file_name, file_shape: name and shape of the tensor in a Hugging Face checkpoint.
+      inner: the number of input dimensions of a weight, the last ones; 0 for norms and biases.
       init: standard deviation of the normal initializer, or None for a norm weight, which starts
         as the identity.
     """
 
     shape: tuple[int, ...]
     axes: Axes
-    file_name: str
-    file_shape: tuple[int, ...]
+    inner: int = 0
     init: float | None = 0.02
 
 
-def _layer_layout(config: ModelConfig, i: int) -> Layer:
+def _layer_layout(config: ModelConfig) -> Layer:
     d, f = config.d_model, config.d_ff
     n, k, h = config.n_heads, config.n_kv_heads, config.head_dim
-    prefix = f"model.layers.{i}"
+    qkv, qk, post, mlp = config.qkv_bias, config.qk_norm, config.post_norms, config.mlp_bias
 
-    def norm(name: str, width: int) -> Spec:
-        return Spec((width,), (None,), f"{prefix}.{name}.weight", (width,), None)
+    def norm(width: int) -> Spec:
+        return Spec((width,), (None,), init=None)
 
-    def weight(name: str, shape: tuple[int, ...], axes: Axes, rows: int) -> Spec:
-        size = 1
-        for extent in shape:
-            size *= extent
-        return Spec(shape, axes, f"{prefix}.{name}.weight", (rows, size // rows))
-
-    def bias(name: str, shape: tuple[int, ...], axes: Axes) -> Spec:
-        size = shape[0] * (shape[1] if len(shape) > 1 else 1)
-        return Spec(shape, axes, f"{prefix}.{name}.bias", (size,))
-
-    attn, mlp = "self_attn", "mlp"
-    qkv, qk, post = config.qkv_bias, config.qk_norm, config.post_norms
-    before_mlp = "pre_feedforward_layernorm" if post else "post_attention_layernorm"
     return Layer(
-        attn_norm_d=norm("input_layernorm", d),
-        wq_nhd=weight(f"{attn}.q_proj", (n, h, d), ("heads", None, "embed"), n * h),
-        wk_khd=weight(f"{attn}.k_proj", (k, h, d), ("kv_heads", None, "embed"), k * h),
-        wv_khd=weight(f"{attn}.v_proj", (k, h, d), ("kv_heads", None, "embed"), k * h),
-        wo_dnh=weight(f"{attn}.o_proj", (d, n, h), ("embed", "heads", None), d),
-        mlp_norm_d=norm(before_mlp, d),
-        w_gate_fd=weight(f"{mlp}.gate_proj", (f, d), ("ff", "embed"), f),
-        w_up_fd=weight(f"{mlp}.up_proj", (f, d), ("ff", "embed"), f),
-        w_down_df=weight(f"{mlp}.down_proj", (d, f), ("embed", "ff"), d),
-        bq_nh=bias(f"{attn}.q_proj", (n, h), ("heads", None)) if qkv else None,
-        bk_kh=bias(f"{attn}.k_proj", (k, h), ("kv_heads", None)) if qkv else None,
-        bv_kh=bias(f"{attn}.v_proj", (k, h), ("kv_heads", None)) if qkv else None,
-        bo_d=bias(f"{attn}.o_proj", (d,), ("embed",)) if config.o_bias else None,
-        q_norm_h=norm(f"{attn}.q_norm", h) if qk else None,
-        k_norm_h=norm(f"{attn}.k_norm", h) if qk else None,
-        b_gate_f=bias(f"{mlp}.gate_proj", (f,), ("ff",)) if config.mlp_bias else None,
-        b_up_f=bias(f"{mlp}.up_proj", (f,), ("ff",)) if config.mlp_bias else None,
-        b_down_d=bias(f"{mlp}.down_proj", (d,), ("embed",)) if config.mlp_bias else None,
-        attn_post_norm_d=norm("post_attention_layernorm", d) if post else None,
-        mlp_post_norm_d=norm("post_feedforward_layernorm", d) if post else None,
+        attn_norm_d=norm(d),
+        wq_nhd=Spec((n, h, d), ("heads", None, "embed"), 1),
+        wk_khd=Spec((k, h, d), ("kv_heads", None, "embed"), 1),
+        wv_khd=Spec((k, h, d), ("kv_heads", None, "embed"), 1),
+        wo_dnh=Spec((d, n, h), ("embed", "heads", None), 2),
+        mlp_norm_d=norm(d),
+        w_gate_fd=Spec((f, d), ("ff", "embed"), 1),
+        w_up_fd=Spec((f, d), ("ff", "embed"), 1),
+        w_down_df=Spec((d, f), ("embed", "ff"), 1),
+        bq_nh=Spec((n, h), ("heads", None)) if qkv else None,
+        bk_kh=Spec((k, h), ("kv_heads", None)) if qkv else None,
+        bv_kh=Spec((k, h), ("kv_heads", None)) if qkv else None,
+        bo_d=Spec((d,), ("embed",)) if config.o_bias else None,
+        q_norm_h=norm(h) if qk else None,
+        k_norm_h=norm(h) if qk else None,
+        b_gate_f=Spec((f,), ("ff",)) if mlp else None,
+        b_up_f=Spec((f,), ("ff",)) if mlp else None,
+        b_down_d=Spec((d,), ("embed",)) if mlp else None,
+        attn_post_norm_d=norm(d) if post else None,
+        mlp_post_norm_d=norm(d) if post else None,
     )
 
 
 def layout(config: ModelConfig) -> Params:
     """Return the description of every parameter: a `Params` of `Spec`."""
     v, d = config.vocab_size, config.d_model
-    axes: Axes = ("vocab", "embed")
-    head = None if config.tied_embeddings else Spec((v, d), axes, "lm_head.weight", (v, d))
+    table = Spec((v, d), ("vocab", "embed"), 1)
     return Params(
-        embed_vd=Spec((v, d), axes, "model.embed_tokens.weight", (v, d)),
-        layers=tuple(_layer_layout(config, i) for i in range(config.n_layers)),
-        final_norm_d=Spec((d,), (None,), "model.norm.weight", (d,), None),
-        head_vd=head,
+        embed_vd=table,
+        layers=(_layer_layout(config),) * config.n_layers,
+        final_norm_d=Spec((d,), (None,), init=None),
+        head_vd=None if config.tied_embeddings else table,
     )
 
 

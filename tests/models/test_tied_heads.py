@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import support as s
-from jaxpersona.ckpts import hf, orbax, tensorfile
+from jaxpersona.ckpts import hf, names, orbax, tensorfile
 from jaxpersona.ckpts.loading import load
 
 from jaxpersona.distributed.sharding import make_mesh
@@ -63,10 +63,10 @@ def test_a_head_that_is_the_embedding_s_second_name_is_no_other(tmp_path, narrow
     hf.save(tmp_path, exact, TIED)
 
     def twice(values, place=None):
-        head = values[hf.EMBED].copy()
+        head = values[names.EMBED].copy()
         if place is not None:
             head[place] += 1
-        return {**values, hf.HEAD: head.astype(jnp.bfloat16 if narrow else np.float32)}
+        return {**values, names.HEAD: head.astype(jnp.bfloat16 if narrow else np.float32)}
 
     alone = load(tmp_path)
     rewrite(tmp_path, twice)
@@ -82,7 +82,7 @@ def test_a_tied_model_may_be_stored_under_the_head_s_name_alone(tmp_path, recwar
     hf.save(tmp_path, s.random_params(TIED), TIED)
     wanted = load(tmp_path)
     rewrite(tmp_path, lambda values: {
-        (hf.HEAD if name == hf.EMBED else name): x for name, x in values.items()})
+        (names.HEAD if name == names.EMBED else name): x for name, x in values.items()})
     for options in ({}, {"mesh": make_mesh(1, 2)}):
         assert load(tmp_path, **options).fingerprint == wanted.fingerprint
     assert hf.verify(tmp_path) and not recwarn.list

@@ -1,0 +1,119 @@
+"""Names and shapes of a model's tensors in Hugging Face checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jaxpersona.ckpts.tensorfile import DTYPES
+
+from jaxpersona.errors import UserError
+from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.params import Layer, Params, Spec, layout
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_FIELDS = {
+    "attn_norm_d": "input_layernorm.weight",
+    "wq_nhd": "self_attn.q_proj.weight", "bq_nh": "self_attn.q_proj.bias",
+    "wk_khd": "self_attn.k_proj.weight", "bk_kh": "self_attn.k_proj.bias",
+    "wv_khd": "self_attn.v_proj.weight", "bv_kh": "self_attn.v_proj.bias",
+    "wo_dnh": "self_attn.o_proj.weight", "bo_d": "self_attn.o_proj.bias",
+    "q_norm_h": "self_attn.q_norm.weight", "k_norm_h": "self_attn.k_norm.weight",
+    "w_gate_fd": "mlp.gate_proj.weight", "b_gate_f": "mlp.gate_proj.bias",
+    "w_up_fd": "mlp.up_proj.weight", "b_up_f": "mlp.up_proj.bias",
+    "w_down_df": "mlp.down_proj.weight", "b_down_d": "mlp.down_proj.bias",
+    "mlp_norm_d": "post_attention_layernorm.weight",
+}
+# with `post_norms` the norm before the MLP has another name
+_POST_NORMS = {
+    "attn_post_norm_d": "post_attention_layernorm.weight",
+    "mlp_norm_d": "pre_feedforward_layernorm.weight",
+    "mlp_post_norm_d": "post_feedforward_layernorm.weight",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A parameter in a checkpoint.
+
+    Attributes:
+      name: of the tensor in the files.
+      shape: of the tensor in the files: [out, in] of a weight, with the head axes flattened.
+      spec: the parameter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    spec: Spec
+
+
+def tensors(config: ModelConfig) -> Params:
+    """Return the tensor of every parameter: a `Params` of `Tensor`."""
+    specs = layout(config)
+    fields = _FIELDS | _POST_NORMS if config.post_norms else _FIELDS
+
+    def layer(i: int, specs: Layer) -> Layer:
+        return Layer(**{
+            field: None if (spec := getattr(specs, field)) is None else
+            Tensor(f"model.layers.{i}.{fields[field]}", _file_shape(spec), spec)
+            for field in (f.name for f in dataclasses.fields(Layer)) if field in fields})
+
+    def one(name: str, spec: Spec) -> Tensor:
+        return Tensor(name, _file_shape(spec), spec)
+
+    return Params(
+        embed_vd=one(EMBED, specs.embed_vd),
+        layers=tuple(layer(i, one_layer) for i, one_layer in enumerate(specs.layers)),
+        final_norm_d=one("model.norm.weight", specs.final_norm_d),
+        head_vd=None if specs.head_vd is None else one(HEAD, specs.head_vd),
+    )
+
+
+def _file_shape(spec: Spec) -> tuple[int, ...]:
+    if not spec.inner:
+        return (math.prod(spec.shape),)
+    at = len(spec.shape) - spec.inner
+    return math.prod(spec.shape[:at]), math.prod(spec.shape[at:])
+
+
+def file_index(tensor: Tensor, ranges: list[tuple[int, int]]) -> tuple[slice, ...]:
+    """Map index ranges of a parameter to slices of its tensor in the file.
+
+    A file dimension is one parameter dimension, or several flattened (heads × head_dim). Of
+    flattened dimensions only the first may be sharded: devices hold whole heads.
+    """
+    shape = tensor.spec.shape
+    out, at = [], 0
+    for extent in tensor.shape:
+        first, inner = at, 1
+        at += 1
+        while shape[first] * inner < extent:
+            if ranges[at] != (0, shape[at]):
+                raise UserError(f"{tensor.name}: one head cannot be sharded over devices")
+            inner *= shape[at]
+            at += 1
+        out.append(slice(ranges[first][0] * inner, ranges[first][1] * inner))
+    return tuple(out)
+
+
+def named(params: Params, config: ModelConfig) -> dict[str, tuple[Tensor, jax.Array]]:
+    """Return {tensor name: (tensor, array)} for every parameter.
+
+    Raises:
+      UserError: the structure, a shape or a dtype does not match the configuration.
+    """
+    expected, tree = jax.tree.flatten(tensors(config))
+    arrays, structure = jax.tree.flatten(params)
+    if structure != tree:
+        raise UserError("the tree structure of params does not match the configuration")
+    faults = [
+        f"{tensor.name}: {array.dtype}{list(array.shape)}, expected {list(tensor.spec.shape)} in "
+        "float32, bfloat16 or float16"
+        for tensor, array in zip(expected, arrays, strict=True)
+        if array.shape != tensor.spec.shape or np.dtype(array.dtype) not in DTYPES.values()
+    ]
+    if faults:
+        raise UserError("params do not match the configuration: " + "; ".join(faults))
+    return {t.name: (t, a) for t, a in zip(expected, arrays, strict=True)}

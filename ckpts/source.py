@@ -1,0 +1,106 @@
+"""Read a model's parameters from any checkpoint format onto their devices.
+
+A format implements `TensorSource`. `load_params` reads it tensor by tensor, each shard directly
+onto the devices that hold it, so memory never holds a second copy of the model.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxpersona.ckpts import names
+from jaxpersona.ckpts.names import Tensor
+
+from jaxpersona.distributed import sharding
+from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.params import Params
+
+READERS = 3  # tensors read concurrently: allocating fresh memory can stall one thread
+Progress = Callable[[int, int], None]
+
+
+class TensorSource(Protocol):
+    """The tensors of a checkpoint, by their Hugging Face names (`names.tensors`).
+
+    Both methods are called from several threads.
+    """
+
+    def size(self, name: str) -> int:
+        """Return the number of bytes that a tensor takes in the files."""
+        ...
+
+    def read(self, name: str, index: tuple[slice, ...] | None,
+             dtype: np.dtype | None) -> np.ndarray:
+        """Read a tensor, or a part of it, into new memory.
+
+        Args:
+          name: a tensor of the checkpoint.
+          index: unit-step slices, one per dimension; None: the whole tensor.
+          dtype: of the result: float32, bfloat16 or float16; None: as stored.
+        """
+        ...
+
+
+def load_params(source: TensorSource, config: ModelConfig, *, dtype: np.dtype | None = None,
+                mesh: Mesh | None = None, progress: Progress | None = None) -> Params:
+    """Load all parameters.
+
+    Args:
+      source: must have every tensor of `names.tensors(config)` in its file shape.
+      config: the model configuration.
+      dtype: float32, bfloat16 or float16; None keeps each tensor's dtype.
+      mesh: shards the parameters by `sharding.RULES`; each process reads only its own shards.
+      progress: called with (bytes read so far, total bytes).
+    """
+    tensors, tree = jax.tree.flatten(names.tensors(config))
+    total = sum(source.size(tensor.name) for tensor in tensors)
+    done, arrays = 0, []
+
+    def read(tensor: Tensor) -> np.ndarray:
+        return source.read(tensor.name, None, dtype).reshape(tensor.spec.shape)
+
+    if mesh is None:
+        placed = map(jax.device_put, _ahead(read, tensors))
+    else:
+        fitted = sharding.fit(mesh, config)
+        placed = _ahead(lambda t: _place(source, t, dtype, fitted), tensors)
+    for tensor, array in zip(tensors, placed, strict=True):
+        arrays.append(array)
+        done += source.size(tensor.name)
+        if progress is not None:
+            progress(done, total)
+    return jax.tree.unflatten(tree, arrays)
+
+
+def _ahead(read: Callable[[Tensor], Any], tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """Yield `read(tensor)` in order, prefetching at most `READERS` results in threads."""
+    with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
+        waiting: collections.deque[concurrent.futures.Future] = collections.deque()
+        for tensor in tensors:
+            waiting.append(pool.submit(read, tensor))
+            if len(waiting) > READERS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _place(source: TensorSource, tensor: Tensor, dtype: np.dtype | None, mesh: Mesh) -> jax.Array:
+    """Read this process's shards of one tensor; each is read once and copied to its devices."""
+    shape, axes = tensor.spec.shape, tensor.spec.axes
+    placed = sharding.weight_sharding(axes, shape, mesh)
+    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
+    for device, index in placed.addressable_devices_indices_map(shape).items():
+        ranges = tuple(s.indices(n)[:2] for s, n in zip(index or (), shape, strict=True))
+        holders.setdefault(ranges, []).append(device)
+    shards = []
+    for ranges, devices in holders.items():
+        part = source.read(tensor.name, names.file_index(tensor, list(ranges)), dtype)
+        part = part.reshape([stop - start for start, stop in ranges])
+        shards += [jax.device_put(part, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(shape, placed, shards)
