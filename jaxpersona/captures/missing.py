@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 
 _LOG = logging.getLogger("jaxpersona")
@@ -40,8 +41,3 @@ def describe_empty(numbers: Any, total: int, what: str) -> str:
     return (f"has no token to read in {what}{there} {some} ({len(numbers)} of {total}), so {so} "
             "NaN: where= selects no token there (by default the content of assistant messages); "
             "add such tokens, or select others with where=")
-
-
-def result_of(state: Any) -> Any:
-    """Return a state's value without a warning; the caller warns about missing tokens itself."""
-    return state.result() if hasattr(state, "result") else state.value

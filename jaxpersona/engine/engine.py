@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxpersona.captures.capture import Capture
-from jaxpersona.captures.readings import Projections
+from jaxpersona.captures.projections import Projections
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.sharding import off_mesh, rows_divisor, unset_mesh
 from jaxpersona.engine import prompts, stopping
@@ -379,8 +379,8 @@ class Engine:
 
 def _projected(request: Request) -> list[str]:
     """Return the names of a request's captures of projections."""
-    parts = {} if request.capture is None else request.capture.parts
-    return [name for name, part in parts.items() if type(part) is Projections]
+    parts = {} if request.capture is None else request.capture.readings
+    return [name for name, part in parts.items() if isinstance(part, Projections)]
 
 
 @program()

@@ -281,10 +281,10 @@ class Lane:
             token=zeros, position=zeros, turn=zeros, row_id=zeros.astype(jnp.uint32),
             done=jnp.ones((rows,), bool), thinking=jnp.zeros((rows,), bool), limit=zeros,
             length=zeros, tokens=jnp.full((rows, setting.max_new), -1, jnp.int32),
-            step=jnp.zeros((), jnp.int32), captured=setting.capture.start(config, rows, slots),
+            step=jnp.zeros((), jnp.int32), captured=setting.capture.init(config, rows, slots),
             applied=tuple(Applied(zeros, jnp.zeros((len(edit.layers), rows), jnp.int32))
                           for edit in edits),
-            gates={str(number): edit.gate.start(rows)
+            gates={str(number): edit.gate.init(rows)
                    for number, edit in enumerate(edits) if edit.gate is not None},
             nonfinite=jnp.zeros((rows,), bool),
             fence=None if setting.stops.fences is None else zeros,

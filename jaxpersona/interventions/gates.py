@@ -57,7 +57,7 @@ class Gate(flax.struct.PyTreeNode, kw_only=True):
         """Return whether the gate is measured before `site` of `layer` is computed."""
         return (self.layer, ORDER[self.site]) < (layer, ORDER[site])
 
-    def start(self, rows: int, before: jax.Array | None = None) -> GateState:
+    def init(self, rows: int, before: jax.Array | None = None) -> GateState:
         """Return the initial state.
 
         Args:

@@ -49,7 +49,7 @@ class Trace:
             return jax.tree.map(lambda x: spread_rows(x, 0, batch.tokens), state)
 
         self.gates: Gates = {
-            str(number): spread(edit.gate.start(rows, before)) if gates is None
+            str(number): spread(edit.gate.init(rows, before)) if gates is None
             else gates.get(str(number))
             for number, edit in enumerate(edits.edits) if edit.gate is not None
         }
@@ -59,10 +59,13 @@ class Trace:
                              "interventions")
         self.opened: dict[int, jax.Array] = {}
         self.changed: list[list[jax.Array]] = [[] for _ in edits.edits]
-        self.layers = {name: chosen_layers(part, config) for name, part in capture.parts.items()}
+        self.layers = {name: chosen_layers(reading, config)
+                       for name, reading in capture.readings.items()}
         with jax.named_scope("capture"):
-            self.weights = {name: part.weights(batch) for name, part in capture.parts.items()}
-        self.parts: dict[str, list[Any]] = {name: [] for name in capture.parts}
+            self.weights = {name: reading.weights(batch)
+                            for name, reading in capture.readings.items()}
+        # by reading, one reduction per layer
+        self.reductions: dict[str, list[Any]] = {name: [] for name in capture.readings}
 
     @property
     def highest(self) -> int:
@@ -85,11 +88,11 @@ class Trace:
             with jax.named_scope("intervention"):
                 self.opened[number], self.gates[str(number)] = gate.measure(
                     h, self.batch, self.gates[str(number)])
-        for name, part in self.capture.parts.items():
-            if part.site == site and layer in self.layers[name]:
+        for name, reading in self.capture.readings.items():
+            if reading.site == site and layer in self.layers[name]:
                 with jax.named_scope("capture"):
                     index = self.layers[name].index(layer)
-                    self.parts[name].append(part.read(h, self.weights[name], index))
+                    self.reductions[name].append(reading.read(h, self.weights[name], index))
         return h
 
     def captured(self, state: dict[str, Any] | None, slots: jax.Array) -> dict[str, Any]:
@@ -98,15 +101,15 @@ class Trace:
         Raises:
           UserError: the state of another capture.
         """
-        if state is not None and set(state) != set(self.capture.parts):
+        if state is not None and set(state) != set(self.capture.readings):
             raise UserError(f"captured has the readings {sorted(state)}, but the capture has "
-                             f"{sorted(self.capture.parts)}; give the state of this capture")
+                             f"{sorted(self.capture.readings)}; give the state of this capture")
         with jax.named_scope("capture"):
             return {
-                name: part.add(state[name], jax.tree.map(lambda *x: jnp.stack(x),
-                                                         *self.parts[name]),
-                               self.weights[name], self.batch, slots)
-                for name, part in self.capture.parts.items()
+                name: reading.update(state[name], jax.tree.map(lambda *x: jnp.stack(x),
+                                                               *self.reductions[name]),
+                                     self.weights[name], self.batch, slots)
+                for name, reading in self.capture.readings.items()
                 if state is not None
             }
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.captures.capture import Capture, check_capture
-from jaxpersona.captures.readings import spread_states
+from jaxpersona.captures.reading import spread_states
 from jaxpersona.distributed.sharding import (
     check_set_mesh,
     gather_weight,
@@ -134,7 +134,7 @@ def forward(
     start: Any = None if cache is None else cache.next  # before this call's tokens
     state = captured
     if state is None and capture is not None:
-        state = capture.start(config, rows, width if cache is None else cache.slots)
+        state = capture.init(config, rows, width if cache is None else cache.slots)
         state = spread_states(state, like)
     trace = Trace(config, batch, edits, capture if capture is not None else Capture(), gates, start)
     if cache is None:
