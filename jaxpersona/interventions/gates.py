@@ -8,7 +8,7 @@ row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import flax.struct
 import jax
@@ -18,10 +18,13 @@ from jaxpersona.interventions.table import ORDER, Site
 from jaxpersona.interventions.where import holds
 from jaxpersona.models.batch import GENERATED, LAST, Batch
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, UInt
+
 Over = Literal["prompt", "token"]
 
 
-class Gate(flax.struct.PyTreeNode, kw_only=True):
+class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
     """The gate of a table's entries.
 
     Attributes:
@@ -34,10 +37,10 @@ class Gate(flax.struct.PyTreeNode, kw_only=True):
       within: whether a prompt gate also applies to all tokens of the prompt itself.
     """
 
-    direction: Any
-    bounds: Any
-    where: Any
-    origin: Any
+    direction: Float[Array, "n D"]
+    bounds: Float[Array, "n 2"]
+    where: Int[Array, "n 5"]
+    origin: UInt[Array, " n"]
     layer: int = flax.struct.field(pytree_node=False)
     site: Site = flax.struct.field(pytree_node=False)
     over: Over = flax.struct.field(pytree_node=False)
@@ -52,6 +55,11 @@ class Gate(flax.struct.PyTreeNode, kw_only=True):
     def gather(gates: Sequence[Gate]) -> Gate:
         """Concatenate the first entries of gates with equal keys."""
         return jax.tree.map(lambda *x: jnp.concatenate([y[:1] for y in x]), *gates)
+
+    def __repr__(self) -> str:
+        """Return what the gate measures, such as "layer 2, prompt"."""
+        site = "" if self.site == "residual" else f"{self.site}, "
+        return f"layer {self.layer}, {site}{self.over}"
 
     def precedes(self, layer: int, site: Site) -> bool:
         """Return whether the gate is measured before `site` of `layer` is computed."""
@@ -96,5 +104,5 @@ class Gate(flax.struct.PyTreeNode, kw_only=True):
 class GateState(flax.struct.PyTreeNode):
     """The sum [B] and number [B] of each row's projections over its prompt, float32."""
 
-    total: Any
-    count: Any
+    total: Float[Array, " B"]
+    count: Float[Array, " B"]

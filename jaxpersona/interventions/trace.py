@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpersona.captures.capture import Capture, chosen_layers
+from jaxpersona.captures.reading import State
 from jaxpersona.distributed.sharding import spread_rows
 from jaxpersona.errors import UserError
-from jaxpersona.interventions.compose import Interventions
+from jaxpersona.interventions.compose import PreparedInterventions
 from jaxpersona.interventions.table import Site
 from jaxpersona.models import nn
 from jaxpersona.models.batch import Batch
 from jaxpersona.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int
 
 _BITS = 32
 Gates = dict[str, Any]  # the state of each gate, by its table's index
@@ -31,15 +36,15 @@ class Applied(flax.struct.PyTreeNode):
         change if δ ≠ 0, even if rounding to the model's dtype removes it.
     """
 
-    seen: Any
-    changed: Any
+    seen: Int[Array | np.ndarray, " B"]
+    changed: Int[Array | np.ndarray, "l B"]
 
 
 class Trace:
     """The edits and readings of one forward pass; it exists only during tracing."""
 
-    def __init__(self, config: ModelConfig, batch: Batch, edits: Interventions, capture: Capture,
-                 gates: Gates | None, before: jax.Array | None) -> None:
+    def __init__(self, config: ModelConfig, batch: Batch, edits: PreparedInterventions,
+                 capture: Capture, gates: Gates | None, before: jax.Array | None) -> None:
         self.batch, self.edits, self.capture = batch, edits, capture
         rows = batch.tokens.shape[0]
         with jax.named_scope("intervention"):
@@ -95,7 +100,7 @@ class Trace:
                     self.reductions[name].append(reading.read(h, self.weights[name], index))
         return h
 
-    def captured(self, state: dict[str, Any] | None, slots: jax.Array) -> dict[str, Any]:
+    def captured(self, state: dict[str, State] | None, slots: jax.Array) -> dict[str, State]:
         """Add this call's readings to the state.
 
         Raises:
@@ -134,12 +139,12 @@ def _counts(changed: list[jax.Array]) -> jax.Array:
     """
     if changed[0].shape[1] > 1:
         return jnp.stack(changed).sum(-1, dtype=jnp.int32)
-    parts = []
+    counts = []
     for at in range(0, len(changed), _BITS):
         some = changed[at : at + _BITS]
         words = functools.reduce(jnp.bitwise_or, (
             jax.lax.shift_left(layer.astype(jnp.uint32), jnp.full(layer.shape, i, jnp.uint32))
             for i, layer in enumerate(some)))
         places = jnp.arange(len(some), dtype=jnp.uint32)[:, None]
-        parts.append((words.T >> places & 1).astype(jnp.int32))
-    return jnp.concatenate(parts)
+        counts.append((words.T >> places & 1).astype(jnp.int32))
+    return jnp.concatenate(counts)

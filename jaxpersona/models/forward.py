@@ -25,7 +25,7 @@ from jaxpersona.distributed.sharding import (
     platform,
 )
 from jaxpersona.errors import UserError
-from jaxpersona.interventions.compose import Interventions, given
+from jaxpersona.interventions.compose import Interventions, PreparedInterventions, prepared
 from jaxpersona.interventions.trace import Applied, Gates, Trace
 from jaxpersona.kernels.attention import Asked, choose, flash
 from jaxpersona.models import nn
@@ -66,7 +66,7 @@ def forward(
     config: ModelConfig,
     batch: Batch,
     *,
-    interventions: Interventions | None = None,
+    interventions: Interventions | PreparedInterventions | None = None,
     capture: Capture | None = None,
     cache: Cache | None = None,
     new_cache: int | None = None,
@@ -81,7 +81,8 @@ def forward(
       params: the parameters; their dtype is the computation's dtype.
       config: the model configuration (static).
       batch: B rows of T tokens, right-padded. With a cache, the tokens continue its rows.
-      interventions: the edits of the activations.
+      interventions: the edits of the activations; prepared ones (`Interventions.prepare`) are used
+        as they are.
       capture: the readings of the activations.
       cache: keys and values of earlier tokens, or None.
       new_cache: instead of `cache`, the number of slots of a new cache, allocated in the fastest
@@ -108,8 +109,10 @@ def forward(
     _check_arguments(params, batch, capture)
     rows, width = batch.tokens.shape
     _check_ids(batch.tokens, config)
-    edits = given(interventions)
-    edits.check(layers=config.n_layers, width=config.d_model, rows=rows)
+    like = params.embed_vd
+    check_set_mesh(like)
+    edits = prepared(interventions, layers=config.n_layers, width=config.d_model, rows=rows,
+                     like=like)
     if batch.chunk and any(e.gate is not None and e.gate.within for e in edits.edits):
         raise UserError("a gate with within=True needs the whole prompt in one call; disable "
                          "chunked prefill, or use within=False")
@@ -119,9 +122,7 @@ def forward(
     room = new_cache if cache is None else cache.slots
     if room is not None and width > room:
         raise UserError(f"the batch is {width} tokens wide; the cache has {room} slots")
-    like = params.embed_vd
-    check_set_mesh(like)
-    batch, edits = batch.spread(like), edits.ready(rows, like)
+    batch = batch.spread(like)
     dtype = like.dtype
     chosen = choose(config, attention, dtype=dtype, tokens=width, fresh=cache is None,
                     sharded=mesh_of(like) is not None, platform=platform(like))
