@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import jax
-import jax.core
 import numpy as np
+
+from jaxpersona.interventions.describe import host_array
 
 _LOG = logging.getLogger("jaxpersona")
 
@@ -21,10 +21,9 @@ def warn_of_empty(name: str, empty: Any) -> None:
       name: the capture's name.
       empty: [B] bool.
     """
-    if isinstance(empty, jax.core.Tracer) or not getattr(empty, "is_fully_addressable", True):
-        return
-    if (rows := np.flatnonzero(jax.device_get(empty))).size:
-        _LOG.warning("capture %r %s", name, describe_empty(rows, len(empty), "row"))
+    values = host_array(empty)
+    if values is not None and (rows := np.flatnonzero(values)).size:
+        _LOG.warning("capture %r %s", name, describe_empty(rows, len(values), "row"))
 
 
 def describe_empty(numbers: Any, total: int, what: str) -> str:

@@ -120,12 +120,12 @@ class ProjectionMoments(OnDirections, kw_only=True, repr=False):
                weights: jax.Array, batch: Batch, slots: jax.Array) -> MomentState:
         """Merge the moments of one call into the state (Chan et al. 1983)."""
         mean, squares = reductions
-        fresh = weights.sum(-1, dtype=F32)
-        total = state.count + fresh
-        share = (fresh / jnp.maximum(total, 1.0))[None, :, None]
-        apart = mean - state.mean
-        squares = state.squares + squares + apart**2 * state.count[None, :, None] * share
-        return MomentState(total, state.mean + apart * share, squares)
+        added = weights.sum(-1, dtype=F32)
+        count = state.count + added
+        share = (added / jnp.maximum(count, 1.0))[None, :, None]
+        shift = mean - state.mean
+        squares = state.squares + squares + shift**2 * state.count[None, :, None] * share
+        return MomentState(count, state.mean + shift * share, squares)
 
 
 class Moments(flax.struct.PyTreeNode):
@@ -189,10 +189,10 @@ class Histogram(OnDirections, kw_only=True, repr=False):
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
         """Count the projections of h [B, T, D] per bin: [B, K, E + 1] int32."""
         edges = self.edges[index if self.edges.shape[0] > 1 else 0]
-        place = (self.project(h, index)[..., None] >= edges[None, None]).sum(-1, dtype=jnp.int32)
+        number = (self.project(h, index)[..., None] >= edges[None, None]).sum(-1, dtype=jnp.int32)
         bins = jnp.arange(edges.shape[-1] + 1, dtype=jnp.int32)
-        inside = (place[..., None] == bins[None, None, None]) & weights[..., None, None]
-        return inside.sum(1, dtype=jnp.int32)
+        in_bin = (number[..., None] == bins[None, None, None]) & weights[..., None, None]
+        return in_bin.sum(1, dtype=jnp.int32)
 
     def update(self, state: CountState, reductions: jax.Array, weights: jax.Array, batch: Batch,
                slots: jax.Array) -> CountState:

@@ -232,12 +232,12 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         reach: Any = stop if total is None else total
         chosen = tuple(range(*wanted.indices(reach)))
     else:
-        held = np.atleast_1d(wanted) if hasattr(wanted, "ndim") else wanted
-        several = isinstance(held, Sequence) and not isinstance(held, bytes | bytearray)
-        several = several or getattr(held, "ndim", 0) == 1
-        if several and len(held) > MAX_LAYERS:
+        listed = np.atleast_1d(wanted) if hasattr(wanted, "ndim") else wanted
+        several = isinstance(listed, Sequence) and not isinstance(listed, bytes | bytearray)
+        several = several or getattr(listed, "ndim", 0) == 1
+        if several and len(listed) > MAX_LAYERS:
             raise UserError(f"layers is {text}; a model has at most {MAX_LAYERS} layers")
-        items: list[Any] = list(held) if several else [wanted]
+        items: list[Any] = list(listed) if several else [wanted]
         if not all(map(_whole, items)):
             raise UserError(f"layers is {text}; it must be an int, a slice, a list of ints or "
                              "text such as 46:54")

@@ -273,8 +273,8 @@ def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
     """Merge tables of one entry each into one table with an index per row."""
     if not members:
         assert into is not None  # only a reserved slot can be without members
-        unused = jnp.full(rows, -1, jnp.int32)
-        return into.replace(index=unused, origin=jnp.zeros_like(into.origin))
+        no_entry = jnp.full(rows, -1, jnp.int32)
+        return into.replace(index=no_entry, origin=jnp.zeros_like(into.origin))
     layers = tuple(sorted({layer for edit in members.values() for layer in edit.layers}))
     entries: dict[Any, int] = {}
     unique: list[Table] = []

@@ -10,7 +10,6 @@ import jax.core
 import numpy as np
 
 from jaxpersona.interventions.where import WIDTH, decoded
-from jaxpersona.runtime import own_rules
 
 
 def call(name: str, *arguments: str) -> str:
@@ -27,14 +26,17 @@ def layer_range(layers: Sequence[int]) -> str:
     return f"layers {', '.join(map(str, layers))}"
 
 
-@own_rules()
 def host_array(x: Any) -> np.ndarray | None:
-    """Return an array's values, or None for a traced array or one of several processes."""
+    """Return an array's values, or None where they are unknown or absent.
+
+    They are unknown of a traced array and of one with rows in other processes, and absent of a
+    donated one.
+    """
     if isinstance(x, np.ndarray):
         return x
     if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
         return None
-    return np.asarray(x) if x.is_fully_addressable and not x.is_deleted() else None
+    return jax.device_get(x) if x.is_fully_addressable and not x.is_deleted() else None
 
 
 def tests(code: Any) -> str:

@@ -56,10 +56,14 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
         """Concatenate the first entries of gates with equal keys."""
         return jax.tree.map(lambda *x: jnp.concatenate([y[:1] for y in x]), *gates)
 
-    def __repr__(self) -> str:
-        """Return what the gate measures, such as "layer 2, prompt"."""
+    def condition(self) -> str:
+        """Return where the gate measures, such as "layer 2, prompt"."""
         site = "" if self.site == "residual" else f"{self.site}, "
         return f"layer {self.layer}, {site}{self.over}"
+
+    def __repr__(self) -> str:
+        """Return the condition, such as `Gate(layer 2, prompt)`."""
+        return f"Gate({self.condition()})"
 
     def precedes(self, layer: int, site: Site) -> bool:
         """Return whether the gate is measured before `site` of `layer` is computed."""
@@ -73,8 +77,9 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
             that has some are missing, so its gate stays closed (NaN).
         """
         zero = jnp.zeros((rows,), jnp.float32)
-        lost = zero if before is None else jnp.where(before > 0, jnp.nan, 0.0).astype(jnp.float32)
-        return GateState(zero + lost, zero)
+        missing = (zero if before is None else
+                   jnp.where(before > 0, jnp.nan, 0.0).astype(jnp.float32))
+        return GateState(zero + missing, zero)
 
     def measure(self, h: jax.Array, batch: Batch,
                 state: GateState) -> tuple[jax.Array, GateState]:
@@ -95,10 +100,10 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
         state = GateState(state.total + (p * weight).sum(-1), state.count + weight.sum(-1))
         mean = (state.total / jnp.maximum(state.count, 1.0))[:, None]
         opened = (state.count[:, None] > 0) & (mean >= lo) & (mean <= hi)
-        reach = (kind & (LAST | GENERATED)) != 0
+        gated = (kind & (LAST | GENERATED)) != 0
         if self.within:  # also the prompt's tokens, if the call contains the whole prompt
-            reach = reach | (kind & LAST).any(-1, keepdims=True)
-        return opened & reach, state
+            gated = gated | (kind & LAST).any(-1, keepdims=True)
+        return opened & gated, state
 
 
 class GateState(flax.struct.PyTreeNode):

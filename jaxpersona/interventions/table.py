@@ -239,7 +239,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         """Return the call that makes the table, such as `cap(response, layers 4–7, residual)`."""
         rows = "" if self.rows is None else f"{self.rows} rows"
         edit = call(self.operator(), tests(self.where), layer_range(self.layers), self.site, rows)
-        return edit if self.gate is None else call("gate", edit, repr(self.gate))
+        return edit if self.gate is None else call("gate", edit, self.gate.condition())
 
 
 def next_power(n: int) -> int:

@@ -141,10 +141,10 @@ def _counts(changed: list[jax.Array]) -> jax.Array:
         return jnp.stack(changed).sum(-1, dtype=jnp.int32)
     counts = []
     for at in range(0, len(changed), _BITS):
-        some = changed[at : at + _BITS]
+        packed = changed[at : at + _BITS]
         words = functools.reduce(jnp.bitwise_or, (
             jax.lax.shift_left(layer.astype(jnp.uint32), jnp.full(layer.shape, i, jnp.uint32))
-            for i, layer in enumerate(some)))
-        places = jnp.arange(len(some), dtype=jnp.uint32)[:, None]
-        counts.append((words.T >> places & 1).astype(jnp.int32))
+            for i, layer in enumerate(packed)))
+        bits = jnp.arange(len(packed), dtype=jnp.uint32)[:, None]
+        counts.append((words.T >> bits & 1).astype(jnp.int32))
     return jnp.concatenate(counts)

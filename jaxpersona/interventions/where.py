@@ -72,13 +72,12 @@ class Where:
 
     def __repr__(self) -> str:
         """Return the test as it is written, such as `response` or `everywhere.without('first')`."""
-        base = dataclasses.replace(self, lo=0, hi=FOREVER)
-        # the named test that needs the fewest exclusions; `everywhere` matches plain exclusions
-        candidates = [(name, self.none & ~test.none) for name, test in NAMED.items()
-                if (test.need, test.any) == (base.need, base.any) and not test.none & ~self.none]
-        if candidates:
-            name, rest = min(candidates, key=lambda item: item[1].bit_count())
-            kinds = [repr(kind) for kind, bit in KINDS.items() if rest & bit]
+        excluded = {name: self.none & ~test.none for name, test in NAMED.items()
+                    if (test.need, test.any) == (self.need, self.any)
+                    and not test.none & ~self.none}
+        if excluded:  # use the name that needs the fewest exclusions
+            name = min(excluded, key=lambda name: excluded[name].bit_count())
+            kinds = [repr(kind) for kind, bit in KINDS.items() if excluded[name] & bit]
             text = name + (f".without({', '.join(kinds)})" if kinds else "")
         else:
             text = f"Where(need={self.need}, any={self.any}, none={self.none})"
