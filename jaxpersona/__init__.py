@@ -35,6 +35,7 @@ from jaxpersona.interventions import (
     stack_rows,
     steer,
     turns,
+    where,
 )
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.interventions.where import (
@@ -73,4 +74,5 @@ __all__ = [
     "init_params", "last", "load", "load_axis", "load_caps", "load_vector", "make_mesh", "marked",
     "mean_ablate", "preset", "prompt", "reserve", "response", "restore_norm", "rotate",
     "save_vector", "scale", "set_projection", "stack_rows", "steer", "system", "turns", "user",
+    "where",
 ]

@@ -1,11 +1,16 @@
-"""Reference implementation of the rank-one edit."""
+"""The rank-one edit: its equation, and the implementation that XLA compiles."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+
+from jaxpersona.errors import UserError
+
+Implementation = Literal["xla"]
 
 
 def rank_one_edit(
@@ -15,6 +20,8 @@ def rank_one_edit(
     active: jax.Array,
     push: jax.Array | None = None,
     columns: jax.Array | None = None,
+    *,
+    implementation: Implementation = "xla",
 ) -> tuple[jax.Array, jax.Array]:
     """Edit activations along one direction per row.
 
@@ -27,11 +34,17 @@ def rank_one_edit(
       active: [B, T] bool, the tokens that the edit applies to.
       push: û, of `direction`'s shape, to move h along û instead of v̂; None for v̂.
       columns: `twice(direction)`, if already computed.
+      implementation: "xla", the only one.
 
     Returns:
       The edited h in its own dtype, and [B, T] bool: True where the edit is active and δ ≠ 0.
       Elsewhere h is unchanged, bit for bit.
+
+    Raises:
+      UserError: unknown implementation.
     """
+    if implementation != "xla":
+        raise UserError(f"implementation is {implementation!r}; only 'xla' is available")
     s, c, lo, hi = (number[:, None] for number in coefficients)
     wide = h.astype(jnp.float32)
     p = project(wide, direction) if columns is None else _by_product(wide, columns)

@@ -15,17 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.captures.readings import (
-    F32,
-    Full,
-    Histogram,
-    Last,
-    Mean,
-    Norms,
-    ProjectionMoments,
-    Projections,
-    TokenState,
-)
+from jaxpersona.captures.activations import Full, Last, Mean, Norms
+from jaxpersona.captures.projections import Histogram, ProjectionMoments, Projections
+from jaxpersona.captures.reading import F32, Reading, State
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Layers, normalised, numbers, resolve_layers
 from jaxpersona.interventions.table import SITES, Site, one_origin, traced
@@ -33,8 +25,8 @@ from jaxpersona.interventions.where import Where, encoded, everywhere, response
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.runtime import own_rules
 
-__all__ = ["Capture", "TokenState", "chosen_layers", "full", "histogram", "last", "mean",
-           "moments", "norms", "projections"]
+__all__ = ["Capture", "chosen_layers", "full", "histogram", "last", "mean", "moments", "norms",
+           "projections"]
 
 _CALLS = {"full": "full()", "histogram": "histogram(directions, edges)", "last": "last()",
           "mean": "mean()", "moments": "moments(directions)", "norms": "norms()",
@@ -44,57 +36,47 @@ _CALLS = {"full": "full()", "histogram": "histogram(directions, edges)", "last":
 class Capture(flax.struct.PyTreeNode):
     """Named readings that share one forward pass; `a | b` combines two captures."""
 
-    parts: Mapping[str, Any] = flax.struct.field(default_factory=dict)
+    readings: Mapping[str, Reading] = flax.struct.field(default_factory=dict)
 
     def __or__(self, other: Capture) -> Capture:
         check_capture(other)
-        twice = sorted(set(self.parts) & set(other.parts))
+        twice = sorted(set(self.readings) & set(other.readings))
         if twice:
             raise UserError(f"two captures have the name {twice}; rename one with `name=`")
-        return Capture({**self.parts, **other.parts})
+        return Capture({**self.readings, **other.readings})
 
-    def start(self, config: ModelConfig, rows: int, slots: int) -> dict[str, Any]:
-        """Return the initial state for `rows` rows of `slots` slots."""
+    def init(self, config: ModelConfig, rows: int, slots: int) -> dict[str, State]:
+        """Return the initial state of every reading for `rows` rows of `slots` cache slots."""
         return {
-            name: part.start(len(chosen_layers(part, config)), rows, slots, config.d_model)
-            for name, part in self.parts.items()
+            name: reading.init(len(chosen_layers(reading, config)), rows, slots, config.d_model)
+            for name, reading in self.readings.items()
         }
 
+    def __repr__(self) -> str:
+        """Return the readings, such as `mean(response) | last(everywhere)`."""
+        return " | ".join(map(repr, self.readings.values())) or "Capture()"
 
-def chosen_layers(part: Any, config: ModelConfig) -> tuple[int, ...]:
-    """Return the layers that a reading uses; default: all.
+
+def chosen_layers(reading: Reading, config: ModelConfig) -> tuple[int, ...]:
+    """Return the layers that a reading reads; default: all.
 
     Raises:
       UserError: a layer that the model does not have, or directions of another shape.
     """
-    if part.site not in SITES:
-        raise UserError(f"site is {part.site!r}; it must be one of {SITES}")
-    layers = part.layers if part.layers is not None else tuple(range(config.n_layers))
+    if reading.site not in SITES:
+        raise UserError(f"site is {reading.site!r}; it must be one of {SITES}")
+    layers = reading.layers if reading.layers is not None else tuple(range(config.n_layers))
     if layers[-1] >= config.n_layers:
         raise UserError(
             f"a capture reads layer {layers[-1]}; the model has layers 0…{config.n_layers - 1}"
         )
-    if hasattr(part, "directions"):
-        width = part.directions.shape[-1]
-        for name in ("directions", "edges"):  # indexing would clamp to the last set without error
-            sets = getattr(part, name, np.zeros(1)).shape[0]
-            if sets not in (1, len(layers)):
-                raise UserError(
-                    f"{name} are for {sets} layers, but {len(layers)} are captured: {list(layers)}"
-                )
-        if width != config.d_model:
-            raise UserError(
-                f"directions have width {width}; the model's residual stream has {config.d_model}"
-            )
+    reading.check(layers, config.d_model)
     return layers
 
 
-def _directions(directions: Any, where: Where | str, layers: Layers | None, site: Site
-                ) -> tuple[jax.Array, Any, jax.Array, tuple[int, ...] | None, Site]:
-    """Return the fields shared by projection readings.
-
-    These are the test, unit directions [L or 1, K, D], origin [1], layers and site.
-    """
+def _directions(directions: Any, where: Where | str, layers: Layers | None,
+                site: Site) -> dict[str, Any]:
+    """Return the fields of `projections.OnDirections`."""
     several = list(directions) if isinstance(directions, (list, tuple)) else [directions]
     if several and all(hasattr(one, "at_layers") for one in several):
         chosen = resolve_layers(slice(None) if layers is None else layers, several[0].n_layers)
@@ -113,7 +95,8 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None, site
     if not traced(value) and not (np.isfinite(value).all() and value.any(-1).all()):
         raise UserError("directions contains a zero vector or a non-finite value")
     unit = jnp.asarray(normalised(value)[0], F32)
-    return _test(where), unit, jnp.asarray(origin, jnp.uint32), picked, _site(site)
+    return {"where": _test(where), "directions": unit, "layers": picked, "site": _site(site),
+            "model_origin": jnp.asarray(origin, jnp.uint32)}
 
 
 def check_capture(given: Any) -> None:
@@ -139,6 +122,11 @@ def _site(site: Site) -> Site:
     return site
 
 
+def _common(where: Where | str, layers: Layers | None, site: Site) -> dict[str, Any]:
+    """Return the fields of `reading.Reading`."""
+    return {"where": _test(where), "layers": _pick(layers), "site": _site(site)}
+
+
 def _pick(layers: Layers | None) -> tuple[int, ...] | None:
     return None if layers is None else resolve_layers(layers, None)
 
@@ -152,14 +140,14 @@ def mean(where: Where | str = response, *, layers: Layers | None = None, site: S
     """
     if turns is not None and (not isinstance(turns, int) or turns < 1):
         raise UserError(f"turns is {turns!r}; it must be a positive integer")
-    return Capture({name: Mean(_test(where), _pick(layers), _site(site), turns)})
+    return Capture({name: Mean(**_common(where, layers, site), turns=turns)})
 
 
 @own_rules()
 def last(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "last") -> Capture:
     """Keep the activation of the last selected token. Result: [B, L, D]."""
-    return Capture({name: Last(_test(where), _pick(layers), _site(site))})
+    return Capture({name: Last(**_common(where, layers, site))})
 
 
 @own_rules()
@@ -174,7 +162,7 @@ def projections(directions: Any, where: Where | str = everywhere, *, layers: Lay
     Returns:
       A capture with result [B, L, S, K]; NaN at tokens that are not selected.
     """
-    return Capture({name: Projections(*_directions(directions, where, layers, site))})
+    return Capture({name: Projections(**_directions(directions, where, layers, site))})
 
 
 @own_rules()
@@ -186,9 +174,9 @@ def moments(directions: Any, where: Where | str = response, *, layers: Layers | 
     `projections`.
 
     Returns:
-      A capture with result `readings.Moments`: count [B], mean and variance [B, L, K].
+      A capture with result `projections.Moments`: count [B], mean and variance [B, L, K].
     """
-    return Capture({name: ProjectionMoments(*_directions(directions, where, layers, site))})
+    return Capture({name: ProjectionMoments(**_directions(directions, where, layers, site))})
 
 
 @own_rules()
@@ -208,19 +196,20 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
     Raises:
       UserError: edges that do not ascend, or edges or directions of an invalid shape.
     """
-    chosen = _directions(directions, where, layers, site)
+    fields = _directions(directions, where, layers, site)
     bounds = numbers("edges", edges)
     bounds = bounds[None, None] if bounds.ndim == 1 else bounds
     if bounds.ndim != 3 or not bounds.shape[-1]:
         raise UserError(f"edges has shape {bounds.shape}; it must be [E] or [l, K, E]")
     if not np.isfinite(bounds).all() or (np.diff(bounds.astype(np.float32), axis=-1) <= 0).any():
         raise UserError("edges must be finite and strictly ascending")
-    known = None if chosen[3] is None else len(chosen[3])  # None: checked by `chosen_layers`
-    if bounds.shape[1] not in (1, chosen[1].shape[1]) or (
-            known is not None and bounds.shape[0] not in (1, known)):
+    picked, shape = fields["layers"], fields["directions"].shape
+    count = None if picked is None else len(picked)  # None: checked by `chosen_layers`
+    if bounds.shape[1] not in (1, shape[1]) or (
+            count is not None and bounds.shape[0] not in (1, count)):
         raise UserError(f"edges has shape {bounds.shape}; it must fit the shape of directions, "
-                         f"{chosen[1].shape}")
-    return Capture({name: Histogram(*chosen, jnp.asarray(bounds, F32))})
+                        f"{shape}")
+    return Capture({name: Histogram(**fields, edges=jnp.asarray(bounds, F32))})
 
 
 @own_rules()
@@ -230,7 +219,7 @@ def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site
 
     The mean norm over all tokens but the first is the unit of steering strengths in Lu et al. 2026.
     """
-    return Capture({name: Norms(_test(where), _pick(layers), _site(site))})
+    return Capture({name: Norms(**_common(where, layers, site))})
 
 
 @own_rules()
@@ -240,4 +229,4 @@ def full(where: Where | str = everywhere, *, layers: Layers | None = None, site:
 
     The other entries are NaN.
     """
-    return Capture({name: Full(_test(where), _pick(layers), _site(site))})
+    return Capture({name: Full(**_common(where, layers, site))})

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import jax
 import numpy as np
+
+from jaxpersona.interventions.describe import host_array
 
 _LOG = logging.getLogger("jaxpersona")
 
@@ -20,10 +21,9 @@ def warn_of_empty(name: str, empty: Any) -> None:
       name: the capture's name.
       empty: [B] bool.
     """
-    if isinstance(empty, jax.core.Tracer) or not getattr(empty, "is_fully_addressable", True):
-        return
-    if (rows := np.flatnonzero(jax.device_get(empty))).size:
-        _LOG.warning("capture %r %s", name, describe_empty(rows, len(empty), "row"))
+    values = host_array(empty)
+    if values is not None and (rows := np.flatnonzero(values)).size:
+        _LOG.warning("capture %r %s", name, describe_empty(rows, len(values), "row"))
 
 
 def describe_empty(numbers: Any, total: int, what: str) -> str:
@@ -40,8 +40,3 @@ def describe_empty(numbers: Any, total: int, what: str) -> str:
     return (f"has no token to read in {what}{there} {some} ({len(numbers)} of {total}), so {so} "
             "NaN: where= selects no token there (by default the content of assistant messages); "
             "add such tokens, or select others with where=")
-
-
-def result_of(state: Any) -> Any:
-    """Return a state's value without a warning; the caller warns about missing tokens itself."""
-    return state.result() if hasattr(state, "result") else state.value

@@ -118,7 +118,7 @@ def neutral_row(edits: Interventions) -> Interventions:
 
 def _own(table: Any) -> Any:
     """Return a table of one entry as one row's own."""
-    return table.replace(index=None, each=True)
+    return table.replace(index=None)
 
 
 def _neutral(table: Any) -> Any:

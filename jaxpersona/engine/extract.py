@@ -18,13 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.captures.capture import Capture, mean
-from jaxpersona.captures.missing import describe_empty, result_of
-from jaxpersona.captures.readings import (
-    Last,
-    Mean,
-    ProjectionMoments,
-    TokenState,
-)
+from jaxpersona.captures.missing import describe_empty
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.context import own_context
 from jaxpersona.distributed.sharding import off_mesh, platform, rows_divisor
@@ -133,14 +127,14 @@ def extract(
 
     def keep(members: list[int], out: Output) -> None:
         captured, applied, finite = processes.fetch((out.captured, out.applied, out.finite))
-        values = {name: result_of(state) for name, state in captured.items()}
+        values = {name: state.result() for name, state in captured.items()}
         nonfinite[members] = ~finite[: len(members)]
         if nonfinite.any() and stop:
             raise UserError(explained())
         for b, i in enumerate(members):
             length = rows[i].tokens.size
             mine = {
-                name: np.array(value[b][:, :length]) if isinstance(captured[name], TokenState)
+                name: np.array(value[b][:, :length]) if captured[name].per_token
                 else jax.tree.map(lambda x, b=b: np.array(x[b]), value)
                 for name, value in values.items()
             }
@@ -167,7 +161,7 @@ def extract(
             warnings.warn(said, NonfiniteWarning, stacklevel=3)
     order = [found[i] for i in range(len(rows))]
     ragged = {name for name, state in (running[1].captured if running else {}).items()
-              if isinstance(state, TokenState)}
+              if state.per_token}
     captured = {
         name: [mine[name] for mine, _ in order] if name in ragged
         else jax.tree.map(lambda *x: np.stack(x), *(mine[name] for mine, _ in order))
@@ -188,8 +182,8 @@ def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
     Raises:
       UserError: a mean, a last activation or moments over no token of any conversation.
     """
-    for name, part in capture.parts.items():
-        if not isinstance(part, (Last, Mean, ProjectionMoments)):
+    for name, part in capture.readings.items():
+        if not part.needs_token:
             continue
         code = np.asarray(part.where).reshape(-1, WIDTH)
         empty = []

@@ -214,7 +214,7 @@ def asks_for_code(edits: Interventions, capture: Capture) -> bool:
     """Whether a test of an intervention or a capture looks at code, or may come to do so."""
     if any(edit.reserved for edit in edits.edits):
         return True
-    tests = [part.where for part in capture.parts.values()]
+    tests = [part.where for part in capture.readings.values()]
     for edit in edits.edits:
         tests += [edit.where] if edit.gate is None else [edit.where, edit.gate.where]
     # a test that no token passes (`where.NOWHERE`) has every bit

@@ -262,10 +262,10 @@ class Lane:
         zeros = jnp.zeros((rows,), jnp.int32)
         carry = Carry(
             cache=init_cache(config, rows, slots, kept_dtype(self.params.embed_vd)),
-            captured=setting.capture.start(config, rows, slots),
+            captured=setting.capture.init(config, rows, slots),
             applied=tuple(Applied(zeros, jnp.zeros((len(edit.layers), rows), jnp.int32))
                           for edit in edits),
-            gates={str(number): edit.gate.start(rows)
+            gates={str(number): edit.gate.init(rows)
                    for number, edit in enumerate(edits) if edit.gate is not None},
             finite=jnp.ones((rows,), bool),
         )

@@ -142,7 +142,7 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
     the row there) and chooses the next.
     """
     TRACES["decode"] += 1
-    edits = edits.ready(state.token.shape[0], params.embed_vd)
+    ready = edits.prepare(state.token.shape[0], params.embed_vd)
 
     def pending(state: State) -> jax.Array:
         enough = state.done.all() if most_done is None else state.done.sum() >= most_done
@@ -160,7 +160,7 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
         kind = jnp.where(state.done, 0, kind).astype(jnp.uint16)
         one = Batch(tokens=state.token[:, None], position=state.position[:, None],
                     kind=kind[:, None], turn=state.turn[:, None], row_id=state.row_id)
-        out = forward(params, config, one, interventions=edits, capture=capture,
+        out = forward(params, config, one, interventions=ready, capture=capture,
                       carry=state.carry, logits="last")
         opened = state.thinking | (state.token == stops.think[0])
         thinking = opened & (state.token != stops.think[1])

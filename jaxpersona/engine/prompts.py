@@ -119,8 +119,7 @@ def check_edits(model: Model, edits: Interventions, count: int,
     mine = origin(model.fingerprint)
     named = [edit.origin for edit in edits.edits]
     named += [edit.gate.origin for edit in edits.edits if edit.gate is not None]
-    named += [part.origin for part in (capture.parts.values() if capture is not None else ())
-              if hasattr(part, "origin")]
+    named += [part.origin for part in (capture.readings.values() if capture is not None else ())]
     foreign = {int(o) for origin in named for o in np.asarray(origin)} - {0, mine}
     if foreign:
         raise UserError(

@@ -10,8 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxpersona.captures.capture import TokenState
-from jaxpersona.captures.missing import result_of
 from jaxpersona.distributed import processes
 from jaxpersona.engine.lanes import Task
 from jaxpersona.engine.programs import State
@@ -79,8 +77,8 @@ def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) ->
     keep = (state.tokens, state.length, carry.cache.next, carry.captured, carry.applied,
             carry.finite, state.matched)
     tokens, length, used, captured, applied, finite, progress = processes.fetch(keep)
-    values = {name: result_of(part) for name, part in captured.items()}
-    per_token = frozenset(name for name, part in captured.items() if isinstance(part, TokenState))
+    values = {name: part.result() for name, part in captured.items()}
+    per_token = frozenset(name for name, part in captured.items() if part.per_token)
     out = []
     for row in range(len(tasks)):
         ran = int(used[row])  # every content token ran; a stop token was chosen but never ran
@@ -92,7 +90,7 @@ def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) ->
                       else jax.tree.map(np.array, value) for name, value in own.items()},
             per_token=per_token,
             empty=frozenset(name for name, part in captured.items()
-                            if hasattr(part, "empty") and part.empty[row]),
+                            if part.empty[row]),
             applied=tuple(Applied(table.seen[row], table.changed[:, row]) for table in applied),
             nonfinite=not bool(finite[row]),
             matched=accepting is not None and int(progress[row]) == accepting,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxpersona.captures.capture import Capture
-from jaxpersona.captures.readings import Projections
+from jaxpersona.captures.projections import Projections
 from jaxpersona.engine.replies import Reply
 from jaxpersona.interventions.compose import Interventions
 
@@ -47,8 +47,8 @@ class Request:
 
 def projected(request: Request) -> list[str]:
     """Return the names of a request's captures of projections, which events carry."""
-    readings = {} if request.capture is None else request.capture.parts
-    return [name for name, reading in readings.items() if type(reading) is Projections]
+    readings = {} if request.capture is None else request.capture.readings
+    return [name for name, reading in readings.items() if isinstance(reading, Projections)]
 
 
 @dataclasses.dataclass(frozen=True)

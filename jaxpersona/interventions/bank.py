@@ -180,10 +180,10 @@ def numbers(name: str, value: Any) -> Any:
         array = np.empty(0, object)
     if array.dtype.kind in "iuf" or array.dtype.name == "bfloat16":
         return array.astype(np.float64)
-    raise UserError(f"{name} is {_said(value)}; it must be a real number or an array of them")
+    raise UserError(f"{name} is {_short_repr(value)}; it must be a real number or an array of them")
 
 
-def _said(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     """Return a value's repr for an error message, truncated to 80 characters."""
     text = repr(value)
     return text if len(text) <= 80 else text[:79] + "…"
@@ -214,7 +214,7 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         invalid text.
     """
     wanted: Any = parse_layers(layers) if isinstance(layers, str) else layers
-    text = _said(layers)
+    text = _short_repr(layers)
     if isinstance(wanted, slice):
         start, stop = wanted.start, wanted.stop
         if not all(x is None or _whole(x) for x in (start, stop, wanted.step)):
@@ -232,12 +232,12 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         reach: Any = stop if total is None else total
         chosen = tuple(range(*wanted.indices(reach)))
     else:
-        held = np.atleast_1d(wanted) if hasattr(wanted, "ndim") else wanted
-        several = isinstance(held, Sequence) and not isinstance(held, bytes | bytearray)
-        several = several or getattr(held, "ndim", 0) == 1
-        if several and len(held) > MAX_LAYERS:
+        listed = np.atleast_1d(wanted) if hasattr(wanted, "ndim") else wanted
+        several = isinstance(listed, Sequence) and not isinstance(listed, bytes | bytearray)
+        several = several or getattr(listed, "ndim", 0) == 1
+        if several and len(listed) > MAX_LAYERS:
             raise UserError(f"layers is {text}; a model has at most {MAX_LAYERS} layers")
-        items: list[Any] = list(held) if several else [wanted]
+        items: list[Any] = list(listed) if several else [wanted]
         if not all(map(_whole, items)):
             raise UserError(f"layers is {text}; it must be an int, a slice, a list of ints or "
                              "text such as 46:54")
@@ -271,4 +271,5 @@ def parse_layers(text: str) -> slice | list[int]:
         return [int(part) for part in text.split(",")]
     if re.fullmatch(rf"({number}|\s*):({number}|\s*)", text):
         return slice(*(int(part) if part.strip() else None for part in text.split(":")))
-    raise UserError(f"layers is {_said(text)}; give text such as 46:54 (half-open), 16 or 3,5")
+    raise UserError(f"layers is {_short_repr(text)}; give text such as 46:54 (half-open), 16 or "
+                    "3,5")

@@ -12,9 +12,10 @@ import numpy as np
 
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Layers, resolve_layers
+from jaxpersona.interventions.describe import call
 from jaxpersona.interventions.edit import IDENTITY, Edit
 from jaxpersona.interventions.gates import Gate
-from jaxpersona.interventions.table import SITES, Site, Table, next_power, traced
+from jaxpersona.interventions.table import SITES, Prepared, Site, Table, next_power, traced
 from jaxpersona.interventions.where import NOWHERE
 from jaxpersona.runtime import own_rules
 
@@ -27,27 +28,20 @@ class Interventions(flax.struct.PyTreeNode):
 
     edits: tuple[Table, ...] = ()
 
-    def at(self, site: Site, layer: int) -> Iterator[tuple[int, Table]]:
-        """Yield the tables at one site of one layer with their indices, in order."""
-        for number, edit in enumerate(self.edits):
-            if edit.site == site and layer in edit.layers:
-                yield number, edit
+    def prepare(self, rows: int, like: Any) -> PreparedInterventions:
+        """Prepare the tables, so that the steps of a decode loop need not.
 
-    def gates_at(self, site: Site, layer: int) -> Iterator[tuple[int, Gate]]:
-        """Yield the gates measured at one site of one layer, with their tables' indices."""
-        for number, edit in enumerate(self.edits):
-            if edit.gate is not None and (edit.gate.site, edit.gate.layer) == (site, layer):
-                yield number, edit.gate
+        Gathers the entries by row, shards them over the mesh of `like`, if there is one, and
+        splits the tables by layer (`Table.prepare`).
 
-    def ready(self, rows: int, like: Any) -> Interventions:
-        """Prepare the tables once before a decode loop.
+        Args:
+          rows: the number of rows B of the batch.
+          like: an array on the devices that will use the tables.
 
-        Gathers every row's entries, shards them over the mesh of `like`, if there is one, and
-        splits the tables by layer, so that no step repeats this.
+        Raises:
+          UserError: interventions for another number of rows.
         """
-        return Interventions(tuple(edit if edit.parts is not None else
-                                   edit.by_row(rows).spread(like).apart(like)
-                                   for edit in self.edits))
+        return PreparedInterventions(tuple(edit.prepare(rows, like) for edit in self.edits))
 
     @own_rules()
     def take(self, rows: Any) -> Interventions:
@@ -65,7 +59,7 @@ class Interventions(flax.struct.PyTreeNode):
     @property
     def rows(self) -> int | None:
         """The number of batch rows, or None if all rows share the same edits."""
-        counts = {edit.index.shape[0] for edit in self.edits if edit.index is not None}
+        counts = {edit.rows for edit in self.edits} - {None}
         if len(counts) > 1:
             raise UserError(f"chained interventions have different numbers of rows: {counts}; "
                              "give them the same number")
@@ -97,6 +91,51 @@ class Interventions(flax.struct.PyTreeNode):
                 "one entry per row, or omit it to edit all rows alike"
             )
 
+    def __repr__(self) -> str:
+        """Return the calls that make the tables, such as `cap(response, layers 4–7, residual)`."""
+        calls = [repr(edit) for edit in self.edits] or ["Interventions()"]
+        return calls[0] if len(calls) == 1 else call("chain", *calls)
+
+
+class PreparedInterventions(flax.struct.PyTreeNode):
+    """Interventions for the rows of one batch, ready to edit activations.
+
+    `Interventions.prepare` makes them, and `forward` uses them as they are.
+    """
+
+    edits: tuple[Prepared, ...] = ()
+
+    def at(self, site: Site, layer: int) -> Iterator[tuple[int, Prepared]]:
+        """Yield the tables at one site of one layer with their indices, in order."""
+        for number, edit in enumerate(self.edits):
+            if edit.site == site and layer in edit.layers:
+                yield number, edit
+
+    def gates_at(self, site: Site, layer: int) -> Iterator[tuple[int, Gate]]:
+        """Yield the gates measured at one site of one layer, with their tables' indices."""
+        for number, edit in enumerate(self.edits):
+            if edit.gate is not None and (edit.gate.site, edit.gate.layer) == (site, layer):
+                yield number, edit.gate
+
+
+def prepared(interventions: Interventions | PreparedInterventions | None, *, layers: int,
+             width: int, rows: int, like: jax.Array) -> PreparedInterventions:
+    """Check interventions against a model and a batch, and prepare them.
+
+    Args:
+      interventions: None for no edits; prepared ones are returned as they are.
+      layers, width, rows: as for `Interventions.check`.
+      like: as for `Interventions.prepare`.
+
+    Raises:
+      UserError: an argument of another type, or a mismatch.
+    """
+    if isinstance(interventions, PreparedInterventions):
+        return interventions
+    edits = given(interventions)
+    edits.check(layers=layers, width=width, rows=rows)
+    return edits.prepare(rows, like)
+
 
 def given(interventions: Interventions | None) -> Interventions:
     """Return `interventions`, or empty ones for None.
@@ -104,24 +143,25 @@ def given(interventions: Interventions | None) -> Interventions:
     Raises:
       UserError: an argument of another type.
     """
-    _check_kind([interventions])
+    _check_type([interventions])
     return Interventions() if interventions is None else interventions
 
 
-def chain(*parts: Interventions | None) -> Interventions:
-    """Combine interventions so that they apply in the listed order; None parts are skipped.
+def chain(*interventions: Interventions | None) -> Interventions:
+    """Combine interventions so that they apply in the listed order; None is skipped.
 
     Raises:
-      UserError: a part of another type.
+      UserError: an argument of another type.
     """
-    _check_kind(parts)
-    return Interventions(tuple(edit for part in parts if part is not None for edit in part.edits))
+    _check_type(interventions)
+    return Interventions(tuple(edit for one in interventions if one is not None
+                               for edit in one.edits))
 
 
-def _check_kind(parts: Sequence[Any]) -> None:
-    for part in parts:
-        if part is not None and not isinstance(part, Interventions):
-            raise UserError(f"interventions has a part of type {type(part).__name__}; give the "
+def _check_type(interventions: Sequence[Any]) -> None:
+    for one in interventions:
+        if one is not None and not isinstance(one, Interventions):
+            raise UserError(f"interventions has the type {type(one).__name__}; give the "
                              "result of steer, cap, …, or None")
 
 
@@ -165,50 +205,51 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
 
 
 @own_rules()
-def stack_rows(parts: Sequence[Interventions | None], *,
+def stack_rows(interventions: Sequence[Interventions | None], *,
                into: Interventions | None = None) -> Interventions:
-    """Combine per-row interventions into one program: part b applies to row b only.
+    """Combine per-row interventions into one program: item b applies to row b only.
 
     Tables of the same kind and site are merged, so the cost is that of the longest chain, however
-    many rows differ. Parts of equal content share an entry. At a layer that a row does not name,
+    many rows differ. Tables of equal content share an entry. At a layer that a row does not name,
     its entry is an identity.
 
     Args:
-      parts: per row, interventions made without `rows=`, or None.
+      interventions: per row, interventions made without `rows=`, or None.
       into: the result of `reserve`, or an earlier result made from it. The new result has its
-        structure, and therefore its compiled program, but only the edits of `parts`.
+        structure, and therefore its compiled program, but only these edits.
 
     Raises:
-      UserError: no rows, a part made with `rows=`, or a part that does not fit `into`.
+      UserError: no rows, interventions made with `rows=`, or some that do not fit `into`.
     """
-    if isinstance(parts, Interventions) or not isinstance(parts, Sequence):
-        raise UserError("parts must be a list with one Interventions or None per row")
-    _check_kind(parts)
-    if not parts:
+    if isinstance(interventions, Interventions) or not isinstance(interventions, Sequence):
+        raise UserError("interventions must be a list with one Interventions or None per row")
+    _check_type(interventions)
+    if not interventions:
         raise UserError("stack_rows needs at least one row")
-    for row, part in enumerate(parts):
-        if part is not None and part.rows is not None:
-            raise UserError(f"the part of row {row} was made with rows=; stack parts made without "
-                             "it")
-    if into is not None and into.rows != len(parts):
-        raise UserError(f"into is for {into.rows} rows; {len(parts)} parts were given")
+    count = len(interventions)
+    for row, own in enumerate(interventions):
+        if own is not None and own.rows is not None:
+            raise UserError(f"the interventions of row {row} were made with rows=; stack some made "
+                            "without it")
+    if into is not None and into.rows != count:
+        raise UserError(f"into is for {into.rows} rows; {count} interventions were given")
     fixed = into.edits if into is not None else ()
     slots: list[tuple[tuple, dict[int, Table]]] = [(edit.key, {}) for edit in fixed]
-    for row, part in enumerate(parts):  # build a common supersequence of all rows' chains
+    for row, own in enumerate(interventions):  # build a common supersequence of all rows' chains
         cursor = 0
-        for edit in part.edits if part is not None else ():
+        for edit in own.edits if own is not None else ():
             while cursor < len(slots) and slots[cursor][0] != edit.key:
                 cursor += 1
             if cursor == len(slots):
                 if into is not None:
-                    raise UserError(f"the part of row {row} does not fit the reserved tables, "
-                                     "which hold rank-one edits at one site, without a gate or a "
-                                     "push; reserve more slots, or stack without into=")
+                    raise UserError(f"the interventions of row {row} do not fit the reserved "
+                                    "tables, which hold rank-one edits at one site, without a gate "
+                                    "or a push; reserve more slots, or stack without into=")
                 slots.append((edit.key, {}))
             slots[cursor][1][row] = edit
             cursor += 1
     return Interventions(tuple(
-        _merge(members, len(parts), fixed[i] if fixed else None)
+        _merge(members, count, fixed[i] if fixed else None)
         for i, (_, members) in enumerate(slots)
     ))
 
@@ -232,8 +273,8 @@ def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
     """Merge tables of one entry each into one table with an index per row."""
     if not members:
         assert into is not None  # only a reserved slot can be without members
-        unused = jnp.full(rows, -1, jnp.int32)
-        return into.replace(index=unused, origin=jnp.zeros_like(into.origin), parts=None)
+        no_entry = jnp.full(rows, -1, jnp.int32)
+        return into.replace(index=no_entry, origin=jnp.zeros_like(into.origin))
     layers = tuple(sorted({layer for edit in members.values() for layer in edit.layers}))
     entries: dict[Any, int] = {}
     unique: list[Table] = []
@@ -254,14 +295,12 @@ def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
             )
         layers, size = into.layers, into.entries
     first = unique[0]
-    payload = type(first).gather(unique, layers, size)
+    payload = first.gather(unique, layers, size)
     spare = size - len(unique)
-    gates = [edit.gate for edit in (*unique, *[first] * spare)]
+    gates = [edit.gate for edit in (*unique, *[first] * spare) if edit.gate is not None]
     where = jnp.concatenate([*(edit.where[:1] for edit in unique),
                              jnp.asarray([NOWHERE] * spare, jnp.int32).reshape(-1, len(NOWHERE))])
     origin = jnp.concatenate([*(edit.origin[:1] for edit in unique), jnp.zeros(spare, jnp.uint32)])
-    payload = {name: value if name == "params" else jnp.asarray(value, jnp.float32)
-               for name, value in payload.items()}
     return first.replace(
-        **payload, parts=None, where=where, origin=origin, layers=layers, index=jnp.asarray(index),
-        gate=None if first.gate is None else Gate.gather(gates), reserved=into is not None)
+        **payload, where=where, origin=origin, layers=layers, index=jnp.asarray(index),
+        gate=Gate.gather(gates) if gates else None, reserved=into is not None)

@@ -6,14 +6,17 @@ coefficients (s, c, lo, hi) select steering, capping, ablation, scaling or a set
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.distributed.sharding import on_cpu
+from jaxpersona.interventions.describe import host_array
 from jaxpersona.interventions.table import (
+    Prepared,
     Site,
     Table,
     checked_index,
@@ -21,13 +24,15 @@ from jaxpersona.interventions.table import (
     next_power,
     traced,
 )
-from jaxpersona.kernels import api
-from jaxpersona.kernels.reference import twice
+from jaxpersona.kernels.reference import rank_one_edit, twice
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 IDENTITY = (1.0, 0.0, -np.inf, np.inf)
 
 
-class Edit(Table, kw_only=True):
+class Edit(Table, kw_only=True, repr=False):
     """A table of rank-one edits.
 
     Attributes:
@@ -38,9 +43,9 @@ class Edit(Table, kw_only=True):
 
     PAYLOAD: ClassVar[dict[str, int]] = {"direction": 1, "coefficients": 1, "push": 1}
 
-    direction: Any
-    coefficients: Any
-    push: Any = None
+    direction: Float[Array, "l n D"]
+    coefficients: Float[Array, "l n 4"]
+    push: Float[Array, "l n D"] | None = None
 
     @property
     def width(self) -> int:
@@ -52,45 +57,88 @@ class Edit(Table, kw_only=True):
         """Kind, site, gate, and whether there is a push."""
         return (*super().key, self.push is not None)
 
+    def _prepared(self, like: jax.Array) -> PreparedEdit:
+        """Split the table by layer; on a CPU, also precompute `reference.twice`."""
+        cpu = on_cpu(like)
+        return PreparedEdit(
+            where=self.where, gate=self.gate, layers=self.layers, site=self.site,
+            by_layer=tuple(LayerEdit(
+                direction=self.direction[i],
+                # separate: TPUs then read them for all layers at once, not layer by layer
+                coefficients=tuple(self.coefficients[i, :, k] for k in range(4)),
+                push=None if self.push is None else self.push[i],
+                columns=twice(self.direction[i]) if cpu else None,
+            ) for i in range(len(self.layers))))
+
+    def identities(self, layers: int, size: int) -> dict[str, np.ndarray]:
+        """Return entries that leave h unchanged (see `Table.identities`)."""
+        return _identities(layers, size, self.width, self.push is not None)
+
+    def operator(self) -> str:
+        """Return the operator that has such coefficients; "rank_one" for several operators."""
+        values, tests = host_array(self.coefficients), host_array(self.where)
+        if values is None or tests is None or values.ndim != 3:
+            return "rank_one"
+        used = values[:, tests[:, 0] >= 0].reshape(-1, 4)  # without padding
+        changing = used[(used != np.array(IDENTITY, np.float32)).any(-1)]
+        names = {_operator(*map(float, row)) for row in changing} or {
+            "steer" if len(used) else "reserve"}
+        return names.pop() if len(names) == 1 else "rank_one"
+
+
+def _operator(s: float, c: float, lo: float, hi: float) -> str:
+    """Return the name of the operator with the given coefficients."""
+    free = (lo, hi) == (-np.inf, np.inf)
+    if s == 1:
+        return "steer" if free else "cap" if c == 0 else "rank_one"
+    if not free:
+        return "rank_one"
+    if s == 0:
+        return "ablate" if c == 0 else "set_projection"
+    return "scale" if c == 0 else "rank_one"
+
+
+class LayerEdit(flax.struct.PyTreeNode):
+    """The rank-one edits of one layer, one per row or one for all rows.
+
+    Attributes:
+      direction: v̂ [B or 1, D] float32, unit length.
+      coefficients: s, c, lo and hi, each [B or 1] float32.
+      push: û [B or 1, D] float32, or None for v̂.
+      columns: `reference.twice(direction)` on a CPU, else None.
+    """
+
+    direction: Float[Array, "B D"]
+    coefficients: tuple[Float[Array, " B"], ...]
+    push: Float[Array, "B D"] | None = None
+    columns: Float[Array, "B 2 D"] | None = None
+
+
+class PreparedEdit(Prepared, kw_only=True):
+    """A prepared table of rank-one edits, split by layer.
+
+    Attributes:
+      by_layer: the edits of each of `layers`.
+    """
+
+    by_layer: tuple[LayerEdit, ...]
+
     def apply(self, layer: int, h: jax.Array, active: jax.Array,
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Edit h [B, T, D] where `active` [B, T]; also return where it changed (`Table.apply`)."""
-        slot = self.layers.index(layer)
-        part = self._part(slot) if self.parts is None else self.parts[slot]
-        return api.rank_one_edit(h, active=active, **part)
-
-    def apart(self, like: jax.Array) -> Self:
-        """Split the table by layer; on a CPU, also precompute `reference.twice`."""
-        parts = [self._part(slot) for slot in range(len(self.layers))]
-        if on_cpu(like):
-            parts = [{**part, "columns": twice(part["direction"])} for part in parts]
-        return self.replace(parts=tuple(parts))
-
-    def _part(self, slot: int) -> dict[str, Any]:
-        # separate coefficients: TPUs then read them for all layers at once, not layer by layer
-        return {"direction": self.direction[slot],
-                "coefficients": tuple(self.coefficients[slot, :, i] for i in range(4)),
-                "push": None if self.push is None else self.push[slot]}
-
-    @classmethod
-    def identities(cls, layers: int, size: int, like: Self) -> dict[str, np.ndarray]:
-        """Return entries that leave h unchanged (see `Table.identities`)."""
-        unit = np.zeros((layers, size, like.width), np.float32)
-        unit[..., 0] = 1.0
-        numbers = np.broadcast_to(np.array(IDENTITY, np.float32), (layers, size, 4)).copy()
-        out = {"direction": unit, "coefficients": numbers}
-        return out if like.push is None else {**out, "push": unit.copy()}
+        """Edit h [B, T, D] where `active`; also return where it changed (`Prepared.apply`)."""
+        edit = self.by_layer[self.layers.index(layer)]
+        return rank_one_edit(h, edit.direction, edit.coefficients, active, edit.push, edit.columns)
 
 
 def table(
-    direction: Any,
-    coefficients: Any,
+    direction: jax.Array | np.ndarray,
+    coefficients: jax.Array | np.ndarray,
     where: np.ndarray,
     origin: np.ndarray,
     layers: tuple[int, ...],
     site: Site,
     index: np.ndarray | None,
-    push: Any = None,
+    push: jax.Array | np.ndarray | None = None,
 ) -> Edit:
     """Build an `Edit` of strongly typed arrays, padded with identities to a power of two.
 
@@ -102,18 +150,23 @@ def table(
     Raises:
       UserError: an index outside −1…n−1.
     """
-    n = direction.shape[1]
+    n, width = direction.shape[1:]
     index = checked_index(index, n)
     size = next_power(n)
-    made = Edit(
-        direction=direction, coefficients=coefficients, push=push,
-        layers=layers, site=site, **common(where, origin, index, size),
-    )
-    fill = Edit.identities(len(layers), size - n, made)
-    xp = jnp if traced(direction, coefficients, push) else np
+    xp: Any = jnp if traced(direction, coefficients, push) else np
+    given: dict[str, Any] = {"direction": direction, "coefficients": coefficients, "push": push}
+    payload = {
+        name: jnp.asarray(xp.concatenate([given[name], fill.astype(given[name].dtype)], 1),
+                          jnp.float32)
+        for name, fill in _identities(len(layers), size - n, width, push is not None).items()
+    }
+    return Edit(**payload, layers=layers, site=site, **common(where, origin, index, size))
 
-    def padded(name: str) -> jax.Array:
-        rest = fill[name].astype(getattr(made, name).dtype)
-        return jnp.asarray(xp.concatenate([getattr(made, name), rest], 1), jnp.float32)
 
-    return made.replace(**{name: padded(name) for name in fill})
+def _identities(layers: int, size: int, width: int, push: bool) -> dict[str, np.ndarray]:
+    """Return entries [l, n, …] that leave h unchanged, with or without a push."""
+    unit = np.zeros((layers, size, width), np.float32)
+    unit[..., 0] = 1.0
+    numbers = np.broadcast_to(np.array(IDENTITY, np.float32), (layers, size, 4)).copy()
+    fields = {"direction": unit, "coefficients": numbers}
+    return {**fields, "push": unit.copy()} if push else fields

@@ -8,7 +8,7 @@ row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import flax.struct
 import jax
@@ -18,10 +18,13 @@ from jaxpersona.interventions.table import ORDER, Site
 from jaxpersona.interventions.where import holds
 from jaxpersona.models.batch import GENERATED, LAST, Batch
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, UInt
+
 Over = Literal["prompt", "token"]
 
 
-class Gate(flax.struct.PyTreeNode, kw_only=True):
+class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
     """The gate of a table's entries.
 
     Attributes:
@@ -34,10 +37,10 @@ class Gate(flax.struct.PyTreeNode, kw_only=True):
       within: whether a prompt gate also applies to all tokens of the prompt itself.
     """
 
-    direction: Any
-    bounds: Any
-    where: Any
-    origin: Any
+    direction: Float[Array, "n D"]
+    bounds: Float[Array, "n 2"]
+    where: Int[Array, "n 5"]
+    origin: UInt[Array, " n"]
     layer: int = flax.struct.field(pytree_node=False)
     site: Site = flax.struct.field(pytree_node=False)
     over: Over = flax.struct.field(pytree_node=False)
@@ -53,11 +56,20 @@ class Gate(flax.struct.PyTreeNode, kw_only=True):
         """Concatenate the first entries of gates with equal keys."""
         return jax.tree.map(lambda *x: jnp.concatenate([y[:1] for y in x]), *gates)
 
+    def condition(self) -> str:
+        """Return where the gate measures, such as "layer 2, prompt"."""
+        site = "" if self.site == "residual" else f"{self.site}, "
+        return f"layer {self.layer}, {site}{self.over}"
+
+    def __repr__(self) -> str:
+        """Return the condition, such as `Gate(layer 2, prompt)`."""
+        return f"Gate({self.condition()})"
+
     def precedes(self, layer: int, site: Site) -> bool:
         """Return whether the gate is measured before `site` of `layer` is computed."""
         return (self.layer, ORDER[self.site]) < (layer, ORDER[site])
 
-    def start(self, rows: int, before: jax.Array | None = None) -> GateState:
+    def init(self, rows: int, before: jax.Array | None = None) -> GateState:
         """Return the initial state.
 
         Args:
@@ -65,8 +77,9 @@ class Gate(flax.struct.PyTreeNode, kw_only=True):
             that has some are missing, so its gate stays closed (NaN).
         """
         zero = jnp.zeros((rows,), jnp.float32)
-        lost = zero if before is None else jnp.where(before > 0, jnp.nan, 0.0).astype(jnp.float32)
-        return GateState(zero + lost, zero)
+        missing = (zero if before is None else
+                   jnp.where(before > 0, jnp.nan, 0.0).astype(jnp.float32))
+        return GateState(zero + missing, zero)
 
     def measure(self, h: jax.Array, batch: Batch,
                 state: GateState) -> tuple[jax.Array, GateState]:
@@ -87,14 +100,14 @@ class Gate(flax.struct.PyTreeNode, kw_only=True):
         state = GateState(state.total + (p * weight).sum(-1), state.count + weight.sum(-1))
         mean = (state.total / jnp.maximum(state.count, 1.0))[:, None]
         opened = (state.count[:, None] > 0) & (mean >= lo) & (mean <= hi)
-        reach = (kind & (LAST | GENERATED)) != 0
+        gated = (kind & (LAST | GENERATED)) != 0
         if self.within:  # also the prompt's tokens, if the call contains the whole prompt
-            reach = reach | (kind & LAST).any(-1, keepdims=True)
-        return opened & reach, state
+            gated = gated | (kind & LAST).any(-1, keepdims=True)
+        return opened & gated, state
 
 
 class GateState(flax.struct.PyTreeNode):
     """The sum [B] and number [B] of each row's projections over its prompt, float32."""
 
-    total: Any
-    count: Any
+    total: Float[Array, " B"]
+    count: Float[Array, " B"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import flax.struct
 import jax
@@ -11,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.errors import UserError
-from jaxpersona.interventions.table import Table
+from jaxpersona.interventions.table import Prepared, Table
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, PyTree
 
 F32 = jnp.float32
 
 
-class Rotation(Table, kw_only=True):
+class Rotation(Table, kw_only=True, repr=False):
     """Rotations in a plane, which preserve ‖h‖ and the part of h outside the plane.
 
     Attributes:
@@ -27,18 +30,42 @@ class Rotation(Table, kw_only=True):
 
     PAYLOAD: ClassVar[dict[str, int]] = {"first": 1, "second": 1, "angle": 1}
 
-    first: Any
-    second: Any
-    angle: Any
+    first: Float[Array, "l n D"]
+    second: Float[Array, "l n D"]
+    angle: Float[Array, "l n 3"]
 
     @property
     def width(self) -> int:
         """The width D of the plane's vectors."""
         return self.first.shape[-1]
 
+    def _prepared(self, like: jax.Array) -> PreparedRotation:
+        return PreparedRotation(where=self.where, gate=self.gate, layers=self.layers,
+                                site=self.site, first=self.first, second=self.second,
+                                angle=self.angle)
+
+    def identities(self, layers: int, size: int) -> dict[str, np.ndarray]:
+        """Return rotations by the angle 0."""
+        planes = np.zeros((2, layers, size, self.width), np.float32)
+        planes[0, ..., 0] = planes[1, ..., -1] = 1.0
+        angle = np.broadcast_to(np.array([1, 0, 0], np.float32), (layers, size, 3)).copy()
+        return {"first": planes[0], "second": planes[1], "angle": angle}
+
+    def operator(self) -> str:
+        """Return "rotate"."""
+        return "rotate"
+
+
+class PreparedRotation(Prepared, kw_only=True):
+    """A prepared table of rotations; the fields are those of `Rotation`, with B or 1 entries."""
+
+    first: Float[Array, "l B D"]
+    second: Float[Array, "l B D"]
+    angle: Float[Array, "l B 3"]
+
     def apply(self, layer: int, h: jax.Array, active: jax.Array,
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rotate h [B, T, D] where `active`; also return where it changed (`Table.apply`)."""
+        """Rotate h [B, T, D] where `active`; also return where it changed (`Prepared.apply`)."""
         slot = self.layers.index(layer)
         cos, sin, to = (self.angle[slot][:, i, None] for i in range(3))
         wide = h.astype(F32)
@@ -53,16 +80,8 @@ class Rotation(Table, kw_only=True):
         turned = (wide + dp[..., None] * one + dq[..., None] * two).astype(h.dtype)
         return jnp.where(changed[..., None], turned, h), changed
 
-    @classmethod
-    def identities(cls, layers: int, size: int, like: Self) -> dict[str, np.ndarray]:
-        """Return rotations by the angle 0."""
-        planes = np.zeros((2, layers, size, like.width), np.float32)
-        planes[0, ..., 0] = planes[1, ..., -1] = 1.0
-        angle = np.broadcast_to(np.array([1, 0, 0], np.float32), (layers, size, 3)).copy()
-        return {"first": planes[0], "second": planes[1], "angle": angle}
 
-
-class NormRestoration(Table, kw_only=True):
+class NormRestoration(Table, kw_only=True, repr=False):
     """Rescaling of h to the norm that it had before the edits at this site.
 
     Attributes:
@@ -71,11 +90,29 @@ class NormRestoration(Table, kw_only=True):
 
     PAYLOAD: ClassVar[dict[str, int]] = {"amount": 1}
 
-    amount: Any
+    amount: Float[Array, "l n"]
+
+    def _prepared(self, like: jax.Array) -> PreparedNormRestoration:
+        return PreparedNormRestoration(where=self.where, gate=self.gate, layers=self.layers,
+                                       site=self.site, amount=self.amount)
+
+    def identities(self, layers: int, size: int) -> dict[str, np.ndarray]:
+        """Return entries that leave the norm unchanged."""
+        return {"amount": np.zeros((layers, size), np.float32)}
+
+    def operator(self) -> str:
+        """Return "restore_norm"."""
+        return "restore_norm"
+
+
+class PreparedNormRestoration(Prepared, kw_only=True):
+    """A prepared table of norm restorations; `amount` is [l, B] or [l, 1]."""
+
+    amount: Float[Array, "l B"]
 
     def apply(self, layer: int, h: jax.Array, active: jax.Array,
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rescale h [B, T, D] where `active`; also return where it changed (`Table.apply`)."""
+        """Rescale h [B, T, D] where `active`; also return where it changed (`Prepared.apply`)."""
         slot = self.layers.index(layer)
         wide, was = h.astype(F32), before.astype(F32)
         now = (wide * wide).sum(-1)
@@ -85,13 +122,8 @@ class NormRestoration(Table, kw_only=True):
         changed = active & (self.amount[slot][:, None] > 0) & (factor != 1) & (now > 0)
         return jnp.where(changed[..., None], (wide * factor[..., None]).astype(h.dtype), h), changed
 
-    @classmethod
-    def identities(cls, layers: int, size: int, like: Self) -> dict[str, np.ndarray]:
-        """Return entries that leave the norm unchanged."""
-        return {"amount": np.zeros((layers, size), np.float32)}
 
-
-class Custom(Table, kw_only=True):
+class Custom(Table, kw_only=True, repr=False):
     """A user-defined function of one token's activation.
 
     Attributes:
@@ -102,8 +134,8 @@ class Custom(Table, kw_only=True):
 
     PAYLOAD: ClassVar[dict[str, int]] = {"params": 0, "on": 1}
 
-    params: Any
-    on: Any
+    params: PyTree
+    on: Float[Array, "l n"]
     fn: Callable[[Any, jax.Array], jax.Array] = flax.struct.field(pytree_node=False)
 
     @property
@@ -113,9 +145,29 @@ class Custom(Table, kw_only=True):
         forms = tuple((x.shape[1:], str(x.dtype)) for x in leaves)
         return (*super().key, self.fn, tree, forms)
 
+    def _prepared(self, like: jax.Array) -> PreparedCustom:
+        return PreparedCustom(where=self.where, gate=self.gate, layers=self.layers,
+                              site=self.site, params=self.params, on=self.on, fn=self.fn)
+
+    def identities(self, layers: int, size: int) -> dict[str, np.ndarray]:
+        """Return entries that apply at no layer."""
+        return {"on": np.zeros((layers, size), np.float32)}
+
+    def operator(self) -> str:
+        """Return "custom"."""
+        return "custom"
+
+
+class PreparedCustom(Prepared, kw_only=True):
+    """A prepared table of functions; the fields are those of `Custom`, with B or 1 entries."""
+
+    params: PyTree
+    on: Float[Array, "l B"]
+    fn: Callable[[Any, jax.Array], jax.Array] = flax.struct.field(pytree_node=False)
+
     def apply(self, layer: int, h: jax.Array, active: jax.Array,
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Call the function on every token; use its result where `active` (`Table.apply`)."""
+        """Call the function on every token; use its result where `active` (`Prepared.apply`)."""
         slot = self.layers.index(layer)
         by_token = jax.vmap(self.fn, in_axes=(None, 0))
         shared = self.on.shape[1] == 1
@@ -127,16 +179,3 @@ class Custom(Table, kw_only=True):
         new = new.astype(h.dtype)
         changed = active & (self.on[slot][:, None] > 0) & (new != h).any(-1)
         return jnp.where(changed[..., None], new, h), changed
-
-    @classmethod
-    def gather(cls, members: Sequence[Self], layers: tuple[int, ...], size: int) -> dict[str, Any]:
-        """Concatenate the parameters of several tables, padded with those of the first."""
-        chosen = [*members, *[members[0]] * (size - len(members))]
-        params = jax.tree.map(lambda *x: jnp.concatenate([y[:1] for y in x]),
-                              *(member.params for member in chosen))
-        return {**super().gather(members, layers, size), "params": params}
-
-    @classmethod
-    def identities(cls, layers: int, size: int, like: Self) -> dict[str, np.ndarray]:
-        """Return entries that apply at no layer."""
-        return {"on": np.zeros((layers, size), np.float32)}

@@ -11,7 +11,7 @@ import difflib
 import math
 import reprlib
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 from pydantic import Field
@@ -273,5 +273,5 @@ def _fault(fault: Any, at: str, item: Any) -> str:
     return f"{path}{value}: {message[:1].lower()}{message[1:]}"
 
 
-_KINDS = {kind.model_fields["operator"].annotation.__args__[0]: kind
+_KINDS = {get_args(kind.model_fields["operator"].annotation)[0]: kind
           for kind in (Steer, Cap, Ablate, MeanAblate, Scale, SetProjection, Rotate, RestoreNorm)}

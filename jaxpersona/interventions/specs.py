@@ -42,9 +42,9 @@ def interventions(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") 
       UserError: unknown or missing keys, values of another type (one message lists all of these),
         or a vector file, layer, width or plane that does not match; field, value and remedy.
     """
-    parts = [_operator(item, at, model, pathlib.Path(folder))
-             for item, at in zip(*forms.read(spec, forms.Operator, "interventions"), strict=True)]
-    return ops.chain(*parts)
+    chained = [_operator(item, at, model, pathlib.Path(folder))
+               for item, at in zip(*forms.read(spec, forms.Operator, "interventions"), strict=True)]
+    return ops.chain(*chained)
 
 
 def captures(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") -> Capture:
@@ -53,8 +53,8 @@ def captures(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") -> Ca
     for item, at in zip(*forms.read(spec, forms.Reading, "capture"), strict=True):
         try:
             out = out | _reading(item, model, pathlib.Path(folder))
-            for part in out.parts.values():
-                readings.chosen_layers(part, model.config)
+            for reading in out.readings.values():
+                readings.chosen_layers(reading, model.config)
         except ValueError as error:
             raise UserError(f"{at}: {error}") from None
     return out
@@ -82,47 +82,48 @@ def _operator(item: Any, at: str, model: Model, folder: pathlib.Path) -> Interve
 
 
 def _build(item: Any, model: Model, folder: pathlib.Path) -> Interventions:
-    how: dict[str, Any] = {"layers": ops.resolve_layers(item.layers, model.config.n_layers),
-                           "where": item.where.build(item.first_token), "site": item.site}
+    options: dict[str, Any] = {"layers": ops.resolve_layers(item.layers, model.config.n_layers),
+                               "where": item.where.build(item.first_token), "site": item.site}
 
     def read(value: Any) -> Any:
         return _direction(value, model, folder)
 
     match item:
         case forms.Steer():
-            return ops.steer(read(item.vector), scale=item.scale, **how)
+            return ops.steer(read(item.vector), scale=item.scale, **options)
         case forms.Cap():
             vector = read(item.vector)
             if item.push is not None:
-                how["push"] = read(item.push)
+                options["push"] = read(item.push)
             if item.of is not None and not any(isinstance(x, str)
                                                for x in (item.floor, item.ceiling)):
                 raise UserError("of is only for percentiles, but floor and ceiling are numbers; "
                                  "omit it")
             return ops.cap(vector, floor=_bound(vector, "floor", item.floor, item.of),
-                           ceiling=_bound(vector, "ceiling", item.ceiling, item.of), **how)
+                           ceiling=_bound(vector, "ceiling", item.ceiling, item.of), **options)
         case forms.Ablate():
-            return ops.ablate(read(item.vector), coefficient=item.coefficient, **how)
+            return ops.ablate(read(item.vector), coefficient=item.coefficient, **options)
         case forms.MeanAblate():
-            return ops.mean_ablate(read(item.vector), read(item.mean), **how)
+            return ops.mean_ablate(read(item.vector), read(item.mean), **options)
         case forms.Scale():
-            return ops.scale(read(item.vector), item.factor, **how)
+            return ops.scale(read(item.vector), item.factor, **options)
         case forms.SetProjection():
-            return ops.set_projection(read(item.vector), item.value, **how)
+            return ops.set_projection(read(item.vector), item.value, **options)
         case forms.Rotate():
             return ops.rotate(read(item.plane[0]), read(item.plane[1]), to=item.to, by=item.by,
-                              **how)
-    return ops.restore_norm(**how)
+                              **options)
+    return ops.restore_norm(**options)
 
 
 def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture:
     layers = item.layers
     if layers is not None:
         layers = ops.resolve_layers(layers, model.config.n_layers)
-    how: dict[str, Any] = {"layers": layers, "site": item.site, "name": item.name or item.reading}
+    options: dict[str, Any] = {"layers": layers, "site": item.site,
+                               "name": item.name or item.reading}
     if item.where is not None or not item.first_token:
         usual = "response" if item.reading in ("mean", "moments", "histogram") else "everywhere"
-        how["where"] = (item.where or forms.Place(name=usual)).build(item.first_token)
+        options["where"] = (item.where or forms.Place(name=usual)).build(item.first_token)
     on = item.reading in ("projections", "moments", "histogram")
     for field, wanted in (("directions", on), ("edges", item.reading == "histogram")):
         if (getattr(item, field) is not None) != wanted:
@@ -131,13 +132,13 @@ def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture
         raise UserError(f"{item.reading} does not take turns")
     make = getattr(readings, item.reading)
     if not on:
-        return make(**how, **({"turns": item.turns} if item.reading == "mean" else {}))
+        return make(**options, **({"turns": item.turns} if item.reading == "mean" else {}))
     value: Any = [_direction(one, model, folder) for one in item.directions or ()]
     if not any(isinstance(one, Vector) for one in value):
         value = np.array(value)
     elif not all(isinstance(one, Vector) for one in value):
         raise UserError("directions mixes files and numbers; give only files or only numbers")
-    return make(value, *([item.edges] if item.reading == "histogram" else []), **how)
+    return make(value, *([item.edges] if item.reading == "histogram" else []), **options)
 
 
 def _gate_place(gate: forms.GateSpec) -> Where | None:

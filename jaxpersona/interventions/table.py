@@ -1,137 +1,57 @@
-"""The base class of intervention tables: the entry of each row, the token selection and the gate.
+"""The base classes of intervention tables, as the user makes them and as `forward` applies them.
 
-A table has n entries of one kind for one site of some layers. The entry of each row is data, so
+A `Table` has n entries of one kind for one site of some layers. The entry of each row is data, so
 the rows of a batch may use different entries and change them without recompiling. The static
 structure is the kind, the site, the layers, the number of entries and whether there is a gate.
+
+`Table.prepare` gathers the entries by row, shards them, and returns a `Prepared` table, which edits
+activations. A decode loop prepares its tables once, before the first step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import flax.struct
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.distributed.sharding import spread_rows
 from jaxpersona.errors import UserError
+from jaxpersona.interventions.describe import call, layer_range, tests
 from jaxpersona.interventions.where import NOWHERE, holds
 from jaxpersona.models.batch import Batch
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Int, UInt
+
+    from jaxpersona.interventions.gates import Gate
 
 Site = Literal["residual", "attention", "mlp"]
 SITES: tuple[Site, ...] = ("residual", "attention", "mlp")
 ORDER = {"attention": 0, "mlp": 1, "residual": 2}  # the order of the sites in a block
 
 
-class Table(flax.struct.PyTreeNode, kw_only=True):
-    """The base class of tables: n entries of one kind at one site of l layers.
+class Prepared(flax.struct.PyTreeNode, kw_only=True):
+    """The base class of tables that are ready to edit activations.
+
+    An array has one entry for each of the B rows, or a single entry for all of them.
 
     Attributes:
-      where: encoded tests [n, 5] int32.
-      origin: [n] uint32, half of the model's fingerprint; 0 if unknown.
-      index: [B] int32, the entry of each row, −1 for none; None: entry 0 for every row.
+      where: encoded tests [B, 5] or [1, 5] int32.
       gate: the condition for the entries to apply, or None.
-      parts: the per-layer data of a table split by `apart`, else None.
       layers, site: where the table applies (static).
-      each: whether entry b belongs to row b (after `by_row`).
-      reserved: whether the entries may be replaced (`compose.reserve`).
     """
 
-    PAYLOAD: ClassVar[dict[str, int]] = {}  # the kind's own fields -> the axis of their entries
+    where: Int[Array, "B 5"]
+    gate: Gate | None = None
+    layers: tuple[int, ...] = flax.struct.field(pytree_node=False)
+    site: Site = flax.struct.field(pytree_node=False)
 
-    where: Any
-    origin: Any
-    index: Any = None
-    gate: Any = None
-    parts: Any = None
-    layers: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
-    site: Site = flax.struct.field(pytree_node=False, default="residual")
-    each: bool = flax.struct.field(pytree_node=False, default=False)
-    reserved: bool = flax.struct.field(pytree_node=False, default=False)
-
-    @property
-    def entries(self) -> int:
-        """The number of entries n, including padding."""
-        return self.where.shape[0]
-
-    @property
-    def width(self) -> int | None:
-        """The required width D of the model, or None for any."""
-        return None
-
-    @property
-    def key(self) -> tuple:
-        """The table's structure; tables with equal keys can be merged."""
-        return (type(self).__name__, self.site, None if self.gate is None else self.gate.key)
-
-    def by_row(self, rows: int) -> Self:
-        """Gather the entries by row once, so that a decode loop need not: entry b is row b's.
-
-        A table shared by all rows is returned unchanged. A row without an entry gets arbitrary
-        numbers and a test that no token passes.
-        """
-        return self if self.index is None or self.each else self._gathered(self.index)
-
-    def take(self, rows: np.ndarray) -> Self:
-        """Select rows, −1 for a row without an entry; a table shared by all rows is unchanged.
-
-        Raises:
-          UserError: an index beyond the table's rows.
-        """
-        if self.index is None:
-            return self
-        count = self.index.shape[0]
-        if rows.size and rows.max() >= count:
-            raise UserError(
-                f"interventions are for {count} rows; row {int(rows.max())} is out of range"
-            )
-        if self.each:
-            return self._gathered(jnp.asarray(rows, jnp.int32)).replace(
-                index=jnp.asarray(rows, jnp.int32))
-        chosen = np.where(rows >= 0, np.asarray(self.index)[np.maximum(rows, 0)], -1)
-        return self.replace(index=jnp.asarray(chosen, jnp.int32))
-
-    def _gathered(self, index: jax.Array) -> Self:
-        here = index >= 0
-        chosen = jnp.where(here, index, 0)
-
-        def pick(value: Any, axis: int) -> Any:
-            at = (slice(None),) * axis + (chosen,)
-            return jax.tree.map(lambda x: x.at[at].get(mode="fill", fill_value=0), value)
-
-        return self.replace(
-            where=jnp.where(here[:, None], pick(self.where, 0), jnp.asarray([NOWHERE], jnp.int32)),
-            origin=pick(self.origin, 0),
-            gate=pick(self.gate, 0),
-            parts=None,
-            each=True,
-            **{name: pick(getattr(self, name), axis) for name, axis in self.PAYLOAD.items()},
-        )
-
-    def spread(self, like: jax.Array) -> Self:
-        """Shard the entries of a table gathered by row (`by_row`) over the mesh of `like`.
-
-        A shared table is small and stays replicated.
-        """
-        if not self.each:
-            return self
-        axes = {"where": 0, "origin": 0, "gate": 0, **self.PAYLOAD}
-        return self.replace(**{
-            name: jax.tree.map(lambda x, axis=axis: spread_rows(x, axis, like), getattr(self, name))
-            for name, axis in axes.items()
-        })
-
-    def apart(self, like: jax.Array) -> Self:
-        """Split the table by layer (see `parts`), so that a decode loop need not at every step.
-
-        Args:
-          like: an array on the devices that will use the table.
-        """
-        return self
-
-    def seen(self, batch: Batch) -> jax.Array:
+    def seen(self, batch: Batch) -> Bool[Array, "B T"]:
         """Return [B, T] bool: the tokens that the table's tests select."""
         return holds(self.where, batch)
 
@@ -150,37 +70,176 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         """
         raise NotImplementedError
 
-    @classmethod
-    def gather(cls, members: Sequence[Self], layers: tuple[int, ...], size: int) -> dict[str, Any]:
-        """Merge one entry of each of several tables with equal keys, padded with identities.
+
+class Table(flax.struct.PyTreeNode, kw_only=True):
+    """The base class of tables: n entries of one kind at one site of l layers.
+
+    Without an `index`, the entries broadcast over the rows: a single entry applies to every row,
+    and entry b of several to row b.
+
+    Attributes:
+      where: encoded tests [n, 5] int32.
+      origin: [n] uint32, half of the model's fingerprint; 0 if unknown.
+      index: [B] int32, the entry of each row, −1 for none, or None.
+      gate: the condition for the entries to apply, or None.
+      layers, site: where the table applies (static).
+      reserved: whether the entries may be replaced (`compose.reserve`; static).
+    """
+
+    PAYLOAD: ClassVar[dict[str, int]] = {}  # the kind's own fields -> the axis of their entries
+
+    where: Int[Array, "n 5"]
+    origin: UInt[Array, " n"]
+    index: Int[Array, " B"] | None = None
+    gate: Gate | None = None
+    layers: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
+    site: Site = flax.struct.field(pytree_node=False, default="residual")
+    reserved: bool = flax.struct.field(pytree_node=False, default=False)
+
+    @property
+    def entries(self) -> int:
+        """The number of entries n, including padding."""
+        return self.where.shape[0]
+
+    @property
+    def rows(self) -> int | None:
+        """The number of batch rows, or None if one entry applies to every row."""
+        if self.index is not None:
+            return self.index.shape[0]
+        return None if self.entries == 1 else self.entries
+
+    @property
+    def width(self) -> int | None:
+        """The required width D of the model, or None for any."""
+        return None
+
+    @property
+    def key(self) -> tuple:
+        """The table's structure; tables with equal keys can be merged."""
+        return (type(self).__name__, self.site, None if self.gate is None else self.gate.key)
+
+    def prepare(self, rows: int, like: jax.Array) -> Prepared:
+        """Gather the entries by row, shard them, and return the table that edits activations.
+
+        A single entry of all rows is small and stays replicated.
 
         Args:
-          members: tables with one entry for all rows.
+          rows: the number of rows B of the batch.
+          like: an array on the devices that will use the table.
+
+        Raises:
+          UserError: a table for another number of rows.
+        """
+        if self.rows not in (None, rows):
+            raise UserError(f"interventions are for {self.rows} rows, the batch has {rows}")
+        table = self if self.index is None else self._gathered(self.index)
+        return (table if table.entries == 1 else table._sharded(like))._prepared(like)
+
+    def take(self, rows: np.ndarray) -> Self:
+        """Select rows, −1 for a row without an entry; an entry of all rows is unchanged.
+
+        Raises:
+          UserError: an index beyond the table's rows.
+        """
+        count = self.rows
+        if count is None:
+            return self
+        if rows.size and rows.max() >= count:
+            raise UserError(
+                f"interventions are for {count} rows; row {int(rows.max())} is out of range"
+            )
+        chosen = rows
+        if self.index is not None:
+            chosen = np.where(rows >= 0, np.asarray(self.index)[np.maximum(rows, 0)], -1)
+        return self.replace(index=jnp.asarray(chosen, jnp.int32))
+
+    def _gathered(self, index: jax.Array) -> Self:
+        """Return a table whose entry b is entry index[b].
+
+        A row without an entry gets arbitrary numbers and a test that no token passes.
+        """
+        here = index >= 0
+        chosen = jnp.where(here, index, 0)
+
+        def pick(value: Any, axis: int) -> Any:
+            at = (slice(None),) * axis + (chosen,)
+            return jax.tree.map(lambda x: x.at[at].get(mode="fill", fill_value=0), value)
+
+        return self.replace(
+            where=jnp.where(here[:, None], pick(self.where, 0), jnp.asarray([NOWHERE], jnp.int32)),
+            origin=pick(self.origin, 0),
+            gate=pick(self.gate, 0),
+            index=None,
+            **{name: pick(getattr(self, name), axis) for name, axis in self.PAYLOAD.items()},
+        )
+
+    def _sharded(self, like: jax.Array) -> Self:
+        """Shard the entries of a table with one entry per row over the mesh of `like`."""
+        axes = {"where": 0, "origin": 0, "gate": 0, **self.PAYLOAD}
+        return self.replace(**{
+            name: jax.tree.map(lambda x, axis=axis: spread_rows(x, axis, like), getattr(self, name))
+            for name, axis in axes.items()
+        })
+
+    def _prepared(self, like: jax.Array) -> Prepared:
+        """Return the `Prepared` table of a table without an index."""
+        raise NotImplementedError
+
+    def gather(self, members: Sequence[Self], layers: tuple[int, ...],
+               size: int) -> dict[str, Any]:
+        """Merge one entry of each of several tables with equal keys, padded to `size` entries.
+
+        Args:
+          members: tables with one entry for all rows, `self` among them.
           layers: the layers of the result, including all of the members'; an entry is an identity
             at the layers that its table does not have.
           size: the number of entries of the result.
-        """
-        out: dict[str, Any] = cls.identities(len(layers), size, members[0])
-        if any(member.width != members[0].width for member in members):
-            raise UserError("the rows' directions have different widths; use directions of one "
-                             "model")
-        for name in out:
-            values = [getattr(member, name)[:, 0] for member in members]
-            xp: Any = jnp if traced(values) else np
-            table = xp.asarray(out[name])
-            for entry, (member, value) in enumerate(zip(members, values, strict=True)):
-                at = np.array([layers.index(layer) for layer in member.layers])
-                if xp is np:
-                    table[at, entry] = np.asarray(value)
-                else:
-                    table = table.at[at, entry].set(value)
-            out[name] = table
-        return out
 
-    @classmethod
-    def identities(cls, layers: int, size: int, like: Self) -> dict[str, np.ndarray]:
-        """Return identity entries [l, n, …] for a table with the structure of `like`."""
+        Returns:
+          The fields of `PAYLOAD`.
+
+        Raises:
+          UserError: members with directions of different widths.
+        """
+        if any(member.width != self.width for member in members):
+            raise UserError("the rows' directions have different widths; use directions of one "
+                            "model")
+        merged: dict[str, Any] = self.identities(len(layers), size)
+        for name, axis in self.PAYLOAD.items():
+            fields = [getattr(member, name) for member in members]
+            if axis == 0:  # without an axis of layers
+                padded = fields + fields[:1] * (size - len(fields))
+                merged[name] = jax.tree.map(lambda *x: jnp.concatenate([y[:1] for y in x]), *padded)
+            elif name in merged:
+                values = [field[:, 0] for field in fields]
+                xp: Any = jnp if traced(values) else np
+                table = xp.asarray(merged[name])
+                for entry, (member, value) in enumerate(zip(members, values, strict=True)):
+                    at = np.array([layers.index(layer) for layer in member.layers])
+                    if xp is np:
+                        table[at, entry] = np.asarray(value)
+                    else:
+                        table = table.at[at, entry].set(value)
+                merged[name] = jnp.asarray(table, jnp.float32)
+        return merged
+
+    def identities(self, layers: int, size: int) -> dict[str, np.ndarray]:
+        """Return entries [l, n, …] that change nothing, for the fields with an axis of layers.
+
+        Args:
+          layers, size: l and n.
+        """
         raise NotImplementedError
+
+    def operator(self) -> str:
+        """Return the name of the operator that made the table."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        """Return the call that makes the table, such as `cap(response, layers 4–7, residual)`."""
+        rows = "" if self.rows is None else f"{self.rows} rows"
+        edit = call(self.operator(), tests(self.where), layer_range(self.layers), self.site, rows)
+        return edit if self.gate is None else call("gate", edit, self.gate.condition())
 
 
 def next_power(n: int) -> int:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpersona.captures.capture import Capture, chosen_layers
+from jaxpersona.captures.reading import State
 from jaxpersona.distributed.sharding import spread_rows
 from jaxpersona.errors import UserError
-from jaxpersona.interventions.compose import Interventions
+from jaxpersona.interventions.compose import PreparedInterventions
 from jaxpersona.interventions.table import Site
 from jaxpersona.models import nn
 from jaxpersona.models.batch import Batch
 from jaxpersona.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int
 
 _BITS = 32
 Gates = dict[str, Any]  # the state of each gate, by its table's index
@@ -31,15 +36,15 @@ class Applied(flax.struct.PyTreeNode):
         change if δ ≠ 0, even if rounding to the model's dtype removes it.
     """
 
-    seen: Any
-    changed: Any
+    seen: Int[Array | np.ndarray, " B"]
+    changed: Int[Array | np.ndarray, "l B"]
 
 
 class Trace:
     """The edits and readings of one forward pass; it exists only during tracing."""
 
-    def __init__(self, config: ModelConfig, batch: Batch, edits: Interventions, capture: Capture,
-                 gates: Gates | None, before: jax.Array | None) -> None:
+    def __init__(self, config: ModelConfig, batch: Batch, edits: PreparedInterventions,
+                 capture: Capture, gates: Gates | None, before: jax.Array | None) -> None:
         self.batch, self.edits, self.capture = batch, edits, capture
         rows = batch.tokens.shape[0]
         with jax.named_scope("intervention"):
@@ -49,7 +54,7 @@ class Trace:
             return jax.tree.map(lambda x: spread_rows(x, 0, batch.tokens), state)
 
         self.gates: Gates = {
-            str(number): spread(edit.gate.start(rows, before)) if gates is None
+            str(number): spread(edit.gate.init(rows, before)) if gates is None
             else gates.get(str(number))
             for number, edit in enumerate(edits.edits) if edit.gate is not None
         }
@@ -59,10 +64,13 @@ class Trace:
                              "interventions")
         self.opened: dict[int, jax.Array] = {}
         self.changed: list[list[jax.Array]] = [[] for _ in edits.edits]
-        self.layers = {name: chosen_layers(part, config) for name, part in capture.parts.items()}
+        self.layers = {name: chosen_layers(reading, config)
+                       for name, reading in capture.readings.items()}
         with jax.named_scope("capture"):
-            self.weights = {name: part.weights(batch) for name, part in capture.parts.items()}
-        self.parts: dict[str, list[Any]] = {name: [] for name in capture.parts}
+            self.weights = {name: reading.weights(batch)
+                            for name, reading in capture.readings.items()}
+        # by reading, one reduction per layer
+        self.reductions: dict[str, list[Any]] = {name: [] for name in capture.readings}
 
     @property
     def highest(self) -> int:
@@ -85,28 +93,28 @@ class Trace:
             with jax.named_scope("intervention"):
                 self.opened[number], self.gates[str(number)] = gate.measure(
                     h, self.batch, self.gates[str(number)])
-        for name, part in self.capture.parts.items():
-            if part.site == site and layer in self.layers[name]:
+        for name, reading in self.capture.readings.items():
+            if reading.site == site and layer in self.layers[name]:
                 with jax.named_scope("capture"):
                     index = self.layers[name].index(layer)
-                    self.parts[name].append(part.read(h, self.weights[name], index))
+                    self.reductions[name].append(reading.read(h, self.weights[name], index))
         return h
 
-    def captured(self, state: dict[str, Any] | None, slots: jax.Array) -> dict[str, Any]:
+    def captured(self, state: dict[str, State] | None, slots: jax.Array) -> dict[str, State]:
         """Add this call's readings to the state.
 
         Raises:
           UserError: the state of another capture.
         """
-        if state is not None and set(state) != set(self.capture.parts):
+        if state is not None and set(state) != set(self.capture.readings):
             raise UserError(f"captured has the readings {sorted(state)}, but the capture has "
-                             f"{sorted(self.capture.parts)}; give the state of this capture")
+                             f"{sorted(self.capture.readings)}; give the state of this capture")
         with jax.named_scope("capture"):
             return {
-                name: part.add(state[name], jax.tree.map(lambda *x: jnp.stack(x),
-                                                         *self.parts[name]),
-                               self.weights[name], self.batch, slots)
-                for name, part in self.capture.parts.items()
+                name: reading.update(state[name], jax.tree.map(lambda *x: jnp.stack(x),
+                                                               *self.reductions[name]),
+                                     self.weights[name], self.batch, slots)
+                for name, reading in self.capture.readings.items()
                 if state is not None
             }
 
@@ -131,12 +139,12 @@ def _counts(changed: list[jax.Array]) -> jax.Array:
     """
     if changed[0].shape[1] > 1:
         return jnp.stack(changed).sum(-1, dtype=jnp.int32)
-    parts = []
+    counts = []
     for at in range(0, len(changed), _BITS):
-        some = changed[at : at + _BITS]
+        packed = changed[at : at + _BITS]
         words = functools.reduce(jnp.bitwise_or, (
             jax.lax.shift_left(layer.astype(jnp.uint32), jnp.full(layer.shape, i, jnp.uint32))
-            for i, layer in enumerate(some)))
-        places = jnp.arange(len(some), dtype=jnp.uint32)[:, None]
-        parts.append((words.T >> places & 1).astype(jnp.int32))
-    return jnp.concatenate(parts)
+            for i, layer in enumerate(packed)))
+        bits = jnp.arange(len(packed), dtype=jnp.uint32)[:, None]
+        counts.append((words.T >> bits & 1).astype(jnp.int32))
+    return jnp.concatenate(counts)

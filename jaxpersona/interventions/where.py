@@ -70,6 +70,21 @@ class Where:
         """Return the test as [5] int32."""
         return np.array([self.need, self.any, self.none, self.lo, self.hi], np.int32)
 
+    def __repr__(self) -> str:
+        """Return the test as it is written, such as `response` or `everywhere.without('first')`."""
+        excluded = {name: self.none & ~test.none for name, test in NAMED.items()
+                    if (test.need, test.any) == (self.need, self.any)
+                    and not test.none & ~self.none}
+        if excluded:  # use the name that needs the fewest exclusions
+            name = min(excluded, key=lambda name: excluded[name].bit_count())
+            kinds = [repr(kind) for kind, bit in KINDS.items() if excluded[name] & bit]
+            text = name + (f".without({', '.join(kinds)})" if kinds else "")
+        else:
+            text = f"Where(need={self.need}, any={self.any}, none={self.none})"
+        if (self.lo, self.hi) == (0, FOREVER):
+            return text
+        return text + f".within({self.lo}{'' if self.hi == FOREVER else f', {self.hi}'})"
+
 
 def _bits(kinds: tuple[str, ...]) -> int:
     bits = 0
@@ -119,6 +134,11 @@ def encoded(where: Where | str) -> np.ndarray:
       UserError: another name, or another type.
     """
     return as_where(where).encode()
+
+
+def decoded(code: np.ndarray) -> Where:
+    """Return the test that `Where.encode` encoded as [5] integers."""
+    return Where(*(int(number) for number in code))
 
 
 def turns(role: str) -> Where:

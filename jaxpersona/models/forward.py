@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.captures.capture import Capture, check_capture
-from jaxpersona.captures.readings import spread_states
+from jaxpersona.captures.reading import spread_states
 from jaxpersona.distributed.sharding import (
     check_set_mesh,
     gather_weight,
@@ -25,7 +25,7 @@ from jaxpersona.distributed.sharding import (
     platform,
 )
 from jaxpersona.errors import UserError
-from jaxpersona.interventions.compose import Interventions, given
+from jaxpersona.interventions.compose import Interventions, PreparedInterventions, prepared
 from jaxpersona.interventions.trace import Applied, Gates, Trace
 from jaxpersona.kernels.attention import Asked, choose, flash
 from jaxpersona.models import nn
@@ -84,7 +84,7 @@ def forward(
     config: ModelConfig,
     batch: Batch,
     *,
-    interventions: Interventions | None = None,
+    interventions: Interventions | PreparedInterventions | None = None,
     capture: Capture | None = None,
     carry: Carry | None = None,
     slots: int | None = None,
@@ -97,7 +97,8 @@ def forward(
       params: the parameters; their dtype is the computation's dtype.
       config: the model configuration (static).
       batch: B rows of T tokens, right-padded. With a cache, the tokens continue its rows.
-      interventions: the edits of the activations.
+      interventions: the edits of the activations; prepared ones (`Interventions.prepare`) are used
+        as they are.
       capture: the readings of the activations.
       carry: the state of earlier calls on these rows, to continue; `Output.carry` returns it.
       slots: the number of slots of a new cache (static), allocated in the fastest dtype
@@ -123,8 +124,10 @@ def forward(
     _check_arguments(params, batch, capture, carry)
     rows, width = batch.tokens.shape
     _check_ids(batch.tokens, config)
-    edits = given(interventions)
-    edits.check(layers=config.n_layers, width=config.d_model, rows=rows)
+    like = params.embed_vd
+    check_set_mesh(like)
+    edits = prepared(interventions, layers=config.n_layers, width=config.d_model, rows=rows,
+                     like=like)
     if batch.chunk and any(e.gate is not None and e.gate.within for e in edits.edits):
         raise UserError("a gate with within=True needs the whole prompt in one call; disable "
                          "chunked prefill, or use within=False")
@@ -140,9 +143,7 @@ def forward(
     capacity = slots if cache is None else cache.slots
     if capacity is not None and width > capacity:
         raise UserError(f"the batch is {width} tokens wide; the cache has {capacity} slots")
-    like = params.embed_vd
-    check_set_mesh(like)
-    batch, edits = batch.spread(like), edits.ready(rows, like)
+    batch = batch.spread(like)
     dtype = like.dtype
     chosen = choose(config, attention, dtype=dtype, tokens=width, fresh=cache is None,
                     sharded=mesh_of(like) is not None, platform=platform(like))
@@ -155,7 +156,7 @@ def forward(
     start: Any = None if cache is None else cache.next  # before this call's tokens
     state = carry.captured
     if state is None and capture is not None:
-        state = capture.start(config, rows, width if cache is None else cache.slots)
+        state = capture.init(config, rows, width if cache is None else cache.slots)
         state = spread_states(state, like)
     trace = Trace(config, batch, edits, capture if capture is not None else Capture(), carry.gates,
                   start)

@@ -192,7 +192,7 @@ def test_a_value_on_an_edge_belongs_to_the_bin_above():
     """A bin holds its lower edge and not its upper one, as NumPy's bins do."""
     edges, values = np.float32([-0.5, 0.0, 1.0]), np.float32([-0.5, 0.0, 1.0, 1.0, 0.5, -0.75])
     h = jnp.zeros((1, 6, 32)).at[0, :, 3].set(values)
-    part = capture.histogram(np.eye(32)[3:4], edges, everywhere).parts["histogram"]
+    part = capture.histogram(np.eye(32)[3:4], edges, everywhere).readings["histogram"]
     found = part.read(h, part.weights(batch([[5] * 6])), 0)
     np.testing.assert_array_equal(found[0, 0], [1, 1, 2, 2])
     np.testing.assert_array_equal(found[0, 0], np.histogram(values, [-9, *edges, 9])[0])
@@ -220,8 +220,8 @@ def test_a_mean_needs_no_memory_that_grows_with_the_text(dtype):
 def test_full_announces_its_size(caplog):
     config = s.tiny_config()
     with caplog.at_level("INFO", "jaxpersona"):
-        state = jax.eval_shape(lambda: s.READ.start(config, 2, 64))
-        jax.eval_shape(lambda: s.READ.start(config, 64, 100_000))
+        state = jax.eval_shape(lambda: s.READ.init(config, 2, 64))
+        jax.eval_shape(lambda: s.READ.init(config, 64, 100_000))
     first, second = caplog.records
     assert first.levelname == "INFO" and second.levelname == "WARNING"
     size = 4 * state["full"].values.size
@@ -278,10 +278,10 @@ def test_every_reading_multiplies_in_full_precision():
     read = (capture.mean() | capture.mean(turns=2, name="turns") | capture.last()
             | capture.projections(v) | capture.moments(v) | capture.histogram(v, [0.0]))
     model = s.tiny_model()
-    state = read.start(model.config, 2, 4)
+    state = read.init(model.config, 2, 4)
     rows = batch([[5, 6, 7], [8, 9]])
     h = jnp.ones((2, 3, 32), jnp.float32)
-    for name, part in read.parts.items():
+    for name, part in read.readings.items():
         text = jax.make_jaxpr(lambda h, part=part: part.read(h, part.weights(rows), 0))(h)
         products = [eqn for eqn in text.jaxpr.eqns if eqn.primitive.name == "dot_general"]
         assert products and name in state

@@ -222,7 +222,7 @@ def test_a_request_that_fails_fails_alone(model, monkeypatch):
     decode = programs.decode
 
     def broken(params, config, state, edits, read, how, *rest, **named):
-        if read.parts:
+        if read.readings:
             raise RuntimeError("no memory")
         return decode(params, config, state, edits, read, how, *rest, **named)
 

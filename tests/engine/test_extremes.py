@@ -70,7 +70,7 @@ def test_units_and_readings_of_named_directions(size):
     np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, rtol=1e-6)
     assert s.same_bits(vector.unit, Vector(V).unit)
     for read in (capture.projections, capture.moments):
-        one, two = (next(iter(read(x).parts.values())) for x in (vector, Vector(V)))
+        one, two = (next(iter(read(x).readings.values())) for x in (vector, Vector(V)))
         assert s.differing(one, two) == []
     means = np.random.default_rng(1).normal(size=(4, 3, 32)).astype(np.float32)
     assert s.same_bits(project(means, V * size), project(means, V))

@@ -127,7 +127,7 @@ def test_a_projection_on_a_bound_lies_within(over):
     for at, wanted in ((0.5, True), (0.75, False), (0.25, False)):
         made = gate(EDIT, np.eye(32)[0], layer=0, above=at, below=at, over=over,
                     where=everywhere).edits[0].gate
-        found, _ = made.measure(h, rows, made.start(1))
+        found, _ = made.measure(h, rows, made.init(1))
         assert bool(found[0, -1]) == wanted
 
 

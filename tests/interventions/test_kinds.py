@@ -46,7 +46,7 @@ def scene(seed):
 def act(edits, h, active=ALL, before=None):
     x, changed = jnp.asarray(h), None
     before = x if before is None else before
-    for edit in edits.edits:
+    for edit in edits.prepare(len(h), x).edits:
         x, changed = edit.apply(edit.layers[0], x, active, before)
     return np.asarray(x), np.asarray(changed)
 
@@ -112,7 +112,7 @@ def test_custom_sees_a_token_and_keeps_what_it_leaves():
     out, changed = act(custom(twist, {"a": 1.0, "b": 0 * u}, layers=1), h)
     assert out.tobytes() == h.tobytes() and not changed.any()
     bank = {"a": np.array([1.0, 3.0, 1.0]), "b": np.zeros((3, 8))}
-    out, _ = act(custom(twist, bank, layers=1, rows=[1, 0]).ready(2, ALL), h)
+    out, _ = act(custom(twist, bank, layers=1, rows=[1, 0]), h)
     np.testing.assert_allclose(out, h * np.array([3, 1])[:, None, None], rtol=1e-6)
 
 
@@ -141,8 +141,8 @@ MIXED = [Vector(np.eye(8)[:2] + i, fingerprint=f"{i}" * 16) for i in (1, 2)]
     ("rows is 0", lambda u: reserve(0, 8, [1])),
     ("width is 2.5", lambda u: reserve(1, 2.5, [1])),
     ("site is 'head'", lambda u: reserve(1, 8, [1], site="head")),
-    ("has a part of type list", lambda u: chain([steer(u, layers=1)])),
-    ("parts must be a list", lambda u: stack_rows(steer(u, layers=1))),
+    ("interventions has the type list", lambda u: chain([steer(u, layers=1)])),
+    ("interventions must be a list", lambda u: stack_rows(steer(u, layers=1))),
     ("where is 'anywhere'; give a test .* everywhere, prompt, generated",
      lambda u: steer(u, layers=1, where="anywhere")),
     ("where is 3", lambda u: steer(u, layers=1, where=3)),
@@ -161,9 +161,9 @@ MIXED = [Vector(np.eye(8)[:2] + i, fingerprint=f"{i}" * 16) for i in (1, 2)]
     ("different models", lambda u: mean_ablate(*MIXED, layers=1)),
     ("different models", lambda u: cap(MIXED[0], layers=1, floor=0.0, push=MIXED[1])),
     ("into is for 2 rows", lambda u: stack_rows([None], into=reserve(2, 8, [1]))),
-    ("the part of row 1 does not fit", lambda u: stack_rows(
+    ("the interventions of row 1 do not fit", lambda u: stack_rows(
         [None, chain(steer(u, layers=1), steer(u, layers=1))], into=reserve(2, 8, [1]))),
-    ("the part of row 0 does not fit", lambda u: stack_rows(
+    ("the interventions of row 0 do not fit", lambda u: stack_rows(
         [restore_norm(layers=1)], into=reserve(1, 8, [1]))),
     ("do not fit the reserved", lambda u: stack_rows([steer(u, layers=2)],
                                                      into=reserve(1, 8, [1]))),
@@ -301,35 +301,6 @@ def test_constructors_may_be_traced(make):
     np.testing.assert_allclose(many[0], eager, rtol=1e-4)
 
 
-def test_tables_made_ready_are_gathered_and_merged_anew():
-    """What was taken apart for one loop is never used for other rows, layers or entries."""
-    like, order = jnp.zeros(()), np.array([1, 0])
-    h = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, G.shape[1])), jnp.float32)
-    caps = cap(G[:2], layers=[0], floor=[5.0, 9.0], rows=[0, 1])
-    found = caps.ready(2, like).take(order).ready(2, like)
-    wanted = caps.take(order)
-    assert act(found, h)[0].tobytes() == act(wanted.ready(2, like), h)[0].tobytes()
-    assert act(found, h)[0].tobytes() != act(caps.ready(2, like), h)[0].tobytes()
-    parts = [cap(G[0], layers=[0], floor=5.0), steer(G[1], layers=[0, 1])]
-    fresh, used = (stack_rows([x if raw else x.ready(2, like) for x in parts]).ready(2, like)
-                   for raw in (True, False))
-    for layer in (0, 1):
-        a, b = (e.edits[0].apply(layer, h, ALL, h)[0] for e in (fresh, used))
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-        assert (np.asarray(a)[1] != np.asarray(h)[1]).any()
-
-
-def test_rows_are_permuted_before_and_after_their_entries_are_gathered():
-    edits = cap(G[:3], layers=[0, 1], floor=[1.0, 2.0, 3.0], rows=[2, -1, 0, 1])
-    order = np.array([3, 0, -1, 2])
-    found = edits.edits[0].by_row(4).take(order)
-    wanted = edits.take(order).edits[0].by_row(4)
-    rows = batch([[5, 6]] * 4)
-    np.testing.assert_array_equal(found.seen(rows), wanted.seen(rows))
-    for b in (0, 1, 3):
-        np.testing.assert_array_equal(found.direction[:, b], wanted.direction[:, b])
-
-
 def test_a_mean_of_zero_is_an_ablation():
     h, u, _ = scene(2)
     np.testing.assert_array_equal(act(mean_ablate(u, 0 * u, layers=1), h)[0],
@@ -370,7 +341,7 @@ def test_rows_measure_their_gates_at_layers_of_their_own():
 
 @pytest.mark.parametrize("how", [{"to": 0.5}, {"by": 0.5}])
 def test_a_rotation_has_a_gradient_where_nothing_lies_in_its_plane(how):
-    edit = rotate(np.eye(8)[0], np.eye(8)[1], layers=[0], **how).edits[0]
+    edit = rotate(np.eye(8)[0], np.eye(8)[1], layers=[0], **how).prepare(1, ALL).edits[0]
     h = jnp.zeros((1, 2, 8)).at[0, 0, 5].set(1.0)
     slope = jax.grad(lambda h: edit.apply(0, h, jnp.ones((1, 2), bool), h)[0].sum())(h)
     assert np.isfinite(slope).all()

@@ -77,7 +77,7 @@ REFUSED = {
     "axis 'vector' has no thresholds; give the floor as numbers": lambda: Axis(np.ones((4, 8)))
     .thresholds("p25"),
     "needs at least one row": lambda: stack_rows([]),
-    "the part of row 1 was made with rows=": lambda: stack_rows(
+    "the interventions of row 1 were made with rows=": lambda: stack_rows(
         [None, steer(V[None], layers=1, rows=[0, 0])]),
     "different widths": lambda: stack_rows([steer(V, layers=1), steer(np.ones(9), layers=1)]),
     "different numbers of rows": lambda: chain(
@@ -237,7 +237,7 @@ def test_linear_operators_follow_their_equations(made, expected):
     rng = np.random.default_rng(4)
     h, v = rng.normal(size=(3, 5, 8)).astype(np.float32), rng.normal(size=8)
     active = rng.random((3, 5)) < 0.6
-    edit = made(v).edits[0]
+    edit = made(v).prepare(3, jnp.asarray(h)).edits[0]
     out, changed = edit.apply(0, jnp.asarray(h), jnp.asarray(active), jnp.asarray(h))
     unit = v / np.linalg.norm(v)
     p = h @ unit
@@ -256,13 +256,14 @@ def test_push_displaces_as_far_as_the_cap_elsewhere():
     moved = cap(v, layers=1, floor=1.0, push=u)
     deficit = np.maximum(1.0 - h @ (v / np.linalg.norm(v)), 0)
     wanted = h + deficit[..., None] * (u / np.linalg.norm(u))
-    out, changed = moved.edits[0].apply(1, jnp.asarray(h), active, jnp.asarray(h))
+    ready = moved.prepare(2, active).edits[0]
+    out, changed = ready.apply(1, jnp.asarray(h), active, jnp.asarray(h))
     np.testing.assert_allclose(out, wanted, atol=1e-5)
     np.testing.assert_array_equal(changed, deficit > 0)
     both = stack_rows([moved, cap(v, layers=1, floor=1.0)])
     assert len(both.edits) == 2  # a table with a push and one without
     x = jnp.asarray(h)
-    for edit in both.ready(2, jnp.zeros(())).edits:
+    for edit in both.prepare(2, jnp.zeros(())).edits:
         x, _ = edit.apply(1, x, edit.seen(batch([[5] * 4] * 2)), x)
     np.testing.assert_allclose(x[0], wanted[0], atol=1e-5)
     np.testing.assert_allclose(x[1], (h + deficit[..., None] * (v / np.linalg.norm(v)))[1],

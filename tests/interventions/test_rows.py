@@ -128,9 +128,11 @@ def test_new_values_retrace_nothing():
 
 
 def test_minus_one_is_the_identity_and_not_the_last_entry():
-    edit = cap(BANK[:4], layers=[1], floor=1.0, rows=[3, -1, 0]).edits[0].by_row(3)
+    edits = cap(BANK[:4], layers=[1], floor=1.0, rows=[3, -1, 0])
+    edit = edits.prepare(3, jnp.zeros(())).edits[0]
     assert edit.seen(batch([[5, 6]] * 3)).any(-1).tolist() == [True, False, True]
-    np.testing.assert_allclose(edit.direction[0, 0], BANK[3] / np.linalg.norm(BANK[3]), rtol=1e-6)
+    np.testing.assert_allclose(edit.by_layer[0].direction[0],
+                               BANK[3] / np.linalg.norm(BANK[3]), rtol=1e-6)
     taken = cap(BANK[:4], layers=[1], floor=1.0, rows=[3, -1, 0]).take([2, -1, 0, 1])
     np.testing.assert_array_equal(taken.edits[0].index, [0, -1, 3, -1])
 

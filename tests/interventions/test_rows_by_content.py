@@ -107,3 +107,24 @@ def test_an_emptied_slot_forgets_the_model_of_its_direction():
     nobody = stack_rows([None, None], into=filled)
     assert not np.asarray(nobody.edits[0].origin).any()
     generate(s.tiny_model(), [[5], [6]], interventions=nobody, max_new_tokens=1, batch_size=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mapped_tree_has_the_same_structure_and_compiles_nothing(kind):
+    """Equality is by content: `jax.tree.map` gives new objects that JAX and `stack_rows` equate."""
+    edits = stack_rows([KINDS[kind](0.5), KINDS[kind](0.5), KINDS[kind](0.7)])
+    mapped = jax.tree.map(lambda x: x, edits)
+    traces = []
+
+    @jax.jit
+    def count(edits):
+        traces.append(1)
+        ready = edits.prepare(3, jnp.zeros(()))
+        return [edit.where for edit in ready.edits]
+
+    assert jax.tree.structure(mapped) == jax.tree.structure(edits)
+    assert s.same_bits(count(mapped), count(edits)) and len(traces) == 1
+    copied = [jax.tree.map(lambda x: x, KINDS[kind](x)) for x in (0.5, 0.5, 0.7)]
+    again = stack_rows(copied)
+    assert s.same_bits(again, edits) and {e.entries for e in again.edits} <= {1, 2}
+    assert s.same_bits(count(again), count(edits)) and len(traces) == 1

@@ -132,7 +132,7 @@ def test_forward_equals_transformers_and_its_own_pieces(family, fields, tmp_path
     assert (far := worst(ours, wanted)) <= 1e-4
 
     # 16 tokens of prefill, 16 more as a second chunk, then one decoded
-    cache, captured, pieces = init_cache(config, len(rows), 36), READ.start(config, 3, 36), []
+    cache, captured, pieces = init_cache(config, len(rows), 36), READ.init(config, 3, 36), []
     for piece in [*split(batch(rows), 16)[:2], split(batch(rows), 1)[32]]:
         logits, captured, cache = run(params, config, piece, cache, captured)
         pieces.append(np.asarray(logits))

@@ -1,0 +1,185 @@
+"""Readings of activations: the mean, the last one, norms, and all of them."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxpersona.captures.reading import (
+    F32,
+    Reading,
+    State,
+    TokenState,
+    numpy_of,
+    write_slots,
+)
+from jaxpersona.interventions.where import holds
+from jaxpersona.models.batch import Batch
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
+
+LARGE = 1e9  # bytes of full activations from which their size is logged as a warning
+_LOG = logging.getLogger("jaxpersona")
+
+
+class Mean(Reading, kw_only=True, repr=False):
+    """The mean activation of the selected tokens, per message if `turns` is given.
+
+    Attributes:
+      turns: M, the number of messages with a mean each, or None for one mean of all tokens.
+    """
+
+    needs_token: ClassVar[bool] = True
+
+    turns: int | None = flax.struct.field(pytree_node=False, default=None)
+
+    def init(self, layers: int, rows: int, slots: int, width: int) -> MeanState:
+        """Return a sum of zeros."""
+        shape = (rows,) if self.turns is None else (rows, self.turns)
+        return MeanState(jnp.zeros((layers, *shape, width), F32), jnp.zeros(shape, F32))
+
+    def weights(self, batch: Batch) -> Float[Array, "B ... T"]:
+        """Return [B, T] or [B, M, T] float32: 1 for selected tokens, else 0."""
+        chosen = holds(self.where, batch)
+        if self.turns is not None:
+            turn = jnp.arange(self.turns, dtype=jnp.int32)
+            chosen = chosen[:, None] & (batch.turn[:, None] == turn[None, :, None])
+        return chosen.astype(F32)
+
+    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
+        """Sum h [B, T, D] of one layer: [B, D] or [B, M, D]."""
+        form = "btd,bt->bd" if self.turns is None else "btd,bmt->bmd"
+        return jnp.einsum(form, h.astype(F32), weights, precision="highest")
+
+    def update(self, state: MeanState, reductions: jax.Array, weights: jax.Array, batch: Batch,
+               slots: jax.Array) -> MeanState:
+        """Add the sums [L, …] of one call."""
+        return MeanState(state.total + reductions, state.count + weights.sum(-1))
+
+    def details(self) -> list[str]:
+        """Return the number of messages, if they have a mean each."""
+        return [] if self.turns is None else [f"turns={self.turns}"]
+
+
+class MeanState(State):
+    """The sum of activations and the number of tokens; the result is the mean.
+
+    Attributes:
+      total: [L, B, D], with `turns` [L, B, M, D], float32.
+      count: [B], with `turns` [B, M], float32.
+    """
+
+    row_axes: ClassVar[tuple[int, ...]] = (1, 0)
+    label: ClassVar[str] = "mean"
+
+    total: Float[Array, "L B ..."]
+    count: Float[Array, "B ..."]
+
+    def result(self) -> Any:
+        """[B, L, D], with `turns` [B, L, M, D]; NaN for rows without a token."""
+        count, xp = self.count[None, ..., None], numpy_of(self.total)
+        mean = xp.where(count > 0, self.total / xp.maximum(count, 1.0), xp.nan)
+        return xp.moveaxis(mean, 0, 1)
+
+    @property
+    def empty(self) -> Bool[Array, " B"]:
+        """[B] bool: True for rows without a token in any message."""
+        return (self.count == 0).reshape(self.count.shape[0], -1).all(-1)
+
+
+class Last(Reading, kw_only=True, repr=False):
+    """The activation of the last selected token."""
+
+    needs_token: ClassVar[bool] = True
+
+    def init(self, layers: int, rows: int, slots: int, width: int) -> LastState:
+        """Return the state without a token."""
+        return LastState(jnp.zeros((layers, rows, width), F32), jnp.full((rows,), -1, jnp.int32))
+
+    def weights(self, batch: Batch) -> Float[Array, "B T"]:
+        """Return [B, T] float32: 1 at the last selected token of the call, else 0."""
+        at = jnp.where(holds(self.where, batch), batch.position, -1)
+        top = at.max(-1, keepdims=True)
+        return ((at == top) & (top >= 0)).astype(F32)
+
+    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
+        """Select the activation [B, D] from h [B, T, D] of one layer."""
+        return jnp.einsum("btd,bt->bd", h.astype(F32), weights, precision="highest")
+
+    def update(self, state: LastState, reductions: jax.Array, weights: jax.Array, batch: Batch,
+               slots: jax.Array) -> LastState:
+        """Replace the activations of rows with a selected token in this call."""
+        selected = weights.sum(-1) > 0
+        position = (weights.astype(jnp.int32) * batch.position).sum(-1)
+        return LastState(
+            jnp.where(selected[None, :, None], reductions, state.latest),
+            jnp.where(selected, position, state.position),
+        )
+
+
+class LastState(State):
+    """The activation of the last selected token so far.
+
+    Attributes:
+      latest: [L, B, D] float32.
+      position: [B] int32, −1 before the first selected token.
+    """
+
+    row_axes: ClassVar[tuple[int, ...]] = (1, 0)
+    label: ClassVar[str] = "last"
+
+    latest: Float[Array, "L B D"]
+    position: Int[Array, " B"]
+
+    def result(self) -> Any:
+        """[B, L, D]; NaN for rows without a token."""
+        seen, xp = (self.position >= 0)[None, :, None], numpy_of(self.latest)
+        return xp.moveaxis(xp.where(seen, self.latest, xp.nan), 0, 1)
+
+    @property
+    def empty(self) -> Bool[Array, " B"]:
+        """[B] bool: True for rows without a token."""
+        return self.position < 0
+
+
+class Norms(Reading, kw_only=True, repr=False):
+    """The norms of the activations of the selected tokens."""
+
+    def init(self, layers: int, rows: int, slots: int, width: int) -> TokenState:
+        """Return an array of NaN [L, B, S]."""
+        return TokenState(jnp.full((layers, rows, slots), jnp.nan, F32))
+
+    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
+        """Return the norms of h [B, T, D]: [B, T], NaN for tokens not selected."""
+        return jnp.where(weights, jnp.linalg.norm(h.astype(F32), axis=-1), jnp.nan)
+
+    def update(self, state: TokenState, reductions: jax.Array, weights: jax.Array, batch: Batch,
+               slots: jax.Array) -> TokenState:
+        """Write the values of one call into the slots of its tokens."""
+        return TokenState(write_slots(state.values, reductions, slots))
+
+
+class Full(Reading, kw_only=True, repr=False):
+    """All activations of the selected tokens: [L, B, S, D], larger than a key/value cache."""
+
+    def init(self, layers: int, rows: int, slots: int, width: int) -> TokenState:
+        """Return an array of NaN [L, B, S, D]; log its size first."""
+        size = 4 * layers * rows * slots * width
+        _LOG.log(logging.WARNING if size >= LARGE else logging.INFO,
+                 "a capture of full activations takes %.3g GB: %d layers, %d rows, %d slots, "
+                 "width %d, float32", size / 1e9, layers, rows, slots, width)
+        return TokenState(jnp.full((layers, rows, slots, width), jnp.nan, F32))
+
+    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
+        """Return h [B, T, D] of one layer in float32, NaN for tokens not selected."""
+        return jnp.where(weights[..., None], h.astype(F32), jnp.nan)
+
+    def update(self, state: TokenState, reductions: jax.Array, weights: jax.Array, batch: Batch,
+               slots: jax.Array) -> TokenState:
+        """Write the values of one call into the slots of its tokens."""
+        return TokenState(write_slots(state.values, reductions, slots))

@@ -1,0 +1,225 @@
+"""Readings of projections on directions: every token's, their moments, and histograms."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxpersona.captures.reading import (
+    F32,
+    Reading,
+    State,
+    TokenState,
+    numpy_of,
+    write_slots,
+)
+from jaxpersona.errors import UserError
+from jaxpersona.models.batch import Batch
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int, UInt
+
+
+class OnDirections(Reading, kw_only=True, repr=False):
+    """The base class of readings that project on K directions per layer.
+
+    Attributes:
+      directions: [L or 1, K, D] float32, unit length.
+      model_origin: [1] uint32, as `origin` of `interventions.table.Table`.
+    """
+
+    directions: Float[Array, "L K D"]
+    model_origin: UInt[Array, " 1"]
+
+    @property
+    def origin(self) -> UInt[Array, " 1"]:
+        """[1] uint32, half of the fingerprint of the directions' model (0: any model)."""
+        return self.model_origin
+
+    def check(self, layers: tuple[int, ...], width: int) -> None:
+        """Check the shape of the directions.
+
+        Raises:
+          UserError: sets of directions for another number of layers, or another width.
+        """
+        check_sets("directions", self.directions, layers)
+        if self.directions.shape[-1] != width:
+            raise UserError(f"directions have width {self.directions.shape[-1]}; the model's "
+                            f"residual stream has {width}")
+
+    def project(self, h: jax.Array, index: int) -> jax.Array:
+        """Project h [B, T, D] of one layer on its directions: [B, T, K]."""
+        table = self.directions[index if self.directions.shape[0] > 1 else 0]
+        return jnp.einsum("btd,kd->btk", h.astype(F32), table, precision="highest")
+
+    def details(self) -> list[str]:
+        """Return the number of directions."""
+        count = self.directions.shape[1]
+        return [f"{count} direction{'s' * (count != 1)}"]
+
+
+def check_sets(name: str, values: Any, layers: tuple[int, ...]) -> None:
+    """Check that an array [l, …] has one set for all layers or one per layer.
+
+    Raises:
+      UserError: another number of sets (indexing would clamp to the last one without an error).
+    """
+    if values.shape[0] not in (1, len(layers)):
+        raise UserError(f"{name} are for {values.shape[0]} layers, but {len(layers)} are captured: "
+                        f"{list(layers)}")
+
+
+class Projections(OnDirections, kw_only=True, repr=False):
+    """The projections of the selected tokens on K directions per layer."""
+
+    def init(self, layers: int, rows: int, slots: int, width: int) -> ProjectionState:
+        """Return an array of NaN [L, B, K, S]."""
+        count = self.directions.shape[1]
+        return ProjectionState(jnp.full((layers, rows, count, slots), jnp.nan, F32))
+
+    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
+        """Project h [B, T, D] of one layer: [B, T, K], NaN for tokens not selected."""
+        return jnp.where(weights[..., None], self.project(h, index), jnp.nan)
+
+    def update(self, state: ProjectionState, reductions: jax.Array, weights: jax.Array,
+               batch: Batch, slots: jax.Array) -> ProjectionState:
+        """Write the values of one call into the slots of its tokens."""
+        return ProjectionState(write_slots(state.values, reductions, slots, axis=3))
+
+
+class ProjectionState(TokenState):
+    """A `TokenState` of K directions, stored [L, B, K, S]: TPUs pad small minor dimensions."""
+
+    def result(self) -> Any:
+        """[B, L, S, K]: entry s belongs to the token in cache slot s."""
+        return numpy_of(self.values).transpose(self.values, (1, 0, 3, 2))
+
+
+class ProjectionMoments(OnDirections, kw_only=True, repr=False):
+    """The count, mean and variance of each row's projections."""
+
+    label: ClassVar[str] = "moments"
+    needs_token: ClassVar[bool] = True
+
+    def init(self, layers: int, rows: int, slots: int, width: int) -> MomentState:
+        """Return the moments of zero tokens."""
+        zero = jnp.zeros((layers, rows, self.directions.shape[1]), F32)
+        return MomentState(jnp.zeros((rows,), F32), zero, zero)
+
+    def read(self, h: jax.Array, weights: jax.Array, index: int) -> tuple[jax.Array, jax.Array]:
+        """Return the mean and the sum of squared deviations for h [B, T, D], each [B, K]."""
+        p, w = self.project(h, index), weights[..., None].astype(F32)
+        count = jnp.maximum(w.sum(1), 1.0)
+        mean = (p * w).sum(1) / count
+        return mean, (w * (p - mean[:, None]) ** 2).sum(1)
+
+    def update(self, state: MomentState, reductions: tuple[jax.Array, jax.Array],
+               weights: jax.Array, batch: Batch, slots: jax.Array) -> MomentState:
+        """Merge the moments of one call into the state (Chan et al. 1983)."""
+        mean, squares = reductions
+        added = weights.sum(-1, dtype=F32)
+        count = state.count + added
+        share = (added / jnp.maximum(count, 1.0))[None, :, None]
+        shift = mean - state.mean
+        squares = state.squares + squares + shift**2 * state.count[None, :, None] * share
+        return MomentState(count, state.mean + shift * share, squares)
+
+
+class Moments(flax.struct.PyTreeNode):
+    """Count, mean and variance of each row's projections.
+
+    Attributes:
+      count: [B] float32, the number of tokens.
+      mean: [B, L, K] float32; NaN for rows without a token.
+      variance: [B, L, K] float32, the population variance; NaN for rows without a token.
+    """
+
+    count: Float[Array, " B"]
+    mean: Float[Array, "B L K"]
+    variance: Float[Array, "B L K"]
+
+
+class MomentState(State):
+    """Running moments (Welford 1962; merged as in Chan et al. 1983); the result is `Moments`.
+
+    Attributes:
+      count: [B] float32.
+      mean: [L, B, K] float32.
+      squares: [L, B, K] float32, the sum of squared deviations from the mean.
+    """
+
+    row_axes: ClassVar[tuple[int, ...]] = (0, 1, 1)
+    label: ClassVar[str] = "moments"
+
+    count: Float[Array, " B"]
+    mean: Float[Array, "L B K"]
+    squares: Float[Array, "L B K"]
+
+    def result(self) -> Moments:
+        """Return the moments of every row; NaN for rows without a token."""
+        count, xp = self.count[None, :, None], numpy_of(self.mean)
+        seen = count > 0
+        mean = xp.where(seen, self.mean, xp.nan)
+        variance = xp.where(seen, self.squares / xp.maximum(count, 1.0), xp.nan)
+        return Moments(self.count, xp.moveaxis(mean, 0, 1), xp.moveaxis(variance, 0, 1))
+
+    @property
+    def empty(self) -> Bool[Array, " B"]:
+        """[B] bool: True for rows without a token."""
+        return self.count == 0
+
+
+class Histogram(OnDirections, kw_only=True, repr=False):
+    """A histogram of each row's projections with fixed bin edges; the outer bins are open.
+
+    Attributes:
+      edges: [L or 1, K or 1, E] float32, ascending.
+    """
+
+    edges: Float[Array, "L K E"]
+
+    def init(self, layers: int, rows: int, slots: int, width: int) -> CountState:
+        """Return zeros [L, B, K, E + 1]."""
+        shape = (layers, rows, self.directions.shape[1], self.edges.shape[-1] + 1)
+        return CountState(jnp.zeros(shape, jnp.int32))
+
+    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
+        """Count the projections of h [B, T, D] per bin: [B, K, E + 1] int32."""
+        edges = self.edges[index if self.edges.shape[0] > 1 else 0]
+        number = (self.project(h, index)[..., None] >= edges[None, None]).sum(-1, dtype=jnp.int32)
+        bins = jnp.arange(edges.shape[-1] + 1, dtype=jnp.int32)
+        in_bin = (number[..., None] == bins[None, None, None]) & weights[..., None, None]
+        return in_bin.sum(1, dtype=jnp.int32)
+
+    def update(self, state: CountState, reductions: jax.Array, weights: jax.Array, batch: Batch,
+               slots: jax.Array) -> CountState:
+        """Add the counts of one call."""
+        return CountState(state.counts + reductions)
+
+    def check(self, layers: tuple[int, ...], width: int) -> None:
+        """Check the shapes of the directions and edges; errors as for `OnDirections.check`."""
+        super().check(layers, width)
+        check_sets("edges", self.edges, layers)
+
+    def details(self) -> list[str]:
+        """Return the numbers of directions and bins."""
+        return [*super().details(), f"{self.edges.shape[-1] + 1} bins"]
+
+
+class CountState(State):
+    """Histogram counts.
+
+    Attributes:
+      counts: [L, B, K, E + 1] int32.
+    """
+
+    row_axes: ClassVar[tuple[int, ...]] = (1,)
+
+    counts: Int[Array, "L B K bins"]
+
+    def result(self) -> Any:
+        """[B, L, K, E + 1] int32."""
+        return numpy_of(self.counts).moveaxis(self.counts, 0, 1)

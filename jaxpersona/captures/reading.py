@@ -1,0 +1,195 @@
+"""The protocol of readings: what a reduction of activations and its state must define.
+
+A reading selects tokens, reduces the activations of one layer, and adds the reductions of one
+call to a state. `forward` calls these methods while it is traced, so all of them must be
+traceable by JAX. docs/architecture.md ("Adding a reading") has an example.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpersona.captures.missing import warn_of_empty
+from jaxpersona.distributed.sharding import spread_rows
+from jaxpersona.interventions.describe import call, layer_range, tests
+from jaxpersona.interventions.table import Site
+from jaxpersona.interventions.where import holds
+from jaxpersona.models.batch import Batch
+from jaxpersona.models.cache import by_slot, set_lines
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, UInt
+
+F32 = jnp.float32
+
+
+class State(flax.struct.PyTreeNode):
+    """What a reading has accumulated for B rows; the base class of all states.
+
+    A state is a pytree of arrays. A subclass declares `row_axes` and defines `result`.
+
+    Attributes:
+      row_axes: the batch axis of each leaf, in the order of `jax.tree.leaves`.
+      per_token: whether the result is [B, L, S, …] with one entry per cache slot.
+      label: the name of the reading in the warning about rows without a token.
+    """
+
+    row_axes: ClassVar[tuple[int, ...]]
+    per_token: ClassVar[bool] = False
+    label: ClassVar[str] = "capture"
+
+    def result(self) -> Any:
+        """Return the result [B, …], an array or a pytree of arrays; NumPy for a NumPy state."""
+        raise NotImplementedError
+
+    @property
+    def value(self) -> Any:
+        """The result [B, …]; logs a warning that names the rows in `empty`."""
+        warn_of_empty(self.label, self.empty)
+        return self.result()
+
+    @property
+    def empty(self) -> Any:
+        """[B] bool: True for rows whose result is undefined because no token was selected."""
+        return np.zeros(jax.tree.leaves(self)[0].shape[self.row_axes[0]], bool)
+
+
+class Reading(flax.struct.PyTreeNode, kw_only=True):
+    """A reduction of the activations of selected tokens; the base class of all readings.
+
+    B is the number of rows, T the tokens of one call, L the layers that are read, S the slots of
+    the cache and D the width of the residual stream.
+
+    Attributes:
+      where: the encoded test [5] int32 that selects tokens.
+      layers: the layers that are read, ascending, or None for all (static).
+      site: the site that is read (static).
+      label: the reading's name in its representation; by default the class name in lower case.
+      needs_token: whether the result is undefined for a row without a selected token.
+    """
+
+    label: ClassVar[str] = ""
+    needs_token: ClassVar[bool] = False
+
+    where: Int[Array, " 5"]
+    layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
+    site: Site = flax.struct.field(pytree_node=False, default="residual")
+
+    def init(self, layers: int, rows: int, slots: int, width: int) -> State:
+        """Return the state before the first token.
+
+        Args:
+          layers, rows, slots, width: L, B, S and D.
+        """
+        raise NotImplementedError
+
+    def weights(self, batch: Batch) -> Any:
+        """Return the selection that `read` and `update` receive: by default [B, T] bool."""
+        return holds(self.where, batch)
+
+    def read(self, h: jax.Array, weights: Any, index: int) -> Any:
+        """Reduce the activations of one layer in one call.
+
+        Args:
+          h: [B, T, D], in the model's dtype.
+          weights: the result of `weights`.
+          index: the position of the layer in the layers that are read.
+
+        Returns:
+          An array or a pytree of arrays; `update` receives them stacked over layers.
+        """
+        raise NotImplementedError
+
+    def update(self, state: Any, reductions: Any, weights: Any, batch: Batch,
+               slots: jax.Array) -> Any:
+        """Add one call to the state.
+
+        Calls are those of a whole batch, of the chunks of a prompt, or of single generated tokens;
+        the result must not depend on how a text is divided into calls.
+
+        Args:
+          state: of the type that `init` returns.
+          reductions: the results of `read`, with a leading axis [L, …].
+          weights: the result of `weights`.
+          batch: the call's B rows of T tokens.
+          slots: [B, T] int32, the cache slot of each token, S or more for padding.
+        """
+        raise NotImplementedError
+
+    @property
+    def origin(self) -> UInt[Array, " n"] | np.ndarray:
+        """[n] uint32, half of the fingerprints of the models of its directions (0: any model)."""
+        return np.zeros(1, np.uint32)
+
+    def check(self, layers: tuple[int, ...], width: int) -> None:
+        """Check the reading against the layers that are read and the width D of the model.
+
+        Raises:
+          UserError: arrays of another shape.
+        """
+
+    def details(self) -> list[str]:
+        """Return further arguments for the representation, such as "turns=2"."""
+        return []
+
+    def __repr__(self) -> str:
+        """Return the call that makes the reading, such as `mean(response, layers 4–7)`."""
+        layers = "" if self.layers is None else layer_range(self.layers)
+        site = "" if self.site == "residual" else self.site
+        return call(self.label or type(self).__name__.lower(), tests(self.where), layers, site,
+                    *self.details())
+
+
+class TokenState(State, repr=False):
+    """One value per cache slot, NaN for tokens that are not selected.
+
+    Attributes:
+      values: [L, B, S, …] float32.
+    """
+
+    row_axes: ClassVar[tuple[int, ...]] = (1,)
+    per_token: ClassVar[bool] = True
+
+    values: Float[Array, "L B S ..."]
+
+    def result(self) -> Any:
+        """[B, L, S, …]: entry s belongs to the token in cache slot s."""
+        return numpy_of(self.values).moveaxis(self.values, 0, 1)
+
+
+def numpy_of(x: Any) -> Any:
+    """Return the module of functions for an array: `numpy`, or `jax.numpy`."""
+    return np if isinstance(x, np.ndarray) else jnp
+
+
+def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
+                axis: int = 2) -> jax.Array:
+    """Write values [L, B, T, …] into the slots [B, T] of a buffer [L, B, …] with slot axis `axis`.
+
+    Values whose slot is S or beyond are dropped. As in `cache.write`, one token per row uses a
+    scatter, several use a gather.
+    """
+    rows, width = slots.shape
+    if width == 1:
+        lines = buffer.shape[:axis]
+        slot = jnp.broadcast_to(slots.reshape(rows, *(1,) * (axis - 2)), lines)
+        return set_lines(buffer, values[:, :, 0], spread_rows(slot, 1, buffer), len(lines))
+    moved, taken = jax.vmap(lambda x: by_slot(x, slots, buffer.shape[axis]),
+                            out_axes=(0, None))(values)
+    taken = jnp.expand_dims(taken, tuple(i for i in range(buffer.ndim) if i not in (1, axis)))
+    return jnp.where(taken, jnp.moveaxis(moved, 2, axis), buffer)
+
+
+def spread_states(states: dict[str, State], like: jax.Array) -> dict[str, State]:
+    """Shard the rows of captures' states over the mesh of `like`, if there is one."""
+    return {
+        name: tree.unflatten([spread_rows(x, at, like)
+                              for x, at in zip(leaves, state.row_axes, strict=True)])
+        for name, state in states.items()
+        for leaves, tree in [jax.tree.flatten(state)]
+    }

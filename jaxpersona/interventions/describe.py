@@ -1,0 +1,53 @@
+"""One-line representations of interventions and captures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.core
+import numpy as np
+
+from jaxpersona.interventions.where import WIDTH, decoded
+
+
+def call(name: str, *arguments: str) -> str:
+    """Return `name(a, b)`; empty arguments are omitted."""
+    return f"{name}({', '.join(filter(None, arguments))})"
+
+
+def layer_range(layers: Sequence[int]) -> str:
+    """Return "layer 4", "layers 4–7" (both included), or "layers 0, 2" if they have gaps."""
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"layers {layers[0]}–{layers[-1]}"
+    return f"layers {', '.join(map(str, layers))}"
+
+
+def host_array(x: Any) -> np.ndarray | None:
+    """Return an array's values, or None where they are unknown or absent.
+
+    They are unknown of a traced array and of one with rows in other processes, and absent of a
+    donated one.
+    """
+    if isinstance(x, np.ndarray):
+        return x
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
+        return None
+    return jax.device_get(x) if x.is_fully_addressable and not x.is_deleted() else None
+
+
+def tests(code: Any) -> str:
+    """Return the representation of encoded tests [5] or [n, 5].
+
+    Tests that no token passes (padding) are omitted; several different tests are counted.
+    """
+    values = host_array(code)
+    if values is None or values.ndim > 2 or values.shape[-1:] != (WIDTH,):
+        return "traced"
+    distinct = dict.fromkeys(decoded(row) for row in values.reshape(-1, WIDTH) if row[0] >= 0)
+    if len(distinct) == 1:
+        return repr(next(iter(distinct)))
+    return f"{len(distinct)} selections" if distinct else "nowhere"
