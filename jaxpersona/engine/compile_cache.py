@@ -1,4 +1,4 @@
-"""Keep compiled programs on disk, so that the second start of a program compiles nothing."""
+"""The on-disk cache of compiled programs, so that a second process compiles nothing."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import platform
 import jax
 
 SWITCH = "JAXPERSONA_COMPILE_CACHE"
-_SHORTEST = 0.3  # seconds of compiling that are worth a file
+_SHORTEST = 0.3  # seconds; programs that compile faster are not stored
 
 
 def use_compile_cache() -> str | None:
-    """Keep compiled programs in the user's cache folder, unless a folder is chosen already.
+    """Enable JAX's compilation cache in the user's cache folder, unless it already has a folder.
 
-    `JAXPERSONA_COMPILE_CACHE=0` turns it off; `JAX_COMPILATION_CACHE_DIR` or
-    `jax_compilation_cache_dir` chooses another folder.
+    `JAXPERSONA_COMPILE_CACHE=0` disables this; `JAX_COMPILATION_CACHE_DIR` or
+    `jax_compilation_cache_dir` sets another folder.
 
     Returns:
-      The folder in use, or None: turned off, or the user has no home folder.
+      The cache folder; None if disabled or if the user has no home folder.
     """
-    chosen = jax.config.jax_compilation_cache_dir
-    if chosen or os.environ.get(SWITCH, "1") == "0":
-        return chosen
+    configured = jax.config.jax_compilation_cache_dir
+    if configured or os.environ.get(SWITCH, "1") == "0":
+        return configured
     try:
         base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    except RuntimeError:  # HOME is not set and the system does not know the user, as in containers
+    except RuntimeError:  # no HOME and no entry in the user database, as in containers
         return None
     folder = str(pathlib.Path(base) / "jaxpersona" / _processor())
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -36,10 +36,13 @@ def use_compile_cache() -> str | None:
     return folder
 
 
-def _processor(described: str = "/proc/cpuinfo") -> str:
-    """Name the processor: a program made for one may not run on another that shares the folder."""
+def _processor(cpuinfo: str = "/proc/cpuinfo") -> str:
+    """Return a name of the processor's instruction set.
+
+    A program compiled for one processor may not run on another that shares the folder.
+    """
     try:
-        lines = pathlib.Path(described).read_text("utf-8", "replace").splitlines()
+        lines = pathlib.Path(cpuinfo).read_text("utf-8", "replace").splitlines()
         flags = next(line for line in lines if line.lower().startswith(("flags", "features")))
     except (OSError, StopIteration):
         flags = platform.processor()

@@ -1,8 +1,8 @@
-"""Compiled programs, of which only the most recently used are kept.
+"""A least-recently-used cache of compiled programs.
 
-`jax.jit` keeps every program that it ever compiled: about 20 MB of host memory for each new pair of
-prompt width and cache size of a small model. Here each shape has a `jit` of its own, and the one
-that was not used for the longest time is dropped, which frees its trace and its executable.
+`jax.jit` never frees a program: about 20 MB of host memory per pair of prompt width and cache size
+of a small model. Here each shape has its own `jax.jit` object, and the least recently used one is
+dropped, which frees its trace and its executable.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ import jax
 from jaxpersona.distributed.sharding import platform, running_on
 from jaxpersona.errors import UserError
 
-LIMIT = 64  # programs; prompts of eight widths, with and without a cap, use about as many
+LIMIT = 64  # programs; prompts of eight widths, with and without a cap, need about 64
 SWITCH = "JAXPERSONA_PROGRAMS"
 _LOG = logging.getLogger("jaxpersona")
 
 
 class Kept:
-    """The compiled programs of a process, dropped in the order of their last use.
+    """The compiled programs of a process; the least recently used one is dropped first.
 
     Attributes:
-      limit: the most programs that are kept; None: what `JAXPERSONA_PROGRAMS` says at the first
-        program. A wrong value is then an error of that call, not of the import.
+      limit: the maximum number of programs. None: the value of `JAXPERSONA_PROGRAMS`, read at the
+        first program, so that an invalid value raises in that call and not at import.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -42,20 +42,20 @@ class Kept:
         return len(self._held)
 
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return what is kept under a key, or make it and drop what exceeds the limit."""
+        """Return the program of a key, made on first use; drop programs beyond the limit."""
         with self._lock:
             if self.limit is None:
                 self.limit = _limit()
-            found = self._held.pop(key, None)
-            if found is None:
-                found = make()
-            self._held[key] = found
+            value = self._held.pop(key, None)
+            if value is None:
+                value = make()
+            self._held[key] = value
             while len(self._held) > max(self.limit, 1):
                 self._held.popitem(last=False)
                 _LOG.info("more than %d compiled programs are in use; the least recently used one "
-                          "is freed and compiled anew when it is needed (%s sets the limit)",
+                          "is freed and recompiled on its next use (%s sets the limit)",
                           self.limit, SWITCH)
-        return found
+        return value
 
     def clear(self) -> None:
         """Drop all programs."""
@@ -64,12 +64,17 @@ class Kept:
 
 
 def _limit() -> int:
-    said = os.environ.get(SWITCH, "")
-    if not said:
+    """Return the limit set by the environment, or `LIMIT`.
+
+    Raises:
+      UserError: the variable is not a positive integer.
+    """
+    value = os.environ.get(SWITCH, "")
+    if not value:
         return LIMIT
-    if not said.isdecimal() or not 0 < int(said[:9]):
-        raise UserError(f"{SWITCH} is {said[:40]!r}; it must be a positive number of programs")
-    return int(said[:9])
+    if not value.isdecimal() or not 0 < int(value[:9]):
+        raise UserError(f"{SWITCH} is {value[:40]!r}; it must be a positive number of programs")
+    return int(value[:9])
 
 
 KEPT = Kept()
@@ -80,17 +85,17 @@ def program(*, static: tuple[str, ...] = (),
     """Return a decorator like `jax.jit` whose compiled programs are kept in `KEPT`.
 
     Args:
-      static, donate: names of arguments, as `static_argnames` and `donate_argnames` of `jax.jit`.
+      static, donate: argument names, as `static_argnames` and `donate_argnames` of `jax.jit`.
     """
     return lambda function: Program(function, static, donate)
 
 
 class Program:
-    """A jitted function with one `jax.jit` for each shape of its arguments.
+    """A jitted function with one `jax.jit` object per combination of argument shapes.
 
-    The first argument's arrays say which platform the program is for, so that CPU and GPU arrays
-    of one shape do not share a trace. Whatever the key leaves out is left to `jax.jit`: it costs
-    memory, never correctness.
+    The platform of the first argument's first array is part of the key, so that CPU and GPU arrays
+    of one shape do not share a trace. `jax.jit` itself distinguishes everything that the key
+    omits, so an omission costs memory but never correctness.
     """
 
     def __init__(self, function: Callable, static: tuple[str, ...],
@@ -99,30 +104,31 @@ class Program:
         self._function, self._static, self._donate = function, static, donate
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        made, where = self._of(args, named)
-        with running_on(where):
-            return made(*args, **named)
+        jitted, target = self._of(args, named)
+        with running_on(target):
+            return jitted(*args, **named)
 
     def lower(self, *args: Any, **named: Any) -> Any:
         """Trace and lower for arguments or their shapes, as `jax.jit(…).lower` does."""
-        made, where = self._of(args, named)
-        with running_on(where):
-            return made.lower(*args, **named)
+        jitted, target = self._of(args, named)
+        with running_on(target):
+            return jitted.lower(*args, **named)
 
     def _of(self, args: tuple, named: dict[str, Any]) -> tuple[Any, str]:
+        """Return the `jax.jit` object for these arguments and their platform."""
         first, *others = args
         head = jax.tree.leaves(first)[:1]
-        fixed = {name: value for name, value in named.items() if name in self._static}
+        static = {name: value for name, value in named.items() if name in self._static}
         leaves, structure = jax.tree.flatten(
-            (head, others, {k: v for k, v in named.items() if k not in fixed}))
+            (head, others, {k: v for k, v in named.items() if k not in static}))
         shapes = tuple((getattr(x, "shape", ()), getattr(x, "dtype", type(x))) for x in leaves)
-        where = platform(*head)
-        key = (self._function, where, structure, shapes, tuple(sorted(fixed.items())))
-        return KEPT.get(key, self._jit), where
+        target = platform(*head)
+        key = (self._function, target, structure, shapes, tuple(sorted(static.items())))
+        return KEPT.get(key, self._jit), target
 
     def _jit(self) -> Any:
-        @functools.wraps(self._function)  # a function of its own: `jit` shares traces by function
-        def own(*args: Any, **named: Any) -> Any:
+        @functools.wraps(self._function)  # a new function object: `jit` shares traces by function
+        def function(*args: Any, **named: Any) -> Any:
             return self._function(*args, **named)
 
-        return jax.jit(own, static_argnames=self._static, donate_argnames=self._donate)
+        return jax.jit(function, static_argnames=self._static, donate_argnames=self._donate)

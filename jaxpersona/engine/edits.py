@@ -1,4 +1,4 @@
-"""The interventions of a lane's rows: one table for all prompts of a call, or one for each row."""
+"""The interventions of a lane's rows: selected from a call's tables, or written per row."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from jaxpersona.interventions.where import NOWHERE
 
 
 class SharedEdits:
-    """Interventions made for all prompts of a call: a row takes its entry by the prompt's number.
+    """Interventions of all prompts of a call; a row selects its entry by the prompt's number.
 
-    The entries stay on the device; only their numbers change with the rows.
+    The entries stay on the device; only the indices change when rows are assigned.
     """
 
     def __init__(self, edits: Interventions) -> None:
         self.edits = edits
-        self.indexed = jax.device_get(edits)  # to look at single entries
+        self.indexed = jax.device_get(edits)  # the host copy serves `key`
 
     def structure(self, rows: int) -> Interventions:
-        """Return the interventions."""
+        """Return the call's interventions; their structure does not depend on the rows."""
         return self.edits
 
     def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
@@ -43,19 +43,21 @@ class SharedEdits:
                                         np.int32))
 
     def key(self, task: Task) -> tuple:
-        """Return the entry of each table."""
+        """Return the prompt's entry in each table."""
         return tuple(int(edit.index[task.number]) for edit in self.indexed.edits
                      if edit.index is not None)
 
 
 class RowEdits:
-    """Interventions of which each row has a copy of its own on the device, written in place."""
+    """Interventions stored per row on the device, written in place."""
 
     def __init__(self, neutral: Interventions, rows: int) -> None:
-        """Begin with rows that nothing is done to.
+        """Start with neutral rows.
 
         Args:
-          neutral: what `for_one_row` makes of no interventions in the lane's structure.
+          neutral: interventions of one row in the lane's structure that change nothing
+            (`neutral_row`).
+          rows: B.
         """
         self.neutral = neutral
         self.axes = tuple(jax.tree.leaves(jax.tree.map(axis_of_rows, *(
@@ -68,8 +70,8 @@ class RowEdits:
 
     def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
         """Return the interventions of tasks in the first of `rows` rows."""
-        each = [task.edits for task in tasks] + [self.neutral] * (rows - len(tasks))
-        return side_by_side(tuple(each), axes=self.axes) if self.axes else self.neutral
+        single = [task.edits for task in tasks] + [self.neutral] * (rows - len(tasks))
+        return side_by_side(tuple(single), axes=self.axes) if self.axes else self.neutral
 
     def assign(self, edits: Interventions, rows: np.ndarray) -> None:
         """Write the interventions of n rows into rows [n] of the lane; B is dropped."""
@@ -85,19 +87,19 @@ class RowEdits:
         return self.table
 
     def key(self, task: Task) -> tuple:
-        """Return the values, which no other interventions have."""
+        """Return the bytes of all values."""
         return tuple(np.asarray(x).tobytes() for x in jax.tree.leaves(task.edits))
 
 
 def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> Interventions:
-    """Return one row's interventions, in the structure of a capacity if there is one.
+    """Return interventions of one row, in the structure of a capacity if one is given.
 
     Args:
-      edits: for all rows alike.
-      capacity: what `reserve` made, for any number of rows.
+      edits: interventions without `rows=`, or None.
+      capacity: the result of `reserve`, for any number of rows.
 
     Raises:
-      UserError: interventions with rows of their own, or that do not fit the capacity.
+      UserError: interventions with `rows=`, or that do not fit the capacity.
     """
     if capacity is None and (edits is None or not edits.edits):
         return Interventions()
@@ -106,18 +108,19 @@ def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> 
         into = Interventions(tuple(
             reserve(1, int(table.width or 0), table.layers, site=table.site).edits[0]
             for table in capacity.edits))
-    made = jax.device_get(stack_rows([edits], into=into))
+    stacked = jax.device_get(stack_rows([edits], into=into))
     return Interventions(tuple(
-        _own(table) if table.index[0] >= 0 else _neutral(_own(table)) for table in made.edits))
+        _per_row(table) if table.index[0] >= 0 else _neutral(_per_row(table))
+        for table in stacked.edits))
 
 
 def neutral_row(edits: Interventions) -> Interventions:
-    """Return one row of the same structure that nothing is done to: no token passes its tests."""
+    """Return interventions of one row and the same structure that select no token."""
     return Interventions(tuple(map(_neutral, edits.edits)))
 
 
-def _own(table: Any) -> Any:
-    """Return a table of one entry as one row's own."""
+def _per_row(table: Any) -> Any:
+    """Return a table of one entry without an index: entry b belongs to row b."""
     return table.replace(index=None)
 
 
@@ -126,18 +129,18 @@ def _neutral(table: Any) -> Any:
 
 
 def row_count(edits: Interventions, axes: tuple[int, ...]) -> int:
-    """Return the number of rows that a table is for."""
+    """Return the number of rows of interventions stored per row."""
     return next(x.shape[axis] for x, axis in zip(jax.tree.leaves(edits), axes, strict=True)
                 if axis >= 0)
 
 
 def _repeated(edits: Interventions, rows: int) -> Interventions:
-    """Return interventions of one row for many."""
-    def each(table: Any) -> Any:
+    """Repeat interventions of one row for a number of rows."""
+    def repeated(table: Any) -> Any:
         axes = {"where": 0, "origin": 0, "gate": 0, **table.PAYLOAD}
         return table.replace(**{
             name: jax.tree.map(lambda x, axis=axis: jnp.repeat(jnp.asarray(x), rows, axis),
                                getattr(table, name))
             for name, axis in axes.items()})
 
-    return Interventions(tuple(each(table) for table in edits.edits))
+    return Interventions(tuple(repeated(table) for table in edits.edits))

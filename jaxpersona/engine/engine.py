@@ -1,8 +1,8 @@
-"""An engine: requests of any settings, one after another or together, through few programs.
+"""An inference engine: concurrent requests with individual settings in few compiled programs.
 
-A lane holds rows whose programs are the same: one cache size, one structure of interventions, one
-capture, one set of stop strings. Interventions of a row are written into the lane's tables, so new
-ones within the capacity compile nothing. At one number of rows, capacity and list of cache sizes a
+The rows of a lane share their programs: one cache size, one structure of interventions, one capture
+and one set of stop strings. A request's interventions are written into the lane's tables, so new
+ones within the capacity compile nothing. With the same number of rows, capacity and cache sizes, a
 request's tokens and captures are the same bits alone and among any others.
 """
 
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 class Engine:
     """Runs requests on a model.
 
-    `stream` and `result` run the engine themselves while no background thread does (`running`). All
-    methods may be called from any number of threads.
+    Without a background thread (`running`), `stream` and `result` run the engine in the caller's
+    thread. All methods are thread-safe.
 
     Example::
 
@@ -58,32 +58,32 @@ class Engine:
     def __init__(self, model: Model, *, rows: int = 32, capacity: Interventions | None = None,
                  sizes: Sequence[int] | None = None, lanes: int = 4, chunk: int = 16,
                  queue: int = 4096) -> None:
-        """Prepare the weights; programs are compiled when they are first needed, or by `warm_up`.
+        """Prepare the weights; programs compile on first use, or in `warm_up`.
 
         Args:
-          model: what `load` returned.
-          rows: B, the rows of a lane. It decides how results are rounded.
-          capacity: what `reserve` made, for any number of rows: the layers and the longest chain of
-            rank-one interventions that a request may bring. All requests share a program then.
-            Without it every structure of interventions has programs and lanes of its own.
-          sizes: the cache sizes in tokens, prompt and reply together; default: multiples of 64.
-          lanes: the most lanes that hold memory at the same time.
-          chunk: the most tokens that a row gets between two looks of the host at the device.
-          queue: the most requests that wait for a row.
+          model: the result of `load`.
+          rows: B, the number of rows of a lane. Rounding of results depends on it.
+          capacity: the result of `reserve`, for any number of rows: the layers and the longest
+            chain of rank-one interventions of a request. All requests then share programs. None:
+            every structure of interventions has its own programs and lanes.
+          sizes: the cache sizes in tokens, for prompt and reply; default: multiples of 64.
+          lanes: the maximum number of lanes, each with its own memory.
+          chunk: the maximum number of decode steps between two reads of the device.
+          queue: the maximum number of queued requests.
 
         Raises:
-          UserError: a size that is not positive, rows that the mesh does not divide, or a capacity
-            of another model.
+          UserError: an argument that is not a positive integer, rows that the mesh does not divide,
+            or a capacity that does not fit the model.
         """
         numbers = {"rows": rows, "lanes": lanes, "chunk": chunk, "queue": queue}
         for i, size in enumerate(() if sizes is None else sizes):
             numbers[f"sizes[{i}]"] = size
         for name, value in numbers.items():
             if not isinstance(value, (int, np.integer)) or value < 1:
-                raise UserError(f"{name} is {value!r}; it must be a positive whole number")
+                raise UserError(f"{name} is {value!r}; it must be a positive integer")
         ways = rows_divisor(model.params.embed_vd)
         if rows % ways:
-            raise UserError(f"rows is {rows}; the mesh spreads rows over {ways} devices: use a "
+            raise UserError(f"rows is {rows}; the mesh shards rows over {ways} devices: use a "
                              f"multiple of {ways}")
         self.capacity = None if capacity is None else off_mesh(given(capacity))
         if self.capacity is not None:
@@ -97,21 +97,21 @@ class Engine:
         self._together = max(1, rows // 4) if model.mesh is None else rows
         self._scheduler = Scheduler(self._open, self._collect, lanes=lanes, batched=False,
                                     chunk=chunk, failed=self._fail)
-        self._device = threading.RLock()  # who holds it may use the scheduler and the device
-        self._changed = threading.Condition()  # guards what follows, and is notified of steps
+        self._device = threading.RLock()  # guards the scheduler and the device
+        self._changed = threading.Condition()  # guards the fields below; notified after each step
         self._inbox: deque[Task] = deque()
         self._handles: dict[int, tuple[Handle, Task]] = {}
         self._count, self._version = 0, 0
         self._thread: threading.Thread | None = None
-        self._leaving = False
+        self._stopping = False
 
     def submit(self, request: Request) -> Handle:
-        """Check a request and put it into the queue.
+        """Check a request and append it to the queue.
 
         Raises:
-          UserError: a request that does not fit the model, the capacity or the cache sizes;
-            argument, value and fix. No other request is affected.
-          QueueFull: as many requests wait as `queue` allows.
+          UserError: a request that does not fit the model, the capacity or the cache sizes; the
+            message gives argument, value and remedy. No other request is affected.
+          QueueFull: the queue already has `queue` requests.
         """
         if not isinstance(request, Request):
             raise UserError(f"request is a {type(request).__name__}; give a jp.Request")
@@ -119,7 +119,7 @@ class Engine:
             task = self._task(request)
         with self._changed:
             if len(self._inbox) + len(self._scheduler.waiting) >= self.queue:
-                raise QueueFull(f"{self.queue} requests wait already; submit again later, or make "
+                raise QueueFull(f"{self.queue} requests are queued; submit again later, or make "
                                 "the engine with a longer queue")
             task.number = self._count
             self._count += 1
@@ -130,19 +130,19 @@ class Engine:
         return handle
 
     def step(self) -> bool:
-        """Admit waiting requests and run one chunk of every lane.
+        """Admit queued requests and run one chunk of every lane.
 
         Returns:
-          Whether anything is left to do.
+          Whether any request is unfinished.
         """
         with self._device:
             return self._step()
 
     def result(self, handle: Handle) -> Reply:
-        """Wait for a reply.
+        """Return the reply to a request when it is complete.
 
         Raises:
-          BaseException: what the request failed with.
+          BaseException: the error of a failed request.
         """
         while not handle.done:
             self._advance(handle)
@@ -153,10 +153,10 @@ class Engine:
         return reply
 
     def stream(self, handle: Handle) -> Iterator[Event]:
-        """Yield a reply in pieces; the last one has the whole reply.
+        """Yield a reply in pieces; the last event has the whole reply.
 
         Raises:
-          BaseException: what the request failed with.
+          BaseException: the error of a failed request.
         """
         request = handle.request
         handle._streamed = True
@@ -173,42 +173,42 @@ class Engine:
                 yield Event(written.finish(reply.text), reply.tokens[sent:], rest, reply)
                 return
             if tokens.size > sent:
-                fresh = {name: value[sent : tokens.size] for name, value in projections.items()}
-                yield Event(written.push(tokens), tokens[sent:], fresh)
+                new = {name: value[sent : tokens.size] for name, value in projections.items()}
+                yield Event(written.push(tokens), tokens[sent:], new)
                 sent = tokens.size
             self._advance(handle, tokens.size)
 
     def cancel(self, handle: Handle) -> None:
-        """End a request; its row is free after the step that runs now. One that is done stays."""
+        """Cancel a request that is not done; its row is free after the current step."""
         with self._changed:
-            if (found := self._handles.pop(handle.number, None)) is None:
+            if (entry := self._handles.pop(handle.number, None)) is None:
                 return
-            found[1].cancelled = True
+            entry[1].cancelled = True
             tokens = handle._look()[0]
             handle._finish(Reply(stopping.text_of(self.model.tokenizer, tokens), tokens,
-                                 "cancelled", found[1].row, {}, ()))
+                                 "cancelled", entry[1].row, {}, ()))
             self._changed.notify_all()
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Engine]:
         """Run the engine in a background thread within a `with` block.
 
-        Requests that are not done at its end stay; `result` and `stream` go on with them.
+        Unfinished requests remain after the block; `result` and `stream` continue them.
 
         Raises:
-          UserError: the engine runs already.
+          UserError: the engine already runs in the background.
         """
         with self._changed:
             if self._thread is not None:
                 raise UserError("the engine runs in the background already")
-            self._leaving = False
+            self._stopping = False
             self._thread = threading.Thread(target=self._run, name="jaxpersona-engine", daemon=True)
         self._thread.start()
         try:
             yield self
         finally:
             with self._changed:
-                self._leaving = True
+                self._stopping = True
                 self._changed.notify_all()
             self._thread.join()
             with self._changed:
@@ -263,29 +263,29 @@ class Engine:
         row = prompts.encode(model, request.conversation, thinking=request.thinking)
         most = request.max_new_tokens
         if not isinstance(most, (int, np.integer)) or most < 1:
-            raise UserError(f"max_new_tokens is {most!r}; it must be a positive whole number")
+            raise UserError(f"max_new_tokens is {most!r}; it must be a positive integer")
         edits, capture = off_mesh((given(request.interventions), request.capture))
         capture = Capture() if capture is None else capture
         if edits.rows is not None:
-            raise UserError("interventions have rows of their own (`rows=`); a request has one "
-                             "row, so leave rows= out")
+            raise UserError("interventions have rows (`rows=`); a request has one row, so omit "
+                             "rows=")
         prompts.check_edits(model, edits, 1, capture)
         limit = int(prompts.limits(model, [row], int(most))[0])
-        how = sampling(1, temperature=request.temperature, top_p=request.top_p,
-                       top_k=request.top_k, seed=request.seed).take([0])
-        name = int(prompts.row_ids([row], None if request.id is None else [request.id])[0])
+        settings = sampling(1, temperature=request.temperature, top_p=request.top_p,
+                            top_k=request.top_k, seed=request.seed).take([0])
+        row_id = int(prompts.row_ids([row], None if request.id is None else [request.id])[0])
         own = for_one_row(edits, self.capacity)
         shape, limit = self._shape(row, limit)
         strings = stopping.checked(request.stop)
         if strings and model.tokenizer is None:
             raise UserError(f"stop is {request.stop!r:.60}; {model.name} has no tokenizer, so no "
                              "text can end a reply")
-        kind = Kind(shape.slots, bool(how.temperature[0] == 0), asks_for_code(own, capture),
+        kind = Kind(shape.slots, bool(settings.temperature[0] == 0), asks_for_code(own, capture),
                     strings, capture, neutral_row(own))
-        return Task(-1, row, name, limit, how, shape, kind, own)
+        return Task(-1, row, row_id, limit, settings, shape, kind, own)
 
     def _shape(self, row: Row, limit: int) -> tuple[Shape, int]:
-        """Return the lengths that a request runs at, and its limit; the largest cache cuts it."""
+        """Return the lengths of a request's programs, and its limit within the largest cache."""
         if self.sizes is None:
             return shape_of(row, limit, False), limit
         width = bucket(row.tokens.size)
@@ -297,11 +297,12 @@ class Engine:
         return Shape(0, width, next(x for x in self.sizes if x >= width + limit)), limit
 
     def _open(self, kind: Any) -> Lane:
+        """Return a new lane for a kind of requests."""
         return Lane(self.model.config, self._params, kind.setting(self.model),
                     RowEdits(kind.neutral, self.rows), self.rows, self._together)
 
     def _step(self) -> bool:
-        """Do what `step` does; the caller holds the device."""
+        """Implement `step`; the caller holds the device lock."""
         with own_context():
             with self._changed:
                 while self._inbox:
@@ -311,7 +312,7 @@ class Engine:
             try:
                 self._scheduler.step()
                 self._look()
-            except BaseException as error:  # an interrupt leaves no lane as it was
+            except BaseException as error:  # also an interrupt: the lanes may be inconsistent
                 self._scheduler.lanes.clear()
                 self._fail([task for _, task in self._handles.values()], error)
                 raise
@@ -323,7 +324,7 @@ class Engine:
             return bool(self._inbox) or not self._scheduler.idle
 
     def _advance(self, handle: Handle, seen: int = 0) -> None:
-        """Return once a handle has more than `seen` tokens or is done, or after some work."""
+        """Run or await one step, unless a handle has more than `seen` tokens or is done."""
         with self._changed:
             version, background = self._version, self._thread is not None
             if background:
@@ -335,27 +336,29 @@ class Engine:
                 self._step()
 
     def _run(self) -> None:
-        """Step until `running` ends."""
+        """Run steps until `running` ends: the background thread."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._leaving or self._handles)
-                if self._leaving:
+                self._changed.wait_for(lambda: self._stopping or self._handles)
+                if self._stopping:
                     return
             try:
                 self.step()
-            except Exception:  # every request of it has failed with the error, and raises it
+            except Exception:  # the affected requests raise it in `result` and `stream`
                 continue
 
     def _collect(self, tasks: list[Task], state: State) -> None:
+        """Complete the handles of finished tasks, the first rows of a state."""
         accepting = self._scheduler.lanes[tasks[0].lane].setting.stops.accepting
         for task, finished in zip(tasks, unpack(state, tasks, accepting), strict=True):
             reply = self._reply(task, finished)
             with self._changed:
-                found = self._handles.pop(task.number, None)
-            if found is not None:
-                found[0]._finish(reply)
+                entry = self._handles.pop(task.number, None)
+            if entry is not None:
+                entry[0]._finish(reply)
 
     def _reply(self, task: Task, finished: Finished) -> Reply:
+        """Return the reply of a finished task."""
         tokens, match = finished.tokens, finished.matched
         ended = bool(tokens.size) and int(tokens[-1]) in self.model.stop_ids
         tokens = tokens[:-1] if ended else tokens
@@ -366,26 +369,27 @@ class Engine:
                      task.row, finished.captured, finished.applied)
 
     def _fail(self, tasks: list[Task], error: BaseException) -> None:
+        """Complete the handles of tasks with an error."""
         for task in tasks:
             with self._changed:
-                found = self._handles.pop(task.number, None)
-            if found is not None:
-                found[0]._finish(None, error)
+                entry = self._handles.pop(task.number, None)
+            if entry is not None:
+                entry[0]._finish(None, error)
 
     def _look(self) -> None:
-        """Bring the tokens of streamed requests to their handles."""
+        """Copy the tokens of streamed requests to their handles."""
         for lane in self._scheduler.lanes.values():
-            wanted = []
+            streamed = []
             for i, task in enumerate(lane.tasks):
-                held = None if task is None else self._handles.get(task.number)
-                if task is not None and held is not None and held[0]._streamed:
-                    wanted.append((i, task, held[0]))
-            if not wanted:
+                entry = None if task is None else self._handles.get(task.number)
+                if task is not None and entry is not None and entry[0]._streamed:
+                    streamed.append((i, task, entry[0]))
+            if not streamed:
                 continue
             state, carry = lane.state, lane.state.carry
             tokens, length, used = processes.fetch(
                 (state.tokens, state.length, carry.cache.next))
-            for i, task, handle in wanted:
+            for i, task, handle in streamed:
                 start, count = task.row.tokens.size, int(length[i])
                 projections = {}
                 for name in projected(handle.request):

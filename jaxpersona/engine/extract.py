@@ -1,8 +1,8 @@
-"""Read activations of finished conversations: no head, no layer above the highest that is read.
+"""Read activations of finished conversations, without the head and without unread upper layers.
 
-Conversations are sorted by length, and every batch has about the same number of tokens, so short
-ones go many at a time. A conversation's width is a function of its length and its number of rows a
-function of its width: its bits do not depend on which others are read with it.
+Conversations are sorted by length into batches with about the same number of tokens. The padded
+width depends on a conversation's length and the number of rows on the width, so its bits do not
+depend on the other conversations.
 """
 
 from __future__ import annotations
@@ -41,23 +41,22 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 _LOG = logging.getLogger("jaxpersona")
-# tokens of a batch: enough to keep the device busy, few enough that last batches are not empty
+# tokens of a batch: enough to use the whole device, few enough to limit padding in last batches
 _TOKENS = {"cpu": 1024}
 _TOKENS_ELSE = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
 class Extracted:
-    """What was read off N conversations, in their order.
+    """The readings of N conversations, in their order.
 
     Attributes:
-      captured: each reading by its name: [N, L, …], or for readings a token a list of N arrays
-        [L, T, …].
-      applied: one `Applied` for each table of the interventions: seen [N], changed [l, N].
-      rows: the conversations as they were encoded.
-      tokens, padded: the tokens that were run, without and with padding.
-      nonfinite: [N] bool, conversations in which a residual was NaN or infinite; what was read of
-        them is not to be used.
+      captured: the result of each reading by name: [N, L, …], or for readings per token a list of N
+        arrays [L, T, …].
+      applied: one `Applied` per table of the interventions: seen [N], changed [l, N].
+      rows: the encoded conversations.
+      tokens, padded: the number of tokens without and with padding.
+      nonfinite: [N] bool, True if a residual was NaN or infinite: do not use what was captured.
     """
 
     captured: dict[str, Any]
@@ -82,24 +81,23 @@ def extract(
     """Read activations of conversations in as few passes as their lengths allow.
 
     Args:
-      model: what `load` returned.
-      conversations: an iterable of conversations, each a list of {"role", "content"}, a string (one
-        user message), a `chat.Row`, or token ids.
-      capture: what to read; default: the mean over response tokens at every layer.
-      interventions: for all alike, or with one row a conversation.
-      batch_tokens: the tokens of a batch, padding included; default: 1,024 for a model on a CPU,
-        else 16,384.
-      on_nonfinite: what to do where a conversation's activations are NaN or infinite. "warn":
-        mark it (`Extracted.nonfinite`) and give one `NonfiniteWarning` with the first layer and
-        what helps; "raise": stop with that as an error. With `jax_debug_nans` or `jax_debug_infs`
-        it is "raise".
+      model: the result of `load`.
+      conversations: an iterable of N conversations, each a list of {"role", "content"}, a string
+        (one user message), a `chat.Row`, or token ids.
+      capture: the readings; default: the mean over response tokens at every layer.
+      interventions: edits of the activations, without rows or with one row per conversation.
+      batch_tokens: the number of tokens of a batch, including padding; default: 1,024 for a model
+        on a CPU, else 16,384.
+      on_nonfinite: for NaN or infinite activations. "warn": mark the conversation
+        (`Extracted.nonfinite`) and issue one `NonfiniteWarning` with the first layer and the
+        remedy; "raise": raise it as an error. `jax_debug_nans` and `jax_debug_infs` imply "raise".
       progress: called with (conversations done, N, tokens so far).
 
     Raises:
-      UserError: no conversation, one longer than the context, a reading (a mean, say) that would
-        find no token in any of them, arguments that do not fit, or activations that are not finite
-        and `on_nonfinite="raise"`. Where some conversations alone have no such token, their values
-        are NaN and the log names them.
+      UserError: no conversation, one longer than the context, a reading such as a mean that selects
+        no token in any conversation, arguments that do not fit, or non-finite activations with
+        `on_nonfinite="raise"`. If only some conversations have no selected token, their values are
+        NaN and the log names them.
     """
     check_choice(on_nonfinite)
     conversations = chat.listed(conversations)
@@ -115,12 +113,12 @@ def extract(
             raise UserError(f"conversation {i} has {row.tokens.size} tokens; the model's context "
                              f"holds {model.config.max_context}: shorten it")
     _check_tokens(rows, capture)
-    found: dict[int, tuple[dict[str, Any], tuple[Applied, ...]]] = {}
+    results: dict[int, tuple[dict[str, Any], tuple[Applied, ...]]] = {}
     done = padded = 0
     nonfinite = np.zeros(len(rows), bool)
     stop = on_nonfinite == "raise" or debugging()
 
-    def explained() -> str:
+    def explanation() -> str:
         i = int(np.argmax(nonfinite))
         return explain(model, rows[i], edits.take([i]), f"conversation {i}",
                        f"{int(nonfinite.sum())} of {len(rows)} conversations ran into")
@@ -130,16 +128,16 @@ def extract(
         values = {name: state.result() for name, state in captured.items()}
         nonfinite[members] = ~finite[: len(members)]
         if nonfinite.any() and stop:
-            raise UserError(explained())
+            raise UserError(explanation())
         for b, i in enumerate(members):
             length = rows[i].tokens.size
-            mine = {
+            values_of_row = {
                 name: np.array(value[b][:, :length]) if captured[name].per_token
                 else jax.tree.map(lambda x, b=b: np.array(x[b]), value)
                 for name, value in values.items()
             }
             counts = tuple(Applied(x.seen[b], x.changed[:, b]) for x in applied)
-            found[i] = mine, counts
+            results[i] = values_of_row, counts
 
     running: tuple[list[int], Output] | None = None
     ways = rows_divisor(model.params.embed_vd)
@@ -148,7 +146,7 @@ def extract(
         index = np.array(members + [-1] * (size - len(members)), np.int32)
         out = _read(model.params, model.config, batch, edits.take(index), capture)
         if running is not None:
-            keep(*running)  # while the device is at the next batch
+            keep(*running)  # while the device runs the next batch
         running = members, out
         done, padded = done + len(members), padded + width * size
         if progress is not None:
@@ -156,15 +154,15 @@ def extract(
     if running is not None:
         keep(*running)
     if nonfinite.any():
-        said = explained()  # by all processes together
+        message = explanation()  # runs on all processes
         if processes.first():
-            warnings.warn(said, NonfiniteWarning, stacklevel=3)
-    order = [found[i] for i in range(len(rows))]
+            warnings.warn(message, NonfiniteWarning, stacklevel=3)
+    order = [results[i] for i in range(len(rows))]
     ragged = {name for name, state in (running[1].captured if running else {}).items()
               if state.per_token}
     captured = {
-        name: [mine[name] for mine, _ in order] if name in ragged
-        else jax.tree.map(lambda *x: np.stack(x), *(mine[name] for mine, _ in order))
+        name: [row_values[name] for row_values, _ in order] if name in ragged
+        else jax.tree.map(lambda *x: np.stack(x), *(row_values[name] for row_values, _ in order))
         for name in order[0][0]
     }
     applied = tuple(
@@ -177,56 +175,70 @@ def extract(
 
 
 def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
-    """Look for readings that will find no token, before anything is run.
+    """Check, before any program runs, that each reading selects a token.
 
     Raises:
       UserError: a mean, a last activation or moments over no token of any conversation.
     """
-    for name, part in capture.readings.items():
-        if not part.needs_token:
+    for name, reading in capture.readings.items():
+        if not reading.needs_token:
             continue
-        code = np.asarray(part.where).reshape(-1, WIDTH)
+        code = np.asarray(reading.where).reshape(-1, WIDTH)
         empty = []
         for i, row in enumerate(rows):
             one = make_batch([row.tokens], kind=[row.kind], turn=[row.turn])
             if not np.asarray(holds(code[i % len(code)], one)).any():
                 empty.append(i)
         if empty:
-            said = f"capture {name!r} {describe_empty(empty, len(rows), 'conversation')}"
+            message = f"capture {name!r} {describe_empty(empty, len(rows), 'conversation')}"
             if len(empty) == len(rows):
-                raise UserError(said)
-            _LOG.warning("%s", said)
+                raise UserError(message)
+            _LOG.warning("%s", message)
 
 
 @program()
 def _read(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
           capture: Capture) -> Output:
+    """Run one batch and its readings."""
     batch = batch.spread(params.embed_vd)
     return forward(params, config, batch, interventions=edits, capture=capture, logits=None,
                    attention="auto")
 
 
 def width_of(tokens: int) -> int:
-    """Return the padded length of a conversation: the next multiple of 32, or of an eighth of the
-    power of two below it where that is more."""
+    """Return the padded length of a conversation of `tokens` tokens.
+
+    It is the next multiple of 32, or of an eighth of the power of two below `tokens` if that is
+    larger.
+    """
     step = max(32, (1 << (tokens - 1).bit_length()) // 16)
     return -(-tokens // step) * step
 
 
 def _batches(rows: list[chat.Row], tokens: int,
              ways: int) -> list[tuple[list[int], int, int]]:
-    """Cut the conversations, sorted by length, into (members, width, rows of the batch)."""
+    """Divide the conversations, sorted by length, into batches.
+
+    Args:
+      rows: the conversations.
+      tokens: the number of tokens of a batch.
+      ways: the number of shards of rows, which divides the rows of a batch.
+
+    Returns:
+      For each batch: the indices of its conversations, its width and its number of rows.
+    """
     groups: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(width_of(row.tokens.size), []).append(i)
     out = []
-    for width, members in sorted(groups.items(), reverse=True):  # what needs most memory first
-        size = max(1, tokens // (width * ways)) * ways  # a mesh spreads rows evenly
+    for width, members in sorted(groups.items(), reverse=True):  # the largest memory use first
+        size = max(1, tokens // (width * ways)) * ways  # shards have equal sizes
         out += [(members[at : at + size], width, size) for at in range(0, len(members), size)]
     return out
 
 
 def _pad(rows: list[chat.Row], width: int, size: int) -> Batch:
+    """Return a batch of `size` rows of `width` tokens; missing rows are empty."""
     real = make_batch([r.tokens for r in rows], kind=[r.kind for r in rows],
                       turn=[r.turn for r in rows], width=width)
     extra = size - len(rows)

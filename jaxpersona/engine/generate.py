@@ -1,9 +1,9 @@
 """Generate replies for any number of conversations, at one batch size.
 
-Promise: the batch size B is fixed for a call and short batches are padded; a conversation's prompt
-and cache lengths and its random draws are functions of that conversation alone. So its tokens and
-captures are bit for bit the same alone, in any packing, in any order, on one device and one set of
-versions. Across batch sizes or devices only the draws are the same.
+Reproducibility: the batch size B is fixed for a call, and missing rows are padding. The padded
+length, cache size and random draws of a conversation depend on it alone. Its tokens and captures
+are therefore bit for bit the same alone, in any packing and in any order, on one device and one set
+of versions. Across batch sizes or devices only the random draws are the same.
 """
 
 from __future__ import annotations
@@ -58,17 +58,16 @@ class Generated:
     """Replies to N conversations, in their order.
 
     Attributes:
-      text: the replies, without the stop token (or "" each where the model has no tokenizer).
-      tokens: their ids, without the stop token.
-      stopped: [N] bool; True where a stop token ended the reply.
-      rows: the prompts as they were encoded (`chat.Row`).
-      captured: each reading by its name: [N, L, …], or for readings a token a list of N arrays
-        [L, T, …] over the prompt's and the reply's tokens. A mean over no token, as of an empty
+      text: the N replies without the stop token; "" if the model has no tokenizer.
+      tokens: their ids without the stop token, N arrays [n] int32.
+      stopped: [N] bool, True if a stop token ended the reply.
+      rows: the encoded prompts.
+      captured: the result of each reading by name: [N, L, …], or for readings per token a list of N
+        arrays [L, T, …] over the tokens of prompt and reply. A mean over no token, as of an empty
         reply, is NaN; the log names such conversations.
-      applied: one `Applied` for each table: seen [N], changed [l, N].
-      finish: N reasons why the replies ended: "stop" (a stop token), "length" (the limit), or
-        "nonfinite" (a residual or a logit was NaN or infinite: what was read of that conversation
-        is not to be used).
+      applied: one `Applied` per table: seen [N], changed [l, N].
+      finish: why each reply ended: "stop" (a stop token), "length" (the limit), or "nonfinite" (a
+        residual or a logit was NaN or infinite: do not use what was captured).
     """
 
     text: list[str]
@@ -103,94 +102,103 @@ def generate(
     """Generate a reply to each conversation.
 
     Args:
-      model: what `load` returned.
-      conversations: an iterable of conversations, each a list of {"role", "content"}, a string (one
-        user message), a `chat.Row`, or token ids.
-      interventions: for all alike, or with one row a conversation.
-      capture: what to read off the prompts' and replies' activations.
-      max_new_tokens: the most tokens of a reply; less where the model's context ends before.
-      temperature, top_p, top_k, seed: a number, or one a conversation (`sampling.Sampling`).
-      batch_size: B, the rows of the compiled programs.
-      ids: [N] uint32, what each conversation is for its random draws; default: a hash of its
-        tokens and of how often they came before in this call.
-      thinking: let a model that can think do so before it answers.
-      share_prefix: compute what stands before the first user message in a pass of its own, once
-        for all conversations that share it. Rounding differs from that of one pass; the promise
-        holds as well.
-      refill: give a finished row to the next conversation at once; False waits until every row
-        of the batch is finished. The results are the same, bit for bit.
-      on_nonfinite: what to do where a conversation's activations are NaN or infinite. "warn":
-        end its reply there (`Generated.finish`) and give one `NonfiniteWarning` with the first
-        layer and what helps; "raise": stop with that as an error. With `jax_debug_nans` or
-        `jax_debug_infs` it is "raise".
+      model: the result of `load`.
+      conversations: an iterable of N conversations, each a list of {"role", "content"}, a string
+        (one user message), a `chat.Row`, or token ids.
+      interventions: edits of the activations, without rows or with one row per conversation.
+      capture: readings of the activations of prompts and replies.
+      max_new_tokens: the maximum number of tokens of a reply; the model's context limits it too.
+      temperature, top_p, top_k, seed: numbers, or [N] (`sampling.Sampling`).
+      batch_size: B, the number of rows of the compiled programs.
+      ids: [N] uint32, seed each conversation's random draws; default: a hash of its tokens and of
+        the number of earlier conversations with the same tokens.
+      thinking: whether a reply may begin with a thinking block.
+      share_prefix: run the tokens before the first user message separately, once for all
+        conversations that share them. Rounding differs from that of a single pass; results are
+        equally reproducible.
+      refill: assign the next conversation to a row as soon as it is free; False: when all rows of
+        the batch are finished. The results are bit for bit the same.
+      on_nonfinite: for NaN or infinite activations. "warn": end the reply there
+        (`Generated.finish`) and issue one `NonfiniteWarning` with the first layer and the remedy;
+        "raise": raise it as an error. `jax_debug_nans` and `jax_debug_infs` imply "raise".
       progress: called with (conversations done, N, tokens so far).
 
     Raises:
       UserError: no conversation, a prompt as long as the context, settings out of range,
-        interventions of another model or number of rows, or activations that are not finite and
-        `on_nonfinite="raise"`; argument, value and fix.
+        interventions of another model or number of rows, or non-finite activations with
+        `on_nonfinite="raise"`; the message gives argument, value and remedy.
     """
     check_choice(on_nonfinite)
     prompts.check_settings(capture, batch_size=batch_size, max_new_tokens=max_new_tokens)
     conversations = chat.listed(conversations)
-    # the model's own bound, so that no buffer is made for tokens that cannot come
+    # limits the size of `State.tokens`
     max_new_tokens = min(max_new_tokens, model.config.max_context)
     count = len(conversations)
     edits, capture = off_mesh((given(interventions), capture))
     prompts.check_edits(model, edits, count, capture)
     ways = rows_divisor(model.params.embed_vd)
     if batch_size % ways:
-        raise UserError(f"batch_size is {batch_size}; the mesh spreads rows over {ways} devices: "
+        raise UserError(f"batch_size is {batch_size}; the mesh shards rows over {ways} devices: "
                          f"use a multiple of {ways}")
     if share_prefix and model.mesh is not None:
-        raise UserError("share_prefix is for one device; leave it off for a model on a mesh")
-    how = sampling(count, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        raise UserError("share_prefix needs a model on one device; omit it for a model on a mesh")
+    settings = sampling(count, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     rows = [prompts.encode(model, item, thinking=thinking) for item in conversations]
     limits = prompts.limits(model, rows, max_new_tokens)
-    names = prompts.row_ids(rows, ids)
+    draw_ids = prompts.row_ids(rows, ids)
     capture = Capture() if capture is None else capture
     out = _Collector(count)
     stop = on_nonfinite == "raise" or debugging()
 
-    def explained() -> str:
+    def explanation() -> str:
         i = min(out.nonfinite)
-        hit, done = len(out.nonfinite), len(out.done)
+        affected, done = len(out.nonfinite), len(out.done)
         return explain(model, chat.answered(model.tokenizer, rows[i], out.done[i].tokens),
-                       edits.take([i]), f"conversation {i}", f"{hit} of {done} replies ended at")
+                       edits.take([i]), f"conversation {i}",
+                       f"{affected} of {done} replies ended at")
 
     def collect(tasks: list[Task], state: State) -> None:
         out.add(tasks, state)
         if out.nonfinite and stop:
-            raise UserError(explained())
+            raise UserError(explanation())
         if progress is not None:
             progress(len(out.done), count, out.total)
 
     stops = stops_of(model, asks_for_code(edits, capture))
-    drain(model, rows, names, limits, how, edits, capture, stops, collect,
+    drain(model, rows, draw_ids, limits, settings, edits, capture, stops, collect,
           max_new=max_new_tokens, batch_size=batch_size, share_prefix=share_prefix, refill=refill)
     if out.nonfinite:
-        said = explained()  # by all processes together
+        message = explanation()  # runs on all processes
         if processes.first():
-            warnings.warn(said, NonfiniteWarning, stacklevel=3)
+            warnings.warn(message, NonfiniteWarning, stacklevel=3)
     return out.finish(model, rows)
 
 
-def drain(model: Model, rows: list[chat.Row], names: np.ndarray, limits: np.ndarray, how: Sampling,
-          edits: Interventions, capture: Capture, stops: Stops, collect: Collect, *, max_new: int,
-          batch_size: int, share_prefix: bool = False, refill: bool = True) -> None:
-    """Give all prompts to a scheduler and run it until no one is left.
+def drain(model: Model, rows: list[chat.Row], ids: np.ndarray, limits: np.ndarray,
+          settings: Sampling, edits: Interventions, capture: Capture, stops: Stops,
+          collect: Collect, *, max_new: int, batch_size: int, share_prefix: bool = False,
+          refill: bool = True) -> None:
+    """Run a scheduler until every prompt is finished.
 
     Args:
+      model: the model.
       rows: N encoded prompts.
-      names: [N] uint32, what each is for its random draws.
-      limits: [N] int32, the most tokens of each reply; at most `max_new`.
-      how, edits: of N rows; or edits for all alike.
-      collect: called with finished prompts, whose `number` is their place, and a state whose first
-        rows are theirs.
+      ids: [N] uint32, seed the random draws.
+      limits: [N] int32, the maximum number of tokens of each reply; at most `max_new`.
+      settings: the sampling settings of N rows.
+      edits: interventions, without rows or of N rows.
+      capture: the readings.
+      stops: the tokens that end a row.
+      collect: called with finished tasks, whose `number` is the index of the prompt, and a state
+        whose first rows belong to them.
+      max_new: the maximum number of tokens of any reply.
+      batch_size: B.
+      share_prefix, refill: as in `generate`.
     """
-    greedy = bool((np.asarray(how.temperature) == 0).all())
+    greedy = bool((np.asarray(settings.temperature) == 0).all())
     params, shared = fast_params(model, batch_size), SharedEdits(edits)
-    # a mesh spreads rows over devices, where exchanging single ones would move all
+    # on a mesh, which shards rows over devices, all rows are replaced at once: a partial write
+    # would need communication
     together = max(1, batch_size // 4) if model.mesh is None else batch_size
 
     def open_lane(slots: Any) -> Lane:
@@ -199,10 +207,12 @@ def drain(model: Model, rows: list[chat.Row], names: np.ndarray, limits: np.ndar
 
     scheduler = Scheduler(open_lane, collect, refill=refill)
     shapes = [shape_of(row, max_new, share_prefix) for row in rows]
-    tasks = [Task(i, row, int(names[i]), int(limits[i]), how.take([i]), shapes[i], shapes[i].slots)
+    tasks = [Task(i, row, int(ids[i]), int(limits[i]), settings.take([i]), shapes[i],
+                  shapes[i].slots)
              for i, row in enumerate(rows)]
     order = {slots: place for place, slots in enumerate(dict.fromkeys(t.lane for t in tasks))}
-    # neighbours in the queue share a shape, and a prefix, so that few of these are kept
+    # sorted by shape and prefix: prompts of one shape are prefilled together, and a lane stores few
+    # prefixes
     scheduler.waiting.extend(sorted(tasks, key=lambda task: (
         order[task.lane], task.shape, prefix_key(task),
         shared.key(task) if task.shape.prefix else ())))
@@ -211,31 +221,32 @@ def drain(model: Model, rows: list[chat.Row], names: np.ndarray, limits: np.ndar
 
 
 def asks_for_code(edits: Interventions, capture: Capture) -> bool:
-    """Whether a test of an intervention or a capture looks at code, or may come to do so."""
+    """Return whether a token test selects code, or interventions are reserved and may do so."""
     if any(edit.reserved for edit in edits.edits):
         return True
-    tests = [part.where for part in capture.readings.values()]
+    tests = [reading.where for reading in capture.readings.values()]
     for edit in edits.edits:
         tests += [edit.where] if edit.gate is None else [edit.where, edit.gate.where]
-    # a test that no token passes (`where.NOWHERE`) has every bit
+    # NOWHERE, the test that selects no token, has every bit set and a negative code
     return any(((code >= 0) & ((code & CODE) != 0)).any()
                for code in (np.asarray(test).reshape(-1, 5)[:, :3] for test in tests))
 
 
 def stops_of(model: Model, code: bool) -> Stops:
+    """Return the tokens that end a row of a model, and the table of code fences if `code`."""
     ids = list(model.stop_ids) or [-1]
-    ids += [-1] * (-len(ids) % 4)  # a few lengths, so that models of one shape share programs
+    ids += [-1] * (-len(ids) % 4)  # padded, so that models of one shape share programs
     tokenizer = model.tokenizer
     think = (-1, -1) if tokenizer is None else chat.thinking_ids(tokenizer)
-    known = None
+    table = None
     if code and tokenizer is not None:
-        known = jnp.asarray(fences.table(tokenizer, model.config.vocab_size))
+        table = jnp.asarray(fences.table(tokenizer, model.config.vocab_size))
     return Stops(ids=jnp.asarray(ids, jnp.int32), think=jnp.asarray(think, jnp.int32),
-                 fences=known)
+                 fences=table)
 
 
 class _Collector:
-    """Put finished replies back into the order of the conversations."""
+    """Collects finished replies in the order of the conversations."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -244,7 +255,7 @@ class _Collector:
         self.nonfinite: list[int] = []
 
     def add(self, tasks: list[Task], state: State) -> None:
-        """Take the rows of tasks from a state."""
+        """Store the replies of tasks from a state."""
         for task, finished in zip(tasks, unpack(state, tasks), strict=True):
             self.done[task.number] = finished
             self.total += finished.tokens.size
@@ -252,7 +263,7 @@ class _Collector:
                 self.nonfinite.append(task.number)
 
     def finish(self, model: Model, rows: list[chat.Row]) -> Generated:
-        """Remove the stop tokens and put everything in order."""
+        """Return the results without stop tokens, in the order of the conversations."""
         done = [self.done[i] for i in range(self.count)]
         for name in done[0].captured:
             if empty := [i for i, one in enumerate(done) if name in one.empty]:

@@ -1,4 +1,4 @@
-"""What the requests of one lane have in common."""
+"""Kinds of requests: the settings that requests of one lane share."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def plain_kinds(slots: int, capacity: Interventions | None) -> tuple[Kind, Kind]
 
 
 class Kind:
-    """A kind of request; equal kinds share a lane.
+    """A kind of request, compared by value; requests of equal kinds share a lane.
 
     Attributes:
       slots: S of the cache.
-      greedy: whether the request draws nothing.
-      code: whether a test of it asks for fenced code.
-      strings: its stop strings (`stopping.checked`).
-      capture: what is read, compared by its values.
+      greedy: whether the temperature is 0.
+      code: whether a token test of the request selects fenced code.
+      strings: the stop strings (`stopping.checked`).
+      capture: the readings.
       neutral: interventions of one row that change nothing, in the structure of the request's.
     """
 
@@ -49,10 +49,10 @@ class Kind:
                  capture: Capture, neutral: Interventions) -> None:
         self.slots, self.greedy, self.code, self.strings = slots, greedy, code, strings
         self.capture, self.neutral = capture, neutral
-        reads, reads_structure = jax.tree.flatten(jax.device_get(capture))
+        readings, readings_structure = jax.tree.flatten(jax.device_get(capture))
         edits, edits_structure = jax.tree.flatten(neutral)
-        self.key = (slots, greedy, code, strings, reads_structure,
-                    tuple((x.shape, x.tobytes()) for x in map(np.asarray, reads)),
+        self.key = (slots, greedy, code, strings, readings_structure,
+                    tuple((x.shape, x.tobytes()) for x in map(np.asarray, readings)),
                     edits_structure, tuple(x.shape for x in edits))
         self._hash = hash(self.key)
 
@@ -63,7 +63,7 @@ class Kind:
         return isinstance(other, Kind) and self.key == other.key
 
     def setting(self, model: Model) -> Setting:
-        """Return what the rows of its lane share; the longest reply fills the cache."""
+        """Return the settings of the kind's lane; a reply may fill the cache."""
         stops = stops_of(model, self.code)
         if self.strings:
             table = stopping.table(model.tokenizer, model.config.vocab_size, self.strings)

@@ -1,9 +1,10 @@
-"""Rows that decode together: a lane has B of them, with caches of one size.
+"""Lanes: B rows that decode in one program, with one cache size (continuous batching).
 
-Prompts are prefilled a few at a time and put into free rows; finished rows are taken out. Which
-rows these are is data, so a lane needs few programs. A cache has a slot for each row, so rows of
-any age decode side by side. A prompt's shapes are functions of that prompt and of B alone, so its
-bits depend on neither its neighbours, nor its row, nor when it came.
+A lane prefills a fixed number of prompts at a time, writes the results into free rows and copies
+finished rows out. The row indices are data, so a lane needs few programs. Each row of the cache has
+its own next slot, so rows with different numbers of tokens decode together. A prompt's shapes
+depend on that prompt and on B alone, so its bits do not depend on the other rows, on its own row or
+on the time of its arrival.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import dataclasses
 import functools
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -35,18 +36,15 @@ from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Params
 from jaxpersona.text.chat import Row
 
-if TYPE_CHECKING:
-    pass
-
-CHUNK = 64  # steps between two looks at the device
-_SHORTEST_PREFIX = 16  # tokens that are worth a pass of their own
+CHUNK = 64  # the maximum number of decode steps between two reads of the device
+_SHORTEST_PREFIX = 16  # tokens; a shorter common prefix is not prefilled separately
 
 
 class Edits(Protocol):
-    """The interventions of a lane's rows, each row with its own."""
+    """The interventions of a lane's rows."""
 
     def structure(self, rows: int) -> Interventions:
-        """Return interventions of the lane's structure for so many rows, whatever they do."""
+        """Return any interventions of `rows` rows with the lane's structure."""
         ...
 
     def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
@@ -62,31 +60,31 @@ class Edits(Protocol):
         ...
 
     def key(self, task: Task) -> tuple:
-        """Return what tells a task's interventions from another's."""
+        """Return a key that is equal for tasks with equal interventions."""
         ...
 
 
 @dataclasses.dataclass(eq=False)
 class Task:
-    """A prompt on its way through the engine.
+    """A prompt that a lane runs.
 
     Attributes:
-      number: its place among the prompts of a call, or in the order of requests.
+      number: its index among the prompts of a call, or in the order of requests.
       row: the encoded prompt.
-      name: uint32, what it is for its random draws.
-      limit: the most tokens of its reply.
-      how: its sampling, of one row.
-      shape: the lengths that it is run at.
-      lane: what tells the lanes apart in which it may run.
-      edits: its own interventions, where the lane has none for all.
-      cancelled: it is to leave its row, without a result.
+      row_id: uint32, seeds its random draws.
+      limit: the maximum number of tokens of its reply.
+      sampling: its sampling settings, of one row.
+      shape: the lengths of its programs.
+      lane: the key of its lane.
+      edits: its interventions of one row (`RowEdits`); None with `SharedEdits`.
+      cancelled: whether it is to be removed without a result.
     """
 
     number: int
     row: Row
-    name: int
+    row_id: int
     limit: int
-    how: Sampling
+    sampling: Sampling
     shape: Shape
     lane: Any
     edits: Any = None
@@ -94,12 +92,14 @@ class Task:
 
 
 class Setting(NamedTuple):
-    """What all rows of a lane share; equal settings share their programs.
+    """The settings that all rows of a lane share.
 
     Attributes:
-      slots: S of the caches.
-      max_new: the most tokens of a reply.
-      greedy: whether no row draws.
+      slots: S of the cache.
+      max_new: the maximum number of tokens of a reply.
+      greedy: whether every temperature is 0.
+      capture: the readings.
+      stops: the tokens that end a row.
     """
 
     slots: int
@@ -110,11 +110,11 @@ class Setting(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The lengths that a prompt's programs are compiled for, functions of the prompt alone.
+    """The lengths of a prompt's programs, which depend on the prompt alone.
 
     Attributes:
-      prefix: tokens of the padded prefix, 0 where none is shared.
-      width: tokens of the padded prompt, or of what follows the prefix.
+      prefix: the padded length of the shared prefix; 0 without one.
+      width: the padded length of the prompt, or of the part after the prefix.
       slots: S of the cache.
     """
 
@@ -124,28 +124,33 @@ class Shape(NamedTuple):
 
 
 def shape_of(row: Row, max_new: int, share_prefix: bool) -> Shape:
-    """Return the lengths that a prompt is run at."""
+    """Return the lengths of a prompt's programs; S is a multiple of 64."""
     shared = prefix_length(row) if share_prefix else 0
-    before = bucket(shared) if shared else 0
+    prefix = bucket(shared) if shared else 0
     width = bucket(row.tokens.size - shared)
-    return Shape(before, width, -(-(before + width + max_new) // 64) * 64)
+    return Shape(prefix, width, -(-(prefix + width + max_new) // 64) * 64)
 
 
 def prefix_length(row: Row) -> int:
-    """Count the tokens before the first user message; 0 where they are few."""
+    """Return the number of tokens before the first user message; 0 if below the minimum."""
     users = np.flatnonzero(row.kind & USER)
     length = int(users[0]) if users.size else 0
     return length if length >= _SHORTEST_PREFIX else 0
 
 
 class Lane:
-    """B rows and what they hold.
+    """B rows that share their programs.
+
+    A row is free, or active: assigned to a task.
 
     Attributes:
       rows: B.
-      together: how many prompts are prefilled, and taken out, in one program.
-      tasks: who has each row, or None.
-      filling: whether rows were given away since the last step.
+      together: the number of rows that one prefill fills, and that one program copies out.
+      tasks: the task of each row; None if the row is free.
+      filling: whether rows were assigned since the last decode.
+      state: the state of the B rows.
+      axes: the axis of rows of each leaf of the state.
+      prefixes: the carries of recent prefixes, one row each.
     """
 
     def __init__(self, config: ModelConfig, params: Params, setting: Setting, edits: Edits,
@@ -161,18 +166,18 @@ class Lane:
 
     @property
     def free(self) -> int:
-        """The number of rows that nobody has."""
+        """The number of free rows."""
         return self.tasks.count(None)
 
     def admit(self, chosen: list[Task], shape: Shape) -> None:
-        """Prefill at most `together` prompts of one shape and give each a free row.
+        """Prefill at most `together` prompts of one shape and assign each a free row.
 
-        Without prompts the programs run all the same, and are compiled by it.
+        Without prompts the programs run too, which compiles them.
         """
         edits = self.edits.of(chosen, self.together)
         fresh = self._prefill(chosen, shape, edits)
         free = [i for i, task in enumerate(self.tasks) if task is None][: len(chosen)]
-        at = np.full(self.together, self.rows, np.int32)  # beyond the end: dropped
+        at = np.full(self.together, self.rows, np.int32)  # rows beyond the end are dropped
         at[: len(free)] = free
         if self.together == self.rows:
             self.state = fresh
@@ -183,26 +188,30 @@ class Lane:
             self.tasks[i] = task
 
     def decode(self, most_done: int, steps: int) -> np.ndarray:
-        """Decode until `most_done` rows are done or so many steps were taken.
+        """Decode until `most_done` rows are done, free rows included, or for `steps` steps.
 
         Returns:
-          The rows that somebody has and that are done.
+          The active rows that are done, [n] int.
         """
         setting = self.setting
-        how = jax.tree.map(lambda *x: np.concatenate(x), *(
-            _FREE if task is None else task.how for task in self.tasks))
+        sampling = jax.tree.map(lambda *x: np.concatenate(x), *(
+            _FREE if task is None else task.sampling for task in self.tasks))
         self.state = decode(
             self.params, self.config, self.state, self.edits.of_rows(self.tasks), setting.capture,
-            how, setting.stops, jnp.asarray(int(self.state.step) + steps, jnp.int32),
+            sampling, setting.stops, jnp.asarray(int(self.state.step) + steps, jnp.int32),
             jnp.asarray(most_done, jnp.int32), greedy=setting.greedy)
         active = np.array([task is not None for task in self.tasks])
         return np.flatnonzero(processes.fetch(self.state.done) & active)
 
     def take_out(self, done: np.ndarray) -> list[tuple[list[Task], State]]:
-        """Free rows that are done.
+        """Remove the finished requests of some rows.
+
+        Args:
+          done: [n] int, rows that are done.
 
         Returns:
-          At most `together` tasks at a time, and a state whose first rows are theirs.
+          Groups of at most `together` tasks, each with a state whose first rows belong to them.
+          Such a state has no keys and values.
         """
         out = []
         for begin in range(0, max(done.size, 1), self.together):
@@ -219,32 +228,32 @@ class Lane:
         return out if done.size else []
 
     def end(self, rows: Sequence[int]) -> None:
-        """Free rows whose replies nobody waits for any more."""
+        """Remove the cancelled requests of some rows, without a result."""
         removed = np.zeros(self.rows, bool)
         for i in rows:
             removed[i], self.tasks[i] = True, None
         self.state = _mark_done(self.state, removed)
 
     def _prefill(self, chosen: list[Task], shape: Shape, edits: Interventions) -> State:
-        """Run the prompts of some rows and choose their first tokens."""
+        """Return the state of `together` rows after the prompts; rows without a prompt are free."""
         setting, count = self.setting, self.together
         shared = [prefix_length(task.row) if shape.prefix else 0 for task in chosen]
         prefix = None
         if shape.prefix:
-            parts = [self._prefix(task, shared[i], shape) for i, task in enumerate(chosen)]
-            parts += parts[:1] * (count - len(chosen))  # of padding rows, which nobody reads
-            prefix = side_by_side(tuple(parts), axes=_static(self.axes.carry))
+            carries = [self._prefix(task, shared[i], shape) for i, task in enumerate(chosen)]
+            carries += carries[:1] * (count - len(chosen))  # padding
+            prefix = side_by_side(tuple(carries), axes=_static(self.axes.carry))
         batch = _cut(chosen, shared, [task.row.tokens.size for task in chosen], shape.width, count,
                      shape.prefix > 0)
-        how = jax.tree.map(lambda *x: np.concatenate(x), *(
-            task.how for task in chosen), *[_FREE] * (count - len(chosen)))
+        sampling = jax.tree.map(lambda *x: np.concatenate(x), *(
+            task.sampling for task in chosen), *[_FREE] * (count - len(chosen)))
         limit = np.array([task.limit for task in chosen] + [0] * (count - len(chosen)), np.int32)
-        return prefill(self.params, self.config, batch, edits, setting.capture, how, setting.stops,
-                       jnp.asarray(limit), slots=setting.slots, max_new=setting.max_new,
-                       greedy=setting.greedy, prefix=prefix)
+        return prefill(self.params, self.config, batch, edits, setting.capture, sampling,
+                       setting.stops, jnp.asarray(limit), slots=setting.slots,
+                       max_new=setting.max_new, greedy=setting.greedy, prefix=prefix)
 
     def _prefix(self, task: Task, shared: int, shape: Shape) -> Carry:
-        """Return what a prompt's prefix leaves behind, computed once for all that share it."""
+        """Return the carry after a prompt's prefix, computed once for all tasks that share it."""
         key = (*prefix_key(task), *self.edits.key(task))
         if key not in self.prefixes:
             batch = _cut([task], [0], [shared], shape.prefix, 1, True)
@@ -256,7 +265,7 @@ class Lane:
         return self.prefixes[key]
 
     def _blank(self, rows: int) -> State:
-        """Return a state with all rows free."""
+        """Return the state of rows that are all free."""
         config, setting = self.config, self.setting
         edits, slots = self.edits.structure(rows).edits, setting.slots
         zeros = jnp.zeros((rows,), jnp.int32)
@@ -278,7 +287,7 @@ class Lane:
             fence=None if setting.stops.fences is None else zeros,
             matched=None if setting.stops.strings is None else zeros,
         )
-        return jax.tree.map(jnp.copy, blank)  # a buffer of its own each, because they are donated
+        return jax.tree.map(jnp.copy, blank)  # donated buffers must be distinct
 
 
 _FREE = Sampling(*(np.array([value], kind) for value, kind in (
@@ -286,7 +295,7 @@ _FREE = Sampling(*(np.array([value], kind) for value, kind in (
 
 
 def prefix_key(task: Task) -> tuple:
-    """Return what prompts that share a prefix have in common."""
+    """Return a key that is equal for prompts with the same prefix; () without one."""
     n = prefix_length(task.row) if task.shape.prefix else 0
     row = task.row
     return tuple(x[:n].tobytes() for x in (row.tokens, row.kind, row.turn)) if n else ()
@@ -294,23 +303,32 @@ def prefix_key(task: Task) -> tuple:
 
 def _cut(chosen: Sequence[Task], start: Sequence[int], stop: Sequence[int], width: int, size: int,
          chunk: bool) -> Batch:
-    """Make a batch of `size` rows from tokens start…stop of prompts, the missing rows empty."""
+    """Return a batch of `size` rows with tokens start…stop of each prompt; other rows are empty.
+
+    Args:
+      chosen: n ≤ `size` tasks.
+      start, stop: n token indices each.
+      width: T of the batch.
+      size: B of the batch.
+      chunk: whether the tokens are a part of the prompt.
+    """
     shape = (size, width)
     tokens, position, turn = (np.zeros(shape, np.int32) for _ in range(3))
     kind = np.zeros(shape, np.uint16)
-    names = np.zeros(size, np.uint32)
+    row_id = np.zeros(size, np.uint32)
     for b, (task, low, high) in enumerate(zip(chosen, start, stop, strict=True)):
         row = task.row
         whole = make_batch([row.tokens], kind=[row.kind & ~LAST], turn=[row.turn])
         for out, values in ((tokens, whole.tokens), (position, whole.position),
                             (kind, whole.kind), (turn, whole.turn)):
             out[b, : high - low] = values[0, low:high]
-        names[b] = task.name
-    return jax.tree.map(jnp.asarray, Batch(tokens, position, kind, turn, row_id=names,
+        row_id[b] = task.row_id
+    return jax.tree.map(jnp.asarray, Batch(tokens, position, kind, turn, row_id=row_id,
                                            chunk=chunk))
 
 
 def _static(axes: Any) -> tuple[int, ...]:
+    """Return the axes of all leaves, as a static argument."""
     return tuple(jax.tree.leaves(axes))
 
 
@@ -322,13 +340,13 @@ def _mark_done(state: State, rows: jax.Array) -> State:
 
 @program(static=("axes",))
 def _take_rows(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
-    """Copy the given rows out of a state, but for their keys and values."""
-    where = jax.tree.unflatten(jax.tree.structure(state), axes)
-    state, where = (
+    """Copy rows [n] of a state, without keys and values."""
+    axis_of = jax.tree.unflatten(jax.tree.structure(state), axes)
+    state, axis_of = (
         x.replace(carry=x.carry.replace(cache=x.carry.cache.replace(k=(), v=())))
-        for x in (state, where))
+        for x in (state, axis_of))
 
     def take(value: jax.Array, axis: int) -> jax.Array:
         return value if axis < 0 else jnp.take(value, rows, axis, mode="clip")
 
-    return jax.tree.map(take, state, where)
+    return jax.tree.map(take, state, axis_of)

@@ -1,8 +1,7 @@
-"""Explain activations that are not finite: where they begin, why, and what helps.
+"""Diagnosis of non-finite activations: the first site, the cause and the remedy.
 
-A program only reports which rows were hit (`carry.Carry.finite`),
-which costs nothing. The first layer is found afterwards: one such row runs again, and its norms are
-read at every site.
+A program only reports the affected rows (`Carry.finite`), at no cost. To locate the first layer,
+one such row runs again with its norms read at every site.
 """
 
 from __future__ import annotations
@@ -37,42 +36,42 @@ _forward = program(static=("logits",))(forward)
 
 
 class NonfiniteWarning(RuntimeWarning):
-    """Activations or logits were NaN or infinite; the message says where and what helps."""
+    """Activations or logits were NaN or infinite; the message gives the place and the remedy."""
 
 
 def check_choice(value: Any) -> None:
-    """Refuse a value of `on_nonfinite` that does not exist.
+    """Check `on_nonfinite`.
 
     Raises:
-      UserError: it is neither "warn" nor "raise".
+      UserError: the value is neither "warn" nor "raise".
     """
     if value not in ("warn", "raise"):
         raise UserError(f"on_nonfinite is {value!r}; it must be 'warn' or 'raise'")
 
 
-def explain(model: Model, row: Row, edits: Interventions, what: str, result: str) -> str:
-    """Say in one line where a row's activations stop being finite, and what helps.
+def explain(model: Model, row: Row, edits: Interventions, name: str, summary: str) -> str:
+    """Return one line with the first non-finite site of a row, the cause and the remedy.
 
     Args:
       model: the model.
-      row: the row's tokens, those of its reply included.
-      edits: what was done to it, for one row or for all alike.
-      what: how the row is called, as "conversation 3".
-      result: what is said of all such rows, as "2 of 16 replies ended at".
+      row: the row's tokens, including those of its reply.
+      edits: its interventions, for one row or without `rows=`.
+      name: the name of the row, such as "conversation 3".
+      summary: the beginning of the message about all affected rows, such as "2 of 16 replies ended
+        at".
     """
-    found = first_site(model, row, edits)
-    if found is None:
-        where = "after the last layer"
+    site = first_site(model, row, edits)
+    if site is None:
+        place = "after the last layer"
     else:
-        layer, site, token = found
-        where = f"at layer {layer} ({site}), token {token}"
-    return (f"{result} NaN or infinite activations, first {where}, in {what}: "
+        layer, module, token = site
+        place = f"at layer {layer} ({module}), token {token}"
+    return (f"{summary} NaN or infinite activations, first {place}, in {name}: "
             f"{_cause(model, row, edits)}")
 
 
 def first_site(model: Model, row: Row, edits: Interventions) -> tuple[int, str, int] | None:
-    """Return the first (layer, site) at which ‖h‖ is not finite in float32 and the first such token
-    there, or None where all are."""
+    """Return the first (layer, site, token) at which ‖h‖ is not finite in float32, or None."""
     count = row.tokens.size
     rows = rows_divisor(model.params.embed_vd)
     batch = make_batch([row.tokens] * rows, kind=[row.kind] * rows, turn=[row.turn] * rows,
@@ -81,36 +80,35 @@ def first_site(model: Model, row: Row, edits: Interventions) -> tuple[int, str, 
     read = functools.reduce(operator.or_, (norms(site=site, name=site) for site in _SITES))
     out = _forward(model.params, model.config, jax.tree.map(jnp.asarray, batch),
                    interventions=edits, capture=read, logits=None)
-    found = processes.fetch({name: state.values for name, state in out.captured.items()})
+    measured = processes.fetch({name: state.values for name, state in out.captured.items()})
     for layer in range(model.config.n_layers):
         for site in _SITES:
-            bad = np.flatnonzero(~np.isfinite(found[site][layer, 0, :count]))
+            bad = np.flatnonzero(~np.isfinite(measured[site][layer, 0, :count]))
             if bad.size:
                 return layer, site, int(bad[0])
     return None
 
 
 def damaged_parameter(params: Params) -> str | None:
-    """Name the first parameter that holds a value which is not finite, or return None."""
+    """Return the name of the first parameter with a non-finite value, or None."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     checks = [jnp.isfinite(x).all() for _, x in leaves]
-    fine = processes.fetch(checks)
-    bad = (path for (path, _), ok in zip(leaves, fine, strict=True) if not bool(ok))
+    finite = processes.fetch(checks)
+    bad = (path for (path, _), ok in zip(leaves, finite, strict=True) if not bool(ok))
     path = next(bad, None)
     return None if path is None else jax.tree_util.keystr(path).lstrip(".")
 
 
 def _cause(model: Model, row: Row, edits: Interventions) -> str:
-    """Name the cause and what helps against it."""
+    """Return the cause and the remedy."""
     damaged = damaged_parameter(model.params)
     if damaged is not None:
         return (f"the parameter {damaged} of {model.name} is not finite; download or convert the "
-                "checkpoint anew")
+                "checkpoint again")
     if edits.edits and first_site(model, row, Interventions()) is None:
-        return ("without the interventions they are finite; give these a smaller scale, factor or "
-                "bound")
+        return ("without the interventions they are finite; use a smaller scale, factor or bound")
     dtype = model.params.embed_vd.dtype.name
     if dtype == "float16":
-        return ("float16 ends at 65504; load the model with dtype='bfloat16' or 'float32'")
-    return (f"they exceed {dtype}; the weights of {model.name} are too great, as those of a "
-            "damaged checkpoint or of a diverged training")
+        return ("the largest float16 is 65504; load the model with dtype='bfloat16' or 'float32'")
+    return (f"they exceed {dtype}; the weights of {model.name} are too large, as in a damaged "
+            "checkpoint or after diverged training")

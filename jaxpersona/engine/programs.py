@@ -1,7 +1,7 @@
-"""Prefill and decode as two compiled programs; the whole decode is one loop on the device.
+"""Prefill and decode as two compiled programs; decoding is one loop on the device.
 
-The state that goes round the loop is a pytree: cache, captures and counts grow in it, and a bound
-on the number of steps is data, so a caller may stop between chunks without another program.
+The loop's state is a pytree that contains the cache, the captures and the counts. The maximum
+number of steps is data, so decoding in chunks needs no further program.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ from jaxpersona.models.forward import forward
 from jaxpersona.models.params import Params
 from jaxpersona.text.fences import CODE_BIT
 
-TRACES: Counter[str] = Counter()  # how often each program was traced, for tests and benches
+TRACES: Counter[str] = Counter()  # the number of traces per program, for tests and benchmarks
 
 
 class State(flax.struct.PyTreeNode):
-    """A batch in the midst of being generated.
+    """The state of B rows during generation.
 
     Attributes:
-      carry: the carry of `forward`: everything but `token` has run. `carry.finite` [B] bool also
-        covers the logits; False ends a row, and a token chosen from such logits is dropped.
-      token: [B] int32, chosen but not yet run.
+      carry: the state of `forward` after all tokens except `token`. `carry.finite` also covers the
+        logits. A row with non-finite logits ends, and the token chosen from them is dropped.
+      token: [B] int32, the chosen token that has not run yet.
       position: [B] int32, the position of `token`.
-      turn: [B] int32, the message being written.
-      row_id: [B] uint32.
-      done: [B] bool, rows with nothing left to run.
-      thinking: [B] bool, rows inside a thinking block.
-      limit: [B] int32, the most tokens a row may get.
-      length: [B] int32, tokens chosen so far, a stop token included.
-      tokens: [B, M] int32, the tokens chosen; −1 beyond `length`.
-      step: [] int32, steps taken.
-      fence: [B] int32, whether a row is inside fenced code (`fences`), or None where none asks.
-      matched: [B] int32, how far a row's text has come towards a stop string, or None likewise.
+      turn: [B] int32, the index of the message that is generated.
+      row_id: [B] uint32, seeds the random draws.
+      done: [B] bool, True for finished and for free rows.
+      thinking: [B] bool, True inside a thinking block.
+      limit: [B] int32, the maximum number of tokens of the reply.
+      length: [B] int32, the number of chosen tokens, including a stop token.
+      tokens: [B, M] int32, the chosen tokens; −1 from `length` on.
+      step: [] int32, the number of steps taken.
+      fence: [B] int32, the state of the automaton of code fences (`fences`); None if no token test
+        selects code.
+      matched: [B] int32, the state of the automaton of stop strings; None without stop strings.
     """
 
     carry: Carry
@@ -65,13 +66,14 @@ class State(flax.struct.PyTreeNode):
 
 
 class Stops(flax.struct.PyTreeNode):
-    """Token ids that matter to the loop, as data.
+    """The tokens that end a row or mark text, as data.
 
     Attributes:
-      ids: [n] int32, any of which ends a row (−1: none).
+      ids: [n] int32, stop tokens (−1: none).
       think: [2] int32, the opening and closing ids of a thinking block (−1: none).
-      fences: [V, states] uint8, `fences.table`, or None where nothing asks for code.
-      strings: [V, states] uint8, `stopping.table`, or None where no text ends a row.
+      fences: [V, states] uint8, the transitions of `fences.table`; None if no token test selects
+        code.
+      strings: [V, states] uint8, the transitions of `stopping.table`; None without stop strings.
     """
 
     ids: Any
@@ -88,7 +90,7 @@ class Stops(flax.struct.PyTreeNode):
 @program(static=("config", "slots"))
 def prefill_prefix(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
                    capture: Capture, *, slots: int) -> Carry:
-    """Run the beginnings of prompts, which nothing is sampled from."""
+    """Run the first tokens of prompts into a new cache, without logits."""
     TRACES["prefix"] += 1
     return forward(params, config, batch.replace(chunk=True), interventions=edits, capture=capture,
                    slots=slots, logits=None, attention="auto").carry
@@ -96,9 +98,22 @@ def prefill_prefix(params: Params, config: ModelConfig, batch: Batch, edits: Int
 
 @program(static=("config", "slots", "max_new", "greedy"))
 def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
-            capture: Capture, how: Sampling, stops: Stops, limit: jax.Array, *, slots: int,
+            capture: Capture, sampling: Sampling, stops: Stops, limit: jax.Array, *, slots: int,
             max_new: int, greedy: bool, prefix: Carry | None = None) -> State:
-    """Run the prompts, or what follows their prefix, and choose each row's first token."""
+    """Run the prompts and choose each row's first token.
+
+    Args:
+      batch: B prompts of T tokens, or what follows their prefixes; an empty row is a free row.
+      edits: the interventions of the B rows.
+      capture: the readings.
+      sampling: the sampling settings of the B rows.
+      stops: the tokens that end a row.
+      limit: [B] int32, the maximum number of tokens of each reply.
+      slots: S of the new cache.
+      max_new: M, the number of tokens that `State.tokens` can hold.
+      greedy: whether every temperature is 0.
+      prefix: the carry of `prefill_prefix` for B rows, with a cache of S slots, or None.
+    """
     TRACES["prefill"] += 1
     rows = batch.tokens.shape[0]
     batch = batch.spread(params.embed_vd)
@@ -112,7 +127,7 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
     length = batch.length
     at = jnp.maximum(length - 1, 0)
     kind = of_each(batch.kind.astype(jnp.int32), at)
-    # a template's last scaffold belongs to the reply already; a bare prompt is the turn before it
+    # a template's last tokens belong to the reply's turn; a prompt without template precedes it
     begins = ((kind & TEMPLATE) == 0).astype(jnp.int32)
     state = State(
         carry=out.carry,
@@ -129,17 +144,27 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
         fence=None if stops.fences is None else jnp.zeros_like(length),
         matched=None if stops.strings is None else jnp.zeros_like(length),
     )
-    return _choose_next(state, out.logits, how, stops, greedy, ran=length > 0)
+    return _choose_next(state, out.logits, sampling, stops, greedy, ran=length > 0)
 
 
 @program(static=("config", "greedy"), donate=("state",))
 def decode(params: Params, config: ModelConfig, state: State, edits: Interventions,
-           capture: Capture, how: Sampling, stops: Stops, until: jax.Array,
+           capture: Capture, sampling: Sampling, stops: Stops, until: jax.Array,
            most_done: jax.Array | None = None, *, greedy: bool) -> State:
-    """Run steps until `most_done` rows are done (None: every row) or `until` steps were taken.
+    """Run steps until `most_done` rows are done or `until` steps were taken.
 
-    A step runs every pending token (so that its activation is read even when the length limit ends
-    the row there) and chooses the next.
+    A step runs the pending token of each row and chooses the next. The last token before the length
+    limit runs too, so that its activations are captured.
+
+    Args:
+      state: the state of B rows (donated).
+      edits: the interventions of the B rows.
+      capture: the readings.
+      sampling: the sampling settings of the B rows.
+      stops: the tokens that end a row.
+      until: [] int32, the value of `State.step` at which the loop stops.
+      most_done: [] int32, the number of done rows at which the loop stops; None: all rows.
+      greedy: whether every temperature is 0.
     """
     TRACES["decode"] += 1
     ready = edits.prepare(state.token.shape[0], params.embed_vd)
@@ -164,7 +189,7 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
                       carry=state.carry, logits="last")
         opened = state.thinking | (state.token == stops.think[0])
         thinking = opened & (state.token != stops.think[1])
-        grown = state.replace(
+        advanced = state.replace(
             # the logits' check in `_choose_next` covers this step, so XLA removes forward's own
             carry=out.carry.replace(finite=state.carry.finite),
             done=state.done | (state.length >= state.limit),
@@ -172,24 +197,24 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
             step=state.step + 1,
             fence=fence,
         )
-        return _choose_next(grown, out.logits, how, stops, greedy, ran=~state.done)
+        return _choose_next(advanced, out.logits, sampling, stops, greedy, ran=~state.done)
 
     return jax.lax.while_loop(pending, step, state)
 
 
-def _choose_next(state: State, logits: jax.Array, how: Sampling, stops: Stops, greedy: bool, *,
+def _choose_next(state: State, logits: jax.Array, sampling: Sampling, stops: Stops, greedy: bool, *,
                  ran: jax.Array) -> State:
-    """Choose a token for every row that is not done, and note whether it ends the row.
+    """Choose the next token of every row that is not done, and mark the rows that it ends.
 
-    Logits that are not finite end a row without a token. They are looked at in every row that `ran`
-    [B], also where the length limit ends it here: its last activations are read as well.
+    A row with non-finite logits ends without a token. The check covers every row in `ran` [B] bool,
+    also those at their length limit, because their last activations are captured too.
     """
     position = state.position + 1
     if greedy:
         token = most_likely(logits)
     else:
-        token = choose(logits, how, state.row_id, position)
-    # NaN and infinity anywhere in a residual reach its logits (`forward.head`)
+        token = choose(logits, sampling, state.row_id, position)
+    # NaN and infinity in a residual reach its logits (`forward.head`)
     valid = state.carry.finite & (finite(logits, token if greedy else None) | ~ran)
     live = valid & ~state.done
     slot = jnp.where(live, state.length, state.tokens.shape[1])

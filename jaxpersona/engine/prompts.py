@@ -1,6 +1,6 @@
-"""Conversations on their way to a program: encoded, checked, named, and given a length.
+"""Preparation of conversations: encoding, checks, row ids and padded lengths.
 
-What is decided here about a conversation is a function of it alone, never of its company.
+Every result for a conversation depends on that conversation alone, not on others of the call.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 
 
 def bucket(tokens: int) -> int:
-    """Return the least of 32, 64, 128, 256, 384, 512, 768, 1024, … that holds `tokens`.
+    """Return the padded length of a prompt: the least of 32, 64, 128, 256, 384, 512, 768, … that
+    is at least `tokens`.
 
-    Few of them, because each is a program to compile.
+    The lengths are few because each needs a compiled program.
     """
     size = 32
     while size < tokens:
@@ -49,18 +50,20 @@ def widths(slots: int, context: int) -> list[int]:
 
 
 def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = False) -> chat.Row:
-    """Turn a conversation in any accepted form into a row.
+    """Encode a conversation of any accepted type.
 
     Args:
+      model: the model, whose tokenizer encodes text.
       item: messages, a string (one user message), a `chat.Row`, or token ids.
-      reply: whether a reply is to follow, or the conversation is finished.
+      reply: whether the prompt of a reply follows; False for a finished conversation.
+      thinking: whether a reply may begin with a thinking block.
 
     Raises:
-      UserError: another form, text without a tokenizer, or ids outside the vocabulary.
+      UserError: another type, text without a tokenizer, or ids outside the vocabulary.
     """
-    rows, tokenizer = model.config.vocab_size, model.tokenizer
+    size, tokenizer = model.config.vocab_size, model.tokenizer
     if isinstance(item, chat.Row):
-        check_ids(np.asarray(item.tokens), rows, "a conversation", tokenizer)
+        check_ids(np.asarray(item.tokens), size, "a conversation", tokenizer)
         return item
     if isinstance(item, Mapping):
         raise UserError(f"a conversation is one message, {dict(item)!r:.60}; put it into a list")
@@ -72,19 +75,19 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
         if tokenizer is None:
             raise UserError(f"{model.name} has no tokenizer; give token ids instead of text")
         row = chat.encode_row(tokenizer, item, reply=reply, thinking=thinking)
-        check_ids(row.tokens, rows, "a conversation", tokenizer)
+        check_ids(row.tokens, size, "a conversation", tokenizer)
         return row
     if isinstance(item, (int, bytes, set, frozenset)) or not isinstance(item, Iterable):
         raise UserError(f"a conversation is {item!r:.60}; give messages, a string, a Row or token "
                          "ids")
     try:
         tokens = np.asarray(item)
-    except ValueError:  # rows of several lengths
+    except ValueError:  # nested lists of different lengths
         tokens = np.zeros(0)
     if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"a conversation is {item!r:.60}; it must be messages, a string, a Row or "
                          "a list of token ids")
-    check_ids(tokens, rows, "a conversation", tokenizer)
+    check_ids(tokens, size, "a conversation", tokenizer)
     kind = np.full(tokens.size, KINDS["user"], np.int32)
     return chat.Row(tokens.astype(np.int32), kind, np.zeros(tokens.size, np.int32), "")
 
@@ -108,40 +111,48 @@ def check_settings(capture: Any = None, **counts: Any) -> None:
 
 def check_edits(model: Model, edits: Interventions, count: int,
                 capture: Capture | None = None) -> None:
-    """Refuse interventions of another shape, number of rows or model, and readings of another.
+    """Check that interventions and readings fit the model, and the number of rows.
+
+    Args:
+      model: the model.
+      edits: the interventions.
+      count: the number of conversations.
+      capture: the readings, or None.
 
     Raises:
-      UserError: with the field, its value and the mend.
+      UserError: another shape or number of rows, or directions of another model; the message gives
+        field, value and remedy.
     """
     edits.check(layers=model.config.n_layers, width=model.config.d_model, rows=count)
-    if not model.fingerprint:  # its parameters are traced: nothing is known of their values
+    if not model.fingerprint:  # traced parameters have no known values
         return
-    mine = origin(model.fingerprint)
+    own = origin(model.fingerprint)
     named = [edit.origin for edit in edits.edits]
     named += [edit.gate.origin for edit in edits.edits if edit.gate is not None]
-    named += [part.origin for part in (capture.readings.values() if capture is not None else ())]
-    foreign = {int(o) for origin in named for o in np.asarray(origin)} - {0, mine}
+    named += [reading.origin for reading in
+              (capture.readings.values() if capture is not None else ())]
+    foreign = {int(o) for origin in named for o in np.asarray(origin)} - {0, own}
     if foreign:
         raise UserError(
             f"a direction was made for another model than {model.name} (fingerprint "
-            f"{model.fingerprint}); use one of this model's, or pass its bare array "
-            f"(`axis.values`) to apply it all the same{_in_float16(model)}"
+            f"{model.fingerprint}); use a direction of this model, or pass the bare array "
+            f"(`axis.values`) to apply it anyway{_in_float16(model)}"
         )
 
 
 def _in_float16(model: Model) -> str:
-    """Say what else explains another fingerprint than that of a model loaded in float16."""
+    """Return the other cause of a different fingerprint, for a model loaded in float16."""
     if model.params.embed_vd.dtype != np.float16:
         return ""
-    return ("; a model loaded in float16, which cannot hold all its numbers, counts as another "
-            "than in bfloat16 or float32")
+    return ("; a model loaded in float16, which cannot represent all its weights, has another "
+            "fingerprint than in bfloat16 or float32")
 
 
 def limits(model: Model, rows: list[chat.Row], max_new: int) -> np.ndarray:
-    """Return the most tokens of each reply [N] int32: `max_new`, or what the context leaves.
+    """Return the maximum length of each reply, [N] int32: `max_new`, or the rest of the context.
 
     Raises:
-      UserError: a prompt that leaves no room.
+      UserError: a prompt that fills the context.
     """
     context = model.config.max_context
     for i, row in enumerate(rows):
@@ -154,8 +165,12 @@ def limits(model: Model, rows: list[chat.Row], max_new: int) -> np.ndarray:
 
 
 def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:
-    """Return what each row is for its random draws [N] uint32: `ids`, or a hash of its tokens and
-    of how often they came before.
+    """Return the ids that seed each row's random draws, [N] uint32.
+
+    Args:
+      rows: the N encoded conversations.
+      ids: N ids. None: a hash of a row's tokens and of the number of earlier rows with the same
+        tokens.
 
     Raises:
       UserError: another number of ids, or ids that are not uint32.

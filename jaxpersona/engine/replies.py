@@ -1,4 +1,4 @@
-"""Finished replies: taken from a lane's state, and as a caller gets them."""
+"""Finished replies, on the host: one row of a lane's state, and the result of a request."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from jaxpersona.text.chat import Row
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """One row of a state, on the host.
+    """One finished row of a state, on the host.
 
     Attributes:
-      tokens: [n] int32, the ids that were chosen, a stop token included.
+      tokens: [n] int32, the chosen ids, including a stop token.
       captured: the result of each reading: [L, …], or for readings per token [L, T, …] over the
         tokens of the prompt and of the reply that ran.
       per_token: the names of the readings per token.
-      empty: the names of readings that saw no token.
+      empty: the names of readings that selected no token.
       applied: for each table: seen [], changed [l].
       nonfinite: whether an activation or a logit was not finite.
       matched: whether a stop string ended the reply.
@@ -46,15 +46,14 @@ class Reply:
     """The reply to one request.
 
     Attributes:
-      text: the reply without the stop token, cut before a stop string; "" without a tokenizer.
+      text: the reply without the stop token, up to a stop string; "" without a tokenizer.
       tokens: [n] int32, its ids without the stop token. The last one may complete a stop string.
       finish: "stop" (a stop token or a stop string), "length" (the limit), "cancelled", or
         "nonfinite" (an activation was NaN or infinite: do not use what was captured).
       row: the encoded prompt.
-      captured: the result of each reading by its name: [L, …], or for readings per token
-        [L, T, …] over the tokens of the prompt and of the reply. A stop token, and a token that
-        completes a stop string, is chosen but never run, so it is not captured. Empty where the
-        request was cancelled.
+      captured: the result of each reading by name: [L, …], or for readings per token [L, T, …] over
+        the tokens of the prompt and of the reply. A stop token, and a token that completes a stop
+        string, is chosen but not run, so it is not captured. Empty for a cancelled request.
       applied: one `Applied` for each table of the interventions: seen [], changed [l].
     """
 
@@ -67,9 +66,11 @@ class Reply:
 
 
 def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) -> list[Finished]:
-    """Bring the first rows of a state, one for each task, to the host.
+    """Copy the first rows of a state to the host, one for each task.
 
     Args:
+      state: a state whose first rows belong to the tasks.
+      tasks: the tasks in the order of the rows.
       accepting: the accepting state of the lane's stop strings (`Stops.accepting`), or None.
     """
     carry = state.carry
@@ -77,11 +78,11 @@ def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) ->
     keep = (state.tokens, state.length, carry.cache.next, carry.captured, carry.applied,
             carry.finite, state.matched)
     tokens, length, used, captured, applied, finite, progress = processes.fetch(keep)
-    values = {name: part.result() for name, part in captured.items()}
-    per_token = frozenset(name for name, part in captured.items() if part.per_token)
+    values = {name: reading.result() for name, reading in captured.items()}
+    per_token = frozenset(name for name, reading in captured.items() if reading.per_token)
     out = []
     for row in range(len(tasks)):
-        ran = int(used[row])  # every content token ran; a stop token was chosen but never ran
+        ran = int(used[row])  # all content tokens; a stop token is chosen but not run
         own = {name: jax.tree.map(operator.itemgetter(row), value)
                for name, value in values.items()}
         out.append(Finished(
@@ -89,8 +90,7 @@ def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) ->
             captured={name: np.array(value[:, :ran]) if name in per_token
                       else jax.tree.map(np.array, value) for name, value in own.items()},
             per_token=per_token,
-            empty=frozenset(name for name, part in captured.items()
-                            if part.empty[row]),
+            empty=frozenset(name for name, reading in captured.items() if reading.empty[row]),
             applied=tuple(Applied(table.seen[row], table.changed[:, row]) for table in applied),
             nonfinite=not bool(finite[row]),
             matched=accepting is not None and int(progress[row]) == accepting,

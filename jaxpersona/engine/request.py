@@ -1,4 +1,4 @@
-"""What is asked of an engine, and what it gives back while it works."""
+"""Requests to an engine, and the handles and events that it returns."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from jaxpersona.interventions.compose import Interventions
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A conversation to reply to, with its own settings.
+    """A conversation to reply to, and its settings.
 
     Attributes:
       conversation: a list of {"role", "content"}, a string (one user message), a `chat.Row`, or
         token ids.
-      interventions: what is done to its activations; for all rows alike, without `rows=`.
-      capture: what to read off its activations.
-      max_new_tokens: the most tokens of the reply; less where the model's context, or the engine's
-        largest cache, ends before.
-      temperature, top_p, top_k, seed: how tokens are drawn (`sampling.Sampling`).
-      stop: texts that end the reply, also across tokens. The reply's text ends before them.
-      id: uint32, what the request is for its random draws; default: a hash of its tokens. Two
-        requests with the same tokens, id, seed and settings get the same reply.
-      thinking: let a model that can think do so before it answers.
+      interventions: edits of its activations, without `rows=`.
+      capture: readings of its activations.
+      max_new_tokens: the maximum number of tokens of the reply; the model's context and the
+        engine's largest cache limit it further.
+      temperature, top_p, top_k, seed: the sampling settings (`sampling.Sampling`).
+      stop: texts that end the reply, also across token boundaries. The reply's text ends before
+        them.
+      id: uint32, seeds the request's random draws; default: a hash of its tokens. Two requests with
+        the same tokens, id, seed and settings have the same reply.
+      thinking: whether the reply may begin with a thinking block.
     """
 
     conversation: Any
@@ -53,12 +54,12 @@ def projected(request: Request) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """A piece of a reply.
+    """A piece of a streamed reply.
 
     Attributes:
-      text: what follows the text of the events before; all of them join to `Reply.text`.
-      tokens: [n] int32, the ids that follow those of the events before.
-      projections: for each capture of projections [n, L, K], those of `tokens`.
+      text: the new text; the texts of all events concatenate to `Reply.text`.
+      tokens: [n] int32, the new ids.
+      projections: [n, L, K] for each capture of projections: the values at `tokens`.
       reply: the whole reply in the last event, else None.
     """
 
@@ -69,15 +70,15 @@ class Event:
 
 
 class QueueFull(RuntimeError):
-    """As many requests wait as the engine's queue holds."""
+    """The engine's queue is full."""
 
 
 class Handle:
-    """A request that was submitted; `Engine.result` and `Engine.stream` take it.
+    """A submitted request, for `Engine.result`, `Engine.stream` and `Engine.cancel`.
 
     Attributes:
       request: the request.
-      number: its place in the order of requests.
+      number: its index in the order of submission.
     """
 
     def __init__(self, request: Request, number: int) -> None:

@@ -1,8 +1,8 @@
-"""Choose the next token: greedy, or by one uniform draw a row and the inverse CDF.
+"""Choice of the next token: greedy, or one uniform draw per row through the inverse CDF.
 
-Nothing sorts the vocabulary. The nucleus is found among the `CANDIDATES` most probable tokens; a
-row whose nucleus is wider gets its threshold by bisection instead. Which way a row goes depends on
-that row alone, so what it draws does not depend on its neighbours.
+The vocabulary is never sorted. The nucleus is computed among the `CANDIDATES` most probable tokens,
+or by bisection of its probability threshold if it is wider. The choice of method depends on the row
+alone, so a row's draws do not depend on other rows.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 class Sampling(flax.struct.PyTreeNode):
-    """How tokens are drawn, as data: rows may differ and new values never recompile.
+    """Sampling settings per row, as data: new values do not recompile.
 
     Attributes:
       temperature: [B] float32; 0 is greedy.
-      top_p: [B] float32 in (0, 1]; the most probable tokens that reach it are kept, ties at
-        the edge together where there are more than `CANDIDATES`.
-      top_k: [B] int32; 0 keeps all, else the k most probable (at most `CANDIDATES`).
+      top_p: [B] float32 in (0, 1]; the smallest set of most probable tokens with this mass is kept.
+        If it has more than `CANDIDATES` tokens, ties at its threshold are kept too.
+      top_k: [B] int32; 0 keeps all tokens, else the k most probable (at most `CANDIDATES`).
       seed: [B] uint32.
     """
 
@@ -43,14 +43,14 @@ class Sampling(flax.struct.PyTreeNode):
     seed: Any
 
     def take(self, rows: Any) -> Sampling:
-        """Choose rows; −1 takes row 0, for padding. On the host: it is done between programs."""
+        """Select rows on the host; −1 (padding) selects row 0."""
         rows = np.maximum(np.asarray(rows, np.int32), 0)
         return jax.tree.map(lambda x: np.asarray(x)[rows], self)
 
 
 def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any = 0,
              seed: Any = 0) -> Sampling:
-    """Check and spread the settings to `rows` rows.
+    """Check the settings and broadcast them to `rows` rows.
 
     Raises:
       UserError: temperature < 0 or not finite, top_p outside (0, 1], top_k outside
@@ -76,11 +76,11 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
 
 
 def uniforms(seed: jax.Array, row_id: jax.Array, position: jax.Array) -> jax.Array:
-    """Draw one uniform in [0, 1) a row from (seed, row id, position) alone: [B] float32.
+    """Draw one uniform number in [0, 1) per row from (seed, row id, position): [B] float32.
 
-    The generator is Threefry-2x32 with 20 rounds, written out here. Its bits depend on no flag of
-    JAX (`jax_default_prng_impl`, `jax_threefry_partitionable`) and on no version of it; they are
-    those of `jax.random` with the default flags of JAX 0.10.
+    The generator is Threefry-2x32 with 20 rounds, implemented here, so that its bits depend neither
+    on JAX's flags (`jax_default_prng_impl`, `jax_threefry_partitionable`) nor on its version. They
+    equal those of `jax.random` with the default flags of JAX 0.10.
     """
     zero = jnp.zeros_like(seed)
     key = zero, seed
@@ -96,7 +96,7 @@ def _threefry(key: tuple[jax.Array, jax.Array],
     """Encrypt a 64-bit counter with Threefry-2x32-20 (Salmon et al. 2011, Random123).
 
     Args:
-      key, count: two words each, [B] uint32.
+      key, count: two words [B] uint32 each.
     """
     words = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
     x, y = count[0] + words[0], count[1] + words[1]
@@ -109,49 +109,51 @@ def _threefry(key: tuple[jax.Array, jax.Array],
     return x, y
 
 
-def choose(logits: jax.Array, how: Sampling, row_id: jax.Array, position: jax.Array) -> jax.Array:
-    """Choose a token a row.
+def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
+           position: jax.Array) -> jax.Array:
+    """Choose one token per row.
 
     Args:
       logits: [B, V] float32.
-      how: settings of the B rows.
+      settings: the sampling settings of the B rows.
       row_id: [B] uint32.
-      position: [B] int32, the position that the new token will have.
+      position: [B] int32, the position of the new token.
 
     Returns:
-      [B] int32; where temperature is 0 the first of the greatest logits.
+      [B] int32; at temperature 0 the first of the largest logits.
     """
     logits = place(logits, ("batch", None))  # candidates are ranked over the whole vocabulary
     greedy = most_likely(logits)
-    warm = how.temperature > 0
-    top = logits.max(-1, keepdims=True)  # first, so that no temperature overflows
-    scaled = (logits - top) / jnp.where(warm, how.temperature, 1.0)[:, None]
+    warm = settings.temperature > 0
+    top = logits.max(-1, keepdims=True)  # before the division, so that it cannot overflow
+    scaled = (logits - top) / jnp.where(warm, settings.temperature, 1.0)[:, None]
     probability = jax.nn.softmax(scaled, -1)
-    draw = uniforms(place(how.seed, ("batch",), logits), row_id, position)
+    draw = uniforms(place(settings.seed, ("batch",), logits), row_id, position)
     count = min(CANDIDATES, logits.shape[-1])
     top, tokens = jax.lax.top_k(probability, count)
     rank = jnp.arange(count, dtype=jnp.int32)
-    limited = (how.top_k[:, None] == 0) | (rank[None] < how.top_k[:, None])
+    limited = (settings.top_k[:, None] == 0) | (rank[None] < settings.top_k[:, None])
     top = jnp.where(limited, top, 0.0)
-    reach = jnp.where(how.top_k > 0, top.sum(-1), 1.0)  # mass that the nucleus is a share of
+    reach = jnp.where(settings.top_k > 0, top.sum(-1), 1.0)  # top_p is a share of this mass
     before = jnp.cumsum(top, -1) - top
-    kept = jnp.where(before < (how.top_p * reach)[:, None], top, 0.0)
+    kept = jnp.where(before < (settings.top_p * reach)[:, None], top, 0.0)
     near = of_each(tokens, _inverse(kept, draw))
-    wide = warm & (how.top_k == 0) & (top.sum(-1) < how.top_p) & (count < logits.shape[-1])
+    wide = (warm & (settings.top_k == 0) & (top.sum(-1) < settings.top_p)
+            & (count < logits.shape[-1]))
 
     def bisect() -> jax.Array:
-        return _wide(probability, how.top_p, draw)
+        return _wide(probability, settings.top_p, draw)
 
     far = jax.lax.cond(wide.any(), bisect, lambda: greedy)
     return jnp.where(warm, jnp.where(wide, far, near.astype(jnp.int32)), greedy)
 
 
 def most_likely(logits: jax.Array) -> jax.Array:
-    """Return the first of the greatest logits [B, V] a row, [B] int32; NaN counts as greatest."""
+    """Return each row's first largest logit of [B, V], [B] int32; NaN counts as largest."""
     rows, vocabulary = logits.shape
     if not on_cpu(logits) or vocabulary % _LANES or vocabulary < _LANES**2:
         return jnp.argmax(logits, -1).astype(jnp.int32)
-    # XLA's CPU back end looks for an index value by value, but for a maximum in vectors
+    # XLA's CPU back end vectorizes a maximum, but not an argmax
     blocks = logits.reshape(rows, -1, _LANES)
     block = jnp.argmax(blocks.max(-1), -1)
     inner = jnp.argmax(of_each(blocks, block), -1)
@@ -159,13 +161,14 @@ def most_likely(logits: jax.Array) -> jax.Array:
 
 
 def finite(logits: jax.Array, token: jax.Array | None = None) -> jax.Array:
-    """Tell which rows of logits [B, V] have a finite greatest entry: [B] bool.
+    """Return whether the largest of each row's logits [B, V] is finite: [B] bool.
 
-    It is NaN where any logit is NaN, and infinite where any is +inf or all are −inf.
+    It is NaN if any logit is NaN, and infinite if any is +inf or all are −inf.
 
     Args:
-      token: [B] int32, what `most_likely` returned for these logits, or None where another choice
-        was made; that contains the same search, which the compiler then does once.
+      logits: [B, V] float32.
+      token: [B] int32, the result of `most_likely` for these logits, or None if the token was
+        sampled; sampling computes `most_likely` too, and the compiler merges both.
     """
     if mesh_of(logits) is None:
         return jnp.isfinite(of_each(logits, most_likely(logits) if token is None else token))
@@ -173,14 +176,14 @@ def finite(logits: jax.Array, token: jax.Array | None = None) -> jax.Array:
 
 
 def _inverse(weights: jax.Array, draw: jax.Array) -> jax.Array:
-    """Return [B] the first index whose cumulative weight exceeds draw · total, weight > 0."""
+    """Return the first index with weight > 0 whose cumulative weight exceeds draw · total: [B]."""
     cumulative = jnp.cumsum(weights, -1)
     target = draw[:, None] * cumulative[:, -1:]
     return jnp.argmax((cumulative > target) & (weights > 0), -1).astype(jnp.int32)
 
 
 def _wide(probability: jax.Array, top_p: jax.Array, draw: jax.Array) -> jax.Array:
-    """Draw from a nucleus of any width: its least probability by bisection, then two-level CDF."""
+    """Draw from a nucleus of any size: bisection of its threshold, then a two-level inverse CDF."""
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds  # mass above `low` reaches top_p, mass above `high` does not

@@ -1,6 +1,6 @@
-"""Who decodes next: prompts wait in order, get a row of a lane, and leave it when they are done.
+"""Scheduling of prompts: a queue whose oldest prompts are assigned to free rows of lanes.
 
-It knows nothing of conversations and threads: `generate` drains it, `Engine` steps it.
+`generate` runs a scheduler until it is empty; `Engine` runs it step by step.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ Failed = Callable[[list[Task], BaseException], None]
 
 
 class Scheduler:
-    """Prompts on their way through lanes, the oldest first.
+    """Assigns queued prompts to rows, in order, and runs the lanes.
 
-    Only the oldest waiting prompt is admitted. If its lane has no free row, or no lane may be
-    opened for it, all others wait behind it, so none waits for ever.
+    Only the oldest queued prompt is admitted, with those behind it that share its program. If its
+    lane has no free row, or no lane may be opened, the whole queue waits, so no prompt starves.
 
     Attributes:
-      waiting: the prompts that have no row yet, in order.
-      lanes: the open lanes by what tells them apart (`Task.lane`).
+      waiting: the queued prompts, oldest first.
+      lanes: the open lanes by key (`Task.lane`).
     """
 
     def __init__(self, open_lane: Callable[[Hashable], Lane], collect: Collect, *,
                  lanes: int = 1, batched: bool = True, refill: bool = True,
                  chunk: int = CHUNK, failed: Failed | None = None) -> None:
-        """Begin with nothing.
+        """Create a scheduler with an empty queue and no lane.
 
         Args:
-          open_lane: makes the lane of a key.
-          collect: called with finished prompts and a state whose first rows are theirs.
-          lanes: the most lanes that are open together.
-          batched: admit, and take out, as many prompts at a time as one program takes; else each
-            as soon as it can be.
-          refill: admit prompts while others decode; else only into an empty lane.
-          chunk: the most steps between two looks at the device.
-          failed: called with prompts whose lane failed, and the error; their lane is dropped.
-            Without it the error is raised.
+          open_lane: returns a new lane of a key.
+          collect: called with finished tasks and a state whose first rows belong to them.
+          lanes: the maximum number of open lanes.
+          batched: admit and remove as many prompts at a time as one program takes (throughput);
+            False: each as soon as possible (latency).
+          refill: admit prompts while other rows decode; False: only into an empty lane.
+          chunk: the maximum number of decode steps between two reads of the device.
+          failed: called with the tasks of a lane that failed, and the error; the lane is dropped.
+            None: the error is raised.
         """
         self.open_lane, self.collect = open_lane, collect
         self.most, self.batched, self.refill, self.chunk = lanes, batched, refill, chunk
@@ -54,35 +54,35 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Whether nobody waits and nobody has a row."""
+        """Whether the queue is empty and no row is active."""
         return not self.waiting and not any(_busy(lane) for lane in self.lanes.values())
 
     def step(self) -> None:
-        """Free the rows of cancelled prompts, admit others, and run one chunk of every lane."""
+        """Remove cancelled prompts, admit queued ones, and run one chunk of every lane."""
         for lane in self.lanes.values():
-            if (gone := [i for i, task in enumerate(lane.tasks)
+            if (cancelled := [i for i, task in enumerate(lane.tasks)
                          if task is not None and task.cancelled]):
-                lane.end(gone)
+                lane.end(cancelled)
         while self._admit():
             pass
         for key, lane in list(self.lanes.items()):
             if _busy(lane):
-                with self._alone(key, []):
+                with self._contained(key, []):
                     self._decode(key, lane)
 
     def lane_of(self, key: Any) -> Lane | None:
-        """Return a key's lane, opened if need be, or None where it must wait for another."""
+        """Return the lane of a key, opened on first use; None if no further lane may be opened."""
         if key not in self.lanes:
             for other, lane in list(self.lanes.items()):
                 if len(self.lanes) >= self.most and not _busy(lane):
-                    del self.lanes[other]  # its memory is freed before the next lane is made
+                    del self.lanes[other]  # before the new lane is allocated
             if len(self.lanes) >= self.most:
                 return None
             self.lanes[key] = self.open_lane(key)
         return self.lanes[key]
 
     def _admit(self) -> bool:
-        """Admit the oldest waiting prompts that share a program; tell whether there were any."""
+        """Admit the oldest queued prompts that share a program; return whether any was admitted."""
         while self.waiting and self.waiting[0].cancelled:
             self.waiting.popleft()
         if not self.waiting:
@@ -93,13 +93,13 @@ class Scheduler:
             return False
         if lane.together == lane.rows and _busy(lane):  # prefill would replace all rows
             return False
-        # the fewest free rows that are worth a prefill
+        # the minimum number of free rows for a prefill
         least = lane.together if self.batched and self.refill else 1
-        room = min(lane.together, lane.free)
+        capacity = min(lane.together, lane.free)
         if lane.free < least:
             return False
         chosen: list[Task] = []
-        while self.waiting and len(chosen) < room:
+        while self.waiting and len(chosen) < capacity:
             task = self.waiting[0]
             if task.cancelled:
                 self.waiting.popleft()
@@ -107,14 +107,14 @@ class Scheduler:
                 chosen.append(self.waiting.popleft())
             else:
                 break
-        with self._alone(first.lane, chosen):
+        with self._contained(first.lane, chosen):
             lane.admit(chosen, first.shape)
             lane.filling = True
         return True
 
     @contextlib.contextmanager
-    def _alone(self, key: Any, chosen: list[Task]) -> Iterator[None]:
-        """Let an error end a lane and its prompts, not those of others."""
+    def _contained(self, key: Any, chosen: list[Task]) -> Iterator[None]:
+        """Limit an error to one lane: its prompts fail, and the lane is dropped."""
         try:
             yield
         except Exception as error:
@@ -124,9 +124,9 @@ class Scheduler:
             self.failed([*chosen, *(task for task in lane.tasks if task is not None)], error)
 
     def _decode(self, key: Any, lane: Lane) -> None:
+        """Run one chunk of a lane and collect its finished prompts."""
         lane.filling = False
-        taken = lane.rows - lane.free
-        enough = min(lane.together, taken) if self.batched else 1
+        enough = min(lane.together, lane.rows - lane.free) if self.batched else 1
         early = self.refill and bool(self.waiting) and self.waiting[0].lane == key
         done = lane.decode(lane.free + enough if early else lane.rows, self.chunk)
         if done.size >= enough:
@@ -135,4 +135,5 @@ class Scheduler:
 
 
 def _busy(lane: Lane) -> bool:
+    """Return whether any row of a lane is active."""
     return lane.free < lane.rows

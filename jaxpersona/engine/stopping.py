@@ -1,8 +1,8 @@
-"""Stop strings: an automaton over the vocabulary, and the text of a reply while it is written.
+"""Stop strings: an automaton over the vocabulary, and the text of a streamed reply.
 
 A stop string may begin and end inside tokens. The automaton of Aho and Corasick (1975) runs over
-bytes; a token's bytes take it from one state to another, so the whole of it is one table
-[V, states] that the decode loop reads.
+bytes. The bytes of a token map each state to another, so the decode loop needs one table of
+transitions [V, states].
 """
 
 from __future__ import annotations
@@ -16,33 +16,35 @@ import numpy as np
 
 from jaxpersona.errors import UserError
 
-STATES = 255  # the most, because the table holds uint8
+STATES = 255  # the maximum, because the table is uint8
 
 
 def checked(stop: Any) -> tuple[str, ...]:
-    """Return stop strings as a tuple.
+    """Return stop strings as a sorted tuple without duplicates.
+
+    Args:
+      stop: a text, a list of texts, or None.
 
     Raises:
-      UserError: something that is no list of texts, an empty text, or too many bytes.
+      UserError: another type, an empty text, or too many bytes.
     """
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if not all(isinstance(text, str) and text for text in strings):
-        raise UserError(f"stop is {stop!r:.60}; it must be a list of texts that are not empty")
+        raise UserError(f"stop is {stop!r:.60}; it must be a list of non-empty texts")
     strings = tuple(sorted(set(strings)))
     size = sum(len(text.encode()) for text in strings)
     if size > STATES - 2:
-        raise UserError(f"stop has {size} bytes of text; at most {STATES - 2} are possible")
+        raise UserError(f"stop has {size} bytes of text; the maximum is {STATES - 2}")
     return strings
 
 
 def automaton(strings: Sequence[str]) -> np.ndarray:
-    """Return the automaton of stop strings: [states, 256] uint8, the last state is a match."""
-    texts = [text.encode() for text in strings]
+    """Return the transitions by byte, [states, 256] uint8; the last state accepts and is final."""
     tree: list[dict[int, int]] = [{}]
     ends: set[int] = set()
-    for text in texts:
+    for text in strings:
         state = 0
-        for byte in text:
+        for byte in text.encode():
             if byte not in tree[state]:
                 tree.append({})
                 tree[state][byte] = len(tree) - 1
@@ -52,7 +54,7 @@ def automaton(strings: Sequence[str]) -> np.ndarray:
     step = np.zeros((match + 1, 256), np.int32)
     fail = [0] * match
     order = [0]
-    for state in order:  # breadth first: what a state falls back to is complete before it
+    for state in order:  # breadth first: a state's fallback is complete before it
         for byte in range(256):
             if byte in tree[state]:
                 step[state, byte] = child = tree[state][byte]
@@ -68,7 +70,7 @@ def automaton(strings: Sequence[str]) -> np.ndarray:
 
 
 def token_bytes(tokenizer: Any, size: int) -> list[bytes]:
-    """Return the bytes that each of `size` ids adds to a decoded text; none for special tokens."""
+    """Return the bytes that each of `size` ids adds to decoded text; b"" for special tokens."""
     count = min(len(tokenizer), size)
     names = tokenizer.convert_ids_to_tokens(range(count))
     special = set(tokenizer.all_special_ids)
@@ -97,7 +99,7 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 @functools.cache
 def _byte_level() -> dict[str, int]:
-    """Return the byte of each character of GPT-2's alphabet."""
+    """Return the byte that each character of GPT-2's byte-level alphabet represents."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
@@ -105,14 +107,12 @@ def _byte_level() -> dict[str, int]:
 
 @functools.lru_cache(maxsize=8)
 def table(tokenizer: Any, size: int, strings: tuple[str, ...]) -> np.ndarray:
-    """Return the state that each token leads to from each state: [size, states] uint8.
+    """Return the transitions by token, [size, states] uint8; the last state accepts and is final.
 
     Args:
-      tokenizer: of transformers.
+      tokenizer: a tokenizer of transformers.
       size: V.
-      strings: what `checked` returned.
-
-    The last state is a match, which no token leaves.
+      strings: the result of `checked`.
     """
     step = automaton(strings)
     texts = _texts(tokenizer, size, len(tokenizer))
@@ -133,23 +133,23 @@ def _texts(tokenizer: Any, size: int, count: int) -> list[bytes]:
 
 
 def cut(text: str, strings: Sequence[str]) -> str:
-    """Return a text up to the first stop string in it."""
+    """Return a text up to its first stop string."""
     places = [place for one in strings if (place := text.find(one)) >= 0]
     return text[: min(places)] if places else text
 
 
 class Written:
-    """The text of a reply while its tokens arrive, in pieces that join to the whole.
+    """The text of a streamed reply, in pieces that concatenate to the whole text.
 
-    Text is held back while it may still change: an incomplete character, white space at the end,
-    and the beginning of a stop string.
+    Text that may still change is withheld: an incomplete character, trailing white space, and a
+    prefix of a stop string.
     """
 
     def __init__(self, tokenizer: Any, strings: Sequence[str] = ()) -> None:
         self.tokenizer, self.strings, self.sent = tokenizer, strings, ""
 
     def push(self, tokens: np.ndarray) -> str:
-        """Return what is new and certain of the text of all tokens so far."""
+        """Return the new final text, given all tokens so far."""
         whole = text_of(self.tokenizer, tokens, self.strings)
         held = whole.rstrip("\ufffd")
         for one in self.strings:
@@ -160,19 +160,18 @@ class Written:
         return self._new(held.rstrip())
 
     def finish(self, whole: str) -> str:
-        """Return what is left of the final text."""
+        """Return the rest of the whole text."""
         return self._new(whole)
 
     def _new(self, text: str) -> str:
-        if not text.startswith(self.sent):  # decoded otherwise with more tokens
+        if not text.startswith(self.sent):  # the decoded text changed with more tokens
             return ""
         piece, self.sent = text[len(self.sent):], text
         return piece
 
 
 def text_of(tokenizer: Any, tokens: np.ndarray, strings: Sequence[str] = ()) -> str:
-    """Decode ids without special tokens, cut before the first stop string; "" without a tokenizer.
-    """
+    """Decode ids without special tokens, up to the first stop string; "" without a tokenizer."""
     if tokenizer is None:
         return ""
     return cut(tokenizer.decode(tokens.tolist(), skip_special_tokens=True), strings)

@@ -241,7 +241,7 @@ def test_a_request_that_fails_fails_alone(model, monkeypatch):
 def test_the_queue_is_bounded(model):
     engine = make(model, queue=3)
     handles = [engine.submit(Request([5 + i], max_new_tokens=2)) for i in range(3)]
-    with pytest.raises(QueueFull, match="3 requests wait"):
+    with pytest.raises(QueueFull, match="3 requests are queued"):
         engine.submit(Request([9]))
     engine.step()
     engine.submit(Request([9], max_new_tokens=2))

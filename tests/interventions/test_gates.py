@@ -133,7 +133,7 @@ def test_a_projection_on_a_bound_lies_within(over):
 
 def in_chunks(edits, size):
     rows = batch(ROWS, width=32)
-    carry = Carry(carry=Carry(cache=init_cache(MODEL.config, B, 32)))
+    carry = Carry(cache=init_cache(MODEL.config, B, 32))
     for piece in split(rows, size):
         out = forward(MODEL.params, MODEL.config, piece, interventions=edits, capture=s.READ,
                       carry=carry, logits="last")
@@ -253,7 +253,7 @@ def test_measurements_that_are_not_handed_on_shut_the_gate():
     edits = gate(EDIT, C, layer=0, below=1e6)
     pieces = split(batch(ROWS, width=32), 16)
     first = forward(MODEL.params, MODEL.config, pieces[0], interventions=edits, logits=None,
-                    cache=init_cache(MODEL.config, B, 32))
+                    carry=Carry(cache=init_cache(MODEL.config, B, 32)))
     for gates, wanted in ((first.gates, 1), (None, 0)):
         out = forward(MODEL.params, MODEL.config, pieces[1], interventions=edits, logits=None,
                       carry=Carry(cache=first.cache, gates=gates))
