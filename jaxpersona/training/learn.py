@@ -27,13 +27,13 @@ from jaxpersona.interventions.bank import Layers
 from jaxpersona.interventions.where import as_where, everywhere
 from jaxpersona.models.batch import Batch, check_ids
 from jaxpersona.models.forward import Output, forward
-from jaxpersona.models.model import Model
 from jaxpersona.runtime import check_process
 from jaxpersona.vectors.vector import Vector
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
+    from jaxpersona.models.model import Model
     from jaxpersona.models.params import Params
 
 Loss = Callable[[Output, Batch], jax.Array]
@@ -136,7 +136,7 @@ def fit(
     if not isinstance(batches, Iterable):
         raise UserError(f"batches is {batches!r:.60}; give a list of them")
     batches = list(batches)
-    if not isinstance(model, Model):
+    if not hasattr(model, "config") or not hasattr(model, "params"):
         raise UserError(f"model is {model!r:.60}; give the result of `jaxpersona.load`")
     if not isinstance(direction, Direction):
         raise UserError(f"direction is {direction!r:.60}; give a `Direction`")
