@@ -9,6 +9,7 @@ import math
 import pathlib
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +118,7 @@ def rowwise(a: Any, b: Any) -> np.ndarray:
 
 def same_bits(a: Any, b: Any) -> bool:
     """Whether two pytrees have one structure and every array is equal bit for bit."""
+    chex.assert_trees_all_equal_structs(a, b)
     pairs = jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b)
     return all(jax.tree.leaves(pairs))
 

@@ -106,18 +106,18 @@ def owns(i: int) -> bool:
 def fetch(tree: Any) -> Any:
     """Copy complete arrays to the host, whatever their sharding; all processes must call this."""
     leaves, structure = jax.tree.flatten(tree)
-    far = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)
+    remote = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)
            and not (x.is_fully_addressable or x.is_fully_replicated)]
-    if far:
+    if remote:
         from jax.experimental import multihost_utils
 
-        for i, x in zip(far, multihost_utils.process_allgather([leaves[i] for i in far],
-                                                               tiled=True), strict=True):
+        gathered = multihost_utils.process_allgather([leaves[i] for i in remote], tiled=True)
+        for i, x in zip(remote, gathered, strict=True):
             leaves[i] = x
     return structure.unflatten(jax.device_get(leaves))
 
 
-def total(mine: np.ndarray) -> np.ndarray:
+def total(values: np.ndarray) -> np.ndarray:
     """Sum an integer array over all processes; all of them must call this.
 
     The sum wraps around at the dtype's limit, so it does not depend on the distribution of the
@@ -125,17 +125,17 @@ def total(mine: np.ndarray) -> np.ndarray:
     """
     from jax.experimental import multihost_utils
 
-    every = np.asarray(multihost_utils.process_allgather(mine))
-    return every.reshape(-1, *mine.shape).sum(0, dtype=mine.dtype)
+    every = np.asarray(multihost_utils.process_allgather(values))
+    return every.reshape(-1, *values.shape).sum(0, dtype=values.dtype)
 
 
-def merge(mine: Mapping[str, T]) -> dict[str, T]:
+def merge(items: Mapping[str, T]) -> dict[str, T]:
     """Merge the dicts of all processes into one; all processes must call this."""
     if not many():
-        return dict(mine)
+        return dict(items)
     from jax.experimental import multihost_utils
 
-    message = np.frombuffer(pickle.dumps(dict(mine)), np.uint8)
+    message = np.frombuffer(pickle.dumps(dict(items)), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([message.size]))
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: message.size] = message

@@ -292,7 +292,7 @@ def spread_rows(x: jax.Array, dimension: int, like: Any) -> jax.Array:
     return place(x, tuple("batch" if i == dimension else None for i in range(x.ndim)), like)
 
 
-def of_each(x: jax.Array, index: jax.Array) -> jax.Array:
+def of_each(x: jax.Array | np.ndarray, index: jax.Array) -> jax.Array:
     """Gather entries per row: x[b, index[b]].
 
     Unlike `take_along_axis`, this supports a single row on a mesh that shards rows.

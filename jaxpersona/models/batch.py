@@ -54,7 +54,7 @@ class Batch(flax.struct.PyTreeNode):
     """
 
     tokens: Int32[Array | np.ndarray, "B T"]
-    position: Int32[Array | np.ndarray, "B T"]
+    position: Any  # as `tokens`; functions that take it are typed for jax.Array alone
     kind: UInt16[Array | np.ndarray, "B T"]
     turn: Int32[Array | np.ndarray, "B T"]
     row_id: UInt32[Array | np.ndarray, " B"]

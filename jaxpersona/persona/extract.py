@@ -2,7 +2,7 @@
 
 Rollouts, means and scores are saved in a run folder and reused, so an interrupted run resumes and
 produces the same bytes. Existing files are verified before anything is generated; a damaged file
-raises ValueError.
+raises UserError.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 Report = Callable[[str, int, int, int], None]
-_TOGETHER = 256  # rollouts per `generate` call; batches then span roles and stay full
+_ROLLOUTS_PER_CALL = 256  # rollouts per `generate` call; batches then span roles and stay full
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,11 +114,11 @@ def extract_axis(
             "roles must contain one named 'default' that is not in held_out"
         )
     prompts = _check(model, roles, questions, settings, judge, min_count, held_out)
-    described = manifest(model, roles, questions, judge, settings, min_count, held_out, prompts)
+    expected = manifest(model, roles, questions, judge, settings, min_count, held_out, prompts)
     processes.warn_of_deadlock()
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         run = processes.in_turn(
-            lambda: held.enter_context(Run.open(folder, described, processes.index())))
+            lambda: stack.enter_context(Run.open(folder, expected, processes.index())))
         return _extract(model, run, roles, questions, judge, settings, min_count, held_out, redo,
                         report)
 
@@ -132,8 +132,8 @@ def _extract(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[
         if name in redo and processes.owns(i):
             run.discard(name)
     tokens = _play_missing(model, run, roles, questions, settings, report)
-    scores = {role.name: _judge(run, role, judge, mine)
-              for role, mine in zip(roles, map(processes.owns, range(len(roles))), strict=True)}
+    scores = {role.name: _judge(run, role, judge, owned)
+              for role, owned in zip(roles, map(processes.owns, range(len(roles))), strict=True)}
     vectors: dict[str, dict[str, tuple[np.ndarray, int]]] = {}
     means: dict[str, np.ndarray] = {}
     for i, role in enumerate(roles):
@@ -152,12 +152,12 @@ def _extract(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[
         raise UserError("every reply of the default persona is empty; the axis needs at least one "
                          "non-empty reply")
     default = vectors["default"]["mean"][0]
-    enough = {
-        name: found["pos_3"][0]
-        for name, found in vectors.items()
-        if name != "default" and found.get("pos_3", (None, 0))[1] >= min_count
+    role_means = {
+        name: by_label["pos_3"][0]
+        for name, by_label in vectors.items()
+        if name != "default" and by_label.get("pos_3", (None, 0))[1] >= min_count
     }
-    used = {name: vector for name, vector in enough.items() if name not in held_out}
+    used = {name: vector for name, vector in role_means.items() if name not in held_out}
     if len(used) < 2:
         raise UserError(
             f"{len(used)} of {len(names) - 1} roles have {min_count} rollouts with score 3; the "
@@ -166,22 +166,22 @@ def _extract(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[
     analysis = science.analyse(default, used)
     projections = _in_order(
         {name: science.project(value, analysis.axis) for name, value in means.items()}, names)
-    everyone = np.concatenate([projections[n] for n in names if n not in held_out])
+    pooled = np.concatenate([projections[n] for n in names if n not in held_out])
     axis = Axis(
         values=analysis.axis, name="assistant", model=model.name, fingerprint=model.fingerprint,
         percentiles={
             "default": science.percentiles(projections["default"]),
-            "all": science.percentiles(everyone),
+            "all": science.percentiles(pooled),
         },
         notes={"judge": judge.name, "roles": len(used), "min_count": min_count,
-               "default_rollouts": len(projections["default"]), "rollouts": len(everyone)},
+               "default_rollouts": len(projections["default"]), "rollouts": len(pooled)},
     )
     counts = {name: _count(values) for name, values in scores.items() if name != "default"}
     if processes.first():
         save_vector(run.folder / "axis.safetensors", axis)
         _save_analysis(run, analysis, projections, counts, held_out)
     total = sum(len(value) for value in projections.values())
-    return Extraction(axis, analysis, default, enough, projections, counts, total, tokens)
+    return Extraction(axis, analysis, default, role_means, projections, counts, total, tokens)
 
 
 def _check(model: Model, roles: Sequence[Role], questions: Sequence[Question], settings: Settings,
@@ -237,8 +237,8 @@ def _play_missing(model: Model, run: Run, roles: Sequence[Role], questions: Sequ
     """Generate the missing rollouts, several roles per `play` call; return the generated tokens."""
     size = {role.name: len(role.prompts) * len(questions) * settings.samples for role in roles}
     owned = {role.name: processes.owns(i) for i, role in enumerate(roles)}
-    held = _whole(run, [role.name for role in roles if owned[role.name]])
-    missing = [role for role in roles if not held[role.name]]
+    complete = _complete(run, [role.name for role in roles if owned[role.name]])
+    missing = [role for role in roles if not complete[role.name]]
     total = sum(size.values())
     done = total - sum(size[role.name] for role in missing)
     tokens = 0
@@ -246,76 +246,77 @@ def _play_missing(model: Model, run: Run, roles: Sequence[Role], questions: Sequ
         report("rollouts", done, total, tokens)
     while missing:
         group: list[Role] = []
-        while missing and (not group or sum(size[r.name] for r in group) < _TOGETHER):
+        while missing and (not group or sum(size[r.name] for r in group) < _ROLLOUTS_PER_CALL):
             group.append(missing.pop(0))
         before, latest = (done, tokens), [0]
 
-        def tell(rows: int, _: int, made: int, before=before, latest=latest) -> None:
+        def count(rows: int, _: int, made: int, before=before, latest=latest) -> None:
             latest[0] = made
             if report is not None:
                 report("rollouts", before[0] + rows, total, before[1] + made)
 
-        found = play(model, group, questions, settings, progress=tell)
+        played = play(model, group, questions, settings, progress=count)
         for role in group:
             if owned[role.name]:
-                run.save_rollouts(role.name, *found[role.name])
+                run.save_rollouts(role.name, *played[role.name])
             done += size[role.name]
         tokens += latest[0]
     return tokens
 
 
-def _whole(run: Run, mine: Sequence[str]) -> dict[str, bool]:
+def _complete(run: Run, owned: Sequence[str]) -> dict[str, bool]:
     """Return for every role whether its rollouts are complete, after verifying all its files.
 
     Args:
-      mine: the roles whose files this process owns.
+      owned: the roles whose files this process owns.
 
     Raises:
       UserError: files are damaged, on any process; the message lists every one.
     """
-    found: dict[str, bool | str] = {}
-    for name in mine:
+    status: dict[str, bool | str] = {}  # whether complete, or the fault
+    for name in owned:
         try:
-            found[name] = run.is_whole(name)
+            status[name] = run.is_whole(name)
         except Damaged as error:
-            found[name] = error.fault
-    found = processes.merge(found)
-    faults = {name: fault for name, fault in found.items() if isinstance(fault, str)}
+            status[name] = error.fault
+    status = processes.merge(status)
+    faults = {name: fault for name, fault in status.items() if isinstance(fault, str)}
     if faults:
         raise UserError(f"{'; '.join(faults.values())}; {remedy(sorted(faults))}")
-    return {name: bool(whole) for name, whole in found.items()}
+    return {name: bool(complete) for name, complete in status.items()}
 
 
-def _in_order(mine: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _in_order(owned: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Merge all processes' roles in the order of `names`, which fixes the order of summation."""
-    found = processes.merge(mine)
-    return {name: found[name] for name in names}
+    merged = processes.merge(owned)
+    return {name: merged[name] for name in names}
 
 
-def _judge(run: Run, role: Role, judge: Judge, mine: bool) -> list[int | None]:
+def _judge(run: Run, role: Role, judge: Judge, owned: bool) -> list[int | None]:
     """Return a role's scores in the order of its rollouts; the default's are None.
 
     The process that owns the role's files reads them. Judges with `together` run on all processes,
     other judges only on the owner.
     """
-    own = {"records": run.rollouts(role.name) or [], "kept": run.scores(role.name)} if mine else {}
-    merged = processes.merge(own)
+    files = {"records": run.rollouts(role.name) or [], "stored": run.scores(role.name)}\
+        if owned else {}
+    merged = processes.merge(files)
     records: Any = merged["records"]
-    kept: Any = merged["kept"]
+    stored: Any = merged["stored"]
     if role.name == "default":
         return [None] * len(records)
-    if kept is None:
-        scores = judge(role, records) \
-            if mine or getattr(judge, "together", False) else None
-        given: Any = processes.merge({"scores": scores} if mine else {})["scores"]
+    if stored is None:
+        together = getattr(judge, "together", False)
+        scores = judge(role, records) if owned or together else None
+        given: Any = processes.merge({"scores": scores} if owned else {})["scores"]
         if len(given) != len(records):
             raise UserError(f"the judge {judge.name!r} returned {len(given)} scores for "
                              f"{len(records)} rollouts of role {role.name!r}; it must return one "
                              "per rollout")
-        kept = {rollout_key(r): score for r, score in zip(records, given, strict=True)}
-        if mine:
-            run.save_scores(role.name, kept)
-    return [kept[rollout_key(record)] for record in records]
+        stored = {rollout_key(r): score for r, score in zip(records, given, strict=True)}
+        if owned:
+            run.save_scores(role.name, stored)
+    return [stored[rollout_key(record)] for record in records]
 
 
 def _count(scores: Sequence[int | None]) -> dict[str, int]:

@@ -27,17 +27,17 @@ from jaxpersona.interventions.bank import Layers
 from jaxpersona.interventions.where import as_where, everywhere
 from jaxpersona.models.batch import Batch, check_ids
 from jaxpersona.models.forward import Output, forward
-from jaxpersona.models.model import Model
 from jaxpersona.runtime import check_process
 from jaxpersona.vectors.vector import Vector
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
+    from jaxpersona.models.model import Model
     from jaxpersona.models.params import Params
 
 Loss = Callable[[Output, Batch], jax.Array]
-_KEEP_EVERY = 50  # steps between two checkpoints
+_SAVE_EVERY = 50  # steps between two checkpoints
 
 
 class Direction(nnx.Module):
@@ -62,7 +62,7 @@ class Direction(nnx.Module):
           seed: the seed of the random initialization.
 
         Raises:
-          UserError: invalid layers, site or size.
+          UserError: an invalid width, layers, `where`, site, size or seed.
         """
         if not isinstance(width, (int, np.integer)) or width < 1:
             raise UserError(f"width is {width!r:.60}; it must be a positive integer, the model's D")
@@ -125,7 +125,8 @@ def fit(
       The loss of every step of this call.
 
     Raises:
-      UserError: no batches or steps; a direction or checkpoint that does not match; a folder with
+      UserError: an argument of another type; no batches or steps; a direction or checkpoint that
+        does not match; a folder with
         more steps than `steps`; a loss that is not a scalar; a non-finite loss or gradient (the
         direction keeps its value from before that step); or a process that was forked from one
         that had used JAX.
@@ -136,7 +137,7 @@ def fit(
     if not isinstance(batches, Iterable):
         raise UserError(f"batches is {batches!r:.60}; give a list of them")
     batches = list(batches)
-    if not isinstance(model, Model):
+    if not hasattr(model, "config") or not hasattr(model, "params"):
         raise UserError(f"model is {model!r:.60}; give the result of `jaxpersona.load`")
     if not isinstance(direction, Direction):
         raise UserError(f"direction is {direction!r:.60}; give a `Direction`")
@@ -149,53 +150,54 @@ def fit(
     if steps < 1 or not batches:
         raise UserError(f"steps is {steps} with {len(batches)} batches; both must be positive")
     config = model.config
-    for i, one in enumerate(batches):
-        if not isinstance(one, Batch):
-            raise UserError(f"batches[{i}] is {one!r:.60}; give the result of `batch` or `encode`")
-        if getattr(one.tokens, "is_fully_addressable", True):
-            check_ids(np.asarray(jax.device_get(one.tokens)), config.vocab_size, f"batches[{i}]")
+    for i, item in enumerate(batches):
+        if not isinstance(item, Batch):
+            raise UserError(f"batches[{i}] is {item!r:.60}; give the result of `batch` or `encode`")
+        if getattr(item.tokens, "is_fully_addressable", True):
+            check_ids(np.asarray(jax.device_get(item.tokens)), config.vocab_size, f"batches[{i}]")
     direction.interventions().check(layers=config.n_layers, width=config.d_model, rows=0)
     optimizer = optimizer if optimizer is not None else optax.adam(0.05)
     graph, learned = nnx.split(direction)
 
     @jax.jit
-    def step(learned: nnx.State, memory: optax.OptState, params: Params,
+    def step(learned: nnx.State, optimizer_state: optax.OptState, params: Params,
              batch: Batch) -> tuple[nnx.State, optax.OptState, jax.Array]:
-        def measured(state: nnx.State) -> jax.Array:
+        def objective(state: nnx.State) -> jax.Array:
             edits = nnx.merge(graph, state).interventions()
             value = loss(forward(params, config, batch, interventions=edits), batch)
             if jnp.shape(value) != ():
                 raise UserError(f"the loss has shape {jnp.shape(value)}; it must be a scalar")
             return value
 
-        value, slope = jax.value_and_grad(measured)(learned)
+        value, gradient = jax.value_and_grad(objective)(learned)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes a Python float
-            change, memory = optimizer.update(slope, memory, learned)
-        updated: Any = optax.apply_updates(learned, change)  # a State, as `learned`
-        return updated, memory, value
+            update, optimizer_state = optimizer.update(gradient, optimizer_state, learned)
+        updated: Any = optax.apply_updates(learned, update)  # a State, as `learned`
+        return updated, optimizer_state, value
 
-    memory, done, losses = optimizer.init(learned), 0, []
-    with _checkpoints(folder, direction, model) as kept:
-        latest = None if kept is None else kept.latest
-        if kept is not None and latest is not None:
-            learned, memory = kept.restore(latest, (learned, memory))
+    optimizer_state, done, losses = optimizer.init(learned), 0, []
+    with _checkpoints(folder, direction, model) as checkpoints:
+        latest = None if checkpoints is None else checkpoints.latest
+        if checkpoints is not None and latest is not None:
+            learned, optimizer_state = checkpoints.restore(latest, (learned, optimizer_state))
             done = latest
             if done > steps:
                 raise UserError(f"steps is {steps}, but {folder} already has {done}; give more "
                                  "steps, or use another folder")
         for number in range(done, steps):
             batch = batches[number % len(batches)]
-            new, memory, value = step(learned, memory, model.params, batch)
-            finite = all(bool(jnp.isfinite(x).all()) for x in (value, *jax.tree.leaves(new)))
+            updated, optimizer_state, value = step(learned, optimizer_state, model.params, batch)
+            finite = all(bool(jnp.isfinite(x).all()) for x in (value, *jax.tree.leaves(updated)))
             if not finite:
                 nnx.update(direction, learned)
                 raise UserError(f"the loss is {float(value)} at step {number}, and it or its "
                                  "gradient is not finite; use a smaller learning rate or another "
                                  "loss")
-            learned = new
+            learned = updated
             losses.append(float(value))
-            if kept is not None and ((number + 1) % _KEEP_EVERY == 0 or number + 1 == steps):
-                kept.save(number + 1, (learned, memory))
+            if checkpoints is not None and (
+                    (number + 1) % _SAVE_EVERY == 0 or number + 1 == steps):
+                checkpoints.save(number + 1, (learned, optimizer_state))
             if progress is not None:
                 progress(number + 1, steps, losses[-1])
     nnx.update(direction, learned)
@@ -217,11 +219,11 @@ class _Checkpoints:
         """Save the state after a step; only the last two checkpoints are kept."""
         import orbax.checkpoint as ocp
 
-        self.manager.save(step, args=ocp.args.StandardSave(_plain(state)))
+        self.manager.save(step, args=ocp.args.StandardSave(_numbered(state)))
         self.manager.wait_until_finished()
 
-    def restore(self, step: int, like: Any) -> Any:
-        """Return the state after a step, with the tree structure of `like`.
+    def restore(self, step: int, target: Any) -> Any:
+        """Return the state after a step, with the tree structure of `target`.
 
         Raises:
           UserError: the checkpoint is damaged, or has another structure (other layers, width or
@@ -229,13 +231,13 @@ class _Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        leaves, tree = jax.tree.flatten(like)
-        wanted = _plain(like)
+        leaves, tree = jax.tree.flatten(target)
+        wanted = _numbered(target)
         try:
-            kept = getattr(self.manager.item_metadata(step), "tree", None)
-            if kept is None:
+            stored = getattr(self.manager.item_metadata(step), "tree", None)
+            if stored is None:
                 raise UserError("its metadata is damaged")
-            shapes = {name: tuple(array.shape) for name, array in kept.items()}
+            shapes = {name: tuple(array.shape) for name, array in stored.items()}
             if shapes != {name: x.shape for name, x in wanted.items()}:
                 raise UserError("it was written with another optimizer")
             arrays = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
@@ -246,7 +248,7 @@ class _Checkpoints:
         return jax.tree.unflatten(tree, [arrays[f"{i:04d}"] for i in range(len(leaves))])
 
 
-def _claim(folder: pathlib.Path, what: dict[str, Any]) -> None:
+def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
     """Write the training run's settings to a folder, or compare them with those in the folder.
 
     Raises:
@@ -256,19 +258,19 @@ def _claim(folder: pathlib.Path, what: dict[str, Any]) -> None:
     if not path.exists():
         if folder.is_dir() and any(folder.iterdir()):
             raise UserError(f"{folder}: is not empty and has no {path.name}; use another folder")
-        files.write_json(path, what)
+        files.write_json(path, settings)
         return
-    kept = read_json(path)
-    if not isinstance(kept, dict):
-        raise UserError(f"{path}: contains a {type(kept).__name__}, not a JSON object; use "
+    stored = read_json(path)
+    if not isinstance(stored, dict):
+        raise UserError(f"{path}: contains a {type(stored).__name__}, not a JSON object; use "
                          "another folder")
-    for field, value in what.items():
-        if kept.get(field) != value:
+    for field, value in settings.items():
+        if stored.get(field) != value:
             raise UserError(f"{folder}: the checkpoint does not match this direction: its {field} "
-                             f"is {kept.get(field)}, not {value}; use another folder")
+                             f"is {stored.get(field)}, not {value}; use another folder")
 
 
-def _plain(state: Any) -> dict[str, Any]:
+def _numbered(state: Any) -> dict[str, Any]:
     """Return a state's arrays by number, so that files do not depend on Python classes."""
     return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
 
@@ -283,7 +285,7 @@ def _checkpoints(folder: str | pathlib.Path | None, direction: Direction,
     import orbax.checkpoint as ocp
 
     path = pathlib.Path(folder).absolute()
-    _claim(path, {"layers": list(direction.layers), "site": direction.site,
+    _check_settings(path, {"layers": list(direction.layers), "site": direction.site,
                   "where": direction.where.encode().tolist(), "model": model.fingerprint,
                   "shape": list(direction.vector[...].shape)})
     orbax.check_files(path)

@@ -24,7 +24,7 @@ import sys
 from jaxpersona.cli.main import main
 from jaxpersona.ckpts import tensorfile
 from jaxpersona.persona import extract
-extract._TOGETHER = 4  # rollouts in one call, so that files come one by one
+extract._ROLLOUTS_PER_CALL = 4  # rollouts in one call, so that files come one by one
 whole, read = tensorfile.read_slice, [0]
 def counted(entry, index=()):
     values = whole(entry, index)
@@ -81,7 +81,7 @@ def together(tmp_path_factory):
 
 def test_two_processes_find_the_axis_of_one(together, tmp_path, monkeypatch, capsys):
     out, said = together
-    monkeypatch.setattr(extract, "_TOGETHER", 4)
+    monkeypatch.setattr(extract, "_ROLLOUTS_PER_CALL", 4)
     assert s.run_command(ask(tmp_path / "one")) == 0
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
     shared = json.loads(said[0][0].splitlines()[-2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-import jax
+import chex
 import numpy as np
 import pytest
 import support as s
@@ -72,7 +72,7 @@ SAME = [
 def test_gives_the_tables_that_code_gives(spec, wanted, folder):
     spec = json.loads(json.dumps(spec))
     found = specs.interventions(spec, MODEL, folder=folder)
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    chex.assert_trees_all_equal_structs(found, wanted)
     assert s.same_bits(found, wanted)
     pair = specs.interventions([spec, SAME[0][0]], MODEL, folder=folder)
     assert s.same_bits(pair, jp.chain(wanted, SAME[0][1]))
@@ -92,7 +92,8 @@ def test_captures(folder):
         | capture.projections([V], layers=0) | capture.moments(AXIS)
         | capture.histogram([V], [-1, 0, 1], response.without("first")))
     found = specs.captures(spec, MODEL, folder=folder)
-    assert jax.tree.structure(found) == jax.tree.structure(wanted) and s.same_bits(found, wanted)
+    chex.assert_trees_all_equal_structs(found, wanted)
+    assert s.same_bits(found, wanted)
 
 
 def steer(**changes):

@@ -4,10 +4,10 @@ import hashlib
 import json
 import random
 
+import chex
 import hf as oracle
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from jaxpersona.ckpts import hf, tensorfile
@@ -76,7 +76,7 @@ def test_load_onto_a_mesh_reads_the_same_numbers(small):
     folder, config, params = small
     seen = []
     loaded = hf.load(folder, mesh=make_mesh(2, 2), progress=lambda *at: seen.append(at))
-    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+    chex.assert_trees_all_equal(loaded, params)
     assert loaded.layers[0].wo_dnh.sharding.spec == P(None, "model", None)
     assert seen[-1][0] == seen[-1][1] == config.bytes(4)
 
@@ -88,7 +88,7 @@ def test_load_casts_to_a_dtype(to, piece, small, monkeypatch):
     folder, _, params = small
     loaded = hf.load(folder, dtype=to if to != "bfloat16" else jnp.bfloat16)
     wanted = jax.tree.map(lambda x: x.astype(to), params)
-    jax.tree.map(np.testing.assert_array_equal, loaded, wanted)
+    chex.assert_trees_all_equal(loaded, wanted)
 
 
 def edit(path, change):

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +57,7 @@ def test_fresh_norms_multiply_by_one_and_weights_are_small(name):
 
 def test_random_weights_are_the_same_on_a_mesh():
     one, two = load("random:qwen3-mini"), load("random:qwen3-mini", mesh=make_mesh(2, 2))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one.params, two.params)
+    chex.assert_trees_all_close(one.params, two.params, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("source", "options", "words"), [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,7 +117,7 @@ def test_queries_in_chunks(monkeypatch, whole):
 
     (_, out), grad = jax.jit(jax.value_and_grad(total, has_aux=True))(MODEL.params)
     assert s.relative(out.captured["full"].value, whole[0]).max() <= 1e-5
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grad))
+    chex.assert_tree_all_finite(grad)
 
 
 def test_gradient_against_finite_differences():
@@ -139,7 +140,7 @@ def test_gradient_against_finite_differences():
 
     scale = jnp.float32(0.2)
     slope_params, slope_scale = jax.jit(jax.grad(loss, argnums=(0, 1)))(MODEL.params, scale)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(slope_params))
+    chex.assert_tree_all_finite(slope_params)
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(slope_params)), "a parameter is unused"
     step = 1e-2
     by_hand = (loss(MODEL.params, scale + step) - loss(MODEL.params, scale - step)) / (2 * step)

@@ -316,7 +316,7 @@ def test_a_run_that_ends_before_any_write_resumes_to_the_same_bytes(finished, tm
         replace(source, target)
 
     monkeypatch.setattr(files.os, "replace", counted)
-    monkeypatch.setattr(extract, "_TOGETHER", 1)
+    monkeypatch.setattr(extract, "_ROLLOUTS_PER_CALL", 1)
     for writes in range(len(expected)):
         folder, left[0] = tmp_path / str(writes), writes
         with pytest.raises(Killed):

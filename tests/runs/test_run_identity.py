@@ -230,7 +230,7 @@ def test_a_killed_command_resumes_to_the_same_bytes(tmp_path):
         "import os, signal, sys\n"
         "import test_run_identity as t\n"
         "from jaxpersona.persona import extract\n"
-        "extract._TOGETHER = 1\n"
+        "extract._ROLLOUTS_PER_CALL = 1\n"
         "from jaxpersona.runs.run import Run\n"
         "save = Run.save_rollouts\n"
         "def killed(self, role, *rest):\n"
