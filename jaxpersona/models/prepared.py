@@ -39,8 +39,8 @@ def fast_params(model: Model, rows: int) -> Params:
     """
     params, config = model.params, model.config
     device, dtype = platform(params.embed_vd), params.embed_vd.dtype
-    if model.mesh is not None:
-        return params
+    if model.mesh is not None or isinstance(params.layers[0].wq_nhd, Weight | None):
+        return params  # sharded, or prepared already
     if device == "cpu" and dtype == F32 and rows >= 8 and config.bytes(4) <= _LARGEST_COPY:
         make = in_out
     elif device == "gpu" and _copy_fits(params, config, _memory(params)):
