@@ -38,6 +38,8 @@ from jaxpersona.runtime import debugging
 from jaxpersona.text import chat
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool
+
     from jaxpersona.models.model import Model
 
 _LOG = logging.getLogger("jaxpersona")
@@ -64,7 +66,7 @@ class Extracted:
     rows: list[chat.Row]
     tokens: int
     padded: int
-    nonfinite: np.ndarray
+    nonfinite: Bool[np.ndarray, " N"]
 
 
 @own_context()
@@ -104,15 +106,14 @@ def extract(
     if batch_tokens is None:
         batch_tokens = _TOKENS.get(platform(model.params.embed_vd), _TOKENS_ELSE)
     prompts.check_settings(capture, batch_tokens=batch_tokens)
-    capture = mean() if capture is None else capture
-    edits, capture = off_mesh((given(interventions), capture))
-    prompts.check_edits(model, edits, len(conversations), capture)
+    edits, readings = off_mesh((given(interventions), mean() if capture is None else capture))
+    prompts.check_edits(model, edits, len(conversations), readings)
     rows = [prompts.encode(model, item, reply=False) for item in conversations]
     for i, row in enumerate(rows):
         if row.tokens.size > model.config.max_context:
             raise UserError(f"conversation {i} has {row.tokens.size} tokens; the model's context "
                              f"holds {model.config.max_context}: shorten it")
-    _check_tokens(rows, capture)
+    _check_tokens(rows, readings)
     results: dict[int, tuple[dict[str, Any], tuple[Applied, ...]]] = {}
     done = padded = 0
     nonfinite = np.zeros(len(rows), bool)
@@ -144,7 +145,7 @@ def extract(
     for members, width, size in _batches(rows, batch_tokens, ways):
         batch = _pad([rows[i] for i in members], width, size)
         index = np.array(members + [-1] * (size - len(members)), np.int32)
-        out = _read(model.params, model.config, batch, edits.take(index), capture)
+        out = _read(model.params, model.config, batch, edits.take(index), readings)
         if running is not None:
             keep(*running)  # while the device runs the next batch
         running = members, out

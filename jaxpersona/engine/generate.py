@@ -47,6 +47,8 @@ from jaxpersona.runtime import debugging
 from jaxpersona.text import chat, fences
 
 if TYPE_CHECKING:
+    from jaxtyping import Bool, Int, UInt32
+
     from jaxpersona.models.model import Model
 
 Progress = Callable[[int, int, int], None]
@@ -71,8 +73,8 @@ class Generated:
     """
 
     text: list[str]
-    tokens: list[np.ndarray]
-    stopped: np.ndarray
+    tokens: list[Int[np.ndarray, " n"]]
+    stopped: Bool[np.ndarray, " N"]
     rows: list[chat.Row]
     captured: dict[str, Any]
     applied: tuple[Applied, ...]
@@ -174,10 +176,10 @@ def generate(
     return out.finish(model, rows)
 
 
-def drain(model: Model, rows: list[chat.Row], ids: np.ndarray, limits: np.ndarray,
-          settings: Sampling, edits: Interventions, capture: Capture, stops: Stops,
-          collect: Collect, *, max_new: int, batch_size: int, share_prefix: bool = False,
-          refill: bool = True) -> None:
+def drain(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
+          limits: Int[np.ndarray, " N"], settings: Sampling, edits: Interventions,
+          capture: Capture, stops: Stops, collect: Collect, *, max_new: int, batch_size: int,
+          share_prefix: bool = False, refill: bool = True) -> None:
     """Run a scheduler until every prompt is finished.
 
     Args:

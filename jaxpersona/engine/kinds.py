@@ -24,7 +24,7 @@ def plain_kinds(slots: int, capacity: Interventions | None) -> tuple[Kind, Kind]
 
     Args:
       slots: S of the cache.
-      capacity: what `reserve` made, or None.
+      capacity: the result of `reserve`, or None.
     """
     edits, capture = for_one_row(None, capacity), Capture()
     code = asks_for_code(edits, capture)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -86,8 +86,8 @@ class Task:
     limit: int
     sampling: Sampling
     shape: Shape
-    lane: Any
-    edits: Any = None
+    lane: Hashable
+    edits: Interventions | None = None
     cancelled: bool = False
 
 
@@ -341,12 +341,13 @@ def _mark_done(state: State, rows: jax.Array) -> State:
 @program(static=("axes",))
 def _take_rows(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
     """Copy rows [n] of a state, without keys and values."""
-    axis_of = jax.tree.unflatten(jax.tree.structure(state), axes)
-    state, axis_of = (
-        x.replace(carry=x.carry.replace(cache=x.carry.cache.replace(k=(), v=())))
-        for x in (state, axis_of))
+    def without_keys(state: State) -> State:
+        assert state.carry.cache is not None
+        cache = state.carry.cache.replace(k=(), v=())
+        return state.replace(carry=state.carry.replace(cache=cache))
 
     def take(value: jax.Array, axis: int) -> jax.Array:
         return value if axis < 0 else jnp.take(value, rows, axis, mode="clip")
 
-    return jax.tree.map(take, state, axis_of)
+    axis_of = jax.tree.unflatten(jax.tree.structure(state), axes)
+    return jax.tree.map(take, without_keys(state), without_keys(axis_of))

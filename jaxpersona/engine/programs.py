@@ -7,7 +7,7 @@ number of steps is data, so decoding in chunks needs no further program.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import TYPE_CHECKING
 
 import flax.struct
 import jax
@@ -25,6 +25,10 @@ from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.forward import forward
 from jaxpersona.models.params import Params
 from jaxpersona.text.fences import CODE_BIT
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Array, Bool, Int, UInt8, UInt32
 
 TRACES: Counter[str] = Counter()  # the number of traces per program, for tests and benchmarks
 
@@ -51,18 +55,18 @@ class State(flax.struct.PyTreeNode):
     """
 
     carry: Carry
-    token: Any
-    position: Any
-    turn: Any
-    row_id: Any
-    done: Any
-    thinking: Any
-    limit: Any
-    length: Any
-    tokens: Any
-    step: Any
-    fence: Any = None
-    matched: Any = None
+    token: Int[Array, " B"]
+    position: Int[Array, " B"]
+    turn: Int[Array, " B"]
+    row_id: UInt32[Array, " B"]
+    done: Bool[Array, " B"]
+    thinking: Bool[Array, " B"]
+    limit: Int[Array, " B"]
+    length: Int[Array, " B"]
+    tokens: Int[Array, "B M"]
+    step: Int[Array, ""]
+    fence: Int[Array, " B"] | None = None
+    matched: Int[Array, " B"] | None = None
 
 
 class Stops(flax.struct.PyTreeNode):
@@ -76,10 +80,10 @@ class Stops(flax.struct.PyTreeNode):
       strings: [V, states] uint8, the transitions of `stopping.table`; None without stop strings.
     """
 
-    ids: Any
-    think: Any
-    fences: Any = None
-    strings: Any = None
+    ids: Int[Array | np.ndarray, " n"]
+    think: Int[Array | np.ndarray, " 2"]
+    fences: UInt8[Array, "V states"] | None = None
+    strings: UInt8[Array, "V states"] | None = None
 
     @property
     def accepting(self) -> int | None:
@@ -215,6 +219,7 @@ def _choose_next(state: State, logits: jax.Array, sampling: Sampling, stops: Sto
     else:
         token = choose(logits, sampling, state.row_id, position)
     # NaN and infinity in a residual reach its logits (`forward.head`)
+    assert state.carry.finite is not None
     valid = state.carry.finite & (finite(logits, token if greedy else None) | ~ran)
     live = valid & ~state.done
     slot = jnp.where(live, state.length, state.tokens.shape[1])

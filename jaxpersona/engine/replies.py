@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -15,6 +15,9 @@ from jaxpersona.engine.lanes import Task
 from jaxpersona.engine.programs import State
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.text.chat import Row
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Finished:
       matched: whether a stop string ended the reply.
     """
 
-    tokens: np.ndarray
+    tokens: Int[np.ndarray, " n"]
     captured: dict[str, Any]
     per_token: frozenset[str]
     empty: frozenset[str]
@@ -58,7 +61,7 @@ class Reply:
     """
 
     text: str
-    tokens: np.ndarray
+    tokens: Int[np.ndarray, " n"]
     finish: str
     row: Row
     captured: dict[str, Any]

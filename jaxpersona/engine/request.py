@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from jaxpersona.captures.capture import Capture
 from jaxpersona.captures.projections import Projections
 from jaxpersona.engine.replies import Reply
 from jaxpersona.interventions.compose import Interventions
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +67,8 @@ class Event:
     """
 
     text: str
-    tokens: np.ndarray
-    projections: dict[str, np.ndarray]
+    tokens: Int[np.ndarray, " n"]
+    projections: dict[str, Float[np.ndarray, "n L K"]]
     reply: Reply | None = None
 
 

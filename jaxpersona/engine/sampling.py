@@ -7,7 +7,7 @@ alone, so a row's draws do not depend on other rows.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
@@ -16,6 +16,9 @@ import numpy as np
 
 from jaxpersona.distributed.sharding import mesh_of, of_each, on_cpu, place, spread_rows
 from jaxpersona.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float32, Int32, UInt32
 
 F32 = jnp.float32
 CANDIDATES = 256
@@ -37,10 +40,10 @@ class Sampling(flax.struct.PyTreeNode):
       seed: [B] uint32.
     """
 
-    temperature: Any
-    top_p: Any
-    top_k: Any
-    seed: Any
+    temperature: Float32[Array | np.ndarray, " B"]
+    top_p: Float32[Array | np.ndarray, " B"]
+    top_k: Int32[Array | np.ndarray, " B"]
+    seed: UInt32[Array | np.ndarray, " B"]
 
     def take(self, rows: Any) -> Sampling:
         """Select rows on the host; −1 (padding) selects row 0."""
@@ -128,7 +131,8 @@ def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
     top = logits.max(-1, keepdims=True)  # before the division, so that it cannot overflow
     scaled = (logits - top) / jnp.where(warm, settings.temperature, 1.0)[:, None]
     probability = jax.nn.softmax(scaled, -1)
-    draw = uniforms(place(settings.seed, ("batch",), logits), row_id, position)
+    seed = place(jnp.asarray(settings.seed), ("batch",), logits)
+    draw = uniforms(seed, row_id, position)
     count = min(CANDIDATES, logits.shape[-1])
     top, tokens = jax.lax.top_k(probability, count)
     rank = jnp.arange(count, dtype=jnp.int32)
@@ -142,7 +146,7 @@ def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
             & (count < logits.shape[-1]))
 
     def bisect() -> jax.Array:
-        return _wide(probability, settings.top_p, draw)
+        return _wide(probability, jnp.asarray(settings.top_p), draw)
 
     far = jax.lax.cond(wide.any(), bisect, lambda: greedy)
     return jnp.where(warm, jnp.where(wide, far, near.astype(jnp.int32)), greedy)

@@ -9,6 +9,8 @@ import flax.struct
 from jaxpersona.models.cache import Cache
 
 if TYPE_CHECKING:
+    from jaxtyping import Array, Bool
+
     from jaxpersona.interventions.trace import Applied, Gates
 
 
@@ -32,4 +34,4 @@ class Carry(flax.struct.PyTreeNode):
     captured: dict[str, Any] | None = None
     applied: tuple[Applied, ...] | None = None
     gates: Gates | None = None
-    finite: Any = None
+    finite: Bool[Array, " B"] | None = None

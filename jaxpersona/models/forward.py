@@ -6,7 +6,7 @@ compiled program contains only what a call requests: no hooks and no run-time br
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import flax.struct
 import jax
@@ -36,6 +36,9 @@ from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Layer, Params
 from jaxpersona.models.weight import dot, dots
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float
+
 Logits = Literal["all", "last"] | None
 
 
@@ -47,7 +50,7 @@ class Output(flax.struct.PyTreeNode):
       carry: the state after this call; pass it to the next call to continue.
     """
 
-    logits: Any
+    logits: Float[Array, "B *T V"] | Any  # None is possible only with logits=None
     carry: Carry
 
     @property
@@ -71,11 +74,12 @@ class Output(flax.struct.PyTreeNode):
         return self.carry.gates or {}
 
     @property
-    def finite(self) -> Any:
+    def finite(self) -> Bool[Array, " B"]:
         """[B] bool, whether the residual stream was finite (`Carry.finite`).
 
         Non-finite values of an earlier block propagate to the last one unless an edit removes them.
         """
+        assert self.carry.finite is not None  # set by every call
         return self.carry.finite
 
 
@@ -136,10 +140,7 @@ def forward(
     if cache is not None and slots is not None:
         raise UserError("give either a carry with a cache, to continue it, or slots, to allocate a "
                         "new cache; not both")
-    if carry.applied is not None and len(carry.applied) != len(edits.edits):
-        raise UserError(f"the carry's applied has {len(carry.applied)} tables, but the "
-                        f"interventions have {len(edits.edits)}; continue with the interventions "
-                        "of the earlier call, or use carry.replace(applied=None)")
+    _check_carry(carry, edits, rows)
     capacity = slots if cache is None else cache.slots
     if capacity is not None and width > capacity:
         raise UserError(f"the batch is {width} tokens wide; the cache has {capacity} slots")
@@ -230,6 +231,24 @@ def _check_arguments(params: Any, batch: Any, capture: Any, carry: Any) -> None:
     if carry is not None and not isinstance(carry, Carry):
         raise UserError(f"carry is a {type(carry).__name__}; give the carry of an earlier call "
                         "(`out.carry`), or jp.Carry(cache=cache)")
+
+
+def _check_carry(carry: Carry, edits: Interventions, rows: int) -> None:
+    """Check that a carry belongs to interventions and to a number of rows.
+
+    Raises:
+      UserError: a cache of another number of rows, or counts of other tables or layers.
+    """
+    if carry.cache is not None and carry.cache.next.shape[0] != rows:
+        raise UserError(f"the carry's cache has {carry.cache.next.shape[0]} rows; the batch has "
+                        f"{rows}")
+    if carry.applied is not None:
+        counted = [table.changed.shape[0] for table in carry.applied]
+        layers = [len(edit.layers) for edit in edits.edits]
+        if counted != layers:
+            raise UserError(f"the carry's applied has tables of {counted} layers, but the "
+                            f"interventions have tables of {layers} layers; continue with the "
+                            "interventions of the earlier call, or use carry.replace(applied=None)")
 
 
 def _check_ids(tokens: Any, config: ModelConfig) -> None:
