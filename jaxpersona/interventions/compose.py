@@ -123,7 +123,8 @@ def prepared(interventions: Interventions | PreparedInterventions | None, *, lay
     """Check interventions against a model and a batch, and prepare them.
 
     Args:
-      interventions: None for no edits; prepared ones are returned as they are.
+      interventions: None for no edits; prepared ones are checked for their rows and layers only
+        and returned as they are.
       layers, width, rows: as for `Interventions.check`.
       like: as for `Interventions.prepare`.
 
@@ -131,6 +132,11 @@ def prepared(interventions: Interventions | PreparedInterventions | None, *, lay
       UserError: an argument of another type, or a mismatch.
     """
     if isinstance(interventions, PreparedInterventions):
+        for edit in interventions.edits:
+            if edit.where.shape[0] not in (1, rows) or edit.layers[-1] >= layers:
+                raise UserError(f"interventions were prepared for {edit.where.shape[0]} rows and "
+                                f"the layers {list(edit.layers)}; the batch has {rows} rows and "
+                                f"the model {layers} layers: prepare them for this batch")
         return interventions
     edits = given(interventions)
     edits.check(layers=layers, width=width, rows=rows)
