@@ -304,7 +304,7 @@ def of_each(x: jax.Array | np.ndarray, index: jax.Array) -> jax.Array:
     Returns:
       [B, …] or [B, m, …].
     """
-    def one(row: jax.Array, at: jax.Array) -> jax.Array:
+    def one(row: Any, at: jax.Array) -> jax.Array:
         return row.at[at].get(mode="clip", wrap_negative_indices=False)
 
     return jax.vmap(one)(x, spread_rows(index, 0, x))

@@ -141,8 +141,6 @@ def fit(
         raise UserError(f"model is {model!r:.60}; give the result of `jaxpersona.load`")
     if not isinstance(direction, Direction):
         raise UserError(f"direction is {direction!r:.60}; give a `Direction`")
-    if not callable(loss):
-        raise UserError(f"loss is {loss!r:.60}; give a function loss(output, batch)")
     if not isinstance(optimizer, optax.GradientTransformation | None):
         raise UserError(f"optimizer is {optimizer!r:.60}; give an optax optimizer")
     if not isinstance(steps, (int, np.integer)):
@@ -156,6 +154,8 @@ def fit(
         if getattr(item.tokens, "is_fully_addressable", True):
             check_ids(np.asarray(jax.device_get(item.tokens)), config.vocab_size, f"batches[{i}]")
     direction.interventions().check(layers=config.n_layers, width=config.d_model, rows=0)
+    if not callable(loss):
+        raise UserError(f"loss is {loss!r:.60}; give a function loss(output, batch)")
     optimizer = optimizer if optimizer is not None else optax.adam(0.05)
     graph, learned = nnx.split(direction)
 
