@@ -20,6 +20,7 @@ from jaxpersona.engine.generate import generate
 from jaxpersona.interventions.where import everywhere, generated
 from jaxpersona.models.batch import ASSISTANT, GENERATED, USER, batch, split
 from jaxpersona.models.cache import init_cache
+from jaxpersona.models.carry import Carry
 from jaxpersona.models.params import layout
 
 MODEL = s.tiny_model()
@@ -60,12 +61,11 @@ def test_in_one_pass_beside_a_reading_of_the_package():
 
 @pytest.mark.parametrize("size", [1, 4])
 def test_in_chunks(size):
-    cache, captured = init_cache(MODEL.config, len(LENGTHS), 12), None
+    carry = Carry(cache=init_cache(MODEL.config, len(LENGTHS), 12))
     for chunk in split(ROWS, size):
-        out = s.run(MODEL.params, MODEL.config, chunk, capture=example()["peak"](), cache=cache,
-                    captured=captured)
-        cache, captured = out.cache, out.captured
-    np.testing.assert_allclose(captured["peak"].value, expected(), rtol=1e-5)
+        carry = s.run(MODEL.params, MODEL.config, chunk, capture=example()["peak"](),
+                      carry=carry).carry
+    np.testing.assert_allclose(carry.captured["peak"].value, expected(), rtol=1e-5)
 
 
 def test_while_generating_and_of_finished_texts():

@@ -94,10 +94,11 @@ def _state(model, rows, edits):
     args = (edits, read, how, stops)
     first = prefill(model.params, model.config, rows, *args, limit, slots=32, max_new=8,
                     greedy=True)
-    kept = {name: np.asarray(x.value) for name, x in first.captured.items()}
-    kept["k"] = [np.asarray(x.astype(jnp.float32)) for x in first.cache.k]
+    kept = {name: np.asarray(x.value) for name, x in first.carry.captured.items()}
+    kept["k"] = [np.asarray(x.astype(jnp.float32)) for x in first.carry.cache.k]
     end = decode(model.params, model.config, first, *args, jnp.int32(8), greedy=True)
-    return (kept, end.replace(applied=())), end.applied
+    without = end.replace(carry=end.carry.replace(applied=()))
+    return (kept, without), end.carry.applied
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
