@@ -3,8 +3,7 @@
 The package uses NaN for "no value" and infinity for "no bound", and transfers small arrays between
 host and device. JAX's NaN, inf and transfer checks are therefore disabled inside its functions.
 
-This module holds every access to JAX's configuration and to JAX names without type stubs. It was
-tested with jax 0.10, 0.11 and 0.12.
+This module holds every access to JAX's configuration and to JAX names without type stubs.
 """
 
 from __future__ import annotations
@@ -82,7 +81,8 @@ def setting(name: str) -> Any:
 
 
 @contextlib.contextmanager
-def default_setting(name: str, value: bool | str, *, default: bool | None = None) -> Iterator[None]:
+def default_setting(name: str, value: bool | float | str, *,
+                    default: bool | float | None = None) -> Iterator[None]:
     """Change a setting of JAX that the user has not set; undo the change if the block fails.
 
     The change outlives the block, because such settings take effect when JAX creates its first

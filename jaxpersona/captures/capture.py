@@ -20,10 +20,10 @@ from jaxpersona.captures.projections import Histogram, ProjectionMoments, Projec
 from jaxpersona.captures.reading import F32, Reading, State
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Layers, normalised, numbers, resolve_layers
-from jaxpersona.interventions.table import SITES, Site, one_origin, traced
+from jaxpersona.interventions.table import SITES, Site, one_origin
 from jaxpersona.interventions.where import Where, encoded, everywhere, response
 from jaxpersona.models.config import ModelConfig
-from jaxpersona.runtime import own_rules
+from jaxpersona.runtime import is_traced, own_rules
 
 __all__ = ["Capture", "chosen_layers", "full", "histogram", "last", "mean", "moments", "norms",
            "projections"]
@@ -92,7 +92,7 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None,
         value = value[None] if value.ndim == 2 else value
     if value.ndim != 3 or not value.shape[1]:
         raise UserError(f"directions has shape {value.shape}; it must be [K, D] or [l, K, D]")
-    if not traced(value) and not (np.isfinite(value).all() and value.any(-1).all()):
+    if not is_traced(value) and not (np.isfinite(value).all() and value.any(-1).all()):
         raise UserError("directions contains a zero vector or a non-finite value")
     unit = jnp.asarray(normalised(value)[0], F32)
     return {"where": _test(where), "directions": unit, "layers": picked, "site": _site(site),

@@ -9,6 +9,8 @@ import platform
 
 import jax
 
+from jaxpersona.runtime import default_setting, setting
+
 SWITCH = "JAXPERSONA_COMPILE_CACHE"
 _SHORTEST = 0.3  # seconds; programs that compile faster are not stored
 
@@ -22,7 +24,7 @@ def use_compile_cache() -> str | None:
     Returns:
       The cache folder; None if disabled or if the user has no home folder.
     """
-    configured = jax.config.jax_compilation_cache_dir
+    configured = setting("jax_compilation_cache_dir")
     if configured or os.environ.get(SWITCH, "1") == "0":
         return configured
     try:
@@ -31,8 +33,8 @@ def use_compile_cache() -> str | None:
         return None
     folder = str(pathlib.Path(base) / "jaxpersona" / _processor())
     jax.config.update("jax_compilation_cache_dir", folder)
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", _SHORTEST)
+    with default_setting("jax_persistent_cache_min_compile_time_secs", _SHORTEST, default=1.0):
+        pass
     return folder
 
 

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.errors import UserError
-from jaxpersona.interventions.table import SITES, Site, traced
+from jaxpersona.interventions.table import SITES, Site
 from jaxpersona.models.config import MAX_LAYERS
+from jaxpersona.runtime import is_traced
 
 Layers = int | slice | Sequence[int] | str
 _MANTISSA, _BIAS = 23, 127  # of float32
@@ -70,7 +71,7 @@ class Bank:
             raise UserError(
                 f"{name} is a bank of {len(value)} directions; give each row's entry with `rows=`"
             )
-        xp: Any = jnp if traced(value) else np
+        xp: Any = jnp if is_traced(value) else np
         if xp is np and not np.isfinite(value).all():
             raise UserError(f"{name} contains a non-finite value")
         unit, norm = normalised(value)
@@ -83,7 +84,7 @@ class Bank:
     def _array(self, vector: Any, name: str) -> Any:
         """Convert an array to [n, l, D]."""
         value = numbers(name, vector)
-        xp: Any = jnp if traced(value) else np
+        xp: Any = jnp if is_traced(value) else np
         count = len(self.layers)
         if value.ndim == 1:
             value = value[None, None]
@@ -107,7 +108,7 @@ class Bank:
           UserError: not a number, an invalid shape or an ambiguous shape.
         """
         given = numbers(name, value)
-        xp: Any = jnp if traced(given) else np
+        xp: Any = jnp if is_traced(given) else np
         n, count = self.direction.shape[1], len(self.layers)
         if xp is np:
             check_finite(name, given)
@@ -147,7 +148,7 @@ def normalised(value: Any) -> tuple[Any, Any]:
       The unit vectors [..., D] in the dtype of `value` (a zero vector stays zero) and the lengths
       [...], in float64 unless traced.
     """
-    if not traced(value):
+    if not is_traced(value):
         value = np.asarray(value)
         _, power = np.frexp(np.abs(value).max(-1, keepdims=True, initial=0))
         near = np.ldexp(value, -power)
@@ -172,7 +173,7 @@ def numbers(name: str, value: Any) -> Any:
     Raises:
       UserError: values that are not real numbers.
     """
-    if traced(value):
+    if is_traced(value):
         return jnp.asarray(value, jnp.float32)
     try:
         array = np.asarray(value)

@@ -15,9 +15,9 @@ from jaxpersona.interventions.bank import Layers, resolve_layers
 from jaxpersona.interventions.describe import call
 from jaxpersona.interventions.edit import IDENTITY, Edit
 from jaxpersona.interventions.gates import Gate
-from jaxpersona.interventions.table import SITES, Prepared, Site, Table, next_power, traced
+from jaxpersona.interventions.table import SITES, Prepared, Site, Table, next_power
 from jaxpersona.interventions.where import NOWHERE
-from jaxpersona.runtime import own_rules
+from jaxpersona.runtime import is_traced, own_rules
 
 
 class Interventions(flax.struct.PyTreeNode):
@@ -266,7 +266,7 @@ def _contents(edits: list[Table]) -> list[Any]:
     Tables with equal keys share an entry. Traced values cannot be compared, so a traced table gets
     an entry of its own.
     """
-    known = {i: edit for i, edit in enumerate(edits) if not traced(edit)}
+    known = {i: edit for i, edit in enumerate(edits) if not is_traced(edit)}
     contents: list[Any] = list(range(len(edits)))
     for i, edit in jax.device_get(known).items():
         leaves, structure = jax.tree.flatten(edit)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.core
 import numpy as np
 
 from jaxpersona.interventions.where import WIDTH, decoded
+from jaxpersona.runtime import is_traced
 
 
 def call(name: str, *arguments: str) -> str:
@@ -34,7 +34,7 @@ def host_array(x: Any) -> np.ndarray | None:
     """
     if isinstance(x, np.ndarray):
         return x
-    if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
+    if is_traced(x) or not isinstance(x, jax.Array):
         return None
     return jax.device_get(x) if x.is_fully_addressable and not x.is_deleted() else None
 

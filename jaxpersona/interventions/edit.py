@@ -22,9 +22,9 @@ from jaxpersona.interventions.table import (
     checked_index,
     common,
     next_power,
-    traced,
 )
 from jaxpersona.kernels.reference import rank_one_edit, twice
+from jaxpersona.runtime import is_traced
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -153,7 +153,7 @@ def table(
     n, width = direction.shape[1:]
     index = checked_index(index, n)
     size = next_power(n)
-    xp: Any = jnp if traced(direction, coefficients, push) else np
+    xp: Any = jnp if is_traced(direction, coefficients, push) else np
     given: dict[str, Any] = {"direction": direction, "coefficients": coefficients, "push": push}
     payload = {
         name: jnp.asarray(xp.concatenate([given[name], fill.astype(given[name].dtype)], 1),

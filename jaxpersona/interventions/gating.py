@@ -11,10 +11,10 @@ from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Bank, check_finite, numbers
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.interventions.gates import Gate, Over
-from jaxpersona.interventions.table import Site, Table, traced
+from jaxpersona.interventions.table import Site, Table
 from jaxpersona.interventions.where import Where, as_where, encoded, everywhere, prompt
 from jaxpersona.models.batch import GENERATED
-from jaxpersona.runtime import own_rules
+from jaxpersona.runtime import is_traced, own_rules
 
 
 @own_rules()
@@ -81,14 +81,14 @@ def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: 
     bank = Bank(vector, [layer], None if table.index is None else [0], site)
     direction, size = bank.direction[0], table.entries
     # padding entries have a test that no token passes (NOWHERE)
-    real = size if traced(table.where) else int((np.asarray(table.where)[:, 0] >= 0).sum())
+    real = size if is_traced(table.where) else int((np.asarray(table.where)[:, 0] >= 0).sum())
     if direction.shape[0] not in (1, real):
         raise UserError(f"the gate has {direction.shape[0]} directions; the bank has {real} edits")
     lo, hi = (_spread(name, value, real) for name, value in bounds.items())
-    if not traced(lo, hi) and (lo > hi).any():
+    if not is_traced(lo, hi) and (lo > hi).any():
         raise UserError("above is greater than below; no projection satisfies both")
     entry = np.array([*range(real), *[0] * (size - real)])
-    xp: Any = jnp if traced(lo, hi) else np
+    xp: Any = jnp if is_traced(lo, hi) else np
     made = Gate(
         direction=jnp.asarray(direction[entry if len(direction) > 1 else 0 * entry], jnp.float32),
         bounds=jnp.asarray(xp.stack([lo, hi], -1)[entry], jnp.float32),
@@ -106,9 +106,9 @@ def _spread(name: str, value: Any, count: int) -> Any:
     if value is None:
         return np.full(count, -np.inf if name == "above" else np.inf)
     given = numbers(name, value)
-    if not traced(given):
+    if not is_traced(given):
         check_finite(name, given)
     if given.shape not in ((), (1,), (count,)):
         raise UserError(f"{name} has shape {given.shape}; it must be a number or [{count}], one "
                          "per edit of the bank")
-    return (jnp if traced(given) else np).broadcast_to(given.reshape(-1), (count,))
+    return (jnp if is_traced(given) else np).broadcast_to(given.reshape(-1), (count,))

@@ -32,10 +32,9 @@ from jaxpersona.interventions.table import (
     common,
     next_power,
     one_origin,
-    traced,
 )
 from jaxpersona.interventions.where import Where, encoded, everywhere
-from jaxpersona.runtime import own_rules
+from jaxpersona.runtime import is_traced, own_rules
 
 _FLAT = 1e-6  # two unit vectors are collinear if the second's orthogonal part is shorter than this
 
@@ -68,7 +67,7 @@ def steer(
     """
     bank = Bank(vector, layers, rows, site)
     amount = bank.spread("scale", scale) * bank.norm
-    if not traced(amount):
+    if not is_traced(amount):
         check_finite("scale · ‖vector‖", amount)
     return _rank_one(bank, where, c=amount)
 
@@ -106,7 +105,7 @@ def cap(
     bank = Bank(vector, layers, rows, site)
     lo = bank.spread("floor", -np.inf if floor is None else floor)
     hi = bank.spread("ceiling", np.inf if ceiling is None else ceiling)
-    if not traced(lo, hi) and (lo > hi).any():
+    if not is_traced(lo, hi) and (lo > hi).any():
         raise UserError("floor is above ceiling; a projection cannot satisfy both")
     along = None if push is None else Bank(push, layers, rows, site, "push")
     if along is not None and along.direction.shape != bank.direction.shape:
@@ -239,7 +238,7 @@ def rotate(
         raise UserError(f"second has shape {two.direction.shape}; it must be that of first, "
                          f"{one.direction.shape}")
     one.origin = one_origin(one.origin, two.origin)
-    xp: Any = jnp if traced(one.direction, two.direction, to, by) else np
+    xp: Any = jnp if is_traced(one.direction, two.direction, to, by) else np
     across = two.direction - (one.direction * two.direction).sum(-1, keepdims=True) * one.direction
     length = xp.linalg.norm(across, axis=-1, keepdims=True)
     if xp is np and (length < _FLAT).any():
@@ -305,7 +304,7 @@ def custom(
     _check_arguments(fn)
     chosen = resolve_layers(layers, None)
     # via NumPy, so that Python numbers are not weakly typed
-    leaves = [x if traced(x) else jnp.asarray(np.asarray(x)) for x in _arrays(params)]
+    leaves = [x if is_traced(x) else jnp.asarray(np.asarray(x)) for x in _arrays(params)]
     if rows is None:
         leaves = [x[None] for x in leaves]
     sizes = {x.shape[0] if x.ndim else 0 for x in leaves} or {1}
@@ -339,7 +338,7 @@ def _arrays(params: Any) -> list[Any]:
     """Return the leaves of a custom function's parameters; raise if one is not numeric."""
     leaves = jax.tree.leaves(params)
     for leaf in leaves:
-        if not traced(leaf) and np.asarray(leaf).dtype.kind in "OSU":
+        if not is_traced(leaf) and np.asarray(leaf).dtype.kind in "OSU":
             raise UserError(f"params holds {leaf!r}; its leaves must be arrays or numbers")
     return leaves
 
@@ -348,7 +347,7 @@ def _rank_one(bank: Bank, where: Where | str, *, s: Any = 1.0, c: Any = 0.0, lo:
               hi: Any = np.inf, push: Any = None) -> Interventions:
     """Build interventions with one table of rank-one edits."""
     count, n = bank.norm.shape
-    xp: Any = jnp if traced(s, c, lo, hi) else np
+    xp: Any = jnp if is_traced(s, c, lo, hi) else np
     numbers = [xp.broadcast_to(xp.asarray(x, xp.float32) if xp is jnp else x, (count, n))
                for x in (s, c, lo, hi)]
     test = np.broadcast_to(encoded(where), (n, 5))

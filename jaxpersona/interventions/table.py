@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import flax.struct
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 
@@ -24,6 +23,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.interventions.describe import call, layer_range, tests
 from jaxpersona.interventions.where import NOWHERE, holds
 from jaxpersona.models.batch import Batch
+from jaxpersona.runtime import is_traced
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int, UInt
@@ -212,7 +212,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
                 merged[name] = jax.tree.map(lambda *x: jnp.concatenate([y[:1] for y in x]), *padded)
             elif name in merged:
                 values = [field[:, 0] for field in fields]
-                xp: Any = jnp if traced(values) else np
+                xp: Any = jnp if is_traced(values) else np
                 table = xp.asarray(merged[name])
                 for entry, (member, value) in enumerate(zip(members, values, strict=True)):
                     at = np.array([layers.index(layer) for layer in member.layers])
@@ -262,11 +262,6 @@ def checked_index(index: Any, entries: int) -> np.ndarray | None:
     if bad:
         raise UserError(f"rows has {bad}; the bank has entries 0…{entries - 1} (−1: no edit)")
     return index
-
-
-def traced(*values: Any) -> bool:
-    """Return whether a value is traced (by jit, grad or vmap), so that NumPy cannot read it."""
-    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(values))
 
 
 def one_origin(*origins: Any) -> np.ndarray:

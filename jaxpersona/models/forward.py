@@ -35,6 +35,7 @@ from jaxpersona.models.carry import Carry
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Layer, Params
 from jaxpersona.models.weight import dot, dots
+from jaxpersona.runtime import is_traced
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
@@ -253,7 +254,7 @@ def _check_carry(carry: Carry, edits: Interventions, rows: int) -> None:
 
 def _check_ids(tokens: Any, config: ModelConfig) -> None:
     """Raise an error for ids outside the embedding, if this process can read their values."""
-    if isinstance(tokens, jax.core.Tracer):
+    if is_traced(tokens):
         return
     if isinstance(tokens, jax.Array):
         if not tokens.is_fully_addressable:
@@ -265,7 +266,7 @@ def _check_ids(tokens: Any, config: ModelConfig) -> None:
 def _check_room(cache: Cache, batch: Batch) -> None:
     """Raise an error if a row exceeds its free slots, if this process can read the values."""
     parts = cache.next, batch.kind
-    if any(isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True)
+    if any(is_traced(x) or not getattr(x, "is_fully_addressable", True)
            for x in parts):
         return
     used, kind = jax.device_get(parts)
@@ -287,7 +288,7 @@ def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
     """Return the token embeddings [B, T, D], multiplied by `config.embed_scale`."""
     table = gather_weight(params.embed_vd)
     tokens, placed = batch.tokens, out_sharding(("batch", None, None), table)
-    narrow = table.dtype != jnp.float32 and isinstance(table, jax.core.Tracer)
+    narrow = table.dtype != jnp.float32 and is_traced(table)
     if narrow and on_cpu(table):  # else XLA converts the whole table to float32 before a loop
         table, tokens = jax.lax.optimization_barrier((table, tokens))
     # clipped ids become NaN in the first norm (`_project`), which needs no extra kernel
