@@ -25,6 +25,7 @@ import numpy as np
 from common import machine, paired, seconds_of
 from compiled import Program, Steps, attempt, busy, compile_all, timed
 from decoding import NOTHING, Decoding
+from jaxpersona.kernels.attention import Asked
 
 import jaxpersona as jp
 from jaxpersona.captures.capture import Capture
@@ -190,12 +191,12 @@ class Bench:
         means = jp.capture.mean(jp.everywhere)
         least = jp.capture.last(layers=[self.layers - 1])
         gpu = jax.devices()[0].platform == "gpu"
-        flashes = ("xla", "cudnn") if gpu else ("xla",)
+        flashes: tuple[Asked, ...] = ("xla", "cudnn") if gpu else ("xla",)
         arms = [(width, attention, name) for width in widths for attention in flashes
                 for name in ("means", "plain")
                 if name == "means" or (attention == flashes[-1] and width >= widths[1])]
 
-        def build(arm: tuple[int, str, str]) -> tuple[Program, Any]:
+        def build(arm: tuple[int, Asked, str]) -> tuple[Program, Any]:
             width, attention, name = arm
             rows = max(1, tokens // width)
             drawn = np.random.default_rng(width).integers(  # same tokens for both
@@ -205,7 +206,7 @@ class Bench:
 
             def work(params: Any, text: Any, read: Any) -> Any:
                 return jp.forward(params, self.config, text, capture=read, logits=None,
-                                  attention=attention).captured  # pyright: ignore
+                                  attention=attention).captured
 
             built = jax.jit(work).lower(self.model.params, text, read).compile()
             return built, (self.model.params, text, read)
@@ -226,9 +227,8 @@ class Bench:
                 state = program(*given)["mean"]
                 values[key] = np.asarray(state.value, np.float32)
         for width in widths:
-            both = [values.get(f"{width} {attention} means") for attention in ("xla", "cudnn")]
-            if all(v is not None for v in both):
-                a, b = both
+            a, b = (values.get(f"{width} {attention} means") for attention in ("xla", "cudnn"))
+            if a is not None and b is not None:
                 apart = np.linalg.norm(b - a, axis=-1) / np.linalg.norm(a, axis=-1)
                 out[f"{width} cudnn against xla"] = {
                     "worst_relative": float(apart.max()), "median_relative":
