@@ -192,9 +192,10 @@ class Bench:
         least = jp.capture.last(layers=[self.layers - 1])
         gpu = jax.devices()[0].platform == "gpu"
         flashes: tuple[Asked, ...] = ("xla", "cudnn") if gpu else ("xla",)
-        arms = [(width, attention, name) for width in widths for attention in flashes
-                for name in ("means", "plain")
-                if name == "means" or (attention == flashes[-1] and width >= widths[1])]
+        arms: list[tuple[int, Asked, str]] = [
+            (width, attention, name) for width in widths for attention in flashes
+            for name in ("means", "plain")
+            if name == "means" or (attention == flashes[-1] and width >= widths[1])]
 
         def build(arm: tuple[int, Asked, str]) -> tuple[Program, Any]:
             width, attention, name = arm

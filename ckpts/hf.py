@@ -86,11 +86,15 @@ def _without_config(folder: pathlib.Path) -> str:
         raw = read_json(path)
         raw = raw if isinstance(raw, dict) else {}
         base, kind = raw.get("base_model_name_or_path"), raw.get("peft_type")
-        what = "a LoRA adapter" if kind in (None, "LORA") else f"a PEFT adapter ({kind!r:.40})"
         of = f" of {base!r:.200}" if isinstance(base, str) and base else ""
-        return (f"{what}{of}, not a model ({ADAPTER} without config.json); merge it into its base "
-                "with peft's AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
-                ".save_pretrained(NEW), save the tokenizer there too, and load NEW")
+        if kind in (None, "LORA"):
+            return (f"a LoRA adapter{of}, not a model ({ADAPTER} without config.json); load its "
+                    f"base model with this folder as the adapter: load(BASE, adapter=FOLDER), or "
+                    "--model BASE --adapter FOLDER")
+        return (f"a PEFT adapter ({kind!r:.40}){of}, not a model ({ADAPTER} without config.json); "
+                "merge it into its base with peft's AutoPeftModelForCausalLM.from_pretrained("
+                "FOLDER).merge_and_unload().save_pretrained(NEW), save the tokenizer there too, "
+                "and load NEW")
     if (folder / "params.json").exists():
         return ("not in the Hugging Face layout (params.json without config.json: the original "
                 "release layout); convert it with transformers, or load it from the hub")

@@ -6,6 +6,7 @@ Optional libraries are imported on demand: random weights need neither transform
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.resources
 import os
 import pathlib
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxpersona.ckpts import hf, orbax
+from jaxpersona.ckpts.adapter import attached, merged, read_adapter
 from jaxpersona.ckpts.source import Progress
 from jaxpersona.ckpts.tensorfile import parse_dtype
 
@@ -71,7 +73,8 @@ _STDERR = threading.Lock()  # guards file descriptor 2
 @own_context()
 def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
          dtype: DTypeLike | None = None,
-         progress: Progress | None = None, revision: str | None = None) -> Model:
+         progress: Progress | None = None, revision: str | None = None,
+         adapter: str | os.PathLike[str] | None = None, merge: bool = True) -> Model:
     """Load a model and enable the on-disk compilation cache (`compile_cache`).
 
     Args:
@@ -86,10 +89,29 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
         activations overflow it.
       progress: called with (bytes read so far, total bytes).
       revision: branch, tag or commit of the hub repository; only a commit is immutable.
+      adapter: the folder of a LoRA adapter in the format of PEFT for this model.
+      merge: whether to add the adapter to the weights; False keeps it beside them
+        (`weight.LowRank`), which leaves the rounding of the base weights unchanged.
 
     Raises:
-      UserError: the model is missing, invalid or unsupported; the message gives the reason.
+      UserError: the model or adapter is missing, invalid or unsupported; the message gives the
+        reason.
     """
+    model = _load(source, mesh, dtype, progress, revision)
+    if adapter is None:
+        return model
+    if not isinstance(adapter, (str, os.PathLike)):
+        raise UserError(f"adapter is {adapter!r:.60}; give a folder")
+    folder = pathlib.Path(os.path.expanduser(os.fspath(adapter)))
+    updates = read_adapter(folder, model.config)
+    add = merged if merge else attached
+    return dataclasses.replace(model, params=add(model.params, model.config, updates),
+                               name=f"{model.name}+{folder.name}")
+
+
+def _load(source: str | os.PathLike[str], mesh: Mesh | None, dtype: DTypeLike | None,
+          progress: Progress | None, revision: str | None) -> Model:
+    """Load a model without an adapter (see `load`)."""
     if not isinstance(source, (str, os.PathLike)):
         raise UserError(f"source is {source!r:.60}; give a folder or a model's name")
     if not isinstance(mesh, Mesh | None):

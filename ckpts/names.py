@@ -55,10 +55,9 @@ def tensors(config: ModelConfig) -> Params:
     fields = _FIELDS | _POST_NORMS if config.post_norms else _FIELDS
 
     def layer(i: int, specs: Layer) -> Layer:
-        return Layer(**{
-            field: None if (spec := getattr(specs, field)) is None else
-            Tensor(f"model.layers.{i}.{fields[field]}", _file_shape(spec), spec)
-            for field in (f.name for f in dataclasses.fields(Layer)) if field in fields})
+        return specs.replace(**{
+            field: Tensor(f"model.layers.{i}.{name}", _file_shape(spec), spec)
+            for field, name in fields.items() if (spec := getattr(specs, field)) is not None})
 
     def one(name: str, spec: Spec) -> Tensor:
         return Tensor(name, _file_shape(spec), spec)

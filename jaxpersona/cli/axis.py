@@ -11,7 +11,14 @@ import typer
 from jaxpersona import interrupt
 from jaxpersona.cli import support
 from jaxpersona.cli.output import say
-from jaxpersona.cli.support import DtypeOption, ModelOption, check_folder, kept_of, progress
+from jaxpersona.cli.support import (
+    AdapterOption,
+    DtypeOption,
+    ModelOption,
+    check_folder,
+    kept_of,
+    progress,
+)
 from jaxpersona.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +46,7 @@ def axis(
         help="Generate this role again, e.g. after its files were damaged; repeatable.")
     ] = None,
     dtype: DtypeOption = None,
+    adapter: AdapterOption = None,
     mesh: Annotated[str | None, typer.Option(help="E.g. data=2,model=4 (or fsdp=).")] = None,
     distributed: Annotated[bool, typer.Option("--distributed", help="Join the processes of SLURM, "
                                               "Kubernetes or a TPU pod.")] = False,
@@ -86,7 +94,7 @@ def axis(
     if joining.many() and mesh is None:
         raise UserError("several processes share one mesh; give --mesh over all their "
                          "devices together, such as data=2,model=4")
-    loaded = support.open_model(model, dtype, mesh)
+    loaded = support.open_model(model, dtype, mesh, adapter)
     if judge == "none" and joining.first():
         say("judge: none; every answer counts as fully playing its role", error=True)
     chosen = {"none": NoJudge, "rules": method.RuleJudge}.get(judge)

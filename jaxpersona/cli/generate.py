@@ -10,7 +10,7 @@ import typer
 
 from jaxpersona.cli import caps, support
 from jaxpersona.cli.output import cell, console, say
-from jaxpersona.cli.support import DtypeOption, ModelOption, progress
+from jaxpersona.cli.support import AdapterOption, DtypeOption, ModelOption, progress
 from jaxpersona.errors import UserError
 
 
@@ -40,6 +40,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     dtype: DtypeOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Generate replies, with caps, steering, other interventions, or none."""
     from rich.table import Table
@@ -79,7 +80,7 @@ def generate(
     asked = caps.read_spec(spec) if spec else None
     if compare and held is None and vector is None and asked is None:
         raise UserError("--compare needs something to compare: give --cap, --steer or --spec")
-    loaded = support.open_model(model, dtype)
+    loaded = support.open_model(model, dtype, None, adapter)
     total = loaded.config.n_layers
     if vector is not None:
         vector = fitted(vector, loaded.config, loaded.name, loaded.fingerprint)

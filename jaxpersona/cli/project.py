@@ -10,7 +10,7 @@ import typer
 
 from jaxpersona.cli import support
 from jaxpersona.cli.output import console, heading, say
-from jaxpersona.cli.support import DtypeOption, ModelOption
+from jaxpersona.cli.support import AdapterOption, DtypeOption, ModelOption
 from jaxpersona.errors import UserError
 
 
@@ -22,6 +22,7 @@ def project(
     png: Annotated[pathlib.Path | None, typer.Option(help="Draw them to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     dtype: DtypeOption = None,
+    adapter: AdapterOption = None,
 ) -> None:
     """Project each assistant message of a conversation on directions."""
     import numpy as np
@@ -44,7 +45,7 @@ def project(
     if not isinstance(talk, list):
         raise UserError(f"{conversation}: must hold a list of messages with role and content")
     vectors = [load_vector(file) for file in vector]
-    loaded = support.open_model(model, dtype)
+    loaded = support.open_model(model, dtype, None, adapter)
     vectors = [fit(loaded, vector) for vector in vectors]
     total = loaded.config.n_layers
     at = total // 2 if layer is None else layer

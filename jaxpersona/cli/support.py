@@ -19,11 +19,14 @@ if TYPE_CHECKING:
 
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, `mini`, `random:<preset>` or "
                                                           "a hub name.")]
+AdapterOption = Annotated[pathlib.Path | None, typer.Option("--adapter", help=(
+    "The folder of a LoRA adapter for the model; it is merged into the weights."))]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
 
 
-def open_model(source: str, dtype: str | None, mesh: str | None = None) -> Model:
-    """Load a model with a progress bar in bytes."""
+def open_model(source: str, dtype: str | None, mesh: str | None = None,
+               adapter: pathlib.Path | None = None) -> Model:
+    """Load a model, with an adapter if one is given, and show a progress bar in bytes."""
     from jaxpersona.ckpts.loading import load
     from jaxpersona.distributed import sharding
 
@@ -31,7 +34,7 @@ def open_model(source: str, dtype: str | None, mesh: str | None = None) -> Model
     spread = None if sizes is None else sharding.make_mesh(
         sizes.get("data", 1), sizes.get("model", 1), fsdp=sizes.get("fsdp", 1))
     with progress() as report:
-        return load(source, dtype=dtype, mesh=spread,
+        return load(source, dtype=dtype, mesh=spread, adapter=adapter,
                     progress=lambda done, total: report("load", done, total, 0))
 
 

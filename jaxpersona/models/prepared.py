@@ -39,8 +39,8 @@ def fast_params(model: Model, rows: int) -> Params:
     """
     params, config = model.params, model.config
     device, dtype = platform(params.embed_vd), params.embed_vd.dtype
-    if model.mesh is not None or isinstance(params.layers[0].wq_nhd, Weight | None):
-        return params  # sharded, or prepared already
+    if model.mesh is not None or _has_weights(params):
+        return params  # sharded, quantized or with an adapter
     if device == "cpu" and dtype == F32 and rows >= 8 and config.bytes(4) <= _LARGEST_COPY:
         make = in_out
     elif device == "gpu" and _copy_fits(params, config, _memory(params)):
@@ -49,6 +49,12 @@ def fast_params(model: Model, rows: int) -> Params:
         return params
     derived = getattr(model, "derived", None)
     return make(params) if derived is None else derived.get(params, make)
+
+
+def _has_weights(params: Params) -> bool:
+    """Return whether a parameter is a `Weight`, not an array."""
+    return any(isinstance(x, Weight) for x in
+               jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Weight)))
 
 
 def _copy_fits(params: Params, config: ModelConfig, memory: int) -> bool:

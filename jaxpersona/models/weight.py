@@ -102,6 +102,29 @@ class Int8(Weight):
         return _contract(x, self.value, self.inner, axes, scaled)
 
 
+class LowRank(Weight):
+    """A weight plus a low-rank update that is kept apart (LoRA): (W + B·A)·x = W·x + B·(A·x).
+
+    Attributes:
+      base: W, an array [*out, *in] or a prepared weight.
+      a: A [r, *in].
+      b: B [*out, r], with the scale of the update multiplied in.
+      inner: the rank of *in*.
+    """
+
+    base: Float[Array, ...] | Weight
+    a: Float[Array, "r ..."]
+    b: Float[Array, "... r"]
+    inner: int = flax.struct.field(pytree_node=False, default=1)
+
+    def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
+        """Multiply (see `Weight.dot`)."""
+        narrow: Axes = ("batch", None, None) if x.ndim - self.inner == 2 else ("batch", None)
+        base = dot(x, self.base, inner=self.inner, axes=axes, dtype=F32)
+        low = dot(x, self.a, inner=self.inner, axes=narrow)
+        return (base + dot(low, self.b, axes=axes, dtype=F32)).astype(dtype)
+
+
 class Joined(Weight):
     """Several weights of the same input as one product, concatenated along their outputs.
 

@@ -1,0 +1,225 @@
+"""LoRA adapters in the format of the PEFT library, merged into the weights or kept apart.
+
+A folder holds `adapter_config.json` and `adapter_model.safetensors`. With LoRA (Hu et al. 2021) a
+product W·x becomes W·x + s·B·(A·x), with A [r, in], B [out, r] and s = α/r, or α/√r with rsLoRA
+(Kalajdzievski 2023).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxpersona.ckpts import names, tensorfile
+from jaxpersona.ckpts.hf import ADAPTER
+from jaxpersona.ckpts.names import HEAD
+from jaxpersona.ckpts.tensorfile import DTYPES, Entry
+
+from jaxpersona.distributed import sharding
+from jaxpersona.errors import UserError
+from jaxpersona.inputs import read_json, require_folder
+from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.params import Params, Spec
+from jaxpersona.models.prepared import PRODUCTS
+from jaxpersona.models.weight import LowRank
+
+WEIGHTS = "adapter_model.safetensors"
+_NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
+# settings that change the computation, and the values under which they do not
+_INACTIVE: dict[str, tuple[Any, ...]] = {
+    "use_dora": (False, None), "fan_in_fan_out": (False, None), "bias": ("none", None),
+    "lora_bias": (False, None), "modules_to_save": (None, []), "layer_replication": (None, []),
+    "target_parameters": (None, []), "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []), "use_qalora": (False, None),
+    "arrow_config": (None,), "use_bdlora": (None, False),
+}
+_CHANGED_BASE = ("pissa", "olora", "loftq", "corda")  # initializations that change the base weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """The two factors of one weight's update, s·B·A.
+
+    Attributes:
+      a: [r, in] float32.
+      b: [out, r] float32, already multiplied by s.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+
+
+def read_adapter(folder: pathlib.Path, config: ModelConfig) -> dict[str, Pair]:
+    """Read an adapter.
+
+    Args:
+      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+      config: the configuration of the base model.
+
+    Returns:
+      The update of each weight by tensor name.
+
+    Raises:
+      UserError: the folder is no LoRA adapter, uses a feature that is not implemented, or does not
+        fit the model; the message names the file, the key and its value.
+    """
+    require_folder(folder)
+    if not (folder / ADAPTER).exists():
+        raise UserError(f"{folder}: not an adapter (no {ADAPTER})")
+    raw = read_json(folder / ADAPTER)
+    place = folder / ADAPTER
+    if not isinstance(raw, dict):
+        raise UserError(f"{place}: holds {type(raw).__name__}, not a JSON object")
+    _check_settings(raw, place)
+    entries, _, faults = tensorfile.read_header(folder / WEIGHTS)
+    expected = {t.name: t for t in jax.tree.leaves(names.tensors(config)) if t.spec.inner}
+    pairs, more = _paired(entries, expected, config)
+    if not faults and not pairs and not more:
+        more = [f"{WEIGHTS}: holds no LoRA weights"]
+    if faults + more:
+        listed = "\n".join(f"  - {fault}" for fault in faults + more)
+        raise UserError(f"{folder}: the adapter does not fit the model\n{listed}")
+    updates = {}
+    for name, (a, b) in pairs.items():
+        module = name.removesuffix(".weight")
+        rank = _setting(raw, "r", "rank_pattern", module, place)
+        if a.shape[0] != rank:
+            raise UserError(f"{place}: r of {module} is {rank}; {WEIGHTS} has rank {a.shape[0]}")
+        alpha = _setting(raw, "lora_alpha", "alpha_pattern", module, place)
+        scale = alpha / (math.sqrt(rank) if raw.get("use_rslora") else rank)
+        wide = np.dtype(np.float32)
+        updates[name] = Pair(tensorfile.read_as(a, wide),
+                             np.float32(scale) * tensorfile.read_as(b, wide))
+    return updates
+
+
+def _check_settings(raw: Mapping[str, Any], place: pathlib.Path) -> None:
+    if raw.get("peft_type", "LORA") != "LORA":
+        raise UserError(f"{place}: peft_type is {raw['peft_type']!r:.60}; only 'LORA' is supported")
+    for key, inactive in _INACTIVE.items():
+        value = raw.get(key)
+        if not any(value is x or (type(value) is type(x) and value == x) for x in inactive):
+            raise UserError(f"{place}: {key} is {value!r:.60}, which is not supported; merge the "
+                            "adapter into its base model with peft's merge_and_unload")
+    how = raw.get("init_lora_weights")
+    if isinstance(how, str) and how.lower().startswith(_CHANGED_BASE):
+        raise UserError(f"{place}: init_lora_weights is {how!r:.60}, which changes the base "
+                        "model's weights; convert the adapter to plain LoRA with peft's "
+                        "save_pretrained(path_initial_model_for_weight_conversion=…)")
+
+
+def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
+             place: pathlib.Path) -> float:
+    """Return the rank or α of a module: of the first pattern that matches its name, or the default.
+
+    As in PEFT, a pattern is a regular expression for the end of the name, after a dot.
+    """
+    value = raw.get(key, 8)
+    table = raw.get(patterns) or {}
+    if not isinstance(table, dict):
+        raise UserError(f"{place}: {patterns} is {table!r:.60}; it must be a JSON object")
+    for pattern, own in table.items():
+        try:
+            matched = len(pattern) < 1000 and re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error:
+            raise UserError(f"{place}: {patterns} has {pattern!r:.60}, which is not a regular "
+                            "expression") from None
+        if matched:
+            value = own
+            break
+    if type(value) not in (int, float) or not 0 < value < 1e6:
+        raise UserError(f"{place}: {key} of {module} is {value!r:.60}; it must be a positive "
+                        "number")
+    return value
+
+
+def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
+            config: ModelConfig) -> tuple[dict[str, tuple[Entry, Entry]], list[str]]:
+    """Return the two factors of each weight by its tensor name, and every mismatch."""
+    found: dict[str, dict[str, Entry]] = {}
+    faults = []
+    for name, entry in sorted(entries.items()):
+        match = _NAME.fullmatch(name)
+        weight = f"{match[1]}.weight" if match else ""
+        if match is None:
+            faults.append(f"{name}: not a LoRA factor of a linear layer")
+        elif weight == HEAD and config.tied_embeddings:
+            faults.append(f"{name}: the model has no output head of its own (tied embeddings)")
+        elif weight not in expected:
+            faults.append(f"{name}: the model has no weight {weight}")
+        elif entry.dtype not in DTYPES or len(entry.shape) != 2:
+            faults.append(f"{name}: {entry.dtype} {list(entry.shape)}; it must be a matrix in "
+                          f"{', '.join(DTYPES)}")
+        else:
+            found.setdefault(weight, {})[match[2]] = entry
+    pairs = {}
+    for weight, factors in found.items():
+        out, width = expected[weight].shape
+        if set(factors) != {"A", "B"}:
+            faults.append(f"{weight}: only lora_{next(iter(factors))} is there")
+            continue
+        a, b = factors["A"], factors["B"]
+        if a.shape[1] != width or b.shape[0] != out or a.shape[0] != b.shape[1]:
+            faults.append(f"{weight}: factors {list(a.shape)} and {list(b.shape)} do not fit "
+                          f"[{out}, {width}]")
+        else:
+            pairs[weight] = (a, b)
+    return pairs, faults
+
+
+def merged(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> Params:
+    """Add updates to the weights: W + s·B·A in float32, rounded to the weight's dtype."""
+
+    def add(w: jax.Array, spec: Spec, pair: Pair) -> jax.Array:
+        delta = jax.device_put((pair.b @ pair.a).reshape(spec.shape), w.sharding)
+        return _sum(w, delta)
+
+    return _changed(params, config, updates, add)
+
+
+def attached(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> Params:
+    """Keep updates beside the weights (`weight.LowRank`): the base weights stay as they are."""
+
+    def attach(w: jax.Array, spec: Spec, pair: Pair) -> LowRank:
+        at = len(spec.shape) - spec.inner
+        rank = pair.a.shape[0]
+        a = pair.a.reshape(rank, *spec.shape[at:]).astype(w.dtype)
+        b = pair.b.reshape(*spec.shape[:at], rank).astype(w.dtype)
+        mesh = sharding.mesh_of(w)
+        if mesh is None:
+            where = w.sharding
+            return LowRank(w, jax.device_put(a, where), jax.device_put(b, where), spec.inner)
+        places = (sharding.weight_sharding((None, *spec.axes[at:]), a.shape, mesh),
+                  sharding.weight_sharding((*spec.axes[:at], None), b.shape, mesh))
+        return LowRank(w, jax.device_put(a, places[0]), jax.device_put(b, places[1]), spec.inner)
+
+    return _changed(params, config, updates, attach)
+
+
+def _changed(params: Params, config: ModelConfig, updates: Mapping[str, Pair],
+             change: Any) -> Params:
+    """Replace each weight that has an update by `change(weight, spec, update)`."""
+    tensors = names.tensors(config)
+
+    def one(holder: Any, layout: Any, field: str) -> Any:
+        tensor, w = getattr(layout, field), getattr(holder, field)
+        if tensor is None or w is None or tensor.name not in updates:
+            return w
+        return change(w, tensor.spec, updates[tensor.name])
+
+    layers = tuple(
+        layer.replace(**{field: one(layer, layout, field) for field in PRODUCTS})
+        for layer, layout in zip(params.layers, tensors.layers, strict=True))
+    return params.replace(layers=layers, head_vd=one(params, tensors, "head_vd"))
+
+
+@jax.jit
+def _sum(w: jax.Array, delta: jax.Array) -> jax.Array:
+    return (w.astype(jnp.float32) + delta).astype(w.dtype)

@@ -1,0 +1,226 @@
+"""LoRA adapters: against a reference in NumPy, and against peft itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support as s
+from jaxpersona.ckpts import adapter, hf, names
+from safetensors.numpy import save_file
+
+import jaxpersona as jp
+from jaxpersona.distributed.sharding import make_mesh
+from jaxpersona.models.batch import batch
+from jaxpersona.models.forward import forward
+from jaxpersona.models.weight import LowRank
+
+CONFIG = s.tiny_config(vocab_size=128, n_heads=4, n_kv_heads=2)
+ROWS = batch([[5, 6, 7, 8, 9], [3, 4]])
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def write(folder, projections=ALL, rank=4, dtype=np.float32, rename=lambda n: n, **settings):
+    """Write an adapter of random factors; return {tensor name: (A, B)}."""
+    rng = np.random.default_rng(0)
+    pairs, stored = {}, {}
+    for tensor in jax.tree.leaves(names.tensors(CONFIG)):
+        if tensor.spec.inner and any(f".{p}." in tensor.name for p in projections):
+            out, width = tensor.shape
+            own = settings.get("ranks", {}).get(tensor.name, rank)
+            a = rng.normal(size=(own, width)).astype(dtype)
+            b = (rng.normal(size=(out, own)) * 0.1).astype(dtype)
+            pairs[tensor.name] = a, b
+            base = f"base_model.model.{tensor.name.removesuffix('.weight')}"
+            stored[rename(f"{base}.lora_A.weight")] = a
+            stored[rename(f"{base}.lora_B.weight")] = b
+    settings.pop("ranks", None)
+    folder.mkdir(exist_ok=True)
+    save_file(stored, folder / "adapter_model.safetensors")
+    raw = {"peft_type": "LORA", "r": rank, "lora_alpha": 8, "target_modules": list(projections),
+           **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(raw))
+    return pairs
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "model"
+    hf.save(folder, s.random_params(CONFIG), CONFIG)
+    return folder
+
+
+def reference(base, pairs, scales):
+    """The weights of the merged model by tensor name, in float64."""
+    stored = {n: np.asarray(a, np.float64) for n, (_, a) in names.named(
+        jp.load(base).params, CONFIG).items()}
+    shapes = {t.name: t.shape for t in jax.tree.leaves(names.tensors(CONFIG))}
+    return {n: w.reshape(shapes[n]) + (
+        scales(n) * pairs[n][1].astype(np.float64) @ pairs[n][0].astype(np.float64)
+        if n in pairs else 0) for n, w in stored.items()}
+
+
+def merged_logits(base, weights):
+    tensors, tree = jax.tree.flatten(names.tensors(CONFIG))
+    params = tree.unflatten([jnp.asarray(weights[t.name].reshape(t.spec.shape), jnp.float32)
+                             for t in tensors])
+    return forward(params, CONFIG, ROWS).logits
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("projections", [ALL, ("q_proj", "v_proj")])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_logits_are_those_of_the_reference(base, tmp_path, projections, rslora, merge):
+    pairs = write(tmp_path / "a", projections, use_rslora=rslora)
+    wanted = merged_logits(base, reference(
+        base, pairs, lambda n: 8 / (math.sqrt(4) if rslora else 4)))
+    model = jp.load(base, adapter=tmp_path / "a", merge=merge)
+    got = forward(model.params, CONFIG, ROWS).logits
+    for row, n in enumerate((5, 2)):
+        assert s.relative(got[row, :n], wanted[row, :n]).max() < 1e-4
+    plain = forward(jp.load(base).params, CONFIG, ROWS).logits
+    assert s.relative(got[0], plain[0]).max() > 0.05  # the adapter does something
+    kept = [x for x in jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, LowRank))
+            if isinstance(x, LowRank)]
+    assert len(kept) == (0 if merge else len(pairs))
+
+
+def test_patterns_set_the_rank_and_scale_of_single_modules(base, tmp_path):
+    first = "model.layers.0.self_attn.q_proj.weight"
+    pairs = write(tmp_path / "a", ranks={first: 2},
+                  rank_pattern={"layers.0.self_attn.q_proj": 2, "q_proj_": 7},
+                  alpha_pattern={r"layers\.[12]\.mlp\.(up|down)_proj": 3.0})
+    assert pairs[first][0].shape[0] == 2
+
+    def scale(name):
+        alpha = 3 if re.search(r"layers\.[12]\.mlp\.(up|down)_proj", name) else 8
+        return alpha / (2 if name == first else 4)
+
+    wanted = merged_logits(base, reference(base, pairs, scale))
+    got = forward(jp.load(base, adapter=tmp_path / "a").params, CONFIG, ROWS).logits
+    assert s.relative(got[0], wanted[0]).max() < 1e-4
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("mesh", [dict(model=2), dict(model=4, data=2), dict(fsdp=2, model=2)])
+def test_a_mesh_gives_the_same(base, tmp_path, merge, mesh):
+    write(tmp_path / "a")
+    alone = jp.load(base, adapter=tmp_path / "a", merge=merge)
+    size = math.prod(mesh.values())
+    spread = jp.load(base, adapter=tmp_path / "a", merge=merge,
+                     mesh=make_mesh(**mesh, devices=jax.devices()[:size]))
+    rows = batch([[5, 6, 7, 8, 9]] * 4)
+    wanted = jax.jit(forward, static_argnums=1)(alone.params, CONFIG, rows).logits
+    got = jax.jit(forward, static_argnums=1)(spread.params, CONFIG, rows).logits
+    assert s.relative(jax.device_get(got), wanted).max() < 1e-5
+
+
+@pytest.mark.parametrize("merge", [True, False])
+def test_generation_capping_and_the_fingerprint_use_the_adapter(base, tmp_path, merge):
+    write(tmp_path / "a")
+    plain, model = jp.load(base), jp.load(base, adapter=tmp_path / "a", merge=merge)
+    assert model.fingerprint != plain.fingerprint and model.fingerprint[:8] == plain.fingerprint[:8]
+    assert model.name.endswith("model+a")
+    prompts = s.prompts((5, 9))
+    edits = jp.cap(np.ones(CONFIG.d_model), layers=[1], floor=0.5)
+    one, many = (jp.generate(model, prompts, interventions=edits, max_new_tokens=6,
+                             batch_size=n).tokens for n in (2, 8))
+    assert s.same_bits(one, many)
+    before = jp.generate(plain, prompts, interventions=edits, max_new_tokens=6, batch_size=2).tokens
+    assert not s.same_bits(one, before)
+
+
+def test_bfloat16_weights_are_summed_in_float32(base, tmp_path):
+    pairs = write(tmp_path / "a")
+    wanted = reference(base, pairs, lambda n: 2.0)
+    model = jp.load(base, adapter=tmp_path / "a", dtype="bfloat16")
+    base16 = names.named(jp.load(base, dtype="bfloat16").params, CONFIG)
+    for name, (tensor, got) in names.named(model.params, CONFIG).items():
+        if name in pairs:
+            exact = np.asarray(base16[name][1], np.float32).reshape(tensor.shape) + (
+                2.0 * pairs[name][1] @ pairs[name][0])
+            rounded = np.asarray(jnp.asarray(exact, jnp.bfloat16), np.float32)
+            assert np.array_equal(np.asarray(got, np.float32).reshape(tensor.shape), rounded)
+        assert got.dtype == jnp.bfloat16 and wanted[name].shape == tensor.shape
+
+
+REFUSED = {
+    "dora": (dict(use_dora=True), "use_dora is True, which is not supported"),
+    "bias": (dict(bias="all"), "bias is 'all', which is not supported"),
+    "saved": (dict(modules_to_save=["lm_head"]), r"modules_to_save is \['lm_head'\]"),
+    "type": (dict(peft_type="IA3"), "peft_type is 'IA3'; only 'LORA'"),
+    "pissa": (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights is 'pissa_niter_4'"),
+    "alpha": (dict(lora_alpha="big"), "lora_alpha of model.layers.0.* is 'big'"),
+    "rank": (dict(r=5), "r of model.layers.0.* is 5; adapter_model.safetensors has rank 4"),
+    "pattern": (dict(rank_pattern={"(": 2}), "rank_pattern has '\\('"),
+    "replicated": (dict(layer_replication=[[0, 2]]), "layer_replication is"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_implemented_is_refused(base, tmp_path, case):
+    settings, message = REFUSED[case]
+    rank = settings.pop("r", 4) if case != "rank" else 4
+    write(tmp_path / "a", rank=rank, **settings)
+    with pytest.raises(jp.UserError, match=message):
+        jp.load(base, adapter=tmp_path / "a")
+
+
+def test_tensors_that_do_not_fit_are_all_listed(base, tmp_path):
+    write(tmp_path / "a", rename=lambda n: n.replace("layers.2", "layers.7").replace(
+        "layers.1.mlp.up_proj.lora_A", "layers.1.mlp.up_proj.lora_Q"))
+    with pytest.raises(jp.UserError) as caught:
+        jp.load(base, adapter=tmp_path / "a")
+    text = str(caught.value)
+    assert "the model has no weight model.layers.7.self_attn.q_proj.weight" in text
+    assert "up_proj.lora_Q.weight: not a LoRA factor" in text and "only lora_B is there" in text
+    other = tmp_path / "b"
+    write(other)
+    wide = dataclasses.replace(CONFIG, d_ff=64)
+    with pytest.raises(jp.UserError, match=r"do not fit \[64, 32\]"):
+        adapter.read_adapter(other, wide)
+
+
+@pytest.mark.parametrize("make", ["missing", "model", "empty", "damaged"])
+def test_other_folders_are_refused(base, tmp_path, make):
+    folder = tmp_path / "a"
+    if make == "model":
+        folder = base
+    elif make != "missing":
+        write(folder)
+        if make == "empty":
+            (folder / "adapter_model.safetensors").unlink()
+        else:
+            (folder / "adapter_model.safetensors").write_bytes(b"\0" * 40)
+    with pytest.raises(jp.UserError, match="no such folder|not an adapter|adapter_model"):
+        jp.load(base, adapter=folder)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("projections", [list(ALL), ["q_proj", "v_proj"]])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_logits_are_those_of_peft(base, tmp_path, projections, rslora):
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    made = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.manual_seed(0)
+    tuned = peft.get_peft_model(made, peft.LoraConfig(
+        r=4, lora_alpha=12, target_modules=projections, use_rslora=rslora,
+        init_lora_weights=False))
+    tuned.save_pretrained(tmp_path / "a")
+    tokens = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        wanted = tuned(tokens).logits.numpy()
+        without = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(tokens).logits
+    for merge in (True, False):
+        model = jp.load(base, adapter=tmp_path / "a", merge=merge)
+        got = forward(model.params, CONFIG, batch([[5, 6, 7, 8, 9]])).logits
+        assert s.relative(got[0], wanted[0]).max() < 1e-4
+    assert s.relative(without.numpy()[0], wanted[0]).max() > 0.01
