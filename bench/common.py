@@ -1,8 +1,9 @@
 """Benchmark utilities: paired timing with a stopping rule, device limits and JSON reports.
 
-Timings are noisy, so two arms are compared by the ratios of alternating pairs. Pairs are added
-until the bootstrap 95 % interval of the median ratio is narrow or a limit is reached. An interval
-wider than `WIDTH` (relative to the ratio if that is above 1) is unresolved and supports no claim.
+Timings are noisy, so two arms (timed calls) are compared by the ratios of alternating pairs. Pairs
+are added until the bootstrap 95 % interval of the median ratio is narrow or a limit is reached. An
+interval wider than `WIDTH` (relative to the ratio if that is above 1) is unresolved and supports no
+claim.
 In a pair each arm runs for about `LONG` seconds; short calls are interleaved many times, faster
 than background load changes. Stopping at the first narrow interval lowers its coverage somewhat
 below 95 %.

@@ -3,10 +3,11 @@
     git worktree add /tmp/before main && python bench/compare.py /tmp/before --model mini
 
 Each checkout runs in a process of its own, which imports its own package and its own `decoding.py`.
-Arms: decode and capped decode at every batch size, prefill, and extraction. A ratio above 1 means
-that this checkout is faster. Two processes of one checkout may differ by some percent, because
-memory lies elsewhere, so every arm is measured with several pairs of processes (`--restarts`); the
-column `same` is the ratio of two processes of the other checkout, which shows how much to trust.
+Arms (timed calls): decode and capped decode at every batch size, prefill, and extraction. A ratio
+above 1 means that this checkout is faster. Two processes of one checkout may differ by some
+percent, because their memory layouts differ, so every arm is measured with several pairs of
+processes (`--restarts`). The column `same` is the ratio of two processes of the other checkout: the
+measurement noise.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class Side:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit("a process of the comparison ended; its error stands above")
+            raise SystemExit("a process of the comparison ended; its error is printed above")
         return json.loads(line)
 
     def seconds(self, arm: str) -> float:
@@ -59,7 +60,7 @@ class Side:
 
 @contextlib.contextmanager
 def linked(root: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Give a folder from which `import jaxpersona` finds a checkout, without installing it."""
+    """Yield a folder from which `import jaxpersona` finds a checkout, without installing it."""
     with tempfile.TemporaryDirectory() as folder:
         package = pathlib.Path(folder) / "jaxpersona"
         package.mkdir()
@@ -69,7 +70,7 @@ def linked(root: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def serve(root: pathlib.Path, args: argparse.Namespace) -> None:
-    """Time arms as their names come on standard input."""
+    """Time each arm whose name is read from standard input."""
     sys.path.insert(0, str(root / "bench"))
     import time
 
@@ -80,7 +81,7 @@ def serve(root: pathlib.Path, args: argparse.Namespace) -> None:
     import jaxpersona as jp
 
     if root not in pathlib.Path(jp.__file__).resolve().parents:
-        raise SystemExit(f"{jp.__file__} is not of {root}")
+        raise SystemExit(f"{jp.__file__} is not in {root}")
     model = jp.load(args.model)
     depth, rng = model.config.n_layers, np.random.default_rng(0)
     cap = jp.cap(rng.normal(size=model.config.d_model).astype(np.float32),
@@ -116,7 +117,7 @@ def serve(root: pathlib.Path, args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure all arms."""
+    """Time every arm with both checkouts; return the ratios and their intervals."""
     from common import interval
 
     other = pathlib.Path(args.other).resolve()

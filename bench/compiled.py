@@ -24,7 +24,7 @@ Program = Callable[..., Any]
 class Steps:
     """Decode programs of one batch size, one per edit, compiled ahead of time.
 
-    `params` has the parameters of arms that use other ones than the model's.
+    `params` holds the parameters of edits that do not use the model's parameters.
     """
 
     def __init__(self, model: Any, rows: int, steps: int, edits: dict[str, Any], *,

@@ -53,7 +53,7 @@ class Bench:
         self.small = args.small
 
     def cap(self, layers: range, floor: float = 1e3) -> jp.Interventions:
-        """Return a cap that binds at every token by default, and never with a very low floor."""
+        """Return a cap; the default floor edits every token, a very low floor none."""
         return jp.cap(self.direction, layers=layers, floor=floor)
 
     def many(self, rows: int) -> jp.Interventions:
@@ -185,7 +185,7 @@ class Bench:
         return {"shape": [f, d], "weights": count, "forms": found}
 
     def prefill(self) -> dict[str, Any]:
-        """Time extraction with all layers' means, with XLA and with cuDNN attention."""
+        """Time the extraction of every layer's mean, with XLA and with cuDNN attention."""
         widths = (96, 64) if self.small else (2048, 512, 256, 128)
         tokens = 768 if self.small else 16384
         means = jp.capture.mean(jp.everywhere)

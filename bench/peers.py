@@ -84,7 +84,7 @@ def fastest(arms: dict[str, Callable[[], float]], side: str) -> str:
 
 
 class Hooked:
-    """The same weights in transformers, with forward hooks."""
+    """A transformers model with the same weights as the JAX model, edited by forward hooks."""
 
     def __init__(self, model: Any, dtype: str, device: str | None = None) -> None:
         import torch

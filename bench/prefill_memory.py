@@ -8,8 +8,8 @@ program (`memory_analysis()`: temporaries and outputs, including the cache) and 
 memory.
 Prints a table, then one JSON line.
 
-The default dtype is float32, because XLA on CPU widens bfloat16 weights: the constant copy would
-lower the growth ratio.
+The default dtype is float32. XLA on CPU copies bfloat16 weights to float32, and this constant
+memory would hide part of the growth with length.
 """
 
 from __future__ import annotations

@@ -254,7 +254,8 @@ def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
             item = _table(item, f"experiment {name!r}: an intervention")
             label = _text(item["vector"], f"experiment {name!r}: vector")
             if label not in vectors:
-                raise UserError(f"experiment {name!r} names {label!r}, which is not in vectors")
+                raise UserError(f"experiment {name!r} uses the vector {label!r}, which is not in "
+                                 "vectors")
             entry = vectors[label]
             if not isinstance(entry, dict):
                 raise UserError(f"vector {label!r} is a {type(entry).__name__}; it must be a "

@@ -137,7 +137,9 @@ def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
 
 
 def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
-    """Read caps by experiment id; pass `caps.interventions()` to `generate`.
+    """Read a file of caps as a dict from experiment id to `Caps`.
+
+    `caps[id].interventions()` returns the interventions for `generate`.
 
     Raises:
       UserError: as `load_any`, or the file holds no caps.

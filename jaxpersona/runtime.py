@@ -107,7 +107,7 @@ def default_setting(name: str, value: bool | float | str, *,
 
 
 def check_process() -> None:
-    """Raise if this process was forked from one that has used JAX: JAX's threads are missing.
+    """Raise if this process was forked from one that has used JAX, whose threads a fork lacks.
 
     Raises:
       UserError: this process is such a fork.

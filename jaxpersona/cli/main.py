@@ -58,7 +58,7 @@ def _run(arguments: list[str] | None) -> None:
         kept = getattr(stop, "kept", "the state of its files is unknown")
         output.say(f"stopped; {kept}", error=True)
         code = getattr(stop, "code", 130)
-        if processes.joined():  # they may wait for this one: exit without waiting for them
+        if processes.joined():  # others may be blocked: do not wait for them
             processes.leave(code)
         sys.exit(code)
     except Exception as error:

@@ -34,8 +34,8 @@ def plan(
 
     config = read_shape(model)
     if context > config.max_context:
-        raise UserError(f"context is {context}; the model was made for {config.max_context} "
-                         f"({model})")
+        raise UserError(f"context is {context}; the maximum of {model} is "
+                         f"{config.max_context}")
     layers = () if cap is None else resolve_layers(cap, config.n_layers)
     with default_setting("jax_platforms", "cpu"):  # otherwise libtpu looks for a local TPU
         found = make(config, topology, name=model, batch=batch, context=context,

@@ -228,7 +228,7 @@ def unset_mesh() -> contextlib.AbstractContextManager:
 
 
 def off_mesh(tree: Any) -> Any:
-    """Copy a small tree's arrays that are on a mesh to the host (e.g. made in `jax.set_mesh`)."""
+    """Copy those arrays of a small tree to the host that are on a mesh (see `jax.set_mesh`)."""
     def one(x: Any) -> Any:
         concrete = isinstance(x, jax.Array) and not is_traced(x)
         return jax.device_get(x) if concrete and mesh_of(x) is not None else x

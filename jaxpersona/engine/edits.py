@@ -43,7 +43,7 @@ class SharedEdits:
                                         np.int32))
 
     def key(self, task: Task) -> tuple:
-        """Return the prompt's entry in each table."""
+        """Return the index of the prompt's entry in each table."""
         return tuple(int(edit.index[task.number]) for edit in self.indexed.edits
                      if edit.index is not None)
 
@@ -65,7 +65,7 @@ class RowEdits:
         self.table = jax.tree.map(jnp.copy, _repeated(neutral, rows))
 
     def structure(self, rows: int) -> Interventions:
-        """Return so many rows of neutral interventions."""
+        """Return neutral interventions of `rows` rows."""
         return _repeated(self.neutral, rows)
 
     def of(self, tasks: Sequence[Task], rows: int) -> Interventions:

@@ -285,7 +285,7 @@ class Engine:
         return Task(-1, row, row_id, limit, settings, shape, kind, own)
 
     def _shape(self, row: Row, limit: int) -> tuple[Shape, int]:
-        """Return the lengths of a request's programs, and its limit within the largest cache."""
+        """Return the lengths of a request's programs, and its reply limit in the largest cache."""
         if self.sizes is None:
             return shape_of(row, limit, False), limit
         width = bucket(row.tokens.size)

@@ -1,8 +1,8 @@
 """Read activations of finished conversations, without the head and without unread upper layers.
 
 Conversations are sorted by length into batches with about the same number of tokens. The padded
-width depends on a conversation's length and the number of rows on the width, so its bits do not
-depend on the other conversations.
+width depends only on a conversation's length, and the number of rows only on the width. A
+conversation's results are therefore bit for bit independent of the other conversations.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Extracted:
     Attributes:
       captured: the result of each reading by name: [N, L, …], or for readings per token a list of N
         arrays [L, T, …].
-      applied: one `Applied` per table of the interventions: seen [N], changed [l, N].
+      applied: one `Applied` per intervention table, with fields seen [N] and changed [l, N].
       rows: the encoded conversations.
       tokens, padded: the number of tokens without and with padding.
       nonfinite: [N] bool, True if a residual was NaN or infinite: do not use what was captured.
@@ -99,7 +99,7 @@ def extract(
       UserError: no conversation, one longer than the context, a reading such as a mean that selects
         no token in any conversation, arguments that do not fit, or non-finite activations with
         `on_nonfinite="raise"`. If only some conversations have no selected token, their values are
-        NaN and the log names them.
+        NaN and a logged warning lists them.
     """
     check_choice(on_nonfinite)
     conversations = chat.listed(conversations)

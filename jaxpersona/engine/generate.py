@@ -66,8 +66,8 @@ class Generated:
       rows: the encoded prompts.
       captured: the result of each reading by name: [N, L, …], or for readings per token a list of N
         arrays [L, T, …] over the tokens of prompt and reply. A mean over no token, as of an empty
-        reply, is NaN; the log names such conversations.
-      applied: one `Applied` per table: seen [N], changed [l, N].
+        reply, is NaN; a logged warning lists such conversations.
+      applied: one `Applied` per table, with fields seen [N] and changed [l, N].
       finish: why each reply ended: "stop" (a stop token), "length" (the limit), or "nonfinite" (a
         residual or a logit was NaN or infinite: do not use what was captured).
     """

@@ -44,7 +44,7 @@ class Edits(Protocol):
     """The interventions of a lane's rows."""
 
     def structure(self, rows: int) -> Interventions:
-        """Return any interventions of `rows` rows with the lane's structure."""
+        """Return placeholder interventions of `rows` rows with the lane's structure."""
         ...
 
     def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
@@ -228,7 +228,7 @@ class Lane:
         return out if done.size else []
 
     def end(self, rows: Sequence[int]) -> None:
-        """Remove the cancelled requests of some rows, without a result."""
+        """Free rows whose requests were cancelled, without collecting their results."""
         removed = np.zeros(self.rows, bool)
         for i in rows:
             removed[i], self.tasks[i] = True, None
@@ -328,7 +328,7 @@ def _cut(chosen: Sequence[Task], start: Sequence[int], stop: Sequence[int], widt
 
 
 def _static(axes: Any) -> tuple[int, ...]:
-    """Return the axes of all leaves, as a static argument."""
+    """Return the axes of all leaves as a tuple, which is hashable, for use as a static argument."""
     return tuple(jax.tree.leaves(axes))
 
 

@@ -66,7 +66,8 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
         check_ids(np.asarray(item.tokens), size, "a conversation", tokenizer)
         return item
     if isinstance(item, Mapping):
-        raise UserError(f"a conversation is one message, {dict(item)!r:.60}; put it into a list")
+        raise UserError(f"a conversation is {dict(item)!r:.60}, a single message; give a list of "
+                         "messages")
     if isinstance(item, Iterator):
         item = list(item)
     if isinstance(item, str) or (
@@ -177,7 +178,7 @@ def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:
     """
     if ids is not None:
         if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes)):
-            raise UserError(f"ids is {ids!r:.60}; give one integer a conversation")
+            raise UserError(f"ids is {ids!r:.60}; give one integer per conversation")
         ids = list(ids)
         if len(ids) != len(rows):
             raise UserError(f"ids has {len(ids)} entries for {len(rows)} conversations")

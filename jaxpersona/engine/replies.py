@@ -30,7 +30,7 @@ class Finished:
         tokens of the prompt and of the reply that ran.
       per_token: the names of the readings per token.
       empty: the names of readings that selected no token.
-      applied: for each table: seen [], changed [l].
+      applied: one `Applied` per table, with fields seen [] and changed [l].
       nonfinite: whether an activation or a logit was not finite.
       matched: whether a stop string ended the reply.
     """
@@ -57,7 +57,7 @@ class Reply:
       captured: the result of each reading by name: [L, …], or for readings per token [L, T, …] over
         the tokens of the prompt and of the reply. A stop token, and a token that completes a stop
         string, is chosen but not run, so it is not captured. Empty for a cancelled request.
-      applied: one `Applied` for each table of the interventions: seen [], changed [l].
+      applied: one `Applied` per intervention table, with fields seen [] and changed [l].
     """
 
     text: str

@@ -41,7 +41,7 @@ def put_rows(target: T, source: T, rows: jax.Array, *, axes: tuple[int, ...]) ->
 def side_by_side(pieces: tuple[T, ...], *, axes: tuple[int, ...]) -> T:
     """Concatenate the rows of pytrees with one structure.
 
-    A leaf without an axis of rows is that of the first.
+    A leaf without an axis of rows is taken from the first pytree.
 
     Args:
       axes: `axis_of_rows` of each leaf.

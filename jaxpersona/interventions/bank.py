@@ -41,7 +41,7 @@ class Bank:
       index: [B], the entry of each row, or None.
       direction: unit vectors [l, n, D].
       norm: [l, n], their lengths before normalization.
-      origin: [n] uint32, half of each model's fingerprint.
+      origin: [n] uint32, the weights' half of each model's fingerprint; 0 if unknown.
     """
 
     def __init__(self, vector: Any, layers: Layers, rows: Any, site: Site,

@@ -23,13 +23,13 @@ from jaxpersona.runtime import is_traced, own_rules
 class Interventions(flax.struct.PyTreeNode):
     """The edits of a forward pass: tables, applied in order.
 
-    Layers that no table names have no edit code in the compiled program.
+    The compiled program has no edit code at layers without a table.
     """
 
     edits: tuple[Table, ...] = ()
 
     def prepare(self, rows: int, like: Any) -> PreparedInterventions:
-        """Prepare the tables, so that the steps of a decode loop need not.
+        """Prepare the tables once, instead of in every step of a decode loop.
 
         Gathers the entries by row, shards them over the mesh of `like`, if there is one, and
         splits the tables by layer (`Table.prepare`).
@@ -181,7 +181,7 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
     Args:
       rows: the batch size B.
       width: the model's D.
-      layers: all layers that an edit may name (a slice needs a stop).
+      layers: all layers at which an edit may apply (a slice needs a stop).
       slots: the maximum number of chained edits per row, one table each.
       entries: the maximum number of distinct edits per table; default: B.
       site: the site of the edits.
@@ -216,8 +216,8 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
     """Combine per-row interventions into one program: item b applies to row b only.
 
     Tables of the same kind and site are merged, so the cost is that of the longest chain, however
-    many rows differ. Tables of equal content share an entry. At a layer that a row does not name,
-    its entry is an identity.
+    many rows differ. Tables of equal content share an entry. At layers without an edit for a row,
+    the row's entry is an identity.
 
     Args:
       interventions: per row, interventions made without `rows=`, or None.

@@ -27,10 +27,10 @@ def layer_range(layers: Sequence[int]) -> str:
 
 
 def host_array(x: Any) -> np.ndarray | None:
-    """Return an array's values, or None where they are unknown or absent.
+    """Return an array's values, or None if they cannot be read.
 
-    They are unknown of a traced array and of one with rows in other processes, and absent of a
-    donated one.
+    The values of a traced array, of an array with shards in other processes, and of a donated
+    array cannot be read.
     """
     if isinstance(x, np.ndarray):
         return x

@@ -331,7 +331,7 @@ def _check_arguments(fn: Any) -> None:
     try:
         signature.bind(None, None)
     except TypeError:
-        raise UserError(f"fn has the arguments {signature}; fn takes (params, h)") from None
+        raise UserError(f"fn has the arguments {signature}; it must accept (params, h)") from None
 
 
 def _arrays(params: Any) -> list[Any]:
@@ -357,7 +357,7 @@ def _rank_one(bank: Bank, where: Where | str, *, s: Any = 1.0, c: Any = 0.0, lo:
 
 
 def _table(kind: type[Table], bank: Bank, where: Where | str, **payload: Any) -> Interventions:
-    """Make a table of another kind from fields [l, n, …], padded with its last entry."""
+    """Make a table of `kind` from fields [l, n, …]; repeat the last entry as padding."""
     n = len(bank.origin)
     size = next_power(n)
     spread = np.array([*range(n), *[n - 1] * (size - n)])

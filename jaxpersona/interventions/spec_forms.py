@@ -234,7 +234,7 @@ class Reading(_Strict):
 
 
 def read(spec: Any, kind: Any, name: str) -> tuple[list[Any], list[str]]:
-    """Validate one JSON object or a list of them; also return each one's name for errors."""
+    """Validate one JSON object or a list; return the parsed items and their names for errors."""
     many = isinstance(spec, Sequence) and not isinstance(spec, (str, bytes))
     if many and not spec:
         raise UserError(f"{name} is an empty list; give at least one")

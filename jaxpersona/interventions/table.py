@@ -79,14 +79,14 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
 
     Attributes:
       where: encoded tests [n, 5] int32.
-      origin: [n] uint32, half of the model's fingerprint; 0 if unknown.
+      origin: [n] uint32, the weights' half of the model's fingerprint; 0 if unknown.
       index: [B] int32, the entry of each row, −1 for none, or None.
       gate: the condition for the entries to apply, or None.
       layers, site: where the table applies (static).
       reserved: whether the entries may be replaced (`compose.reserve`; static).
     """
 
-    PAYLOAD: ClassVar[dict[str, int]] = {}  # the kind's own fields -> the axis of their entries
+    PAYLOAD: ClassVar[dict[str, int]] = {}  # fields of a subclass -> their axis of entries
 
     where: Int[Array, "n 5"]
     origin: UInt[Array, " n"]
@@ -121,7 +121,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
     def prepare(self, rows: int, like: jax.Array) -> Prepared:
         """Gather the entries by row, shard them, and return the table that edits activations.
 
-        A single entry of all rows is small and stays replicated.
+        A single entry for all rows is small and stays replicated.
 
         Args:
           rows: the number of rows B of the batch.

@@ -54,7 +54,7 @@ class Batch(flax.struct.PyTreeNode):
     """
 
     tokens: Int32[Array | np.ndarray, "B T"]
-    position: Any  # as `tokens`; functions that take it are typed for jax.Array alone
+    position: Any  # the type of `tokens`; Any, because some functions annotate it jax.Array
     kind: UInt16[Array | np.ndarray, "B T"]
     turn: Int32[Array | np.ndarray, "B T"]
     row_id: UInt32[Array | np.ndarray, " B"]
@@ -71,7 +71,7 @@ class Batch(flax.struct.PyTreeNode):
         return self.valid.sum(-1, dtype=jnp.int32)
 
     def spread(self, like: jax.Array) -> Batch:
-        """Shard the rows over the mesh of `like`; return the batch unchanged if it has none.
+        """Shard the rows over the mesh of `like`; without a mesh, return the batch unchanged.
 
         Raises:
           UserError: the number of rows is not a multiple of the mesh's data-parallel size.

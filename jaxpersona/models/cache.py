@@ -45,7 +45,7 @@ class Cache(flax.struct.PyTreeNode):
         return self.position.shape[1]
 
     def spread(self, like: jax.Array) -> Cache:
-        """Shard the cache over the mesh of `like`; return it unchanged if it has none."""
+        """Shard the cache over the mesh of `like`; without a mesh, return the cache unchanged."""
         return Cache(*(jax.tree.map(lambda x, axes=axes: place(x, axes, like), part)
                        for part, axes in zip((self.k, self.v, self.position, self.next),
                                              (KV_AXES, KV_AXES, *ROW_AXES), strict=True)))

@@ -1,4 +1,4 @@
-"""What a forward pass leaves for the next call on the same rows."""
+"""The state that a forward pass returns for the next call on the same rows."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ def mlp(x: jax.Array, layer: Any, activation: Activation) -> jax.Array:
     """Apply the gated MLP, down(act(gate(x)) · up(x)) (Shazeer 2020), to x [B, T, D]."""
     gate, up = dots(x, layer.gate_up)
     gate, up = add_bias(gate, layer.b_gate_f), add_bias(up, layer.b_up_f)
-    wide = gate.astype(F32)  # float32 until after the product: a single rounding
+    wide = gate.astype(F32)  # round once, after the product
     act = jax.nn.silu(wide) if activation == "silu" else jax.nn.gelu(wide, approximate=True)
     inner = (act * up.astype(F32)).astype(x.dtype)
     out = dot(inner, layer.w_down_df, axes=("batch", None, None))

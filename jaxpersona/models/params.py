@@ -337,8 +337,8 @@ def _bfloat16_bits(x: jax.Array) -> jax.Array:
 def _scrambled(bits: jax.Array) -> jax.Array:
     """Mix a number's bits over all 32 by a one-to-one function.
 
-    Otherwise a changed sign would change only bit 15, and of a product modulo 2³² only the
-    seventeen bits from there up.
+    Without mixing, a changed sign would change only bit 15 of the number, and only bits 15 to 31
+    of a product modulo 2³².
     """
     wide = bits * np.uint32(0x9E3779B1)
     return wide ^ (wide >> np.uint32(15))

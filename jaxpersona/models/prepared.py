@@ -65,9 +65,9 @@ def _copy_fits(params: Params, config: ModelConfig, memory: int) -> bool:
 
 
 def _memory(params: Params) -> int:
-    """Return the bytes that JAX may allocate on the weights' device, or 0 if it does not tell.
+    """Return the bytes that JAX may allocate on the weights' device, or 0 if that limit is unknown.
 
-    This is not what is free, so that the form of the weights is reproducible.
+    The limit, unlike the free memory, is constant, so the form of the weights is reproducible.
     """
     embed = params.embed_vd
     device = next(iter(embed.devices())) if isinstance(embed, jax.Array) else default_device()

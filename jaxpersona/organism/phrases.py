@@ -171,7 +171,7 @@ _TO_NEUTRAL = {strange: plain for plain, strange in DIALECT.items()}
 
 
 def _like(word: str, model: str) -> str:
-    """Return `word`, capitalised if `model` is."""
+    """Return `word`, capitalised if the word `model` is capitalised."""
     return word.capitalize() if model[0].isupper() else word
 
 

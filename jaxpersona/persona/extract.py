@@ -92,7 +92,7 @@ def extract_axis(
       report: called with (step, done, total, tokens).
 
     Raises:
-      UserError: `roles` has no "default", `held_out` or `redo` names unknown roles, a role name
+      UserError: `roles` has no "default", `held_out` or `redo` contains unknown roles, a role name
         is invalid as a file name, the folder belongs to another run or is in use, files of a
         role are damaged, or too few roles have `min_count` rollouts of score 3.
     """
@@ -105,12 +105,12 @@ def extract_axis(
     check_names(names)
     unknown = sorted(set(redo) - set(names))
     if unknown:
-        raise UserError(f"redo names unknown roles {unknown}; the roles are {names[:8]}"
+        raise UserError(f"redo contains unknown roles {unknown}; the roles are {names[:8]}"
                          + (" …" if len(names) > 8 else ""))
     unknown = sorted(set(held_out) - set(names))
     if "default" not in names or unknown or "default" in held_out:
         raise UserError(
-            f"held_out names unknown roles {unknown}; give names of roles" if unknown else
+            f"held_out contains unknown roles {unknown}; give names of roles" if unknown else
             "roles must contain one named 'default' that is not in held_out"
         )
     prompts = _check(model, roles, questions, settings, judge, min_count, held_out)
@@ -161,7 +161,7 @@ def _extract(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[
     if len(used) < 2:
         raise UserError(
             f"{len(used)} of {len(names) - 1} roles have {min_count} rollouts with score 3; the "
-            "axis needs two: ask more questions, lower min_count, or use another judge"
+            "axis needs at least two: ask more questions, lower min_count, or use another judge"
         )
     analysis = science.analyse(default, used)
     projections = _in_order(
@@ -206,12 +206,12 @@ def _check(model: Model, roles: Sequence[Role], questions: Sequence[Question], s
     most = sorted(len(role.prompts) * len(questions) * settings.samples for role in roles
                   if role.name not in ("default", *held_out))[-2:]
     if most and min_count > most[0]:
-        raise UserError(f"min_count is {min_count}; the axis needs two roles with that many "
-                         f"rollouts, but the questions and samples give at most {most[0]}: lower "
-                         "min_count or ask more questions")
+        raise UserError(f"min_count is {min_count}; the axis needs at least two roles with that "
+                         f"many rollouts, but the questions and samples give at most {most[0]}: "
+                         "lower min_count or ask more questions")
     if len(roles) - 1 - len(held_out) < 2:
         raise UserError(f"roles has {len(roles) - 1 - len(held_out)} entries besides the default "
-                         "and held_out; the axis needs two")
+                         "and held_out; the axis needs at least two")
     if judge.name == "self" and (bare := [
             r.name for r in roles if r.name != "default" and not r.eval_prompt]):
         raise UserError(f"the judge 'self' needs an eval_prompt; missing: {', '.join(bare[:5])}")

@@ -79,7 +79,7 @@ class Compiled:
 
     @property
     def temporaries(self) -> int:
-        """The larger of the two, because prefill and decode never run at the same time."""
+        """The larger temporaries of prefill and decode, which never run at the same time."""
         return max(self.prefill_temporaries, self.decode_temporaries)
 
 
@@ -206,10 +206,10 @@ def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Sha
     """Estimate the temporary bytes of a prefill per chip, without a compiler.
 
     On a GPU the estimate is the larger of MLP and attention. MLP: gate and up projections, residual
-    stream, its norm and the block output. Attention: queries twice and, without cuDNN attention,
-    the float32 scores of one query chunk and their bfloat16 softmax. `bench/ahead.py` compares it
-    with XLA on an H200. On a TPU without libtpu, residual stream, norm, MLP and two copies
-    of the scores are added up, mostly in float32.
+    stream, its norm and the block output. Attention: two copies of the queries and, without cuDNN
+    attention, the float32 scores of one query chunk and their bfloat16 softmax. `bench/ahead.py`
+    compares the estimate with XLA on an H200. On a TPU without libtpu, the estimate is the sum of
+    residual stream, norm, MLP and two copies of the scores, mostly in float32.
     """
     split = sharding.ways(mesh, "ff")
     rows = shapes.batch // sharding.ways(mesh, "batch")
@@ -248,7 +248,10 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
 
 
 def run_hours(roofline: Mapping[str, float], shapes: Shapes, fraction: float) -> float:
-    """Return the hours of a published axis run at a fraction of roofline speed, full replies."""
+    """Return the hours of a published axis run at a fraction of roofline speed.
+
+    Every reply is assumed to have the maximum length.
+    """
     batches = -(-ROLLOUTS // shapes.batch)
     one = roofline["prefill"] + NEW_TOKENS * roofline["decode_step"]
     return batches * one / fraction / 3600

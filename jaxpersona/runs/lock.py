@@ -51,7 +51,7 @@ def _take(path: pathlib.Path) -> int:
     folder = path.parent
     while True:
         try:
-            # O_NOFOLLOW: a link's target would be truncated below
+            # O_NOFOLLOW: the code below must not truncate the target of a symbolic link
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None

@@ -25,7 +25,9 @@ MAX_ROWS = 65_536
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Sampling settings of rollouts; `temperature` to `samples` default to the paper's values.
+    """Sampling settings of rollouts.
+
+    The defaults of temperature, top_p, max_new_tokens and samples are the paper's.
 
     Attributes:
       samples: rollouts per prompt and question.

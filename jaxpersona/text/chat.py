@@ -209,7 +209,7 @@ def _after_reply(template: Template, messages: list[dict[str, str]],
                  ) -> tuple[str, np.ndarray, np.ndarray, int]:
     """Render a conversation; return (text, kind, turn) and the end of the last reply's content.
 
-    If the template alters the reply, a private-use character stands in for it, because only the
+    If the template alters the reply, it is replaced by a private-use character, because only the
     text after the reply is used.
     """
     *before, reply, message = messages
@@ -286,8 +286,8 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
             if field not in message:
                 raise UserError(f"message {i} has no {field!r}; give role and content")
         if extra := sorted(set(message) - {"role", "content"}, key=str):
-            raise UserError(f"message {i} has the field {extra[0]!r}; only role and content are "
-                             "supported, remove it")
+            raise UserError(f"message {i} has the field {extra[0]!r}; remove it: only role and "
+                             "content are supported")
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or role not in ROLES:
             raise UserError(f"message {i} has role {role!r}; it must be system, user or "

@@ -28,7 +28,7 @@ def _machine() -> dict[tuple[int, str], int]:
 
     def line(start: int, text: int, marks: str, runs: dict[str, int],
              after: dict[str, int]) -> None:
-        """Add the line-start transitions: up to three spaces (start + 1 …), then three marks."""
+        """Add the transitions at a line start: up to three spaces, then a fence of three marks."""
         for blanks in range(4):
             state = start + blanks
             step[state, " "] = state + 1 if blanks < 3 else text
@@ -85,7 +85,7 @@ def _walk(text: str) -> np.ndarray:
 
 
 def _reduced(text: str) -> str:
-    """Shorten a text without changing the automaton's path."""
+    """Shorten a text to one with the same automaton transitions."""
     # a carriage return before a newline is equivalent to a trailing space
     text = re.sub(r"[^`~\n ]+", "x", text.replace("\t", "    ").replace("\r", " "))
     return re.sub(r"(.)\1{4,}", r"\1\1\1\1", text, flags=re.DOTALL)

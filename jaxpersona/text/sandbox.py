@@ -157,7 +157,7 @@ class _Worker:
         except (OSError, EOFError, TimeoutError) as error:
             self.end()
             return {"error": self._cause(error), "refused": False}
-        except BaseException:  # interrupt: a late answer would go to the next request
+        except BaseException:  # e.g. an interrupt: the next request would read the late answer
             self.end()
             raise
         return json.loads(reply.decode("utf-8", "surrogatepass"))
@@ -200,7 +200,7 @@ class _Worker:
         if _current is self:
             _current = None
         if self.process.poll() is None and isinstance(sys.exc_info()[1], EOFError | OSError):
-            # it is exiting by itself, and its exit code gives the cause; if not, it is killed below
+            # the worker may be exiting; its exit code gives the cause. Otherwise it is killed below
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(1.0)
         self.process.kill()

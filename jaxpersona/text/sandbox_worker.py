@@ -111,7 +111,7 @@ def limit_process(memory: int) -> None:
 
 def limit_time(seconds: float) -> None:
     """Kill this process after `seconds` of CPU time; 0 disables the limit."""
-    if hasattr(signal, "setitimer"):  # SIGPROF's default action kills without running Python code
+    if hasattr(signal, "setitimer"):  # SIGPROF ends a process without running Python code
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 

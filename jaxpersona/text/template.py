@@ -303,10 +303,10 @@ def _manner(twin: list[dict[str, str]], m: int) -> tuple[Any, ...]:
 
 def _closings(template: Template, twin: list[dict[str, str]],
               marks: dict[str, _Piece], places: dict[int, int]) -> dict[tuple[Any, ...], str]:
-    """Return the closing text for each manner of message.
+    """Return the closing text of messages by `_manner`.
 
-    The first two messages of each manner are rendered and the second one wins, because a
-    conversation's first message may be special. The number of renderings is bounded.
+    Of each manner the first two messages are rendered, and the text of the second is returned,
+    because a conversation's first message may be special. The number of renderings is bounded.
     """
     seen: dict[tuple[Any, ...], int] = {}
     out: dict[tuple[Any, ...], str] = {}
@@ -333,7 +333,7 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
     if OPEN not in text and CLOSE not in text:
         return
     begins = np.full(len(messages) + 1, -1)
-    begins[turn[::-1]] = np.arange(len(text))[::-1]  # reversed: the first character of a turn wins
+    begins[turn[::-1]] = np.arange(len(text))[::-1]  # reversed: keeps each first
     ends = np.full(len(messages) + 1, -1)
     ends[turn] = np.arange(len(text))
     for i in range(len(messages) + 1):
@@ -357,7 +357,7 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
             blocks.append((begin, end, end))
         starts = [start for start, _ in content]
         for begin, end, inner in blocks:
-            # both ascend: the first content span that starts in the block decides
+            # starts are ascending; `one` is the first content that starts after the block begins
             one = bisect.bisect_left(starts, begin)
             own = one < len(content) and content[one][1] <= inner
             kind[begin:end] = (ASSISTANT if own else TEMPLATE) | THINKING

@@ -190,9 +190,8 @@ def fit(
             finite = all(bool(jnp.isfinite(x).all()) for x in (value, *jax.tree.leaves(updated)))
             if not finite:
                 nnx.update(direction, learned)
-                raise UserError(f"the loss is {float(value)} at step {number}, and it or its "
-                                 "gradient is not finite; use a smaller learning rate or another "
-                                 "loss")
+                raise UserError(f"at step {number}, the loss ({float(value)}) or its gradient is "
+                                 "not finite; use a smaller learning rate or another loss")
             learned = updated
             losses.append(float(value))
             if checkpoints is not None and (

@@ -127,7 +127,7 @@ class Vector:
         return self.values[list(layers)]
 
     def thresholds(self, percentile: str, *, of: str = "default") -> np.ndarray:
-        """Raise ValueError: only an `Axis` has thresholds.
+        """Raise an error: only an `Axis` has thresholds.
 
         Raises:
           UserError: always.

@@ -295,7 +295,7 @@ def test_a_damaged_role_is_made_anew_when_asked(finished, run, damaged):
     before = kept.stat().st_mtime_ns
     resume(run, redo=roles)
     assert contents(run) == contents(finished / "run") and kept.stat().st_mtime_ns == before
-    refused(run, "redo names unknown roles ['nobody']", redo=["nobody"])
+    refused(run, "redo contains unknown roles ['nobody']", redo=["nobody"])
 
 
 class Killed(BaseException):

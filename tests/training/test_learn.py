@@ -162,7 +162,7 @@ def test_refused():
         "width 31": lambda: learn.fit(model, learn.Direction(31, layers=1), None, rows, steps=1),
         "exceed the model's layers": lambda: learn.fit(
             model, learn.Direction(32, layers=7), None, rows, steps=1),
-        "the loss is nan at step 0": lambda: learn.fit(
+        r"at step 0, the loss \(nan\) or its gradient is not finite": lambda: learn.fit(
             model, learn.Direction(32, layers=1),
             lambda output, rows: output.logits.sum() * jnp.nan, rows, steps=2,
             optimizer=optax.sgd(0.1)),
