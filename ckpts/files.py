@@ -71,7 +71,7 @@ def parse_field(text: str, field: str, kind: type) -> Any:
         raise UserError(f"{field} cannot be parsed ({error})") from None
     if not isinstance(value, kind):
         raise UserError(f"{field} is {str(value)[:80]!r}; it must be a "
-                         f"{'JSON object' if kind is dict else 'list'}")
+                        f"{'JSON object' if kind is dict else 'list'}")
     return value
 
 
@@ -89,7 +89,7 @@ def scheme_of(fingerprint: Any, scheme: Any) -> int:
         return 1
     if not re.fullmatch(r"[1-9][0-9]{0,5}", str(scheme)):
         raise UserError(f"fingerprint_scheme is {str(scheme)[:40]!r}; it must be a positive "
-                         "integer")
+                        "integer")
     return int(scheme)
 
 

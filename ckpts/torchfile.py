@@ -42,7 +42,7 @@ def read_pickle(path: str | os.PathLike) -> Any:
         import torch
     except ImportError:
         raise UserError(f"{path}: .pt files need PyTorch: pip install 'jaxpersona[torch]', or "
-                         "convert the file to .safetensors on another machine") from None
+                        "convert the file to .safetensors on another machine") from None
     try:
         with warnings.catch_warnings(action="ignore"):
             value = torch.load(path, map_location="cpu", weights_only=True)
@@ -52,11 +52,11 @@ def read_pickle(path: str | os.PathLike) -> Any:
         call = re.search(r"GLOBAL ([\w.]+)", message)
         if call:
             raise UserError(f"{path}: unsafe pickle: it would call {call[1]}; ask its author "
-                             "for a file that holds only tensors") from error
+                            "for a file that holds only tensors") from error
         reason = message.split("WeightsUnpickler error: ")[-1].split(". ")[0]
         reason = reason.split(" Check the documentation")[0][:120]
         raise UserError(f"{path}: invalid .pt file ({reason or type(error).__name__})"
-                         ) from error
+                        ) from error
 
 
 def _check_archive(path: pathlib.Path, size: int) -> None:
@@ -79,14 +79,14 @@ def _check_archive(path: pathlib.Path, size: int) -> None:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # a damaged archive raises several types
         raise UserError(f"{path}: invalid .pt file (the ZIP archive is damaged: {error})"
-                         ) from error
+                        ) from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise UserError(f"{path}: invalid .pt file (it holds a compressed entry, which "
-                         "PyTorch never writes; save it again with torch.save)")
+                        "PyTorch never writes; save it again with torch.save)")
     claimed = sum(entry.file_size for entry in entries)
     if claimed > size:
         raise UserError(f"{path}: invalid .pt file (its entries declare {claimed} bytes, the "
-                         f"file has {size})")
+                        f"file has {size})")
 
 
 class _Plain:
@@ -121,7 +121,7 @@ class _Plain:
             raise TypeError(f"it holds a tensor of {value.dtype}; directions must be floats")
         if value.numel() > self.size:  # an expanded view of a small storage
             raise UserError(f"a tensor declares {value.numel()} elements, the file has "
-                             f"{self.size} bytes")
+                            f"{self.size} bytes")
         return value.detach().to(self.torch.float32).numpy()
 
 
@@ -180,7 +180,7 @@ def _interpret(stem: str, value: Any, kind: str | None) -> Vector | dict[str, Ca
                     "role" if words[:1] == ["default"] else None)
     if kind is None:
         raise UserError("holds a bare tensor, and the file name does not give its kind; set "
-                         f"kind to one of {', '.join(KINDS)}")
+                        f"kind to one of {', '.join(KINDS)}")
     if kind == "axis":
         return _axis(array)
     if kind == "role":
@@ -218,7 +218,7 @@ def _axis(array: np.ndarray) -> Axis:
 def _persona(array: np.ndarray, trait: str, pool: str) -> Vector:
     if len(array) < 3:
         raise UserError(f"the tensor is {list(array.shape)}; a persona vector is [L + 1, D], "
-                         "starting at the embeddings")
+                        "starting at the embeddings")
     values = np.zeros((len(array) - 1, array.shape[1]), np.float32)
     values[:-1] = array[1:-1]
     return Vector(values, trait, notes={
@@ -255,11 +255,11 @@ def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
             label = _text(item["vector"], f"experiment {name!r}: vector")
             if label not in vectors:
                 raise UserError(f"experiment {name!r} uses the vector {label!r}, which is not in "
-                                 "vectors")
+                                "vectors")
             entry = vectors[label]
             if not isinstance(entry, dict):
                 raise UserError(f"vector {label!r} is a {type(entry).__name__}; it must be a "
-                                 "dict with vector [D] and layer")
+                                "dict with vector [D] and layer")
             vector, layer = np.asarray(entry["vector"]), entry["layer"]
             if vector.ndim != 1 or vector.dtype != np.float32 or type(layer) is not int:
                 raise UserError(f"vector {label!r} must be a tensor [D] with an integer layer")

@@ -79,7 +79,7 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
     loaded = _read_any(path, kind)
     if isinstance(loaded, Vector) and loaded.n_layers > MAX_LAYERS:
         raise UserError(f"{path}: holds {loaded.n_layers} layers; at most {MAX_LAYERS} are "
-                         "allowed")
+                        "allowed")
     return loaded
 
 
@@ -120,7 +120,7 @@ def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
     loaded = load_any(path, kind)
     if isinstance(loaded, dict):
         raise UserError(f"{path}: holds caps ({', '.join(list(loaded)[:4])}); read it with "
-                         "load_caps or pass it to `generate --cap`")
+                        "load_caps or pass it to `generate --cap`")
     return loaded
 
 
@@ -175,7 +175,7 @@ def _read_array(path: pathlib.Path) -> Vector:
         what = (f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray)
                 else "an archive")
         raise UserError(f"{path}: holds {what}; it must be a real array [L, D], one entry per "
-                         "layer from 0")
+                        "layer from 0")
     try:
         return Vector(np.array(value), path.stem,
                       notes={"source": "bare .npy array; row l is read as layer l"})

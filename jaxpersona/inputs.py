@@ -66,7 +66,7 @@ def _stat(path: str | os.PathLike[str]) -> os.stat_result | None:
         return None
     except (OSError, ValueError) as error:  # name too long, permission denied, null byte
         raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"
-                         ) from None
+                        ) from None
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int = TEXT_BYTES) -> bytes:

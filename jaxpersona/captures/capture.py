@@ -84,7 +84,7 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None,
             one.check_site(site)
             if one.n_layers != several[0].n_layers:
                 raise UserError(f"the directions have {several[0].n_layers} and {one.n_layers} "
-                                 "layers")
+                                "layers")
         value: Any = np.stack([one.at_layers(chosen) for one in several], 1)
         origin, picked = one_origin(*([one.origin] for one in several)), chosen
     else:
@@ -109,7 +109,7 @@ def check_capture(given: Any) -> None:
         return
     name = given if isinstance(given, str) else getattr(given, "__name__", "")
     raise UserError(f"capture is {given!r:.60}; give a capture such as "
-                     f"jp.capture.{_CALLS.get(name, 'last()')}")
+                    f"jp.capture.{_CALLS.get(name, 'last()')}")
 
 
 def _test(where: Where | str) -> jax.Array:

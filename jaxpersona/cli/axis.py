@@ -75,7 +75,7 @@ def axis(
     judge = judge or ("rules" if own else "none")
     if judge not in ("rules", "self", "none") or (judge == "rules" and not own):
         raise UserError(f"judge is {judge!r}; choose {'rules, self' if own else 'self'} or none"
-                         + (" (rules judges only mini's own roles)" if judge == "rules" else ""))
+                        + (" (rules judges only mini's own roles)" if judge == "rules" else ""))
     length = max_new_tokens if max_new_tokens is not None else 64 if model == "mini" else 512
     settings = Settings(temperature, top_p, length, samples, batch_size, seed)
     named = [name for name in held_out.split(",") if name]
@@ -93,7 +93,7 @@ def axis(
         asked = asked[: max(limit_questions, 1)]
     if joining.many() and mesh is None:
         raise UserError("several processes share one mesh; give --mesh over all their "
-                         "devices together, such as data=2,model=4")
+                        "devices together, such as data=2,model=4")
     loaded = support.open_model(model, dtype, mesh, adapter)
     if judge == "none" and joining.first():
         say("judge: none; every answer counts as fully playing its role", error=True)

@@ -150,7 +150,7 @@ def _test(model: Model, held: Axis | Caps, at: str = "", **options: Any) -> None
             raise UserError(f"{at}{error} (--no-check skips the self-test)") from None
     if not found.ok:
         raise UserError(f"{at}the self-test rejects this cap: "
-                         f"{'; '.join(found.faults)} (--no-check skips the test)")
+                        f"{'; '.join(found.faults)} (--no-check skips the test)")
     _say(f"{at}{'; '.join(found.sentences)}")
 
 

@@ -29,7 +29,7 @@ def demo(
     started = time.perf_counter()
     if model != "mini":
         raise UserError(f"model is {model!r}; the demo needs the ground truth of mini: "
-                         "for other models use `jaxpersona axis`")
+                        "for other models use `jaxpersona axis`")
     check_folder("--out", out)
     loaded = support.open_model(model, None)
     with interrupt.keeping(lambda: kept_of(out)), progress() as report:

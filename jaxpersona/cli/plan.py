@@ -35,7 +35,7 @@ def plan(
     config = read_shape(model)
     if context > config.max_context:
         raise UserError(f"context is {context}; the maximum of {model} is "
-                         f"{config.max_context}")
+                        f"{config.max_context}")
     layers = () if cap is None else resolve_layers(cap, config.n_layers)
     with default_setting("jax_platforms", "cpu"):  # otherwise libtpu looks for a local TPU
         found = make(config, topology, name=model, batch=batch, context=context,
@@ -53,7 +53,7 @@ def read_shape(source: str) -> ModelConfig:
     folder = os.path.expanduser(source)
     if not os.path.isdir(folder):
         raise UserError(f"{source}: no such folder; a plan takes random:<preset> or a folder that "
-                         "holds the model's config.json")
+                        "holds the model's config.json")
     return hf.read_config(folder)[0]
 
 

@@ -53,7 +53,7 @@ def convert(
         listed = ", ".join(found)
         if experiment is None and len(found) > 1:
             raise UserError(f"{source}: holds {len(found)} experiments; choose one with "
-                             f"--experiment: {listed}")
+                            f"--experiment: {listed}")
         if experiment not in (None, *found):
             raise UserError(f"experiment is {experiment!r}; {source} holds {listed}")
         chosen = found[experiment] if experiment else next(iter(found.values()))

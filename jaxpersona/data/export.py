@@ -96,7 +96,7 @@ def show(kind: str, name: str | None = None) -> str:
         near += [key for key in shown if key.startswith(name[:3]) and key not in near][:5]
         count = f"{len(shown) - 1} and the default" if DEFAULT in shown else len(shown)
         raise UserError(f"{kind} {name!r} is unknown; there are {count}"
-                         + (f"; did you mean {' or '.join(near)}?" if near else ""))
+                        + (f"; did you mean {' or '.join(near)}?" if near else ""))
     first, rest = shown[name]
     return "\n".join([f"{name}: {first}", *rest])
 

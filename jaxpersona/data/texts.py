@@ -109,7 +109,7 @@ class Trait:
             _check_texts(f"pair {i} of trait {self.name!r}", pair)
             if len(pair) != 2:
                 raise UserError(f"pair {i} of trait {self.name!r} has {len(pair)} texts; give a "
-                                 "positive and a negative system prompt")
+                                "positive and a negative system prompt")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def start(coordinator: str | None = None, count: int | None = None,
     given = (coordinator is not None, count is not None, index is not None)
     if any(given) and not all(given):
         raise UserError("coordinator, processes and process belong together: give all three, or "
-                         "none on SLURM, Kubernetes or a TPU pod")
+                        "none on SLURM, Kubernetes or a TPU pod")
     for name, value in (("processes", count), ("process", index)):
         if value is not None and not isinstance(value, int):
             raise UserError(f"{name} is {value!r:.60}; it must be an integer")
@@ -55,7 +55,7 @@ def start(coordinator: str | None = None, count: int | None = None,
         there = jax.process_count(), jax.process_index()
         if all(given) and there != (count, index):
             raise UserError(f"processes is {count} and process is {index}, but jax.distributed is "
-                             f"already initialized with {there[0]} and {there[1]}: omit them")
+                            f"already initialized with {there[0]} and {there[1]}: omit them")
         return
     try:
         # two programs with collectives over processes deadlock on CPUs if they run at the same time
@@ -65,7 +65,7 @@ def start(coordinator: str | None = None, count: int | None = None,
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"jax.distributed cannot be initialized ({reason}): give coordinator, "
-                         "processes and process") from error
+                        "processes and process") from error
 
 
 def joined() -> bool:

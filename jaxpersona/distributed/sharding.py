@@ -76,7 +76,7 @@ def parse_mesh(text: str) -> dict[str, int]:
         number = re.fullmatch(r"\d{1,9}", size)
         if name not in ("data", "model", "fsdp") or name in sizes or number is None:
             raise UserError(f"mesh is {text!r}; give sizes of data, model and fsdp, such as "
-                             "data=2,model=4")
+                            "data=2,model=4")
         sizes[name] = int(size)
     return sizes
 
@@ -116,7 +116,7 @@ def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
     model, group = sizes.get("model", 1), sizes.get("group", 1)
     if heads % model or (group > 1 and heads != model):
         raise UserError(f"n_kv_heads is {heads}; model={model * group} of the mesh is neither a "
-                         f"divisor nor a multiple: use model={_divisor(heads, model * group)}")
+                        f"divisor nor a multiple: use model={_divisor(heads, model * group)}")
     for field, value, split in (("n_heads / n_kv_heads", config.n_heads // heads, group),
                                ("d_ff", config.d_ff, model * group),
                                ("d_model", config.d_model, sizes.get("fsdp", 1))):
@@ -125,7 +125,7 @@ def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
             total = split if name == "fsdp" else model * group
             best = _divisor(value, split) * (model if field.startswith("n_") else 1)
             raise UserError(f"{field} is {value}; a mesh of {name}={total} does not divide it: "
-                             f"use {name}={best}")
+                            f"use {name}={best}")
     return mesh
 
 
@@ -249,9 +249,9 @@ def check_set_mesh(like: jax.Array) -> None:
         if AxisType.Explicit not in current.axis_types:
             return
         raise UserError(f"the mesh {_written(current)} is set, but the model is on one device: "
-                         "leave jax.set_mesh, or load the model with mesh=")
+                        "leave jax.set_mesh, or load the model with mesh=")
     raise UserError(f"the mesh set by jax.set_mesh is {_written(current)}, but the model's is "
-                     f"{_written(mesh)}: use `with jax.set_mesh(model.mesh)`")
+                    f"{_written(mesh)}: use `with jax.set_mesh(model.mesh)`")
 
 
 def _same_shape(one: Mesh | AbstractMesh, other: Mesh | AbstractMesh) -> bool:

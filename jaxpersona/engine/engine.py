@@ -84,7 +84,7 @@ class Engine:
         ways = rows_divisor(model.params.embed_vd)
         if rows % ways:
             raise UserError(f"rows is {rows}; the mesh shards rows over {ways} devices: use a "
-                             f"multiple of {ways}")
+                            f"multiple of {ways}")
         self.capacity = None if capacity is None else off_mesh(given(capacity))
         if self.capacity is not None:
             self.capacity.take(np.array([-1])).check(
@@ -268,7 +268,7 @@ class Engine:
         capture = Capture() if capture is None else capture
         if edits.rows is not None:
             raise UserError("interventions have rows (`rows=`); a request has one row, so omit "
-                             "rows=")
+                            "rows=")
         prompts.check_edits(model, edits, 1, capture)
         limit = int(prompts.limits(model, [row], int(most))[0])
         settings = sampling(1, temperature=request.temperature, top_p=request.top_p,
@@ -279,7 +279,7 @@ class Engine:
         strings = stopping.checked(request.stop)
         if strings and model.tokenizer is None:
             raise UserError(f"stop is {request.stop!r:.60}; {model.name} has no tokenizer, so no "
-                             "text can end a reply")
+                            "text can end a reply")
         kind = Kind(shape.slots, bool(settings.temperature[0] == 0), asks_for_code(own, capture),
                     strings, capture, neutral_row(own))
         return Task(-1, row, row_id, limit, settings, shape, kind, own)
@@ -291,8 +291,8 @@ class Engine:
         width = bucket(row.tokens.size)
         if width >= self.sizes[-1]:
             raise UserError(f"the conversation has {row.tokens.size} tokens, padded to {width}; "
-                             f"the engine's largest cache holds {self.sizes[-1]}, the reply "
-                             "included: shorten it, or make the engine with larger sizes")
+                            f"the engine's largest cache holds {self.sizes[-1]}, the reply "
+                            "included: shorten it, or make the engine with larger sizes")
         limit = min(limit, self.sizes[-1] - width)
         return Shape(0, width, next(x for x in self.sizes if x >= width + limit)), limit
 

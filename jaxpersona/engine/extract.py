@@ -112,7 +112,7 @@ def extract(
     for i, row in enumerate(rows):
         if row.tokens.size > model.config.max_context:
             raise UserError(f"conversation {i} has {row.tokens.size} tokens; the model's context "
-                             f"holds {model.config.max_context}: shorten it")
+                            f"holds {model.config.max_context}: shorten it")
     _check_tokens(rows, readings)
     results: dict[int, tuple[dict[str, Any], tuple[Applied, ...]]] = {}
     done = padded = 0

@@ -141,7 +141,7 @@ def generate(
     ways = rows_divisor(model.params.embed_vd)
     if batch_size % ways:
         raise UserError(f"batch_size is {batch_size}; the mesh shards rows over {ways} devices: "
-                         f"use a multiple of {ways}")
+                        f"use a multiple of {ways}")
     if share_prefix and model.mesh is not None:
         raise UserError("share_prefix needs a model on one device; omit it for a model on a mesh")
     settings = sampling(count, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)

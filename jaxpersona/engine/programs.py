@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed.sharding import of_each, place
@@ -58,7 +59,7 @@ class State(flax.struct.PyTreeNode):
     token: Int[Array, " B"]
     position: Int[Array, " B"]
     turn: Int[Array, " B"]
-    row_id: UInt32[Array, " B"]
+    row_id: UInt32[Array | np.ndarray, " B"]
     done: Bool[Array, " B"]
     thinking: Bool[Array, " B"]
     limit: Int[Array, " B"]

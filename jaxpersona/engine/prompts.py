@@ -67,7 +67,7 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
         return item
     if isinstance(item, Mapping):
         raise UserError(f"a conversation is {dict(item)!r:.60}, a single message; give a list of "
-                         "messages")
+                        "messages")
     if isinstance(item, Iterator):
         item = list(item)
     if isinstance(item, str) or (
@@ -80,14 +80,14 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
         return row
     if isinstance(item, (int, bytes, set, frozenset)) or not isinstance(item, Iterable):
         raise UserError(f"a conversation is {item!r:.60}; give messages, a string, a Row or token "
-                         "ids")
+                        "ids")
     try:
         tokens = np.asarray(item)
     except ValueError:  # nested lists of different lengths
         tokens = np.zeros(0)
     if tokens.ndim != 1 or not tokens.size or not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"a conversation is {item!r:.60}; it must be messages, a string, a Row or "
-                         "a list of token ids")
+                        "a list of token ids")
     check_ids(tokens, size, "a conversation", tokenizer)
     kind = np.full(tokens.size, KINDS["user"], np.int32)
     return chat.Row(tokens.astype(np.int32), kind, np.zeros(tokens.size, np.int32), "")

@@ -116,7 +116,7 @@ class Bank:
             # one value per layer of the model: select the chosen layers
             if given.ndim == 1 and self.index is not None and n == self.total > 1:
                 raise UserError(f"{name} has {n} numbers, which may be for {n} directions or {n} "
-                                 "layers; give [n, l], one per direction and chosen layer")
+                                "layers; give [n, l], one per direction and chosen layer")
             given = given[..., np.array(self.layers)]
             if given.ndim == 1 and self.index is not None:
                 given = xp.broadcast_to(given[None], (n, count))
@@ -224,7 +224,7 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
             raise UserError(f"layers is {text}; the step of a slice must be at least 1")
         if total is None and (stop is None or stop < 0 or (start or 0) < 0):
             raise UserError(f"layers is {text}; without a named direction, give the slice's "
-                             "start and stop")
+                            "start and stop")
         highest = max(start or 0, stop or 0)
         if total is not None and (highest > total or (start or 0) < -total):
             raise UserError(f"layers is {text}, out of range; they must be in 0…{total - 1}")
@@ -241,16 +241,16 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         items: list[Any] = list(listed) if several else [wanted]
         if not all(map(_whole, items)):
             raise UserError(f"layers is {text}; it must be an int, a slice, a list of ints or "
-                             "text such as 46:54")
+                            "text such as 46:54")
         chosen = tuple(int(i) for i in items)
     if not chosen:
         raise UserError(f"layers is {text}, which selects no layer; give at least one")
     if len(set(chosen)) != len(chosen):
         raise UserError(f"layers is {text}, with a repeated layer; chain two interventions "
-                         "instead")
+                        "instead")
     if list(chosen) != sorted(chosen):
         raise UserError(f"layers is {text}; give them in ascending order, the order of arrays "
-                         "with one entry per layer")
+                        "with one entry per layer")
     most = MAX_LAYERS if total is None else total
     if chosen[0] < 0 or chosen[-1] >= most:
         raise UserError(f"layers is {text}, out of range; they must be in 0…{most - 1}")

@@ -62,7 +62,7 @@ class Interventions(flax.struct.PyTreeNode):
         counts = {edit.rows for edit in self.edits} - {None}
         if len(counts) > 1:
             raise UserError(f"chained interventions have different numbers of rows: {counts}; "
-                             "give them the same number")
+                            "give them the same number")
         return counts.pop() if counts else None
 
     def check(self, *, layers: int, width: int, rows: int) -> None:
@@ -168,7 +168,7 @@ def _check_type(interventions: Sequence[Any]) -> None:
     for one in interventions:
         if one is not None and not isinstance(one, Interventions):
             raise UserError(f"interventions has the type {type(one).__name__}; give the "
-                             "result of steer, cap, …, or None")
+                            "result of steer, cap, …, or None")
 
 
 @own_rules()

@@ -58,7 +58,7 @@ def gate(
         raise UserError(f"over is {over!r}; it must be 'prompt' or 'token'")
     if within and over == "token":
         raise UserError("within is only for over='prompt'; a token gate applies within the prompt "
-                         "anyway")
+                        "anyway")
     if not interventions.edits:
         raise UserError("interventions is empty; there is nothing to gate")
     if where is None:
@@ -67,7 +67,7 @@ def gate(
     test = encoded(where)
     if over == "prompt" and where.need & GENERATED:
         raise UserError("where selects generated tokens, which a prompt does not contain; use "
-                         "over='token' or another where")
+                        "over='token' or another where")
     return Interventions(tuple(
         _gated(table, vector, layer, {"above": above, "below": below}, test, site, over, within)
         for table in interventions.edits))
@@ -97,7 +97,7 @@ def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: 
         layer=bank.layers[0], site=site, over=over, within=within)
     if not made.precedes(table.layers[0], table.site):
         raise UserError(f"the gate's layer {layer} ({site}) is not before layer "
-                         f"{table.layers[0]} ({table.site}), which it gates")
+                        f"{table.layers[0]} ({table.site}), which it gates")
     return table.replace(gate=made)
 
 
@@ -110,5 +110,5 @@ def _spread(name: str, value: Any, count: int) -> Any:
         check_finite(name, given)
     if given.shape not in ((), (1,), (count,)):
         raise UserError(f"{name} has shape {given.shape}; it must be a number or [{count}], one "
-                         "per edit of the bank")
+                        "per edit of the bank")
     return (jnp if is_traced(given) else np).broadcast_to(given.reshape(-1), (count,))

@@ -175,7 +175,7 @@ class PreparedCustom(Prepared, kw_only=True):
         new = jax.vmap(by_token, in_axes=(None if shared else 0, 0))(params, h.astype(F32))
         if new.shape != h.shape:
             raise UserError(f"fn returned shape {list(new.shape[2:])} for a token; it must return "
-                             f"[{h.shape[-1]}]")
+                            f"[{h.shape[-1]}]")
         new = new.astype(h.dtype)
         changed = active & (self.on[slot][:, None] > 0) & (new != h).any(-1)
         return jnp.where(changed[..., None], new, h), changed

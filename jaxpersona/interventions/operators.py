@@ -110,7 +110,7 @@ def cap(
     along = None if push is None else Bank(push, layers, rows, site, "push")
     if along is not None and along.direction.shape != bank.direction.shape:
         raise UserError(f"push has shape {along.direction.shape}; it must be that of vector, "
-                         f"{bank.direction.shape}")
+                        f"{bank.direction.shape}")
     if along is not None:
         bank.origin = one_origin(bank.origin, along.origin)
     return _rank_one(bank, where, lo=lo, hi=hi, push=None if along is None else along.direction)
@@ -163,7 +163,7 @@ def mean_ablate(
     n, width = bank.direction.shape[1:]
     if of.direction.shape[1] not in (1, n) or of.direction.shape[2] != width:
         raise UserError(f"mean has shape {of.direction.shape}; it must fit that of vector, "
-                         f"{bank.direction.shape}")
+                        f"{bank.direction.shape}")
     along = (bank.direction * of.direction).sum(-1) * of.norm  # ⟨μ, v̂⟩ [l, n]
     return _rank_one(bank, where, s=0.0, c=along)
 
@@ -236,14 +236,14 @@ def rotate(
     one, two = Bank(first, layers, rows, site, "first"), Bank(second, layers, rows, site, "second")
     if one.direction.shape != two.direction.shape:
         raise UserError(f"second has shape {two.direction.shape}; it must be that of first, "
-                         f"{one.direction.shape}")
+                        f"{one.direction.shape}")
     one.origin = one_origin(one.origin, two.origin)
     xp: Any = jnp if is_traced(one.direction, two.direction, to, by) else np
     across = two.direction - (one.direction * two.direction).sum(-1, keepdims=True) * one.direction
     length = xp.linalg.norm(across, axis=-1, keepdims=True)
     if xp is np and (length < _FLAT).any():
         raise UserError("first and second are collinear at a chosen layer; give directions that "
-                         "span a plane")
+                        "span a plane")
     theta = one.spread("to" if by is None else "by", to if by is None else by)
     angle = xp.stack([xp.cos(theta), xp.sin(theta), xp.full(theta.shape, float(by is None))], -1)
     return _table(Rotation, one, where, first=one.direction, second=across / length, angle=angle)

@@ -64,7 +64,7 @@ def _layers_form(value: Any) -> Any:
     elif whole and all(isinstance(x, int) and not isinstance(x, bool) for x in whole):
         return value
     raise UserError("must be a number, a list of them, or text: "
-                     "\"46:54\" (half-open), \"16\" or \"3,5\"")
+                    "\"46:54\" (half-open), \"16\" or \"3,5\"")
 
 
 def _place_form(value: Any) -> Any:

@@ -98,7 +98,7 @@ def _build(item: Any, model: Model, folder: pathlib.Path) -> Interventions:
             if item.of is not None and not any(isinstance(x, str)
                                                for x in (item.floor, item.ceiling)):
                 raise UserError("of is only for percentiles, but floor and ceiling are numbers; "
-                                 "omit it")
+                                "omit it")
             return ops.cap(vector, floor=_bound(vector, "floor", item.floor, item.of),
                            ceiling=_bound(vector, "ceiling", item.ceiling, item.of), **options)
         case forms.Ablate():
@@ -164,5 +164,5 @@ def _bound(vector: Any, name: str, value: Any, of: str | None) -> Any:
         raise UserError(f"{name} is {value!r}, but only an axis has percentiles; give a number")
     if of is None:
         raise UserError(f"{name} is {value!r}; give its population: \"of\": \"default\" or "
-                         "\"all\"")
+                        "\"all\"")
     return vector.thresholds(value, of=of)

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 Site = Literal["residual", "attention", "mlp"]
 SITES: tuple[Site, ...] = ("residual", "attention", "mlp")
-ORDER = {"attention": 0, "mlp": 1, "residual": 2}  # the order of the sites in a block
+# the order of the sites in a block
+ORDER: dict[Site, int] = {"attention": 0, "mlp": 1, "residual": 2}
 
 
 class Prepared(flax.struct.PyTreeNode, kw_only=True):

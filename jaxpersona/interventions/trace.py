@@ -60,8 +60,8 @@ class Trace:
         }
         if gates is not None and set(gates) != set(self.gates):
             raise UserError(f"gates has the tables {sorted(gates)}, but the interventions have "
-                             f"gates at {sorted(self.gates)}; give the state of these "
-                             "interventions")
+                            f"gates at {sorted(self.gates)}; give the state of these "
+                            "interventions")
         self.opened: dict[int, jax.Array] = {}
         self.changed: list[list[jax.Array]] = [[] for _ in edits.edits]
         self.layers = {name: chosen_layers(reading, config)
@@ -108,7 +108,7 @@ class Trace:
         """
         if state is not None and set(state) != set(self.capture.readings):
             raise UserError(f"captured has the readings {sorted(state)}, but the capture has "
-                             f"{sorted(self.capture.readings)}; give the state of this capture")
+                            f"{sorted(self.capture.readings)}; give the state of this capture")
         with jax.named_scope("capture"):
             return {
                 name: reading.update(state[name], jax.tree.map(lambda *x: jnp.stack(x),

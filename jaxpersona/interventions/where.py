@@ -123,7 +123,7 @@ def as_where(where: Where | str) -> Where:
         return NAMED[where]
     if not isinstance(where, Where):
         raise UserError(f"where is {where!r}; give a test such as jaxpersona.generated or "
-                         f"jaxpersona.turns('user'), or one of the names {', '.join(NAMED)}")
+                        f"jaxpersona.turns('user'), or one of the names {', '.join(NAMED)}")
     return where
 
 

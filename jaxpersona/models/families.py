@@ -47,7 +47,7 @@ def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> t
     known = ("full_attention", "sliding_attention")
     if not isinstance(types, list) or len(types) != n or any(t not in known for t in types):
         raise UserError(f"layer_types is {reprlib.repr(types)}; it must be a list of {n} values, "
-                         f"each one of {known}")
+                        f"each one of {known}")
     if window is None and "sliding_attention" in types:
         raise UserError("sliding_window is null, but layer_types contains sliding_attention")
     return tuple(window if t == "sliding_attention" else None for t in types)
@@ -162,7 +162,7 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
     for key in ("rope_theta", *_LLAMA3):
         if not _is_positive(raw.get(key, 1)):
             raise UserError(f"rope scaling: {key} is {reprlib.repr(raw[key])}; it must be a "
-                             "positive number within float32's range")
+                            "positive number within float32's range")
     base = float(raw.get("rope_theta", theta if theta is not None else 10_000.0))
     kind = raw.get("rope_type", raw.get("type", "default"))
     allowed = {"rope_theta", "rope_type", "type"}
@@ -173,7 +173,7 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
         factor, low, high = (float(raw[key]) for key in _LLAMA3[:3])
         if not _is_size(raw[_LLAMA3[3]]):
             raise UserError(f"rope scaling: {_LLAMA3[3]} is {raw[_LLAMA3[3]]!r}; it must be a "
-                             "positive integer below 2³¹")
+                            "positive integer below 2³¹")
         rope = Rope(base, "llama3", factor, low, high, raw[_LLAMA3[3]])
         allowed |= set(_LLAMA3)
     elif kind == "linear":
@@ -184,7 +184,7 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
         rope = Rope(base)
     else:
         raise UserError(f"rope_type is {reprlib.repr(kind)}; 'default', 'linear' and 'llama3' are "
-                         "supported")
+                        "supported")
     unread = sorted(set(raw) - allowed)
     if unread:
         raise UserError(f"rope scaling {kind!r} has unsupported fields: {unread}")
@@ -220,7 +220,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
         known = ", ".join(f.architecture for f in FAMILIES.values())
         given = names or raw.get("model_type")
         raise UserError(f"architecture {reprlib.repr(given)} is not supported; supported: "
-                         f"{known}")
+                        f"{known}")
     family = (by_architecture + by_type)[0]
     own = _COMMON | family.fields
     others = frozenset().union(*(other.fields for other in FAMILIES.values())) - own
@@ -237,7 +237,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     for key in required:
         if not _is_size(raw[key]):
             raise UserError(f"config.json: {key} is {reprlib.repr(raw[key])}; it must be a "
-                             "positive integer below 2³¹")
+                            "positive integer below 2³¹")
     _check_types(raw)
     activation = raw.get("hidden_activation") or raw.get("hidden_act", "silu")
     if activation not in _ACTIVATIONS:

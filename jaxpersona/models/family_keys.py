@@ -111,7 +111,7 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
     refused = [key for key in unread if changes(key)]
     if refused:
         raise UserError(f"config.json of family {family} has unsupported fields: "
-                         f"{_said(raw, refused)}")
+                        f"{_said(raw, refused)}")
     strange = [key for key in unread if key not in _CHANGES and raw[key] not in (None, False)]
     if strange:
         warnings.warn(f"{place}: ignored the unknown keys {_said(raw, strange)}, as transformers "

@@ -135,7 +135,7 @@ def forward(
                      like=like)
     if batch.chunk and any(e.gate is not None and e.gate.within for e in edits.edits):
         raise UserError("a gate with within=True needs the whole prompt in one call; disable "
-                         "chunked prefill, or use within=False")
+                        "chunked prefill, or use within=False")
     carry = Carry() if carry is None else carry
     cache = carry.cache
     if cache is not None and slots is not None:
@@ -234,7 +234,7 @@ def _check_arguments(params: Any, batch: Any, capture: Any, carry: Any) -> None:
                         "(`out.carry`), or jp.Carry(cache=cache)")
 
 
-def _check_carry(carry: Carry, edits: Interventions, rows: int) -> None:
+def _check_carry(carry: Carry, edits: PreparedInterventions, rows: int) -> None:
     """Check that a carry belongs to interventions and to a number of rows.
 
     Raises:
@@ -274,8 +274,8 @@ def _check_room(cache: Cache, batch: Batch) -> None:
     if (wanted > cache.slots).any():
         row = int(np.argmax(wanted > cache.slots))
         raise UserError(f"row {row} of the batch needs {int(wanted[row])} slots, including its "
-                         f"earlier tokens; the cache has {cache.slots}: allocate a larger one "
-                         "(`init_cache`)")
+                        f"earlier tokens; the cache has {cache.slots}: allocate a larger one "
+                        "(`init_cache`)")
 
 
 def _finite(x: jax.Array, batch: Batch) -> jax.Array:

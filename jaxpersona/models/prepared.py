@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -70,7 +70,7 @@ def _memory(params: Params) -> int:
     The limit, unlike the free memory, is constant, so the form of the weights is reproducible.
     """
     embed = params.embed_vd
-    device = next(iter(embed.devices())) if isinstance(embed, jax.Array) else default_device()
+    device: Any = next(iter(embed.devices())) if isinstance(embed, jax.Array) else default_device()
     return (device.memory_stats() or {}).get("bytes_limit", 0)
 
 

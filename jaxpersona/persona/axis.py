@@ -36,13 +36,13 @@ def role_vectors(
     """
     if len(scores) != len(means):
         raise UserError(f"scores has {len(scores)} entries for {len(means)} rollouts; give one "
-                         "score per rollout")
+                        "score per rollout")
     known = np.isfinite(means)
     finite, empty = known.all(axis=(1, 2)), np.isnan(means).all(axis=(1, 2))
     if not (finite | empty).all():
         i = int(np.argmin(finite | empty))
         raise UserError(f"the response mean of rollout {i} has non-finite values; regenerate the "
-                         "role's rollouts")
+                        "role's rollouts")
     groups = {"mean": finite}
     for score, label in LABELS.items():
         groups[label] = finite & np.array([s == score for s in scores], bool)
@@ -65,7 +65,7 @@ def assistant_axis(default: np.ndarray, roles: np.ndarray) -> np.ndarray:
     """
     if len(roles) == 0:
         raise UserError("roles is empty: no role has enough rollouts with score 3; the axis needs "
-                         "at least one")
+                        "at least one")
     return (default.astype(np.float64) - roles.mean(0, dtype=np.float64)).astype(np.float32)
 
 

@@ -96,7 +96,7 @@ def check(
     """
     if not isinstance(axis, (Axis, Caps)):
         raise UserError(f"axis is a {type(axis).__name__}; the check needs an Axis or Caps, which "
-                         "point toward the Assistant: jp.Axis(values) wraps an array [L, D]")
+                        "point toward the Assistant: jp.Axis(values) wraps an array [L, D]")
     axis = fit(model, axis)
     if model.tokenizer is None or not model.template:
         lacks = "tokenizer" if model.tokenizer is None else "chat template"
@@ -143,7 +143,7 @@ def _entries(model: Model, axis: Axis | Caps, layers: Layers | None,
         given = given[list(chosen)]
     if given.shape not in ((), (len(chosen),)):
         raise UserError(f"floor has shape {given.shape}; expected a scalar, [{len(chosen)}] "
-                         f"or [{total}]")
+                        f"or [{total}]")
     return chosen, directions, np.broadcast_to(given, (len(chosen),))
 
 
@@ -164,7 +164,7 @@ def _replies(model: Model, length: int, progress: Callable[[int, int, int], None
     kept = [part[np.isfinite(part).all((1, 2))] for part in (means[:split], means[split:])]
     if not all(len(part) for part in kept):
         raise UserError(f"{model.name} gave only empty replies to the default prompts or to the "
-                         "roles; the check needs at least one non-empty reply of each")
+                        "roles; the check needs at least one non-empty reply of each")
     return kept[0], kept[1]
 
 

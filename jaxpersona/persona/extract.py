@@ -106,7 +106,7 @@ def extract_axis(
     unknown = sorted(set(redo) - set(names))
     if unknown:
         raise UserError(f"redo contains unknown roles {unknown}; the roles are {names[:8]}"
-                         + (" …" if len(names) > 8 else ""))
+                        + (" …" if len(names) > 8 else ""))
     unknown = sorted(set(held_out) - set(names))
     if "default" not in names or unknown or "default" in held_out:
         raise UserError(
@@ -150,7 +150,7 @@ def _extract(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[
     vectors = _in_order(vectors, names)
     if "mean" not in vectors["default"]:
         raise UserError("every reply of the default persona is empty; the axis needs at least one "
-                         "non-empty reply")
+                        "non-empty reply")
     default = vectors["default"]["mean"][0]
     role_means = {
         name: by_label["pos_3"][0]
@@ -202,16 +202,16 @@ def _check(model: Model, roles: Sequence[Role], questions: Sequence[Question], s
     twice = [i for i, n in Counter(question.id for question in questions).items() if n > 1]
     if twice:
         raise UserError(f"question id {twice[0]} is given more than once; ids identify rollouts: "
-                         "give every question a unique id")
+                        "give every question a unique id")
     most = sorted(len(role.prompts) * len(questions) * settings.samples for role in roles
                   if role.name not in ("default", *held_out))[-2:]
     if most and min_count > most[0]:
         raise UserError(f"min_count is {min_count}; the axis needs at least two roles with that "
-                         f"many rollouts, but the questions and samples give at most {most[0]}: "
-                         "lower min_count or ask more questions")
+                        f"many rollouts, but the questions and samples give at most {most[0]}: "
+                        "lower min_count or ask more questions")
     if len(roles) - 1 - len(held_out) < 2:
         raise UserError(f"roles has {len(roles) - 1 - len(held_out)} entries besides the default "
-                         "and held_out; the axis needs at least two")
+                        "and held_out; the axis needs at least two")
     if judge.name == "self" and (bare := [
             r.name for r in roles if r.name != "default" and not r.eval_prompt]):
         raise UserError(f"the judge 'self' needs an eval_prompt; missing: {', '.join(bare[:5])}")
@@ -227,8 +227,8 @@ def _check(model: Model, roles: Sequence[Role], questions: Sequence[Question], s
         size = row.tokens.size
         if size >= context:
             raise UserError(f"the prompt {prompt[:40]!r} with the question {question[:40]!r} has "
-                             f"{size} tokens; the context of {context} tokens must hold prompt and "
-                             "reply: shorten them")
+                            f"{size} tokens; the context of {context} tokens must hold prompt and "
+                            "reply: shorten them")
     return tokens_digest(rows)
 
 
@@ -311,8 +311,8 @@ def _judge(run: Run, role: Role, judge: Judge, owned: bool) -> list[int | None]:
         given: Any = processes.merge({"scores": scores} if owned else {})["scores"]
         if len(given) != len(records):
             raise UserError(f"the judge {judge.name!r} returned {len(given)} scores for "
-                             f"{len(records)} rollouts of role {role.name!r}; it must return one "
-                             "per rollout")
+                            f"{len(records)} rollouts of role {role.name!r}; it must return one "
+                            "per rollout")
         stored = {rollout_key(r): score for r, score in zip(records, given, strict=True)}
         if owned:
             run.save_scores(role.name, stored)

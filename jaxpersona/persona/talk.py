@@ -131,9 +131,9 @@ def grow(
     if len(openings) != len(messages) or len({len(said) for said in messages}) > 1 or (
             not all(messages)):
         raise UserError(f"openings has {len(openings)} entries and messages has "
-                         f"{sorted({len(said) for said in messages})} messages for "
-                         f"{len(messages)} conversations; give one opening per conversation and "
-                         "the same number of messages each, at least one")
+                        f"{sorted({len(said) for said in messages})} messages for "
+                        f"{len(messages)} conversations; give one opening per conversation and "
+                        "the same number of messages each, at least one")
     prompts: list[Any] = [
         [*opening, {"role": "user", "content": said[0]}]
         for opening, said in zip(openings, messages, strict=True)

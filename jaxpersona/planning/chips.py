@@ -95,5 +95,5 @@ def tpu_devices(topology: str) -> list[Device] | None:
     except Exception as error:  # the runtime raises no specific type
         reason = str(error).split(": ", 1)[-1].splitlines()[0].rstrip(".")
         raise UserError(f"topology is {topology!r}; libtpu rejects it ({reason}): try "
-                         f"{EXAMPLES}") from error
+                        f"{EXAMPLES}") from error
     return list(description.devices)

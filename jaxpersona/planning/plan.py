@@ -119,12 +119,12 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
     devices = chips.tpu_devices(topology) if chip.name in chips.TPUS else None
     if devices is not None and len(devices) != count:
         raise UserError(f"topology {topology!r} has {len(devices)} devices for {count} chips; "
-                         f"use one of {', '.join(chips.TPUS)}")
+                        f"use one of {', '.join(chips.TPUS)}")
     placed = _mesh(sizes, devices, config)
     ways = sharding.ways(placed, "batch")
     if batch % ways:
         raise UserError(f"batch (--batch) is {batch}; the mesh shards rows over {ways} chips: "
-                         f"use a multiple of {ways}")
+                        f"use a multiple of {ways}")
     compiled = None
     if isinstance(placed, Mesh):
         compiled = compile_for(config, placed, shapes, cap_layers)

@@ -62,14 +62,14 @@ def _take(path: pathlib.Path) -> int:
             owner = os.read(handle, 200).decode("utf-8", "replace").strip()
             os.close(handle)
             raise UserError(f"{folder}: is in use by {owner or 'another process'}; wait until "
-                             "it ends, or choose another folder") from None
+                            "it ends, or choose another folder") from None
         except FileNotFoundError:  # the owner has just removed it: retry
             os.close(handle)
             continue
         except OSError as error:
             os.close(handle)
             raise UserError(f"{folder}: cannot be locked ({error.strerror or error}); choose a "
-                             "folder on a file system that supports file locks") from None
+                            "folder on a file system that supports file locks") from None
         if (opened.st_dev, opened.st_ino) == (current.st_dev, current.st_ino):
             break
         os.close(handle)  # another process has replaced the file: retry

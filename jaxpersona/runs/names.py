@@ -38,11 +38,11 @@ def check_names(roles: Iterable[str]) -> None:
             stem = file_stem(role)
         except UnicodeEncodeError:
             raise UserError(f"the role name {role[:40]!r} contains half a surrogate pair, which "
-                             "is not valid UTF-8; rename the role") from None
+                            "is not valid UTF-8; rename the role") from None
         if len(stem) > _LONGEST:
             raise UserError(f"the role name {role[:40]!r}… takes {len(stem)} bytes as a file "
-                             f"name; the limit is {_LONGEST}: shorten it")
+                            f"name; the limit is {_LONGEST}: shorten it")
         if stem.casefold() in seen:
             raise UserError(f"two roles are named {role!r}, or differ only in upper and lower "
-                             "case; rename one of them")
+                            "case; rename one of them")
         seen.add(stem.casefold())

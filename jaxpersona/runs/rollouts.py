@@ -47,10 +47,10 @@ class Settings:
                 raise UserError(f"{field} is {getattr(self, field)}; it must be positive")
         if self.samples > MAX_SAMPLES:
             raise UserError(f"samples is {self.samples}; the limit is {MAX_SAMPLES} per prompt "
-                             "and question: reduce it")
+                            "and question: reduce it")
         if self.batch_size > MAX_ROWS:
             raise UserError(f"batch_size is {self.batch_size}; the limit is {MAX_ROWS} rows: "
-                             "reduce it")
+                            "reduce it")
 
 
 def play(

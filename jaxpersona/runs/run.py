@@ -224,7 +224,7 @@ class Run:
         if not _are_scores(scores):
             wrong = [repr(s) for s in scores.values() if not _is_score(s)]
             raise UserError(f"the judge scored a rollout of role {role!r} {wrong[0][:80]}; scores "
-                             "must be 0, 1, 2, 3 or None")
+                            "must be 0, 1, 2, 3 or None")
         write_json(self.path("scores", role), self._scored(role, dict(scores)))
 
     def _scored(self, role: str, scores: Any) -> dict[str, Any]:
@@ -261,7 +261,7 @@ class Run:
                 path.unlink(missing_ok=True)
             except OSError as error:
                 raise UserError(f"{path}: cannot be deleted ({error.strerror or error})"
-                                 ) from None
+                                ) from None
 
     def _seal(self, part: str, role: str, tensors: Mapping[str, np.ndarray],
               about: Mapping[str, str]) -> None:
@@ -363,8 +363,8 @@ def _manifest_of(folder: pathlib.Path) -> dict[str, Any]:
     version = found.get("format") if isinstance(found, dict) else None
     if isinstance(version, str) and version.startswith("jaxpersona-run ") and version != FORMAT:
         raise UserError(f"{folder}: run.json has format {version!r}, this version writes "
-                         f"{FORMAT!r}; resume with the version that started the run, or choose "
-                         "another folder")
+                        f"{FORMAT!r}; resume with the version that started the run, or choose "
+                        "another folder")
     if version != FORMAT:
         raise UserError(f"{folder}: run.json is not a jaxpersona run; choose another folder")
     return found

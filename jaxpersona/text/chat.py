@@ -171,10 +171,10 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
     check_conversation([{"role": "user", "content": message}])
     if row.messages is None:
         raise UserError("row was built from token ids and has no messages; pass a row from "
-                         "`encode_row`, or append the token ids yourself")
+                        "`encode_row`, or append the token ids yourself")
     if row.messages[-1]["role"] != "user":
         raise UserError(f"the row's last message has role {row.messages[-1]['role']!r}; it must "
-                         "be 'user'")
+                        "be 'user'")
     reply = np.asarray(generated, np.int32).reshape(-1)
     template = Template(tokenizer, thinking, variables)
     answered = len(row.messages)
@@ -226,7 +226,7 @@ def _after_reply(template: Template, messages: list[dict[str, str]],
         if len(before) in ends:
             return text, kind, turn, ends[len(before)]
     raise UserError("the chat template omits a reply before the next user message; the "
-                     "conversation cannot be continued")
+                    "conversation cannot be continued")
 
 
 def _decoded_after(tokenizer: Any, before: np.ndarray, ids: np.ndarray) -> str:
@@ -277,7 +277,7 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
         conversation = [{"role": "user", "content": conversation}]
     if not isinstance(conversation, Sequence) or not len(conversation):
         raise UserError(f"conversation is {conversation!r:.60}; give a list of "
-                         '{"role", "content"} dicts or a string')
+                        '{"role", "content"} dicts or a string')
     out = []
     for i, message in enumerate(conversation):
         if not isinstance(message, Mapping):
@@ -287,22 +287,22 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
                 raise UserError(f"message {i} has no {field!r}; give role and content")
         if extra := sorted(set(message) - {"role", "content"}, key=str):
             raise UserError(f"message {i} has the field {extra[0]!r}; remove it: only role and "
-                             "content are supported")
+                            "content are supported")
         role, content = message["role"], message["content"]
         if not isinstance(role, str) or role not in ROLES:
             raise UserError(f"message {i} has role {role!r}; it must be system, user or "
-                             "assistant")
+                            "assistant")
         if not isinstance(content, str):
             raise UserError(f"message {i} has content {content!r:.60}; it must be a string")
         if re.search("[\ud800-\udfff]", content):
             raise UserError(f"message {i} has a lone surrogate in its content, which is invalid "
-                             "Unicode; replace it")
+                            "Unicode; replace it")
         if role == "system" and i:
             raise UserError(f"message {i} has role 'system'; only message 0 may")
         out.append({"role": role, "content": content})
     if reply and out[-1]["role"] != "user":
         raise UserError(f"the last message has role {out[-1]['role']!r}; it must be 'user' "
-                         "(or pass reply=False)")
+                        "(or pass reply=False)")
     return out
 
 
@@ -373,7 +373,7 @@ def _spans(template: Template, text: str, *, lead: bool = True,
                                  return_offsets_mapping=True, verbose=False)
     except NotImplementedError as error:
         raise UserError("the tokenizer has no character offsets; use the model's fast "
-                         "tokenizer (tokenizer.json)") from error
+                        "tokenizer (tokenizer.json)") from error
     tokens = np.asarray([*before, *out["input_ids"]], np.int32)
     if not tokens.size:
         return tokens, np.zeros(0, np.int64), np.zeros(0, np.int64)

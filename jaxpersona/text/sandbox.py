@@ -80,7 +80,7 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
     if reply["refused"]:
         raise Refused(f"the chat template rejects the conversation: {reason}")
     raise UserError(f"the chat template cannot be rendered: {reason}; use another template "
-                     "(`tokenizer.chat_template`)")
+                    "(`tokenizer.chat_template`)")
 
 
 def _encoded(message: Any) -> bytes:
@@ -97,11 +97,11 @@ def _encoded(message: Any) -> bytes:
                 json.dumps(value, default=_plain)
             except (TypeError, ValueError, RecursionError):
                 raise UserError(f"the template variable {name!r} is {value!r:.60}; use strings, "
-                                 "numbers, booleans, None, lists or dicts") from None
+                                "numbers, booleans, None, lists or dicts") from None
         raise UserError(f"the template variables are not JSON values ({error})") from None
     if len(text) > CHARACTERS:
         raise UserError(f"the conversation has {len(text):,} characters; the limit is "
-                         f"{CHARACTERS:,}: shorten it")
+                        f"{CHARACTERS:,}: shorten it")
     data = text.encode("utf-8", "surrogatepass")
     return len(data).to_bytes(8, "little") + data
 
@@ -134,14 +134,14 @@ class _Worker:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         except OSError as error:
             raise UserError("the process that renders chat templates cannot be started "
-                             f"({error})") from None
+                            f"({error})") from None
         assert self.process.stdin is not None and self.process.stdout is not None
         self.sink, self.source = self.process.stdin, self.process.stdout
         ready = self.ask(_encoded({"seconds": SECONDS, "memory": MEMORY,
                                    "characters": CHARACTERS}), _START)
         if "ready" not in ready:
             raise UserError("the process that renders chat templates cannot be started "
-                             f"({ready['error']}); {sys.executable} must be a Python with jinja2")
+                            f"({ready['error']}); {sys.executable} must be a Python with jinja2")
 
     def ask(self, request: bytes, wait: float | None = None) -> dict[str, Any]:
         """Send a request and return the answer; kill the process on failure."""

@@ -118,7 +118,7 @@ def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[st
         return out
     if len(messages) == 1 or messages[1]["role"] != "user":
         raise UserError("the chat template has no system role, and message 0 (system) cannot be "
-                         "merged: no user message follows it")
+                        "merged: no user message follows it")
     (_, system), (_, user), *rest = out
     if not messages[0]["content"].strip():
         return [("user", user), *rest]
@@ -141,7 +141,7 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
     else:
         where = ", ".join(f"{i} ({m['role']})" for i, m in enumerate(messages))
         raise UserError(f"the contents of messages {where} could not be located in the rendered "
-                         "text: the chat template alters them in an unknown way")
+                        "text: the chat template alters them in an unknown way")
     kind = np.full(len(text), TEMPLATE, np.int32)
     parts: list[list[_Piece]] = [[] for _ in messages]
     for _, pieces in plan:
@@ -155,7 +155,7 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
     for i, message in enumerate(messages):
         if not by_message[i] and message["content"].strip():
             raise UserError(f"the chat template omits the content of message {i} "
-                             f"({message['role']})")
+                            f"({message['role']})")
         _mark_content(text, kind, ROLES[message["role"]], parts[i], by_message[i])
         places[i] = [(start, end) for _, start, end in by_message[i]]
     turn = _turns(template, twin, marks, skeleton, text, spans, reply, len(messages))
@@ -184,7 +184,7 @@ def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
                 mark = next(free, "")
                 if not mark:
                     raise UserError(f"the conversation has more than {len(PRIVATE):,} parts; "
-                                     "shorten it")
+                                    "shorten it")
                 marks[mark] = piece
                 content += mark
             else:

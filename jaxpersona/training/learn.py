@@ -183,7 +183,7 @@ def fit(
             done = latest
             if done > steps:
                 raise UserError(f"steps is {steps}, but {folder} already has {done}; give more "
-                                 "steps, or use another folder")
+                                "steps, or use another folder")
         for number in range(done, steps):
             batch = batches[number % len(batches)]
             updated, optimizer_state, value = step(learned, optimizer_state, model.params, batch)
@@ -191,7 +191,7 @@ def fit(
             if not finite:
                 nnx.update(direction, learned)
                 raise UserError(f"at step {number}, the loss ({float(value)}) or its gradient is "
-                                 "not finite; use a smaller learning rate or another loss")
+                                "not finite; use a smaller learning rate or another loss")
             learned = updated
             losses.append(float(value))
             if checkpoints is not None and (
@@ -243,7 +243,7 @@ class _Checkpoints:
         except Exception as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"{self.folder}: the checkpoint cannot be used ({reason}); use "
-                             "another folder, or delete it to start again") from error
+                            "another folder, or delete it to start again") from error
         return jax.tree.unflatten(tree, [arrays[f"{i:04d}"] for i in range(len(leaves))])
 
 
@@ -262,11 +262,11 @@ def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
     stored = read_json(path)
     if not isinstance(stored, dict):
         raise UserError(f"{path}: contains a {type(stored).__name__}, not a JSON object; use "
-                         "another folder")
+                        "another folder")
     for field, value in settings.items():
         if stored.get(field) != value:
             raise UserError(f"{folder}: the checkpoint does not match this direction: its {field} "
-                             f"is {stored.get(field)}, not {value}; use another folder")
+                            f"is {stored.get(field)}, not {value}; use another folder")
 
 
 def _numbered(state: Any) -> dict[str, Any]:

@@ -45,11 +45,11 @@ def _check_names(found: Vector | Caps) -> None:
             raise UserError(f"{field} is {value!r}; it must be a string")
     if not re.fullmatch(r"([0-9a-f]{16})?", found.fingerprint):
         raise UserError(f"fingerprint is {found.fingerprint!r}; it must be sixteen hexadecimal "
-                         "digits or empty")
+                        "digits or empty")
     scheme = found.fingerprint_scheme
     if type(scheme) is not int or scheme < 1:
         raise UserError(f"fingerprint_scheme is {scheme!r}; it must be a positive integer, "
-                         f"{SCHEME} for fingerprints of this version")
+                        f"{SCHEME} for fingerprints of this version")
     object.__setattr__(found, "notes", _plain(found.notes))
 
 
@@ -62,7 +62,7 @@ def _plain(notes: Any) -> dict[str, Any]:
         value = value.item() if getattr(value, "ndim", None) == 0 else value
         if not isinstance(name, str) or not isinstance(value, (str, int, float)):
             raise UserError(f"notes[{str(name)[:40]!r}] is a {type(value).__name__}; keys must be "
-                             "strings and values strings or numbers")
+                            "strings and values strings or numbers")
         plain[name] = value
     return plain
 
@@ -133,7 +133,7 @@ class Vector:
           UserError: always.
         """
         raise UserError(f"{self.kind} {self.name!r} has no thresholds; an Axis has them: read one "
-                         "with jp.load_axis, or give the floor as numbers")
+                        "with jp.load_axis, or give the floor as numbers")
 
     def check_site(self, site: Site) -> None:
         """Check that the direction was measured at `site`.
@@ -168,7 +168,7 @@ class Axis(Vector):
         super().__post_init__()
         if not isinstance(self.percentiles, Mapping):
             raise UserError(f"percentiles is a {type(self.percentiles).__name__}; it must be a "
-                             "dict by population, such as default")
+                            "dict by population, such as default")
         object.__setattr__(self, "percentiles", {
             population: _percentiles(population, table, self.n_layers)
             for population, table in self.percentiles.items()})
@@ -185,7 +185,7 @@ class Axis(Vector):
         """
         if not self.percentiles:
             raise UserError(f"axis {self.name!r} has no thresholds; give the floor as numbers, or "
-                             "use an axis that `jaxpersona axis` wrote")
+                            "use an axis that `jaxpersona axis` wrote")
         if of not in self.percentiles:
             raise UserError(
                 f"of is {of!r}; this axis has the populations {sorted(self.percentiles)}"
@@ -194,8 +194,8 @@ class Axis(Vector):
         if percentile not in known:
             meant = f"p{percentile}"
             raise UserError(f"percentile is {percentile!r}; "
-                             + (f"write {meant}; " if meant in known else "")
-                             + f"this axis has {', '.join(sorted(known, key=_by_number))}")
+                            + (f"write {meant}; " if meant in known else "")
+                            + f"this axis has {', '.join(sorted(known, key=_by_number))}")
         return known[percentile]
 
 
@@ -209,7 +209,7 @@ def _percentiles(population: str, table: Any, layers: int) -> dict[str, np.ndarr
     """Return a population's percentiles as float32; raise unless each is finite and [L]."""
     if not isinstance(table, Mapping):
         raise UserError(f"percentiles[{population!r}] is a {type(table).__name__}; it must be a "
-                         "dict of [L] by percentile, such as p25")
+                        "dict of [L] by percentile, such as p25")
     checked = {}
     for name, given in table.items():
         field = f"percentiles/{population}/{name}"
@@ -220,7 +220,7 @@ def _percentiles(population: str, table: Any, layers: int) -> dict[str, np.ndarr
         checked[name] = value = _float32(given, field)
         if value.shape != (layers,):
             raise UserError(f"{field} has shape {list(value.shape)}; it must have one value per "
-                             f"layer, [{layers}]")
+                            f"layer, [{layers}]")
         if not np.isfinite(value).all():
             raise UserError(f"{field} contains a non-finite value; calibrate the axis again")
     return checked
@@ -264,8 +264,8 @@ class Caps:
         shapes = values.shape[:-1], floors.shape, (len(self.labels),)
         if values.ndim != 2 or not count or set(shapes) != {(count,)}:
             raise UserError(f"caps {self.name!r} have values {list(values.shape)}, floors "
-                             f"{list(floors.shape)}, {count} layers and {len(self.labels)} labels; "
-                             "they must be [n, D], [n], n and n")
+                            f"{list(floors.shape)}, {count} layers and {len(self.labels)} labels; "
+                            "they must be [n, D], [n], n and n")
         if not np.isfinite(values).all() or not np.isfinite(floors).all():
             raise UserError(f"caps {self.name!r} contain a non-finite value")
         if not values.any(axis=1).all():
