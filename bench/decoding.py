@@ -53,7 +53,8 @@ class Decoding:
               prompts: bool = False) -> Callable[[], float]:
         """Return a function that times the steps, including the prefill if `prompts`."""
         reads = Capture() if read is None else read
-        first = None if prompts else self.start(edits, reads)  # copied per run: decode donates it
+        # copied for each run, because `decode` donates its state
+        first = None if prompts else self.start(edits, reads)
 
         def once() -> float:
             state = None if first is None else jax.block_until_ready(jax.tree.map(jnp.copy, first))

@@ -26,7 +26,7 @@ from load import shape, total_bytes, write
 
 
 def load(folder: pathlib.Path, dtype: str, count: int, index: int, port: int) -> dict[str, Any]:
-    """Load this process's shards; return seconds, bytes held and read, and peak memory."""
+    """Load this process's shards; return seconds, bytes stored and read, and peak memory."""
     import jax
     import jax.numpy as jnp
     from jaxpersona.ckpts import hf, tensorfile

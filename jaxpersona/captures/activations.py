@@ -23,7 +23,7 @@ from jaxpersona.models.batch import Batch
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
-LARGE = 1e9  # bytes of full activations from which their size is logged as a warning
+LARGE = 1e9  # bytes; larger full activations are logged as a warning
 _LOG = logging.getLogger("jaxpersona")
 
 
@@ -62,7 +62,7 @@ class Mean(Reading, kw_only=True, repr=False):
         return MeanState(state.total + reductions, state.count + weights.sum(-1))
 
     def details(self) -> list[str]:
-        """Return the number of messages, if they have a mean each."""
+        """Return the number of messages if a mean is computed for each, else nothing."""
         return [] if self.turns is None else [f"turns={self.turns}"]
 
 

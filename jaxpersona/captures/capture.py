@@ -134,7 +134,7 @@ def _pick(layers: Layers | None) -> tuple[int, ...] | None:
 @own_rules()
 def mean(where: Where | str = response, *, layers: Layers | None = None, site: Site = "residual",
          turns: int | None = None, name: str = "mean") -> Capture:
-    """Average activations over tokens; with `turns=M`, separately for each of the first M messages.
+    """Average activations over tokens; with `turns=M`, separately in each of the first M messages.
 
     Result: [B, L, D], or [B, L, M, D].
     """

@@ -109,7 +109,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
                slots: jax.Array) -> Any:
         """Add one call to the state.
 
-        Calls are those of a whole batch, of the chunks of a prompt, or of single generated tokens;
+        A call contains a whole batch, a chunk of a prompt, or one generated token per row;
         the result must not depend on how a text is divided into calls.
 
         Args:

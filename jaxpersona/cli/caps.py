@@ -37,7 +37,7 @@ def open_caps(file: pathlib.Path, given: Mapping[str, str | None]) -> Axis | Cap
         return axis
     own = [name for name, value in given.items() if name != "--experiment" and value is not None]
     if own:
-        raise UserError(f"{file}: caps have their own layers and floors; leave {own[0]} out")
+        raise UserError(f"{file}: caps have their own layers and floors; omit {own[0]}")
     name = given["--experiment"] or (next(iter(found)) if len(found) == 1 else None)
     if name is None or name not in found:
         raise UserError(f"{file}: choose one with --experiment: {', '.join(found)}")
@@ -66,7 +66,7 @@ def cap_edits(model: Model, held: Axis | Caps, layers: str | None, percentile: s
     """Return the interventions of `--cap`, after a self-test if `check` is set.
 
     Raises:
-      UserError: they are for another model, or the self-test rejects them.
+      UserError: the caps are for another model, or the self-test rejects them.
     """
     from jaxpersona.interventions import cap, resolve_layers
     from jaxpersona.vectors.vector import Caps, fitted

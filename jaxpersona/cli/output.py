@@ -51,7 +51,7 @@ def prepared() -> Iterator[None]:
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not if the caller has replaced the stream
-            with contextlib.suppress(ValueError):  # it was detached or closed
+            with contextlib.suppress(ValueError):  # the stream was detached or closed
                 stream.reconfigure(errors="backslashreplace")
     shown = warnings.showwarning
 

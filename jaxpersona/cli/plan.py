@@ -58,7 +58,7 @@ def read_shape(source: str) -> ModelConfig:
 
 
 def card(found: dict[str, Any]) -> list[str]:
-    """Return a plan as lines of text; each names the source of its numbers."""
+    """Return a plan as lines of text; the lines also give the source of each number."""
     from jaxpersona.planning import chips
 
     size = {name: n / 1e9 for name, n in found["bytes_per_chip"].items()}

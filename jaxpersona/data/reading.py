@@ -35,7 +35,7 @@ def folder_files(folder: Traversable, faults: Faults) -> list[Traversable]:
     if not folder.is_dir():
         faults.append(f"{folder}: no such folder")
         return []
-    # editors and operating systems create files with a leading dot
+    # skip hidden files, which editors and operating systems create
     files = [f for f in folder.iterdir() if f.name.endswith(".json") and f.name[0] != "."]
     if not files:
         faults.append(f"{folder}: holds no .json file")

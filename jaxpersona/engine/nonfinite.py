@@ -1,6 +1,6 @@
 """Diagnosis of non-finite activations: the first site, the cause and the remedy.
 
-A program only reports the affected rows (`Carry.finite`), at no cost. To locate the first layer,
+A compiled program reports only the affected rows (`Carry.finite`). To locate the first layer,
 one such row runs again with its norms read at every site.
 """
 

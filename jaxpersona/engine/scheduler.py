@@ -22,7 +22,7 @@ Failed = Callable[[list[Task], BaseException], None]
 class Scheduler:
     """Assigns queued prompts to rows, in order, and runs the lanes.
 
-    Only the oldest queued prompt is admitted, with those behind it that share its program. If its
+    Only the oldest queued prompt is admitted, with later ones that share its program. If its
     lane has no free row, or no lane may be opened, the whole queue waits, so no prompt starves.
 
     Attributes:

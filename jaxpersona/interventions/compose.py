@@ -47,7 +47,7 @@ class Interventions(flax.struct.PyTreeNode):
     def take(self, rows: Any) -> Interventions:
         """Select rows: row i of the result is the former row rows[i].
 
-        −1 gives a row without edits of its own; tables shared by all rows are unchanged.
+        −1 selects no entry for the row; tables shared by all rows are unchanged.
 
         Raises:
           UserError: an index beyond the interventions' rows.

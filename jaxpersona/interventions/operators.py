@@ -259,7 +259,7 @@ def restore_norm(
 ) -> Interventions:
     """Restore the norm: h ← h·‖h₀‖/‖h‖, with h₀ the activation before all edits at this site.
 
-    Chain it after the edits whose effect on the norm it is to undo.
+    Chain it after the edits whose effect on the norm is to be undone.
 
     Args:
       layers, where, site: as for `steer`.
@@ -282,7 +282,7 @@ def custom(
 ) -> Interventions:
     """Apply a user-defined function to each token's activation: h ← fn(params, h).
 
-    The function is applied per token, so it works alike in prefill, chunked prefill and decode.
+    The function is applied per token, so prefill, chunked prefill and decode are equivalent.
 
     Args:
       fn: fn(params, h) → h for h [D] float32, traceable by JAX. It is static: a new function

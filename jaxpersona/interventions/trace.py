@@ -41,7 +41,7 @@ class Applied(flax.struct.PyTreeNode):
 
 
 class Trace:
-    """The edits and readings of one forward pass; it exists only during tracing."""
+    """The edits and readings of one forward pass; an instance exists only during tracing."""
 
     def __init__(self, config: ModelConfig, batch: Batch, edits: PreparedInterventions,
                  capture: Capture, gates: Gates | None, before: jax.Array | None) -> None:

@@ -114,7 +114,7 @@ NAMED = {
 
 
 def as_where(where: Where | str) -> Where:
-    """Return the test that a `where` argument gives: a test, or a name of `NAMED`.
+    """Return the test of a `where` argument, which is a test or a name in `NAMED`.
 
     Raises:
       UserError: another name, or another type.

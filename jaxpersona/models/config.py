@@ -28,7 +28,7 @@ _HASHED = {
         theta kind factor low_freq_factor high_freq_factor original_context
     """.split()),
 }
-MAX_LAYERS = 1024  # more than any released model has; a larger number means a damaged file
+MAX_LAYERS = 1024  # above that of every released model; a larger number indicates a damaged file
 
 
 @dataclasses.dataclass(frozen=True)

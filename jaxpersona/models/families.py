@@ -35,7 +35,7 @@ class Family:
     fields: frozenset[str]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     default: Mapping[str, Any]
-    float16: bool = True  # whether activations of released models stay below 65504, its maximum
+    float16: bool = True  # whether activations of released models stay below its maximum, 65504
 
 
 def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> tuple:
@@ -114,7 +114,7 @@ def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
 _WINDOW = frozenset({"sliding_window", "layer_types"})
 _QWEN = _WINDOW | {"use_sliding_window", "max_window_layers"}
 _GEMMA2 = _WINDOW | {"query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
-                     "hidden_activation", "sliding_window_size"}  # _size: an older name
+                     "hidden_activation", "sliding_window_size"}  # an older name of sliding_window
 _GEMMA3 = _GEMMA2 | {"rope_local_base_freq", "sliding_window_pattern", "_sliding_window_pattern",
                      "use_bidirectional_attention"}
 

@@ -190,7 +190,7 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
     unit, _ = normalised(difference)
     shifts = (-2, -1, 0, 1, 2)
     # Fix the layer of the replies and vary the direction. Varying the layer of the replies would
-    # always favour the layer with the clearest role signal, whatever the direction.
+    # always favour the layer with the clearest role signal, for any direction.
     seen = [i for i in range(len(unit)) if all(i - s in rows for s in shifts)]
     if len(seen) < 3:
         return (True, "layers: too few layers to detect a shift of the axis"), None

@@ -72,7 +72,7 @@ def by_layer(found: list[Operation], layer: int) -> list[Operation]:
 
 
 def reductions(found: list[Operation]) -> int:
-    """Count reductions over devices; a reduce-scatter with its all-gather counts as one."""
+    """Count reductions over devices; a reduce-scatter and its all-gather count as one."""
     kinds = [op.kind for op in found]
     scattered = kinds.count("reduce-scatter")
     return scattered + len(kinds) - scattered - min(scattered, kinds.count("all-gather"))

@@ -85,5 +85,6 @@ def _take(path: pathlib.Path) -> int:
 
 
 def _release(path: pathlib.Path, handle: int) -> None:
-    path.unlink(missing_ok=True)  # after unlocking it may be another process's file
+    # before unlocking: afterwards the file may belong to another process
+    path.unlink(missing_ok=True)
     os.close(handle)

@@ -13,8 +13,8 @@ Token kinds:
 - Fenced code, fences included, is CODE.
 
 An empty system message is rendered, not skipped. If the template has no system role, the system
-prompt is prepended to the first user message with a blank line between; it keeps its kind and turn,
-and an empty one adds nothing.
+prompt is prepended to the first user message with a blank line between. Its tokens keep the kind
+and turn of the system message; an empty system prompt adds nothing.
 """
 
 from __future__ import annotations

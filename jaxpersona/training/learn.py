@@ -126,10 +126,9 @@ def fit(
 
     Raises:
       UserError: an argument of another type; no batches or steps; a direction or checkpoint that
-        does not match; a folder with
-        more steps than `steps`; a loss that is not a scalar; a non-finite loss or gradient (the
-        direction keeps its value from before that step); or a process that was forked from one
-        that had used JAX.
+        does not match; a folder with more steps than `steps`; a loss that is not a scalar;
+        a non-finite loss or gradient (the direction keeps its value from before that step); or a
+        process that was forked from one that had used JAX.
     """
     check_process()
     if isinstance(batches, Batch):

@@ -1,7 +1,7 @@
 """Named directions with metadata: the model, site and layers that they belong to.
 
-Nothing detects that a bare array is added to the wrong model or site. Interventions check the
-metadata of a `Vector`.
+Interventions check the metadata of a `Vector`. A bare array has none, so its use with another model
+or site is not detected.
 """
 
 from __future__ import annotations
