@@ -65,7 +65,7 @@ class _Metadata:
         value = self.get(key)
         if value is None:
             return None
-        if type(value) not in (int, float) or not np.isfinite(value):
+        if type(value) not in (int, float) or not -3e38 < value < 3e38:
             raise UserError(f"{self._prefix}{key} is {reprlib.repr(value)}; it must be a finite "
                             "number")
         return float(str(np.float32(value)))
@@ -95,7 +95,7 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     data = _Metadata(fields, architecture)
     for key, neutral in _UNSUPPORTED.items():
         value = data.get(key)
-        if value is not None and value != neutral:
+        if value is not None and (type(value) not in (int, float, bool) or value != neutral):
             raise UserError(f"{architecture}.{key} is {reprlib.repr(value)}; it is not supported")
     if unknown := [key for key in data.unknown()
                    if key.removeprefix(architecture + ".") not in _UNSUPPORTED]:
@@ -156,13 +156,14 @@ def _is_mistral(fields: Mapping[str, Any], data: _Metadata) -> bool:
 def _scaling(data: _Metadata) -> dict[str, Any] | None:
     """Return the scaling of the rotary frequencies in the form of a config.json."""
     kind, factor = data.get("rope.scaling.type"), data.real("rope.scaling.factor")
+    if kind is not None and not isinstance(kind, str):
+        raise UserError(f"rope.scaling.type is {reprlib.repr(kind)}; it must be a string")
     if factor is None:
         factor = data.real("rope.scale_linear")
-    if kind is None and factor in (None, 1.0):
-        return None
+    kind = str(kind or ("linear" if factor not in (None, 1.0) else "none"))
     if kind == "none":
         return None
-    if kind in (None, "linear"):
+    if kind == "linear":
         return {"rope_type": "linear", "factor": 1.0 if factor is None else factor}
     raise UserError(f"rope.scaling.type is {kind!r:.80}; supported are none and linear, and Llama "
                     "3's scaling in the tensor rope_freqs.weight")

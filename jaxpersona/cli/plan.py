@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def plan(
     topology: Annotated[str, typer.Option(help="chip:extents, e.g. v5e:4x4 or h200:8.")],
     model: Annotated[str, typer.Option(
-        help="`random:<preset>`, a .gguf file or a folder with a config.json; weights are not read.")
+        help="`random:<preset>`, a .gguf file or a folder with a config.json; weights are not "
+             "read.")
     ] = "random:llama-3.3-70b",
     batch: Annotated[int, typer.Option(help="Rows over all chips.")] = 32,
     context: Annotated[int, typer.Option(help="Tokens per row, prompt and reply.")] = 2048,
