@@ -221,13 +221,14 @@ def _windows(data: _Metadata, family: str, layers: int) -> dict[str, Any]:
         return {"sliding_window": None, "layer_types": ["full_attention"] * layers}
     window = data.integer("attention.sliding_window", 4096)
     period = {"gemma2": 2, "gemma3": 6}.get(family)
+    if pattern is not None and not isinstance(pattern, np.ndarray):
+        period = data.integer("attention.sliding_window_pattern")
     if isinstance(pattern, np.ndarray):
         if len(pattern) != layers:
             raise UserError(f"attention.sliding_window_pattern has {len(pattern)} entries; it must "
                             f"have one per layer ({layers})")
         sliding = [bool(value) for value in pattern]
-    elif pattern is not None or period is not None:
-        period = period if pattern is None else data.integer("attention.sliding_window_pattern")
+    elif period is not None:
         sliding = [bool((i + 1) % period) for i in range(layers)]
     elif family == "mistral":
         sliding = [True] * layers

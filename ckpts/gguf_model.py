@@ -53,7 +53,8 @@ def gguf_name(name: str, post_norms: bool) -> str:
     """Return the GGUF name of a tensor from its Hugging Face name."""
     if name in _TOP:
         return _TOP[name]
-    layer, stem, kind = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name).groups()
+    layer, _, rest = name.removeprefix("model.layers.").partition(".")
+    stem, _, kind = rest.rpartition(".")
     table = _LAYER | _POST_NORMS if post_norms else _LAYER
     return f"blk.{layer}.{table[stem]}.{kind}"
 
@@ -132,10 +133,10 @@ def _read_parts(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str
     if matched is None or int(matched[3]) != count:
         raise UserError(f"{path}: one of {count} parts; parts must be named "
                         f"NAME-00001-of-{count:05d}.gguf")
-    names_of = [f"{matched[1]}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
-    if fields.get("split.no") != 0 or path.name != names_of[0]:
-        raise UserError(f"{path}: not the first of its {count} parts; give {names_of[0]}")
-    for number, name in enumerate(names_of[1:], 1):
+    part_names = [f"{matched[1]}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
+    if fields.get("split.no") != 0 or path.name != part_names[0]:
+        raise UserError(f"{path}: not the first of its {count} parts; give {part_names[0]}")
+    for number, name in enumerate(part_names[1:], 1):
         part = path.with_name(name)
         require_file(part)
         of_part, more = _read_part(part, gguf)

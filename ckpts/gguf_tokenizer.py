@@ -113,9 +113,9 @@ def _kinds(fields: Mapping[str, Any], tokens: Sequence[str]) -> list[int]:
     return kinds.tolist()
 
 
-def _merges(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _merges(fields: Mapping[str, Any]) -> list[tuple[str, ...]]:
     merges = fields.get("tokenizer.ggml.merges")
-    pairs = [] if not isinstance(merges, list) else [tuple(m.split(" ")) for m in merges]
+    pairs = [tuple(m.split(" ")) for m in merges] if isinstance(merges, list) else []
     if merges is None or not all(len(pair) == 2 for pair in pairs):
         raise UserError("tokenizer.ggml.merges must hold strings of two tokens joined by a space")
     return pairs
@@ -155,7 +155,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], gemma: bool,
                                 else scores.tolist())
     backend = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=True, byte_fallback=True,
                                    unk_token=unknown))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if gemma:
         backend.normalizer = normalizers.Replace(" ", "▁")
         backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")

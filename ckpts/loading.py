@@ -262,6 +262,8 @@ def _checked(path: pathlib.Path, make: Callable[[], _T]) -> _T:
     """Return make(), which makes a tokenizer; raise UserError with the path if it fails."""
     try:
         return make()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except BaseException as error:  # transformers raises many types; tokenizers may panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

@@ -97,7 +97,7 @@ def test_residuals_logits_and_greedy_tokens_are_those_of_transformers(name, refe
         out = forward(model.params, model.config, jp.batch([np.array(ids)]),
                       capture=jp.capture.full(jp.everywhere))
         for layer, want in enumerate(stream):
-            assert hf.distance(out.captured["full"].value[layer, 0], want[0]) <= 1e-4, layer
+            assert hf.distance(out.captured["full"].value[0, layer], want[0]) <= 1e-4, layer
         assert hf.distance(out.logits[0], logits[0]) <= 1e-4
     out = jp.generate(model, [np.array(ids) for ids in prompts], max_new_tokens=NEW, batch_size=1)
     for reply, want in zip(out.tokens, replies, strict=True):
