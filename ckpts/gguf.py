@@ -7,8 +7,6 @@ layer N of this package. The format has no layer 0: llama.cpp rejects a `directi
 from __future__ import annotations
 
 import json
-import math
-import mmap
 import os
 import pathlib
 import re
@@ -16,7 +14,9 @@ import struct
 from typing import Any
 
 import numpy as np
+from jaxpersona.ckpts import gguf_header
 from jaxpersona.ckpts.files import atomic, parse_field, scheme_of
+from jaxpersona.ckpts.gguf_header import ARCHITECTURE_KEY, MAX_FIELDS, HeaderReader
 
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import require_file
@@ -25,21 +25,9 @@ from jaxpersona.vectors.vector import CONTROL_VECTOR, Axis, Vector
 
 ARCHITECTURE = "controlvector"
 VECTOR_BYTES = 1 << 30  # maximum size of a vector file; a 405B model's has 8 MB
-_MOST_FIELDS = 1 << 16  # limit for fields, and for array elements in total; `write` makes 10
-_MOST_DIMENSIONS = 4
-_STRING, _ARRAY = 8, 9
-_WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # type id: bytes
+_MAX_ELEMENTS = 1 << 16  # limit for array elements in total; `write` makes no array
 # stored under keys `jaxpersona.<field>`
 _OURS = ("kind", "name", "model", "fingerprint", "fingerprint_scheme", "layers", "notes")
-
-
-def _package(path: pathlib.Path) -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(f"{path}: GGUF files need the package gguf: pip install 'jaxpersona[gguf]'"
-                         ) from None
-    return gguf
 
 
 def read(path: str | os.PathLike) -> Vector:
@@ -51,7 +39,7 @@ def read(path: str | os.PathLike) -> Vector:
     """
     path = pathlib.Path(path)
     size = require_file(path)
-    gguf = _package(path)
+    gguf = gguf_header.import_gguf(path)
     damaged = f"{path}: truncated or damaged, or not a GGUF file ({size} bytes)"
     try:
         check_bounds(path)
@@ -74,97 +62,19 @@ def read(path: str | os.PathLike) -> Vector:
 def check_bounds(path: pathlib.Path) -> None:
     """Check every count and length in the header before the gguf package parses the file.
 
-    The gguf package allocates an object per declared array element without checking the file size,
-    so an array declared with 2^62 elements exhausts memory.
-
     Raises:
       UserError: a count or length exceeds the limits, or the architecture is another one.
       struct.error: the header declares more data than the file holds.
     """
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size < 24:
-            raise struct.error("shorter than a GGUF header")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _Header(data).check()
-
-
-class _Header:
-    """Bounds-checked walk over a GGUF header."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at, self.elements = data, 4, 0
-        if data[:4] != b"GGUF":
-            raise struct.error("not a GGUF file")
-        if self.number("I") & 0xFFFF == 0:  # the version field shows it; gguf would misread it
-            raise UserError("big-endian byte order is not supported; convert the file")
-
-    def check(self) -> None:
-        tensors, fields = self.number("Q"), self.number("Q")
-        if tensors > MAX_LAYERS or fields > _MOST_FIELDS:
-            named = self.architecture(min(fields, _MOST_FIELDS))
-            _check_architecture(named)
+    with gguf_header.mapped(path) as data:
+        header = HeaderReader(data, _MAX_ELEMENTS)
+        tensors, fields = header.n_tensors, header.n_fields
+        excessive = tensors > MAX_LAYERS or fields > MAX_FIELDS
+        found = header.read_fields(_check_architecture, keep=None, count=min(fields, MAX_FIELDS))
+        _check_architecture(found.get(ARCHITECTURE_KEY))
+        if excessive:
             raise UserError(f"the header declares {tensors} tensors and {fields} fields")
-        _check_architecture(self.architecture(fields))
-        elements = 0
-        for _ in range(tensors):
-            self.text()
-            dimensions = self.number("I")
-            if dimensions > _MOST_DIMENSIONS:
-                raise UserError(f"a tensor declares {dimensions} dimensions")
-            elements += math.prod(self.number("Q") for _ in range(dimensions))
-            self.skip(4 + 8)
-        if elements > VECTOR_BYTES // 4:
-            raise UserError(f"the tensors declare {elements} elements")
-
-    def architecture(self, fields: int) -> str | None:
-        """Walk the fields and return the architecture; raise as soon as it is another one."""
-        named = None
-        for _ in range(fields):
-            key, kind = self.text(), self.number("I")
-            if key == b"general.architecture" and kind == _STRING:
-                named = self.text().decode("utf-8")
-                _check_architecture(named)
-            elif kind == _ARRAY:
-                self.array()
-            else:
-                self.value(kind)
-        return named
-
-    def array(self) -> None:
-        kind, count = self.number("I"), self.number("Q")
-        if count > _MOST_FIELDS:
-            raise UserError(f"an array declares {count} elements")
-        self.elements += count
-        if self.elements > _MOST_FIELDS:  # gguf allocates an object per element
-            raise UserError(f"the arrays declare at least {self.elements} elements")
-        if kind == _ARRAY:
-            raise UserError("nested arrays are not supported")
-        for _ in range(count):
-            self.value(kind)
-
-    def value(self, kind: int) -> None:
-        if kind == _STRING:
-            self.text()
-        elif kind in _WIDTHS:
-            self.skip(_WIDTHS[kind])
-        else:
-            raise UserError(f"a field has unknown type {kind}")
-
-    def number(self, form: str) -> int:
-        value = struct.unpack_from("<" + form, self.data, self.at)[0]
-        self.at += struct.calcsize(form)
-        return value
-
-    def text(self) -> bytes:
-        length = self.number("Q")
-        start = self.at
-        self.skip(length)
-        return self.data[start : self.at]
-
-    def skip(self, size: int) -> None:
-        if size > len(self.data) - self.at:
-            raise struct.error("past the end of the file")
-        self.at += size
+        header.read_tensors(VECTOR_BYTES // 4)
 
 
 def _check_architecture(found: Any) -> None:
@@ -177,7 +87,7 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
         entry = reader.get_field(name)
         return None if entry is None else entry.contents()
 
-    _check_architecture(field("general.architecture"))
+    _check_architecture(field(ARCHITECTURE_KEY))
     directions: dict[int, np.ndarray] = {}
     for tensor in reader.tensors:
         number = re.fullmatch(r"direction\.([1-9]\d{0,8})", tensor.name)
@@ -219,7 +129,7 @@ def write(path: str | os.PathLike, vector: Vector) -> list[str]:
     chosen = [i for i, row in enumerate(vector.values) if i and row.any()]
     if not chosen:
         raise UserError(f"{path}: the direction is zero above layer 0, and GGUF stores no layer 0")
-    gguf = _package(path)
+    gguf = gguf_header.import_gguf(path)
     with atomic(path) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)
         writer.add_string(f"{ARCHITECTURE}.model_hint", vector.model)

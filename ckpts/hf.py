@@ -98,6 +98,8 @@ def _without_config(folder: pathlib.Path) -> str:
     if (folder / "params.json").exists():
         return ("not in the Hugging Face layout (params.json without config.json: the original "
                 "release layout); convert it with transformers, or load it from the hub")
+    if found := sorted(path.name for path in folder.glob("*.gguf")):
+        return f"not a model folder (no config.json); to load {found[0]}, give the file's path"
     return "not a model folder (no config.json)"
 
 

@@ -1,4 +1,4 @@
-"""Load a model by name: a local folder, the embedded model, random weights or a hub repository.
+"""Load a model by name: a folder, a GGUF file, the embedded model, random weights, or the hub.
 
 Optional libraries are imported on demand: random weights need neither transformers nor a network.
 """
@@ -13,16 +13,16 @@ import pathlib
 import reprlib
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxpersona.ckpts import hf, orbax
+from jaxpersona.ckpts import gguf_model, gguf_tokenizer, hf, orbax
 from jaxpersona.ckpts.adapter import attached, merged, read_adapter
-from jaxpersona.ckpts.source import Progress
+from jaxpersona.ckpts.source import Progress, load_params
 from jaxpersona.ckpts.tensorfile import parse_dtype
 
 from jaxpersona.distributed import sharding
@@ -67,6 +67,7 @@ _UNFOLLOWED = {
 }
 _SAMPLED = {"top_k": (0, 50), "min_p": (0, 0.0), "top_h": ()}  # ignored only if do_sample is true
 _MINI_VOCABULARY = 1024
+_T = TypeVar("_T")
 _STDERR = threading.Lock()  # guards file descriptor 2
 
 
@@ -78,9 +79,11 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
     """Load a model and enable the on-disk compilation cache (`compile_cache`).
 
     Args:
-      source: a folder in the Hugging Face layout or written by `ckpts.orbax.save`; "mini", the
-        embedded model; "random:<preset>", random weights in a preset's shapes; or a hub
-        repository, "owner/name" or "owner/name@revision".
+      source: a folder in the Hugging Face layout or written by `ckpts.orbax.save`; a GGUF file,
+        or the first of its parts (architectures of llama.cpp: llama, also for Mistral, qwen2,
+        qwen3, gemma2 and gemma3), whose weights are dequantized; "mini", the embedded model;
+        "random:<preset>", random weights in a preset's shapes; or a hub repository, "owner/name"
+        or "owner/name@revision".
       mesh: shards the parameters over devices. `Model.mesh` is this mesh fitted to the model
         (`sharding.fit`) and may have another axis. Under `jax.set_mesh`, functions that take a
         model accept either mesh; functions that take parameters need `Model.mesh`.
@@ -119,7 +122,8 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, dtype: DTypeLike | 
     use_compile_cache()
     name, kind = os.fspath(source), _dtype(dtype, mesh)
     path = pathlib.Path(os.path.expanduser(name))
-    local = name == "mini" or name.startswith(("random:", ".", "/", "~")) or _there(path)
+    local = (name == "mini" or name.startswith(("random:", ".", "/", "~")) or _there(path)
+             or name.endswith(gguf_model.SUFFIX))
     if local or isinstance(source, pathlib.PurePath):
         if revision is not None:
             raise UserError(f"revision is {revision!r}, but {name} is not a hub repository; "
@@ -129,11 +133,13 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, dtype: DTypeLike | 
         if name == "mini":
             with importlib.resources.as_file(_mini()) as folder:
                 return _folder(folder, name, kind, mesh, progress)
+        if path.suffix == gguf_model.SUFFIX and not path.is_dir():
+            return _gguf(path, name, kind, mesh, progress)
         return _folder(path, name, kind, mesh, progress)
     repository, _, pinned = name.partition("@")
     if not _is_repository(repository) or name.endswith("@"):
-        raise UserError(f"{name}: no such folder; a model is a folder, owner/name of the hub, "
-                         "mini or random:<preset>")
+        raise UserError(f"{name}: no such folder; a model is a folder, a .gguf file, owner/name "
+                         "of the hub, mini or random:<preset>")
     if pinned and revision not in (None, pinned):
         raise UserError(f"two revisions ({name} and revision {revision!r}); give one")
     return _folder(_download(repository, pinned or revision), name, kind, mesh, progress)
@@ -212,6 +218,25 @@ def _folder(folder: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
                   finish())
 
 
+def _gguf(path: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
+          progress: Progress | None) -> Model:
+    checkpoint = gguf_model.open_checkpoint(path)
+    config = checkpoint.config
+    _check_range(config, dtype, name)
+    mesh = None if mesh is None else sharding.fit(mesh, config)
+    params = load_params(checkpoint.source, config, dtype=dtype, mesh=mesh, progress=progress)
+    finish = begin_fingerprint(config, params)  # runs while the tokenizer is built
+
+    def build() -> tuple[Any, tuple[int, ...]]:
+        tokenizer = gguf_tokenizer.build(checkpoint.fields)
+        if tokenizer is not None:
+            _encode_once(tokenizer)
+        return tokenizer, gguf_tokenizer.stop_ids(checkpoint.fields)
+
+    tokenizer, stop_ids = _checked(path, build)
+    return _model(config, params, tokenizer, mesh, name, stop_ids, finish())
+
+
 def _model(config: ModelConfig, params: Params, tokenizer: Any, mesh: Mesh | None, name: str,
            stop_ids: tuple[int, ...], mark: str) -> Model:
     template = bool(getattr(tokenizer, "chat_template", None))
@@ -233,28 +258,43 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
             require_files(part, _TOKENIZER_FILES)
     from transformers import AutoTokenizer
 
-    try:
+    def read() -> Any:
         # False, not None: with None transformers prompts whether to run remote code
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True,
                                                   trust_remote_code=False)
-        # an unsupported regular expression makes the tokenizers library panic on first use
-        with _without_stderr():
-            tokenizer("Hello, world! 1 + 1", add_special_tokens=False)
-    except BaseException as error:  # transformers raises many types; tokenizers may panic
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(error).split())[:200]
-        if "trust_remote_code" in str(error):
-            raise UserError(f"{folder}: the tokenizer needs remote code (auto_map in "
-                             "tokenizer_config.json), which is never run; save the tokenizer as "
-                             "tokenizer.json and remove auto_map") from error
-        raise UserError(f"{folder}: the tokenizer cannot be read ({reason})") from error
+        _encode_once(tokenizer)
+        return tokenizer
+
+    tokenizer = _checked(folder, read)
     template = getattr(tokenizer, "chat_template", None)
     texts = template.values() if isinstance(template, dict) else (template or "",)
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{folder}: chat_template in tokenizer_config.json is {template!r:.60}; "
                          "it must be a string or an object of strings")
     return tokenizer
+
+
+def _encode_once(tokenizer: Any) -> None:
+    """Encode a text: an unsupported regular expression makes the tokenizers library panic."""
+    with _without_stderr():
+        tokenizer("Hello, world! 1 + 1", add_special_tokens=False)
+
+
+def _checked(path: pathlib.Path, make: Callable[[], _T]) -> _T:
+    """Return make(), which makes a tokenizer; raise UserError with the path if it fails."""
+    try:
+        return make()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except BaseException as error:  # transformers raises many types; tokenizers may panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{path}: the tokenizer needs remote code (auto_map in "
+                             "tokenizer_config.json), which is never run; save the tokenizer as "
+                             "tokenizer.json and remove auto_map") from error
+        raise UserError(f"{path}: the tokenizer cannot be read ({reason})") from error
 
 
 @contextlib.contextmanager

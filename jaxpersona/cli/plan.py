@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 
 def plan(
     topology: Annotated[str, typer.Option(help="chip:extents, e.g. v5e:4x4 or h200:8.")],
-    model: Annotated[str, typer.Option(help="`random:<preset>` or a folder with a config.json; "
-                                            "weights are not read.")] = "random:llama-3.3-70b",
+    model: Annotated[str, typer.Option(
+        help="`random:<preset>`, a .gguf file or a folder with a config.json; weights are not "
+             "read.")
+    ] = "random:llama-3.3-70b",
     batch: Annotated[int, typer.Option(help="Rows over all chips.")] = 32,
     context: Annotated[int, typer.Option(help="Tokens per row, prompt and reply.")] = 2048,
     cap: Annotated[str | None, typer.Option(help="Layers to cap, half-open, e.g. 56:72.")] = None,
@@ -44,13 +47,15 @@ def plan(
 
 
 def read_shape(source: str) -> ModelConfig:
-    """Return the configuration of a preset or of a folder's config.json."""
-    from jaxpersona.ckpts import hf
+    """Return the configuration of a preset, of a GGUF file or of a folder's config.json."""
+    from jaxpersona.ckpts import gguf_model, hf
     from jaxpersona.models.presets import preset
 
     if source.startswith("random:"):
         return preset(source.removeprefix("random:"))
     folder = os.path.expanduser(source)
+    if folder.endswith(gguf_model.SUFFIX) and not os.path.isdir(folder):
+        return gguf_model.open_checkpoint(pathlib.Path(folder)).config
     if not os.path.isdir(folder):
         raise UserError(f"{source}: no such folder; a plan takes random:<preset> or a folder that "
                         "holds the model's config.json")

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
     from jaxpersona.persona.extract import Extraction
 
-ModelOption = Annotated[str, typer.Option("--model", help="A folder, `mini`, `random:<preset>` or "
-                                                          "a hub name.")]
+ModelOption = Annotated[str, typer.Option("--model", help="A folder, a .gguf file, `mini`, "
+                                                          "`random:<preset>` or a hub name.")]
 AdapterOption = Annotated[pathlib.Path | None, typer.Option("--adapter", help=(
     "The folder of a LoRA adapter for the model; it is merged into the weights."))]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]

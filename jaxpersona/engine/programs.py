@@ -59,7 +59,7 @@ class State(flax.struct.PyTreeNode):
     token: Int[Array, " B"]
     position: Int[Array, " B"]
     turn: Int[Array, " B"]
-    row_id: UInt32[Array | np.ndarray, " B"]
+    row_id: UInt32[Array, " B"]
     done: Bool[Array, " B"]
     thinking: Bool[Array, " B"]
     limit: Int[Array, " B"]
@@ -139,7 +139,7 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
         token=jnp.zeros((rows,), jnp.int32),
         position=out.cache.next - 1,
         turn=of_each(batch.turn, at) + begins,
-        row_id=batch.row_id,
+        row_id=jnp.asarray(batch.row_id),
         done=length == 0,
         thinking=(kind & THINKING) != 0,
         limit=limit,

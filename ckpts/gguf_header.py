@@ -1,0 +1,202 @@
+"""Headers of GGUF files, read with bounds checks: metadata fields and the table of tensors.
+
+A header holds counts, fields (key, type, value) and one entry per tensor (name, dimensions, type,
+offset). The gguf package allocates an object per declared array element without checking the file
+size, so every count and length is checked here first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import mmap
+import os
+import pathlib
+import struct
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import numpy as np
+
+from jaxpersona.errors import UserError
+
+ARCHITECTURE_KEY = "general.architecture"
+MAX_FIELDS = 1 << 16
+_MAX_DIMENSIONS = 4
+_STRING, _ARRAY = 8, 9
+# struct formats by type id
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
+            12: "d"}
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """An entry of the table of tensors.
+
+    Attributes:
+      name: of the tensor.
+      shape: in C order, the last dimension contiguous.
+      kind: the id of the ggml type.
+      offset: in bytes from the start of the data section.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+
+def import_gguf(path: pathlib.Path) -> Any:
+    """Import the optional package gguf.
+
+    Raises:
+      UserError: it is not installed; the message names the file that needs it.
+    """
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(f"{path}: GGUF files need the package gguf: pip install 'jaxpersona[gguf]'"
+                         ) from None
+    return gguf
+
+
+@contextlib.contextmanager
+def mapped(path: pathlib.Path) -> Iterator[mmap.mmap]:
+    """Map a GGUF file into memory, read-only.
+
+    Raises:
+      struct.error: the file is shorter than a header without fields.
+      OSError: the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size < 24:
+            raise struct.error("shorter than a GGUF header")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
+
+
+class HeaderReader:
+    """Sequential reader of a header; no read passes the end of the file.
+
+    Every method raises `struct.error` if the header declares more data than the file holds.
+
+    Attributes:
+      version: the format version.
+      n_tensors, n_fields: the declared numbers of tensors and fields.
+      at: the position of the next read, in bytes.
+    """
+
+    def __init__(self, data: mmap.mmap, max_elements: int) -> None:
+        """Read the counts.
+
+        Args:
+          data: the file.
+          max_elements: limit for the elements of all arrays together.
+
+        Raises:
+          UserError: the file is in big-endian byte order.
+        """
+        self._data, self._size = data, len(data)
+        self._max_elements, self._elements = max_elements, 0
+        self.at = 4
+        if data[:4] != b"GGUF":
+            raise struct.error("not a GGUF file")
+        self.version = self._number("I")
+        if self.version & 0xFFFF == 0:  # the version in the other byte order
+            raise UserError("big-endian byte order is not supported; convert the file")
+        self.n_tensors, self.n_fields = self._number("Q"), self._number("Q")
+
+    def read_fields(self, check_architecture: Callable[[str], None], *,
+                    keep: Collection[str] | None = (), count: int | None = None) -> dict[str, Any]:
+        """Read the metadata fields.
+
+        Args:
+          check_architecture: called with the architecture before later fields are read; raises if
+            it is not supported.
+          keep: keys of string arrays to return; None returns `general.architecture` alone.
+          count: the number of fields to read; by default all.
+
+        Returns:
+          Values by key: numbers, booleans, strings, NumPy arrays, and lists of strings.
+
+        Raises:
+          UserError: a count exceeds a limit, or a type is unknown.
+        """
+        fields: dict[str, Any] = {}
+        for _ in range(self.n_fields if count is None else count):
+            key, kind = self._text(), self._number("I")
+            if kind == _STRING:
+                value: Any = self._text()
+            elif kind == _ARRAY:
+                value = self._array(keep is not None and key in keep)
+            elif kind in _SCALARS:
+                value = self._number(_SCALARS[kind])
+            else:
+                raise UserError(f"a field has unknown type {kind}")
+            if key == ARCHITECTURE_KEY and kind == _STRING:
+                check_architecture(value)
+            if value is not None and (keep is not None or key == ARCHITECTURE_KEY):
+                if key in fields:
+                    raise UserError(f"field {key!r:.80} is declared twice")
+                fields[key] = value
+        return fields
+
+    def read_tensors(self, max_elements: int | None = None) -> list[TensorInfo]:
+        """Read the table of tensors, which follows the fields.
+
+        Args:
+          max_elements: limit for the elements of all tensors together.
+
+        Raises:
+          UserError: a tensor has too many dimensions, or the tensors have too many elements.
+        """
+        infos, elements = [], 0
+        for _ in range(self.n_tensors):
+            name, dimensions = self._text(), self._number("I")
+            if dimensions > _MAX_DIMENSIONS:
+                raise UserError(f"a tensor declares {dimensions} dimensions")
+            shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
+            elements += math.prod(shape)
+            infos.append(TensorInfo(name, shape, self._number("I"), self._number("Q")))
+        if max_elements is not None and elements > max_elements:
+            raise UserError(f"the tensors declare {elements} elements")
+        return infos
+
+    def _array(self, keep: bool) -> Any:
+        """Read an array: NumPy array of numbers, list of strings, or None if not kept."""
+        kind, count = self._number("I"), self._number("Q")
+        if count > self._max_elements:
+            raise UserError(f"an array declares {count} elements")
+        self._elements += count
+        if self._elements > self._max_elements:  # gguf allocates an object per element
+            raise UserError(f"the arrays declare at least {self._elements} elements")
+        if kind == _ARRAY:
+            raise UserError("nested arrays are not supported")
+        if kind == _STRING:
+            if keep:
+                return [self._text() for _ in range(count)]
+            for _ in range(count):
+                self._skip(self._number("Q"))
+            return None
+        if kind not in _SCALARS:
+            raise UserError(f"a field has unknown type {kind}")
+        dtype = np.dtype("<" + _SCALARS[kind])
+        start = self.at
+        self._skip(count * dtype.itemsize)
+        return np.frombuffer(self._data[start : self.at], dtype)
+
+    def _number(self, form: str) -> Any:
+        value = struct.unpack_from("<" + form, self._data, self.at)[0]
+        self.at += struct.calcsize("<" + form)
+        return value
+
+    def _text(self) -> str:
+        start = self.at + 8
+        self._skip(self._number("Q"))
+        return self._data[start : self.at].decode("utf-8")
+
+    def _skip(self, size: int) -> None:
+        if size > self._size - self.at:
+            raise struct.error("past the end of the file")
+        self.at += size

@@ -1,0 +1,214 @@
+"""Tokenizers from the metadata of GGUF models, built with the tokenizers library.
+
+transformers' own conversion imports PyTorch, so it is not used. Two kinds of vocabularies exist:
+"gpt2" (byte-level BPE with merges, split by the regular expression that `tokenizer.ggml.pre`
+names) and "llama" (SentencePiece BPE, whose merges follow from the scores).
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxpersona.errors import UserError
+
+_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+_MAX_LENGTH = 1024  # of a token, in characters; merges are derived in time quadratic in it
+_NAMED = {"bos_token": "bos_token_id", "eos_token": "eos_token_id",
+          "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
+_STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# control tokens that end a reply in llama.cpp, whatever the metadata declare
+_STOP_TEXTS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>",
+                         "<|end_of_text|>", "<end_of_turn>"})
+_GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",)
+_DIGITS = (r"\p{N}", *_GPT2)
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",)
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",)
+# by tokenizer.ggml.pre: regular expressions applied in order, as llama.cpp assigns them
+_SPLITS = {
+    "default": _GPT2, "gpt-2": _GPT2, "phi-2": _GPT2, "olmo": _GPT2,
+    "smollm": _DIGITS, "starcoder": _DIGITS, "refact": _DIGITS, "command-r": _DIGITS,
+    "llama3": _LLAMA3, "llama-v3": _LLAMA3, "llama-bpe": _LLAMA3, "falcon3": _LLAMA3,
+    "smaug-bpe": _LLAMA3, "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "megrez": _QWEN2,
+    "tekken": _TEKKEN,
+}
+# vocabularies in which a whole word that is a token is never split, and a text begins with BOS
+_WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
+
+
+def build(fields: Mapping[str, Any]) -> Any:
+    """Return a transformers tokenizer with the file's chat template; None without a vocabulary.
+
+    Raises:
+      UserError: the vocabulary is malformed or of an unsupported kind.
+    """
+    tokens = fields.get("tokenizer.ggml.tokens")
+    if tokens is None:
+        return None
+    if not isinstance(tokens, list) or max(map(len, tokens), default=0) > _MAX_LENGTH:
+        raise UserError(f"tokenizer.ggml.tokens must hold strings of at most {_MAX_LENGTH} "
+                        "characters")
+    kind = fields.get("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
+        raise UserError(f"tokenizer.ggml.model is {kind!r:.80}; supported are gpt2 and llama")
+    named = {name: _token(fields, key, tokens) for name, key in _NAMED.items()}
+    gemma = str(fields.get("general.architecture")).startswith("gemma")
+    if kind == "gpt2":
+        backend = _byte_level(fields, tokens)
+    else:
+        backend = _sentencepiece(fields, tokens, gemma, named["unk_token"])
+    _add_tokens(backend, fields, tokens)
+    _add_ends(backend, fields, named, tokens)
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend,
+                                        clean_up_tokenization_spaces=False,
+                                        **{k: v for k, v in named.items() if v is not None})
+    template = fields.get("tokenizer.chat_template")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"tokenizer.chat_template is {template!r:.60}; it must be a string")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the ids that end a reply: those of the metadata, then known control tokens."""
+    tokens = fields.get("tokenizer.ggml.tokens") or []
+    found = [fields[f"tokenizer.ggml.{key}"] for key in _STOP_KEYS
+             if _token(fields, key, tokens) is not None]
+    kinds = _kinds(fields, tokens)
+    found += [i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=False))
+              if kind == _CONTROL and text in _STOP_TEXTS]
+    return tuple(dict.fromkeys(found))
+
+
+def _token(fields: Mapping[str, Any], key: str, tokens: Sequence[str]) -> str | None:
+    """Return the text of the token that a field names by its id."""
+    number = fields.get(f"tokenizer.ggml.{key}")
+    if number is None:
+        return None
+    if type(number) is not int or not 0 <= number < len(tokens):
+        raise UserError(f"tokenizer.ggml.{key} is {reprlib.repr(number)}; the vocabulary has "
+                        f"{len(tokens)} tokens")
+    return tokens[number]
+
+
+def _kinds(fields: Mapping[str, Any], tokens: Sequence[str]) -> list[int]:
+    kinds = fields.get("tokenizer.ggml.token_type")
+    if kinds is None:
+        return []
+    if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
+        raise UserError("tokenizer.ggml.token_type must hold one integer per token")
+    return kinds.tolist()
+
+
+def _merges(fields: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    merges = fields.get("tokenizer.ggml.merges")
+    pairs = [tuple(m.split(" ")) for m in merges] if isinstance(merges, list) else []
+    if merges is None or not all(len(pair) == 2 for pair in pairs):
+        raise UserError("tokenizer.ggml.merges must hold strings of two tokens joined by a space")
+    return pairs
+
+
+def _byte_level(fields: Mapping[str, Any], tokens: list[str]) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    name = fields.get("tokenizer.ggml.pre", "default")
+    if name not in _SPLITS:
+        raise UserError(f"tokenizer.ggml.pre is {name!r:.80}; supported are {', '.join(_SPLITS)}")
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(vocabulary, _merges(fields),
+                                   ignore_merges=name in _WHOLE_WORDS))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([
+        *(pre_tokenizers.Split(Regex(split), behavior="isolated") for split in _SPLITS[name]),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], gemma: bool,
+                   unknown: str | None) -> Any:
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    if gemma:  # its tokens of several spaces are stored as spaces
+        tokens = ["▁" * len(t) if " " in t and not t.strip() else t for t in tokens]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if "tokenizer.ggml.merges" in fields:
+        merges = _merges(fields)
+    else:
+        scores = fields.get("tokenizer.ggml.scores")
+        if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
+            raise UserError("tokenizer.ggml.scores must hold one number per token")
+        # Gemma's merges follow the order of its tokens, not their scores
+        merges = _derive_merges(vocabulary, range(0, -len(tokens), -1) if gemma
+                                else scores.tolist())
+    backend = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=True, byte_fallback=True,
+                                   unk_token=unknown))
+    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if gemma:
+        backend.normalizer = normalizers.Replace(" ", "▁")
+        backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    else:
+        prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(
+            replacement="▁", prepend_scheme="first" if prefix else "never", split=False)
+        if prefix:
+            steps.append(decoders.Strip(" ", 1, 0))
+    backend.decoder = decoders.Sequence(steps)
+    return backend
+
+
+def _derive_merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Return every split of a token into two others; those of high scores first."""
+    merges = []
+    for token, index in vocabulary.items():
+        pairs = [(token[:i], token[i:]) for i in range(1, len(token))
+                 if token[:i] in vocabulary and token[i:] in vocabulary]
+        pairs.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+        merges += [(scores[index], len(left), len(right), left, right) for left, right in pairs]
+    merges.sort(key=lambda merge: merge[:3], reverse=True)
+    return [merge[3:] for merge in merges]
+
+
+def _add_tokens(backend: Any, fields: Mapping[str, Any], tokens: list[str]) -> None:
+    """Add the control and user-defined tokens, which are matched whole before a text is split."""
+    from tokenizers import AddedToken
+
+    kinds = _kinds(fields, tokens)
+    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+        chosen = [AddedToken(token, normalized=False, special=special)
+                  for token, one in zip(tokens, kinds, strict=False)
+                  if one == kind and token and backend.token_to_id(token) is not None]
+        (backend.add_special_tokens if special else backend.add_tokens)(chosen)
+
+
+def _add_ends(backend: Any, fields: Mapping[str, Any], named: Mapping[str, str | None],
+              tokens: list[str]) -> None:
+    """Add the tokens that begin and end every text, if the file asks for them."""
+    from tokenizers.processors import TemplateProcessing
+
+    sentencepiece = fields["tokenizer.ggml.model"] == "llama"
+    begins = fields.get("tokenizer.ggml.add_bos_token",
+                        sentencepiece or fields.get("tokenizer.ggml.pre") in _WHOLE_WORDS)
+    ends = fields.get("tokenizer.ggml.add_eos_token", False)
+    first = named["bos_token"] if begins else None
+    last = named["eos_token"] if ends else None
+    if first is None and last is None:
+        return
+    single = [*([first] if first else []), "$A", *([last] if last else [])]
+    pair = [*single, *([first] if first else []), "$B:1", *([last] if last else [])]
+    backend.post_processor = TemplateProcessing(
+        single=single, pair=pair,
+        special_tokens=[(text, fields[f"tokenizer.ggml.{key}"]) for text, key in
+                        ((first, "bos_token_id"), (last, "eos_token_id")) if text])
