@@ -9,9 +9,10 @@ from jaxpersona.text.chat import Row
 
 
 def conversations(count: int, vocabulary: int, mean: int, most: int, seed: int = 0) -> list[Row]:
-    """Draw conversations of geometric length with mean `mean`, clipped to 8…`most` tokens.
+    """Draw conversations whose lengths are geometrically distributed, clipped to 8…`most` tokens.
 
-    The first third is the user message, the rest is the reply.
+    The distribution has mean `mean`. The first third of each conversation is the user message and
+    the rest is the reply.
     """
     draw = np.random.default_rng(seed)
     rows = []

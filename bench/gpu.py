@@ -237,7 +237,7 @@ class Bench:
         return out
 
     def start(self) -> dict[str, Any]:
-        """Time the first token of a 32-token prompt, with compilation and warm."""
+        """Time the first token of a 32-token prompt, once with compilation and then warm."""
         setting = Decoding(self.model, 1, 16)
         begun = time.perf_counter()
         jax.block_until_ready(setting.start(NOTHING, Capture()).token)

@@ -68,7 +68,7 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
 
 
 def _has_other_head(entries: Mapping[str, Entry]) -> bool:
-    """Return whether the files hold an embedding and a head of equal shape and other values."""
+    """Return whether the files hold an embedding and a head with one shape but different values."""
     embed, head = entries.get(EMBED), entries.get(HEAD)
     if embed is None or head is None or embed.shape != head.shape:
         return False  # `load` reports a head of another shape

@@ -249,7 +249,7 @@ def _build(header: dict[str, str], tensors: dict[str, np.ndarray]) -> Vector:
             if key.startswith("percentiles/"):
                 parts = key.split("/")
                 if len(parts) != 3:
-                    raise UserError(f"{key} is not percentiles/<population>/<name>")
+                    raise UserError(f"tensor {key!r} must be named percentiles/<population>/<name>")
                 _, population, name = parts
                 percentiles.setdefault(population, {})[name] = value
         fields["percentiles"] = percentiles

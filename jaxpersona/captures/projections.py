@@ -36,7 +36,7 @@ class OnDirections(Reading, kw_only=True, repr=False):
 
     @property
     def origin(self) -> UInt[Array, " 1"]:
-        """[1] uint32, the weights' half of the directions' model fingerprint (0: any model)."""
+        """[1] uint32, the hash of the weights of the directions' model (0: any model)."""
         return self.model_origin
 
     def check(self, layers: tuple[int, ...], width: int) -> None:

@@ -123,7 +123,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
 
     @property
     def origin(self) -> UInt[Array, " n"] | np.ndarray:
-        """[n] uint32, the weights' half of each direction's model fingerprint (0: any model)."""
+        """[n] uint32, the hash of the weights of each direction's model (0: any model)."""
         return np.zeros(1, np.uint32)
 
     def check(self, layers: tuple[int, ...], width: int) -> None:

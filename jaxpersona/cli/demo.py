@@ -1,4 +1,4 @@
-"""The command `jaxpersona demo`: the whole method on the embedded model."""
+"""The command `jaxpersona demo`: extract an axis of `mini`, calibrate a cap, measure both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def demo(
     model: ModelOption = "mini",
     seed: int = 0,
 ) -> None:
-    """Run the whole method on the embedded model; the last line is one JSON object."""
+    """Extract the axis of `mini`, cap replies, and measure both; the last line is JSON."""
     from jaxpersona.organism.demo import run_demo
     from jaxpersona.organism.method import held_out
     from jaxpersona.report import figures

@@ -30,7 +30,7 @@ class SharedEdits:
         return self.edits
 
     def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
-        """Return the interventions of tasks in the first of `rows` rows."""
+        """Return interventions for `rows` rows: those of `tasks` first, the rest neutral."""
         numbers = [task.number for task in tasks]
         return self.edits.take(np.array(numbers + [-1] * (rows - len(numbers)), np.int32))
 
@@ -69,7 +69,7 @@ class RowEdits:
         return _repeated(self.neutral, rows)
 
     def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
-        """Return the interventions of tasks in the first of `rows` rows."""
+        """Return interventions for `rows` rows: those of `tasks` first, the rest neutral."""
         single = [task.edits for task in tasks] + [self.neutral] * (rows - len(tasks))
         return side_by_side(tuple(single), axes=self.axes) if self.axes else self.neutral
 

@@ -2,8 +2,8 @@
 
 The rows of a lane share their programs: one cache size, one structure of interventions, one capture
 and one set of stop strings. A request's interventions are written into the lane's tables, so new
-ones within the capacity compile nothing. With the same number of rows, capacity and cache sizes, a
-request's tokens and captures are the same bits alone and among any others.
+interventions that fit the capacity need no compilation. For a given number of rows, capacity and
+cache size, a request's tokens and captures are bit-identical whether it runs alone or with others.
 """
 
 from __future__ import annotations

@@ -110,12 +110,12 @@ class Setting(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The lengths of a prompt's programs, which depend on the prompt alone.
+    """The static sizes with which a prompt is prefilled; they do not depend on other prompts.
 
     Attributes:
-      prefix: the padded length of the shared prefix; 0 without one.
+      prefix: the padded length of the shared prefix; 0 if there is none.
       width: the padded length of the prompt, or of the part after the prefix.
-      slots: S of the cache.
+      slots: the number of cache slots S.
     """
 
     prefix: int

@@ -30,7 +30,7 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 class Sampling(flax.struct.PyTreeNode):
-    """Sampling settings per row, as data: new values do not recompile.
+    """Sampling settings per row, passed as arrays: new values do not trigger recompilation.
 
     Attributes:
       temperature: [B] float32; 0 is greedy.

@@ -29,7 +29,7 @@ from jaxpersona.runtime import is_traced
 Layers = int | slice | Sequence[int] | str
 _MANTISSA, _BIAS = 23, 127  # of float32
 _GREATEST = float(np.finfo(np.float32).max)
-# minus the infinite value that means "no bound": −inf for lower bounds, inf for upper bounds
+# the infinity that is invalid for each bound; the opposite one means "no bound"
 _OPEN = {"floor": np.inf, "above": np.inf, "ceiling": -np.inf, "below": -np.inf}
 
 
@@ -41,7 +41,8 @@ class Bank:
       index: [B], the entry of each row, or None.
       direction: unit vectors [l, n, D].
       norm: [l, n], their lengths before normalization.
-      origin: [n] uint32, the weights' half of each model's fingerprint; 0 if unknown.
+      origin: [n] uint32, the hash of the weights of each direction's model (`params.origin`); 0
+        if unknown.
     """
 
     def __init__(self, vector: Any, layers: Layers, rows: Any, site: Site,

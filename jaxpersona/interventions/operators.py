@@ -94,7 +94,8 @@ def cap(
       floor: the minimum projection τ, in units of the residual stream; −inf means no floor.
       ceiling: the maximum projection; inf means no ceiling.
       push: a direction (or bank), in the form of `vector`, along which h is moved instead of v̂.
-        This is a control with the displacement of the cap in another direction; it does not cap.
+        Use it as a control: h moves by as much as the cap would move it, but along `push`, so the
+        projection on v̂ is not clamped.
 
     Raises:
       UserError: neither bound, a floor above the ceiling, or an argument that is invalid in

@@ -80,7 +80,8 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
 
     Attributes:
       where: encoded tests [n, 5] int32.
-      origin: [n] uint32, the weights' half of the model's fingerprint; 0 if unknown.
+      origin: [n] uint32, the hash of the weights of each direction's model (`params.origin`); 0
+        if unknown.
       index: [B] int32, the entry of each row, −1 for none, or None.
       gate: the condition for the entries to apply, or None.
       layers, site: where the table applies (static).

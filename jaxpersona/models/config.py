@@ -148,8 +148,9 @@ class ModelConfig:
     def prefill_flops(self, length: int, *, head: bool = False) -> int:
         """Return the floating-point operations of a prefill of one row of `length` tokens.
 
-        2·P·T + 2·L·N·H·T²; causality halves the attention term, and P excludes the embeddings.
-        `head` adds the head at every token.
+        2·P·T + 2·L·N·H·T² for T = `length`, where P counts the parameters without the embedding
+        and the output head; causality halves the attention term. `head` adds the output head
+        (logits) at every token.
         """
         heads = 1 if self.tied_embeddings else 2
         dense = self.parameters - heads * self.vocab_size * self.d_model

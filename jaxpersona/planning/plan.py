@@ -39,7 +39,8 @@ ITEM = 2  # bytes per bfloat16
 FRACTIONS = (1.0, 0.6, 0.3)  # of roofline speed, for `axis_run_hours`
 ROLLOUTS = 331_200  # for a published axis (Lu et al. 2026): 276 roles × 1,200
 NEW_TOKENS = 512  # maximum reply length of the published axis
-DEPTHS = (8, 12)  # layers of the compiled prefills; below 8 temporaries are not linear in layers
+# layer counts of the compiled prefills; temporary memory is linear in them from 8 layers on
+DEPTHS = (8, 12)
 _WIDEST = 16  # maximum default size of the model axis
 
 

@@ -155,7 +155,8 @@ class Run:
             return None
         try:
             require_file(path)
-            with open(path, "rb") as file:  # hashed in chunks: a foreign file may exceed memory
+            # hashed in chunks: a file that the run did not write may not fit in memory
+            with open(path, "rb") as file:
                 actual = hashlib.file_digest(file, "sha256").hexdigest()
             if actual != self._rollouts_digest(role):
                 raise Damaged(role, path, "differs from the rollouts that the run wrote")
