@@ -233,7 +233,7 @@ def begin_fingerprint(config: ModelConfig, params: Params) -> Callable[[], str]:
 
 
 def origin(mark: str) -> int:
-    """Return the hash of the weights in a fingerprint, an integer; 0 if the fingerprint is empty."""
+    """Return the hash of the weights in a fingerprint, an integer; 0 if that is empty."""
     return int(mark[8:], 16) if mark else 0
 
 

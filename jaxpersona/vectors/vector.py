@@ -119,7 +119,7 @@ class Vector:
 
     @property
     def origin(self) -> int:
-        """The hash of the weights in the fingerprint, an integer; 0 if unknown or not comparable."""
+        """The hash of the weights in the fingerprint; 0 if unknown or not comparable."""
         return origin(self.fingerprint) if self.fingerprint_scheme == SCHEME else 0
 
     def at_layers(self, layers: tuple[int, ...]) -> np.ndarray:
