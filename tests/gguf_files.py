@@ -100,12 +100,12 @@ def write(path: pathlib.Path, made: Any, encode: Encode = plain, *, name: str = 
     elif family == "mistral" and config.sliding_window:
         values["attention.sliding_window"] = config.sliding_window
     values = {f"{arch}.{k}": v for k, v in values.items() if k not in skip}
-    values |= {"general.name": name} | (fields or {})
+    values["general.name"] = name
     if tokens is not None:
         values |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "default",
                    "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges,
                    "tokenizer.ggml.token_type": kinds, "tokenizer.chat_template": template}
-    for key, value in values.items():
+    for key, value in (values | (fields or {})).items():
         if value is None:
             continue
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,

@@ -35,7 +35,7 @@ TEXTS = (
     "def f(x):\n    return x ** 2\n", "for (int i = 0; i < n; ++i) {\n\ta[i] += b[i];\n}",
     "SELECT * FROM t WHERE a != 'b';", "<div class=\"a\">&amp;</div>", "{\"key\": [1, 2, null]}",
     "https://example.org/a?b=c&d=%20#e", "C:\\Windows\\System32", "$x^2 + \\frac{1}{2}$",
-    "😀", "👩‍👩‍👧‍👦 family", "🌊🌊🌊", "🇩🇪🇯🇵", "text 🎉 text", "✓ ✗ → ← ∞ ≤", "½ ¼ ² ³ №",
+    "😀", "👩‍👩‍👧‍👦 family", "🌊🌊🌊", "🇩🇪🇯🇵", "text 🎉 text", "✓ ✗ → ← ∞ ≤", "§ № ± µ °C",
     "東京は日本の首都です。", "你好,世界!", "안녕하세요 세계", "こんにちは、カタカナ",
     "中文 mixed with English",
     "Привет, мир!", "Γειά σου Κόσμε", "שלום עולם", "مرحبا بالعالم", "नमस्ते दुनिया", "สวัสดีชาวโลก",
