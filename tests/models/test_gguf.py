@@ -299,7 +299,7 @@ def test_a_wrong_field_is_one_line(tmp_path, capsys, options, words):
     (lambda data: entry(data, b"output.weight", kind=27), "has type I64; supported are F32"),
     (lambda data: entry(data, b"output.weight", offset=0), "overlaps another tensor"),
     (lambda data: entry(data, b"output.weight", columns=1 << 60), "truncated: output.weight"),
-], ids=str)
+], ids=lambda value: value if isinstance(value, str) else "")
 def test_a_damaged_header_is_one_line(tmp_path, capsys, change, words):
     path = chat_model(tmp_path)
     path.write_bytes(change(path.read_bytes()))
