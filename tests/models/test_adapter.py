@@ -209,7 +209,8 @@ def test_logits_are_those_of_peft(base, tmp_path, projections, rslora):
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    made = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    made, plain = (AutoModelForCausalLM.from_pretrained(
+        base, dtype=torch.float32, trust_remote_code=False) for _ in range(2))
     torch.manual_seed(0)
     tuned = peft.get_peft_model(made, peft.LoraConfig(
         r=4, lora_alpha=12, target_modules=projections, use_rslora=rslora,
@@ -218,7 +219,7 @@ def test_logits_are_those_of_peft(base, tmp_path, projections, rslora):
     tokens = torch.tensor([[5, 6, 7, 8, 9]])
     with torch.no_grad():
         wanted = tuned(tokens).logits.numpy()
-        without = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(tokens).logits
+        without = plain(tokens).logits
     for merge in (True, False):
         model = jp.load(base, adapter=tmp_path / "a", merge=merge)
         got = forward(model.params, CONFIG, batch([[5, 6, 7, 8, 9]])).logits
