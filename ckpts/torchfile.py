@@ -19,7 +19,8 @@ from jaxpersona.ckpts.gguf import VECTOR_BYTES
 
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import MAX_DEPTH, require_file
-from jaxpersona.vectors.vector import Axis, Caps, Vector
+from jaxpersona.vectors.caps import Caps
+from jaxpersona.vectors.vector import Axis, Vector
 
 KINDS = ("axis", "role", "persona")
 _PERSONA = re.compile(r"(.+)_(prompt_avg|response_avg|prompt_last)_diff")

@@ -27,7 +27,8 @@ from jaxpersona.errors import UserError
 from jaxpersona.inputs import require_file
 from jaxpersona.models.config import MAX_LAYERS
 from jaxpersona.models.params import SCHEME
-from jaxpersona.vectors.vector import Axis, Caps, Vector
+from jaxpersona.vectors.caps import Caps
+from jaxpersona.vectors.vector import Axis, Vector
 
 _FORMAT = "jaxpersona-vector"
 _KINDS = {"vector": Vector, "axis": Axis}

@@ -60,8 +60,10 @@ from jaxpersona.models.model import Model
 from jaxpersona.models.params import Params, init_params
 from jaxpersona.models.presets import preset
 from jaxpersona.persona.check import Check, check
+from jaxpersona.persona.contrast import contrast
 from jaxpersona.text.chat import encode
-from jaxpersona.vectors.vector import Axis, Caps, Vector
+from jaxpersona.vectors.caps import Caps
+from jaxpersona.vectors.vector import Axis, Vector
 
 __version__ = "0.1.0"
 
@@ -69,8 +71,8 @@ __all__ = [
     "Applied", "Axis", "Batch", "Cache", "Caps", "Carry", "Check", "Engine", "Event",
     "Extracted", "Generated", "Handle", "Interventions", "Model", "ModelConfig", "Output", "Params",
     "QueueFull", "Reply", "Request", "UserError", "Vector", "Where", "ablate", "assistant",
-    "batch", "cap", "capture", "chain", "check", "custom", "encode", "everywhere", "extract",
-    "forward", "from_hf", "from_last", "gate", "generate", "generated", "init_cache",
+    "batch", "cap", "capture", "chain", "check", "contrast", "custom", "encode", "everywhere",
+    "extract", "forward", "from_hf", "from_last", "gate", "generate", "generated", "init_cache",
     "init_params", "last", "load", "load_axis", "load_caps", "load_vector", "make_mesh", "marked",
     "mean_ablate", "preset", "prompt", "reserve", "response", "restore_norm", "rotate",
     "save_vector", "scale", "set_projection", "stack_rows", "steer", "system", "turns", "user",

@@ -12,7 +12,8 @@ from jaxpersona.models.batch import batch
 from jaxpersona.planning import chips
 from jaxpersona.runs.names import check_names
 from jaxpersona.training import learn
-from jaxpersona.vectors.vector import Axis, Caps, Vector
+from jaxpersona.vectors.caps import Caps
+from jaxpersona.vectors.vector import Axis, Vector
 
 V = np.ones((2, 4), np.float32)
 DIGITS = "9" * 5000  # more than Python converts to an integer

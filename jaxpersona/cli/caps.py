@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
     from jaxpersona.interventions import Interventions
     from jaxpersona.models.model import Model
-    from jaxpersona.vectors.vector import Axis, Caps
+    from jaxpersona.vectors.caps import Caps
+    from jaxpersona.vectors.vector import Axis
 
 
 def open_caps(file: pathlib.Path, given: Mapping[str, str | None]) -> Axis | Caps:
@@ -69,7 +70,7 @@ def cap_edits(model: Model, held: Axis | Caps, layers: str | None, percentile: s
       UserError: the caps are for another model, or the self-test rejects them.
     """
     from jaxpersona.interventions import cap, resolve_layers
-    from jaxpersona.vectors.vector import Caps, fitted
+    from jaxpersona.vectors.caps import Caps, fitted
 
     held = fitted(held, model.config, model.name, model.fingerprint)
     if isinstance(held, Caps):

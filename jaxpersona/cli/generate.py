@@ -52,7 +52,7 @@ def generate(
     from jaxpersona.interventions import chain, resolve_layers
     from jaxpersona.interventions import steer as add
     from jaxpersona.interventions.bank import parse_layers
-    from jaxpersona.vectors.vector import fitted
+    from jaxpersona.vectors.caps import fitted
 
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature,
                                 "top_p": top_p, "seed": seed}

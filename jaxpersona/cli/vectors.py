@@ -12,7 +12,8 @@ from jaxpersona.cli.output import cell, console, heading, say
 from jaxpersona.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxpersona.vectors.vector import Caps, Found, Vector
+    from jaxpersona.vectors.caps import Caps, Found
+    from jaxpersona.vectors.vector import Vector
 
 app = typer.Typer(no_args_is_help=True, help="Show and convert directions in files.")
 
@@ -87,7 +88,7 @@ def _belonging(chosen: Found, source: str) -> Found:
     from jaxpersona.cli.support import open_model
     from jaxpersona.models.params import SCHEME
     from jaxpersona.models.presets import preset
-    from jaxpersona.vectors.vector import fitted
+    from jaxpersona.vectors.caps import fitted
 
     if source.startswith("random:"):
         chosen = fitted(chosen, preset(source.removeprefix("random:")), source)
@@ -100,7 +101,7 @@ def _belonging(chosen: Found, source: str) -> Found:
 
 
 def _described(found: Vector | Caps) -> str:
-    from jaxpersona.vectors.vector import Caps
+    from jaxpersona.vectors.caps import Caps
 
     if isinstance(found, Caps):
         return (f"{len(found.layers)} caps {found.name!r} at layers "

@@ -25,7 +25,8 @@ from jaxpersona.ckpts.vectors import load_vector
 from jaxpersona.errors import UserError
 from jaxpersona.interventions import Interventions, Where
 from jaxpersona.interventions import spec_forms as forms
-from jaxpersona.vectors.vector import Axis, Vector, fitted
+from jaxpersona.vectors.caps import fitted
+from jaxpersona.vectors.vector import Axis, Vector
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model

@@ -20,7 +20,8 @@ from jaxpersona.errors import UserError
 from jaxpersona.interventions import resolve_layers
 from jaxpersona.interventions.bank import Layers, normalised
 from jaxpersona.interventions.where import response
-from jaxpersona.vectors.vector import Axis, Caps, Found, Vector, fitted
+from jaxpersona.vectors.caps import Caps, Found, fitted
+from jaxpersona.vectors.vector import Axis, Vector
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

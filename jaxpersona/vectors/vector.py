@@ -8,25 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from jaxpersona.errors import UserError
-from jaxpersona.interventions.bank import normalised
-from jaxpersona.interventions.compose import Interventions, chain
-from jaxpersona.interventions.operators import cap
+from jaxpersona.interventions.bank import Layers, normalised, resolve_layers
 from jaxpersona.interventions.table import SITES, Site
-from jaxpersona.interventions.where import Where, everywhere
-from jaxpersona.models.config import MAX_LAYERS, ModelConfig
 from jaxpersona.models.params import SCHEME, origin
 
 POPULATIONS = ("default", "all")
 CONTROL_VECTOR = "GGUF control vector"  # notes["source"] of a vector written by another program
 
 
-def _float32(values: Any, field: str) -> np.ndarray:
+def float32(values: Any, field: str) -> np.ndarray:
     if np.iscomplexobj(values):
         raise UserError(f"{field} is complex; give real numbers")
     try:
@@ -37,8 +33,8 @@ def _float32(values: Any, field: str) -> np.ndarray:
         raise UserError(f"{field} cannot be converted to float32 ({error})") from None
 
 
-def _check_names(found: Vector | Caps) -> None:
-    """Check the text metadata of a direction, and convert its notes to plain Python values."""
+def check_names(found: Any) -> None:
+    """Check the text metadata of a direction or of caps; convert its notes to Python values."""
     for field in ("name", "model", "fingerprint"):
         value = getattr(found, field)
         if not isinstance(value, str):
@@ -97,12 +93,12 @@ class Vector:
     kind = "vector"
 
     def __post_init__(self) -> None:
-        values = _float32(self.values, "values")
+        values = float32(self.values, "values")
         if values.ndim != 2 or not values.size:
             raise UserError(f"values has shape {values.shape}; it must be [L, D], both nonzero")
         if not np.isfinite(values).all():
             raise UserError(f"{self.kind} {self.name!r} contains a non-finite value")
-        _check_names(self)
+        check_names(self)
         if self.site not in SITES:
             raise UserError(f"site is {self.site!r}; it must be one of {SITES}")
         object.__setattr__(self, "values", values)
@@ -134,6 +130,72 @@ class Vector:
         """
         raise UserError(f"{self.kind} {self.name!r} has no thresholds; an Axis has them: read one "
                         "with jp.load_axis, or give the floor as numbers")
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return the values, so that `np.asarray(vector)` is [L, D]."""
+        if copy is False and dtype not in (None, np.float32):
+            raise ValueError("the values are float32; another dtype needs a copy")
+        return np.array(self.values, dtype) if copy or dtype is not None else self.values
+
+    def __neg__(self) -> Vector:
+        """Return the opposite direction."""
+        return self._with(-self.values, f"-{self.name}")
+
+    def __mul__(self, factor: float) -> Vector:
+        """Return the direction scaled by a number."""
+        if not isinstance(factor, (int, float, np.number)):
+            return NotImplemented
+        return self._with(self.values * np.float32(factor), f"{factor:g}·{self.name}")
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: Vector) -> Vector:
+        """Return the sum of two directions of one model and site."""
+        if not isinstance(other, Vector):
+            return NotImplemented
+        self._check_same(other)
+        return self._with(self.values + other.values, f"{self.name} + {other.name}")
+
+    def __sub__(self, other: Vector) -> Vector:
+        """Return the difference of two directions of one model and site."""
+        if not isinstance(other, Vector):
+            return NotImplemented
+        self._check_same(other)
+        return self._with(self.values - other.values, f"{self.name} - {other.name}")
+
+    def __getitem__(self, layers: Layers) -> Vector:
+        """Return the direction restricted to layers, such as `vector[4:8]`; zero at the others."""
+        kept = np.zeros_like(self.values)
+        at = list(resolve_layers(layers, self.n_layers))
+        kept[at] = self.values[at]
+        return self._with(kept, self.name)
+
+    def cosine(self, other: Vector) -> np.ndarray:
+        """Return the cosine with another direction at every layer, [L]; NaN where one is zero."""
+        self._check_same(other)
+        norms = np.linalg.norm(self.values, axis=1) * np.linalg.norm(other.values, axis=1)
+        dots = (self.values * other.values).sum(1)
+        return np.divide(dots, norms, out=np.full(self.n_layers, np.nan, np.float32),
+                         where=norms > 0)
+
+    def _with(self, values: np.ndarray, name: str) -> Vector:
+        """Return a plain `Vector` of the same model; thresholds of an axis do not carry over."""
+        return Vector(values, name, self.model, self.fingerprint, self.site, self.notes,
+                      self.fingerprint_scheme)
+
+    def _check_same(self, other: Vector) -> None:
+        """Check that another direction has the same shape, site and model.
+
+        Raises:
+          UserError: it has not.
+        """
+        for field in ("values", "site", "fingerprint"):
+            own, theirs = getattr(self, field), getattr(other, field)
+            if field == "values":
+                own, theirs, field = list(own.shape), list(theirs.shape), "shape"
+            if own != theirs and (field != "fingerprint" or (own and theirs)):
+                raise UserError(f"{self.name!r} and {other.name!r} differ in {field}, {own} and "
+                                f"{theirs}; use directions of one model and site")
 
     def check_site(self, site: Site) -> None:
         """Check that the direction was measured at `site`.
@@ -217,132 +279,10 @@ def _percentiles(population: str, table: Any, layers: int) -> dict[str, np.ndarr
             raise UserError(f"{field} has a name that is not a string; use names such as p25")
         if field.count("/") != 2:
             raise UserError(f"{field} has a / in a name, which the file format does not allow")
-        checked[name] = value = _float32(given, field)
+        checked[name] = value = float32(given, field)
         if value.shape != (layers,):
             raise UserError(f"{field} has shape {list(value.shape)}; it must have one value per "
                             f"layer, [{layers}]")
         if not np.isfinite(value).all():
             raise UserError(f"{field} contains a non-finite value; calibrate the axis again")
     return checked
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Caps:
-    """Floors on directions of the residual stream, in the order in which they apply.
-
-    A layer may have several caps.
-
-    Attributes:
-      values: [n, D] float32, not normalized.
-      layers: n zero-based layers; each cap applies to the residual stream after the block.
-      floors: [n] float32, the minimum projection on each unit direction.
-      labels: n names, one per cap.
-      name, model, fingerprint, notes, fingerprint_scheme: as for `Vector`.
-
-    Raises:
-      UserError: fields of different lengths, or an invalid value.
-    """
-
-    values: np.ndarray
-    layers: tuple[int, ...]
-    floors: np.ndarray
-    labels: tuple[str, ...]
-    name: str = "caps"
-    model: str = ""
-    fingerprint: str = ""
-    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    fingerprint_scheme: int = SCHEME
-
-    kind = "caps"
-
-    def __post_init__(self) -> None:
-        values, floors = _float32(self.values, "values"), _float32(self.floors, "floors")
-        for field in ("layers", "labels"):
-            if not isinstance(getattr(self, field), Sequence):
-                raise UserError(f"{field} is {getattr(self, field)!r:.60}; it must be a sequence")
-        count = len(self.layers)
-        shapes = values.shape[:-1], floors.shape, (len(self.labels),)
-        if values.ndim != 2 or not count or set(shapes) != {(count,)}:
-            raise UserError(f"caps {self.name!r} have values {list(values.shape)}, floors "
-                            f"{list(floors.shape)}, {count} layers and {len(self.labels)} labels; "
-                            "they must be [n, D], [n], n and n")
-        if not np.isfinite(values).all() or not np.isfinite(floors).all():
-            raise UserError(f"caps {self.name!r} contain a non-finite value")
-        if not values.any(axis=1).all():
-            raise UserError(f"caps {self.name!r} contain a zero vector; give nonzero vectors")
-        if any(type(layer) is not int or not 0 <= layer < MAX_LAYERS for layer in self.layers):
-            raise UserError(f"layers is {list(self.layers)}; each must be in 0…{MAX_LAYERS - 1}")
-        if not all(isinstance(label, str) for label in self.labels):
-            raise UserError(f"labels is {str(self.labels)[:80]}; each must be a string")
-        _check_names(self)
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "floors", floors)
-
-    def tables(self) -> list[tuple[Vector, tuple[int, ...], np.ndarray]]:
-        """Return the arguments of successive calls of `cap`: direction, layers and floors [l].
-
-        The second cap of a layer is in the second call, and so on, so that chaining the calls
-        applies each layer's caps in order.
-        """
-        rounds: list[dict[int, int]] = []
-        for i, layer in enumerate(self.layers):
-            free = next((held for held in rounds if layer not in held), None)
-            if free is None:
-                rounds.append(free := {})
-            free[layer] = i
-        calls = []
-        for held in rounds:
-            layers = tuple(sorted(held))
-            values = np.zeros((max(self.layers) + 1, self.values.shape[1]), np.float32)
-            values[list(layers)] = self.values[[held[layer] for layer in layers]]
-            vector = Vector(values, self.name, self.model, self.fingerprint, notes=self.notes,
-                            fingerprint_scheme=self.fingerprint_scheme)
-            calls.append((vector, layers, self.floors[[held[layer] for layer in layers]]))
-        return calls
-
-    def interventions(self, *, where: Where | str = everywhere) -> Interventions:
-        """Return the caps as one intervention that acts on the tokens that `where` chooses."""
-        return chain(*(cap(vector, layers=layers, floor=floors, where=where)
-                       for vector, layers, floors in self.tables()))
-
-
-Found = TypeVar("Found", bound=Vector | Caps)
-
-
-def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") -> Found:
-    """Check that a direction or caps belong to a model, and return them.
-
-    Without the model's fingerprint, or with one of an older scheme, only the half of the
-    fingerprint that depends on the configuration is compared.
-
-    A control vector written by another program has only the layers up to the last one that it
-    steers; it is padded with zeros.
-
-    Raises:
-      UserError: another width, number of layers or fingerprint.
-    """
-    if isinstance(found, Caps):
-        layers, wanted = max(found.layers) + 1, range(1, config.n_layers + 1)
-    else:
-        missing = config.n_layers - found.n_layers
-        if missing > 0 and found.notes.get("source") == CONTROL_VECTOR:
-            padded = np.pad(found.values, ((0, missing), (0, 0)))
-            found = dataclasses.replace(found, values=padded)
-        layers, wanted = found.n_layers, (config.n_layers,)
-    if layers not in wanted or found.values.shape[1] != config.d_model:
-        raise UserError(
-            f"{found.kind} {found.name!r} is for {layers} layers of width "
-            f"{found.values.shape[1]}; {name} has {config.n_layers} of {config.d_model}: it "
-            "was made for another model; use one made for this model"
-        )
-    if found.fingerprint_scheme > SCHEME:  # a later version cannot be compared
-        return found
-    # the whole fingerprint, or the configuration's half, which is the same in both schemes
-    known = fingerprint if fingerprint and found.fingerprint_scheme == SCHEME else config.hash()
-    if found.fingerprint[: len(known)] not in ("", known):
-        raise UserError(
-            f"{found.kind} {found.name!r} was made for another model ({found.model or 'not named'}"
-            f"), not for {name}; use one made for this model"
-            + (", or pass its values as an array" if isinstance(found, Vector) else "")
-        )
-    return found

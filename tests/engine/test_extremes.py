@@ -22,7 +22,8 @@ from jaxpersona.interventions import (
 from jaxpersona.interventions.bank import normalised
 from jaxpersona.models.batch import batch
 from jaxpersona.persona.axis import project
-from jaxpersona.vectors.vector import Caps, Vector
+from jaxpersona.vectors.caps import Caps
+from jaxpersona.vectors.vector import Vector
 
 MODEL = s.tiny_model()
 BATCH = batch(s.prompts((5, 7, 3)))

@@ -22,7 +22,8 @@ from jaxpersona.distributed import sharding
 from jaxpersona.models.config import ModelConfig, Rope
 from jaxpersona.models.model import Model
 from jaxpersona.models.params import SCHEME, fingerprint, layout
-from jaxpersona.vectors.vector import Axis, Caps, Vector, fitted
+from jaxpersona.vectors.caps import Caps, fitted
+from jaxpersona.vectors.vector import Axis, Vector
 
 SHAPE = dict(vocab_size=96, n_layers=2, n_heads=8, n_kv_heads=2, qkv_bias=True,
              o_bias=True)

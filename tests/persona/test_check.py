@@ -11,7 +11,8 @@ from jaxpersona.ckpts.vectors import load_vector, save_vector
 import jaxpersona as jp
 from jaxpersona.persona import axis as science
 from jaxpersona.persona import check as module
-from jaxpersona.vectors.vector import Axis, Caps, Vector, fitted
+from jaxpersona.vectors.caps import Caps, fitted
+from jaxpersona.vectors.vector import Axis, Vector
 
 UPPER = (4, 5, 6, 7)
 TALK = [{"role": "user", "content": "Who are you?"},

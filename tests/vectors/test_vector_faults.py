@@ -10,7 +10,8 @@ from jaxpersona.ckpts.files import write_tensors
 from jaxpersona.ckpts.vectors import load_any, load_vector, save_vector
 
 import jaxpersona as jp
-from jaxpersona.vectors.vector import Axis, Caps, Vector
+from jaxpersona.vectors.caps import Caps
+from jaxpersona.vectors.vector import Axis, Vector
 
 VALUES = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 HEADER = {"format": "jaxpersona-vector", "kind": "vector", "layer_base": "0", "norm": "none",

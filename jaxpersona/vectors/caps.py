@@ -1,0 +1,139 @@
+"""Caps as data, and the check that a direction or caps belong to a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from jaxpersona.errors import UserError
+from jaxpersona.interventions.compose import Interventions, chain
+from jaxpersona.interventions.operators import cap
+from jaxpersona.interventions.where import Where, everywhere
+from jaxpersona.models.config import MAX_LAYERS, ModelConfig
+from jaxpersona.models.params import SCHEME
+from jaxpersona.vectors.vector import CONTROL_VECTOR, Vector, check_names, float32
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Caps:
+    """Floors on directions of the residual stream, in the order in which they apply.
+
+    A layer may have several caps.
+
+    Attributes:
+      values: [n, D] float32, not normalized.
+      layers: n zero-based layers; each cap applies to the residual stream after the block.
+      floors: [n] float32, the minimum projection on each unit direction.
+      labels: n names, one per cap.
+      name, model, fingerprint, notes, fingerprint_scheme: as for `Vector`.
+
+    Raises:
+      UserError: fields of different lengths, or an invalid value.
+    """
+
+    values: np.ndarray
+    layers: tuple[int, ...]
+    floors: np.ndarray
+    labels: tuple[str, ...]
+    name: str = "caps"
+    model: str = ""
+    fingerprint: str = ""
+    notes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fingerprint_scheme: int = SCHEME
+
+    kind = "caps"
+
+    def __post_init__(self) -> None:
+        values, floors = float32(self.values, "values"), float32(self.floors, "floors")
+        for field in ("layers", "labels"):
+            if not isinstance(getattr(self, field), Sequence):
+                raise UserError(f"{field} is {getattr(self, field)!r:.60}; it must be a sequence")
+        count = len(self.layers)
+        shapes = values.shape[:-1], floors.shape, (len(self.labels),)
+        if values.ndim != 2 or not count or set(shapes) != {(count,)}:
+            raise UserError(f"caps {self.name!r} have values {list(values.shape)}, floors "
+                            f"{list(floors.shape)}, {count} layers and {len(self.labels)} labels; "
+                            "they must be [n, D], [n], n and n")
+        if not np.isfinite(values).all() or not np.isfinite(floors).all():
+            raise UserError(f"caps {self.name!r} contain a non-finite value")
+        if not values.any(axis=1).all():
+            raise UserError(f"caps {self.name!r} contain a zero vector; give nonzero vectors")
+        if any(type(layer) is not int or not 0 <= layer < MAX_LAYERS for layer in self.layers):
+            raise UserError(f"layers is {list(self.layers)}; each must be in 0…{MAX_LAYERS - 1}")
+        if not all(isinstance(label, str) for label in self.labels):
+            raise UserError(f"labels is {str(self.labels)[:80]}; each must be a string")
+        check_names(self)
+        object.__setattr__(self, "values", values)
+        object.__setattr__(self, "floors", floors)
+
+    def tables(self) -> list[tuple[Vector, tuple[int, ...], np.ndarray]]:
+        """Return the arguments of successive calls of `cap`: direction, layers and floors [l].
+
+        The second cap of a layer is in the second call, and so on, so that chaining the calls
+        applies each layer's caps in order.
+        """
+        rounds: list[dict[int, int]] = []
+        for i, layer in enumerate(self.layers):
+            free = next((held for held in rounds if layer not in held), None)
+            if free is None:
+                rounds.append(free := {})
+            free[layer] = i
+        calls = []
+        for held in rounds:
+            layers = tuple(sorted(held))
+            values = np.zeros((max(self.layers) + 1, self.values.shape[1]), np.float32)
+            values[list(layers)] = self.values[[held[layer] for layer in layers]]
+            vector = Vector(values, self.name, self.model, self.fingerprint, notes=self.notes,
+                            fingerprint_scheme=self.fingerprint_scheme)
+            calls.append((vector, layers, self.floors[[held[layer] for layer in layers]]))
+        return calls
+
+    def interventions(self, *, where: Where | str = everywhere) -> Interventions:
+        """Return the caps as one intervention that acts on the tokens that `where` chooses."""
+        return chain(*(cap(vector, layers=layers, floor=floors, where=where)
+                       for vector, layers, floors in self.tables()))
+
+
+Found = TypeVar("Found", bound=Vector | Caps)
+
+
+def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") -> Found:
+    """Check that a direction or caps belong to a model, and return them.
+
+    Without the model's fingerprint, or with one of an older scheme, only the half of the
+    fingerprint that depends on the configuration is compared.
+
+    A control vector written by another program has only the layers up to the last one that it
+    steers; it is padded with zeros.
+
+    Raises:
+      UserError: another width, number of layers or fingerprint.
+    """
+    if isinstance(found, Caps):
+        layers, wanted = max(found.layers) + 1, range(1, config.n_layers + 1)
+    else:
+        missing = config.n_layers - found.n_layers
+        if missing > 0 and found.notes.get("source") == CONTROL_VECTOR:
+            padded = np.pad(found.values, ((0, missing), (0, 0)))
+            found = dataclasses.replace(found, values=padded)
+        layers, wanted = found.n_layers, (config.n_layers,)
+    if layers not in wanted or found.values.shape[1] != config.d_model:
+        raise UserError(
+            f"{found.kind} {found.name!r} is for {layers} layers of width "
+            f"{found.values.shape[1]}; {name} has {config.n_layers} of {config.d_model}: it "
+            "was made for another model; use one made for this model"
+        )
+    if found.fingerprint_scheme > SCHEME:  # a later version cannot be compared
+        return found
+    # the whole fingerprint, or the configuration's half, which is the same in both schemes
+    known = fingerprint if fingerprint and found.fingerprint_scheme == SCHEME else config.hash()
+    if found.fingerprint[: len(known)] not in ("", known):
+        raise UserError(
+            f"{found.kind} {found.name!r} was made for another model ({found.model or 'not named'}"
+            f"), not for {name}; use one made for this model"
+            + (", or pass its values as an array" if isinstance(found, Vector) else "")
+        )
+    return found

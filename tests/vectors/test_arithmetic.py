@@ -1,0 +1,62 @@
+"""Arithmetic of directions: the values, the model that they keep, and what is refused."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import jaxpersona as jp
+
+RNG = np.random.default_rng(0)
+ONE, TWO = (jp.Vector(RNG.normal(size=(4, 6)), name, "m", "a" * 16) for name in ("one", "two"))
+
+
+def test_operators_are_those_of_the_values():
+    for got, wanted, name in ((-ONE, -ONE.values, "-one"), (2 * ONE, 2 * ONE.values, "2·one"),
+                              (ONE * 0.5, ONE.values / 2, "0.5·one"),
+                              (ONE + TWO, ONE.values + TWO.values, "one + two"),
+                              (ONE - TWO, ONE.values - TWO.values, "one - two")):
+        assert type(got) is jp.Vector and got.name == name
+        assert (got.model, got.fingerprint, got.site) == ("m", "a" * 16, "residual")
+        np.testing.assert_array_equal(got.values, wanted.astype(np.float32))
+    np.testing.assert_array_equal(np.asarray(ONE), ONE.values)
+    assert np.asarray(ONE, np.float64).dtype == np.float64
+
+
+@pytest.mark.parametrize("layers, kept", [(1, [1]), (slice(1, 3), [1, 2]), ([0, 3], [0, 3])])
+def test_layers_restrict_a_direction(layers, kept):
+    got = ONE[layers].values
+    for layer in range(4):
+        wanted = ONE.values[layer] if layer in kept else np.zeros(6)
+        np.testing.assert_array_equal(got[layer], wanted)
+
+
+def test_an_axis_loses_its_thresholds():
+    axis = jp.Axis(ONE.values, percentiles={"default": {"p25": np.ones(4)}})
+    assert type(-axis) is jp.Vector and type(axis[1]) is jp.Vector
+    with pytest.raises(jp.UserError, match="has no thresholds"):
+        (2 * axis).thresholds("p25")
+
+
+def test_cosine_is_that_of_every_layer():
+    wanted = [a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+              for a, b in zip(ONE.values, TWO.values, strict=True)]
+    np.testing.assert_allclose(ONE.cosine(TWO), wanted, rtol=1e-5)
+    np.testing.assert_allclose(ONE.cosine(-3 * ONE), -1, rtol=1e-5)
+    assert np.isnan(ONE[0].cosine(TWO)[1:]).all()
+
+
+@pytest.mark.parametrize("other, field", [
+    (jp.Vector(np.ones((3, 6))), "shape"),
+    (jp.Vector(np.ones((4, 6)), site="mlp"), "site"),
+    (jp.Vector(np.ones((4, 6)), fingerprint="b" * 16), "fingerprint"),
+])
+def test_directions_of_other_models_or_sites_are_refused(other, field):
+    for act in (lambda: ONE + other, lambda: ONE - other, lambda: ONE.cosine(other)):
+        with pytest.raises(jp.UserError, match=f"differ in {field}"):
+            act()
+    ONE + jp.Vector(np.ones((4, 6)))  # an unknown fingerprint is accepted
+    with pytest.raises(TypeError):
+        ONE + 1  # pyright: ignore
+    with pytest.raises(jp.UserError, match="layers is 4"):
+        ONE[4]
