@@ -210,7 +210,7 @@ def test_a_request_that_fails_fails_alone(model, monkeypatch):
         (Request([5], max_new_tokens=2.5), "max_new_tokens is 2.5"),
         (Request([5], stop=[""]), "stop is"), (Request([5], stop=[3]), "stop is"),
         (Request([5], stop=["x" * 300]), "300 bytes"), (Request([5], id=-1), "ids"),
-        (Request([]), "token ids"), (Request({"role": "user"}), "one message"),
+        (Request([]), "token ids"), (Request({"role": "user"}), "a single message"),
     ):
         with pytest.raises(ValueError, match=words):
             engine.submit(fault)
