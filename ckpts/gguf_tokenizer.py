@@ -113,10 +113,11 @@ def _kinds(fields: Mapping[str, Any], tokens: Sequence[str]) -> list[int]:
     return kinds.tolist()
 
 
-def _merges(fields: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _merges(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
     merges = fields.get("tokenizer.ggml.merges")
-    pairs = [tuple(m.split(" ")) for m in merges] if isinstance(merges, list) else []
-    if merges is None or not all(len(pair) == 2 for pair in pairs):
+    split = [m.split(" ") for m in merges] if isinstance(merges, list) else []
+    pairs = [(parts[0], parts[1]) for parts in split if len(parts) == 2]
+    if merges is None or len(pairs) != len(split):
         raise UserError("tokenizer.ggml.merges must hold strings of two tokens joined by a space")
     return pairs
 
