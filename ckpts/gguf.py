@@ -93,7 +93,7 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
         number = re.fullmatch(r"direction\.([1-9]\d{0,8})", tensor.name)
         if number is None or int(number[1]) >= MAX_LAYERS:
             raise UserError(f"tensor {tensor.name!r} must be named direction.1 to "
-                             f"direction.{MAX_LAYERS - 1}")
+                            f"direction.{MAX_LAYERS - 1}")
         value = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
         if value.ndim != 1:
             raise UserError(f"{tensor.name} has {value.ndim} dimensions; it must have 1")
@@ -101,7 +101,7 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
     widths = {value.size for value in directions.values()}
     if len(widths) != 1 or 0 in widths:
         raise UserError("the file holds no direction" if not widths - {0} else
-                         f"directions have different widths {sorted(widths)}")
+                        f"directions have different widths {sorted(widths)}")
     ours = {name: field(f"jaxpersona.{name}") for name in _OURS}
     layers = max(*directions, int(ours["layers"] or 0) - 1) + 1
     if layers > MAX_LAYERS:

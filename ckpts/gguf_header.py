@@ -57,7 +57,7 @@ def import_gguf(path: pathlib.Path) -> Any:
         import gguf
     except ImportError:
         raise UserError(f"{path}: GGUF files need the package gguf: pip install 'jaxpersona[gguf]'"
-                         ) from None
+                        ) from None
     return gguf
 
 

@@ -127,7 +127,7 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, dtype: DTypeLike | 
     if local or isinstance(source, pathlib.PurePath):
         if revision is not None:
             raise UserError(f"revision is {revision!r}, but {name} is not a hub repository; "
-                             "omit revision")
+                            "omit revision")
         if name.startswith("random:"):
             return _random(name, kind, mesh)
         if name == "mini":
@@ -139,7 +139,7 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, dtype: DTypeLike | 
     repository, _, pinned = name.partition("@")
     if not _is_repository(repository) or name.endswith("@"):
         raise UserError(f"{name}: no such folder; a model is a folder, a .gguf file, owner/name "
-                         "of the hub, mini or random:<preset>")
+                        "of the hub, mini or random:<preset>")
     if pinned and revision not in (None, pinned):
         raise UserError(f"two revisions ({name} and revision {revision!r}); give one")
     return _folder(_download(repository, pinned or revision), name, kind, mesh, progress)
@@ -175,7 +175,7 @@ def _check_range(config: ModelConfig, dtype: np.dtype, name: str) -> None:
     """Raise if the family's activations overflow the requested float16."""
     if dtype == np.float16 and not FAMILIES[config.family].float16:
         raise UserError(f"dtype is 'float16'; activations of {config.family} models such as "
-                         f"{name} exceed its maximum 65504: use 'bfloat16' or 'float32'")
+                        f"{name} exceed its maximum 65504: use 'bfloat16' or 'float32'")
 
 
 def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
@@ -208,7 +208,7 @@ def _folder(folder: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
     if orbax.holds_checkpoint(folder):
         if also := [name for name in (hf.SINGLE, hf.INDEX) if (folder / name).exists()]:
             raise UserError(f"{folder}: holds both an Orbax checkpoint ({orbax.NAME}) and "
-                             f"{also[0]}; remove the outdated one")
+                            f"{also[0]}; remove the outdated one")
         params, _ = orbax.load(folder, dtype=dtype, mesh=mesh)
     else:
         params = hf.load(folder, config, dtype=dtype, mesh=mesh, progress=progress)
@@ -270,7 +270,7 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
     texts = template.values() if isinstance(template, dict) else (template or "",)
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{folder}: chat_template in tokenizer_config.json is {template!r:.60}; "
-                         "it must be a string or an object of strings")
+                        "it must be a string or an object of strings")
     return tokenizer
 
 
@@ -292,8 +292,8 @@ def _checked(path: pathlib.Path, make: Callable[[], _T]) -> _T:
         reason = " ".join(str(error).split())[:200]
         if "trust_remote_code" in str(error):
             raise UserError(f"{path}: the tokenizer needs remote code (auto_map in "
-                             "tokenizer_config.json), which is never run; save the tokenizer as "
-                             "tokenizer.json and remove auto_map") from error
+                            "tokenizer_config.json), which is never run; save the tokenizer as "
+                            "tokenizer.json and remove auto_map") from error
         raise UserError(f"{path}: the tokenizer cannot be read ({reason})") from error
 
 
@@ -334,7 +334,7 @@ def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> t
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(i) is not int or not 0 <= i < 2**31 for i in ids):
             raise UserError(f"{folder}: eos_token_id of {place} is {reprlib.repr(value)}; it must "
-                             "be a token id or a list of token ids")
+                            "be a token id or a list of token ids")
         stop_ids += ids
     return tuple(dict.fromkeys(stop_ids))
 
@@ -363,17 +363,17 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
                                               ignore_patterns=list(_NOT_FETCHED)))
     except errors.GatedRepoError:
         raise UserError(f"{at}: the repository is gated; accept its terms on huggingface.co and "
-                         "log in with `hf auth login`") from None
+                        "log in with `hf auth login`") from None
     except errors.RevisionNotFoundError:
         raise UserError(f"{at}: unknown revision; give a branch, tag or commit of the "
-                         "repository") from None
+                        "repository") from None
     except errors.RepositoryNotFoundError:
         raise UserError(f"{at}: no such folder and no such hub repository (private ones need "
-                         "`hf auth login`)") from None
+                        "`hf auth login`)") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no network"
         raise UserError(f"{at}: no such folder, not in the local hub cache, and the hub is "
-                         f"unreachable ({why}); download the model first, or go online") from None
+                        f"unreachable ({why}); download the model first, or go online") from None
     except (errors.HFValidationError, errors.HfHubHTTPError, errors.EntryNotFoundError,
             OSError) as error:
         reason = " ".join(str(error).split())[:200]
