@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# What needs a GPU, in two parts of at most six minutes each:
+# What needs a GPU, in two parts of at most ten minutes each:
 #
 #     bash bench/gpu.sh 1 [folder]    caps, decode, extraction and products of the Qwen3-8B shape
-#     bash bench/gpu.sh 2 [folder]    memory of the Qwen3-32B shape, extraction and generation
-#                                     against transformers with hooks
+#     bash bench/gpu.sh 2 [folder]    memory of the Qwen3-32B shape, generation and extraction
+#                                     of the Qwen3-8B shape against transformers with hooks
 #     SMALL=1 bash bench/gpu.sh 1     a rehearsal on a CPU with small shapes
 #
 # Needs python with jax, flax, safetensors, transformers and PyTorch; nothing is installed. Results
 # are JSON lines in the folder: bench/results by default, a temporary folder for a rehearsal, which
 # is never written to bench/results. HLO=folder keeps the compiled text of the profiled programs
-# there. PARTS and BENCHES select from a part: PARTS="weights1 start", BENCHES="extract peers".
+# there. PARTS and BENCHES select from a part: PARTS="weights1 start", BENCHES="peers extract".
+# FORMS, PEERS, PEER and ROWS change what part 2 compares; LIMIT is a bench's time limit in seconds.
 # Every bench has its own time limit.
 set -u
 cd "$(dirname "$0")/.."
@@ -51,13 +52,13 @@ if [ "${SMALL:-0}" = 1 ]; then
     tag=small huge=mini peer=mini kind=float32 count=16 budget=2
     new=24 some=2:6 rows=4 context=192 forms="plain static"
 else
-    tag=gpu huge=random:qwen3-32b peer=random:qwen3-0.6b kind=bfloat16 count=256 budget=20
+    tag=gpu huge=random:qwen3-32b peer=${PEER:-random:qwen3-8b} kind=bfloat16 count=256 budget=20
     new=32 some=46:54 rows=${ROWS:-8} context=2048 forms="${FORMS:-static compiled}"
 fi
 run() {  # name of the result, seconds, script, arguments
     local name=$1 limit=$2 script=$3; shift 3
-    [[ " ${BENCHES:-fit extract peers} " == *" $name "* ]] || return
-    [ $SECONDS -gt 330 ] && { echo "$name: not begun after $SECONDS s"; return; }
+    [[ " ${BENCHES:-fit peers extract} " == *" $name "* ]] || return
+    [ $SECONDS -gt 400 ] && { echo "$name: not begun after $SECONDS s"; return; }
     if timeout "$limit" "$python" "bench/$script.py" "$@" > "$out/$name.log" 2>&1; then
         tail -n 1 "$out/$name.log" > "$out/$name-$tag.json"
         tail -n 1 "$out/$name.log" | cut -c1-1200
@@ -70,8 +71,8 @@ run() {  # name of the result, seconds, script, arguments
 }
 run fit 170 fit --model "$huge" --dtype "$kind" --batch "$rows" --context "$context" \
     --new $((context / 4)) --layers "$some" --chip "${CHIP:-h100:1}"
-run extract 140 extract --model "$peer" --dtype "$kind" --peer-dtype "$kind" \
-    --conversations "$count" --repeats 1 --peers ${PEERS:-hooks sorted}
-run peers 110 peers --model "$peer" --dtypes "$kind" --peer-dtypes "$kind" --batch 1 32 \
-    --new "$new" --budget "$budget" --forms $forms
+run peers "${LIMIT:-240}" peers --model "$peer" --dtypes "$kind" --peer-dtypes "$kind" \
+    --batch 1 32 --new "$new" --budget "$budget" --forms $forms
+run extract "${LIMIT:-200}" extract --model "$peer" --dtype "$kind" --peer-dtype "$kind" \
+    --conversations "$count" --repeats 3 --without-plain --peers ${PEERS:-hooks sorted}
 exit $status

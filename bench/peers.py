@@ -12,7 +12,6 @@ and a static cache, `compiled` with hooks, a static cache and `torch.compile`.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +22,7 @@ from common import paired, report
 from decoding import PROMPT, Decoding
 
 import jaxpersona as jp
+from jaxpersona.models.families import to_hf
 
 
 def main() -> None:
@@ -39,7 +39,9 @@ def main() -> None:
                         choices=["plain", "static", "compiled"])
     args = parser.parse_args()
     ours = [jp.load(args.model, dtype=dtype) for dtype in args.dtypes]
-    theirs = [Hooked(jp.load(args.model, dtype="float32"), dtype) for dtype in args.peer_dtypes]
+    same = dict(zip(args.dtypes, ours, strict=True))
+    theirs = [Hooked(same.get(dtype) or jp.load(args.model, dtype="float32"), dtype)
+              for dtype in args.peer_dtypes]
     config = ours[0].config
     layers = range(config.n_layers // 2, config.n_layers)
     direction = np.random.default_rng(0).normal(size=config.d_model)
@@ -69,6 +71,7 @@ def main() -> None:
             "ratio_to_forms": {form: round(found["ours"]["ratio"] / found[form]["ratio"], 3)
                                for form in forms},
         }
+        print(f"batch {rows}: {by_batch[str(rows)]}", flush=True)  # kept if a later batch fails
     report("peers", ours[0], args, prompt_tokens=PROMPT,
            capped_layers=f"{layers.start}:{layers.stop}",
            ratio_to_hf_hooks={n: found["ratio"] for n, found in by_batch.items()},
@@ -88,16 +91,24 @@ class Hooked:
 
     def __init__(self, model: Any, dtype: str, device: str | None = None) -> None:
         import torch
-        from jaxpersona.ckpts import hf
-        from transformers import AutoModelForCausalLM
+        from jaxpersona.ckpts import names
+        from transformers import AutoConfig, AutoModelForCausalLM
 
         self.torch, self.dtype = torch, dtype
         self.device = device or ("cuda" if jax.default_backend() == "gpu" else "cpu")
-        with tempfile.TemporaryDirectory() as folder:
-            hf.save(folder, model.params, model.config)
-            # Any: the stubs of `to` and `generate` take models of one mixin only
-            made: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype),
-                                                        trust_remote_code=False)
+        raw = {**to_hf(model.config), "dtype": dtype}
+        config = AutoConfig.for_model(raw.pop("model_type"), **raw)
+        # Any: the stubs of `to` and `generate` take models of one mixin only
+        with torch.device(self.device):
+            made: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+        # the same memory, where the dtype is the same
+        weights = {name: torch.from_dlpack(array).reshape(tensor.shape).to(made.dtype)
+                   for name, (tensor, array) in names.named(model.params, model.config).items()}
+        missing, unknown = made.load_state_dict(weights, strict=False, assign=True)
+        if unknown or set(missing) - {"lm_head.weight"} or (
+                missing and not model.config.tied_embeddings):
+            raise RuntimeError(f"the peer lacks {missing} and does not have {unknown}")
+        made.tie_weights()
         made.generation_config.eos_token_id = None
         made.generation_config.pad_token_id = 0
         self.made = made.to(self.device).eval()
