@@ -1,7 +1,8 @@
 """Render chat templates in a subprocess with limits on time, memory and size.
 
 One worker process (`sandbox_worker`) serves all tokenizers. It starts on the first rendering and is
-restarted after a template exceeds a limit.
+restarted after a template exceeds a limit. Short renderings that depend on nothing but the request
+are cached: conversations of one form share all but one of their renderings (`template.locate`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,6 +31,8 @@ CHARACTERS = 1 << 26  # maximum size of a conversation and of a rendering
 _LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON uses at most 6 per character
 _WAIT = 10  # wall-clock timeout in multiples of SECONDS, for busy machines
 _START = 120.0  # wall-clock seconds for the process to start
+_CACHED = 256  # renderings
+_CACHED_BYTES = 1 << 15  # maximum size of a cached request, template included, and of its answer
 
 
 class Refused(UserError):
@@ -71,7 +75,7 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
                           f"{SECONDS:g} s together", "refused": False}
     else:
         with _lock:
-            reply = _worker().ask(request)
+            reply = _answer(request)
     if left is not None:
         left[0] -= reply.get("seconds", 0.0)
     if "text" in reply:
@@ -81,6 +85,24 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
         raise Refused(f"the chat template rejects the conversation: {reason}")
     raise UserError(f"the chat template cannot be rendered: {reason}; use another template "
                     "(`tokenizer.chat_template`)")
+
+
+def _answer(request: bytes) -> dict[str, Any]:
+    """Return the answer to an encoded request, from the cache if it is there; `_lock` is held.
+
+    Cached are texts and refusals of short requests; not answers that depend on the time or on
+    chance ("varies"), and not exceeded limits.
+    """
+    if request in _cache:
+        _cache.move_to_end(request)
+        return _cache[request]
+    reply = _worker().ask(request)
+    keep = ("text" in reply or reply["refused"]) and not reply.get("varies", True)
+    if keep and max(len(request), len(reply.get("text", ""))) <= _CACHED_BYTES:
+        _cache[request] = {**reply, "seconds": 0.0}
+        while len(_cache) > _CACHED:
+            _cache.popitem(last=False)
+    return reply
 
 
 def _encoded(message: Any) -> bytes:
@@ -212,6 +234,7 @@ class _Worker:
 
 
 _lock = threading.Lock()
+_cache: OrderedDict[bytes, dict[str, Any]] = OrderedDict()  # by request
 _current: _Worker | None = None
 _inherited: list[_Worker] = []  # workers of the parent process; referenced so none is finalized
 

@@ -6,7 +6,8 @@ environment equals that of transformers.
 
 Protocol: a message is its length (8 bytes, little endian) followed by UTF-8 JSON. The first message
 on stdin holds the limits. Each later message is a request, answered on stdout by {"text": …} or
-{"error": …, "refused": bool}, plus "seconds", the CPU time used.
+{"error": …, "refused": bool}, plus "seconds", the CPU time used, and "varies", whether the template
+used the clock or chance, so that the answer to an equal request may differ.
 
 This file imports only Jinja and the standard library, to start fast.
 """
@@ -14,6 +15,7 @@ This file imports only Jinja and the standard library, to start fast.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import signal
 import sys
@@ -75,6 +77,9 @@ def _check_name(name: Any) -> None:
         raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} is not allowed")
 
 
+_varies = False  # whether the current rendering used the clock or chance
+
+
 def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     """Create the Jinja environment for chat templates."""
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(
@@ -88,10 +93,25 @@ def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     def raise_exception(message: Any) -> None:
         raise jinja2.exceptions.TemplateError(message)
 
+    def strftime_now(form: str) -> str:
+        global _varies
+        _varies = True
+        return datetime.now().strftime(form)
+
+    def varying(function: Any) -> Any:
+        @functools.wraps(function)  # keeps Jinja's marks on the function
+        def call(*args: Any, **fields: Any) -> Any:
+            global _varies
+            _varies = True
+            return function(*args, **fields)
+
+        return call
+
     env.filters["tojson"] = tojson
+    env.filters["random"] = varying(env.filters["random"])
     env.globals |= {
         "raise_exception": raise_exception, "dict": Table(), "namespace": Namespace,
-        "strftime_now": lambda form: datetime.now().strftime(form),
+        "strftime_now": strftime_now, "lipsum": varying(env.globals["lipsum"]),
     }
     return env
 
@@ -156,6 +176,7 @@ def write(stream: BinaryIO, message: Any) -> None:
 
 def main() -> None:
     """Answer requests until the input ends."""
+    global _varies
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles interrupts
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     limits = read(source)
@@ -166,10 +187,10 @@ def main() -> None:
     write(sink, {"ready": True})
     while (request := read(source)) is not None:
         limit_time(limits["seconds"])
-        begun = time.process_time()
+        begun, _varies = time.process_time(), False
         try:
             reply = answer(request, known, limits)
-            reply["seconds"] = time.process_time() - begun
+            reply |= {"seconds": time.process_time() - begun, "varies": _varies}
             if "error" in reply:
                 reply["error"] = reply["error"][:2000]
         finally:

@@ -21,6 +21,11 @@ NESTED = "{% set n = namespace(s=['x']) %}{% for i in range(60) %}{% set n.s = [
          "{% endfor %}{{ n.s }}"
 
 
+@pytest.fixture(autouse=True)
+def empty_cache():
+    sandbox._cache.clear()
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return chat_templates.make_tokenizer("chatml")
@@ -79,6 +84,7 @@ def test_the_renderings_of_one_conversation_are_bounded_together(tokenizer, monk
     monkeypatch.setattr(sandbox, "SECONDS", sum(used) / len(used) * 1.5)
     chat.encode_row(tokenizer, "Who?")  # starts a new process with the new limit
     asked.clear()
+    sandbox._cache.clear()
     with pytest.raises(ValueError, match="renderings of one conversation take more|"
                        "rendering takes more"):
         chat.encode_row(t, "Who?")
@@ -133,10 +139,12 @@ def test_the_process_is_started_again_and_left_to_the_parent(tokenizer):
     first = sandbox._current
     first.process.kill()
     first.process.wait()
+    sandbox._cache.clear()
     chat.encode_row(tokenizer, "Who?")
     assert sandbox._current is not first
     kept = sandbox._current
     sandbox._forget()  # as in a forked child
+    sandbox._cache.clear()
     try:
         chat.encode_row(tokenizer, "Who?")
         assert sandbox._current is not kept and kept.process.poll() is None
@@ -231,3 +239,71 @@ def test_an_interrupted_rendering_gives_its_answer_to_no_later_one(monkeypatch):
 def test_a_namespace_holds_no_name_with_a_leading_underscore(tokenizer, template):
     with pytest.raises(ValueError, match="namespace attribute '_x' is not allowed"):
         chat.encode_row(with_template(tokenizer, template), "Who?")
+
+
+def asked(monkeypatch):
+    """Count the requests that reach the worker."""
+    count, ask = [], sandbox._Worker.ask
+
+    def counted(self, request, wait=None):
+        count.append(request)
+        return ask(self, request, wait)
+
+    monkeypatch.setattr(sandbox._Worker, "ask", counted)
+    return count
+
+
+@pytest.mark.parametrize("family", ["chatml", "gemma2", "mistral"])
+def test_conversations_of_one_form_share_all_but_one_rendering(family, monkeypatch):
+    tokenizer = chat_templates.make_tokenizer(family)
+    talks = [[{"role": "system", "content": f"You are {i}."},
+              {"role": "user", "content": f"Who is {i} times {i}?"}] for i in range(20)]
+    alone = []
+    for talk in talks:
+        sandbox._cache.clear()
+        alone.append(chat.encode_row(tokenizer, talk))
+    sandbox._cache.clear()
+    count = asked(monkeypatch)
+    chat.encode_row(tokenizer, talks[0])
+    first = len(count)
+    together = [chat.encode_row(tokenizer, talk) for talk in talks[1:]]
+    assert len(count) - first == len(talks) - 1 < first * 19
+    for one, other in zip(alone[1:], together, strict=True):
+        assert one.text == other.text
+        assert one.tokens.tolist() == other.tokens.tolist()
+        assert one.kind.tolist() == other.kind.tolist()
+        assert one.turn.tolist() == other.turn.tolist()
+
+
+@pytest.mark.parametrize("expression", [
+    "strftime_now('%H:%M:%S.%f')", "lipsum(n=1)",
+    "(range(99999) | random) ~ (range(99999) | random) ~ (range(99999) | random)"])
+def test_a_rendering_by_the_clock_or_by_chance_is_not_cached(expression, monkeypatch):
+    count = asked(monkeypatch)
+    template = "{{ " + expression + " }}"
+    assert sandbox.render(template, {}) != sandbox.render(template, {})
+    assert not sandbox._cache and len(count) >= 2
+
+
+def test_a_refusal_is_cached_and_a_limit_is_not(monkeypatch, bounds):
+    count = asked(monkeypatch)
+    for _ in range(2):
+        with pytest.raises(sandbox.Refused, match="no system"):
+            sandbox.render("{{ raise_exception('no system') }}", {})
+    refused = [request for request in count if b"no system" in request]
+    assert len(refused) == 1
+    for _ in range(2):
+        with pytest.raises(ValueError, match="characters"):
+            sandbox.render("{{ 'x' * 2000000 }}", {})
+    assert len([request for request in count if b"2000000" in request]) == 2
+
+
+def test_the_cache_is_bounded(monkeypatch):
+    asked(monkeypatch)
+    for i in range(sandbox._CACHED + 40):
+        assert sandbox.render("{{ i }}", {"i": i}) == str(i)
+    assert len(sandbox._cache) == sandbox._CACHED
+    sandbox.render("{{ i }}", {"i": "x" * sandbox._CACHED_BYTES})
+    assert all(len(request) <= sandbox._CACHED_BYTES for request in sandbox._cache)
+    for request in list(sandbox._cache)[-3:]:
+        assert sandbox._cache[request]["seconds"] == 0
