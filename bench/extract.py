@@ -87,7 +87,7 @@ def one_side(args: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     import jaxpersona as jp
-    from jaxpersona.engine.extract import width_of
+    from jaxpersona.engine.batches import width_of
 
     model = jp.load(args.model, dtype=args.dtype if args.side == "ours" else "float32")
     rows = conversations(args.conversations, model.config.vocab_size, args.mean,

@@ -32,8 +32,9 @@ def axis(
     questions: Annotated[str | None, typer.Option(help="A .jsonl file, or `data`.")] = None,
     limit: Annotated[int | None, typer.Option(help="Play at most this many roles.")] = None,
     limit_questions: Annotated[int | None, typer.Option(help="Likewise questions.")] = None,
-    judge: Annotated[str | None, typer.Option(help="Scores the replies: `rules` (mini), `self` or "
-                                                   "`none`.")] = None,
+    judge: Annotated[str | None, typer.Option(help=(
+        "Scores the replies: `rules` (mini), `self`, `model:NAME` (another model, by the "
+        "probabilities of the digits 0 to 3) or `none`."))] = None,
     samples: int = 1,
     max_new_tokens: int | None = None,
     temperature: float = 0.7,
@@ -60,7 +61,8 @@ def axis(
     from jaxpersona.distributed import processes as joining
     from jaxpersona.engine.prompts import check_settings
     from jaxpersona.engine.sampling import sampling
-    from jaxpersona.judges.judges import NoJudge, SelfJudge
+    from jaxpersona.judges.digits import DigitJudge
+    from jaxpersona.judges.judges import Judge, NoJudge, SelfJudge
     from jaxpersona.organism import method
     from jaxpersona.persona.extract import extract_axis
     from jaxpersona.runs.rollouts import Settings
@@ -73,8 +75,10 @@ def axis(
     check_folder("--out", out)
     own = model == "mini" and roles is None
     judge = judge or ("rules" if own else "none")
-    if judge not in ("rules", "self", "none") or (judge == "rules" and not own):
-        raise UserError(f"judge is {judge!r}; choose {'rules, self' if own else 'self'} or none"
+    other = judge.removeprefix("model:") if judge.startswith("model:") else ""
+    if (judge not in ("rules", "self", "none") and not other) or (judge == "rules" and not own):
+        raise UserError(f"judge is {judge!r}; choose {'rules, self' if own else 'self'}, "
+                        "model:NAME or none"
                         + (" (rules judges only mini's own roles)" if judge == "rules" else ""))
     length = max_new_tokens if max_new_tokens is not None else 64 if model == "mini" else 512
     settings = Settings(temperature, top_p, length, samples, batch_size, seed)
@@ -97,8 +101,13 @@ def axis(
     loaded = support.open_model(model, dtype, mesh, adapter)
     if judge == "none" and joining.first():
         say("judge: none; every answer counts as fully playing its role", error=True)
-    chosen = {"none": NoJudge, "rules": method.RuleJudge}.get(judge)
-    judged = chosen() if chosen else SelfJudge(loaded, batch_size=batch_size)
+    judged: Judge
+    if other:
+        judged = DigitJudge(support.open_model(other, dtype, mesh))
+    elif judge == "self":
+        judged = SelfJudge(loaded, batch_size=batch_size)
+    else:
+        judged = NoJudge() if judge == "none" else method.RuleJudge()
     with interrupt.keeping(lambda: kept_of(out)), progress() as report:
         found = extract_axis(loaded, cast, asked, out, judge=judged, settings=settings,
                              min_count=min_count, held_out=named, redo=redo or [],

@@ -1,8 +1,6 @@
 """Read activations of finished conversations, without the head and without unread upper layers.
 
-Conversations are sorted by length into batches with about the same number of tokens. The padded
-width depends only on a conversation's length, and the number of rows only on the width. A
-conversation's results are therefore bit for bit independent of the other conversations.
+Conversations run in batches of about the same number of tokens (`engine.batches`).
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.captures.capture import Capture, mean
@@ -23,6 +20,7 @@ from jaxpersona.distributed import processes
 from jaxpersona.distributed.context import own_context
 from jaxpersona.distributed.sharding import off_mesh, platform, rows_divisor
 from jaxpersona.engine import prompts
+from jaxpersona.engine.batches import batches, pad
 from jaxpersona.engine.compiled import program
 from jaxpersona.engine.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
 from jaxpersona.errors import UserError
@@ -142,8 +140,8 @@ def extract(
 
     running: tuple[list[int], Output] | None = None
     ways = rows_divisor(model.params.embed_vd)
-    for members, width, size in _batches(rows, batch_tokens, ways):
-        batch = _pad([rows[i] for i in members], width, size)
+    for members, width, size in batches(rows, batch_tokens, ways):
+        batch = pad([rows[i] for i in members], width, size)
         index = np.array(members + [-1] * (size - len(members)), np.int32)
         out = _read(model.params, model.config, batch, edits.take(index), readings)
         if running is not None:
@@ -204,44 +202,3 @@ def _read(params: Params, config: ModelConfig, batch: Batch, edits: Intervention
     batch = batch.spread(params.embed_vd)
     return forward(params, config, batch, interventions=edits, capture=capture, logits=None,
                    attention="auto")
-
-
-def width_of(tokens: int) -> int:
-    """Return the padded length of a conversation of `tokens` tokens.
-
-    It is the next multiple of 32, or of an eighth of the power of two below `tokens` if that is
-    larger.
-    """
-    step = max(32, (1 << (tokens - 1).bit_length()) // 16)
-    return -(-tokens // step) * step
-
-
-def _batches(rows: list[chat.Row], tokens: int,
-             ways: int) -> list[tuple[list[int], int, int]]:
-    """Divide the conversations, sorted by length, into batches.
-
-    Args:
-      rows: the conversations.
-      tokens: the number of tokens of a batch.
-      ways: the number of shards of rows, which divides the rows of a batch.
-
-    Returns:
-      For each batch: the indices of its conversations, its width and its number of rows.
-    """
-    groups: dict[int, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(width_of(row.tokens.size), []).append(i)
-    out = []
-    for width, members in sorted(groups.items(), reverse=True):  # the largest memory use first
-        size = max(1, tokens // (width * ways)) * ways  # shards have equal sizes
-        out += [(members[at : at + size], width, size) for at in range(0, len(members), size)]
-    return out
-
-
-def _pad(rows: list[chat.Row], width: int, size: int) -> Batch:
-    """Return a batch of `size` rows of `width` tokens; missing rows are empty."""
-    real = make_batch([r.tokens for r in rows], kind=[r.kind for r in rows],
-                      turn=[r.turn for r in rows], width=width)
-    extra = size - len(rows)
-    return jax.tree.map(
-        lambda x: jnp.asarray(np.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1))), real)

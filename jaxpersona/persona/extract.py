@@ -212,9 +212,10 @@ def _check(model: Model, roles: Sequence[Role], questions: Sequence[Question], s
     if len(roles) - 1 - len(held_out) < 2:
         raise UserError(f"roles has {len(roles) - 1 - len(held_out)} entries besides the default "
                         "and held_out; the axis needs at least two")
-    if judge.name == "self" and (bare := [
+    if judge.name in ("self", "digits") and (bare := [
             r.name for r in roles if r.name != "default" and not r.eval_prompt]):
-        raise UserError(f"the judge 'self' needs an eval_prompt; missing: {', '.join(bare[:5])}")
+        raise UserError(f"the judge {judge.name!r} needs an eval_prompt; missing: "
+                        f"{', '.join(bare[:5])}")
     if model.tokenizer is None:
         raise UserError(f"{model.name} has no tokenizer; role prompts need one")
     prompts = [prompt for role in roles for prompt in role.prompts]

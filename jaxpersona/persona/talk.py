@@ -11,7 +11,8 @@ import numpy as np
 
 from jaxpersona.captures import capture
 from jaxpersona.distributed.context import own_context
-from jaxpersona.engine.extract import extract, width_of
+from jaxpersona.engine.batches import width_of
+from jaxpersona.engine.extract import extract
 from jaxpersona.engine.generate import generate
 from jaxpersona.engine.prompts import encode
 from jaxpersona.errors import UserError

@@ -9,7 +9,8 @@ import pytest
 import support as s
 
 from jaxpersona.captures import capture
-from jaxpersona.engine.extract import extract, width_of
+from jaxpersona.engine.batches import width_of
+from jaxpersona.engine.extract import extract
 from jaxpersona.interventions import cap, steer
 from jaxpersona.interventions.where import everywhere
 from jaxpersona.models.batch import ASSISTANT, USER, batch

@@ -1,0 +1,202 @@
+"""Log-probabilities: of a text's own tokens, and of given candidates for the next token.
+
+Both run the model without a cache, with interventions, in the batches of `engine.batches`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpersona.distributed import processes
+from jaxpersona.distributed.context import own_context
+from jaxpersona.distributed.sharding import off_mesh, platform, rows_divisor
+from jaxpersona.engine import prompts
+from jaxpersona.engine.batches import batches, pad
+from jaxpersona.engine.compiled import program
+from jaxpersona.engine.nonfinite import explain
+from jaxpersona.errors import UserError
+from jaxpersona.interventions.compose import Interventions, given
+from jaxpersona.interventions.where import Where, everywhere, holds
+from jaxpersona.models.batch import Batch, check_ids
+from jaxpersona.models.batch import batch as make_batch
+from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.forward import forward
+from jaxpersona.models.params import Params
+from jaxpersona.text import chat
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
+
+    from jaxpersona.models.model import Model
+
+# tokens of a batch; fewer than in `extract`, because [tokens, vocabulary] logits are in memory
+_TOKENS = {"cpu": 1024}
+_TOKENS_ELSE = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """The log-probabilities of N texts, in their order.
+
+    Attributes:
+      rows: the encoded texts.
+      logprobs: N arrays [T−1] float32; entry t is log p(token t+1 | tokens 0…t), in nats.
+    """
+
+    rows: list[chat.Row]
+    logprobs: list[np.ndarray]
+
+    def chosen(self, where: Where = everywhere) -> list[np.ndarray]:
+        """Return the N arrays of log-probabilities of the tokens that `where` selects."""
+        code = jnp.asarray(where.encode())
+        found = []
+        for row, values in zip(self.rows, self.logprobs, strict=True):
+            one = make_batch([row.tokens], kind=[row.kind], turn=[row.turn])
+            found.append(values[np.asarray(holds(code, one))[0, 1 : row.tokens.size]])
+        return found
+
+    def perplexity(self, where: Where = everywhere) -> float:
+        """Return exp(−mean log p) over the selected tokens of all texts.
+
+        Raises:
+          UserError: no token is selected.
+        """
+        values = np.concatenate(self.chosen(where))
+        if not values.size:
+            raise UserError(f"where={where!r} selects no token of any text (a text's first token "
+                            "has no probability)")
+        return float(np.exp(-values.mean(dtype=np.float64)))
+
+
+@own_context()
+def logprobs(
+    model: Model,
+    conversations: Iterable[Any],
+    *,
+    interventions: Interventions | None = None,
+    batch_tokens: int | None = None,
+) -> Scored:
+    """Return the log-probability of every token of finished texts.
+
+    Args:
+      model: the result of `load`.
+      conversations: N conversations, each messages, a `chat.Row`, or token ids (plain text:
+        `model.tokenizer(text).input_ids`).
+      interventions: edits of the activations, without rows or with one row per conversation.
+      batch_tokens: the number of tokens of a batch; default: 1,024 on a CPU, else 4,096.
+
+    Raises:
+      UserError: no conversation, one longer than the context, interventions that do not fit, or
+        non-finite activations.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> model = jp.load("mini")
+      >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+      >>> jp.logprobs(model, [talk]).perplexity(jp.response) > 1
+      True
+    """
+    conversations = chat.listed(conversations)
+    rows = [prompts.encode(model, item, reply=False) for item in conversations]
+    found = _run(model, rows, _of_tokens, interventions, batch_tokens)
+    return Scored(rows, [value[: row.tokens.size - 1]
+                         for row, value in zip(rows, found, strict=True)])
+
+
+@own_context()
+def next_logprobs(
+    model: Model,
+    conversations: Iterable[Any],
+    candidates: Sequence[int],
+    *,
+    interventions: Interventions | None = None,
+    batch_tokens: int | None = None,
+) -> np.ndarray:
+    """Return the log-probabilities [N, C] of C candidate tokens as the first token of the reply.
+
+    Args:
+      model: the result of `load`.
+      conversations: N prompts, each messages, a string (one user message), a `chat.Row`, or token
+        ids.
+      candidates: C token ids.
+      interventions: edits of the activations, without rows or with one row per conversation.
+      batch_tokens: the number of tokens of a batch; default: 1,024 on a CPU, else 4,096.
+
+    Raises:
+      UserError: no prompt or candidate, an id outside the vocabulary, a prompt that fills the
+        context, interventions that do not fit, or non-finite activations.
+    """
+    conversations = chat.listed(conversations)
+    wanted = np.asarray(list(candidates))
+    if not wanted.size or not np.issubdtype(wanted.dtype, np.integer):
+        raise UserError(f"candidates is {candidates!r:.60}; give a list of token ids")
+    check_ids(wanted, model.config.vocab_size, "candidates", model.tokenizer)
+    rows = [prompts.encode(model, item) for item in conversations]
+    prompts.limits(model, rows, 1)
+    found = _run(model, rows, _of_candidates, interventions, batch_tokens,
+                 jnp.asarray(wanted, jnp.int32))
+    return np.stack(found)
+
+
+def _run(model: Model, rows: list[chat.Row], score: Any, interventions: Interventions | None,
+         batch_tokens: int | None, *more: Any) -> list[np.ndarray]:
+    """Run a scoring program on the batches of `rows`; return one array per row."""
+    like = model.params.embed_vd
+    if batch_tokens is None:
+        batch_tokens = _TOKENS.get(platform(like), _TOKENS_ELSE)
+    prompts.check_settings(batch_tokens=batch_tokens)
+    edits = off_mesh(given(interventions))
+    prompts.check_edits(model, edits, len(rows))
+    for i, row in enumerate(rows):
+        if row.tokens.size > model.config.max_context:
+            raise UserError(f"conversation {i} has {row.tokens.size} tokens; the model's context "
+                            f"holds {model.config.max_context}: shorten it")
+    found: dict[int, np.ndarray] = {}
+    for members, width, size in batches(rows, batch_tokens, rows_divisor(like)):
+        index = np.array(members + [-1] * (size - len(members)), np.int32)
+        values, finite = processes.fetch(score(
+            model.params, model.config, pad([rows[i] for i in members], width, size),
+            edits.take(index), *more))
+        if not finite[: len(members)].all():
+            b = int(np.argmin(finite[: len(members)]))
+            i = members[b]
+            raise UserError(explain(model, rows[i], edits.take([i]), f"conversation {i}",
+                                    "the log-probabilities need finite values; a text ran into"))
+        found.update(zip(members, values, strict=False))  # padding rows have no member
+    return [np.asarray(found[i]) for i in range(len(rows))]
+
+
+def _logprob(logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """Return log softmax(logits) at one token per row.
+
+    A sum over the vocabulary instead of a gather, which works where the vocabulary is sharded.
+    """
+    here = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == tokens[..., None]
+    return jnp.where(here, logits, 0).sum(-1) - jax.nn.logsumexp(logits, axis=-1)
+
+
+@program()
+def _of_tokens(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
+               ) -> tuple[Float[Array, "B T-1"], Bool[Array, " B"]]:
+    """Return log p of every token after the first, and whether each row is finite."""
+    batch = batch.spread(params.embed_vd)
+    out = forward(params, config, batch, interventions=edits, attention="auto")
+    return _logprob(out.logits[:, :-1], batch.tokens[:, 1:]), out.finite
+
+
+@program()
+def _of_candidates(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
+                   candidates: Int[Array, " C"],
+                   ) -> tuple[Float[Array, "B C"], Bool[Array, " B"]]:
+    """Return log p of each candidate after each row's last token, and whether rows are finite."""
+    batch = batch.spread(params.embed_vd)
+    out = forward(params, config, batch, interventions=edits, logits="last", attention="auto")
+    values = [_logprob(out.logits, jnp.broadcast_to(candidate, out.logits.shape[:1]))
+              for candidate in candidates]
+    return jnp.stack(values, -1), out.finite

@@ -1,0 +1,106 @@
+"""A judge that reads the score from the next-token probabilities of the digits 0 to 3."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxpersona.data.reading import fill
+from jaxpersona.data.texts import Role
+from jaxpersona.engine.scoring import next_logprobs
+from jaxpersona.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxpersona.models.model import Model
+
+SCORES = (0, 1, 2, 3)
+LEAST_MASS = 0.25  # of all probability, on the digits; below it there is no score
+_SPACES = ("", "Ġ", "▁")  # a digit as a token of its own, and with a space before it
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdicts:
+    """The judge's probabilities for n replies.
+
+    Attributes:
+      probabilities: [n, 4], of the scores 0 to 3 among themselves.
+      mass: [n], the probability of all four digits as the next token.
+    """
+
+    probabilities: np.ndarray
+    mass: np.ndarray
+
+    @property
+    def expected(self) -> np.ndarray:
+        """[n], Σ s·p(s): the expected score."""
+        return self.probabilities @ np.arange(len(SCORES))
+
+    @property
+    def scores(self) -> list[int | None]:
+        """The most probable score of each reply; None where `mass` is below `LEAST_MASS`."""
+        best = self.probabilities.argmax(-1)
+        return [int(s) if m >= LEAST_MASS else None for s, m in zip(best, self.mass, strict=True)]
+
+
+class DigitJudge:
+    """Score replies with a model's probabilities of "0", "1", "2" and "3" after the judge's prompt.
+
+    One forward pass per reply, without generation (Chen et al. 2025 score traits this way). The
+    judge may be the evaluated model or another one.
+
+    Args:
+      model: the judging model; it needs a tokenizer.
+      batch_tokens: the number of tokens of a batch (`engine.scoring.next_logprobs`).
+
+    Raises:
+      UserError: the model has no tokenizer, or its tokenizer has no token for a digit.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> from jaxpersona.judges.digits import DigitJudge
+      >>> DigitJudge(jp.load("mini")).settings["model"]
+      'mini'
+    """
+
+    name, together = "digits", True
+
+    def __init__(self, model: Model, *, batch_tokens: int | None = None) -> None:
+        if model.tokenizer is None:
+            raise UserError(f"{model.name} has no tokenizer; a judge needs one")
+        self.model, self.batch_tokens = model, batch_tokens
+        self.settings = {"model": model.name, "fingerprint": model.fingerprint,
+                         "batch_tokens": batch_tokens}
+        vocabulary = model.tokenizer.get_vocab()
+        self._ids = [[vocabulary[token] for space in _SPACES
+                      if (token := f"{space}{score}") in vocabulary] for score in SCORES]
+        bare = [score for score, ids in zip(SCORES, self._ids, strict=True) if not ids]
+        if bare:
+            raise UserError(f"the tokenizer of {model.name} has no token for the digit {bare[0]}; "
+                            "use another judge")
+
+    def verdicts(self, role: Role, records: Sequence[Mapping[str, Any]]) -> Verdicts:
+        """Return the probabilities of the scores of a role's rollouts (see `rollouts.play`).
+
+        Raises:
+          UserError: the role has no `eval_prompt`, or a prompt fills the judge's context.
+        """
+        if not role.eval_prompt:
+            raise UserError(f"role {role.name!r} has no eval_prompt; the judge {self.name!r} needs "
+                            "one")
+        if not records:
+            return Verdicts(np.zeros((0, len(SCORES))), np.zeros(0))
+        asked = [fill(role.eval_prompt, question=record["question"],
+                      answer=record["conversation"][-1]["content"]) for record in records]
+        found = np.exp(next_logprobs(self.model, asked, [i for ids in self._ids for i in ids],
+                                     batch_tokens=self.batch_tokens).astype(np.float64))
+        ends = np.cumsum([len(ids) for ids in self._ids])[:-1]
+        each = np.stack([part.sum(-1) for part in np.split(found, ends, axis=-1)], -1)
+        mass = each.sum(-1)
+        return Verdicts(each / np.maximum(mass, 1e-300)[:, None], mass)
+
+    def __call__(self, role: Role, records: Sequence[Mapping[str, Any]]) -> list[int | None]:
+        """Return the most probable score of each record, or None (see `Verdicts.scores`)."""
+        return self.verdicts(role, records).scores

@@ -1,0 +1,70 @@
+"""The digit judge against the logits that its prompts have."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import support as s
+from scipy.special import softmax
+
+import jaxpersona as jp
+from jaxpersona.data.texts import Role
+from jaxpersona.judges.digits import LEAST_MASS, DigitJudge, Verdicts
+
+ROLE = Role("ghost", ("You are a ghost.",), "Asked: {question} Said: {answer} Grade 0-3.")
+
+
+def record(answer, question="Who?"):
+    return {"question": question, "conversation": [{"role": "user", "content": question},
+                                                   {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dataclasses.replace(s.tiny_model(vocab_size=258), tokenizer=s.byte_tokenizer())
+
+
+def test_the_probabilities_are_those_of_the_digits_as_the_next_token(model):
+    answers = ["boo", "I am an AI {not a format field}", "x" * 70]
+    found = DigitJudge(model).verdicts(ROLE, [record(a) for a in answers])
+    digits = [model.tokenizer.convert_tokens_to_ids(d) for d in "0123"]
+    for answer, each, mass in zip(answers, found.probabilities, found.mass, strict=True):
+        text = f"Asked: Who? Said: {answer} Grade 0-3."
+        row = jp.encode(model, [text])
+        _, logits = s.residuals(model, row)
+        last = softmax(logits[0, int(row.length[0]) - 1].astype(np.float64))[digits]
+        assert mass == pytest.approx(last.sum(), rel=1e-4)
+        np.testing.assert_allclose(each, last / last.sum(), rtol=1e-4)
+        assert found.expected[answers.index(answer)] == pytest.approx(
+            (last / last.sum()) @ [0, 1, 2, 3], rel=1e-4)
+
+
+def test_a_score_needs_mass_on_the_digits():
+    even = np.array([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1]])
+    found = Verdicts(even, np.array([LEAST_MASS, 0.9, LEAST_MASS - 1e-9]))
+    assert found.scores == [3, 0, None]
+    np.testing.assert_allclose(found.expected, [2.0, 0.6, 0.6])
+
+
+def test_it_is_a_judge(model):
+    judge = DigitJudge(model)
+    records = [record("boo"), record("no")]
+    assert judge(ROLE, records) == judge.verdicts(ROLE, records).scores
+    assert judge(ROLE, []) == []
+    assert judge.settings["fingerprint"] == model.fingerprint
+
+
+def test_what_it_needs_is_said(model):
+    with pytest.raises(jp.UserError, match="has no tokenizer"):
+        DigitJudge(s.tiny_model())
+    with pytest.raises(jp.UserError, match="'ghost' has no eval_prompt"):
+        DigitJudge(model)(dataclasses.replace(ROLE, eval_prompt=""), [record("boo")])
+
+    class WithoutDigits:
+        def get_vocab(self):
+            return {"0": 5, "1": 6, "3": 7}
+
+    with pytest.raises(jp.UserError, match="no token for the digit 2"):
+        DigitJudge(dataclasses.replace(model, tokenizer=WithoutDigits()))
