@@ -1,0 +1,355 @@
+"""The Assistant Axis of a released chat model: rollouts, axis, reliability, capping, perplexity.
+
+    python bench/real_axis.py axis --model SmolLM2.gguf --out runs/smollm2 --questions 4
+    python bench/real_axis.py judge --judge qwen2.5-coder.gguf --out runs/smollm2
+    python bench/real_axis.py cap --model SmolLM2.gguf --judge qwen2.5-coder.gguf --out runs/smollm2
+
+Each stage writes `<stage>.json` to the folder and may run on another machine than the others.
+`axis` resumes after an interruption. `bench/real_page.py` makes a page of the results.
+
+The package's 275 roles and the default persona answer the first questions of the package, one
+rollout per system prompt and question. `axis` counts every answer as fully played (judge `none`);
+`judge` scores a sample of roles with another model's digit probabilities (`judges.digits`) and
+computes the axis of its answers with score 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gzip
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from common import machine
+from real_questions import QUESTIONS, correct
+from sklearn.metrics import roc_auc_score
+
+import jaxpersona as jp
+from jaxpersona.data import texts
+from jaxpersona.judges.digits import DigitJudge
+from jaxpersona.judges.judges import NoJudge
+from jaxpersona.persona import axis as science
+from jaxpersona.persona.extract import extract_axis
+from jaxpersona.runs.rollouts import Settings, opening
+from jaxpersona.runs.run import Run
+
+EXTREMES = 15  # nearest and farthest roles in the page
+FARTHEST = 20  # roles under which the cap is tried
+COMPONENTS = 20
+
+
+def cast(args: argparse.Namespace, name: str) -> list[texts.Role]:
+    """Return the default persona and the roles, each with its first `--prompts` prompts."""
+    roles = texts.load_roles(None, model_name=name)
+    plain = next(role for role in roles if role.name == "default")
+    others = [role for role in roles if role.name != "default"]
+    if args.roles is not None:
+        order = np.random.default_rng(0).permutation(len(others))[: args.roles]
+        others = [others[i] for i in sorted(order)]
+    return [plain, *(dataclasses.replace(r, prompts=r.prompts[: args.prompts]) for r in others)]
+
+
+def axis_stage(args: argparse.Namespace) -> dict[str, Any]:
+    """Play every role and compute the axis, counting every answer as fully played."""
+    model = jp.load(args.model, dtype=args.dtype)
+    roles, questions = cast(args, args.name), texts.load_questions(None)[: args.questions]
+    settings = Settings(max_new_tokens=args.new, batch_size=args.batch, seed=args.seed)
+    begun, last = time.perf_counter(), [0.0]
+
+    def report(step: str, done: int, total: int, tokens: int) -> None:
+        if time.perf_counter() - last[0] > 30:
+            last[0] = time.perf_counter()
+            print(f"{step} {done}/{total}, {tokens} tokens, {last[0] - begun:.0f} s", flush=True)
+
+    found = extract_axis(model, roles, questions, args.out / "run", judge=NoJudge(),
+                         settings=settings, min_count=args.questions, report=report)
+    seconds = time.perf_counter() - begun
+    run = Run.read(args.out / "run")
+    means = {role.name: run.means(role.name) for role in roles}
+    halves = {role.name: _halves(run.rollouts(role.name) or [], questions) for role in roles}
+    jp.save_vector(args.out / "axis.safetensors", found.axis)
+    layers = model.config.n_layers
+    out = {
+        "model": args.name, "layers": layers, "width": model.config.d_model,
+        "roles": len(roles) - 1, "prompts": args.prompts, "questions": len(questions),
+        "rollouts": found.rollouts, "tokens": found.tokens, "seconds": round(seconds, 1),
+        "tokens_per_second": round(found.tokens / seconds, 1) if found.tokens else None,
+        "settings": dataclasses.asdict(settings), "dtype": str(model.params.embed_vd.dtype),
+        **analysis(found.default, found.analysis),
+        "norm": [round(float(x), 2) for x in np.linalg.norm(found.default, axis=-1)],
+        "auc": auc(means, halves), **reliability(means, halves),
+        "ranking": ranking(found, layers // 2),
+        "percentiles": {of: {q: [round(float(x), 4) for x in v] for q, v in table.items()}
+                        for of, table in found.axis.percentiles.items()},
+    }
+    np.savez_compressed(args.out / "projections.npz", **found.projections)
+    export(args, {role.name: run.rollouts(role.name) or [] for role in roles}, means)
+    return out
+
+
+def export(args: argparse.Namespace, records: dict[str, list[dict[str, Any]]],
+           means: dict[str, np.ndarray]) -> None:
+    """Write all answers, and a few of each role's means in float16, for the other stages."""
+    with gzip.open(args.out / "answers.jsonl.gz", "wt", encoding="utf-8") as file:
+        for name, held in records.items():
+            for i, record in enumerate(held):
+                file.write(json.dumps({"role": name, "index": i, **record}) + "\n")
+    kept = {name: spaced(len(value), args.judged_each) for name, value in means.items()}
+    np.savez(args.out / "means.npz", **{name: value[kept[name]].astype(np.float16)
+                                        for name, value in means.items()})
+
+
+def spaced(count: int, wanted: int) -> np.ndarray:
+    """Return `wanted` indices spread over a role's prompts and questions."""
+    return np.unique(np.linspace(0, count - 1, wanted).astype(int))
+
+
+def answers(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Read the answers that `axis` wrote, by role."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    with gzip.open(args.out / "answers.jsonl.gz", "rt", encoding="utf-8") as file:
+        for line in file:
+            record = json.loads(line)
+            found.setdefault(record["role"], []).append(record)
+    return found
+
+
+def _halves(records: Sequence[dict[str, Any]], questions: Sequence[texts.Question]) -> np.ndarray:
+    """Return for each rollout whether its question is in the second half of the questions."""
+    second = {question.id for question in questions[1::2]}
+    return np.array([record["question_index"] in second for record in records], bool)
+
+
+def analysis(default: np.ndarray, found: science.Analysis) -> dict[str, Any]:
+    """Return cos(PC1, axis) and the explained variance at every layer."""
+    middle = found.components[len(found.components) // 2].ratio
+    return {
+        "cos_pc1": [round(float(c), 4) for c in found.cos_pc1],
+        "pc1_ratio": [round(float(c.ratio[0]), 4) for c in found.components],
+        "components_70": [int(np.searchsorted(np.cumsum(c.ratio), 0.7) + 1)
+                          for c in found.components],
+        "middle_ratio": [round(float(r), 4) for r in middle[:COMPONENTS]],
+        "axis_norm": [round(float(x), 3) for x in np.linalg.norm(found.axis, axis=-1)],
+    }
+
+
+def _half_vectors(means: dict[str, np.ndarray], halves: dict[str, np.ndarray],
+                  second: bool) -> dict[str, np.ndarray]:
+    """Return each role's mean over the non-empty answers to one half of the questions, [L, D]."""
+    out = {}
+    for name, value in means.items():
+        kept = value[(halves[name] == second) & np.isfinite(value).all((1, 2))]
+        if len(kept):
+            out[name] = kept.mean(0, dtype=np.float64)
+    return out
+
+
+def _half_axis(vectors: dict[str, np.ndarray]) -> np.ndarray:
+    roles = np.stack([v for name, v in vectors.items() if name != "default"])
+    return vectors["default"] - roles.mean(0)
+
+
+def auc(means: dict[str, np.ndarray], halves: dict[str, np.ndarray]) -> list[float]:
+    """Return how well the axis of one half tells default from role answers of the other, [L].
+
+    The area under the ROC curve of the projections, averaged over both directions.
+    """
+    found = []
+    for second in (False, True):
+        axis = _half_axis(_half_vectors(means, halves, second))
+        values, labels = [], []
+        for name, value in means.items():
+            kept = value[(halves[name] != second) & np.isfinite(value).all((1, 2))]
+            values.append(science.project(kept, axis.astype(np.float32)))
+            labels += [name == "default"] * len(kept)
+        pooled = np.concatenate(values)
+        found.append([roc_auc_score(labels, pooled[:, layer]) for layer in range(pooled.shape[1])])
+    return [round(float(x), 4) for x in np.mean(found, 0)]
+
+
+def reliability(means: dict[str, np.ndarray], halves: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return the agreement of the two halves of the questions at every layer.
+
+    `axis_reliability`: cosine of the two axes. `role_reliability`: mean over roles of the cosine
+    of a role's two vectors, each centred by the mean of all roles of its half.
+    """
+    one, two = (_half_vectors(means, halves, second) for second in (False, True))
+    a, b = _half_axis(one), _half_axis(two)
+    names = sorted((set(one) & set(two)) - {"default"})
+    u, v = (np.stack([half[name] for name in names]) for half in (one, two))
+    u, v = u - u.mean(0), v - v.mean(0)
+    unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (u, v)]
+    roles = (unit[0] * unit[1]).sum(-1).mean(0)
+    axes = [science.cosine(x, y) for x, y in zip(a, b, strict=True)]
+    return {"axis_reliability": [round(x, 4) for x in axes],
+            "role_reliability": [round(float(x), 4) for x in roles]}
+
+
+def ranking(found: Any, layer: int) -> dict[str, Any]:
+    """Return the roles whose mean projections are nearest to and farthest from the Assistant."""
+    order = sorted(((float(np.nanmean(v[:, layer])), name)
+                    for name, v in found.projections.items() if name != "default"), reverse=True)
+    listed = [[name, round(value, 3)] for value, name in order]
+    return {"layer": layer, "default": round(
+        float(np.nanmean(found.projections["default"][:, layer])), 3),
+        "nearest": listed[:EXTREMES], "farthest": listed[::-1][:EXTREMES],
+        "order": [name for name, _ in listed]}
+
+
+def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
+    """Score a seeded sample of roles with the judging model; the axis of answers with score 3."""
+    held, means = answers(args), np.load(args.out / "means.npz")
+    names = [name for name in held if name != "default"]
+    roles = {role.name: role for role in texts.load_roles(None)}
+    order = np.random.default_rng(args.seed).permutation(len(names))
+    sample = [names[i] for i in order[: args.judged]]
+    judge = DigitJudge(jp.load(args.judge, dtype=args.judge_dtype))
+    begun, counts, vectors, played, masses, examples = time.perf_counter(), {}, {}, 0, [], []
+    total = 0
+    for name in sample:
+        records = [held[name][i] for i in spaced(len(held[name]), args.judged_each)]
+        verdicts = judge.verdicts(roles[name], records)
+        total += len(records)
+        counts[name] = [s if s is not None else -1 for s in verdicts.scores]
+        masses += verdicts.mass.tolist()
+        full = np.array([s == 3 for s in verdicts.scores])
+        played += int(full.sum())
+        own = means[name].astype(np.float32)
+        kept = own[full & np.isfinite(own).all((1, 2))]
+        if len(kept):
+            vectors[name] = kept.mean(0, dtype=np.float64).astype(np.float32)
+        examples.append({"role": name, "score": verdicts.scores[0],
+                         "expected": round(float(verdicts.expected[0]), 2),
+                         "conversation": records[0]["conversation"]})
+        print(f"{name}: {counts[name]}, {time.perf_counter() - begun:.0f} s", flush=True)
+    plain = means["default"].astype(np.float32)
+    default = plain[np.isfinite(plain).all((1, 2))].mean(0, dtype=np.float64).astype(np.float32)
+    everyone = jp.load_axis(args.out / "axis.safetensors").values
+    out: dict[str, Any] = {
+        "judge": args.judge_name, "roles": len(sample), "answers": total,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "scores": {str(s): sum(c.count(s) for c in counts.values()) for s in (0, 1, 2, 3, -1)},
+        "share_played": round(played / max(total, 1), 4),
+        "mass": round(float(np.mean(masses)), 4), "roles_with_3": len(vectors),
+        "by_role": counts, "examples": examples,
+    }
+    if len(vectors) >= 2:
+        found = science.analyse(default, vectors)
+        out |= analysis(default, found) | {"cos_to_axis_of_all": [
+            round(science.cosine(x, y), 4) for x, y in zip(found.axis, everyone, strict=True)]}
+    return out
+
+
+def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare answers without and with a cap at p25, and with its control."""
+    model = jp.load(args.model, dtype=args.dtype)
+    axis = jp.load_axis(args.out / "axis.safetensors")
+    order = json.loads((args.out / "axis.json").read_text())["ranking"]["order"]
+    layers = range(int(0.7 * model.config.n_layers), int(0.85 * model.config.n_layers))
+    roles = {role.name: role for role in texts.load_roles(None)}
+    named = [name for name in order[::-1] if name in roles][:FARTHEST]
+    asked = texts.load_questions(None)[args.questions: args.questions + args.cap_questions]
+    floors = axis.thresholds("p25", of="all")[list(layers)]
+    random = np.random.default_rng(args.seed).normal(size=(1, len(layers), axis.values.shape[1]))
+    arms = {"none": None, "cap": jp.cap(axis, layers=layers, floor=floors),
+            "control": jp.cap(axis, layers=layers, floor=floors, push=random)}
+    prompts = [(name, q.text, opening(roles[name].prompts[0], q.text))
+               for name in named for q in asked]
+    ordinary = answers(args)["default"]
+    talks = [r["conversation"] for r in ordinary if r["conversation"][-1]["content"]]
+    talks = talks[: args.ordinary]
+    out: dict[str, Any] = {"layers": [layers.start, layers.stop], "percentile": "p25 of all",
+                           "roles": named, "questions": len(asked), "answers": len(prompts),
+                           "ordinary": len(talks), "capability_questions": len(QUESTIONS),
+                           "arms": {}}
+    how: dict[str, Any] = {"max_new_tokens": args.new, "batch_size": args.batch, "seed": args.seed}
+    replies = {}
+    for name, edit in arms.items():
+        begun = time.perf_counter()
+        made = jp.generate(model, [talk for *_, talk in prompts], interventions=edit,
+                           temperature=0.7, top_p=0.9, **how)
+        replies[name] = made.text
+        bound = jp.logprobs(model, talks, interventions=edit).perplexity(jp.response)
+        said = jp.generate(model, [q for q, _ in QUESTIONS], interventions=edit,
+                              **how | {"max_new_tokens": 24}).text
+        right = [correct(answer, wanted)
+                 for answer, (_, wanted) in zip(said, QUESTIONS, strict=True)]
+        changed = 0.0
+        if made.applied:  # of capped layers and tokens
+            counts = made.applied[0]
+            changed = float(counts.changed.sum() / (len(counts.changed) * counts.seen.sum()))
+        out["arms"][name] = {"perplexity": round(bound, 4), "correct": int(sum(right)),
+                             "changed_share": round(changed, 4),
+                             "seconds": round(time.perf_counter() - begun, 1)}
+        print(name, out["arms"][name], flush=True)
+    out["replies"] = [{"role": name, "question": q,
+                       **{arm: texts_[i] for arm, texts_ in replies.items()}}
+                      for i, (name, q, _) in enumerate(prompts)]
+    return out
+
+
+def cap_judge_stage(args: argparse.Namespace) -> dict[str, Any]:
+    """Score the answers of `cap` with the judging model."""
+    made = json.loads((args.out / "cap.json").read_text())
+    roles = {role.name: role for role in texts.load_roles(None)}
+    judge = DigitJudge(jp.load(args.judge, dtype=args.judge_dtype))
+    out: dict[str, Any] = {"judge": args.judge_name, "arms": {}}
+    for arm in made["arms"]:
+        scores, expected = [], []
+        for name in made["roles"]:
+            records = [{"question": r["question"], "conversation": [{"content": r[arm]}]}
+                       for r in made["replies"] if r["role"] == name]
+            verdicts = judge.verdicts(roles[name], records)
+            scores += verdicts.scores
+            expected += verdicts.expected.tolist()
+        out["arms"][arm] = {"share_played": round(float(np.mean([s == 3 for s in scores])), 4),
+                            "expected_score": round(float(np.mean(expected)), 4),
+                            "scores": {str(s): scores.count(s) for s in (0, 1, 2, 3, None)}}
+        print(arm, out["arms"][arm], flush=True)
+    return out
+
+
+STAGES = {"axis": axis_stage, "judge": judge_stage, "cap": cap_stage, "cap_judge": cap_judge_stage}
+
+
+def main() -> None:
+    """Run one stage and write its result."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("stage", choices=list(STAGES))
+    parser.add_argument("--model", help="a model folder, a .gguf file or a hub name")
+    parser.add_argument("--name", default="SmolLM2", help="the model's name in prompts")
+    parser.add_argument("--judge", help="the judging model")
+    parser.add_argument("--judge-name", default="Qwen2.5-Coder-1.5B-Instruct")
+    parser.add_argument("--out", type=pathlib.Path, required=True)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--judge-dtype", default="bfloat16")
+    parser.add_argument("--roles", type=int, help="a seeded sample of this many roles")
+    parser.add_argument("--prompts", type=int, default=5, help="system prompts of each role")
+    parser.add_argument("--questions", type=int, default=4)
+    parser.add_argument("--new", type=int, default=48)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--judged", type=int, default=40, help="roles that are judged")
+    parser.add_argument("--judged-each", type=int, default=4, help="answers of each")
+    parser.add_argument("--cap-questions", type=int, default=2)
+    parser.add_argument("--ordinary", type=int, default=40)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    begun = time.perf_counter()
+    found = STAGES[args.stage](args)
+    given = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(args).items()
+             if k not in ("model", "judge", "out")}
+    result = {"stage": args.stage, **machine(), "date": time.strftime("%Y-%m-%d"),
+              "arguments": given, "wall_s": round(time.perf_counter() - begun, 1), **found}
+    (args.out / f"{args.stage}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps({k: v for k, v in result.items()
+                      if isinstance(v, (int, float, str))}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
