@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 Report = Callable[[str, int, int, int], None]
-_ROLLOUTS_PER_CALL = 256  # rollouts per `generate` call; batches then span roles and stay full
+# Rollouts per `generate` call with up to 127 rows; more rows get more, at least 4 batches. Batches
+# then span roles and stay full.
+_ROLLOUTS_PER_CALL = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,9 +247,10 @@ def _play_missing(model: Model, run: Run, roles: Sequence[Role], questions: Sequ
     tokens = 0
     if report is not None:
         report("rollouts", done, total, tokens)
+    per_call = _ROLLOUTS_PER_CALL * max(1, settings.batch_size // 64)
     while missing:
         group: list[Role] = []
-        while missing and (not group or sum(size[r.name] for r in group) < _ROLLOUTS_PER_CALL):
+        while missing and (not group or sum(size[r.name] for r in group) < per_call):
             group.append(missing.pop(0))
         before, latest = (done, tokens), [0]
 
