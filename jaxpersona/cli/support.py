@@ -106,5 +106,5 @@ def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
     from jaxpersona.report import figures
 
     figures.roles_on_axis(folder / "roles.png", extraction.projections, middle, held_out)
-    figures.components(folder / "pca.png", extraction.analysis, middle)
+    figures.components(folder / "pca.png", extraction.analysis, middle, extraction.default)
     figures.variance(folder / "variance.png", extraction.analysis, middle)
