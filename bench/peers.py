@@ -113,18 +113,30 @@ class Hooked:
         made.generation_config.pad_token_id = 0
         self.made = made.to(self.device).eval()
 
-    def capped(self, direction: np.ndarray, floor: float, layers: range) -> list[Any]:
-        """Register hooks that cap layers, h ← h − v̂·min(⟨h, v̂⟩ − τ, 0); return the handles."""
+    def capped(self, direction: np.ndarray, floor: Any, layers: range) -> list[Any]:
+        """Register hooks that cap layers, h ← h − v̂·min(⟨h, v̂⟩ − τ, 0); return the handles.
+
+        Args:
+          direction: v, [D] or one per layer [l, D].
+          floor: τ, a number or one per layer [l].
+          layers: the l layers.
+        """
         torch = self.torch
-        unit = torch.tensor(direction / np.linalg.norm(direction), dtype=self.made.dtype,
-                            device=self.device)
 
-        def hook(module: Any, args: Any, output: Any) -> Any:
-            h = output[0] if isinstance(output, tuple) else output
-            h = h - unit * torch.clamp((h @ unit)[..., None] - floor, max=0)
-            return (h, *output[1:]) if isinstance(output, tuple) else h
+        def hook_of(v: np.ndarray, bound: float) -> Callable[..., Any]:
+            unit = torch.tensor(v / np.linalg.norm(v), dtype=self.made.dtype, device=self.device)
 
-        return [self.made.model.layers[i].register_forward_hook(hook) for i in layers]
+            def hook(module: Any, args: Any, output: Any) -> Any:
+                h = output[0] if isinstance(output, tuple) else output
+                h = h - unit * torch.clamp((h @ unit)[..., None] - bound, max=0)
+                return (h, *output[1:]) if isinstance(output, tuple) else h
+
+            return hook
+
+        directions = np.broadcast_to(direction, (len(layers), np.shape(direction)[-1]))
+        floors = np.broadcast_to(floor, len(layers))
+        return [self.made.model.layers[i].register_forward_hook(hook_of(v, float(bound)))
+                for i, v, bound in zip(layers, directions, floors, strict=True)]
 
     def generation(self, prompts: np.ndarray, new: int, *, form: str, direction: np.ndarray,
                    floor: float, layers: range) -> Callable[[], float]:

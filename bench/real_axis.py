@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from common import machine
 from real_questions import QUESTIONS, correct
+from real_speed import compare
 from sklearn.metrics import roc_auc_score
 
 import jaxpersona as jp
@@ -250,7 +251,7 @@ def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
     model = jp.load(args.model, dtype=args.dtype)
     axis = jp.load_axis(args.out / "axis.safetensors")
     order = json.loads((args.out / "axis.json").read_text())["ranking"]["order"]
-    layers = range(int(0.7 * model.config.n_layers), int(0.85 * model.config.n_layers))
+    layers = cap_layers(model)
     roles = {role.name: role for role in texts.load_roles(None)}
     named = [name for name in order[::-1] if name in roles][:FARTHEST]
     asked = texts.load_questions(None)[args.questions: args.questions + args.cap_questions]
@@ -314,7 +315,26 @@ def cap_judge_stage(args: argparse.Namespace) -> dict[str, Any]:
     return out
 
 
-STAGES = {"axis": axis_stage, "judge": judge_stage, "cap": cap_stage, "cap_judge": cap_judge_stage}
+def speed_stage(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare capped generation with transformers and hooks on random role prompts."""
+    model, axis = jp.load(args.model, dtype=args.dtype), jp.load_axis(args.out / "axis.safetensors")
+    roles, questions = cast(args, args.name)[1:], texts.load_questions(None)[: args.questions]
+    draw = np.random.default_rng(args.seed)
+    talks = []
+    for _ in range(args.speed_prompts):
+        prompts = roles[draw.integers(len(roles))].prompts
+        talks.append(opening(prompts[draw.integers(len(prompts))],
+                             questions[draw.integers(len(questions))].text))
+    return compare(model, axis, cap_layers(model), talks, args)
+
+
+def cap_layers(model: jp.Model) -> range:
+    """Return the capped layers: 70 to 85 % of the depth, as in the paper's best settings."""
+    return range(int(0.7 * model.config.n_layers), int(0.85 * model.config.n_layers))
+
+
+STAGES = {"axis": axis_stage, "judge": judge_stage, "cap": cap_stage, "cap_judge": cap_judge_stage,
+          "speed": speed_stage}
 
 
 def main() -> None:
@@ -338,6 +358,8 @@ def main() -> None:
     parser.add_argument("--judged-each", type=int, default=4, help="answers of each")
     parser.add_argument("--cap-questions", type=int, default=2)
     parser.add_argument("--ordinary", type=int, default=40)
+    parser.add_argument("--speed-prompts", type=int, default=64)
+    parser.add_argument("--budget", type=float, default=300, help="seconds of the speed stage")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()

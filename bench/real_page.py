@@ -1,0 +1,228 @@
+"""Write docs/results/real-models.md and its figures from the results of bench/real_axis.py.
+
+    python bench/real_page.py runs/smollm2 [runs/qwen …]
+
+Each folder holds `axis.json` and `projections.npz`, and those of `judge.json`, `cap.json`,
+`cap_judge.json` and `speed.json` that were run. The JSON results are copied to bench/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from jaxpersona.report import figures
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results"
+INTRODUCTION = """# The Assistant Axis of released models
+
+This page is written by `bench/real_page.py` from the results of `bench/real_axis.py`. Every number
+comes from one run; its command, device and date are given. The models are small, and what holds for
+them need not hold for large ones.
+
+**Method** (Lu et al. 2026, arXiv 2601.10387, at a smaller scale). The package's 275 roles, each
+with its first system prompts, and the default persona answer the first questions of the package:
+one answer per system prompt and question, at temperature 0.7 and top-p 0.9. A role's vector is the
+mean over its answers of the mean residual stream over response tokens. A layer's axis is the mean
+of the default persona's answers minus the mean of the role vectors. Without a judge, every answer
+counts as fully played.
+
+**Terms.** *AUC*: the probability that an answer of the default persona projects higher than an
+answer of a role. The axis comes from one half of the questions and the answers from the other half;
+both directions are averaged. *Axis reliability*: the cosine of the axes of the two halves. *Role
+reliability*: the mean over roles of the cosine of a role's two vectors, each minus the mean of all
+roles of its half.
+"""
+
+
+def section(folder: pathlib.Path, slug: str) -> str:
+    """Return the section of one model."""
+    axis = load(folder, "axis")
+    assert axis is not None
+    n, middle = axis["layers"], axis["layers"] // 2
+    of = axis["percentiles"]
+    projections = dict(np.load(folder / "projections.npz"))
+    figures.roles_on_axis(PAGE / f"{slug}-roles.png", projections, middle,
+                          title=f"{axis['model']}: {axis['roles']} roles on its Assistant Axis")
+    figures.by_layer(
+        PAGE / f"{slug}-layers.png",
+        {"|cos(PC1, axis)|": axis["cos_pc1"], "AUC": axis["auc"],
+         "axis reliability": axis["axis_reliability"],
+         "role reliability": axis["role_reliability"]}, f"{axis['model']} by layer")
+    picked = sorted({*range(0, n, max(1, n // 8)), middle, n - 1})
+    head = " | ".join(str(layer) for layer in picked)
+
+    def row(name: str, values: list[Any], form: str) -> str:
+        return f"| {name} | " + " | ".join(form.format(values[i]) for i in picked) + " |"
+
+    rank = axis["ranking"]
+    lines = [
+        f"## {axis['model']}", "",
+        f"{axis['roles']} roles × {axis['prompts']} system prompts × {axis['questions']} questions "
+        f"and the default persona: {axis['rollouts']:,} answers of at most "
+        f"{axis['settings']['max_new_tokens']} tokens, {axis['dtype']}, "
+        f"{axis['settings']['batch_size']} rows, seed {axis['settings']['seed']}. {device(axis)}. "
+        + (f"{axis['tokens']:,} tokens in {axis['seconds']:.0f} s, compilation included."
+           if axis["tokens"] else ""), "",
+        f"![Roles on the axis]({slug}-roles.png)", "",
+        f"*Layer {middle}. The band is the middle half of the default persona's answers. Every "
+        "answer counts (no judge).*", "",
+        f"Nearest to the Assistant at layer {middle}: {names(rank['nearest'])}.", "",
+        f"Farthest: {names(rank['farthest'])}.", "",
+        f"The default persona projects to {rank['default']:.1f}; the p25 of its answers is "
+        f"{of['default']['p25'][middle]:.1f}, that of all answers {of['all']['p25'][middle]:.1f}.",
+        "", f"| layer | {head} |", "|---|" + "---|" * len(picked),
+        row("cos(PC1, axis)", axis["cos_pc1"], "{:.2f}"),
+        row("variance explained by PC1", axis["pc1_ratio"], "{:.2f}"),
+        row("components for 70 % of the variance", axis["components_70"], "{}"),
+        row("AUC, default against roles", axis["auc"], "{:.2f}"),
+        row("axis reliability", axis["axis_reliability"], "{:.2f}"),
+        row("role reliability", axis["role_reliability"], "{:.2f}"),
+        row("‖axis‖ / ‖default mean‖", [a / b for a, b in zip(axis["axis_norm"], axis["norm"],
+                                                              strict=True)], "{:.3f}"), "",
+        f"![By layer]({slug}-layers.png)", "",
+    ]
+    return "\n".join([*lines, *judged(folder), *capped(folder), *speed(folder)])
+
+
+def judged(folder: pathlib.Path) -> list[str]:
+    """Return the part on judged answers."""
+    judge = load(folder, "judge")
+    if judge is None:
+        return []
+    scores = judge["scores"]
+    parts = ", ".join(f"{scores[s]} × {s}" for s in "0123")
+    lines = [
+        "### Judged by another model", "",
+        f"{judge['judge']} scored {judge['answers']} answers of {judge['roles']} roles (a seeded "
+        f"sample) by the probabilities of the digits 0 to 3 (`judges.digits`): {parts}, "
+        f"{scores['-1']} without a score. {judge['share_played']:.0%} count as fully played. Mean "
+        f"probability of the four digits {judge['mass']:.2f}. {device(judge)}.", ""]
+    if "cos_pc1" in judge:
+        middle = len(judge["cos_pc1"]) // 2
+        lines += [
+            f"The axis of the {judge['roles_with_3']} roles with an answer of score 3 has a cosine "
+            f"of {judge['cos_to_axis_of_all'][middle]:.2f} to the axis of all answers at layer "
+            f"{middle} ({min(judge['cos_to_axis_of_all']):.2f} at least over layers).", ""]
+    lines += ["Three of the judged answers, drawn by the seed:", ""]
+    for example in judge["examples"][:3]:
+        talk = " ".join(example["conversation"][-1]["content"].split())
+        asked = example["conversation"][-2]["content"]
+        lines += [f"> **{example['role'].replace('_', ' ')}**, score {example['score']} "
+                  f"(expected {example['expected']}): *{asked}* {talk[:300]}", ">"]
+    return [*lines[:-1], ""]
+
+
+def capped(folder: pathlib.Path) -> list[str]:
+    """Return the part on capping."""
+    cap, judge = load(folder, "cap"), load(folder, "cap_judge")
+    if cap is None:
+        return []
+    start, stop = cap["layers"]
+    lines = [
+        "### Capping", "",
+        f"A floor at the {cap['percentile']} answers on layers {start}:{stop}. The "
+        f"{len(cap['roles'])} farthest roles answer {cap['questions']} other questions "
+        f"({cap['answers']} answers per column). The control moves each activation by as much as "
+        "the cap would, along one random direction per layer. Perplexity is that of the model's "
+        f"own {cap['ordinary']} ordinary answers; the {cap['capability_questions']} short "
+        f"questions on arithmetic and facts are in `bench/real_questions.py`. {device(cap)}.", "",
+        "| | no cap | cap | control |", "|---|---|---|---|",
+    ]
+    arms = [cap["arms"][name] for name in ("none", "cap", "control")]
+    if judge is not None:
+        verdicts = [judge["arms"][name] for name in ("none", "cap", "control")]
+        lines += [
+            f"| answers that {judge['judge']} scores 3 | "
+            + " | ".join(f"{v['share_played']:.2f}" for v in verdicts) + " |",
+            "| expected score | " + " | ".join(f"{v['expected_score']:.2f}" for v in verdicts)
+            + " |"]
+    lines += [
+        "| share of layers and tokens changed | "
+        + " | ".join(f"{a['changed_share']:.2f}" for a in arms) + " |",
+        "| perplexity of ordinary answers | "
+        + " | ".join(f"{a['perplexity']:.2f}" for a in arms) + " |",
+        f"| right, of {cap['capability_questions']} | "
+        + " | ".join(str(a["correct"]) for a in arms) + " |", "",
+        "The first answer of three roles, without and with the cap:", ""]
+    seen: set[str] = set()
+    for reply in cap["replies"]:
+        if reply["role"] not in seen and len(seen) < 3:
+            seen.add(reply["role"])
+            lines += [f"> **{reply['role'].replace('_', ' ')}**: *{reply['question']}*", ">"]
+            lines += [f"> {arm}: {' '.join(reply[arm].split())[:240]}\n>"
+                      for arm in ("none", "cap")]
+    return [*lines, ""]
+
+
+def speed(folder: pathlib.Path) -> list[str]:
+    """Return the part on speed."""
+    found = load(folder, "speed")
+    if found is None:
+        return []
+    return ["### Speed", "",
+            f"Capped generation of {found['prompts']} role prompts with {found['new']} new tokens "
+            f"each, {found['rows']} rows, over transformers with hooks on the same prompts in the "
+            f"same run: {found['ratio']:.2f} × [{found['interval'][0]:.2f}, "
+            f"{found['interval'][1]:.2f}]{', unresolved' if found['unresolved'] else ''}. "
+            f"{device(found)}.", ""]
+
+
+def load(folder: pathlib.Path, stage: str) -> dict[str, Any] | None:
+    """Return a stage's result, or None."""
+    path = folder / f"{stage}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def device(found: dict[str, Any]) -> str:
+    """Return the device, versions and date of a result."""
+    kind = found["device"].split(" ", 1)
+    name = f"{found['cores']} CPU cores ({found['processor']})" if kind[0] == "cpu" else kind[1]
+    return (f"{name}, jax {found['versions']['jax']}, {found['date']} "
+            f"(`python bench/real_axis.py {found['stage']}` with {options(found)})")
+
+
+def options(found: dict[str, Any]) -> str:
+    """Return the options of a stage that differ from the defaults' names."""
+    used = {"axis": ("name", "dtype", "prompts", "questions", "new", "batch", "roles"),
+            "judge": ("judge_name", "judge_dtype", "judged", "judged_each"),
+            "cap": ("dtype", "questions", "cap_questions", "new", "ordinary"),
+            "cap_judge": ("judge_name", "judge_dtype"), "speed": ("new",)}[found["stage"]]
+    given = found["arguments"]
+    return " ".join(f"`--{name.replace('_', '-')} {given[name]}`" for name in used
+                    if given.get(name) is not None)
+
+
+def names(ranked: list[list[Any]]) -> str:
+    """Return role names with their mean projections."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in ranked)
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folders", nargs="+", type=pathlib.Path)
+    args = parser.parse_args()
+    PAGE.mkdir(parents=True, exist_ok=True)
+    sections = []
+    for folder in args.folders:
+        slug = folder.name
+        sections.append(section(folder, slug))
+        for stage in ("axis", "judge", "cap", "cap_judge", "speed"):
+            if (folder / f"{stage}.json").exists():
+                kept = ROOT / "bench" / "results" / f"real-{slug}-{stage}.json"
+                kept.write_text((folder / f"{stage}.json").read_text())
+    limits = PAGE / "limits.md"
+    text = "\n".join([INTRODUCTION, *sections])
+    if limits.exists():  # written by hand
+        text += "\n" + limits.read_text()
+    (PAGE / "real-models.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
