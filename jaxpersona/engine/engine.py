@@ -66,7 +66,8 @@ class Engine:
           capacity: the result of `reserve`, for any number of rows: the layers and the longest
             chain of rank-one interventions of a request. All requests then share programs. None:
             every structure of interventions has its own programs and lanes.
-          sizes: the cache sizes in tokens, for prompt and reply; default: multiples of 64.
+          sizes: the cache sizes in tokens, for prompt and reply; default: those of
+            `lanes.cache_size`.
           lanes: the maximum number of lanes, each with its own memory.
           chunk: the maximum number of decode steps between two reads of the device.
           queue: the maximum number of queued requests.

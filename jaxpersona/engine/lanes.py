@@ -124,11 +124,25 @@ class Shape(NamedTuple):
 
 
 def shape_of(row: Row, max_new: int, share_prefix: bool) -> Shape:
-    """Return the lengths of a prompt's programs; S is a multiple of 64."""
+    """Return the lengths of a prompt's programs."""
     shared = prefix_length(row) if share_prefix else 0
     prefix = bucket(shared) if shared else 0
     width = bucket(row.tokens.size - shared)
-    return Shape(prefix, width, -(-(prefix + width + max_new) // 64) * 64)
+    return Shape(prefix, width, cache_size(prefix + width + max_new))
+
+
+def cache_size(tokens: int) -> int:
+    """Return the number of cache slots for at most `tokens` tokens.
+
+    It is the least of 64, 128, 256, 512, 768, 1,024, 1,536, 2,048, … that is at least `tokens`. The
+    sizes are few, so that prompts of mixed lengths share a lane: a lane of its own for each size
+    would run with many free rows.
+    """
+    size = 64
+    while size < tokens:
+        power = size & (size - 1) == 0
+        size = (size * 2 if size < 512 else size * 3 // 2) if power else size * 4 // 3
+    return size
 
 
 def prefix_length(row: Row) -> int:

@@ -9,7 +9,7 @@ import support as s
 from jaxpersona.captures import capture
 from jaxpersona.engine import lanes, programs
 from jaxpersona.engine.generate import generate
-from jaxpersona.engine.lanes import prefix_length, shape_of
+from jaxpersona.engine.lanes import cache_size, prefix_length, shape_of
 from jaxpersona.interventions import cap, chain, gate, steer
 from jaxpersona.interventions.where import everywhere, marked
 from jaxpersona.models.batch import MARK, SYSTEM, USER
@@ -194,3 +194,15 @@ def test_rows_with_different_entries_of_any_table_share_no_prefix():
     for i in range(2):
         alone = after_prefix(rows[:1], edits.take([i]))
         assert s.same_bits(alone.captured["mean"][0], both.captured["mean"][i])
+
+
+def test_prompts_of_mixed_lengths_share_few_cache_sizes():
+    sizes = [cache_size(n) for n in range(1, 20_000)]
+    assert all(size >= n and size == cache_size(size) for n, size in enumerate(sizes, 1))
+    assert sizes == sorted(sizes) and len(set(sizes)) < 20
+    assert all(size < 2 * n for n, size in enumerate(sizes, 1) if n > 64)
+    assert all(size <= 1.5 * n + 1 for n, size in enumerate(sizes, 1) if n > 512)
+    rows = [Row(np.zeros(n, np.int32), np.full(n, USER, np.int32), np.zeros(n, np.int32), "")
+            for n in range(20, 129)]  # role prompts
+    assert {shape_of(row, 64, False).slots for row in rows} == {128, 256}
+    assert {shape_of(row, 512, False).slots for row in rows} == {768}
