@@ -12,6 +12,7 @@ Reading never executes code from a file.
 
 from __future__ import annotations
 
+import importlib.resources
 import json
 import os
 import pathlib
@@ -67,7 +68,7 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
     """Read a file of any supported format, chosen by its suffix.
 
     Args:
-      path: the file.
+      path: the file, or "mini" for the axis of the embedded model, which `jaxpersona axis` made.
       kind: kind of a bare tensor in a .pt file whose name does not show it (`torchfile.read`).
 
     Returns:
@@ -77,6 +78,10 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
       UserError: the suffix is unknown, or the file is missing, damaged, unsafe or uses an
         unsupported convention; the message names the file.
     """
+    if os.fspath(path) == "mini" and not os.path.exists(path):
+        held = importlib.resources.files("jaxpersona.ckpts") / "mini" / "axis.safetensors"
+        with importlib.resources.as_file(held) as file:
+            return _read_any(file, kind)
     loaded = _read_any(path, kind)
     if isinstance(loaded, Vector) and loaded.n_layers > MAX_LAYERS:
         raise UserError(f"{path}: holds {loaded.n_layers} layers; at most {MAX_LAYERS} are "
@@ -127,6 +132,10 @@ def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
 
 def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
     """Read an assistant axis of any supported format (see the module docstring).
+
+    Args:
+      path: the file, or "mini" for the axis of the embedded model (`load_any`).
+      kind: kind of a bare tensor in a .pt file (`load_any`).
 
     Raises:
       UserError: as `load_vector`, or the file holds a direction that is not an axis.

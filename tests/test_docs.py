@@ -1,0 +1,62 @@
+"""README and docs: their Python blocks run, their links lead somewhere, and README is short."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# blocks for several devices or a model of the hub
+NOT_RUN = {"docs/meshes.md": "make_mesh(data=2, model=8)"}
+
+
+def name(path: pathlib.Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path: pathlib.Path) -> list[str]:
+    """The Python blocks of a page, without those of `NOT_RUN`."""
+    skipped = NOT_RUN.get(name(path))
+    found = FENCE.findall(path.read_text())
+    assert skipped is None or any(skipped in block for block in found)
+    return [block for block in found if skipped is None or skipped not in block]
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if blocks(p)], ids=name)
+def test_the_blocks_of_a_page_run_in_order(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    space: dict[str, object] = {"__name__": "__main__"}
+    out = io.StringIO()
+    for number, block in enumerate(blocks(path)):
+        with contextlib.redirect_stdout(out):
+            exec(compile(block, f"{name(path)}, block {number}", "exec"), space)
+    if path.name == "README.md":
+        plain, capped, steered, last = [line for line in out.getvalue().splitlines() if line][-4:]
+        values = [float(line.split()[1]) for line in (plain, capped, steered)]
+        assert values[0] < values[1] and values[2] < values[1]  # the cap raises the projection
+        assert plain.startswith("plain") and -1 <= float(last.split()[0]) <= 1
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_every_link_leads_to_a_file_and_a_heading(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, heading = target.partition("#")
+        found = (path.parent / file).resolve() if file else path
+        assert found.exists(), f"{name(path)} links to {target}"
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", found.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
+            assert heading in slugs, f"{name(path)} links to {target}"
+
+
+def test_readme_is_short():
+    text = re.sub(r"```.*?```", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert len(text.split()) <= 700
