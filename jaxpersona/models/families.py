@@ -49,7 +49,8 @@ def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> t
         raise UserError(f"layer_types is {reprlib.repr(types)}; it must be a list of {n} values, "
                         f"each one of {known}")
     if window is None and "sliding_attention" in types:
-        raise UserError("sliding_window is null, but layer_types contains sliding_attention")
+        raise UserError("layer_types contains sliding_attention, but sliding_window is null or "
+                        "use_sliding_window is false")
     return tuple(window if t == "sliding_attention" else None for t in types)
 
 
@@ -65,11 +66,10 @@ def _mistral(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _qwen_windows(raw: Mapping[str, Any]) -> tuple:
     """Return Qwen's windows: with `use_sliding_window`, layers from `max_window_layers` up."""
-    if not raw.get("use_sliding_window", False):
-        return (None,) * raw["num_hidden_layers"]
+    window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
     first = raw.get("max_window_layers", 28)
-    sliding = raw.get("sliding_window") is not None
-    return _layer_windows(raw, lambda layer: sliding and layer >= first)
+    return _layer_windows({**raw, "sliding_window": window},
+                          lambda layer: window is not None and layer >= first)
 
 
 def _qwen2(raw: Mapping[str, Any]) -> dict[str, Any]:
