@@ -227,7 +227,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     check_keys(raw, family.name, own, others, place)
     given = {key: value for key, value in raw.items() if value is not None}
     # An explicit null of an optional soft-cap or window disables it; it does not mean the default.
-    nulls = {key: None for key, value in raw.items() if value is None and key in family.fields}
+    nulls = {key: None for key in _NULLABLE if key in raw and raw[key] is None}
     raw = {**family.default, **given, **nulls}
     required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                 "intermediate_size")
@@ -264,6 +264,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     return ModelConfig(**(fields | family.read(raw)))
 
 
+_NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 _INTEGERS = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
              "sliding_window_pattern", "_sliding_window_pattern")
 _REALS = ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping",
