@@ -100,7 +100,8 @@ def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("use_bidirectional_attention"):
         raise UserError("use_bidirectional_attention is true; only causal attention is supported")
     if raw.get("attn_logit_softcapping") is not None:
-        raise UserError("attn_logit_softcapping is set; Gemma 3 has no attention soft-cap")
+        raise UserError(f"attn_logit_softcapping is {raw['attn_logit_softcapping']}; Gemma 3 has "
+                        "no attention soft-cap")
     period = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6))
     local = (raw.get("rope_parameters") or {}).get("sliding_attention")
     theta = raw.get("rope_local_base_freq", 10_000.0)
@@ -239,9 +240,10 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
             raise UserError(f"config.json: {key} is {reprlib.repr(raw[key])}; it must be a "
                             "positive integer below 2³¹")
     _check_types(raw)
-    activation = raw.get("hidden_activation") or raw.get("hidden_act", "silu")
+    key = "hidden_activation" if "hidden_activation" in family.fields else "hidden_act"
+    activation = raw[key]
     if activation not in _ACTIVATIONS:
-        raise UserError(f"hidden_act is {activation!r}; {sorted(_ACTIVATIONS)} are supported")
+        raise UserError(f"{key} is {activation!r}; {sorted(_ACTIVATIONS)} are supported")
     heads, layers = raw["num_attention_heads"], raw["num_hidden_layers"]
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
     fields: dict[str, Any] = {
