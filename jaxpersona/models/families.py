@@ -104,10 +104,9 @@ def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
                         "no attention soft-cap")
     period = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6))
     local = (raw.get("rope_parameters") or {}).get("sliding_attention")
-    theta = raw.get("rope_local_base_freq", 10_000.0)
     return _gemma(raw) | {
         "qk_norm": True,
-        "rope_local": _rope(local) if local else Rope(theta=float(theta)),
+        "rope_local": _rope({} if local is None else local, raw["rope_local_base_freq"]),
         "windows": _layer_windows(raw, lambda layer: bool((layer + 1) % period)),
     }
 
@@ -137,7 +136,7 @@ FAMILIES: dict[str, Family] = {
         Family("gemma3", "Gemma3ForCausalLM", "gemma3_text", _GEMMA3, _gemma3,
                {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "sliding_window": 4096,
                 "query_pre_attn_scalar": 256, "tie_word_embeddings": True,
-                "rope_theta": 1_000_000.0}, float16=False),
+                "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}, float16=False),
     )
 }
 
@@ -186,17 +185,27 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
     else:
         raise UserError(f"rope_type is {reprlib.repr(kind)}; 'default', 'linear' and 'llama3' are "
                         "supported")
-    unread = sorted(set(raw) - allowed)
+    unread = {key: raw[key] for key in sorted(set(raw) - allowed)}
+    if unread.get("partial_rotary_factor") == 1:
+        del unread["partial_rotary_factor"]
     if unread:
-        raise UserError(f"rope scaling {kind!r} has unsupported fields: {unread}")
+        raise UserError(f"rope scaling {kind!r} has unsupported fields: {reprlib.repr(unread)}")
     return rope
 
 
-def _read_rope(raw: Mapping[str, Any]) -> Rope:
-    parameters = raw.get("rope_parameters")
-    if parameters is not None:
-        return _rope(parameters.get("full_attention", parameters), raw.get("rope_theta"))
-    return _rope(raw.get("rope_scaling") or {}, raw.get("rope_theta"))
+def _read_rope(raw: Mapping[str, Any], by_layer: bool) -> Rope:
+    """Return the rotary embedding of full-attention layers; `by_layer` allows one dict per type."""
+    theta, scaling = raw.get("rope_theta"), raw.get("rope_scaling")
+    whole = parameters = raw.get("rope_parameters")
+    if not parameters:
+        return _rope(scaling or {}, theta)
+    if by_layer and {"full_attention", "sliding_attention"} & set(parameters):
+        parameters = parameters.get("full_attention")
+    rope = _rope({} if parameters is None else parameters, theta)
+    if scaling and _rope(scaling, theta) != rope:  # transformers reads rope_scaling alone
+        raise UserError(f"rope_scaling is {reprlib.repr(scaling)}, but rope_parameters is "
+                        f"{reprlib.repr(whole)}; remove one of them")
+    return rope
 
 
 def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfig:
@@ -257,7 +266,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
         "d_ff": raw["intermediate_size"],
         "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
         "max_context": raw.get("max_position_embeddings", 2048),
-        "rope": _read_rope(raw),
+        "rope": _read_rope(raw, "rope_local_base_freq" in family.fields),
         "attn_scale": head_dim**-0.5,
         "tied_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "windows": (None,) * layers,
