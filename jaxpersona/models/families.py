@@ -49,7 +49,8 @@ def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> t
         raise UserError(f"layer_types is {reprlib.repr(types)}; it must be a list of {n} values, "
                         f"each one of {known}")
     if window is None and "sliding_attention" in types:
-        raise UserError("sliding_window is null, but layer_types contains sliding_attention")
+        raise UserError("layer_types contains sliding_attention, but sliding_window is null or "
+                        "use_sliding_window is false")
     return tuple(window if t == "sliding_attention" else None for t in types)
 
 
@@ -65,11 +66,10 @@ def _mistral(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _qwen_windows(raw: Mapping[str, Any]) -> tuple:
     """Return Qwen's windows: with `use_sliding_window`, layers from `max_window_layers` up."""
-    if not raw.get("use_sliding_window", False):
-        return (None,) * raw["num_hidden_layers"]
+    window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
     first = raw.get("max_window_layers", 28)
-    sliding = raw.get("sliding_window") is not None
-    return _layer_windows(raw, lambda layer: sliding and layer >= first)
+    return _layer_windows({**raw, "sliding_window": window},
+                          lambda layer: window is not None and layer >= first)
 
 
 def _qwen2(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,13 +100,13 @@ def _gemma3(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("use_bidirectional_attention"):
         raise UserError("use_bidirectional_attention is true; only causal attention is supported")
     if raw.get("attn_logit_softcapping") is not None:
-        raise UserError("attn_logit_softcapping is set; Gemma 3 has no attention soft-cap")
+        raise UserError(f"attn_logit_softcapping is {raw['attn_logit_softcapping']}; Gemma 3 has "
+                        "no attention soft-cap")
     period = raw.get("sliding_window_pattern", raw.get("_sliding_window_pattern", 6))
     local = (raw.get("rope_parameters") or {}).get("sliding_attention")
-    theta = raw.get("rope_local_base_freq", 10_000.0)
     return _gemma(raw) | {
         "qk_norm": True,
-        "rope_local": _rope(local) if local else Rope(theta=float(theta)),
+        "rope_local": _rope({} if local is None else local, raw["rope_local_base_freq"]),
         "windows": _layer_windows(raw, lambda layer: bool((layer + 1) % period)),
     }
 
@@ -136,7 +136,7 @@ FAMILIES: dict[str, Family] = {
         Family("gemma3", "Gemma3ForCausalLM", "gemma3_text", _GEMMA3, _gemma3,
                {"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, "sliding_window": 4096,
                 "query_pre_attn_scalar": 256, "tie_word_embeddings": True,
-                "rope_theta": 1_000_000.0}, float16=False),
+                "rope_theta": 1_000_000.0, "rope_local_base_freq": 10_000.0}, float16=False),
     )
 }
 
@@ -185,17 +185,27 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
     else:
         raise UserError(f"rope_type is {reprlib.repr(kind)}; 'default', 'linear' and 'llama3' are "
                         "supported")
-    unread = sorted(set(raw) - allowed)
+    unread = {key: raw[key] for key in sorted(set(raw) - allowed)}
+    if unread.get("partial_rotary_factor") == 1:
+        del unread["partial_rotary_factor"]
     if unread:
-        raise UserError(f"rope scaling {kind!r} has unsupported fields: {unread}")
+        raise UserError(f"rope scaling {kind!r} has unsupported fields: {reprlib.repr(unread)}")
     return rope
 
 
-def _read_rope(raw: Mapping[str, Any]) -> Rope:
-    parameters = raw.get("rope_parameters")
-    if parameters is not None:
-        return _rope(parameters.get("full_attention", parameters), raw.get("rope_theta"))
-    return _rope(raw.get("rope_scaling") or {}, raw.get("rope_theta"))
+def _read_rope(raw: Mapping[str, Any], by_layer: bool) -> Rope:
+    """Return the rotary embedding of full-attention layers; `by_layer` allows one dict per type."""
+    theta, scaling = raw.get("rope_theta"), raw.get("rope_scaling")
+    whole = parameters = raw.get("rope_parameters")
+    if not parameters:
+        return _rope(scaling or {}, theta)
+    if by_layer and {"full_attention", "sliding_attention"} & set(parameters):
+        parameters = parameters.get("full_attention")
+    rope = _rope({} if parameters is None else parameters, theta)
+    if scaling and _rope(scaling, theta) != rope:  # transformers reads rope_scaling alone
+        raise UserError(f"rope_scaling is {reprlib.repr(scaling)}, but rope_parameters is "
+                        f"{reprlib.repr(whole)}; remove one of them")
+    return rope
 
 
 def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfig:
@@ -227,7 +237,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     check_keys(raw, family.name, own, others, place)
     given = {key: value for key, value in raw.items() if value is not None}
     # An explicit null of an optional soft-cap or window disables it; it does not mean the default.
-    nulls = {key: None for key, value in raw.items() if value is None and key in family.fields}
+    nulls = {key: None for key in _NULLABLE if key in raw and raw[key] is None}
     raw = {**family.default, **given, **nulls}
     required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                 "intermediate_size")
@@ -239,9 +249,10 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
             raise UserError(f"config.json: {key} is {reprlib.repr(raw[key])}; it must be a "
                             "positive integer below 2³¹")
     _check_types(raw)
-    activation = raw.get("hidden_activation") or raw.get("hidden_act", "silu")
+    key = "hidden_activation" if "hidden_activation" in family.fields else "hidden_act"
+    activation = raw[key]
     if activation not in _ACTIVATIONS:
-        raise UserError(f"hidden_act is {activation!r}; {sorted(_ACTIVATIONS)} are supported")
+        raise UserError(f"{key} is {activation!r}; {sorted(_ACTIVATIONS)} are supported")
     heads, layers = raw["num_attention_heads"], raw["num_hidden_layers"]
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
     fields: dict[str, Any] = {
@@ -255,7 +266,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
         "d_ff": raw["intermediate_size"],
         "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
         "max_context": raw.get("max_position_embeddings", 2048),
-        "rope": _read_rope(raw),
+        "rope": _read_rope(raw, "rope_local_base_freq" in family.fields),
         "attn_scale": head_dim**-0.5,
         "tied_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "windows": (None,) * layers,
@@ -264,6 +275,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     return ModelConfig(**(fields | family.read(raw)))
 
 
+_NULLABLE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
 _INTEGERS = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window",
              "sliding_window_pattern", "_sliding_window_pattern")
 _REALS = ("rms_norm_eps", "rope_theta", "query_pre_attn_scalar", "attn_logit_softcapping",
