@@ -299,12 +299,12 @@ def cap_judge_stage(args: argparse.Namespace) -> dict[str, Any]:
     made = json.loads((args.out / "cap.json").read_text())
     roles = {role.name: role for role in texts.load_roles(None)}
     judge = DigitJudge(jp.load(args.judge, dtype=args.judge_dtype))
-    out: dict[str, Any] = {"judge": args.judge_name, "arms": {}}
+    out: dict[str, Any] = {"judge": args.judge_name, "each": args.judged_each, "arms": {}}
     for arm in made["arms"]:
         scores, expected = [], []
         for name in made["roles"]:
             records = [{"question": r["question"], "conversation": [{"content": r[arm]}]}
-                       for r in made["replies"] if r["role"] == name]
+                       for r in made["replies"] if r["role"] == name][: args.judged_each]
             verdicts = judge.verdicts(roles[name], records)
             scores += verdicts.scores
             expected += verdicts.expected.tolist()
@@ -355,7 +355,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--judged", type=int, default=40, help="roles that are judged")
-    parser.add_argument("--judged-each", type=int, default=4, help="answers of each")
+    parser.add_argument("--judged-each", type=int, default=4, help="answers of each role that are judged")
     parser.add_argument("--cap-questions", type=int, default=2)
     parser.add_argument("--ordinary", type=int, default=40)
     parser.add_argument("--speed-prompts", type=int, default=64)

@@ -137,8 +137,9 @@ def capped(folder: pathlib.Path) -> list[str]:
     arms = [cap["arms"][name] for name in ("none", "cap", "control")]
     if judge is not None:
         verdicts = [judge["arms"][name] for name in ("none", "cap", "control")]
+        scored = sum(verdicts[0]["scores"].values())
         lines += [
-            f"| answers that {judge['judge']} scores 3 | "
+            f"| answers that {judge['judge']} scores 3 (of {scored}) | "
             + " | ".join(f"{v['share_played']:.2f}" for v in verdicts) + " |",
             "| expected score | " + " | ".join(f"{v['expected_score']:.2f}" for v in verdicts)
             + " |"]
@@ -192,7 +193,7 @@ def options(found: dict[str, Any]) -> str:
     used = {"axis": ("name", "dtype", "prompts", "questions", "new", "batch", "roles"),
             "judge": ("judge_name", "judge_dtype", "judged", "judged_each"),
             "cap": ("dtype", "questions", "cap_questions", "new", "ordinary"),
-            "cap_judge": ("judge_name", "judge_dtype"), "speed": ("new",)}[found["stage"]]
+            "cap_judge": ("judge_name", "judge_dtype", "judged_each"), "speed": ("new",)}[found["stage"]]
     given = found["arguments"]
     return " ".join(f"`--{name.replace('_', '-')} {given[name]}`" for name in used
                     if given.get(name) is not None)

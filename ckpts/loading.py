@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import importlib.resources
 import os
 import pathlib
@@ -25,6 +26,7 @@ from jaxpersona.ckpts.adapter import attached, merged, read_adapter
 from jaxpersona.ckpts.source import Progress, load_params
 from jaxpersona.ckpts.tensorfile import parse_dtype
 
+from jaxpersona.calls import checked_call
 from jaxpersona.distributed import sharding
 from jaxpersona.distributed.context import own_context
 from jaxpersona.engine.compile_cache import use_compile_cache
@@ -40,7 +42,7 @@ from jaxpersona.models.params import (
     init_params,
     layout,
 )
-from jaxpersona.models.presets import preset
+from jaxpersona.models.presets import PRESETS, preset
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
@@ -71,6 +73,7 @@ _T = TypeVar("_T")
 _STDERR = threading.Lock()  # guards file descriptor 2
 
 
+@checked_call
 @own_context()
 def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
          dtype: DTypeLike | None = None,
@@ -138,8 +141,11 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, dtype: DTypeLike | 
         return _folder(path, name, kind, mesh, progress)
     repository, _, pinned = name.partition("@")
     if not _is_repository(repository) or name.endswith("@"):
-        raise UserError(f"{name}: no such folder; a model is a folder, a .gguf file, owner/name "
-                        "of the hub, mini or random:<preset>")
+        near = difflib.get_close_matches(name.lower(), ["mini", *PRESETS], 1, 0.7)
+        kind = "random:" if near and near[0] in PRESETS else ""
+        meant = f" (did you mean {kind}{near[0]}?)" if near else ""
+        raise UserError(f"{name}: no such folder{meant}; a model is a folder, a .gguf file, "
+                        "owner/name of the hub, mini or random:<preset>")
     if pinned and revision not in (None, pinned):
         raise UserError(f"two revisions ({name} and revision {revision!r}); give one")
     return _folder(_download(repository, pinned or revision), name, kind, mesh, progress)

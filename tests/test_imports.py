@@ -14,21 +14,21 @@ ROOT = pathlib.Path(__file__).parents[1]
 # each may import itself and those before it; a file with an entry of its own stands apart from its
 # package
 ORDER = (
-    "errors", "inputs", "interrupt", "runtime", "models.config", "distributed", "kernels", "models",
-    "interventions", "captures", "interventions.trace", "models.forward", "vectors", "text",
-    "engine", "planning", "ckpts", "interventions.specs", "training", "data", "judges", "runs",
-    "persona", "organism", "report", "cli",
+    "errors", "brief", "calls", "inputs", "interrupt", "runtime", "models.config", "distributed",
+    "kernels", "models", "interventions", "captures", "interventions.trace", "models.forward",
+    "vectors", "text", "engine", "planning", "ckpts", "interventions.specs", "training", "data",
+    "judges", "runs", "persona", "organism", "report", "cli",
 )
 NARROW = {  # less than what the order would allow
     "text.sandbox": set(),
     "text.sandbox_worker": set(),  # a script that starts with Jinja alone
     "text.template": {"models", "text"},
     "text.fences": set(),
-    "text.chat": {"models", "text"},
+    "text.chat": {"brief", "models", "text"},
     "kernels": {"kernels"},
-    "models.config": set(),
-    "ckpts": {"ckpts", "distributed", "engine", "inputs", "models", "models.config", "runtime",
-              "vectors"},
+    "models.config": {"brief"},
+    "ckpts": {"calls", "ckpts", "distributed", "engine", "inputs", "models", "models.config",
+              "runtime", "vectors"},
 }
 PLACE = {name: place for place, name in enumerate(ORDER)}
 

@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxpersona.brief import brief
 from jaxpersona.captures.reading import (
     F32,
     Reading,
@@ -74,6 +75,8 @@ class MeanState(State):
       count: [B], with `turns` [B, M], float32.
     """
 
+    __repr__ = brief
+
     row_axes: ClassVar[tuple[int, ...]] = (1, 0)
     label: ClassVar[str] = "mean"
 
@@ -129,6 +132,8 @@ class LastState(State):
       latest: [L, B, D] float32.
       position: [B] int32, −1 before the first selected token.
     """
+
+    __repr__ = brief
 
     row_axes: ClassVar[tuple[int, ...]] = (1, 0)
     label: ClassVar[str] = "last"

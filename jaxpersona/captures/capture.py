@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.brief import cut
+from jaxpersona.calls import checked_call
 from jaxpersona.captures.activations import Full, Last, Mean, Norms
 from jaxpersona.captures.projections import Histogram, ProjectionMoments, Projections
 from jaxpersona.captures.reading import F32, Reading, State
@@ -54,7 +56,7 @@ class Capture(flax.struct.PyTreeNode):
 
     def __repr__(self) -> str:
         """Return the readings, such as `mean(response) | last(everywhere)`."""
-        return " | ".join(map(repr, self.readings.values())) or "Capture()"
+        return cut(" | ".join(map(repr, self.readings.values())) or "Capture()")
 
 
 def chosen_layers(reading: Reading, config: ModelConfig) -> tuple[int, ...]:
@@ -107,6 +109,9 @@ def check_capture(given: Any) -> None:
     """
     if given is None or isinstance(given, Capture):
         return
+    if isinstance(given, (list, tuple)):
+        raise UserError(f"capture is a {type(given).__name__}; join readings with |, such as "
+                        "jp.capture.mean() | jp.capture.last()")
     name = given if isinstance(given, str) else getattr(given, "__name__", "")
     raise UserError(f"capture is {given!r:.60}; give a capture such as "
                     f"jp.capture.{_CALLS.get(name, 'last()')}")
@@ -131,6 +136,7 @@ def _pick(layers: Layers | None) -> tuple[int, ...] | None:
     return None if layers is None else resolve_layers(layers, None)
 
 
+@checked_call
 @own_rules()
 def mean(where: Where | str = response, *, layers: Layers | None = None, site: Site = "residual",
          turns: int | None = None, name: str = "mean") -> Capture:
@@ -143,6 +149,7 @@ def mean(where: Where | str = response, *, layers: Layers | None = None, site: S
     return Capture({name: Mean(**_common(where, layers, site), turns=turns)})
 
 
+@checked_call
 @own_rules()
 def last(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "last") -> Capture:
@@ -150,6 +157,7 @@ def last(where: Where | str = everywhere, *, layers: Layers | None = None, site:
     return Capture({name: Last(**_common(where, layers, site))})
 
 
+@checked_call
 @own_rules()
 def projections(directions: Any, where: Where | str = everywhere, *, layers: Layers | None = None,
                 site: Site = "residual", name: str = "projections") -> Capture:
@@ -165,6 +173,7 @@ def projections(directions: Any, where: Where | str = everywhere, *, layers: Lay
     return Capture({name: Projections(**_directions(directions, where, layers, site))})
 
 
+@checked_call
 @own_rules()
 def moments(directions: Any, where: Where | str = response, *, layers: Layers | None = None,
             site: Site = "residual", name: str = "moments") -> Capture:
@@ -179,6 +188,7 @@ def moments(directions: Any, where: Where | str = response, *, layers: Layers | 
     return Capture({name: ProjectionMoments(**_directions(directions, where, layers, site))})
 
 
+@checked_call
 @own_rules()
 def histogram(directions: Any, edges: Any, where: Where | str = response, *,
               layers: Layers | None = None, site: Site = "residual",
@@ -212,6 +222,7 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
     return Capture({name: Histogram(**fields, edges=jnp.asarray(bounds, F32))})
 
 
+@checked_call
 @own_rules()
 def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
           name: str = "norms") -> Capture:
@@ -222,6 +233,7 @@ def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site
     return Capture({name: Norms(**_common(where, layers, site))})
 
 
+@checked_call
 @own_rules()
 def full(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "full") -> Capture:

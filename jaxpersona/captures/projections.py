@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxpersona.brief import brief
 from jaxpersona.captures.reading import (
     F32,
     Reading,
@@ -93,6 +94,8 @@ class Projections(OnDirections, kw_only=True, repr=False):
 class ProjectionState(TokenState):
     """A `TokenState` of K directions, stored [L, B, K, S]: TPUs pad small minor dimensions."""
 
+    __repr__ = brief
+
     def result(self) -> Any:
         """[B, L, S, K]: entry s belongs to the token in cache slot s."""
         return numpy_of(self.values).transpose(self.values, (1, 0, 3, 2))
@@ -137,6 +140,8 @@ class Moments(flax.struct.PyTreeNode):
       variance: [B, L, K] float32, the population variance; NaN for rows without a token.
     """
 
+    __repr__ = brief
+
     count: Float[Array, " B"]
     mean: Float[Array, "B L K"]
     variance: Float[Array, "B L K"]
@@ -150,6 +155,8 @@ class MomentState(State):
       mean: [L, B, K] float32.
       squares: [L, B, K] float32, the sum of squared deviations from the mean.
     """
+
+    __repr__ = brief
 
     row_axes: ClassVar[tuple[int, ...]] = (0, 1, 1)
     label: ClassVar[str] = "moments"
@@ -215,6 +222,8 @@ class CountState(State):
     Attributes:
       counts: [L, B, K, E + 1] int32.
     """
+
+    __repr__ = brief
 
     row_axes: ClassVar[tuple[int, ...]] = (1,)
 

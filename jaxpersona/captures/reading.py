@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.brief import brief
 from jaxpersona.captures.missing import warn_of_empty
 from jaxpersona.distributed.sharding import spread_rows
 from jaxpersona.interventions.describe import call, layer_range, tests
@@ -38,6 +39,8 @@ class State(flax.struct.PyTreeNode):
       per_token: whether the result is [B, L, S, …] with one entry per cache slot.
       label: the name of the reading in the warning about rows without a token.
     """
+
+    __repr__ = brief
 
     row_axes: ClassVar[tuple[int, ...]]
     per_token: ClassVar[bool] = False
@@ -151,6 +154,8 @@ class TokenState(State, repr=False):
     Attributes:
       values: [L, B, S, …] float32.
     """
+
+    __repr__ = brief
 
     row_axes: ClassVar[tuple[int, ...]] = (1,)
     per_token: ClassVar[bool] = True

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.runtime import Device, is_traced, setting
@@ -35,6 +36,7 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 
 
+@checked_call
 def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
               devices: Sequence[Device] | None = None) -> Mesh:
     """Create a mesh with Explicit axes.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxpersona.brief import count, line, quoted
 from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.context import own_context
@@ -26,7 +27,6 @@ from jaxpersona.engine.generate import asks_for_code
 from jaxpersona.engine.kinds import Kind, plain_kinds
 from jaxpersona.engine.lanes import Lane, Shape, Task, shape_of
 from jaxpersona.engine.programs import State
-from jaxpersona.engine.prompts import bucket
 from jaxpersona.engine.replies import Finished, Reply, unpack
 from jaxpersona.engine.request import Event, Handle, QueueFull, Request, projected
 from jaxpersona.engine.rows import take_row
@@ -34,6 +34,7 @@ from jaxpersona.engine.sampling import sampling
 from jaxpersona.engine.scheduler import Scheduler
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions, given
+from jaxpersona.models.model import check_model
 from jaxpersona.models.prepared import fast_params
 from jaxpersona.text.chat import Row
 
@@ -66,8 +67,7 @@ class Engine:
           capacity: the result of `reserve`, for any number of rows: the layers and the longest
             chain of rank-one interventions of a request. All requests then share programs. None:
             every structure of interventions has its own programs and lanes.
-          sizes: the cache sizes in tokens, for prompt and reply; default: those of
-            `lanes.cache_size`.
+          sizes: the cache sizes in tokens, for prompt and reply; default: `lanes.cache_size`.
           lanes: the maximum number of lanes, each with its own memory.
           chunk: the maximum number of decode steps between two reads of the device.
           queue: the maximum number of queued requests.
@@ -76,23 +76,21 @@ class Engine:
           UserError: an argument that is not a positive integer, rows that the mesh does not divide,
             or a capacity that does not fit the model.
         """
+        check_model(model)
         numbers = {"rows": rows, "lanes": lanes, "chunk": chunk, "queue": queue}
-        for i, size in enumerate(() if sizes is None else sizes):
-            numbers[f"sizes[{i}]"] = size
+        numbers |= {f"sizes[{i}]": size for i, size in enumerate(() if sizes is None else sizes)}
         for name, value in numbers.items():
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise UserError(f"{name} is {value!r}; it must be a positive integer")
         ways = rows_divisor(model.params.embed_vd)
         if rows % ways:
-            raise UserError(f"rows is {rows}; the mesh shards rows over {ways} devices: use a "
-                            f"multiple of {ways}")
+            raise UserError(f"rows is {rows}; the mesh shards rows: use a multiple of {ways}")
         self.capacity = None if capacity is None else off_mesh(given(capacity))
         if self.capacity is not None:
             self.capacity.take(np.array([-1])).check(
                 layers=model.config.n_layers, width=model.config.d_model, rows=1)
-        self.model, self.rows = model, rows
+        self.model, self.rows, self.queue = model, rows, queue
         self.sizes = None if sizes is None else tuple(sorted(set(map(int, sizes))))
-        self.queue = queue
         with own_context():
             self._params = fast_params(model, rows)
         self._together = max(1, rows // 4) if model.mesh is None else rows
@@ -105,6 +103,9 @@ class Engine:
         self._count, self._version = 0, 0
         self._thread: threading.Thread | None = None
         self._stopping = False
+
+    def __repr__(self) -> str:
+        return line("Engine", quoted(self.model.name), count(self.rows, "row"))
 
     def submit(self, request: Request) -> Handle:
         """Check a request and append it to the queue.
@@ -230,16 +231,15 @@ class Engine:
             examples nor `sizes`.
         """
         if requests is None and self.sizes is None:
-            raise UserError("the engine has no sizes, so it cannot list its programs; make it with "
+            raise UserError("the engine has no sizes to list its programs from; make it with "
                             "Engine(sizes=…), or give warm_up example requests")
         with self._device, own_context():
             if self._handles:
                 raise UserError("the engine has requests; warm it up before the first")
             if requests is None:
-                context = self.model.config.max_context
                 for slots in self.sizes or ():
                     for kind in plain_kinds(slots, self.capacity):
-                        for width in prompts.widths(slots, context):
+                        for width in prompts.widths(slots, self.model.config.max_context):
                             self._compile(kind, Shape(0, width, slots))
                 return
             for request in requests:
@@ -289,7 +289,7 @@ class Engine:
         """Return the lengths of a request's programs, and its reply limit in the largest cache."""
         if self.sizes is None:
             return shape_of(row, limit, False), limit
-        width = bucket(row.tokens.size)
+        width = prompts.bucket(row.tokens.size)
         if width >= self.sizes[-1]:
             raise UserError(f"the conversation has {row.tokens.size} tokens, padded to {width}; "
                             f"the engine's largest cache holds {self.sizes[-1]}, the reply "

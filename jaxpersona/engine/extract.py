@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from jaxpersona.brief import count, line
+from jaxpersona.calls import checked_call
 from jaxpersona.captures.capture import Capture, mean
 from jaxpersona.captures.missing import describe_empty
 from jaxpersona.distributed import processes
@@ -31,6 +33,7 @@ from jaxpersona.models.batch import Batch
 from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.forward import Output, forward
+from jaxpersona.models.model import check_model
 from jaxpersona.models.params import Params
 from jaxpersona.runtime import debugging
 from jaxpersona.text import chat
@@ -66,7 +69,13 @@ class Extracted:
     padded: int
     nonfinite: Bool[np.ndarray, " N"]
 
+    def __repr__(self) -> str:
+        return line("Extracted", count(len(self.rows), "conversation"),
+                    count(self.tokens, "token"),
+                    f"captured: {', '.join(self.captured)}")
 
+
+@checked_call
 @own_context()
 def extract(
     model: Model,
@@ -99,6 +108,7 @@ def extract(
         `on_nonfinite="raise"`. If only some conversations have no selected token, their values are
         NaN and a logged warning lists them.
     """
+    check_model(model)
     check_choice(on_nonfinite)
     conversations = chat.listed(conversations)
     if batch_tokens is None:
@@ -155,7 +165,7 @@ def extract(
     if nonfinite.any():
         message = explanation()  # runs on all processes
         if processes.first():
-            warnings.warn(message, NonfiniteWarning, stacklevel=3)
+            warnings.warn(message, NonfiniteWarning, stacklevel=4)
     order = [results[i] for i in range(len(rows))]
     ragged = {name for name, state in (running[1].captured if running else {}).items()
               if state.per_token}

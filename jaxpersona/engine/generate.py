@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.brief import count, line
+from jaxpersona.calls import checked_call
 from jaxpersona.captures.capture import Capture
 from jaxpersona.captures.missing import describe_empty
 from jaxpersona.distributed import processes
@@ -42,6 +44,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.models.batch import CODE
+from jaxpersona.models.model import check_model
 from jaxpersona.models.prepared import fast_params
 from jaxpersona.runtime import debugging
 from jaxpersona.text import chat, fences
@@ -80,7 +83,13 @@ class Generated:
     applied: tuple[Applied, ...]
     finish: list[str]
 
+    def __repr__(self) -> str:
+        return line("Generated", count(len(self.text), "reply"),
+                    count(sum(len(t) for t in self.tokens), "token"),
+                    f"captured: {', '.join(self.captured)}" if self.captured else "")
 
+
+@checked_call
 @own_context()
 def generate(
     model: Model,
@@ -130,6 +139,7 @@ def generate(
         interventions of another model or number of rows, or non-finite activations with
         `on_nonfinite="raise"`; the message gives argument, value and remedy.
     """
+    check_model(model)
     check_choice(on_nonfinite)
     prompts.check_settings(capture, batch_size=batch_size, max_new_tokens=max_new_tokens)
     conversations = chat.listed(conversations)
@@ -172,7 +182,7 @@ def generate(
     if out.nonfinite:
         message = explanation()  # runs on all processes
         if processes.first():
-            warnings.warn(message, NonfiniteWarning, stacklevel=3)
+            warnings.warn(message, NonfiniteWarning, stacklevel=4)
     return out.finish(model, rows)
 
 

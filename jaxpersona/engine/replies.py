@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
+from jaxpersona.brief import brief, count, line, quoted
 from jaxpersona.distributed import processes
 from jaxpersona.engine.lanes import Task
 from jaxpersona.engine.programs import State
@@ -34,6 +35,8 @@ class Finished:
       nonfinite: whether an activation or a logit was not finite.
       matched: whether a stop string ended the reply.
     """
+
+    __repr__ = brief
 
     tokens: Int[np.ndarray, " n"]
     captured: dict[str, Any]
@@ -66,6 +69,9 @@ class Reply:
     row: Row
     captured: dict[str, Any]
     applied: tuple[Applied, ...]
+
+    def __repr__(self) -> str:
+        return line("Reply", quoted(self.text, 60), count(len(self.tokens), "token"), self.finish)
 
 
 def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) -> list[Finished]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxpersona.brief import brief, count, line, quoted
 from jaxpersona.captures.capture import Capture
 from jaxpersona.captures.projections import Projections
 from jaxpersona.engine.replies import Reply
@@ -35,6 +36,8 @@ class Request:
         the same tokens, id, seed and settings have the same reply.
       thinking: whether the reply may begin with a thinking block.
     """
+
+    __repr__ = brief
 
     conversation: Any
     interventions: Interventions | None = None
@@ -70,6 +73,10 @@ class Event:
     tokens: Int[np.ndarray, " n"]
     projections: dict[str, Float[np.ndarray, "n L K"]]
     reply: Reply | None = None
+
+    def __repr__(self) -> str:
+        return line("Event", quoted(self.text, 60), count(len(self.tokens), "token"),
+                    "" if self.reply is None else self.reply.finish)
 
 
 class QueueFull(RuntimeError):

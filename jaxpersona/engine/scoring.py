@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.brief import count, line
+from jaxpersona.calls import checked_call
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.context import own_context
 from jaxpersona.distributed.sharding import off_mesh, platform, rows_divisor
@@ -27,6 +29,7 @@ from jaxpersona.models.batch import Batch, check_ids
 from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.forward import forward
+from jaxpersona.models.model import check_model
 from jaxpersona.models.params import Params
 from jaxpersona.text import chat
 
@@ -52,6 +55,10 @@ class Scored:
     rows: list[chat.Row]
     logprobs: list[np.ndarray]
 
+    def __repr__(self) -> str:
+        return line("Scored", count(len(self.rows), "text"),
+                    count(sum(row.tokens.size for row in self.rows), "token"))
+
     def chosen(self, where: Where = everywhere) -> list[np.ndarray]:
         """Return the N arrays of log-probabilities of the tokens that `where` selects."""
         code = jnp.asarray(where.encode())
@@ -74,6 +81,7 @@ class Scored:
         return float(np.exp(-values.mean(dtype=np.float64)))
 
 
+@checked_call
 @own_context()
 def logprobs(
     model: Model,
@@ -102,6 +110,7 @@ def logprobs(
       >>> jp.logprobs(model, [talk]).perplexity(jp.response) > 1
       True
     """
+    check_model(model)
     conversations = chat.listed(conversations)
     rows = [prompts.encode(model, item, reply=False) for item in conversations]
     found = _run(model, rows, _of_tokens, interventions, batch_tokens)
@@ -109,6 +118,7 @@ def logprobs(
                          for row, value in zip(rows, found, strict=True)])
 
 
+@checked_call
 @own_context()
 def next_logprobs(
     model: Model,
@@ -132,6 +142,7 @@ def next_logprobs(
       UserError: no prompt or candidate, an id outside the vocabulary, a prompt that fills the
         context, interventions that do not fit, or non-finite activations.
     """
+    check_model(model)
     conversations = chat.listed(conversations)
     wanted = np.asarray(list(candidates))
     if not wanted.size or not np.issubdtype(wanted.dtype, np.integer):

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.brief import cut
+from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Layers, resolve_layers
 from jaxpersona.interventions.describe import call
@@ -94,7 +96,7 @@ class Interventions(flax.struct.PyTreeNode):
     def __repr__(self) -> str:
         """Return the calls that make the tables, such as `cap(response, layers 4–7, residual)`."""
         calls = [repr(edit) for edit in self.edits] or ["Interventions()"]
-        return calls[0] if len(calls) == 1 else call("chain", *calls)
+        return cut(calls[0] if len(calls) == 1 else call("chain", *calls))
 
 
 class PreparedInterventions(flax.struct.PyTreeNode):
@@ -167,10 +169,13 @@ def chain(*interventions: Interventions | None) -> Interventions:
 def _check_type(interventions: Sequence[Any]) -> None:
     for one in interventions:
         if one is not None and not isinstance(one, Interventions):
-            raise UserError(f"interventions has the type {type(one).__name__}; give the "
-                            "result of steer, cap, …, or None")
+            fix = ("join them with jp.chain(a, b, …), or jp.stack_rows for one per row"
+                   if isinstance(one, (list, tuple)) else
+                   "give the result of jp.steer, jp.cap, …, or None")
+            raise UserError(f"interventions is a {type(one).__name__}; {fix}")
 
 
+@checked_call
 @own_rules()
 def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
             entries: int | None = None, site: Site = "residual") -> Interventions:
@@ -210,6 +215,7 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
     return Interventions((empty,) * slots)
 
 
+@checked_call
 @own_rules()
 def stack_rows(interventions: Sequence[Interventions | None], *,
                into: Interventions | None = None) -> Interventions:

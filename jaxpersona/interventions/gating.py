@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Bank, check_finite, numbers
 from jaxpersona.interventions.compose import Interventions
@@ -17,6 +18,7 @@ from jaxpersona.models.batch import GENERATED
 from jaxpersona.runtime import is_traced, own_rules
 
 
+@checked_call
 @own_rules()
 def gate(
     interventions: Interventions,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import (
     Bank,
@@ -39,6 +40,7 @@ from jaxpersona.runtime import is_traced, own_rules
 _FLAT = 1e-6  # two unit vectors are collinear if the second's orthogonal part is shorter than this
 
 
+@checked_call
 @own_rules()
 def steer(
     vector: Any,
@@ -72,6 +74,7 @@ def steer(
     return _rank_one(bank, where, c=amount)
 
 
+@checked_call
 @own_rules()
 def cap(
     vector: Any,
@@ -117,6 +120,7 @@ def cap(
     return _rank_one(bank, where, lo=lo, hi=hi, push=None if along is None else along.direction)
 
 
+@checked_call
 @own_rules()
 def ablate(
     vector: Any,
@@ -137,6 +141,7 @@ def ablate(
     return _rank_one(bank, where, s=0.0, c=bank.spread("coefficient", coefficient))
 
 
+@checked_call
 @own_rules()
 def mean_ablate(
     vector: Any,
@@ -169,6 +174,7 @@ def mean_ablate(
     return _rank_one(bank, where, s=0.0, c=along)
 
 
+@checked_call
 @own_rules()
 def scale(
     vector: Any,
@@ -187,6 +193,7 @@ def scale(
     return _rank_one(bank, where, s=bank.spread("factor", factor))
 
 
+@checked_call
 @own_rules()
 def set_projection(
     vector: Any,
@@ -205,6 +212,7 @@ def set_projection(
     return _rank_one(bank, where, s=0.0, c=bank.spread("value", value))
 
 
+@checked_call
 @own_rules()
 def rotate(
     first: Any,
@@ -250,6 +258,7 @@ def rotate(
     return _table(Rotation, one, where, first=one.direction, second=across / length, angle=angle)
 
 
+@checked_call
 @own_rules()
 def restore_norm(
     *,
@@ -271,6 +280,7 @@ def restore_norm(
                   amount=jnp.ones((len(chosen), 1), jnp.float32))
 
 
+@checked_call
 @own_rules()
 def custom(
     fn: Callable[[Any, jax.Array], jax.Array],

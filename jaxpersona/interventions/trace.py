@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.brief import brief
 from jaxpersona.captures.capture import Capture, chosen_layers
 from jaxpersona.captures.reading import State
 from jaxpersona.distributed.sharding import spread_rows
@@ -35,6 +36,8 @@ class Applied(flax.struct.PyTreeNode):
       changed: [l, B] int32, the number of tokens changed at each layer. A rank-one edit counts as a
         change if δ ≠ 0, even if rounding to the model's dtype removes it.
     """
+
+    __repr__ = brief
 
     seen: Int[Array | np.ndarray, " B"]
     changed: Int[Array | np.ndarray, "l B"]

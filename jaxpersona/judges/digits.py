@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxpersona.brief import brief
 from jaxpersona.data.reading import fill
 from jaxpersona.data.texts import Role
 from jaxpersona.engine.scoring import next_logprobs
@@ -29,6 +30,8 @@ class Verdicts:
       probabilities: [n, 4], of the scores 0 to 3 among themselves.
       mass: [n], the probability of all four digits as the next token.
     """
+
+    __repr__ = brief
 
     probabilities: np.ndarray
     mass: np.ndarray

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.brief import brief
 from jaxpersona.distributed.sharding import rows_divisor, spread_rows
 from jaxpersona.errors import UserError
 
@@ -52,6 +53,8 @@ class Batch(flax.struct.PyTreeNode):
         row's index in the batch.
       chunk: whether the batch is one chunk of longer prompts (static).
     """
+
+    __repr__ = brief
 
     tokens: Int32[Array | np.ndarray, "B T"]
     position: Any  # the type of `tokens`; Any, because some functions annotate it jax.Array

@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxpersona.brief import brief
 from jaxpersona.distributed.sharding import of_each, on_cpu, place
 from jaxpersona.models.batch import Batch
 from jaxpersona.models.config import ModelConfig
@@ -33,6 +34,8 @@ class Cache(flax.struct.PyTreeNode):
       position: [B, S] int32, the rotary position of each slot's token; −1 in empty slots.
       next: [B] int32, the next free slot.
     """
+
+    __repr__ = brief
 
     k: tuple[Float[Array, "B K S H"], ...]
     v: tuple[Float[Array, "B K S H"], ...]

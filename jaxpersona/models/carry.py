@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import flax.struct
 
+from jaxpersona.brief import brief
 from jaxpersona.models.cache import Cache
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class Carry(flax.struct.PyTreeNode):
       finite: [B] bool, whether the residual stream after the last block that ran, and its sum of
         squares, were finite in float32 at every valid token of all calls.
     """
+
+    __repr__ = brief
 
     cache: Cache | None = None
     captured: dict[str, Any] | None = None

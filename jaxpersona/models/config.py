@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jax
 
+from jaxpersona.brief import line
 from jaxpersona.errors import UserError
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -105,6 +106,11 @@ class ModelConfig:
             raise UserError(
                 f"windows has {len(self.windows)} entries; give one per layer ({self.n_layers})"
             )
+
+    def __repr__(self) -> str:
+        return line("ModelConfig", self.family, f"{self.n_layers} layers × {self.d_model}",
+                    f"{self.n_heads} heads", f"{self.n_kv_heads} key/value heads",
+                    f"vocabulary {self.vocab_size}", f"context {self.max_context}")
 
     def rope_at(self, layer: int) -> Rope:
         """Return the rotary embedding of `layer`."""

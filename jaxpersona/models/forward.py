@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.brief import brief
 from jaxpersona.captures.capture import Capture, check_capture
 from jaxpersona.captures.reading import spread_states
 from jaxpersona.distributed.sharding import (
@@ -50,6 +51,8 @@ class Output(flax.struct.PyTreeNode):
       logits: [B, T, V], [B, V] or None, float32.
       carry: the state after this call; pass it to the next call to continue.
     """
+
+    __repr__ = brief
 
     logits: Float[Array, "B *T V"] | Any  # None is possible only with logits=None
     carry: Carry

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jaxpersona.brief import line, quoted
+from jaxpersona.errors import UserError
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Derived, Params, fingerprint, same_arrays
 from jaxpersona.runtime import is_traced
@@ -55,3 +57,19 @@ class Model:
                 self.config, jax.tree.map(jnp.asarray, self.params))  # they may be NumPy arrays
             object.__setattr__(self, "fingerprint", mark)
         object.__setattr__(self, "marked", (self.config, leaves))
+
+    def __repr__(self) -> str:
+        return line("Model", quoted(self.name), self.config.family,
+                    f"{self.config.n_layers} layers × {self.config.d_model}",
+                    str(self.params.embed_vd.dtype),
+                    "" if self.mesh is None else f"mesh {dict(self.mesh.shape)}")
+
+
+def check_model(model: Any) -> None:
+    """Check that a caller's `model` argument is a model.
+
+    Raises:
+      UserError: another value, such as a model's name or its parameters.
+    """
+    if not (hasattr(model, "params") and hasattr(model, "config")):
+        raise UserError(f"model is {model!r:.60}; give the result of jp.load(…)")

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxpersona.brief import brief
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.sharding import Axes, unset_mesh
 from jaxpersona.models.config import ModelConfig
@@ -35,6 +36,8 @@ class Layer(flax.struct.PyTreeNode):
     Each weight is an array or a prepared `weight.Weight`. With `joined_qkv` or `joined_gate_up`,
     the weights that these contain are None.
     """
+
+    __repr__ = brief
 
     attn_norm_d: Any
     wq_nhd: Any
@@ -72,6 +75,8 @@ class Layer(flax.struct.PyTreeNode):
 
 class Params(flax.struct.PyTreeNode):
     """The parameters of a model: embedding, blocks, final norm, and a head if it is untied."""
+
+    __repr__ = brief
 
     embed_vd: Any
     layers: tuple[Layer, ...]

@@ -17,6 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from jaxpersona.brief import brief
 from jaxpersona.distributed.sharding import (
     Axes,
     gather_weight,
@@ -49,6 +50,8 @@ class Weight(flax.struct.PyTreeNode):
 class Dense(Weight):
     """An array [*out, *in] in checkpoint order, possibly sharded; `inner` is the rank of *in*."""
 
+    __repr__ = brief
+
     value: Float[Array, ...]
     inner: int = flax.struct.field(pytree_node=False, default=1)
 
@@ -65,6 +68,8 @@ class InOut(Weight):
       out: the output dimensions.
       inner: the number of input dimensions.
     """
+
+    __repr__ = brief
 
     value: Float[Array, "i o"]
     out: tuple[int, ...] = flax.struct.field(pytree_node=False)
@@ -89,6 +94,8 @@ class Int8(Weight):
       inner: the rank of *in*.
     """
 
+    __repr__ = brief
+
     value: Integers[Array, ...]
     scale: Float[Array, ...]
     inner: int = flax.struct.field(pytree_node=False, default=1)
@@ -112,6 +119,8 @@ class LowRank(Weight):
       inner: the rank of *in*.
     """
 
+    __repr__ = brief
+
     base: Float[Array, ...] | Weight
     a: Float[Array, "r ..."]
     b: Float[Array, "... r"]
@@ -132,6 +141,8 @@ class Joined(Weight):
       value: a prepared weight with one output dimension, the sum of the sizes of `outs`.
       outs: the output dimensions of each weight.
     """
+
+    __repr__ = brief
 
     value: Weight
     outs: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxpersona.brief import brief
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import normalised
 
@@ -95,6 +96,8 @@ class Components:
       coordinates: [R, C], the roles' centred coordinates.
     """
 
+    __repr__ = brief
+
     directions: np.ndarray
     ratio: np.ndarray
     coordinates: np.ndarray
@@ -133,6 +136,8 @@ class Analysis:
       components: L entries, one per layer.
       cos_pc1: [L], |cos(PC1, axis)|.
     """
+
+    __repr__ = brief
 
     axis: np.ndarray
     names: list[str]

@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from jaxpersona.brief import line
+from jaxpersona.calls import checked_call
 from jaxpersona.captures import capture
 from jaxpersona.engine.generate import generate
 from jaxpersona.errors import UserError
 from jaxpersona.interventions import resolve_layers
 from jaxpersona.interventions.bank import Layers, normalised
 from jaxpersona.interventions.where import response
+from jaxpersona.models.model import check_model
 from jaxpersona.vectors.caps import Caps, Found, fitted
 from jaxpersona.vectors.vector import Axis, Vector
 
@@ -57,6 +60,9 @@ class Check:
     roles: np.ndarray
     shift: int | None
 
+    def __repr__(self) -> str:
+        return line("Check", "ok" if self.ok else "; ".join(map(str, self.faults)))
+
 
 def fit(model: Model, found: Found) -> Found:
     """Check that a residual-stream vector, or caps, fit a model, and return them adapted to it.
@@ -71,6 +77,7 @@ def fit(model: Model, found: Found) -> Found:
     return fitted(found, model.config, model.name, model.fingerprint)
 
 
+@checked_call
 def check(
     model: Model,
     axis: Axis | Caps,
@@ -95,6 +102,7 @@ def check(
       UserError: `axis` is neither an Axis nor Caps, belongs to another model, or is zero at a
         layer; `floor` is not numeric; or the model has no tokenizer or no chat template.
     """
+    check_model(model)
     if not isinstance(axis, (Axis, Caps)):
         raise UserError(f"axis is a {type(axis).__name__}; the check needs an Axis or Caps, which "
                         "point toward the Assistant: jp.Axis(values) wraps an array [L, D]")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
+from jaxpersona.calls import checked_call
 from jaxpersona.captures import capture
 from jaxpersona.distributed.context import own_context
 from jaxpersona.engine.extract import extract
@@ -15,6 +16,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Layers, resolve_layers
 from jaxpersona.interventions.where import Where, last, response
 from jaxpersona.models.batch import SYSTEM, TEMPLATE, USER
+from jaxpersona.models.model import check_model
 from jaxpersona.text import chat
 from jaxpersona.vectors.vector import Vector
 
@@ -26,6 +28,7 @@ Pool = Literal["response", "last", "prompt"]
 _PROMPT = Where(any=SYSTEM | USER, none=TEMPLATE)
 
 
+@checked_call
 @own_context()
 def contrast(
     model: Model,
@@ -68,6 +71,7 @@ def contrast(
       >>> vector = jp.contrast(model, ["I love it!", "What joy!"], ["I hate it.", "How sad."])
       >>> edits = jp.steer(vector, layers=4, scale=2.0)
     """
+    check_model(model)
     if method not in get_args(Method):
         raise UserError(f"method is {method!r}; it must be one of {', '.join(get_args(Method))}")
     if pool is not None and pool not in get_args(Pool):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpersona.brief import brief
 from jaxpersona.captures import capture
 from jaxpersona.distributed.context import own_context
 from jaxpersona.engine.batches import width_of
@@ -37,6 +38,8 @@ class TurnProjection:
       values: [L, K] float32, mean projections over these tokens on K directions at every layer;
         NaN where a direction is zero (imported vectors may not cover every layer).
     """
+
+    __repr__ = brief
 
     turn: int
     tokens: int
@@ -93,6 +96,8 @@ class Talks:
       replies: M lists of N replies.
       projections: [M, N, L] float32, mean projection of each reply; NaN for an empty reply.
     """
+
+    __repr__ = brief
 
     replies: list[list[str]]
     projections: np.ndarray

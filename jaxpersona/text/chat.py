@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpersona.brief import brief
 from jaxpersona.errors import UserError
 from jaxpersona.models.batch import (
     ASSISTANT,
@@ -63,6 +64,8 @@ class Row:
     turn: np.ndarray
     text: str
     messages: tuple[dict[str, str], ...] | None = None
+
+    __repr__ = brief
 
 
 def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thinking: bool = False,

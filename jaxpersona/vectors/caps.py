@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from jaxpersona.brief import count, line, quoted
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions, chain
 from jaxpersona.interventions.operators import cap
@@ -68,6 +69,11 @@ class Caps:
         check_names(self)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "floors", floors)
+
+    def __repr__(self) -> str:
+        return line("Caps", quoted(self.name), count(len(self.layers), "floor"),
+                    f"layers {min(self.layers)} to {max(self.layers)}",
+                    f"of {quoted(self.model)}" if self.model else "")
 
     def tables(self) -> list[tuple[Vector, tuple[int, ...], np.ndarray]]:
         """Return the arguments of successive calls of `cap`: direction, layers and floors [l].

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpersona.brief import line, quoted
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Layers, normalised, resolve_layers
 from jaxpersona.interventions.table import SITES, Site
@@ -102,6 +103,11 @@ class Vector:
         if self.site not in SITES:
             raise UserError(f"site is {self.site!r}; it must be one of {SITES}")
         object.__setattr__(self, "values", values)
+
+    def __repr__(self) -> str:
+        return line(type(self).__name__, quoted(self.name), f"{list(self.values.shape)}",
+                    f"of {quoted(self.model)}" if self.model else "",
+                    self.site if self.site != "residual" else "")
 
     @property
     def n_layers(self) -> int:
@@ -234,6 +240,12 @@ class Axis(Vector):
         object.__setattr__(self, "percentiles", {
             population: _percentiles(population, table, self.n_layers)
             for population, table in self.percentiles.items()})
+
+    def __repr__(self) -> str:
+        known = ", ".join(f"{of} {len(table)}" for of, table in self.percentiles.items())
+        return line("Axis", quoted(self.name), f"{list(self.values.shape)}",
+                    f"of {quoted(self.model)}" if self.model else "",
+                    f"percentiles: {known}" if known else "no thresholds")
 
     def thresholds(self, percentile: str, *, of: str = "default") -> np.ndarray:
         """Return the projection at a percentile for every layer, [L] float32.

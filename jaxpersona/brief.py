@@ -1,0 +1,57 @@
+"""One-line representations: shapes in place of values, and at most 120 characters."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+LENGTH = 120  # characters of a representation
+
+
+def brief(value: Any) -> str:
+    """Return `Name(field=…, …)` of a dataclass, cut to `LENGTH` characters.
+
+    Use it as the method: `__repr__ = brief`. Arrays are shown as dtype[shape], lists by their
+    length, and fields that are None or excluded from the representation are left out.
+    """
+    fields = [(f.name, getattr(value, f.name, None)) for f in dataclasses.fields(value) if f.repr]
+    parts = [f"{name}={_part(held)}" for name, held in fields if held is not None]
+    return line(type(value).__name__, *parts)
+
+
+def line(name: str, *parts: str) -> str:
+    """Return `name(part, part, …)` on one line, cut to `LENGTH` characters."""
+    return cut(f"{name}({', '.join(part for part in parts if part)})", "…)")
+
+
+def cut(text: str, end: str = "…") -> str:
+    """Return a text on one line, cut to `LENGTH` characters, `end` included."""
+    text = " ".join(text.split())
+    return text if len(text) <= LENGTH else text[: LENGTH - len(end)] + end
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun[:-1]}ies" if noun == "reply" else f"{number:,} {noun}s"
+
+
+def quoted(text: str, most: int = 40) -> str:
+    """Return a quoted text of at most `most` characters."""
+    return repr(text if len(text) <= most else text[: most - 1] + "…")
+
+
+def _part(value: Any) -> str:
+    """Return a field's value: dtype[shape] of an array, the length of a container, or its repr."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype}{list(value.shape)}"
+    if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float, str)):
+        kinds = {type(item).__name__ for item in value}
+        kind = kinds.pop() if len(kinds) == 1 else "values"
+        return f"{len(value)} × {'array' if kind in ('ArrayImpl', 'ndarray') else kind}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_part(held)}" for key, held in value.items()) + "}"
+    if isinstance(value, str):
+        return quoted(value)
+    return repr(value)[:LENGTH]

@@ -1,0 +1,110 @@
+"""Clear errors for calls whose arguments do not fit the function's signature."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+from jaxpersona.errors import UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# what users of other libraries write → the argument's name here, the first that a function has
+_NAMES: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("layer", "layer_idx", "layer_ids", "layers_ids", "at"), ("layers",)),
+    **dict.fromkeys(("coeff", "coef", "coefficient", "alpha", "strength", "multiplier", "factor",
+                     "lam", "weight", "c"), ("scale", "coefficient", "factor")),
+    **dict.fromkeys(("max_tokens", "max_length", "max_new", "max_gen_len", "n_tokens", "new_tokens",
+                     "length"), ("max_new_tokens",)),
+    **dict.fromkeys(("prompt", "prompts", "messages", "inputs", "texts", "text", "conversation",
+                     "chats", "input_ids"), ("conversations",)),
+    **dict.fromkeys(("threshold", "tau", "min", "minimum", "low", "lower", "cap", "value"),
+                    ("floor", "value")),
+    **dict.fromkeys(("max", "maximum", "high", "upper"), ("ceiling",)),
+    **dict.fromkeys(("position", "positions", "tokens", "token", "mask", "on"), ("where",)),
+    **dict.fromkeys(("hooks", "hook", "edits", "edit", "intervention", "steering", "caps"),
+                    ("interventions",)),
+    **dict.fromkeys(("captures", "cache", "read", "readings", "capturing"), ("capture",)),
+    **dict.fromkeys(("batch", "bs", "n_rows"), ("batch_size", "batch_tokens")),
+    **dict.fromkeys(("direction", "directions", "vec", "v", "vectors", "axis"),
+                    ("vector", "directions")),
+    **dict.fromkeys(("temp", "t"), ("temperature",)),
+    **dict.fromkeys(("topp", "p", "nucleus"), ("top_p",)), "topk": ("top_k",),
+    **dict.fromkeys(("random_seed", "rng", "key", "generator"), ("seed",)),
+    **dict.fromkeys(("torch_dtype", "precision"), ("dtype",)),
+    **dict.fromkeys(("path", "name", "model", "checkpoint", "model_name", "repo"), ("source",)),
+    **dict.fromkeys(("pos", "positives", "good"), ("positive",)),
+    **dict.fromkeys(("neg", "negatives", "bad"), ("negative",)),
+}
+_ADVICE = {
+    "do_sample": "temperature=0 is greedy, any other temperature samples",
+    "device": "use jax.default_device for one device, or mesh= for several",
+    "device_map": "use mesh=jp.make_mesh(…)",
+    "load_in_8bit": "weights are loaded as float32, bfloat16 or float16",
+    "load_in_4bit": "weights are loaded as float32, bfloat16 or float16",
+    "trust_remote_code": "code of a checkpoint is never run",
+    "stop": "use jp.Engine and jp.Request(stop=…)",
+    "stream": "use jp.Engine: engine.stream(handle)",
+    "num_return_sequences": "repeat the conversation in the list",
+}
+
+
+def checked_call(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a function: arguments that do not fit raise a `UserError` with the remedy.
+
+    Without it, Python raises a TypeError that names the argument but not the right one.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **named: P.kwargs) -> R:
+        try:
+            signature.bind(*args, **named)
+        except TypeError:
+            raise UserError(_explain(function.__name__, signature, args, named)) from None
+        return function(*args, **named)
+
+    return call
+
+
+def _explain(name: str, signature: inspect.Signature, args: tuple[Any, ...],
+             named: Mapping[str, Any]) -> str:
+    """Return what is wrong with a call, and the remedy."""
+    known = signature.parameters
+    ordered = [p.name for p in known.values() if p.kind in (p.POSITIONAL_ONLY,
+                                                           p.POSITIONAL_OR_KEYWORD)]
+    for given in named:
+        if given not in known:
+            return f"{name}() has no argument {given!r}; {_remedy(given, list(known))}"
+    if len(args) > len(ordered):
+        others = [key for key in known if key not in ordered and key not in named]
+        first = f"{args[len(ordered)]!r:.40}"
+        return (f"{name}() takes {_listed(ordered) or 'no argument'} by position; give {first} "
+                f"by its name, one of {_listed(others)}")
+    for given in named:
+        if given in ordered[: len(args)]:
+            return f"{name}() got {given!r} twice, by position and by name"
+    bound = {*ordered[: len(args)], *named}
+    missing = [p.name for p in known.values() if p.default is p.empty and p.name not in bound
+               and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return f"{name}() needs {_listed(missing)}"
+
+
+def _remedy(given: str, known: list[str]) -> str:
+    """Return the argument that was probably meant, or all of them."""
+    if given in _ADVICE and given not in known:
+        return _ADVICE[given]
+    for right in _NAMES.get(given.lower(), ()):
+        if right in known:
+            return f"did you mean {right}?"
+    if near := difflib.get_close_matches(given.lower(), known, 1, 0.7):
+        return f"did you mean {near[0]}?"
+    return f"its arguments are {_listed(known)}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,115 @@
+"""Typical mistakes of a first hour: each raises one line with the argument, value or fix."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+
+import jaxpersona as jp
+from jaxpersona.calls import checked_call
+
+MODEL = jp.load("mini")
+AXIS = jp.load_axis("mini")
+V = AXIS.values[4]
+TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+ASK = [{"role": "user", "content": "hi"}]
+
+
+def steer(**more):
+    return jp.steer(V, **{"layers": 4, "scale": 1.0, **more})
+
+
+MISTAKES = {
+    # names of other libraries
+    "layer": (lambda: jp.steer(V, layer=4),
+              r"steer\(\) has no argument 'layer'; did you mean layers"),
+    "coeff": (lambda: jp.steer(V, layers=4, coeff=2.0), "'coeff'; did you mean scale"),
+    "alpha": (lambda: jp.steer(V, layers=4, alpha=2.0), "'alpha'; did you mean scale"),
+    "coefficient": (lambda: jp.ablate(V, layers=4, coeff=2.0), "did you mean coefficient"),
+    "positions": (lambda: steer(positions="all"), "'positions'; did you mean where"),
+    "threshold": (lambda: jp.cap(V, layers=4, threshold=1.0), "did you mean floor"),
+    "typo": (lambda: jp.cap(V, layers=4, flor=1.0), "did you mean floor"),
+    "max_tokens": (lambda: jp.generate(MODEL, ["a"], max_tokens=5), "did you mean max_new_tokens"),
+    "max_length": (lambda: jp.generate(MODEL, ["a"], max_length=5), "did you mean max_new_tokens"),
+    "do_sample": (lambda: jp.generate(MODEL, ["a"], do_sample=False), "temperature=0 is greedy"),
+    "hooks": (lambda: jp.generate(MODEL, ["a"], hooks=steer()), "did you mean interventions"),
+    "stop": (lambda: jp.generate(MODEL, ["a"], stop=["x"]), r"jp\.Request\(stop="),
+    "prompts": (lambda: jp.generate(MODEL, prompts=["a"]), "did you mean conversations"),
+    "device": (lambda: jp.load("mini", device="cuda"), "jax.default_device"),
+    "torch_dtype": (lambda: jp.load("mini", torch_dtype="float32"), "did you mean dtype"),
+    "path": (lambda: jp.load(path="mini"), "did you mean source"),
+    "unknown": (lambda: jp.steer(V, layers=4, zebra=1), "its arguments are vector, layers, scale"),
+    "batch": (lambda: jp.extract(MODEL, [TALK], batch=8), "did you mean batch_tokens"),
+    "positives": (lambda: jp.contrast(MODEL, positives=["a"], negative=["b"]),
+                  "did you mean positive"),
+    # what is missing, or given by position
+    "no layers": (lambda: jp.steer(V), r"steer\(\) needs layers"),
+    "no bound": (lambda: jp.cap(V, layers=4), "cap needs a bound: floor, ceiling or both"),
+    "no prompts": (lambda: jp.generate(MODEL), r"generate\(\) needs conversations"),
+    "strength by position": (lambda: jp.steer(V, 2.0, layers=4),
+                             "takes vector by position; give 2.0 by its name, one of scale"),
+    "layer by position": (lambda: jp.steer(V, 4), "by its name, one of layers, scale"),
+    "twice": (lambda: jp.steer(V, vector=V, layers=4), "'vector' twice"),
+    # values
+    "a name": (lambda: jp.generate("mini", ["a"]), r"model is 'mini'; give the result of jp\.load"),
+    "a name in extract": (lambda: jp.extract("mini", [TALK]), r"model is 'mini'"),
+    "a name in logprobs": (lambda: jp.logprobs("mini", [TALK]), r"model is 'mini'"),
+    "a name in contrast": (lambda: jp.contrast("mini", ["a"], ["b"]), r"model is 'mini'"),
+    "a name in an engine": (lambda: jp.Engine("mini"), r"model is 'mini'"),
+    "parameters": (lambda: jp.generate(MODEL.params, ["a"]), "model is Params"),
+    "a list of edits": (lambda: jp.generate(MODEL, ["a"], interventions=[steer()]),
+                        r"interventions is a list; .*jp\.chain"),
+    "a vector as an edit": (lambda: jp.generate(MODEL, ["a"], interventions=AXIS),
+                            "interventions is "),
+    "an uncalled capture": (lambda: jp.generate(MODEL, ["a"], capture=jp.capture.last),
+                            r"capture is .*last.*; .*\(\)"),
+    "a list of captures": (lambda: jp.generate(MODEL, ["a"], capture=[jp.capture.last()]),
+                           r"capture is .*\|"),
+    "one conversation": (lambda: jp.generate(MODEL, ASK), "wrap it in a list"),
+    "one string": (lambda: jp.generate(MODEL, "hi"), "wrap it in a list"),
+    "last layer": (lambda: jp.steer(V, layers=-1), r"layers.*-1"),
+    "layer beyond": (lambda: jp.generate(MODEL, ["a"], interventions=jp.steer(V, layers=8)),
+                     "layer 8.*8 layers|8 layers.*layer 8|0…7"),
+    "layer of one": (lambda: jp.steer(V, layers=4.0), "layers"),
+    "width": (lambda: jp.generate(MODEL, ["a"], interventions=jp.steer(np.ones(64), layers=4)),
+              "64"),
+    "a percentile as a floor": (lambda: jp.cap(AXIS, layers=4, floor="p25"), "floor.*p25"),
+    "where by an unknown name": (lambda: steer(where="reply"), "where is 'reply'"),
+    "zero vector": (lambda: jp.steer(np.zeros(128), layers=4), "zero"),
+    "NaN": (lambda: jp.steer(np.full(128, np.nan), layers=4), "finite"),
+    "negative length": (lambda: jp.generate(MODEL, ["a"], max_new_tokens=0), "max_new_tokens is 0"),
+    "gpt2": (lambda: jp.load("gpt2"), "gpt2"),
+    "Mini": (lambda: jp.load("Mini"), "did you mean mini|'mini'"),
+    "unknown preset": (lambda: jp.load("random:llama"), "random:llama|llama-3"),
+    "ids of one row": (lambda: jp.batch([1, 2, 3]), r"\[\[1, 2, 3\]\]|list of rows|wrap"),
+    "an axis file": (lambda: jp.load_axis("none.safetensors"), "none.safetensors"),
+    "steps of text": (lambda: jp.generate(MODEL, ["a"], temperature="hot"), "temperature"),
+    "no assistant message": (lambda: jp.extract(MODEL, [ASK], capture=jp.capture.mean(jp.response)),
+                             "no token to read"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_with_the_fix(name):
+    call, message = MISTAKES[name]
+    with pytest.raises(jp.UserError, match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
+
+
+def test_the_signature_and_the_document_stay():
+    for name in ("steer", "cap", "generate", "extract", "load", "contrast", "logprobs"):
+        function = getattr(jp, name)
+        assert function.__doc__ and "layers" in inspect.signature(jp.steer).parameters
+        assert function.__name__ == name
+
+
+def test_a_type_error_inside_a_function_is_not_caught():
+    @checked_call
+    def broken(value):
+        return value + "x"
+
+    with pytest.raises(TypeError, match="unsupported operand"):
+        broken(1)

@@ -1,0 +1,75 @@
+"""Every public object prints as one line of at most 120 characters, without its numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import support as s
+
+import jaxpersona as jp
+from jaxpersona import brief
+from jaxpersona.judges.digits import Verdicts
+
+
+@pytest.fixture(scope="module")
+def session():
+    """The objects of a session at the prompt, by name."""
+    model, axis = jp.load("mini"), jp.load_axis("mini")
+    cap = jp.cap(axis, layers=slice(4, 8), floor=1.0)
+    read = jp.capture.mean() | jp.capture.last() | jp.capture.projections(axis)
+    batch = jp.encode(model, ["hi", "x" * 500])
+    out = jp.forward(model.params, model.config, batch, interventions=cap, capture=read, slots=640)
+    generated = jp.generate(model, ["hi"] * 2, max_new_tokens=4, capture=read, interventions=cap)
+    engine = jp.Engine(model, rows=2)
+    handle = engine.submit(request := jp.Request("x" * 500, max_new_tokens=4))
+    events = list(engine.stream(handle))
+    return {
+        "model": model, "config": model.config, "params": model.params,
+        "layer": model.params.layers[0], "axis": axis, "vector": 2 * axis,
+        "long": dataclasses.replace(axis, name="n" * 300),
+        "batch": batch, "output": out, "carry": out.carry, "cache": out.cache,
+        "applied": out.applied[0], **{f"state {k}": v for k, v in out.captured.items()},
+        "generated": generated, "row": generated.rows[0],
+        "extracted": jp.extract(model, ["hi"], capture=jp.capture.last()), "engine": engine,
+        "request": request, "handle": handle, "event": events[0], "reply": events[-1].reply,
+        "check": (check := jp.check(model, axis)),
+        "failed": dataclasses.replace(check, ok=False, faults=("the sign is wrong",) * 20),
+        "caps": jp.Caps(np.ones((1, 8)), (1,), np.ones(1), ("a",)), "capture": read, "edits": cap,
+        "chain": jp.chain(*[cap] * 40), "where": jp.response.without("first").within(2, 30),
+        "scored": jp.logprobs(model, ["hi"]), "verdicts": Verdicts(np.ones((2, 4)), np.ones(2)),
+    }
+
+
+def test_every_object_is_one_short_line_without_numbers(session):
+    for name, value in session.items():
+        text = repr(value)
+        assert len(text) <= brief.LENGTH and "\n" not in text, f"{name}: {len(text)} characters"
+        assert "array(" not in text.lower() and " at 0x" not in text, f"{name}: {text}"
+        assert str(value) == text
+
+
+@pytest.mark.parametrize("name,expected", [
+    ("model", "Model('mini', qwen3, 8 layers × 128, float32)"),
+    ("axis", "Axis('assistant', [8, 128], of 'mini', percentiles: all 9, default 9)"),
+    ("applied", "Applied(seen=int32[2], changed=int32[4, 2])"),
+    ("generated", "Generated(2 replies, 8 tokens, captured: last, mean, projections)"),
+    ("scored", "Scored(1 text, 7 tokens)"),
+    ("caps", "Caps('caps', 1 floor, layers 1 to 1)"),
+    ("params", "Params(embed_vd=float32[1024, 128], layers=8 × Layer, final_norm_d=float32[128])"),
+], ids=lambda value: value.split("(")[0])
+def test_a_line_names_what_matters(session, name, expected):
+    assert repr(session[name]) == expected
+
+
+def test_traced_objects_print_too():
+    seen = []
+
+    def look(batch):
+        seen.append(repr(batch))
+        return batch.tokens
+
+    jax.jit(look)(jp.batch(s.prompts([3])))
+    assert seen[0].startswith("Batch(tokens=int32[1, 3]")
