@@ -355,7 +355,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--judged", type=int, default=40, help="roles that are judged")
-    parser.add_argument("--judged-each", type=int, default=4, help="answers of each role that are judged")
+    parser.add_argument("--judged-each", type=int, default=4, help="judged answers of a role")
     parser.add_argument("--cap-questions", type=int, default=2)
     parser.add_argument("--ordinary", type=int, default=40)
     parser.add_argument("--speed-prompts", type=int, default=64)

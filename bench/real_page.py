@@ -193,7 +193,8 @@ def options(found: dict[str, Any]) -> str:
     used = {"axis": ("name", "dtype", "prompts", "questions", "new", "batch", "roles"),
             "judge": ("judge_name", "judge_dtype", "judged", "judged_each"),
             "cap": ("dtype", "questions", "cap_questions", "new", "ordinary"),
-            "cap_judge": ("judge_name", "judge_dtype", "judged_each"), "speed": ("new",)}[found["stage"]]
+            "cap_judge": ("judge_name", "judge_dtype", "judged_each"),
+            "speed": ("new",)}[found["stage"]]
     given = found["arguments"]
     return " ".join(f"`--{name.replace('_', '-')} {given[name]}`" for name in used
                     if given.get(name) is not None)
