@@ -88,7 +88,8 @@ def axis_stage(args: argparse.Namespace) -> dict[str, Any]:
         "percentiles": {of: {q: [round(float(x), 4) for x in v] for q, v in table.items()}
                         for of, table in found.axis.percentiles.items()},
     }
-    np.savez_compressed(args.out / "projections.npz", **found.projections)
+    held: dict[str, Any] = found.projections
+    np.savez_compressed(args.out / "projections.npz", **held)
     export(args, {role.name: run.rollouts(role.name) or [] for role in roles}, means)
     return out
 
@@ -101,8 +102,9 @@ def export(args: argparse.Namespace, records: dict[str, list[dict[str, Any]]],
             for i, record in enumerate(held):
                 file.write(json.dumps({"role": name, "index": i, **record}) + "\n")
     kept = {name: spaced(len(value), args.judged_each) for name, value in means.items()}
-    np.savez(args.out / "means.npz", **{name: value[kept[name]].astype(np.float16)
-                                        for name, value in means.items()})
+    chosen: dict[str, Any] = {name: value[kept[name]].astype(np.float16)
+                              for name, value in means.items()}
+    np.savez(args.out / "means.npz", **chosen)
 
 
 def spaced(count: int, wanted: int) -> np.ndarray:
@@ -276,8 +278,8 @@ def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
                            temperature=0.7, top_p=0.9, **how)
         replies[name] = made.text
         bound = jp.logprobs(model, talks, interventions=edit).perplexity(jp.response)
-        said = jp.generate(model, [q for q, _ in QUESTIONS], interventions=edit,
-                              **how | {"max_new_tokens": 24}).text
+        short: dict[str, Any] = how | {"max_new_tokens": 24}
+        said = jp.generate(model, [q for q, _ in QUESTIONS], interventions=edit, **short).text
         right = [correct(answer, wanted)
                  for answer, (_, wanted) in zip(said, QUESTIONS, strict=True)]
         changed = 0.0

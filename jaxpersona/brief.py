@@ -8,15 +8,15 @@ from typing import Any
 LENGTH = 120  # characters of a representation
 
 
-def brief(value: Any) -> str:
+def brief(self: Any) -> str:
     """Return `Name(field=…, …)` of a dataclass, cut to `LENGTH` characters.
 
     Use it as the method: `__repr__ = brief`. Arrays are shown as dtype[shape], lists by their
     length, and fields that are None or excluded from the representation are left out.
     """
-    fields = [(f.name, getattr(value, f.name, None)) for f in dataclasses.fields(value) if f.repr]
+    fields = [(f.name, getattr(self, f.name, None)) for f in dataclasses.fields(self) if f.repr]
     parts = [f"{name}={_part(held)}" for name, held in fields if held is not None]
-    return line(type(value).__name__, *parts)
+    return line(type(self).__name__, *parts)
 
 
 def line(name: str, *parts: str) -> str:

@@ -183,7 +183,8 @@ def _run(model: Model, rows: list[chat.Row], score: Any, interventions: Interven
     return [np.asarray(found[i]) for i in range(len(rows))]
 
 
-def _logprob(logits: Float[Array, "*B V"], tokens: Int[Array, "*B"]) -> Float[Array, "*B"]:
+def _logprob(logits: Float[Array, "*B V"],
+             tokens: Int[Array | np.ndarray, "*B"]) -> Float[Array, "*B"]:
     """Return log softmax(logits) at one token per row.
 
     A sum over the vocabulary instead of a gather, which works where the vocabulary is sharded.

@@ -123,10 +123,13 @@ def _write_names(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None
 
     A name that overlaps an earlier one on every side is left out.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 
     figure = axes.figure
-    renderer = figure.canvas.get_renderer()  # type: ignore[union-attr]
+    assert isinstance(figure, Figure)
+    renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)  # fixes the limits, in which the names are placed
     taken: list[Bbox] = []
     sides = [(6, 3, "left"), (-6, 3, "right"), (6, -9, "left"), (-6, -9, "right"),
@@ -145,6 +148,8 @@ def _write_names(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None
 
 def variance(path: pathlib.Path, analysis: Analysis, layer: int) -> None:
     """Plot the cumulative explained variance ratio of the components at one layer."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _axes(5.5, 3.8)
     total = np.cumsum(analysis.components[layer].ratio)[:20]
     axes.plot(np.arange(1, len(total) + 1), total, "o-", color=_ROLE, markersize=4)
@@ -152,7 +157,7 @@ def variance(path: pathlib.Path, analysis: Analysis, layer: int) -> None:
     axes.text(len(total), 0.71, "70 % of the variance", fontsize=7, color="grey", ha="right")
     axes.set(xlabel="number of components", ylabel="share of variance", ylim=(0, 1.02),
              title=f"Variance of role vectors explained, layer {layer}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _save(figure, path)
 
 
