@@ -108,7 +108,7 @@ def axis(
         judged = SelfJudge(loaded, batch_size=batch_size)
     else:
         judged = NoJudge() if judge == "none" else method.RuleJudge()
-    with interrupt.keeping(lambda: kept_of(out)), progress() as report:
+    with interrupt.keeping(lambda: kept_of(out)), progress(log=True) as report:
         found = extract_axis(loaded, cast, asked, out, judge=judged, settings=settings,
                              min_count=min_count, held_out=named, redo=redo or [],
                              report=report)

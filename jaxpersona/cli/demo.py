@@ -32,7 +32,7 @@ def demo(
                         "for other models use `jaxpersona axis`")
     check_folder("--out", out)
     loaded = support.open_model(model, None)
-    with interrupt.keeping(lambda: kept_of(out)), progress() as report:
+    with interrupt.keeping(lambda: kept_of(out)), progress(log=True) as report:
         done = run_demo(loaded, out, seed=seed, report=report)
     middle = loaded.config.n_layers // 2
     support.draw_run(out, done.extraction, middle, held_out())

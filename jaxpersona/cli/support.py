@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxpersona.cli.output import console
+from jaxpersona.cli.output import console, say
 from jaxpersona.errors import UserError
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
     from jaxpersona.persona.extract import Extraction
 
+LOG_SECONDS = 30.0  # between two lines of progress where standard error is no terminal
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, a .gguf file, `mini`, "
                                                           "`random:<preset>` or a hub name.")]
 AdapterOption = Annotated[pathlib.Path | None, typer.Option("--adapter", help=(
@@ -39,16 +42,21 @@ def open_model(source: str, dtype: str | None, mesh: str | None = None,
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Callable[[str, int, int, int], None]]:
+def progress(log: bool = False) -> Iterator[Callable[[str, int, int, int], None]]:
     """Show steps with their rate and time left; yield report(step, done, total, tokens).
 
-    Nothing is written where standard error is no terminal, or by processes other than the first.
+    Where standard error is no terminal, `log` selects a line every `LOG_SECONDS`; else nothing is
+    written. Processes other than the first write nothing.
     """
     from jaxpersona.distributed import processes
 
     shown = console(error=True)
-    if not processes.first() or not shown.is_interactive:
+    if not processes.first() or not (shown.is_interactive or log):
         yield lambda step, done, total, tokens: None
+        return
+    if not shown.is_interactive:
+        with _logged() as report:
+            yield report
         return
     from rich.progress import (
         BarColumn,
@@ -76,6 +84,45 @@ def progress() -> Iterator[Callable[[str, int, int, int], None]]:
             bar.update(tasks[step], completed=done, total=total, rate=rate)
 
         yield report
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[Callable[[str, int, int, int], None]]:
+    """Write the last reported state as a line on standard error every `LOG_SECONDS`."""
+    begun: dict[str, float] = {}
+    state: list[tuple[str, int, int, int]] = []
+    ended = threading.Event()
+
+    def report(step: str, done: int, total: int, tokens: int) -> None:
+        begun.setdefault(step, time.perf_counter())
+        state[:] = [(step, done, total, tokens)]
+
+    def write() -> None:
+        while not ended.wait(LOG_SECONDS):
+            if not state:
+                continue
+            step, done, total, tokens = state[0]
+            spent = time.perf_counter() - begun[step]
+            say(f"{step} {done:,}/{total:,}"
+                + (f", {tokens / spent:,.0f} tokens/s" if tokens else "")
+                + (f", about {_duration(spent / done * (total - done))} left" if done else ""),
+                error=True)
+            sys.stderr.flush()
+
+    thread = threading.Thread(target=write, daemon=True, name="progress")
+    thread.start()
+    try:
+        yield report
+    finally:
+        ended.set()
+        thread.join()
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration in the largest fitting unit, such as "3 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def check_folder(option: str, folder: pathlib.Path) -> None:

@@ -1,12 +1,16 @@
 """Text of files reaches the terminal without control characters."""
 
 import json
+import re
+import time
 
 import numpy as np
+import pytest
 import support as s
 from jaxpersona.ckpts.vectors import save_vector
 
 from jaxpersona import inputs
+from jaxpersona.cli import support
 from jaxpersona.vectors.vector import Axis, Vector
 
 
@@ -62,3 +66,35 @@ def test_names_and_notes_of_files_reach_the_terminal_as_text(checkpoint, tmp_pat
     assert s.run_command(["generate", "hi", "--steer", str(tmp_path / "v.safetensors"),
                           "--model", str(checkpoint)]) == 2
     assert "made for another model" in clean(capsys)
+
+
+def test_redirected_output_has_lines_of_progress(monkeypatch, capsys):
+    monkeypatch.setattr(support, "LOG_SECONDS", 0.02)
+    lines = []
+
+    def wait(count):
+        """Wait for further lines, however busy the machine is."""
+        wanted, end = len(lines) + count, time.monotonic() + 60
+        while len(lines) < wanted and time.monotonic() < end:
+            time.sleep(0.01)
+            lines.extend(capsys.readouterr().err.splitlines())
+
+    with support.progress(log=True) as report:
+        report("rollouts", 0, 400, 0)
+        wait(2)
+        assert set(lines) == {"rollouts 0/400"} and len(lines) >= 2
+        report("rollouts", 100, 400, 5000)
+        wait(3)
+    form = r"rollouts 100/400, [\d,]+ tokens/s, about \d+ s left"
+    assert re.fullmatch(form, lines[-1]), lines[-1]
+    capsys.readouterr()
+    with support.progress() as report:  # the other commands write nothing
+        report("rollouts", 1, 2, 3)
+        time.sleep(0.1)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("seconds,expected", [(0.4, "0 s"), (99, "99 s"), (150, "2 min"),
+                                              (5990, "100 min"), (7200, "2.0 h")])
+def test_a_duration_has_one_unit(seconds, expected):
+    assert support._duration(seconds) == expected
