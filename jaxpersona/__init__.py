@@ -35,6 +35,7 @@ from jaxpersona.interventions import (
     set_projection,
     stack_rows,
     steer,
+    sweep,
     turns,
     where,
 )
@@ -76,6 +77,6 @@ __all__ = [
     "forward", "from_hf", "from_last", "gate", "generate", "generated", "init_cache", "init_params",
     "last", "load", "load_axis", "load_caps", "load_vector", "logprobs", "make_mesh", "marked",
     "mean_ablate", "next_logprobs", "preset", "prompt", "reserve", "response", "restore_norm",
-    "rotate", "save_vector", "scale", "set_projection", "stack_rows", "steer", "system", "turns",
-    "user", "where",
+    "rotate", "save_vector", "scale", "set_projection", "stack_rows", "steer", "sweep", "system",
+    "turns", "user", "where",
 ]

@@ -6,6 +6,7 @@ import inspect
 
 import numpy as np
 import pytest
+import support as s
 
 import jaxpersona as jp
 from jaxpersona.calls import checked_call
@@ -75,7 +76,10 @@ MISTAKES = {
     "layer of one": (lambda: jp.steer(V, layers=4.0), "layers"),
     "width": (lambda: jp.generate(MODEL, ["a"], interventions=jp.steer(np.ones(64), layers=4)),
               "64"),
-    "a percentile as a floor": (lambda: jp.cap(AXIS, layers=4, floor="p25"), "floor.*p25"),
+    "a percentile of a vector": (lambda: jp.cap(V, layers=4, floor="p25"),
+                                 "floor is 'p25'; a percentile needs an Axis"),
+    "an unknown percentile": (lambda: jp.cap(AXIS, layers=4, floor="p26"), "p26.*p25"),
+    "an unknown population": (lambda: jp.cap(AXIS, layers=4, floor="p25", of="none"), "none"),
     "where by an unknown name": (lambda: steer(where="reply"), "where is 'reply'"),
     "zero vector": (lambda: jp.steer(np.zeros(128), layers=4), "zero"),
     "NaN": (lambda: jp.steer(np.full(128, np.nan), layers=4), "finite"),
@@ -113,3 +117,14 @@ def test_a_type_error_inside_a_function_is_not_caught():
 
     with pytest.raises(TypeError, match="unsupported operand"):
         broken(1)
+
+
+@pytest.mark.parametrize("layers", [4, slice(4, 8), [1, 6]], ids=str)
+@pytest.mark.parametrize("of", ["default", "all"])
+def test_a_percentile_by_name_is_that_of_the_axis(layers, of):
+    numbers = AXIS.thresholds("p25", of=of)
+    for bound in ("floor", "ceiling"):
+        named = jp.cap(AXIS, layers=layers, of=of, **{bound: "p25"})
+        given = jp.cap(AXIS, layers=layers, **{bound: numbers})
+        assert s.same_bits(named, given)
+    assert not s.same_bits(named, jp.cap(AXIS, layers=layers, ceiling=numbers + 1))

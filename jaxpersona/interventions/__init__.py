@@ -14,11 +14,12 @@ from jaxpersona.interventions.operators import (
     set_projection,
     steer,
 )
+from jaxpersona.interventions.sweeping import sweep
 from jaxpersona.interventions.table import SITES, Site
 from jaxpersona.interventions.where import Where, holds, turns
 
 __all__ = [
     "Interventions", "SITES", "Site", "Where", "ablate", "cap", "chain", "custom", "gate", "holds",
     "mean_ablate", "reserve", "resolve_layers", "restore_norm", "rotate", "scale",
-    "set_projection", "stack_rows", "steer", "turns",
+    "set_projection", "stack_rows", "steer", "sweep", "turns",
 ]

@@ -132,7 +132,18 @@ class Bank:
         raise UserError(
             f"{name} has shape {given.shape}; with {count} layers and {n} directions it must be a "
             f"number, {'[n]' if self.index is not None else '[l]'} or [n, l]"
+            + ("; for one row per strength use jp.sweep" if name == "scale" else "")
         )
+
+
+def percentile(vector: Any, name: str, bound: Any, of: str) -> Any:
+    """Return a bound given as a percentile's name as numbers [L], and any other unchanged."""
+    if not isinstance(bound, str):
+        return bound
+    if not hasattr(vector, "thresholds"):
+        raise UserError(f"{name} is {bound!r}; a percentile needs an Axis with thresholds as the "
+                        "vector; give numbers")
+    return vector.thresholds(bound, of=of)
 
 
 def normalised(value: Any) -> tuple[Any, Any]:

@@ -20,6 +20,7 @@ from jaxpersona.interventions.bank import (
     Bank,
     Layers,
     check_finite,
+    percentile,
     resolve_layers,
 )
 from jaxpersona.interventions.compose import Interventions
@@ -86,6 +87,7 @@ def cap(
     rows: Any = None,
     site: Site = "residual",
     push: Any = None,
+    of: str = "default",
 ) -> Interventions:
     """Clamp the projection on a direction; for a floor, h ← h + v̂·max(τ − ⟨h, v̂⟩, 0).
 
@@ -94,11 +96,13 @@ def cap(
 
     Args:
       vector, layers, where, rows, site: as for `steer`; the vector's length does not matter.
-      floor: the minimum projection τ, in units of the residual stream; −inf means no floor.
+      floor: the minimum projection τ, in units of the residual stream; −inf means no floor. Of an
+        `Axis` also a percentile by name, such as "p25" (`Axis.thresholds`).
       ceiling: the maximum projection; inf means no ceiling.
       push: a direction (or bank), in the form of `vector`, along which h is moved instead of v̂.
         Use it as a control: h moves by as much as the cap would move it, but along `push`, so the
         projection on v̂ is not clamped.
+      of: the population of a percentile.
 
     Raises:
       UserError: neither bound, a floor above the ceiling, or an argument that is invalid in
@@ -106,6 +110,8 @@ def cap(
     """
     if floor is None and ceiling is None:
         raise UserError("cap needs a bound: floor, ceiling or both")
+    floor, ceiling = (percentile(vector, *bound, of)
+                      for bound in (("floor", floor), ("ceiling", ceiling)))
     bank = Bank(vector, layers, rows, site)
     lo = bank.spread("floor", -np.inf if floor is None else floor)
     hi = bank.spread("ceiling", np.inf if ceiling is None else ceiling)

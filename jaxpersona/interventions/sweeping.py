@@ -1,0 +1,55 @@
+"""One direction at several strengths, a row each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxpersona.calls import checked_call
+from jaxpersona.errors import UserError
+from jaxpersona.interventions.bank import Layers
+from jaxpersona.interventions.compose import Interventions, stack_rows
+from jaxpersona.interventions.operators import steer
+from jaxpersona.interventions.table import Site
+from jaxpersona.interventions.where import Where, everywhere
+from jaxpersona.runtime import own_rules
+
+
+@checked_call
+@own_rules()
+def sweep(
+    vector: Any,
+    scales: Sequence[float],
+    *,
+    layers: Layers,
+    where: Where | str = everywhere,
+    site: Site = "residual",
+) -> Interventions:
+    """Steer row b with strength scales[b]: h ← h + scales[b]·v.
+
+    Args:
+      vector: one direction, as for `steer`.
+      scales: B strengths, one per row; a row with 0 is unchanged.
+      layers, where, site: as for `steer`.
+
+    Raises:
+      UserError: `scales` is not a list of finite numbers, or as `steer`.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> model, axis = jp.load("mini"), jp.load_axis("mini")
+      >>> rows = jp.sweep(axis, [-2, 0, 2], layers=4)
+      >>> len(jp.generate(model, ["Who are you?"] * 3, interventions=rows, max_new_tokens=2).text)
+      3
+    """
+    try:
+        given = np.asarray(scales, np.float64)
+    except (TypeError, ValueError):
+        given = np.zeros(0)
+    if given.ndim != 1 or not given.size:
+        raise UserError(f"scales is {scales!r:.60}; give a list of numbers, one per row")
+    return stack_rows([None if scale == 0 else
+                       steer(vector, layers=layers, scale=float(scale), where=where, site=site)
+                       for scale in given])
