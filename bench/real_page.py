@@ -3,7 +3,8 @@
     python bench/real_page.py runs/smollm2 [runs/qwen …]
 
 Each folder holds `axis.json` and `projections.npz`, and those of `judge.json`, `cap.json`,
-`cap_judge.json` and `speed.json` that were run. The JSON results are copied to bench/results.
+`cap_judge.json` and `speed.json` that were run. The JSON results are copied to bench/results. The
+page ends with bench/real_notes.md, which is written by hand.
 """
 
 from __future__ import annotations
@@ -219,11 +220,8 @@ def main() -> None:
             if (folder / f"{stage}.json").exists():
                 kept = ROOT / "bench" / "results" / f"real-{slug}-{stage}.json"
                 kept.write_text((folder / f"{stage}.json").read_text())
-    limits = PAGE / "limits.md"
-    text = "\n".join([INTRODUCTION, *sections])
-    if limits.exists():  # written by hand
-        text += "\n" + limits.read_text()
-    (PAGE / "real-models.md").write_text(text)
+    notes = (ROOT / "bench" / "real_notes.md").read_text()  # written by hand
+    (PAGE / "real-models.md").write_text("\n".join([INTRODUCTION, *sections, notes]))
 
 
 if __name__ == "__main__":
