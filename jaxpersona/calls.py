@@ -13,7 +13,7 @@ from jaxpersona.errors import UserError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# what users of other libraries write → the argument's name here, the first that a function has
+# alias → our names for it; the first that the function accepts is suggested
 _NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("layer", "layer_idx", "layer_ids", "layers_ids", "at"), ("layers",)),
     **dict.fromkeys(("coeff", "coef", "coefficient", "alpha", "strength", "multiplier", "factor",

@@ -32,7 +32,8 @@ def test_the_wheel_is_whole(tmp_path):
     wanted |= {f"jaxpersona/data/{p.relative_to(data).as_posix()}" for p in data.rglob("*")
                if p.suffix in (".json", ".jsonl", ".md", ".png")}
     wanted |= {f"jaxpersona/ckpts/mini/{name}" for name in (
-        "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md")}
+        "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md",
+        "axis.safetensors")}
     assert not (missing := sorted(wanted - names)), f"the wheel lacks {missing}"
     assert not [name for name in names if name.startswith(("kernels/", "ckpts/", "tests/"))]
     # unpacked elsewhere, away from the source tree, it imports and finds its model

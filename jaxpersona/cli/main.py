@@ -21,7 +21,7 @@ from jaxpersona.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None,
                   pretty_exceptions_enable=False,
-                  help="Read and hold a language model's persona.")
+                  help="Measure, steer and cap a language model's persona.")
 app.add_typer(vectors_app, name="vectors")
 app.add_typer(data_app, name="data")
 for command in (axis, generate, project, demo, plan):

@@ -89,23 +89,24 @@ def progress(log: bool = False) -> Iterator[Callable[[str, int, int, int], None]
 @contextlib.contextmanager
 def _logged() -> Iterator[Callable[[str, int, int, int], None]]:
     """Write the last reported state as a line on standard error every `LOG_SECONDS`."""
-    begun: dict[str, float] = {}
+    begun: dict[str, tuple[float, int]] = {}  # time and `done` at the first report of each step
     state: list[tuple[str, int, int, int]] = []
     ended = threading.Event()
 
     def report(step: str, done: int, total: int, tokens: int) -> None:
-        begun.setdefault(step, time.perf_counter())
+        begun.setdefault(step, (time.perf_counter(), done))
         state[:] = [(step, done, total, tokens)]
 
     def write() -> None:
         while not ended.wait(LOG_SECONDS):
-            if not state:
+            step, done, total, tokens = state[0] if state else ("", 0, 0, 0)
+            if done == total:  # nothing was reported, or the step has ended
                 continue
-            step, done, total, tokens = state[0]
-            spent = time.perf_counter() - begun[step]
+            start, first = begun[step]  # a resumed run does not start at 0
+            spent, now = time.perf_counter() - start, done - first
             say(f"{step} {done:,}/{total:,}"
                 + (f", {tokens / spent:,.0f} tokens/s" if tokens else "")
-                + (f", about {_duration(spent / done * (total - done))} left" if done else ""),
+                + (f", about {_duration(spent / now * (total - done))} left" if now else ""),
                 error=True)
             sys.stderr.flush()
 
@@ -144,7 +145,7 @@ def kept_of(folder: pathlib.Path) -> str:
               for step, form in steps.items()}
     held = ", ".join(f"{step} of {n} roles" for step, n in counts.items() if n)
     axis = " and the axis" if (folder / "axis.safetensors").exists() else ""
-    return f"{folder} keeps {held or 'its settings'}{axis}; the same command resumes from here"
+    return f"{folder} contains {held or 'its settings'}{axis}; the same command resumes from here"
 
 
 def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,

@@ -288,7 +288,7 @@ class Engine:
     def _shape(self, row: Row, limit: int) -> tuple[Shape, int]:
         """Return the lengths of a request's programs, and its reply limit in the largest cache."""
         if self.sizes is None:
-            return shape_of(row, limit, False), limit
+            return shape_of(row, limit, False, self.model.config.max_context), limit
         width = prompts.bucket(row.tokens.size)
         if width >= self.sizes[-1]:
             raise UserError(f"the conversation has {row.tokens.size} tokens, padded to {width}; "

@@ -218,7 +218,7 @@ def drain(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
                     batch_size, together)
 
     scheduler = Scheduler(open_lane, collect, refill=refill)
-    shapes = [shape_of(row, max_new, share_prefix) for row in rows]
+    shapes = [shape_of(row, max_new, share_prefix, model.config.max_context) for row in rows]
     tasks = [Task(i, row, int(ids[i]), int(limits[i]), settings.take([i]), shapes[i],
                   shapes[i].slots)
              for i, row in enumerate(rows)]

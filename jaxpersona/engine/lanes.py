@@ -123,26 +123,27 @@ class Shape(NamedTuple):
     slots: int
 
 
-def shape_of(row: Row, max_new: int, share_prefix: bool) -> Shape:
-    """Return the lengths of a prompt's programs."""
+def shape_of(row: Row, max_new: int, share_prefix: bool, context: int) -> Shape:
+    """Return the lengths of a prompt's programs for a model of a context of `context` tokens."""
     shared = prefix_length(row) if share_prefix else 0
     prefix = bucket(shared) if shared else 0
     width = bucket(row.tokens.size - shared)
-    return Shape(prefix, width, cache_size(prefix + width + max_new))
+    return Shape(prefix, width, cache_size(prefix + width + max_new, context))
 
 
-def cache_size(tokens: int) -> int:
+def cache_size(tokens: int, context: int) -> int:
     """Return the number of cache slots for at most `tokens` tokens.
 
     It is the least of 64, 128, 256, 512, 768, 1,024, 1,536, 2,048, … that is at least `tokens`. The
     sizes are few, so that prompts of mixed lengths share a lane: a lane of its own for each size
-    would run with many free rows.
+    would run with many free rows. Instead of a size above the model's context, it is the next
+    multiple of 64.
     """
     size = 64
     while size < tokens:
         power = size & (size - 1) == 0
         size = (size * 2 if size < 512 else size * 3 // 2) if power else size * 4 // 3
-    return size
+    return size if size <= context else -(-tokens // 64) * 64
 
 
 def prefix_length(row: Row) -> int:

@@ -24,7 +24,7 @@ from jaxpersona.engine.compiled import program
 from jaxpersona.engine.nonfinite import explain
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions, given
-from jaxpersona.interventions.where import Where, everywhere, holds
+from jaxpersona.interventions.where import Where, encoded, everywhere, holds
 from jaxpersona.models.batch import Batch, check_ids
 from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.models.config import ModelConfig
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
     from jaxpersona.models.model import Model
 
-# tokens of a batch; fewer than in `extract`, because [tokens, vocabulary] logits are in memory
+# tokens of a batch; fewer than in `extract`, because the float32 logits [tokens, vocabulary] of a
+# batch are in memory (those of one text, if it is longer)
 _TOKENS = {"cpu": 1024}
 _TOKENS_ELSE = 4096
 
@@ -59,16 +60,16 @@ class Scored:
         return line("Scored", count(len(self.rows), "text"),
                     count(sum(row.tokens.size for row in self.rows), "token"))
 
-    def chosen(self, where: Where = everywhere) -> list[np.ndarray]:
+    def chosen(self, where: Where | str = everywhere) -> list[np.ndarray]:
         """Return the N arrays of log-probabilities of the tokens that `where` selects."""
-        code = jnp.asarray(where.encode())
+        code = np.asarray(encoded(where))
         found = []
         for row, values in zip(self.rows, self.logprobs, strict=True):
             one = make_batch([row.tokens], kind=[row.kind], turn=[row.turn])
             found.append(values[np.asarray(holds(code, one))[0, 1 : row.tokens.size]])
         return found
 
-    def perplexity(self, where: Where = everywhere) -> float:
+    def perplexity(self, where: Where | str = everywhere) -> float:
         """Return exp(−mean log p) over the selected tokens of all texts.
 
         Raises:
@@ -144,8 +145,9 @@ def next_logprobs(
     """
     check_model(model)
     conversations = chat.listed(conversations)
-    wanted = np.asarray(list(candidates))
-    if not wanted.size or not np.issubdtype(wanted.dtype, np.integer):
+    wanted = np.asarray(candidates if isinstance(candidates, np.ndarray) or
+                        not isinstance(candidates, Iterable) else list(candidates))
+    if wanted.ndim != 1 or not wanted.size or not np.issubdtype(wanted.dtype, np.integer):
         raise UserError(f"candidates is {candidates!r:.60}; give a list of token ids")
     check_ids(wanted, model.config.vocab_size, "candidates", model.tokenizer)
     rows = [prompts.encode(model, item) for item in conversations]
@@ -178,7 +180,7 @@ def _run(model: Model, rows: list[chat.Row], score: Any, interventions: Interven
             b = int(np.argmin(finite[: len(members)]))
             i = members[b]
             raise UserError(explain(model, rows[i], edits.take([i]), f"conversation {i}",
-                                    "the log-probabilities need finite values; a text ran into"))
+                                    "the log-probabilities are undefined:"))
         found.update(zip(members, values, strict=False))  # padding rows have no member
     return [np.asarray(found[i]) for i in range(len(rows))]
 
@@ -187,10 +189,15 @@ def _logprob(logits: Float[Array, "*B V"],
              tokens: Int[Array | np.ndarray, "*B"]) -> Float[Array, "*B"]:
     """Return log softmax(logits) at one token per row.
 
-    A sum over the vocabulary instead of a gather, which works where the vocabulary is sharded.
+    The logit is a masked sum instead of a gather, so that the vocabulary may be sharded.
     """
-    here = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == tokens[..., None]
-    return jnp.where(here, logits, 0).sum(-1) - jax.nn.logsumexp(logits, axis=-1)
+    return _logit(logits, tokens[..., None]) - jax.nn.logsumexp(logits, axis=-1)
+
+
+def _logit(logits: Float[Array, "*B V"], token: Any) -> Float[Array, "*B"]:
+    """Return the logits of tokens, of a shape that broadcasts with `logits`."""
+    here = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == token
+    return jnp.where(here, logits, 0).sum(-1)
 
 
 @program()
@@ -209,6 +216,5 @@ def _of_candidates(params: Params, config: ModelConfig, batch: Batch, edits: Int
     """Return log p of each candidate after each row's last token, and whether rows are finite."""
     batch = batch.spread(params.embed_vd)
     out = forward(params, config, batch, interventions=edits, logits="last", attention="auto")
-    values = [_logprob(out.logits, jnp.broadcast_to(candidate, out.logits.shape[:1]))
-              for candidate in candidates]
-    return jnp.stack(values, -1), out.finite
+    values = jax.lax.map(lambda token: _logit(out.logits, token), candidates)  # [C, B]
+    return values.T - jax.nn.logsumexp(out.logits, axis=-1)[:, None], out.finite

@@ -45,11 +45,12 @@ def sweep(
       3
     """
     try:
-        given = np.asarray(scales, np.float64)
-    except (TypeError, ValueError):
+        given = np.asarray(scales)
+    except ValueError:  # nested lists of different lengths
         given = np.zeros(0)
-    if given.ndim != 1 or not given.size:
+    if given.ndim != 1 or not given.size or given.dtype.kind not in "fiu":
         raise UserError(f"scales is {scales!r:.60}; give a list of numbers, one per row")
-    return stack_rows([None if scale == 0 else
-                       steer(vector, layers=layers, scale=float(scale), where=where, site=site)
-                       for scale in given])
+    rows = [steer(vector, layers=layers, scale=float(scale), where=where, site=site)
+            for scale in given]
+    return stack_rows([None if scale == 0 and given.any() else row
+                       for scale, row in zip(given, rows, strict=True)])

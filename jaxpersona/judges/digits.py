@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 SCORES = (0, 1, 2, 3)
-LEAST_MASS = 0.25  # of all probability, on the digits; below it there is no score
+LEAST_MASS = 0.25  # minimum probability of the four digits; below it the score is None
 _SPACES = ("", "Ġ", "▁")  # a digit as a token of its own, and with a space before it
 
 
@@ -27,7 +27,7 @@ class Verdicts:
     """The judge's probabilities for n replies.
 
     Attributes:
-      probabilities: [n, 4], of the scores 0 to 3 among themselves.
+      probabilities: [n, 4], of the scores 0 to 3, renormalized to a sum of 1.
       mass: [n], the probability of all four digits as the next token.
     """
 

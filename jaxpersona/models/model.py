@@ -72,4 +72,5 @@ def check_model(model: Any) -> None:
       UserError: another value, such as a model's name or its parameters.
     """
     if not (hasattr(model, "params") and hasattr(model, "config")):
-        raise UserError(f"model is {model!r:.60}; give the result of jp.load(…)")
+        shown = " ".join(repr(model).split())
+        raise UserError(f"model is {shown:.60}; give the result of jp.load(…)")

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 Report = Callable[[str, int, int, int], None]
-# Rollouts per `generate` call with up to 127 rows; more rows get more, at least 4 batches. Batches
-# then span roles and stay full.
+# Rollouts per `generate` call with up to 64 rows; more rows get more, for at least four batches.
+# Batches then span roles and stay full.
 _ROLLOUTS_PER_CALL = 256
 
 
@@ -137,8 +137,13 @@ def _extract(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[
         if name in redo and processes.owns(i):
             run.discard(name)
     tokens = _play_missing(model, run, roles, questions, settings, report)
-    scores = {role.name: _judge(run, role, judge, owned)
-              for role, owned in zip(roles, map(processes.owns, range(len(roles))), strict=True)}
+    scores = {}
+    for i, role in enumerate(roles):
+        if report is not None:
+            report("judging", i, len(roles), 0)
+        scores[role.name] = _judge(run, role, judge, processes.owns(i))
+    if report is not None:
+        report("judging", len(roles), len(roles), 0)
     vectors: dict[str, dict[str, tuple[np.ndarray, int]]] = {}
     means: dict[str, np.ndarray] = {}
     for i, role in enumerate(roles):
@@ -250,7 +255,7 @@ def _play_missing(model: Model, run: Run, roles: Sequence[Role], questions: Sequ
     tokens = 0
     if report is not None:
         report("rollouts", done, total, tokens)
-    per_call = _ROLLOUTS_PER_CALL * max(1, settings.batch_size // 64)
+    per_call = _ROLLOUTS_PER_CALL * max(1, -(-settings.batch_size // 64))
     while missing:
         group: list[Role] = []
         while missing and (not group or sum(size[r.name] for r in group) < per_call):

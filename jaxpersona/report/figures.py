@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NAMED, EXTREMES = 40, 15  # roles up to which all are named; else this many at each end
+NAMED, EXTREMES = 40, 15  # all of up to 40 roles are named; of more, 15 at each end
 _CAPPED, _PLAIN, _ROLE = "#1b7f5c", "#c2452d", "#4a6fa5"
 
 
@@ -75,7 +75,7 @@ def roles_on_axis(path: pathlib.Path, projections: Mapping[str, np.ndarray], lay
     axes.set_yticks(sorted(labels), [labels[row] for row in sorted(labels)], fontsize=7)
     axes.set_ylim(-0.8, max(labels) + 0.8)
     axes.set_xlabel(f"projection on the Assistant Axis, layer {layer} → Assistant\n"
-                    "dot: mean, bar: middle half of the answers, band: that of the default persona",
+                    "dot: mean; bar: interquartile range; band: that of the default persona",
                     fontsize=8)
     note = " (open circles: held out)" if held_out else ""
     axes.set_title(f"{title}{note}")
@@ -130,7 +130,7 @@ def _write_names(axes: Axes, points: Sequence[tuple[str, float, float]]) -> None
     figure = axes.figure
     assert isinstance(figure, Figure)
     renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.draw(renderer)  # fixes the limits, in which the names are placed
+    figure.draw(renderer)  # sets the limits of the axes, needed to place the names
     taken: list[Bbox] = []
     sides = [(6, 3, "left"), (-6, 3, "right"), (6, -9, "left"), (-6, -9, "right"),
              (0, 8, "center"), (0, -14, "center"), (12, 10, "left"), (-12, 10, "right")]

@@ -31,7 +31,7 @@ CHARACTERS = 1 << 26  # maximum size of a conversation and of a rendering
 _LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON uses at most 6 per character
 _WAIT = 10  # wall-clock timeout in multiples of SECONDS, for busy machines
 _START = 120.0  # wall-clock seconds for the process to start
-_CACHED = 256  # renderings
+_CACHED = 256  # maximum number of cached renderings
 _CACHED_BYTES = 1 << 15  # maximum size of a cached request, template included, and of its answer
 
 

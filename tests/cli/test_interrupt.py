@@ -93,7 +93,8 @@ def test_a_signal_during_a_run_says_what_is_kept(checkpoint, texts, tmp_path, ca
     command = s.axis_command(checkpoint, texts, out)
     assert s.run_command(command) == 128 + number
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said == (f"stopped; {out} keeps rollouts of 2 roles; the same command resumes from here")
+    assert said == (f"stopped; {out} contains rollouts of 2 roles; the same command resumes from "
+                    "here")
     assert [signal.getsignal(n) for n in SIGNALS] == before
     monkeypatch.undo()
     assert s.run_command(command) == 0
@@ -121,7 +122,7 @@ def test_a_killed_command_of_its_own_process_is_one_line(checkpoint, texts, tmp_
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
-    assert re.search(r"^stopped; .*out keeps .*; the same command resumes from here$", err, re.M)
+    assert re.search(r"^stopped; .*out contains .*; the same command resumes from here$", err, re.M)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])

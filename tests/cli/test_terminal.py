@@ -80,13 +80,19 @@ def test_redirected_output_has_lines_of_progress(monkeypatch, capsys):
             lines.extend(capsys.readouterr().err.splitlines())
 
     with support.progress(log=True) as report:
-        report("rollouts", 0, 400, 0)
+        report("rollouts", 300, 400, 0)  # resumed
         wait(2)
-        assert set(lines) == {"rollouts 0/400"} and len(lines) >= 2
-        report("rollouts", 100, 400, 5000)
+        assert set(lines) == {"rollouts 300/400"} and len(lines) >= 2
+        report("rollouts", 399, 400, 5000)
         wait(3)
-    form = r"rollouts 100/400, [\d,]+ tokens/s, about \d+ s left"
-    assert re.fullmatch(form, lines[-1]), lines[-1]
+        # 99 of 100 are done, so the time left is about a hundredth of the time spent
+        form = r"rollouts 399/400, [\d,]+ tokens/s, about [01] s left"
+        assert re.fullmatch(form, lines[-1]), lines[-1]
+        report("rollouts", 400, 400, 5000)  # ended: no line
+        time.sleep(0.1)
+        report("judging", 1, 3, 0)
+        wait(2)
+    assert lines[-1] == "judging 1/3" and not [x for x in lines if x.startswith("rollouts 400")]
     capsys.readouterr()
     with support.progress() as report:  # the other commands write nothing
         report("rollouts", 1, 2, 3)

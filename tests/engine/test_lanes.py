@@ -152,8 +152,8 @@ def test_a_gate_within_the_prompt_refuses_a_shared_prefix():
 def test_shapes_are_functions_of_the_row_alone():
     row = with_system(ROWS[:1], 20)[0]
     assert prefix_length(row) == 20 and prefix_length(with_system(ROWS[:1], 15)[0]) == 0
-    assert shape_of(row, 24, False).prefix == 0
-    shape = shape_of(row, 24, True)
+    assert shape_of(row, 24, False, 512).prefix == 0
+    shape = shape_of(row, 24, True, 512)
     assert (shape.prefix, shape.width) == (32, 32) and shape.slots == 128
 
 
@@ -197,12 +197,14 @@ def test_rows_with_different_entries_of_any_table_share_no_prefix():
 
 
 def test_prompts_of_mixed_lengths_share_few_cache_sizes():
-    sizes = [cache_size(n) for n in range(1, 20_000)]
-    assert all(size >= n and size == cache_size(size) for n, size in enumerate(sizes, 1))
+    sizes = [cache_size(n, 10**6) for n in range(1, 20_000)]
+    assert all(size >= n and size == cache_size(size, 10**6) for n, size in enumerate(sizes, 1))
     assert sizes == sorted(sizes) and len(set(sizes)) < 20
     assert all(size < 2 * n for n, size in enumerate(sizes, 1) if n > 64)
     assert all(size <= 1.5 * n + 1 for n, size in enumerate(sizes, 1) if n > 512)
+    # no size far above the context
+    assert [cache_size(n, 2048) for n in (1100, 2000, 2084)] == [1536, 2048, 2112]
     rows = [Row(np.zeros(n, np.int32), np.full(n, USER, np.int32), np.zeros(n, np.int32), "")
             for n in range(20, 129)]  # role prompts
-    assert {shape_of(row, 64, False).slots for row in rows} == {128, 256}
-    assert {shape_of(row, 512, False).slots for row in rows} == {768}
+    assert {shape_of(row, 64, False, 2048).slots for row in rows} == {128, 256}
+    assert {shape_of(row, 512, False, 2048).slots for row in rows} == {768}

@@ -81,6 +81,7 @@ def test_perplexity_over_the_response_counts_its_tokens_alone():
     chosen = np.asarray(jp.where.holds(jp.response.encode(), batch))[0, 1 : row.tokens.size]
     assert 0 < chosen.sum() < values.size
     assert found.perplexity(jp.response) == pytest.approx(np.exp(-values[chosen].mean()), rel=1e-6)
+    assert found.perplexity("response") == found.perplexity(jp.response)
     with pytest.raises(jp.UserError, match="selects no token"):
         found.perplexity(jp.system)
 
@@ -133,10 +134,12 @@ def test_batches_are_full_and_rows_come_once():
     (lambda: logprobs(MODEL, ROWS, interventions=jp.steer(np.ones(31), scale=1, layers=[0])), "31"),
     (lambda: next_logprobs(MODEL, ROWS, []), "candidates is"),
     (lambda: next_logprobs(MODEL, ROWS, ["a"]), "candidates is"),
+    (lambda: next_logprobs(MODEL, ROWS, 5), "candidates is 5"),
+    (lambda: next_logprobs(MODEL, ROWS, [[1, 2]]), "candidates is"),
     (lambda: next_logprobs(MODEL, ROWS, [97]), "97"),
     (lambda: next_logprobs(MODEL, [[4] * 512], [5]), "shorten it"),
 ], ids=["none", "text", "long", "id", "batch", "width", "no-candidate", "text-candidate",
-        "candidate", "full"])
+        "one-candidate", "nested-candidates", "candidate", "full"])
 def test_a_mistake_is_one_line(call, message):
     with pytest.raises(jp.UserError, match=message):
         call()

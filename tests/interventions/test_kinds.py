@@ -251,8 +251,10 @@ def test_gradients_agree_with_finite_differences(name):
     value = jax.jit(lambda x: logits(make(x)))
     rng = np.random.default_rng(0)
     far = near = 0.0
-    for _ in range(4):  # along random directions, by Richardson's extrapolation
-        d = rng.normal(size=at.shape).astype(np.float32)
+    # along the gradient and random directions, by Richardson's extrapolation; of unit root mean
+    # square, because a small step along a scalar would drown in rounding errors
+    for d in (found, *(rng.normal(size=at.shape) for _ in range(3))):
+        d = np.asarray(d / np.sqrt(np.mean(d * d)), np.float32)
 
         def slope(step, d=d):
             high, low = (np.asarray(value(at + np.float32(k * step) * d), np.float64)

@@ -41,6 +41,35 @@ def test_the_probabilities_are_those_of_the_digits_as_the_next_token(model):
             (last / last.sum()) @ [0, 1, 2, 3], rel=1e-4)
 
 
+class Wider:
+    """A tokenizer with further tokens for the digits 2 and 3, as those with a space before them."""
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def __call__(self, *args, **named):
+        return self.inner(*args, **named)
+
+    def get_vocab(self):
+        return {**self.inner.get_vocab(), "Ġ2": 70, "▁2": 71, "Ġ3": 72}
+
+
+def test_all_tokens_of_a_digit_count(model):
+    wide = dataclasses.replace(model, tokenizer=Wider(model.tokenizer))
+    found = DigitJudge(wide).verdicts(ROLE, [record("boo")])
+    ids = [model.tokenizer.convert_tokens_to_ids(d) for d in "0123"]
+    row = jp.encode(model, ["Asked: Who? Said: boo Grade 0-3."])
+    _, logits = s.residuals(model, row)
+    last = softmax(logits[0, int(row.length[0]) - 1].astype(np.float64))
+    each = np.array([last[ids[0]], last[ids[1]], last[[ids[2], 70, 71]].sum(),
+                     last[[ids[3], 72]].sum()])
+    assert found.mass[0] == pytest.approx(each.sum(), rel=1e-4)
+    np.testing.assert_allclose(found.probabilities[0], each / each.sum(), rtol=1e-4)
+
+
 def test_a_score_needs_mass_on_the_digits():
     even = np.array([[0.1, 0.2, 0.3, 0.4], [0.7, 0.1, 0.1, 0.1], [0.7, 0.1, 0.1, 0.1]])
     found = Verdicts(even, np.array([LEAST_MASS, 0.9, LEAST_MASS - 1e-9]))
