@@ -10,8 +10,10 @@ import support as s
 from scipy.special import softmax
 
 import jaxpersona as jp
-from jaxpersona.data.texts import Role
+from jaxpersona.data.texts import Question, Role
+from jaxpersona.judges import digits
 from jaxpersona.judges.digits import LEAST_MASS, DigitJudge, Verdicts
+from jaxpersona.runs.run import Run
 
 ROLE = Role("ghost", ("You are a ghost.",), "Asked: {question} Said: {answer} Grade 0-3.")
 
@@ -29,12 +31,12 @@ def model():
 def test_the_probabilities_are_those_of_the_digits_as_the_next_token(model):
     answers = ["boo", "I am an AI {not a format field}", "x" * 70]
     found = DigitJudge(model).verdicts(ROLE, [record(a) for a in answers])
-    digits = [model.tokenizer.convert_tokens_to_ids(d) for d in "0123"]
+    ids = [model.tokenizer.convert_tokens_to_ids(d) for d in "0123"]
     for answer, each, mass in zip(answers, found.probabilities, found.mass, strict=True):
         text = f"Asked: Who? Said: {answer} Grade 0-3."
         row = jp.encode(model, [text])
         _, logits = s.residuals(model, row)
-        last = softmax(logits[0, int(row.length[0]) - 1].astype(np.float64))[digits]
+        last = softmax(logits[0, int(row.length[0]) - 1].astype(np.float64))[ids]
         assert mass == pytest.approx(last.sum(), rel=1e-4)
         np.testing.assert_allclose(each, last / last.sum(), rtol=1e-4)
         assert found.expected[answers.index(answer)] == pytest.approx(
@@ -97,3 +99,26 @@ def test_what_it_needs_is_said(model):
 
     with pytest.raises(jp.UserError, match="no token for the digit 2"):
         DigitJudge(dataclasses.replace(model, tokenizer=WithoutDigits()))
+
+
+def test_the_command_judges_with_another_model(tmp_path, monkeypatch):
+    """`axis --judge model:mini` stores the scores that the judge gives to the run's rollouts."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    monkeypatch.setattr(digits, "LEAST_MASS", 0.0)
+    checkpoint = s.random_checkpoint(tmp_path / "model", Qwen3ForCausalLM,
+                                     Qwen3Config(**s.BYTE_MODEL))
+    s.byte_tokenizer().save_pretrained(checkpoint)
+    roles = [Role("default", ("",), ""), *(Role(name, (f"You are a {name}.",), "")
+                                           for name in ("ghost", "baker"))]
+    texts = s.write_texts(tmp_path, roles, [Question(i, f"Who {i}?") for i in range(3)])
+    command = s.axis_command(checkpoint, texts, tmp_path / "out", "--judge", "model:mini")
+    assert s.run_command(command) in (0, 2)  # 2: by chance too few replies have score 3
+    run = Run.read(tmp_path / "out")
+    judged = run.manifest["arguments"]
+    assert judged["judge"] == "digits" and judged["judge_settings"]["model"] == "mini"
+    judge = DigitJudge(jp.load("mini"))
+    for name in ("ghost", "baker"):
+        records = run.rollouts(name)
+        role = Role(name, ("x",), "{question} {answer}?")
+        assert list(run.scores(name).values()) == judge(role, records)
