@@ -132,7 +132,7 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
     plan = _pieces(template, messages)
     text = template([{"role": role, "content": "".join(p.text for p in pieces)}
                      for role, pieces in plan], reply)
-    for blanks in ("all", "within", "none"):  # templates may branch on empty contents
+    for blanks in ("all", "within", "inside", "none"):  # templates may branch on empty contents
         twin, marks = _twin(plan, text, blanks)
         skeleton = template(twin, reply)
         spans = _match(skeleton, text, marks)
@@ -156,8 +156,7 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
         if not by_message[i] and message["content"].strip():
             raise UserError(f"the chat template omits the content of message {i} "
                             f"({message['role']})")
-        _mark_content(text, kind, ROLES[message["role"]], parts[i], by_message[i])
-        places[i] = [(start, end) for _, start, end in by_message[i]]
+        places[i] = _mark_content(text, kind, ROLES[message["role"]], parts[i], by_message[i])
     turn = _turns(template, twin, marks, skeleton, text, spans, reply, len(messages))
     _mark_thinking(text, kind, turn, messages, places)
     _mark_code(text, kind, turn)
@@ -169,7 +168,7 @@ def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
     """Return the twin messages, with a unique mark per text piece, and the piece of each mark.
 
     `blanks` selects which whitespace-only pieces are marked: "all", "within" contents that have
-    other text, or "none".
+    other text, "inside" contents (not before their first or after their last tag), or "none".
     """
     used = set(text).union(*(p.text for _, pieces in plan for p in pieces))
     free = (chr(code) for code in PRIVATE if chr(code) not in used)
@@ -179,8 +178,9 @@ def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
         content = ""
         has_text = any(piece.text.strip() for piece in pieces)
         blank = blanks == "all" or (blanks == "within" and has_text)
-        for piece in pieces:
-            if piece.what == "text" and (blank or piece.text.strip()):
+        for i, piece in enumerate(pieces):
+            inside = blanks == "inside" and (len(pieces) == 1 or 0 < i < len(pieces) - 1)
+            if piece.what == "text" and (blank or inside or piece.text.strip()):
                 mark = next(free, "")
                 if not mark:
                     raise UserError(f"the conversation has more than {len(PRIVATE):,} parts; "
@@ -249,21 +249,30 @@ def _forms(content: str) -> list[str]:
 
 
 def _mark_content(text: str, kind: np.ndarray, role: int, parts: list[_Piece],
-                  mine: list[_Found]) -> None:
-    """Mark one message's pieces, and its tags between and around them where rendered verbatim."""
+                  mine: list[_Found]) -> list[tuple[int, int]]:
+    """Mark one message's pieces, and its tags between and around them where rendered verbatim.
+
+    Return the start and end of every piece, and of an empty one before and after tags around them.
+    """
+    places = [(start, end) for _, start, end in mine]
     for (piece, start, end), after in itertools.zip_longest(mine, mine[1:]):
         kind[start:end] = role
         i = piece.place
         if (piece, start, end) == mine[0]:
             lead = "".join(p.text for p in parts[:i])
-            if text.endswith(lead, 0, start):
-                kind[start - len(lead) : start] = role
+            if lead and text.endswith(lead, 0, start):
+                first = start - len(lead)
+                kind[first:start] = role
+                places.insert(0, (first, first))
         if after is None:
             tail = "".join(p.text for p in parts[i + 1 :])
-            if text.startswith(tail, end):
-                kind[end : end + len(tail)] = role
+            if tail and text.startswith(tail, end):
+                last = end + len(tail)
+                kind[end:last] = role
+                places.append((last, last))
         elif text[end : after[1]] == "".join(p.text for p in parts[i + 1 : after[0].place]):
             kind[end : after[1]] = role
+    return places
 
 
 def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Piece],
@@ -360,6 +369,7 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
             # starts are ascending; `one` is the first content that starts after the block begins
             one = bisect.bisect_left(starts, begin)
             own = one < len(content) and content[one][1] <= inner
+            own = own or bool((kind[begin:end] & ASSISTANT).any())  # a tag alone, verbatim
             kind[begin:end] = (ASSISTANT if own else TEMPLATE) | THINKING
 
 

@@ -198,6 +198,7 @@ def test_thinking_blocks_are_marked_where_the_template_keeps_them():
     ("<think>\nthe sea", [("ah", 1, "<think>\nthe sea")]),
     ("the sea</think>the ship", [("ah", 1, "the sea</think>"), ("a", 1, "the ship")]),
     ("the <think>sea</think>", [("a", 1, "the "), ("ah", 1, "<think>sea</think>")]),
+    ("</think>a</think>", [("ah", 1, "</think>"), ("a", 1, "a"), ("ah", 1, "</think>")]),
     ("<think>a</think>b<think>c", [("ah", 1, "<think>a</think>"), ("a", 1, "b"),
                                    ("ah", 1, "<think>c")]),
 ])
