@@ -142,8 +142,8 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, dtype: DTypeLike | 
     repository, _, pinned = name.partition("@")
     if not _is_repository(repository) or name.endswith("@"):
         near = difflib.get_close_matches(name.lower(), ["mini", *PRESETS], 1, 0.7)
-        kind = "random:" if near and near[0] in PRESETS else ""
-        meant = f" (did you mean {kind}{near[0]}?)" if near else ""
+        prefix = "random:" if near and near[0] in PRESETS else ""
+        meant = f" (did you mean {prefix}{near[0]}?)" if near else ""
         raise UserError(f"{name}: no such folder{meant}; a model is a folder, a .gguf file, "
                         "owner/name of the hub, mini or random:<preset>")
     if pinned and revision not in (None, pinned):

@@ -117,10 +117,7 @@ def extract(
     edits, readings = off_mesh((given(interventions), mean() if capture is None else capture))
     prompts.check_edits(model, edits, len(conversations), readings)
     rows = [prompts.encode(model, item, reply=False) for item in conversations]
-    for i, row in enumerate(rows):
-        if row.tokens.size > model.config.max_context:
-            raise UserError(f"conversation {i} has {row.tokens.size} tokens; the model's context "
-                            f"holds {model.config.max_context}: shorten it")
+    prompts.check_lengths(model, rows)
     _check_tokens(rows, readings)
     results: dict[int, tuple[dict[str, Any], tuple[Applied, ...]]] = {}
     done = padded = 0

@@ -139,10 +139,7 @@ def cache_size(tokens: int, context: int) -> int:
     would run with many free rows. Instead of a size above the model's context, it is the next
     multiple of 64.
     """
-    size = 64
-    while size < tokens:
-        power = size & (size - 1) == 0
-        size = (size * 2 if size < 512 else size * 3 // 2) if power else size * 4 // 3
+    size = bucket(tokens, least=64, finer=512)
     return size if size <= context else -(-tokens // 64) * 64
 
 

@@ -22,16 +22,21 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 
-def bucket(tokens: int) -> int:
+def bucket(tokens: int, least: int = 32, finer: int = 256) -> int:
     """Return the padded length of a prompt: the least of 32, 64, 128, 256, 384, 512, 768, … that
     is at least `tokens`.
 
     The lengths are few because each needs a compiled program.
+
+    Args:
+      tokens: the number of tokens.
+      least: the smallest length, a power of two.
+      finer: the power of two from which on there is a length between two powers of two.
     """
-    size = 32
+    size = least
     while size < tokens:
         power = size & (size - 1) == 0
-        size = (size * 2 if size < 256 else size * 3 // 2) if power else size * 4 // 3
+        size = (size * 2 if size < finer else size * 3 // 2) if power else size * 4 // 3
     return size
 
 
@@ -163,6 +168,19 @@ def limits(model: Model, rows: list[chat.Row], max_new: int) -> np.ndarray:
                 "the reply included: shorten it"
             )
     return np.array([min(max_new, context - row.tokens.size) for row in rows], np.int32)
+
+
+def check_lengths(model: Model, rows: list[chat.Row]) -> None:
+    """Check that finished conversations fit the context.
+
+    Raises:
+      UserError: one is longer; the message gives its index and length.
+    """
+    context = model.config.max_context
+    for i, row in enumerate(rows):
+        if row.tokens.size > context:
+            raise UserError(f"conversation {i} has {row.tokens.size} tokens; the model's context "
+                            f"holds {context}: shorten it")
 
 
 def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:

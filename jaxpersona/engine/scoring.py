@@ -166,10 +166,7 @@ def _run(model: Model, rows: list[chat.Row], score: Any, interventions: Interven
     prompts.check_settings(batch_tokens=batch_tokens)
     edits = off_mesh(given(interventions))
     prompts.check_edits(model, edits, len(rows))
-    for i, row in enumerate(rows):
-        if row.tokens.size > model.config.max_context:
-            raise UserError(f"conversation {i} has {row.tokens.size} tokens; the model's context "
-                            f"holds {model.config.max_context}: shorten it")
+    prompts.check_lengths(model, rows)
     found: dict[int, np.ndarray] = {}
     for members, width, size in batches(rows, batch_tokens, rows_divisor(like)):
         index = np.array(members + [-1] * (size - len(members)), np.int32)
