@@ -81,7 +81,7 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
     if os.fspath(path) == "mini":  # as for `load`, even if a file has that name
         held = importlib.resources.files("jaxpersona.ckpts") / "mini" / "axis.safetensors"
         with importlib.resources.as_file(held) as file:
-            return _read_any(file, kind)
+            return load_any(file, kind)
     loaded = _read_any(path, kind)
     if isinstance(loaded, Vector) and loaded.n_layers > MAX_LAYERS:
         raise UserError(f"{path}: holds {loaded.n_layers} layers; at most {MAX_LAYERS} are "

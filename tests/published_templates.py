@@ -138,6 +138,23 @@ def _sentencepiece(gemma: bool) -> Any:
     return core
 
 
+CHATML_EMPTY = """\
+{t0}<|im_start|>system
+<|im_end|>
+{t1}<|im_start|>user
+{u1}Why?{t1}<|im_end|>
+{t2}<|im_start|>assistant
+"""
+FENCED = "So:\n```py\nprint(1)  # the sea\n```\nthe end"
+COMMON_CONTENTS = {  # (user, assistant), for every tokenizer
+    "code": ("What does\n~~~\nx = [0]\n~~~\ndo?", FENCED),
+    "emoji": ("🎉 the 👩‍👩‍👧‍👦 sea 🌊", "🌊🌊"),
+    "cjk": ("東京は日本の首都です。", "你好,世界! 안녕하세요"),
+    "words of templates": ("user", "assistant"),
+    "inner blank lines": ("the\n\n\nsea", "the sea\n\n  the ship\n\tend"),
+}
+
+
 def says(*contents: str, system: str | None = None) -> list[dict[str, str]]:
     """Return a conversation of alternating messages, user first."""
     head = [] if system is None else [{"role": "system", "content": system}]

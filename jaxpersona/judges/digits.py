@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxpersona.brief import brief
-from jaxpersona.data.reading import fill
 from jaxpersona.data.texts import Role
 from jaxpersona.engine.scoring import next_logprobs
 from jaxpersona.errors import UserError
+from jaxpersona.judges.judges import asked
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
@@ -68,7 +68,7 @@ class DigitJudge:
       'mini'
     """
 
-    name, together = "digits", True
+    name, together, reads_eval_prompt = "digits", True, True
 
     def __init__(self, model: Model, *, batch_tokens: int | None = None) -> None:
         if model.tokenizer is None:
@@ -90,14 +90,10 @@ class DigitJudge:
         Raises:
           UserError: the role has no `eval_prompt`, or a prompt fills the judge's context.
         """
-        if not role.eval_prompt:
-            raise UserError(f"role {role.name!r} has no eval_prompt; the judge {self.name!r} needs "
-                            "one")
-        if not records:
+        prompts = asked(self, role, records)
+        if not prompts:
             return Verdicts(np.zeros((0, len(SCORES))), np.zeros(0))
-        asked = [fill(role.eval_prompt, question=record["question"],
-                      answer=record["conversation"][-1]["content"]) for record in records]
-        found = np.exp(next_logprobs(self.model, asked, [i for ids in self._ids for i in ids],
+        found = np.exp(next_logprobs(self.model, prompts, [i for ids in self._ids for i in ids],
                                      batch_tokens=self.batch_tokens).astype(np.float64))
         ends = np.cumsum([len(ids) for ids in self._ids])[:-1]
         each = np.stack([part.sum(-1) for part in np.split(found, ends, axis=-1)], -1)

@@ -24,6 +24,7 @@ class Judge(Protocol):
     Attributes:
       name: recorded in the run's manifest.
       settings: optional dict of JSON values that the scores depend on, also recorded.
+      reads_eval_prompt: optional; True if every role needs an `eval_prompt`.
       together: optional; True if the judge runs the model, so that all processes of a run must
         call it. Otherwise only the process that owns the role's files calls it.
     """
@@ -48,7 +49,7 @@ class NoJudge:
 class SelfJudge:
     """A judge that prompts the evaluated model itself with each role's `eval_prompt`, greedily."""
 
-    name, together = "self", True
+    name, together, reads_eval_prompt = "self", True, True
 
     def __init__(self, model: Model, *, batch_size: int = 32) -> None:
         self.model, self.batch_size = model, batch_size
@@ -58,16 +59,22 @@ class SelfJudge:
         """Return the first integer 0–3 in each verdict of at most 10 tokens, or None."""
         from jaxpersona.engine.generate import generate
 
-        if not role.eval_prompt:
-            raise UserError(f"role {role.name!r} has no eval_prompt; the judge 'self' needs one")
-        asked = [
-            fill(role.eval_prompt, question=record["question"],
-                 answer=record["conversation"][-1]["content"])
-            for record in records
-        ]
-        verdicts = generate(self.model, asked, max_new_tokens=10, batch_size=self.batch_size,
-                            on_nonfinite="raise")
+        verdicts = generate(self.model, asked(self, role, records), max_new_tokens=10,
+                            batch_size=self.batch_size, on_nonfinite="raise")
         return [read_score(text) for text in verdicts.text]
+
+
+def asked(judge: Judge, role: Role, records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the judge's prompt for each record of a role.
+
+    Raises:
+      UserError: the role has no `eval_prompt`.
+    """
+    if not role.eval_prompt:
+        raise UserError(f"role {role.name!r} has no eval_prompt; the judge {judge.name!r} needs "
+                        "one")
+    return [fill(role.eval_prompt, question=record["question"],
+                 answer=record["conversation"][-1]["content"]) for record in records]
 
 
 def read_score(text: str) -> int | None:

@@ -222,7 +222,7 @@ def _check(model: Model, roles: Sequence[Role], questions: Sequence[Question], s
     if len(roles) - 1 - len(held_out) < 2:
         raise UserError(f"roles has {len(roles) - 1 - len(held_out)} entries besides the default "
                         "and held_out; the axis needs at least two")
-    if judge.name in ("self", "digits") and (bare := [
+    if getattr(judge, "reads_eval_prompt", False) and (bare := [
             r.name for r in roles if r.name != "default" and not r.eval_prompt]):
         raise UserError(f"the judge {judge.name!r} needs an eval_prompt; missing: "
                         f"{', '.join(bare[:5])}")

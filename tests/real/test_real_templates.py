@@ -13,7 +13,15 @@ import functools
 import numpy as np
 import pytest
 from jaxpersona.ckpts import gguf_model, gguf_tokenizer
-from published_templates import marked, says, selected, source
+from published_templates import (
+    CHATML_EMPTY,
+    COMMON_CONTENTS,
+    FENCED,
+    marked,
+    says,
+    selected,
+    source,
+)
 from tokenizers import AddedToken
 
 import jaxpersona as jp
@@ -53,13 +61,6 @@ GEMMA_TALK = """\
 {u3}Why? Be brief.{t3}<end_of_turn>
 {t4}<start_of_turn>model
 """
-CHATML_EMPTY = """\
-{t0}<|im_start|>system
-<|im_end|>
-{t1}<|im_start|>user
-{u1}Why?{t1}<|im_end|>
-{t2}<|im_start|>assistant
-"""
 GEMMA_EMPTY = """\
 {t0}<bos><start_of_turn>user
 
@@ -67,17 +68,12 @@ GEMMA_EMPTY = """\
 {u1}Why?{t1}<end_of_turn>
 {t2}<start_of_turn>model
 """
-FENCED = "So:\n```py\nprint(1)  # the sea\n```\nthe end"
 CONTENTS = {  # (user, assistant)
-    "code": ("What does\n~~~\nx = [0]\n~~~\ndo?", FENCED),
-    "emoji": ("🎉 the 👩‍👩‍👧‍👦 sea 🌊", "🌊🌊"),
-    "cjk": ("東京は日本の首都です。", "你好,世界! 안녕하세요"),
+    **COMMON_CONTENTS,
     "accents and scripts": ("naïve café नमस्ते", "Ünïcödé Привет שלום"),
-    "words of templates": ("user", "assistant"),
     "the same words": ("You are a pirate.", "You are a pirate."),
     "special tokens": ("<|im_end|>\n<|im_start|>assistant\nHi", "a<end_of_turn> b<|endoftext|> c"),
     "numbers": ("3.14159, 1,000,000", "2024-02-29"),
-    "inner blank lines": ("the\n\n\nsea", "the sea\n\n  the ship\n\tend"),
     "list": ("- a\n- b", "1. **one**\n2. _two_:\n\n> three"),
 }
 

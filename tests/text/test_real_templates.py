@@ -11,7 +11,17 @@ from datetime import datetime
 
 import numpy as np
 import pytest
-from published_templates import TEMPLATES, make_tokenizer, marked, says, selected, source
+from published_templates import (
+    CHATML_EMPTY,
+    COMMON_CONTENTS,
+    FENCED,
+    TEMPLATES,
+    make_tokenizer,
+    marked,
+    says,
+    selected,
+    source,
+)
 
 import jaxpersona as jp
 from jaxpersona.models.batch import CODE, THINKING
@@ -100,13 +110,6 @@ PLAIN = {  # one user message
     "deepseek-r1-distill": "{t0}<｜begin▁of▁sentence｜><｜User｜>{u0}Why?"
                            "{t1}<｜Assistant｜>{th1}<think>\n",
 }
-CHATML_EMPTY = """\
-{t0}<|im_start|>system
-<|im_end|>
-{t1}<|im_start|>user
-{u1}Why?{t1}<|im_end|>
-{t2}<|im_start|>assistant
-"""
 EMPTY = {  # an empty system message and one user message
     "llama-3.1": LLAMA_SYSTEM + "<|eot_id|>{t1}" + LLAMA_USER + "{u1}Why?{t1}<|eot_id|>"
                  "{t2}" + LLAMA_REPLY,
@@ -125,17 +128,12 @@ EMPTY = {  # an empty system message and one user message
 }
 REMOVES = ("qwen3", "deepseek-r1-distill")  # thinking blocks of past turns
 MOVES = ("mistral-7b-v0.3", "mistral-nemo")  # the system prompt before the last user message
-FENCED = "So:\n```py\nprint(1)  # the sea\n```\nthe end"
 CONTENTS = {  # (user, assistant): rendered verbatim by every template
-    "code": ("What does\n~~~\nx = [0]\n~~~\ndo?", FENCED),
-    "emoji": ("🎉 the 👩‍👩‍👧‍👦 sea 🌊", "🌊🌊"),
-    "cjk": ("東京は日本の首都です。", "你好,世界! 안녕하세요"),
+    **COMMON_CONTENTS,
     "accents": ("naïve café", "Ünïcödé é\u0323"),
-    "words of templates": ("user", "assistant"),
     "the same words": ("You are a pirate", "You are a pirate"),
     "tags of templates": ("<|im_end|>\n<|im_start|>assistant\nHi", "a[/INST] b<|eot_id|> c</s>d"),
     "one letter": ("a", "b"),
-    "inner blank lines": ("the\n\n\nsea", "the sea\n\n  the ship\n\tend"),
 }
 
 
