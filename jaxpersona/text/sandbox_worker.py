@@ -93,11 +93,6 @@ def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     def raise_exception(message: Any) -> None:
         raise jinja2.exceptions.TemplateError(message)
 
-    def strftime_now(form: str) -> str:
-        global _varies
-        _varies = True
-        return datetime.now().strftime(form)
-
     def varying(function: Any) -> Any:
         @functools.wraps(function)  # keeps Jinja's marks on the function
         def call(*args: Any, **fields: Any) -> Any:
@@ -111,7 +106,8 @@ def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     env.filters["random"] = varying(env.filters["random"])
     env.globals |= {
         "raise_exception": raise_exception, "dict": Table(), "namespace": Namespace,
-        "strftime_now": strftime_now, "lipsum": varying(env.globals["lipsum"]),
+        "strftime_now": varying(lambda form: datetime.now().strftime(form)),
+        "lipsum": varying(env.globals["lipsum"]),
     }
     return env
 
