@@ -5,6 +5,7 @@ Optional libraries are imported on demand: random weights need neither transform
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import difflib
@@ -12,7 +13,6 @@ import importlib.resources
 import os
 import pathlib
 import reprlib
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,13 +25,14 @@ from jaxpersona.ckpts import gguf_model, gguf_tokenizer, hf, orbax
 from jaxpersona.ckpts.adapter import attached, merged, read_adapter
 from jaxpersona.ckpts.source import Progress, load_params
 from jaxpersona.ckpts.tensorfile import parse_dtype
+from jaxpersona.ckpts.tokenizer import checked, encode_once, read_tokenizer
 
 from jaxpersona.calls import checked_call
 from jaxpersona.distributed import sharding
 from jaxpersona.distributed.context import own_context
 from jaxpersona.engine.compile_cache import use_compile_cache
 from jaxpersona.errors import UserError
-from jaxpersona.inputs import read_json, require_files
+from jaxpersona.inputs import read_json
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.families import FAMILIES
 from jaxpersona.models.model import Model
@@ -53,7 +54,6 @@ _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 # duplicate weights in other layouts, adapters, and exports for other runtimes
 _NOT_FETCHED = ("consolidated*.safetensors", "adapter_model*.safetensors", "*/*.safetensors",
                 "original/*", "onnx/*")
-_TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")  # suffixes that transformers may read
 # generation_config.json settings that transformers' generate supports and this package ignores,
 # each with its no-op value (null is always a no-op).
 _UNFOLLOWED = {
@@ -70,7 +70,6 @@ _UNFOLLOWED = {
 _SAMPLED = {"top_k": (0, 50), "min_p": (0, 0.0), "top_h": ()}  # ignored only if do_sample is true
 _MINI_VOCABULARY = 1024
 _T = TypeVar("_T")
-_STDERR = threading.Lock()  # guards file descriptor 2
 
 
 @checked_call
@@ -216,12 +215,25 @@ def _folder(folder: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
             raise UserError(f"{folder}: holds both an Orbax checkpoint ({orbax.NAME}) and "
                             f"{also[0]}; remove the outdated one")
         params, _ = orbax.load(folder, dtype=dtype, mesh=mesh)
+        tokenizer = read_tokenizer(folder)
     else:
-        params = hf.load(folder, config, dtype=dtype, mesh=mesh, progress=progress)
-    finish = begin_fingerprint(config, params)  # runs while the tokenizer loads
-    tokenizer = read_tokenizer(folder)
+        with _beside(lambda: read_tokenizer(folder)) as tokenizer_of:
+            params = hf.load(folder, config, dtype=dtype, mesh=mesh, progress=progress)
+            finish = begin_fingerprint(config, params)
+            tokenizer = tokenizer_of()
     return _model(config, params, tokenizer, mesh, name, _stop_ids(folder, raw, tokenizer),
                   finish())
+
+
+@contextlib.contextmanager
+def _beside(make: Callable[[], _T]) -> Iterator[Callable[[], _T]]:
+    """Run `make`, which uses no JAX, in a thread; yield a function that waits for its result.
+
+    JAX's settings belong to threads, so weights are read in the caller's thread. The block ends
+    after `make` has ended, also with an error.
+    """
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        yield pool.submit(make).result
 
 
 def _gguf(path: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
@@ -230,16 +242,17 @@ def _gguf(path: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
     config = checkpoint.config
     _check_range(config, dtype, name)
     mesh = None if mesh is None else sharding.fit(mesh, config)
-    params = load_params(checkpoint.source, config, dtype=dtype, mesh=mesh, progress=progress)
-    finish = begin_fingerprint(config, params)  # runs while the tokenizer is built
 
     def build() -> tuple[Any, tuple[int, ...]]:
         tokenizer = gguf_tokenizer.build(checkpoint.fields)
         if tokenizer is not None:
-            _encode_once(tokenizer)
+            encode_once(tokenizer)
         return tokenizer, gguf_tokenizer.stop_ids(checkpoint.fields)
 
-    tokenizer, stop_ids = _checked(path, build)
+    with _beside(lambda: checked(path, build)) as tokenizer_of:
+        params = load_params(checkpoint.source, config, dtype=dtype, mesh=mesh, progress=progress)
+        finish = begin_fingerprint(config, params)
+        tokenizer, stop_ids = tokenizer_of()
     return _model(config, params, tokenizer, mesh, name, stop_ids, finish())
 
 
@@ -247,81 +260,6 @@ def _model(config: ModelConfig, params: Params, tokenizer: Any, mesh: Mesh | Non
            stop_ids: tuple[int, ...], mark: str) -> Model:
     template = bool(getattr(tokenizer, "chat_template", None))
     return Model(config, params, tokenizer, mesh, name, mark, stop_ids, template)
-
-
-def read_tokenizer(folder: pathlib.Path) -> Any:
-    """Load a folder's tokenizer with transformers; return None if there is none.
-
-    Remote code from the folder is never run, and transformers never prompts to run it.
-
-    Raises:
-      UserError: the tokenizer files are malformed, or the tokenizer needs remote code.
-    """
-    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
-        return None
-    for part in (folder, folder / "additional_chat_templates"):
-        if part.is_dir():
-            require_files(part, _TOKENIZER_FILES)
-    from transformers import AutoTokenizer
-
-    def read() -> Any:
-        # False, not None: with None transformers prompts whether to run remote code
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True,
-                                                  trust_remote_code=False)
-        _encode_once(tokenizer)
-        return tokenizer
-
-    tokenizer = _checked(folder, read)
-    template = getattr(tokenizer, "chat_template", None)
-    texts = template.values() if isinstance(template, dict) else (template or "",)
-    if not all(isinstance(text, str) for text in texts):
-        raise UserError(f"{folder}: chat_template in tokenizer_config.json is {template!r:.60}; "
-                        "it must be a string or an object of strings")
-    return tokenizer
-
-
-def _encode_once(tokenizer: Any) -> None:
-    """Encode a text: an unsupported regular expression makes the tokenizers library panic."""
-    with _without_stderr():
-        tokenizer("Hello, world! 1 + 1", add_special_tokens=False)
-
-
-def _checked(path: pathlib.Path, make: Callable[[], _T]) -> _T:
-    """Return make(), which makes a tokenizer; raise UserError with the path if it fails."""
-    try:
-        return make()
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except BaseException as error:  # transformers raises many types; tokenizers may panic
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = " ".join(str(error).split())[:200]
-        if "trust_remote_code" in str(error):
-            raise UserError(f"{path}: the tokenizer needs remote code (auto_map in "
-                            "tokenizer_config.json), which is never run; save the tokenizer as "
-                            "tokenizer.json and remove auto_map") from error
-        raise UserError(f"{path}: the tokenizer cannot be read ({reason})") from error
-
-
-@contextlib.contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Discard what native code writes to stderr, such as a panic's backtrace.
-
-    Holds a lock: a concurrent call would save the redirected descriptor and restore it at exit.
-    """
-    with _STDERR:
-        try:
-            kept = os.dup(2)
-        except OSError:  # stderr is closed
-            yield
-            return
-        try:
-            with open(os.devnull, "wb") as sink:
-                os.dup2(sink.fileno(), 2)
-            yield
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
 
 
 def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> tuple[int, ...]:

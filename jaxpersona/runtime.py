@@ -20,6 +20,10 @@ import jax.core
 from jaxpersona.errors import UserError
 
 _used_by: int | None = None  # the process that first used JAX through this package
+# prefixes of settings that change no trace
+_OTHER_SETTINGS = ("jax_compilation_cache", "jax_persistent_cache", "jax_log", "jax_debug_log",
+                   "jax_logging", "jax_platforms", "jax_traceback", "jax_dump", "jax_explain",
+                   "jax_raise_persistent_cache", "jax_enable_compilation_cache", "jax_distributed")
 _asked: contextvars.ContextVar[bool | None] = contextvars.ContextVar("debugging", default=None)
 
 
@@ -78,6 +82,15 @@ def setting(name: str) -> Any:
         with contextlib.suppress(AttributeError, KeyError):  # settings without a context manager
             value = jax.config.read(name)
     return value
+
+
+def tracing_settings() -> tuple[tuple[str, str], ...]:
+    """Return JAX's settings in this thread that may affect what a trace or its program computes.
+
+    They are all settings but those of caches, logs and start-up.
+    """
+    return tuple((name, repr(setting(name))) for name in sorted(jax.config.values)
+                 if not name.startswith(_OTHER_SETTINGS))
 
 
 @contextlib.contextmanager

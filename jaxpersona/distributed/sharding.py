@@ -203,6 +203,11 @@ def running_on(where: str) -> Iterator[None]:
         _PLATFORM.reset(before)
 
 
+def in_program() -> bool:
+    """Return whether the code runs in `running_on`, that is, in the trace of a program."""
+    return _PLATFORM.get() is not None
+
+
 def default_platform() -> str:
     """Return the platform on which JAX places new arrays (see `jax.default_device`)."""
     if setting("jax_default_device") is None:

@@ -18,6 +18,8 @@ from typing import Any
 import jax
 
 from jaxpersona.distributed.sharding import platform, running_on
+from jaxpersona.engine.compile_cache import traces
+from jaxpersona.engine.stored import Stored
 from jaxpersona.errors import UserError
 
 LIMIT = 64  # programs; prompts of eight widths, with and without a cap, need about 64
@@ -80,14 +82,16 @@ def _limit() -> int:
 KEPT = Kept()
 
 
-def program(*, static: tuple[str, ...] = (),
-            donate: tuple[str, ...] = ()) -> Callable[[Callable], Program]:
+def program(*, static: tuple[str, ...] = (), donate: tuple[str, ...] = (),
+            result: Callable[..., Any] | None = None) -> Callable[[Callable], Program]:
     """Return a decorator like `jax.jit` whose compiled programs are kept in `KEPT`.
 
     Args:
       static, donate: argument names, as `static_argnames` and `donate_argnames` of `jax.jit`.
+      result: returns a pytree with the structure of the result from the arguments, without running
+        the function. With it, the traces are stored on disk where that is enabled (`stored`).
     """
-    return lambda function: Program(function, static, donate)
+    return lambda function: Program(function, static, donate, result)
 
 
 class Program:
@@ -98,10 +102,11 @@ class Program:
     omits, so an omission costs memory but never correctness.
     """
 
-    def __init__(self, function: Callable, static: tuple[str, ...],
-                 donate: tuple[str, ...]) -> None:
+    def __init__(self, function: Callable, static: tuple[str, ...], donate: tuple[str, ...],
+                 result: Callable[..., Any] | None = None) -> None:
         functools.update_wrapper(self, function)
         self._function, self._static, self._donate = function, static, donate
+        self._result = result
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         jitted, target = self._of(args, named)
@@ -113,6 +118,16 @@ class Program:
         jitted, target = self._of(args, named)
         with running_on(target):
             return jitted.lower(*args, **named)
+
+    def prepare(self, *args: Any, **named: Any) -> None:
+        """Compile for arguments or their shapes without running, where traces are stored.
+
+        Without stored traces nothing happens, because `jax.jit` would compile again at its call.
+        """
+        made, target = self._of(args, named)
+        if isinstance(made, Stored):
+            with running_on(target):
+                made.prepare(*args, **named)
 
     def _of(self, args: tuple, named: dict[str, Any]) -> tuple[Any, str]:
         """Return the `jax.jit` object for these arguments and their platform."""
@@ -131,4 +146,9 @@ class Program:
         def function(*args: Any, **named: Any) -> Any:
             return self._function(*args, **named)
 
-        return jax.jit(function, static_argnames=self._static, donate_argnames=self._donate)
+        jitted = jax.jit(function, static_argnames=self._static, donate_argnames=self._donate)
+        folder = traces() if self._result is not None else None
+        if self._result is None or folder is None:
+            return jitted
+        return Stored(self._function, jitted, static=self._static, donate=self._donate,
+                      result=self._result, folder=folder)

@@ -22,15 +22,20 @@ import numpy as np
 from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed import processes
 from jaxpersona.engine.compiled import program
-from jaxpersona.engine.programs import State, Stops, decode, prefill, prefill_prefix
+from jaxpersona.engine.programs import (
+    State,
+    Stops,
+    decode,
+    free_rows,
+    prefill,
+    prefill_prefix,
+)
 from jaxpersona.engine.prompts import bucket
 from jaxpersona.engine.rows import axis_of_rows, put_rows, side_by_side
 from jaxpersona.engine.sampling import Sampling
 from jaxpersona.interventions.compose import Interventions
-from jaxpersona.interventions.trace import Applied
 from jaxpersona.models.batch import LAST, USER, Batch
 from jaxpersona.models.batch import batch as make_batch
-from jaxpersona.models.cache import init_cache, kept_dtype
 from jaxpersona.models.carry import Carry
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Params
@@ -278,28 +283,9 @@ class Lane:
 
     def _blank(self, rows: int) -> State:
         """Return the state of rows that are all free."""
-        config, setting = self.config, self.setting
-        edits, slots = self.edits.structure(rows).edits, setting.slots
-        zeros = jnp.zeros((rows,), jnp.int32)
-        carry = Carry(
-            cache=init_cache(config, rows, slots, kept_dtype(self.params.embed_vd)),
-            captured=setting.capture.init(config, rows, slots),
-            applied=tuple(Applied(zeros, jnp.zeros((len(edit.layers), rows), jnp.int32))
-                          for edit in edits),
-            gates={str(number): edit.gate.init(rows)
-                   for number, edit in enumerate(edits) if edit.gate is not None},
-            finite=jnp.ones((rows,), bool),
-        )
-        blank = State(
-            carry=carry,
-            token=zeros, position=zeros, turn=zeros, row_id=zeros.astype(jnp.uint32),
-            done=jnp.ones((rows,), bool), thinking=jnp.zeros((rows,), bool), limit=zeros,
-            length=zeros, tokens=jnp.full((rows, setting.max_new), -1, jnp.int32),
-            step=jnp.zeros((), jnp.int32),
-            fence=None if setting.stops.fences is None else zeros,
-            matched=None if setting.stops.strings is None else zeros,
-        )
-        return jax.tree.map(jnp.copy, blank)  # donated buffers must be distinct
+        setting = self.setting
+        return free_rows(self.config, self.params, self.edits.structure(rows), setting.capture,
+                         setting.stops, rows=rows, slots=setting.slots, max_new=setting.max_new)
 
 
 _FREE = Sampling(*(np.array([value], kind) for value, kind in (
@@ -344,22 +330,23 @@ def _static(axes: Any) -> tuple[int, ...]:
     return tuple(jax.tree.leaves(axes))
 
 
-@program(donate=("state",))
+@program(donate=("state",), result=lambda state, **_: state)
 def _mark_done(state: State, rows: jax.Array) -> State:
     """Mark the rows that are True in `rows` [B] as done."""
     return state.replace(done=state.done | rows)
 
 
-@program(static=("axes",))
+def _without_keys(state: State, **_: Any) -> State:
+    assert state.carry.cache is not None
+    cache = state.carry.cache.replace(k=(), v=())
+    return state.replace(carry=state.carry.replace(cache=cache))
+
+
+@program(static=("axes",), result=_without_keys)
 def _take_rows(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
     """Copy rows [n] of a state, without keys and values."""
-    def without_keys(state: State) -> State:
-        assert state.carry.cache is not None
-        cache = state.carry.cache.replace(k=(), v=())
-        return state.replace(carry=state.carry.replace(cache=cache))
-
     def take(value: jax.Array, axis: int) -> jax.Array:
         return value if axis < 0 else jnp.take(value, rows, axis, mode="clip")
 
     axis_of = jax.tree.unflatten(jax.tree.structure(state), axes)
-    return jax.tree.map(take, without_keys(state), without_keys(axis_of))
+    return jax.tree.map(take, _without_keys(state), _without_keys(axis_of))

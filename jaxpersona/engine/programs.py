@@ -6,8 +6,9 @@ number of steps is data, so decoding in chunks needs no further program.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
@@ -19,8 +20,9 @@ from jaxpersona.distributed.sharding import of_each, place
 from jaxpersona.engine.compiled import program
 from jaxpersona.engine.sampling import Sampling, choose, finite, most_likely
 from jaxpersona.interventions.compose import Interventions
+from jaxpersona.interventions.trace import Applied
 from jaxpersona.models.batch import ASSISTANT, CODE, GENERATED, TEMPLATE, THINKING, VALID, Batch
-from jaxpersona.models.cache import set_lines
+from jaxpersona.models.cache import init_cache, kept_dtype, set_lines
 from jaxpersona.models.carry import Carry
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.forward import forward
@@ -92,6 +94,49 @@ class Stops(flax.struct.PyTreeNode):
         return None if self.strings is None else self.strings.shape[1] - 1
 
 
+def free_rows(config: ModelConfig, params: Params, edits: Interventions, capture: Capture,
+              stops: Stops, *, rows: int, slots: int, max_new: int) -> State:
+    """Return the state of rows that are all free, with the structure of every state.
+
+    Args:
+      config, params: the model.
+      edits: interventions of `rows` rows.
+      capture: the readings.
+      stops: the tokens that end a row.
+      rows: B.
+      slots: S of the cache.
+      max_new: M, the number of tokens that `State.tokens` can hold.
+    """
+    zeros = jnp.zeros((rows,), jnp.int32)
+    carry = Carry(
+        cache=init_cache(config, rows, slots, kept_dtype(params.embed_vd)),
+        captured=capture.init(config, rows, slots),
+        applied=tuple(Applied(zeros, jnp.zeros((len(edit.layers), rows), jnp.int32))
+                      for edit in edits.edits),
+        gates={str(number): edit.gate.init(rows)
+               for number, edit in enumerate(edits.edits) if edit.gate is not None},
+        finite=jnp.ones((rows,), bool),
+    )
+    blank = State(
+        carry=carry,
+        token=zeros, position=zeros, turn=zeros, row_id=zeros.astype(jnp.uint32),
+        done=jnp.ones((rows,), bool), thinking=jnp.zeros((rows,), bool), limit=zeros,
+        length=zeros, tokens=jnp.full((rows, max_new), -1, jnp.int32),
+        step=jnp.zeros((), jnp.int32),
+        fence=None if stops.fences is None else zeros,
+        matched=None if stops.strings is None else zeros,
+    )
+    return jax.tree.map(jnp.copy, blank)  # donated buffers must be distinct
+
+
+def _filled(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
+            capture: Capture, stops: Stops, slots: int, max_new: int, **_: Any) -> Any:
+    """Return the structure of the state that `prefill` returns."""
+    blank = functools.partial(free_rows, config, params, edits, capture, stops, slots=slots,
+                              rows=batch.tokens.shape[0], max_new=max_new)
+    return jax.eval_shape(blank)
+
+
 @program(static=("config", "slots"))
 def prefill_prefix(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
                    capture: Capture, *, slots: int) -> Carry:
@@ -101,7 +146,7 @@ def prefill_prefix(params: Params, config: ModelConfig, batch: Batch, edits: Int
                    slots=slots, logits=None, attention="auto").carry
 
 
-@program(static=("config", "slots", "max_new", "greedy"))
+@program(static=("config", "slots", "max_new", "greedy"), result=_filled)
 def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
             capture: Capture, sampling: Sampling, stops: Stops, limit: jax.Array, *, slots: int,
             max_new: int, greedy: bool, prefix: Carry | None = None) -> State:
@@ -152,7 +197,7 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
     return _choose_next(state, out.logits, sampling, stops, greedy, ran=length > 0)
 
 
-@program(static=("config", "greedy"), donate=("state",))
+@program(static=("config", "greedy"), donate=("state",), result=lambda state, **_: state)
 def decode(params: Params, config: ModelConfig, state: State, edits: Interventions,
            capture: Capture, sampling: Sampling, stops: Stops, until: jax.Array,
            most_done: jax.Array | None = None, *, greedy: bool) -> State:

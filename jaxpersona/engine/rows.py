@@ -22,7 +22,7 @@ def axis_of_rows(one: Any, two: Any) -> int:
     return next((axis for axis, (a, b) in sizes if a != b), -1)
 
 
-@program(static=("axes",), donate=("target",))
+@program(static=("axes",), donate=("target",), result=lambda target, **_: target)
 def put_rows(target: T, source: T, rows: jax.Array, *, axes: tuple[int, ...]) -> T:
     """Write all rows of `source` into rows [n] of `target`.
 

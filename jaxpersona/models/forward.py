@@ -28,14 +28,14 @@ from jaxpersona.distributed.sharding import (
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions, PreparedInterventions, prepared
 from jaxpersona.interventions.trace import Applied, Gates, Trace
-from jaxpersona.kernels.attention import Asked, choose, flash
-from jaxpersona.models import nn
+from jaxpersona.kernels.attention import Asked, choose
+from jaxpersona.models import blocks, nn
 from jaxpersona.models.batch import VALID, Batch, check_ids
-from jaxpersona.models.cache import Cache, advance, assign_slots, init_cache, kept_dtype, write
+from jaxpersona.models.cache import Cache, advance, assign_slots, init_cache, kept_dtype
 from jaxpersona.models.carry import Carry
 from jaxpersona.models.config import ModelConfig
-from jaxpersona.models.params import Layer, Params
-from jaxpersona.models.weight import dot, dots
+from jaxpersona.models.params import Params
+from jaxpersona.models.weight import dot
 from jaxpersona.runtime import is_traced
 
 if TYPE_CHECKING:
@@ -179,33 +179,21 @@ def forward(
         for rope in {config.rope_at(i) for i in range(config.n_layers)}
     }
     x = embed(params, config, batch)
+    attend, transform = blocks.parts(config, chosen)
     keys, values = [], []
     needed = config.n_layers if logits is not None or cache is not None else trace.highest + 1
     for i, layer in enumerate(params.layers[:needed]):
         with jax.named_scope(f"layer{i}"):
-            q, k, v = _project(layer, config, x, angles[config.rope_at(i)],
-                               known | ~batch.valid if i == 0 else None)
-            own = k, v  # this call's keys and values, [B, T, K, H]
-            if cache is None:
-                k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
-            else:
-                k = write(cache.k[i], _kept(k, cache.k[i]), token_slots)
-                v = write(cache.v[i], _kept(v, cache.v[i]), token_slots)
-                if chosen == "cudnn":
-                    # The barrier orders the cache write before attention. cuDNN does not read the
-                    # cache, so XLA would keep every layer's k and v and write them all at the end.
-                    k, v, *own = jax.lax.optimization_barrier((k, v, *own))
-                keys.append(k)
-                values.append(v)
-            if chosen == "cudnn":
-                mixed = flash(q, *own, batch.length, scale=config.attn_scale,
-                              window=config.windows[i])
-            else:
-                mixed = nn.attention(
-                    q, k, v, batch.position, positions, scale=config.attn_scale,
-                    softcap=config.attn_softcap, window=config.windows[i],
-                )
-            x = _block(layer, config, x, mixed, trace, i)
+            held = None if cache is None else (cache.k[i], cache.v[i])
+            out, held = attend(layer, x, angles[config.rope_at(i)], batch, positions, token_slots,
+                               held, known | ~batch.valid if i == 0 else None,
+                               window=config.windows[i])
+            x = nn.round_residual(x + trace.visit("attention", i, out))
+            x = nn.round_residual(x + trace.visit("mlp", i, transform(layer, x)))
+            x = trace.visit("residual", i, x)
+            if held is not None:
+                keys.append(held[0])
+                values.append(held[1])
     if cache is not None:
         cache = cache.replace(k=tuple(keys), v=tuple(values))
     applied, finite = trace.applied(), _finite(x, batch)
@@ -322,48 +310,3 @@ def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
             capped = config.final_softcap * jnp.tanh(out / config.final_softcap)
             out = jnp.where(jnp.isfinite(out), capped, jnp.nan)  # tanh maps infinity to 1
         return out[:, 0] if which == "last" else out
-
-
-def _project(layer: Layer, config: ModelConfig, x: jax.Array,
-             angle: tuple[jax.Array, jax.Array],
-             known: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute queries [B, T, N, H], keys and values [B, T, K, H] of one block.
-
-    They are NaN at tokens where `known` [B, T] is False, and the NaN propagates from there.
-    """
-    y = nn.rms_norm(x, layer.attn_norm_d, config.norm_eps, config.norm_offset, known=known)
-    q, k, v = dots(y, layer.qkv)
-    q = nn.add_bias(q, layer.bq_nh)
-    k = nn.add_bias(k, layer.bk_kh)
-    v = nn.add_bias(v, layer.bv_kh)
-    if config.qk_norm:
-        q = nn.rms_norm(q, layer.q_norm_h, config.norm_eps, config.norm_offset)
-        k = nn.rms_norm(k, layer.k_norm_h, config.norm_eps, config.norm_offset)
-    return nn.rotate(q, *angle), nn.rotate(k, *angle), v
-
-
-def _kept(x: jax.Array, buffer: jax.Array) -> jax.Array:
-    """Round x to its own precision before it is stored in a buffer of a wider dtype.
-
-    Without this, XLA may keep extra precision from a fusion.
-    """
-    return x if x.dtype == buffer.dtype else nn.round_residual(x)
-
-
-def _block(layer: Layer, config: ModelConfig, x: jax.Array, mixed: jax.Array, trace: Trace,
-           i: int) -> jax.Array:
-    """Compute the rest of a block from its attention heads [B, T, N, H].
-
-    Interventions and captures run at its three sites: attention, mlp and residual.
-    """
-    eps, offset = config.norm_eps, config.norm_offset
-    out = dot(mixed, layer.wo_dnh, inner=2, axes=("batch", None, None))
-    out = nn.add_bias(out, layer.bo_d)
-    if config.post_norms:
-        out = nn.rms_norm(out, layer.attn_post_norm_d, eps, offset)
-    x = nn.round_residual(x + trace.visit("attention", i, out))
-    y = nn.mlp(nn.rms_norm(x, layer.mlp_norm_d, eps, offset), layer, config.activation)
-    if config.post_norms:
-        y = nn.rms_norm(y, layer.mlp_post_norm_d, eps, offset)
-    x = nn.round_residual(x + trace.visit("mlp", i, y))
-    return trace.visit("residual", i, x)

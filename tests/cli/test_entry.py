@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import support as s
-from jaxpersona.ckpts.loading import read_tokenizer
+from jaxpersona.ckpts.tokenizer import read_tokenizer
 
 import jaxpersona as jp
 from jaxpersona.data.texts import Question, Role, Trait
@@ -254,7 +254,7 @@ def test_no_code_of_a_tokenizers_folder_is_run_or_asked_for(tmp_path, native):
             "model_type": "own", "auto_map": {"AutoConfig": "own.Own", "AutoTokenizer": [
                 "own.Own", "own.Own"]}}))
     path.write_text(json.dumps(json.loads(path.read_text()) | own))
-    code = ("import pathlib, sys; from jaxpersona.ckpts.loading import read_tokenizer\n"
+    code = ("import pathlib, sys; from jaxpersona.ckpts.tokenizer import read_tokenizer\n"
             f"try: print('read', len(read_tokenizer(pathlib.Path({str(folder)!r}))))\n"
             "except ValueError as error: print('refused', error)")
     out = subprocess.run([sys.executable, "-c", code], input="y\ny\ny\n", text=True, timeout=120,

@@ -243,7 +243,7 @@ def test_threads_that_try_tokenizers_leave_standard_error_as_it_was():
     """A second thread must not take the first one's sink for the process's own."""
     code = """
 import os, threading
-from jaxpersona.ckpts.loading import _without_stderr
+from jaxpersona.ckpts.tokenizer import _without_stderr
 first, second = threading.Event(), threading.Event()
 
 def one():

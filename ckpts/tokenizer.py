@@ -1,0 +1,115 @@
+"""Read the tokenizer of a model folder with transformers, without remote code."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+from jaxpersona.errors import UserError
+from jaxpersona.inputs import read_json, require_files
+
+_FILES = (".json", ".jinja", ".model", ".txt")  # suffixes that transformers may read
+_T = TypeVar("_T")
+_STDERR = threading.Lock()  # guards file descriptor 2
+
+
+def read_tokenizer(folder: pathlib.Path) -> Any:
+    """Load a folder's tokenizer with transformers; return None if there is none.
+
+    Remote code from the folder is never run, and transformers never prompts to run it.
+
+    Raises:
+      UserError: the tokenizer files are malformed, or the tokenizer needs remote code.
+    """
+    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model")):
+        return None
+    for part in (folder, folder / "additional_chat_templates"):
+        if part.is_dir():
+            require_files(part, _FILES)
+    from transformers import AutoTokenizer
+
+    def read() -> Any:
+        # False, not None: with None transformers prompts whether to run remote code
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True,
+                                                  trust_remote_code=False, **_named_class(folder))
+        encode_once(tokenizer)
+        return tokenizer
+
+    tokenizer = checked(folder, read)
+    template = getattr(tokenizer, "chat_template", None)
+    texts = template.values() if isinstance(template, dict) else (template or "",)
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{folder}: chat_template in tokenizer_config.json is {template!r:.60}; "
+                        "it must be a string or an object of strings")
+    return tokenizer
+
+
+def _named_class(folder: pathlib.Path) -> dict[str, Any]:
+    """Return a `config` argument for AutoTokenizer if tokenizer_config.json names the class.
+
+    AutoTokenizer reads `model_type` and `tokenizer_class` of the model's configuration. To read
+    them it would import the configuration's class and with it PyTorch's distributed tensors, if
+    PyTorch is installed, which takes five times as long as reading the tokenizer.
+    """
+    from transformers import PretrainedConfig
+
+    path = folder / "tokenizer_config.json"
+    own = read_json(path) if path.exists() else None
+    raw = read_json(folder / "config.json") if (folder / "config.json").exists() else None
+    if not isinstance(own, dict) or not isinstance(raw, dict) or "auto_map" in own or (
+            "auto_map" in raw):
+        return {}
+    kind, name = own.get("tokenizer_class"), raw.get("model_type")
+    if not isinstance(kind, str) or not isinstance(name, str) or not name:
+        return {}
+    config = PretrainedConfig(name_or_path=str(folder), tokenizer_class=raw.get("tokenizer_class"))
+    config.model_type = name
+    return {"config": config}
+
+
+def encode_once(tokenizer: Any) -> None:
+    """Encode a text: an unsupported regular expression makes the tokenizers library panic."""
+    with _without_stderr():
+        tokenizer("Hello, world! 1 + 1", add_special_tokens=False)
+
+
+def checked(path: pathlib.Path, make: Callable[[], _T]) -> _T:
+    """Return make(), which makes a tokenizer; raise UserError with the path if it fails."""
+    try:
+        return make()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except BaseException as error:  # transformers raises many types; tokenizers may panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{path}: the tokenizer needs remote code (auto_map in "
+                            "tokenizer_config.json), which is never run; save the tokenizer as "
+                            "tokenizer.json and remove auto_map") from error
+        raise UserError(f"{path}: the tokenizer cannot be read ({reason})") from error
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Discard what native code writes to stderr, such as a panic's backtrace.
+
+    Holds a lock: a concurrent call would save the redirected descriptor and restore it at exit.
+    """
+    with _STDERR:
+        try:
+            kept = os.dup(2)
+        except OSError:  # stderr is closed
+            yield
+            return
+        try:
+            with open(os.devnull, "wb") as sink:
+                os.dup2(sink.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

@@ -1,0 +1,140 @@
+"""A folder of files that only their owner may read or write, of bounded size.
+
+What is read from such a folder may select machine code, so nothing is read from a folder or a file
+that another user could have written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import pathlib
+import stat
+from collections.abc import Iterator
+
+_LOG = logging.getLogger("jaxpersona")
+_MAGIC = b"jaxpersona-file 1\n"
+_TEMPORARY = ".tmp"
+_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+
+
+def private(path: pathlib.Path) -> str | None:
+    """Create a folder with mode 0700, or check one that exists.
+
+    A folder of this user that others may read, but not write, gets mode 0700.
+
+    Returns:
+      None if the folder is this user's own; else the reason why it is not.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _opened(path) as folder:
+            os.fchmod(folder, 0o700)
+    except OSError as error:
+        return f"{path}: {error.strerror or error}"
+    return None
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[int]:
+    """Open a folder; yield its descriptor, so that later accesses cannot be redirected.
+
+    Raises:
+      OSError: it is a symbolic link, belongs to another user, or may be written by others.
+    """
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        _check(os.fstat(folder), "the folder")
+        yield folder
+    finally:
+        os.close(folder)
+
+
+def _check(found: os.stat_result, what: str) -> None:
+    if found.st_uid != os.geteuid():
+        raise PermissionError(0, f"{what} belongs to user {found.st_uid}, not to this one")
+    if found.st_mode & _OTHERS:
+        raise PermissionError(0, f"{what} may be written by other users (mode "
+                                 f"{stat.S_IMODE(found.st_mode):o}); remove it")
+
+
+class OwnFolder:
+    """Files by name in a folder of mode 0700; the least recently used ones are removed.
+
+    A file holds the SHA-256 of its name and content. It detects damage and exchanged files. It is
+    no protection against this user, who can write any file of the folder.
+
+    Attributes:
+      path: the folder; created with the first file.
+      limit: the maximum size of all files in bytes.
+    """
+
+    def __init__(self, path: pathlib.Path, limit: int) -> None:
+        self.path, self.limit = path, limit
+
+    def read(self, name: str) -> bytes | None:
+        """Return a file's content; None if it is missing, damaged or not this user's own."""
+        try:
+            with _opened(self.path) as folder:
+                file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
+                               dir_fd=folder)
+                with open(file, "rb") as opened:
+                    found = os.fstat(file)
+                    _check(found, "the file")
+                    if not stat.S_ISREG(found.st_mode) or found.st_size > self.limit:
+                        raise OSError(0, "not a regular file, or larger than the folder's limit")
+                    data = opened.read(found.st_size)
+                    os.utime(file)  # marks it as used
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            _LOG.warning("%s: not used (%s)", self.path / name, error.strerror or error)
+            return None
+        head = len(_MAGIC) + hashlib.sha256().digest_size
+        content = data[head:]
+        if data[:head] != _MAGIC + _digest(name, content):
+            _LOG.warning("%s: damaged; it is made again", self.path / name)
+            return None
+        return content
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file, and remove the least recently used ones beyond the limit.
+
+        A failure, such as a full disk, is logged.
+        """
+        if (reason := private(self.path)) is not None:
+            _LOG.warning("%s: not written (%s)", name, reason)
+            return
+        temporary = f"{name}.{os.getpid()}{_TEMPORARY}"
+        try:
+            with _opened(self.path) as folder:
+                file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW,
+                               0o600, dir_fd=folder)
+                try:
+                    with open(file, "wb") as opened:
+                        opened.write(_MAGIC + _digest(name, content) + content)
+                    os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+                except OSError:
+                    os.unlink(temporary, dir_fd=folder)
+                    raise
+                self._prune(folder)
+        except OSError as error:
+            _LOG.warning("%s: not written (%s)", self.path / name, error.strerror or error)
+
+    def _prune(self, folder: int) -> None:
+        """Remove the least recently used files until the others are within the limit."""
+        with os.scandir(folder) as entries:
+            held = [(entry.stat(follow_symlinks=False), entry.name) for entry in entries
+                    if entry.is_file(follow_symlinks=False)]
+        total = sum(found.st_size for found, _ in held)
+        for found, name in sorted(held, key=lambda x: x[0].st_mtime_ns):
+            if total <= self.limit:
+                return
+            os.unlink(name, dir_fd=folder)
+            total -= found.st_size
+
+
+def _digest(name: str, content: bytes) -> bytes:
+    return hashlib.sha256(name.encode() + b"\0" + content).digest()

@@ -1,0 +1,251 @@
+"""Programs that are traced once per machine: their traces are files of the user's own folder.
+
+`jax.export` turns a traced program into StableHLO bytes, which hold no Python objects, so no
+`pickle` is involved. A later process reads the bytes instead of tracing, and JAX's compilation
+cache returns the executable for them. Without a file the program is exported and written first, so
+that both processes compile the same bytes and get the same executable.
+
+A program that cannot be exported, or whose key cannot be computed exactly, is compiled by `jax.jit`
+as without this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import logging
+import pathlib
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+from jax.extend.backend import get_backend
+from jax.sharding import SingleDeviceSharding
+
+from jaxpersona.distributed.sharding import default_device
+from jaxpersona.engine.own_folder import OwnFolder
+from jaxpersona.errors import UserError
+from jaxpersona.runtime import is_traced, tracing_settings
+
+SUFFIX = ".trace"
+_LOG = logging.getLogger("jaxpersona")
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jaxpersona")
+
+
+class Stored:
+    """A function compiled for one set of argument shapes, from its stored trace if there is one.
+
+    Calls whose arguments are traced, or are not whole arrays on JAX's default device, use
+    `jax.jit`.
+    """
+
+    def __init__(self, function: Callable, jitted: Any, *, static: Iterable[str],
+                 donate: Iterable[str], result: Callable[..., Any], folder: OwnFolder) -> None:
+        """Describe a program; nothing is traced or read yet.
+
+        Args:
+          function: the function, whose arguments can all be given by name.
+          jitted: `jax.jit` of it, for other calls.
+          static, donate: argument names.
+          result: a function of the same arguments that returns a pytree with the structure of the
+            result, without running the function.
+          folder: the folder of traces.
+        """
+        self._function, self._jitted = function, jitted
+        self._static, self._donate, self._result = set(static), set(donate), result
+        self._folder, self._lock = folder, threading.Lock()
+        self._made: tuple[Callable[..., Any], Any] | None = None
+        self._unfit = False
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        arrays, static = self._bound(args, named)
+        leaves = jax.tree.leaves(arrays)
+        made = self._get(arrays, static) if all(map(_whole, leaves)) else None
+        if made is None:
+            return self._jitted(*args, **named)
+        call, structure = made
+        return jax.tree.unflatten(structure, call(*leaves))
+
+    def lower(self, *args: Any, **named: Any) -> Any:
+        """Trace and lower, as `jax.jit(…).lower` does."""
+        return self._jitted.lower(*args, **named)
+
+    def prepare(self, *args: Any, **named: Any) -> None:
+        """Compile for arguments or their shapes without running, if the program can be stored."""
+        arrays, static = self._bound(args, named)
+        self._get(arrays, static)
+
+    def _bound(self, args: tuple, named: Mapping[str, Any]) -> tuple[dict[str, Any], dict]:
+        """Return the arrays and the static arguments by name."""
+        bound = inspect.signature(self._function).bind(*args, **named)
+        bound.apply_defaults()
+        arrays = {k: v for k, v in bound.arguments.items() if k not in self._static}
+        return arrays, {k: v for k, v in bound.arguments.items() if k in self._static}
+
+    def _get(self, arrays: dict[str, Any], static: dict) -> tuple[Callable, Any] | None:
+        """Return the compiled function of leaves, and the structure of its result."""
+        with self._lock:
+            if self._made is None and not self._unfit:
+                self._made = self._make(arrays, static)
+                self._unfit = self._made is None
+            return self._made
+
+    def _make(self, arrays: dict[str, Any], static: dict) -> tuple[Callable, Any] | None:
+        try:
+            name = self._name(arrays, static)
+        except Unknown as error:
+            _LOG.info("%s is traced in every process: %s", self._function.__name__, error)
+            return None
+        leaves, tree = jax.tree.flatten(arrays)
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=jax.typeof(x).weak_type)
+                  for x in leaves]
+        structure = jax.tree.structure(self._result(**arrays, **static))
+        exported = self._read(name, shapes)
+        if exported is None:
+            exported = self._export(shapes, tree, static, structure)
+            if exported is None:
+                return None
+            self._folder.write(name, bytes(exported.serialize()))
+        donated = self._donated(arrays)
+
+        def call(*leaves: Any) -> Any:
+            return exported.call(*leaves)
+
+        call.__name__ = self._function.__name__  # the name of the compiled program
+        return jax.jit(call, donate_argnums=donated).lower(*shapes).compile(), structure
+
+    def _donated(self, arrays: dict[str, Any]) -> tuple[int, ...]:
+        """Return the indices of the leaves of donated arguments."""
+        names = [name for name, value in sorted(arrays.items()) for _ in jax.tree.leaves(value)]
+        return tuple(i for i, name in enumerate(names) if name in self._donate)
+
+    def _export(self, shapes: list, tree: Any, static: dict,
+                structure: Any) -> jax.export.Exported | None:
+        """Trace the program as a function of leaves; None if it cannot be stored."""
+        traced = []
+
+        def flat(*leaves: Any) -> list[Any]:
+            out, found = jax.tree.flatten(self._function(**jax.tree.unflatten(tree, leaves),
+                                                         **static))
+            traced.append(found)
+            return out
+
+        flat.__name__ = self._function.__name__
+        try:
+            exported = jax.export.export(jax.jit(flat))(*shapes)
+        except UserError:
+            raise
+        except (ValueError, NotImplementedError) as error:  # an operation without a stable form
+            _LOG.info("%s is traced in every process: %s", self._function.__name__,
+                      str(error).split("\n", 1)[0])
+            return None
+        if traced[-1] != structure:
+            _LOG.info("%s is traced in every process: its result has another structure",
+                      self._function.__name__)
+            return None
+        return exported
+
+    def _read(self, name: str, shapes: list) -> jax.export.Exported | None:
+        """Return the stored trace; None if there is none, or if it does not fit the arguments."""
+        content = self._folder.read(name)
+        if content is None:
+            return None
+        try:
+            exported = jax.export.deserialize(bytearray(content))
+            wanted = [(x.shape, x.dtype) for x in shapes]
+            if [(x.shape, x.dtype) for x in exported.in_avals] == wanted:
+                return exported
+        except Exception as error:  # the parser of another version raises many types
+            _LOG.warning("%s: not readable (%s); it is made again", name, error)
+        return None
+
+    def _name(self, arrays: dict[str, Any], static: dict) -> str:
+        """Return the file name: a hash of everything that the trace and its result depend on."""
+        device = default_device()
+        described = (
+            _source(), [importlib.metadata.version(name) for name in _PACKAGES],
+            device.platform, device.device_kind, get_backend(device.platform).platform_version,
+            tracing_settings(), f"{self._function.__module__}.{self._function.__qualname__}",
+            described_value(arrays), described_value(static), sorted(self._donate))
+        return hashlib.sha256(repr(described).encode()).hexdigest() + SUFFIX
+
+
+class Unknown(Exception):
+    """A value that has no exact description."""
+
+
+def described_value(value: Any) -> Any:
+    """Describe an argument exactly, by nested tuples of strings and numbers.
+
+    An array is its shape and dtype. Everything else is its type and its whole content, so that
+    equal descriptions mean equal traces.
+
+    Raises:
+      Unknown: a value whose content is not known to be complete, such as an object of a class
+        outside this package, whose source may change.
+    """
+    if value is None or isinstance(value, (bool, int, float, str, bytes)) and type(value) in (
+            bool, int, float, str, bytes):
+        return type(value).__name__, repr(value)
+    if isinstance(value, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
+        kind = jax.typeof(value)
+        return "array", kind.shape, np.dtype(kind.dtype).name, kind.weak_type
+    if type(value) in (tuple, list):
+        return type(value).__name__, tuple(map(described_value, value))
+    if type(value) is dict:
+        items = ((described_value(k), described_value(v)) for k, v in value.items())
+        return "dict", tuple(sorted(items, key=repr))
+    if isinstance(value, np.dtype):
+        return "dtype", value.name
+    if isinstance(value, type):
+        return "type", _ours(value)
+    if isinstance(value, range):
+        return "range", repr(value)
+    if isinstance(value, enum.Enum):
+        return _ours(type(value)), value.name
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # a named tuple
+        return _ours(type(value)), tuple(map(described_value, value))
+    if dataclasses.is_dataclass(value):
+        own = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return _ours(type(value)), described_value(own)
+    raise Unknown(f"{value!r:.60} is a {type(value).__name__}")
+
+
+def _ours(kind: type) -> str:
+    """Return the name of a class whose source is part of `_source`.
+
+    Raises:
+      Unknown: a class of another package, or one made inside a function.
+    """
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if kind.__module__.partition(".")[0] != "jaxpersona" or "<locals>" in name:
+        raise Unknown(f"{name} is not part of jaxpersona")
+    return name
+
+
+def _whole(x: Any) -> bool:
+    """Return whether x is an array that the compiled function accepts."""
+    if isinstance(x, np.ndarray):
+        return True
+    return isinstance(x, jax.Array) and not is_traced(x) and isinstance(
+        x.sharding, SingleDeviceSharding) and x.devices() == {default_device()}
+
+
+@functools.cache
+def _source() -> str:
+    """Return a hash of this package's source files, which determine the traces."""
+    import jaxpersona.kernels
+
+    total = hashlib.sha256()
+    for package in (jaxpersona, jaxpersona.kernels):
+        root = pathlib.Path(next(iter(package.__path__)))
+        for path in sorted(root.rglob("*.py")):
+            total.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    return total.hexdigest()

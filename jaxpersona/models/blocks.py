@@ -1,0 +1,140 @@
+"""The two parts of a block between the sites of interventions: attention, and the MLP.
+
+The layers of a model differ in their arrays, not in their operations. While a program of the engine
+is traced, each part is therefore a nested `jax.jit`: JAX traces and lowers it once and calls it for
+every layer. XLA inlines the calls before it optimizes, so the compiled program is the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpersona.distributed.sharding import in_program
+from jaxpersona.kernels.attention import Implementation, flash
+from jaxpersona.models import nn
+from jaxpersona.models.batch import Batch
+from jaxpersona.models.cache import write
+from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.params import Layer
+from jaxpersona.models.weight import dot, dots
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Array, Bool, Float, Int
+
+Held = tuple[jax.Array, jax.Array]  # one layer's keys and values in the cache, each [B, K, S, H]
+
+
+class Parts(NamedTuple):
+    """The functions of one forward pass.
+
+    Attributes:
+      attend: `attend`, with the configuration and the implementation of attention.
+      transform: `transform`, with the configuration.
+    """
+
+    attend: Callable[..., tuple[jax.Array, Held | None]]
+    transform: Callable[[Layer, jax.Array], jax.Array]
+
+
+def parts(config: ModelConfig, attention: Implementation) -> Parts:
+    """Return the parts of a block; nested programs while a program of the engine is traced.
+
+    The nested programs are made for one forward pass and freed with it. They are not used for
+    single operations outside `jax.jit`, where each call would compile them again.
+
+    Args:
+      config: the model configuration.
+      attention: the implementation of attention.
+    """
+    made = Parts(functools.partial(attend, config, attention),
+                 functools.partial(transform, config))
+    if not in_program():
+        return made
+    return Parts(jax.jit(made.attend, static_argnames=("window",)), jax.jit(made.transform))
+
+
+def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Float[Array, "B T D"],
+           angle: tuple[jax.Array, jax.Array], batch: Batch, positions: Int[Array, "B S"],
+           slots: Int[Array, "B T"], held: Held | None, known: Bool[Array, "B T"] | None, *,
+           window: int | None) -> tuple[jax.Array, Held | None]:
+    """Compute the attention of a block.
+
+    Args:
+      config: the model configuration.
+      attention: the implementation of attention.
+      layer: the parameters of the block.
+      x: the residual stream [B, T, D].
+      angle: the rotary cosines and sines of the tokens (`nn.rotary`).
+      batch: the tokens.
+      positions: [B, S] int32, the position of each key; −1 for none.
+      slots: [B, T] int32, the cache slot of each token.
+      held: the block's keys and values in the cache; None without a cache.
+      known: [B, T] bool; where it is False, the result is NaN. None: everywhere True.
+      window: the size of the sliding window, or None.
+
+    Returns:
+      The output [B, T, D], before it is added to the residual stream, and the new `held`.
+    """
+    q, k, v = _project(layer, config, x, angle, known)
+    own = k, v  # this call's keys and values, [B, T, K, H]
+    if held is None:
+        k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
+    else:
+        k = write(held[0], _kept(k, held[0]), slots)
+        v = write(held[1], _kept(v, held[1]), slots)
+        if attention == "cudnn":
+            # The barrier orders the cache write before attention. cuDNN does not read the cache, so
+            # XLA would keep every layer's k and v and write them all at the end.
+            k, v, *own = jax.lax.optimization_barrier((k, v, *own))
+        held = k, v
+    if attention == "cudnn":
+        mixed = flash(q, *own, batch.length, scale=config.attn_scale, window=window)
+    else:
+        mixed = nn.attention(q, k, v, batch.position, positions, scale=config.attn_scale,
+                             softcap=config.attn_softcap, window=window)
+    out = dot(mixed, layer.wo_dnh, inner=2, axes=("batch", None, None))
+    out = nn.add_bias(out, layer.bo_d)
+    if config.post_norms:
+        out = nn.rms_norm(out, layer.attn_post_norm_d, config.norm_eps, config.norm_offset)
+    return out, held
+
+
+def transform(config: ModelConfig, layer: Layer, x: Float[Array, "B T D"]) -> jax.Array:
+    """Compute the MLP of a block, [B, T, D], before it is added to the residual stream."""
+    eps, offset = config.norm_eps, config.norm_offset
+    y = nn.mlp(nn.rms_norm(x, layer.mlp_norm_d, eps, offset), layer, config.activation)
+    if config.post_norms:
+        y = nn.rms_norm(y, layer.mlp_post_norm_d, eps, offset)
+    return y
+
+
+def _project(layer: Layer, config: ModelConfig, x: jax.Array,
+             angle: tuple[jax.Array, jax.Array],
+             known: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute queries [B, T, N, H], keys and values [B, T, K, H] of one block.
+
+    They are NaN at tokens where `known` [B, T] is False, and the NaN propagates from there.
+    """
+    y = nn.rms_norm(x, layer.attn_norm_d, config.norm_eps, config.norm_offset, known=known)
+    q, k, v = dots(y, layer.qkv)
+    q = nn.add_bias(q, layer.bq_nh)
+    k = nn.add_bias(k, layer.bk_kh)
+    v = nn.add_bias(v, layer.bv_kh)
+    if config.qk_norm:
+        q = nn.rms_norm(q, layer.q_norm_h, config.norm_eps, config.norm_offset)
+        k = nn.rms_norm(k, layer.k_norm_h, config.norm_eps, config.norm_offset)
+    return nn.rotate(q, *angle), nn.rotate(k, *angle), v
+
+
+def _kept(x: jax.Array, buffer: jax.Array) -> jax.Array:
+    """Round x to its own precision before it is stored in a buffer of a wider dtype.
+
+    Without this, XLA may keep extra precision from a fusion.
+    """
+    return x if x.dtype == buffer.dtype else nn.round_residual(x)
