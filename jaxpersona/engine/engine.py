@@ -25,7 +25,7 @@ from jaxpersona.engine import prompts, stopping
 from jaxpersona.engine.edits import RowEdits, for_one_row, neutral_row
 from jaxpersona.engine.generate import asks_for_code
 from jaxpersona.engine.kinds import Kind, plain_kinds
-from jaxpersona.engine.lanes import Lane, Shape, Task, shape_of
+from jaxpersona.engine.lanes import Lane, Shape, Task, shape_of, shape_within
 from jaxpersona.engine.programs import State
 from jaxpersona.engine.replies import Finished, Reply, unpack
 from jaxpersona.engine.request import Event, Handle, QueueFull, Request, projected
@@ -95,7 +95,7 @@ class Engine:
             self._params = fast_params(model, rows)
         self._together = max(1, rows // 4) if model.mesh is None else rows
         self._scheduler = Scheduler(self._open, self._collect, lanes=lanes, batched=False,
-                                    chunk=chunk, failed=self._fail)
+                                    chunk=chunk, failed=self._fail, pause=self._streams)
         self._device = threading.RLock()  # guards the scheduler and the device
         self._changed = threading.Condition()  # guards the fields below; notified after each step
         self._inbox: deque[Task] = deque()
@@ -287,15 +287,14 @@ class Engine:
 
     def _shape(self, row: Row, limit: int) -> tuple[Shape, int]:
         """Return the lengths of a request's programs, and its reply limit in the largest cache."""
-        if self.sizes is None:
-            return shape_of(row, limit, False, self.model.config.max_context), limit
-        width = prompts.bucket(row.tokens.size)
-        if width >= self.sizes[-1]:
-            raise UserError(f"the conversation has {row.tokens.size} tokens, padded to {width}; "
-                            f"the engine's largest cache holds {self.sizes[-1]}, the reply "
-                            "included: shorten it, or make the engine with larger sizes")
-        limit = min(limit, self.sizes[-1] - width)
-        return Shape(0, width, next(x for x in self.sizes if x >= width + limit)), limit
+        if self.sizes is not None:
+            return shape_within(row, limit, self.sizes)
+        return shape_of(row, limit, False, self.model.config.max_context, self.rows), limit
+
+    def _streams(self, tasks: Sequence[Task]) -> bool:
+        """Return whether a task is streamed; its first token is then read before it decodes."""
+        held = [self._handles.get(task.number) for task in tasks]
+        return any(entry is not None and entry[0]._streamed for entry in held)
 
     def _open(self, kind: Any) -> Lane:
         """Return a new lane for a kind of requests."""

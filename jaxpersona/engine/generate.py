@@ -214,11 +214,13 @@ def drain(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
     together = max(1, batch_size // 4) if model.mesh is None else batch_size
 
     def open_lane(slots: Any) -> Lane:
-        return Lane(model.config, params, Setting(slots, max_new, greedy, capture, stops), shared,
+        # a reply may fill the cache, so programs do not depend on `max_new`
+        return Lane(model.config, params, Setting(slots, slots, greedy, capture, stops), shared,
                     batch_size, together)
 
     scheduler = Scheduler(open_lane, collect, refill=refill)
-    shapes = [shape_of(row, max_new, share_prefix, model.config.max_context) for row in rows]
+    shapes = [shape_of(row, max_new, share_prefix, model.config.max_context, batch_size)
+              for row in rows]
     tasks = [Task(i, row, int(ids[i]), int(limits[i]), settings.take([i]), shapes[i],
                   shapes[i].slots)
              for i, row in enumerate(rows)]

@@ -30,9 +30,10 @@ from jaxpersona.engine.programs import (
     prefill,
     prefill_prefix,
 )
-from jaxpersona.engine.prompts import bucket
+from jaxpersona.engine.prompts import FEW_ROWS, bucket, padded
 from jaxpersona.engine.rows import axis_of_rows, put_rows, side_by_side
 from jaxpersona.engine.sampling import Sampling
+from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.models.batch import LAST, USER, Batch
 from jaxpersona.models.batch import batch as make_batch
@@ -128,23 +129,60 @@ class Shape(NamedTuple):
     slots: int
 
 
-def shape_of(row: Row, max_new: int, share_prefix: bool, context: int) -> Shape:
-    """Return the lengths of a prompt's programs for a model of a context of `context` tokens."""
+def shape_of(row: Row, max_new: int, share_prefix: bool, context: int, rows: int) -> Shape:
+    """Return the lengths of a prompt's programs.
+
+    Args:
+      row: the prompt.
+      max_new: the maximum number of tokens of the reply.
+      share_prefix: whether the prefix runs separately.
+      context: the model's context in tokens.
+      rows: B of the lane.
+    """
     shared = prefix_length(row) if share_prefix else 0
-    prefix = bucket(shared) if shared else 0
-    width = bucket(row.tokens.size - shared)
-    return Shape(prefix, width, cache_size(prefix + width + max_new, context))
+    prefix = padded(shared, rows) if shared else 0
+    width = padded(row.tokens.size - shared, rows)
+    if rows > FEW_ROWS:
+        return Shape(prefix, width, cache_size(prefix + width + max_new, context))
+    # padding takes no slots
+    needed = max(prefix + width, row.tokens.size + max_new)
+    return Shape(prefix, width, cache_size(needed, context, least=256, finer=None))
 
 
-def cache_size(tokens: int, context: int) -> int:
+def shape_within(row: Row, limit: int, sizes: Sequence[int]) -> tuple[Shape, int]:
+    """Return the lengths of a prompt's programs for given cache sizes, and its reply's limit.
+
+    Args:
+      row: the prompt.
+      limit: the maximum number of tokens of the reply.
+      sizes: the cache sizes, ascending.
+
+    Raises:
+      UserError: the prompt leaves no room in the largest cache.
+    """
+    width = bucket(row.tokens.size)
+    if width >= sizes[-1]:
+        raise UserError(f"the conversation has {row.tokens.size} tokens, padded to {width}; "
+                        f"the engine's largest cache holds {sizes[-1]}, the reply "
+                        "included: shorten it, or make the engine with larger sizes")
+    limit = min(limit, sizes[-1] - width)
+    return Shape(0, width, next(x for x in sizes if x >= width + limit)), limit
+
+
+def cache_size(tokens: int, context: int, *, least: int = 64, finer: int | None = 512) -> int:
     """Return the number of cache slots for at most `tokens` tokens.
 
     It is the least of 64, 128, 256, 512, 768, 1,024, 1,536, 2,048, … that is at least `tokens`. The
     sizes are few, so that prompts of mixed lengths share a lane: a lane of its own for each size
     would run with many free rows. Instead of a size above the model's context, it is the next
     multiple of 64.
+
+    Args:
+      tokens: the number of tokens.
+      context: the model's context in tokens.
+      least, finer: the list of sizes (`bucket`).
     """
-    size = bucket(tokens, least=64, finer=512)
+    size = bucket(tokens, least=least, finer=finer)
     return size if size <= context else -(-tokens // 64) * 64
 
 

@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 
-def bucket(tokens: int, least: int = 32, finer: int = 256) -> int:
+FEW_ROWS = 8  # the greatest batch size with few padded lengths
+
+
+def bucket(tokens: int, least: int = 32, finer: int | None = 256) -> int:
     """Return the padded length of a prompt: the least of 32, 64, 128, 256, 384, 512, 768, … that
     is at least `tokens`.
 
@@ -31,13 +34,24 @@ def bucket(tokens: int, least: int = 32, finer: int = 256) -> int:
     Args:
       tokens: the number of tokens.
       least: the smallest length, a power of two.
-      finer: the power of two from which on there is a length between two powers of two.
+      finer: the power of two from which on there is a length between two powers of two; None: there
+        is none.
     """
     size = least
     while size < tokens:
+        doubled = finer is None or size < finer
         power = size & (size - 1) == 0
-        size = (size * 2 if size < finer else size * 3 // 2) if power else size * 4 // 3
+        size = (size * 2 if doubled else size * 3 // 2) if power else size * 4 // 3
     return size
+
+
+def padded(tokens: int, rows: int) -> int:
+    """Return the padded length of a prompt that is prefilled for a lane of `rows` rows.
+
+    With more than `FEW_ROWS` rows it is `bucket`, because padding costs throughput. With fewer it
+    is a power of two of at least 64, because compiling a program takes longer than many replies.
+    """
+    return bucket(tokens) if rows > FEW_ROWS else bucket(tokens, least=64, finer=None)
 
 
 def widths(slots: int, context: int) -> list[int]:

@@ -32,7 +32,8 @@ class Scheduler:
 
     def __init__(self, open_lane: Callable[[Hashable], Lane], collect: Collect, *,
                  lanes: int = 1, batched: bool = True, refill: bool = True,
-                 chunk: int = CHUNK, failed: Failed | None = None) -> None:
+                 chunk: int = CHUNK, failed: Failed | None = None,
+                 pause: Callable[[list[Task]], bool] | None = None) -> None:
         """Create a scheduler with an empty queue and no lane.
 
         Args:
@@ -45,10 +46,12 @@ class Scheduler:
           chunk: the maximum number of decode steps between two reads of the device.
           failed: called with the tasks of a lane that failed, and the error; the lane is dropped.
             None: the error is raised.
+          pause: called with the prompts that a step admitted; if it returns True, the step ends
+            before it decodes. None: never.
         """
         self.open_lane, self.collect = open_lane, collect
         self.most, self.batched, self.refill, self.chunk = lanes, batched, refill, chunk
-        self.failed = failed
+        self.failed, self.pause = failed, pause
         self.waiting: deque[Task] = deque()
         self.lanes: dict[Any, Lane] = {}
 
@@ -63,8 +66,11 @@ class Scheduler:
             if (cancelled := [i for i, task in enumerate(lane.tasks)
                          if task is not None and task.cancelled]):
                 lane.end(cancelled)
-        while self._admit():
-            pass
+        admitted: list[Task] = []
+        while chosen := self._admit():
+            admitted += chosen
+        if admitted and self.pause is not None and self.pause(admitted):
+            return
         for key, lane in list(self.lanes.items()):
             if _busy(lane):
                 with self._contained(key, []):
@@ -81,23 +87,23 @@ class Scheduler:
             self.lanes[key] = self.open_lane(key)
         return self.lanes[key]
 
-    def _admit(self) -> bool:
-        """Admit the oldest queued prompts that share a program; return whether any was admitted."""
+    def _admit(self) -> list[Task]:
+        """Admit the oldest queued prompts that share a program, and return them."""
         while self.waiting and self.waiting[0].cancelled:
             self.waiting.popleft()
         if not self.waiting:
-            return False
+            return []
         first = self.waiting[0]
         lane = self.lane_of(first.lane)
         if lane is None or (_busy(lane) and not self.refill and not lane.filling):
-            return False
+            return []
         if lane.together == lane.rows and _busy(lane):  # prefill would replace all rows
-            return False
+            return []
         # the minimum number of free rows for a prefill
         least = lane.together if self.batched and self.refill else 1
         capacity = min(lane.together, lane.free)
         if lane.free < least:
-            return False
+            return []
         chosen: list[Task] = []
         while self.waiting and len(chosen) < capacity:
             task = self.waiting[0]
@@ -110,7 +116,7 @@ class Scheduler:
         with self._contained(first.lane, chosen):
             lane.admit(chosen, first.shape)
             lane.filling = True
-        return True
+        return chosen
 
     @contextlib.contextmanager
     def _contained(self, key: Any, chosen: list[Task]) -> Iterator[None]:

@@ -152,8 +152,8 @@ def test_a_gate_within_the_prompt_refuses_a_shared_prefix():
 def test_shapes_are_functions_of_the_row_alone():
     row = with_system(ROWS[:1], 20)[0]
     assert prefix_length(row) == 20 and prefix_length(with_system(ROWS[:1], 15)[0]) == 0
-    assert shape_of(row, 24, False, 512).prefix == 0
-    shape = shape_of(row, 24, True, 512)
+    assert shape_of(row, 24, False, 512, 32).prefix == 0
+    shape = shape_of(row, 24, True, 512, 32)
     assert (shape.prefix, shape.width) == (32, 32) and shape.slots == 128
 
 
@@ -206,5 +206,5 @@ def test_prompts_of_mixed_lengths_share_few_cache_sizes():
     assert [cache_size(n, 2048) for n in (1100, 2000, 2084)] == [1536, 2048, 2112]
     rows = [Row(np.zeros(n, np.int32), np.full(n, USER, np.int32), np.zeros(n, np.int32), "")
             for n in range(20, 129)]  # role prompts
-    assert {shape_of(row, 64, False, 2048).slots for row in rows} == {128, 256}
-    assert {shape_of(row, 512, False, 2048).slots for row in rows} == {768}
+    assert {shape_of(row, 64, False, 2048, 32).slots for row in rows} == {128, 256}
+    assert {shape_of(row, 512, False, 2048, 32).slots for row in rows} == {768}

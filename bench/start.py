@@ -1,0 +1,267 @@
+"""Measure the time from starting a process to the first token, beside transformers.
+
+    python bench/start.py --model FOLDER [--rounds 3] [--ahead qwen3-8b]
+
+Every measurement is a new process that imports, loads the model and answers one prompt at batch
+size 1, greedily: ours with empty caches (cold), ours with the caches of an earlier process (warm),
+and transformers (`from_pretrained`, `generate`), in turn. The file cache holds the weights in all
+of them. The first token is the first event of `Engine.stream`, and the first call of transformers'
+streamer. Wall seconds depend on what else runs on the machine, so processor seconds of the process
+are beside them.
+
+- `import_s`, `load_s`: warm medians, wall seconds.
+- `trace_s`, `compile_s`: of a cold start, from JAX's monitoring events (tracing includes lowering;
+  the events of threads that overlap are added).
+- `run_s`: from the request to the first token in the same process, a second time.
+- `warm_ratio`, `cold_ratio`: seconds to the first token, ours over transformers' (median over
+  rounds).
+- `second_s`: extra seconds to the first token of a second prompt of another padded length, warm.
+- `programs`: compiled in a session of 20 prompts of different lengths (4 to 80 tokens) at batch
+  sizes 1 and 8, with the limits of 16 and of 48 tokens in turn.
+- `ahead`: seconds to trace, lower and compile prefill and decode of a large model ahead of time for
+  a TPU v5e (with libtpu) and an H100, with and without nested programs for the layers (`blocks`).
+
+Prints a table, then one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+PROMPT = "Why is the sky blue? Answer in two sentences."
+LONGER = " ".join(["Here is a sentence of ten words to make it longer."] * 8)
+NEW = 48
+
+
+def ours(folder: str) -> dict[str, Any]:
+    """Answer one prompt with jaxpersona; return seconds by phase since the process started."""
+    begun, spent = time.perf_counter(), time.process_time()
+    import jaxpersona as jp
+
+    imported = time.perf_counter()
+    import jax.monitoring
+
+    events: dict[str, float] = {}
+
+    def heard(name: str, seconds: float, **_: Any) -> None:
+        events[name] = events.get(name, 0.0) + seconds
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    model = jp.load(folder)
+    loaded = time.perf_counter()
+
+    def first(text: str) -> tuple[float, float, str]:
+        at = time.perf_counter()
+        engine = jp.Engine(model, rows=1)
+        events_of = engine.stream(engine.submit(jp.Request(text, max_new_tokens=NEW)))
+        pieces = [next(events_of).text]
+        token = time.perf_counter()
+        pieces += [event.text for event in events_of]
+        return token - at, time.perf_counter() - at, "".join(pieces)
+
+    token, whole, text = first(PROMPT)
+    cpu, heard_at_token = time.process_time() - spent, dict(events)
+    again = first(PROMPT)
+    longer = first(LONGER)
+    longer_again = first(LONGER)
+    from jaxpersona.engine.programs import TRACES
+
+    def total(*names: str) -> float:
+        return sum(s for name, s in heard_at_token.items() if any(n in name for n in names))
+
+    return {"import_s": imported - begun, "load_s": loaded - imported, "token_s": token,
+            "reply_s": whole, "cpu_s": cpu, "run_s": again[0], "text": text,
+            "trace_s": total("trace_duration", "to_mlir_module_duration"),
+            "compile_s": total("backend_compile_duration"), "traces": sum(TRACES.values()),
+            "second_s": longer[0] - longer_again[0], "events": heard_at_token}
+
+
+def theirs(folder: str) -> dict[str, Any]:
+    """Answer the prompt with transformers."""
+    begun, spent = time.perf_counter(), time.process_time()
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.generation.streamers import BaseStreamer
+
+    imported = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                 trust_remote_code=False)
+    loaded = time.perf_counter()
+
+    class First(BaseStreamer):
+        times: list[float] = []  # noqa: RUF012
+
+        def put(self, value: Any) -> None:
+            self.times.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    inputs = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}],
+                                           add_generation_prompt=True, return_tensors="pt",
+                                           return_dict=True)
+    out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, streamer=First())
+    done = time.perf_counter()
+    text = tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
+    return {"import_s": imported - begun, "load_s": loaded - imported,
+            "token_s": First.times[1] - loaded,  # the first call has the prompt
+            "reply_s": done - loaded, "cpu_s": time.process_time() - spent, "text": text}
+
+
+def session(folder: str) -> dict[str, Any]:
+    """Count the programs that 20 prompts of different lengths at two batch sizes compile."""
+    import jaxpersona as jp
+    from jaxpersona.engine.compiled import KEPT
+    from jaxpersona.engine.programs import TRACES
+
+    model = jp.load(folder)
+    ids = [[5 + i] * (4 + 4 * i) for i in range(20)]  # 4 to 80 tokens
+    for rows in (1, 8):
+        for new in (16, 48):
+            jp.generate(model, ids, max_new_tokens=new, batch_size=rows)
+    return {"programs": len(KEPT), "traces": dict(TRACES)}
+
+
+def ahead(name: str) -> dict[str, Any]:
+    """Lower and compile a large model's programs for absent devices, both ways."""
+    import contextlib
+    from unittest import mock
+
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+    from jax.sharding import SingleDeviceSharding
+
+    import jaxpersona as jp
+    from jaxpersona.engine.compiled import KEPT
+    from jaxpersona.models import blocks
+    from jaxpersona.models.params import layout
+    from jaxpersona.planning import hlo, plan
+
+    config, shapes = jp.preset(name), plan.Shapes.of(1, 512)
+    out: dict[str, Any] = {}
+    for target in ("v5e", "h100"):
+        try:
+            device = _device(target, topologies)
+        except Exception as error:  # libtpu or the GPU compiler is not installed
+            out[target] = f"not compiled ({type(error).__name__}: {str(error)[:80]})"
+            continue
+        placed = SingleDeviceSharding(device)
+        params = jax.tree.map(
+            lambda s, placed=placed: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16, sharding=placed),
+            layout(config))
+        for nested in (False, True):
+            KEPT.clear()
+            jax.clear_caches()
+            backend = (mock.patch.object(jax, "default_backend", return_value="gpu")
+                       if target == "h100" else contextlib.nullcontext())
+            with mock.patch.object(blocks, "in_program", lambda nested=nested: nested), backend:
+                begun, spent = time.perf_counter(), time.process_time()
+                programs = plan.lowered(params, config, shapes, ())
+                lowered, between = time.perf_counter() - begun, time.process_time() - spent
+                prefill, decode = (program.compile() for program in programs)
+                cpu = time.process_time() - spent
+            cost = decode.cost_analysis() or {}
+            out[f"{target} {'nested' if nested else 'flat'}"] = {
+                "lower_s": lowered, "total_s": time.perf_counter() - begun,
+                "lower_cpu_s": between, "total_cpu_s": cpu,
+                "kernels": sum(op.kind in ("fusion", "custom-call", "copy", "sort")
+                               for op in hlo.operations(decode.as_text())),
+                "bytes": cost.get("bytes accessed")}
+            del prefill
+    return out
+
+
+def _device(target: str, topologies: Any) -> Any:
+    """Return an absent device to compile for."""
+    if target == "v5e":
+        from jaxpersona.planning.chips import tpu_devices
+
+        devices = tpu_devices("v5e:1x1")
+        if devices is None:
+            raise RuntimeError("libtpu is not installed")
+        return devices[0]
+    from ahead import H200  # an H100's chip with more memory
+
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
+    return topologies.get_topology_desc(platform="cuda", topology="1x1x1",
+                                        target_config=H200).devices[0]
+
+
+def process(task: str, argument: str, cache: str) -> dict[str, Any]:
+    """Run a task in a new process; return its result and the seconds since it was started."""
+    begun = time.perf_counter()
+    env = {**os.environ, "XDG_CACHE_HOME": cache, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, __file__, "--one", task, argument], check=True, env=env,
+                          stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    if "token_s" in found:  # the rest of the process's life is not part of the start
+        found["first_s"] = found["import_s"] + found["load_s"] + found["token_s"]
+    return {**found, "process_s": time.perf_counter() - begun}
+
+
+def main() -> None:
+    """Run the benchmark and print the results."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", required=True, help="a folder in the Hugging Face layout, mini")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ahead", default="", help="a preset to compile ahead of time")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    if "--one" in sys.argv:
+        task, argument = sys.argv[sys.argv.index("--one") + 1:]
+        print(json.dumps({"ours": ours, "theirs": theirs, "session": session,
+                          "ahead": ahead}[task](argument)))
+        return
+    given = parser.parse_args()
+    compare = pathlib.Path(given.model).is_dir()
+    arms: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": [], "transformers": []}
+    with tempfile.TemporaryDirectory() as warm:
+        process("ours", given.model, warm)
+        for turn in range(given.rounds):
+            with tempfile.TemporaryDirectory() as empty:
+                arms["cold"].append(process("ours", given.model, empty))
+            arms["warm"].append(process("ours", given.model, warm))
+            if compare:
+                arms["transformers"].append(process("theirs", given.model, warm))
+            print(f"round {turn + 1}: " + ", ".join(
+                f"{name} first token {runs[-1]['first_s']:.2f} s, reply "
+                f"{runs[-1]['reply_s']:.2f} s, cpu {runs[-1]['cpu_s']:.2f} s"
+                for name, runs in arms.items() if runs), flush=True)
+        counted = process("session", given.model, warm)
+    found = process("ahead", given.ahead, os.devnull) if given.ahead else None
+
+    def middle(arm: str, key: str) -> float | None:
+        values = [run[key] for run in arms[arm]]
+        return round(statistics.median(values), 3) if values else None
+
+    def ratio(arm: str, key: str = "first_s") -> float | None:
+        pairs = list(zip(arms[arm], arms["transformers"], strict=False))
+        return round(statistics.median(a[key] / b[key] for a, b in pairs), 3) if pairs else None
+
+    from common import report
+
+    phases = {arm: {key: middle(arm, key) for key in (
+        "import_s", "load_s", "token_s", "first_s", "reply_s", "cpu_s")} for arm in arms}
+    report("start", given.model, given, import_s=middle("warm", "import_s"),
+           load_s=middle("warm", "load_s"), trace_s=middle("cold", "trace_s"),
+           compile_s=middle("cold", "compile_s"), run_s=middle("warm", "run_s"),
+           warm_ratio=ratio("warm"), cold_ratio=ratio("cold"),
+           warm_cpu_ratio=ratio("warm", "cpu_s"),
+           cold_cpu_ratio=ratio("cold", "cpu_s"), warm_traces=arms["warm"][-1]["traces"],
+           second_s=middle("warm", "second_s"), programs=counted["programs"],
+           same_reply=compare and arms["warm"][-1]["text"] == arms["transformers"][-1]["text"],
+           phases=phases, ahead=found)
+
+
+if __name__ == "__main__":
+    main()
