@@ -59,30 +59,29 @@ def ours(folder: str) -> dict[str, Any]:
     model = jp.load(folder)
     loaded = time.perf_counter()
 
-    def first(text: str) -> tuple[float, float, str]:
-        at = time.perf_counter()
-        engine = jp.Engine(model, rows=1)
-        events_of = engine.stream(engine.submit(jp.Request(text, max_new_tokens=NEW)))
-        pieces = [next(events_of).text]
-        token = time.perf_counter()
-        pieces += [event.text for event in events_of]
-        return token - at, time.perf_counter() - at, "".join(pieces)
+    engine = jp.Engine(model, rows=1)
 
-    token, whole, text = first(PROMPT)
+    def first(text: str) -> tuple[float, Any]:
+        at = time.perf_counter()
+        events = engine.stream(engine.submit(jp.Request(text, max_new_tokens=NEW)))
+        next(events)
+        return time.perf_counter() - at, events
+
+    token, rest = first(PROMPT)
     cpu, heard_at_token = time.process_time() - spent, dict(events)
-    again = first(PROMPT)
-    longer = first(LONGER)
-    longer_again = first(LONGER)
+    text = list(rest)[-1].reply.text
+    whole = time.perf_counter() - loaded
+    again, longer, longer_again = (first(text)[0] for text in (PROMPT, LONGER, LONGER))
     from jaxpersona.engine.programs import TRACES
 
     def total(*names: str) -> float:
         return sum(s for name, s in heard_at_token.items() if any(n in name for n in names))
 
     return {"import_s": imported - begun, "load_s": loaded - imported, "token_s": token,
-            "reply_s": whole, "cpu_s": cpu, "run_s": again[0], "text": text,
+            "reply_s": whole, "cpu_s": cpu, "run_s": again, "text": text,
             "trace_s": total("trace_duration", "to_mlir_module_duration"),
             "compile_s": total("backend_compile_duration"), "traces": sum(TRACES.values()),
-            "second_s": longer[0] - longer_again[0], "events": heard_at_token}
+            "second_s": longer - longer_again, "events": heard_at_token}
 
 
 def theirs(folder: str) -> dict[str, Any]:
@@ -99,23 +98,25 @@ def theirs(folder: str) -> dict[str, Any]:
     loaded = time.perf_counter()
 
     class First(BaseStreamer):
-        times: list[float] = []  # noqa: RUF012
+        def __init__(self) -> None:
+            self.times: list[tuple[float, float]] = []
 
         def put(self, value: Any) -> None:
-            self.times.append(time.perf_counter())
+            self.times.append((time.perf_counter(), time.process_time()))
 
         def end(self) -> None:
             pass
 
+    streamer = First()
     inputs = tokenizer.apply_chat_template([{"role": "user", "content": PROMPT}],
                                            add_generation_prompt=True, return_tensors="pt",
                                            return_dict=True)
-    out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, streamer=First())
+    out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, streamer=streamer)
     done = time.perf_counter()
     text = tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
     return {"import_s": imported - begun, "load_s": loaded - imported,
-            "token_s": First.times[1] - loaded,  # the first call has the prompt
-            "reply_s": done - loaded, "cpu_s": time.process_time() - spent, "text": text}
+            "token_s": streamer.times[1][0] - loaded,  # the first call has the prompt
+            "reply_s": done - loaded, "cpu_s": streamer.times[1][1] - spent, "text": text}
 
 
 def session(folder: str) -> dict[str, Any]:
@@ -215,6 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="a folder in the Hugging Face layout, mini")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--session", default="mini", help="the model of the session of prompts")
     parser.add_argument("--ahead", default="", help="a preset to compile ahead of time")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     if "--one" in sys.argv:
@@ -225,19 +227,17 @@ def main() -> None:
     given = parser.parse_args()
     compare = pathlib.Path(given.model).is_dir()
     arms: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": [], "transformers": []}
-    with tempfile.TemporaryDirectory() as warm:
-        process("ours", given.model, warm)
-        for turn in range(given.rounds):
-            with tempfile.TemporaryDirectory() as empty:
-                arms["cold"].append(process("ours", given.model, empty))
-            arms["warm"].append(process("ours", given.model, warm))
+    for turn in range(given.rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            for arm in ("cold", "warm"):
+                arms[arm].append(process("ours", given.model, cache))
             if compare:
-                arms["transformers"].append(process("theirs", given.model, warm))
-            print(f"round {turn + 1}: " + ", ".join(
-                f"{name} first token {runs[-1]['first_s']:.2f} s, reply "
-                f"{runs[-1]['reply_s']:.2f} s, cpu {runs[-1]['cpu_s']:.2f} s"
-                for name, runs in arms.items() if runs), flush=True)
-        counted = process("session", given.model, warm)
+                arms["transformers"].append(process("theirs", given.model, cache))
+        print(f"round {turn + 1}: " + ", ".join(
+            f"{name} first token {runs[-1]['first_s']:.2f} s, reply {runs[-1]['reply_s']:.2f} s, "
+            f"cpu {runs[-1]['cpu_s']:.2f} s" for name, runs in arms.items() if runs), flush=True)
+    with tempfile.TemporaryDirectory() as cache:
+        counted = process("session", given.session, cache)
     found = process("ahead", given.ahead, os.devnull) if given.ahead else None
 
     def middle(arm: str, key: str) -> float | None:

@@ -18,7 +18,7 @@ from jaxpersona.engine.own_folder import OwnFolder, private
 from jaxpersona.runtime import default_setting, setting
 
 SWITCH = "JAXPERSONA_COMPILE_CACHE"
-LIMITS = {"traces": 2**28, "executables": 2**32}  # bytes
+TRACES, EXECUTABLES = 2**28, 2**32  # the maximum sizes of the folders in bytes
 _SHORTEST = 0.05  # seconds; executables that compile faster are not stored
 _LOG = logging.getLogger("jaxpersona")
 
@@ -40,10 +40,12 @@ def use_compile_cache() -> str | None:
     folder = _own()
     if folder is None:
         return None
+    # a new folder: JAX cannot limit the size of one that it filled without a limit
+    folder = folder / "executables"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     for name, value, default in (
             ("jax_persistent_cache_min_compile_time_secs", _SHORTEST, 1.0),
-            ("jax_compilation_cache_max_size", LIMITS["executables"], -1)):
+            ("jax_compilation_cache_max_size", EXECUTABLES, -1)):
         with default_setting(name, value, default=default):
             pass
     return str(folder)
@@ -57,7 +59,7 @@ def traces() -> OwnFolder | None:
     if os.environ.get(SWITCH, "1") == "0" or not setting("jax_compilation_cache_dir"):
         return None
     folder = _own()
-    return None if folder is None else OwnFolder(folder / "traces", LIMITS["traces"])
+    return None if folder is None else OwnFolder(folder / "traces", TRACES)
 
 
 def _own() -> pathlib.Path | None:

@@ -119,16 +119,6 @@ class Program:
         with running_on(target):
             return jitted.lower(*args, **named)
 
-    def prepare(self, *args: Any, **named: Any) -> None:
-        """Compile for arguments or their shapes without running, where traces are stored.
-
-        Without stored traces nothing happens, because `jax.jit` would compile again at its call.
-        """
-        made, target = self._of(args, named)
-        if isinstance(made, Stored):
-            with running_on(target):
-                made.prepare(*args, **named)
-
     def _of(self, args: tuple, named: dict[str, Any]) -> tuple[Any, str]:
         """Return the `jax.jit` object for these arguments and their platform."""
         first, *others = args

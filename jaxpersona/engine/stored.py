@@ -32,7 +32,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxpersona.distributed.sharding import default_device
 from jaxpersona.engine.own_folder import OwnFolder
 from jaxpersona.errors import UserError
-from jaxpersona.runtime import is_traced, tracing_settings
+from jaxpersona.runtime import is_traced, setting, thread_settings, tracing_settings
 
 SUFFIX = ".trace"
 _LOG = logging.getLogger("jaxpersona")
@@ -61,13 +61,14 @@ class Stored:
         self._function, self._jitted = function, jitted
         self._static, self._donate, self._result = set(static), set(donate), result
         self._folder, self._lock = folder, threading.Lock()
-        self._made: tuple[Callable[..., Any], Any] | None = None
-        self._unfit = False
+        # the compiled function and the structure of its result, by JAX's settings
+        self._made: list[tuple[list[Any], tuple[Callable, Any] | None]] = []
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         arrays, static = self._bound(args, named)
-        leaves = jax.tree.leaves(arrays)
-        made = self._get(arrays, static) if all(map(_whole, leaves)) else None
+        leaves, made = jax.tree.leaves(arrays), None
+        if not setting("jax_disable_jit") and all(map(_whole, leaves)):
+            made = self._get(arrays, static)
         if made is None:
             return self._jitted(*args, **named)
         call, structure = made
@@ -77,11 +78,6 @@ class Stored:
         """Trace and lower, as `jax.jit(…).lower` does."""
         return self._jitted.lower(*args, **named)
 
-    def prepare(self, *args: Any, **named: Any) -> None:
-        """Compile for arguments or their shapes without running, if the program can be stored."""
-        arrays, static = self._bound(args, named)
-        self._get(arrays, static)
-
     def _bound(self, args: tuple, named: Mapping[str, Any]) -> tuple[dict[str, Any], dict]:
         """Return the arrays and the static arguments by name."""
         bound = inspect.signature(self._function).bind(*args, **named)
@@ -90,12 +86,17 @@ class Stored:
         return arrays, {k: v for k, v in bound.arguments.items() if k in self._static}
 
     def _get(self, arrays: dict[str, Any], static: dict) -> tuple[Callable, Any] | None:
-        """Return the compiled function of leaves, and the structure of its result."""
+        """Return the compiled function of leaves, and the structure of its result.
+
+        None if the program cannot be stored.
+        """
+        settings = thread_settings()
         with self._lock:
-            if self._made is None and not self._unfit:
-                self._made = self._make(arrays, static)
-                self._unfit = self._made is None
-            return self._made
+            for of, made in self._made:
+                if of == settings:
+                    return made
+            self._made.append((settings, self._make(arrays, static)))
+            return self._made[-1][1]
 
     def _make(self, arrays: dict[str, Any], static: dict) -> tuple[Callable, Any] | None:
         try:
