@@ -36,6 +36,9 @@ from jaxpersona.runtime import is_traced, setting, thread_settings, tracing_sett
 
 SUFFIX = ".trace"
 _LOG = logging.getLogger("jaxpersona")
+# operations that `jax.export` does not promise to support in later versions; the file's name covers
+# the versions
+_UNSTABLE = tuple(map(jax.export.DisabledSafetyCheck.custom_call, ("__cudnn$fmhaSoftmax",)))
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jaxpersona")
 
 
@@ -59,6 +62,7 @@ class Stored:
           folder: the folder of traces.
         """
         self._function, self._jitted = function, jitted
+        self._signature = inspect.signature(function)
         self._static, self._donate, self._result = set(static), set(donate), result
         self._folder, self._lock = folder, threading.Lock()
         # the compiled function and the structure of its result, by JAX's settings
@@ -67,7 +71,7 @@ class Stored:
     def __call__(self, *args: Any, **named: Any) -> Any:
         arrays, static = self._bound(args, named)
         leaves, made = jax.tree.leaves(arrays), None
-        if not setting("jax_disable_jit") and all(map(_whole, leaves)):
+        if not setting("jax_disable_jit") and _on_one(default_device(), leaves):
             made = self._get(arrays, static)
         if made is None:
             return self._jitted(*args, **named)
@@ -80,7 +84,7 @@ class Stored:
 
     def _bound(self, args: tuple, named: Mapping[str, Any]) -> tuple[dict[str, Any], dict]:
         """Return the arrays and the static arguments by name."""
-        bound = inspect.signature(self._function).bind(*args, **named)
+        bound = self._signature.bind(*args, **named)
         bound.apply_defaults()
         arrays = {k: v for k, v in bound.arguments.items() if k not in self._static}
         return arrays, {k: v for k, v in bound.arguments.items() if k in self._static}
@@ -140,7 +144,7 @@ class Stored:
 
         flat.__name__ = self._function.__name__
         try:
-            exported = jax.export.export(jax.jit(flat))(*shapes)
+            exported = jax.export.export(jax.jit(flat), disabled_checks=_UNSTABLE)(*shapes)
         except UserError:
             raise
         except (ValueError, NotImplementedError) as error:  # an operation without a stable form
@@ -197,7 +201,7 @@ def described_value(value: Any) -> Any:
         return type(value).__name__, repr(value)
     if isinstance(value, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
         kind = jax.typeof(value)
-        return "array", kind.shape, np.dtype(kind.dtype).name, kind.weak_type
+        return "array", kind.shape, str(kind.dtype), kind.weak_type
     if type(value) in (tuple, list):
         return type(value).__name__, tuple(map(described_value, value))
     if type(value) is dict:
@@ -231,12 +235,14 @@ def _ours(kind: type) -> str:
     return name
 
 
-def _whole(x: Any) -> bool:
-    """Return whether x is an array that the compiled function accepts."""
-    if isinstance(x, np.ndarray):
-        return True
-    return isinstance(x, jax.Array) and not is_traced(x) and isinstance(
-        x.sharding, SingleDeviceSharding) and x.devices() == {default_device()}
+def _on_one(device: Any, leaves: list[Any]) -> bool:
+    """Return whether the leaves are whole arrays of the host or of one device, and not traced."""
+    only = {device}
+    return not is_traced(leaves) and all(
+        isinstance(x, np.ndarray) or (
+            isinstance(x, jax.Array) and isinstance(x.sharding, SingleDeviceSharding)
+            and x.devices() == only)
+        for x in leaves)
 
 
 @functools.cache
