@@ -98,8 +98,10 @@ def test_layers_are_traced_once_and_compile_to_the_same_kernels(model, monkeypat
         assert len(other.as_text()) < len(one.as_text())
         a, b = one.compile(), other.compile()
         assert a.cost_analysis()["bytes accessed"] == b.cost_analysis()["bytes accessed"]
-        kinds = [Counter(op.kind for op in hlo.operations(x.as_text())) for x in (a, b)]
-        assert kinds[0] == kinds[1]
+        kernels = [Counter(op.kind for op in hlo.operations(x.as_text())
+                           if op.kind in ("fusion", "custom-call", "copy", "dot", "sort"))
+                   for x in (a, b)]
+        assert kernels[0] == kernels[1] and sum(kernels[0].values())
         scopes = {name for op in hlo.operations(b.as_text())
                   for name in re.findall(r"layer\d+", op.scope)}
         assert scopes == {f"layer{i}" for i in range(layers)}
@@ -123,8 +125,8 @@ def test_single_operations_and_gradients_use_no_nested_programs(model):
     assert not isinstance(parts.attend, type(jax.jit(abs)))
 
 
-def test_the_first_event_of_a_stream_is_the_first_token(model):
-    engine = jp.Engine(model, rows=2, chunk=8)
+def test_the_first_event_of_a_stream_is_the_first_token():
+    engine = jp.Engine(s.tiny_model(stop_ids=()), rows=2, chunk=8)
     request = jp.Request(s.prompts((5,))[0], max_new_tokens=12)
     events = list(engine.stream(engine.submit(request)))
     assert [event.tokens.size for event in events[:2]] == [1, 8]

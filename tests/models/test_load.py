@@ -264,3 +264,34 @@ os.write(2, b"still here")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0 and done.stderr.endswith("still here"), done
+
+
+def test_a_named_tokenizer_is_read_without_the_configurations_class(checkpoint):
+    """The result is the one that transformers gives with the model's configuration."""
+    from jaxpersona.ckpts.tokenizer import _named_class, read_tokenizer
+    from transformers import AutoTokenizer
+
+    settings = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    assert isinstance(settings["tokenizer_class"], str)
+    named = _named_class(checkpoint)["config"]
+    assert named.model_type == "qwen3" and named.name_or_path == str(checkpoint)
+    own = read_tokenizer(checkpoint)
+    theirs = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True,
+                                           trust_remote_code=False)
+    assert type(own) is type(theirs) and own.get_vocab() == theirs.get_vocab()
+    assert own.backend_tokenizer.to_str() == theirs.backend_tokenizer.to_str()
+    assert own.special_tokens_map == theirs.special_tokens_map
+    assert own.chat_template == theirs.chat_template
+
+
+@pytest.mark.parametrize(("file", "changes"), [
+    ("tokenizer_config.json", {"tokenizer_class": None}), ("config.json", {"model_type": 3}),
+    ("tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["a.B", None]}}),
+], ids=["no class", "no type", "remote code"])
+def test_any_other_tokenizer_is_left_to_transformers(tmp_path, file, changes):
+    from jaxpersona.ckpts.tokenizer import _named_class
+
+    files = {"tokenizer_config.json": {"tokenizer_class": "X"}, "config.json": {"model_type": "x"}}
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content | (changes if name == file else {})))
+    assert _named_class(tmp_path) == {}
