@@ -143,8 +143,11 @@ class Stored:
             return out
 
         flat.__name__ = self._function.__name__
+        where = default_device().platform
+        platforms = None if where == jax.default_backend() else [where]  # None: JAX's default
         try:
-            exported = jax.export.export(jax.jit(flat), disabled_checks=_UNSTABLE)(*shapes)
+            exported = jax.export.export(jax.jit(flat), platforms=platforms,
+                                         disabled_checks=_UNSTABLE)(*shapes)
         except UserError:
             raise
         except (ValueError, NotImplementedError) as error:  # an operation without a stable form
