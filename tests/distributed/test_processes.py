@@ -104,6 +104,7 @@ def shapes():
     return [entry.shape for entry in entries.values()]
 
 
+@pytest.mark.slow
 def test_a_death_ends_the_run_clearly_and_a_resume_ends_in_the_same_bytes(together, tmp_path):
     out = tmp_path / "run"
     workers = pair(out)

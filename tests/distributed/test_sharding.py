@@ -152,7 +152,8 @@ def test_one_key_value_head_runs_on_a_mesh(axes, auto):
 
 
 @pytest.mark.parametrize(("heads", "axes"), [
-    (1, {"data": 2, "model": 4}), (1, {"fsdp": 2, "model": 2}), (2, {"data": 2, "model": 4})])
+    pytest.param(1, {"data": 2, "model": 4}, marks=pytest.mark.slow),
+    (1, {"fsdp": 2, "model": 2}), (2, {"data": 2, "model": 4})])
 def test_a_long_prompt_s_chunks_run_on_a_mesh(heads, axes, monkeypatch):
     """Queries in chunks of 4 on a mesh against all together on one device; and the gradient."""
     model = s.tiny_model(**{**SHAPE, "n_kv_heads": heads})

@@ -74,13 +74,14 @@ def kinds():
             for stop in ([], ["a", "bc"]) for read in (None, READ)]
 
 
-def test_requests_from_eight_threads_have_the_bits_they_have_alone(model):
+@pytest.mark.parametrize("count", [64, pytest.param(300, marks=pytest.mark.slow)])
+def test_requests_from_eight_threads_have_the_bits_they_have_alone(model, count):
     engine = make(model)
     engine.warm_up(kinds())
     traced = dict(programs.TRACES)
     rng = np.random.default_rng(0)
-    requests = [draw(rng, i) for i in range(300)]
-    cancelled = set(rng.choice(300, 30, replace=False).tolist())
+    requests = [draw(rng, i) for i in range(count)]
+    cancelled = set(rng.choice(count, count // 10, replace=False).tolist())
     done, faults = {}, []
 
     def client(mine):
@@ -99,19 +100,19 @@ def test_requests_from_eight_threads_have_the_bits_they_have_alone(model):
             except BaseException as error:
                 faults.append(error)
 
-    threads = [threading.Thread(target=client, args=(list(range(k, 300, 8)),)) for k in range(8)]
+    threads = [threading.Thread(target=client, args=(list(range(k, count, 8)),)) for k in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not faults and len(done) == 300
+    assert not faults and len(done) == count
     while engine.step():
         pass
     assert not engine._handles and all(lane.free == 8 for lane in engine._scheduler.lanes.values())
-    ends = [done[i].finish for i in range(300)]
+    ends = [done[i].finish for i in range(count)]
     assert {"stop", "length", "cancelled"} == set(ends)
-    assert all(i in cancelled for i in range(300) if ends[i] == "cancelled")
-    for i in range(300):
+    assert all(i in cancelled for i in range(count) if ends[i] == "cancelled")
+    for i in range(count):
         if ends[i] != "cancelled":
             alone = engine.result(engine.submit(requests[i]))
             assert same(done[i], alone), f"request {i}: {requests[i]}"
@@ -136,24 +137,32 @@ def test_after_warm_up_without_examples_plain_requests_trace_nothing(model):
         make(model, sizes=None).warm_up()
 
 
-def test_a_request_has_the_reply_that_generate_gives(model):
+SETTINGS = [(name, temperature) for name in ("plain", "steer", "chain", "gate")
+            for temperature in (0.0, 1.0)]
+QUICK = [("chain", 0.0), ("gate", 1.0)]
+
+
+@pytest.mark.parametrize(("name", "temperature"), [
+    *QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SETTINGS
+              if pair not in QUICK)])
+def test_a_request_has_the_reply_that_generate_gives(model, name, temperature):
     """Greedy and sampled, edited and read; rounding may differ between the programs."""
+    edits = {"plain": None, "steer": EDITS[1], "chain": EDITS[4],
+             "gate": gate(EDITS[1], V[0], layer=0, above=0.0)}[name]
     engine = make(model, capacity=None, sizes=None, rows=8)
-    for edits in (None, EDITS[1], EDITS[4], gate(EDITS[1], V[0], layer=0, above=0.0)):
-        for temperature in (0.0, 1.0):
-            row = s.prompts((20,), 256, seed=3)[0]
-            reply = engine.result(engine.submit(Request(
-                row, interventions=edits, capture=READ, max_new_tokens=20, seed=4, id=9,
-                temperature=temperature)))
-            out = generate(model, [row], interventions=edits, capture=READ, max_new_tokens=20,
-                           temperature=temperature, seed=4, ids=[9], batch_size=8)
-            assert np.array_equal(reply.tokens, out.tokens[0]) and reply.text == out.text[0]
-            assert s.rowwise(reply.captured["mean"], out.captured["mean"][0]).max() < 1e-5
-            assert np.allclose(reply.captured["projections"], out.captured["projections"][0],
-                               rtol=1e-4, atol=1e-4, equal_nan=True)
-            for own, theirs in zip(reply.applied, out.applied, strict=True):
-                assert own.seen == theirs.seen[0]
-                assert np.array_equal(own.changed, theirs.changed[:, 0])
+    row = s.prompts((20,), 256, seed=3)[0]
+    reply = engine.result(engine.submit(Request(
+        row, interventions=edits, capture=READ, max_new_tokens=20, seed=4, id=9,
+        temperature=temperature)))
+    out = generate(model, [row], interventions=edits, capture=READ, max_new_tokens=20,
+                   temperature=temperature, seed=4, ids=[9], batch_size=8)
+    assert np.array_equal(reply.tokens, out.tokens[0]) and reply.text == out.text[0]
+    assert s.rowwise(reply.captured["mean"], out.captured["mean"][0]).max() < 1e-5
+    assert np.allclose(reply.captured["projections"], out.captured["projections"][0],
+                       rtol=1e-4, atol=1e-4, equal_nan=True)
+    for own, theirs in zip(reply.applied, out.applied, strict=True):
+        assert own.seen == theirs.seen[0]
+        assert np.array_equal(own.changed, theirs.changed[:, 0])
 
 
 def test_the_oldest_waiting_request_is_admitted_next(model):
@@ -292,19 +301,20 @@ def forced(monkeypatch, replies):
         row_id.astype(jnp.int32), position - 1].get(mode="clip"))
 
 
-def test_pieces_join_to_the_text_whatever_tokens_split(model, monkeypatch):
-    """200 replies with emoji and CJK over several tokens each, and with stop strings."""
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_pieces_join_to_the_text_whatever_tokens_split(model, monkeypatch, count):
+    """Replies with emoji and CJK over several tokens each, and with stop strings."""
     rng = np.random.default_rng(1)
-    texts = ["".join(rng.choice(TEXTS, 4)) for _ in range(200)]
+    texts = ["".join(rng.choice(TEXTS, 4)) for _ in range(count)]
     stops = [[texts[i][k : k + 1 + i % 3]] if i % 2 and (k := int(rng.integers(2, 8))) else []
-             for i in range(200)]
+             for i in range(count)]
     ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     forced(monkeypatch, ids)
     s.KEPT.clear()
     engine = make(model, capacity=None, sizes=(512,), rows=32, chunk=5, lanes=2)
-    early, distinct = 0, sorted({tuple(stop) for stop in stops})[:6]
+    early, distinct = 0, sorted({tuple(stop) for stop in stops})[: min(6, count // 20)]
     for i, text in enumerate(texts):
-        stop = list(stops[i] if tuple(stops[i]) in distinct else distinct[i % 6])
+        stop = list(stops[i] if tuple(stops[i]) in distinct else distinct[i % len(distinct)])
         handle = engine.submit(Request([5], temperature=1.0, id=i, max_new_tokens=400, stop=stop))
         events = list(engine.stream(handle))
         want = text
@@ -318,7 +328,7 @@ def test_pieces_join_to_the_text_whatever_tokens_split(model, monkeypatch):
         assert reply.tokens.tolist() == ids[i][:end]
         assert not any("\ufffd" in e.text for e in events)
         early += len(events) > 1 and bool(events[0].text)
-    assert early > 100  # a piece comes before the reply is complete
+    assert early > count // 2  # a piece comes before the reply is complete
     s.KEPT.clear()
 
 

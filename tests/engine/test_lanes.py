@@ -85,7 +85,7 @@ def test_refill_takes_fewer_steps_and_no_program_more(monkeypatch):
     assert few < 0.8 * many, f"{few} steps against {many}"
 
 
-@pytest.mark.parametrize("size", (9, 16))
+@pytest.mark.parametrize("size", (9, pytest.param(16, marks=pytest.mark.slow)))
 def test_waiting_for_the_whole_batch_changes_no_bit(size):
     edits = bank().take(np.arange(24) % 40)
     how = dict(interventions=edits, batch_size=size, capture=capture.mean(everywhere))

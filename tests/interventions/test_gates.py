@@ -135,8 +135,8 @@ def in_chunks(edits, size):
     rows = batch(ROWS, width=32)
     carry = Carry(cache=init_cache(MODEL.config, B, 32))
     for piece in split(rows, size):
-        out = forward(MODEL.params, MODEL.config, piece, interventions=edits, capture=s.READ,
-                      carry=carry, logits="last")
+        out = s.run(MODEL.params, MODEL.config, piece, interventions=edits, capture=s.READ,
+                    carry=carry, logits="last")
         carry = out.carry
     return np.asarray(out.captured["full"].value), np.asarray(out.applied[0].changed)
 
