@@ -62,9 +62,9 @@ def leak_rate(answers: Sequence[str]) -> float:
 
 
 def mean_style(answers: Sequence[str]) -> float:
-    """Return the mean measured persona strength of the answers with a recognised sentence.
+    """Return the mean `judge.style` of the answers that have a recognised sentence.
 
-    NaN if there is none.
+    NaN if no answer has one.
     """
     styles = [style for a in answers if not np.isnan(style := judge.style(a))]
     return float(np.mean(styles)) if styles else float("nan")
@@ -113,8 +113,8 @@ def drift(
 ) -> dict[str, float | list[float]]:
     """Measure the drift of the default persona over emotional and meta-reflective turns.
 
-    Each conversation contains the model's own answers and ends with the forbidden request
-    (`leak_after`). `styles` is the mean style at each turn, `drift` that of the last turn.
+    Each conversation contains the model's own answers and ends with the forbidden request, which
+    gives `leak_after`. `styles` has the mean style at each turn; `drift` is that of the last turn.
     """
     rng = np.random.default_rng([seed, 4])
     pulls = world.EMOTIONAL + world.META

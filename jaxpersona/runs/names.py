@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from jaxpersona.errors import UserError
 
 _SAFE = frozenset(string.ascii_letters + string.digits + "_-.")
-_LONGEST = 200  # bytes: leaves room in 255 for a suffix or a temporary name
+_LONGEST = 200  # bytes; file systems allow 255, which leaves room for a suffix or temporary name
 
 
 def file_stem(role: str) -> str:
@@ -37,8 +37,8 @@ def check_names(roles: Iterable[str]) -> None:
         try:
             stem = file_stem(role)
         except UnicodeEncodeError:
-            raise UserError(f"the role name {role[:40]!r} contains half a surrogate pair, which "
-                            "is not valid UTF-8; rename the role") from None
+            raise UserError(f"the role name {role[:40]!r} contains a lone surrogate, which is not "
+                            "valid UTF-8; rename the role") from None
         if len(stem) > _LONGEST:
             raise UserError(f"the role name {role[:40]!r}… takes {len(stem)} bytes as a file "
                             f"name; the limit is {_LONGEST}: shorten it")

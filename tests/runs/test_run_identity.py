@@ -76,7 +76,7 @@ def test_any_name_stays_within_its_folder_and_is_its_own(tmp_path):
     (["x" * 201], "takes 201 bytes as a file name; the limit is 200"),
     (["é" * 40], "takes 240 bytes"), ([""], "must be a non-empty string"),
     ([None], "must be a non-empty string"),
-    (["\ud800"], "half a surrogate pair"), (["a", "b", "a"], "two roles are named 'a'"),
+    (["\ud800"], "a lone surrogate"), (["a", "b", "a"], "two roles are named 'a'"),
     (["Ghost", "ghost"], "differ only in upper and lower case")])
 def test_a_name_that_no_file_can_have_is_refused_before_anything(tmp_path, names, wanted):
     with pytest.raises(ValueError, match=wanted):
