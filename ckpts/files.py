@@ -38,7 +38,7 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        with contextlib.suppress(OSError):  # the error above already names an invalid parent
+        with contextlib.suppress(OSError):  # an invalid parent folder was reported above
             temporary.unlink(missing_ok=True)
 
 
@@ -113,7 +113,7 @@ def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
                   metadata: Mapping[str, str]) -> None:
     """Write a safetensors file atomically; equal content gives equal bytes.
 
-    Names and metadata are sorted, because the order of the safetensors library varies.
+    Names and metadata are sorted, because the safetensors library writes them in varying order.
     """
     with atomic(path) as temporary, open(temporary, "wb") as file:
         for piece in _pieces(tensors, metadata):
@@ -153,7 +153,7 @@ def read_entries(path: str | os.PathLike,
     """Read a safetensors file's header: tensor entries and metadata, without the values.
 
     Raises:
-      UserError: as `read_tensors`.
+      UserError: as for `read_tensors`.
     """
     path = pathlib.Path(path)
     require_file(path, limit)

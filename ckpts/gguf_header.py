@@ -35,10 +35,10 @@ class TensorInfo:
     """An entry of the table of tensors.
 
     Attributes:
-      name: of the tensor.
-      shape: in C order, the last dimension contiguous.
+      name: the tensor's name.
+      shape: the shape in C order (the last dimension is contiguous).
       kind: the id of the ggml type.
-      offset: in bytes from the start of the data section.
+      offset: the position in bytes, from the start of the data section.
     """
 
     name: str
@@ -51,7 +51,7 @@ def import_gguf(path: pathlib.Path) -> Any:
     """Import the optional package gguf.
 
     Raises:
-      UserError: it is not installed; the message names the file that needs it.
+      UserError: the package is not installed; the message names the file that needs it.
     """
     try:
         import gguf
@@ -77,7 +77,7 @@ def mapped(path: pathlib.Path) -> Iterator[mmap.mmap]:
 
 
 class HeaderReader:
-    """Sequential reader of a header; no read passes the end of the file.
+    """A sequential reader of a header, which never reads beyond the end of the file.
 
     Every method raises `struct.error` if the header declares more data than the file holds.
 
@@ -92,7 +92,7 @@ class HeaderReader:
 
         Args:
           data: the file.
-          max_elements: limit for the elements of all arrays together.
+          max_elements: the maximum number of elements in all arrays together.
 
         Raises:
           UserError: the file is in big-endian byte order.
@@ -115,7 +115,7 @@ class HeaderReader:
           check_architecture: called with the architecture before later fields are read; raises if
             it is not supported.
           keep: keys of string arrays to return; None returns `general.architecture` alone.
-          count: the number of fields to read; by default all.
+          count: the number of fields to read; None reads all.
 
         Returns:
           Values by key: numbers, booleans, strings, NumPy arrays, and lists of strings.
@@ -146,7 +146,7 @@ class HeaderReader:
         """Read the table of tensors, which follows the fields.
 
         Args:
-          max_elements: limit for the elements of all tensors together.
+          max_elements: the maximum number of elements in all tensors together.
 
         Raises:
           UserError: a tensor has too many dimensions, or the tensors have too many elements.
@@ -164,7 +164,7 @@ class HeaderReader:
         return infos
 
     def _array(self, keep: bool) -> Any:
-        """Read an array: NumPy array of numbers, list of strings, or None if not kept."""
+        """Read an array; return numbers as a NumPy array, strings as a list or None if not kept."""
         kind, count = self._number("I"), self._number("Q")
         if count > self._max_elements:
             raise UserError(f"an array declares {count} elements")

@@ -145,7 +145,7 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, dtype: DTypeLike | 
         prefix = "random:" if near and near[0] in PRESETS else ""
         meant = f" (did you mean {prefix}{near[0]}?)" if near else ""
         raise UserError(f"{name}: no such folder{meant}; a model is a folder, a .gguf file, "
-                        "owner/name of the hub, mini or random:<preset>")
+                        "owner/name on the hub, mini or random:<preset>")
     if pinned and revision not in (None, pinned):
         raise UserError(f"two revisions ({name} and revision {revision!r}); give one")
     return _folder(_download(repository, pinned or revision), name, kind, mesh, progress)
@@ -281,13 +281,13 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
 
 
 def _encode_once(tokenizer: Any) -> None:
-    """Encode a text: an unsupported regular expression makes the tokenizers library panic."""
+    """Encode a text once, because an unsupported regular expression fails only when it is used."""
     with _without_stderr():
         tokenizer("Hello, world! 1 + 1", add_special_tokens=False)
 
 
 def _checked(path: pathlib.Path, make: Callable[[], _T]) -> _T:
-    """Return make(), which makes a tokenizer; raise UserError with the path if it fails."""
+    """Call `make`, which creates a tokenizer; if it fails, raise a UserError with the path."""
     try:
         return make()
     except UserError as error:
@@ -329,7 +329,7 @@ def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> t
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
     if not isinstance(generation, dict):
-        raise UserError(f"{path}: holds {type(generation).__name__}, not a JSON object")
+        raise UserError(f"{path}: contains a {type(generation).__name__}, not a JSON object")
     _warn_unfollowed(path, generation)
     stop_ids: list[int] = []
     for place, value in (

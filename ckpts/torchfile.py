@@ -93,8 +93,8 @@ def _check_archive(path: pathlib.Path, size: int) -> None:
 class _Plain:
     """Converts the tensors of a nested structure to arrays; shared objects are converted once.
 
-    A pickle can reference one object many times. Without memoization a file of one kilobyte can
-    expand to more than the memory.
+    A pickle can reference one object many times. Without memoization, a file of one kilobyte could
+    expand beyond the available memory.
     """
 
     def __init__(self, torch: Any, size: int) -> None:
@@ -121,7 +121,7 @@ class _Plain:
         if not value.is_floating_point():
             raise TypeError(f"it holds a tensor of {value.dtype}; directions must be floats")
         if value.numel() > self.size:  # an expanded view of a small storage
-            raise UserError(f"a tensor declares {value.numel()} elements, the file has "
+            raise UserError(f"a tensor declares {value.numel()} elements, but the file has "
                             f"{self.size} bytes")
         return value.detach().to(self.torch.float32).numpy()
 
@@ -147,7 +147,8 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
       A direction, or capping experiments by id (see `capping`).
 
     Raises:
-      UserError: as `read_pickle`, or the content is none of these; the message names the file.
+      UserError: as for `read_pickle`, or if the content has none of these forms; the message names
+        the file.
     """
     path = pathlib.Path(path)
     if kind not in (None, *KINDS):
@@ -187,7 +188,7 @@ def _interpret(stem: str, value: Any, kind: str | None) -> Vector | dict[str, Ca
     if kind == "role":
         return Vector(array, stem.removesuffix("_vector"),
                       notes={"source": "Assistant Axis project, role vector"})
-    trait, pool = persona.groups() if persona else (stem, "not said")
+    trait, pool = persona.groups() if persona else (stem, "unknown")
     return _persona(array, trait, pool)
 
 
@@ -284,8 +285,8 @@ def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
 
 
 def _sign(name: str) -> str:
-    note = ("the file caps projections on vectors that point away from the assistant from above; "
-            "here each vector is negated and its cap is a floor")
+    note = ("the file's vectors point away from the assistant and its caps are ceilings; here each "
+            "vector is negated and its cap is a floor")
     percentile = _PERCENTILE.search(name)
     if percentile is None:
         return note

@@ -68,7 +68,7 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
     """Read a file of any supported format, chosen by its suffix.
 
     Args:
-      path: the file, or "mini" for the axis of the embedded model, which `jaxpersona axis` made.
+      path: the file, or "mini" for the axis of the embedded model, made by `jaxpersona axis`.
       kind: kind of a bare tensor in a .pt file whose name does not show it (`torchfile.read`).
 
     Returns:
@@ -113,7 +113,7 @@ def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, C
         return _dated(path, _build(header, tensors))
     except KeyError as error:
         raise UserError(f"{path}: {error} is missing") from None
-    except (ValueError, TypeError, RecursionError) as error:  # repr of a deep nest: RecursionError
+    except (ValueError, TypeError, RecursionError) as error:  # RecursionError: repr of deep nesting
         raise UserError(f"{path}: {error}") from error
 
 
@@ -121,7 +121,7 @@ def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
     """Read a direction of any supported format (see the module docstring).
 
     Raises:
-      UserError: as `load_any`, or the file holds caps.
+      UserError: as for `load_any`, or if the file contains caps.
     """
     loaded = load_any(path, kind)
     if isinstance(loaded, dict):
@@ -138,7 +138,7 @@ def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
       kind: kind of a bare tensor in a .pt file (`load_any`).
 
     Raises:
-      UserError: as `load_vector`, or the file holds a direction that is not an axis.
+      UserError: as for `load_vector`, or if the direction is not an axis.
     """
     loaded = load_vector(path, kind=kind)
     if not isinstance(loaded, Axis):
@@ -152,7 +152,7 @@ def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
     `caps[id].interventions()` returns the interventions for `generate`.
 
     Raises:
-      UserError: as `load_any`, or the file holds no caps.
+      UserError: as for `load_any`, or if the file contains no caps.
     """
     loaded = load_any(path)
     if not isinstance(loaded, dict):
@@ -161,7 +161,7 @@ def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
 
 
 def _dated(path: str | os.PathLike, found: Any) -> Any:
-    """Warn if a file's fingerprint has another scheme, so that it cannot be compared."""
+    """Warn if a file's fingerprint cannot be compared because it has another scheme."""
     scheme = found.fingerprint_scheme
     if found.fingerprint and scheme != SCHEME:
         detail = ("computed from a sample of the weights, so not unique" if scheme == 1 else

@@ -113,7 +113,7 @@ def train(
     stream, real = batches.make_batches(words, seed, tokens, BATCH_TOKENS)
 
     config = mini_config()
-    params: Any = init_params(config, jax.random.key(seed))  # optax's annotations omit dataclasses
+    params: Any = init_params(config, jax.random.key(seed))  # not covered by optax's annotations
     optimizer = make_optimizer(len(stream))
     state = optimizer.init(params)
 

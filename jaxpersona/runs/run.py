@@ -16,7 +16,7 @@ folder, this is the path as typed.
 Means, scores and vectors contain a SHA-256 digest of their content, their role and the run
 (`Run.identity`, the digest of run.json). Means and scores also contain the digest of their
 rollouts. Files that were edited, damaged, or copied from another role or run are therefore rejected
-when they are read. Vectors, axis and analysis are recomputed and rewritten on every resume.
+when they are read. Vectors, axis and analysis are recomputed whenever a run starts or resumes.
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ class Run:
 
     def _seal(self, part: str, role: str, tensors: Mapping[str, np.ndarray],
               about: Mapping[str, str]) -> None:
-        """Write tensors with metadata: `about`, run, role, and a digest of these and the tensors."""
+        """Write tensors with metadata: `about`, run, role, and a digest of all contents."""
         about = {**about, "run": self.identity, "role": role}
         arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
         sealed = _tensors_digest(about, {name: (x.dtype, x.shape) for name, x in arrays.items()},

@@ -232,7 +232,7 @@ def test_a_name_that_is_no_model_is_answered_with_what_is(name):
     with pytest.raises(ValueError) as caught:
         jp.load(name)
     assert str(caught.value) == (f"{name}: no such folder; a model is a folder, a .gguf file, "
-                                 "owner/name of the hub, mini or random:<preset>")
+                                 "owner/name on the hub, mini or random:<preset>")
 
 
 def test_project_says_that_it_wrote_a_figure(checkpoint, tmp_path, monkeypatch, capsys):
