@@ -119,8 +119,8 @@ def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
              place: pathlib.Path) -> float:
     """Return the rank or α of a module: that of the first matching pattern, else the default.
 
-    As in PEFT, a pattern is a regular expression that matches the module's whole name or all of it
-    after some dot.
+    As in PEFT, a pattern is a regular expression that must match the module's whole name, or all of
+    the name after one of its dots.
     """
     value = raw.get(key, 8)
     table = raw.get(patterns) or {}

@@ -28,7 +28,7 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
       UserError: the folder cannot be written.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # `leftovers` parses this
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # `leftovers` parses this name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -61,7 +61,7 @@ def parse_field(text: str, field: str, kind: type) -> Any:
     """Parse a header field as JSON and require a `dict` or a `list`.
 
     Raises:
-      UserError: invalid JSON, nesting that is too deep, or another JSON type.
+      UserError: the text is invalid JSON, is nested too deeply, or has another JSON type.
     """
     try:
         value = parse_json(text)

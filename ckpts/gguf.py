@@ -24,7 +24,7 @@ from jaxpersona.models.config import MAX_LAYERS
 from jaxpersona.vectors.vector import CONTROL_VECTOR, Axis, Vector
 
 ARCHITECTURE = "controlvector"
-VECTOR_BYTES = 1 << 30  # maximum size of a vector file; a 405B model's has 8 MB
+VECTOR_BYTES = 1 << 30  # maximum size of a vector file; that of a 405B model has 8 MB
 _MAX_ELEMENTS = 1 << 16  # maximum number of array elements in total; `write` writes no array
 # stored under keys `jaxpersona.<field>`
 _OURS = ("kind", "name", "model", "fingerprint", "fingerprint_scheme", "layers", "notes")
@@ -97,7 +97,7 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
                             f"direction.{MAX_LAYERS - 1}")
         value = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
         if value.ndim != 1:
-            raise UserError(f"{tensor.name} has {value.ndim} dimensions; it must have 1")
+            raise UserError(f"{tensor.name} has {value.ndim} dimensions; it must have one")
         directions[int(number[1])] = value
     widths = {value.size for value in directions.values()}
     if len(widths) != 1 or 0 in widths:
@@ -119,7 +119,7 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
 
 
 def write(path: str | os.PathLike, vector: Vector) -> list[str]:
-    """Write a direction as a control vector, atomically; list what GGUF cannot store.
+    """Write a direction as a control vector, atomically; return what GGUF cannot store.
 
     Raises:
       UserError: the package gguf is not installed, the direction was measured at another site than

@@ -155,22 +155,26 @@ class HeaderReader:
         for _ in range(self.n_tensors):
             name, dimensions = self._text(), self._number("I")
             if dimensions > _MAX_DIMENSIONS:
-                raise UserError(f"a tensor declares {dimensions} dimensions")
+                raise UserError(f"a tensor declares {dimensions} dimensions; the limit is "
+                                f"{_MAX_DIMENSIONS}")
             shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
             elements += math.prod(shape)
             infos.append(TensorInfo(name, shape, self._number("I"), self._number("Q")))
         if max_elements is not None and elements > max_elements:
-            raise UserError(f"the tensors declare {elements} elements")
+            raise UserError(f"the tensors declare {elements} elements; the limit is "
+                            f"{max_elements}")
         return infos
 
     def _array(self, keep: bool) -> Any:
         """Read an array; return numbers as a NumPy array, strings as a list or None if not kept."""
         kind, count = self._number("I"), self._number("Q")
         if count > self._max_elements:
-            raise UserError(f"an array declares {count} elements")
+            raise UserError(f"an array declares {count} elements; the limit is "
+                            f"{self._max_elements}")
         self._elements += count
         if self._elements > self._max_elements:  # gguf allocates an object per element
-            raise UserError(f"the arrays declare at least {self._elements} elements")
+            raise UserError(f"the arrays declare at least {self._elements} elements; the limit is "
+                            f"{self._max_elements}")
         if kind == _ARRAY:
             raise UserError("nested arrays are not supported")
         if kind == _STRING:

@@ -132,8 +132,8 @@ def _read_parts(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str
         return fields, tensors
     matched = _PART.fullmatch(path.name)
     if matched is None or int(matched[3]) != count:
-        raise UserError(f"{path}: one of {count} parts; parts must be named "
-                        f"NAME-00001-of-{count:05d}.gguf")
+        raise UserError(f"{path}: this is one of {count} parts, which must be named "
+                        f"NAME-00001-of-{count:05d}.gguf and so on")
     part_names = [f"{matched[1]}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
     if fields.get("split.no") != 0 or path.name != part_names[0]:
         raise UserError(f"{path}: not the first of its {count} parts; give {part_names[0]}")
@@ -198,8 +198,8 @@ def _locate(path: pathlib.Path, infos: list[TensorInfo], start: int, size: int,
         rows, row_bytes = math.prod(info.shape[:-1]), columns // block * block_bytes
         at = start + info.offset
         if at + rows * row_bytes > size:
-            raise UserError(f"truncated: {info.name:.80} ends at byte {at + rows * row_bytes}, the "
-                            f"file at {size}")
+            raise UserError(f"truncated: {info.name:.80} ends at byte {at + rows * row_bytes}, but "
+                            f"the file at byte {size}")
         if info.name in tensors:
             raise UserError(f"tensor {info.name:.80} is declared twice")
         entry = Entry(path, "U8", (rows, row_bytes), at, rows * row_bytes)
@@ -233,7 +233,7 @@ def _dequantizes(kind: Any, gguf: Any) -> bool:
 
 
 class GgufSource:
-    """The tensors of a GGUF model by their Hugging Face names, a `source.TensorSource`."""
+    """A `source.TensorSource` of a GGUF model's tensors, by their Hugging Face names."""
 
     def __init__(self, tensors: Mapping[str, Quantized], config: ModelConfig, architecture: str,
                  gguf: Any) -> None:

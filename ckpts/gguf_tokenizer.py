@@ -48,7 +48,7 @@ _WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"
 
 
 def build(fields: Mapping[str, Any]) -> Any:
-    """Return a transformers tokenizer with the file's chat template; None without a vocabulary.
+    """Return a transformers tokenizer with the file's chat template; None if it has no vocabulary.
 
     Raises:
       UserError: the vocabulary is malformed or of an unsupported kind.

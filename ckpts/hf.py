@@ -130,7 +130,7 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *,
 
 
 class SafetensorsSource:
-    """The tensors of safetensors files, a `source.TensorSource`."""
+    """A `source.TensorSource` of the tensors in safetensors files."""
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self.entries = entries

@@ -1,4 +1,4 @@
-"""Safetensors files: header validation, reads of tensors and slices, and writing.
+"""Safetensors files: header validation, reading of tensors and slices, and writing.
 
 A file is an 8-byte header length, a JSON header with each tensor's dtype, shape and byte range, and
 the data. Unlike a memory map of the whole file, this reader keeps one tensor in memory at a time

@@ -86,8 +86,8 @@ def _check_archive(path: pathlib.Path, size: int) -> None:
                         "PyTorch never writes; save it again with torch.save)")
     claimed = sum(entry.file_size for entry in entries)
     if claimed > size:
-        raise UserError(f"{path}: invalid .pt file (its entries declare {claimed} bytes, the "
-                        f"file has {size})")
+        raise UserError(f"{path}: invalid .pt file (its entries declare {claimed} bytes, but "
+                        f"the file has {size})")
 
 
 class _Plain:
@@ -104,7 +104,7 @@ class _Plain:
     def __call__(self, value: Any, depth: int = 0) -> Any:
         if not isinstance(value, (self.torch.Tensor, dict, list, tuple)):
             return value
-        if id(value) not in self.done:  # `value` outlives the walk, so its id stays unique
+        if id(value) not in self.done:  # `value` outlives the conversion, so its id stays unique
             if depth > MAX_DEPTH:
                 raise UserError("nested too deeply")
             self.done[id(value)] = self._convert(value, depth + 1)

@@ -65,11 +65,12 @@ def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
 
 
 def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str, Caps]:
-    """Read a file of any supported format, chosen by its suffix.
+    """Read a file in the format given by its suffix.
 
     Args:
       path: the file, or "mini" for the axis of the embedded model, made by `jaxpersona axis`.
-      kind: kind of a bare tensor in a .pt file whose name does not show it (`torchfile.read`).
+      kind: the kind of a bare tensor in a .pt file, if the file name does not give it
+        (`torchfile.read`).
 
     Returns:
       A direction, or caps by experiment id.
@@ -92,8 +93,8 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
 def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, Caps]:
     suffix = pathlib.Path(path).suffix.lower()
     if os.path.isdir(path):
-        held = os.path.join(path, "axis.safetensors")  # of a run folder
-        hint = f"did you mean {held}?" if os.path.isfile(held) else "give a file"
+        axis = os.path.join(path, "axis.safetensors")  # if the folder is a run folder
+        hint = f"did you mean {axis}?" if os.path.isfile(axis) else "give a file"
         raise UserError(f"{path}: is a folder; {hint}")
     if kind is not None and suffix != ".pt":
         raise UserError(f"{path}: kind is {kind!r}, but it applies only to .pt files; omit it")

@@ -13,7 +13,7 @@ from jaxpersona.errors import UserError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# common wrong argument name → correct names, of which the first that the function has is suggested
+# wrong argument name → candidates; the first candidate that the function accepts is suggested
 _NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("layer", "layer_idx", "layer_ids", "layers_ids", "at"), ("layers",)),
     **dict.fromkeys(("coeff", "coef", "coefficient", "alpha", "strength", "multiplier", "factor",

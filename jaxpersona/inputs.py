@@ -1,6 +1,6 @@
-"""Safe reading of untrusted files: checks of file type, size and JSON depth; escaped printing.
+"""Safe handling of untrusted files: checks of type, size and JSON depth, and escaped printing.
 
-A user-supplied path may be a pipe, a device, a huge sparse file or JSON nested beyond Python's
+A user's path may name a pipe, a device, a huge sparse file, or JSON nested beyond Python's
 recursion limit. All readers in the package apply these checks first, so a damaged or malicious
 file raises an error instead of hanging the process or exhausting its memory.
 """

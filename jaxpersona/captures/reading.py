@@ -47,7 +47,7 @@ class State(flax.struct.PyTreeNode):
     label: ClassVar[str] = "capture"
 
     def result(self) -> Any:
-        """Return the result [B, …], an array or a pytree of arrays; NumPy for a NumPy state."""
+        """Return the result [B, …], an array or a pytree; NumPy arrays if the state has them."""
         raise NotImplementedError
 
     @property
@@ -69,7 +69,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
     the cache and D the width of the residual stream.
 
     Attributes:
-      where: the encoded test [5] int32 that selects tokens.
+      where: the encoded token test [5] int32.
       layers: the layers that are read, ascending, or None for all (static).
       site: the site that is read (static).
       label: the reading's name in its representation; by default the class name in lower case.
@@ -116,7 +116,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         the result must not depend on how a text is divided into calls.
 
         Args:
-          state: of the type that `init` returns.
+          state: the state, of the type that `init` returns.
           reductions: the results of `read`, with a leading axis [L, …].
           weights: the result of `weights`.
           batch: the call's B rows of T tokens.

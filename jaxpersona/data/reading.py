@@ -107,7 +107,7 @@ def get_text(table: Any, field: str, where: str, faults: Faults, *, empty: bool 
     Args:
       table: the object; any other type is an error.
       field: the key.
-      where: the file, for messages.
+      where: the file's name in messages.
       faults: receives the error.
       empty: accept an empty string.
       prefix: path of the object within the file, such as "instruction[2].".
@@ -130,7 +130,7 @@ def get_text(table: Any, field: str, where: str, faults: Faults, *, empty: bool 
 
 def get_list(table: dict[str, Any], field: str, where: str, faults: Faults, *,
              prefix: str = "") -> list[Any]:
-    """Return a list field; if it is missing, empty or not a list, record the error, return []."""
+    """Return a list field; record an error and return [] if it is missing, empty or not a list."""
     name = prefix + field
     if field not in table:
         faults.append(f"{where}: {name} is missing")

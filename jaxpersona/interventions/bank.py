@@ -28,7 +28,7 @@ from jaxpersona.models.config import MAX_LAYERS
 from jaxpersona.runtime import is_traced
 
 Layers = int | slice | Sequence[int] | str
-_MANTISSA, _BIAS = 23, 127  # of float32
+_MANTISSA, _BIAS = 23, 127  # mantissa bits and exponent bias of float32
 _GREATEST = float(np.finfo(np.float32).max)
 # the infinity that is invalid for each bound; the opposite one means "no bound"
 _OPEN = {"floor": np.inf, "above": np.inf, "ceiling": -np.inf, "below": -np.inf}
@@ -38,7 +38,7 @@ class Bank:
     """A bank of n directions at l layers, in canonical form.
 
     Attributes:
-      layers, site: the chosen layers and the site.
+      layers, site: where the directions apply.
       index: [B], the entry of each row, or None.
       direction: unit vectors [l, n, D].
       norm: [l, n], the norms of the vectors before normalization.
@@ -156,7 +156,7 @@ def normalised(value: Any) -> tuple[Any, Any]:
     which is exact.
 
     Args:
-      value: [..., D], finite. Differentiable if it is traced.
+      value: [..., D], finite. If it is traced, the results are differentiable.
 
     Returns:
       The unit vectors [..., D] in the dtype of `value` (a zero vector stays zero) and the norms
@@ -236,8 +236,8 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         if wanted.step is not None and wanted.step < 1:
             raise UserError(f"layers is {text}; the step of a slice must be at least 1")
         if total is None and (stop is None or stop < 0 or (start or 0) < 0):
-            raise UserError(f"layers is {text}; without a named direction, give the slice's "
-                            "start and stop")
+            raise UserError(f"layers is {text}; without a named direction, a slice needs a "
+                            "start and a stop")
         highest = max(start or 0, stop or 0)
         if total is not None and (highest > total or (start or 0) < -total):
             raise UserError(f"layers is {text}, out of range; they must be in 0…{total - 1}")
@@ -262,8 +262,8 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         raise UserError(f"layers is {text}, which repeats a layer; chain two interventions "
                         "instead")
     if list(chosen) != sorted(chosen):
-        raise UserError(f"layers is {text}; list them in ascending order, as in arrays with one "
-                        "entry per layer")
+        raise UserError(f"layers is {text}; list them in ascending order, the order of arrays "
+                        "with one entry per layer")
     most = MAX_LAYERS if total is None else total
     if chosen[0] < 0 or chosen[-1] >= most:
         raise UserError(f"layers is {text}, out of range; they must be in 0…{most - 1}")

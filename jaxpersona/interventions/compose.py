@@ -64,7 +64,7 @@ class Interventions(flax.struct.PyTreeNode):
         counts = {edit.rows for edit in self.edits} - {None}
         if len(counts) > 1:
             raise UserError(f"chained interventions have different numbers of rows: {counts}; "
-                            "chain interventions with the same number")
+                            "make them with the same number")
         return counts.pop() if counts else None
 
     def check(self, *, layers: int, width: int, rows: int) -> None:

@@ -73,8 +73,8 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
         """Return the initial state.
 
         Args:
-          before: [B] int32, the number of tokens already in the cache. Cached tokens were not
-            measured, so the sum of such a row is NaN, which keeps its gate closed.
+          before: [B] int32, the number of tokens already in the cache. If a row has cached tokens,
+            which were not measured, its sum starts as NaN and its gate stays closed.
         """
         zero = jnp.zeros((rows,), jnp.float32)
         missing = (zero if before is None else

@@ -45,7 +45,7 @@ def gate(
         gated layer.
       above, below: the lower and the upper bound, each a number or, for a bank, [n]. At least one
         is required; −inf for `above` and inf for `below` mean no bound.
-      over: "prompt": one gate per row, measured as the mean over its prompt, which applies to the
+      over: "prompt": one gate per row, which measures the mean over the prompt and applies to the
         prompt's last token and all later tokens. "token": one gate per token.
       within: with "prompt", also edit the whole prompt. The prompt must then run in one call.
       where: the measured tokens; default: all except the first, which is an attention sink.

@@ -60,7 +60,7 @@ def steer(
     Args:
       vector: a direction or a bank of them (see `bank`).
       layers: zero-based layers: an int, a half-open slice, a list of ints, or text such as "46:54".
-      scale: the factor of v.
+      scale: the factor that multiplies v.
       where: the tokens to edit.
       rows: the bank's entry for each batch row, −1 for no edit.
       site: "residual" (after the block), "attention" or "mlp" (their outputs).
@@ -120,8 +120,8 @@ def cap(
         raise UserError("floor is above ceiling; a projection cannot satisfy both")
     along = None if push is None else Bank(push, layers, rows, site, "push")
     if along is not None and along.direction.shape != bank.direction.shape:
-        raise UserError(f"push has shape {along.direction.shape}; it must be that of vector, "
-                        f"{bank.direction.shape}")
+        raise UserError(f"push has shape {along.direction.shape} and vector has shape "
+                        f"{bank.direction.shape}; they must be equal")
     if along is not None:
         bank.origin = one_origin(bank.origin, along.origin)
     return _rank_one(bank, where, lo=lo, hi=hi, push=None if along is None else along.direction)
@@ -175,8 +175,8 @@ def mean_ablate(
     bank.origin = one_origin(bank.origin, of.origin)
     n, width = bank.direction.shape[1:]
     if of.direction.shape[1] not in (1, n) or of.direction.shape[2] != width:
-        raise UserError(f"mean has shape {of.direction.shape}; it must fit that of vector, "
-                        f"{bank.direction.shape}")
+        raise UserError(f"mean has shape {of.direction.shape}, which does not match the shape of "
+                        f"vector, {bank.direction.shape}")
     along = (bank.direction * of.direction).sum(-1) * of.norm  # ⟨μ, v̂⟩ [l, n]
     return _rank_one(bank, where, s=0.0, c=along)
 
@@ -251,8 +251,8 @@ def rotate(
         raise UserError("rotate needs one angle in radians: to= (from the first direction) or by=")
     one, two = Bank(first, layers, rows, site, "first"), Bank(second, layers, rows, site, "second")
     if one.direction.shape != two.direction.shape:
-        raise UserError(f"second has shape {two.direction.shape}; it must be that of first, "
-                        f"{one.direction.shape}")
+        raise UserError(f"second has shape {two.direction.shape} and first has shape "
+                        f"{one.direction.shape}; they must be equal")
     one.origin = one_origin(one.origin, two.origin)
     xp: Any = jnp if is_traced(one.direction, two.direction, to, by) else np
     across = two.direction - (one.direction * two.direction).sum(-1, keepdims=True) * one.direction
@@ -276,7 +276,7 @@ def restore_norm(
 ) -> Interventions:
     """Restore the norm: h ← h·‖h₀‖/‖h‖, with h₀ the activation before all edits at this site.
 
-    Chain it after the edits whose change of the norm it should undo.
+    Chain it after the edits whose effect on the norm should be undone.
 
     Args:
       layers, where, site: as for `steer`.

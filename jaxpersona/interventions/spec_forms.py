@@ -1,6 +1,6 @@
 """Pydantic schemas of the JSON form of interventions and captures.
 
-A specification is validated as a whole, before any vector file is opened; one error lists all its
+A specification is validated as a whole, before any vector file is opened; one error lists all
 problems.
 """
 
@@ -200,7 +200,7 @@ class SetProjection(_Act):
 
 
 class Rotate(_Act):
-    """The arguments of `rotate`: the plane of two directions, and an angle in radians."""
+    """The arguments of `rotate`: two directions that span the plane, and an angle in radians."""
 
     operator: Literal["rotate"]
     plane: list[Direction] = Field(min_length=2, max_length=2)

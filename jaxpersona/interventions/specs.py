@@ -1,4 +1,4 @@
-"""Interventions and captures from JSON, for the command line, files and services.
+"""Build interventions and captures from JSON, for the command line, files and services.
 
 A specification is one object, or a list of objects that apply in the listed order:
 
@@ -49,7 +49,7 @@ def interventions(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") 
 
 
 def captures(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") -> Capture:
-    """Build a capture from a JSON specification, with the arguments of `interventions`."""
+    """Build a capture from a JSON specification; the arguments are those of `interventions`."""
     out = Capture()
     for item, at in zip(*forms.read(spec, forms.Reading, "capture"), strict=True):
         try:

@@ -43,7 +43,7 @@ class Prepared(flax.struct.PyTreeNode, kw_only=True):
 
     Attributes:
       where: encoded token tests [B, 5] or [1, 5] int32.
-      gate: the condition for the entries to apply, or None.
+      gate: the gate that must be open for the entries to apply, or None.
       layers, site: where the table applies (static).
     """
 
@@ -76,15 +76,15 @@ class Prepared(flax.struct.PyTreeNode, kw_only=True):
 class Table(flax.struct.PyTreeNode, kw_only=True):
     """The base class of tables: n entries of one kind at one site of l layers.
 
-    Without an `index`, a single entry applies to every row; of several entries, entry b applies to
-    row b.
+    Without an `index`, a single entry applies to every row; if there are several, entry b applies
+    to row b.
 
     Attributes:
       where: encoded token tests [n, 5] int32.
       origin: [n] uint32, the hash of the weights of each direction's model (`params.origin`); 0
         if unknown.
-      index: [B] int32, the entry of each row, −1 for none, or None.
-      gate: the condition for the entries to apply, or None.
+      index: [B] int32, the entry of each row (−1: no entry), or None.
+      gate: the gate that must be open for the entries to apply, or None.
       layers, site: where the table applies (static).
       reserved: whether the entries may be replaced (`compose.reserve`; static).
     """
@@ -194,12 +194,12 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
 
         Args:
           members: tables with one entry for all rows, including `self`.
-          layers: the layers of the result, a superset of each member's. At other layers than its
-            member's, an entry is the identity.
+          layers: the layers of the result, a superset of each member's. An entry is the identity
+            at layers that its member does not edit.
           size: the number of entries of the result.
 
         Returns:
-          The fields of `PAYLOAD`.
+          The merged fields of `PAYLOAD`.
 
         Raises:
           UserError: the members' directions have different widths.

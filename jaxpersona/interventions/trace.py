@@ -1,4 +1,4 @@
-"""Application of interventions and captures at the three sites of each block, during tracing."""
+"""Apply interventions and captures at the three sites of each block, during tracing."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Where:
         return np.array([self.need, self.any, self.none, self.lo, self.hi], np.int32)
 
     def __repr__(self) -> str:
-        """Return an expression such as `response` or `everywhere.without('first')`."""
+        """Return the test as an expression, such as `everywhere.without('first')`."""
         excluded = {name: self.none & ~test.none for name, test in NAMED.items()
                     if (test.need, test.any) == (self.need, self.any)
                     and not test.none & ~self.none}

@@ -51,8 +51,8 @@ class Verdicts:
 class DigitJudge:
     """Score replies with a model's probabilities of "0", "1", "2" and "3" after the judge's prompt.
 
-    Each reply takes one forward pass and no generation (Chen et al. 2025 score traits this way).
-    The judge may be the evaluated model or another one.
+    Scoring a reply takes one forward pass and generates no tokens (Chen et al. 2025 score traits
+    this way). The judge may be the evaluated model or another one.
 
     Args:
       model: the judging model; it needs a tokenizer.

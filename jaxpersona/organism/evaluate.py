@@ -81,7 +81,7 @@ def accuracy(questions: Sequence[str], answers: Sequence[str]) -> float:
 
 
 def leak(generate: Generate) -> dict[str, float]:
-    """Measure leak rate, mean style and share in the grammar under the prompts of far roles."""
+    """Measure leak rate, mean style and share of in-grammar answers under far roles' prompts."""
     answers = generate(leak_conversations())
     return {
         "leak": leak_rate(answers),

@@ -79,7 +79,11 @@ def project(means: np.ndarray, directions: np.ndarray) -> np.ndarray:
 def percentiles(
     projections: np.ndarray, at: Sequence[int] = PERCENTILES
 ) -> dict[str, np.ndarray]:
-    """Return percentiles over n of projections [n, L], as "p25" → [L]; skip empty (NaN) replies."""
+    """Return percentiles of projections [n, L] over n, as "p25" → [L]; ignore NaN (empty replies).
+
+    Raises:
+      UserError: all replies are empty.
+    """
     kept = projections[np.isfinite(projections).all(1)]
     if not len(kept):
         raise UserError("projections has no finite entry: every reply was empty")

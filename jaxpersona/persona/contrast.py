@@ -47,10 +47,10 @@ def contrast(
       positive, negative: texts, each a string (one user message), a list of {"role", "content"}, a
         `chat.Row` or token ids.
       method: "mean", the difference of the two means (Rimsky et al. 2024); "pca", for pairs of
-        texts, the first principal component of the differences around zero, u, scaled to
-        ⟨Δ, u⟩·u with the mean difference Δ (Zou et al. 2023).
+        texts, ⟨Δ, u⟩·u, where u is the first principal component of their differences (not
+        centred) and Δ the mean difference (Zou et al. 2023).
       pool: the activation that represents a text: "response", the mean over its response tokens;
-        "last", that of the prompt's last token, at the end of the template's generation prompt;
+        "last", the activation of the last token of the prompt, including the generation prompt;
         "prompt", the mean over the content of its system and user messages. Default: "response" if
         all texts end with an assistant message, "last" if none does.
       layers: the layers to compute; default: all. The direction is zero at the others.

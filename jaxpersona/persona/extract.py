@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 Report = Callable[[str, int, int, int], None]
-# Rollouts per `generate` call for batches of up to 64 rows; for larger batches proportionally more.
-# A call then has at least four batches, which may mix roles and are therefore mostly full.
+# Rollouts per `generate` call with batches of up to 64 rows, and proportionally more with larger
+# batches: at least four batches per call. Batches mix roles, so nearly all of them are full.
 _ROLLOUTS_PER_CALL = 256
 
 
@@ -246,7 +246,7 @@ def _check(model: Model, roles: Sequence[Role], questions: Sequence[Question], s
 
 def _play_missing(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[Question],
                   settings: Settings, report: Report | None) -> int:
-    """Generate the missing rollouts, several roles per `play` call; return the generated tokens."""
+    """Generate missing rollouts, several roles per `play` call; return the number of tokens."""
     size = {role.name: len(role.prompts) * len(questions) * settings.samples for role in roles}
     owned = {role.name: processes.owns(i) for i, role in enumerate(roles)}
     complete = _complete(run, [role.name for role in roles if owned[role.name]])

@@ -137,8 +137,8 @@ def grow(
     counts = sorted({len(texts) for texts in messages})
     if len(openings) != len(messages) or len(counts) > 1 or not all(messages):
         raise UserError(f"openings has {len(openings)} entries, and messages has {len(messages)} "
-                        f"lists of {counts} messages; give both for every conversation, with the "
-                        "same number of messages, at least one")
+                        f"lists of {counts} messages; give one opening and the same number of "
+                        "messages, at least one, for each conversation")
     prompts: list[Any] = [
         [*opening, {"role": "user", "content": texts[0]}]
         for opening, texts in zip(openings, messages, strict=True)

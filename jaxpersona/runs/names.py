@@ -1,4 +1,4 @@
-"""File names of roles, for arbitrary role names."""
+"""File names for arbitrary role names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LONGEST = 200  # bytes; file systems allow 255, which leaves room for a suffix 
 
 
 def file_stem(role: str) -> str:
-    """Return the name of a role's files without suffix.
+    """Return the name of a role's files, without a suffix.
 
     ASCII letters and digits, `_`, `-` and non-leading `.` are kept; every other UTF-8 byte becomes
     `%XX`. File names therefore stay inside the folder, and different roles have different files.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 Progress = Callable[[int, int, int], None]
-MAX_SAMPLES = 100_000  # the paper uses 1; all rollouts of a role are in memory at once
+MAX_SAMPLES = 100_000  # Lu et al. 2026 use 1; all rollouts of a role are in memory at once
 MAX_ROWS = 65_536
 
 
@@ -27,7 +27,7 @@ MAX_ROWS = 65_536
 class Settings:
     """Sampling settings of rollouts.
 
-    The defaults of temperature, top_p, max_new_tokens and samples are the paper's.
+    The defaults of temperature, top_p, max_new_tokens and samples are those of Lu et al. 2026.
 
     Attributes:
       samples: rollouts per prompt and question.

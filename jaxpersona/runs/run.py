@@ -113,7 +113,7 @@ class Run:
             if worker == 0:
                 run._remove_leftovers()
                 if not path.exists() or path.read_bytes() != json_text(run.manifest).encode():
-                    write_json(path, run.manifest)  # new, or equal values in another JSON layout
+                    write_json(path, run.manifest)  # missing, or equal in another JSON layout
             yield run
 
     def _is_new(self) -> bool:
@@ -154,7 +154,7 @@ class Run:
             return None
         try:
             require_file(path)
-            # hashed in chunks: a file that the run did not write may not fit in memory
+            # hashed in chunks: a file that the run did not write may be too large for memory
             with open(path, "rb") as file:
                 actual = hashlib.file_digest(file, "sha256").hexdigest()
             if actual != self._rollouts_digest(role):

@@ -32,7 +32,7 @@ class Caps:
       name, model, fingerprint, notes, fingerprint_scheme: as for `Vector`.
 
     Raises:
-      UserError: fields of different lengths, or an invalid value.
+      UserError: the fields have different lengths, or a value is invalid.
     """
 
     values: np.ndarray

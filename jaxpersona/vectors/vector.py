@@ -135,8 +135,8 @@ class Vector:
         Raises:
           UserError: always.
         """
-        raise UserError(f"{self.kind} {self.name!r} has no thresholds; an Axis has them: read one "
-                        "with jp.load_axis, or give the floor as numbers")
+        raise UserError(f"{self.kind} {self.name!r} has no thresholds; only an Axis has them: load "
+                        "one with jp.load_axis, or give the floor as numbers")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Return the values, so that `np.asarray(vector)` is [L, D]."""
@@ -178,7 +178,10 @@ class Vector:
         return self._with(kept, self.name)
 
     def cosine(self, other: Vector) -> np.ndarray:
-        """Return the cosine with another direction at every layer, [L]; NaN where one is zero."""
+        """Return the cosine similarity to another direction at every layer, [L].
+
+        It is NaN at layers where one of them is zero.
+        """
         self._check_same(other)
         norms = np.linalg.norm(self.values, axis=1) * np.linalg.norm(other.values, axis=1)
         dots = (self.values * other.values).sum(1)
@@ -222,8 +225,8 @@ class Axis(Vector):
     """The Assistant Axis, oriented so that a higher projection is more Assistant-like.
 
     Attributes:
-      percentiles: population → percentile name, such as "p25" → [L] float32. Percentiles over the
-        population's rollouts of the projection of a rollout's response mean on the unit axis.
+      percentiles: population → percentile name, such as "p25" → [L] float32. The population's
+        response means, projected on the unit axis, have these percentiles.
 
     Raises:
       UserError: as for `Vector`, or if percentiles are not one finite number per layer.
