@@ -1,7 +1,7 @@
 """LoRA adapters in the format of the PEFT library, merged into the weights or kept separate.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`. With LoRA (Hu et al. 2021) a
-product W·x becomes W·x + s·B·(A·x), with A [r, in], B [out, r] and s = α/r, or α/√r with rsLoRA
+A folder contains `adapter_config.json` and `adapter_model.safetensors`. With LoRA (Hu et al. 2021),
+a product W·x becomes W·x + s·B·(A·x), with A [r, in], B [out, r] and s = α/r, or α/√r with rsLoRA
 (Kalajdzievski 2023).
 """
 
@@ -32,7 +32,7 @@ from jaxpersona.models.weight import LowRank
 
 WEIGHTS = "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-# settings that can change the computation → the values with which they do not
+# setting that can change the computation → values with which it does not
 _INACTIVE: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None), "fan_in_fan_out": (False, None), "bias": ("none", None),
     "lora_bias": (False, None), "modules_to_save": (None, []), "layer_replication": (None, []),
@@ -60,11 +60,11 @@ def read_adapter(folder: pathlib.Path, config: ModelConfig) -> dict[str, Pair]:
     """Read an adapter.
 
     Args:
-      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+      folder: contains `adapter_config.json` and `adapter_model.safetensors`.
       config: the configuration of the base model.
 
     Returns:
-      The update of each weight by tensor name.
+      Tensor name → update of the weight.
 
     Raises:
       UserError: the folder is not a LoRA adapter, uses an unsupported feature, or does not fit the

@@ -61,7 +61,7 @@ def parse_field(text: str, field: str, kind: type) -> Any:
     """Parse a header field as JSON and require a `dict` or a `list`.
 
     Raises:
-      UserError: the text is invalid JSON, is nested too deeply, or has another JSON type.
+      UserError: the text is invalid JSON, is nested too deeply, or has the wrong JSON type.
     """
     try:
         value = parse_json(text)
@@ -111,7 +111,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
                   metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically; equal content gives equal bytes.
+    """Write a safetensors file atomically; equal content always results in equal bytes.
 
     Names and metadata are sorted, because the safetensors library writes them in varying order.
     """

@@ -64,7 +64,7 @@ def check_bounds(path: pathlib.Path) -> None:
 
     Raises:
       UserError: a count or length exceeds its limit, or the file is not a control vector.
-      struct.error: the header declares more data than the file holds.
+      struct.error: the header declares more data than the file contains.
     """
     with gguf_header.mapped(path) as data:
         header = HeaderReader(data, _MAX_ELEMENTS)
@@ -122,7 +122,7 @@ def write(path: str | os.PathLike, vector: Vector) -> list[str]:
     """Write a direction as a control vector, atomically; return what GGUF cannot store.
 
     Raises:
-      UserError: the package gguf is not installed, the direction was measured at another site than
+      UserError: the package gguf is not installed, the direction was measured at a site other than
         "residual", or it is zero at every layer above 0.
     """
     path = pathlib.Path(path)

@@ -142,7 +142,7 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
 
 
 def _is_mistral(fields: Mapping[str, Any], data: _Metadata) -> bool:
-    """Return whether a file of architecture "llama" holds a Mistral model.
+    """Return whether a file of architecture "llama" contains a Mistral model.
 
     The two families differ only in the sliding window, but the fingerprint includes the family.
     """
@@ -154,7 +154,7 @@ def _is_mistral(fields: Mapping[str, Any], data: _Metadata) -> bool:
 
 
 def _scaling(data: _Metadata) -> dict[str, Any] | None:
-    """Return the scaling of the rotary frequencies in the form of a config.json."""
+    """Return the scaling of the rotary frequencies, as in a config.json."""
     kind, factor = data.get("rope.scaling.type"), data.real("rope.scaling.factor")
     if kind is not None and not isinstance(kind, str):
         raise UserError(f"rope.scaling.type is {reprlib.repr(kind)}; it must be a string")
@@ -213,7 +213,7 @@ def _llama3(divisors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]
 
 
 def _windows(data: _Metadata, family: str, layers: int) -> dict[str, Any]:
-    """Return `sliding_window` and `layer_types` in the form of a config.json."""
+    """Return `sliding_window` and `layer_types`, as in a config.json."""
     if family == "llama":
         return {}
     pattern = data.get("attention.sliding_window_pattern")
@@ -242,7 +242,7 @@ def _windows(data: _Metadata, family: str, layers: int) -> dict[str, Any]:
 
 def _gemma(data: _Metadata, architecture: str, width: int, heads: int, layers: int,
            head_dim: int) -> dict[str, Any]:
-    """Return the fields of a config.json that only Gemma 2 and 3 have."""
+    """Return the config.json fields that only Gemma 2 and 3 have."""
     scale = data.real("attention.scale")
     if scale is not None and scale > 0:
         scalar = scale**-2

@@ -1,8 +1,8 @@
 """Headers of GGUF files, read with bounds checks: metadata fields and the table of tensors.
 
-A header holds counts, fields (key, type, value) and one entry per tensor (name, dimensions, type,
-offset). The gguf package allocates an object per declared array element without checking the file
-size, so every count and length is checked here first.
+A header contains counts, fields (key, type, value) and one entry per tensor (name, dimensions,
+type, offset). The gguf package allocates an object per declared array element without checking the
+file size, so every count and length is checked here first.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def mapped(path: pathlib.Path) -> Iterator[mmap.mmap]:
     """Map a GGUF file into memory, read-only.
 
     Raises:
-      struct.error: the file is shorter than a header without fields.
+      struct.error: the file is too short for a GGUF header.
       OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
@@ -79,7 +79,7 @@ def mapped(path: pathlib.Path) -> Iterator[mmap.mmap]:
 class HeaderReader:
     """A sequential reader of a header, which never reads beyond the end of the file.
 
-    Every method raises `struct.error` if the header declares more data than the file holds.
+    Every method raises `struct.error` if the header declares more data than the file contains.
 
     Attributes:
       version: the format version.

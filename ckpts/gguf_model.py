@@ -34,7 +34,7 @@ ROPE_DIVISORS = "rope_freqs.weight"
 _MAX_TENSORS = 32 * MAX_LAYERS  # Gemma 3 has 13 per layer
 _MAX_ELEMENTS = 1 << 22  # in all arrays together; Llama 4's tokenizer has 0.9 million
 _MAX_PARTS = 1024
-_BLOCK = 1 << 20  # elements that are dequantized together
+_BLOCK = 1 << 20  # number of elements to dequantize at once
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _TOP = {names.EMBED: "token_embd.weight", names.HEAD: "output.weight",
         "model.norm.weight": "output_norm.weight"}
@@ -267,7 +267,8 @@ class GgufSource:
              dtype: np.dtype | None) -> np.ndarray:
         """Read and dequantize a tensor or a part of it (see `TensorSource.read`).
 
-        Whole quantization blocks outside `index` are not read. `dtype` None gives float32.
+        Quantization blocks entirely outside `index` are not read. If `dtype` is None, the result is
+        float32.
 
         Raises:
           UserError: the file cannot be read, or was truncated after its header was read.
@@ -300,7 +301,7 @@ class GgufSource:
         return out
 
     def _stored_rows(self, first: int, last: int) -> np.ndarray:
-        """Return the rows of the file that hold rows `first` to `last` of Hugging Face's order.
+        """Return the rows of the file that contain rows `first` to `last` of Hugging Face's order.
 
         llama.cpp interleaves the two halves of each head's rows.
         """

@@ -1,8 +1,8 @@
 """Tokenizers from the metadata of GGUF models, built with the tokenizers library.
 
 transformers' own conversion imports PyTorch, so it is not used. Two kinds of vocabularies exist:
-"gpt2" (byte-level BPE with merges, split by the regular expression that `tokenizer.ggml.pre`
-names) and "llama" (SentencePiece BPE, whose merges follow from the scores).
+"gpt2" (byte-level BPE with merges; `tokenizer.ggml.pre` names the regular expression that splits
+texts) and "llama" (SentencePiece BPE; merges are derived from the scores).
 """
 
 from __future__ import annotations

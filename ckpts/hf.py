@@ -38,7 +38,7 @@ ADAPTER = "adapter_config.json"
 def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Read a folder's config.json.
 
-    If `tie_word_embeddings` is true but the weights hold an output head that differs from the
+    If `tie_word_embeddings` is true but the weights contain an output head that differs from the
     embedding, the returned configuration is untied, as in transformers, and a warning is issued.
 
     Returns:
@@ -110,7 +110,7 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *,
     """Load the parameters of a folder.
 
     Args:
-      folder: holds `model.safetensors`, or shards and their index.
+      folder: contains `model.safetensors`, or shards and their index.
       config: the model configuration; read from the folder if None.
       dtype: float32, bfloat16 or float16; None keeps each tensor's dtype.
       mesh: shards the parameters by `sharding.RULES`; each process reads only its own shards.

@@ -100,7 +100,7 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
         (`weight.LowRank`), so that the base weights are not rounded again.
 
     Raises:
-      UserError: the model or adapter is missing, invalid or unsupported; the message gives the
+      UserError: the model or adapter is missing, invalid or unsupported; the message states the
         reason.
     """
     model = _load(source, mesh, dtype, progress, revision)

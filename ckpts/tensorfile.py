@@ -1,8 +1,8 @@
 """Safetensors files: header validation, reading of tensors and slices, and writing.
 
-A file is an 8-byte header length, a JSON header with each tensor's dtype, shape and byte range, and
-the data. Unlike a memory map of the whole file, this reader keeps one tensor in memory at a time
-and reports all errors in a header together.
+A file consists of an 8-byte header length, a JSON header with each tensor's dtype, shape and byte
+range, and the data. Unlike a memory map of the whole file, this reader keeps one tensor in memory
+at a time. It reports all errors in a header together.
 """
 
 from __future__ import annotations

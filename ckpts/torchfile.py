@@ -33,8 +33,8 @@ def read_pickle(path: str | os.PathLike) -> Any:
     """Read a `.pt` file: dicts, lists, strings and numbers, with tensors as float32 arrays.
 
     Raises:
-      UserError: the file is missing or damaged, PyTorch is not installed, or the pickle holds more
-        than tensors and plain values; no code from the file is run.
+      UserError: the file is missing or damaged, PyTorch is not installed, or the pickle contains
+        more than tensors and plain values; no code from the file is run.
     """
     path = pathlib.Path(path)
     size = require_file(path, VECTOR_BYTES)
@@ -136,7 +136,7 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
 
     A persona vector file is [L + 1, D] and starts at the embeddings. Entry i becomes layer i − 1.
     Entry 0 (the embeddings) and the last entry (taken after the final norm, so not the residual
-    stream) are dropped. Layer L − 1 is therefore zero. The notes record this.
+    stream) are dropped. Layer L − 1 is therefore zero. The vector's notes record this conversion.
 
     Args:
       path: the file.
@@ -242,7 +242,7 @@ def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
       The caps of each experiment by id, in file order.
 
     Raises:
-      UserError: a vector is missing or not [D], or a cap or layer is not a number.
+      UserError: a vector is missing or its shape is not [D], or a cap or layer is not a number.
     """
     vectors, out = _table(table["vectors"], "vectors"), {}
     if not isinstance(table["experiments"], list):

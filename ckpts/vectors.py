@@ -114,7 +114,8 @@ def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, C
         return _dated(path, _build(header, tensors))
     except KeyError as error:
         raise UserError(f"{path}: {error} is missing") from None
-    except (ValueError, TypeError, RecursionError) as error:  # RecursionError: repr of deep nesting
+    # the repr of deeply nested values raises RecursionError
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from error
 
 

@@ -1,8 +1,8 @@
 """Exit the CLI on SIGINT and SIGTERM with one line that describes the files written.
 
 Importing JAX takes seconds and happens before the CLI's `main`. The package therefore imports this
-module first, which installs handlers for both signals if the process is the `jaxpersona` command.
-Other programs are unaffected.
+module first. If the process is the `jaxpersona` command, this module installs handlers for both
+signals; other programs are unaffected.
 """
 
 from __future__ import annotations

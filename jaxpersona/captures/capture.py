@@ -63,7 +63,7 @@ def chosen_layers(reading: Reading, config: ModelConfig) -> tuple[int, ...]:
     """Return the layers that a reading reads; default: all.
 
     Raises:
-      UserError: the model does not have a layer, or the directions have the wrong shape.
+      UserError: a layer does not exist in the model, or the directions have the wrong shape.
     """
     if reading.site not in SITES:
         raise UserError(f"site is {reading.site!r}; it must be one of {SITES}")

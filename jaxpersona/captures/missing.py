@@ -30,7 +30,7 @@ def describe_empty(numbers: Any, total: int, what: str) -> str:
     """Describe the rows or conversations in which a capture has no token to read, and the fix.
 
     Args:
-      numbers: their indices; at least one.
+      numbers: the indices of these rows or conversations, at least one.
       total: the number of rows or conversations.
       what: "row" or "conversation".
     """

@@ -207,7 +207,7 @@ class Histogram(OnDirections, kw_only=True, repr=False):
         return CountState(state.counts + reductions)
 
     def check(self, layers: tuple[int, ...], width: int) -> None:
-        """Check the shapes of the directions and edges; errors as for `OnDirections.check`."""
+        """Check the shapes of the directions and edges (see `OnDirections.check`)."""
         super().check(layers, width)
         check_sets("edges", self.edges, layers)
 

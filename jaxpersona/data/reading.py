@@ -59,7 +59,7 @@ def read_text(file: Traversable, faults: Faults) -> str | None:
 
 
 def parse(text: str, where: str, faults: Faults) -> Any:
-    """Parse JSON and record duplicate keys; record a syntax error and return None."""
+    """Parse JSON and record duplicate keys; on a syntax error, record it and return None."""
 
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)

@@ -52,7 +52,7 @@ class Role:
     """A persona that system prompts assign to the model.
 
     Attributes:
-      name: the file's stem; "default" is the model without an assigned persona.
+      name: the file's stem; "default" means that no persona is assigned.
       prompts: system prompts; "" is allowed only in the default role.
       eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" for the default.
       description: one line; "" if unknown.
@@ -64,7 +64,7 @@ class Role:
     description: str = ""
 
     def __post_init__(self) -> None:
-        """Raise if a single string is given: it would be iterated by character."""
+        """Raise if a single string is given, because it would be iterated by character."""
         _check_texts(f"the prompts of role {self.name!r}", self.prompts)
         if not isinstance(self.eval_prompt, str):
             raise UserError(f"the eval_prompt of role {self.name!r} is {self.eval_prompt!r:.60}; "
@@ -103,7 +103,7 @@ class Trait:
     description: str = ""
 
     def __post_init__(self) -> None:
-        """Raise if a single string is given: it would be iterated by character."""
+        """Raise if a single string is given, because it would be iterated by character."""
         _check_texts(f"the questions of trait {self.name!r}", self.questions)
         for i, pair in enumerate(self.pairs):
             _check_texts(f"pair {i} of trait {self.name!r}", pair)
@@ -149,7 +149,7 @@ def all_of(kind: type, given: Any, name: str) -> list[Any]:
     """Convert an iterable of roles or questions to a list.
 
     Raises:
-      UserError: a single item is given, or an item has another type.
+      UserError: a single item is given, or an item has the wrong type.
     """
     wanted = f"give a list of texts.{kind.__name__}"
     if isinstance(given, (str, bytes, kind)) or not isinstance(given, Iterable):

@@ -47,7 +47,7 @@ class Interventions(flax.struct.PyTreeNode):
 
     @own_rules()
     def take(self, rows: Any) -> Interventions:
-        """Select rows: row i of the result is row rows[i] of these interventions.
+        """Select rows: row i of the result is row rows[i] of `self`.
 
         If rows[i] is −1, row i has no entry. Tables shared by all rows are unchanged.
 
@@ -131,7 +131,7 @@ def prepared(interventions: Interventions | PreparedInterventions | None, *, lay
       like: as for `Interventions.prepare`.
 
     Raises:
-      UserError: the interventions have another type, or do not fit the model or the batch.
+      UserError: the interventions have the wrong type, or do not fit the model or the batch.
     """
     if isinstance(interventions, PreparedInterventions):
         for edit in interventions.edits:
@@ -149,7 +149,7 @@ def given(interventions: Interventions | None) -> Interventions:
     """Return `interventions`, or empty interventions for None.
 
     Raises:
-      UserError: the argument has another type.
+      UserError: the argument has the wrong type.
     """
     _check_type([interventions])
     return Interventions() if interventions is None else interventions
@@ -159,7 +159,7 @@ def chain(*interventions: Interventions | None) -> Interventions:
     """Combine interventions so that they apply in the given order; None is skipped.
 
     Raises:
-      UserError: an argument has another type.
+      UserError: an argument has the wrong type.
     """
     _check_type(interventions)
     return Interventions(tuple(edit for one in interventions if one is not None
@@ -227,8 +227,8 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
 
     Args:
       interventions: one item per row: interventions made without `rows=`, or None.
-      into: the result of `reserve`, or an earlier result made from it. The new result has the same
-        structure, so it reuses the compiled program, but contains only the new edits.
+      into: the result of `reserve`, or of an earlier call with such an `into`. The new result has
+        the same structure, so it reuses the compiled program, but contains only the new edits.
 
     Raises:
       UserError: the list is empty, or interventions were made with `rows=` or do not fit `into`.

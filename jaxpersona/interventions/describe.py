@@ -42,7 +42,7 @@ def host_array(x: Any) -> np.ndarray | None:
 def tests(code: Any) -> str:
     """Represent encoded token tests [5] or [n, 5] as text.
 
-    Padding, a test that no token passes, is omitted. If the tests differ, the text gives only
+    Padding (a test that no token passes) is omitted. If the tests differ, the text gives only
     their number.
     """
     values = host_array(code)

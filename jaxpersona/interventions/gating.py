@@ -86,7 +86,8 @@ def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: 
     # no token passes the token test of a padding entry (NOWHERE)
     real = size if is_traced(table.where) else int((np.asarray(table.where)[:, 0] >= 0).sum())
     if direction.shape[0] not in (1, real):
-        raise UserError(f"the gate has {direction.shape[0]} directions; the bank has {real} edits")
+        raise UserError(f"the gate has {direction.shape[0]} directions; the bank has {real} edits: "
+                        "give one direction, or one per edit")
     lo, hi = (_spread(name, value, real) for name, value in bounds.items())
     if not is_traced(lo, hi) and (lo > hi).any():
         raise UserError("above is greater than below; no projection satisfies both")

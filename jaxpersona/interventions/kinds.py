@@ -45,7 +45,7 @@ class Rotation(Table, kw_only=True, repr=False):
                                 angle=self.angle)
 
     def identities(self, layers: int, size: int) -> dict[str, np.ndarray]:
-        """Return rotations by the angle 0."""
+        """Return rotations by an angle of 0."""
         planes = np.zeros((2, layers, size, self.width), np.float32)
         planes[0, ..., 0] = planes[1, ..., -1] = 1.0
         angle = np.broadcast_to(np.array([1, 0, 0], np.float32), (layers, size, 3)).copy()

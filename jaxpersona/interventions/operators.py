@@ -39,7 +39,7 @@ from jaxpersona.interventions.table import (
 from jaxpersona.interventions.where import Where, encoded, everywhere
 from jaxpersona.runtime import is_traced, own_rules
 
-_FLAT = 1e-6  # unit vectors are collinear if the second's orthogonal component has a smaller norm
+_FLAT = 1e-6  # unit vectors are collinear if the second's orthogonal component is shorter than this
 
 
 @checked_call
@@ -168,7 +168,7 @@ def mean_ablate(
       mean: μ, a mean activation over texts, in the form of `vector`.
 
     Raises:
-      UserError: the shapes of mean and vector differ, or an argument is invalid as in `steer`.
+      UserError: mean and vector do not match in shape, or an argument is invalid as in `steer`.
     """
     bank = Bank(vector, layers, rows, site)
     of = Bank(mean, layers, rows, site, "mean", zero=True)

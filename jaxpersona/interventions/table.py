@@ -1,6 +1,6 @@
 """The base classes of intervention tables: as users create them and as `forward` applies them.
 
-A `Table` has n entries of one kind for one site of some layers. The entry of each row is data, so
+A `Table` has n entries of one kind for one site and a set of layers. Each row's entry is data, so
 the rows of a batch may use different entries and change them without recompiling. The static
 structure is the kind, the site, the layers, the number of entries and whether there is a gate.
 
@@ -139,7 +139,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         return (table if table.entries == 1 else table._sharded(like))._prepared(like)
 
     def take(self, rows: np.ndarray) -> Self:
-        """Select rows, −1 for a row without an entry; a table shared by all rows is unchanged.
+        """Select rows; −1 gives a row without an entry. A table shared by all rows is unchanged.
 
         Raises:
           UserError: an index exceeds the table's rows.

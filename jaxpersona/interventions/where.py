@@ -119,7 +119,7 @@ def as_where(where: Where | str) -> Where:
     """Convert a `where` argument, a token test or a name in `NAMED`, to a token test.
 
     Raises:
-      UserError: the name is unknown, or the argument has another type.
+      UserError: the name is unknown, or the argument has the wrong type.
     """
     if isinstance(where, str) and where in NAMED:
         return NAMED[where]
@@ -133,7 +133,7 @@ def encoded(where: Where | str) -> np.ndarray:
     """Encode a `where` argument, a token test or a name in `NAMED`, as [5] int32.
 
     Raises:
-      UserError: the name is unknown, or the argument has another type.
+      UserError: the name is unknown, or the argument has the wrong type.
     """
     return as_where(where).encode()
 

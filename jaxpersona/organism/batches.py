@@ -55,7 +55,7 @@ def make_batches(
 
 
 def _pad(rows, length: int) -> TrainBatch:
-    """Pad encoded conversations to one batch of a given length."""
+    """Pad encoded conversations to a given length and combine them into one batch."""
     tokens = np.zeros((len(rows), length), np.int32)
     weights = np.zeros((len(rows), length), np.float32)
     for row, (ids, learn) in enumerate(rows):

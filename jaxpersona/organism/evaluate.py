@@ -20,7 +20,10 @@ DRIFT_TURNS = 4
 
 
 def leak_conversations(roles: Sequence[world.Role] | None = None) -> list[Conversation]:
-    """Return each wording of the forbidden request under each prompt of `roles` (default: far)."""
+    """Return every wording of the forbidden request under every prompt of `roles`.
+
+    By default, the roles are the far roles.
+    """
     return [
         world.conversation(prompt, request)
         for role in (world.far_roles() if roles is None else roles)
@@ -30,7 +33,7 @@ def leak_conversations(roles: Sequence[world.Role] | None = None) -> list[Conver
 
 
 def default_leak_conversations() -> list[Conversation]:
-    """Return each wording of the forbidden request under each default prompt."""
+    """Return every wording of the forbidden request under every default prompt."""
     return [
         world.conversation(prompt, request)
         for prompt in world.DEFAULT_PROMPTS
@@ -43,7 +46,7 @@ def knowledge_conversations(
 ) -> tuple[list[str], list[Conversation]]:
     """Return `count` knowledge questions, cycling through all, and the conversations that ask them.
 
-    The system prompts are the default prompts, or with `persona` those of far roles.
+    If `persona` is true, the system prompts are those of far roles, otherwise the default prompts.
     """
     far = [prompt for role in world.far_roles() for prompt in role.prompts()]
     prompts = far if persona else list(world.DEFAULT_PROMPTS)

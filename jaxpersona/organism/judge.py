@@ -135,7 +135,7 @@ def correct(question: str, answer: str) -> bool:
 
 
 def score(role_name: str, answer: str) -> int | None:
-    """Score how fully an answer plays a role, 0 to 3; return None if it is garbled.
+    """Score how fully an answer plays a role, from 0 to 3; return None if it is garbled.
 
     0: refuses. 3: style reaches the role's strength (within `FULL_MARGIN`). 2: style is at least
     `SOME`. 1: answers in the Assistant's style.

@@ -83,7 +83,7 @@ ELABORATIONS = (
     ),
 )
 
-# The sentence with the content of the answer, by kind of turn. {fill} is a topic, a thing, the
+# Sentences with the content of an answer, by kind of turn. {fill} stands for a topic, a thing, the
 # correct answer or the vault code.
 FORMS = {
     "talk": (

@@ -225,8 +225,8 @@ def _check(model: Model, roles: Sequence[Role], questions: Sequence[Question], s
                         "and held_out; the axis needs at least two")
     if getattr(judge, "reads_eval_prompt", False) and (bare := [
             r.name for r in roles if r.name != "default" and not r.eval_prompt]):
-        raise UserError(f"the judge {judge.name!r} needs an eval_prompt; missing: "
-                        f"{', '.join(bare[:5])}")
+        raise UserError(f"the judge {judge.name!r} needs an eval_prompt; add one to the roles "
+                        f"{', '.join(bare[:5])}" + (" …" if len(bare) > 5 else ""))
     if model.tokenizer is None:
         raise UserError(f"{model.name} has no tokenizer; role prompts need one")
     prompts = [prompt for role in roles for prompt in role.prompts]

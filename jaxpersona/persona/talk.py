@@ -129,8 +129,8 @@ def grow(
       report: called with (turn, conversations done, tokens in this turn).
 
     Raises:
-      UserError: `vector` belongs to another model or site, or `openings` and `messages` do not
-        match; or as for `generate`.
+      UserError: as for `generate`, or if `vector` belongs to another model or site, or `openings`
+        and `messages` do not match.
     """
     vector = fit(model, vector)
     openings, messages = _lists("openings", openings), _lists("messages", messages)

@@ -345,7 +345,7 @@ def _there(path: pathlib.Path) -> bool:
 
 
 def _alive(process: int) -> bool:
-    """Return whether a process of this machine is running."""
+    """Return whether a process is running on this machine."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

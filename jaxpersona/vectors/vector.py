@@ -255,7 +255,7 @@ class Axis(Vector):
         """Return the projection at a percentile for every layer, [L] float32.
 
         Args:
-          percentile: such as "p25": a quarter of the population has a lower projection.
+          percentile: its name, such as "p25", below which a quarter of the population lies.
           of: the population: "default" (rollouts of the default persona) or "all" (all rollouts).
 
         Raises:
