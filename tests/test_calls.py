@@ -35,7 +35,7 @@ MISTAKES = {
     "typo": (lambda: jp.cap(V, layers=4, flor=1.0), "did you mean floor"),
     "max_tokens": (lambda: jp.generate(MODEL, ["a"], max_tokens=5), "did you mean max_new_tokens"),
     "max_length": (lambda: jp.generate(MODEL, ["a"], max_length=5), "did you mean max_new_tokens"),
-    "do_sample": (lambda: jp.generate(MODEL, ["a"], do_sample=False), "temperature=0 is greedy"),
+    "do_sample": (lambda: jp.generate(MODEL, ["a"], do_sample=False), "temperature=0 decodes greedily"),
     "hooks": (lambda: jp.generate(MODEL, ["a"], hooks=steer()), "did you mean interventions"),
     "stop": (lambda: jp.generate(MODEL, ["a"], stop=["x"]), r"jp\.Request\(stop="),
     "prompts": (lambda: jp.generate(MODEL, prompts=["a"]), "did you mean conversations"),
