@@ -90,9 +90,9 @@ def test_question_ids_and_counts_of_scores_are_checked(tmp_path):
         extract_axis(MODEL, cast("a", "b"), twice, tmp_path / "run", judge=Judge({}))
     assert not list(tmp_path.iterdir())
     for scores, wanted in (([3], "returned 1 scores for 4 rollouts"),
-                           ([3, True, 3, 3], "a rollout of role 'a' True"),
-                           ([3, 2.0, 3, 3], "a rollout of role 'a' 2.0"),
-                           ([3, 4, 3, 3], "a rollout of role 'a' 4")):
+                           ([3, True, 3, 3], "a rollout of role 'a' the score True"),
+                           ([3, 2.0, 3, 3], "a rollout of role 'a' the score 2.0"),
+                           ([3, 4, 3, 3], "a rollout of role 'a' the score 4")):
         with pytest.raises(ValueError, match=wanted):
             find(tmp_path / "run", cast("a", "b"), Judge({"a": scores}))
 
