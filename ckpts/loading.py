@@ -292,7 +292,7 @@ def _checked(path: pathlib.Path, make: Callable[[], _T]) -> _T:
         return make()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except BaseException as error:  # transformers raises many types; tokenizers may panic
+    except BaseException as error:  # transformers raises many types of errors; tokenizers may panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]

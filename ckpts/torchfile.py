@@ -63,8 +63,8 @@ def read_pickle(path: str | os.PathLike) -> Any:
 def _check_archive(path: pathlib.Path, size: int) -> None:
     """Check the declared sizes of a `.pt` file's ZIP archive before unpacking it.
 
-    PyTorch stores entries uncompressed, so they cannot exceed the file. A compressed entry of a few
-    kilobytes can expand to any size.
+    PyTorch stores entries uncompressed, so they cannot be larger than the file. A compressed entry
+    of a few kilobytes can expand to any size.
 
     Raises:
       UserError: an entry is compressed, the entries declare more bytes than the file has, or the
