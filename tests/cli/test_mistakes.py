@@ -74,7 +74,8 @@ def test_a_run_that_cannot_end_well_is_refused_before_its_folder(checkpoint, tmp
         s.write_texts(tmp_path / name, ROLES, questions)
     out = tmp_path / "out"
     cases = (
-        (s.axis_command(checkpoint, tmp_path / "long", out), "must fit into the context of 256 tokens"),
+        (s.axis_command(checkpoint, tmp_path / "long", out),
+         "must fit into the context of 256 tokens"),
         (s.axis_command(checkpoint, tmp_path / "good", out, "--limit", "0"),
          "needs at least two"),
         (s.axis_command(checkpoint, tmp_path / "good", out, "--min-count", "0"), "min_count"),
