@@ -82,25 +82,25 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
     """Load a model and enable the on-disk compilation cache (`compile_cache`).
 
     Args:
-      source: a folder in the Hugging Face layout or written by `ckpts.orbax.save`; a GGUF file,
-        or the first of its parts (architectures of llama.cpp: llama, also for Mistral, qwen2,
-        qwen3, gemma2 and gemma3), whose weights are dequantized; "mini", the embedded model;
+      source: a folder in the Hugging Face layout or written by `ckpts.orbax.save`; a GGUF file
+        or the first of its parts, dequantized on loading (llama.cpp's architectures llama, which
+        includes Mistral, qwen2, qwen3, gemma2 and gemma3); "mini", the embedded model;
         "random:<preset>", random weights in a preset's shapes; or a hub repository, "owner/name"
         or "owner/name@revision".
-      mesh: shards the parameters over devices. `Model.mesh` is this mesh fitted to the model
-        (`sharding.fit`) and may have another axis. Under `jax.set_mesh`, functions that take a
-        model accept either mesh; functions that take parameters need `Model.mesh`.
+      mesh: shards the parameters over devices. `Model.mesh` is this mesh adapted to the model
+        (`sharding.fit`) and may have an additional axis. Under `jax.set_mesh`, functions that take
+        a model accept either mesh; functions that take parameters need `Model.mesh`.
       dtype: "float32", "bfloat16" or "float16". Default: float32 if the parameters are on a CPU
-        (by `mesh` or `jax.default_device`), else bfloat16. float16 raises for Gemma 2 and 3, whose
-        activations overflow it.
+        (by `mesh` or `jax.default_device`), else bfloat16. Gemma 2 and 3 reject float16, because
+        their activations overflow it.
       progress: called with (bytes read so far, total bytes).
       revision: branch, tag or commit of the hub repository; only a commit is immutable.
       adapter: the folder of a LoRA adapter in the format of PEFT for this model.
-      merge: whether to add the adapter to the weights; False keeps it beside them
-        (`weight.LowRank`), which leaves the rounding of the base weights unchanged.
+      merge: whether to add the adapter to the weights. False keeps it separate
+        (`weight.LowRank`), so that the base weights are not rounded again.
 
     Raises:
-      UserError: the model or adapter is missing, invalid or unsupported; the message gives the
+      UserError: the model or adapter is missing, invalid or unsupported; the message states the
         reason.
     """
     model = _load(source, mesh, dtype, progress, revision)
@@ -145,7 +145,7 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, dtype: DTypeLike | 
         prefix = "random:" if near and near[0] in PRESETS else ""
         meant = f" (did you mean {prefix}{near[0]}?)" if near else ""
         raise UserError(f"{name}: no such folder{meant}; a model is a folder, a .gguf file, "
-                        "owner/name of the hub, mini or random:<preset>")
+                        "owner/name on the hub, mini or random:<preset>")
     if pinned and revision not in (None, pinned):
         raise UserError(f"two revisions ({name} and revision {revision!r}); give one")
     return _folder(_download(repository, pinned or revision), name, kind, mesh, progress)
@@ -193,7 +193,7 @@ def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
 
     if mesh is None:
         params = draw()
-    else:  # initialized sharded, because one device may not hold all of it
+    else:  # sharded during initialization, because one device may not hold all parameters
         mesh = sharding.fit(mesh, config)
         places = jax.tree.map(lambda s: sharding.weight_sharding(s.axes, s.shape, mesh),
                               layout(config))
@@ -281,18 +281,18 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
 
 
 def _encode_once(tokenizer: Any) -> None:
-    """Encode a text: an unsupported regular expression makes the tokenizers library panic."""
+    """Encode a text once, because an unsupported regular expression fails only when it is used."""
     with _without_stderr():
         tokenizer("Hello, world! 1 + 1", add_special_tokens=False)
 
 
 def _checked(path: pathlib.Path, make: Callable[[], _T]) -> _T:
-    """Return make(), which makes a tokenizer; raise UserError with the path if it fails."""
+    """Call `make`, which creates a tokenizer; if it fails, raise a UserError with the path."""
     try:
         return make()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except BaseException as error:  # transformers raises many types; tokenizers may panic
+    except BaseException as error:  # transformers raises many types of errors; tokenizers may panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]
@@ -329,7 +329,7 @@ def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> t
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
     if not isinstance(generation, dict):
-        raise UserError(f"{path}: holds {type(generation).__name__}, not a JSON object")
+        raise UserError(f"{path}: contains a {type(generation).__name__}, not a JSON object")
     _warn_unfollowed(path, generation)
     stop_ids: list[int] = []
     for place, value in (

@@ -26,7 +26,7 @@ _FIELDS = {
     "w_down_df": "mlp.down_proj.weight", "b_down_d": "mlp.down_proj.bias",
     "mlp_norm_d": "post_attention_layernorm.weight",
 }
-# with `post_norms` the norm before the MLP has another name
+# with `post_norms`, the norm before the MLP has a different name
 _POST_NORMS = {
     "attn_post_norm_d": "post_attention_layernorm.weight",
     "mlp_norm_d": "pre_feedforward_layernorm.weight",
@@ -39,9 +39,9 @@ class Tensor:
     """A parameter in a checkpoint.
 
     Attributes:
-      name: of the tensor in the files.
-      shape: of the tensor in the files: [out, in] of a weight, with the head axes flattened.
-      spec: the parameter.
+      name: the tensor's name in the files.
+      shape: the tensor's shape in the files: [out, in] for a weight, with flattened head axes.
+      spec: the layout of the parameter.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Tensor:
 
 
 def tensors(config: ModelConfig) -> Params:
-    """Return the tensor of every parameter: a `Params` of `Tensor`."""
+    """Return a `Params` with the `Tensor` of every parameter."""
     specs = layout(config)
     fields = _FIELDS | _POST_NORMS if config.post_norms else _FIELDS
 
@@ -80,8 +80,8 @@ def _file_shape(spec: Spec) -> tuple[int, ...]:
 def file_index(tensor: Tensor, ranges: list[tuple[int, int]]) -> tuple[slice, ...]:
     """Map index ranges of a parameter to slices of its tensor in the file.
 
-    A file dimension is one parameter dimension, or several flattened (heads × head_dim). Of
-    flattened dimensions only the first may be sharded: devices hold whole heads.
+    A file dimension is one parameter dimension, or several flattened ones (heads × head_dim). Of
+    these, only the first may be sharded, because heads are not split over devices.
     """
     shape = tensor.spec.shape
     out, at = [], 0
@@ -90,7 +90,7 @@ def file_index(tensor: Tensor, ranges: list[tuple[int, int]]) -> tuple[slice, ..
         at += 1
         while shape[first] * inner < extent:
             if ranges[at] != (0, shape[at]):
-                raise UserError(f"{tensor.name}: one head cannot be sharded over devices")
+                raise UserError(f"{tensor.name}: a head cannot be sharded over devices")
             inner *= shape[at]
             at += 1
         out.append(slice(ranges[first][0] * inner, ranges[first][1] * inner))

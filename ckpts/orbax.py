@@ -1,7 +1,7 @@
 """Orbax checkpoints, saved and restored shard by shard by all processes in parallel.
 
-A folder holds `config.json` in transformers' format and the Orbax checkpoint `params`. Arrays are
-keyed by their Hugging Face names, so checkpoints do not depend on this package's dataclasses.
+A folder contains `config.json` in transformers' format and the Orbax checkpoint `params`. Arrays
+are keyed by their Hugging Face names, so checkpoints do not depend on this package's dataclasses.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def check_files(folder: pathlib.Path) -> None:
 
 
 def save(folder: str | pathlib.Path, params: Params, config: ModelConfig) -> None:
-    """Write parameters, on any devices, and their configuration.
+    """Write parameters, which may be on any devices, and their configuration.
 
     config.json is removed first and written last, so an interrupted save leaves no loadable model.
 

@@ -21,7 +21,7 @@ from jaxpersona.distributed import sharding
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Params
 
-READERS = 3  # tensors read concurrently: allocating fresh memory can stall one thread
+READERS = 3  # tensors read concurrently, because memory allocation can stall a thread
 Progress = Callable[[int, int], None]
 
 
@@ -42,7 +42,7 @@ class TensorSource(Protocol):
         Args:
           name: a tensor of the checkpoint.
           index: unit-step slices, one per dimension; None: the whole tensor.
-          dtype: of the result: float32, bfloat16 or float16; None: as stored.
+          dtype: the dtype of the result, float32, bfloat16 or float16; None: as stored.
         """
         ...
 

@@ -1,10 +1,10 @@
-"""JAX engine to read and steer the persona of chat models through the residual stream.
+"""A JAX engine that reads and steers the persona of chat models in the residual stream.
 
-The model is a pure function. Captures and interventions are pytrees of arrays passed to it and
-compiled into the same program.
+The model is a pure function. Captures and interventions are pytrees of arrays that are passed to it
+and compiled into the same program.
 """
 
-# first, so that the CLI handles signals during the slow imports
+# imported first, so that the CLI handles signals during the slow imports
 from jaxpersona import interrupt as _interrupt  # noqa: F401
 
 # isort: split

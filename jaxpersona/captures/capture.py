@@ -1,8 +1,8 @@
 """Captures: readings of activations, reduced inside the compiled program.
 
-A capture is a pytree that describes the readings. Its state is a monoid to which prefill, every
-chunk and every decode step add, so a mean over a generated text needs no second pass and no
-`[L, B, T, D]` array. Captures are combined with `|` and share one forward pass.
+A capture is a pytree that describes the readings. Prefill, every chunk and every decode step update
+its state, so a mean over a generated text needs no second pass and no `[L, B, T, D]` array.
+Captures are combined with `|` and share one forward pass.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def chosen_layers(reading: Reading, config: ModelConfig) -> tuple[int, ...]:
     """Return the layers that a reading reads; default: all.
 
     Raises:
-      UserError: a layer that the model does not have, or directions of another shape.
+      UserError: a layer does not exist in the model, or the directions have the wrong shape.
     """
     if reading.site not in SITES:
         raise UserError(f"site is {reading.site!r}; it must be one of {SITES}")
@@ -86,7 +86,7 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None,
             one.check_site(site)
             if one.n_layers != several[0].n_layers:
                 raise UserError(f"the directions have {several[0].n_layers} and {one.n_layers} "
-                                "layers")
+                                "layers; use directions of one model")
         value: Any = np.stack([one.at_layers(chosen) for one in several], 1)
         origin, picked = one_origin(*([one.origin] for one in several)), chosen
     else:
@@ -105,7 +105,7 @@ def check_capture(given: Any) -> None:
     """Check that a caller's `capture` argument is a capture or None.
 
     Raises:
-      UserError: another value, such as a function of this module that was not called.
+      UserError: it is neither; the message suggests a valid capture.
     """
     if given is None or isinstance(given, Capture):
         return
@@ -179,7 +179,7 @@ def moments(directions: Any, where: Where | str = response, *, layers: Layers | 
             site: Site = "residual", name: str = "moments") -> Capture:
     """Compute count, mean and variance of the projections of a row's selected tokens.
 
-    The state's size does not depend on the text's length (Welford 1962). Arguments as for
+    The state's size does not depend on the text's length (Welford 1962). The arguments are as for
     `projections`.
 
     Returns:
@@ -204,7 +204,7 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
       A capture with result [B, L, K, E + 1] int32.
 
     Raises:
-      UserError: edges that do not ascend, or edges or directions of an invalid shape.
+      UserError: the edges do not ascend, or edges or directions have an invalid shape.
     """
     fields = _directions(directions, where, layers, site)
     bounds = numbers("edges", edges)
@@ -226,9 +226,9 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
 @own_rules()
 def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
           name: str = "norms") -> Capture:
-    """Compute the norm ‖h‖ of every selected token. Result: [B, L, S]; NaN elsewhere.
+    """Compute the norm ‖h‖ of every selected token. Result: [B, L, S]; NaN at other tokens.
 
-    The mean norm over all tokens but the first is the unit of steering strengths in Lu et al. 2026.
+    Lu et al. 2026 give steering strengths in units of the mean norm over all tokens but the first.
     """
     return Capture({name: Norms(**_common(where, layers, site))})
 
@@ -239,6 +239,6 @@ def full(where: Where | str = everywhere, *, layers: Layers | None = None, site:
          name: str = "full") -> Capture:
     """Keep the activation of every selected token. Result: [B, L, S, D] float32; 4·B·L·S·D bytes.
 
-    The other entries are NaN.
+    The values of other tokens are NaN.
     """
     return Capture({name: Full(**_common(where, layers, site))})

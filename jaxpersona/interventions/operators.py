@@ -1,7 +1,8 @@
 """Operators: constructors of interventions, each an equation in h, v̂ = v/‖v‖ and p = ⟨h, v̂⟩.
 
 `bank` describes the accepted forms of directions, strengths and rows. The linear operators and
-`cap` are coefficients (s, c, lo, hi) of the same rank-one edit, so the operator of a row is data.
+`cap` are rank-one edits that differ only in their coefficients (s, c, lo, hi), so each row's
+operator is data.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from jaxpersona.interventions.table import (
 from jaxpersona.interventions.where import Where, encoded, everywhere
 from jaxpersona.runtime import is_traced, own_rules
 
-_FLAT = 1e-6  # two unit vectors are collinear if the second's orthogonal part is shorter than this
+_FLAT = 1e-6  # unit vectors are collinear if the second's orthogonal component is shorter than this
 
 
 @checked_call
@@ -59,14 +60,14 @@ def steer(
     Args:
       vector: a direction or a bank of them (see `bank`).
       layers: zero-based layers: an int, a half-open slice, a list of ints, or text such as "46:54".
-      scale: the factor of v.
+      scale: the factor that multiplies v.
       where: the tokens to edit.
       rows: the bank's entry for each batch row, −1 for no edit.
       site: "residual" (after the block), "attention" or "mlp" (their outputs).
 
     Raises:
-      UserError: an invalid direction, strength, layer or row; the message gives field, value and
-        remedy.
+      UserError: a direction, strength, layer or row is invalid; the message names the argument,
+        its value and the fix.
     """
     bank = Bank(vector, layers, rows, site)
     amount = bank.spread("scale", scale) * bank.norm
@@ -92,21 +93,21 @@ def cap(
     """Clamp the projection on a direction; for a floor, h ← h + v̂·max(τ − ⟨h, v̂⟩, 0).
 
     Source: activation capping, Lu et al. 2026, §5. For a ceiling, h ← h − v̂·max(⟨h, v̂⟩ − τ, 0).
-    The part of h orthogonal to v̂ is unchanged.
+    The component of h orthogonal to v̂ is unchanged.
 
     Args:
-      vector, layers, where, rows, site: as for `steer`; the vector's length does not matter.
-      floor: the minimum projection τ, in units of the residual stream; −inf means no floor. Of an
-        `Axis` also a percentile by name, such as "p25" (`Axis.thresholds`).
+      vector, layers, where, rows, site: as for `steer`; the vector's norm does not matter.
+      floor: the minimum projection τ, in units of the residual stream; −inf means no floor. If the
+        vector is an `Axis`, also a percentile name such as "p25" (`Axis.thresholds`).
       ceiling: the maximum projection; inf means no ceiling.
       push: a direction (or bank), in the form of `vector`, along which h is moved instead of v̂.
-        Use it as a control: h moves by as much as the cap would move it, but along `push`, so the
+        Use it as a control: h moves by the same distance as with the cap, but along `push`, so the
         projection on v̂ is not clamped.
-      of: the population of a percentile.
+      of: the population of a percentile, "default" or "all".
 
     Raises:
-      UserError: neither bound, a floor above the ceiling, or an argument that is invalid in
-        `steer`.
+      UserError: both bounds are missing, the floor is above the ceiling, or an argument is invalid
+        as in `steer`.
     """
     if floor is None and ceiling is None:
         raise UserError("cap needs a bound: floor, ceiling or both")
@@ -119,8 +120,8 @@ def cap(
         raise UserError("floor is above ceiling; a projection cannot satisfy both")
     along = None if push is None else Bank(push, layers, rows, site, "push")
     if along is not None and along.direction.shape != bank.direction.shape:
-        raise UserError(f"push has shape {along.direction.shape}; it must be that of vector, "
-                        f"{bank.direction.shape}")
+        raise UserError(f"push has shape {along.direction.shape} and vector has shape "
+                        f"{bank.direction.shape}; they must be equal")
     if along is not None:
         bank.origin = one_origin(bank.origin, along.origin)
     return _rank_one(bank, where, lo=lo, hi=hi, push=None if along is None else along.direction)
@@ -140,7 +141,7 @@ def ablate(
     """Remove the component along a direction: h ← h − v̂·⟨h, v̂⟩ + coefficient·v̂.
 
     Source: directional ablation (Arditi et al. 2024). Arguments and errors are as for `steer`; the
-    vector's length does not matter. `coefficient`, the resulting projection, is in units of the
+    vector's norm does not matter. `coefficient`, the resulting projection, is in units of the
     residual stream.
     """
     bank = Bank(vector, layers, rows, site)
@@ -158,24 +159,24 @@ def mean_ablate(
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Replace the component along a direction by a mean activation's: h ← h + v̂·⟨μ − h, v̂⟩.
+    """Replace the component along a direction by that of a mean: h ← h + v̂·⟨μ − h, v̂⟩.
 
-    The part of h orthogonal to v̂ is unchanged.
+    The component of h orthogonal to v̂ is unchanged.
 
     Args:
       vector, layers, where, rows, site: as for `steer`.
-      mean: μ, the mean activation of some texts, in the form of `vector`.
+      mean: μ, a mean activation over texts, in the form of `vector`.
 
     Raises:
-      UserError: a mean of another shape, or an argument that is invalid in `steer`.
+      UserError: mean and vector do not match in shape, or an argument is invalid as in `steer`.
     """
     bank = Bank(vector, layers, rows, site)
     of = Bank(mean, layers, rows, site, "mean", zero=True)
     bank.origin = one_origin(bank.origin, of.origin)
     n, width = bank.direction.shape[1:]
     if of.direction.shape[1] not in (1, n) or of.direction.shape[2] != width:
-        raise UserError(f"mean has shape {of.direction.shape}; it must fit that of vector, "
-                        f"{bank.direction.shape}")
+        raise UserError(f"mean has shape {of.direction.shape}, which does not match the shape of "
+                        f"vector, {bank.direction.shape}")
     along = (bank.direction * of.direction).sum(-1) * of.norm  # ⟨μ, v̂⟩ [l, n]
     return _rank_one(bank, where, s=0.0, c=along)
 
@@ -233,8 +234,8 @@ def rotate(
 ) -> Interventions:
     """Rotate h within a plane, preserving its norm: h ← h − Ph + ‖Ph‖·(cos θ·b₁ + sin θ·b₂).
 
-    b₁ is the first unit direction, b₂ the unit vector of the second's part orthogonal to b₁, and P
-    the projection onto their plane. Source: angular steering (Vu and Nguyen 2025).
+    b₁ is the first direction, b₂ the component of the second orthogonal to b₁, both normalized. P
+    projects onto their plane. Source: angular steering (Vu and Nguyen 2025).
 
     Args:
       first, second: two directions that span the plane, in the forms of `steer`'s vector.
@@ -243,15 +244,15 @@ def rotate(
       layers, where, rows, site: as for `steer`.
 
     Raises:
-      UserError: neither angle or both, collinear directions, or an argument that is invalid in
-        `steer`.
+      UserError: `to` and `by` are both given or both missing, the directions are collinear, or an
+        argument is invalid as in `steer`.
     """
     if (to is None) == (by is None):
         raise UserError("rotate needs one angle in radians: to= (from the first direction) or by=")
     one, two = Bank(first, layers, rows, site, "first"), Bank(second, layers, rows, site, "second")
     if one.direction.shape != two.direction.shape:
-        raise UserError(f"second has shape {two.direction.shape}; it must be that of first, "
-                        f"{one.direction.shape}")
+        raise UserError(f"second has shape {two.direction.shape} and first has shape "
+                        f"{one.direction.shape}; they must be equal")
     one.origin = one_origin(one.origin, two.origin)
     xp: Any = jnp if is_traced(one.direction, two.direction, to, by) else np
     across = two.direction - (one.direction * two.direction).sum(-1, keepdims=True) * one.direction
@@ -275,7 +276,7 @@ def restore_norm(
 ) -> Interventions:
     """Restore the norm: h ← h·‖h₀‖/‖h‖, with h₀ the activation before all edits at this site.
 
-    Chain it after the edits whose effect on the norm is to be undone.
+    Chain it after the edits whose effect on the norm should be undone.
 
     Args:
       layers, where, site: as for `steer`.
@@ -302,9 +303,10 @@ def custom(
     The function is applied per token, so prefill, chunked prefill and decode are equivalent.
 
     Args:
-      fn: fn(params, h) → h for h [D] float32, traceable by JAX. It is static: a new function
-        recompiles, so define it once rather than as a lambda at each call.
-      params: a pytree of arrays, as data: new values do not recompile. With `rows=`, [n, …] each.
+      fn: fn(params, h) → h for h [D] float32, traceable by JAX. It is static, so each new function
+        object recompiles: define it once, not as a lambda in each call.
+      params: a pytree of arrays. They are data: new values do not recompile. With `rows=`, each
+        array is [n, …].
       rows: the entry of `params` for each batch row, −1 for no edit.
       layers, where, site: as for `steer`.
 
@@ -320,7 +322,7 @@ def custom(
         raise UserError(f"fn is {fn!r}; it must be a function of (params, h)")
     _check_arguments(fn)
     chosen = resolve_layers(layers, None)
-    # via NumPy, so that Python numbers are not weakly typed
+    # NumPy converts Python numbers, because JAX would make them weakly typed
     leaves = [x if is_traced(x) else jnp.asarray(np.asarray(x)) for x in _arrays(params)]
     if rows is None:
         leaves = [x[None] for x in leaves]
@@ -343,7 +345,7 @@ def _check_arguments(fn: Any) -> None:
     """
     try:
         signature = inspect.signature(fn)
-    except (TypeError, ValueError):  # some built-in functions have none
+    except (TypeError, ValueError):  # some built-in functions have no signature
         return
     try:
         signature.bind(None, None)
@@ -374,7 +376,7 @@ def _rank_one(bank: Bank, where: Where | str, *, s: Any = 1.0, c: Any = 0.0, lo:
 
 
 def _table(kind: type[Table], bank: Bank, where: Where | str, **payload: Any) -> Interventions:
-    """Make a table of `kind` from fields [l, n, …]; repeat the last entry as padding."""
+    """Build a table of `kind` from fields [l, n, …]; repeat the last entry as padding."""
     n = len(bank.origin)
     size = next_power(n)
     spread = np.array([*range(n), *[n - 1] * (size - n)])

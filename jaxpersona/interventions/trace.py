@@ -1,4 +1,4 @@
-"""Application of interventions and captures at the three sites of each block, during tracing."""
+"""Apply interventions and captures at the three sites of each block, during tracing."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Trace:
         with jax.named_scope("capture"):
             self.weights = {name: reading.weights(batch)
                             for name, reading in capture.readings.items()}
-        # by reading, one reduction per layer
+        # reading name → one reduction per layer
         self.reductions: dict[str, list[Any]] = {name: [] for name in capture.readings}
 
     @property
@@ -107,7 +107,7 @@ class Trace:
         """Add this call's readings to the state.
 
         Raises:
-          UserError: the state of another capture.
+          UserError: the state belongs to another capture.
         """
         if state is not None and set(state) != set(self.capture.readings):
             raise UserError(f"captured has the readings {sorted(state)}, but the capture has "
@@ -135,7 +135,7 @@ class Trace:
 
 
 def _counts(changed: list[jax.Array]) -> jax.Array:
-    """Count the True tokens of each layer's [B, T] bool: [l, B] int32.
+    """Count the True tokens in each layer's mask [B, T]; return [l, B] int32.
 
     In a decode step (T = 1) the layers are packed into the bits of words, because stacking would
     run one kernel per layer.

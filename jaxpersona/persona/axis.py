@@ -30,7 +30,7 @@ def role_vectors(
 
     Returns:
       "pos_3" (score 3), "pos_2" (score 2) and "mean" (every non-empty reply) → (vector [L, D]
-      float32, count). Groups without rollouts are left out.
+      float32, count). Empty groups are omitted.
 
     Raises:
       UserError: len(scores) differs from n, or a mean is infinite or partly NaN.
@@ -79,7 +79,11 @@ def project(means: np.ndarray, directions: np.ndarray) -> np.ndarray:
 def percentiles(
     projections: np.ndarray, at: Sequence[int] = PERCENTILES
 ) -> dict[str, np.ndarray]:
-    """Return percentiles over n of projections [n, L], as "p25" → [L]; skip empty (NaN) replies."""
+    """Return percentiles of projections [n, L] over n, as "p25" → [L]; ignore NaN (empty replies).
+
+    Raises:
+      UserError: all replies are empty.
+    """
     kept = projections[np.isfinite(projections).all(1)]
     if not len(kept):
         raise UserError("projections has no finite entry: every reply was empty")
@@ -104,7 +108,9 @@ class Components:
 
 
 def principal_components(vectors: np.ndarray, axis: np.ndarray) -> Components:
-    """Compute the principal components of role vectors [R, D] at one layer; axis [D] sets signs.
+    """Compute the principal components of role vectors [R, D] at one layer.
+
+    Each component is signed so that its cosine with the axis [D] is not negative.
 
     Raises:
       UserError: fewer than two vectors.
@@ -128,11 +134,11 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """The axis of a set of role vectors and its PCA at each layer.
+    """The axis of a set of role vectors, and their PCA at each layer.
 
     Attributes:
       axis: [L, D].
-      names, vectors: the R roles behind the axis and their vectors [R, L, D].
+      names, vectors: the R roles that define the axis, and their vectors [R, L, D].
       components: L entries, one per layer.
       cos_pc1: [L], |cos(PC1, axis)|.
     """
@@ -147,7 +153,7 @@ class Analysis:
 
 
 def analyse(default: np.ndarray, roles: Mapping[str, np.ndarray]) -> Analysis:
-    """Compute the axis from the default mean [L, D] and role vectors, and each layer's PCA."""
+    """Compute the axis from the default mean [L, D] and role vectors, and the PCA of each layer."""
     names = sorted(roles)
     vectors = np.stack([roles[name] for name in names]) if names else np.zeros((0, *default.shape))
     axis = assistant_axis(default, vectors)

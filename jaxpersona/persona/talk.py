@@ -1,4 +1,4 @@
-"""Projections per turn: of a given conversation, or of one that the model generates (drift)."""
+"""Projections per turn of a given conversation, or of one that the model generates (drift)."""
 
 from __future__ import annotations
 
@@ -71,21 +71,21 @@ def project_conversation(
     if not known:
         raise UserError("the directions have no layer in common at which all are non-zero")
     row = encode(model, conversation, reply=False)
-    read = extract(model, [row], interventions=interventions, on_nonfinite="raise",
-                   capture=capture.projections(directions[known], response, layers=known),
-                   batch_tokens=width_of(row.tokens.size))  # a batch without padding rows
-    projected = read.captured["projections"][0]
+    result = extract(model, [row], interventions=interventions, on_nonfinite="raise",
+                     capture=capture.projections(directions[known], response, layers=known),
+                     batch_tokens=width_of(row.tokens.size))  # a batch without padding rows
+    projected = result.captured["projections"][0]
     values = np.full((model.config.n_layers, *projected.shape[1:]), np.nan, np.float32)  # [L, T, K]
     values[known] = projected
     chosen = np.asarray(holds(jnp.asarray(response.encode()), batch(
         [row.tokens], kind=[row.kind], turn=[row.turn])))[0, : row.tokens.size]
-    found = []
+    turns = []
     for turn in sorted(set(row.turn[chosen].tolist())):
-        here = chosen & (row.turn == turn)
-        found.append(TurnProjection(turn, int(here.sum()), values[:, here].mean(1)))
-    if not found:
+        in_turn = chosen & (row.turn == turn)
+        turns.append(TurnProjection(turn, int(in_turn.sum()), values[:, in_turn].mean(1)))
+    if not turns:
         raise UserError("the conversation has no assistant message with response tokens")
-    return found
+    return turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,25 +124,24 @@ def grow(
       messages: [N][M] user messages.
       vector: the direction to project on.
       seed, settings: as for `generate`; each turn uses different random draws.
-      ids: [N] ids that select the random draws, default the conversation's index; conversations
-        with equal ids share draws.
+      ids: [N] ids that determine the random draws; default: the conversation's index.
+        Conversations with equal ids share draws.
       report: called with (turn, conversations done, tokens in this turn).
 
     Raises:
-      UserError: `vector` belongs to another model or site, or `openings` and `messages` do not
-        match; or as `generate`.
+      UserError: as for `generate`, or if `vector` belongs to another model or site, or `openings`
+        and `messages` do not match.
     """
     vector = fit(model, vector)
     openings, messages = _lists("openings", openings), _lists("messages", messages)
-    if len(openings) != len(messages) or len({len(said) for said in messages}) > 1 or (
-            not all(messages)):
-        raise UserError(f"openings has {len(openings)} entries and messages has "
-                        f"{sorted({len(said) for said in messages})} messages for "
-                        f"{len(messages)} conversations; give one opening per conversation and "
-                        "the same number of messages each, at least one")
+    counts = sorted({len(texts) for texts in messages})
+    if len(openings) != len(messages) or len(counts) > 1 or not all(messages):
+        raise UserError(f"openings has {len(openings)} entries, and messages has {len(messages)} "
+                        f"lists of {counts} messages; give one opening and the same number of "
+                        "messages, at least one, for each conversation")
     prompts: list[Any] = [
-        [*opening, {"role": "user", "content": said[0]}]
-        for opening, said in zip(openings, messages, strict=True)
+        [*opening, {"role": "user", "content": texts[0]}]
+        for opening, texts in zip(openings, messages, strict=True)
     ]
     replies, values, unit = [], [], vector.unit
     names = range(len(prompts)) if ids is None else ids
@@ -155,24 +154,24 @@ def grow(
         values.append(np.einsum("nld,ld->nl", out.captured["mean"], unit))
         if turn + 1 < len(messages[0]):
             prompts = [
-                chat.continue_row(model.tokenizer, row, reply, said[turn + 1], stopped=bool(stop))
-                for row, reply, stop, said in zip(out.rows, out.tokens, out.stopped, messages,
-                                                  strict=True)
+                chat.continue_row(model.tokenizer, row, reply, texts[turn + 1], stopped=bool(stop))
+                for row, reply, stop, texts in zip(out.rows, out.tokens, out.stopped, messages,
+                                                   strict=True)
             ]
     return Talks(replies, np.stack(values))
 
 
 def _lists(name: str, given: Any) -> list[list[Any]]:
-    """Return the argument as one list per conversation.
+    """Convert an argument to one list per conversation.
 
     Raises:
       UserError: there is no conversation, or an entry is not a list.
     """
-    found = chat.listed(given, name)
-    for i, one in enumerate(found):
+    entries = chat.listed(given, name)
+    for i, one in enumerate(entries):
         if isinstance(one, (str, bytes)) or not isinstance(one, Iterable):
             raise UserError(f"{name}[{i}] is {one!r:.60}; give one list per conversation")
-    return [list(one) for one in found]
+    return [list(one) for one in entries]
 
 
 def _at_turn(report: Callable[[int, int, int], None] | None,

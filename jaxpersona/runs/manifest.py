@@ -1,4 +1,4 @@
-"""The manifest of a run: everything that its files depend on, compared on resume."""
+"""The manifest of a run: everything that its files depend on; it is compared on resume."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question],
 def numerics(model: Model) -> dict[str, Any]:
     """Return everything besides weights and inputs that changes the bits of a model's results.
 
-    The sampler fixes its own PRNG (`sampling.PRNG`), so JAX's PRNG settings are left out.
+    The sampler fixes its own PRNG (`sampling.PRNG`), so JAX's PRNG settings are omitted.
     """
     weight = model.params.embed_vd
     devices = sorted(weight.devices(), key=lambda d: d.id) if isinstance(weight, jax.Array) else (

@@ -1,4 +1,4 @@
-"""Rollouts: replies to every prompt × question of a role, with their response means."""
+"""Rollouts: replies to every pair of prompt and question of a role, with their response means."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 Progress = Callable[[int, int, int], None]
-MAX_SAMPLES = 100_000  # the paper uses 1; all rollouts of a role are in memory at once
+MAX_SAMPLES = 100_000  # Lu et al. 2026 use 1; all rollouts of a role are in memory at once
 MAX_ROWS = 65_536
 
 
@@ -27,11 +27,11 @@ MAX_ROWS = 65_536
 class Settings:
     """Sampling settings of rollouts.
 
-    The defaults of temperature, top_p, max_new_tokens and samples are the paper's.
+    The defaults of temperature, top_p, max_new_tokens and samples are those of Lu et al. 2026.
 
     Attributes:
       samples: rollouts per prompt and question.
-      batch_size: batch rows B; a run uses one B throughout, since results depend on it.
+      batch_size: the number of batch rows B. A run uses one B throughout, as results depend on it.
     """
 
     temperature: float = 0.7
@@ -63,8 +63,8 @@ def play(
 ) -> dict[str, tuple[list[dict[str, Any]], np.ndarray]]:
     """Generate the rollouts of several roles in one `generate` call.
 
-    Grouping roles changes no result: each rollout's random draws depend only on the seed and a
-    hash of its model, role, prompt, question and sample.
+    Grouping roles does not change results: each rollout's random draws depend only on the seed and
+    a hash of its model, role, prompt, question and sample.
 
     Returns:
       role name → (records, response means [n, L, D] float32). A record has the fields
@@ -95,16 +95,16 @@ def play(
         top_p=settings.top_p, seed=settings.seed, batch_size=settings.batch_size, ids=ids,
         on_nonfinite="raise", progress=progress,
     )
-    found: dict[str, tuple[list[dict[str, Any]], np.ndarray]] = {}
+    by_role: dict[str, tuple[list[dict[str, Any]], np.ndarray]] = {}
     for role in roles:
-        mine = [i for i, (name, _) in enumerate(records) if name == role.name]
-        kept = []
-        for i in mine:
+        index = [i for i, (name, _) in enumerate(records) if name == role.name]
+        finished = []
+        for i in index:
             reply = {"role": "assistant", "content": out.text[i]}
             record = records[i][1]
-            kept.append(record | {"conversation": [*record["conversation"], reply]})
-        found[role.name] = (kept, out.captured["mean"][mine])
-    return found
+            finished.append(record | {"conversation": [*record["conversation"], reply]})
+        by_role[role.name] = (finished, out.captured["mean"][index])
+    return by_role
 
 
 def opening(prompt: str, question: str) -> list[dict[str, str]]:

@@ -10,13 +10,13 @@
     .lock                        exists while a process writes to the folder
 
 Every file is written under a temporary name and renamed, and contains no timestamp, so a run killed
-at any point resumes and produces the same bytes. run.json stores the model's name as given, for a
-folder the path as typed.
+at any point resumes and produces the same bytes. run.json stores the model's name as given; for a
+folder, this is the path as typed.
 
 Means, scores and vectors contain a SHA-256 digest of their content, their role and the run
 (`Run.identity`, the digest of run.json). Means and scores also contain the digest of their
-rollouts. Reading therefore rejects a file that was edited, damaged, or copied from another role or
-run. Vectors, axis and analysis are recomputed and rewritten each time.
+rollouts. Files that were edited, damaged, or copied from another role or run are therefore rejected
+when they are read. Vectors, axis and analysis are recomputed whenever a run starts or resumes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Run:
         self.folder = pathlib.Path(folder)
         self.manifest = json.loads(json.dumps({"format": FORMAT, **manifest}))
         self.identity = _sha256(json_text(self.manifest).encode())
-        self._written: dict[str, str] = {}  # role → digest of its rollouts, from its means
+        self._written: dict[str, str] = {}  # role → digest of its rollouts, from its means file
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Run:
@@ -76,8 +76,7 @@ class Run:
           UserError: the folder contains no run of this format.
         """
         folder = pathlib.Path(folder)
-        found = _manifest_of(folder)
-        return cls(folder, found)
+        return cls(folder, _manifest_of(folder))
 
     @classmethod
     @contextlib.contextmanager
@@ -114,11 +113,11 @@ class Run:
             if worker == 0:
                 run._remove_leftovers()
                 if not path.exists() or path.read_bytes() != json_text(run.manifest).encode():
-                    write_json(path, run.manifest)  # new, or equal values in another JSON layout
+                    write_json(path, run.manifest)  # missing, or equal in another JSON layout
             yield run
 
     def _is_new(self) -> bool:
-        """Return whether the folder is empty, except for files of a process killed at its start."""
+        """Return whether the folder has no files but those of a process killed at its start."""
         left = {path.name for path, target, _ in leftovers(self.folder) if target == "run.json"}
         return all(
             is_lock(entry.name) or entry.name in left
@@ -155,7 +154,7 @@ class Run:
             return None
         try:
             require_file(path)
-            # hashed in chunks: a file that the run did not write may not fit in memory
+            # hashed in chunks: a file that the run did not write may be too large for memory
             with open(path, "rb") as file:
                 actual = hashlib.file_digest(file, "sha256").hexdigest()
             if actual != self._rollouts_digest(role):
@@ -186,7 +185,7 @@ class Run:
 
     def save_rollouts(self, role: str, records: Sequence[Mapping[str, Any]],
                       means: np.ndarray) -> None:
-        """Write a role's means, then its rollouts, whose presence marks the role as complete."""
+        """Write a role's means, then its rollouts, which mark the role as complete."""
         lines = [json.dumps(r, ensure_ascii=False, sort_keys=True) for r in records]
         text = "\n".join(lines) + "\n"
         self._written[role] = _sha256(text.encode())
@@ -208,8 +207,7 @@ class Run:
         except UserError as error:
             raise Damaged(role, path, str(error).removeprefix(f"{path}: ")) from None
         try:
-            found = json.loads(data)
-            scores = found["scores"]
+            scores = json.loads(data)["scores"]
         except (ValueError, TypeError, KeyError, RecursionError):
             raise Damaged(role, path, "no object 'scores'") from None
         if not _are_scores(scores) or data != json_text(self._scored(role, scores)).encode():
@@ -224,8 +222,8 @@ class Run:
         """
         if not _are_scores(scores):
             wrong = [repr(s) for s in scores.values() if not _is_score(s)]
-            raise UserError(f"the judge scored a rollout of role {role!r} {wrong[0][:80]}; scores "
-                            "must be 0, 1, 2, 3 or None")
+            raise UserError(f"the judge gave a rollout of role {role!r} the score {wrong[0][:80]}; "
+                            "scores must be 0, 1, 2, 3 or None")
         write_json(self.path("scores", role), self._scored(role, dict(scores)))
 
     def _scored(self, role: str, scores: Any) -> dict[str, Any]:
@@ -266,7 +264,7 @@ class Run:
 
     def _seal(self, part: str, role: str, tensors: Mapping[str, np.ndarray],
               about: Mapping[str, str]) -> None:
-        """Write tensors with metadata: `about`, the run, the role and a digest of everything."""
+        """Write tensors with metadata: `about`, run, role, and a digest of all contents."""
         about = {**about, "run": self.identity, "role": role}
         arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
         sealed = _tensors_digest(about, {name: (x.dtype, x.shape) for name, x in arrays.items()},
@@ -347,7 +345,7 @@ def _there(path: pathlib.Path) -> bool:
 
 
 def _alive(process: int) -> bool:
-    """Return whether a process of this machine is running."""
+    """Return whether a process is running on this machine."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -360,25 +358,25 @@ def _alive(process: int) -> bool:
 def _manifest_of(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "run.json"
     require_file(path)
-    found = read_json(path)
-    version = found.get("format") if isinstance(found, dict) else None
+    stored = read_json(path)
+    version = stored.get("format") if isinstance(stored, dict) else None
     if isinstance(version, str) and version.startswith("jaxpersona-run ") and version != FORMAT:
-        raise UserError(f"{folder}: run.json has format {version!r}, this version writes "
+        raise UserError(f"{folder}: run.json has format {version!r}, but this version writes "
                         f"{FORMAT!r}; resume with the version that started the run, or choose "
                         "another folder")
     if version != FORMAT:
         raise UserError(f"{folder}: run.json is not a jaxpersona run; choose another folder")
-    return found
+    return stored
 
 
-def _same(folder: pathlib.Path, found: Any, wanted: Mapping[str, Any]) -> None:
+def _same(folder: pathlib.Path, stored: Any, wanted: Mapping[str, Any]) -> None:
     def flat(value: Any, prefix: str = "") -> dict[str, str]:
         if not isinstance(value, dict):
             return {prefix: json.dumps(value)}  # as text: 1 == 1.0 == True in Python
         pairs = (flat(v, f"{prefix}.{k}" if prefix else k) for k, v in value.items())
         return {key: item for pair in pairs for key, item in pair.items()}
 
-    old, new = flat(found), flat(dict(wanted))
+    old, new = flat(stored), flat(dict(wanted))
     differ = [
         f"{key} was {old.get(key, 'absent')}, now {new.get(key, 'absent')}"
         for key in sorted(set(old) | set(new))

@@ -74,7 +74,8 @@ def test_a_run_that_cannot_end_well_is_refused_before_its_folder(checkpoint, tmp
         s.write_texts(tmp_path / name, ROLES, questions)
     out = tmp_path / "out"
     cases = (
-        (s.axis_command(checkpoint, tmp_path / "long", out), "the context of 256 tokens must hold"),
+        (s.axis_command(checkpoint, tmp_path / "long", out),
+         "must fit into the context of 256 tokens"),
         (s.axis_command(checkpoint, tmp_path / "good", out, "--limit", "0"),
          "needs at least two"),
         (s.axis_command(checkpoint, tmp_path / "good", out, "--min-count", "0"), "min_count"),
@@ -232,7 +233,7 @@ def test_a_name_that_is_no_model_is_answered_with_what_is(name):
     with pytest.raises(ValueError) as caught:
         jp.load(name)
     assert str(caught.value) == (f"{name}: no such folder; a model is a folder, a .gguf file, "
-                                 "owner/name of the hub, mini or random:<preset>")
+                                 "owner/name on the hub, mini or random:<preset>")
 
 
 def test_project_says_that_it_wrote_a_figure(checkpoint, tmp_path, monkeypatch, capsys):

@@ -44,7 +44,7 @@ REFUSED = {
     "neither a floor": lambda: cap(V, layers=1),
     "floor is above ceiling": lambda: cap(V, layers=1, floor=2, ceiling=1),
     "site is 'head'": lambda: cap(V, layers=1, floor=0, site="head"),
-    "give each row's entry with `rows=`": lambda: steer([AXIS, AXIS], layers=1),
+    "give each row's entry in `rows=`": lambda: steer([AXIS, AXIS], layers=1),
     "vector contains a non-finite value": lambda: steer(NAN, layers=1),
     "vector is zero at a chosen layer; give nonzero vectors": lambda: steer(ZERO, layers=1),
     "vector has shape \\(2, 8\\)": lambda: steer(np.ones((2, 8)), layers=1),
@@ -64,7 +64,7 @@ REFUSED = {
     "in ascending order": lambda: cap(V, layers=[2, 1], floor=[1.0, 2.0]),
     "floor is infinite": lambda: cap(V, layers=1, floor=np.inf),
     "vector is an empty list": lambda: steer([], layers=1),
-    "with a repeated layer": lambda: steer(V, layers=[1, 1]),
+    "which repeats a layer": lambda: steer(V, layers=[1, 1]),
     "out of range; they must be in 0…1023": lambda: steer(V, layers=-1),
     "layers is 4, out of range; they must be in 0…3": lambda: steer(AXIS, layers=4),
     "bank has entries 0…1": lambda: steer(np.ones((2, 8)), layers=1, rows=[0, 2]),
@@ -72,7 +72,7 @@ REFUSED = {
     "of is 'all'": lambda: AXIS.thresholds("p25", of="all"),
     "percentile is 'p50'": lambda: AXIS.thresholds("p50", of="default"),
     "percentile is 25; write p25; this axis has p25": lambda: AXIS.thresholds(25),
-    "vector 'vector' has no thresholds; an Axis has them": lambda: Vector(np.ones((4, 8)))
+    "vector 'vector' has no thresholds; only an Axis has them": lambda: Vector(np.ones((4, 8)))
     .thresholds("p25"),
     "axis 'vector' has no thresholds; give the floor as numbers": lambda: Axis(np.ones((4, 8)))
     .thresholds("p25"),
@@ -85,7 +85,7 @@ REFUSED = {
     "row 2 is out of range": lambda: steer(V[None], layers=1, rows=[0, 0]).take([2]),
     "width 8; the model": lambda: steer(V, layers=1).check(layers=4, width=9, rows=1),
     "exceed the model's layers 0…0": lambda: steer(V, layers=1).check(layers=1, width=8, rows=1),
-    "for 2 rows, the batch has 3": lambda: steer(V[None], layers=1, rows=[0, 0]).check(
+    "for 2 rows, but the batch has 3": lambda: steer(V[None], layers=1, rows=[0, 0]).check(
         layers=4, width=8, rows=3),
     "role is 'tool'": lambda: turns("tool"),
     "kind 'sink' is unknown": lambda: everywhere.without("sink"),
@@ -174,7 +174,7 @@ def test_layers():
     ):
         with pytest.raises(ValueError, match=words):
             resolve_layers(layers, total)
-    with pytest.raises(ValueError, match="with a repeated layer") as caught:
+    with pytest.raises(ValueError, match="which repeats a layer") as caught:
         resolve_layers([0] * 999, 4)
     assert len(str(caught.value)) < 150  # cut short
 

@@ -179,7 +179,7 @@ def test_tensors_that_do_not_fit_are_all_listed(base, tmp_path):
         jp.load(base, adapter=tmp_path / "a")
     text = str(caught.value)
     assert "the model has no weight model.layers.7.self_attn.q_proj.weight" in text
-    assert "up_proj.lora_Q.weight: not a LoRA factor" in text and "only lora_B is there" in text
+    assert "up_proj.lora_Q.weight: not a LoRA factor" in text and "only lora_B is present" in text
     other = tmp_path / "b"
     write(other)
     wide = dataclasses.replace(CONFIG, d_ff=64)

@@ -201,7 +201,7 @@ def test_llama_3_scaling_is_recovered_from_its_divisors(factor, low, high, conte
 
 def test_other_divisors_are_an_error():
     divisors = np.linspace(1, 9, 32, dtype=np.float32) ** 2
-    with pytest.raises(UserError, match="not a scaling of Llama 3"):
+    with pytest.raises(UserError, match="does not have the form of Llama 3"):
         gguf_config._llama3(divisors, 1e4, 64)
 
 
@@ -271,7 +271,7 @@ def test_digits_are_split_before_spaces_are_grouped():
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"skip": ("block_count",)}, "field qwen2.block_count is missing"),
-    ({"skip": ("blk.0.ffn_up.weight",)}, "lacks blk.0.ffn_up.weight"),
+    ({"skip": ("blk.0.ffn_up.weight",)}, "missing tensors blk.0.ffn_up.weight"),
     ({"fields": {"qwen2.feed_forward_length": 96}}, "ffn_gate.weight has shape [80, 48]"),
     ({"fields": {"qwen2.attention.head_count": 0}}, "head_count is 0"),
     ({"fields": {"qwen2.expert_count": 8}}, "qwen2.expert_count is 8"),

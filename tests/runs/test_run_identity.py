@@ -76,7 +76,7 @@ def test_any_name_stays_within_its_folder_and_is_its_own(tmp_path):
     (["x" * 201], "takes 201 bytes as a file name; the limit is 200"),
     (["é" * 40], "takes 240 bytes"), ([""], "must be a non-empty string"),
     ([None], "must be a non-empty string"),
-    (["\ud800"], "half a surrogate pair"), (["a", "b", "a"], "two roles are named 'a'"),
+    (["\ud800"], "a lone surrogate"), (["a", "b", "a"], "two roles are named 'a'"),
     (["Ghost", "ghost"], "differ only in upper and lower case")])
 def test_a_name_that_no_file_can_have_is_refused_before_anything(tmp_path, names, wanted):
     with pytest.raises(ValueError, match=wanted):
@@ -90,9 +90,9 @@ def test_question_ids_and_counts_of_scores_are_checked(tmp_path):
         extract_axis(MODEL, cast("a", "b"), twice, tmp_path / "run", judge=Judge({}))
     assert not list(tmp_path.iterdir())
     for scores, wanted in (([3], "returned 1 scores for 4 rollouts"),
-                           ([3, True, 3, 3], "a rollout of role 'a' True"),
-                           ([3, 2.0, 3, 3], "a rollout of role 'a' 2.0"),
-                           ([3, 4, 3, 3], "a rollout of role 'a' 4")):
+                           ([3, True, 3, 3], "a rollout of role 'a' the score True"),
+                           ([3, 2.0, 3, 3], "a rollout of role 'a' the score 2.0"),
+                           ([3, 4, 3, 3], "a rollout of role 'a' the score 4")):
         with pytest.raises(ValueError, match=wanted):
             find(tmp_path / "run", cast("a", "b"), Judge({"a": scores}))
 

@@ -68,12 +68,12 @@ def test_a_direction_has_layers_and_width(tmp_path, capsys, shape):
     """Nothing by something is no direction, in a program and in every format that could say so."""
     empty = np.zeros(shape, np.float32)
     for kind in (Vector, Axis):
-        with pytest.raises(ValueError, match="both nonzero"):
+        with pytest.raises(ValueError, match="with L and D nonzero"):
             kind(empty)
     write_tensors(tmp_path / "v.safetensors", {"values": empty}, HEADER)
     np.save(tmp_path / "v.npy", empty)
     for name in ("v.safetensors", "v.npy"):
-        refused(capsys, tmp_path / name, "both nonzero")
+        refused(capsys, tmp_path / name, "with L and D nonzero")
     write_tensors(tmp_path / "c.safetensors",
                   {"values": empty, "floors": np.zeros(shape[0], np.float32)},
                   {**CAPS, "layers": json.dumps(list(range(shape[0]))),
@@ -90,9 +90,9 @@ def test_thresholds_are_one_finite_number_a_layer(tmp_path, capsys, value, words
     """In a program and in a file alike."""
     with pytest.raises(ValueError, match=f"percentiles/default/p25.*{words}"):
         Axis(VALUES, percentiles={"default": {"p25": value}})
-    with pytest.raises(ValueError, match=r"a dict of \[L\]"):
+    with pytest.raises(ValueError, match=r"a dict from percentile names.*arrays \[L\]"):
         Axis(VALUES, percentiles={"p25": value})
-    with pytest.raises(ValueError, match="a dict by population"):
+    with pytest.raises(ValueError, match="a dict with populations"):
         Axis(VALUES, percentiles=value)
     with pytest.raises(ValueError, match="has a / in a name"):
         Axis(VALUES, percentiles={"a/b": {"p25": np.zeros(4)}})
