@@ -1,9 +1,9 @@
-"""Compare the peak device memory of capped generation with the estimate of `plan`.
+"""Compare the peak device memory of capped generation with the estimate from `plan`.
 
     python bench/fit.py --model random:qwen3-32b --dtype bfloat16 --batch 32 --context 2048
 
-The measured peak includes weights, cache and temporaries; it uses the device's memory statistics if
-available. MBU is relative to the published bandwidth.
+The measured peak includes weights, cache and temporaries. It is read from the device's memory
+statistics if available. MBU is relative to the published bandwidth.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
         setting = Decoding(model, args.batch, args.new - 16, prompt=args.context - args.new)
         edits = jp.cap(direction, layers=resolve_layers(layers, total), floor=1e3)
         setting.timer(edits, prompts=True)()
-    once = setting.timer(edits)  # holds a second copy of the cache
+    once = setting.timer(edits)  # allocates a second copy of the cache
     once()
     step = once() / setting.steps
     estimate = plan(model.config, args.chip, batch=args.batch, context=args.context)
