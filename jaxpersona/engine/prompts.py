@@ -141,8 +141,8 @@ def check_edits(model: Model, edits: Interventions, count: int,
     foreign = {int(o) for origin in named for o in np.asarray(origin)} - {0, own}
     if foreign:
         raise UserError(
-            f"a direction belongs to a different model than {model.name} (fingerprint "
-            f"{model.fingerprint}); use a direction of this model, or pass only its array "
+            f"a direction was made for another model, not for {model.name} (fingerprint "
+            f"{model.fingerprint}); use a direction of this model, or pass only the array "
             f"(`axis.values`) to apply it anyway{_in_float16(model)}"
         )
 

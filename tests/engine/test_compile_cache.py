@@ -1,4 +1,4 @@
-"""Where compiled programs are kept: in the user's cache folder, unless the user says otherwise."""
+"""The folder of compiled programs: the user's cache folder, unless the environment overrides it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def chosen(home: pathlib.Path, **variables: str) -> str:
 
 
 def test_without_a_home_nothing_is_kept(monkeypatch):
-    """As in containers that run as a user whom the system does not know."""
+    """Containers may run as a user without a home directory."""
     import jax
 
     from jaxpersona.engine import compile_cache

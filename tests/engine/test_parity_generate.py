@@ -1,4 +1,4 @@
-"""Greedy generation of every family against `generate` of transformers, token for token."""
+"""Greedy generation of every family compared token by token with `generate` of transformers."""
 
 import hf
 import pytest
@@ -23,7 +23,7 @@ LENGTHS = [1, 2, 3, 5, 8, 13, 21, 30, 31, 32, 4, 6, 7, 9, 11, 16, 17, 24, 28, 29
 
 
 def _theirs(made, rows):
-    """Generate in one left-padded batch; each reply without the token that ended it."""
+    """Generate in one left-padded batch; return each reply without its stop token."""
     import torch
 
     width = max(map(len, rows))
