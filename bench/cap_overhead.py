@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--dtype", default=None)
-    parser.add_argument("--sweep", action="store_true", help="also cap a quarter of and all layers")
+    parser.add_argument("--sweep", action="store_true", help="also cap ¼ of the layers, and all")
     args = parser.parse_args()
     model = jp.load(args.model, dtype=args.dtype)
     total = model.config.n_layers

@@ -4,9 +4,9 @@ Timings are noisy, so two arms (timed calls) are compared by the ratios of alter
 are added until the bootstrap 95 % interval of the median ratio is narrow or a limit is reached. An
 interval wider than `WIDTH` (relative to ratios above 1) is unresolved and supports no claim.
 
-In each pair, an arm runs for about `LONG` seconds. Short calls of both arms are interleaved, so
-that both see the same background load. Because measurement stops at the first narrow interval, its
-coverage is slightly below 95 %.
+In each pair, an arm runs for about `LONG` seconds. Short calls of the arms are interleaved, so that
+all have the same background load. Because measurement stops at the first narrow interval, the
+coverage of the interval is slightly below 95 %.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _torch_bytes() -> int:
     torch: Any = sys.modules.get("torch")
     try:
         return torch.cuda.memory_allocated() if torch.cuda.is_initialized() else 0
-    except AttributeError:  # torch is not, or not completely, imported
+    except AttributeError:  # torch is not imported, or only partly
         return 0
 
 

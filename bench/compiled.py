@@ -79,7 +79,7 @@ def timed(run: Program, given: tuple[Any, ...], count: int, size: int) -> dict[s
 
 
 def attempt(work: Callable[..., Any], *given: Any) -> Any:
-    """Return `work(*given)`, or {"failed": reason} so that an error does not lose other results."""
+    """Return `work(*given)`, or {"failed": reason} in order to keep the other results."""
     try:
         return work(*given)
     except Exception as error:

@@ -138,7 +138,7 @@ def main() -> None:
     peaks = [run["peak_bytes"] / run["bytes"] for run in rounds["load"][1:]]
 
     def speed(against: str) -> float:
-        """Return the median ratio of the seconds of a raw read to those of the load."""
+        """Return the median ratio of a raw read's seconds to the load's seconds."""
         pairs = zip(seconds[against], seconds["load"], strict=True)
         return round(statistics.median(other / ours for other, ours in pairs), 4)
 

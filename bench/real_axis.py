@@ -40,13 +40,13 @@ from jaxpersona.persona.extract import extract_axis
 from jaxpersona.runs.rollouts import Settings, opening
 from jaxpersona.runs.run import Run
 
-EXTREMES = 15  # number of nearest and of farthest roles on the page
-FARTHEST = 20  # number of farthest roles that test the cap
+EXTREMES = 15  # number of nearest roles, and of farthest roles, on the page
+FARTHEST = 20  # number of farthest roles for which the cap is tested
 COMPONENTS = 20
 
 
 def cast(args: argparse.Namespace, name: str) -> list[texts.Role]:
-    """Return the default persona and the roles, each with its first `--prompts` prompts."""
+    """Return the default persona, and the roles with their first `--prompts` prompts."""
     roles = texts.load_roles(None, model_name=name)
     plain = next(role for role in roles if role.name == "default")
     others = [role for role in roles if role.name != "default"]

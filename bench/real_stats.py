@@ -13,7 +13,7 @@ from jaxpersona.persona import axis as science
 
 
 def halves_of(records: Sequence[dict[str, Any]], questions: Sequence[texts.Question]) -> np.ndarray:
-    """Return whether each rollout's question has an odd index, which is the second half."""
+    """Return a mask of the rollouts whose question has an odd index (the second half)."""
     second = {question.id for question in questions[1::2]}
     return np.array([record["question_index"] in second for record in records], bool)
 

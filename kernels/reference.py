@@ -34,7 +34,7 @@ def rank_one_edit(
       active: [B, T] bool, the tokens that the edit applies to.
       push: û, in the shape of `direction`, to move h along û instead of v̂; None for v̂.
       columns: `twice(direction)`, if already computed.
-      implementation: "xla" is the only one.
+      implementation: "xla", the only one available.
 
     Returns:
       The edited h in its own dtype, and [B, T] bool: True where the edit is active and δ ≠ 0.

@@ -1,4 +1,4 @@
-"""Chat templates with the structure of each model family's, and a tokenizer for them.
+"""Chat templates with the same structure as those of model families, and a tokenizer for them.
 
 For each template there is a plain Python implementation (`REFERENCE`): a list of segments (role or
 None for template text, message number, text). It is the reference for spans.

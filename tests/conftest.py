@@ -7,7 +7,7 @@ import signal
 import sys
 
 if "jax" in sys.modules:
-    raise RuntimeError("jax was imported before the tests could ask for 8 CPU devices")
+    raise RuntimeError("jax was imported before the tests could request 8 CPU devices")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()

@@ -97,7 +97,7 @@ def cast(made: Any, dtype: Any) -> Any:
 
 
 def params(made: Any, folder: pathlib.Path, dtype: Any = None) -> tuple[Any, Any]:
-    """Return parameters and configuration of a transformers model, via a saved folder."""
+    """Convert a transformers model to our parameters and configuration, through a saved folder."""
     from jaxpersona.ckpts import hf
 
     made.save_pretrained(folder)

@@ -36,7 +36,7 @@ class Tiny:
 
 
 def tiny_config(**fields: Any) -> ModelConfig:
-    """A Qwen 3 with 3 layers, D = 32 and 2 queries per key head; `fields` override the defaults."""
+    """A Qwen 3 with 3 layers, D = 32 and 2 query heads per key head; `fields` override these."""
     base: dict[str, Any] = dict(
         family="qwen3", vocab_size=97, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2,
         head_dim=12, d_ff=48, norm_eps=1e-6, max_context=512, rope=Rope(10_000.0),
@@ -148,7 +148,7 @@ BYTE_MODEL: dict[str, Any] = {
 
 
 def byte_tokenizer(*, template: bool = True) -> Any:
-    """Return a byte-level tokenizer with 256 byte tokens, a start and an end of turn."""
+    """Return a byte-level tokenizer: 256 byte tokens, a start-of-turn and an end-of-turn token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Arguments of a wrong type or range raise `UserError`, not an exception of NumPy or JAX."""
+"""Arguments of the wrong type or value raise `UserError`, not a NumPy or JAX exception."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_pairs_stop_when_the_interval_is_narrow_and_say_when_it_is_not():
 
 
 def median_quantile(values, q):
-    """Return the exact q quantile of the bootstrap median for odd n.
+    """Return the exact q-quantile of the bootstrap median for odd n.
 
     The median is at most the k-th smallest value if more than half of n draws are at most that
     value, each with probability k/n.
@@ -83,7 +83,7 @@ def test_an_interval_is_unresolved_above_two_hundredths_of_the_ratio_and_of_one(
         found = common.paired({"a": lambda: 20.0, "b": lambda t=turn: 20.0 * next(t)}, "a",
                               pairs=15)
         low, high = found["b"]["interval"]
-        assert high - low == pytest.approx(2 * half, abs=2e-4), "the interval must be known"
+        assert high - low == pytest.approx(2 * half, abs=2e-4), "the exact interval must be known"
         assert found["b"]["unresolved"] == wanted, (ratio, width)
 
 

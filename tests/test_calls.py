@@ -1,4 +1,4 @@
-"""Typical beginner's mistakes raise an error of one line that names the argument, value or fix."""
+"""Typical beginners' mistakes raise a one-line error with the argument, the value or the fix."""
 
 from __future__ import annotations
 

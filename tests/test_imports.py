@@ -67,7 +67,7 @@ def imported(path: pathlib.Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: imports inside are absolute"
+            assert not node.level, f"{path}: imports within the package must be absolute"
             for alias in node.names:  # a module, or a name in a module
                 whole = f"{node.module}.{alias.name}"
                 known = whole.removeprefix("jaxpersona.") in FILES
@@ -79,7 +79,7 @@ def imported(path: pathlib.Path) -> set[str]:
 def test_imports_run_one_way(name):
     """Check packages, and files that have their own entry."""
     me = group(name)
-    assert me in PLACE, f"give {me!r} a place in ORDER"
+    assert me in PLACE, f"add {me!r} to ORDER"
     for other in sorted(imported(FILES[name])):
         assert other in FILES, f"{other!r} is not a module of the package"
         theirs = group(other)

@@ -23,7 +23,7 @@ HEADER = {"format": "jaxpersona-vector", "kind": "vector", "layer_base": "0", "n
 
 
 def refused(capsys, arguments, *words):
-    """Run a command that must fail with one error line with every word in it; return the line."""
+    """Run a command that must fail with one line that contains every word; return the line."""
     capsys.readouterr()
     assert s.run_command([str(part) for part in arguments]) == 2
     said = capsys.readouterr().err

@@ -34,7 +34,7 @@ def test_the_wheel_is_whole(tmp_path):
     wanted |= {f"jaxpersona/ckpts/mini/{name}" for name in (
         "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md",
         "axis.safetensors")}
-    assert not (missing := sorted(wanted - names)), f"the wheel lacks {missing}"
+    assert not (missing := sorted(wanted - names)), f"missing from the wheel: {missing}"
     assert not [name for name in names if name.startswith(("kernels/", "ckpts/", "tests/"))]
     # unpacked outside the source tree, the package imports and finds its model
     site = tmp_path / "site"

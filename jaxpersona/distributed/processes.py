@@ -104,7 +104,7 @@ def owns(i: int) -> bool:
 
 
 def fetch(tree: Any) -> Any:
-    """Copy complete arrays to the host from any sharding; all processes must call this."""
+    """Copy whole arrays to the host, however they are sharded; all processes must call this."""
     leaves, structure = jax.tree.flatten(tree)
     remote = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)
            and not (x.is_fully_addressable or x.is_fully_replicated)]

@@ -119,7 +119,7 @@ def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
     model, group = sizes.get("model", 1), sizes.get("group", 1)
     if heads % model or (group > 1 and heads != model):
         raise UserError(f"n_kv_heads is {heads}, but the mesh has model={model * group}, which is "
-                        "not a divisor or a multiple of it: use "
+                        "neither a divisor nor a multiple of it: use "
                         f"model={_divisor(heads, model * group)}")
     for field, value, split in (("n_heads / n_kv_heads", config.n_heads // heads, group),
                                ("d_ff", config.d_ff, model * group),
@@ -128,8 +128,8 @@ def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
             name = "fsdp" if field == "d_model" else "model"
             total = split if name == "fsdp" else model * group
             best = _divisor(value, split) * (model if field.startswith("n_") else 1)
-            raise UserError(f"{field} is {value}; a mesh of {name}={total} does not divide it: "
-                            f"use {name}={best}")
+            raise UserError(f"{field} is {value}, which is not divisible by {name}={total} of the "
+                            f"mesh: use {name}={best}")
     return mesh
 
 
@@ -139,7 +139,7 @@ def _divisor(value: int, limit: int) -> int:
 
 
 def spec(axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Map logical axes to a PartitionSpec for a mesh, by `RULES`."""
+    """Map logical axes to a PartitionSpec for a mesh, using `RULES`."""
 
     def entry(axis: str | None) -> str | tuple[str, ...] | None:
         names = tuple(n for n in RULES[axis] if n in mesh.axis_names) if axis else ()

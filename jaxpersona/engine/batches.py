@@ -1,8 +1,8 @@
-"""Batches of finished conversations or prompts for passes without a cache.
+"""Batches of complete conversations or prompts for passes without a cache.
 
 Conversations are sorted by length into batches with about the same number of tokens. The padded
-width depends only on a conversation's length, and the number of rows only on the width. Each
-conversation's results are therefore bit-identical whatever the other conversations are.
+width depends only on a conversation's length, and the number of rows only on the width. A
+conversation's results are therefore bit-identical in any batch.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class RowEdits:
         """Initialize every row with neutral interventions.
 
         Args:
-          neutral: interventions on one row, in the lane's structure, that change nothing
+          neutral: interventions on one row that change nothing, with the lane's structure
             (`neutral_row`).
           rows: B.
         """
@@ -92,7 +92,7 @@ class RowEdits:
 
 
 def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> Interventions:
-    """Return interventions on one row, in the structure of the capacity if one is given.
+    """Return interventions on one row, with the structure of `capacity` if it is given.
 
     Args:
       edits: interventions without `rows=`, or None.

@@ -394,7 +394,7 @@ class Engine:
                 start, count = task.row.tokens.size, int(length[i])
                 projections = {}
                 for name in projected(handle.request):
-                    count = min(count, int(used[i]) - start)  # the last token has not yet run
+                    count = min(count, int(used[i]) - start)  # the last token is not processed yet
                     values = processes.fetch(take_row(carry.captured[name].values, np.int32(i)))
                     projections[name] = np.moveaxis(values, 2, 0)[start : start + count]
                 handle._grow(tokens[i, :count], projections)

@@ -1,4 +1,4 @@
-"""Read activations of complete conversations, without the head and the layers above the last read.
+"""Read activations of complete conversations; the head and unread upper layers are not computed.
 
 Conversations run in batches of about the same number of tokens (`engine.batches`).
 """

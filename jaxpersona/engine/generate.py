@@ -2,8 +2,8 @@
 
 Reproducibility: the batch size B is fixed for a call; if there are fewer conversations, the batch
 is padded. A conversation's padded length, cache size and random draws depend only on that
-conversation. Its tokens and captures are therefore bit-identical whatever the other conversations
-and their order, on the same device and package versions. For other batch sizes or devices, only the
+conversation. On the same device and package versions, its tokens and captures are therefore
+bit-identical in any set and order of conversations. For other batch sizes or devices, only the
 random draws are the same.
 """
 

@@ -3,8 +3,8 @@
 A lane prefills a fixed number of prompts at a time, writes the results to free rows and copies
 finished rows out. The row indices are data, so a lane needs few programs. Each row of the cache has
 its own next slot, so rows with different numbers of tokens decode together. A prompt's shapes
-depend only on that prompt and on B. Its results are therefore bit-identical whatever the other
-rows, its row index and its time of arrival.
+depend only on that prompt and on B. Its results are therefore bit-identical next to any other rows,
+in any row and at any time.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class Lane:
 
     Attributes:
       rows: B.
-      together: the number of rows that are prefilled, and copied out, at a time.
+      together: the number of rows that are prefilled, or copied out, at once.
       tasks: the task of each row; None if the row is free.
       filling: whether rows were assigned since the last decode.
       state: the state of the B rows.

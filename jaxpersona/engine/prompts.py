@@ -107,7 +107,7 @@ def check_settings(capture: Any = None, **counts: Any) -> None:
       counts: the settings by name, such as batch_size.
 
     Raises:
-      UserError: a setting is not a positive integer, or the capture has a wrong type.
+      UserError: a setting is not a positive integer, or the capture has the wrong type.
     """
     for name, value in counts.items():
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
@@ -148,7 +148,7 @@ def check_edits(model: Model, edits: Interventions, count: int,
 
 
 def _in_float16(model: Model) -> str:
-    """Return a note for models loaded in float16, where the fingerprint may differ; else ""."""
+    """Return a note about fingerprints in float16, or "" if the model has another dtype."""
     if model.params.embed_vd.dtype != np.float16:
         return ""
     return ("; a model loaded in float16, which cannot represent all its weights, has a different "

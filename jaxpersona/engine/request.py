@@ -53,7 +53,7 @@ class Request:
 
 
 def projected(request: Request) -> list[str]:
-    """Return the names of a request's projection readings, which events contain."""
+    """Return the names of a request's projection readings; events contain their values."""
     readings = {} if request.capture is None else request.capture.readings
     return [name for name, reading in readings.items() if isinstance(reading, Projections)]
 

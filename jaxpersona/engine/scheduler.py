@@ -42,7 +42,7 @@ class Scheduler:
           lanes: the maximum number of open lanes.
           batched: True: wait until enough rows are free or done to fill a program (throughput);
             False: admit and collect each prompt as soon as possible (latency).
-          refill: admit prompts while other rows decode; False: only to an empty lane.
+          refill: admit prompts while other rows decode; False: only into an empty lane.
           chunk: the maximum number of decode steps between two transfers to the host.
           failed: called with the error and the tasks of the lane in which it was raised; the lane
             is dropped. None: the error is raised.
@@ -72,7 +72,7 @@ class Scheduler:
                     self._decode(key, lane)
 
     def lane_of(self, key: Any) -> Lane | None:
-        """Return the lane for a key, opened on first use; None if the maximum is reached."""
+        """Return the lane for a key, opened on first use; None if too many lanes are open."""
         if key not in self.lanes:
             for other, lane in list(self.lanes.items()):
                 if len(self.lanes) >= self.most and not _busy(lane):

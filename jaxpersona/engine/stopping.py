@@ -26,7 +26,7 @@ def checked(stop: Any) -> tuple[str, ...]:
       stop: a string, a list of strings, or None.
 
     Raises:
-      UserError: the type is wrong, a string is empty, or there are too many bytes.
+      UserError: the type is wrong, a string is empty, or the strings have too many bytes.
     """
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if not all(isinstance(text, str) and text for text in strings):
@@ -149,7 +149,7 @@ class Written:
         self.tokenizer, self.strings, self.sent = tokenizer, strings, ""
 
     def push(self, tokens: np.ndarray) -> str:
-        """Return the new final text, given all tokens so far."""
+        """Return the new text that can no longer change, given all tokens so far."""
         whole = text_of(self.tokenizer, tokens, self.strings)
         held = whole.rstrip("\ufffd")
         for one in self.strings:
@@ -160,7 +160,7 @@ class Written:
         return self._new(held.rstrip())
 
     def finish(self, whole: str) -> str:
-        """Return the rest of the whole text."""
+        """Return the part of the complete text `whole` that has not been returned yet."""
         return self._new(whole)
 
     def _new(self, text: str) -> str:

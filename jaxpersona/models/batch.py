@@ -1,8 +1,8 @@
 """Batches: token ids with per-token metadata.
 
-`kind` and `turn` are stored per token. Interventions and captures select tokens by testing them,
-so a selection has the same meaning in prefill, chunked prefill and decode. Padding tokens do not
-have the `VALID` bit.
+`kind` and `turn` are stored per token. Interventions and captures select tokens by these fields, so
+a selection has the same meaning in prefill, chunked prefill and decode. Padding tokens do not have
+the `VALID` bit.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Batch(flax.struct.PyTreeNode):
     __repr__ = brief
 
     tokens: Int32[Array | np.ndarray, "B T"]
-    position: Any  # the type of `tokens`; Any, because some functions annotate it jax.Array
+    position: Any  # the type of `tokens`; Any because some functions annotate it as jax.Array
     kind: UInt16[Array | np.ndarray, "B T"]
     turn: Int32[Array | np.ndarray, "B T"]
     row_id: UInt32[Array | np.ndarray, " B"]
@@ -94,13 +94,14 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
 
     Args:
       tokens: [B, T] integers, or B sequences of any length (right-padded here).
-      kind: bit masks of `KINDS`, nested like `tokens`, or None. VALID, FIRST and LAST are added.
+      kind: bit masks of `KINDS`, nested like `tokens`, or None. VALID, FIRST and LAST are set
+        automatically.
       turn: message indices, nested like `tokens`, or None for all zeros.
       row_id: [B] integers, or None for 0, 1, ….
       width: pad to this many tokens; default: the longest row.
-      vocabulary: the model's `config.vocab_size`; ids outside it raise an error. If None,
-        `forward` checks the ids when it runs outside `jax.jit`; under `jax.jit`, where values are
-        unknown, an invalid id gives NaN.
+      vocabulary: the model's `config.vocab_size`; larger ids raise an error. If None, `forward`
+        checks the ids when it runs outside `jax.jit`; under `jax.jit`, where values are unknown,
+        an invalid id gives NaN.
 
     Raises:
       UserError: the batch or a row is empty, a single row is not in a list, values are not token
@@ -181,7 +182,7 @@ def check_ids(ids: np.ndarray, vocabulary: int | None, what: str, tokenizer: Any
       tokenizer: if given, the message also shows the token's text.
 
     Raises:
-      UserError: an id is negative, or `vocabulary` or larger; the message shows the first one.
+      UserError: an id is negative, or not less than `vocabulary`; the message shows the first.
     """
     most = 2**31 if vocabulary is None else vocabulary
     if not ids.size or (int(ids.min()) >= 0 and int(ids.max()) < most):

@@ -115,7 +115,7 @@ def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
 def set_lines(buffer: jax.Array, values: jax.Array, slots: jax.Array, lines: int) -> jax.Array:
     """Scatter values into the slots of a buffer whose axis S follows `lines` leading axes.
 
-    Values with a slot of S or more are dropped. The scatter is mapped over every leading axis, so
+    Values whose slot is S or larger are dropped. The scatter is mapped over every leading axis, so
     each head has its own index. If the heads of a row shared one index, XLA would transpose the
     buffer before and after a decode loop on TPUs, and copy a one-row buffer three times per step on
     CPUs.

@@ -1,7 +1,7 @@
 """Model configuration, with parameter, memory and FLOP counts.
 
-A `ModelConfig` is frozen, hashable and static under `jax.jit`. Differences between model families
-are fields of it, so one `forward` serves every family without testing the family's name.
+A `ModelConfig` is frozen, hashable and static under `jax.jit`. Model families differ only in its
+fields, so one `forward` serves every family without testing the family's name.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_LAYERS = 1024  # more than any released model has; a larger number indicates
 class Rope:
     """Rotary position embedding: the base and the scaling of its frequencies.
 
-    kind "default" uses `theta` alone; "linear" divides every frequency by `factor`; "llama3"
+    kind "default" uses only `theta`; "linear" divides every frequency by `factor`; "llama3"
     divides low frequencies by `factor` and interpolates between the two wavelength bounds.
     """
 

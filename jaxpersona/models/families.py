@@ -35,7 +35,7 @@ class Family:
     fields: frozenset[str]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     default: Mapping[str, Any]
-    float16: bool = True  # whether activations of released models stay below 65504, its maximum
+    float16: bool = True  # whether released models' activations fit in float16 (below 65504)
 
 
 def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> tuple:
@@ -147,7 +147,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    """Return whether a number is positive, and it and its reciprocal are finite in float32."""
+    """Return whether a number is positive and, like its reciprocal, finite in float32."""
     return type(value) in (int, float) and 1e-37 < value < 1e37
 
 
@@ -205,7 +205,7 @@ def _read_rope(raw: Mapping[str, Any], by_layer: bool) -> Rope:
     if by_layer and {"full_attention", "sliding_attention"} & set(parameters):
         parameters = parameters.get("full_attention")
     rope = _rope({} if parameters is None else parameters, theta)
-    if scaling and _rope(scaling, theta) != rope:  # transformers reads rope_scaling alone
+    if scaling and _rope(scaling, theta) != rope:  # transformers reads only rope_scaling
         raise UserError(f"rope_scaling is {reprlib.repr(scaling)}, but rope_parameters is "
                         f"{reprlib.repr(whole)}; remove one of them")
     return rope

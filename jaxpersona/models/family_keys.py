@@ -88,7 +88,7 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
 
     Args:
       raw: the configuration.
-      family: the family's name, for the error.
+      family: the family's name, for the error message.
       own: the keys that the family reads.
       others: the keys that other families read.
       place: the file's name, for the warning.

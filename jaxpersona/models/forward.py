@@ -143,8 +143,8 @@ def forward(
     carry = Carry() if carry is None else carry
     cache = carry.cache
     if cache is not None and slots is not None:
-        raise UserError("carry has a cache and slots is set; give either a carry with a cache, to "
-                        "continue it, or slots, to allocate a new cache")
+        raise UserError("carry has a cache, but slots is also set; give either a carry with a "
+                        "cache, to continue it, or slots, to allocate a new cache")
     _check_carry(carry, edits, rows)
     capacity = slots if cache is None else cache.slots
     if capacity is not None and width > capacity:
@@ -193,8 +193,8 @@ def forward(
                 k = write(cache.k[i], _kept(k, cache.k[i]), token_slots)
                 v = write(cache.v[i], _kept(v, cache.v[i]), token_slots)
                 if chosen == "cudnn":
-                    # The barrier forces the cache write before attention. cuDNN does not read the
-                    # cache, so XLA would keep every layer's k and v and write them all at the end.
+                    # The barrier forces the cache to be written before attention. cuDNN does not
+                    # read the cache, so XLA would keep all layers' k and v and write them last.
                     k, v, *own = jax.lax.optimization_barrier((k, v, *own))
                 keys.append(k)
                 values.append(v)
@@ -225,7 +225,7 @@ def _check_arguments(params: Any, batch: Any, capture: Any, carry: Any) -> None:
     """Check the types of arguments that are easily confused.
 
     Raises:
-      UserError: params is a Model, batch is text or ids, or capture or carry has a wrong type.
+      UserError: params is a Model, batch is text or ids, or capture or carry has the wrong type.
     """
     if hasattr(params, "params"):
         raise UserError(f"params is a {type(params).__name__}; pass model.params")
@@ -331,7 +331,7 @@ def _project(layer: Layer, config: ModelConfig, x: jax.Array,
              known: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Compute queries [B, T, N, H], keys and values [B, T, K, H] of one block.
 
-    They are NaN at tokens where `known` [B, T] is False; these NaN propagate to later blocks.
+    They are NaN at tokens where `known` [B, T] is False; these NaNs propagate to later blocks.
     """
     y = nn.rms_norm(x, layer.attn_norm_d, config.norm_eps, config.norm_offset, known=known)
     q, k, v = dots(y, layer.qkv)

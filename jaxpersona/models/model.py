@@ -69,7 +69,7 @@ def check_model(model: Any) -> None:
     """Check that a caller's `model` argument is a model.
 
     Raises:
-      UserError: it is not a model, but for example a model's name or its parameters.
+      UserError: it is something else, such as a model's name or parameters.
     """
     if not (hasattr(model, "params") and hasattr(model, "config")):
         shown = " ".join(repr(model).split())

@@ -272,7 +272,7 @@ def _weights(x: jax.Array) -> list[Any]:
 
 @functools.lru_cache(maxsize=32)
 def _odd(count: int, seed: int) -> np.ndarray:
-    """Return `count` odd pseudo-random uint32, hashes of their indices (MurmurHash3 finalizer)."""
+    """Return `count` odd uint32 numbers, hashed from their indices (MurmurHash3 finalizer)."""
     x = np.arange(count, dtype=np.uint32) + np.uint32(0x9E3779B1 * (seed + 1) % 2**32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         x ^= x >> np.uint32(shift)

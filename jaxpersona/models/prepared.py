@@ -23,7 +23,7 @@ _GATE_UP = ("w_gate_fd", "w_up_fd")
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-_LARGEST_COPY = 8e9  # on a CPU, larger models (in bytes) are not copied
+_LARGEST_COPY = 8e9  # bytes; larger models are not copied on a CPU
 
 
 def fast_params(model: Model, rows: int) -> Params:
@@ -35,8 +35,8 @@ def fast_params(model: Model, rows: int) -> Params:
     all weights and the copy fit into half of the memory. In all other cases, including meshes, the
     result is `model.params`.
 
-    The copy is made once per `Model` and freed with it. For any other class with the same
-    attributes, it is made at every call.
+    The copy is made once per `Model` and freed with it. For other classes with the same
+    attributes, a copy is made at every call.
     """
     params, config = model.params, model.config
     device, dtype = platform(params.embed_vd), params.embed_vd.dtype

@@ -65,12 +65,12 @@ class Shapes:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Compiler figures of prefill and decode, per chip.
+    """Figures from the compiler for prefill and decode, per chip.
 
     Attributes:
-      prefill_temporaries, decode_temporaries: temporary bytes besides weights, cache and outputs.
-      operations: operations of one decode step; empty if it exceeds device memory.
-      bytes: bytes that one decode step accesses, by the compiler's cost analysis.
+      prefill_temporaries, decode_temporaries: temporary bytes without weights, cache and outputs.
+      operations: operations in one decode step; empty if the step exceeds device memory.
+      bytes: bytes that one decode step accesses, according to the compiler's cost analysis.
     """
 
     prefill_temporaries: int
@@ -230,9 +230,10 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
             chip: chips.Chip) -> dict[str, float]:
     """Return roofline times of a decode step and a prefill in seconds.
 
-    A decode step reads all weights and every row's keys and values; on average, these cover the
-    prompt and half of the reply. A prefill is compute bound. All-reduces over the model axis are
-    rings that move 2·(n − 1)/n of the bytes over the links and do not overlap with computation.
+    A decode step reads all weights and every row's keys and values; the average length of a row is
+    that of the prompt plus half of the reply. A prefill is compute bound. All-reduces over the
+    model axis are rings that move 2·(n − 1)/n of the bytes over the links and do not overlap with
+    computation.
     """
     split, ways = sharding.ways(mesh, "ff"), sharding.ways(mesh, "batch")
     rows = shapes.batch // ways

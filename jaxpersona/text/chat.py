@@ -164,8 +164,8 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
       row: the answered prompt, from `encode_row`, `generate` or this function.
       generated: [n] token ids of the reply, with or without the stop token.
       message: the next user message.
-      stopped: True if the reply ended at a stop token, False if at the length limit. If the stop
-        token also begins the template's end of turn, it is not repeated.
+      stopped: True if the reply ended at a stop token, False if it ended at the length limit. If
+        the stop token also begins the template's end of turn, it is not repeated.
 
     Raises:
       UserError: `row` has no messages or its last message is not a user message; see also
@@ -233,7 +233,7 @@ def _after_reply(template: Template, messages: list[dict[str, str]],
 
 
 def _decoded_after(tokenizer: Any, before: np.ndarray, ids: np.ndarray) -> str:
-    """Decode ids after the last token before them; decoded alone, they may lose a leading space."""
+    """Decode ids together with the preceding token; alone, they may lose a leading space."""
     context = before[-1:].tolist()
     head, whole = tokenizer.decode(context), tokenizer.decode([*context, *ids.tolist()])
     return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(ids.tolist())
@@ -249,7 +249,7 @@ def answered(tokenizer: Any, row: Row, reply: np.ndarray) -> Row:
     kind = np.full(reply.size, ASSISTANT | GENERATED, np.int32)
     if tokenizer is not None and reply.size:
         kind = _reply_kinds(tokenizer, row, reply)
-    turn = int(row.turn[-1]) + (not row.kind[-1] & TEMPLATE)  # + 1 without a generation prompt
+    turn = int(row.turn[-1]) + (not row.kind[-1] & TEMPLATE)  # adds 1 without a generation prompt
     return Row(np.concatenate([row.tokens, reply]),
                np.concatenate([row.kind & ~LAST, kind]) if reply.size else row.kind,
                np.concatenate([row.turn, np.full(reply.size, turn, np.int32)]), "")
@@ -325,7 +325,7 @@ def _tokenise(template: Template, text: str, kind: np.ndarray, turn: np.ndarray,
     Args:
       text, kind, turn: the rendering, with the kind and turn of each character.
       begin: return only the tokens from this character on. The whole text is tokenized, because
-        the tokenizer would prepend a start-of-text marker to the rest alone. If a token crosses
+        the tokenizer may prepend a start-of-text marker to a separate text. If a token crosses
         `begin`, the rest is tokenized after a guard character instead.
     """
     tokens, start, stop = _spans(template, text)
@@ -388,7 +388,7 @@ def _spans(template: Template, text: str, *, lead: bool = True,
 
 
 def _reply_kinds(tokenizer: Any, row: Row, reply: np.ndarray) -> np.ndarray:
-    """Return the kinds of generated tokens, by the same rule as in generation."""
+    """Return the kinds of a reply's tokens, by the same rules as during generation."""
     begin, end = thinking_ids(tokenizer)
     inside = bool(row.kind[-1] & THINKING)
     kind = np.full(reply.size, ASSISTANT | GENERATED, np.int32)

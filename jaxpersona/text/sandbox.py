@@ -26,7 +26,7 @@ from typing import Any
 
 from jaxpersona.errors import UserError
 
-SECONDS = 10.0  # CPU seconds per rendering, and for all renderings of one conversation
+SECONDS = 10.0  # CPU time limit for each rendering, and for all renderings of a conversation
 MEMORY = 2 << 30  # bytes of the worker's address space, including the interpreter
 CHARACTERS = 1 << 26  # maximum size of a conversation and of a rendering
 _LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON uses at most 6 per character
@@ -180,7 +180,7 @@ class _Worker:
         except (OSError, EOFError, TimeoutError) as error:
             self.end()
             return {"error": self._cause(error), "refused": False}
-        except BaseException:  # e.g. an interrupt; the next request would read this answer
+        except BaseException:  # e.g. an interrupt; a later request would read this answer
             self.end()
             raise
         return json.loads(reply.decode("utf-8", "surrogatepass"))
@@ -223,7 +223,7 @@ class _Worker:
         if _current is self:
             _current = None
         if self.process.poll() is None and isinstance(sys.exc_info()[1], EOFError | OSError):
-            # the worker may be about to exit, with a code that gives the cause
+            # the worker may be exiting, and its exit code gives the cause
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(1.0)
         self.process.kill()

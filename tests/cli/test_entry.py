@@ -38,7 +38,7 @@ TALK = [{"role": "user", "content": "hi <|tool|>"}, {"role": "assistant", "conte
 
 @functools.cache
 def model():
-    """Return a model with 258 embedding rows and a tokenizer with one more token."""
+    """Return a model with 258 embedding rows and a tokenizer with 259 tokens."""
     tokenizer = copy.deepcopy(s.byte_tokenizer())
     tokenizer.add_tokens(["<|tool|>"])
     return dataclasses.replace(s.tiny_model(vocab_size=258, stop_ids=(257,)), tokenizer=tokenizer)

@@ -1,4 +1,4 @@
-"""Damaged input files, read through the command, cause a one-line error or no harm.
+"""Damaged input files cause a one-line error of the command, or no harm.
 
 Each case damages one file (`fuzz`) and runs a command in this process. The exit code must be 0, or
 2 with one line that names the file or its folder. The output must not contain control characters.
@@ -29,7 +29,7 @@ from jaxpersona.text import chat
 from jaxpersona.vectors.vector import Axis, Vector
 
 LAYERS, WIDTH = 3, 32  # of the model from the fixture `checkpoint`
-SECONDS = 60  # time limit for a command with one file
+SECONDS = 60  # time limit for one command
 VALUES = np.random.default_rng(0).normal(size=(LAYERS, WIDTH)).astype(np.float32)
 TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"},
         {"role": "assistant", "content": "So."}]
@@ -175,7 +175,7 @@ PICKLES = {
 
 
 def _guarded(arguments: list[str]) -> Any:
-    """Run the command; fail the test, instead of hanging, if a file causes a timeout."""
+    """Run the command; if it exceeds the time limit, fail the test."""
     def late(*_: Any) -> None:
         raise AssertionError(f"{arguments} ran for {SECONDS} seconds")
 
@@ -213,7 +213,7 @@ def run(place: Any, name: str, make: Any, command: Any, count: int, capsys: Any,
     folder, model = place
     path, kept = folder / name, folder / "kept"
     data = path.read_bytes()
-    if command in (_spec, _project, _axis):  # these commands read no damaged file of the model
+    if command in (_spec, _project, _axis):  # the damaged file is not part of the model
         monkeypatch.setattr("jaxpersona.cli.support.open_model", lambda *_: model)
     generate = sys.modules["jaxpersona.engine.generate"]
     if command is _spec:  # avoids compiling a program for each spec

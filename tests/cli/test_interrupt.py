@@ -29,7 +29,7 @@ def start(*arguments, **variables):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-# runs the command, with a pause of half a minute during the import of the given module
+# runs the command and pauses for half a minute during the import of a given module
 WAITING = """
 import sys, time
 where, sys.argv = sys.argv[1], ["jaxpersona", *sys.argv[2:]]

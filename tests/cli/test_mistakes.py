@@ -158,7 +158,7 @@ WITHOUT_TORCH = ("import sys; sys.modules['torch'] = None; sys.argv[0] = 'jaxper
     (["--steer", "other.npy"], "error: vector 'other' is for 2 layers of width 3"),
 ])
 def test_a_mistake_is_exactly_one_line_of_a_process(tmp_path, arguments, wanted):
-    """Transformers' advice to install PyTorch and progress displays add no lines."""
+    """Advice by transformers to install PyTorch and progress displays add no lines."""
     np.save(tmp_path / "other.npy", np.ones((2, 3), np.float32))
     env = {k: v for k, v in os.environ.items()
            if k not in ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "TRANSFORMERS_VERBOSITY")}

@@ -56,7 +56,7 @@ SHARED = chain(steer(V[0], layers=[0]), cap(V[1], layers=[1], floor=0.5))
 READ = (capture.mean() | capture.last() | s.READ | capture.norms()
         | capture.projections(V) | capture.moments(V)
         | capture.histogram(V, edges=[-1.0, 0.0, 1.0]))
-# interventions of the rows; add a line for a new kind of intervention
+# one intervention per row; add a line for each new kind of intervention
 REQUESTS = (
     SHARED,
     None,
@@ -176,7 +176,7 @@ def test_a_long_prompt_s_chunks_run_on_a_mesh(heads, axes, monkeypatch):
         jax.clear_caches()
 
 
-# every family and every mesh; `make test-all` tests all combinations
+# each family and each mesh at least once; `make test-all` tests all combinations
 PAIRS = [("llama", "8x1"), ("qwen3", "4x2"), ("qwen3", "1x8"), ("gemma2", "2x4"),
          ("gemma2", "spread")]
 
@@ -194,7 +194,7 @@ def test_a_mesh_computes_what_one_device_does(family, shape):
     assert s.same_bits(out.applied, applied)
     together = replies(model)
     for row, (one, other) in enumerate(zip(alone.tokens, together.tokens, strict=True)):
-        if not np.array_equal(one, other):  # only a near-tie explains it
+        if not np.array_equal(one, other):  # allowed only at a near-tie
             apart = int(np.argmax(one[: len(other)] != other[: len(one)]))
             assert margin(family, row, one[:apart]) < 1e-4
         else:
@@ -203,7 +203,7 @@ def test_a_mesh_computes_what_one_device_does(family, shape):
 
 
 def margin(family, row, reply):
-    """Return the top-2 margin on one device of the token after a prompt and part of its reply."""
+    """Return the top-2 logit margin, on one device, after a prompt and the start of its reply."""
     model = one_device(family)
     text = batch([[*ROWS[row], *reply.tolist()]])
     edits = BY_ROW.take([row])

@@ -48,7 +48,7 @@ def test_the_folder(tmp_path, variables, expected):
     given = {k: v.format(home=tmp_path) for k, v in variables.items()}
     assert chosen(tmp_path, **given).startswith(expected.format(home=tmp_path))
     if not variables:
-        assert list(tmp_path.rglob("*")), "nothing was kept"
+        assert list(tmp_path.rglob("*")), "the cache is empty"
 
 
 def test_a_processor_described_in_any_encoding_has_a_folder(tmp_path):

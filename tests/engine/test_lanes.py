@@ -102,7 +102,7 @@ def with_system(rows, length=20):
 
 
 def joined(head, tail, kind=SYSTEM):
-    """Join a system message and a user message to a prompt."""
+    """Join a system message and a user message into one prompt."""
     kinds = np.r_[np.full(len(head), kind), np.full(len(tail), USER)].astype(np.int32)
     turn = np.r_[np.zeros(len(head)), np.ones(len(tail))].astype(np.int32)
     return Row(np.array([*head, *tail], np.int32), kinds, turn, "")
@@ -203,7 +203,7 @@ def test_prompts_of_mixed_lengths_share_few_cache_sizes():
     assert sizes == sorted(sizes) and len(set(sizes)) < 20
     assert all(size < 2 * n for n, size in enumerate(sizes, 1) if n > 64)
     assert all(size <= 1.5 * n + 1 for n, size in enumerate(sizes, 1) if n > 512)
-    # sizes do not far exceed the context
+    # cache sizes do not exceed the context by much
     assert [cache_size(n, 2048) for n in (1100, 2000, 2084)] == [1536, 2048, 2112]
     rows = [Row(np.zeros(n, np.int32), np.full(n, USER, np.int32), np.zeros(n, np.int32), "")
             for n in range(20, 129)]  # lengths of role prompts

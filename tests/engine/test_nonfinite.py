@@ -108,7 +108,7 @@ def test_an_overflow_within_a_reply_keeps_what_was_said_before(limit):
     out, said = warned(lambda: go(interventions=edits, max_new_tokens=limit,
                                   model=dataclasses.replace(MODEL, stop_ids=())))
     assert out.finish == ["nonfinite"] * 8 and "layer 2 (residual), token 5" in said
-    for i in range(8):  # the first token was chosen from finite logits; running it overflows
+    for i in range(8):  # the first token is chosen from finite logits, and the next step overflows
         assert out.tokens[i].tolist() == plain.tokens[i][:1].tolist()
 
 

@@ -159,7 +159,7 @@ def test_the_draws_of_earlier_runs_stay():
 
 
 def test_every_seed_row_and_position_has_a_draw_of_its_own():
-    """Sums or permutations of the three do not give the same draw, such as r + 1 at p − 1."""
+    """Different combinations have different draws, even if their sums are equal."""
     seed, row, place = (x.ravel() for x in np.mgrid[:20, :20, :20])
     found = np.asarray(uniforms(jnp.asarray(seed, jnp.uint32), jnp.asarray(row, jnp.uint32),
                                 jnp.asarray(place, jnp.int32)))

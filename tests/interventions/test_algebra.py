@@ -192,5 +192,5 @@ def test_every_operator_position_and_first_token_equals_hooks(family, tmp_path):
     worst = max(s.relative(ours.captured["full"][b][:, :-1], stream[b]).max()
                 for b in range(len(rows)))
     differ = [not np.array_equal(a, b) for a, b in zip(ours.tokens, plain.tokens, strict=True)]
-    assert np.mean(differ) > 0.6, "most combinations should change what is said"
+    assert np.mean(differ) > 0.6, "most combinations should change the reply"
     print(f"{family}: {len(rows)} rows, worst {worst:.1e}, {np.mean(differ):.0%} say other things")

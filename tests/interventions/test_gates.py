@@ -63,7 +63,7 @@ def test_exactly_the_rows_above_change_and_alone_they_say_the_same(edit, within)
     plain = run(None)
     gated = run(gate(edit, C, layer=0, above=SPLIT, within=within))
     open_ = run(edit if within else gate(edit, C, layer=0, above=-1e6))
-    assert moved(open_, plain).all(), "the edit must be seen in every row for the gate to tell"
+    assert moved(open_, plain).all(), "the edit must change every row"
     np.testing.assert_array_equal(moved(gated, plain), ABOVE)
     np.testing.assert_array_equal(moved(gated, open_), ~ABOVE)
     for b in range(B):
@@ -115,7 +115,7 @@ def test_each_bound_of_a_gate_over_tokens_shuts_it(bounds):
     found, _ = s.residuals(MODEL, batch(ROWS, width=32), edits)
     p, real = PLAIN[:, 1] @ UNIT, ~np.isnan(PLAIN[:, 2, :, 0])
     acts = (p >= bounds.get("above", -np.inf)) & (p <= bounds.get("below", np.inf))
-    assert 0.2 < acts[real].mean() < 0.8, "the bounds must divide the tokens to be told"
+    assert 0.2 < acts[real].mean() < 0.8, "the bounds must divide the tokens"
     np.testing.assert_array_equal((found[:, 2] != PLAIN[:, 2]).any(-1)[real], acts[real])
 
 
@@ -238,7 +238,7 @@ def test_sites_come_in_order():
 
 
 def test_the_prompt_alone_is_measured_and_what_stands_there_after_its_edits():
-    """A gate does not measure generated tokens, and measures after edits at the same site."""
+    """A gate measures only prompt tokens, after the edits at the same site."""
     shift = steer(C, layers=[0], scale=2.0)
     edits = chain(shift, gate(EDIT, C, layer=0, above=SPLIT + 2 * np.linalg.norm(C),
                               where=everywhere.without("first")))

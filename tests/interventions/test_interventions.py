@@ -116,7 +116,7 @@ def test_a_cap_that_never_binds_is_bit_exact_with_none(dtype):
         assert all((x.changed == 0).all() for x in applied)
         assert all((x.seen > 0).any() for x in applied)
     found, applied = _state(model, rows, cap(v, layers=slice(0, 3), floor=0.5, rows=[3, -1, 0, 4]))
-    assert len(s.differing(found, plain)) > 5, "the comparison sees nothing"
+    assert len(s.differing(found, plain)) > 5, "the comparison detects no change"
 
 
 def test_applied_counts_what_was_done():

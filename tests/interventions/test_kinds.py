@@ -231,7 +231,7 @@ def loss(edits):
 MADE = {
     "steer": (lambda v: steer(v, layers=[0], scale=0.7), G[0]),
     "steer's strength": (lambda c: steer(G[0], layers=[0, 1], scale=c), np.float32([0.4, -0.6])),
-    # so high that no token is at the kink
+    # a high floor, because a cap is not differentiable there
     "cap": (lambda v: cap(v, layers=[0, 1], floor=9.0), G[0]),
     "cap's floor": (lambda f: cap(G[0], layers=[0, 1], floor=f), np.float32([9.0, 12.0])),
     "ablate": (lambda v: ablate(v, layers=[0]), G[1]),

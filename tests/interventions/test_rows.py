@@ -123,7 +123,7 @@ def test_new_values_retrace_nothing():
     go(steer(BANK[2].tolist(), layers=[1, 2], scale=3))
     go(bank(), temperature=np.linspace(0.1, 1, B), seed=np.arange(B))
     assert counts() == before
-    # other layers need another program, so the counter works
+    # different layers need a new program; checks the counter
     go(steer(BANK[2], layers=[1], scale=3))
     assert counts() != before
 

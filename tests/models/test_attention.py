@@ -267,5 +267,5 @@ def test_the_start_up_test_runs_in_a_trace_and_finds_faults(monkeypatch):
 @pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize(("head_dim", "groups"), [(64, 1), (128, 4), (128, 8)])
 def test_cudnn_agrees_on_a_gpu(head_dim, groups, windowed):
-    """On a GPU, the shapes of Llama, Qwen and Mistral pass the test of cuDNN."""
+    """On a GPU, cuDNN passes its test for the shapes of Llama, Qwen and Mistral."""
     assert kernel.cudnn_fault("bfloat16", head_dim, groups, windowed) is None

@@ -51,7 +51,7 @@ def test_steer_and_cap_equal_hooks(family, tmp_path):
         assert all((counts.changed > 0).any() for counts in ours.applied)
         print(f"{family}, {where}: {worst:.1e}")
     plain, _ = hf.generate(made, rows, {}, NEW)
-    assert (plain != tokens).any(), "the edits change nothing that is generated"
+    assert (plain != tokens).any(), "the edits do not change the replies"
 
 
 ROLES = [Role("default", ("", "You are an AI assistant."), ""),

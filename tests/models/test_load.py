@@ -240,7 +240,7 @@ def test_transformers_is_not_imported_where_no_tokenizer_is_read(folder):
 
 
 def test_threads_that_try_tokenizers_leave_standard_error_as_it_was():
-    """The second thread must not save the first thread's redirected stream as the original one."""
+    """The second thread must not mistake the first thread's redirected stream for the original."""
     code = """
 import os, threading
 from jaxpersona.ckpts.loading import _without_stderr

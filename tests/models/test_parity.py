@@ -26,8 +26,8 @@ def _heads(queries: int, keys: int, width: int) -> dict:
     return {"num_attention_heads": queries, "num_key_value_heads": keys, "head_dim": width}
 
 
-# each family with 1, 2, 4 and 8 queries per key head, tied and untied, and a head dimension other
-# than D/N
+# each family with 1, 2, 4 and 8 query heads per key head, tied and untied, and a head dimension
+# other than D/N
 CASES = {
     "llama": [
         _heads(4, 4, 12),
@@ -130,7 +130,7 @@ def test_forward_equals_transformers_and_its_own_pieces(family, fields, tmp_path
     wanted = theirs(made, rows)
     params, config = hf.params(made, tmp_path)
     ours = whole(params, config, batch(rows))
-    assert wanted[0].std() > 0.3, "the oracle's logits are too near to uniform to tell"
+    assert wanted[0].std() > 0.3, "the reference logits are too close to uniform"
     assert (far := worst(ours, wanted)) <= 1e-4
 
     # a prefill of 16 tokens, a second chunk of 16, then one decoded token

@@ -93,7 +93,7 @@ def test_a_floor_just_beyond_the_limit_is_named_and_one_just_within_is_not():
 
 
 def test_what_cannot_be_checked_is_refused(mini, axis):
-    """Test an axis of a different model, a zero layer, floors of a wrong shape, no tokenizer."""
+    """Test an axis of a different model, a zero layer, floors of the wrong shape, no tokenizer."""
     gap = axis.values.copy()
     gap[6] = 0
     for given, options, words in (

@@ -1,4 +1,4 @@
-"""HLO parsing: kernels and collectives are counted once, also in loops and branches."""
+"""HLO parsing: kernels and collectives are counted once, even in loops and branches."""
 
 from __future__ import annotations
 

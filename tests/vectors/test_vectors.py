@@ -131,7 +131,7 @@ def test_floors_act_in_a_model_at_their_layers(tmp_path):
 
 
 def test_gguf_in_and_out(tmp_path):
-    """`direction.N` is layer N; a warning names a dropped layer 0 or dropped thresholds."""
+    """`direction.N` is layer N; a warning lists what the format drops: layer 0 and thresholds."""
     axis = Axis(VALUES, "assistant", "owner/m", "0123456789abcdef", notes={"roles": 3},
                 percentiles={"default": {"p25": np.zeros(4)}})
     lost = save_vector(tmp_path / "a.gguf", axis)
