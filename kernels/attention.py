@@ -41,7 +41,7 @@ def attention_implementation(
       platform: the devices' platform: "cpu", "gpu" or "tpu".
       dtype: the dtype of queries, keys and values.
       tokens: the number of queries per row, including padding.
-      fresh: whether there are no earlier tokens: no cache, or one allocated by this call.
+      fresh: whether there are no earlier tokens, because there is no cache or it is new.
       capability: the GPU's compute capability.
       sharded: whether the arrays are sharded over a mesh.
       asked: the requested implementation, or "auto".

@@ -129,7 +129,7 @@ def _neutral(table: Any) -> Any:
 
 
 def row_count(edits: Interventions, axes: tuple[int, ...]) -> int:
-    """Return the number of rows of interventions stored per row."""
+    """Return the number of rows B of per-row interventions."""
     return next(x.shape[axis] for x, axis in zip(jax.tree.leaves(edits), axes, strict=True)
                 if axis >= 0)
 

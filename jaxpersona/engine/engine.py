@@ -64,9 +64,9 @@ class Engine:
         Args:
           model: the result of `load`.
           rows: B, the number of rows in a lane. The rounding of results depends on it.
-          capacity: the result of `reserve`, for any number of rows: the layers and the maximum
-            number of rank-one interventions in a request. All requests then share programs. None:
-            every structure of interventions has its own programs and lanes.
+          capacity: the result of `reserve`, for any number of rows. It limits the layers and the
+            number of rank-one interventions in a request, so that all requests share programs.
+            None: every structure of interventions has its own programs and lanes.
           sizes: the cache sizes, in tokens of prompt and reply; default: `lanes.cache_size`.
           lanes: the maximum number of lanes; each has its own cache.
           chunk: the maximum number of decode steps between two transfers to the host.

@@ -42,7 +42,7 @@ class Kind:
       code: whether the request selects tokens in fenced code.
       strings: the stop strings (`stopping.checked`).
       capture: the readings.
-      neutral: interventions on one row that change nothing, with the structure of the request's.
+      neutral: interventions on one row that change nothing, with the request's structure.
     """
 
     def __init__(self, slots: int, greedy: bool, code: bool, strings: tuple[str, ...],

@@ -40,8 +40,8 @@ class Scheduler:
           open_lane: returns a new lane for a key.
           collect: called with finished tasks and a state whose first rows belong to them.
           lanes: the maximum number of open lanes.
-          batched: True: wait until enough rows are free or done to fill a program (throughput);
-            False: admit and collect each prompt as soon as possible (latency).
+          batched: wait until enough rows are free or done to fill a program (throughput); False:
+            admit and collect each prompt as soon as possible (latency).
           refill: admit prompts while other rows decode; False: only into an empty lane.
           chunk: the maximum number of decode steps between two transfers to the host.
           failed: called with the error and the tasks of the lane in which it was raised; the lane

@@ -142,17 +142,17 @@ class ModelConfig:
         return self.parameters * itemsize
 
     def step_bytes(self, itemsize: int = 2) -> int:
-        """Return the bytes of weights that one decode step reads: all but an untied embedding."""
+        """Return the bytes of weights that a decode step reads: all except an untied embedding."""
         untied = 0 if self.tied_embeddings else self.vocab_size * self.d_model
         return (self.parameters - untied) * itemsize
 
     def cache_bytes(self, length: int, itemsize: int = 2) -> int:
-        """Return the bytes of keys and values read by one row of `length` tokens."""
+        """Return the bytes of keys and values read per step for a row of `length` tokens."""
         seen = sum(min(length, w) if w else length for w in self.windows)
         return 2 * self.n_kv_heads * self.head_dim * itemsize * seen
 
     def prefill_flops(self, length: int, *, head: bool = False) -> int:
-        """Return the floating-point operations of a prefill of one row of `length` tokens.
+        """Return the number of floating-point operations to prefill one row of `length` tokens.
 
         The count is 2·P·T + 2·L·N·H·T² for T = `length`, where P is the number of parameters
         without the embedding and the output head. The attention term is halved by causal masking.

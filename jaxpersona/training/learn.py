@@ -126,8 +126,8 @@ def fit(
 
     Raises:
       UserError: an argument has the wrong type; there are no batches or steps; the direction does
-        not match the model or the checkpoint; the checkpoint has more steps than `steps`; the loss is
-        not a scalar; the loss or its gradient is not finite (the direction then keeps its value
+        not match the model or the checkpoint; the checkpoint has more steps than `steps`; the loss
+        is not a scalar; the loss or its gradient is not finite (the direction then keeps its value
         from before that step); or this process was forked from a process that had used JAX.
     """
     check_process()

@@ -33,7 +33,7 @@ def refused(capsys, arguments, wanted):
 
 
 def test_any_separator_in_a_text_survives_and_leftovers_do_not_block(checkpoint, tmp_path, capsys):
-    """Line separators other than newline survive; a killed writer's file does not block a run."""
+    """Line separators other than newline survive; leftover temporary files do not block a run."""
     texts = tmp_path / "texts"
     texts.mkdir()
     s.write_texts(texts, ROLES, [Question(0, STRANGE)])

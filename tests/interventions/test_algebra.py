@@ -193,4 +193,4 @@ def test_every_operator_position_and_first_token_equals_hooks(family, tmp_path):
                 for b in range(len(rows)))
     differ = [not np.array_equal(a, b) for a, b in zip(ours.tokens, plain.tokens, strict=True)]
     assert np.mean(differ) > 0.6, "most combinations should change the reply"
-    print(f"{family}: {len(rows)} rows, worst {worst:.1e}, {np.mean(differ):.0%} say other things")
+    print(f"{family}: {len(rows)} rows, worst {worst:.1e}, {np.mean(differ):.0%} differ")

@@ -192,7 +192,7 @@ def test_a_copy_with_another_configuration_has_its_own():
 
 
 def old_file(path, vector):
-    """Write a file in the format before fingerprints had schemes."""
+    """Write a file in the format used before fingerprints had schemes."""
     save_vector(path, vector)
     tensors, header = files.read_tensors(path)
     assert header.pop("fingerprint_scheme") == str(SCHEME)
@@ -255,7 +255,7 @@ def test_a_file_is_stamped_anew(tmp_path, capsys):
     old_file(tmp_path / "old.safetensors",
              Axis(np.ones((2, 32)), fingerprint=config.hash() + "12345678"))
     with warnings.catch_warnings():
-        # as outside the tests; the command prints a warning as one line
+        # as outside tests: a warning is printed as one line
         warnings.simplefilter("always")
         assert s.run_command(["vectors", "convert", str(tmp_path / "old.safetensors"),
                               str(tmp_path / "new.safetensors"), "--model",
