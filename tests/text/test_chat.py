@@ -350,7 +350,7 @@ def test_tokenizers_without_thinking_tags_have_no_ids_for_them():
     ([{"role": "user", "content": "x", "name": "y"}], "the field 'name'"),
     (says("x", "y"), "it must be 'user'"),
     (says(system="x"), "it must be 'user'"),
-    ([*says("x"), *says("y", system="z")], "only message 0 may"),
+    ([*says("x"), *says("y", system="z")], "only message 0 can have it"),
     (["x"], "message 0 is 'x'"), (says("\ud800"), "lone surrogate"),
 ])
 def test_a_malformed_conversation_is_refused_by_field_and_value(talk, complaint):
