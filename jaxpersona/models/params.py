@@ -174,7 +174,7 @@ class Derived:
         self._held: tuple[Callable[[Any], Any], Any, list[Any], Any] | None = None
 
     def get(self, tree: Any, make: Callable[[Any], Any]) -> Any:
-        """Return make(tree), cached for the arrays in `tree`."""
+        """Return `make(tree)`; cached while the arrays in `tree` are the same."""
         leaves, structure = jax.tree.flatten(tree)
         if not all(isinstance(x, jax.Array) for x in leaves):
             return make(tree)

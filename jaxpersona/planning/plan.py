@@ -37,7 +37,7 @@ from jaxpersona.runtime import Device, check_process
 
 ITEM = 2  # bytes per bfloat16
 FRACTIONS = (1.0, 0.6, 0.3)  # of roofline speed, for `axis_run_hours`
-ROLLOUTS = 331_200  # for a published axis (Lu et al. 2026): 276 roles × 1,200
+ROLLOUTS = 331_200  # of a published axis (Lu et al. 2026): 276 roles × 1,200
 NEW_TOKENS = 512  # maximum reply length of the published axis
 # layer counts of the compiled prefills; temporary memory is linear in them from 8 layers on
 DEPTHS = (8, 12)

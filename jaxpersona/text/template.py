@@ -371,7 +371,7 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
             # starts are ascending; `one` is the first content that starts after the block begins
             one = bisect.bisect_left(starts, begin)
             own = one < len(content) and content[one][1] <= inner
-            own = own or bool((kind[begin:end] & ASSISTANT).any())  # a verbatim tag without text
+            own = own or bool((kind[begin:end] & ASSISTANT).any())  # verbatim tags only
             kind[begin:end] = (ASSISTANT if own else TEMPLATE) | THINKING
 
 

@@ -199,7 +199,7 @@ def test_processes_that_the_user_has_joined_are_seen():
 
 
 def test_the_count_is_that_of_jax(monkeypatch):
-    """This holds even if the processes were not initialized by `jax.distributed`."""
+    """The number of processes comes from JAX, even without `jax.distributed`."""
     import jax
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)

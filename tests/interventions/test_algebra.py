@@ -121,7 +121,7 @@ OPERATORS = {  # our intervention, and the equivalent hook functions in order
                            FLOOR]),
 }
 ON_W = {"two caps": 1, "two caps, swapped": 0}  # the index of the hook that uses W
-# our token selection; the selected prompt tokens by kind; whether new tokens are selected
+# our token selection; which prompt tokens it selects; whether it selects new tokens
 PLACES = {
     "everywhere": (everywhere, lambda kind, i, n: True, True),
     "prompt": (prompt, lambda kind, i, n: True, False),

@@ -34,7 +34,7 @@ C, V = RNG.normal(size=(2, 32))
 UNIT = C / np.linalg.norm(C)
 PLAIN = s.residuals(MODEL, batch(ROWS, width=32))[0]
 MEANS = np.array([np.mean(PLAIN[b, 0, 1 : len(r)] @ UNIT) for b, r in enumerate(ROWS)])
-SPLIT = float(np.mean(np.sort(MEANS)[3:5]))  # four rows are above
+SPLIT = float(np.mean(np.sort(MEANS)[3:5]))  # four rows are above this bound
 ABOVE = MEANS > SPLIT
 HOW = dict(max_new_tokens=NEW, batch_size=B, capture=s.READ)
 EDIT = steer(V, layers=[1, 2], scale=2.0)

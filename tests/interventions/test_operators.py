@@ -233,7 +233,7 @@ def test_a_direction_of_another_model_is_refused():
     (lambda v: set_projection(v, -2.5, layers=0), lambda p: 0 * p - 2.5),
 ])
 def test_linear_operators_follow_their_equations(made, expected):
-    """Each changes only the projections of selected tokens, by its equation."""
+    """Each operator changes only the projections of selected tokens, by its equation."""
     rng = np.random.default_rng(4)
     h, v = rng.normal(size=(3, 5, 8)).astype(np.float32), rng.normal(size=8)
     active = rng.random((3, 5)) < 0.6

@@ -55,7 +55,7 @@ def test_forward_accepts_prepared_interventions():
 
 
 def test_entries_without_an_index_broadcast_over_rows():
-    """Entry b of several applies to row b, and `take` selects entries."""
+    """Without an index, entry b applies to row b, and `take` selects entries."""
     h = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, G.shape[1])), jnp.float32)
     indexed = cap(G[:2], layers=[0], floor=[5.0, 9.0], rows=[0, 1])
     rowwise = Interventions(tuple(edit.replace(index=None) for edit in indexed.edits))

@@ -170,7 +170,7 @@ def test_the_tests_select_exactly_the_contents(name, user, said):
     chosen = sum(np.asarray(jp.where.holds(test.encode(), row), int)
                  for test in (jp.response, jp.user, jp.system))[0]
     assert chosen.max() == 1
-    # tokens without a selection are template text, which is the same as in TALK
+    # tokens that are not selected are template text, which must equal that of TALK
     rest = tokenizer.decode(row.tokens[0][chosen == 0].tolist())
     frame = re.sub(r"\{[sua]\d\}[^{]*|\{th?\d\}", "", TALKS[name])
     assert "".join(rest.split()) == "".join(frame.split())  # a lone space may be template text

@@ -87,7 +87,7 @@ def test_a_direction_has_layers_and_width(tmp_path, capsys, shape):
     (["x"] * 4, "cannot be converted to float32"),
 ])
 def test_thresholds_are_one_finite_number_a_layer(tmp_path, capsys, value, words):
-    """This holds in Python and in files."""
+    """Thresholds are checked in Python and in files."""
     with pytest.raises(ValueError, match=f"percentiles/default/p25.*{words}"):
         Axis(VALUES, percentiles={"default": {"p25": value}})
     with pytest.raises(ValueError, match=r"a dict of \[L\]"):
