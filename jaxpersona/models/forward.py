@@ -105,7 +105,7 @@ def forward(
     Args:
       params: the parameters; their dtype is the computation's dtype.
       config: the model configuration (static).
-      batch: B rows of T tokens, right-padded. With a cache, the tokens continue its rows.
+      batch: B rows of T tokens, right-padded. With a cache, the tokens are appended to its rows.
       interventions: the edits of the activations, optionally prepared (`Interventions.prepare`).
       capture: the readings of the activations.
       carry: the state to continue from, returned by the previous call on these rows

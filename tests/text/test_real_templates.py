@@ -329,6 +329,6 @@ def test_the_date_of_today_is_template(variables):
 
 @pytest.mark.parametrize("name", MOVES)
 def test_a_system_prompt_that_the_template_drops_is_refused(name):
-    """The system prompt is only rendered before a last user message; otherwise it would be lost."""
+    """The template renders the system prompt only if the last message is a user message."""
     with pytest.raises(jp.UserError, match="omits the content of message 0"):
         chat.encode_row(make_tokenizer(name), TALK[:3], reply=False)
