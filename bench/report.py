@@ -2,7 +2,7 @@
 
     python bench/report.py
 
-Measures nothing. Ratios with too wide an interval are marked as unresolved.
+Ratios with too wide an interval are marked as unresolved.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def draw(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def line(axis: Any, at: dict[int, dict[str, Any]], name: str) -> None:
-    """Draw ratios with their intervals."""
+    """Plot ratios with their intervals."""
     xs = sorted(at)
     low, high = zip(*(at[x]["interval"] for x in xs), strict=True)
     axis.plot(xs, [at[x]["ratio"] for x in xs], "o-", label=name)

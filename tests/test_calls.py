@@ -1,4 +1,4 @@
-"""Typical mistakes of a first hour: each raises one line with the argument, value or fix."""
+"""Typical beginners' mistakes raise a one-line error with the argument, the value or the fix."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def steer(**more):
 
 
 MISTAKES = {
-    # names of other libraries
+    # argument names of other libraries
     "layer": (lambda: jp.steer(V, layer=4),
               r"steer\(\) has no argument 'layer'; did you mean layers"),
     "coeff": (lambda: jp.steer(V, layers=4, coeff=2.0), "'coeff'; did you mean scale"),
@@ -47,7 +47,7 @@ MISTAKES = {
     "batch": (lambda: jp.extract(MODEL, [TALK], batch=8), "did you mean batch_tokens"),
     "positives": (lambda: jp.contrast(MODEL, positives=["a"], negative=["b"]),
                   "did you mean positive"),
-    # what is missing, or given by position
+    # missing or positional arguments
     "no layers": (lambda: jp.steer(V), r"steer\(\) needs layers"),
     "no bound": (lambda: jp.cap(V, layers=4), "cap needs a bound: floor, ceiling or both"),
     "no prompts": (lambda: jp.generate(MODEL), r"generate\(\) needs conversations"),
@@ -55,7 +55,7 @@ MISTAKES = {
                              "takes vector by position; pass 2.0 by keyword, as one of scale"),
     "layer by position": (lambda: jp.steer(V, 4), "by keyword, as one of layers, scale"),
     "twice": (lambda: jp.steer(V, vector=V, layers=4), "'vector' twice"),
-    # values
+    # invalid values
     "a name": (lambda: jp.generate("mini", ["a"]), r"model is 'mini'; give the result of jp\.load"),
     "a name in extract": (lambda: jp.extract("mini", [TALK]), r"model is 'mini'"),
     "a name in logprobs": (lambda: jp.logprobs("mini", [TALK]), r"model is 'mini'"),

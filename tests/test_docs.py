@@ -1,4 +1,4 @@
-"""README and docs: their Python blocks run, their links lead somewhere, and README is short."""
+"""README and docs: Python blocks run, links resolve, and the README is short."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-# blocks for several devices or a model of the hub
+# blocks that need several devices or a model from the hub
 NOT_RUN = {"docs/meshes.md": "make_mesh(data=2, model=8)"}
 
 
@@ -21,7 +21,7 @@ def name(path: pathlib.Path) -> str:
 
 
 def blocks(path: pathlib.Path) -> list[str]:
-    """The Python blocks of a page, without those of `NOT_RUN`."""
+    """Return the Python blocks of a page, except those in `NOT_RUN`."""
     skipped = NOT_RUN.get(name(path))
     found = FENCE.findall(path.read_text())
     assert skipped is None or any(skipped in block for block in found)

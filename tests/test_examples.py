@@ -1,4 +1,4 @@
-"""The examples run unmodified."""
+"""The examples run without modification."""
 
 from __future__ import annotations
 

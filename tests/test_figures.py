@@ -70,7 +70,8 @@ def analysis(count, seed=0):
 def test_the_default_persona_is_drawn_at_its_coordinates(tmp_path, monkeypatch):
     drawn = drawings(monkeypatch)
     _, found = analysis(30)
-    figures.components(tmp_path / "a.png", found, 0, found.vectors[7])  # a role as the default
+    # one role serves as the default
+    figures.components(tmp_path / "a.png", found, 0, found.vectors[7])
     (star,) = [line for line in drawn[0].axes[0].lines if line.get_marker() == "*"]
     np.testing.assert_allclose([star.get_xdata()[0], star.get_ydata()[0]],
                                found.components[0].coordinates[7, :2], rtol=1e-5)

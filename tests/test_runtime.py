@@ -29,7 +29,7 @@ SETTINGS = {
 
 
 def everything():
-    """Call every constructor, and generate and extract with every capture."""
+    """Call every constructor, and run generate and extract with every capture."""
     named = jp.Vector(V)
     edits = jp.chain(
         jp.steer(V[:2], layers=[1], scale=0.5, rows=[0, -1, 1]),
@@ -76,7 +76,7 @@ def test_a_setting_of_jax_holds_again_after_a_call():
 
 
 def test_a_setting_that_the_user_has_chosen_stays(monkeypatch):
-    """Only JAX's own default is changed, and changed back if the block fails."""
+    """Only JAX's default is changed, and it is restored if the block fails."""
     name = "jax_cpu_enable_async_dispatch"
     before = runtime.setting(name)
     try:
@@ -108,7 +108,7 @@ def test_a_tracer_is_found_in_any_tree():
 
 
 def test_a_platform_that_the_user_has_chosen_stays():
-    """`jaxpersona plan` asks for a CPU only where no platform is chosen."""
+    """`jaxpersona plan` selects the CPU only if no platform is set."""
     before = runtime.setting("jax_platforms")
     try:
         jax.config.update("jax_platforms", "cpu")

@@ -1,4 +1,4 @@
-"""Read activations of finished conversations, without the head and without unread upper layers.
+"""Read activations of complete conversations; the head and unread upper layers are not computed.
 
 Conversations run in batches of about the same number of tokens (`engine.batches`).
 """
@@ -44,22 +44,22 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 _LOG = logging.getLogger("jaxpersona")
-# tokens of a batch: enough to use the whole device, few enough to limit padding in last batches
+# tokens per batch: enough to fill the device, few enough to limit the padding in the last batches
 _TOKENS = {"cpu": 1024}
 _TOKENS_ELSE = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
 class Extracted:
-    """The readings of N conversations, in their order.
+    """The readings of N conversations, in input order.
 
     Attributes:
-      captured: the result of each reading by name: [N, L, …], or for readings per token a list of N
-        arrays [L, T, …].
+      captured: the result of each reading by name: [N, L, …], or a list of N arrays [L, T, …] for
+        per-token readings.
       applied: one `Applied` per intervention table, with fields seen [N] and changed [l, N].
       rows: the encoded conversations.
       tokens, padded: the number of tokens without and with padding.
-      nonfinite: [N] bool, True if a residual was NaN or infinite: do not use what was captured.
+      nonfinite: [N] bool, True if a residual was NaN or infinite; discard these readings.
     """
 
     captured: dict[str, Any]
@@ -95,18 +95,18 @@ def extract(
         (one user message), a `chat.Row`, or token ids.
       capture: the readings; default: the mean over response tokens at every layer.
       interventions: edits of the activations, without rows or with one row per conversation.
-      batch_tokens: the number of tokens of a batch, including padding; default: 1,024 for a model
+      batch_tokens: the number of tokens in a batch, including padding; default: 1,024 for a model
         on a CPU, else 16,384.
-      on_nonfinite: for NaN or infinite activations. "warn": mark the conversation
-        (`Extracted.nonfinite`) and issue one `NonfiniteWarning` with the first layer and the
-        remedy; "raise": raise it as an error. `jax_debug_nans` and `jax_debug_infs` imply "raise".
+      on_nonfinite: the response to NaN or infinite activations. "warn": mark the conversation
+        (`Extracted.nonfinite`) and issue one `NonfiniteWarning` that names the first layer and the
+        fix; "raise": raise an error. `jax_debug_nans` and `jax_debug_infs` imply "raise".
       progress: called with (conversations done, N, tokens so far).
 
     Raises:
-      UserError: no conversation, one longer than the context, a reading such as a mean that selects
-        no token in any conversation, arguments that do not fit, or non-finite activations with
-        `on_nonfinite="raise"`. If only some conversations have no selected token, their values are
-        NaN and a logged warning lists them.
+      UserError: there are no conversations, one is longer than the context, a reading such as a
+        mean selects no token in any conversation, the capture or the interventions do not match the
+        model, or activations are not finite with `on_nonfinite="raise"`. If a reading selects no
+        token in only some conversations, their values are NaN and a logged warning lists them.
     """
     check_model(model)
     check_choice(on_nonfinite)
@@ -184,7 +184,7 @@ def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
     """Check, before any program runs, that each reading selects a token.
 
     Raises:
-      UserError: a mean, a last activation or moments over no token of any conversation.
+      UserError: a mean, a last activation or moments select no token in any conversation.
     """
     for name, reading in capture.readings.items():
         if not reading.needs_token:

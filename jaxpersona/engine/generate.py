@@ -1,9 +1,10 @@
-"""Generate replies for any number of conversations, at one batch size.
+"""Generate replies to any number of conversations with a fixed batch size.
 
-Reproducibility: the batch size B is fixed for a call, and missing rows are padding. The padded
-length, cache size and random draws of a conversation depend on it alone. Its tokens and captures
-are therefore bit for bit the same alone, in any packing and in any order, on one device and one set
-of versions. Across batch sizes or devices only the random draws are the same.
+Reproducibility: the batch size B is fixed for a call; if there are fewer conversations, the batch
+is padded. A conversation's padded length, cache size and random draws depend only on that
+conversation. On the same device and package versions, its tokens and captures are therefore
+bit-identical in any set and order of conversations. For other batch sizes or devices, only the
+random draws are the same.
 """
 
 from __future__ import annotations
@@ -60,19 +61,19 @@ _LOG = logging.getLogger("jaxpersona")
 
 @dataclasses.dataclass(frozen=True)
 class Generated:
-    """Replies to N conversations, in their order.
+    """Replies to N conversations, in input order.
 
     Attributes:
       text: the N replies without the stop token; "" if the model has no tokenizer.
       tokens: their ids without the stop token, N arrays [n] int32.
       stopped: [N] bool, True if a stop token ended the reply.
       rows: the encoded prompts.
-      captured: the result of each reading by name: [N, L, …], or for readings per token a list of N
-        arrays [L, T, …] over the tokens of prompt and reply. A mean over no token, as of an empty
-        reply, is NaN; a logged warning lists such conversations.
+      captured: the result of each reading by name: [N, L, …], or a list of N arrays [L, T, …] over
+        the tokens of prompt and reply for per-token readings. A mean that selects no token, for
+        example in an empty reply, is NaN; a logged warning lists these conversations.
       applied: one `Applied` per table, with fields seen [N] and changed [l, N].
       finish: why each reply ended: "stop" (a stop token), "length" (the limit), or "nonfinite" (a
-        residual or a logit was NaN or infinite: do not use what was captured).
+        residual or a logit was NaN or infinite; discard the captures).
     """
 
     text: list[str]
@@ -118,26 +119,26 @@ def generate(
         (one user message), a `chat.Row`, or token ids.
       interventions: edits of the activations, without rows or with one row per conversation.
       capture: readings of the activations of prompts and replies.
-      max_new_tokens: the maximum number of tokens of a reply; the model's context limits it too.
+      max_new_tokens: the maximum number of tokens in a reply, also limited by the model's context.
       temperature, top_p, top_k, seed: numbers, or [N] (`sampling.Sampling`).
-      batch_size: B, the number of rows of the compiled programs.
+      batch_size: B, the number of rows in the compiled programs.
       ids: [N] uint32, seed each conversation's random draws; default: a hash of its tokens and of
         the number of earlier conversations with the same tokens.
       thinking: whether a reply may begin with a thinking block.
-      share_prefix: run the tokens before the first user message separately, once for all
-        conversations that share them. Rounding differs from that of a single pass; results are
-        equally reproducible.
-      refill: assign the next conversation to a row as soon as it is free; False: when all rows of
-        the batch are finished. The results are bit for bit the same.
-      on_nonfinite: for NaN or infinite activations. "warn": end the reply there
-        (`Generated.finish`) and issue one `NonfiniteWarning` with the first layer and the remedy;
-        "raise": raise it as an error. `jax_debug_nans` and `jax_debug_infs` imply "raise".
+      share_prefix: run the tokens before the first user message in a separate pass, once for all
+        conversations that share them. Rounding differs from a single pass, but results are equally
+        reproducible.
+      refill: assign the next conversation to a row as soon as the row is free; False: wait until
+        all rows of the batch are finished. The results are bit-identical.
+      on_nonfinite: the response to NaN or infinite activations. "warn": end the reply
+        (`Generated.finish`) and issue one `NonfiniteWarning` that names the first layer and the
+        fix; "raise": raise an error. `jax_debug_nans` and `jax_debug_infs` imply "raise".
       progress: called with (conversations done, N, tokens so far).
 
     Raises:
-      UserError: no conversation, a prompt as long as the context, settings out of range,
-        interventions of another model or number of rows, or non-finite activations with
-        `on_nonfinite="raise"`; the message gives argument, value and remedy.
+      UserError: there are no conversations, a prompt fills the context, a setting is out of range,
+        the interventions belong to a different model or number of rows, or activations are not
+        finite with `on_nonfinite="raise"`. The message names the argument, its value and the fix.
     """
     check_model(model)
     check_choice(on_nonfinite)
@@ -190,27 +191,27 @@ def drain(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
           limits: Int[np.ndarray, " N"], settings: Sampling, edits: Interventions,
           capture: Capture, stops: Stops, collect: Collect, *, max_new: int, batch_size: int,
           share_prefix: bool = False, refill: bool = True) -> None:
-    """Run a scheduler until every prompt is finished.
+    """Run a scheduler until all prompts are finished.
 
     Args:
       model: the model.
       rows: N encoded prompts.
       ids: [N] uint32, seed the random draws.
-      limits: [N] int32, the maximum number of tokens of each reply; at most `max_new`.
+      limits: [N] int32, the maximum number of tokens in each reply; at most `max_new`.
       settings: the sampling settings of N rows.
-      edits: interventions, without rows or of N rows.
+      edits: interventions, without rows or with N rows.
       capture: the readings.
       stops: the tokens that end a row.
-      collect: called with finished tasks, whose `number` is the index of the prompt, and a state
-        whose first rows belong to them.
-      max_new: the maximum number of tokens of any reply.
+      collect: called with finished tasks and a state; the state's first rows belong to the tasks,
+        and a task's `number` is the index of its prompt.
+      max_new: the maximum number of tokens in any reply.
       batch_size: B.
       share_prefix, refill: as in `generate`.
     """
     greedy = bool((np.asarray(settings.temperature) == 0).all())
     params, shared = fast_params(model, batch_size), SharedEdits(edits)
-    # on a mesh, which shards rows over devices, all rows are replaced at once: a partial write
-    # would need communication
+    # On a mesh, all rows are replaced at once: rows are sharded over devices, so a partial write
+    # would need communication.
     together = max(1, batch_size // 4) if model.mesh is None else batch_size
 
     def open_lane(slots: Any) -> Lane:
@@ -223,8 +224,8 @@ def drain(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
                   shapes[i].slots)
              for i, row in enumerate(rows)]
     order = {slots: place for place, slots in enumerate(dict.fromkeys(t.lane for t in tasks))}
-    # sorted by shape and prefix: prompts of one shape are prefilled together, and a lane stores few
-    # prefixes
+    # Sort by shape and prefix: prompts of the same shape are prefilled together, and a lane stores
+    # only a few prefixes.
     scheduler.waiting.extend(sorted(tasks, key=lambda task: (
         order[task.lane], task.shape, prefix_key(task),
         shared.key(task) if task.shape.prefix else ())))
@@ -233,21 +234,21 @@ def drain(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
 
 
 def asks_for_code(edits: Interventions, capture: Capture) -> bool:
-    """Return whether a token test selects code, or interventions are reserved and may do so."""
+    """Return whether any edit, gate or reading selects code, or may do so after `reserve`."""
     if any(edit.reserved for edit in edits.edits):
         return True
     tests = [reading.where for reading in capture.readings.values()]
     for edit in edits.edits:
         tests += [edit.where] if edit.gate is None else [edit.where, edit.gate.where]
-    # NOWHERE, the test that selects no token, has every bit set and a negative code
+    # NOWHERE, which selects no token, has every bit set and is negative
     return any(((code >= 0) & ((code & CODE) != 0)).any()
                for code in (np.asarray(test).reshape(-1, 5)[:, :3] for test in tests))
 
 
 def stops_of(model: Model, code: bool) -> Stops:
-    """Return the tokens that end a row of a model, and the table of code fences if `code`."""
+    """Return the model's stop tokens, and the transition table of code fences if `code`."""
     ids = list(model.stop_ids) or [-1]
-    ids += [-1] * (-len(ids) % 4)  # padded, so that models of one shape share programs
+    ids += [-1] * (-len(ids) % 4)  # padded, so that models with the same shapes share programs
     tokenizer = model.tokenizer
     think = (-1, -1) if tokenizer is None else chat.thinking_ids(tokenizer)
     table = None
@@ -267,7 +268,7 @@ class _Collector:
         self.nonfinite: list[int] = []
 
     def add(self, tasks: list[Task], state: State) -> None:
-        """Store the replies of tasks from a state."""
+        """Store the replies of finished tasks, read from a state."""
         for task, finished in zip(tasks, unpack(state, tasks), strict=True):
             self.done[task.number] = finished
             self.total += finished.tokens.size

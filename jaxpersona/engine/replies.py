@@ -1,4 +1,4 @@
-"""Finished replies, on the host: one row of a lane's state, and the result of a request."""
+"""Finished replies on the host: one row of a lane's state, and the result of a request."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """One finished row of a state, on the host.
+    """One finished row of a state, copied to the host.
 
     Attributes:
       tokens: [n] int32, the chosen ids, including a stop token.
-      captured: the result of each reading: [L, …], or for readings per token [L, T, …] over the
-        tokens of the prompt and of the reply that ran.
-      per_token: the names of the readings per token.
-      empty: the names of readings that selected no token.
+      captured: the result of each reading: [L, …], or [L, T, …] for per-token readings, over the
+        tokens of prompt and reply on which the model ran.
+      per_token: the names of the per-token readings.
+      empty: the names of the readings that selected no token.
       applied: one `Applied` per table, with fields seen [] and changed [l].
       nonfinite: whether an activation or a logit was not finite.
       matched: whether a stop string ended the reply.
@@ -55,11 +55,11 @@ class Reply:
       text: the reply without the stop token, up to a stop string; "" without a tokenizer.
       tokens: [n] int32, its ids without the stop token. The last one may complete a stop string.
       finish: "stop" (a stop token or a stop string), "length" (the limit), "cancelled", or
-        "nonfinite" (an activation was NaN or infinite: do not use what was captured).
+        "nonfinite" (an activation was NaN or infinite; discard the captures).
       row: the encoded prompt.
-      captured: the result of each reading by name: [L, …], or for readings per token [L, T, …] over
-        the tokens of the prompt and of the reply. A stop token, and a token that completes a stop
-        string, is chosen but not run, so it is not captured. Empty for a cancelled request.
+      captured: the result of each reading by name: [L, …], or [L, T, …] for per-token readings,
+        over the tokens of prompt and reply. The model does not run on a stop token or on a token
+        that completes a stop string, so these are not captured. Empty for a cancelled request.
       applied: one `Applied` per intervention table, with fields seen [] and changed [l].
     """
 
@@ -75,7 +75,7 @@ class Reply:
 
 
 def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) -> list[Finished]:
-    """Copy the first rows of a state to the host, one for each task.
+    """Copy the first rows of a state to the host, one per task.
 
     Args:
       state: a state whose first rows belong to the tasks.
@@ -91,7 +91,7 @@ def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) ->
     per_token = frozenset(name for name, reading in captured.items() if reading.per_token)
     out = []
     for row in range(len(tasks)):
-        ran = int(used[row])  # all content tokens; a stop token is chosen but not run
+        ran = int(used[row])  # excludes a stop token, on which the model does not run
         own = {name: jax.tree.map(operator.itemgetter(row), value)
                for name, value in values.items()}
         out.append(Finished(

@@ -1,4 +1,4 @@
-"""Requests to an engine, and the handles and events that it returns."""
+"""Requests to an engine, and the handles and events that it returns for them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Request:
     Attributes:
       conversation: a list of {"role", "content"}, a string (one user message), a `chat.Row`, or
         token ids.
-      interventions: edits of its activations, without `rows=`.
-      capture: readings of its activations.
-      max_new_tokens: the maximum number of tokens of the reply; the model's context and the
+      interventions: edits of the activations, without `rows=`.
+      capture: readings of the activations.
+      max_new_tokens: the maximum number of tokens in the reply; the model's context and the
         engine's largest cache limit it further.
       temperature, top_p, top_k, seed: the sampling settings (`sampling.Sampling`).
-      stop: texts that end the reply, also across token boundaries. The reply's text ends before
-        them.
+      stop: strings that end the reply, even if they span several tokens. `Reply.text` ends before
+        the stop string.
       id: uint32, seeds the request's random draws; default: a hash of its tokens. Two requests with
         the same tokens, id, seed and settings have the same reply.
       thinking: whether the reply may begin with a thinking block.
@@ -53,7 +53,7 @@ class Request:
 
 
 def projected(request: Request) -> list[str]:
-    """Return the names of a request's captures of projections, which events carry."""
+    """Return the names of a request's projection readings; events contain their values."""
     readings = {} if request.capture is None else request.capture.readings
     return [name for name, reading in readings.items() if isinstance(reading, Projections)]
 
@@ -65,7 +65,7 @@ class Event:
     Attributes:
       text: the new text; the texts of all events concatenate to `Reply.text`.
       tokens: [n] int32, the new ids.
-      projections: [n, L, K] for each capture of projections: the values at `tokens`.
+      projections: for each projection reading, the values [n, L, K] at `tokens`.
       reply: the whole reply in the last event, else None.
     """
 
@@ -115,7 +115,7 @@ class Handle:
             self._tokens, self._projections = tokens, projections
 
     def _finish(self, reply: Reply | None, error: BaseException | None = None) -> bool:
-        """Set the outcome, unless there is one; return whether it was set."""
+        """Set the reply or the error, unless one is set; return whether it was set."""
         with self._lock:
             if self._reply is not None or self._error is not None:
                 return False

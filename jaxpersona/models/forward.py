@@ -1,7 +1,7 @@
 """The forward pass, embed → blocks → head, as a pure function of parameters and data.
 
 One function serves every model family, with or without a cache, interventions and captures. The
-compiled program contains only what a call requests: no hooks and no run-time branches.
+compiled program contains only the requested operations, without hooks or run-time branches.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Output(flax.struct.PyTreeNode):
 
     __repr__ = brief
 
-    logits: Float[Array, "B *T V"] | Any  # None is possible only with logits=None
+    logits: Float[Array, "B *T V"] | Any  # None only if called with logits=None
     carry: Carry
 
     @property
@@ -69,7 +69,7 @@ class Output(flax.struct.PyTreeNode):
 
     @property
     def cache(self) -> Cache | None:
-        """The cache including this call's tokens, or None."""
+        """The cache, which includes this call's tokens, or None."""
         return self.carry.cache
 
     @property
@@ -81,9 +81,10 @@ class Output(flax.struct.PyTreeNode):
     def finite(self) -> Bool[Array, " B"]:
         """[B] bool, whether the residual stream was finite (`Carry.finite`).
 
-        Non-finite values of an earlier block propagate to the last one unless an edit removes them.
+        Non-finite values from an earlier block propagate to the last one unless an edit removes
+        them.
         """
-        assert self.carry.finite is not None  # set by every call
+        assert self.carry.finite is not None  # every call sets it
         return self.carry.finite
 
 
@@ -104,13 +105,13 @@ def forward(
     Args:
       params: the parameters; their dtype is the computation's dtype.
       config: the model configuration (static).
-      batch: B rows of T tokens, right-padded. With a cache, the tokens continue its rows.
-      interventions: the edits of the activations; prepared ones (`Interventions.prepare`) are used
-        as they are.
+      batch: B rows of T tokens, right-padded. With a cache, the tokens are appended to its rows.
+      interventions: the edits of the activations, optionally prepared (`Interventions.prepare`).
       capture: the readings of the activations.
-      carry: the state of earlier calls on these rows, to continue; `Output.carry` returns it.
-      slots: the number of slots of a new cache (static), allocated in the fastest dtype
-        (`cache.kept_dtype`). Not with a carry that has a cache.
+      carry: the state to continue from, returned by the previous call on these rows
+        (`Output.carry`), or None.
+      slots: allocate a cache with this many slots (static), in the fastest dtype
+        (`cache.kept_dtype`). Cannot be combined with a carry that has a cache.
       logits: "all" for every token; "last" for each row's last valid token; None skips the head
         and, without a cache, all layers above the highest one that is read or edited.
       attention: "xla", the reference; "cudnn", flash attention on a GPU; "auto", cuDNN for long
@@ -118,16 +119,16 @@ def forward(
         by one per token, as in a batch from `batch`.
 
     Unlike the package's other functions, which disable JAX's debugging flags and transfer guard,
-    this one runs under its caller's: with `jax_debug_nans`, a capture that marks tokens with NaN
-    raises an error.
+    this function respects them: with `jax_debug_nans`, a capture that marks tokens with NaN raises
+    an error.
 
     Raises:
-      UserError: interventions or captures that do not match the model or the batch; a batch wider
-        than its cache; a row with more tokens than free slots or an id outside the embedding
-        (under `jax.jit` both give NaN instead); a gate with `within=True` on a chunked prompt; a
-        carry of other readings, tables or gates; `slots` with a carry that has a cache;
-        unsupported use of cuDNN; or a mesh set by `jax.set_mesh` that differs from the parameters'
-        mesh.
+      UserError: interventions or captures do not match the model or the batch; the batch is wider
+        than the cache; a row has more tokens than free slots or an id outside the embedding (under
+        `jax.jit` both give NaN instead); a gate with `within=True` is used on a chunked prompt; the
+        carry belongs to different readings, tables or gates; `slots` is combined with a carry that
+        has a cache; cuDNN does not support the call; or the mesh set by `jax.set_mesh` differs from
+        the parameters' mesh.
     """
     _check_arguments(params, batch, capture, carry)
     rows, width = batch.tokens.shape
@@ -142,8 +143,8 @@ def forward(
     carry = Carry() if carry is None else carry
     cache = carry.cache
     if cache is not None and slots is not None:
-        raise UserError("give either a carry with a cache, to continue it, or slots, to allocate a "
-                        "new cache; not both")
+        raise UserError("carry has a cache, but slots is also set; give either a carry with a "
+                        "cache, to continue it, or slots, to allocate a new cache")
     _check_carry(carry, edits, rows)
     capacity = slots if cache is None else cache.slots
     if capacity is not None and width > capacity:
@@ -170,7 +171,7 @@ def forward(
     else:
         cache = advance(cache, batch, token_slots)
         positions = cache.position
-    # False at tokens whose id is outside the embedding or for which the cache has no free slot
+    # False at tokens with an id outside the embedding or without a free slot in the cache
     known = (batch.tokens >= 0) & (batch.tokens < params.embed_vd.shape[0])
     if cache is not None and slots is None:
         known &= token_slots < cache.slots
@@ -192,8 +193,8 @@ def forward(
                 k = write(cache.k[i], _kept(k, cache.k[i]), token_slots)
                 v = write(cache.v[i], _kept(v, cache.v[i]), token_slots)
                 if chosen == "cudnn":
-                    # The barrier orders the cache write before attention. cuDNN does not read the
-                    # cache, so XLA would keep every layer's k and v and write them all at the end.
+                    # The barrier forces the cache to be written before attention. cuDNN does not
+                    # read the cache, so XLA would keep all layers' k and v and write them last.
                     k, v, *own = jax.lax.optimization_barrier((k, v, *own))
                 keys.append(k)
                 values.append(v)
@@ -221,11 +222,10 @@ def forward(
 
 
 def _check_arguments(params: Any, batch: Any, capture: Any, carry: Any) -> None:
-    """Check the types that callers confuse.
+    """Check the types of arguments that are easily confused.
 
     Raises:
-      UserError: a Model in place of its parameters, text or ids in place of a batch, or a capture
-        or carry of another type.
+      UserError: params is a Model, batch is text or ids, or capture or carry has the wrong type.
     """
     if hasattr(params, "params"):
         raise UserError(f"params is a {type(params).__name__}; pass model.params")
@@ -233,15 +233,16 @@ def _check_arguments(params: Any, batch: Any, capture: Any, carry: Any) -> None:
         raise UserError(f"batch is {batch!r:.60}; give the result of jp.encode or jp.batch")
     check_capture(capture)
     if carry is not None and not isinstance(carry, Carry):
-        raise UserError(f"carry is a {type(carry).__name__}; give the carry of an earlier call "
+        raise UserError(f"carry is a {type(carry).__name__}; give the carry of a previous call "
                         "(`out.carry`), or jp.Carry(cache=cache)")
 
 
 def _check_carry(carry: Carry, edits: PreparedInterventions, rows: int) -> None:
-    """Check that a carry belongs to interventions and to a number of rows.
+    """Check that a carry matches the interventions and the number of rows.
 
     Raises:
-      UserError: a cache of another number of rows, or counts of other tables or layers.
+      UserError: the cache has a different number of rows, or the counts belong to different tables
+        or layers.
     """
     if carry.cache is not None and carry.cache.next.shape[0] != rows:
         raise UserError(f"the carry's cache has {carry.cache.next.shape[0]} rows; the batch has "
@@ -252,11 +253,12 @@ def _check_carry(carry: Carry, edits: PreparedInterventions, rows: int) -> None:
         if counted != layers:
             raise UserError(f"the carry's applied has tables of {counted} layers, but the "
                             f"interventions have tables of {layers} layers; continue with the "
-                            "interventions of the earlier call, or use carry.replace(applied=None)")
+                            "interventions of the previous call, or use "
+                            "carry.replace(applied=None)")
 
 
 def _check_ids(tokens: Any, config: ModelConfig) -> None:
-    """Raise an error for ids outside the embedding, if this process can read their values."""
+    """Raise an error for ids outside the embedding, if their values are known to this process."""
     if is_traced(tokens):
         return
     if isinstance(tokens, jax.Array):
@@ -267,22 +269,22 @@ def _check_ids(tokens: Any, config: ModelConfig) -> None:
 
 
 def _check_room(cache: Cache, batch: Batch) -> None:
-    """Raise an error if a row exceeds its free slots, if this process can read the values."""
-    parts = cache.next, batch.kind
+    """Raise an error for rows that exceed their free slots, if this process knows the values."""
+    arrays = cache.next, batch.kind
     if any(is_traced(x) or not getattr(x, "is_fully_addressable", True)
-           for x in parts):
+           for x in arrays):
         return
-    used, kind = jax.device_get(parts)
+    used, kind = jax.device_get(arrays)
     wanted = np.asarray(used) + ((np.asarray(kind) & VALID) != 0).sum(-1)
     if (wanted > cache.slots).any():
         row = int(np.argmax(wanted > cache.slots))
         raise UserError(f"row {row} of the batch needs {int(wanted[row])} slots, including its "
-                        f"earlier tokens; the cache has {cache.slots}: allocate a larger one "
+                        f"earlier tokens, but the cache has {cache.slots}; allocate a larger one "
                         "(`init_cache`)")
 
 
 def _finite(x: jax.Array, batch: Batch) -> jax.Array:
-    """Return [B] bool: whether a residual [B, T, D] has finite squares at every valid token."""
+    """Return [B] bool: whether ‖x‖² of a residual x [B, T, D] is finite at every valid token."""
     wide = x.astype(jnp.float32)
     return (jnp.isfinite((wide * wide).sum(-1)) | ~batch.valid).all(-1)
 
@@ -292,9 +294,9 @@ def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
     table = gather_weight(params.embed_vd)
     tokens, placed = batch.tokens, out_sharding(("batch", None, None), table)
     narrow = table.dtype != jnp.float32 and is_traced(table)
-    if narrow and on_cpu(table):  # else XLA converts the whole table to float32 before a loop
+    if narrow and on_cpu(table):  # otherwise XLA converts the whole table to float32 before a loop
         table, tokens = jax.lax.optimization_barrier((table, tokens))
-    # clipped ids become NaN in the first norm (`_project`), which needs no extra kernel
+    # the first norm (`_project`) turns clipped ids into NaN without an extra kernel
     x = table.at[tokens].get(mode="clip", wrap_negative_indices=False, out_sharding=placed)
     if config.embed_scale != 1.0:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
@@ -303,7 +305,7 @@ def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
 
 def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
          which: Logits) -> jax.Array | None:
-    """Return float32 logits of the final residual: [B, T, V], or [B, V] of the last tokens.
+    """Return float32 logits of the final residual: [B, T, V], or [B, V] at the last tokens.
 
     They are NaN where the residual or its sum of squares is not finite, and where a soft-cap would
     make an infinite logit finite.
@@ -313,7 +315,7 @@ def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
     with jax.named_scope("head"):
         if which == "last":
             x = of_each(x, jnp.maximum(batch.length - 1, 0)[:, None])
-        # without NaN, an overflowing sum of squares would give zero logits, hence a valid token
+        # otherwise an overflowing sum of squares would give zero logits, and so a valid token
         x = nn.rms_norm(x, params.final_norm_d, config.norm_eps, config.norm_offset,
                         overflow_to_nan=True)
         weight = params.embed_vd if params.head_vd is None else params.head_vd
@@ -329,7 +331,7 @@ def _project(layer: Layer, config: ModelConfig, x: jax.Array,
              known: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Compute queries [B, T, N, H], keys and values [B, T, K, H] of one block.
 
-    They are NaN at tokens where `known` [B, T] is False, and the NaN propagates from there.
+    They are NaN at tokens where `known` [B, T] is False; these NaNs propagate to later blocks.
     """
     y = nn.rms_norm(x, layer.attn_norm_d, config.norm_eps, config.norm_offset, known=known)
     q, k, v = dots(y, layer.qkv)
@@ -343,18 +345,18 @@ def _project(layer: Layer, config: ModelConfig, x: jax.Array,
 
 
 def _kept(x: jax.Array, buffer: jax.Array) -> jax.Array:
-    """Round x to its own precision before it is stored in a buffer of a wider dtype.
+    """Round x to its dtype's precision before it is stored in a buffer of a wider dtype.
 
-    Without this, XLA may keep extra precision from a fusion.
+    Otherwise XLA may keep extra precision from a fusion.
     """
     return x if x.dtype == buffer.dtype else nn.round_residual(x)
 
 
 def _block(layer: Layer, config: ModelConfig, x: jax.Array, mixed: jax.Array, trace: Trace,
            i: int) -> jax.Array:
-    """Compute the rest of a block from its attention heads [B, T, N, H].
+    """Compute the rest of a block from the outputs of its attention heads [B, T, N, H].
 
-    Interventions and captures run at its three sites: attention, mlp and residual.
+    Interventions and captures run at three sites: attention, mlp and residual.
     """
     eps, offset = config.norm_eps, config.norm_offset
     out = dot(mixed, layer.wo_dnh, inner=2, axes=("batch", None, None))

@@ -24,14 +24,14 @@ class Model:
       config, params: the configuration and the parameters.
       tokenizer: a transformers tokenizer, or None if the source has none.
       mesh: the mesh that the parameters are sharded over, or None for one device.
-      name: the name that it was loaded by.
+      name: the name or path from which the model was loaded.
       fingerprint: sixteen hexadecimal digits that identify configuration and weights
-        (`params.fingerprint`). A copy with other parameters (`dataclasses.replace`) gets a new
-        one; "" if the parameters are traced or abstract.
+        (`params.fingerprint`). A copy with different parameters (`dataclasses.replace`) gets a new
+        fingerprint; "" if the parameters are traced or abstract.
       stop_ids: the token ids that end a reply.
       template: whether the tokenizer has a chat template; base models have none.
-      marked: the configuration and arrays that `fingerprint` was computed from.
-      derived: cache of arrays derived from the parameters; empty in a copy.
+      marked: the configuration and arrays from which `fingerprint` was computed.
+      derived: a cache of arrays derived from the parameters; empty in a copy.
     """
 
     config: ModelConfig
@@ -54,7 +54,7 @@ class Model:
         if marked is not None:
             abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
             mark = "" if abstract or is_traced(leaves) else fingerprint(
-                self.config, jax.tree.map(jnp.asarray, self.params))  # they may be NumPy arrays
+                self.config, jax.tree.map(jnp.asarray, self.params))  # may be NumPy arrays
             object.__setattr__(self, "fingerprint", mark)
         object.__setattr__(self, "marked", (self.config, leaves))
 
@@ -69,7 +69,7 @@ def check_model(model: Any) -> None:
     """Check that a caller's `model` argument is a model.
 
     Raises:
-      UserError: another value, such as a model's name or its parameters.
+      UserError: it is something else, such as a model's name or parameters.
     """
     if not (hasattr(model, "params") and hasattr(model, "config")):
         shown = " ".join(repr(model).split())

@@ -1,4 +1,4 @@
-"""Copies of a model's parameters in the form that its device multiplies fastest."""
+"""Copies of a model's parameters in the layout with the fastest matrix products."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Layer, Params
 from jaxpersona.models.weight import F32, Dense, Weight, joined, quantized, transposed
 
-# the weights of a block's matrix products, and the number of their input dimensions
+# the weights in a block's matrix products, and how many input dimensions each has
 PRODUCTS = {"wq_nhd": 1, "wk_khd": 1, "wv_khd": 1, "wo_dnh": 2, "w_gate_fd": 1, "w_up_fd": 1,
             "w_down_df": 1}
 _QKV = ("wq_nhd", "wk_khd", "wv_khd")
@@ -23,19 +23,20 @@ _GATE_UP = ("w_gate_fd", "w_up_fd")
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-_LARGEST_COPY = 8e9  # bytes of a model's weights up to which a CPU holds a second copy
+_LARGEST_COPY = 8e9  # bytes; larger models are not copied on a CPU
 
 
 def fast_params(model: Model, rows: int) -> Params:
-    """Return the parameters in the form that their device multiplies fastest.
+    """Return the parameters in the layout with the fastest matrix products on their device.
 
-    The form depends only on the model, the device and the number of rows, so equal calls give equal
-    bits. On a CPU in float32 with 8 rows or more, it is a transposed copy (`in_out`) of models up
-    to 8 GB. On a GPU it has a copy of the weights that are joined (`with_joined`), if all weights
-    and the copy fit into half of the memory. On a mesh, and everywhere else, it is `model.params`.
+    The layout depends only on the model, the device and the number of rows, so equal calls give
+    bit-identical results. On a CPU, models up to 8 GB in float32 are copied and transposed
+    (`in_out`) for 8 rows or more. On a GPU, some weights are copied and joined (`with_joined`) if
+    all weights and the copy fit into half of the memory. In all other cases, including meshes, the
+    result is `model.params`.
 
-    The copy is made once per `Model` and kept as long as the model; for another class with the
-    same attributes, it is made at every call.
+    The copy is made once per `Model` and freed with it. For other classes with the same
+    attributes, a copy is made at every call.
     """
     params, config = model.params, model.config
     device, dtype = platform(params.embed_vd), params.embed_vd.dtype
@@ -52,22 +53,22 @@ def fast_params(model: Model, rows: int) -> Params:
 
 
 def _has_weights(params: Params) -> bool:
-    """Return whether a parameter is a `Weight`, not an array."""
+    """Return whether any parameter is a `Weight` instead of an array."""
     return any(isinstance(x, Weight) for x in
                jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Weight)))
 
 
 def _copy_fits(params: Params, config: ModelConfig, memory: int) -> bool:
-    """Return whether all weights and the copy of `with_joined` fit into half of `memory` bytes."""
+    """Return whether all weights and `with_joined`'s copy fit into half of `memory` bytes."""
     copied = sum(getattr(layer, name).nbytes for layer in params.layers
                  for name in (*_QKV, *_GATE_UP))
     return 2 * (config.bytes(params.embed_vd.dtype.itemsize) + copied) <= memory
 
 
 def _memory(params: Params) -> int:
-    """Return the bytes that JAX may allocate on the weights' device, or 0 if that limit is unknown.
+    """Return the bytes that JAX may allocate on the weights' device, or 0 if the limit is unknown.
 
-    The limit, unlike the free memory, is constant, so the form of the weights is reproducible.
+    Unlike the free memory, this limit is constant, so the choice of a layout is reproducible.
     """
     embed = params.embed_vd
     device: Any = next(iter(embed.devices())) if isinstance(embed, jax.Array) else default_device()
@@ -78,8 +79,8 @@ def _memory(params: Params) -> int:
 def in_out(params: Params) -> Params:
     """Copy the weights of all matrix products, including a tied head, to [in, out] (`InOut`).
 
-    XLA's float32 product on CPUs repacks an [out, in] weight at each call if the batch has several
-    rows; with 8 rows that takes twice as long. With one row, [out, in] is faster.
+    On CPUs, XLA's float32 product repacks an [out, in] weight at each call if the batch has several
+    rows; with 8 rows this takes twice as long. With one row, [out, in] is faster.
     """
     layers = tuple(
         layer.replace(**{name: transposed(getattr(layer, name), inner)
@@ -90,7 +91,7 @@ def in_out(params: Params) -> Params:
 
 
 def with_joined(params: Params) -> Params:
-    """Copy queries', keys' and values' weights, and gate and up, to one array each (`Joined`).
+    """Copy the q, k and v weights into one array, and gate and up into another (`Joined`).
 
     A GPU reads one large weight at a higher bandwidth than several small ones. The other weights
     are shared with `params`.
@@ -118,9 +119,10 @@ def in_int8(params: Params, *, join: bool = False, head: bool = True) -> Params:
     """Quantize the weights of all matrix products to int8 (`Int8`).
 
     Args:
-      params: with plain arrays.
-      join: also join the weights of the same input (`with_joined`).
-      head: also quantize the output head; a tied head gets a copy, because the embedding stays.
+      params: parameters that are plain arrays.
+      join: also join weights with the same input (`with_joined`).
+      head: also quantize the output head. A tied head is copied first, because the embedding is
+        not quantized.
     """
     layers = []
     for layer in params.layers:

@@ -37,7 +37,7 @@ from jaxpersona.runtime import Device, check_process
 
 ITEM = 2  # bytes per bfloat16
 FRACTIONS = (1.0, 0.6, 0.3)  # of roofline speed, for `axis_run_hours`
-ROLLOUTS = 331_200  # for a published axis (Lu et al. 2026): 276 roles × 1,200
+ROLLOUTS = 331_200  # of a published axis (Lu et al. 2026): 276 roles × 1,200
 NEW_TOKENS = 512  # maximum reply length of the published axis
 # layer counts of the compiled prefills; temporary memory is linear in them from 8 layers on
 DEPTHS = (8, 12)
@@ -65,12 +65,12 @@ class Shapes:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Compiler figures of prefill and decode, per chip.
+    """Figures from the compiler for prefill and decode, per chip.
 
     Attributes:
-      prefill_temporaries, decode_temporaries: temporary bytes besides weights, cache and outputs.
-      operations: operations of one decode step; empty if it exceeds device memory.
-      bytes: bytes that one decode step accesses, by the compiler's cost analysis.
+      prefill_temporaries, decode_temporaries: temporary bytes without weights, cache and outputs.
+      operations: operations in one decode step; empty if the step exceeds device memory.
+      bytes: bytes that one decode step accesses, according to the compiler's cost analysis.
     """
 
     prefill_temporaries: int
@@ -87,25 +87,25 @@ class Compiled:
 def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int = 32,
          context: int = 2048, cap_layers: Sequence[int] = (),
          mesh: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """Estimate memory, largest batch and speed of a model on a topology.
+    """Estimate a model's memory, largest batch and speed on a topology.
 
     Args:
       config: the model configuration.
       topology: chip:extents, such as v5e:4x4 or h200:8.
       name: the model's name in the result.
-      batch: rows B over all chips.
+      batch: the number of rows B over all chips.
       context: cache slots per row; a quarter of them, at most 512, is reserved for the reply.
       cap_layers: layers to cap; the capped program is compared with the uncapped one.
-      mesh: sizes of "data", "fsdp" and "model"; default: the largest model axis that the model
-        allows, up to 16, and data for the rest.
+      mesh: sizes of "data", "fsdp" and "model"; default: the largest model axis, up to 16, that
+        fits the model, and a data axis over the remaining chips.
 
     Returns:
-      The dict that `jaxpersona plan --json` prints. Fields from the compiler are None for GPUs, or
-      if libtpu is not installed.
+      The dict that `jaxpersona plan --json` prints. Compiler figures are None for GPUs, or if
+      libtpu is not installed.
 
     Raises:
       UserError: the topology is unknown, the mesh does not fit the model or the chips, an argument
-        is out of range, or this process was forked from one that had used JAX.
+        is out of range, or this process was forked from a process that had used JAX.
     """
     check_process()
     chip, count = chips.parse(topology)
@@ -151,7 +151,7 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
 
 
 def usable(chip: chips.Chip) -> int:
-    """Return the bytes of a chip available to a program.
+    """Return the bytes of a chip's memory that are available to a program.
 
     The runtime reserves about 1/64, as the compiler's limit for v5e shows (15.75 of 16 GiB).
     """
@@ -159,7 +159,7 @@ def usable(chip: chips.Chip) -> int:
 
 
 def choose_mesh(config: ModelConfig, count: int) -> dict[str, int]:
-    """Choose mesh sizes for `count` chips: the largest valid model axis, at most 16, times data."""
+    """Choose mesh sizes for `count` chips: the largest valid model axis, up to 16, and data."""
     for ways in range(min(count, _WIDEST), 0, -1):
         if count % ways == 0:
             try:
@@ -180,7 +180,7 @@ def _checked(mesh: Mapping[str, int], count: int) -> dict[str, int]:
 
 def _mesh(sizes: Mapping[str, int], devices: Sequence[Device] | None,
           config: ModelConfig) -> Mesh | AbstractMesh:
-    """Return a mesh fitted to the model; an AbstractMesh if `devices` is None."""
+    """Return a mesh adapted to the model; an AbstractMesh if `devices` is None."""
     if devices is not None:
         return sharding.fit(sharding.make_mesh(**sizes, devices=devices), config)
     kinds = (AxisType.Explicit,) * len(sizes)
@@ -206,11 +206,11 @@ def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Sha
                      chip: chips.Chip) -> int:
     """Estimate the temporary bytes of a prefill per chip, without a compiler.
 
-    On a GPU the estimate is the larger of MLP and attention. MLP: gate and up projections, residual
+    On a GPU, the estimate is the larger of two sums. MLP: the gate and up projections, the residual
     stream, its norm and the block output. Attention: two copies of the queries and, without cuDNN
     attention, the float32 scores of one query chunk and their bfloat16 softmax. `bench/ahead.py`
     compares the estimate with XLA on an H200. On a TPU without libtpu, the estimate is the sum of
-    residual stream, norm, MLP and two copies of the scores, mostly in float32.
+    the residual stream, norm, MLP and two copies of the scores, mostly in float32.
     """
     split = sharding.ways(mesh, "ff")
     rows = shapes.batch // sharding.ways(mesh, "batch")
@@ -230,9 +230,10 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
             chip: chips.Chip) -> dict[str, float]:
     """Return roofline times of a decode step and a prefill in seconds.
 
-    A decode step reads all weights and every row's keys and values, on average for the prompt and
-    half the reply; a prefill is compute bound. All-reduces over the model axis are rings that move
-    2·(n − 1)/n of the bytes over the links, without overlap with compute.
+    A decode step reads all weights and every row's keys and values; the average length of a row is
+    that of the prompt plus half of the reply. A prefill is compute bound. All-reduces over the
+    model axis are rings that move 2·(n − 1)/n of the bytes over the links and do not overlap with
+    computation.
     """
     split, ways = sharding.ways(mesh, "ff"), sharding.ways(mesh, "batch")
     rows = shapes.batch // ways
@@ -249,7 +250,7 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
 
 
 def run_hours(roofline: Mapping[str, float], shapes: Shapes, fraction: float) -> float:
-    """Return the hours of a published axis run at a fraction of roofline speed.
+    """Return the hours that a published axis run takes at a fraction of roofline speed.
 
     Every reply is assumed to have the maximum length.
     """
@@ -260,7 +261,7 @@ def run_hours(roofline: Mapping[str, float], shapes: Shapes, fraction: float) ->
 
 def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
                 cap_layers: Sequence[int]) -> dict[str, Compiled]:
-    """Compile prefill and decode, uncapped and, if `cap_layers` is given, capped.
+    """Compile prefill and decode without a cap and, if `cap_layers` is given, with one.
 
     Prefill temporaries are linear in the number of layers, so prefill is compiled at the two
     `DEPTHS` and extrapolated. Decode is compiled at full depth.
@@ -272,7 +273,7 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
     lowered: dict[tuple[str, str], jax.stages.Lowered] = {}
     for arm, layers in arms.items():
         lowered[arm, "decode"] = _lower(config, mesh, shapes, layers)[1]
-        # cap the same fraction of layers, from the same relative depth, as in the full model
+        # cap the same fraction of layers as in the full model, from the same relative depth on
         share = -(-len(layers) * deep // config.n_layers)
         begin = min(layers[0] * deep // config.n_layers, deep - share) if layers else 0
         lowered[arm, "prefill"] = _lower(replace(config, n_layers=deep), mesh, shapes,
@@ -306,7 +307,7 @@ def _lower(config: ModelConfig, mesh: Mesh, shapes: Shapes,
 
 def lowered(params: Params, config: ModelConfig, shapes: Shapes,
             cap_layers: Sequence[int]) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
-    """Lower greedy prefill and decode for parameters, or their ShapeDtypeStructs."""
+    """Lower greedy prefill and decode for parameters or ShapeDtypeStructs."""
     rows, width = shapes.batch, shapes.width
     edits = Interventions()
     if cap_layers:
@@ -314,19 +315,20 @@ def lowered(params: Params, config: ModelConfig, shapes: Shapes,
     field = (rows, width)
     batch = Batch(*(np.zeros(field, kind) for kind in (np.int32, np.int32, np.uint16, np.int32)),
                   row_id=np.zeros((rows,), np.uint32))
-    how, limit = sampling(rows), np.zeros((rows,), np.int32)
+    settings, limit = sampling(rows), np.zeros((rows,), np.int32)
     stops = Stops(ids=np.full((4,), -1, np.int32), think=np.full((2,), -1, np.int32))
     begin = functools.partial(prefill, slots=shapes.slots, max_new=shapes.new, greedy=True)
-    state = jax.eval_shape(lambda p: begin(p, config, batch, edits, Capture(), how, stops, limit),
-                           params)
+    state = jax.eval_shape(
+        lambda p: begin(p, config, batch, edits, Capture(), settings, stops, limit), params)
     until = np.int32(shapes.new)
-    return (prefill.lower(params, config, batch, edits, Capture(), how, stops, limit,
+    return (prefill.lower(params, config, batch, edits, Capture(), settings, stops, limit,
                           slots=shapes.slots, max_new=shapes.new, greedy=True),
-            decode.lower(params, config, state, edits, Capture(), how, stops, until, greedy=True))
+            decode.lower(params, config, state, edits, Capture(), settings, stops, until,
+                         greedy=True))
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, int]:
-    """Compile; return (program, temporary bytes); program is None if it exceeds device memory."""
+    """Compile; return (program or None if it exceeds the device memory, temporary bytes)."""
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -342,12 +344,12 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, i
 
 def compare(compiled: Mapping[str, Compiled] | None,
             cap_layers: Sequence[int]) -> dict[str, Any]:
-    """Return the collectives of the compiled decode step and the overhead of a cap.
+    """Return the number of collectives in the compiled decode step, and the overhead of a cap.
 
     `added_fusions_per_layer` is the median number of added kernels per capped layer;
-    `added_fusions_once` is the rest, independent of the number of layers. `temporaries_ratio`
-    (capped / uncapped) compares the larger of prefill and decode; `temporaries_by_program`
-    compares each.
+    `added_fusions_once` is the number of other added kernels. `temporaries_ratio` (capped /
+    uncapped) compares the larger of prefill and decode; `temporaries_by_program` compares each of
+    them.
     """
     names = ("collectives_per_layer", "added_collectives", "added_fusions_per_layer",
              "added_fusions_once", "added_bytes", "temporaries_ratio", "temporaries_by_program")

@@ -271,7 +271,7 @@ def test_commands(tmp_path):
     assert "275 and the default" in runner.invoke(app, ["check"]).stdout
     assert "pirate" in runner.invoke(app, ["show", "role", "pirate"]).stdout
     assert "files in" in runner.invoke(app, ["export", str(tmp_path / "out")]).stdout
-    # the CLI prints the error; it is not caught here
+    # the command prints the error, so nothing is raised
     assert isinstance(runner.invoke(app, ["check", str(tmp_path / "no")]).exception, ValueError)
 
 

@@ -1,5 +1,4 @@
-"""The engine: every request has the bits it has alone, whatever runs beside it and from any thread.
-"""
+"""The engine: a request's bits do not depend on other requests or on the calling thread."""
 
 from __future__ import annotations
 
@@ -51,7 +50,7 @@ EDITS = [None, steer(V[0], layers=1, scale=2.0), cap(V[1], layers=[0, 2], floor=
 
 
 def draw(rng, i):
-    """A request of random settings; its prompt has at most 64 tokens."""
+    """Draw a request with random settings and a prompt of at most 64 tokens."""
     return Request(
         rng.integers(4, 256, int(rng.integers(1, 60))).tolist(),
         interventions=EDITS[rng.integers(len(EDITS))],
@@ -67,7 +66,7 @@ def same(a, b):
 
 
 def kinds():
-    """One request of each kind that `draw` gives."""
+    """Return one request of each kind that `draw` produces."""
     return [Request([5] * width, temperature=temperature, stop=stop, capture=read,
                     max_new_tokens=8)
             for width in (8, 40) for temperature in (0.0, 1.0)
@@ -146,7 +145,7 @@ QUICK = [("chain", 0.0), ("gate", 1.0)]
     *QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SETTINGS
               if pair not in QUICK)])
 def test_a_request_has_the_reply_that_generate_gives(model, name, temperature):
-    """Greedy and sampled, edited and read; rounding may differ between the programs."""
+    """Test greedy and sampled requests with edits and captures; rounding may differ."""
     edits = {"plain": None, "steer": EDITS[1], "chain": EDITS[4],
              "gate": gate(EDITS[1], V[0], layer=0, above=0.0)}[name]
     engine = make(model, capacity=None, sizes=None, rows=8)
@@ -199,7 +198,7 @@ def test_a_cancelled_request_frees_its_row_within_one_chunk(model):
     assert long[0].done and engine.result(long[0]).finish == "cancelled"
     engine.step()
     assert next_one.done and not long[1].done
-    engine.cancel(next_one)  # it is done already
+    engine.cancel(next_one)  # already done
     assert engine.result(next_one).finish == "length"
     engine.cancel(long[1])
     assert not engine.step()
@@ -219,7 +218,7 @@ def test_a_request_that_fails_fails_alone(model, monkeypatch):
         (Request([5], max_new_tokens=2.5), "max_new_tokens is 2.5"),
         (Request([5], stop=[""]), "stop is"), (Request([5], stop=[3]), "stop is"),
         (Request([5], stop=["x" * 300]), "300 bytes"), (Request([5], id=-1), "ids"),
-        (Request([]), "token ids"), (Request({"role": "user"}), "a single message"),
+        (Request([]), "token ids"), (Request({"role": "user"}), "the single message"),
     ):
         with pytest.raises(ValueError, match=words):
             engine.submit(fault)
@@ -227,7 +226,7 @@ def test_a_request_that_fails_fails_alone(model, monkeypatch):
     with pytest.raises(ValueError, match="give a jp.Request"):
         engine.submit("hello")
     assert engine.result(good).tokens.size
-    # an error of a lane ends its requests, and no others
+    # an error in a lane fails the requests in that lane only
     decode = programs.decode
 
     def broken(params, config, state, edits, read, how, *rest, **named):
@@ -269,7 +268,7 @@ def test_settings_of_an_engine_are_checked(model, changes, words):
 def test_a_background_thread_serves_and_leaves(model):
     engine = make(model)
     with engine.running():
-        with pytest.raises(ValueError, match="background already"):
+        with pytest.raises(ValueError, match="already runs in the background"):
             with engine.running():
                 pass
         handles = [engine.submit(Request([5 + i], max_new_tokens=20, id=i, temperature=1.0))
@@ -280,7 +279,7 @@ def test_a_background_thread_serves_and_leaves(model):
     alone = make(model)
     for handle, reply in zip(handles, replies, strict=True):
         assert same(reply, alone.result(alone.submit(handle.request)))
-    late = engine.submit(Request([5], max_new_tokens=3))  # no thread any more
+    late = engine.submit(Request([5], max_new_tokens=3))  # the background thread has ended
     assert engine.result(late).tokens.size <= 3
 
 
@@ -291,7 +290,7 @@ TEXTS = ["h\u00e9llo w\u00f6rld", "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u3
 
 
 def forced(monkeypatch, replies):
-    """Let row id i draw the bytes of replies[i]; prompts have one token."""
+    """Make row id i draw the bytes of replies[i]; prompts have one token."""
     length = max(map(len, replies)) + 2
     table = np.full((len(replies), length), 257, np.int32)
     for i, ids in enumerate(replies):
@@ -303,7 +302,7 @@ def forced(monkeypatch, replies):
 
 @pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
 def test_pieces_join_to_the_text_whatever_tokens_split(model, monkeypatch, count):
-    """Replies with emoji and CJK over several tokens each, and with stop strings."""
+    """Test replies with emoji and CJK characters over several tokens, and with stop strings."""
     rng = np.random.default_rng(1)
     texts = ["".join(rng.choice(TEXTS, 4)) for _ in range(count)]
     stops = [[texts[i][k : k + 1 + i % 3]] if i % 2 and (k := int(rng.integers(2, 8))) else []
@@ -328,7 +327,7 @@ def test_pieces_join_to_the_text_whatever_tokens_split(model, monkeypatch, count
         assert reply.tokens.tolist() == ids[i][:end]
         assert not any("\ufffd" in e.text for e in events)
         early += len(events) > 1 and bool(events[0].text)
-    assert early > count // 2  # a piece comes before the reply is complete
+    assert early > count // 2  # text is streamed before the reply is complete
     s.KEPT.clear()
 
 

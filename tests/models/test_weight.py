@@ -1,4 +1,4 @@
-"""The forms of a weight: each multiplies like the dense array, on one device and on a mesh."""
+"""The weight layouts: each multiplies like the dense array, on one device and on a mesh."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def normal(*shape):
 
 
 def wanted(x, w, inner):
-    """x [..., *in] times w [*out, *in] in float64."""
+    """Return x [..., *in] times w [*out, *in] in float64."""
     axes = list(range(-inner, 0))
     return np.tensordot(x.astype(np.float64), w.astype(np.float64), (axes, axes))
 
@@ -55,7 +55,7 @@ def test_int8_values_are_the_nearest_of_each_channel():
     assert value.dtype == np.int8 and np.abs(value.astype(int)).max() == 127
     np.testing.assert_allclose(scale, np.abs(w).max(1) / 127, rtol=1e-6)
     assert (np.abs(value * scale[:, None] - w) <= scale[:, None] / 2 * 1.001).all()
-    assert not value[3].any() and scale[3] == 0  # a channel of zeros stays zero, not NaN
+    assert not value[3].any() and scale[3] == 0  # a channel of zeros remains zero instead of NaN
 
 
 @pytest.mark.parametrize("form", [weight.Dense, weight.transposed, weight.quantized])

@@ -1,4 +1,4 @@
-"""Plans: arithmetic against manual counts, TPU compilation and error messages."""
+"""Plans: arithmetic compared with manual counts, TPU compilation and error messages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_bytes_are_those_of_the_arrays():
 
 
 def test_roofline_is_the_formula():
-    """Llama 3.1 8B on one H200: 4,800 GB/s, 989e12 FLOP/s; 1,536 tokens and half of 512."""
+    """Llama 3.1 8B on an H200: 4,800 GB/s, 989e12 FLOP/s; 1,536 prompt tokens and half of 512."""
     config, chip = preset("llama-3.1-8b"), chips.CHIPS["h200"]
     shapes = plan.Shapes(batch=32, width=1536, slots=2048)
     found = plan.seconds(config, plan._mesh({"data": 1, "model": 1}, None, config), shapes, chip)
@@ -71,7 +71,7 @@ def test_roofline_of_a_mesh_is_the_formula(sizes, rows, model):
     config, chip = preset("llama-3.1-8b"), chips.CHIPS["h200"]
     shapes = plan.Shapes(batch=32, width=1536, slots=2048)
     found = plan.seconds(config, plan._mesh(sizes, None, config), shapes, chip)
-    # two ring all-reduces per layer: 2 (n - 1) / n of the bytes of 4,096 bfloat16 per row
+    # two ring all-reduces per layer, each moving 2 (n - 1) / n of 4,096 bfloat16 per row
     sums = 2 * 32 * 2 * (model - 1) / model * rows * 4096 * 2 / 450e9
     step = (15_009_849_344 / model + rows * 1792 * 131_072 / model) / 4800e9
     prefill = rows * (2 * 6_979_588_096 * 1536 + 262_144 * 1536**2) / model / 989e12
@@ -120,10 +120,10 @@ def test_a_prefill_s_temporaries_are_near_what_a_gpu_s_compiler_takes(model, bat
 
 
 def test_a_mesh_of_gpus_needs_room_for_the_scores_of_a_chunk():
-    """cuDNN attention does not run on a mesh."""
+    """cuDNN attention does not support meshes."""
     config, shapes = preset("llama-3.1-8b"), plan.Shapes(batch=32, width=1536, slots=2048)
     mesh = plan._mesh({"data": 8, "model": 1}, None, config)
-    queries = 4 * 1536 * 2 * 2 * 32 * 128  # of four rows, twice in bfloat16
+    queries = 4 * 1536 * 2 * 2 * 32 * 128  # queries of four rows, two bfloat16 copies
     assert plan.activation_bytes(config, mesh, shapes, chips.CHIPS["h200"]) == (
         queries + 6 * 4 * 32 * 512 * 2048)
 
@@ -198,8 +198,11 @@ def test_a_machine_may_have_fewer_chips_than_a_host(topology, count):
         ("v5e:2x2", {"data": 2, "model": 2}, False), ("v5e:1x1", {"data": 1, "model": 1}, False),
         ("v5e:1x1", {"data": 1, "model": 1}, True)))])
 def test_a_decode_turns_no_buffer_over(topology, mesh, reads, monkeypatch):
-    """With several key/value heads per chip, a decode step writes its token without transposing the
-    cache or the buffers of per-token captures (`full` is as large as the cache here)."""
+    """With several key/value heads per chip, a decode step transposes no buffer.
+
+    This includes the cache and the buffers of per-token captures (here, `full` is as large as the
+    cache).
+    """
     config, shapes = replace(SMALL, n_layers=2), plan.Shapes(32, 768, 1024)
     placed = plan._mesh(mesh, chips.tpu_devices(topology), config)
     if reads:
