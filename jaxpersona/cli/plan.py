@@ -11,6 +11,7 @@ import typer
 
 from jaxpersona.cli.output import say
 from jaxpersona.errors import UserError
+from jaxpersona.extras import pip_line
 
 if TYPE_CHECKING:
     from jaxpersona.models.config import ModelConfig
@@ -69,7 +70,7 @@ def card(found: dict[str, Any]) -> list[str]:
     size = {name: n / 1e9 for name, n in found["bytes_per_chip"].items()}
     mesh = " × ".join(f"{name}={n}" for name, n in found["mesh"].items())
     tpu = found["topology"].split(":")[0].lower() in chips.TPUS
-    missing = "libtpu is not installed: pip install 'jaxpersona[tpu]'"
+    missing = f"libtpu is not installed: {pip_line('libtpu')}"
     whose = ("compiler" if found["compiled"] else
              f"arithmetic: {missing if tpu else 'no compiler was used'}")
     verdict = "fits" if found["fits"] else f"does not fit, by {found['short_by'] / 1e9:.2f} GB"

@@ -14,6 +14,7 @@ import typer
 
 from jaxpersona.cli.output import console, say
 from jaxpersona.errors import UserError
+from jaxpersona.extras import MissingPackage
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
@@ -153,6 +154,9 @@ def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
     """Draw the figures of an extraction into its folder."""
     from jaxpersona.report import figures
 
-    figures.roles_on_axis(folder / "roles.png", extraction.projections, middle, held_out)
-    figures.components(folder / "pca.png", extraction.analysis, middle, extraction.default)
-    figures.variance(folder / "variance.png", extraction.analysis, middle)
+    try:
+        figures.roles_on_axis(folder / "roles.png", extraction.projections, middle, held_out)
+        figures.components(folder / "pca.png", extraction.analysis, middle, extraction.default)
+        figures.variance(folder / "variance.png", extraction.analysis, middle)
+    except MissingPackage as error:  # the axis is complete without them
+        say(f"no figures were drawn: {error}", error=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxpersona.engine.generate import generate
 from jaxpersona.engine.sampling import sampling
+from jaxpersona.extras import require
 from jaxpersona.interventions import Interventions, cap, stack_rows, steer
 from jaxpersona.interventions.bank import normalised
 from jaxpersona.models.model import Model
@@ -78,16 +79,14 @@ def run_demo(model: Model, folder: str | os.PathLike[str], *, seed: int = 0,
 
 def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
     """Compare the axis with PC1, and role projections with the known likeness of every role."""
-    from scipy.stats import spearmanr
-
+    spearmanr = require("scipy.stats", "rank correlations need scipy").spearmanr
     middle = model.config.n_layers // 2
     place = {name: float(np.nanmean(v[:, middle])) for name, v in found.projections.items()}
 
     def agreement(held_out: bool) -> float:
         roles = world.roles(held_out=held_out)
         measured = [place[role.name] for role in roles]
-        result: Any = spearmanr(measured, [r.likeness for r in roles])  # SciPy has no type stubs
-        return float(result.statistic)
+        return float(spearmanr(measured, [r.likeness for r in roles]).statistic)
 
     return {
         "roles": len(found.projections) - 1, "roles_in_axis": len(found.analysis.names),
