@@ -44,14 +44,7 @@ from jaxpersona.ckpts.tensorfile import READABLE, read_bytes_of, read_slice
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import TEXT_BYTES, read_bytes, read_json, require_file
 from jaxpersona.runs.damage import Damaged
-from jaxpersona.runs.files import (
-    MANIFEST,
-    PARTS,
-    delete,
-    delete_run,
-    path_of,
-    remove_leftovers,
-)
+from jaxpersona.runs.files import MANIFEST, PARTS, delete, delete_run, path_of, remove_leftovers
 from jaxpersona.runs.lock import is_lock, locked
 from jaxpersona.runs.names import check_names
 
@@ -108,7 +101,7 @@ class Run:
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
         with locked(folder, worker):
-            old = run.stored(overwrite)
+            old = run.stored(overwrite and worker == 0)
             if old is not None and overwrite and worker == 0:
                 delete_run(folder, _roles_of(folder, old))
             for part in PARTS:
