@@ -25,9 +25,11 @@ def plan(
     ] = "random:llama-3.3-70b",
     batch: Annotated[int, typer.Option(help="Rows over all chips.")] = 32,
     context: Annotated[int, typer.Option(help="Tokens per row, prompt and reply.")] = 2048,
-    cap: Annotated[str | None, typer.Option(help="Layers to cap, half-open, e.g. 56:72.")] = None,
-    mesh: Annotated[str | None, typer.Option(help="E.g. data=2,model=8; default: the widest model "
-                                                  "axis that the shape allows, up to 16.")] = None,
+    cap: Annotated[str | None, typer.Option(
+        show_default="no cap", help="Layers to cap, half-open, e.g. 56:72.")] = None,
+    mesh: Annotated[str | None, typer.Option(
+        show_default="the widest model axis that the shape allows, up to 16",
+        help="E.g. data=2,model=8.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Estimate memory and time on a topology, without weights or an accelerator."""

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 LOG_SECONDS = 30.0  # between two lines of progress where standard error is no terminal
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, a .gguf file, `mini`, "
                                                           "`random:<preset>` or a hub name.")]
-AdapterOption = Annotated[pathlib.Path | None, typer.Option("--adapter", help=(
+AdapterOption = Annotated[pathlib.Path | None, typer.Option("--adapter", show_default="none", help=(
     "The folder of a LoRA adapter for the model; it is merged into the weights."))]
-DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+DtypeOption = Annotated[str | None, typer.Option(
+    show_default="float32 on a CPU, else bfloat16", help="float32, bfloat16 or float16.")]
 
 
 def open_model(source: str, dtype: str | None, mesh: str | None = None,

@@ -88,7 +88,7 @@ def test_a_floor_just_beyond_the_limit_is_named_and_one_just_within_is_not():
         for sign, edge, words in ((1, 10 + limit, "move every token"), (-1, -limit, "never act")):
             for beyond in (-0.01, 0.01):
                 floor = np.array([edge + sign * beyond])
-                fine, said = module._scale((3,), ours, theirs, floor)
+                fine, said = module._scale((3,), ours, theirs, floor, np.ones(1))
                 assert fine == (beyond < 0) and (fine or (words in said and "layer 3" in said))
 
 
