@@ -16,8 +16,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 ORDER = (
     "errors", "extras", "brief", "calls", "inputs", "interrupt", "runtime", "models.config",
     "distributed", "kernels", "models", "interventions", "captures", "interventions.trace",
-    "models.forward", "vectors", "text", "engine", "planning", "ckpts", "interventions.specs", "training",
-    "data", "judges", "runs", "persona", "organism", "report", "cli",
+    "models.forward", "vectors", "text", "engine", "planning", "ckpts", "interventions.specs",
+    "training", "data", "judges", "runs", "persona", "organism", "report", "cli",
 )
 NARROW = {  # less than what the order would allow
     "text.sandbox": set(),

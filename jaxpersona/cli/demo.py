@@ -14,6 +14,7 @@ from jaxpersona.cli import support
 from jaxpersona.cli.output import cell, console, say
 from jaxpersona.cli.support import ModelOption, check_folder, kept_of, progress
 from jaxpersona.errors import UserError
+from jaxpersona.extras import installed
 
 if TYPE_CHECKING:
     from jaxpersona.organism.demo import Demo
@@ -44,9 +45,10 @@ def demo(
     support.draw_run(out, done.extraction, middle, held_out())
     turns = done.figures["drift_turns"]
     floor = float(done.extraction.axis.thresholds("p25", of="default")[middle])
-    figures.drift(out / "drift.png",
-                  {name: talk.projections[:turns, :, middle] for name, talk in done.talks.items()},
-                  floor, middle, done.figures["drift_n"])
+    if installed("matplotlib"):  # else draw_run has said so
+        figures.drift(out / "drift.png", {name: talk.projections[:turns, :, middle]
+                                          for name, talk in done.talks.items()},
+                      floor, middle, done.figures["drift_n"])
     _show(done)
     say(f"axis, vectors and figures: {out}", error=True)
     head = {"run": str(out), "model": loaded.name,

@@ -48,10 +48,20 @@ def test_an_axis_of_the_model_passes(mini, axis):
     assert found.ok and not found.faults and found.shift == 0 and found.layers == UPPER
     assert [text.split(":")[0] for text in found.sentences] == ["sign", "layers", "floors"]
     assert (found.default > found.roles + 10).all() and seen[-1][0] == 18
+    quartiles = [axis.thresholds(p, of="default")[4:] for p in ("p25", "p75")]
+    np.testing.assert_allclose(found.spread, (quartiles[1] - quartiles[0]) / 1.34898, rtol=1e-4)
+    np.testing.assert_allclose(found.z_roles, (found.roles - found.default) / found.spread)
+    np.testing.assert_allclose(found.floors, quartiles[0])
+    assert f"by {-found.z_roles.max():.3g} to {-found.z_roles.min():.3g} of" in found.sentences[0]
     one = jp.check(mini, axis, layers=[5], floor=float(axis.thresholds("p25", of="default")[5]))
     assert one.ok and one.layers == (5,)
     bare = jp.check(mini, Axis(axis.values))
     assert bare.ok and len(bare.sentences) == 2  # no floors test without a floor
+    assert bare.z_floors is None and (bare.spread > 0).all()
+    high = jp.check(mini, axis, layers=[4, 5], floor=found.default[:2] + [1, -1])
+    assert high.ok and "Warning: at layers 4 the floor is above" in high.sentences[2]
+    assert high.z_floors[0] == pytest.approx(1 / high.spread[0], rel=1e-4)
+    assert "Warning" not in found.sentences[2]
     floors = axis.thresholds("p25", of="default")
     caps = jp.check(mini, Caps(axis.values[2:6], (2, 3, 4, 5), floors[2:6], tuple("abcd")))
     assert caps.ok and caps.shift is None and "too few" in caps.sentences[1]
@@ -359,6 +369,28 @@ def test_a_control_vector_is_projected_beside_an_axis(mini, axis, tmp_path, caps
     assert found["v"] == pytest.approx(found["assistant"], rel=1e-5)
     assert s.run_command([*command, "7"]) == 2
     assert "'v' is zero at layer 7" in capsys.readouterr().err
+
+
+def test_the_command_vectors_check_reports_layers(mini, axis, tmp_path, capsys, monkeypatch):
+    """A table in standard deviations of the default; exit code 2 and one line if it fails."""
+    monkeypatch.setattr("jaxpersona.cli.support.open_model", lambda *_: mini)
+    file = str(tmp_path / "axis.safetensors")
+    save_vector(file, axis)
+    command = ["vectors", "check", file, "--cap-layers", "4:6"]
+    assert s.run_command([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] and found["layers"] == [4, 5] and found["shift"] == 0
+    assert found["floors"] == pytest.approx(axis.thresholds("p25", of="default")[4:6], abs=1e-3)
+    z = [(r - d) / w for r, d, w in zip(found["roles"], found["default"], found["spread"],
+                                       strict=True)]
+    assert found["z_roles"] == pytest.approx(z, abs=2e-3) and max(z) < -1
+    assert s.run_command([*command, "--percentile", "p99"]) == 0
+    said = capsys.readouterr().out
+    assert "Warning: at layers" in said and f"{found['z_roles'][0]:+.1f}" in said
+    save_vector(file, dataclasses.replace(axis, values=-axis.values))
+    assert s.run_command(command) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "points away from the Assistant" in said
 
 
 def test_floors_of_all_layers_are_read_at_the_chosen_ones():
