@@ -44,7 +44,7 @@ def project(
     from jaxpersona.persona.check import fit
     from jaxpersona.persona.reference import reference
     from jaxpersona.persona.talk import project_conversation
-    from jaxpersona.report import figures
+    from jaxpersona.report.messages import messages
     from jaxpersona.text import chat
 
     if png is not None and png.is_dir():
@@ -103,8 +103,8 @@ def project(
                     f"p1…p99 of {known.percentiles[1.0]:.3f}…{known.percentiles[99.0]:.3f}; "
                     f"the floor of --cap is p25, {known.floor:.3f}")
     if png is not None:
-        figures.conversation(png, [t.turn for t in found],
-                             np.stack([t.values[at] for t in found]), names, at, references)
+        messages(png, [t.turn for t in found], np.stack([t.values[at] for t in found]), names, at,
+                 references)
         say(f"wrote {png}", error=True)
 
 

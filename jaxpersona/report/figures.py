@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from jaxpersona.persona.reference import Reference
-
 NAMED, EXTREMES = 40, 15  # all of up to 40 roles are named; of more, 15 at each end
 _CAPPED, _PLAIN, _ROLE = "#1b7f5c", "#c2452d", "#4a6fa5"
 
@@ -204,46 +202,13 @@ def drift(path: pathlib.Path, projections: Mapping[str, np.ndarray], floor: floa
 
 
 def conversation(path: pathlib.Path, turns: Sequence[int], values: np.ndarray,
-                 names: Sequence[str], layer: int,
-                 references: Sequence[Reference | None] = ()) -> None:
-    """Plot one conversation's projections [M, K] on K directions by assistant message.
-
-    Args:
-      path: the file to write.
-      turns: the M indices of the messages.
-      values: [M, K], one panel for each direction.
-      names: the K names of the directions.
-      layer: the layer.
-      references: K entries: the default's projections, drawn as bands with the floor, and the
-        nearest role of each message; None for a direction without them.
-    """
-    references = references or [None] * len(names)
+                 names: Sequence[str], layer: int) -> None:
+    """Plot one conversation's projections [M, K] on K directions by assistant message."""
     figure, axes = _axes(6.5, 4)
-    panels = [axes]
-    if len(names) > 1:
-        figure.clear()
-        figure.set_size_inches(6.5, 1 + 3 * len(names))
-        panels = list(figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0])
-    for k, (panel, name) in enumerate(zip(panels, names, strict=True)):
-        panel.spines[["top", "right"]].set_visible(False)
-        if (known := references[k]) is not None:
-            at = known.percentiles
-            panel.axhspan(at[1.0], at[99.0], color=_CAPPED, alpha=0.08, linewidth=0,
-                          label="default, p1–p99")
-            panel.axhspan(at[25.0], at[75.0], color=_CAPPED, alpha=0.16, linewidth=0,
-                          label="default, p25–p75")
-            panel.axhline(known.floor, color="black", linewidth=0.8, linestyle="--",
-                          label="floor of --cap (p25)")
-            for turn, value in zip(turns, values[:, k], strict=True):
-                for role in known.nearest(float(value), 1):
-                    panel.annotate(role.replace("_", " "), (turn, value), fontsize=6.5,
-                                   xytext=(0, 6), textcoords="offset points", ha="center")
-        panel.plot(turns, values[:, k], "o-", color=_ROLE, label=name)
-        panel.set_ylabel(f"mean projection, layer {layer}", fontsize=8)
-        panel.legend(frameon=False, fontsize=7)
-    panels[-1].set_xticks(list(turns))
-    panels[-1].set_xlabel("message")
-    panels[0].set_title("Projection of each assistant message"
-                        + (", with its nearest role" if any(r and r.roles for r in references)
-                           else ""))
+    for k, name in enumerate(names):
+        axes.plot(turns, values[:, k], "o-", label=name)
+    axes.set_xticks(list(turns))
+    axes.set(xlabel="message", ylabel=f"mean projection, layer {layer}",
+             title="Projection of each assistant message")
+    axes.legend(frameon=False)
     _save(figure, path)
