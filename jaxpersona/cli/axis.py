@@ -216,6 +216,8 @@ def _of_forecast(found: object, judge_cost: float | None) -> dict[str, object]:
     assert dataclasses.is_dataclass(found) and not isinstance(found, type)
     value = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     pace = value.pop("pace")
+    if value["seconds"] is not None and not math.isfinite(value["seconds"]):
+        value["seconds"] = None  # JSON has no infinity
     if pace is not None:
         value["sample"] = {"finished": int(pace.finished.size), "tokens": pace.tokens,
                            "unfinished": int(pace.unfinished.size),
