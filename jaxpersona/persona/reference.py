@@ -18,9 +18,10 @@ from jaxpersona.brief import brief
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json
 from jaxpersona.persona.check import normal_spread
+from jaxpersona.runs.files import MANIFEST
 from jaxpersona.vectors.vector import Axis, Vector
 
-DEFAULT_FLOOR = "p25"  # of --cap
+ANALYSIS = "analysis.json"
 _NEEDED = ("p1", "p25", "p50", "p75", "p99")
 
 
@@ -73,7 +74,8 @@ def reference(vector: Vector, layer: int, file: str | os.PathLike[str] | None = 
     Args:
       vector: the direction.
       layer: the layer.
-      file: the direction's file. An `analysis.json` beside it, as in a run folder, gives the roles.
+      file: the direction's file. If it lies in the folder of a run of its model, the run's
+        `analysis.json` gives the roles.
 
     Returns:
       None if the direction is not an axis with the default's percentiles.
@@ -97,10 +99,19 @@ def reference(vector: Vector, layer: int, file: str | os.PathLike[str] | None = 
         if name.startswith("p") and text.isdecimal():
             numbers[float(name[1:])] = float(values[layer])
     roles: dict[str, float] = {}
-    analysis = None if file is None else pathlib.Path(file).parent / "analysis.json"
-    if analysis is not None and analysis.is_file():
-        roles = _roles(analysis, vector.n_layers, layer)
+    if file is not None and _is_of_run(pathlib.Path(file), vector):
+        roles = _roles(pathlib.Path(file).parent / ANALYSIS, vector.n_layers, layer)
     return Reference(dict(sorted(numbers.items())), roles)
+
+
+def _is_of_run(file: pathlib.Path, vector: Vector) -> bool:
+    """Return whether a file lies in the folder of a run, with an analysis, of its model."""
+    if not all(path.is_file() for path in (file, file.with_name(ANALYSIS),
+                                           file.with_name(MANIFEST))):
+        return False
+    found: Any = read_json(file.with_name(MANIFEST))
+    model = found.get("model") if isinstance(found, dict) else None
+    return isinstance(model, dict) and model.get("fingerprint") == vector.fingerprint
 
 
 def _roles(path: pathlib.Path, layers: int, layer: int) -> dict[str, float]:

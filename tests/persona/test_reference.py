@@ -40,6 +40,8 @@ def analysis(folder, layers=3, **change):
         "default": {"mean_projection": [9.0] * layers},
         "ghost": {"mean_projection": [float(i) for i in range(layers)]}}} | change
     (folder / "analysis.json").write_text(json.dumps(value))
+    (folder / "axis.safetensors").touch()
+    (folder / "run.json").write_text(json.dumps({"model": {"fingerprint": ""}}))
 
 
 def test_an_axis_brings_its_percentiles_and_its_run_the_roles(tmp_path):
@@ -50,6 +52,9 @@ def test_an_axis_brings_its_percentiles_and_its_run_the_roles(tmp_path):
     analysis(tmp_path)
     assert reference(load_axis(file), 2, file).roles == {"ghost": 2.0}  # without the default
     assert not reference(load_axis(file), 2).roles
+    assert not reference(axis(), 2, tmp_path / "mini").roles  # a name, not a file of this folder
+    (tmp_path / "run.json").write_text(json.dumps({"model": {"fingerprint": "0" * 16}}))
+    assert not reference(load_axis(file), 2, file).roles  # the folder of another model's run
     assert reference(Vector(np.ones((3, 4))), 0) is None
     assert reference(Axis(np.ones((3, 4))), 0) is None
 
