@@ -140,7 +140,7 @@ def check(
     if not judged[0][0]:  # with a wrong sign the other tests are meaningless
         judged = judged[:1]
     elif floors is not None:
-        judged.append(_scale(chosen, ours, theirs, floors, spread))
+        judged.append(_scale(chosen, ours, theirs, floors, spread, _centre(axis, chosen, ours)))
     faults = tuple(text for fine, text in judged if not fine)
     return Check(not faults, faults, tuple(text for _, text in judged), chosen,
                  ours.mean(0).astype(np.float32), theirs.mean(0).astype(np.float32), shift,
@@ -160,6 +160,16 @@ def _spread(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.
         known = normal_spread(table["p25"], table["p75"])[list(layers)]
         spread = np.where(known > 0, known, spread)
     return np.maximum(spread, 1e-6)
+
+
+def _centre(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
+    """Return the middle of the default's projections [l].
+
+    The median that the axis holds, because the short replies of the check may project lower than
+    the longer ones that the floors were measured on; else the mean of those replies.
+    """
+    table = axis.percentiles.get("default", {}) if isinstance(axis, Axis) else {}
+    return table["p50"][list(layers)] if "p50" in table else ours.mean(0)
 
 
 def normal_spread(low: np.ndarray, high: np.ndarray) -> np.ndarray:
@@ -261,10 +271,10 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
 
 
 def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
-           floors: np.ndarray, spread: np.ndarray) -> tuple[bool, str]:
+           floors: np.ndarray, spread: np.ndarray, centre: np.ndarray) -> tuple[bool, str]:
     """Reject floors far above the default projections or far below the role projections.
 
-    A floor above the default's mean is accepted with a warning.
+    A floor above the middle of the default's projections is accepted with a warning.
     """
     high, low = ours.mean(0), theirs.mean(0)
     gap = high - low
@@ -280,10 +290,10 @@ def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
     z = (floors - high) / spread
     text = (f"floors: {_numbers(z)} standard deviations of the default from its mean, "
             f"{_numbers(100 * (floors - low) / gap)} % of the way from roles to it")
-    if (over := z > 0).any():
+    if (over := floors > centre).any():
         at = [layer for layer, wrong in zip(layers, over, strict=True) if wrong]
-        text += (f". Warning: at layers {_spoken(at)} the floor is above the default's own mean "
-                 "projection, so the cap changes more than half of ordinary replies: choose a "
+        text += (f". Warning: at layers {_spoken(at)} the floor is above most of the default's own "
+                 "projections, so the cap changes more than half of ordinary replies: choose a "
                  "lower percentile")
     return True, text
 

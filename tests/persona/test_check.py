@@ -61,11 +61,7 @@ def test_an_axis_of_the_model_passes(mini, axis):
     bare = jp.check(mini, Axis(axis.values))
     assert bare.ok and len(bare.sentences) == 2  # no floors test without a floor
     assert bare.z_floors is None and (bare.spread > 0).all()
-    high = jp.check(mini, axis, layers=[4, 5], floor=found.default[:2] + [1, -1])
-    assert high.ok and "Warning: at layers 4 the floor is above" in high.sentences[2]
-    assert high.z_floors[0] == pytest.approx(1 / high.spread[0], rel=1e-4)
-    low = jp.check(mini, axis, layers=[4, 5], floor=found.default[:2] - 1)
-    assert low.ok and "Warning" not in low.sentences[2]
+    assert "Warning" not in found.sentences[2]
     floors = axis.thresholds("p25", of="default")
     caps = jp.check(mini, Caps(axis.values[2:6], (2, 3, 4, 5), floors[2:6], tuple("abcd")))
     assert caps.ok and caps.shift is None and "too few" in caps.sentences[1]
@@ -102,8 +98,26 @@ def test_a_floor_just_beyond_the_limit_is_named_and_one_just_within_is_not():
         for sign, edge, words in ((1, 10 + limit, "move every token"), (-1, -limit, "never act")):
             for beyond in (-0.01, 0.01):
                 floor = np.array([edge + sign * beyond])
-                fine, said = module._scale((3,), ours, theirs, floor, np.ones(1))
+                fine, said = module._scale((3,), ours, theirs, floor, np.ones(1), np.zeros(1))
                 assert fine == (beyond < 0) and (fine or (words in said and "layer 3" in said))
+
+
+def test_a_floor_above_most_default_projections_gets_a_warning():
+    """Distances are in the default's standard deviation at the layer."""
+    ours, theirs = np.array([[9.0, 9.0], [11.0, 11.0]]), np.array([[0.0, 0.0], [0.0, 0.0]])
+    spread, centre = np.array([2.0, 4.0]), np.array([10.5, 12.0])
+    fine, said = module._scale((3, 4), ours, theirs, np.array([10.4, 11.0]), spread, centre)
+    assert fine and "Warning" not in said
+    assert said.startswith("floors: 0.2 to 0.25 standard deviations of the default from its mean, "
+                           "104 to 110 % of the way")
+    fine, said = module._scale((3, 4), ours, theirs, np.array([10.6, 11.0]), spread, centre)
+    assert fine and "Warning: at layers 3 the floor is above most of the default's own" in said
+    table = {"default": {"p50": np.arange(8.0)}}
+    held = Axis(np.ones((8, 4)), percentiles=table)
+    assert module._centre(held, (3, 5), ours).tolist() == [3, 5]
+    assert module._centre(Axis(np.ones((8, 4))), (3, 5), ours).tolist() == [10, 10]
+    caps = Caps(np.ones((2, 4)), (3, 5), np.zeros(2), ("a", "b"))
+    assert module._spread(caps, (3, 5), ours).tolist() == [2 ** 0.5] * 2
 
 
 def test_what_cannot_be_checked_is_refused(mini, axis):
