@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jaxpersona.data.texts import Question, Role
     from jaxpersona.judges.judges import Judge
     from jaxpersona.models.model import Model
+    from jaxpersona.persona.forecast import Forecast
 
 _OWN = "mini's own for mini, else data"
 
@@ -211,9 +212,8 @@ def _judge(judge: str, kind: type[Judge], model: Model, dtype: str | None, mesh:
     return SelfJudge(model, batch_size=batch_size) if kind is SelfJudge else kind()
 
 
-def _of_forecast(found: object, judge_cost: float | None) -> dict[str, object]:
+def _of_forecast(found: Forecast, judge_cost: float | None) -> dict[str, Any]:
     """Return a forecast as a JSON value."""
-    assert dataclasses.is_dataclass(found) and not isinstance(found, type)
     value = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
     pace = value.pop("pace")
     if value["seconds"] is not None and not math.isfinite(value["seconds"]):

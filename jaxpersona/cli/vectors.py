@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -71,7 +71,7 @@ def check(
         parse_layers(cap_layers)
     held = open_caps(file, {"--cap-layers": cap_layers, "--percentile": percentile, "--of": of,
                             "--experiment": experiment})
-    options = {}
+    options: dict[str, Any] = {}
     if not isinstance(held, Caps):
         options["layers"] = cap_layers
         if percentile is not None or of is not None:

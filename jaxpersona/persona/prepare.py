@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: Settings, *,
-                min_count: int, held_out: Sequence[str], judge: Judge | type,
+                min_count: int, held_out: Sequence[str], judge: Judge | type[Judge],
                 ) -> tuple[list[Role], list[Question], list[str]]:
     """Check the roles, questions and settings of a run; return them as lists.
 
