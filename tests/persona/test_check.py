@@ -11,7 +11,6 @@ from jaxpersona.ckpts.vectors import load_vector, save_vector
 
 import jaxpersona as jp
 from jaxpersona.persona import axis as science
-from jaxpersona.persona import check as module
 from jaxpersona.vectors.caps import Caps, fitted
 from jaxpersona.vectors.vector import Axis, Vector
 
@@ -89,35 +88,6 @@ def test_a_wrong_sign_and_a_wrong_scale_are_named(mini, axis):
     turned[5] *= -1
     found = jp.check(mini, Axis(turned))
     assert not found.ok and "higher than the default at layers 5" in found.faults[0]
-
-
-def test_a_floor_just_beyond_the_limit_is_named_and_one_just_within_is_not():
-    """The limit is the larger of the gap of the means and four standard deviations of that side."""
-    for spread, limit in ((0.5, 10.0), (5.0, 20.0)):  # max(gap 10, 4 · spread)
-        ours, theirs = (np.array([[mean - spread], [mean + spread]]) for mean in (10.0, 0.0))
-        for sign, edge, words in ((1, 10 + limit, "move every token"), (-1, -limit, "never act")):
-            for beyond in (-0.01, 0.01):
-                floor = np.array([edge + sign * beyond])
-                fine, said = module._scale((3,), ours, theirs, floor, np.ones(1), np.zeros(1))
-                assert fine == (beyond < 0) and (fine or (words in said and "layer 3" in said))
-
-
-def test_a_floor_above_most_default_projections_gets_a_warning():
-    """Distances are in the default's standard deviation at the layer."""
-    ours, theirs = np.array([[9.0, 9.0], [11.0, 11.0]]), np.array([[0.0, 0.0], [0.0, 0.0]])
-    spread, centre = np.array([2.0, 4.0]), np.array([10.5, 12.0])
-    fine, said = module._scale((3, 4), ours, theirs, np.array([10.4, 11.0]), spread, centre)
-    assert fine and "Warning" not in said
-    assert said.startswith("floors: 0.2 to 0.25 standard deviations of the default from its mean, "
-                           "104 to 110 % of the way")
-    fine, said = module._scale((3, 4), ours, theirs, np.array([10.6, 11.0]), spread, centre)
-    assert fine and "Warning: at layers 3 the floor is above most of the default's own" in said
-    table = {"default": {"p50": np.arange(8.0)}}
-    held = Axis(np.ones((8, 4)), percentiles=table)
-    assert module._centre(held, (3, 5), ours).tolist() == [3, 5]
-    assert module._centre(Axis(np.ones((8, 4))), (3, 5), ours).tolist() == [10, 10]
-    caps = Caps(np.ones((2, 4)), (3, 5), np.zeros(2), ("a", "b"))
-    assert module._spread(caps, (3, 5), ours).tolist() == [2 ** 0.5] * 2
 
 
 def test_what_cannot_be_checked_is_refused(mini, axis):
@@ -387,31 +357,3 @@ def test_a_control_vector_is_projected_beside_an_axis(mini, axis, tmp_path, caps
     assert found["v"] == pytest.approx(found["assistant"], rel=1e-5)
     assert s.run_command([*command, "7"]) == 2
     assert "'v' is zero at layer 7" in capsys.readouterr().err
-
-
-def test_the_command_vectors_check_reports_layers(mini, axis, tmp_path, capsys, monkeypatch):
-    """A table in standard deviations of the default; exit code 2 and one line if it fails."""
-    monkeypatch.setattr("jaxpersona.cli.support.open_model", lambda *_: mini)
-    file = str(tmp_path / "axis.safetensors")
-    save_vector(file, axis)
-    command = ["vectors", "check", file, "--cap-layers", "4:6"]
-    assert s.run_command([*command, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["ok"] and found["layers"] == [4, 5] and found["shift"] == 0
-    assert found["floors"] == pytest.approx(axis.thresholds("p25", of="default")[4:6], abs=1e-3)
-    z = [(r - d) / w for r, d, w in zip(found["roles"], found["default"], found["spread"],
-                                       strict=True)]
-    assert found["z_roles"] == pytest.approx(z, abs=2e-3) and max(z) < -1
-    assert s.run_command([*command, "--percentile", "p99"]) == 0
-    said = capsys.readouterr().out
-    assert "Warning: at layers" in said and f"{found['z_roles'][0]:+.1f}" in said
-    save_vector(file, dataclasses.replace(axis, values=-axis.values))
-    assert s.run_command(command) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "points away from the Assistant" in said
-
-
-def test_floors_of_all_layers_are_read_at_the_chosen_ones():
-    chosen, _, floors = module._entries(s.tiny_model(), Axis(np.ones((3, 32))), [2],
-                                        np.array([1.0, 2.0, 3.0]))
-    assert chosen == (2,) and floors.tolist() == [3.0]
