@@ -23,7 +23,7 @@ from conversations import conversations
 
 import jaxpersona as jp
 from jaxpersona.captures.capture import Capture
-from jaxpersona.engine.generate import drain
+from jaxpersona.engine.generate import queue
 from jaxpersona.engine.programs import Stops
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.interventions import Interventions
@@ -114,9 +114,9 @@ class Run:
             for row, task in enumerate(tasks):
                 out[task.number] = tokens[row, : length[row]]
 
-        drain(self.model, self.rows, np.arange(count, dtype=np.uint32), lengths.astype(np.int32),
+        queue(self.model, self.rows, np.arange(count, dtype=np.uint32), lengths.astype(np.int32),
               sampling(count), Interventions(), read, self.stops, collect, max_new=self.args.new,
-              batch_size=self.args.batch, refill=refill)
+              batch_size=self.args.batch, refill=refill).run()
         if any(len(out[i]) != lengths[i] for i in range(count)):
             raise RuntimeError("a reply does not have the requested length")
         return [out[i] for i in range(count)]

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from jaxpersona.errors import UserError
+from jaxpersona.extras import require
 
 ARCHITECTURE_KEY = "general.architecture"
 MAX_FIELDS = 1 << 16
@@ -53,12 +54,7 @@ def import_gguf(path: pathlib.Path) -> Any:
     Raises:
       UserError: the package is not installed; the message names the file that needs it.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(f"{path}: GGUF files need the package gguf: pip install 'jaxpersona[gguf]'"
-                        ) from None
-    return gguf
+    return require("gguf", f"{path}: GGUF files need the package gguf")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxpersona.errors import UserError
+from jaxpersona.extras import require
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
 _MAX_LENGTH = 1024  # maximum characters per token; deriving merges takes quadratic time in it
@@ -70,11 +71,10 @@ def build(fields: Mapping[str, Any]) -> Any:
         backend = _sentencepiece(fields, tokens, gemma, named["unk_token"])
     _add_tokens(backend, fields, tokens)
     _add_ends(backend, fields, named, tokens)
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend,
-                                        clean_up_tokenization_spaces=False,
-                                        **{k: v for k, v in named.items() if v is not None})
+    transformers = require("transformers", "the tokenizer of a GGUF file needs transformers")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False,
+        **{k: v for k, v in named.items() if v is not None})
     template = fields.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise UserError(f"tokenizer.chat_template is {template!r:.60}; it must be a string")

@@ -31,6 +31,7 @@ from jaxpersona.distributed import sharding
 from jaxpersona.distributed.context import own_context
 from jaxpersona.engine.compile_cache import use_compile_cache
 from jaxpersona.errors import UserError
+from jaxpersona.extras import require
 from jaxpersona.inputs import read_json, require_files
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.families import FAMILIES
@@ -262,12 +263,12 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
     for part in (folder, folder / "additional_chat_templates"):
         if part.is_dir():
             require_files(part, _TOKENIZER_FILES)
-    from transformers import AutoTokenizer
+    transformers = require("transformers", f"{folder}: tokenizers need transformers")
 
     def read() -> Any:
         # False, not None: with None transformers prompts whether to run remote code
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True,
-                                                  trust_remote_code=False)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True,
+                                                               trust_remote_code=False)
         _encode_once(tokenizer)
         return tokenizer
 
@@ -360,6 +361,7 @@ def _warn_unfollowed(path: pathlib.Path, generation: Mapping[str, Any]) -> None:
 
 def _download(name: str, revision: str | None) -> pathlib.Path:
     """Download a hub repository, or find it in the local cache; return its folder."""
+    require("huggingface_hub", f"{name}: models of the hub need huggingface_hub")
     from huggingface_hub import constants, errors, snapshot_download
 
     at = f"{name}@{revision}" if revision else name

@@ -19,6 +19,7 @@ from jaxpersona.ckpts.tensorfile import DTYPES, parse_dtype
 
 from jaxpersona.distributed import sharding
 from jaxpersona.errors import UserError
+from jaxpersona.extras import MissingPackage, require
 from jaxpersona.inputs import TEXT_BYTES, require_file
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.families import to_hf
@@ -135,9 +136,8 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[StandardCheckpointer]:
-    import orbax.checkpoint
-
-    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+    checkpoint = require("orbax.checkpoint", "Orbax checkpoints need orbax-checkpoint")
+    with checkpoint.StandardCheckpointer() as checkpointer:
         yield checkpointer
 
 
@@ -146,6 +146,8 @@ def _named_errors(folder: pathlib.Path, what: str) -> Iterator[None]:
     """Convert any exception of Orbax or TensorStore to a UserError that names the folder."""
     try:
         yield
+    except MissingPackage as error:
+        raise MissingPackage(f"{folder}: {error}") from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: {what} ({reason or type(error).__name__})") from error

@@ -18,6 +18,7 @@ import numpy as np
 from jaxpersona.ckpts.gguf import VECTOR_BYTES
 
 from jaxpersona.errors import UserError
+from jaxpersona.extras import require
 from jaxpersona.inputs import MAX_DEPTH, require_file
 from jaxpersona.vectors.caps import Caps
 from jaxpersona.vectors.vector import Axis, Vector
@@ -39,11 +40,8 @@ def read_pickle(path: str | os.PathLike) -> Any:
     path = pathlib.Path(path)
     size = require_file(path, VECTOR_BYTES)
     _check_archive(path, size)
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f"{path}: .pt files need PyTorch: pip install 'jaxpersona[torch]', or "
-                        "convert the file to .safetensors on another machine") from None
+    torch = require("torch", f"{path}: .pt files need PyTorch",
+                    "or convert the file to .safetensors on another machine")
     try:
         with warnings.catch_warnings(action="ignore"):
             value = torch.load(path, map_location="cpu", weights_only=True)

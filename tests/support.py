@@ -191,7 +191,8 @@ def axis_command(checkpoint: Any, texts: pathlib.Path, out: Any, *more: str) -> 
     """Return the arguments of a small `jaxpersona axis` run."""
     return ["axis", "--model", str(checkpoint), "--roles", str(texts / "roles"), "--questions",
             str(texts / "questions.jsonl"), "--out", str(out), "--max-new-tokens", "6",
-            "--batch-size", "8", "--min-count", "1", "--temperature", "1", "--top-p", "1", *more]
+            "--batch-size", "8", "--min-count", "1", "--temperature", "1", "--top-p", "1", "--json",
+            *more]
 
 
 def run_command(arguments: list[str]) -> Any:

@@ -14,10 +14,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 # each entry may import itself and earlier entries; a file with its own entry is not part of its
 # package's entry
 ORDER = (
-    "errors", "brief", "calls", "inputs", "interrupt", "runtime", "models.config", "distributed",
-    "kernels", "models", "interventions", "captures", "interventions.trace", "models.forward",
-    "vectors", "text", "engine", "planning", "ckpts", "interventions.specs", "training", "data",
-    "judges", "runs", "persona", "organism", "report", "cli",
+    "errors", "extras", "brief", "calls", "inputs", "interrupt", "runtime", "models.config",
+    "distributed", "kernels", "models", "interventions", "captures", "interventions.trace",
+    "models.forward", "vectors", "text", "engine", "planning", "ckpts", "interventions.specs",
+    "training", "data", "judges", "runs", "persona", "organism", "report", "cli",
 )
 NARROW = {  # stricter limits than the order
     "text.sandbox": set(),
@@ -27,8 +27,8 @@ NARROW = {  # stricter limits than the order
     "text.chat": {"brief", "models", "text"},
     "kernels": {"kernels"},
     "models.config": {"brief"},
-    "ckpts": {"calls", "ckpts", "distributed", "engine", "inputs", "models", "models.config",
-              "runtime", "vectors"},
+    "ckpts": {"calls", "ckpts", "distributed", "engine", "extras", "inputs", "models",
+              "models.config", "runtime", "vectors"},
 }
 PLACE = {name: place for place, name in enumerate(ORDER)}
 

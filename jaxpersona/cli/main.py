@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import NoReturn
 
@@ -35,8 +34,6 @@ def main(arguments: list[str] | None = None) -> None:
     2. SIGINT or SIGTERM ends the command with a line about the files that are kept, and exit code
     128 plus the signal's number.
     """
-    # transformers advises to install PyTorch when it is imported; the command does not need it
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     with output.prepared(), interrupt.raised():
         _run(arguments)
 

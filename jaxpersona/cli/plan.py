@@ -11,6 +11,7 @@ import typer
 
 from jaxpersona.cli.output import say
 from jaxpersona.errors import UserError
+from jaxpersona.extras import pip_line
 
 if TYPE_CHECKING:
     from jaxpersona.models.config import ModelConfig
@@ -24,9 +25,11 @@ def plan(
     ] = "random:llama-3.3-70b",
     batch: Annotated[int, typer.Option(help="Rows over all chips.")] = 32,
     context: Annotated[int, typer.Option(help="Tokens per row, prompt and reply.")] = 2048,
-    cap: Annotated[str | None, typer.Option(help="Layers to cap, half-open, e.g. 56:72.")] = None,
-    mesh: Annotated[str | None, typer.Option(help="E.g. data=2,model=8; default: the widest model "
-                                                  "axis that the shape allows, up to 16.")] = None,
+    cap: Annotated[str | None, typer.Option(
+        show_default="no cap", help="Layers to cap, half-open, e.g. 56:72.")] = None,
+    mesh: Annotated[str | None, typer.Option(
+        show_default="the widest model axis that the shape allows, up to 16",
+        help="E.g. data=2,model=8.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Estimate memory and time on a topology, without weights or an accelerator."""
@@ -69,7 +72,7 @@ def card(found: dict[str, Any]) -> list[str]:
     size = {name: n / 1e9 for name, n in found["bytes_per_chip"].items()}
     mesh = " × ".join(f"{name}={n}" for name, n in found["mesh"].items())
     tpu = found["topology"].split(":")[0].lower() in chips.TPUS
-    missing = "libtpu is not installed: pip install 'jaxpersona[tpu]'"
+    missing = f"libtpu is not installed: {pip_line('libtpu')}"
     whose = ("compiler" if found["compiled"] else
              f"arithmetic: {missing if tpu else 'no compiler was used'}")
     verdict = "fits" if found["fits"] else f"does not fit, by {found['short_by'] / 1e9:.2f} GB"

@@ -14,6 +14,7 @@ import typer
 
 from jaxpersona.cli.output import console, say
 from jaxpersona.errors import UserError
+from jaxpersona.extras import MissingPackage
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 LOG_SECONDS = 30.0  # between two lines of progress where standard error is no terminal
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, a .gguf file, `mini`, "
                                                           "`random:<preset>` or a hub name.")]
-AdapterOption = Annotated[pathlib.Path | None, typer.Option("--adapter", help=(
+AdapterOption = Annotated[pathlib.Path | None, typer.Option("--adapter", show_default="none", help=(
     "The folder of a LoRA adapter for the model; it is merged into the weights."))]
-DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+DtypeOption = Annotated[str | None, typer.Option(
+    show_default="float32 on a CPU, else bfloat16", help="float32, bfloat16 or float16.")]
 
 
 def open_model(source: str, dtype: str | None, mesh: str | None = None,
@@ -153,6 +155,9 @@ def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
     """Draw the figures of an extraction into its folder."""
     from jaxpersona.report import figures
 
-    figures.roles_on_axis(folder / "roles.png", extraction.projections, middle, held_out)
-    figures.components(folder / "pca.png", extraction.analysis, middle, extraction.default)
-    figures.variance(folder / "variance.png", extraction.analysis, middle)
+    try:
+        figures.roles_on_axis(folder / "roles.png", extraction.projections, middle, held_out)
+        figures.components(folder / "pca.png", extraction.analysis, middle, extraction.default)
+        figures.variance(folder / "variance.png", extraction.analysis, middle)
+    except MissingPackage as error:  # the axis is complete without them
+        say(f"no figures were drawn: {error}", error=True)

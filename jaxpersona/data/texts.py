@@ -54,7 +54,8 @@ class Role:
     Attributes:
       name: the file's stem; "default" means that no persona is assigned.
       prompts: system prompts; "" is allowed only in the default role.
-      eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" for the default.
+      eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" for the default, and for
+        roles that are not judged by a model.
       description: one line; "" if unknown.
     """
 
@@ -171,8 +172,9 @@ def load_roles(path: Path | None = None, *, model_name: str = "the model") -> li
 
     Args:
       path: a folder of `<name>.json`, each {"instruction": [{"pos": …}, …], "eval_prompt": …}; None
-        loads the package data. Without a `default.json` the five published default prompts are
-        used. A `role_list.json` (name → description) is read from the folder or its parent.
+        loads the package data. `eval_prompt` may be missing: only some judges read it. Without a
+        `default.json` the five published default prompts are used. A `role_list.json` (name →
+        description) is read from the folder or its parent.
       model_name: replaces `{model_name}` in prompts.
 
     Raises:
@@ -310,9 +312,8 @@ def _role(raw: dict[str, Any], file: Traversable, described: dict[str, str], mod
              model_name=model_name)
         for i, entry in enumerate(get_list(raw, "instruction", where, faults))
     )
-    # the default role is not judged
-    eval_prompt = "" if default and "eval_prompt" not in raw else get_eval_prompt(
-        raw, where, faults)
+    # judges that read it check that it is there (`persona.prepare.check_texts`)
+    eval_prompt = get_eval_prompt(raw, where, faults) if "eval_prompt" in raw else ""
     return Role(name, prompts, eval_prompt, described.get(name, ""))
 
 

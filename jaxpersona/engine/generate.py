@@ -178,8 +178,9 @@ def generate(
             progress(len(out.done), count, out.total)
 
     stops = stops_of(model, asks_for_code(edits, capture))
-    drain(model, rows, draw_ids, limits, settings, edits, capture, stops, collect,
-          max_new=max_new_tokens, batch_size=batch_size, share_prefix=share_prefix, refill=refill)
+    queue(model, rows, draw_ids, limits, settings, edits, capture, stops, collect,
+          max_new=max_new_tokens, batch_size=batch_size, share_prefix=share_prefix,
+          refill=refill).run()
     if out.nonfinite:
         message = explanation()  # runs on all processes
         if processes.first():
@@ -187,11 +188,11 @@ def generate(
     return out.finish(model, rows)
 
 
-def drain(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
+def queue(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
           limits: Int[np.ndarray, " N"], settings: Sampling, edits: Interventions,
           capture: Capture, stops: Stops, collect: Collect, *, max_new: int, batch_size: int,
-          share_prefix: bool = False, refill: bool = True) -> None:
-    """Run a scheduler until all prompts are finished.
+          share_prefix: bool = False, refill: bool = True) -> Scheduler:
+    """Return a scheduler whose queue holds every prompt.
 
     Args:
       model: the model.
@@ -229,8 +230,7 @@ def drain(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
     scheduler.waiting.extend(sorted(tasks, key=lambda task: (
         order[task.lane], task.shape, prefix_key(task),
         shared.key(task) if task.shape.prefix else ())))
-    while not scheduler.idle:
-        scheduler.step()
+    return scheduler
 
 
 def asks_for_code(edits: Interventions, capture: Capture) -> bool:

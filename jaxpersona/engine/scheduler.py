@@ -58,6 +58,11 @@ class Scheduler:
         """Whether the queue is empty and no row is active."""
         return not self.waiting and not any(_busy(lane) for lane in self.lanes.values())
 
+    def run(self) -> None:
+        """Run steps until the scheduler is idle."""
+        while not self.idle:
+            self.step()
+
     def step(self) -> None:
         """Remove cancelled prompts, admit queued ones, and run one chunk of every lane."""
         for lane in self.lanes.values():

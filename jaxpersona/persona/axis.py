@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxpersona.brief import brief
 from jaxpersona.errors import UserError
+from jaxpersona.extras import require
 from jaxpersona.interventions.bank import normalised
 
 LABELS = {3: "pos_3", 2: "pos_2"}  # judge scores for fully and partly played roles
@@ -115,11 +116,10 @@ def principal_components(vectors: np.ndarray, axis: np.ndarray) -> Components:
     Raises:
       UserError: fewer than two vectors.
     """
-    from sklearn.decomposition import PCA
-
+    pca_of = require("sklearn.decomposition", "principal components need scikit-learn").PCA
     if len(vectors) < 2:
         raise UserError(f"vectors has {len(vectors)} role vectors; PCA needs at least two")
-    pca = PCA(svd_solver="full").fit(vectors.astype(np.float64))
+    pca = pca_of(svd_solver="full").fit(vectors.astype(np.float64))
     directions = np.array(pca.components_)
     directions *= np.where(directions @ axis < 0, -1.0, 1.0)[:, None]
     coordinates = (vectors - pca.mean_) @ directions.T

@@ -45,11 +45,15 @@ class Check:
     Attributes:
       ok: whether every test passed.
       faults: one sentence per failed test, with its remedy.
-      sentences: one sentence per test (sign, layers, floors), passed or failed.
+      sentences: one sentence per test (sign, layers, floors), passed or failed. A passed test of
+        floors may contain a warning.
       layers: l tested layers, one per cap.
       default, roles: [l] float32, mean projections of default and of role replies on each unit
         direction.
       shift: layer offset at which the axis fits best, 0 if its own; None if inconclusive.
+      spread: [l] float32, the standard deviation of the default's projections: from the quartiles
+        in the axis, or else of the replies of the check.
+      floors: [l] float32, the floors; None if there are none.
     """
 
     ok: bool
@@ -59,6 +63,18 @@ class Check:
     default: np.ndarray
     roles: np.ndarray
     shift: int | None
+    spread: np.ndarray
+    floors: np.ndarray | None
+
+    @property
+    def z_roles(self) -> np.ndarray:
+        """[l], the roles' mean projections in `spread` from the default's; negative is expected."""
+        return (self.roles - self.default) / self.spread
+
+    @property
+    def z_floors(self) -> np.ndarray | None:
+        """[l], the floors in `spread` from the default's mean projection; None without floors."""
+        return None if self.floors is None else (self.floors - self.default) / self.spread
 
     def __repr__(self) -> str:
         return line("Check", "ok" if self.ok else "; ".join(map(str, self.faults)))
@@ -108,21 +124,57 @@ def check(
                         "point toward the Assistant: jp.Axis(values) wraps an array [L, D]")
     axis = fit(model, axis)
     if model.tokenizer is None or not model.template:
-        lacks = "tokenizer" if model.tokenizer is None else "chat template"
-        raise UserError(f"{model.name} has no {lacks}; the check needs one to encode prompts")
+        raise UserError(
+            f"{model.name} has no tokenizer; the check needs one to encode prompts"
+            if model.tokenizer is None else
+            f"{model.name} has no chat template (a base model), so it cannot be asked as the "
+            "default persona and in roles; use the instruction-tuned model that the axis belongs "
+            "to")
     chosen, directions, floors = _entries(model, axis, layers, floor)
     default, roles = _replies(model, max_new_tokens, progress)
     unit, _ = normalised(directions)
     ours, theirs = (np.einsum("nld,ld->nl", x[:, list(chosen)], unit) for x in (default, roles))
     base, shift = _layer_base(axis, default.mean(0) - roles.mean(0))
-    judged = [_sign(chosen, ours, theirs), base]
+    spread = _spread(axis, chosen, ours)
+    judged = [_sign(chosen, ours, theirs, spread), base]
     if not judged[0][0]:  # with a wrong sign the other tests are meaningless
         judged = judged[:1]
     elif floors is not None:
-        judged.append(_scale(chosen, ours, theirs, floors))
+        judged.append(_scale(chosen, ours, theirs, floors, spread, _centre(axis, chosen, ours)))
     faults = tuple(text for fine, text in judged if not fine)
     return Check(not faults, faults, tuple(text for _, text in judged), chosen,
-                 ours.mean(0).astype(np.float32), theirs.mean(0).astype(np.float32), shift)
+                 ours.mean(0).astype(np.float32), theirs.mean(0).astype(np.float32), shift,
+                 spread.astype(np.float32),
+                 None if floors is None else floors.astype(np.float32))
+
+
+def _spread(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
+    """Return the standard deviation of the default's projections [l].
+
+    From the quartiles that the axis holds, as those of a normal distribution, because six replies
+    of the check give a poor estimate.
+    """
+    table = axis.percentiles.get("default", {}) if isinstance(axis, Axis) else {}
+    spread = ours.std(0, ddof=1) if len(ours) > 1 else np.zeros(len(layers))
+    if "p25" in table and "p75" in table:
+        known = normal_spread(table["p25"], table["p75"])[list(layers)]
+        spread = np.where(known > 0, known, spread)
+    return np.maximum(spread, 1e-6)
+
+
+def _centre(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
+    """Return the middle of the default's projections [l].
+
+    The median that the axis holds, because the short replies of the check may project lower than
+    the longer ones that the floors were measured on; else the mean of those replies.
+    """
+    table = axis.percentiles.get("default", {}) if isinstance(axis, Axis) else {}
+    return table["p50"][list(layers)] if "p50" in table else ours.mean(0)
+
+
+def normal_spread(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return the standard deviation of a normal distribution with these quartiles."""
+    return (np.asarray(high, np.float64) - low) / 1.3489795
 
 
 def _entries(model: Model, axis: Axis | Caps, layers: Layers | None,
@@ -177,13 +229,14 @@ def _replies(model: Model, length: int, progress: Callable[[int, int, int], None
     return kept[0], kept[1]
 
 
-def _sign(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray) -> tuple[bool, str]:
+def _sign(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray, spread: np.ndarray,
+          ) -> tuple[bool, str]:
     gap = ours.mean(0) - theirs.mean(0)
     wrong = sorted({layer for layer, value in zip(layers, gap, strict=True) if value <= 0})
     where = _spoken(layers)
     if not wrong:
-        return True, (f"sign: the default projects {_numbers(ours.mean(0))} at layers {where}, "
-                      f"roles {_numbers(theirs.mean(0))}")
+        return True, (f"sign: the default projects higher than roles at layers {where}, by "
+                      f"{_numbers(gap / spread)} of its standard deviations")
     if len(wrong) == len(set(layers)):
         return False, ("sign: roles project higher than the default at every layer to be capped; "
                        "the axis points away from the Assistant: negate its values")
@@ -218,8 +271,11 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
 
 
 def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
-           floors: np.ndarray) -> tuple[bool, str]:
-    """Reject floors far above the default projections or far below the role projections."""
+           floors: np.ndarray, spread: np.ndarray, centre: np.ndarray) -> tuple[bool, str]:
+    """Reject floors far above the default projections or far below the role projections.
+
+    A floor above the middle of the default's projections is accepted with a warning.
+    """
     high, low = ours.mean(0), theirs.mean(0)
     gap = high - low
     above = floors > high + np.maximum(gap, 4 * ours.std(0))
@@ -231,9 +287,15 @@ def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
             return False, (f"floors: {floors[i]:.4g} at layer {layers[i]} is {words} (default "
                            f"{high[i]:.4g}, roles {low[i]:.4g}); use thresholds measured on this "
                            "model")
-    share = (floors - low) / gap
-    return True, (f"floors: {share.min():.0%} to {share.max():.0%} of the way from roles to the "
-                  "default")
+    z = (floors - high) / spread
+    text = (f"floors: {_numbers(z)} standard deviations of the default from its mean, "
+            f"{_numbers(100 * (floors - low) / gap)} % of the way from roles to it")
+    if (over := floors > centre).any():
+        at = [layer for layer, wrong in zip(layers, over, strict=True) if wrong]
+        text += (f". Warning: at layers {_spoken(at)} the floor is above most of the default's own "
+                 "projections, so the cap changes more than half of ordinary replies: choose a "
+                 "lower percentile")
+    return True, text
 
 
 def _numbers(values: np.ndarray) -> str:

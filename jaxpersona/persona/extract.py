@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,18 +18,17 @@ import numpy as np
 from jaxpersona.brief import brief
 from jaxpersona.ckpts.files import write_json
 from jaxpersona.ckpts.vectors import save_vector
-from jaxpersona.data.texts import Question, Role, all_of
+from jaxpersona.data.texts import Question, Role
 from jaxpersona.distributed import processes
-from jaxpersona.engine.sampling import sampling
 from jaxpersona.errors import UserError
+from jaxpersona.extras import require
 from jaxpersona.judges.judges import Judge
 from jaxpersona.persona import axis as science
+from jaxpersona.persona.prepare import check_prompts, check_texts
 from jaxpersona.runs.damage import Damaged, remedy
-from jaxpersona.runs.manifest import manifest, tokens_digest
-from jaxpersona.runs.names import check_names
-from jaxpersona.runs.rollouts import Settings, opening, play
+from jaxpersona.runs.manifest import manifest
+from jaxpersona.runs.rollouts import Settings, play
 from jaxpersona.runs.run import Run, rollout_key
-from jaxpersona.text import chat
 from jaxpersona.vectors.vector import Axis
 
 if TYPE_CHECKING:
@@ -40,6 +38,11 @@ Report = Callable[[str, int, int, int], None]
 # Rollouts per `generate` call with batches of up to 64 rows, and proportionally more with larger
 # batches: at least four batches per call. Batches mix roles, so nearly all of them are full.
 _ROLLOUTS_PER_CALL = 256
+
+
+def rollouts_per_call(batch_size: int) -> int:
+    """Return the least number of rollouts that one `generate` call of a run gets."""
+    return _ROLLOUTS_PER_CALL * max(1, -(-batch_size // 64))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +84,7 @@ def extract_axis(
     min_count: int = 10,
     held_out: Sequence[str] = (),
     redo: Sequence[str] = (),
+    overwrite: bool = False,
     report: Report | None = None,
 ) -> Extraction:
     """Run the steps that are not complete in the run folder, and return the axis.
@@ -94,6 +98,7 @@ def extract_axis(
       min_count: minimum number of rollouts with score 3 for a role to enter the axis.
       held_out: roles that are played and judged but enter neither axis nor thresholds.
       redo: roles whose files are deleted and regenerated, e.g. damaged ones.
+      overwrite: delete the run that the folder contains, this one or another, and start anew.
       report: called with (step, done, total, tokens).
 
     Raises:
@@ -102,28 +107,21 @@ def extract_axis(
         role are damaged, or too few roles have `min_count` rollouts of score 3.
     """
     settings = settings or Settings()
-    roles, questions = all_of(Role, roles, "roles"), all_of(Question, questions, "questions")
-    if isinstance(held_out, str):
-        raise UserError(f"held_out is one string ({held_out!r}); give a list of role names")
-    held_out = list(held_out)
-    names = [role.name for role in roles]
-    check_names(names)
-    unknown = sorted(set(redo) - set(names))
+    roles, questions, held_out = check_texts(roles, questions, settings, min_count=min_count,
+                                             held_out=held_out, judge=judge)
+    unknown = sorted(set(redo) - {role.name for role in roles})
     if unknown:
+        names = [role.name for role in roles]
         raise UserError(f"redo contains unknown roles {unknown}; the roles are {names[:8]}"
                         + (" …" if len(names) > 8 else ""))
-    unknown = sorted(set(held_out) - set(names))
-    if "default" not in names or unknown or "default" in held_out:
-        raise UserError(
-            f"held_out contains unknown roles {unknown}; give names of roles" if unknown else
-            "roles must contain one named 'default' that is not in held_out"
-        )
-    prompts = _check(model, roles, questions, settings, judge, min_count, held_out)
+    require("sklearn", "the axis's principal components need scikit-learn")  # used at the end
+    prompts = check_prompts(model, roles, questions)
     expected = manifest(model, roles, questions, judge, settings, min_count, held_out, prompts)
     processes.warn_of_deadlock()
     with contextlib.ExitStack() as stack:
         run = processes.in_turn(
-            lambda: stack.enter_context(Run.open(folder, expected, processes.index())))
+            lambda: stack.enter_context(Run.open(folder, expected, processes.index(),
+                                                 overwrite=overwrite)))
         return _extract(model, run, roles, questions, judge, settings, min_count, held_out, redo,
                         report)
 
@@ -195,55 +193,6 @@ def _extract(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[
     return Extraction(axis, analysis, default, role_means, projections, counts, total, tokens)
 
 
-def _check(model: Model, roles: Sequence[Role], questions: Sequence[Question], settings: Settings,
-           judge: Judge, min_count: int, held_out: Sequence[str]) -> str:
-    """Validate the arguments before any folder is created or any token generated.
-
-    Returns:
-      A digest of the tokens of every prompt and of every question.
-
-    Raises:
-      UserError: an argument is invalid, or a prompt with a question exceeds the context.
-    """
-    sampling(1, temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
-    if min_count < 1:
-        raise UserError(f"min_count is {min_count}; it must be positive")
-    if not questions:
-        raise UserError("questions is empty; give at least one")
-    twice = [i for i, n in Counter(question.id for question in questions).items() if n > 1]
-    if twice:
-        raise UserError(f"question id {twice[0]} is given more than once; ids identify rollouts: "
-                        "give every question a unique id")
-    most = sorted(len(role.prompts) * len(questions) * settings.samples for role in roles
-                  if role.name not in ("default", *held_out))[-2:]
-    if most and min_count > most[0]:
-        raise UserError(f"min_count is {min_count}; the axis needs at least two roles with that "
-                        f"many rollouts, but the questions and samples give at most {most[0]}: "
-                        "lower min_count or ask more questions")
-    if len(roles) - 1 - len(held_out) < 2:
-        raise UserError(f"roles has {len(roles) - 1 - len(held_out)} entries besides the default "
-                        "and held_out; the axis needs at least two")
-    if getattr(judge, "reads_eval_prompt", False) and (bare := [
-            r.name for r in roles if r.name != "default" and not r.eval_prompt]):
-        raise UserError(f"the judge {judge.name!r} needs an eval_prompt; add one to the roles "
-                        f"{', '.join(bare[:5])}" + (" …" if len(bare) > 5 else ""))
-    if model.tokenizer is None:
-        raise UserError(f"{model.name} has no tokenizer; role prompts need one")
-    prompts = [prompt for role in roles for prompt in role.prompts]
-    longest = max(prompts, key=len), max(questions, key=lambda q: len(q.text))
-    pairs = [(prompt, longest[1].text) for prompt in prompts]
-    pairs += [(longest[0], question.text) for question in questions]
-    context = model.config.max_context
-    rows = [chat.encode_row(model.tokenizer, opening(*pair)) for pair in pairs]
-    for (prompt, question), row in zip(pairs, rows, strict=True):
-        size = row.tokens.size
-        if size >= context:
-            raise UserError(f"the prompt {prompt[:40]!r} with the question {question[:40]!r} has "
-                            f"{size} tokens; prompt and reply must fit into the context of "
-                            f"{context} tokens: shorten the prompt or the question")
-    return tokens_digest(rows)
-
-
 def _play_missing(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[Question],
                   settings: Settings, report: Report | None) -> int:
     """Generate missing rollouts, several roles per `play` call; return the number of tokens."""
@@ -256,7 +205,7 @@ def _play_missing(model: Model, run: Run, roles: Sequence[Role], questions: Sequ
     tokens = 0
     if report is not None:
         report("rollouts", done, total, tokens)
-    per_call = _ROLLOUTS_PER_CALL * max(1, -(-settings.batch_size // 64))
+    per_call = rollouts_per_call(settings.batch_size)
     while missing:
         group: list[Role] = []
         while missing and (not group or sum(size[r.name] for r in group) < per_call):

@@ -7,6 +7,7 @@ import os
 import re
 
 from jaxpersona.errors import UserError
+from jaxpersona.extras import installed
 from jaxpersona.runtime import Device
 
 GB = 10**9
@@ -75,9 +76,7 @@ def tpu_devices(topology: str) -> list[Device] | None:
     Raises:
       UserError: libtpu does not support the topology.
     """
-    import importlib.util
-
-    if importlib.util.find_spec("libtpu") is None:
+    if not installed("libtpu"):
         return None
     # without these, libtpu queries the network for this machine's TPU
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")

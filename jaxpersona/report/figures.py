@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxpersona.ckpts.files import atomic
+from jaxpersona.extras import require
 from jaxpersona.persona.axis import Analysis
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def _save(figure: Figure, path: pathlib.Path) -> None:
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+    require("matplotlib", "figures need matplotlib")
     # no pyplot: its backend and list of figures are global to the process
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -74,6 +74,33 @@ def play(
       UserError: activations are not finite.
     """
     roles, questions = all_of(Role, roles, "roles"), all_of(Question, questions, "questions")
+    records, ids = prompts_of(model, roles, questions, settings)
+    out = generate(
+        model, [record["conversation"] for _, record in records], ids=ids, progress=progress,
+        on_nonfinite="raise", **generation(settings),
+    )
+    found: dict[str, tuple[list[dict[str, Any]], np.ndarray]] = {}
+    for role in roles:
+        mine = [i for i, (name, _) in enumerate(records) if name == role.name]
+        kept = []
+        for i in mine:
+            reply = {"role": "assistant", "content": out.text[i]}
+            record = records[i][1]
+            kept.append(record | {"conversation": [*record["conversation"], reply]})
+        found[role.name] = (kept, out.captured["mean"][mine])
+    return found
+
+
+def generation(settings: Settings) -> dict[str, Any]:
+    """Return the arguments of `generate` that a run uses."""
+    return {"capture": capture.mean(response), "max_new_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed,
+            "batch_size": settings.batch_size}
+
+
+def prompts_of(model: Model, roles: Sequence[Role], questions: Sequence[Question],
+               settings: Settings) -> tuple[list[tuple[str, dict[str, Any]]], list[int]]:
+    """Return (role name, record without a reply) of every rollout, and the ids of their draws."""
     records: list[tuple[str, dict[str, Any]]] = []
     ids: list[int] = []
     for role in roles:
@@ -89,22 +116,7 @@ def play(
                         "label": label, "sample": sample,
                         "conversation": opening(prompt, question.text),
                     }))
-    out = generate(
-        model, [record["conversation"] for _, record in records], capture=capture.mean(response),
-        max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
-        top_p=settings.top_p, seed=settings.seed, batch_size=settings.batch_size, ids=ids,
-        on_nonfinite="raise", progress=progress,
-    )
-    by_role: dict[str, tuple[list[dict[str, Any]], np.ndarray]] = {}
-    for role in roles:
-        index = [i for i, (name, _) in enumerate(records) if name == role.name]
-        finished = []
-        for i in index:
-            reply = {"role": "assistant", "content": out.text[i]}
-            record = records[i][1]
-            finished.append(record | {"conversation": [*record["conversation"], reply]})
-        by_role[role.name] = (finished, out.captured["mean"][index])
-    return by_role
+    return records, ids
 
 
 def opening(prompt: str, question: str) -> list[dict[str, str]]:

@@ -44,14 +44,11 @@ from jaxpersona.ckpts.tensorfile import READABLE, read_bytes_of, read_slice
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import TEXT_BYTES, read_bytes, read_json, require_file
 from jaxpersona.runs.damage import Damaged
+from jaxpersona.runs.files import MANIFEST, PARTS, delete, delete_run, path_of, remove_leftovers
 from jaxpersona.runs.lock import is_lock, locked
-from jaxpersona.runs.names import file_stem
+from jaxpersona.runs.names import check_names
 
 FORMAT = "jaxpersona-run 2"
-FIGURES = ("roles.png", "pca.png", "variance.png", "drift.png")
-_FILES = ("run.json", "axis.safetensors", "analysis.json")
-_PARTS = {"rollouts": ".jsonl", "means": ".safetensors", "scores": ".json",
-          "vectors": ".safetensors"}
 
 
 class Run:
@@ -80,68 +77,77 @@ class Run:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, folder: str | os.PathLike, manifest: Mapping[str, Any],
-             worker: int = 0) -> Iterator[Run]:
+    def open(cls, folder: str | os.PathLike, manifest: Mapping[str, Any], worker: int = 0, *,
+             overwrite: bool = False) -> Iterator[Run]:
         """Start or resume a run, with the folder locked against other runs.
 
         Args:
           folder: a new or empty folder, or one with an equal manifest.
           manifest: a JSON value with everything that the run's files depend on.
           worker: index of this process in the run; process 0 must open first.
+          overwrite: delete the files of the run in the folder, this one or another, and start
+            anew. Files that no run wrote stay.
 
         Raises:
           UserError: the folder belongs to another run (the message lists the differing fields),
             is in use, contains other files, or cannot be written.
         """
         run = cls(folder, manifest)
-        folder, path = run.folder, run.folder / "run.json"
-        if folder.is_dir() and not path.exists() and not run._is_new():
-            raise UserError(f"{folder}: is not empty and has no run.json; choose another folder")
+        folder, path = run.folder, run.folder / MANIFEST
+        run.check_new()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
         with locked(folder, worker):
-            if path.exists():
-                _same(folder, _manifest_of(folder), run.manifest)
-            for part in _PARTS:
+            old = run.stored(overwrite and worker == 0)
+            if old is not None and overwrite and worker == 0:
+                delete_run(folder, _roles_of(folder, old))
+            for part in PARTS:
                 try:
                     (folder / part).mkdir(exist_ok=True)
                 except OSError as error:
                     raise UserError(f"{folder / part}: cannot be written "
                                     f"({error.strerror or error})") from None
             if worker == 0:
-                run._remove_leftovers()
+                remove_leftovers(folder, _roles_of(folder, run.manifest))
                 if not path.exists() or path.read_bytes() != json_text(run.manifest).encode():
                     write_json(path, run.manifest)  # missing, or equal in another JSON layout
             yield run
 
-    def _is_new(self) -> bool:
-        """Return whether the folder has no files but those of a process killed at its start."""
-        left = {path.name for path, target, _ in leftovers(self.folder) if target == "run.json"}
-        return all(
-            is_lock(entry.name) or entry.name in left
-            or (entry.name in _PARTS and entry.is_dir() and not any(entry.iterdir()))
-            for entry in self.folder.iterdir())
+    def stored(self, overwrite: bool = False) -> dict[str, Any] | None:
+        """Return the manifest in the folder, or None if it has none.
 
-    def _remove_leftovers(self) -> None:
-        """Remove this run's temporary files, left by processes killed while writing.
-
-        The lock is held, so no process of the run is writing. Figures are drawn without the lock:
-        remove their temporary files only if the process that wrote them has ended.
+        Raises:
+          UserError: it is not that of a run of this format, or, unless `overwrite`, of another run.
         """
-        stems = {file_stem(role) for role in self.manifest.get("roles", {})}
-        for path, target, process in leftovers(self.folder):
-            if target in _FILES or (target in FIGURES and not _alive(process)):
-                path.unlink(missing_ok=True)
-        for part, suffix in _PARTS.items():
-            for path, target, _ in leftovers(self.folder / part):
-                if target.endswith(suffix) and target.removesuffix(suffix) in stems:
-                    path.unlink(missing_ok=True)
+        if not (self.folder / MANIFEST).exists():
+            return None
+        found = _manifest_of(self.folder)
+        if not overwrite:
+            _same(self.folder, found, self.manifest)
+        return found
+
+    def check_new(self) -> None:
+        """Check that a folder without a manifest is empty.
+
+        Files of a process killed at its start do not count.
+
+        Raises:
+          UserError: the folder has no manifest and contains other files.
+        """
+        if not self.folder.is_dir() or (self.folder / MANIFEST).exists():
+            return
+        left = {path.name for path, target, _ in leftovers(self.folder) if target == MANIFEST}
+        if not all(is_lock(entry.name) or entry.name in left
+                   or (entry.name in PARTS and entry.is_dir() and not any(entry.iterdir()))
+                   for entry in self.folder.iterdir()):
+            raise UserError(f"{self.folder}: is not empty and has no run.json; choose another "
+                            "folder")
 
     def path(self, part: str, role: str) -> pathlib.Path:
         """Return the path of a role's rollouts, means, scores or vectors."""
-        return self.folder / part / f"{file_stem(role)}{_PARTS[part]}"
+        return path_of(self.folder, part, role)
 
     def rollouts(self, role: str) -> list[dict[str, Any]] | None:
         """Return a role's rollouts, or None if they are not complete yet.
@@ -255,12 +261,7 @@ class Run:
         """
         self._written.pop(role, None)
         for part in ("vectors", "scores", "rollouts", "means"):
-            path = self.path(part, role)
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be deleted ({error.strerror or error})"
-                                ) from None
+            delete(self.path(part, role))
 
     def _seal(self, part: str, role: str, tensors: Mapping[str, np.ndarray],
               about: Mapping[str, str]) -> None:
@@ -344,19 +345,8 @@ def _there(path: pathlib.Path) -> bool:
     return os.path.lexists(path)
 
 
-def _alive(process: int) -> bool:
-    """Return whether a process is running on this machine."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _manifest_of(folder: pathlib.Path) -> dict[str, Any]:
-    path = folder / "run.json"
+    path = folder / MANIFEST
     require_file(path)
     stored = read_json(path)
     version = stored.get("format") if isinstance(stored, dict) else None
@@ -367,6 +357,19 @@ def _manifest_of(folder: pathlib.Path) -> dict[str, Any]:
     if version != FORMAT:
         raise UserError(f"{folder}: run.json is not a jaxpersona run; choose another folder")
     return stored
+
+
+def _roles_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the role names of a manifest.
+
+    Raises:
+      UserError: they are not valid.
+    """
+    roles = manifest.get("roles", {})
+    if not isinstance(roles, Mapping):
+        raise UserError(f"{folder / MANIFEST}: damaged (roles is not an object)")
+    check_names(roles)
+    return list(roles)
 
 
 def _same(folder: pathlib.Path, stored: Any, wanted: Mapping[str, Any]) -> None:
@@ -384,5 +387,6 @@ def _same(folder: pathlib.Path, stored: Any, wanted: Mapping[str, Any]) -> None:
     ]
     if differ:
         raise UserError(
-            f"{folder}: contains another run ({'; '.join(differ)}); choose another folder"
+            f"{folder}: contains another run ({'; '.join(differ)}); choose another folder, or "
+            "delete that run with overwrite=True (--overwrite)"
         )

@@ -21,6 +21,7 @@ from flax import nnx
 
 from jaxpersona.ckpts import files, orbax
 from jaxpersona.errors import UserError
+from jaxpersona.extras import require
 from jaxpersona.inputs import read_json
 from jaxpersona.interventions import SITES, Interventions, Site, Where, resolve_layers, steer
 from jaxpersona.interventions.bank import Layers
@@ -281,8 +282,7 @@ def _checkpoints(folder: str | pathlib.Path | None, direction: Direction,
     if folder is None:
         yield None
         return
-    import orbax.checkpoint as ocp
-
+    ocp = require("orbax.checkpoint", "checkpoint= needs orbax-checkpoint")
     path = pathlib.Path(folder).absolute()
     _check_settings(path, {"layers": list(direction.layers), "site": direction.site,
                   "where": direction.where.encode().tolist(), "model": model.fingerprint,

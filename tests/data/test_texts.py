@@ -98,7 +98,6 @@ ROLE_FAULTS = {
     "blank": (role(" \n"), "instruction[0].pos is empty"),
     "surrogate": ('{"instruction": [{"pos": "\\ud800"}], "eval_prompt": "{question}{answer}"}',
                   "a lone surrogate"),
-    "uneval": ({"instruction": [{"pos": "a"}]}, "eval_prompt is missing"),
     "noplace": (role("a", eval_prompt="Rate it."), "eval_prompt lacks {question} and {answer}"),
     "default": ({"instruction": [{"pos": " "}]}, "instruction[0].pos is empty"),
 }

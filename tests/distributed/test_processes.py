@@ -41,7 +41,7 @@ finally:
 def ask(out):
     return ["axis", "--out", str(out), "--judge", "none", "--limit", "3", "--limit-questions", "1",
             "--min-count", "1", "--max-new-tokens", "6", "--batch-size", "8",
-            "--temperature", "0"]
+            "--temperature", "0", "--json"]
 
 
 def start(out, port, index):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from jaxpersona.ckpts.vectors import load_vector, save_vector
 
 import jaxpersona as jp
 from jaxpersona.persona import axis as science
-from jaxpersona.persona import check as module
 from jaxpersona.vectors.caps import Caps, fitted
 from jaxpersona.vectors.vector import Axis, Vector
 
@@ -48,10 +48,19 @@ def test_an_axis_of_the_model_passes(mini, axis):
     assert found.ok and not found.faults and found.shift == 0 and found.layers == UPPER
     assert [text.split(":")[0] for text in found.sentences] == ["sign", "layers", "floors"]
     assert (found.default > found.roles + 10).all() and seen[-1][0] == 18
+    quartiles = [axis.thresholds(p, of="default")[4:] for p in ("p25", "p75")]
+    np.testing.assert_allclose(found.spread, (quartiles[1] - quartiles[0]) / 1.34898, rtol=1e-4)
+    np.testing.assert_allclose(found.z_roles, (found.roles - found.default) / found.spread)
+    np.testing.assert_allclose(found.floors, quartiles[0])
+    told = re.search(r"by ([\d.]+) to ([\d.]+) of its standard", found.sentences[0]).groups()
+    assert [float(x) for x in told] == pytest.approx(
+        [-found.z_roles.max(), -found.z_roles.min()], rel=6e-3)  # three digits
     one = jp.check(mini, axis, layers=[5], floor=float(axis.thresholds("p25", of="default")[5]))
     assert one.ok and one.layers == (5,)
     bare = jp.check(mini, Axis(axis.values))
-    assert bare.ok and len(bare.sentences) == 2  # without a floor, floors are not tested
+    assert bare.ok and len(bare.sentences) == 2  # no floors test without a floor
+    assert bare.z_floors is None and (bare.spread > 0).all()
+    assert "Warning" not in found.sentences[2]
     floors = axis.thresholds("p25", of="default")
     caps = jp.check(mini, Caps(axis.values[2:6], (2, 3, 4, 5), floors[2:6], tuple("abcd")))
     assert caps.ok and caps.shift is None and "too few" in caps.sentences[1]
@@ -79,17 +88,6 @@ def test_a_wrong_sign_and_a_wrong_scale_are_named(mini, axis):
     turned[5] *= -1
     found = jp.check(mini, Axis(turned))
     assert not found.ok and "higher than the default at layers 5" in found.faults[0]
-
-
-def test_a_floor_just_beyond_the_limit_is_named_and_one_just_within_is_not():
-    """The limit is the larger of the gap between the means and four standard deviations."""
-    for spread, limit in ((0.5, 10.0), (5.0, 20.0)):  # max(gap 10, 4 · spread)
-        ours, theirs = (np.array([[mean - spread], [mean + spread]]) for mean in (10.0, 0.0))
-        for sign, edge, words in ((1, 10 + limit, "move every token"), (-1, -limit, "never act")):
-            for beyond in (-0.01, 0.01):
-                floor = np.array([edge + sign * beyond])
-                fine, said = module._scale((3,), ours, theirs, floor)
-                assert fine == (beyond < 0) and (fine or (words in said and "layer 3" in said))
 
 
 def test_what_cannot_be_checked_is_refused(mini, axis):
@@ -359,9 +357,3 @@ def test_a_control_vector_is_projected_beside_an_axis(mini, axis, tmp_path, caps
     assert found["v"] == pytest.approx(found["assistant"], rel=1e-5)
     assert s.run_command([*command, "7"]) == 2
     assert "'v' is zero at layer 7" in capsys.readouterr().err
-
-
-def test_floors_of_all_layers_are_read_at_the_chosen_ones():
-    chosen, _, floors = module._entries(s.tiny_model(), Axis(np.ones((3, 32))), [2],
-                                        np.array([1.0, 2.0, 3.0]))
-    assert chosen == (2,) and floors.tolist() == [3.0]

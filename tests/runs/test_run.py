@@ -284,6 +284,6 @@ def test_axis_runs_on_the_project_s_own_data(tmp_path, capsys):
     """Roles and questions of the package data, on a random model with a preset's shape."""
     assert run(["axis", "--model", "random:qwen3-mini", "--roles", "data", "--limit", "12",
                 "--limit-questions", "1", "--max-new-tokens", "4", "--min-count", "1",
-                "--out", str(tmp_path / "run")]) == 0
+                "--out", str(tmp_path / "run"), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["roles"] == 12 and summary["rollouts"] == 65 and summary["judge"] == "none"
