@@ -71,9 +71,9 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
                         "and held_out; the axis needs at least two")
     if getattr(judge, "reads_eval_prompt", False) and (bare := [
             role.name for role in roles if role.name != DEFAULT and not role.eval_prompt]):
-        raise UserError(f"the judge {judge.name!r} needs an eval_prompt; missing: "
-                        f"{', '.join(bare[:5])}{' …' if len(bare) > 5 else ''}: add it to the "
-                        "roles' files, or use the judge none")
+        raise UserError(f"the judge {judge.name!r} needs an eval_prompt; add one to the roles "
+                        f"{', '.join(bare[:5])}{' …' if len(bare) > 5 else ''}, or use the judge "
+                        "none")
     return roles, questions, held_out
 
 
@@ -104,8 +104,8 @@ def check_prompts(model: Model, roles: Sequence[Role], questions: Sequence[Quest
         size = row.tokens.size
         if size >= context:
             raise UserError(f"the prompt {prompt[:40]!r} with the question {question[:40]!r} has "
-                            f"{size} tokens; the context of {context} tokens must hold prompt and "
-                            "reply: shorten them")
+                            f"{size} tokens; prompt and reply must fit into the context of "
+                            f"{context} tokens: shorten the prompt or the question")
     return tokens_digest(rows)
 
 
