@@ -1,8 +1,8 @@
 """Hooks of MkDocs: pages that the site makes from files of the repository.
 
-The pages of `docs/` are read on GitHub too, so their links are those of the repository. For the site,
-notebooks become Markdown pages with their stored outputs, and the files of `OUTSIDE`, which lie
-outside `docs/`, become pages. Links are rewritten accordingly.
+The pages of `docs/` are read on GitHub too, so their links are those of the repository. For the
+site, notebooks become Markdown pages with their stored outputs, and the files of `OUTSIDE`, which
+lie outside `docs/`, become pages. Links are rewritten accordingly.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = "reference/examples.md"
-# file of the repository → page of the site
+# file of the repository → page, or picture of a page, of the site
 OUTSIDE = {
     "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md",
     "ckpts/mini/README.md": "reference/mini.md",
     "jaxpersona/data/DATA_CARD.md": "reference/data.md",
+    "jaxpersona/data/spread.png": "reference/spread.png",
 } | {
     f"examples/{path.name}": EXAMPLES for path in sorted((ROOT / "examples").glob("*.py"))}
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
@@ -46,8 +47,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for uri, picture in pictures.items():
             files.append(File.generated(config, uri, content=picture))
     for source, page in OUTSIDE.items():
-        if page != EXAMPLES:
-            text = linked((ROOT / source).read_text(), "", page)
+        if not page.endswith(".md"):
+            files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
+        elif page != EXAMPLES:
+            text = linked((ROOT / source).read_text(), posixpath.dirname(source), page)
             files.append(File.generated(config, page, content=text))
     files.append(File.generated(config, EXAMPLES, content=examples()))
     return files

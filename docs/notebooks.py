@@ -3,9 +3,9 @@
     python docs/notebooks.py                 # all of them, in place
     python docs/notebooks.py FILE.ipynb …    # some of them
 
-Outputs are stored in the files, without times, versions of Python and other metadata that change from
-run to run. `tests/test_notebooks.py` checks the stored outputs; `make test-notebooks` executes the
-notebooks again.
+Outputs are stored in the files, without times, versions of Python and other metadata that change
+from run to run. `tests/test_notebooks.py` checks the stored outputs; `make test-notebooks` executes
+the notebooks again.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def executed(path: pathlib.Path) -> nbformat.NotebookNode:
     """
     notebook = nbformat.read(path, as_version=4)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # with libtpu installed JAX looks for a TPU
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress"  # tqdm, where ipywidgets is not installed
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(notebook, timeout=_LIMIT, kernel_name="python3",
                        resources={"metadata": {"path": folder}}).execute()

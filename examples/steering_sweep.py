@@ -17,7 +17,7 @@ from jaxpersona.organism import judge
 
 ROLES = ("a pirate", "the void", "an oracle", "a jester")
 TOPICS = ("the sea", "time", "friendship")
-STRENGTHS = (-1.5, -1.0, -0.5, 0.0, 0.25, 0.5, 0.75, 1.0)
+STRENGTHS = (-0.5, -0.25, 0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
 LAYER = 4
 
 
