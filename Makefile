@@ -1,3 +1,4 @@
+# make install: install the package into .venv.
 # make demo: install and run the whole method on the embedded model.
 # make test: run the tests but those marked `slow`.  make test-all: run these too.
 # make test-real: fetch released checkpoints (1.5 GB) and compare with transformers.
@@ -14,7 +15,9 @@ EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),test$(comma)
 comma := ,
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-.PHONY: demo test test-all test-real test-notebooks notebooks docs bench lint clean
+.PHONY: install demo test test-all test-real test-notebooks notebooks docs bench lint clean
+
+install: $(VENV)/.installed
 
 # on a CPU, unless JAX_PLATFORMS says otherwise: with libtpu installed JAX would look for a TPU first
 demo: $(VENV)/.installed
