@@ -33,12 +33,10 @@ test-real: $(VENV)/.installed-test
 	$(BIN)/pip install -q -e '.[real]'
 	$(BIN)/python -m pytest -q -m real
 
-test-notebooks: $(VENV)/.installed-docs
-	$(BIN)/pip install -q pytest 'gguf>=0.19'
+test-notebooks: $(VENV)/.installed-test $(VENV)/.installed-docs
 	$(BIN)/python -m pytest -q tests/test_notebooks.py
 
-notebooks: $(VENV)/.installed-docs
-	$(BIN)/pip install -q 'gguf>=0.19'
+notebooks: $(VENV)/.installed-test $(VENV)/.installed-docs
 	$(BIN)/python docs/notebooks.py
 
 docs: $(VENV)/.installed-docs
