@@ -54,7 +54,7 @@ def test_steering_sweep(lines):
     assert lines[0].startswith("Vector('toward a role', [8, 128]") and len(found) == 8
     styles = [found[strength][0] for strength in sorted(found)]
     assert styles[-1] > styles[0] + 0.3
-    assert np.corrcoef(sorted(found), styles)[0, 1] > 0.7
+    assert (np.diff(styles) > -0.1).all()
     plain = jp.generate(jp.load("mini"), ["Tell me about the sea."], max_new_tokens=40).text[0]
     assert found[0.0][1] == plain
 
