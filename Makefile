@@ -1,6 +1,8 @@
+# make install: install the package into .venv.
 # make demo: install and run the whole method on the embedded model.
 # make test: run the tests but those marked `slow`.  make test-all: run these too.
 # make test-real: fetch released checkpoints (1.5 GB) and compare with transformers.
+# make docs: build the documentation into build/site.  make notebooks: execute the tutorials anew.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,7 +15,9 @@ EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),test$(comma)
 comma := ,
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-.PHONY: demo test test-all test-real bench lint clean
+.PHONY: install demo test test-all test-real test-notebooks notebooks docs bench lint clean
+
+install: $(VENV)/.installed
 
 # on a CPU, unless JAX_PLATFORMS says otherwise: with libtpu installed JAX would look for a TPU first
 demo: $(VENV)/.installed
@@ -28,6 +32,17 @@ test-all: $(VENV)/.installed-test
 test-real: $(VENV)/.installed-test
 	$(BIN)/pip install -q -e '.[real]'
 	$(BIN)/python -m pytest -q -m real
+
+test-notebooks: $(VENV)/.installed-test $(VENV)/.installed-docs
+	$(BIN)/python -m pytest -q tests/test_notebooks.py
+
+notebooks: $(VENV)/.installed-test $(VENV)/.installed-docs
+	$(BIN)/python docs/notebooks.py
+
+docs: $(VENV)/.installed-docs
+	rm -rf build && $(BIN)/pip install -q --no-deps --target build/types .  # kernels and ckpts mapped
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build  # --quiet would drop the warnings that strict counts
+	@echo build/site/index.html
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/suite.py
@@ -48,6 +63,10 @@ $(VENV)/.installed: $(BIN)/pip pyproject.toml
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install -q $(TORCH)
 	$(BIN)/pip install -q -e '.[$(EXTRAS)]'
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install -q -e '.[docs]'
 	touch $@
 
 clean:

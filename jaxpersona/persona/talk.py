@@ -121,7 +121,7 @@ def grow(
 
     Args:
       openings: N lists with at most one system message each.
-      messages: [N][M] user messages.
+      messages: N lists of M user messages each.
       vector: the direction to project on.
       seed, settings: as for `generate`; each turn uses different random draws.
       ids: [N] ids that determine the random draws; default: the conversation's index.
