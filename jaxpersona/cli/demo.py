@@ -36,11 +36,9 @@ def demo(
         done = run_demo(loaded, out, seed=seed, report=report)
     middle = loaded.config.n_layers // 2
     support.draw_run(out, done.extraction, middle, held_out())
-    turns = done.figures["drift_turns"]
-    floor = float(done.extraction.axis.thresholds("p25", of="default")[middle])
-    figures.drift(out / "drift.png",
-                  {name: talk.projections[:turns, :, middle] for name, talk in done.talks.items()},
-                  floor, middle, done.figures["drift_n"])
+    figures.drift(out / "drift.png", done.talks, done.extraction.axis, middle,
+                  behaviour=done.styles,
+                  leak={name: done.figures[f"drift_leak_{name}"] for name in done.talks})
     say(f"axis, vectors and figures: {out}", error=True)
     head = {"run": str(out), "model": loaded.name,
             "seconds": round(time.perf_counter() - started, 1)}

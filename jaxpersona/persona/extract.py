@@ -345,6 +345,8 @@ def _save_analysis(run: Run, analysis: science.Analysis, projections: dict[str, 
                            for c in analysis.components],
         "roles": {
             name: {"mean_projection": [round(float(x), 6) for x in np.nanmean(value, 0)],
+                   "quartiles": [[round(float(x), 6) for x in row]
+                                 for row in np.nanpercentile(value, [25, 75], axis=0)],
                    "rollouts": len(value), "held_out": name in held_out,
                    "in_axis": name in analysis.names, "scores": counts.get(name)}
             for name, value in projections.items()

@@ -48,7 +48,8 @@ from jaxpersona.runs.lock import is_lock, locked
 from jaxpersona.runs.names import file_stem
 
 FORMAT = "jaxpersona-run 2"
-FIGURES = ("roles.png", "pca.png", "variance.png", "drift.png")
+FIGURES = tuple(f"{name}.{kind}" for name in ("roles", "pca", "variance", "drift")
+                for kind in ("png", "svg"))
 _FILES = ("run.json", "axis.safetensors", "analysis.json")
 _PARTS = {"rollouts": ".jsonl", "means": ".safetensors", "scores": ".json",
           "vectors": ".safetensors"}
@@ -237,6 +238,14 @@ class Run:
         """Write a role's vectors and the number of rollouts averaged in each."""
         self._seal("vectors", role, {label: vector for label, (vector, _) in vectors.items()},
                    {f"count_{label}": str(n) for label, (_, n) in vectors.items()})
+
+    def vectors(self, role: str) -> dict[str, np.ndarray]:
+        """Return a role's vectors [L, D] by label.
+
+        Raises:
+          Damaged: the file is missing or differs from what the run wrote.
+        """
+        return self._sealed("vectors", role)[0]
 
     def is_whole(self, role: str) -> bool:
         """Verify a role's rollouts, means and scores, and return whether the rollouts are complete.
