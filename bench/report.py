@@ -11,7 +11,7 @@ import json
 import pathlib
 from typing import Any
 
-from jaxpersona.report import plot
+from jaxpersona.report import benches
 from jaxpersona.report.style import new_figure, save, style
 
 HERE = pathlib.Path(__file__).parent
@@ -125,7 +125,7 @@ def draw(found: dict[str, Any]) -> list[tuple[str, str]]:
     with style():
         for axes, results in zip(figure.subplots(2, 2).flat, kinds.values(), strict=True):
             if results:
-                plot.bench(results, ax=axes)
+                benches.bench(results, ax=axes)
             else:
                 axes.set_axis_off()
     save(figure, RESULTS / "speed.png")

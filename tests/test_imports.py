@@ -14,10 +14,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 # each may import itself and those before it; a file with an entry of its own stands apart from its
 # package
 ORDER = (
-    "errors", "brief", "calls", "inputs", "interrupt", "runtime", "models.config", "distributed",
-    "kernels", "models", "interventions", "captures", "interventions.trace", "models.forward",
-    "vectors", "text", "engine", "planning", "ckpts", "interventions.specs", "training", "data",
-    "judges", "runs", "persona", "organism", "report", "cli",
+    "errors", "brief", "calls", "inputs", "export", "interrupt", "runtime", "models.config",
+    "distributed", "kernels", "models", "interventions", "captures", "interventions.trace",
+    "models.forward", "vectors", "text", "engine", "planning", "ckpts", "interventions.specs",
+    "training", "data", "judges", "runs", "persona", "organism", "report", "cli",
 )
 NARROW = {  # less than what the order would allow
     "text.sandbox": set(),

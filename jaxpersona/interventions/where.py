@@ -37,6 +37,13 @@ class Where:
     """A test on one token: all bits of `need`, one of `any`, none of `none`, lo ≤ turn < hi.
 
     `a & b` requires both tests; `a.without("first", …)` excludes tokens of the named kinds.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.response.without("code").within(2, 4)
+      response.without('code').within(2, 4)
+      >>> jp.user & jp.everywhere.without("first")
+      user.without('first')
     """
 
     need: int = VALID
@@ -146,6 +153,11 @@ def turns(role: str) -> Where:
 
     Raises:
       UserError: another role.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.turns("user") == jp.user
+      True
     """
     if role not in ("system", "user", "assistant"):
         raise UserError(f"role is {role!r}; it must be 'system', 'user' or 'assistant'")

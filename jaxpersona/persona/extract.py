@@ -23,6 +23,7 @@ from jaxpersona.data.texts import Question, Role, all_of
 from jaxpersona.distributed import processes
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.errors import UserError
+from jaxpersona.export import Table
 from jaxpersona.judges.judges import Judge
 from jaxpersona.persona import axis as science
 from jaxpersona.runs.damage import Damaged, remedy
@@ -43,7 +44,7 @@ _ROLLOUTS_PER_CALL = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Extraction:
+class Extraction(Table):
     """Result of an extraction.
 
     Attributes:
@@ -68,6 +69,31 @@ class Extraction:
     counts: dict[str, dict[str, int]]
     rollouts: int
     tokens: int
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return `ranking` at the middle layer."""
+        return self.ranking(self.axis.n_layers // 2)
+
+    def ranking(self, layer: int) -> list[dict[str, Any]]:
+        """Return one record per role, "default" included, the most Assistant-like first.
+
+        Its keys are role, projection (the mean over its answers at the layer), p25, p75, answers
+        (their number), in_axis, and scores (how many answers got 0, 1, 2, 3, and no score).
+        """
+        found = []
+        for name, values in self.projections.items():
+            known = values[np.isfinite(values).all(1), layer].astype(np.float64)
+            low, high = np.percentile(known, [25, 75]) if known.size else (np.nan, np.nan)
+            found.append({"role": name, "projection": float(known.mean()) if known.size else np.nan,
+                          "p25": float(low), "p75": float(high), "answers": len(values),
+                          "in_axis": name in self.analysis.names,
+                          "scores": list(self.counts.get(name, {}).values())})
+        return sorted(found, key=lambda row: (np.isnan(row["projection"]), -row["projection"]))
+
+    def facts(self) -> dict[str, Any]:
+        """Return the model, the layer of the records, and the number of rollouts."""
+        return {"model": self.axis.model, "layer": self.axis.n_layers // 2,
+                "rollouts": self.rollouts}
 
 
 def extract_axis(
