@@ -70,7 +70,7 @@ def kept_dtype(like: jax.Array) -> DTypeLike:
     return jnp.float32 if on_cpu(like) else like.dtype
 
 
-def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = jnp.float32,
+def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = "float32",
                ) -> Cache:
     """Allocate an empty cache of `rows` rows and `slots` slots.
 

@@ -151,7 +151,7 @@ def layout(config: ModelConfig) -> Params:
     )
 
 
-def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+def init_params(config: ModelConfig, key: jax.Array, dtype: Any = "float32") -> Params:
     """Initialize parameters: normal weights (standard deviation 0.02), identity norms.
 
     Values are drawn in float32 and then rounded, so that a key gives the same model in every dtype.
