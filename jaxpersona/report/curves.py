@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxpersona.calls import checked_call
 from jaxpersona.errors import UserError
+from jaxpersona.interventions.bank import numbers
 from jaxpersona.persona.talk import Talks, TurnProjection
 from jaxpersona.report.sources import layer_of
 from jaxpersona.report.style import (
@@ -280,10 +281,7 @@ def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
       >>> [entry.get_text() for entry in ax.get_legend().get_texts()]
       ['pirate', 'no steering']
     """
-    try:
-        at = np.asarray(scales, np.float64)
-    except (TypeError, ValueError):
-        at = np.zeros(0)
+    at = numbers("scales", scales)
     if at.ndim != 1 or not at.size or not np.isfinite(at).all():
         raise UserError(f"scales is {scales!r:.60}; give a list of finite numbers")
     values = _curves(curves)
@@ -351,10 +349,7 @@ def _curves(given: Any, dims: tuple[int, ...] = (1, 2)) -> dict[str, np.ndarray]
                         "cannot be told apart")
     found = {}
     for name, value in given.items():
-        try:
-            array = np.asarray(value, np.float64)
-        except (TypeError, ValueError):
-            array = np.zeros(())
+        array = numbers(f"curves[{name!r}]", value)
         if array.ndim not in dims or not np.isfinite(array).any():
             shapes = " or ".join({1: "[M]", 2: "[M, N]"}[n] for n in dims)
             raise UserError(f"curves[{name!r}] is {value!r:.60}; give numbers {shapes}")

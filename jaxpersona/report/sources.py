@@ -14,6 +14,7 @@ from jaxpersona.brief import brief
 from jaxpersona.ckpts.vectors import load_axis
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json
+from jaxpersona.interventions.bank import numbers
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.extract import Extraction
 from jaxpersona.runs.run import Run
@@ -104,11 +105,11 @@ def places(found: Any, layer: int | None) -> Places:
 
 
 def _of_answers(given: Mapping[str, Any], layer: int | None, held_out: frozenset[str]) -> Places:
-    arrays = {str(name): np.asarray(value, np.float64) for name, value in given.items()}
+    arrays = {str(name): numbers(f"found[{name!r}]", value) for name, value in given.items()}
     if not set(arrays) - {"default"}:
         raise UserError("found has no role; give projections of at least one role")
-    shapes = {(value.ndim, value.shape[-1]) for value in arrays.values() if value.ndim}
-    if len(shapes) != 1 or not shapes <= {(1, n) for _, n in shapes} | {(2, n) for _, n in shapes}:
+    shapes = {(value.ndim, value.shape[-1] if value.ndim else 0) for value in arrays.values()}
+    if len(shapes) != 1 or not {dims for dims, _ in shapes} <= {1, 2}:
         raise UserError("found must have one array [n, L] or [L] per role, all of the same number "
                         f"of layers L; it has {sorted({v.shape for v in arrays.values()})[:4]}")
     dims, total = shapes.pop()
@@ -176,7 +177,8 @@ def parts(found: Any, layer: int | None, default: Any = None) -> Parts:
         if isinstance(found, (str, os.PathLike)):
             by_role = _vectors(pathlib.Path(found))
         elif isinstance(found, Mapping):
-            by_role = {str(name): np.asarray(value) for name, value in found.items()}
+            by_role = {str(name): numbers(f"found[{name!r}]", value)
+                       for name, value in found.items()}
         else:
             raise UserError(f"found is {found!r:.60}; {_GIVE}")
         default = by_role.pop("default", default)
@@ -218,10 +220,7 @@ def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
     else:
         read = parts(found, layer)
         return read.components.ratio, read.layer
-    try:
-        values = np.asarray(given, np.float64)
-    except (TypeError, ValueError):
-        values = np.zeros(0)
+    values = numbers("found", given)
     if values.ndim != 1 or not values.size or not (values >= 0).all() or values.sum() > 1.001:
         raise UserError(f"found is {given!r:.60}; ratios must be [C] shares of the variance")
     return values, at
