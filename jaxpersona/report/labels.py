@@ -67,8 +67,9 @@ def place(ax: Axes, points: Sequence[tuple[str, float, float]], markers: np.ndar
         line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
         note = ax.annotate(
             text(name), (x, y), xytext=(float(offsets[best, 0]), float(offsets[best, 1])),
-            textcoords="offset points", fontsize=size, va="center", ha=("right", "center", "left")[int(side[best]) + 1],
-            zorder=5, arrowprops=line if away[best] > 1.6 * _NEAR else None)
+            textcoords="offset points", fontsize=size, va="center", zorder=5,
+            ha=("right", "center", "left")[int(side[best]) + 1],
+            arrowprops=line if away[best] > 1.6 * _NEAR else None)
         note.set_in_layout(False)  # it is inside the axes: the layout need not measure it
         taken = np.concatenate([taken, boxes[best : best + 1]])
         written.append(name)
