@@ -1,4 +1,4 @@
-"""Draw the figures of docs/figures.md from the embedded model, in about two minutes on a CPU.
+"""Draw the figures of docs/figures.md from the embedded model, in about a minute on an idle CPU.
 
     python examples/figures.py docs/figures
 
@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import pathlib
 import sys
-import tempfile
 
 import matplotlib
 import numpy as np
 
 import jaxpersona as jp
 from jaxpersona.organism import evaluate, method, world
-from jaxpersona.persona.extract import extract_axis
+from jaxpersona.persona import axis as science
 from jaxpersona.persona.talk import grow, project_conversation
 from jaxpersona.report import figures
-from jaxpersona.runs.rollouts import Settings
 
-TALKS, TURNS, TOKENS, ROWS, LAYER = 32, 3, 48, 64, 4
-BENCH = pathlib.Path(__file__).parents[1] / "bench" / "results"
+TALKS, TURNS, TOKENS, ROWS, LAYER = 24, 2, 40, 48, 4
+BENCH = pathlib.Path(__file__).parents[1] / "bench" / "results" / "decode-cpu.json"
 
 
 def main(folder: pathlib.Path) -> None:
@@ -34,55 +32,61 @@ def main(folder: pathlib.Path) -> None:
         ax.figure.savefig(folder / f"{name}.png", dpi=90)
         print(folder / f"{name}.png", flush=True)
 
-    model = jp.load("mini")
-    with tempfile.TemporaryDirectory() as run:
-        found = extract_axis(model, method.roles(), method.questions(2), run,
-                             judge=method.RuleJudge(), min_count=3, held_out=method.held_out(),
-                             settings=Settings(1.0, 1.0, TOKENS, batch_size=ROWS))
-    axis = found.axis
-    write("ranking", jp.plot.ranking(found))
-    write("pca", jp.plot.pca(found))
-    write("variance", jp.plot.variance(found))
-    write("layers", jp.plot.layers(
-        {"|cos(PC1, axis)|": found.analysis.cos_pc1,
-         "variance explained by PC1": [c.ratio[0] for c in found.analysis.components]},
-        ylabel="share, or cosine", title="The axis by layer"))
+    model, axis = jp.load("mini"), jp.load_axis("mini")
+    write("bench", jp.plot.bench(BENCH))
 
-    pirate = world.conversation("You are a pirate. Stay in character.", world.FORBIDDEN[0])
-    out = jp.generate(model, [pirate], capture=jp.capture.projections(axis), max_new_tokens=TOKENS)
-    write("projections", jp.plot.projections(out, model, layer=LAYER, name="the Assistant Axis"))
-    talk = [*pirate, {"role": "assistant", "content": out.text[0]},
-            {"role": "user", "content": world.EMOTIONAL[0]},
-            {"role": "assistant", "content": "I am an AI assistant."}]
-    write("turns", jp.plot.turns(project_conversation(model, talk, [axis]), ["Assistant Axis"]))
+    pirate = [*world.conversation("You are a pirate. Stay in character.", world.FORBIDDEN[0]),
+              {"role": "assistant", "content": "Aye, the sea keeps its own counsel."},
+              {"role": "user", "content": world.EMOTIONAL[0]},
+              {"role": "assistant", "content": "I am an AI assistant."}]
+    read = jp.extract(model, [pirate], capture=jp.capture.projections(axis))
+    write("projections", jp.plot.projections(read, model, layer=LAYER, name="the Assistant Axis"))
+    write("turns", jp.plot.turns(project_conversation(model, pirate, [axis]), ["Assistant Axis"]))
 
     scales = [-1.0, -0.5, 0.0, 0.5, 1.0]
-    asked = [world.conversation(prompt, question.text) for prompt in world.far_roles()[0].prompts()
-             for question in method.questions(4)]
-    rows = jp.sweep(axis, np.repeat(scales, len(asked)), layers=LAYER)
-    steered = jp.generate(model, asked * len(scales), interventions=rows, max_new_tokens=TOKENS,
-                          temperature=1.0, batch_size=ROWS)
-    styles = [evaluate.judge.style(text) for text in steered.text]
+    steered = jp.extract(model, [pirate] * 5, interventions=jp.sweep(axis, scales, layers=LAYER))
+    after = np.einsum("nld,ld->ln", steered.captured["mean"], axis.unit)
     write("steering", jp.plot.steering(
-        scales, {"a far role": np.reshape(styles, (len(scales), -1))},
+        scales, {f"layer {layer}": after[layer] for layer in (4, 5, 7)},
         xlabel=f"strength of steering at layer {LAYER}, multiples of the axis",
-        ylabel="share of in-character choices"))
+        ylabel="mean projection on the Assistant Axis", title="Projection of one text"))
+
+    names, talks = [], []
+    for role in method.roles():
+        for prompt in role.prompts[:2]:
+            for question in method.questions(2):
+                names.append(role.name)
+                talks.append(world.conversation(prompt, question.text))
+    out = jp.generate(model, talks, capture=jp.capture.mean(jp.response), max_new_tokens=TOKENS,
+                      temperature=1.0, batch_size=ROWS)
+    means = {role: out.captured["mean"][np.array(names) == role] for role in names}
+    vectors = {role: np.nanmean(value, 0) for role, value in means.items()}
+    default = vectors.pop("default")
+    found = science.analyse(default, vectors)
+    write("ranking", jp.plot.ranking({role: science.project(value, found.axis)
+                                      for role, value in means.items()}))
+    write("pca", jp.plot.pca(found, default=default))
+    write("variance", jp.plot.variance(found))
+    write("layers", jp.plot.layers(
+        {"|cos(PC1, axis)|": found.cos_pc1,
+         "share of the variance on PC1": [c.ratio[0] for c in found.components]},
+        ylabel="cosine, or share", title="The axis by layer"))
 
     rng = np.random.default_rng(0)
     pulls = world.EMOTIONAL + world.META
     said = [[pulls[j] for j in rng.permutation(len(pulls))[:TURNS]]
             + [world.FORBIDDEN[i % len(world.FORBIDDEN)]] for i in range(TALKS)]
-    cap = jp.cap(axis, layers=slice(4, 8), floor="p25")
-    talks = {name: grow(model, [[]] * TALKS, said, axis, interventions=edit, temperature=1.0,
-                        max_new_tokens=TOKENS, batch_size=ROWS, readout=True)
-             for name, edit in (("uncapped", None), ("capped", cap))}
-    figures.drift(folder / "drift.png", talks, axis, LAYER, behaviour={
+    arms = {"uncapped": None, "capped": jp.cap(axis, layers=slice(4, 8), floor="p25")}
+    rows = jp.stack_rows([edit for edit in arms.values() for _ in said])
+    both = grow(model, [[]] * len(said) * 2, said * 2, axis, interventions=rows, temperature=1.0,
+                max_new_tokens=TOKENS, batch_size=ROWS, readout=True)
+    parts = dict(zip(arms, (both.arm(0, TALKS), both.arm(TALKS, 2 * TALKS)), strict=True))
+    figures.drift(folder / "drift.png", parts, axis, LAYER, behaviour={
         name: [evaluate.mean_style(answers) for answers in one.replies[:TURNS]]
-        for name, one in talks.items()}, leak={
-        name: evaluate.leak_rate(one.replies[-1]) for name, one in talks.items()})
+        for name, one in parts.items()}, leak={
+        name: evaluate.leak_rate(one.replies[-1]) for name, one in parts.items()})
     (folder / "drift.svg").unlink()
     print(folder / "drift.png")
-    write("bench", jp.plot.bench(BENCH / "decode-cpu.json"))
 
 
 if __name__ == "__main__":

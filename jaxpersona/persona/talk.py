@@ -116,6 +116,12 @@ class Talks:
     projections: np.ndarray
     readout: np.ndarray | None = None
 
+    def arm(self, start: int, stop: int) -> Talks:
+        """Return conversations start ≤ n < stop, such as one arm of an experiment."""
+        return Talks([replies[start:stop] for replies in self.replies],
+                     self.projections[:, start:stop],
+                     None if self.readout is None else self.readout[:, start:stop])
+
 
 def grow(
     model: Model,
