@@ -65,6 +65,8 @@ def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Ax
     kind = next(iter(results.values()))["bench"]
     field, usual, x, y = _KINDS[kind]
     with style():
+        from matplotlib.ticker import StrMethodFormatter
+
         ax = axes_of(ax, 5.6, 4.0)
         try:
             for i, (name, value) in enumerate(results.items()):
@@ -84,10 +86,13 @@ def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Ax
             reference(ax, 1.0, "equal speed", colour=GREY)
         if kind != "cap_overhead":
             ax.set_xscale("log", base=2)
-        if kind in ("decode", "roofline"):
+        if kind == "roofline":
             ax.set_yscale("log")
-        if kind in ("decode", "rows"):
-            _whole_numbers(ax, kind == "decode")
+        else:
+            ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        if kind == "decode":
+            ax.set_ylim(0)
+            ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         described(ax, x)
         ax.set_ylabel(y)
         titled(ax, title or usual, columns=2)
@@ -130,17 +135,6 @@ def _roof(ax: Axes, value: Mapping[str, Any], look: dict[str, Any]) -> None:
             **{**look, "marker": ""})
     for point in value["points"]:
         ax.plot(point["intensity"], point["flops_per_second"], "o", color=BLACK)
-
-
-def _whole_numbers(ax: Axes, both: bool) -> None:
-    """Write the numbers of logarithmic axes as whole numbers, the horizontal one's or both."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    if both:
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _name_points(ax: Axes, results: Mapping[str, Mapping[str, Any]]) -> None:

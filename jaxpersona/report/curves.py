@@ -106,7 +106,10 @@ def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | No
         values = np.stack([one.values[at] for one in found])
         for k, look in enumerate(_looks(names)):
             ax.plot(where, values[:, k], label=label(names[k]), **look)
-        _whole_numbers(ax)
+        if len(where) > 20:
+            _whole_numbers(ax)
+        else:
+            ax.set_xticks(where)
         described(ax, "message of the conversation, from 0")
         ax.set_ylabel(f"mean projection, layer {at}")
         titled(ax, title)
