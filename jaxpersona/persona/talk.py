@@ -167,27 +167,37 @@ def grow(
         [*opening, {"role": "user", "content": said[0]}]
         for opening, said in zip(openings, messages, strict=True)
     ]
-    replies, values, unit = [], [], vector.unit
+    replies, values = [], []
+    known = np.flatnonzero(vector.values.any(1)).tolist()
+    if not known:
+        raise UserError(f"{vector.name!r} is zero at every layer")
     names = range(len(prompts)) if ids is None else ids
     for turn in range(len(messages[0])):
         out = generate(model, prompts, interventions=interventions, seed=seed,
                        ids=[chat.row_id([], i, f"talk/{turn}") for i in names],
-                       capture=capture.mean(response), on_nonfinite="raise",
+                       capture=capture.projections(vector, response, layers=known),
+                       on_nonfinite="raise",
                        progress=_at_turn(report, turn), **settings)
         replies.append(out.text)
-        values.append(np.einsum("nld,ld->nl", out.captured["mean"], unit))
+        found = np.full((len(prompts), vector.n_layers), np.nan, np.float32)
+        # from the end of the prompt on: the prompt holds the earlier replies
+        for n, (row, read) in enumerate(zip(out.rows, out.captured["projections"], strict=True)):
+            reply = read[:, row.tokens.size :, 0]  # NaN at tokens of a thinking block
+            if (chosen := np.isfinite(reply).all(0)).any():
+                found[n, known] = reply[:, chosen].mean(1)
+        values.append(found)
         if turn + 1 < len(messages[0]):
             prompts = [
                 chat.continue_row(model.tokenizer, row, reply, said[turn + 1], stopped=bool(stop))
                 for row, reply, stop, said in zip(out.rows, out.tokens, out.stopped, messages,
                                                   strict=True)
             ]
-    read = None
+    again = None
     if readout:
         rows = [chat.answered(model.tokenizer, row, reply)
                 for row, reply in zip(out.rows, out.tokens, strict=True)]
-        read = _read_back(model, rows, vector, np.stack(values).shape)
-    return Talks(replies, np.stack(values), read)
+        again = _read_back(model, rows, vector, np.stack(values).shape)
+    return Talks(replies, np.stack(values), again)
 
 
 def _read_back(model: Model, rows: Sequence[chat.Row], vector: Vector,
