@@ -103,6 +103,11 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
     Raises:
       UserError: the model or adapter is missing, invalid or unsupported; the message states the
         reason.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.load("mini")
+      Model('mini', qwen3, 8 layers × 128, float32)
     """
     model = _load(source, mesh, dtype, progress, revision)
     if adapter is None:

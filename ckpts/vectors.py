@@ -44,6 +44,13 @@ def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
 
     Raises:
       UserError: the suffix is not supported, or the format cannot store the value.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "axis.safetensors"
+      >>> jp.save_vector(path, jp.load_axis("mini"))
+      []
     """
     suffix = pathlib.Path(path).suffix.lower()
     if suffix == ".safetensors":
@@ -124,6 +131,14 @@ def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
 
     Raises:
       UserError: as for `load_any`, or if the file contains caps.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import numpy as np, pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "happy.safetensors"
+      >>> written = jp.save_vector(path, jp.Vector(np.ones((8, 128)), name="happy"))
+      >>> jp.load_vector(path)
+      Vector('happy', [8, 128])
     """
     loaded = load_any(path, kind)
     if isinstance(loaded, dict):
@@ -141,6 +156,11 @@ def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
 
     Raises:
       UserError: as for `load_vector`, or if the direction is not an axis.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.load_axis("mini")
+      Axis('assistant', [8, 128], of 'mini', percentiles: all 9, default 9)
     """
     loaded = load_vector(path, kind=kind)
     if not isinstance(loaded, Axis):
@@ -155,6 +175,15 @@ def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
 
     Raises:
       UserError: as for `load_any`, or if the file contains no caps.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import numpy as np, pathlib, tempfile
+      >>> caps = jp.Caps(np.ones((1, 128)), layers=(4,), floors=np.ones(1), labels=("a",))
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "caps.safetensors"
+      >>> written = jp.save_vector(path, caps)
+      >>> jp.load_caps(path)
+      {'caps': Caps('caps', 1 floor, layers 4 to 4)}
     """
     loaded = load_any(path)
     if not isinstance(loaded, dict):

@@ -68,11 +68,17 @@ MISTAKES = {
                             "interventions is "),
     "an uncalled capture": (lambda: jp.generate(MODEL, ["a"], capture=jp.capture.last),
                             r"capture is .*last.*; .*\(\)"),
-    "a list of captures": (lambda: jp.generate(MODEL, ["a"], capture=[jp.capture.last()]),
-                           r"capture is .*\|"),
+    "captures of one name": (
+        lambda: jp.generate(MODEL, ["a"], capture=[jp.capture.last(), jp.capture.last()]),
+        r"two captures have the name \['last'\]; rename one"),
+    "an uncalled capture in a list": (
+        lambda: jp.generate(MODEL, ["a"], capture=[jp.capture.last]), r"capture is .*last"),
+    "a reading by name": (lambda: jp.Request("a", capture="mean"), r"jp\.capture\.mean\(\)"),
     "one conversation": (lambda: jp.generate(MODEL, ASK), "wrap it in a list"),
     "one string": (lambda: jp.generate(MODEL, "hi"), "wrap it in a list"),
-    "last layer": (lambda: jp.steer(V, layers=-1), r"layers.*-1"),
+    "last layer": (lambda: jp.steer(V, layers=-1), r"layers is -1.*config\.n_layers − 1"),
+    "last layer of an axis": (lambda: jp.steer(AXIS, layers=-1), "-1.*the last layer is 7"),
+    "last layers of an axis": (lambda: AXIS[[-2, -1]], "the last layer is 7"),
     "layer beyond": (lambda: jp.generate(MODEL, ["a"], interventions=jp.steer(V, layers=8)),
                      "layer 8.*8 layers|8 layers.*layer 8|0…7"),
     "layer of one": (lambda: jp.steer(V, layers=4.0), "layers"),
@@ -90,6 +96,11 @@ MISTAKES = {
     "Mini": (lambda: jp.load("Mini"), "did you mean mini|'mini'"),
     "unknown preset": (lambda: jp.load("random:llama"), "random:llama|llama-3"),
     "ids of one row": (lambda: jp.batch([1, 2, 3]), r"\[\[1, 2, 3\]\]|list of rows|wrap"),
+    "ids beyond": (lambda: jp.batch([[1, 5000]], vocabulary=1024), "row 0 .*5000.*0…1023"),
+    "ids beyond a model": (lambda: jp.generate(MODEL, [np.array([1, 5000])]), "5000.*0…1023"),
+    "ids beyond in extract": (lambda: jp.extract(MODEL, [np.array([5000])]), "5000.*0…1023"),
+    "one conversation of logprobs": (lambda: jp.logprobs(MODEL, TALK), "wrap it in a list"),
+    "one conversation of encode": (lambda: jp.encode(MODEL, ASK), "wrap it in a list"),
     "an axis file": (lambda: jp.load_axis("none.safetensors"), "none.safetensors"),
     "steps of text": (lambda: jp.generate(MODEL, ["a"], temperature="hot"), "temperature"),
     "no assistant message": (lambda: jp.extract(MODEL, [ASK], capture=jp.capture.mean(jp.response)),
@@ -121,6 +132,15 @@ def test_a_type_error_inside_a_function_is_not_caught():
 
     with pytest.raises(TypeError, match="unsupported operand"):
         broken(1)
+
+
+def test_a_list_of_captures_is_joined():
+    listed = [jp.capture.mean(jp.everywhere, layers=4), jp.capture.last(layers=4)]
+    both = jp.extract(MODEL, [TALK], capture=listed).captured
+    one = jp.extract(MODEL, [TALK], capture=listed[0] | listed[1]).captured
+    assert set(both) == {"mean", "last"}
+    assert all(np.array_equal(both[name], one[name]) for name in both)
+    assert list(jp.Request("a", capture=listed).capture.readings) == ["mean", "last"]
 
 
 @pytest.mark.parametrize("layers", [4, slice(4, 8), [1, 6]], ids=str)

@@ -14,7 +14,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 # each entry may import itself and earlier entries; a file with its own entry is not part of its
 # package's entry
 ORDER = (
-    "errors", "extras", "brief", "calls", "inputs", "interrupt", "runtime", "models.config",
+    "errors", "extras", "brief", "calls", "inputs", "export", "interrupt", "runtime",
+    "models.config",
     "distributed", "kernels", "models", "interventions", "captures", "interventions.trace",
     "models.forward", "vectors", "text", "engine", "planning", "ckpts", "interventions.specs",
     "training", "data", "judges", "runs", "persona", "organism", "report", "cli",

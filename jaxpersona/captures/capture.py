@@ -3,12 +3,17 @@
 A capture is a pytree that describes the readings. Prefill, every chunk and every decode step update
 its state, so a mean over a generated text needs no second pass and no `[L, B, T, D]` array.
 Captures are combined with `|` and share one forward pass.
+
+Example:
+  >>> import jaxpersona as jp
+  >>> jp.capture.mean(jp.response, layers=[4]) | jp.capture.last()
+  mean(response, layer 4) | last(everywhere)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import flax.struct
 import jax
@@ -41,7 +46,8 @@ class Capture(flax.struct.PyTreeNode):
     readings: Mapping[str, Reading] = flax.struct.field(default_factory=dict)
 
     def __or__(self, other: Capture) -> Capture:
-        check_capture(other)
+        if not isinstance(other, Capture):
+            _reject(other)
         twice = sorted(set(self.readings) & set(other.readings))
         if twice:
             raise UserError(f"two captures have the name {twice}; rename one with `name=`")
@@ -101,17 +107,25 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None,
             "model_origin": jnp.asarray(origin, jnp.uint32)}
 
 
-def check_capture(given: Any) -> None:
-    """Check that a caller's `capture` argument is a capture or None.
+def joined(given: Any) -> Capture | None:
+    """Return a caller's `capture` argument as one capture or None; a list is joined with `|`.
 
     Raises:
-      UserError: it is neither; the message suggests a valid capture.
+      UserError: it is another value, such as a function of this module that was not called, or two
+        captures of a list have the same name.
     """
     if given is None or isinstance(given, Capture):
-        return
+        return given
     if isinstance(given, (list, tuple)):
-        raise UserError(f"capture is a {type(given).__name__}; join readings with |, such as "
-                        "jp.capture.mean() | jp.capture.last()")
+        whole = Capture()
+        for one in given:
+            whole = whole | one
+        return whole
+    _reject(given)
+
+
+def _reject(given: Any) -> NoReturn:
+    """Raise the error for a value that is not a capture."""
     name = given if isinstance(given, str) else getattr(given, "__name__", "")
     raise UserError(f"capture is {given!r:.60}; give a capture such as "
                     f"jp.capture.{_CALLS.get(name, 'last()')}")

@@ -43,12 +43,10 @@ def demo(
         done = run_demo(loaded, out, seed=seed, report=report)
     middle = loaded.config.n_layers // 2
     support.draw_run(out, done.extraction, middle, held_out())
-    turns = done.figures["drift_turns"]
-    floor = float(done.extraction.axis.thresholds("p25", of="default")[middle])
-    if installed("matplotlib"):  # else draw_run has said so
-        figures.drift(out / "drift.png", {name: talk.projections[:turns, :, middle]
-                                          for name, talk in done.talks.items()},
-                      floor, middle, done.figures["drift_n"])
+    if installed("matplotlib"):  # otherwise draw_run has printed the reason
+        figures.drift(out / "drift.png", done.talks, done.extraction.axis, middle,
+                      behaviour=done.styles,
+                      leak={name: done.figures[f"drift_leak_{name}"] for name in done.talks})
     _show(done)
     say(f"axis, vectors and figures: {out}", error=True)
     head = {"run": str(out), "model": loaded.name,

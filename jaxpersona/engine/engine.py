@@ -48,12 +48,12 @@ class Engine:
     `stream` and `result` run the engine in the caller's thread, unless it runs in a background
     thread (`running`). All methods are thread-safe.
 
-    Example::
-
-        engine = jp.Engine(jp.load("mini"), rows=8)
-        handle = engine.submit(jp.Request("Who are you?", max_new_tokens=40))
-        for event in engine.stream(handle):
-            print(event.text, end="")
+    Example:
+      >>> import jaxpersona as jp
+      >>> engine = jp.Engine(jp.load("mini"), rows=2)
+      >>> handle = engine.submit(jp.Request("Who are you?", max_new_tokens=2))
+      >>> sum(len(event.tokens) for event in engine.stream(handle))
+      2
     """
 
     def __init__(self, model: Model, *, rows: int = 32, capacity: Interventions | None = None,

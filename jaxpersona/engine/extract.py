@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxpersona.brief import count, line
 from jaxpersona.calls import checked_call
-from jaxpersona.captures.capture import Capture, mean
+from jaxpersona.captures.capture import Capture, joined, mean
 from jaxpersona.captures.missing import describe_empty
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.context import own_context
@@ -26,6 +26,7 @@ from jaxpersona.engine.batches import batches, pad
 from jaxpersona.engine.compiled import program
 from jaxpersona.engine.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
 from jaxpersona.errors import UserError
+from jaxpersona.export import Table, shapes
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.interventions.where import WIDTH, holds
@@ -50,7 +51,7 @@ _TOKENS_ELSE = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
-class Extracted:
+class Extracted(Table):
     """The readings of N conversations, in input order.
 
     Attributes:
@@ -60,6 +61,12 @@ class Extracted:
       rows: the encoded conversations.
       tokens, padded: the number of tokens without and with padding.
       nonfinite: [N] bool, True if a residual was NaN or infinite; discard these readings.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+      >>> jp.extract(jp.load("mini"), [talk])
+      Extracted(1 conversation, 15 tokens, captured: mean)
     """
 
     captured: dict[str, Any]
@@ -74,6 +81,16 @@ class Extracted:
                     count(self.tokens, "token"),
                     f"captured: {', '.join(self.captured)}")
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per conversation: its last message, number of tokens, and finite."""
+        return [{"text": row.messages[-1]["content"] if row.messages else row.text,
+                 "tokens": int(row.tokens.size), "finite": not bad}
+                for row, bad in zip(self.rows, self.nonfinite.tolist(), strict=True)]
+
+    def facts(self) -> dict[str, Any]:
+        """Return the shapes of what was captured; the arrays are not exported."""
+        return shapes(self.captured)
+
 
 @checked_call
 @own_context()
@@ -81,7 +98,7 @@ def extract(
     model: Model,
     conversations: Iterable[Any],
     *,
-    capture: Capture | None = None,
+    capture: Capture | Sequence[Capture] | None = None,
     interventions: Interventions | None = None,
     batch_tokens: int | None = None,
     on_nonfinite: OnNonfinite = "warn",
@@ -93,7 +110,8 @@ def extract(
       model: the result of `load`.
       conversations: an iterable of N conversations, each a list of {"role", "content"}, a string
         (one user message), a `chat.Row`, or token ids.
-      capture: the readings; default: the mean over response tokens at every layer.
+      capture: the readings, or a list of them; default: the mean over response tokens at every
+        layer.
       interventions: edits of the activations, without rows or with one row per conversation.
       batch_tokens: the number of tokens in a batch, including padding; default: 1,024 for a model
         on a CPU, else 16,384.
@@ -107,14 +125,22 @@ def extract(
         mean selects no token in any conversation, the capture or the interventions do not match the
         model, or activations are not finite with `on_nonfinite="raise"`. If a reading selects no
         token in only some conversations, their values are NaN and a logged warning lists them.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+      >>> found = jp.extract(jp.load("mini"), [talk], capture=jp.capture.mean(jp.response))
+      >>> found.captured["mean"].shape
+      (1, 8, 128)
     """
     check_model(model)
     check_choice(on_nonfinite)
     conversations = chat.listed(conversations)
     if batch_tokens is None:
         batch_tokens = _TOKENS.get(platform(model.params.embed_vd), _TOKENS_ELSE)
-    prompts.check_settings(capture, batch_tokens=batch_tokens)
-    edits, readings = off_mesh((given(interventions), mean() if capture is None else capture))
+    prompts.check_settings(batch_tokens=batch_tokens)
+    capture = mean() if capture is None else joined(capture)
+    edits, readings = off_mesh((given(interventions), capture))
     prompts.check_edits(model, edits, len(conversations), readings)
     rows = [prompts.encode(model, item, reply=False) for item in conversations]
     prompts.check_lengths(model, rows)

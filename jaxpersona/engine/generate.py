@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxpersona.brief import count, line
 from jaxpersona.calls import checked_call
-from jaxpersona.captures.capture import Capture
+from jaxpersona.captures.capture import Capture, joined
 from jaxpersona.captures.missing import describe_empty
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.context import own_context
@@ -37,11 +37,12 @@ from jaxpersona.engine.lanes import (
 )
 from jaxpersona.engine.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
 from jaxpersona.engine.programs import State, Stops
-from jaxpersona.engine.replies import Finished, unpack
+from jaxpersona.engine.replies import UNSHOWN, Finished, record, unpack
 from jaxpersona.engine.sampling import Sampling, sampling
 from jaxpersona.engine.scheduler import Collect, Scheduler
 from jaxpersona.engine.stopping import text_of
 from jaxpersona.errors import UserError
+from jaxpersona.export import Table, shapes
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.models.batch import CODE
@@ -60,7 +61,7 @@ _LOG = logging.getLogger("jaxpersona")
 
 
 @dataclasses.dataclass(frozen=True)
-class Generated:
+class Generated(Table):
     """Replies to N conversations, in input order.
 
     Attributes:
@@ -74,6 +75,11 @@ class Generated:
       applied: one `Applied` per table, with fields seen [N] and changed [l, N].
       finish: why each reply ended: "stop" (a stop token), "length" (the limit), or "nonfinite" (a
         residual or a logit was NaN or infinite; discard the captures).
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.generate(jp.load("mini"), ["Who are you?"], max_new_tokens=2)
+      Generated(1 reply, 2 tokens)
     """
 
     text: list[str]
@@ -89,6 +95,25 @@ class Generated:
                     count(sum(len(t) for t in self.tokens), "token"),
                     f"captured: {', '.join(self.captured)}" if self.captured else "")
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per conversation.
+
+        Its keys are prompt (the last message), reply, tokens (their number), finish, messages and
+        ids; with interventions also seen and changed, each with one number per table: the tokens
+        that its test selected, and those that it changed at the layer where it changed most.
+        """
+        return [record(row, text, tokens, finish,
+                       [(table.seen[i], table.changed[:, i]) for table in self.applied])
+                for i, (row, text, tokens, finish) in enumerate(
+                    zip(self.rows, self.text, self.tokens, self.finish, strict=True))]
+
+    def facts(self) -> dict[str, Any]:
+        """Return the shapes of what was captured; the arrays are not exported."""
+        return shapes(self.captured)
+
+    def _left_out(self, column: str) -> bool:
+        return column in UNSHOWN
+
 
 @checked_call
 @own_context()
@@ -97,7 +122,7 @@ def generate(
     conversations: Iterable[Any],
     *,
     interventions: Interventions | None = None,
-    capture: Capture | None = None,
+    capture: Capture | Sequence[Capture] | None = None,
     max_new_tokens: int = 512,
     temperature: Any = 0.0,
     top_p: Any = 1.0,
@@ -118,7 +143,7 @@ def generate(
       conversations: an iterable of N conversations, each a list of {"role", "content"}, a string
         (one user message), a `chat.Row`, or token ids.
       interventions: edits of the activations, without rows or with one row per conversation.
-      capture: readings of the activations of prompts and replies.
+      capture: readings of the activations of prompts and replies, or a list of them.
       max_new_tokens: the maximum number of tokens in a reply, also limited by the model's context.
       temperature, top_p, top_k, seed: numbers, or [N] (`sampling.Sampling`).
       batch_size: B, the number of rows in the compiled programs.
@@ -139,15 +164,21 @@ def generate(
       UserError: there are no conversations, a prompt fills the context, a setting is out of range,
         the interventions belong to a different model or number of rows, or activations are not
         finite with `on_nonfinite="raise"`. The message names the argument, its value and the fix.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> out = jp.generate(jp.load("mini"), ["Who are you?"], max_new_tokens=2)
+      >>> len(out.text), len(out.tokens[0]), out.finish
+      (1, 2, ['length'])
     """
     check_model(model)
     check_choice(on_nonfinite)
-    prompts.check_settings(capture, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    prompts.check_settings(batch_size=batch_size, max_new_tokens=max_new_tokens)
     conversations = chat.listed(conversations)
     # limits the size of `State.tokens`
     max_new_tokens = min(max_new_tokens, model.config.max_context)
     count = len(conversations)
-    edits, capture = off_mesh((given(interventions), capture))
+    edits, capture = off_mesh((given(interventions), joined(capture)))
     prompts.check_edits(model, edits, count, capture)
     ways = rows_divisor(model.params.embed_vd)
     if batch_size % ways:

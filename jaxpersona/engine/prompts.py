@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpersona.captures.capture import Capture, check_capture
+from jaxpersona.captures.capture import Capture
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.models.batch import KINDS, check_ids
@@ -99,21 +99,19 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
     return chat.Row(tokens.astype(np.int32), kind, np.zeros(tokens.size, np.int32), "")
 
 
-def check_settings(capture: Any = None, **counts: Any) -> None:
-    """Check the capture and the settings that must be positive integers.
+def check_settings(**counts: Any) -> None:
+    """Check the settings that must be positive integers.
 
     Args:
-      capture: a capture or None.
       counts: the settings by name, such as batch_size.
 
     Raises:
-      UserError: a setting is not a positive integer, or the capture has the wrong type.
+      UserError: a setting is not a positive integer.
     """
     for name, value in counts.items():
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not whole or value < 1:
             raise UserError(f"{name} is {value!r}; it must be a positive integer")
-    check_capture(capture)
 
 
 def check_edits(model: Model, edits: Interventions, count: int,

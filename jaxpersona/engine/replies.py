@@ -14,6 +14,7 @@ from jaxpersona.brief import brief, count, line, quoted
 from jaxpersona.distributed import processes
 from jaxpersona.engine.lanes import Task
 from jaxpersona.engine.programs import State
+from jaxpersona.export import Table, shapes
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.text.chat import Row
 
@@ -48,7 +49,7 @@ class Finished:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reply:
+class Reply(Table):
     """The reply to one request.
 
     Attributes:
@@ -61,6 +62,13 @@ class Reply:
         over the tokens of prompt and reply. The model does not run on a stop token or on a token
         that completes a stop string, so these are not captured. Empty for a cancelled request.
       applied: one `Applied` per intervention table, with fields seen [] and changed [l].
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> engine = jp.Engine(jp.load("mini"), rows=2)
+      >>> handle = engine.submit(jp.Request("Who are you?", max_new_tokens=2))
+      >>> engine.result(handle).finish
+      'length'
     """
 
     text: str
@@ -72,6 +80,39 @@ class Reply:
 
     def __repr__(self) -> str:
         return line("Reply", quoted(self.text, 60), count(len(self.tokens), "token"), self.finish)
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record, as `Generated.records`."""
+        return [record(self.row, self.text, self.tokens, self.finish,
+                       [(table.seen, table.changed) for table in self.applied])]
+
+    def facts(self) -> dict[str, Any]:
+        """Return the shapes of what was captured; the arrays are not exported."""
+        return shapes(self.captured)
+
+    def _left_out(self, column: str) -> bool:
+        return column in UNSHOWN
+
+
+UNSHOWN = ("messages", "ids")  # columns of `record` that notebooks leave out
+
+
+def record(row: Row, text: str, tokens: np.ndarray, finish: str,
+           applied: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
+    """Return a reply as plain values.
+
+    Args:
+      row, text, tokens, finish: as the fields of `Reply`.
+      applied: seen [] and changed [l] of each intervention table.
+    """
+    messages = [dict(message) for message in row.messages or ()]
+    found = {"prompt": messages[-1]["content"] if messages else row.text, "reply": text,
+             "tokens": len(tokens), "finish": finish, "messages": messages,
+             "ids": tokens.tolist()}
+    if applied:
+        found["seen"] = [int(seen) for seen, _ in applied]
+        found["changed"] = [int(np.max(changed, initial=0)) for _, changed in applied]
+    return found
 
 
 def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) -> list[Finished]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxpersona.brief import brief, count, line, quoted
-from jaxpersona.captures.capture import Capture
+from jaxpersona.captures.capture import Capture, joined
 from jaxpersona.captures.projections import Projections
 from jaxpersona.engine.replies import Reply
 from jaxpersona.interventions.compose import Interventions
@@ -26,7 +26,7 @@ class Request:
       conversation: a list of {"role", "content"}, a string (one user message), a `chat.Row`, or
         token ids.
       interventions: edits of the activations, without `rows=`.
-      capture: readings of the activations.
+      capture: readings of the activations, or a list of them.
       max_new_tokens: the maximum number of tokens in the reply; the model's context and the
         engine's largest cache limit it further.
       temperature, top_p, top_k, seed: the sampling settings (`sampling.Sampling`).
@@ -35,6 +35,12 @@ class Request:
       id: uint32, seeds the request's random draws; default: a hash of its tokens. Two requests with
         the same tokens, id, seed and settings have the same reply.
       thinking: whether the reply may begin with a thinking block.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> request = jp.Request("Who are you?", max_new_tokens=40, stop=["."])
+      >>> request.temperature, request.seed
+      (0.0, 0)
     """
 
     __repr__ = brief
@@ -50,6 +56,9 @@ class Request:
     stop: Any = ()
     id: int | None = None
     thinking: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "capture", joined(self.capture))
 
 
 def projected(request: Request) -> list[str]:
@@ -67,6 +76,14 @@ class Event:
       tokens: [n] int32, the new ids.
       projections: for each projection reading, the values [n, L, K] at `tokens`.
       reply: the whole reply in the last event, else None.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> engine = jp.Engine(jp.load("mini"), rows=2)
+      >>> handle = engine.submit(jp.Request("Who are you?", max_new_tokens=2))
+      >>> events = list(engine.stream(handle))
+      >>> "".join(event.text for event in events) == events[-1].reply.text
+      True
     """
 
     text: str
@@ -80,7 +97,18 @@ class Event:
 
 
 class QueueFull(RuntimeError):
-    """The engine's queue is full."""
+    """The engine's queue is full.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> engine = jp.Engine(jp.load("mini"), rows=2, queue=1)
+      >>> first = engine.submit(jp.Request("Who are you?"))
+      >>> try:
+      ...     engine.submit(jp.Request("Who are you?"))
+      ... except jp.QueueFull as error:
+      ...     print(error)
+      1 requests are queued; submit again later, or make the engine with a longer queue
+    """
 
 
 class Handle:
@@ -89,6 +117,13 @@ class Handle:
     Attributes:
       request: the request.
       number: its index in the order of submission.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> engine = jp.Engine(jp.load("mini"), rows=2)
+      >>> handle = engine.submit(jp.Request("Who are you?", max_new_tokens=2))
+      >>> len(engine.result(handle).tokens), handle.done
+      (2, True)
     """
 
     def __init__(self, request: Request, number: int) -> None:

@@ -23,6 +23,7 @@ from jaxpersona.engine.batches import batches, pad
 from jaxpersona.engine.compiled import program
 from jaxpersona.engine.nonfinite import explain
 from jaxpersona.errors import UserError
+from jaxpersona.export import Table
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.where import Where, encoded, everywhere, holds
 from jaxpersona.models.batch import Batch, check_ids
@@ -45,12 +46,19 @@ _TOKENS_ELSE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class Scored(Table):
     """The log-probabilities of N texts, in input order.
 
     Attributes:
       rows: the encoded texts.
       logprobs: N arrays [T−1] float32; entry t is log p(token t+1 | tokens 0…t), in nats.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+      >>> scored = jp.logprobs(jp.load("mini"), [talk])
+      >>> len(scored.logprobs[0]) == len(scored.rows[0].tokens) - 1
+      True
     """
 
     rows: list[chat.Row]
@@ -59,6 +67,24 @@ class Scored:
     def __repr__(self) -> str:
         return line("Scored", count(len(self.rows), "text"),
                     count(sum(row.tokens.size for row in self.rows), "token"))
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per text.
+
+        Its keys are text (the last message), tokens (their number), logprob (the mean, in nats),
+        perplexity, ids, and logprobs, one number per token after the first.
+        """
+        found = []
+        for row, values in zip(self.rows, self.logprobs, strict=True):
+            mean = float(values.mean(dtype=np.float64)) if values.size else float("nan")
+            found.append({"text": row.messages[-1]["content"] if row.messages else row.text,
+                          "tokens": int(row.tokens.size), "logprob": mean,
+                          "perplexity": float(np.exp(-mean)), "ids": row.tokens.tolist(),
+                          "logprobs": values.tolist()})
+        return found
+
+    def _left_out(self, column: str) -> bool:
+        return column in ("ids", "logprobs")
 
     def chosen(self, where: Where | str = everywhere) -> list[np.ndarray]:
         """Return N arrays: the log-probabilities of the tokens that `where` selects."""
@@ -142,6 +168,13 @@ def next_logprobs(
     Raises:
       UserError: there are no prompts or candidates, an id is outside the vocabulary, a prompt fills
         the context, the interventions do not match the model, or activations are not finite.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> model = jp.load("mini")
+      >>> yes, no = model.tokenizer.convert_tokens_to_ids(["I", "A"])
+      >>> jp.next_logprobs(model, ["Who are you?"], [yes, no]).shape
+      (1, 2)
     """
     check_model(model)
     conversations = chat.listed(conversations)

@@ -3,13 +3,11 @@
 from jaxpersona.interventions.bank import resolve_layers
 from jaxpersona.interventions.compose import Interventions, chain, reserve, stack_rows
 from jaxpersona.interventions.gating import gate
+from jaxpersona.interventions.nonlinear import custom, restore_norm, rotate
 from jaxpersona.interventions.operators import (
     ablate,
     cap,
-    custom,
     mean_ablate,
-    restore_norm,
-    rotate,
     scale,
     set_projection,
     steer,

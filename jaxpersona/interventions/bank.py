@@ -266,7 +266,9 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
                         "with one entry per layer")
     most = MAX_LAYERS if total is None else total
     if chosen[0] < 0 or chosen[-1] >= most:
-        raise UserError(f"layers is {text}, out of range; they must be in 0…{most - 1}")
+        last = f"is {most - 1}" if total is not None else "of a model is config.n_layers − 1"
+        raise UserError(f"layers is {text}, out of range; they must be in 0…{most - 1}"
+                        + (f": the last layer {last}" if chosen[0] < 0 else ""))
     return chosen
 
 

@@ -26,6 +26,12 @@ class Interventions(flax.struct.PyTreeNode):
     """The edits of a forward pass: tables, applied in order.
 
     The compiled program has no edit code at layers without a table.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> axis = jp.load_axis("mini")
+      >>> jp.chain(jp.steer(axis, layers=4, scale=0.5), jp.cap(axis, layers=5, floor="p25"))
+      chain(steer(everywhere, layer 4, residual), cap(everywhere, layer 5, residual))
     """
 
     edits: tuple[Table, ...] = ()
@@ -160,6 +166,12 @@ def chain(*interventions: Interventions | None) -> Interventions:
 
     Raises:
       UserError: an argument has the wrong type.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> axis = jp.load_axis("mini")
+      >>> jp.chain(jp.steer(axis, layers=4, scale=0.5), None, jp.cap(axis, layers=4, floor=1.0))
+      chain(steer(everywhere, layer 4, residual), cap(everywhere, layer 4, residual))
     """
     _check_type(interventions)
     return Interventions(tuple(edit for one in interventions if one is not None
@@ -193,6 +205,12 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
 
     Raises:
       UserError: a size is not positive, or the layers are invalid.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> free = jp.reserve(8, 128, slice(4, 8))
+      >>> free
+      reserve(nowhere, layers 4–7, residual, 8 rows)
     """
     sizes = {"rows": rows, "width": width, "slots": slots,
              "entries": rows if entries is None else entries}
@@ -232,6 +250,12 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
 
     Raises:
       UserError: the list is empty, or interventions were made with `rows=` or do not fit `into`.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> cap = jp.cap(jp.load_axis("mini"), layers=4, floor="p25")
+      >>> jp.stack_rows([cap, None, cap]).rows
+      3
     """
     if isinstance(interventions, Interventions) or not isinstance(interventions, Sequence):
         raise UserError("interventions must be a list with one Interventions or None per row")

@@ -53,6 +53,12 @@ def gate(
     Raises:
       UserError: both bounds are missing, the gate's layer is not before the gated layers, the
         interventions already have a gate, or the direction is invalid.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> axis = jp.load_axis("mini")
+      >>> jp.gate(jp.cap(axis, layers=4, floor="p25"), axis, layer=2, below=3.0)
+      gate(cap(everywhere, layer 4, residual), layer 2, prompt)
     """
     if above is None and below is None:
         raise UserError("gate needs a bound: above, below or both")

@@ -35,6 +35,14 @@ class Applied(flax.struct.PyTreeNode):
       seen: [B] int32, the number of tokens that `where` selected.
       changed: [l, B] int32, the number of tokens changed at each layer. A rank-one edit counts as a
         change if δ ≠ 0, even if rounding to the model's dtype removes it.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+      >>> cap = jp.cap(jp.load_axis("mini"), layers=4, floor="p25")
+      >>> found = jp.extract(jp.load("mini"), [talk], interventions=cap).applied[0]
+      >>> found.seen.shape, found.changed.shape  # [N], [l, N]
+      ((1,), (1, 1))
     """
 
     __repr__ = brief

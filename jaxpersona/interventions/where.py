@@ -39,6 +39,13 @@ class Where:
     A token passes if its kind has all bits of `need`, at least one bit of `any` (unless that is 0)
     and no bit of `none`, and lo ≤ turn < hi. `a & b` requires both tests; `a.without("first", …)`
     excludes tokens of the named kinds.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.response.without("code").within(2, 4)
+      response.without('code').within(2, 4)
+      >>> jp.user & jp.everywhere.without("first")
+      user.without('first')
     """
 
     need: int = VALID
@@ -151,6 +158,11 @@ def turns(role: str) -> Where:
 
     Raises:
       UserError: the role is none of these.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.turns("user") == jp.user
+      True
     """
     if role not in ("system", "user", "assistant"):
         raise UserError(f"role is {role!r}; it must be 'system', 'user' or 'assistant'")

@@ -52,6 +52,11 @@ class Batch(flax.struct.PyTreeNode):
       row_id: [B] uint32, an ID that seeds the row's random draws; it does not depend on the row's
         index in the batch.
       chunk: whether the batch is one chunk of a longer prompt (static).
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.batch([[5, 6, 7], [8]]).position.tolist()
+      [[0, 1, 2], [0, 0, 0]]
     """
 
     __repr__ = brief
@@ -106,6 +111,11 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
     Raises:
       UserError: the batch or a row is empty, a single row is not in a list, values are not token
         ids, `kind` or `turn` does not match the shape of `tokens`, or a row is longer than `width`.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.batch([[5, 6, 7], [8]], vocabulary=1024).tokens.shape
+      (2, 3)
     """
     if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Iterable):
         raise UserError(f"tokens is {tokens!r:.60}; give a list of rows of token ids")

@@ -33,6 +33,11 @@ class Cache(flax.struct.PyTreeNode):
       k, v: one array [B, K, S, H] per layer.
       position: [B, S] int32, the rotary position of each slot's token; −1 in empty slots.
       next: [B] int32, the next free slot.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.init_cache(jp.load("mini").config, rows=2, slots=64).slots
+      64
     """
 
     __repr__ = brief
@@ -64,11 +69,17 @@ def kept_dtype(like: jax.Array) -> DTypeLike:
     return jnp.float32 if on_cpu(like) else like.dtype
 
 
-def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = jnp.float32,
+def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = "float32",
                ) -> Cache:
     """Allocate an empty cache of `rows` rows and `slots` slots.
 
     Any dtype that can represent the model's values works; `kept_dtype` returns the fastest.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> cache = jp.init_cache(jp.load("mini").config, rows=2, slots=64)
+      >>> cache.position.shape
+      (2, 64)
     """
     shape = (rows, config.n_kv_heads, slots, config.head_dim)
     return Cache(

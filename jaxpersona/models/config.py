@@ -62,6 +62,11 @@ class ModelConfig:
       norm_offset: 1 if norms multiply by (1 + weight), else 0.
       post_norms: whether attention and MLP outputs are normalized before the residual add.
       max_context: the model's maximum sequence length in tokens.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.load("mini").config.n_heads
+      4
     """
 
     family: str

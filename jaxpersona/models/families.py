@@ -223,6 +223,14 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     Raises:
       UserError: the architecture is unknown, or fields are missing, malformed or unsupported; the
         message names them.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 8,
+      ...           "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+      ...           "intermediate_size": 16, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+      >>> jp.from_hf(config).d_model
+      8
     """
     names = raw.get("architectures") or []
     if not isinstance(names, list):

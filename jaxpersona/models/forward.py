@@ -6,6 +6,7 @@ compiled program contains only the requested operations, without hooks or run-ti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import flax.struct
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.brief import brief
-from jaxpersona.captures.capture import Capture, check_capture
+from jaxpersona.captures.capture import Capture, joined
 from jaxpersona.captures.reading import spread_states
 from jaxpersona.distributed.sharding import (
     check_set_mesh,
@@ -50,6 +51,14 @@ class Output(flax.struct.PyTreeNode):
     Attributes:
       logits: [B, T, V], [B, V] or None, float32.
       carry: the state after this call; pass it to the next call to continue.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import jax
+      >>> model = jp.load("mini")
+      >>> out = jax.jit(jp.forward)(model.params, model.config, jp.encode(model, ["hi"]))
+      >>> out.logits.shape, bool(out.finite.all())
+      ((1, 10, 1024), True)
     """
 
     __repr__ = brief
@@ -94,7 +103,7 @@ def forward(
     batch: Batch,
     *,
     interventions: Interventions | PreparedInterventions | None = None,
-    capture: Capture | None = None,
+    capture: Capture | Sequence[Capture] | None = None,
     carry: Carry | None = None,
     slots: int | None = None,
     logits: Logits = "all",
@@ -107,7 +116,7 @@ def forward(
       config: the model configuration (static).
       batch: B rows of T tokens, right-padded. With a cache, the tokens are appended to its rows.
       interventions: the edits of the activations, optionally prepared (`Interventions.prepare`).
-      capture: the readings of the activations.
+      capture: the readings of the activations, or a list of them.
       carry: the state to continue from, returned by the previous call on these rows
         (`Output.carry`), or None.
       slots: allocate a cache with this many slots (static), in the fastest dtype
@@ -129,8 +138,17 @@ def forward(
         carry belongs to different readings, tables or gates; `slots` is combined with a carry that
         has a cache; cuDNN does not support the call; or the mesh set by `jax.set_mesh` differs from
         the parameters' mesh.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import jax
+      >>> model = jp.load("mini")
+      >>> run = jax.jit(jp.forward)  # a pure function
+      >>> run(model.params, model.config, jp.encode(model, ["hi"])).logits.shape  # [B, T, V]
+      (1, 10, 1024)
     """
-    _check_arguments(params, batch, capture, carry)
+    _check_arguments(params, batch, carry)
+    capture = joined(capture)
     rows, width = batch.tokens.shape
     _check_ids(batch.tokens, config)
     like = params.embed_vd
@@ -221,17 +239,16 @@ def forward(
     )
 
 
-def _check_arguments(params: Any, batch: Any, capture: Any, carry: Any) -> None:
+def _check_arguments(params: Any, batch: Any, carry: Any) -> None:
     """Check the types of arguments that are easily confused.
 
     Raises:
-      UserError: params is a Model, batch is text or ids, or capture or carry has the wrong type.
+      UserError: params is a Model, batch is text or ids, or carry has the wrong type.
     """
     if hasattr(params, "params"):
         raise UserError(f"params is a {type(params).__name__}; pass model.params")
     if not isinstance(batch, Batch):
         raise UserError(f"batch is {batch!r:.60}; give the result of jp.encode or jp.batch")
-    check_capture(capture)
     if carry is not None and not isinstance(carry, Carry):
         raise UserError(f"carry is a {type(carry).__name__}; give the carry of a previous call "
                         "(`out.carry`), or jp.Carry(cache=cache)")

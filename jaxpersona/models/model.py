@@ -32,6 +32,14 @@ class Model:
       template: whether the tokenizer has a chat template; base models have none.
       marked: the configuration and arrays from which `fingerprint` was computed.
       derived: a cache of arrays derived from the parameters; empty in a copy.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> model = jp.load("mini")
+      >>> model
+      Model('mini', qwen3, 8 layers × 128, float32)
+      >>> model.config.n_layers, model.config.d_model
+      (8, 128)
     """
 
     config: ModelConfig

@@ -74,7 +74,13 @@ class Layer(flax.struct.PyTreeNode):
 
 
 class Params(flax.struct.PyTreeNode):
-    """The parameters of a model: embedding, blocks, final norm, and the head if it is untied."""
+    """The parameters of a model: embedding, blocks, final norm, and the head if it is untied.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.load("mini").params.embed_vd.shape
+      (1024, 128)
+    """
 
     __repr__ = brief
 
@@ -145,10 +151,18 @@ def layout(config: ModelConfig) -> Params:
     )
 
 
-def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+def init_params(config: ModelConfig, key: jax.Array, dtype: Any = "float32") -> Params:
     """Initialize parameters: normal weights (standard deviation 0.02), identity norms.
 
     Values are drawn in float32 and then rounded, so a key gives the same model in every dtype.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import jax
+      >>> config = jp.load("mini").config
+      >>> shapes = jax.eval_shape(lambda key: jp.init_params(config, key), jax.random.key(0))
+      >>> shapes.embed_vd.shape
+      (1024, 128)
     """
     specs, tree = jax.tree.flatten(layout(config))
     identity = 1.0 - config.norm_offset

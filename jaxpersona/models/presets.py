@@ -62,6 +62,11 @@ def preset(name: str) -> ModelConfig:
 
     Raises:
       UserError: the preset is unknown; the message lists the known ones.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.preset("qwen3-8b").n_layers
+      36
     """
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")

@@ -272,12 +272,15 @@ def _drift(
 
     both = grow(model, openings * 2, messages * 2, found.axis, interventions=edits, seed=seed,
                 ids=list(range(_TALKS)) * 2, temperature=1.0, max_new_tokens=REPLY,
-                batch_size=BATCH, report=tell)
+                batch_size=BATCH, report=tell, readout=True)
+    middle = model.config.n_layers // 2
     talks, styles = {}, {}
     figures: dict[str, Any] = {"drift_n": _TALKS, "drift_turns": turns}
-    for name, part in (("uncapped", slice(0, _TALKS)), ("capped", slice(_TALKS, None))):
-        said = [replies[part] for replies in both.replies]
-        talks[name] = Talks(said, both.projections[:, part])
+    for name, start in (("uncapped", 0), ("capped", _TALKS)):
+        talks[name] = arm = both.arm(start, start + _TALKS)
+        said = arm.replies
+        assert arm.readout is not None
+        figures[f"drift_readout_{name}"] = float(np.nanmean(arm.readout[turns - 1, :, middle]))
         styles[name] = [evaluate.mean_style(answers) for answers in said[:turns]]
         figures[f"drift_{name}"] = styles[name][-1]
         figures[f"drift_leak_{name}"] = evaluate.leak_rate(said[-1])

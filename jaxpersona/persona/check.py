@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from jaxpersona.calls import checked_call
 from jaxpersona.captures import capture
 from jaxpersona.engine.generate import generate
 from jaxpersona.errors import UserError
+from jaxpersona.export import Table
 from jaxpersona.interventions import resolve_layers
 from jaxpersona.interventions.bank import Layers, normalised
 from jaxpersona.interventions.where import response
@@ -39,7 +40,7 @@ _SHIFT_MARGIN = 0.005  # mean cosine: smaller differences between shifts are inc
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
+class Check(Table):
     """Result of the self-test of an axis or of caps on a model.
 
     Attributes:
@@ -54,6 +55,12 @@ class Check:
       spread: [l] float32, the standard deviation of the default's projections: from the quartiles
         in the axis, or else of the replies of the check.
       floors: [l] float32, the floors; None if there are none.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> found = jp.check(jp.load("mini"), jp.load_axis("mini"))
+      >>> found.ok, found.shift
+      (True, 0)
     """
 
     ok: bool
@@ -78,6 +85,18 @@ class Check:
 
     def __repr__(self) -> str:
         return line("Check", "ok" if self.ok else "; ".join(map(str, self.faults)))
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per tested layer: layer, default, roles, and their difference."""
+        return [{"layer": int(layer), "default": float(ours), "roles": float(theirs),
+                 "difference": float(ours - theirs)}
+                for layer, ours, theirs in zip(self.layers, self.default, self.roles, strict=True)]
+
+    def facts(self) -> dict[str, Any]:
+        """Return whether every test passed, the outcome of each, and the shift of the layers."""
+        outcomes = [sentence.partition(": ") for sentence in self.sentences]
+        return {"ok": self.ok, **{test: outcome for test, _, outcome in outcomes},
+                "shift": self.shift}
 
 
 def fit(model: Model, found: Found) -> Found:
@@ -117,6 +136,12 @@ def check(
     Raises:
       UserError: `axis` is neither an Axis nor Caps, belongs to another model, or is zero at a
         layer; `floor` is not numeric; or the model has no tokenizer or no chat template.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> found = jp.check(jp.load("mini"), jp.load_axis("mini"))
+      >>> found
+      Check(ok)
     """
     check_model(model)
     if not isinstance(axis, (Axis, Caps)):

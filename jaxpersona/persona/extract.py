@@ -21,6 +21,7 @@ from jaxpersona.ckpts.vectors import save_vector
 from jaxpersona.data.texts import Question, Role
 from jaxpersona.distributed import processes
 from jaxpersona.errors import UserError
+from jaxpersona.export import Table
 from jaxpersona.extras import require
 from jaxpersona.judges.judges import Judge
 from jaxpersona.persona import axis as science
@@ -46,7 +47,7 @@ def rollouts_per_call(batch_size: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Extraction:
+class Extraction(Table):
     """Result of an extraction.
 
     Attributes:
@@ -71,6 +72,31 @@ class Extraction:
     counts: dict[str, dict[str, int]]
     rollouts: int
     tokens: int
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return `ranking` at the middle layer."""
+        return self.ranking(self.axis.n_layers // 2)
+
+    def ranking(self, layer: int) -> list[dict[str, Any]]:
+        """Return one record per role, "default" included, the most Assistant-like first.
+
+        Its keys are role, projection (the mean over its answers at the layer), p25, p75, answers
+        (their number), in_axis, and scores (how many answers got 0, 1, 2, 3, and no score).
+        """
+        found = []
+        for name, values in self.projections.items():
+            known = values[np.isfinite(values).all(1), layer].astype(np.float64)
+            low, high = np.percentile(known, [25, 75]) if known.size else (np.nan, np.nan)
+            found.append({"role": name, "projection": float(known.mean()) if known.size else np.nan,
+                          "p25": float(low), "p75": float(high), "answers": len(values),
+                          "in_axis": name in self.analysis.names,
+                          "scores": list(self.counts.get(name, {}).values())})
+        return sorted(found, key=lambda row: (np.isnan(row["projection"]), -row["projection"]))
+
+    def facts(self) -> dict[str, Any]:
+        """Return the model, the layer of the records, and the number of rollouts."""
+        return {"model": self.axis.model, "layer": self.axis.n_layers // 2,
+                "rollouts": self.rollouts}
 
 
 def extract_axis(
@@ -295,6 +321,8 @@ def _save_analysis(run: Run, analysis: science.Analysis, projections: dict[str, 
                            for c in analysis.components],
         "roles": {
             name: {"mean_projection": [round(float(x), 6) for x in np.nanmean(value, 0)],
+                   "quartiles": [[round(float(x), 6) for x in row]
+                                 for row in np.nanpercentile(value, [25, 75], axis=0)],
                    "rollouts": len(value), "held_out": name in held_out,
                    "in_axis": name in analysis.names, "scores": counts.get(name)}
             for name, value in projections.items()

@@ -87,7 +87,7 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
         lines.append(f"  farthest: {_ranked(ranked[:-SHOWN - 1:-1])}")
     lines.append(f"files in {folder}:")
     lines += [f"  {name:<18}{_ABOUT[name]}" for name in (*RESULTS, *FIGURES)
-              if (folder / name).exists()]
+              if name in _ABOUT and (folder / name).exists()]  # an SVG is beside each PNG
     file, more = shlex.quote(str(folder / "axis.safetensors")), shlex.join(options)
     more = f" {more}" if more else ""
     return [*lines, "next:",

@@ -10,7 +10,8 @@ from jaxpersona.ckpts.files import leftovers
 from jaxpersona.errors import UserError
 from jaxpersona.runs.names import file_stem
 
-FIGURES = ("roles.png", "pca.png", "variance.png", "drift.png")
+FIGURES = tuple(f"{name}.{kind}" for name in ("roles", "pca", "variance", "drift")
+                for kind in ("png", "svg"))
 RESULTS = ("axis.safetensors", "analysis.json")
 MANIFEST = "run.json"
 PARTS = {"rollouts": ".jsonl", "means": ".safetensors", "scores": ".json",

@@ -242,6 +242,14 @@ class Run:
         self._seal("vectors", role, {label: vector for label, (vector, _) in vectors.items()},
                    {f"count_{label}": str(n) for label, (_, n) in vectors.items()})
 
+    def vectors(self, role: str) -> dict[str, np.ndarray]:
+        """Return a role's vectors [L, D] by label.
+
+        Raises:
+          Damaged: the file is missing or differs from what the run wrote.
+        """
+        return self._sealed("vectors", role)[0]
+
     def is_whole(self, role: str) -> bool:
         """Verify a role's rollouts, means and scores, and return whether the rollouts are complete.
 

@@ -86,16 +86,20 @@ def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thin
 
     Raises:
       UserError: see `encode_row` and `batch.batch`.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.encode(jp.load("mini"), ["Who are you?", "Hello."]).tokens.shape[0]
+      2
     """
     tokenizer = _tokenizer(model)
     rows = [encode_row(tokenizer, c, reply=reply, thinking=thinking, variables=variables)
             for c in listed(conversations)]
-    config = getattr(model, "config", None)  # a bare tokenizer has none
-    for i, row in enumerate(rows):
-        check_ids(row.tokens, getattr(config, "vocab_size", None), f"conversation {i}", tokenizer)
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     seen: dict[bytes, int] = {}
     ids = []
-    for row in rows:
+    for i, row in enumerate(rows):
+        check_ids(row.tokens, vocabulary, f"conversation {i}", tokenizer)
         key = row.tokens.tobytes()
         ids.append(row_id(row.tokens, seen.get(key, 0)))
         seen[key] = seen.get(key, 0) + 1
@@ -143,8 +147,7 @@ def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinkin
     messages = check_conversation(conversation, reply=reply)
     template = Template(tokenizer, thinking, variables)
     text, kind, turn, _ = locate(template, messages, reply)
-    row = _tokenise(template, text, kind, turn)
-    row = dataclasses.replace(row, messages=tuple(messages))
+    row = dataclasses.replace(_tokenise(template, text, kind, turn), messages=tuple(messages))
     if row.tokens.size == 0:
         raise UserError("the conversation is empty: it renders to zero tokens")
     if reply and text.endswith(CLOSE):
@@ -192,8 +195,7 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     text = tail.text
     if reply.size and tail.tokens.size and reply[-1] == tail.tokens[0] and (
-        stopped or int(reply[-1]) in special
-    ):
+            stopped or int(reply[-1]) in special):
         reply_kind[-1] = TEMPLATE | GENERATED
         text = text.removeprefix(tokenizer.decode(reply[-1:].tolist()))
         tail = Row(tail.tokens[1:], tail.kind[1:], tail.turn[1:], text)
@@ -285,9 +287,8 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
     for i, message in enumerate(conversation):
         if not isinstance(message, Mapping):
             raise UserError(f"message {i} is {message!r:.60}; give a dict with role and content")
-        for field in ("role", "content"):
-            if field not in message:
-                raise UserError(f"message {i} has no {field!r}; give role and content")
+        if missing := [field for field in ("role", "content") if field not in message]:
+            raise UserError(f"message {i} has no {missing[0]!r}; give role and content")
         if extra := sorted(set(message) - {"role", "content"}, key=str):
             raise UserError(f"message {i} has the field {extra[0]!r}; remove it: only role and "
                             "content are supported")
@@ -310,9 +311,8 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
 
 
 def _tokenizer(model: Any) -> Any:
-    tokenizer = model
-    if not hasattr(model, "apply_chat_template"):
-        tokenizer = getattr(model, "tokenizer", None)
+    tokenizer = model if hasattr(model, "apply_chat_template") else getattr(
+        model, "tokenizer", None)
     if tokenizer is None:
         raise UserError("the model has no tokenizer; pass token ids to batch.batch instead")
     return tokenizer

@@ -10,6 +10,8 @@ import numpy as np
 
 from jaxpersona.brief import count, line, quoted
 from jaxpersona.errors import UserError
+from jaxpersona.export import Table
+from jaxpersona.interventions.bank import normalised
 from jaxpersona.interventions.compose import Interventions, chain
 from jaxpersona.interventions.operators import cap
 from jaxpersona.interventions.where import Where, everywhere
@@ -19,7 +21,7 @@ from jaxpersona.vectors.vector import CONTROL_VECTOR, Vector, check_names, float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Caps:
+class Caps(Table):
     """Floors on directions of the residual stream, in the order in which they apply.
 
     A layer may have several caps.
@@ -33,6 +35,15 @@ class Caps:
 
     Raises:
       UserError: the fields have different lengths, or a value is invalid.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import numpy as np
+      >>> caps = jp.Caps(np.ones((1, 128)), layers=(4,), floors=np.ones(1), labels=("a",))
+      >>> caps
+      Caps('caps', 1 floor, layers 4 to 4)
+      >>> caps.interventions()
+      cap(everywhere, layer 4, residual)
     """
 
     values: np.ndarray
@@ -74,6 +85,18 @@ class Caps:
         return line("Caps", quoted(self.name), count(len(self.layers), "floor"),
                     f"layers {min(self.layers)} to {max(self.layers)}",
                     f"of {quoted(self.model)}" if self.model else "")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per cap: layer, label, floor, and the direction's norm."""
+        norms = normalised(self.values)[1].tolist()
+        return [{"layer": layer, "label": label, "floor": float(floor), "norm": norm}
+                for layer, label, floor, norm in zip(self.layers, self.labels, self.floors, norms,
+                                                     strict=True)]
+
+    def facts(self) -> dict[str, Any]:
+        """Return the metadata; `save_vector` writes them with the values."""
+        return {"name": self.name, "model": self.model, "fingerprint": self.fingerprint,
+                **self.notes}
 
     def tables(self) -> list[tuple[Vector, tuple[int, ...], np.ndarray]]:
         """Return the arguments of successive calls of `cap`: direction, layers and floors [l].

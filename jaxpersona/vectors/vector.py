@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxpersona.brief import line, quoted
 from jaxpersona.errors import UserError
+from jaxpersona.export import Table
 from jaxpersona.interventions.bank import Layers, normalised, resolve_layers
 from jaxpersona.interventions.table import SITES, Site
 from jaxpersona.models.params import SCHEME, origin
@@ -65,7 +66,7 @@ def _plain(notes: Any) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Vector:
+class Vector(Table):
     """A direction in the residual stream at every layer of one model.
 
     Attributes:
@@ -81,6 +82,15 @@ class Vector:
 
     Raises:
       UserError: the values are not [L, D] or not finite, or a field has an invalid type.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import numpy as np
+      >>> happy = jp.Vector(np.ones((8, 128)), name="happy")
+      >>> -2 * happy[4:6]
+      Vector('-2·happy', [8, 128])
+      >>> round(float(happy.cosine(-happy)[0]), 3)
+      -1.0
     """
 
     values: np.ndarray
@@ -109,6 +119,16 @@ class Vector:
         return line(type(self).__name__, quoted(self.name), f"{list(self.values.shape)}",
                     f"of {quoted(self.model)}" if self.model else "",
                     self.site if self.site != "residual" else "")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per layer: the layer and the direction's norm."""
+        norms = normalised(self.values)[1].tolist()
+        return [{"layer": layer, "norm": norm} for layer, norm in enumerate(norms)]
+
+    def facts(self) -> dict[str, Any]:
+        """Return the metadata; `save_vector` writes them with the values."""
+        return {"name": self.name, "model": self.model, "fingerprint": self.fingerprint,
+                "site": self.site, **self.notes}
 
     @property
     def n_layers(self) -> int:
@@ -230,6 +250,13 @@ class Axis(Vector):
 
     Raises:
       UserError: as for `Vector`, or if percentiles are not one finite number per layer.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.load_axis("mini")
+      Axis('assistant', [8, 128], of 'mini', percentiles: all 9, default 9)
+      >>> jp.load_axis("mini").thresholds("p25", of="default").shape
+      (8,)
     """
 
     percentiles: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
@@ -250,6 +277,16 @@ class Axis(Vector):
         return line("Axis", quoted(self.name), f"{list(self.values.shape)}",
                     f"of {quoted(self.model)}" if self.model else "",
                     f"percentiles: {known}" if known else "no thresholds")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per layer: layer, norm, and every percentile, such as "default p25"."""
+        return [{**row, **{f"{of} {name}": float(values[row["layer"]])
+                           for of, table in self.percentiles.items()
+                           for name, values in sorted(table.items(), key=lambda x: _by_number(x[0]))
+                           }} for row in super().records()]
+
+    def _left_out(self, column: str) -> bool:
+        return " " in column and column not in ("default p25", "default p50", "default p75")
 
     def thresholds(self, percentile: str, *, of: str = "default") -> np.ndarray:
         """Return the projection at a percentile for every layer, [L] float32.

@@ -46,7 +46,7 @@ def no_load(*_, **__):
 
 @pytest.mark.parametrize(("more", "wanted"), [
     (["--judge", "self"], "the judge 'self' needs an eval_prompt; add one to the roles"),
-    (["--judge", "model:owner/name"], "the judge 'digits' needs an eval_prompt; add one to the roles"),
+    (["--judge", "model:owner/name"], "the judge 'digits' needs an eval_prompt; add"),
     (["--min-count", "99"], "min_count is 99; the axis needs at least two roles"),
     (["--limit", "1", "--min-count", "1"], "roles has"),
     (["--judge-cost", "1"], "--judge-cost is 1.0; give USD for each judged reply, with --dry-run"),

@@ -101,14 +101,17 @@ def test_no_assistant_message_and_too_long_a_conversation_are_refused(model, vec
 
 
 def test_grown_conversations_are_edited(model, vectors):
-    """Interventions apply in every turn: no capped reply projects below the floor."""
+    """Interventions apply in every turn; the read-out of the same replies is without them."""
     edit = jp.cap(vectors[0], layers=[2], floor=50.0)
-    said = [["Hello.", "And then?"]]
-    held = grow(model, [[]], said, vectors[0], interventions=edit, max_new_tokens=5)
-    free = grow(model, [[]], said, vectors[0], max_new_tokens=5)
-    assert held.projections.shape == free.projections.shape == (2, 1, 3)
-    assert (held.projections[:, 0, 2] >= 49.99).all()
-    assert (free.projections[:, 0, 2] < 49).all()
+    talks = [[], [{"role": "system", "content": "Be brief."}]], [["Hello.", "And then?"]] * 2
+    held = grow(model, *talks, vectors[0], interventions=edit, max_new_tokens=5, readout=True)
+    free = grow(model, *talks, vectors[0], max_new_tokens=5, readout=True)
+    assert held.projections.shape == free.projections.shape == (2, 2, 3)
+    assert (held.projections[..., 2] >= 49.99).all()
+    assert (free.projections[..., 2] < 49).all() and (held.readout[..., 2] < 49).all()
+    np.testing.assert_allclose(free.readout, free.projections, rtol=2e-4, atol=2e-4)
+    assert np.abs(np.diff(free.readout, axis=0)).min() > 1e-3  # turns are not interchanged
+    assert grow(model, *talks, vectors[0], max_new_tokens=5).readout is None
 
 
 def test_conversations_with_equal_ids_share_their_draws(model):
