@@ -100,13 +100,13 @@ class Dialogue:
         """Answer one line; return whether to continue."""
         text = line.strip()
         if text.startswith("/") and not text.startswith("//"):
-            name, _, value = text.partition(" ")
-            return self._command(name, value.strip())
+            name, *rest = text.split(None, 1)
+            return self._command(name, *rest)
         if text:
             self._reply(text[1:] if text.startswith("//") else text)
         return True
 
-    def _command(self, name: str, value: str) -> bool:
+    def _command(self, name: str, value: str = "") -> bool:
         """Run a command; return whether to continue.
 
         Raises:

@@ -23,7 +23,7 @@ from jaxpersona.cli.dialogue import Dialogue
 from jaxpersona.engine import programs
 from jaxpersona.persona.monitor import Monitor
 from jaxpersona.persona.session import Piece, Session, Turn
-from jaxpersona.persona.talk import project_conversation
+from jaxpersona.text.chat import answered
 
 MODEL, AXIS = jp.load("mini"), jp.load_axis("mini")
 SYSTEM, ASKED = "You are a pirate. Stay in character.", "Who are you really, under the mask?"
@@ -170,10 +170,11 @@ def test_from_a_pipe(monkeypatch, capsys, tmp_path):
         kept = talk["replies"][0]
         assert kept["edited"] == (name == "on") and kept["tokens"] == len(wanted.tokens[index])
         # no cap is below layer 4, so the values before the caps are those of an unedited pass
-        (found,) = project_conversation(MODEL, said, [AXIS])
+        row = answered(MODEL.tokenizer, wanted.rows[index], wanted.tokens[index])
+        found = jp.extract(MODEL, [row]).captured["mean"][0, 4] @ AXIS.unit[4]
         assert list(kept["projections"]) == ["4"]
-        assert abs(kept["projections"]["4"] - found.values[4, 0]) <= 1e-4
-        assert f"projection {found.values[4, 0]:+.2f} at layer 4" in err
+        assert abs(kept["projections"]["4"] - found) <= 1e-4
+        assert f"projection {kept['projections']['4']:+.2f} at layer 4" in err
     (counts,) = json.loads((tmp_path / "on.json").read_text())["replies"][0]["edits"]
     assert counts["seen"] == wanted.applied[0].seen[0]
     assert counts["changed"] == wanted.applied[0].changed[:, 0].tolist()

@@ -12,7 +12,7 @@ import support as s
 
 import jaxpersona as jp
 from jaxpersona.engine import programs
-from jaxpersona.persona.talk import project_conversation
+from jaxpersona.text.chat import answered
 
 MODEL, AXIS = jp.load("mini"), jp.load_axis("mini")
 PIRATE = {"role": "system", "content": "You are a pirate. Stay in character."}
@@ -57,9 +57,9 @@ def test_a_comparison_is_one_batch_with_the_replies_of_two_runs(capsys, separate
     assert found["reply"] == capped.text[0] != plain.text[0] == found["without"]["reply"]
     for one, wanted in ((found, capped), (found["without"], plain)):
         assert one["tokens"] == len(wanted.tokens[0]) and one["stopped"] == wanted.stopped[0]
-        said = [*TALK, {"role": "assistant", "content": wanted.text[0]}]
-        (mean,) = project_conversation(MODEL, said, [AXIS])  # without interventions
-        assert abs(one["projections"]["4"] - mean.values[4, 0]) <= 1e-4
+        row = answered(MODEL.tokenizer, wanted.rows[0], wanted.tokens[0])
+        mean = jp.extract(MODEL, [row]).captured["mean"][0, 4]  # without interventions
+        assert abs(one["projections"]["4"] - mean @ AXIS.unit[4]) <= 1e-4
     (counts,) = found["edits"]
     assert counts == {"edit": "cap(everywhere, layers 4–7, residual)", "layers": [4, 5, 6, 7],
                       "seen": capped.applied[0].seen[0],
