@@ -238,6 +238,8 @@ class Dialogue:
         from jaxpersona.ckpts.files import atomic
         from jaxpersona.persona.transcript import record
 
+        if "\0" in str(file):
+            raise UserError("the name of the file has a null character; remove it")
         if file.is_dir():
             raise UserError(f"{file} is a folder; give the name of a file")
         with atomic(file) as temporary:

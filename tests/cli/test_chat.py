@@ -237,7 +237,8 @@ def test_a_full_context_is_one_line(monkeypatch, session):
     assert len(session.turns) == 1
 
 
-def test_a_mistake_at_a_terminal_does_not_end_the_dialogue(monkeypatch, session, capsys):
+def test_a_mistake_at_a_terminal_does_not_end_the_dialogue(monkeypatch, session, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     dialogue = Dialogue(session)
     dialogue.interactive = True
     lines = iter(["/undo", "/load missing", "/save no/such/\0", KeyboardInterrupt(), EOFError()])
@@ -252,7 +253,7 @@ def test_a_mistake_at_a_terminal_does_not_end_the_dialogue(monkeypatch, session,
     dialogue.run()
     out, err = capsys.readouterr()
     assert [line[:6] for line in err.splitlines()[-3:]] == ["error:"] * 3
-    assert "Ctrl-D or /quit leaves" in out
+    assert "Ctrl-D or /quit leaves" in out and not list(tmp_path.iterdir())
 
 
 def test_control_characters_of_a_reply_are_escaped(monkeypatch, session, capsys):
