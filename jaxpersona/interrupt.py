@@ -85,6 +85,24 @@ def raised() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def intercepted(action: Callable[[], object]) -> Iterator[None]:
+    """Call `action` on SIGINT while the block runs, instead of what happens otherwise.
+
+    SIGTERM keeps its effect. Nothing changes outside the main thread, or if SIGINT is ignored.
+    """
+    number = signal.SIGINT
+    before = signal.getsignal(number)
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+        yield
+        return
+    signal.signal(number, lambda *_: action())
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_DFL if before is None else before)
+
+
+@contextlib.contextmanager
 def keeping(describe: Callable[[], str]) -> Iterator[None]:
     """Set `Stopped.kept` to `describe()` if a signal stops the block."""
     try:

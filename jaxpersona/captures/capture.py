@@ -53,6 +53,20 @@ class Capture(flax.struct.PyTreeNode):
             raise UserError(f"two captures have the name {twice}; rename one with `name=`")
         return Capture({**self.readings, **other.readings})
 
+    def before_edits(self) -> Capture:
+        """Return the capture with activations read before the interventions at their layer.
+
+        At layer l such a reading contains the effect of interventions at lower layers, but not of
+        those at layer l and the same site. For a cap at layer l it is the projection that the cap
+        compares with its floor. Without interventions the values are the same.
+
+        Example::
+
+            capture = jp.capture.projections(axis, jp.response, layers=4).before_edits()
+        """
+        return Capture({name: reading.replace(edited=False)
+                        for name, reading in self.readings.items()})
+
     def init(self, config: ModelConfig, rows: int, slots: int) -> dict[str, State]:
         """Return the initial state of every reading for `rows` rows of `slots` cache slots."""
         return {

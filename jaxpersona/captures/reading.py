@@ -72,6 +72,8 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
       where: the encoded token test [5] int32.
       layers: the layers that are read, ascending, or None for all (static).
       site: the site that is read (static).
+      edited: whether activations are read after the interventions at their site and layer, or
+        before (static; `Capture.before_edits`).
       label: the reading's name in its representation; by default the class name in lower case.
       needs_token: whether the result is undefined for a row without a selected token.
     """
@@ -82,6 +84,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
     where: Int[Array, " 5"]
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
     site: Site = flax.struct.field(pytree_node=False, default="residual")
+    edited: bool = flax.struct.field(pytree_node=False, default=True)
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> State:
         """Return the state before the first token.
@@ -144,8 +147,9 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         """Return the constructor call, such as `mean(response, layers 4–7)`."""
         layers = "" if self.layers is None else layer_range(self.layers)
         site = "" if self.site == "residual" else self.site
-        return call(self.label or type(self).__name__.lower(), tests(self.where), layers, site,
+        text = call(self.label or type(self).__name__.lower(), tests(self.where), layers, site,
                     *self.details())
+        return text if self.edited else f"{text}.before_edits()"
 
 
 class TokenState(State, repr=False):

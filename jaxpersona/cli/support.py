@@ -7,12 +7,12 @@ import pathlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxpersona.cli.output import console, say
+from jaxpersona.cli.output import console, say, write
 from jaxpersona.errors import UserError
 from jaxpersona.extras import MissingPackage
 
@@ -86,6 +86,28 @@ def progress(log: bool = False) -> Iterator[Callable[[str, int, int, int], None]
             bar.update(tasks[step], completed=done, total=total, rate=rate)
 
         yield report
+
+
+def stream(pieces: Iterable[str]) -> None:
+    """Print a reply while its pieces arrive, with a spinner until the first one.
+
+    Compiling the programs of the first reply takes seconds. The spinner is on standard error, and
+    only if that is a terminal.
+    """
+    shown = console(error=True)
+    status = shown.status("waiting for the first token") if shown.is_interactive else None
+    if status is not None:
+        status.start()
+    try:
+        for piece in pieces:
+            if piece and status is not None:
+                status.stop()
+                status = None
+            write(piece)
+    finally:
+        if status is not None:
+            status.stop()
+    write("\n")
 
 
 @contextlib.contextmanager

@@ -108,7 +108,8 @@ class Trace:
             if reading.site == site and layer in self.layers[name]:
                 with jax.named_scope("capture"):
                     index = self.layers[name].index(layer)
-                    self.reductions[name].append(reading.read(h, self.weights[name], index))
+                    read = h if reading.edited else before
+                    self.reductions[name].append(reading.read(read, self.weights[name], index))
         return h
 
     def captured(self, state: dict[str, State] | None, slots: jax.Array) -> dict[str, State]:

@@ -189,6 +189,20 @@ def test_while_generating_equals_a_second_pass():
         assert s.rowwise(out.captured["prompt"][b], whole[:, : len(row)].mean(1)).max() <= 1e-5
 
 
+def test_before_the_edits_of_its_layer():
+    """The difference is the edit of that layer, in the prompt and in generated tokens."""
+    push = np.zeros(32)
+    push[5] = 2.0
+    edits = steer(push, layers=[1], where=everywhere)
+    after, before = capture.full(name="after"), capture.full(name="before").before_edits()
+    assert repr(before) == "full(everywhere).before_edits()" and repr(after) == "full(everywhere)"
+    out = generate(MODEL, s.prompts((7, 4)), interventions=edits, capture=after | before,
+                   max_new_tokens=5, batch_size=2)
+    for a, b in zip(out.captured["after"], out.captured["before"], strict=True):
+        assert a.shape[1] > 7 and s.same_bits(a[[0, 2]], b[[0, 2]])  # also after an edit below
+        np.testing.assert_allclose(a[1] - b[1], np.broadcast_to(push, a[1].shape), atol=1e-5)
+
+
 def test_a_value_on_an_edge_belongs_to_the_bin_above():
     """A bin includes its lower edge but not its upper edge, as in NumPy."""
     edges, values = np.float32([-0.5, 0.0, 1.0]), np.float32([-0.5, 0.0, 1.0, 1.0, 0.5, -0.75])
