@@ -148,7 +148,7 @@ def check_edits(model: Model, edits: Interventions, count: int,
 
 def _in_float16(model: Model) -> str:
     """Return the other cause of a different fingerprint, for a model loaded in float16."""
-    if model.params.embed_vd.dtype != np.float16:
+    if model.params.like.dtype != np.float16:
         return ""
     return ("; a model loaded in float16, which cannot represent all its weights, has another "
             "fingerprint than in bfloat16 or float32")

@@ -12,7 +12,7 @@ import support as s
 from jaxpersona.captures import capture
 from jaxpersona.distributed import sharding
 from jaxpersona.models.config import replace
-from jaxpersona.models.params import init_params
+from jaxpersona.models.params import init_params, layout
 from jaxpersona.models.presets import preset
 from jaxpersona.planning import chips, plan
 
@@ -37,7 +37,7 @@ def test_bytes_are_those_of_the_arrays():
     params = init_params(SMALL, jax.random.key(0))
     held = jax.tree.map(
         lambda p, spec: jax.device_put(p, sharding.weight_sharding(spec.axes, spec.shape, mesh)),
-        params, plan.layout(SMALL))
+        params, layout(SMALL))
     mine = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(held)) // 2  # float32
     found = plan.plan(SMALL, "h200:8", batch=16, context=256)
     assert found["mesh"] == dict(mesh.shape) == {"data": 1, "model": 4, "group": 2}
