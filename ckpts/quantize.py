@@ -67,7 +67,10 @@ def parse_form(dtype: DTypeLike | None, activations: DTypeLike | None, tables: s
             if value is not None:
                 raise UserError(f"{name} is {value!r:.60}, which applies to dtype='int8'; "
                                 f"omit {name}, or use dtype='int8'")
-        return Form(default if dtype is None else parse_dtype(dtype), given=dtype is not None)
+        try:
+            return Form(default if dtype is None else parse_dtype(dtype), given=dtype is not None)
+        except UserError as error:
+            raise UserError(f"{error}, int8") from None
     if tables not in (None, *_TABLES):
         raise UserError(f"tables is {tables!r:.60}; it must be one of {', '.join(_TABLES)}")
     try:

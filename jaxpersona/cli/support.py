@@ -24,7 +24,8 @@ ModelOption = Annotated[str, typer.Option("--model", help="A folder, a .gguf fil
                                                           "`random:<preset>` or a hub name.")]
 AdapterOption = Annotated[pathlib.Path | None, typer.Option("--adapter", help=(
     "The folder of a LoRA adapter for the model; it is merged into the weights."))]
-DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, or int8 weights.")]
+DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; or int8, of "
+                                                      "the weights alone.")]
 
 
 def open_model(source: str, dtype: str | None, mesh: str | None = None,

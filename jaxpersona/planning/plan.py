@@ -118,12 +118,14 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
         temporaries = compiled["plain"].temporaries
     else:
         temporaries = activation_bytes(config, placed, shapes, chip)
-    weights, cache = weight_bytes(config, placed, dtype), cache_bytes(config, placed, shapes)
-    total, room = weights + cache + temporaries, usable(chip)
+    weights = weight_bytes(config, placed, dtype)
+    cache, room = cache_bytes(config, placed, shapes), usable(chip)
+    total = weights + cache + temporaries
     roofline = seconds(config, placed, shapes, chip, dtype)
     by_row = (cache + temporaries) / batch
     return {
-        "model": name, "dtype": dtype, "topology": topology, "chips": count, "mesh": dict(placed.shape),
+        "model": name, "dtype": dtype, "topology": topology, "chips": count,
+        "mesh": dict(placed.shape),
         "batch": batch, "context": context, "prompt": shapes.width, "cap": list(cap_layers),
         "chip": dataclasses.asdict(chip), "compiled": compiled is not None,
         "fits": total <= room, "short_by": max(0, total - room),
