@@ -74,7 +74,11 @@ class Int8(Weight):
             def scaled(y: jax.Array) -> jax.Array:
                 return (y * jax.lax.expand_dims(scale, range(y.ndim - scale.ndim))).astype(dtype)
 
-            return across_devices(x, self.value, self.inner, axes, scaled)
+            @functools.partial(jax.checkpoint, prevent_cse=True)  # as `_product`
+            def multiply(x: jax.Array, value: jax.Array) -> jax.Array:
+                return across_devices(x, value, self.inner, axes, scaled)
+
+            return multiply(x, self.value)
         rows, out = x.shape[: x.ndim - self.inner], self.shape[: self.value.ndim - self.inner]
         value = self.value.reshape(math.prod(out), -1)
         scale = self.scale.reshape(value.shape[0], -1)

@@ -189,6 +189,19 @@ def test_gradients_pass_through_int8_to_lora_factors_and_directions(monkeypatch,
         assert np.abs(one - other).max() < 1e-4 * np.abs(other).max()
 
 
+def test_a_gradient_keeps_no_float_copy_of_a_weight(monkeypatch):
+    monkeypatch.setattr(int8, "_PIECE", 8 * 4 * 512)
+    held = int8.quantized(jax.random.normal(jax.random.key(0), (512, 512)))
+
+    def loss(x, ws):
+        for w in ws:
+            x = jnp.tanh(dot(x, w))
+        return x.sum()
+
+    step = jax.jit(jax.grad(loss)).lower(jnp.ones((4, 512)), [held] * 3).compile()
+    assert step.memory_analysis().temp_size_in_bytes < 4 * 512 * 512
+
+
 @pytest.mark.parametrize("kind", MESHES)
 def test_a_mesh_gives_the_weights_the_logits_and_the_fingerprint_of_one_device(folder, small, kind):
     axes = MESHES[kind]
