@@ -220,7 +220,7 @@ def _quantized(params: Params, config: ModelConfig, form: Form) -> Params:
         return params
     if form.merge is not None:
         params = merged(params, config, read_adapter(form.merge, config))
-    return in_int8(params, tables=form.tables)
+    return in_int8(params, tables=form.tables is not False)
 
 
 def _folder(folder: pathlib.Path, name: str, form: Form, mesh: Mesh | None,

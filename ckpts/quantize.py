@@ -43,14 +43,15 @@ class Form:
     Attributes:
       dtype: of the activations, and of weights that are not int8.
       int8: whether the matrices are quantized.
-      tables: whether the embedding and the output head are too.
+      tables: whether the embedding and the output head are too; None if the caller did not choose,
+        which quantizes them.
       given: whether the caller chose the dtype of the weights.
       merge: the folder of an adapter to add to the weights before they are quantized.
     """
 
     dtype: np.dtype
     int8: bool = False
-    tables: bool = True
+    tables: bool | None = None
     given: bool = False
     merge: pathlib.Path | None = None
 
@@ -77,7 +78,7 @@ def parse_form(dtype: DTypeLike | None, activations: DTypeLike | None, tables: s
         kind = default if activations is None else parse_dtype(activations)
     except UserError as error:
         raise UserError(f"activations: {error}") from None
-    return Form(kind, int8=True, tables=tables != "float", given=True)
+    return Form(kind, int8=True, tables=None if tables is None else tables == "int8", given=True)
 
 
 def _is_int8(dtype: DTypeLike | None) -> bool:
@@ -113,7 +114,8 @@ def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Me
     keep = fitted is None and sharding.default_platform() == "cpu"
 
     def chosen(tensor: Tensor) -> bool:
-        return bool(tensor.spec.inner) and (form.tables or tensor.name not in (EMBED, HEAD))
+        return bool(tensor.spec.inner) and (
+            form.tables is not False or tensor.name not in (EMBED, HEAD))
 
     def read(tensor: Tensor) -> Any:
         quantized = chosen(tensor)
