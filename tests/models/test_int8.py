@@ -128,7 +128,8 @@ def test_generation_and_a_cap_that_binds_are_those_of_the_dequantized_model(smal
     cap = jp.cap(Vector(np.ones((3, 32), np.float32), "d", fingerprint=mark), layers=[1], floor=2.0)
     prompts = s.prompts((5, 9, 3), 96)
     found = generate(model, prompts, interventions=cap, max_new_tokens=6, batch_size=4)
-    whole = [[*prompt, *reply.tolist()] for prompt, reply in zip(prompts, found.tokens, strict=True)]
+    whole = [[*prompt, *reply.tolist()]
+             for prompt, reply in zip(prompts, found.tokens, strict=True)]
     out = s.run(dense(small), CONFIG, batch(whole), interventions=cap)
     for row, prompt in enumerate(prompts):
         wanted = np.asarray(out.logits)[row, len(prompt) - 1 : len(whole[row]) - 1].argmax(-1)

@@ -184,7 +184,8 @@ def test_a_tpu_s_decode_writes_no_float_copy_of_an_int8_weight():
     weight = 2 * 8192 * 512  # in bfloat16
     assert program.memory_analysis().temp_size_in_bytes < weight
     written = [op for op in hlo.operations(program.as_text()) if op.kind != "parameter"]
-    kinds = ("while", "tuple", "get-tuple-element", "bitcast")  # these write nothing
+    # these convert nothing; an asynchronous copy of an int8 weight has source and destination
+    kinds = ("while", "tuple", "get-tuple-element", "bitcast", "copy")
     assert max(op.bytes for op in written if op.kind not in kinds) < weight
 
 
