@@ -151,4 +151,7 @@ def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Me
     return jax.tree.unflatten(tree, originated(made, collect_sums(sums)))
 
 
-_dense = jax.jit(dequantized)
+@jax.jit
+def _dense(w: Int8) -> jax.Array:
+    """Return an int8 weight in float32, for its sums."""
+    return dequantized(w)
