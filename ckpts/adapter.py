@@ -26,9 +26,10 @@ from jaxpersona.distributed import sharding
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json, require_folder
 from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.int8 import Int8
 from jaxpersona.models.params import Params, Spec
 from jaxpersona.models.prepared import PRODUCTS
-from jaxpersona.models.weight import LowRank
+from jaxpersona.models.weight import LowRank, Weight
 
 WEIGHTS = "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
@@ -176,26 +177,42 @@ def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
 
 
 def merged(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> Params:
-    """Add updates to the weights: W + s·B·A in float32, rounded to the weight's dtype."""
+    """Add updates to the weights: W + s·B·A in float32, rounded to the weight's dtype.
 
+    Raises:
+      UserError: an update of an int8 weight.
+    """
     def add(w: jax.Array, spec: Spec, pair: Pair) -> jax.Array:
-        delta = jax.device_put((pair.b @ pair.a).reshape(spec.shape), w.sharding)
-        return _sum(w, delta)
+        if isinstance(w, Weight):
+            raise UserError("the weights are int8, and an adapter cannot be merged into them; load "
+                            "the float model with dtype='int8' and this adapter, or use "
+                            "merge=False")
+        return add_pair(w, spec, pair)
 
     return _changed(params, config, updates, add)
 
 
-def attached(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> Params:
-    """Keep updates separate from the base weights (`weight.LowRank`), which are unchanged."""
+def add_pair(w: jax.Array, spec: Spec, pair: Pair) -> jax.Array:
+    """Add one update to an array: W + s·B·A in float32, rounded to the array's dtype."""
+    return _sum(w, jax.device_put((pair.b @ pair.a).reshape(spec.shape), w.sharding))
 
-    def attach(w: jax.Array, spec: Spec, pair: Pair) -> LowRank:
+
+def attached(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> Params:
+    """Keep updates separate from the base weights (`weight.LowRank`), which are unchanged.
+
+    They have the dtype of the activations, also beside int8 weights.
+    """
+    dtype = params.like.dtype
+
+    def attach(w: jax.Array | Int8, spec: Spec, pair: Pair) -> LowRank:
         at = len(spec.shape) - spec.inner
         rank = pair.a.shape[0]
-        a = pair.a.reshape(rank, *spec.shape[at:]).astype(w.dtype)
-        b = pair.b.reshape(*spec.shape[:at], rank).astype(w.dtype)
-        mesh = sharding.mesh_of(w)
+        a = pair.a.reshape(rank, *spec.shape[at:]).astype(dtype)
+        b = pair.b.reshape(*spec.shape[:at], rank).astype(dtype)
+        array = w.value if isinstance(w, Int8) else w
+        mesh = sharding.mesh_of(array)
         if mesh is None:
-            where = w.sharding
+            where = array.sharding
             return LowRank(w, jax.device_put(a, where), jax.device_put(b, where), spec.inner)
         places = (sharding.weight_sharding((None, *spec.axes[at:]), a.shape, mesh),
                   sharding.weight_sharding((*spec.axes[:at], None), b.shape, mesh))

@@ -300,6 +300,28 @@ class GgufSource:
                 np.copyto(out[low - first : high - first], values, casting="unsafe")
         return out
 
+    def blocks(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Read a matrix of type Q8_0 without dequantizing it; return None for other types.
+
+        Returns:
+          int8 [rows, columns] and the scales of blocks of 32 columns, float16 [rows, columns / 32].
+
+        Raises:
+          UserError: the file cannot be read, or has become shorter.
+        """
+        tensor = self._tensors[name]
+        if tensor.kind.name != "Q8_0" or len(tensor.shape) != 2:
+            return None
+        rows, columns = tensor.shape
+        stored = tensorfile.read_slice(tensor.entry).reshape(rows, -1, tensor.block_bytes)
+        value = tensorfile.aligned((rows, columns), np.dtype(np.int8))
+        scale = tensorfile.aligned(stored.shape[:2], np.dtype(np.float16))
+        permuted = self._permuted and (".q_proj." in name or ".k_proj." in name)
+        order = self._stored_rows(0, rows) if permuted else slice(None)
+        value[:] = stored[order, :, 2:].view(np.int8).reshape(rows, columns)
+        scale[:] = np.ascontiguousarray(stored[order, :, :2]).view("<f2")[..., 0]
+        return value, scale
+
     def _stored_rows(self, first: int, last: int) -> np.ndarray:
         """Return the rows of the file that contain rows `first` to `last` of Hugging Face's order.
 

@@ -123,10 +123,19 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *,
     if config is None:
         config, _ = read_config(folder)
     target = None if dtype is None else parse_dtype(dtype)
+    return load_params(open_source(folder, config), config, dtype=target, mesh=mesh,
+                       progress=progress)
+
+
+def open_source(folder: pathlib.Path, config: ModelConfig) -> SafetensorsSource:
+    """Read and check the headers of a folder's weights.
+
+    Raises:
+      UserError: the files are invalid; one message lists every error.
+    """
     entries, faults = _tensors(folder, config)
     _refuse(folder, faults)
-    return load_params(SafetensorsSource(entries), config, dtype=target, mesh=mesh,
-                       progress=progress)
+    return SafetensorsSource(entries)
 
 
 class SafetensorsSource:

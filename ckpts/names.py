@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from jaxpersona.ckpts.tensorfile import DTYPES
 
 from jaxpersona.errors import UserError
 from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.int8 import Int8
 from jaxpersona.models.params import Layer, Params, Spec, layout
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -97,21 +99,30 @@ def file_index(tensor: Tensor, ranges: list[tuple[int, int]]) -> tuple[slice, ..
     return tuple(out)
 
 
-def named(params: Params, config: ModelConfig) -> dict[str, tuple[Tensor, jax.Array]]:
+def named(params: Params, config: ModelConfig, *,
+          int8: bool = False) -> dict[str, tuple[Tensor, Any]]:
     """Return {tensor name: (tensor, array)} for every parameter.
+
+    Args:
+      params, config: the parameters and their configuration.
+      int8: whether `Int8` weights are allowed; they are returned in place of arrays.
 
     Raises:
       UserError: the structure, a shape or a dtype does not match the configuration.
     """
     expected, tree = jax.tree.flatten(tensors(config))
-    arrays, structure = jax.tree.flatten(params)
+    arrays, structure = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, Int8))
     if structure != tree:
         raise UserError("the tree structure of params does not match the configuration")
+    if not int8 and any(isinstance(x, Int8) for x in arrays):
+        raise UserError("params holds int8 weights, which Hugging Face folders do not store; use "
+                        "ckpts.orbax.save, or load the model in float32 or bfloat16")
     faults = [
         f"{tensor.name}: {array.dtype}{list(array.shape)}, expected {list(tensor.spec.shape)} in "
         "float32, bfloat16 or float16"
         for tensor, array in zip(expected, arrays, strict=True)
-        if array.shape != tensor.spec.shape or np.dtype(array.dtype) not in DTYPES.values()
+        if array.shape != tensor.spec.shape or (
+            not isinstance(array, Int8) and np.dtype(array.dtype) not in DTYPES.values())
     ]
     if faults:
         raise UserError("params do not match the configuration: " + "; ".join(faults))

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import html
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpersona.errors import UserError
+from jaxpersona.extras import require
 from jaxpersona.inputs import printable
 
 if TYPE_CHECKING:
@@ -37,12 +36,7 @@ class Table:
         Raises:
           UserError: pandas is not installed.
         """
-        if importlib.util.find_spec("pandas") is None:
-            raise UserError("to_frame needs pandas, which is not installed: "
-                            "pip install 'jaxpersona[frames]'")
-        import pandas
-
-        return pandas.DataFrame(self.records())
+        return require("pandas", "to_frame needs pandas").DataFrame(self.records())
 
     def to_json(self) -> str:
         """Return the facts and the records as JSON: {"kind", …, "records": […]}.

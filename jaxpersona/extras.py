@@ -17,8 +17,9 @@ from jaxpersona.errors import UserError
 # package → what pip installs: an extra of this package, or a dependency that was removed
 REQUIREMENTS = (
     ("torch", "'jaxpersona[torch]'"), ("gguf", "'jaxpersona[gguf]'"),
-    ("libtpu", "'jaxpersona[tpu]'"), ("matplotlib", "matplotlib"), ("sklearn", "scikit-learn"),
-    ("scipy", "scipy"), ("orbax", "orbax-checkpoint"), ("transformers", "transformers"),
+    ("libtpu", "'jaxpersona[tpu]'"), ("matplotlib", "'jaxpersona[figures]'"),
+    ("pandas", "'jaxpersona[frames]'"), ("sklearn", "scikit-learn"), ("scipy", "scipy"),
+    ("orbax", "orbax-checkpoint"), ("transformers", "transformers"),
     ("huggingface_hub", "huggingface_hub"),
 )
 _NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -15,6 +15,7 @@ from jaxpersona.extras import pip_line
 
 if TYPE_CHECKING:
     from jaxpersona.models.config import ModelConfig
+    from jaxpersona.planning.arithmetic import Weights
 
 
 def plan(
@@ -30,6 +31,7 @@ def plan(
     mesh: Annotated[str | None, typer.Option(
         show_default="the widest model axis that the shape allows, up to 16",
         help="E.g. data=2,model=8.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16 or int8.")] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Estimate memory and time on a topology, without weights or an accelerator."""
@@ -45,7 +47,8 @@ def plan(
     layers = () if cap is None else resolve_layers(cap, config.n_layers)
     with default_setting("jax_platforms", "cpu"):  # otherwise libtpu looks for a local TPU
         found = make(config, topology, name=model, batch=batch, context=context,
-                     cap_layers=layers, mesh=None if mesh is None else parse_mesh(mesh))
+                     cap_layers=layers, mesh=None if mesh is None else parse_mesh(mesh),
+                     dtype=cast("Weights", dtype))
     say(json.dumps(found) if as_json else "\n".join(card(found)))
 
 
@@ -80,8 +83,8 @@ def card(found: dict[str, Any]) -> list[str]:
     lines = [
         f"{found['model']} on {found['topology']}: {found['chips']} chips, {mesh}",
         f"batch {found['batch']}, context {found['context']}, prompts of {found['prompt']}",
-        f"{verdict}: {size['total']:.2f} of {size['usable']:.2f} GB a chip: weights "
-        f"{size['weights']:.2f}, cache {size['cache']:.2f} (arithmetic), temporaries "
+        f"{verdict}: {size['total']:.2f} of {size['usable']:.2f} GB a chip: {found['dtype']} "
+        f"weights {size['weights']:.2f}, cache {size['cache']:.2f} (arithmetic), temporaries "
         f"{size['temporaries']:.2f} ({whose})",
         f"largest batch: {found['largest_batch']} (in proportion)",
     ]

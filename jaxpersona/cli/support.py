@@ -26,7 +26,8 @@ ModelOption = Annotated[str, typer.Option("--model", help="A folder, a .gguf fil
 AdapterOption = Annotated[pathlib.Path | None, typer.Option("--adapter", show_default="none", help=(
     "The folder of a LoRA adapter for the model; it is merged into the weights."))]
 DtypeOption = Annotated[str | None, typer.Option(
-    show_default="float32 on a CPU, else bfloat16", help="float32, bfloat16 or float16.")]
+    show_default="float32 on a CPU, else bfloat16",
+    help="float32, bfloat16 or float16; or int8, for the weights only.")]
 
 
 def open_model(source: str, dtype: str | None, mesh: str | None = None,

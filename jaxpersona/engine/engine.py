@@ -82,7 +82,7 @@ class Engine:
         for name, value in numbers.items():
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise UserError(f"{name} is {value!r}; it must be a positive integer")
-        ways = rows_divisor(model.params.embed_vd)
+        ways = rows_divisor(model.params.like)
         if rows % ways:
             raise UserError(f"rows is {rows}; the mesh needs a multiple of {ways}")
         self.capacity = None if capacity is None else off_mesh(given(capacity))

@@ -137,7 +137,7 @@ def extract(
     check_choice(on_nonfinite)
     conversations = chat.listed(conversations)
     if batch_tokens is None:
-        batch_tokens = _TOKENS.get(platform(model.params.embed_vd), _TOKENS_ELSE)
+        batch_tokens = _TOKENS.get(platform(model.params.like), _TOKENS_ELSE)
     prompts.check_settings(batch_tokens=batch_tokens)
     capture = mean() if capture is None else joined(capture)
     edits, readings = off_mesh((given(interventions), capture))
@@ -172,7 +172,7 @@ def extract(
             results[i] = values_of_row, counts
 
     running: tuple[list[int], Output] | None = None
-    ways = rows_divisor(model.params.embed_vd)
+    ways = rows_divisor(model.params.like)
     for members, width, size in batches(rows, batch_tokens, ways):
         batch = pad([rows[i] for i in members], width, size)
         index = np.array(members + [-1] * (size - len(members)), np.int32)
@@ -232,6 +232,6 @@ def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
 def _read(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
           capture: Capture) -> Output:
     """Run one batch and its readings."""
-    batch = batch.spread(params.embed_vd)
+    batch = batch.spread(params.like)
     return forward(params, config, batch, interventions=edits, capture=capture, logits=None,
                    attention="auto")

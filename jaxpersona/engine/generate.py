@@ -180,7 +180,7 @@ def generate(
     count = len(conversations)
     edits, capture = off_mesh((given(interventions), joined(capture)))
     prompts.check_edits(model, edits, count, capture)
-    ways = rows_divisor(model.params.embed_vd)
+    ways = rows_divisor(model.params.like)
     if batch_size % ways:
         raise UserError(f"batch_size is {batch_size}; the mesh shards rows over {ways} devices: "
                         f"use a multiple of {ways}")

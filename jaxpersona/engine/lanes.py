@@ -282,7 +282,7 @@ class Lane:
         edits, slots = self.edits.structure(rows).edits, setting.slots
         zeros = jnp.zeros((rows,), jnp.int32)
         carry = Carry(
-            cache=init_cache(config, rows, slots, kept_dtype(self.params.embed_vd)),
+            cache=init_cache(config, rows, slots, kept_dtype(self.params.like)),
             captured=setting.capture.init(config, rows, slots),
             applied=tuple(Applied(zeros, jnp.zeros((len(edit.layers), rows), jnp.int32))
                           for edit in edits),

@@ -73,7 +73,7 @@ def explain(model: Model, row: Row, edits: Interventions, name: str, summary: st
 def first_site(model: Model, row: Row, edits: Interventions) -> tuple[int, str, int] | None:
     """Return the first (layer, site, token) at which ‖h‖ is not finite in float32, or None."""
     count = row.tokens.size
-    rows = rows_divisor(model.params.embed_vd)
+    rows = rows_divisor(model.params.like)
     batch = make_batch([row.tokens] * rows, kind=[row.kind] * rows, turn=[row.turn] * rows,
                        width=bucket(count))
     edits = edits.take(np.zeros(rows, np.int32))
@@ -108,7 +108,7 @@ def _cause(model: Model, row: Row, edits: Interventions) -> str:
     if edits.edits and first_site(model, row, Interventions()) is None:
         return ("without the interventions they are finite, so use a smaller scale, factor or "
                 "bound")
-    dtype = model.params.embed_vd.dtype.name
+    dtype = model.params.like.dtype.name
     if dtype == "float16":
         return ("the largest float16 is 65504; load the model with dtype='bfloat16' or 'float32'")
     return (f"they overflow {dtype}; the weights of {model.name} are too large, as in a damaged "

@@ -147,7 +147,7 @@ def check_edits(model: Model, edits: Interventions, count: int,
 
 def _in_float16(model: Model) -> str:
     """Return a note about fingerprints in float16, or "" if the model has another dtype."""
-    if model.params.embed_vd.dtype != np.float16:
+    if model.params.like.dtype != np.float16:
         return ""
     return ("; a model loaded in float16, which cannot represent all its weights, has a different "
             "fingerprint than in bfloat16 or float32")

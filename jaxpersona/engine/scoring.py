@@ -193,7 +193,7 @@ def next_logprobs(
 def _run(model: Model, rows: list[chat.Row], score: Any, interventions: Interventions | None,
          batch_tokens: int | None, *more: Any) -> list[np.ndarray]:
     """Run a scoring program on batches of `rows`; return one array per row."""
-    like = model.params.embed_vd
+    like = model.params.like
     if batch_tokens is None:
         batch_tokens = _TOKENS.get(platform(like), _TOKENS_ELSE)
     prompts.check_settings(batch_tokens=batch_tokens)
@@ -235,7 +235,7 @@ def _logit(logits: Float[Array, "*B V"], token: Any) -> Float[Array, "*B"]:
 def _of_tokens(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
                ) -> tuple[Float[Array, "B T-1"], Bool[Array, " B"]]:
     """Return log p of every token after the first, and the rows' finiteness (`Output.finite`)."""
-    batch = batch.spread(params.embed_vd)
+    batch = batch.spread(params.like)
     out = forward(params, config, batch, interventions=edits, attention="auto")
     return _logprob(out.logits[:, :-1], batch.tokens[:, 1:]), out.finite
 
@@ -245,7 +245,7 @@ def _of_candidates(params: Params, config: ModelConfig, batch: Batch, edits: Int
                    candidates: Int[Array, " C"],
                    ) -> tuple[Float[Array, "B C"], Bool[Array, " B"]]:
     """Return log p of each candidate after each row's last token, and `Output.finite`."""
-    batch = batch.spread(params.embed_vd)
+    batch = batch.spread(params.like)
     out = forward(params, config, batch, interventions=edits, logits="last", attention="auto")
     values = jax.lax.map(lambda token: _logit(out.logits, token), candidates)  # [C, B]
     return values.T - jax.nn.logsumexp(out.logits, axis=-1)[:, None], out.finite

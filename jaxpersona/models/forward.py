@@ -35,6 +35,7 @@ from jaxpersona.models.batch import VALID, Batch, check_ids
 from jaxpersona.models.cache import Cache, advance, assign_slots, init_cache, kept_dtype, write
 from jaxpersona.models.carry import Carry
 from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.int8 import Int8
 from jaxpersona.models.params import Layer, Params
 from jaxpersona.models.weight import dot, dots
 from jaxpersona.runtime import is_traced
@@ -112,7 +113,7 @@ def forward(
     """Run the model on a batch.
 
     Args:
-      params: the parameters; their dtype is the computation's dtype.
+      params: the parameters; the dtype of `params.like` is the computation's dtype.
       config: the model configuration (static).
       batch: B rows of T tokens, right-padded. With a cache, the tokens are appended to its rows.
       interventions: the edits of the activations, optionally prepared (`Interventions.prepare`).
@@ -151,7 +152,7 @@ def forward(
     capture = joined(capture)
     rows, width = batch.tokens.shape
     _check_ids(batch.tokens, config)
-    like = params.embed_vd
+    like = params.like
     check_set_mesh(like)
     edits = prepared(interventions, layers=config.n_layers, width=config.d_model, rows=rows,
                      like=like)
@@ -308,13 +309,17 @@ def _finite(x: jax.Array, batch: Batch) -> jax.Array:
 
 def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
     """Return the token embeddings [B, T, D], multiplied by `config.embed_scale`."""
-    table = gather_weight(params.embed_vd)
-    tokens, placed = batch.tokens, out_sharding(("batch", None, None), table)
-    narrow = table.dtype != jnp.float32 and is_traced(table)
-    if narrow and on_cpu(table):  # otherwise XLA converts the whole table to float32 before a loop
-        table, tokens = jax.lax.optimization_barrier((table, tokens))
+    table, tokens = params.embed_vd, batch.tokens
     # the first norm (`_project`) turns clipped ids into NaN without an extra kernel
-    x = table.at[tokens].get(mode="clip", wrap_negative_indices=False, out_sharding=placed)
+    if isinstance(table, Int8):
+        x = table.take(tokens, params.like.dtype)
+    else:
+        table = gather_weight(table)
+        narrow = table.dtype != jnp.float32 and is_traced(table)
+        if narrow and on_cpu(table):  # otherwise XLA converts the table to float32 before a loop
+            table, tokens = jax.lax.optimization_barrier((table, tokens))
+        placed = out_sharding(("batch", None, None), table)
+        x = table.at[tokens].get(mode="clip", wrap_negative_indices=False, out_sharding=placed)
     if config.embed_scale != 1.0:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     return x

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxpersona.brief import line, quoted
 from jaxpersona.errors import UserError
 from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.int8 import scheme
 from jaxpersona.models.params import Derived, Params, fingerprint, same_arrays
 from jaxpersona.runtime import is_traced
 
@@ -69,7 +70,7 @@ class Model:
     def __repr__(self) -> str:
         return line("Model", quoted(self.name), self.config.family,
                     f"{self.config.n_layers} layers × {self.config.d_model}",
-                    str(self.params.embed_vd.dtype),
+                    scheme(self.params), str(self.params.like.dtype),
                     "" if self.mesh is None else f"mesh {dict(self.mesh.shape)}")
 
 

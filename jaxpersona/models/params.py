@@ -27,6 +27,7 @@ from jaxpersona.brief import brief
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.sharding import Axes, unset_mesh
 from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.int8 import Int8
 from jaxpersona.models.weight import Joined
 
 
@@ -89,6 +90,11 @@ class Params(flax.struct.PyTreeNode):
     final_norm_d: Any
     head_vd: Any = None
 
+    @property
+    def like(self) -> jax.Array:
+        """An array with the dtype of the activations and the devices of the parameters."""
+        return self.final_norm_d if isinstance(self.embed_vd, Int8) else self.embed_vd
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -99,12 +105,14 @@ class Spec:
       inner: the number of input dimensions of a weight, which come last; 0 for norms and biases.
       init: standard deviation of the normal initializer, or None for a norm weight, which is
         initialized to the identity.
+      dtype: the array's own dtype, or None for that of the activations.
     """
 
     shape: tuple[int, ...]
     axes: Axes
     inner: int = 0
     init: float | None = 0.02
+    dtype: str | None = None
 
 
 def _layer_layout(config: ModelConfig) -> Layer:
@@ -224,6 +232,9 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
     are integers, so they are equal on every mesh, and for a checkpoint loaded in float32 or
     bfloat16.
 
+    An int8 weight counts as the weights that it was made from, as long as its numbers are those
+    that were made from them (`Int8.made_from`); else its own arrays count.
+
     Float16 has a smaller exponent range. A checkpoint loaded in float16 keeps its fingerprint only
     if no value overflows, underflows or is rounded twice; otherwise it counts as a different model.
 
@@ -237,18 +248,44 @@ def begin_fingerprint(config: ModelConfig, params: Params) -> Callable[[], str]:
 
     The devices compute the sums while the host continues.
     """
-    leaves = jax.tree.leaves(params)
-    with unset_mesh():
-        partial = [_sums(x, *_weights(x), placed=_spread(x)) for x in leaves]
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Int8))
+    counted: list[Any] = []
+    for x in leaves:
+        counted += [x.value, x.scale] if isinstance(x, Int8) else [x]
+    made_from = [x.made_from for x in leaves if isinstance(x, Int8)]
+    sent = dispatch_sums(counted)
 
     def finish() -> str:
-        local = jax.device_get([[shard.data for shard in x.addressable_shards] for x in partial])
-        sums = np.stack([np.concatenate(of_one).sum(0, dtype=np.uint32) for of_one in local])
-        if not all(x.is_fully_addressable for x in partial):
-            sums = processes.total(sums)
-        return config.hash() + hashlib.sha256(sums.tobytes()).hexdigest()[:8]
+        own, known = iter(collect_sums(sent)), iter(jax.device_get(made_from))
+        sums = []
+        for x in leaves:
+            if not isinstance(x, Int8):
+                sums.append(next(own))
+                continue
+            parts, before = np.stack([next(own), next(own)]), next(known)
+            unchanged = before is not None and np.array_equal(before[1:], parts)
+            sums += list(before[:1] if unchanged else parts)
+        return config.hash() + hashlib.sha256(np.stack(sums).tobytes()).hexdigest()[:8]
 
     return finish
+
+
+def dispatch_sums(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Dispatch the two sums of each array; `collect_sums` waits for them."""
+    with unset_mesh():
+        return [_sums(x, *_weights(x), placed=_spread(x)) for x in arrays]
+
+
+def collect_sums(parts: Sequence[jax.Array]) -> np.ndarray:
+    """Return the sums that `dispatch_sums` computes, [n, 2] uint32; all processes must call this.
+    """
+    if not parts:
+        return np.zeros((0, 2), np.uint32)
+    local = jax.device_get([[shard.data for shard in x.addressable_shards] for x in parts])
+    sums = np.stack([np.concatenate(of_one).sum(0, dtype=np.uint32) for of_one in local])
+    if not all(part.is_fully_addressable for part in parts):
+        sums = processes.total(sums)
+    return sums
 
 
 def origin(mark: str) -> int:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpersona.distributed.sharding import default_device, platform
+from jaxpersona.distributed.sharding import default_device, mesh_of, platform
 from jaxpersona.models.config import ModelConfig
-from jaxpersona.models.params import Layer, Params
-from jaxpersona.models.weight import F32, Dense, Weight, joined, quantized, transposed
+from jaxpersona.models.int8 import Int8, quantized
+from jaxpersona.models.params import Layer, Params, Spec, collect_sums, dispatch_sums, layout
+from jaxpersona.models.weight import F32, Dense, Weight, joined, transposed
 
 # the weights in a block's matrix products, and how many input dimensions each has
 PRODUCTS = {"wq_nhd": 1, "wk_khd": 1, "wv_khd": 1, "wo_dnh": 2, "w_gate_fd": 1, "w_up_fd": 1,
             "w_down_df": 1}
+TABLES = {"embed_vd": 1, "head_vd": 1}  # the embedding and the output head
 _QKV = ("wq_nhd", "wk_khd", "wv_khd")
 _GATE_UP = ("w_gate_fd", "w_up_fd")
 
@@ -39,7 +44,7 @@ def fast_params(model: Model, rows: int) -> Params:
     attributes, a copy is made at every call.
     """
     params, config = model.params, model.config
-    device, dtype = platform(params.embed_vd), params.embed_vd.dtype
+    device, dtype = platform(params.like), params.like.dtype
     if model.mesh is not None or _has_weights(params):
         return params  # sharded, quantized or with an adapter
     if device == "cpu" and dtype == F32 and rows >= 8 and config.bytes(4) <= _LARGEST_COPY:
@@ -115,24 +120,81 @@ def _joined(layer: Layer, form: Callable[[jax.Array], Weight]) -> Layer:
                          **dict.fromkeys((*_QKV, *_GATE_UP)))
 
 
-def in_int8(params: Params, *, join: bool = False, head: bool = True) -> Params:
+def in_int8(params: Params, *, join: bool = False, tables: bool = True) -> Params:
     """Quantize the weights of all matrix products to int8 (`Int8`).
+
+    The result has the fingerprint of `params`; with `join` it has none of its own. Norms and biases
+    keep their dtype.
 
     Args:
       params: parameters that are plain arrays.
       join: also join weights with the same input (`with_joined`).
-      head: also quantize the output head. A tied head is copied first, because the embedding is
-        not quantized.
+      tables: also quantize the embedding and the output head. If both are one array, they stay one.
     """
-    layers = []
-    for layer in params.layers:
-        names = dict(PRODUCTS)
-        if join:
-            layer = _joined(layer, quantized)
-            for name in (*_QKV, *_GATE_UP):
-                del names[name]
-        layers.append(layer.replace(**{name: _quantize(getattr(layer, name), inner)
-                                       for name, inner in names.items()}))
-    weight = params.embed_vd if params.head_vd is None else params.head_vd
-    return params.replace(layers=tuple(layers),
-                          head_vd=_quantize(weight, 1) if head else params.head_vd)
+    def one(holder: Any, names: Mapping[str, int]) -> Any:
+        found = {name: getattr(holder, name) for name in names}
+        return holder.replace(**{name: quantize(w, names[name]) for name, w in found.items()
+                                 if w is not None})
+
+    layers = tuple(one(_joined(layer, quantized) if join else layer, PRODUCTS)
+                   for layer in params.layers)
+    made = (one(params, TABLES) if tables else params).replace(layers=layers)
+    return made if join else with_origin(made, params)
+
+
+def quantize(w: jax.Array, inner: int) -> Int8:
+    """Return the `Int8` form of an array on any devices, when it is complete.
+
+    Waiting bounds the memory to one array in float32. It also keeps the order of collectives: on
+    several CPU processes two programs that wait for each other would deadlock.
+    """
+    return jax.block_until_ready(_quantize(w, inner))
+
+
+def with_origin(made: Params, floats: Params) -> Params:
+    """Record in int8 weights that they were made from `floats` (`Int8.made_from`)."""
+    whole, tree = jax.tree.flatten(made, is_leaf=_is_int8)
+    before = tree.flatten_up_to(floats)
+    chosen = [i for i, w in enumerate(whole) if _is_int8(w)]
+    return jax.tree.unflatten(tree, originated(
+        whole, collect_sums(dispatch_sums([before[i] for i in chosen]))))
+
+
+def originated(weights: Sequence[Any], before: np.ndarray) -> list[Any]:
+    """Record the sums of the weights before quantization, [n, 2] uint32, in n int8 weights.
+
+    Other entries of `weights` are returned as they are.
+    """
+    held = [w for w in weights if _is_int8(w)]
+    parts = dispatch_sums([x for w in held for x in (w.value, w.scale)])
+    own = collect_sums(parts).reshape(-1, 2, 2)
+    sums = np.concatenate([before[:, None], own], 1)  # [n, 3, 2]
+
+    def place_of(w: Int8) -> Any:
+        mesh = mesh_of(w.value)
+        return w.scale.sharding if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+    placed = iter(jax.device_put(list(sums), [place_of(w) for w in held]))
+    return [w.replace(made_from=next(placed)) if _is_int8(w) else w for w in weights]
+
+
+def int8_layout(config: ModelConfig, *, tables: bool = True) -> Params:
+    """Return the description of int8 parameters: a `Params` of `Spec`, two in each `Int8`."""
+    def one(holder: Any, names: Iterable[str]) -> Any:
+        return holder.replace(**{name: _int8_spec(spec) for name in names
+                                 if (spec := getattr(holder, name)) is not None})
+
+    whole = layout(config)
+    layers = tuple(one(layer, PRODUCTS) for layer in whole.layers)
+    return (one(whole, TABLES) if tables else whole).replace(layers=layers)
+
+
+def _int8_spec(spec: Spec) -> Int8:
+    at = len(spec.shape) - spec.inner
+    made: Any = Int8  # the type checker knows only arrays as its fields
+    return made(dataclasses.replace(spec, dtype="int8"),
+                Spec(spec.shape[:at], spec.axes[:at], dtype="float32"), inner=spec.inner)
+
+
+def _is_int8(x: Any) -> bool:
+    return isinstance(x, Int8)

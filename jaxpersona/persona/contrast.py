@@ -16,6 +16,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Layers, resolve_layers
 from jaxpersona.interventions.where import Where, last, response
 from jaxpersona.models.batch import SYSTEM, TEMPLATE, USER
+from jaxpersona.models.int8 import weights_note
 from jaxpersona.models.model import check_model
 from jaxpersona.text import chat
 from jaxpersona.vectors.vector import Vector
@@ -113,7 +114,7 @@ def contrast(
     full[list(at)] = delta
     return Vector(full, name, model.name, model.fingerprint,
                   notes={"method": method, "pool": chosen, "positive": count,
-                         "negative": len(texts) - count})
+                         "negative": len(texts) - count, **weights_note(model.params)})
 
 
 def _replied(text: Any) -> bool:

@@ -24,6 +24,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.export import Table
 from jaxpersona.extras import require
 from jaxpersona.judges.judges import Judge
+from jaxpersona.models.int8 import weights_note
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.prepare import check_prompts, check_texts
 from jaxpersona.runs.damage import Damaged, remedy
@@ -209,7 +210,8 @@ def _extract(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[
             "all": science.percentiles(pooled),
         },
         notes={"judge": judge.name, "roles": len(used), "min_count": min_count,
-               "default_rollouts": len(projections["default"]), "rollouts": len(pooled)},
+               "default_rollouts": len(projections["default"]), "rollouts": len(pooled),
+               **weights_note(model.params)},
     )
     counts = {name: _count(values) for name, values in scores.items() if name != "default"}
     if processes.first():

@@ -28,6 +28,7 @@ from jaxpersona.interventions.bank import Layers
 from jaxpersona.interventions.where import as_where, everywhere
 from jaxpersona.models.batch import Batch, check_ids
 from jaxpersona.models.forward import Output, forward
+from jaxpersona.models.int8 import weights_note
 from jaxpersona.runtime import check_process
 from jaxpersona.vectors.vector import Vector
 
@@ -95,7 +96,8 @@ class Direction(nnx.Module):
         values = np.zeros((model.config.n_layers, self.vector[...].shape[-1]), np.float32)
         values[list(self.layers)] = np.asarray(self.vector[...])
         return Vector(values, name=name, model=model.name, fingerprint=model.fingerprint,
-                      site=self.site, notes={"learned_at": ",".join(map(str, self.layers))})
+                      site=self.site, notes={"learned_at": ",".join(map(str, self.layers)),
+                                             **weights_note(model.params)})
 
 
 def fit(

@@ -151,12 +151,12 @@ def test_a_batch_of_extract_fits_the_arrays_platform(gpu_host):
 
 
 def test_the_default_dtype_is_that_of_the_place_of_the_parameters(gpu_host):
-    from jaxpersona.ckpts.loading import _dtype
+    from jaxpersona.ckpts.loading import _default_dtype
 
-    assert _dtype(None, None).name == "bfloat16"
-    assert _dtype(None, sharding.make_mesh(2)).name == "float32"
+    assert _default_dtype(None).name == "bfloat16"
+    assert _default_dtype(sharding.make_mesh(2)).name == "float32"
     with jax.default_device(jax.devices("cpu")[1]):
-        assert _dtype(None, None).name == "float32"
+        assert _default_dtype(None).name == "float32"
         assert sharding.default_device() == jax.devices("cpu")[1]
 
 
