@@ -13,21 +13,22 @@ TORCH ?= torch==2.13.0
 # are skipped: make test EXTRAS=test
 EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),test$(comma)tpu,test)
 comma := ,
+# unless JAX_PLATFORMS names another platform: with libtpu installed, JAX looks for a TPU first
+ON_CPU = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu}
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 .PHONY: install demo test test-all test-real test-notebooks notebooks docs bench lint clean
 
 install: $(VENV)/.installed
 
-# on a CPU, unless JAX_PLATFORMS says otherwise: with libtpu installed JAX would look for a TPU first
 demo: $(VENV)/.installed
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/jaxpersona demo
+	$(ON_CPU) $(BIN)/jaxpersona demo
 
 test: $(VENV)/.installed-test
-	$(PYTEST) -m 'not slow and not real'
+	$(ON_CPU) $(PYTEST) -m 'not slow and not real'
 
 test-all: $(VENV)/.installed-test
-	$(PYTEST) -m 'not real'
+	$(ON_CPU) $(PYTEST) -m 'not real'
 
 test-real: $(VENV)/.installed-test
 	$(BIN)/pip install -q -e '.[real]'
@@ -70,4 +71,4 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs
+	rm -rf $(VENV) build *.egg-info runs .jax_cache

@@ -35,8 +35,12 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
     for name in ("XDG_CACHE_HOME", compile_cache.SWITCH):
         monkeypatch.delenv(name, raising=False)
     before = jax.config.jax_compilation_cache_dir
-    assert compile_cache.use_compile_cache() is None
-    assert jax.config.jax_compilation_cache_dir == before
+    jax.config.update("jax_compilation_cache_dir", None)
+    try:
+        assert compile_cache.use_compile_cache() is None
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
 
 
 @pytest.mark.parametrize(("variables", "expected"), [
