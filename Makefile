@@ -1,6 +1,8 @@
+# make install: install the package into .venv.
 # make demo: install and run the whole method on the embedded model.
 # make test: run the tests but those marked `slow`.  make test-all: run these too.
 # make test-real: fetch released checkpoints (1.5 GB) and compare with transformers.
+# make docs: build the documentation into build/site.  make notebooks: execute the tutorials anew.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,23 +13,37 @@ TORCH ?= torch==2.13.0
 # are skipped: make test EXTRAS=test
 EXTRAS ?= $(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),test$(comma)tpu,test)
 comma := ,
+# unless JAX_PLATFORMS names another platform: with libtpu installed, JAX looks for a TPU first
+ON_CPU = JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu}
 PYTEST = $(BIN)/python -m pytest -n 2 --dist loadfile -q
 
-.PHONY: demo test test-all test-real bench lint clean
+.PHONY: install demo test test-all test-real test-notebooks notebooks docs bench lint clean
 
-# on a CPU, unless JAX_PLATFORMS says otherwise: with libtpu installed JAX would look for a TPU first
+install: $(VENV)/.installed
+
 demo: $(VENV)/.installed
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/jaxpersona demo
+	$(ON_CPU) $(BIN)/jaxpersona demo
 
 test: $(VENV)/.installed-test
-	$(PYTEST) -m 'not slow and not real'
+	$(ON_CPU) $(PYTEST) -m 'not slow and not real'
 
 test-all: $(VENV)/.installed-test
-	$(PYTEST) -m 'not real'
+	$(ON_CPU) $(PYTEST) -m 'not real'
 
 test-real: $(VENV)/.installed-test
 	$(BIN)/pip install -q -e '.[real]'
 	$(BIN)/python -m pytest -q -m real
+
+test-notebooks: $(VENV)/.installed-test $(VENV)/.installed-docs
+	$(BIN)/python -m pytest -q tests/test_notebooks.py
+
+notebooks: $(VENV)/.installed-test $(VENV)/.installed-docs
+	$(BIN)/python docs/notebooks.py
+
+docs: $(VENV)/.installed-docs
+	rm -rf build && $(BIN)/pip install -q --no-deps --target build/types .  # kernels and ckpts mapped
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build  # --quiet would drop the warnings that strict counts
+	@echo build/site/index.html
 
 bench: $(VENV)/.installed-test
 	$(BIN)/python bench/suite.py
@@ -50,5 +66,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/pip install -q -e '.[$(EXTRAS)]'
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/pip install -q -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build *.egg-info runs
+	rm -rf $(VENV) build *.egg-info runs .jax_cache

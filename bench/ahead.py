@@ -1,6 +1,6 @@
-"""Compile prefill and decode for an H200 without a GPU; report kernels and memory against `plan`.
+"""Compile prefill and decode for an H200 without a GPU; compare kernels and memory with `plan`.
 
-    pip install 'jax[cuda12]'        (the version that the target below describes)
+    pip install 'jax[cuda12]'        (the CUDA version of the target below)
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python bench/ahead.py --model qwen3-8b --batch 32
 
 Kernels per step are counted with and without caps. Without a GPU, XLA cannot autotune its matmul
@@ -43,11 +43,11 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 }
 runtime_version { major: 12 minor: 8 }
 device_description_str: "NVIDIA H200 141GB HBM3e"
-"""  # XLA's own target description of the GPU
+"""  # XLA's target description of the GPU
 
 
 def kernels(program: Any) -> Counter[str]:
-    """Count the kernels of one decode step by named scope."""
+    """Count the kernels in one decode step by named scope."""
     looped = [op for op in hlo.operations(program.as_text()) if op.looped]
     return Counter(
         re.sub(r"layer\d+", "layer", op.scope.removeprefix("jit(decode)/while/body/")) or "(none)"
@@ -55,14 +55,14 @@ def kernels(program: Any) -> Counter[str]:
 
 
 def main() -> None:
-    """Compile the programs and print the results."""
+    """Compile the programs, then print kernels and memory."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="qwen3-8b", help="name of a preset")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--layers", default="24:32", help="layers to cap, half-open")
     args = parser.parse_args()
-    # without a GPU, autotuning is impossible
+    # autotuning needs a GPU
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     config = jp.preset(args.model)
     few = resolve_layers(args.layers, config.n_layers)

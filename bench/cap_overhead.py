@@ -1,9 +1,9 @@
-"""Measure the decode overhead of a cap: uncapped, with an idle cap and with a binding cap.
+"""Measure the decode overhead of a cap: without a cap, with an idle cap and with a binding cap.
 
     python bench/cap_overhead.py --model mini --batch 32 --layers 4:8 --sweep
 
-The arms run in alternating pairs. Fusions are counted in the compiled program, which is free of
-timing noise: per additional capped layer, and once per step for any cap.
+The arms run in alternating pairs. The fusions that a cap adds are counted in the compiled program,
+without timing noise: per capped layer, and once per step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--dtype", default=None)
-    parser.add_argument("--sweep", action="store_true", help="also cap a quarter of and all layers")
+    parser.add_argument("--sweep", action="store_true", help="also cap ¼ of the layers, and all")
     args = parser.parse_args()
     model = jp.load(args.model, dtype=args.dtype)
     total = model.config.n_layers

@@ -2,11 +2,11 @@
 
 Timings are noisy, so two arms (timed calls) are compared by the ratios of alternating pairs. Pairs
 are added until the bootstrap 95 % interval of the median ratio is narrow or a limit is reached. An
-interval wider than `WIDTH` (relative to the ratio if that is above 1) is unresolved and supports no
-claim.
-In a pair each arm runs for about `LONG` seconds; short calls are interleaved many times, faster
-than background load changes. Stopping at the first narrow interval lowers its coverage somewhat
-below 95 %.
+interval wider than `WIDTH` (relative to ratios above 1) is unresolved and supports no claim.
+
+In each pair, an arm runs for about `LONG` seconds. Short calls of the arms are interleaved, so that
+all have the same background load. Because measurement stops at the first narrow interval, the
+coverage of the interval is slightly below 95 %.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import jaxpersona
 
 WIDTH = 0.02
 LONG = 2.0  # approximate seconds per arm in a pair; less if the budget is small
-_HIDDEN = ("one", "side", "out")  # internal arguments for subprocesses, omitted from reports
+_HIDDEN = ("one", "side", "out")  # arguments for subprocesses, omitted from reports
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "transformers", "torch")
 
 
@@ -52,25 +52,25 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int = 
     """Time all arms in alternating rounds and compare each with the baseline.
 
     Args:
-      arms: name → a function that runs once and returns its seconds.
+      arms: by name, a function that runs once and returns its seconds.
       baseline: the arm in the numerator of the ratios.
       pairs: maximum number of rounds; at least `least` are run.
       least: minimum number of rounds.
-      budget: seconds after which no round starts, except for the first `least`. If `least` rounds
-        of `LONG` seconds per arm exceed it, rounds are shorter.
+      budget: seconds after which no further round starts, except for the first `least`. If `least`
+        rounds of `LONG` seconds per arm exceed it, rounds are shorter.
       judged: arms that must be resolved before stopping; default: all.
 
     Returns:
       For each arm, including the baseline: ratio (median over rounds of baseline seconds / arm
-      seconds; below 1 is slower), interval, unresolved, pairs, and seconds per call (median over
-      rounds of the median in a round).
+      seconds; below 1 if the arm is slower), interval, unresolved, pairs, and seconds per call
+      (median over rounds of each round's median).
     """
     long = min(LONG, budget / (least * len(arms)))
     turns = {}
     for name, arm in arms.items():
         arm()  # warm up
         once = arm()
-        if once < long:  # two runs, because this sets the number of calls
+        if once < long:  # measure twice, because the number of calls depends on it
             once = min(once, arm())
         turns[name] = max(1, math.ceil(long / max(once, 1e-6)))
     begun = time.perf_counter()
@@ -102,7 +102,7 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int = 
 def turn_about(arms: dict[str, Callable[[], float]], turns: dict[str, int]) -> dict[str, float]:
     """Call every arm `turns[name]` times, evenly interleaved; return each arm's median seconds.
 
-    The median ignores stalls of a few calls.
+    The median is not affected by a few slow calls.
     """
     spent: dict[str, list[float]] = {name: [] for name in arms}
     for _ in range(sum(turns.values())):
@@ -127,7 +127,7 @@ def machine() -> dict[str, Any]:
 
 
 def seconds_of(call: Callable[[], Any], repeats: int = 5) -> float:
-    """Return the minimum seconds of several calls, after one warm-up call that compiles."""
+    """Return the minimum seconds of several calls, after a warm-up call that compiles."""
     jax.block_until_ready(call())
     best = float("inf")
     for _ in range(repeats):
@@ -152,7 +152,7 @@ def peak_flops(dtype: Any, size: int = 2048) -> float:
 
 
 class Peak:
-    """Context manager that records peak memory above the start of the block.
+    """Context manager that records the peak memory relative to the start of the block.
 
     Uses the devices' memory statistics if available, else the process's resident memory (Linux).
     """
@@ -184,7 +184,7 @@ class Peak:
 
     @property
     def above(self) -> int:
-        """Peak bytes above the start."""
+        """Peak bytes relative to the start of the block."""
         return self.most - self.start
 
 

@@ -2,12 +2,12 @@
 
     git worktree add /tmp/before main && python bench/compare.py /tmp/before --model mini
 
-Each checkout runs in a process of its own, which imports its own package and its own `decoding.py`.
-Arms (timed calls): decode and capped decode at every batch size, prefill, and extraction. A ratio
-above 1 means that this checkout is faster. Two processes of one checkout may differ by some
-percent, because their memory layouts differ, so every arm is measured with several pairs of
-processes (`--restarts`). The column `same` is the ratio of two processes of the other checkout: the
-measurement noise.
+Each checkout runs in its own process, with its own package and its own `decoding.py`. Arms (timed
+calls): decode and capped decode at every batch size, prefill, and extraction. A ratio above 1 means
+that this checkout is faster. Two processes of the same checkout can differ by a few percent,
+because their memory layouts differ, so every arm is measured with several pairs of processes
+(`--restarts`). The field `same` is the interval of the ratio between two processes of the other
+checkout, which shows the measurement noise.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Side:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit("a process of the comparison ended; its error is printed above")
+            raise SystemExit("a benchmark process failed; its error is printed above")
         return json.loads(line)
 
     def seconds(self, arm: str) -> float:
@@ -53,14 +53,14 @@ class Side:
         return self._read()
 
     def close(self) -> None:
-        """End the process."""
+        """Kill the process."""
         self.process.kill()
         self.process.communicate()
 
 
 @contextlib.contextmanager
 def linked(root: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yield a folder from which `import jaxpersona` finds a checkout, without installing it."""
+    """Yield a folder from which `import jaxpersona` imports a checkout without installation."""
     with tempfile.TemporaryDirectory() as folder:
         package = pathlib.Path(folder) / "jaxpersona"
         package.mkdir()
@@ -70,7 +70,7 @@ def linked(root: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def serve(root: pathlib.Path, args: argparse.Namespace) -> None:
-    """Time each arm whose name is read from standard input."""
+    """Read names of arms from standard input and print the seconds of one call of each."""
     sys.path.insert(0, str(root / "bench"))
     import time
 
@@ -117,7 +117,7 @@ def serve(root: pathlib.Path, args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    """Time every arm with both checkouts; return the ratios and their intervals."""
+    """Time every arm in both checkouts; return the ratios and their intervals."""
     from common import interval
 
     other = pathlib.Path(args.other).resolve()
@@ -154,14 +154,14 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure and report."""
+    """Run the comparison and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("other", help="the checkout to compare with")
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=8, help="of each arm in a pair of processes")
-    parser.add_argument("--restarts", type=int, default=3, help="pairs of processes")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs per arm and restart")
+    parser.add_argument("--restarts", type=int, default=3, help="number of pairs of processes")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:

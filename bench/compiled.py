@@ -22,9 +22,9 @@ Program = Callable[..., Any]
 
 
 class Steps:
-    """Decode programs of one batch size, one per edit, compiled ahead of time.
+    """Decode programs for one batch size, one per edit, compiled ahead of time.
 
-    `params` holds the parameters of edits that do not use the model's parameters.
+    `params` maps an edit's name to its parameters, if they are not the model's parameters.
     """
 
     def __init__(self, model: Any, rows: int, steps: int, edits: dict[str, Any], *,
@@ -53,7 +53,7 @@ class Steps:
     def timer(self, name: str) -> Callable[[], float]:
         """Return a function that runs one arm's steps and returns the seconds."""
         program = self.programs[name]
-        params, _, state, *rest = self.given[name]  # the configuration is static
+        params, _, state, *rest = self.given[name]  # the configuration is compiled in
 
         def once() -> float:
             fresh = jax.block_until_ready(jax.tree.map(jnp.copy, state))
@@ -68,18 +68,18 @@ class Steps:
 
 
 def count_kernels(program: Any) -> int:
-    """Count the fusions of one compiled decode step."""
+    """Count the fusions in one compiled decode step."""
     return hlo.fusions(hlo.operations(program.as_text()))
 
 
 def timed(run: Program, given: tuple[Any, ...], count: int, size: int) -> dict[str, float]:
-    """Return microseconds per matmul (`count` in one call) and GB/s of `size` bytes of weights."""
+    """Time a call of `count` matmuls; return microseconds and GB/s per matmul of `size` bytes."""
     spent = seconds_of(lambda: run(*given), 10) / count
     return {"us": round(1e6 * spent, 2), "gb_per_s": round(size / spent / 1e9, 1)}
 
 
 def attempt(work: Callable[..., Any], *given: Any) -> Any:
-    """Return `work(*given)`, or {"failed": reason}, so that the other results are kept."""
+    """Return `work(*given)`, or {"failed": reason} in order to keep the other results."""
     try:
         return work(*given)
     except Exception as error:
@@ -87,7 +87,7 @@ def attempt(work: Callable[..., Any], *given: Any) -> Any:
 
 
 def compile_all(builds: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], float]:
-    """Run the first build alone, so its autotuning is reused, then the others in threads."""
+    """Run the first build alone, then the others in threads, which reuse its autotuning."""
     begun = time.perf_counter()
     names = list(builds)
     out = {names[0]: builds[names[0]]()}
@@ -98,7 +98,7 @@ def compile_all(builds: dict[str, Callable[[], Any]]) -> tuple[dict[str, Any], f
 
 
 def busy(path: pathlib.Path, steps: int, most: int = 30) -> dict[str, Any]:
-    """Sum a profile's GPU events by kernel: microseconds and calls per step."""
+    """Sum the GPU events in a profile by kernel: microseconds and calls per step."""
     data = jax.profiler.ProfileData.from_file(str(path))
     spent: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)

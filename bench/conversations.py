@@ -1,4 +1,4 @@
-"""Random finished conversations of mixed length."""
+"""Random complete conversations of various lengths."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from jaxpersona.text.chat import Row
 
 
 def conversations(count: int, vocabulary: int, mean: int, most: int, seed: int = 0) -> list[Row]:
-    """Draw conversations whose lengths are geometrically distributed, clipped to 8…`most` tokens.
+    """Draw conversations with geometrically distributed lengths, clipped to 8…`most` tokens.
 
-    The distribution has mean `mean`. The first third of each conversation is the user message and
-    the rest is the reply.
+    `mean` is the mean length before clipping. The first third of each conversation is the user
+    message and the rest is the reply.
     """
     draw = np.random.default_rng(seed)
     rows = []

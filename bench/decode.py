@@ -1,4 +1,4 @@
-"""Measure decode speed, memory bandwidth utilization (MBU) and the cost of capturing all means.
+"""Measure decode speed, memory bandwidth utilization (MBU) and the cost of capturing means.
 
     python bench/decode.py --model mini --batch 1 8 32
 

@@ -1,4 +1,4 @@
-"""Shared workload: a batch of random prompts decoded for a fixed number of steps."""
+"""Shared workload: a batch of random prompts that is decoded for a fixed number of steps."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Decoding:
               prompts: bool = False) -> Callable[[], float]:
         """Return a function that times the steps, including the prefill if `prompts`."""
         reads = Capture() if read is None else read
-        # copied for each run, because `decode` donates its state
+        # each run copies it, because `decode` donates its state
         first = None if prompts else self.start(edits, reads)
 
         def once() -> float:
@@ -71,14 +71,14 @@ class Decoding:
 
     def fusions(self, edits: Interventions = NOTHING) -> int:
         """Count the fusions in the loop body of the compiled decode."""
-        state = jax.eval_shape(lambda: self.start(edits, Capture()))  # shapes suffice
+        state = jax.eval_shape(lambda: self.start(edits, Capture()))  # only shapes are needed
         program = decode.lower(*self.arguments(state, edits, Capture()),
                                greedy=self.greedy).compile()
         return hlo.fusions(hlo.operations(program.as_text()))
 
     @property
     def bytes(self) -> int:
-        """Bytes that a step halfway through the run reads: weights, keys and values."""
+        """Bytes of weights, keys and values that a step reads halfway through the run."""
         embed = self.model.params.embed_vd
         config = self.model.config
         seen = self.prompt + self.steps // 2

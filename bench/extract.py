@@ -1,12 +1,12 @@
-"""Compare activation extraction from finished conversations with transformers and forward hooks.
+"""Compare activation extraction from complete conversations with transformers and forward hooks.
 
     python bench/extract.py --model mini --conversations 256
 
-Both sides compute all layers' means over response tokens. "hooks" runs the full model on batches in
-the given order and keeps every layer's output until the batch is averaged, as the published code
-does. "sorted" sorts conversations by length; "headless" also skips the output head. Each side runs
-in its own process and is timed after a warm-up; memory is the peak above the loaded weights. MFU
-counts real tokens only, relative to this device's measured peak matmul FLOP/s.
+Both sides compute every layer's mean over response tokens. "hooks" runs the full model on batches
+in the given order and keeps every layer's output until the batch is averaged, like the published
+code. "sorted" also sorts conversations by length; "headless" also skips the output head. Each side
+runs in its own process and is timed after a warm-up. Memory is the peak in excess of the loaded
+weights. MFU excludes padding and is relative to this device's measured peak matmul FLOP/s.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--peer-dtype", default="float32")
     parser.add_argument("--peers", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--without-plain", action="store_true",
-                        help="do not measure what capturing costs")
+                        help="do not measure the cost of the capture")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -108,7 +108,7 @@ def one_side(args: argparse.Namespace) -> dict[str, Any]:
         found = jp.extract(model, rows, batch_tokens=args.batch_tokens)
         return found.captured["mean"]
 
-    plain = jp.capture.last(layers=[model.config.n_layers - 1])  # minimal capture
+    plain = jp.capture.last(layers=[model.config.n_layers - 1])  # the cheapest capture
     groups: dict[int, list[Any]] = {}
     for row in rows:
         groups.setdefault(width_of(row.tokens.size), []).append(row)
@@ -129,7 +129,7 @@ def one_side(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def timed(work: Any, args: argparse.Namespace, more: dict[str, Any]) -> dict[str, Any]:
-    """Run once to record peak memory and save the vectors, then time repeats."""
+    """Run once to record the peak memory and save the vectors, then time `args.repeats` runs."""
     with Peak() as peak:
         np.save(args.out, work())
     seconds = least(work, args.repeats) if args.repeats else peak.seconds

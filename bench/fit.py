@@ -1,9 +1,9 @@
-"""Compare the peak device memory of capped generation with the estimate of `plan`.
+"""Compare the peak device memory of capped generation with the estimate from `plan`.
 
     python bench/fit.py --model random:qwen3-32b --dtype bfloat16 --batch 32 --context 2048
 
-The measured peak includes weights, cache and temporaries; it uses the device's memory statistics if
-available. MBU is relative to the published bandwidth.
+The measured peak includes weights, cache and temporaries. It is read from the device's memory
+statistics if available. MBU is relative to the published bandwidth.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=2048)
-    parser.add_argument("--new", type=int, default=512, help="tokens of the context for the reply")
+    parser.add_argument("--new", type=int, default=512, help="context tokens for the reply")
     parser.add_argument("--layers", default=None, help="half-open (46:54); default: upper half")
     parser.add_argument("--chip", default="h200:1", help="topology for `plan`")
     args = parser.parse_args()
@@ -40,7 +40,7 @@ def main() -> None:
         setting = Decoding(model, args.batch, args.new - 16, prompt=args.context - args.new)
         edits = jp.cap(direction, layers=resolve_layers(layers, total), floor=1e3)
         setting.timer(edits, prompts=True)()
-    once = setting.timer(edits)  # holds a second copy of the cache
+    once = setting.timer(edits)  # allocates a second copy of the cache
     once()
     step = once() / setting.steps
     estimate = plan(model.config, args.chip, batch=args.batch, context=args.context)

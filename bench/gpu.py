@@ -3,9 +3,9 @@
     python bench/gpu.py --parts limits decode32 decode1 --out bench/results
     python bench/gpu.py --model mini --dtype float32 --small        # smoke test on a CPU
 
-To save GPU time, the model is loaded once and the programs of a part are compiled in threads. Each
-part writes `gpu-<part>.json` when it ends and prints it as one line, so an interrupted run keeps
-its results. A failed part is reported with its error, and the exit status is 1.
+To save GPU time, the model is loaded once and the programs of each part are compiled in threads.
+When a part ends, it writes `gpu-<part>.json` and prints it as one line, so an interrupted run keeps
+the results of finished parts. If a part fails, its error is reported and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Bench:
         self.small = args.small
 
     def cap(self, layers: range, floor: float = 1e3) -> jp.Interventions:
-        """Return a cap; the default floor edits every token, a very low floor none."""
+        """Return a cap; the default floor edits every token, and a very low floor edits none."""
         return jp.cap(self.direction, layers=layers, floor=floor)
 
     def many(self, rows: int) -> jp.Interventions:
@@ -88,7 +88,7 @@ class Bench:
         return self._decoding(32)
 
     def decode256(self) -> dict[str, Any]:
-        """Measure the overhead at 256 rows of one shared cap and of 256 per-row caps."""
+        """Measure the overhead of one shared cap and of 256 per-row caps at 256 rows."""
         return self._decoding(256)
 
     def weights1(self) -> dict[str, Any]:
@@ -108,9 +108,9 @@ class Bench:
         return self._context(32)
 
     def products(self) -> dict[str, Any]:
-        """Time one block's largest matmul in several weight layouts and dtypes, 1 and 32 rows."""
+        """Time a block's largest matmul with several weight layouts and dtypes, 1 and 32 rows."""
         d, f = self.config.d_model, self.config.d_ff
-        count = 4 if self.small else 12  # distinct weights, to exceed the L2 cache
+        count = 4 if self.small else 12  # enough different weights to exceed the L2 cache
         dtype = jnp.dtype(self.args.dtype)
         keys = jax.random.split(jax.random.key(0), count)
         weights = [jax.random.normal(key, (f, d), jnp.float32) * 0.02 for key in keys]
@@ -185,7 +185,7 @@ class Bench:
         return {"shape": [f, d], "weights": count, "forms": found}
 
     def prefill(self) -> dict[str, Any]:
-        """Time the extraction of every layer's mean, with XLA and with cuDNN attention."""
+        """Time the extraction of every layer's mean with XLA and with cuDNN attention."""
         widths = (96, 64) if self.small else (2048, 512, 256, 128)
         tokens = 768 if self.small else 16384
         means = jp.capture.mean(jp.everywhere)
@@ -200,7 +200,7 @@ class Bench:
         def build(arm: tuple[int, Asked, str]) -> tuple[Program, Any]:
             width, attention, name = arm
             rows = max(1, tokens // width)
-            drawn = np.random.default_rng(width).integers(  # same tokens for both
+            drawn = np.random.default_rng(width).integers(  # the same tokens for all arms
                 4, self.config.vocab_size, (rows, width))
             text = jax.tree.map(jnp.asarray, make_batch(drawn))
             read = means if name == "means" else least
@@ -237,7 +237,7 @@ class Bench:
         return out
 
     def start(self) -> dict[str, Any]:
-        """Time the first token of a 32-token prompt, once with compilation and then warm."""
+        """Time the first token after a 32-token prompt, first with compilation and then warm."""
         setting = Decoding(self.model, 1, 16)
         begun = time.perf_counter()
         jax.block_until_ready(setting.start(NOTHING, Capture()).token)
@@ -312,7 +312,7 @@ class Bench:
         return out
 
     def _profile(self, made: Steps, name: str) -> dict[str, Any]:
-        """Run one arm under the profiler; with --hlo, write its compiled text to that folder."""
+        """Profile one arm; with --hlo, also write its compiled HLO text to that folder."""
         if self.args.hlo is not None:
             text = made.programs[name].as_text()
             kept = self.args.hlo / f"gpu-decode{made.setting.rows}-{name}{self.args.tag}.hlo.txt"
@@ -338,17 +338,17 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--out", type=pathlib.Path,
-                        help="folder of the results; default: bench/results, or with --small a "
-                             "temporary folder")
+                        help="folder for the results; default: bench/results, or a temporary "
+                             "folder with --small")
     parser.add_argument("--hlo", type=pathlib.Path,
-                        help="folder for the compiled text of the profiled programs")
-    parser.add_argument("--tag", default="", help="added to the names of the files")
-    parser.add_argument("--budget", type=float, default=20.0, help="seconds of a part's pairs")
+                        help="folder for the compiled HLO text of the profiled programs")
+    parser.add_argument("--tag", default="", help="suffix of the result files' names")
+    parser.add_argument("--budget", type=float, default=20.0, help="time limit for pairs, s")
     parser.add_argument("--seconds", type=float, default=330.0,
-                        help="start no part after this many seconds")
+                        help="start no new part after this many seconds")
     parser.add_argument("--small", action="store_true", help="small shapes, for a smoke test")
     args = parser.parse_args()
-    if args.out is None:  # a rehearsal must not overwrite the results of a GPU
+    if args.out is None:  # a smoke test must not overwrite GPU results
         args.out = pathlib.Path(tempfile.mkdtemp() if args.small else "bench/results")
     for folder in (args.out, args.hlo):
         if folder is not None:

@@ -3,20 +3,20 @@
     python bench/load.py [--gigabytes 2] [--rounds 3] [--dtype bfloat16]
 
 Writes a synthetic sharded bfloat16 checkpoint to a temporary folder. Each round runs a raw read and
-`ckpts.hf.load` in separate processes, with the same disk cache; the first round is a warm-up.
-Results:
+`ckpts.hf.load` in separate processes, with the files in the disk cache; the first round is a
+warm-up. Results:
 
 - `speed_over_raw`: seconds of the raw read / seconds of the load. The raw read calls `read_bytes`
-  on every file and keeps the bytes, because a loader must allocate memory for the weights too. This
-  is the main figure.
-- `kept_over_raw`: ratio of bytes kept per second. It differs if the load widens the dtype: float32
-  parameters take twice the bytes of the bfloat16 files.
-- `speed_over_buffer`: relative to a read through one reused 16 MiB buffer. This bound is out of
-  reach for a loader; it shows the cost of allocating memory.
+  on every file and keeps the bytes, because a loader must also allocate memory for the weights.
+  This is the main figure.
+- `kept_over_raw`: ratio of bytes kept per second. It differs from `speed_over_raw` if the load
+  widens the dtype: float32 parameters take twice the bytes of the bfloat16 files.
+- `speed_over_buffer`: speed relative to a read through one reused 16 MiB buffer. A loader cannot
+  reach this bound; it shows the cost of allocating memory.
 
-All processes use ordinary pages (`NUMPY_MADVISE_HUGEPAGE=0`). Otherwise only the load uses huge
-pages, which virtual machines that return freed memory to the host reallocate up to ten times more
-slowly. Peak resident memory is measured after the imports.
+All processes use ordinary pages (`NUMPY_MADVISE_HUGEPAGE=0`). Otherwise only the load would use
+huge pages, which are up to ten times slower to allocate on virtual machines that return freed
+memory to the host. Peak resident memory is measured after the imports.
 
 Prints a table, then one JSON line.
 """
@@ -48,7 +48,7 @@ def shape(gigabytes: float) -> Any:
 
 
 def write(folder: pathlib.Path, config: Any, shard_bytes: float) -> None:
-    """Write random bfloat16 parameters of a configuration as shards with an index."""
+    """Write random bfloat16 parameters for a configuration as shards with an index."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -59,7 +59,7 @@ def write(folder: pathlib.Path, config: Any, shard_bytes: float) -> None:
     draw = np.random.default_rng(0)
 
     def value(spec: Any) -> Any:
-        # random bits with the top exponent bit cleared: fast, no NaN, incompressible
+        # random bits with the top exponent bit cleared: fast, incompressible and never NaN
         bits = draw.integers(0, 2**16, spec.shape, np.uint16) & np.uint16(0xBFFF)
         return bits.view(jnp.bfloat16)
 
@@ -85,7 +85,7 @@ def buffered(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def load(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
-    """Load the folder; return seconds, parameter bytes and peak resident memory above the start."""
+    """Load the folder; return seconds, parameter bytes and the increase in peak resident memory."""
     import jax
     import jax.numpy as jnp
     from jaxpersona.ckpts import hf
@@ -138,7 +138,7 @@ def main() -> None:
     peaks = [run["peak_bytes"] / run["bytes"] for run in rounds["load"][1:]]
 
     def speed(against: str) -> float:
-        """Return the median ratio of another read's seconds to the load's seconds."""
+        """Return the median ratio of a raw read's seconds to the load's seconds."""
         pairs = zip(seconds[against], seconds["load"], strict=True)
         return round(statistics.median(other / ours for other, ours in pairs), 4)
 

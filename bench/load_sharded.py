@@ -1,10 +1,10 @@
-"""Measure multi-process checkpoint loading: peak memory of each process relative to its shards.
+"""Measure multi-process checkpoint loading: each process's peak memory relative to its shards.
 
     python bench/load_sharded.py [--gigabytes 6] [--processes 2] [--devices 4] [--dtype bfloat16]
 
 Writes a synthetic bfloat16 checkpoint to a temporary folder and loads it with `ckpts.hf.load` in
-several processes that share one mesh of forced CPU devices ("fsdp" across processes, "model" within
-each). Each process measures its peak resident memory after imports and initialization, relative to
+several processes on one mesh of simulated CPU devices ("fsdp" across processes, "model" within
+each). After imports and initialization, each process measures its peak resident memory relative to
 its shards plus the largest tensor. Prints a table, then one JSON line.
 """
 
@@ -26,7 +26,7 @@ from load import shape, total_bytes, write
 
 
 def load(folder: pathlib.Path, dtype: str, count: int, index: int, port: int) -> dict[str, Any]:
-    """Load this process's shards; return seconds, bytes stored and read, and peak memory."""
+    """Load this process's shards; return seconds, bytes held and read, and peak memory."""
     import jax
     import jax.numpy as jnp
     from jaxpersona.ckpts import hf, tensorfile

@@ -1,12 +1,12 @@
-"""Compare capped generation with transformers and forward hooks, on the same machine.
+"""Compare capped generation with transformers and forward hooks on the same machine.
 
     python bench/peers.py --model mini --batch 1 8 32
 
-Both sides run the same prompts, cap the same layers with the same vector and threshold, and decode
-the same number of tokens greedily; times include the prefill, and runs alternate. The peer caps
-with a forward hook per layer, as the published code does. Each side uses its fastest dtype of
-`--dtypes` and `--peer-dtypes`. Other forms of the peer: `plain` without a cap, `static` with hooks
-and a static cache, `compiled` with hooks, a static cache and `torch.compile`.
+Both sides run the same prompts, cap the same layers with the same vector and threshold, and
+greedily decode the same number of tokens. Times include the prefill, and runs alternate. The peer,
+transformers, caps with one forward hook per layer, like the published code. Each side uses its
+fastest dtype from `--dtypes` and `--peer-dtypes`. Other variants of the peer: `plain` has no cap;
+`static` has hooks and a static cache; `compiled` has hooks, a static cache and `torch.compile`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main() -> None:
             "ratio_to_forms": {form: round(found["ours"]["ratio"] / found[form]["ratio"], 3)
                                for form in forms},
         }
-        print(f"batch {rows}: {by_batch[str(rows)]}", flush=True)  # kept if a later batch fails
+        print(f"batch {rows}: {by_batch[str(rows)]}", flush=True)  # in case a later batch fails
     report("peers", ours[0], args, prompt_tokens=PROMPT,
            capped_layers=f"{layers.start}:{layers.stop}",
            ratio_to_hf_hooks={n: found["ratio"] for n, found in by_batch.items()},
@@ -79,7 +79,7 @@ def main() -> None:
 
 
 def fastest(arms: dict[str, Callable[[], float]], side: str) -> str:
-    """Return one side's fastest arm, by the best of three runs after a warm-up."""
+    """Return one side's fastest arm: the best of three runs after a warm-up."""
     names = [name for name in arms if name.split()[0] == side]
     if len(names) == 1:
         return names[0]
@@ -87,7 +87,7 @@ def fastest(arms: dict[str, Callable[[], float]], side: str) -> str:
 
 
 class Hooked:
-    """A transformers model with the same weights as the JAX model, edited by forward hooks."""
+    """A transformers model with the weights of a JAX model, edited by forward hooks."""
 
     def __init__(self, model: Any, dtype: str, device: str | None = None) -> None:
         import torch
@@ -98,16 +98,16 @@ class Hooked:
         self.device = device or ("cuda" if jax.default_backend() == "gpu" else "cpu")
         raw = {**to_hf(model.config), "dtype": dtype}
         config = AutoConfig.for_model(raw.pop("model_type"), **raw)
-        # Any: the stubs of `to` and `generate` take models of one mixin only
+        # Any, because the type stubs of `to` and `generate` are too narrow
         with torch.device(self.device):
             made: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
-        # the same memory, where the dtype is the same
+        # the weights share memory with the JAX arrays if the dtypes are equal
         weights = {name: torch.from_dlpack(array).reshape(tensor.shape).to(made.dtype)
                    for name, (tensor, array) in names.named(model.params, model.config).items()}
         missing, unknown = made.load_state_dict(weights, strict=False, assign=True)
         if unknown or set(missing) - {"lm_head.weight"} or (
                 missing and not model.config.tied_embeddings):
-            raise RuntimeError(f"the peer lacks {missing} and does not have {unknown}")
+            raise RuntimeError(f"weights missing for the peer: {missing}; unexpected: {unknown}")
         made.tie_weights()
         made.generation_config.eos_token_id = None
         made.generation_config.pad_token_id = 0
@@ -165,13 +165,13 @@ class Hooked:
         return once
 
     def means(self, rows: list[Any], size: int, *, sort: bool, head: bool = True) -> np.ndarray:
-        """Return every layer's mean over response tokens, by hooks, [N, L, D] float32.
+        """Return every layer's mean over response tokens, read by hooks, [N, L, D] float32.
 
         Args:
           rows: conversations (`chat.Row`).
-          size: batch size.
-          sort: sort conversations by length.
-          head: run the output head too, as the published code does.
+          size: the batch size.
+          sort: whether to sort conversations by length.
+          head: whether to run the output head, like the published code.
         """
         from jaxpersona.models.batch import ASSISTANT
 

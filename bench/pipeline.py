@@ -2,11 +2,11 @@
 
     python bench/pipeline.py --model mini --batch 32
 
-One pass: generate and capture all layers' response means. Two passes: generate, then run the
-finished conversations through `jaxpersona.extract`. The predicted ratio is
-1 + t_forward / t_generate. `one_pass_over_two_engines` uses transformers with hooks as the second
-pass (sorted by length, without the output head). Refill: reply lengths are geometric with a mean of
-a third of the maximum; the batch size is the same for both.
+One pass: generate, and capture every layer's response mean at the same time. Two passes: generate,
+then run the complete conversations through `jaxpersona.extract`. The predicted ratio is
+1 + t_forward / t_generate. For `one_pass_over_two_engines`, the second pass is transformers with
+hooks (sorted by length, without the output head). Refill and static batching use the same batch
+size; reply lengths are geometric with a mean of a third of the maximum.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from conversations import conversations
 
 import jaxpersona as jp
 from jaxpersona.captures.capture import Capture
-from jaxpersona.engine.generate import drain
+from jaxpersona.engine.generate import queue
 from jaxpersona.engine.programs import Stops
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.interventions import Interventions
@@ -51,7 +51,7 @@ def main() -> None:
                          2 * args.prompt_tokens)
     run = Run(model, rows, args)
     mean = jp.capture.mean(jp.response)
-    finished = [said(row, tokens) for row, tokens in zip(rows, run.generate(), strict=True)]
+    finished = [appended(row, tokens) for row, tokens in zip(rows, run.generate(), strict=True)]
     times: dict[str, list[float]] = {"generate": [], "forward": []}
 
     def two() -> float:
@@ -96,15 +96,15 @@ class Run:
         self.stops = Stops(np.full(4, -1, np.int32), np.full(2, -1, np.int32))
 
     def generate(self, read: Capture | None = None) -> list[np.ndarray]:
-        """Generate replies of maximum length."""
+        """Generate replies of the maximum length."""
         return self.work(np.full(len(self.rows), self.args.new), read or Capture(), True)
 
     def geometric(self, refill: bool) -> list[np.ndarray]:
-        """Generate replies of geometric lengths."""
+        """Generate replies with geometrically distributed lengths."""
         return self.work(self.lengths, Capture(), refill)
 
     def work(self, lengths: np.ndarray, read: Capture, refill: bool) -> list[np.ndarray]:
-        """Run the scheduler; return the token ids of the replies."""
+        """Run the scheduler and return the token ids of the replies."""
         count = len(self.rows)
         out: dict[int, np.ndarray] = {}
 
@@ -114,15 +114,15 @@ class Run:
             for row, task in enumerate(tasks):
                 out[task.number] = tokens[row, : length[row]]
 
-        drain(self.model, self.rows, np.arange(count, dtype=np.uint32), lengths.astype(np.int32),
+        queue(self.model, self.rows, np.arange(count, dtype=np.uint32), lengths.astype(np.int32),
               sampling(count), Interventions(), read, self.stops, collect, max_new=self.args.new,
-              batch_size=self.args.batch, refill=refill)
+              batch_size=self.args.batch, refill=refill).run()
         if any(len(out[i]) != lengths[i] for i in range(count)):
             raise RuntimeError("a reply does not have the requested length")
         return [out[i] for i in range(count)]
 
 
-def said(row: Row, tokens: np.ndarray) -> Row:
+def appended(row: Row, tokens: np.ndarray) -> Row:
     """Append a reply to a prompt."""
     n = tokens.size
     return Row(np.concatenate([row.tokens, tokens]),

@@ -2,14 +2,13 @@
 
     python bench/prefill_memory.py [--model qwen3-0.6b] [--lengths 1024 2048 4096 8192]
 
-Each length runs in its own process: random weights, one row prefilled into a cache of that length,
-logits of the last token. Two figures, both excluding the weights: the memory of the compiled
-program (`memory_analysis()`: temporaries and outputs, including the cache) and the peak resident
-memory.
-Prints a table, then one JSON line.
+Each length runs in its own process with random weights: one row is prefilled into a cache of that
+length, and the logits of the last token are computed. Two figures are measured without the weights:
+the memory of the compiled program (`memory_analysis()`: temporaries and outputs, including the
+cache) and the peak resident memory. Prints a table, then one JSON line.
 
 The default dtype is float32. XLA on CPU copies bfloat16 weights to float32, and this constant
-memory would hide part of the growth with length.
+amount of memory would hide some of the growth with length.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from common import Peak, report
 
 
 def measure(model: str, length: int, dtype: str, run: bool) -> dict[str, Any]:
-    """Compile, and if `run` also run, one prefill of `length` tokens."""
+    """Compile a prefill of `length` tokens and, if `run`, run it."""
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -6,13 +6,13 @@
     python bench/real_axis.py cap_judge --judge qwen2.5-coder.gguf --out runs/smollm2
     python bench/real_axis.py speed --model SmolLM2.gguf --out runs/smollm2
 
-Each stage writes `<stage>.json` to the folder and may run on another machine than the others.
-`axis` resumes after an interruption. `bench/real_page.py` makes a page of the results.
+Each stage writes `<stage>.json` to the folder, and stages can run on different machines. `axis`
+resumes after an interruption. `bench/real_page.py` writes a page of the results.
 
-The package's 275 roles and the default persona answer the first questions of the package, one
+The package's 275 roles and the default persona answer the package's first questions, with one
 rollout per system prompt and question. `axis` counts every answer as fully played (judge `none`);
-`judge` scores a sample of roles with another model's digit probabilities (`judges.digits`) and
-computes the axis of its answers with score 3.
+`judge` scores a sample of roles by another model's digit probabilities (`judges.digits`) and
+computes the axis from the answers with score 3.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from jaxpersona.persona.extract import extract_axis
 from jaxpersona.runs.rollouts import Settings, opening
 from jaxpersona.runs.run import Run
 
-EXTREMES = 15  # nearest and farthest roles in the page
-FARTHEST = 20  # roles under which the cap is tried
+EXTREMES = 15  # number of nearest roles, and of farthest roles, on the page
+FARTHEST = 20  # number of farthest roles for which the cap is tested
 COMPONENTS = 20
 
 
 def cast(args: argparse.Namespace, name: str) -> list[texts.Role]:
-    """Return the default persona and the roles, each with its first `--prompts` prompts."""
+    """Return the default persona, and the roles with their first `--prompts` prompts."""
     roles = texts.load_roles(None, model_name=name)
     plain = next(role for role in roles if role.name == "default")
     others = [role for role in roles if role.name != "default"]
@@ -57,7 +57,7 @@ def cast(args: argparse.Namespace, name: str) -> list[texts.Role]:
 
 
 def axis_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Play every role and compute the axis, counting every answer as fully played."""
+    """Generate answers for every role and compute the axis; all answers count as fully played."""
     model = jp.load(args.model, dtype=args.dtype)
     roles, questions = cast(args, args.name), texts.load_questions(None)[: args.questions]
     settings = Settings(max_new_tokens=args.new, batch_size=args.batch, seed=args.seed)
@@ -97,12 +97,12 @@ def axis_stage(args: argparse.Namespace) -> dict[str, Any]:
 
 def export(args: argparse.Namespace, records: dict[str, list[dict[str, Any]]],
            means: dict[str, np.ndarray]) -> None:
-    """Write all answers and a few of each role's means, for the other stages.
+    """Write all answers and a few of each role's means for the other stages.
 
-    The means are float16, and all those of the default persona are kept.
+    The means are converted to float16. All means of the default persona are written.
 
     Raises:
-      ValueError: a mean exceeds float16.
+      ValueError: a mean overflows float16.
     """
     with gzip.open(args.out / "answers.jsonl.gz", "wt", encoding="utf-8") as file:
         for name, held in records.items():
@@ -114,12 +114,12 @@ def export(args: argparse.Namespace, records: dict[str, list[dict[str, Any]]],
         kept = value[spaced(len(value), each)]
         chosen[name] = kept.astype(np.float16)
         if np.isinf(chosen[name]).any():
-            raise ValueError(f"a mean of {name} exceeds float16")
+            raise ValueError(f"a mean of {name} overflows float16")
     np.savez(args.out / "means.npz", **chosen)
 
 
 def spaced(count: int, wanted: int) -> np.ndarray:
-    """Return `wanted` indices spread over a role's prompts and questions."""
+    """Return `wanted` indices, evenly spaced over a role's prompts and questions."""
     return np.unique(np.linspace(0, count - 1, wanted).astype(int))
 
 
@@ -134,7 +134,7 @@ def answers(args: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 
 
 def analysis(default: np.ndarray, found: science.Analysis) -> dict[str, Any]:
-    """Return cos(PC1, axis) and the explained variance at every layer."""
+    """Return cos(PC1, axis), the explained variance and the norm of the axis at every layer."""
     middle = found.components[len(found.components) // 2].ratio
     return {
         "cos_pc1": [round(float(c), 4) for c in found.cos_pc1],
@@ -158,7 +158,7 @@ def ranking(found: Any, layer: int) -> dict[str, Any]:
 
 
 def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Score a seeded sample of roles with the judging model; the axis of answers with score 3."""
+    """Score a seeded sample of roles with the judge, and compute the axis of score-3 answers."""
     held, means = answers(args), np.load(args.out / "means.npz")
     names = [name for name in held if name != "default"]
     roles = {role.name: role for role in texts.load_roles(None)}
@@ -214,7 +214,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> list[float]:
 
 
 def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Compare answers without and with a cap at p25, and with its control."""
+    """Compare answers without a cap, with a cap at p25 and with a control."""
     model = jp.load(args.model, dtype=args.dtype)
     axis = jp.load_axis(args.out / "axis.safetensors")
     order = json.loads((args.out / "axis.json").read_text())["ranking"]["order"]
@@ -235,20 +235,21 @@ def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
                            "roles": named, "questions": len(asked), "answers": len(prompts),
                            "ordinary": len(talks), "capability_questions": len(QUESTIONS),
                            "arms": {}}
-    how: dict[str, Any] = {"max_new_tokens": args.new, "batch_size": args.batch, "seed": args.seed}
+    options: dict[str, Any] = {"max_new_tokens": args.new, "batch_size": args.batch,
+                               "seed": args.seed}
     replies = {}
     for name, edit in arms.items():
         begun = time.perf_counter()
         made = jp.generate(model, [talk for *_, talk in prompts], interventions=edit,
-                           temperature=0.7, top_p=0.9, **how)
+                           temperature=0.7, top_p=0.9, **options)
         replies[name] = made.text
         bound = jp.logprobs(model, talks, interventions=edit).perplexity(jp.response)
-        short: dict[str, Any] = how | {"max_new_tokens": 24}
-        said = jp.generate(model, [q for q, _ in QUESTIONS], interventions=edit, **short).text
+        short: dict[str, Any] = options | {"max_new_tokens": 24}
+        given = jp.generate(model, [q for q, _ in QUESTIONS], interventions=edit, **short).text
         right = [correct(answer, wanted)
-                 for answer, (_, wanted) in zip(said, QUESTIONS, strict=True)]
+                 for answer, (_, wanted) in zip(given, QUESTIONS, strict=True)]
         changed = 0.0
-        if made.applied:  # share of (capped layer, token) pairs
+        if made.applied:  # fraction of (capped layer, token) pairs
             counts = made.applied[0]
             changed = float(counts.changed.sum() / (len(counts.changed) * counts.seen.sum()))
         out["arms"][name] = {"perplexity": round(bound, 4), "correct": int(sum(right)),
@@ -262,7 +263,7 @@ def cap_stage(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cap_judge_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Score the answers of `cap` with the judging model."""
+    """Score the answers from the `cap` stage with the judge."""
     made = json.loads((args.out / "cap.json").read_text())
     roles = {role.name: role for role in texts.load_roles(None)}
     judge = DigitJudge(jp.load(args.judge, dtype=args.judge_dtype))
@@ -283,7 +284,7 @@ def cap_judge_stage(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def speed_stage(args: argparse.Namespace) -> dict[str, Any]:
-    """Compare capped generation with transformers and hooks on random role prompts."""
+    """Compare the speed of capped generation with transformers and hooks on random role prompts."""
     model, axis = jp.load(args.model, dtype=args.dtype), jp.load_axis(args.out / "axis.safetensors")
     roles, questions = cast(args, args.name)[1:], texts.load_questions(None)[: args.questions]
     draw = np.random.default_rng(args.seed)
@@ -296,7 +297,7 @@ def speed_stage(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cap_layers(model: jp.Model) -> range:
-    """Return the capped layers: 70 to 85 % of the depth, as in the paper's best settings."""
+    """Return the layers to cap: 70 to 85 % of the depth, as in the paper's best settings."""
     return range(int(0.7 * model.config.n_layers), int(0.85 * model.config.n_layers))
 
 
@@ -310,7 +311,7 @@ def main() -> None:
     parser.add_argument("stage", choices=list(STAGES))
     parser.add_argument("--model", help="a model folder, a .gguf file or a hub name")
     parser.add_argument("--name", default="SmolLM2", help="the model's name in prompts")
-    parser.add_argument("--judge", help="the judging model")
+    parser.add_argument("--judge", help="the judge model")
     parser.add_argument("--judge-name", default="Qwen2.5-Coder-1.5B-Instruct")
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--dtype", default="float32")
@@ -321,12 +322,12 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=48)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--judged", type=int, default=40, help="roles that are judged")
-    parser.add_argument("--judged-each", type=int, default=4, help="judged answers of a role")
+    parser.add_argument("--judged", type=int, default=40, help="number of roles to judge")
+    parser.add_argument("--judged-each", type=int, default=4, help="answers to judge per role")
     parser.add_argument("--cap-questions", type=int, default=2)
     parser.add_argument("--ordinary", type=int, default=40)
     parser.add_argument("--speed-prompts", type=int, default=64)
-    parser.add_argument("--budget", type=float, default=300, help="seconds of the speed stage")
+    parser.add_argument("--budget", type=float, default=300, help="time limit of `speed`, s")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     begun = time.perf_counter()

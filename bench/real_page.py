@@ -2,9 +2,9 @@
 
     python bench/real_page.py runs/smollm2 [runs/qwen …]
 
-Each folder holds `axis.json` and `projections.npz`, and those of `judge.json`, `cap.json`,
-`cap_judge.json` and `speed.json` that were run. The JSON results are copied to bench/results. The
-page ends with bench/real_notes.md, which is written by hand.
+Each folder contains `axis.json` and `projections.npz`, and the results of the other stages that
+were run (`judge.json`, `cap.json`, `cap_judge.json`, `speed.json`). The JSON results are copied to
+bench/results. The page ends with the handwritten notes in bench/real_notes.md.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def section(folder: pathlib.Path, slug: str) -> str:
 
 
 def judged(folder: pathlib.Path) -> list[str]:
-    """Return the part on judged answers."""
+    """Return the subsection about judged answers."""
     judge = load(folder, "judge")
     if judge is None:
         return []
@@ -127,7 +127,7 @@ def judged(folder: pathlib.Path) -> list[str]:
 
 
 def capped(folder: pathlib.Path) -> list[str]:
-    """Return the part on capping."""
+    """Return the subsection about capping."""
     cap, judge = load(folder, "cap"), load(folder, "cap_judge")
     if cap is None:
         return []
@@ -145,7 +145,7 @@ def capped(folder: pathlib.Path) -> list[str]:
         "| | no cap | cap | control |", "|---|---|---|---|",
     ]
     arms = [cap["arms"][name] for name in ("none", "cap", "control")]
-    if judge is not None:  # how many of the same answers count as fully played
+    if judge is not None:
         verdicts = [judge["arms"][name] for name in ("none", "cap", "control")]
         scored = sum(verdicts[0]["scores"].values())
         lines += [
@@ -172,7 +172,7 @@ def capped(folder: pathlib.Path) -> list[str]:
 
 
 def speed(folder: pathlib.Path) -> list[str]:
-    """Return the part on speed."""
+    """Return the subsection about speed."""
     found = load(folder, "speed")
     if found is None:
         return []
@@ -185,13 +185,13 @@ def speed(folder: pathlib.Path) -> list[str]:
 
 
 def load(folder: pathlib.Path, stage: str) -> dict[str, Any] | None:
-    """Return a stage's result, or None."""
+    """Return a stage's result, or None if the stage was not run."""
     path = folder / f"{stage}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def device(found: dict[str, Any]) -> str:
-    """Return the device, versions and date of a result."""
+    """Describe the device, versions, date and command of a result."""
     kind = found["device"].split(" ", 1)  # platform and model
     name = f"{found['cores']} CPU cores ({found['processor']})" if kind[0] == "cpu" else kind[1]
     return (f"{name}, jax {found['versions']['jax']}, {found['date']} "
@@ -199,7 +199,7 @@ def device(found: dict[str, Any]) -> str:
 
 
 def options(found: dict[str, Any]) -> str:
-    """Return the options that a stage depends on, besides its files."""
+    """Return the command-line options that affect a stage's result."""
     used = {"axis": ("name", "dtype", "prompts", "questions", "new", "batch", "roles", "seed"),
             "judge": ("judge_name", "judge_dtype", "judged", "judged_each", "seed"),
             "cap": ("dtype", "questions", "cap_questions", "new", "batch", "ordinary", "seed"),
@@ -230,7 +230,7 @@ def main() -> None:
             if (folder / f"{stage}.json").exists():
                 kept = ROOT / "bench" / "results" / f"real-{slug}-{stage}.json"
                 kept.write_text((folder / f"{stage}.json").read_text())
-    notes = (ROOT / "bench" / "real_notes.md").read_text()  # written by hand
+    notes = (ROOT / "bench" / "real_notes.md").read_text()
     (PAGE / "real-models.md").write_text("\n".join([INTRODUCTION, *sections, notes]))
 
 

@@ -1,4 +1,4 @@
-"""Capped generation on given prompts against transformers with forward hooks, in one run."""
+"""Compare capped generation on given prompts with transformers and forward hooks, in one run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def compare(model: jp.Model, axis: jp.Axis, layers: range, talks: list[Any],
             args: argparse.Namespace) -> dict[str, Any]:
     """Time both sides in alternating pairs.
 
-    Both cap the same layers at the p25 of all answers and decode greedily `args.new` tokens per
-    prompt, without stopping earlier, from the same weights. The peer pads each batch on the left,
-    in the given order.
+    Both sides have the same weights, cap the same layers at the p25 of all answers, and greedily
+    decode exactly `args.new` tokens per prompt. Transformers runs batches in the given order with
+    left padding.
     """
     import torch
     from peers import Hooked

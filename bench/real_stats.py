@@ -13,7 +13,7 @@ from jaxpersona.persona import axis as science
 
 
 def halves_of(records: Sequence[dict[str, Any]], questions: Sequence[texts.Question]) -> np.ndarray:
-    """Return for each rollout whether its question has an odd index: the second half."""
+    """Return a mask of the rollouts whose question has an odd index (the second half)."""
     second = {question.id for question in questions[1::2]}
     return np.array([record["question_index"] in second for record in records], bool)
 
@@ -35,9 +35,9 @@ def _half_axis(vectors: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def auc(means: dict[str, np.ndarray], halves: dict[str, np.ndarray]) -> list[float]:
-    """Return how well the axis of one half tells default from role answers of the other, [L].
+    """Return the AUC of one half's axis between default and role answers of the other half, [L].
 
-    The area under the ROC curve of the projections, averaged over both directions.
+    This is the area under the ROC curve of the projections, averaged over both choices of halves.
     """
     found = []
     for second in (False, True):
@@ -55,8 +55,8 @@ def auc(means: dict[str, np.ndarray], halves: dict[str, np.ndarray]) -> list[flo
 def reliability(means: dict[str, np.ndarray], halves: dict[str, np.ndarray]) -> dict[str, Any]:
     """Return the agreement of the two halves of the questions at every layer.
 
-    `axis_reliability`: cosine of the two axes. `role_reliability`: mean over roles of the cosine
-    of a role's two vectors, each centred by the mean of all roles of its half.
+    `axis_reliability`: the cosine between the two axes. `role_reliability`: the mean over roles of
+    the cosine between a role's two vectors, each minus the mean over all roles in its half.
     """
     one, two = (_half_vectors(means, halves, second) for second in (False, True))
     a, b = _half_axis(one), _half_axis(two)

@@ -2,7 +2,7 @@
 
     python bench/report.py
 
-Measures nothing. Ratios with too wide an interval are marked as unresolved.
+Ratios with too wide an interval are marked as unresolved.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import json
 import pathlib
 from typing import Any
+
+from jaxpersona.report import benches
+from jaxpersona.report.style import new_figure, save, style
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE / "results"
@@ -115,59 +118,19 @@ def figures(value: dict[str, Any]) -> list[tuple[str, str]]:
 
 def draw(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Draw the four plots; return file names and captions."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(10, 7.5))
-    for name, value in found.items():
-        match value["bench"]:
-            case "decode":
-                at = value["by_batch"]
-                axes[0, 0].plot([int(n) for n in at],
-                                [x["tokens_per_second"] for x in at.values()], "o-", label=name)
-            case "cap_overhead":
-                at = {int(n): x for n, x in value["by_layers"].items()}
-                if len(at) > 1:
-                    line(axes[0, 1], at, name)
-            case "rows":
-                line(axes[1, 0], {int(n): x for n, x in value["by_distinct"].items()}, name)
-            case "roofline":
-                roof = value["roof"]
-                xs = [2**n / 8 for n in range(14)]
-                axes[1, 1].plot(xs, [min(roof["flops_per_second"], x * roof["bytes_per_second"])
-                                     for x in xs], label=name)
-                for p in value["points"]:
-                    axes[1, 1].plot(p["intensity"], p["flops_per_second"], "o", color="black")
-                    axes[1, 1].annotate(p["name"], (p["intensity"], p["flops_per_second"]),
-                                        fontsize=7)
-    labels = (("rows", "tokens/s"), ("capped layers", "capped ÷ uncapped speed"),
-              ("distinct settings", "speed ÷ one shared setting"),
-              ("FLOP/byte", "FLOP/s"))
-    for axis, (x, y) in zip(axes.flat, labels, strict=True):
-        axis.set_xlabel(x)
-        axis.set_ylabel(y)
-        if axis.has_data():
-            axis.legend(fontsize=7)
-    for axis, both in ((axes[0, 0], True), (axes[1, 1], True), (axes[1, 0], False)):
-        axis.set_xscale("log", base=2)
-        if both:
-            axis.set_yscale("log")
-    figure.tight_layout()
-    figure.savefig(RESULTS / "speed.png", dpi=110)
-    plt.close(figure)
+    figure = new_figure(10.5, 8)
+    kinds = {kind: {name: value for name, value in found.items() if value["bench"] == kind
+                    and (kind != "cap_overhead" or len(value["by_layers"]) > 1)}
+             for kind in ("decode", "cap_overhead", "rows", "roofline")}
+    with style():
+        for axes, results in zip(figure.subplots(2, 2).flat, kinds.values(), strict=True):
+            if results:
+                benches.bench(results, ax=axes)
+            else:
+                axes.set_axis_off()
+    save(figure, RESULTS / "speed.png")
     return [("speed.png", "throughput by batch size, overhead by capped layers and by distinct "
              "settings, and the roofline")]
-
-
-def line(axis: Any, at: dict[int, dict[str, Any]], name: str) -> None:
-    """Draw ratios with their intervals."""
-    xs = sorted(at)
-    low, high = zip(*(at[x]["interval"] for x in xs), strict=True)
-    axis.plot(xs, [at[x]["ratio"] for x in xs], "o-", label=name)
-    axis.fill_between(xs, low, high, alpha=0.2)
-    axis.axhline(1.0, color="grey", linewidth=0.8)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python bench/roofline.py --model mini --batch 1 8 32 128
 
-Each point is FLOP/byte against FLOP/s; the roof is min(peak, intensity · bandwidth), both measured
-here. Bytes are the minimum reads: weights once per pass, keys and values. Models that fit the CPU
-cache, such as `mini`, can exceed the memory roof.
+Each point is FLOP/byte against FLOP/s. The roof is min(peak, intensity · bandwidth); peak and
+bandwidth are measured. Bytes are the minimum that must be read: the weights once per pass, and keys
+and values. Models that fit in the CPU cache, such as `mini`, can exceed the memory roof.
 """
 
 from __future__ import annotations

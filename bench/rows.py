@@ -1,4 +1,4 @@
-"""Measure the overhead of per-row interventions: one shared cap against one cap per row.
+"""Measure the overhead of per-row interventions: one cap per row compared with one shared cap.
 
     python bench/rows.py --model mini --batch 256
 """

@@ -2,8 +2,8 @@
 
     python bench/suite.py [--only cap_overhead rows …] [--tag cpu]
 
-Each benchmark runs in its own process for two or three minutes by default; its last output line is
-saved as `bench/results/<bench>-<tag>.json`. Failures are reported and do not stop the others.
+Each benchmark runs in its own process, by default for two or three minutes; its last output line is
+saved as `bench/results/<bench>-<tag>.json`. A failure is reported and does not stop the others.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""LoRA adapters in the format of the PEFT library, merged into the weights or kept apart.
+"""LoRA adapters in the format of the PEFT library, merged into the weights or kept separate.
 
-A folder holds `adapter_config.json` and `adapter_model.safetensors`. With LoRA (Hu et al. 2021) a
-product W·x becomes W·x + s·B·(A·x), with A [r, in], B [out, r] and s = α/r, or α/√r with rsLoRA
+A folder contains `adapter_config.json` and `adapter_model.safetensors`. With LoRA (Hu et al. 2021),
+a product W·x becomes W·x + s·B·(A·x), with A [r, in], B [out, r] and s = α/r, or α/√r with rsLoRA
 (Kalajdzievski 2023).
 """
 
@@ -26,13 +26,14 @@ from jaxpersona.distributed import sharding
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json, require_folder
 from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.int8 import Int8
 from jaxpersona.models.params import Params, Spec
 from jaxpersona.models.prepared import PRODUCTS
-from jaxpersona.models.weight import LowRank
+from jaxpersona.models.weight import LowRank, Weight
 
 WEIGHTS = "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-# settings that change the computation, and the values under which they do not
+# setting that can change the computation → values with which it does not
 _INACTIVE: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None), "fan_in_fan_out": (False, None), "bias": ("none", None),
     "lora_bias": (False, None), "modules_to_save": (None, []), "layer_replication": (None, []),
@@ -60,15 +61,15 @@ def read_adapter(folder: pathlib.Path, config: ModelConfig) -> dict[str, Pair]:
     """Read an adapter.
 
     Args:
-      folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+      folder: contains `adapter_config.json` and `adapter_model.safetensors`.
       config: the configuration of the base model.
 
     Returns:
-      The update of each weight by tensor name.
+      Tensor name → update of the weight.
 
     Raises:
-      UserError: the folder is no LoRA adapter, uses a feature that is not implemented, or does not
-        fit the model; the message names the file, the key and its value.
+      UserError: the folder is not a LoRA adapter, uses an unsupported feature, or does not fit the
+        model; the message names the file, the key and its value.
     """
     require_folder(folder)
     if not (folder / ADAPTER).exists():
@@ -76,13 +77,13 @@ def read_adapter(folder: pathlib.Path, config: ModelConfig) -> dict[str, Pair]:
     raw = read_json(folder / ADAPTER)
     place = folder / ADAPTER
     if not isinstance(raw, dict):
-        raise UserError(f"{place}: holds {type(raw).__name__}, not a JSON object")
+        raise UserError(f"{place}: contains a {type(raw).__name__}, not a JSON object")
     _check_settings(raw, place)
     entries, _, faults = tensorfile.read_header(folder / WEIGHTS)
     expected = {t.name: t for t in jax.tree.leaves(names.tensors(config)) if t.spec.inner}
     pairs, more = _paired(entries, expected, config)
     if not faults and not pairs and not more:
-        more = [f"{WEIGHTS}: holds no LoRA weights"]
+        more = [f"{WEIGHTS}: contains no LoRA weights"]
     if faults + more:
         listed = "\n".join(f"  - {fault}" for fault in faults + more)
         raise UserError(f"{folder}: the adapter does not fit the model\n{listed}")
@@ -108,18 +109,19 @@ def _check_settings(raw: Mapping[str, Any], place: pathlib.Path) -> None:
         if not any(value is x or (type(value) is type(x) and value == x) for x in inactive):
             raise UserError(f"{place}: {key} is {value!r:.60}, which is not supported; merge the "
                             "adapter into its base model with peft's merge_and_unload")
-    how = raw.get("init_lora_weights")
-    if isinstance(how, str) and how.lower().startswith(_CHANGED_BASE):
-        raise UserError(f"{place}: init_lora_weights is {how!r:.60}, which changes the base "
+    init = raw.get("init_lora_weights")
+    if isinstance(init, str) and init.lower().startswith(_CHANGED_BASE):
+        raise UserError(f"{place}: init_lora_weights is {init!r:.60}, which changes the base "
                         "model's weights; convert the adapter to plain LoRA with peft's "
                         "save_pretrained(path_initial_model_for_weight_conversion=…)")
 
 
 def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
              place: pathlib.Path) -> float:
-    """Return the rank or α of a module: of the first pattern that matches its name, or the default.
+    """Return the rank or α of a module: that of the first matching pattern, else the default.
 
-    As in PEFT, a pattern is a regular expression for the end of the name, after a dot.
+    As in PEFT, a pattern is a regular expression that must match the module's whole name, or all of
+    the name after one of its dots.
     """
     value = raw.get(key, 8)
     table = raw.get(patterns) or {}
@@ -143,7 +145,7 @@ def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
 def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
             config: ModelConfig) -> tuple[dict[str, tuple[Entry, Entry]], list[str]]:
     """Return the two factors of each weight by its tensor name, and every mismatch."""
-    found: dict[str, dict[str, Entry]] = {}
+    by_weight: dict[str, dict[str, Entry]] = {}
     faults = []
     for name, entry in sorted(entries.items()):
         match = _NAME.fullmatch(name)
@@ -158,12 +160,12 @@ def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
             faults.append(f"{name}: {entry.dtype} {list(entry.shape)}; it must be a matrix in "
                           f"{', '.join(DTYPES)}")
         else:
-            found.setdefault(weight, {})[match[2]] = entry
+            by_weight.setdefault(weight, {})[match[2]] = entry
     pairs = {}
-    for weight, factors in found.items():
+    for weight, factors in by_weight.items():
         out, width = expected[weight].shape
         if set(factors) != {"A", "B"}:
-            faults.append(f"{weight}: only lora_{next(iter(factors))} is there")
+            faults.append(f"{weight}: only lora_{next(iter(factors))} is present")
             continue
         a, b = factors["A"], factors["B"]
         if a.shape[1] != width or b.shape[0] != out or a.shape[0] != b.shape[1]:
@@ -175,26 +177,42 @@ def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
 
 
 def merged(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> Params:
-    """Add updates to the weights: W + s·B·A in float32, rounded to the weight's dtype."""
+    """Add updates to the weights: W + s·B·A in float32, rounded to the weight's dtype.
 
+    Raises:
+      UserError: an update of an int8 weight.
+    """
     def add(w: jax.Array, spec: Spec, pair: Pair) -> jax.Array:
-        delta = jax.device_put((pair.b @ pair.a).reshape(spec.shape), w.sharding)
-        return _sum(w, delta)
+        if isinstance(w, Weight):
+            raise UserError("the weights are int8, and an adapter cannot be merged into them; load "
+                            "the float model with dtype='int8' and this adapter, or use "
+                            "merge=False")
+        return add_pair(w, spec, pair)
 
     return _changed(params, config, updates, add)
 
 
-def attached(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> Params:
-    """Keep updates beside the weights (`weight.LowRank`): the base weights stay as they are."""
+def add_pair(w: jax.Array, spec: Spec, pair: Pair) -> jax.Array:
+    """Add one update to an array: W + s·B·A in float32, rounded to the array's dtype."""
+    return _sum(w, jax.device_put((pair.b @ pair.a).reshape(spec.shape), w.sharding))
 
-    def attach(w: jax.Array, spec: Spec, pair: Pair) -> LowRank:
+
+def attached(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> Params:
+    """Keep updates separate from the base weights (`weight.LowRank`), which are unchanged.
+
+    They have the dtype of the activations, also beside int8 weights.
+    """
+    dtype = params.like.dtype
+
+    def attach(w: jax.Array | Int8, spec: Spec, pair: Pair) -> LowRank:
         at = len(spec.shape) - spec.inner
         rank = pair.a.shape[0]
-        a = pair.a.reshape(rank, *spec.shape[at:]).astype(w.dtype)
-        b = pair.b.reshape(*spec.shape[:at], rank).astype(w.dtype)
-        mesh = sharding.mesh_of(w)
+        a = pair.a.reshape(rank, *spec.shape[at:]).astype(dtype)
+        b = pair.b.reshape(*spec.shape[:at], rank).astype(dtype)
+        array = w.value if isinstance(w, Int8) else w
+        mesh = sharding.mesh_of(array)
         if mesh is None:
-            where = w.sharding
+            where = array.sharding
             return LowRank(w, jax.device_put(a, where), jax.device_put(b, where), spec.inner)
         places = (sharding.weight_sharding((None, *spec.axes[at:]), a.shape, mesh),
                   sharding.weight_sharding((*spec.axes[:at], None), b.shape, mesh))

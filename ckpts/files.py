@@ -28,7 +28,7 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
       UserError: the folder cannot be written.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # `leftovers` parses this
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # `leftovers` parses this name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -38,7 +38,7 @@ def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
     finally:
-        with contextlib.suppress(OSError):  # the error above already names an invalid parent
+        with contextlib.suppress(OSError):  # an invalid parent folder was reported above
             temporary.unlink(missing_ok=True)
 
 
@@ -61,7 +61,7 @@ def parse_field(text: str, field: str, kind: type) -> Any:
     """Parse a header field as JSON and require a `dict` or a `list`.
 
     Raises:
-      UserError: invalid JSON, nesting that is too deep, or another JSON type.
+      UserError: the text is invalid JSON, is nested too deeply, or has the wrong JSON type.
     """
     try:
         value = parse_json(text)
@@ -111,9 +111,9 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, np.ndarray],
                   metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically; equal content gives equal bytes.
+    """Write a safetensors file atomically; equal content always results in equal bytes.
 
-    Names and metadata are sorted, because the order of the safetensors library varies.
+    Names and metadata are sorted, because the safetensors library writes them in varying order.
     """
     with atomic(path) as temporary, open(temporary, "wb") as file:
         for piece in _pieces(tensors, metadata):
@@ -153,7 +153,7 @@ def read_entries(path: str | os.PathLike,
     """Read a safetensors file's header: tensor entries and metadata, without the values.
 
     Raises:
-      UserError: as `read_tensors`.
+      UserError: as for `read_tensors`.
     """
     path = pathlib.Path(path)
     require_file(path, limit)

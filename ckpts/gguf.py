@@ -24,8 +24,8 @@ from jaxpersona.models.config import MAX_LAYERS
 from jaxpersona.vectors.vector import CONTROL_VECTOR, Axis, Vector
 
 ARCHITECTURE = "controlvector"
-VECTOR_BYTES = 1 << 30  # maximum size of a vector file; a 405B model's has 8 MB
-_MAX_ELEMENTS = 1 << 16  # limit for array elements in total; `write` makes no array
+VECTOR_BYTES = 1 << 30  # maximum size of a vector file; that of a 405B model has 8 MB
+_MAX_ELEMENTS = 1 << 16  # maximum number of array elements in total; `write` writes no array
 # stored under keys `jaxpersona.<field>`
 _OURS = ("kind", "name", "model", "fingerprint", "fingerprint_scheme", "layers", "notes")
 
@@ -50,7 +50,7 @@ def read(path: str | os.PathLike) -> Vector:
     require_file(path, VECTOR_BYTES)
     try:
         reader = gguf.GGUFReader(path)
-    except Exception as error:  # gguf slices unchecked; NumPy's slicing errors do not help users
+    except Exception as error:  # gguf slices without checks; NumPy's errors would not help users
         raise UserError(damaged) from error
     try:
         return _build(gguf, reader, path.stem)
@@ -63,23 +63,24 @@ def check_bounds(path: pathlib.Path) -> None:
     """Check every count and length in the header before the gguf package parses the file.
 
     Raises:
-      UserError: a count or length exceeds the limits, or the architecture is another one.
-      struct.error: the header declares more data than the file holds.
+      UserError: a count or length exceeds its limit, or the file is not a control vector.
+      struct.error: the header declares more data than the file contains.
     """
     with gguf_header.mapped(path) as data:
         header = HeaderReader(data, _MAX_ELEMENTS)
         tensors, fields = header.n_tensors, header.n_fields
         excessive = tensors > MAX_LAYERS or fields > MAX_FIELDS
-        found = header.read_fields(_check_architecture, keep=None, count=min(fields, MAX_FIELDS))
-        _check_architecture(found.get(ARCHITECTURE_KEY))
+        read = header.read_fields(_check_architecture, keep=None, count=min(fields, MAX_FIELDS))
+        _check_architecture(read.get(ARCHITECTURE_KEY))
         if excessive:
-            raise UserError(f"the header declares {tensors} tensors and {fields} fields")
+            raise UserError(f"the header declares {tensors} tensors and {fields} fields; the "
+                            f"limits are {MAX_LAYERS} and {MAX_FIELDS}")
         header.read_tensors(VECTOR_BYTES // 4)
 
 
-def _check_architecture(found: Any) -> None:
-    if found != ARCHITECTURE:
-        raise UserError(f"architecture is {found!r:.80}, not {ARCHITECTURE!r}")
+def _check_architecture(name: Any) -> None:
+    if name != ARCHITECTURE:
+        raise UserError(f"architecture is {name!r:.80}, not {ARCHITECTURE!r}")
 
 
 def _build(gguf: Any, reader: Any, stem: str) -> Vector:
@@ -96,7 +97,7 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
                             f"direction.{MAX_LAYERS - 1}")
         value = np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
         if value.ndim != 1:
-            raise UserError(f"{tensor.name} has {value.ndim} dimensions; it must have 1")
+            raise UserError(f"{tensor.name} has {value.ndim} dimensions; it must have one")
         directions[int(number[1])] = value
     widths = {value.size for value in directions.values()}
     if len(widths) != 1 or 0 in widths:
@@ -118,11 +119,11 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
 
 
 def write(path: str | os.PathLike, vector: Vector) -> list[str]:
-    """Write a direction as a control vector, atomically; return the parts that GGUF cannot store.
+    """Write a direction as a control vector, atomically; return what GGUF cannot store.
 
     Raises:
-      UserError: the package gguf is not installed, the direction is not of the residual site, or
-        it is zero at every layer above 0.
+      UserError: the package gguf is not installed, the direction was measured at a site other than
+        "residual", or it is zero at every layer above 0.
     """
     path = pathlib.Path(path)
     vector.check_site("residual")

@@ -1,4 +1,4 @@
-"""Conversion of GGUF metadata to `ModelConfig`, by the conventions of llama.cpp."""
+"""Convert GGUF metadata to a `ModelConfig`, following the conventions of llama.cpp."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class _Metadata:
         return value
 
     def real(self, key: str) -> float | None:
-        """Return a float32 as the decimal number with the fewest digits, such as 1e-05."""
+        """Return a float32 field as the shortest decimal that rounds to it, such as 1e-05."""
         value = self.get(key)
         if value is None:
             return None
@@ -80,8 +80,8 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     """Convert the metadata of a GGUF model.
 
     Args:
-      fields: the metadata, `general.architecture` among it.
-      shapes: of the tensors, by their GGUF names.
+      fields: the metadata, including `general.architecture`.
+      shapes: the shapes of the tensors, by GGUF name.
       rope_divisors: [H/2] divisors of the rotary frequencies (`rope_freqs.weight`), if any.
       place: the file's name, for warnings.
 
@@ -142,9 +142,9 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
 
 
 def _is_mistral(fields: Mapping[str, Any], data: _Metadata) -> bool:
-    """Return whether a file of architecture "llama" holds a Mistral model.
+    """Return whether a file of architecture "llama" contains a Mistral model.
 
-    Both compute the same but for a sliding window; the family is part of a fingerprint.
+    The two families differ only in the sliding window, but the fingerprint includes the family.
     """
     if fields["general.architecture"] != "llama":
         return False
@@ -154,7 +154,7 @@ def _is_mistral(fields: Mapping[str, Any], data: _Metadata) -> bool:
 
 
 def _scaling(data: _Metadata) -> dict[str, Any] | None:
-    """Return the scaling of the rotary frequencies in the form of a config.json."""
+    """Return the scaling of the rotary frequencies, as in a config.json."""
     kind, factor = data.get("rope.scaling.type"), data.real("rope.scaling.factor")
     if kind is not None and not isinstance(kind, str):
         raise UserError(f"rope.scaling.type is {reprlib.repr(kind)}; it must be a string")
@@ -172,8 +172,8 @@ def _scaling(data: _Metadata) -> dict[str, Any] | None:
 def _llama3(divisors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any] | None:
     """Return the parameters of Llama 3's frequency scaling that give these divisors.
 
-    Scaling `original_max_position_embeddings` and both frequency factors by one number changes
-    nothing, so the low frequency factor is 1, as in all released models.
+    Multiplying `original_max_position_embeddings` and both frequency factors by one number changes
+    nothing, so the low frequency factor can be fixed at 1, as in all released models.
     """
     divisors = np.asarray(divisors, np.float64)
     if divisors.shape != (head_dim // 2,) or not (np.isfinite(divisors) & (divisors > 0)).all():
@@ -182,7 +182,7 @@ def _llama3(divisors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]
         return None  # `ModelConfig` rejects an odd head dimension
     factor = float(str(np.float32(divisors.max())))
     if not 1 < factor < 1e6:
-        raise UserError(f"rope_freqs.weight has the maximum {factor:g}; it must be above 1 and "
+        raise UserError(f"rope_freqs.weight has a maximum of {factor:g}; it must be above 1 and "
                         "below a million")
     wave = 2 * np.pi * theta ** (np.arange(0, head_dim, 2) / head_dim)
     blend = (1 / divisors - 1 / factor) / (1 - 1 / factor)  # 1: unscaled, 0: divided by `factor`
@@ -208,12 +208,12 @@ def _llama3(divisors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]
             return {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0,
                     "high_freq_factor": high,
                     "original_max_position_embeddings": rope.original_context}
-    raise UserError("rope_freqs.weight is not a scaling of Llama 3's form; others are not "
-                    "supported")
+    raise UserError("rope_freqs.weight does not have the form of Llama 3's scaling; other scalings "
+                    "are not supported")
 
 
 def _windows(data: _Metadata, family: str, layers: int) -> dict[str, Any]:
-    """Return `sliding_window` and `layer_types` in the form of a config.json."""
+    """Return `sliding_window` and `layer_types`, as in a config.json."""
     if family == "llama":
         return {}
     pattern = data.get("attention.sliding_window_pattern")
@@ -242,11 +242,11 @@ def _windows(data: _Metadata, family: str, layers: int) -> dict[str, Any]:
 
 def _gemma(data: _Metadata, architecture: str, width: int, heads: int, layers: int,
            head_dim: int) -> dict[str, Any]:
-    """Return the fields of a config.json that only Gemma 2 and 3 have."""
+    """Return the config.json fields that only Gemma 2 and 3 have."""
     scale = data.real("attention.scale")
     if scale is not None and scale > 0:
         scalar = scale**-2
-    else:  # not in the file: llama.cpp derives it from the number of layers, too
+    else:  # not in the file: derived from the number of layers, as in llama.cpp
         scalar = width / heads if layers == _27B[architecture] else head_dim
     raw: dict[str, Any] = {"query_pre_attn_scalar": scalar}
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):

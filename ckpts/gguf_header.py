@@ -1,8 +1,8 @@
 """Headers of GGUF files, read with bounds checks: metadata fields and the table of tensors.
 
-A header holds counts, fields (key, type, value) and one entry per tensor (name, dimensions, type,
-offset). The gguf package allocates an object per declared array element without checking the file
-size, so every count and length is checked here first.
+A header contains counts, fields (key, type, value) and one entry per tensor (name, dimensions,
+type, offset). The gguf package allocates an object per declared array element without checking the
+file size, so every count and length is checked here first.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from jaxpersona.errors import UserError
+from jaxpersona.extras import require
 
 ARCHITECTURE_KEY = "general.architecture"
 MAX_FIELDS = 1 << 16
@@ -35,10 +36,10 @@ class TensorInfo:
     """An entry of the table of tensors.
 
     Attributes:
-      name: of the tensor.
-      shape: in C order, the last dimension contiguous.
+      name: the tensor's name.
+      shape: the shape in C order (the last dimension is contiguous).
       kind: the id of the ggml type.
-      offset: in bytes from the start of the data section.
+      offset: the position in bytes, from the start of the data section.
     """
 
     name: str
@@ -51,14 +52,9 @@ def import_gguf(path: pathlib.Path) -> Any:
     """Import the optional package gguf.
 
     Raises:
-      UserError: it is not installed; the message names the file that needs it.
+      UserError: the package is not installed; the message names the file that needs it.
     """
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(f"{path}: GGUF files need the package gguf: pip install 'jaxpersona[gguf]'"
-                        ) from None
-    return gguf
+    return require("gguf", f"{path}: GGUF files need the package gguf")
 
 
 @contextlib.contextmanager
@@ -66,7 +62,7 @@ def mapped(path: pathlib.Path) -> Iterator[mmap.mmap]:
     """Map a GGUF file into memory, read-only.
 
     Raises:
-      struct.error: the file is shorter than a header without fields.
+      struct.error: the file is too short for a GGUF header.
       OSError: the file cannot be read.
     """
     with open(path, "rb") as file:
@@ -77,9 +73,9 @@ def mapped(path: pathlib.Path) -> Iterator[mmap.mmap]:
 
 
 class HeaderReader:
-    """Sequential reader of a header; no read passes the end of the file.
+    """A sequential reader of a header, which never reads beyond the end of the file.
 
-    Every method raises `struct.error` if the header declares more data than the file holds.
+    Every method raises `struct.error` if the header declares more data than the file contains.
 
     Attributes:
       version: the format version.
@@ -92,7 +88,7 @@ class HeaderReader:
 
         Args:
           data: the file.
-          max_elements: limit for the elements of all arrays together.
+          max_elements: the maximum number of elements in all arrays together.
 
         Raises:
           UserError: the file is in big-endian byte order.
@@ -115,7 +111,7 @@ class HeaderReader:
           check_architecture: called with the architecture before later fields are read; raises if
             it is not supported.
           keep: keys of string arrays to return; None returns `general.architecture` alone.
-          count: the number of fields to read; by default all.
+          count: the number of fields to read; None reads all.
 
         Returns:
           Values by key: numbers, booleans, strings, NumPy arrays, and lists of strings.
@@ -146,7 +142,7 @@ class HeaderReader:
         """Read the table of tensors, which follows the fields.
 
         Args:
-          max_elements: limit for the elements of all tensors together.
+          max_elements: the maximum number of elements in all tensors together.
 
         Raises:
           UserError: a tensor has too many dimensions, or the tensors have too many elements.
@@ -155,22 +151,26 @@ class HeaderReader:
         for _ in range(self.n_tensors):
             name, dimensions = self._text(), self._number("I")
             if dimensions > _MAX_DIMENSIONS:
-                raise UserError(f"a tensor declares {dimensions} dimensions")
+                raise UserError(f"a tensor declares {dimensions} dimensions; the limit is "
+                                f"{_MAX_DIMENSIONS}")
             shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
             elements += math.prod(shape)
             infos.append(TensorInfo(name, shape, self._number("I"), self._number("Q")))
         if max_elements is not None and elements > max_elements:
-            raise UserError(f"the tensors declare {elements} elements")
+            raise UserError(f"the tensors declare {elements} elements; the limit is "
+                            f"{max_elements}")
         return infos
 
     def _array(self, keep: bool) -> Any:
-        """Read an array: NumPy array of numbers, list of strings, or None if not kept."""
+        """Read an array; return numbers as a NumPy array, strings as a list or None if not kept."""
         kind, count = self._number("I"), self._number("Q")
         if count > self._max_elements:
-            raise UserError(f"an array declares {count} elements")
+            raise UserError(f"an array declares {count} elements; the limit is "
+                            f"{self._max_elements}")
         self._elements += count
         if self._elements > self._max_elements:  # gguf allocates an object per element
-            raise UserError(f"the arrays declare at least {self._elements} elements")
+            raise UserError(f"the arrays declare at least {self._elements} elements; the limit is "
+                            f"{self._max_elements}")
         if kind == _ARRAY:
             raise UserError("nested arrays are not supported")
         if kind == _STRING:

@@ -1,8 +1,9 @@
 """GGUF model files: headers, tensors and dequantization.
 
 Every tensor is dequantized by the package gguf, in blocks of rows, directly into an array of the
-target dtype. llama.cpp's conversion is undone: the rows of Q and K of architecture "llama" return
-to the order of Hugging Face, and Gemma's norms lose the 1 that the conversion added.
+target dtype. llama.cpp's conversion is undone: for architecture "llama", the rows of Q and K are
+permuted back to Hugging Face's order; for Gemma, the 1 that was added to norm weights is
+subtracted.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ TOKENIZER_ARRAYS = tuple(f"tokenizer.ggml.{key}" for key in
                          ("tokens", "scores", "token_type", "merges"))
 ROPE_DIVISORS = "rope_freqs.weight"
 _MAX_TENSORS = 32 * MAX_LAYERS  # Gemma 3 has 13 per layer
-_MAX_ELEMENTS = 1 << 22  # of all arrays together; Llama 4's tokenizer has 0.9 million
+_MAX_ELEMENTS = 1 << 22  # in all arrays together; Llama 4's tokenizer has 0.9 million
 _MAX_PARTS = 1024
-_BLOCK = 1 << 20  # elements that are dequantized together
+_BLOCK = 1 << 20  # number of elements to dequantize at once
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _TOP = {names.EMBED: "token_embd.weight", names.HEAD: "output.weight",
         "model.norm.weight": "output_norm.weight"}
@@ -65,10 +66,10 @@ class Quantized:
 
     Attributes:
       kind: its `gguf.GGMLQuantizationType`.
-      shape: in elements, C order.
+      shape: the shape in elements, in C order.
       block: the number of elements in a quantization block.
-      block_bytes: the bytes of a block.
-      entry: the location as [rows, bytes per row] of bytes.
+      block_bytes: the size of a block in bytes.
+      entry: the location of the data, as an array of bytes [rows, bytes per row].
     """
 
     kind: Any
@@ -131,8 +132,8 @@ def _read_parts(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str
         return fields, tensors
     matched = _PART.fullmatch(path.name)
     if matched is None or int(matched[3]) != count:
-        raise UserError(f"{path}: one of {count} parts; parts must be named "
-                        f"NAME-00001-of-{count:05d}.gguf")
+        raise UserError(f"{path}: this is one of {count} parts, which must be named "
+                        f"NAME-00001-of-{count:05d}.gguf and so on")
     part_names = [f"{matched[1]}-{i + 1:05d}-of-{count:05d}.gguf" for i in range(count)]
     if fields.get("split.no") != 0 or path.name != part_names[0]:
         raise UserError(f"{path}: not the first of its {count} parts; give {part_names[0]}")
@@ -144,7 +145,7 @@ def _read_parts(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str
             raise UserError(f"{part}: split.no is {of_part.get('split.no')!r:.40} and split.count "
                             f"{of_part.get('split.count')!r:.40}; expected {number} and {count}")
         if both := set(tensors) & set(more):
-            raise UserError(f"{part}: holds {some(both)}, which another part holds too")
+            raise UserError(f"{part}: contains {some(both)}, but so does another part")
         tensors |= more
     declared = fields.get("split.tensors.count", len(tensors))
     if declared != len(tensors):
@@ -163,7 +164,8 @@ def _read_part(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str,
                 raise UserError(f"GGUF version {header.version}; versions 2 and 3 are supported")
             if header.n_tensors > _MAX_TENSORS or header.n_fields > gguf_header.MAX_FIELDS:
                 raise UserError(f"the header declares {header.n_tensors} tensors and "
-                                f"{header.n_fields} fields")
+                                f"{header.n_fields} fields; the limits are {_MAX_TENSORS} and "
+                                f"{gguf_header.MAX_FIELDS}")
             fields = header.read_fields(gguf_config.check_architecture, keep=TOKENIZER_ARRAYS)
             infos = header.read_tensors()
         alignment = fields.get("general.alignment", 32)
@@ -183,7 +185,7 @@ def _locate(path: pathlib.Path, infos: list[TensorInfo], start: int, size: int,
             gguf: Any) -> dict[str, Quantized]:
     """Check types, shapes and byte ranges of the tensors; ranges must not overlap.
 
-    A file whose tensors share bytes could otherwise declare far more parameters than it holds.
+    If tensors could share bytes, a file could declare far more parameters than it contains.
     """
     tensors: dict[str, Quantized] = {}
     for info in infos:
@@ -196,8 +198,8 @@ def _locate(path: pathlib.Path, infos: list[TensorInfo], start: int, size: int,
         rows, row_bytes = math.prod(info.shape[:-1]), columns // block * block_bytes
         at = start + info.offset
         if at + rows * row_bytes > size:
-            raise UserError(f"truncated: {info.name:.80} ends at byte {at + rows * row_bytes}, the "
-                            f"file at {size}")
+            raise UserError(f"truncated: {info.name:.80} ends at byte {at + rows * row_bytes}, but "
+                            f"the file at byte {size}")
         if info.name in tensors:
             raise UserError(f"tensor {info.name:.80} is declared twice")
         entry = Entry(path, "U8", (rows, row_bytes), at, rows * row_bytes)
@@ -211,7 +213,7 @@ def _locate(path: pathlib.Path, infos: list[TensorInfo], start: int, size: int,
 
 
 def _kind(info: TensorInfo, gguf: Any) -> Any:
-    """Return a tensor's `gguf.GGMLQuantizationType`; raise unless gguf dequantizes it."""
+    """Return a tensor's `gguf.GGMLQuantizationType`; raise if gguf cannot dequantize it."""
     known = {int(kind): kind for kind in gguf.GGML_QUANT_SIZES}
     kind = known.get(info.kind)
     if kind is None or not _dequantizes(kind, gguf):
@@ -231,14 +233,14 @@ def _dequantizes(kind: Any, gguf: Any) -> bool:
 
 
 class GgufSource:
-    """The tensors of a GGUF model by their Hugging Face names, a `source.TensorSource`."""
+    """A `source.TensorSource` of a GGUF model's tensors, by their Hugging Face names."""
 
     def __init__(self, tensors: Mapping[str, Quantized], config: ModelConfig, architecture: str,
                  gguf: Any) -> None:
         """Match the tensors with the configuration.
 
         Raises:
-          UserError: tensors are missing, unexpected or of another shape.
+          UserError: tensors are missing or unexpected, or have the wrong shape.
         """
         self._gguf, self._head_dim = gguf, config.head_dim
         self._permuted = architecture == "llama"
@@ -247,7 +249,7 @@ class GgufSource:
         stored = {name: gguf_name(name, config.post_norms) for name in expected}
         faults = []
         if missing := set(stored.values()) - set(tensors):
-            faults.append(f"lacks {some(missing)}")
+            faults.append(f"missing tensors {some(missing)}")
         if extra := set(tensors) - set(stored.values()) - {ROPE_DIVISORS}:
             faults.append(f"unexpected tensors {some(extra)}")
         faults += [f"{stored[name]} has shape {list(tensors[stored[name]].shape)}, expected "
@@ -265,10 +267,11 @@ class GgufSource:
              dtype: np.dtype | None) -> np.ndarray:
         """Read and dequantize a tensor or a part of it (see `TensorSource.read`).
 
-        Whole quantization blocks outside `index` are not read. `dtype` None gives float32.
+        Quantization blocks entirely outside `index` are not read. If `dtype` is None, the result is
+        float32.
 
         Raises:
-          UserError: the file cannot be read, or has become shorter.
+          UserError: the file cannot be read, or was truncated after its header was read.
         """
         tensor = self._tensors[name]
         bounds = [s.indices(n)[:2] for s, n in zip(index or (), tensor.shape, strict=False)]
@@ -276,7 +279,7 @@ class GgufSource:
         out = tensorfile.aligned(tuple(stop - start for start, stop in bounds),
                                  dtype or np.dtype(np.float32))
         permuted = self._permuted and (".q_proj." in name or ".k_proj." in name)
-        with np.errstate(all="ignore"):  # NaN and overflow are values like others
+        with np.errstate(all="ignore"):  # NaN and overflow are valid results here
             if len(bounds) == 1:
                 values = self._dequantize(tensor, (0, 1), (0, tensor.shape[0]))[0]
                 if permuted:
@@ -286,7 +289,7 @@ class GgufSource:
                 np.copyto(out, values[slice(*bounds[0])], casting="unsafe")
                 return out
             (first, last), columns = bounds
-            unit = self._head_dim if permuted else 1  # the order of rows changes within a head
+            unit = self._head_dim if permuted else 1  # rows are permuted within each head
             step = -(-_BLOCK // max(tensor.shape[1] * unit, 1)) * unit
             for start in range(first // unit * unit, last, step):
                 stop = min(start + step, -(-last // unit) * unit)
@@ -297,8 +300,30 @@ class GgufSource:
                 np.copyto(out[low - first : high - first], values, casting="unsafe")
         return out
 
+    def blocks(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Read a matrix of type Q8_0 without dequantizing it; return None for other types.
+
+        Returns:
+          int8 [rows, columns] and the scales of blocks of 32 columns, float16 [rows, columns / 32].
+
+        Raises:
+          UserError: the file cannot be read, or has become shorter.
+        """
+        tensor = self._tensors[name]
+        if tensor.kind.name != "Q8_0" or len(tensor.shape) != 2:
+            return None
+        rows, columns = tensor.shape
+        stored = tensorfile.read_slice(tensor.entry).reshape(rows, -1, tensor.block_bytes)
+        value = tensorfile.aligned((rows, columns), np.dtype(np.int8))
+        scale = tensorfile.aligned(stored.shape[:2], np.dtype(np.float16))
+        permuted = self._permuted and (".q_proj." in name or ".k_proj." in name)
+        order = self._stored_rows(0, rows) if permuted else slice(None)
+        value[:] = stored[order, :, 2:].view(np.int8).reshape(rows, columns)
+        scale[:] = np.ascontiguousarray(stored[order, :, :2]).view("<f2")[..., 0]
+        return value, scale
+
     def _stored_rows(self, first: int, last: int) -> np.ndarray:
-        """Return the rows of the file that hold rows `first` to `last` of Hugging Face's order.
+        """Return the rows of the file that contain rows `first` to `last` of Hugging Face's order.
 
         llama.cpp interleaves the two halves of each head's rows.
         """
@@ -309,7 +334,7 @@ class GgufSource:
 
     def _dequantize(self, tensor: Quantized, rows: tuple[int, int],
                     columns: tuple[int, int]) -> np.ndarray:
-        """Return a part of a tensor as float32, reading only the blocks that hold it."""
+        """Return a part of a tensor as float32, reading only the blocks that contain it."""
         first = columns[0] // tensor.block
         last = -(-columns[1] // tensor.block)
         part = tensorfile.read_slice(tensor.entry, (

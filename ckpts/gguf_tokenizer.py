@@ -1,8 +1,8 @@
 """Tokenizers from the metadata of GGUF models, built with the tokenizers library.
 
 transformers' own conversion imports PyTorch, so it is not used. Two kinds of vocabularies exist:
-"gpt2" (byte-level BPE with merges, split by the regular expression that `tokenizer.ggml.pre`
-names) and "llama" (SentencePiece BPE, whose merges follow from the scores).
+"gpt2" (byte-level BPE with merges; `tokenizer.ggml.pre` names the regular expression that splits
+texts) and "llama" (SentencePiece BPE; merges are derived from the scores).
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from jaxpersona.errors import UserError
+from jaxpersona.extras import require
 
-_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
-_MAX_LENGTH = 1024  # of a token, in characters; merges are derived in time quadratic in it
+_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_MAX_LENGTH = 1024  # maximum characters per token; deriving merges takes quadratic time in it
 _NAMED = {"bos_token": "bos_token_id", "eos_token": "eos_token_id",
           "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
-# control tokens that end a reply in llama.cpp, whatever the metadata declare
+# control tokens that always end a reply in llama.cpp, regardless of the metadata
 _STOP_TEXTS = frozenset({"<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>",
                          "<|end_of_text|>", "<end_of_turn>"})
 _GPT2 = (r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",)
@@ -35,7 +36,7 @@ _TEKKEN = (
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",)
-# by tokenizer.ggml.pre: regular expressions applied in order, as llama.cpp assigns them
+# tokenizer.ggml.pre → regular expressions to apply in order, as in llama.cpp
 _SPLITS = {
     "default": _GPT2, "gpt-2": _GPT2, "phi-2": _GPT2, "olmo": _GPT2,
     "smollm": _DIGITS, "starcoder": _DIGITS, "refact": _DIGITS, "command-r": _DIGITS,
@@ -43,12 +44,12 @@ _SPLITS = {
     "smaug-bpe": _LLAMA3, "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "megrez": _QWEN2,
     "tekken": _TEKKEN,
 }
-# vocabularies in which a whole word that is a token is never split, and a text begins with BOS
+# vocabularies that never split a word that is itself a token, and that begin a text with BOS
 _WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
 
 
 def build(fields: Mapping[str, Any]) -> Any:
-    """Return a transformers tokenizer with the file's chat template; None without a vocabulary.
+    """Return a transformers tokenizer with the file's chat template; None if it has no vocabulary.
 
     Raises:
       UserError: the vocabulary is malformed or of an unsupported kind.
@@ -70,11 +71,10 @@ def build(fields: Mapping[str, Any]) -> Any:
         backend = _sentencepiece(fields, tokens, gemma, named["unk_token"])
     _add_tokens(backend, fields, tokens)
     _add_ends(backend, fields, named, tokens)
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend,
-                                        clean_up_tokenization_spaces=False,
-                                        **{k: v for k, v in named.items() if v is not None})
+    transformers = require("transformers", "the tokenizer of a GGUF file needs transformers")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, clean_up_tokenization_spaces=False,
+        **{k: v for k, v in named.items() if v is not None})
     template = fields.get("tokenizer.chat_template")
     if template is not None and not isinstance(template, str):
         raise UserError(f"tokenizer.chat_template is {template!r:.60}; it must be a string")
@@ -94,7 +94,7 @@ def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _token(fields: Mapping[str, Any], key: str, tokens: Sequence[str]) -> str | None:
-    """Return the text of the token that a field names by its id."""
+    """Return the text of the token whose id a field gives."""
     number = fields.get(f"tokenizer.ggml.{key}")
     if number is None:
         return None
@@ -142,7 +142,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], gemma: bool,
                    unknown: str | None) -> Any:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    if gemma:  # its tokens of several spaces are stored as spaces
+    if gemma:  # Gemma's tokens of several spaces are stored with spaces instead of ▁
         tokens = ["▁" * len(t) if " " in t and not t.strip() else t for t in tokens]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if "tokenizer.ggml.merges" in fields:
@@ -171,7 +171,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], gemma: bool,
 
 
 def _derive_merges(vocabulary: Mapping[str, int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Return every split of a token into two others; those of high scores first."""
+    """Return every split of a token into two other tokens, in order of descending score."""
     merges = []
     for token, index in vocabulary.items():
         pairs = [(token[:i], token[i:]) for i in range(1, len(token))
@@ -196,7 +196,7 @@ def _add_tokens(backend: Any, fields: Mapping[str, Any], tokens: list[str]) -> N
 
 def _add_ends(backend: Any, fields: Mapping[str, Any], named: Mapping[str, str | None],
               tokens: list[str]) -> None:
-    """Add the tokens that begin and end every text, if the file asks for them."""
+    """Add the tokens that begin and end every text, if the metadata require them."""
     from tokenizers.processors import TemplateProcessing
 
     sentencepiece = fields["tokenizer.ggml.model"] == "llama"

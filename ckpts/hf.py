@@ -38,7 +38,7 @@ ADAPTER = "adapter_config.json"
 def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
     """Read a folder's config.json.
 
-    If `tie_word_embeddings` is true but the weights hold an output head that differs from the
+    If `tie_word_embeddings` is true but the weights contain an output head that differs from the
     embedding, the returned configuration is untied, as in transformers, and a warning is issued.
 
     Returns:
@@ -54,7 +54,8 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
         raise UserError(f"{folder}: {_without_config(folder)}")
     raw = read_json(folder / "config.json")
     if not isinstance(raw, dict):
-        raise UserError(f"{folder / 'config.json'}: holds {type(raw).__name__}, not a JSON object")
+        raise UserError(f"{folder / 'config.json'}: contains a {type(raw).__name__}, not a JSON "
+                        "object")
     try:
         config = from_hf(raw, place=str(folder / "config.json"))
     except ValueError as error:
@@ -68,10 +69,10 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
 
 
 def _has_other_head(entries: Mapping[str, Entry]) -> bool:
-    """Return whether the files hold an embedding and a head with one shape but different values."""
+    """Return whether embedding and head are stored with equal shapes but different values."""
     embed, head = entries.get(EMBED), entries.get(HEAD)
     if embed is None or head is None or embed.shape != head.shape:
-        return False  # `load` reports a head of another shape
+        return False  # `load` reports different shapes
     if not {embed.dtype, head.dtype} <= set(DTYPES):
         return False
     pairs = zip(tensorfile.read_pieces(embed), tensorfile.read_pieces(head), strict=True)
@@ -109,7 +110,7 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *,
     """Load the parameters of a folder.
 
     Args:
-      folder: holds `model.safetensors`, or shards and their index.
+      folder: contains `model.safetensors`, or shards and their index.
       config: the model configuration; read from the folder if None.
       dtype: float32, bfloat16 or float16; None keeps each tensor's dtype.
       mesh: shards the parameters by `sharding.RULES`; each process reads only its own shards.
@@ -122,14 +123,23 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *,
     if config is None:
         config, _ = read_config(folder)
     target = None if dtype is None else parse_dtype(dtype)
-    entries, faults = _tensors(folder, config)
-    _refuse(folder, faults)
-    return load_params(SafetensorsSource(entries), config, dtype=target, mesh=mesh,
+    return load_params(open_source(folder, config), config, dtype=target, mesh=mesh,
                        progress=progress)
 
 
+def open_source(folder: pathlib.Path, config: ModelConfig) -> SafetensorsSource:
+    """Read and check the headers of a folder's weights.
+
+    Raises:
+      UserError: the files are invalid; one message lists every error.
+    """
+    entries, faults = _tensors(folder, config)
+    _refuse(folder, faults)
+    return SafetensorsSource(entries)
+
+
 class SafetensorsSource:
-    """The tensors of safetensors files, a `source.TensorSource`."""
+    """A `source.TensorSource` of the tensors in safetensors files."""
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self.entries = entries
@@ -214,7 +224,7 @@ def _count(n: int, what: str) -> str:
 
 
 def _mismatches(entries: Mapping[str, Entry], config: ModelConfig) -> list[str]:
-    """List missing, extra, mis-shaped and mistyped tensors."""
+    """List missing and extra tensors, and tensors with a wrong shape or dtype."""
     expected = {tensor.name: tensor for tensor in jax.tree.leaves(names.tensors(config))}
     faults = []
     if missing := set(expected) - set(entries):

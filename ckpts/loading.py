@@ -15,7 +15,7 @@ import pathlib
 import reprlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxpersona.ckpts import gguf_model, gguf_tokenizer, hf, orbax
 from jaxpersona.ckpts.adapter import attached, merged, read_adapter
+from jaxpersona.ckpts.hub import download
+from jaxpersona.ckpts.quantize import Form, load_int8, parse_form
 from jaxpersona.ckpts.source import Progress, load_params
-from jaxpersona.ckpts.tensorfile import parse_dtype
 from jaxpersona.ckpts.tokenizer import checked, encode_once, read_tokenizer
 
 from jaxpersona.calls import checked_call
@@ -35,6 +36,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.families import FAMILIES
+from jaxpersona.models.int8 import scheme
 from jaxpersona.models.model import Model
 from jaxpersona.models.params import (
     Params,
@@ -43,6 +45,7 @@ from jaxpersona.models.params import (
     init_params,
     layout,
 )
+from jaxpersona.models.prepared import in_int8
 from jaxpersona.models.presets import PRESETS, preset
 
 if TYPE_CHECKING:
@@ -50,10 +53,6 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike
 
-_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
-# duplicate weights in other layouts, adapters, and exports for other runtimes
-_NOT_FETCHED = ("consolidated*.safetensors", "adapter_model*.safetensors", "*/*.safetensors",
-                "original/*", "onnx/*")
 # generation_config.json settings that transformers' generate supports and this package ignores,
 # each with its no-op value (null is always a no-op).
 _UNFOLLOWED = {
@@ -77,52 +76,67 @@ _T = TypeVar("_T")
 def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
          dtype: DTypeLike | None = None,
          progress: Progress | None = None, revision: str | None = None,
-         adapter: str | os.PathLike[str] | None = None, merge: bool = True) -> Model:
+         adapter: str | os.PathLike[str] | None = None, merge: bool = True,
+         activations: DTypeLike | None = None,
+         tables: Literal["int8", "float"] | None = None) -> Model:
     """Load a model and enable the on-disk compilation cache (`compile_cache`).
 
     Args:
-      source: a folder in the Hugging Face layout or written by `ckpts.orbax.save`; a GGUF file,
-        or the first of its parts (architectures of llama.cpp: llama, also for Mistral, qwen2,
-        qwen3, gemma2 and gemma3), whose weights are dequantized; "mini", the embedded model;
+      source: a folder in the Hugging Face layout or written by `ckpts.orbax.save`; a GGUF file
+        or the first of its parts, dequantized on loading (llama.cpp's architectures llama, which
+        includes Mistral, qwen2, qwen3, gemma2 and gemma3); "mini", the embedded model;
         "random:<preset>", random weights in a preset's shapes; or a hub repository, "owner/name"
         or "owner/name@revision".
-      mesh: shards the parameters over devices. `Model.mesh` is this mesh fitted to the model
-        (`sharding.fit`) and may have another axis. Under `jax.set_mesh`, functions that take a
-        model accept either mesh; functions that take parameters need `Model.mesh`.
+      mesh: shards the parameters over devices. `Model.mesh` is this mesh adapted to the model
+        (`sharding.fit`) and may have an additional axis. Under `jax.set_mesh`, functions that take
+        a model accept either mesh; functions that take parameters need `Model.mesh`.
       dtype: "float32", "bfloat16" or "float16". Default: float32 if the parameters are on a CPU
-        (by `mesh` or `jax.default_device`), else bfloat16. float16 raises for Gemma 2 and 3, whose
-        activations overflow it.
+        (by `mesh` or `jax.default_device`), else bfloat16. Gemma 2 and 3 reject float16, because
+        their activations overflow it. "int8" quantizes the matrices with a scale per output channel
+        (`int8.Int8`); norms and biases stay floats. The model keeps the fingerprint of the float
+        weights. On one CPU, tensors of GGUF type Q8_0 keep their blocks.
       progress: called with (bytes read so far, total bytes).
       revision: branch, tag or commit of the hub repository; only a commit is immutable.
       adapter: the folder of a LoRA adapter in the format of PEFT for this model.
-      merge: whether to add the adapter to the weights; False keeps it beside them
-        (`weight.LowRank`), which leaves the rounding of the base weights unchanged.
+      merge: whether to add the adapter to the weights, before they are quantized. False keeps it
+        separate (`weight.LowRank`), so that the base weights are not rounded again.
+      activations: with dtype="int8", the dtype of the computation; default: as for `dtype`.
+      tables: with dtype="int8", whether the embedding and the output head are "int8" (default) or
+        "float", in the dtype of the activations.
 
     Raises:
-      UserError: the model or adapter is missing, invalid or unsupported; the message gives the
+      UserError: the model or adapter is missing, invalid or unsupported; the message states the
         reason.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.load("mini")
+      Model('mini', qwen3, 8 layers × 128, float32)
     """
-    model = _load(source, mesh, dtype, progress, revision)
-    if adapter is None:
-        return model
-    if not isinstance(adapter, (str, os.PathLike)):
-        raise UserError(f"adapter is {adapter!r:.60}; give a folder")
-    folder = pathlib.Path(os.path.expanduser(os.fspath(adapter)))
-    updates = read_adapter(folder, model.config)
-    add = merged if merge else attached
-    return dataclasses.replace(model, params=add(model.params, model.config, updates),
-                               name=f"{model.name}+{folder.name}")
-
-
-def _load(source: str | os.PathLike[str], mesh: Mesh | None, dtype: DTypeLike | None,
-          progress: Progress | None, revision: str | None) -> Model:
-    """Load a model without an adapter (see `load`)."""
-    if not isinstance(source, (str, os.PathLike)):
-        raise UserError(f"source is {source!r:.60}; give a folder or a model's name")
     if not isinstance(mesh, Mesh | None):
         raise UserError(f"mesh is {mesh!r:.60}; give the result of jaxpersona.make_mesh")
+    if not isinstance(adapter, (str, os.PathLike, type(None))):
+        raise UserError(f"adapter is {adapter!r:.60}; give a folder")
+    form = parse_form(dtype, activations, tables, _default_dtype(mesh))
+    folder = None if adapter is None else pathlib.Path(os.path.expanduser(os.fspath(adapter)))
+    model = _load(source, mesh, dataclasses.replace(form, merge=folder if merge else None),
+                  progress, revision)
+    if folder is None:
+        return model
+    params = model.params
+    if not (merge and form.int8):  # else merged before the quantization
+        updates = read_adapter(folder, model.config)
+        params = (merged if merge else attached)(params, model.config, updates)
+    return dataclasses.replace(model, params=params, name=f"{model.name}+{folder.name}")
+
+
+def _load(source: str | os.PathLike[str], mesh: Mesh | None, kind: Form,
+          progress: Progress | None, revision: str | None) -> Model:
+    """Load a model without an adapter, or int8 weights with an adapter merged (see `load`)."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise UserError(f"source is {source!r:.60}; give a folder or a model's name")
     use_compile_cache()
-    name, kind = os.fspath(source), _dtype(dtype, mesh)
+    name = os.fspath(source)
     path = pathlib.Path(os.path.expanduser(name))
     local = (name == "mini" or name.startswith(("random:", ".", "/", "~")) or _there(path)
              or name.endswith(gguf_model.SUFFIX))
@@ -144,10 +158,10 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, dtype: DTypeLike | 
         prefix = "random:" if near and near[0] in PRESETS else ""
         meant = f" (did you mean {prefix}{near[0]}?)" if near else ""
         raise UserError(f"{name}: no such folder{meant}; a model is a folder, a .gguf file, "
-                        "owner/name of the hub, mini or random:<preset>")
+                        "owner/name on the hub, mini or random:<preset>")
     if pinned and revision not in (None, pinned):
         raise UserError(f"two revisions ({name} and revision {revision!r}); give one")
-    return _folder(_download(repository, pinned or revision), name, kind, mesh, progress)
+    return _folder(download(repository, pinned or revision), name, kind, mesh, progress)
 
 
 def _there(path: pathlib.Path) -> bool:
@@ -168,12 +182,9 @@ def _is_repository(name: str) -> bool:
     return len(parts) == 2 and plain
 
 
-def _dtype(dtype: DTypeLike | None, mesh: Mesh | None) -> np.dtype:
-    if dtype is None:
-        where = (sharding.default_platform() if mesh is None else
-                 mesh.devices.flat[0].platform)
-        return np.dtype(np.float32 if where == "cpu" else jnp.bfloat16)
-    return parse_dtype(dtype)
+def _default_dtype(mesh: Mesh | None) -> np.dtype:
+    where = sharding.default_platform() if mesh is None else mesh.devices.flat[0].platform
+    return np.dtype(np.float32 if where == "cpu" else jnp.bfloat16)
 
 
 def _check_range(config: ModelConfig, dtype: np.dtype, name: str) -> None:
@@ -183,8 +194,9 @@ def _check_range(config: ModelConfig, dtype: np.dtype, name: str) -> None:
                         f"{name} exceed its maximum 65504: use 'bfloat16' or 'float32'")
 
 
-def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
+def _random(name: str, form: Form, mesh: Mesh | None) -> Model:
     config = preset(name.removeprefix("random:"))
+    dtype = form.dtype
     _check_range(config, dtype, name)
 
     def draw() -> Params:
@@ -192,11 +204,12 @@ def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
 
     if mesh is None:
         params = draw()
-    else:  # initialized sharded, because one device may not hold all of it
+    else:  # sharded during initialization, because one device may not hold all parameters
         mesh = sharding.fit(mesh, config)
         places = jax.tree.map(lambda s: sharding.weight_sharding(s.axes, s.shape, mesh),
                               layout(config))
         params = jax.jit(draw, out_shardings=places)()
+    params = _quantized(params, config, form)
     tokenizer, stop_ids = None, ()
     if config.vocab_size >= _MINI_VOCABULARY and (_mini() / "tokenizer.json").is_file():
         with importlib.resources.as_file(_mini()) as folder:
@@ -205,20 +218,40 @@ def _random(name: str, dtype: np.dtype, mesh: Mesh | None) -> Model:
     return _model(config, params, tokenizer, mesh, name, stop_ids, fingerprint(config, params))
 
 
-def _folder(folder: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
+def _quantized(params: Params, config: ModelConfig, form: Form) -> Params:
+    """Return loaded parameters in int8 if `form` says so, with its adapter."""
+    if not form.int8:
+        return params
+    if form.merge is not None:
+        params = merged(params, config, read_adapter(form.merge, config))
+    return in_int8(params, tables=form.tables is not False)
+
+
+def _folder(folder: pathlib.Path, name: str, form: Form, mesh: Mesh | None,
             progress: Progress | None) -> Model:
     config, raw = hf.read_config(folder)
-    _check_range(config, dtype, name)
+    _check_range(config, form.dtype, name)
     mesh = None if mesh is None else sharding.fit(mesh, config)
     if orbax.holds_checkpoint(folder):
         if also := [name for name in (hf.SINGLE, hf.INDEX) if (folder / name).exists()]:
             raise UserError(f"{folder}: holds both an Orbax checkpoint ({orbax.NAME}) and "
                             f"{also[0]}; remove the outdated one")
-        params, _ = orbax.load(folder, dtype=dtype, mesh=mesh)
+        params, _ = orbax.load(folder, dtype=form.dtype, mesh=mesh)
+        if not (stored := scheme(params)):
+            params = _quantized(params, config, form)
+        elif form.given and not form.int8 or form.tables == ("float tables" in stored) or (
+                form.merge is not None):
+            raise UserError(f"{folder}: holds {stored} weights, which cannot be converted; omit "
+                            "dtype, tables and merge=True, or load the float model")
+        finish = begin_fingerprint(config, params)  # runs while the tokenizer loads
         tokenizer = read_tokenizer(folder)
     else:
         with _beside(lambda: read_tokenizer(folder)) as tokenizer_of:
-            params = hf.load(folder, config, dtype=dtype, mesh=mesh, progress=progress)
+            if form.int8:
+                source = hf.open_source(folder, config)
+                params = load_int8(source, config, form, mesh=mesh, progress=progress)
+            else:
+                params = hf.load(folder, config, dtype=form.dtype, mesh=mesh, progress=progress)
             finish = begin_fingerprint(config, params)
             tokenizer = tokenizer_of()
     return _model(config, params, tokenizer, mesh, name, _stop_ids(folder, raw, tokenizer),
@@ -236,11 +269,11 @@ def _beside(make: Callable[[], _T]) -> Iterator[Callable[[], _T]]:
         yield pool.submit(make).result
 
 
-def _gguf(path: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
+def _gguf(path: pathlib.Path, name: str, form: Form, mesh: Mesh | None,
           progress: Progress | None) -> Model:
     checkpoint = gguf_model.open_checkpoint(path)
-    config = checkpoint.config
-    _check_range(config, dtype, name)
+    config, source = checkpoint.config, checkpoint.source
+    _check_range(config, form.dtype, name)
     mesh = None if mesh is None else sharding.fit(mesh, config)
 
     def build() -> tuple[Any, tuple[int, ...]]:
@@ -250,7 +283,11 @@ def _gguf(path: pathlib.Path, name: str, dtype: np.dtype, mesh: Mesh | None,
         return tokenizer, gguf_tokenizer.stop_ids(checkpoint.fields)
 
     with _beside(lambda: checked(path, build)) as tokenizer_of:
-        params = load_params(checkpoint.source, config, dtype=dtype, mesh=mesh, progress=progress)
+        if form.int8:
+            params = load_int8(source, config, form, mesh=mesh, progress=progress,
+                               blocks=source.blocks)
+        else:
+            params = load_params(source, config, dtype=form.dtype, mesh=mesh, progress=progress)
         finish = begin_fingerprint(config, params)
         tokenizer, stop_ids = tokenizer_of()
     return _model(config, params, tokenizer, mesh, name, stop_ids, finish())
@@ -267,7 +304,7 @@ def _stop_ids(folder: pathlib.Path, raw: Mapping[str, Any], tokenizer: Any) -> t
     path = folder / "generation_config.json"
     generation = read_json(path) if path.exists() else {}
     if not isinstance(generation, dict):
-        raise UserError(f"{path}: holds {type(generation).__name__}, not a JSON object")
+        raise UserError(f"{path}: contains a {type(generation).__name__}, not a JSON object")
     _warn_unfollowed(path, generation)
     stop_ids: list[int] = []
     for place, value in (
@@ -294,31 +331,3 @@ def _warn_unfollowed(path: pathlib.Path, generation: Mapping[str, Any]) -> None:
         settings = ", ".join(f"{key}={reprlib.repr(generation[key])}" for key in unfollowed)
         warnings.warn(f"{path}: ignored {settings}; generate does not support them, so "
                       "replies may differ from transformers", stacklevel=2)
-
-
-def _download(name: str, revision: str | None) -> pathlib.Path:
-    """Download a hub repository, or find it in the local cache; return its folder."""
-    from huggingface_hub import constants, errors, snapshot_download
-
-    at = f"{name}@{revision}" if revision else name
-    try:
-        return pathlib.Path(snapshot_download(name, revision=revision,
-                                              allow_patterns=list(_PATTERNS),
-                                              ignore_patterns=list(_NOT_FETCHED)))
-    except errors.GatedRepoError:
-        raise UserError(f"{at}: the repository is gated; accept its terms on huggingface.co and "
-                        "log in with `hf auth login`") from None
-    except errors.RevisionNotFoundError:
-        raise UserError(f"{at}: unknown revision; give a branch, tag or commit of the "
-                        "repository") from None
-    except errors.RepositoryNotFoundError:
-        raise UserError(f"{at}: no such folder and no such hub repository (private ones need "
-                        "`hf auth login`)") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no network"
-        raise UserError(f"{at}: no such folder, not in the local hub cache, and the hub is "
-                        f"unreachable ({why}); download the model first, or go online") from None
-    except (errors.HFValidationError, errors.HfHubHTTPError, errors.EntryNotFoundError,
-            OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{at}: not a folder, and downloading failed ({reason})") from None

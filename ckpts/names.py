@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from jaxpersona.ckpts.tensorfile import DTYPES
 
 from jaxpersona.errors import UserError
 from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.int8 import Int8
 from jaxpersona.models.params import Layer, Params, Spec, layout
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -26,7 +28,7 @@ _FIELDS = {
     "w_down_df": "mlp.down_proj.weight", "b_down_d": "mlp.down_proj.bias",
     "mlp_norm_d": "post_attention_layernorm.weight",
 }
-# with `post_norms` the norm before the MLP has another name
+# with `post_norms`, the norm before the MLP has a different name
 _POST_NORMS = {
     "attn_post_norm_d": "post_attention_layernorm.weight",
     "mlp_norm_d": "pre_feedforward_layernorm.weight",
@@ -39,9 +41,9 @@ class Tensor:
     """A parameter in a checkpoint.
 
     Attributes:
-      name: of the tensor in the files.
-      shape: of the tensor in the files: [out, in] of a weight, with the head axes flattened.
-      spec: the parameter.
+      name: the tensor's name in the files.
+      shape: the tensor's shape in the files: [out, in] for a weight, with flattened head axes.
+      spec: the layout of the parameter.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Tensor:
 
 
 def tensors(config: ModelConfig) -> Params:
-    """Return the tensor of every parameter: a `Params` of `Tensor`."""
+    """Return a `Params` with the `Tensor` of every parameter."""
     specs = layout(config)
     fields = _FIELDS | _POST_NORMS if config.post_norms else _FIELDS
 
@@ -80,8 +82,8 @@ def _file_shape(spec: Spec) -> tuple[int, ...]:
 def file_index(tensor: Tensor, ranges: list[tuple[int, int]]) -> tuple[slice, ...]:
     """Map index ranges of a parameter to slices of its tensor in the file.
 
-    A file dimension is one parameter dimension, or several flattened (heads × head_dim). Of
-    flattened dimensions only the first may be sharded: devices hold whole heads.
+    A file dimension is one parameter dimension, or several flattened ones (heads × head_dim). Of
+    these, only the first may be sharded, because heads are not split over devices.
     """
     shape = tensor.spec.shape
     out, at = [], 0
@@ -90,28 +92,37 @@ def file_index(tensor: Tensor, ranges: list[tuple[int, int]]) -> tuple[slice, ..
         at += 1
         while shape[first] * inner < extent:
             if ranges[at] != (0, shape[at]):
-                raise UserError(f"{tensor.name}: one head cannot be sharded over devices")
+                raise UserError(f"{tensor.name}: a head cannot be sharded over devices")
             inner *= shape[at]
             at += 1
         out.append(slice(ranges[first][0] * inner, ranges[first][1] * inner))
     return tuple(out)
 
 
-def named(params: Params, config: ModelConfig) -> dict[str, tuple[Tensor, jax.Array]]:
+def named(params: Params, config: ModelConfig, *,
+          int8: bool = False) -> dict[str, tuple[Tensor, Any]]:
     """Return {tensor name: (tensor, array)} for every parameter.
+
+    Args:
+      params, config: the parameters and their configuration.
+      int8: whether `Int8` weights are allowed; they are returned in place of arrays.
 
     Raises:
       UserError: the structure, a shape or a dtype does not match the configuration.
     """
     expected, tree = jax.tree.flatten(tensors(config))
-    arrays, structure = jax.tree.flatten(params)
+    arrays, structure = jax.tree.flatten(params, is_leaf=lambda x: isinstance(x, Int8))
     if structure != tree:
         raise UserError("the tree structure of params does not match the configuration")
+    if not int8 and any(isinstance(x, Int8) for x in arrays):
+        raise UserError("params holds int8 weights, which Hugging Face folders do not store; use "
+                        "ckpts.orbax.save, or load the model in float32 or bfloat16")
     faults = [
         f"{tensor.name}: {array.dtype}{list(array.shape)}, expected {list(tensor.spec.shape)} in "
         "float32, bfloat16 or float16"
         for tensor, array in zip(expected, arrays, strict=True)
-        if array.shape != tensor.spec.shape or np.dtype(array.dtype) not in DTYPES.values()
+        if array.shape != tensor.spec.shape or (
+            not isinstance(array, Int8) and np.dtype(array.dtype) not in DTYPES.values())
     ]
     if faults:
         raise UserError("params do not match the configuration: " + "; ".join(faults))

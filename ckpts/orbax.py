@@ -1,15 +1,18 @@
 """Orbax checkpoints, saved and restored shard by shard by all processes in parallel.
 
-A folder holds `config.json` in transformers' format and the Orbax checkpoint `params`. Arrays are
-keyed by their Hugging Face names, so checkpoints do not depend on this package's dataclasses.
+A folder contains `config.json` in transformers' format and the Orbax checkpoint `params`. Arrays
+are keyed by their Hugging Face names, so checkpoints do not depend on this package's dataclasses.
+An int8 weight has three arrays: its values, under the name of the weight, and its scales and sums
+(`Int8.scale`, `Int8.made_from`), under that name with a suffix.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import pathlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -19,9 +22,11 @@ from jaxpersona.ckpts.tensorfile import DTYPES, parse_dtype
 
 from jaxpersona.distributed import sharding
 from jaxpersona.errors import UserError
+from jaxpersona.extras import MissingPackage, require
 from jaxpersona.inputs import TEXT_BYTES, require_file
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.families import to_hf
+from jaxpersona.models.int8 import Int8
 from jaxpersona.models.params import Params
 
 if TYPE_CHECKING:
@@ -29,6 +34,7 @@ if TYPE_CHECKING:
     from orbax.checkpoint import StandardCheckpointer
 
 NAME = "params"
+_SCALE, _MADE_FROM = ".scale", ".made_from"  # suffixes of an int8 weight's further arrays
 _MARKS = ("_METADATA", "_CHECKPOINT_METADATA")  # metadata files that Orbax writes
 
 
@@ -50,21 +56,28 @@ def check_files(folder: pathlib.Path) -> None:
 
 
 def save(folder: str | pathlib.Path, params: Params, config: ModelConfig) -> None:
-    """Write parameters, on any devices, and their configuration.
+    """Write parameters, which may be on any devices, and their configuration.
 
     config.json is removed first and written last, so an interrupted save leaves no loadable model.
 
     Args:
       folder: created if missing; an existing checkpoint in it is replaced.
-      params: the parameters, in the dtype to write.
+      params: the parameters, in the dtype to write; int8 weights are written as they are.
       config: the model configuration.
 
     Raises:
       UserError: the parameters do not match the configuration, or the folder is not writable.
     """
     folder = pathlib.Path(folder).absolute()
-    arrays = {name: array for name, (_, array) in names.named(params, config).items()}
-    dtype = np.dtype(next(iter(arrays.values())).dtype).name
+    arrays: dict[str, jax.Array] = {}
+    for name, (_, array) in names.named(params, config, int8=True).items():
+        if isinstance(array, Int8):
+            arrays |= {name: array.value, name + _SCALE: array.scale}
+            if array.made_from is not None:
+                arrays[name + _MADE_FROM] = array.made_from
+        else:
+            arrays[name] = array
+    dtype = np.dtype(params.like.dtype).name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").unlink(missing_ok=True)
@@ -82,7 +95,8 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
 
     Args:
       folder: the folder given to `save`.
-      dtype: cast to float32, bfloat16 or float16; None keeps each array's dtype.
+      dtype: cast to float32, bfloat16 or float16; None keeps each array's dtype. Int8 weights stay
+        int8.
       mesh: shards the parameters by `sharding.RULES`, independent of the sharding when saved.
 
     Returns:
@@ -106,38 +120,87 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
             if metadata is None:
                 raise UserError("its metadata is missing")
             stored = dict(metadata.tree)
-        wanted = {tensor.name: tensor.spec for tensor in expected}
+        wanted = {tensor.name: tensor for tensor in expected}
+        parts = {name + suffix for name in wanted if _kind(stored.get(name)) == np.int8
+                 for suffix in (_SCALE, _MADE_FROM)}
         faults = [f"{what}: {', '.join(sorted(names))}"
                   for what, names in (("missing", set(wanted) - set(stored)),
-                                      ("extra", set(stored) - set(wanted))) if names]
+                                      ("extra", set(stored) - set(wanted) - parts)) if names]
         for name in sorted(set(wanted) & set(stored)):
-            shape, kind = getattr(stored[name], "shape", None), getattr(stored[name], "dtype", None)
-            if shape is None or tuple(shape) != wanted[name].shape:
-                faults.append(f"{name}: shape {list(shape or ())}, expected "
-                              f"{list(wanted[name].shape)}")
-            elif kind not in DTYPES.values():
-                faults.append(f"{name}: dtype {kind}; supported are float32, bfloat16 and float16")
+            faults += _faults(wanted[name], stored)
         if faults:
             listed = "\n".join(f"  - {fault}" for fault in faults)
             raise UserError(f"{folder}: the checkpoint does not match its config.json\n{listed}")
         here = SingleDeviceSharding(sharding.default_device())
-        shapes = {
-            name: jax.ShapeDtypeStruct(
-                spec.shape, target or stored[name].dtype,
-                sharding=here if mesh is None else
-                sharding.weight_sharding(spec.axes, spec.shape, mesh))
-            for name, spec in wanted.items()
-        }
+
+        def wish(shape: tuple[int, ...], axes: sharding.Axes, kind: Any) -> jax.ShapeDtypeStruct:
+            place = here if mesh is None else sharding.weight_sharding(axes, shape, mesh)
+            return jax.ShapeDtypeStruct(shape, kind, sharding=place)
+
+        shapes = {}
+        for name, tensor in wanted.items():
+            shape, axes, kind = tensor.spec.shape, tensor.spec.axes, stored[name].dtype
+            if kind != np.int8:
+                shapes[name] = wish(shape, axes, target or kind)
+                continue
+            scale, out = stored[name + _SCALE], len(shape) - tensor.spec.inner
+            if mesh is not None and len(scale.shape) > out:
+                raise UserError(f"{folder}: holds int8 weights in blocks, which a mesh does not "
+                                "support; load it without mesh")
+            shapes[name] = wish(shape, axes, kind)
+            shapes[name + _SCALE] = wish(tuple(scale.shape), (*axes[:out], None)[:len(scale.shape)],
+                                         scale.dtype)
+            if name + _MADE_FROM in stored:
+                shapes[name + _MADE_FROM] = wish((3, 2), (None, None), np.uint32)
         with _named_errors(folder, "the checkpoint cannot be read"):
             arrays = orbax.restore(folder / NAME, shapes)
-    return jax.tree.unflatten(tree, [arrays[tensor.name] for tensor in expected]), config
+
+    def weight(tensor: names.Tensor) -> Any:
+        name = tensor.name
+        if name + _SCALE not in arrays:
+            return arrays[name]
+        return Int8(arrays[name], arrays[name + _SCALE], arrays.get(name + _MADE_FROM),
+                    inner=tensor.spec.inner)
+
+    return jax.tree.unflatten(tree, [weight(tensor) for tensor in expected]), config
+
+
+def _kind(stored: Any) -> Any:
+    return getattr(stored, "dtype", None)
+
+
+def _faults(tensor: names.Tensor, stored: Mapping[str, Any]) -> list[str]:
+    """List the mismatches of a stored array, and of the scales of an int8 weight."""
+    def shape(name: str) -> tuple[int, ...] | None:
+        found = getattr(stored.get(name), "shape", None)
+        return None if found is None else tuple(found)
+
+    name, wanted = tensor.name, tensor.spec.shape
+    if shape(name) != wanted:
+        return [f"{name}: shape {list(shape(name) or ())}, expected {list(wanted)}"]
+    if _kind(stored[name]) in DTYPES.values():
+        return []
+    if _kind(stored[name]) != np.int8 or not tensor.spec.inner:
+        return [f"{name}: dtype {_kind(stored[name])}; supported are float32, bfloat16 and float16"]
+    at = len(wanted) - tensor.spec.inner
+    out, width = wanted[:at], math.prod(wanted[at:])
+    scale, kind = shape(name + _SCALE), _kind(stored.get(name + _SCALE))
+    blocked = scale is not None and len(scale) == at + 1 and scale[:at] == out and (
+        scale[at] > 0 and width % scale[at] == 0)
+    faults = []
+    if kind not in DTYPES.values() or not (scale == out or blocked):
+        faults.append(f"{name}{_SCALE}: {kind}{list(scale or ())}, expected floats {list(out)}")
+    made = name + _MADE_FROM
+    if made in stored and (shape(made), _kind(stored[made])) != ((3, 2), np.uint32):
+        faults.append(f"{made}: {_kind(stored[made])}{list(shape(made) or ())}, expected "
+                      "uint32[3, 2]")
+    return faults
 
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[StandardCheckpointer]:
-    import orbax.checkpoint
-
-    with orbax.checkpoint.StandardCheckpointer() as checkpointer:
+    checkpoint = require("orbax.checkpoint", "Orbax checkpoints need orbax-checkpoint")
+    with checkpoint.StandardCheckpointer() as checkpointer:
         yield checkpointer
 
 
@@ -146,6 +209,8 @@ def _named_errors(folder: pathlib.Path, what: str) -> Iterator[None]:
     """Convert any exception of Orbax or TensorStore to a UserError that names the folder."""
     try:
         yield
+    except MissingPackage as error:
+        raise MissingPackage(f"{folder}: {error}") from None
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: {what} ({reason or type(error).__name__})") from error

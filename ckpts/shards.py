@@ -17,8 +17,8 @@ INDEX = "model.safetensors.index.json"
 def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
     """Locate every tensor of a folder.
 
-    As in transformers, `model.safetensors` takes precedence over an index, which is then left over
-    from an earlier save. If the shards of that index exist too, a warning names both.
+    As in transformers, `model.safetensors` takes precedence over an index that does not list it. If
+    shards of that index exist too, a warning names both.
 
     Returns:
       The tensor entries by name, and the errors in the index and the files.
@@ -51,15 +51,15 @@ def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
         if not held:
             continue
         if absent := named - set(held):
-            faults.append(f"{name}: does not hold {some(absent)}, which {INDEX} lists for it")
+            faults.append(f"{name}: does not contain {some(absent)}, which {INDEX} lists for it")
         if unnamed := set(held) - named:
-            faults.append(f"{name}: holds {some(unnamed)}, which {INDEX} does not list for it")
+            faults.append(f"{name}: contains {some(unnamed)}, which {INDEX} does not list for it")
         entries |= {tensor: held[tensor] for tensor in named & set(held)}
     return entries, faults
 
 
 def _is_left_over(index: pathlib.Path) -> bool:
-    """Return whether a single file exists that the index does not list."""
+    """Return whether the folder has a `model.safetensors` that the index does not list."""
     if not (index.parent / SINGLE).exists():
         return False
     try:

@@ -21,7 +21,7 @@ from jaxpersona.distributed import sharding
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Params
 
-READERS = 3  # tensors read concurrently: allocating fresh memory can stall one thread
+READERS = 3  # tensors read concurrently, because memory allocation can stall a thread
 Progress = Callable[[int, int], None]
 
 
@@ -42,7 +42,7 @@ class TensorSource(Protocol):
         Args:
           name: a tensor of the checkpoint.
           index: unit-step slices, one per dimension; None: the whole tensor.
-          dtype: of the result: float32, bfloat16 or float16; None: as stored.
+          dtype: the dtype of the result, float32, bfloat16 or float16; None: as stored.
         """
         ...
 
@@ -66,10 +66,10 @@ def load_params(source: TensorSource, config: ModelConfig, *, dtype: np.dtype | 
         return source.read(tensor.name, None, dtype).reshape(tensor.spec.shape)
 
     if mesh is None:
-        placed = map(jax.device_put, _ahead(read, tensors))
+        placed = map(jax.device_put, ahead(read, tensors))
     else:
         fitted = sharding.fit(mesh, config)
-        placed = _ahead(lambda t: _place(source, t, dtype, fitted), tensors)
+        placed = ahead(lambda t: place(source, t, dtype, fitted), tensors)
     for tensor, array in zip(tensors, placed, strict=True):
         arrays.append(array)
         done += source.size(tensor.name)
@@ -78,7 +78,7 @@ def load_params(source: TensorSource, config: ModelConfig, *, dtype: np.dtype | 
     return jax.tree.unflatten(tree, arrays)
 
 
-def _ahead(read: Callable[[Tensor], Any], tensors: Iterable[Tensor]) -> Iterator[Any]:
+def ahead(read: Callable[[Tensor], Any], tensors: Iterable[Tensor]) -> Iterator[Any]:
     """Yield `read(tensor)` in order, prefetching at most `READERS` results in threads."""
     with concurrent.futures.ThreadPoolExecutor(READERS) as pool:
         waiting: collections.deque[concurrent.futures.Future] = collections.deque()
@@ -90,7 +90,7 @@ def _ahead(read: Callable[[Tensor], Any], tensors: Iterable[Tensor]) -> Iterator
             yield waiting.popleft().result()
 
 
-def _place(source: TensorSource, tensor: Tensor, dtype: np.dtype | None, mesh: Mesh) -> jax.Array:
+def place(source: TensorSource, tensor: Tensor, dtype: np.dtype | None, mesh: Mesh) -> jax.Array:
     """Read this process's shards of one tensor; each is read once and copied to its devices."""
     shape, axes = tensor.spec.shape, tensor.spec.axes
     placed = sharding.weight_sharding(axes, shape, mesh)

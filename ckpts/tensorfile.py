@@ -1,8 +1,8 @@
-"""Safetensors files: header validation, reads of tensors and slices, and writing.
+"""Safetensors files: header validation, reading of tensors and slices, and writing.
 
-A file is an 8-byte header length, a JSON header with each tensor's dtype, shape and byte range, and
-the data. Unlike a memory map of the whole file, this reader keeps one tensor in memory at a time
-and reports all errors in a header together.
+A file consists of an 8-byte header length, a JSON header with each tensor's dtype, shape and byte
+range, and the data. Unlike a memory map of the whole file, this reader keeps one tensor in memory
+at a time. It reports all errors in a header together.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ class Entry:
 
 
 def parse_dtype(dtype: DTypeLike) -> np.dtype:
-    """Return a dtype of weights.
+    """Convert the name or type of a weight dtype to a NumPy dtype.
 
     Args:
-      dtype: "float32", "bfloat16" or "float16", or such a NumPy or JAX dtype.
+      dtype: "float32", "bfloat16" or "float16", or the corresponding NumPy or JAX dtype.
 
     Raises:
-      UserError: another value.
+      UserError: the value is none of these.
     """
     if isinstance(dtype, str):
         parsed = next((known for known in DTYPES.values() if known.name == dtype), None)
@@ -79,7 +79,7 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str], l
     """Read and validate a file's header.
 
     Returns:
-      The tensor entries by name, the metadata, and a list of errors that each name the file.
+      The tensor entries by name, the metadata, and a list of errors, each with the file's name.
     """
     try:
         require_file(path)  # opening a pipe would block
@@ -129,7 +129,7 @@ def _entry(path: pathlib.Path, value: Any, base: int) -> Entry | str:
         begin, end = value["data_offsets"]
     except (TypeError, KeyError, ValueError):
         return "corrupt header entry"
-    if isinstance(shape, list) and len(shape) > _MOST_DIMENSIONS:  # slow product
+    if isinstance(shape, list) and len(shape) > _MOST_DIMENSIONS:  # its product would be slow
         return f"declares {len(shape)} dimensions; at most {_MOST_DIMENSIONS} are supported"
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers) or end < begin:

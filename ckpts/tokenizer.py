@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from jaxpersona.errors import UserError
+from jaxpersona.extras import require
 from jaxpersona.inputs import read_json, require_files
 
 _FILES = (".json", ".jinja", ".model", ".txt")  # suffixes that transformers may read
@@ -30,12 +31,12 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
     for part in (folder, folder / "additional_chat_templates"):
         if part.is_dir():
             require_files(part, _FILES)
-    from transformers import AutoTokenizer
+    transformers = require("transformers", f"{folder}: tokenizers need transformers")
 
     def read() -> Any:
         # False, not None: with None transformers prompts whether to run remote code
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True,
-                                                  trust_remote_code=False, **_named_class(folder))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **_named_class(folder))
         encode_once(tokenizer)
         return tokenizer
 
@@ -72,18 +73,18 @@ def _named_class(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def encode_once(tokenizer: Any) -> None:
-    """Encode a text: an unsupported regular expression makes the tokenizers library panic."""
+    """Encode a text once, because an unsupported regular expression fails only when it is used."""
     with _without_stderr():
         tokenizer("Hello, world! 1 + 1", add_special_tokens=False)
 
 
 def checked(path: pathlib.Path, make: Callable[[], _T]) -> _T:
-    """Return make(), which makes a tokenizer; raise UserError with the path if it fails."""
+    """Call `make`, which creates a tokenizer; if it fails, raise a UserError with the path."""
     try:
         return make()
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except BaseException as error:  # transformers raises many types; tokenizers may panic
+    except BaseException as error:  # transformers raises many types of errors; tokenizers may panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]

@@ -18,6 +18,7 @@ import numpy as np
 from jaxpersona.ckpts.gguf import VECTOR_BYTES
 
 from jaxpersona.errors import UserError
+from jaxpersona.extras import require
 from jaxpersona.inputs import MAX_DEPTH, require_file
 from jaxpersona.vectors.caps import Caps
 from jaxpersona.vectors.vector import Axis, Vector
@@ -33,17 +34,14 @@ def read_pickle(path: str | os.PathLike) -> Any:
     """Read a `.pt` file: dicts, lists, strings and numbers, with tensors as float32 arrays.
 
     Raises:
-      UserError: the file is missing or damaged, PyTorch is not installed, or the pickle holds more
-        than tensors and plain values; no code from the file is run.
+      UserError: the file is missing or damaged, PyTorch is not installed, or the pickle contains
+        more than tensors and plain values; no code from the file is run.
     """
     path = pathlib.Path(path)
     size = require_file(path, VECTOR_BYTES)
     _check_archive(path, size)
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f"{path}: .pt files need PyTorch: pip install 'jaxpersona[torch]', or "
-                        "convert the file to .safetensors on another machine") from None
+    torch = require("torch", f"{path}: .pt files need PyTorch",
+                    "or convert the file to .safetensors on another machine")
     try:
         with warnings.catch_warnings(action="ignore"):
             value = torch.load(path, map_location="cpu", weights_only=True)
@@ -63,8 +61,8 @@ def read_pickle(path: str | os.PathLike) -> Any:
 def _check_archive(path: pathlib.Path, size: int) -> None:
     """Check the declared sizes of a `.pt` file's ZIP archive before unpacking it.
 
-    PyTorch stores entries uncompressed, so they cannot exceed the file. A compressed entry of a few
-    kilobytes can expand to any size.
+    PyTorch stores entries uncompressed, so they cannot be larger than the file. A compressed entry
+    of a few kilobytes can expand to any size.
 
     Raises:
       UserError: an entry is compressed, the entries declare more bytes than the file has, or the
@@ -86,15 +84,15 @@ def _check_archive(path: pathlib.Path, size: int) -> None:
                         "PyTorch never writes; save it again with torch.save)")
     claimed = sum(entry.file_size for entry in entries)
     if claimed > size:
-        raise UserError(f"{path}: invalid .pt file (its entries declare {claimed} bytes, the "
-                        f"file has {size})")
+        raise UserError(f"{path}: invalid .pt file (its entries declare {claimed} bytes, but "
+                        f"the file has {size})")
 
 
 class _Plain:
     """Converts the tensors of a nested structure to arrays; shared objects are converted once.
 
-    A pickle can reference one object many times. Without memoization a file of one kilobyte can
-    expand to more than the memory.
+    A pickle can reference one object many times. Without memoization, a file of one kilobyte could
+    expand beyond the available memory.
     """
 
     def __init__(self, torch: Any, size: int) -> None:
@@ -104,7 +102,7 @@ class _Plain:
     def __call__(self, value: Any, depth: int = 0) -> Any:
         if not isinstance(value, (self.torch.Tensor, dict, list, tuple)):
             return value
-        if id(value) not in self.done:  # `value` outlives the walk, so its id stays unique
+        if id(value) not in self.done:  # `value` outlives the conversion, so its id stays unique
             if depth > MAX_DEPTH:
                 raise UserError("nested too deeply")
             self.done[id(value)] = self._convert(value, depth + 1)
@@ -121,7 +119,7 @@ class _Plain:
         if not value.is_floating_point():
             raise TypeError(f"it holds a tensor of {value.dtype}; directions must be floats")
         if value.numel() > self.size:  # an expanded view of a small storage
-            raise UserError(f"a tensor declares {value.numel()} elements, the file has "
+            raise UserError(f"a tensor declares {value.numel()} elements, but the file has "
                             f"{self.size} bytes")
         return value.detach().to(self.torch.float32).numpy()
 
@@ -136,7 +134,7 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
 
     A persona vector file is [L + 1, D] and starts at the embeddings. Entry i becomes layer i − 1.
     Entry 0 (the embeddings) and the last entry (taken after the final norm, so not the residual
-    stream) are dropped. Layer L − 1 is therefore zero. The notes record this.
+    stream) are dropped. Layer L − 1 is therefore zero. The vector's notes record this conversion.
 
     Args:
       path: the file.
@@ -147,7 +145,8 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
       A direction, or capping experiments by id (see `capping`).
 
     Raises:
-      UserError: as `read_pickle`, or the content is none of these; the message names the file.
+      UserError: as for `read_pickle`, or if the content has none of these forms; the message names
+        the file.
     """
     path = pathlib.Path(path)
     if kind not in (None, *KINDS):
@@ -187,7 +186,7 @@ def _interpret(stem: str, value: Any, kind: str | None) -> Vector | dict[str, Ca
     if kind == "role":
         return Vector(array, stem.removesuffix("_vector"),
                       notes={"source": "Assistant Axis project, role vector"})
-    trait, pool = persona.groups() if persona else (stem, "not said")
+    trait, pool = persona.groups() if persona else (stem, "unknown")
     return _persona(array, trait, pool)
 
 
@@ -241,7 +240,7 @@ def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
       The caps of each experiment by id, in file order.
 
     Raises:
-      UserError: a vector is missing or not [D], or a cap or layer is not a number.
+      UserError: a vector is missing or its shape is not [D], or a cap or layer is not a number.
     """
     vectors, out = _table(table["vectors"], "vectors"), {}
     if not isinstance(table["experiments"], list):
@@ -284,8 +283,8 @@ def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
 
 
 def _sign(name: str) -> str:
-    note = ("the file caps projections on vectors that point away from the assistant from above; "
-            "here each vector is negated and its cap is a floor")
+    note = ("the file's vectors point away from the assistant and its caps are ceilings; here each "
+            "vector is negated and its cap is a floor")
     percentile = _PERCENTILE.search(name)
     if percentile is None:
         return note

@@ -44,6 +44,13 @@ def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
 
     Raises:
       UserError: the suffix is not supported, or the format cannot store the value.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "axis.safetensors"
+      >>> jp.save_vector(path, jp.load_axis("mini"))
+      []
     """
     suffix = pathlib.Path(path).suffix.lower()
     if suffix == ".safetensors":
@@ -65,11 +72,12 @@ def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
 
 
 def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str, Caps]:
-    """Read a file of any supported format, chosen by its suffix.
+    """Read a file in the format given by its suffix.
 
     Args:
-      path: the file, or "mini" for the axis of the embedded model, which `jaxpersona axis` made.
-      kind: kind of a bare tensor in a .pt file whose name does not show it (`torchfile.read`).
+      path: the file, or "mini" for the axis of the embedded model, made by `jaxpersona axis`.
+      kind: the kind of a bare tensor in a .pt file, if the file name does not give it
+        (`torchfile.read`).
 
     Returns:
       A direction, or caps by experiment id.
@@ -92,8 +100,8 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
 def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, Caps]:
     suffix = pathlib.Path(path).suffix.lower()
     if os.path.isdir(path):
-        held = os.path.join(path, "axis.safetensors")  # of a run folder
-        hint = f"did you mean {held}?" if os.path.isfile(held) else "give a file"
+        axis = os.path.join(path, "axis.safetensors")  # if the folder is a run folder
+        hint = f"did you mean {axis}?" if os.path.isfile(axis) else "give a file"
         raise UserError(f"{path}: is a folder; {hint}")
     if kind is not None and suffix != ".pt":
         raise UserError(f"{path}: kind is {kind!r}, but it applies only to .pt files; omit it")
@@ -113,7 +121,8 @@ def _read_any(path: str | os.PathLike, kind: str | None) -> Vector | dict[str, C
         return _dated(path, _build(header, tensors))
     except KeyError as error:
         raise UserError(f"{path}: {error} is missing") from None
-    except (ValueError, TypeError, RecursionError) as error:  # repr of a deep nest: RecursionError
+    # the repr of deeply nested values raises RecursionError
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from error
 
 
@@ -121,7 +130,15 @@ def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
     """Read a direction of any supported format (see the module docstring).
 
     Raises:
-      UserError: as `load_any`, or the file holds caps.
+      UserError: as for `load_any`, or if the file contains caps.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import numpy as np, pathlib, tempfile
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "happy.safetensors"
+      >>> written = jp.save_vector(path, jp.Vector(np.ones((8, 128)), name="happy"))
+      >>> jp.load_vector(path)
+      Vector('happy', [8, 128])
     """
     loaded = load_any(path, kind)
     if isinstance(loaded, dict):
@@ -138,7 +155,12 @@ def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
       kind: kind of a bare tensor in a .pt file (`load_any`).
 
     Raises:
-      UserError: as `load_vector`, or the file holds a direction that is not an axis.
+      UserError: as for `load_vector`, or if the direction is not an axis.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.load_axis("mini")
+      Axis('assistant', [8, 128], of 'mini', percentiles: all 9, default 9)
     """
     loaded = load_vector(path, kind=kind)
     if not isinstance(loaded, Axis):
@@ -152,7 +174,16 @@ def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
     `caps[id].interventions()` returns the interventions for `generate`.
 
     Raises:
-      UserError: as `load_any`, or the file holds no caps.
+      UserError: as for `load_any`, or if the file contains no caps.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import numpy as np, pathlib, tempfile
+      >>> caps = jp.Caps(np.ones((1, 128)), layers=(4,), floors=np.ones(1), labels=("a",))
+      >>> path = pathlib.Path(tempfile.mkdtemp()) / "caps.safetensors"
+      >>> written = jp.save_vector(path, caps)
+      >>> jp.load_caps(path)
+      {'caps': Caps('caps', 1 floor, layers 4 to 4)}
     """
     loaded = load_any(path)
     if not isinstance(loaded, dict):
@@ -161,7 +192,7 @@ def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
 
 
 def _dated(path: str | os.PathLike, found: Any) -> Any:
-    """Warn if a file's fingerprint has another scheme, so that it cannot be compared."""
+    """Warn if a file's fingerprint cannot be compared because it has another scheme."""
     scheme = found.fingerprint_scheme
     if found.fingerprint and scheme != SCHEME:
         detail = ("computed from a sample of the weights, so not unique" if scheme == 1 else

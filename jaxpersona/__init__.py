@@ -1,10 +1,10 @@
-"""JAX engine to read and steer the persona of chat models through the residual stream.
+"""A JAX engine that reads and steers the persona of chat models in the residual stream.
 
-The model is a pure function. Captures and interventions are pytrees of arrays passed to it and
-compiled into the same program.
+The model is a pure function. Captures and interventions are pytrees of arrays that are passed to it
+and compiled into the same program.
 """
 
-# first, so that the CLI handles signals during the slow imports
+# imported first, so that the CLI handles signals during the slow imports
 from jaxpersona import interrupt as _interrupt  # noqa: F401
 
 # isort: split
@@ -63,6 +63,7 @@ from jaxpersona.models.params import Params, init_params
 from jaxpersona.models.presets import preset
 from jaxpersona.persona.check import Check, check
 from jaxpersona.persona.contrast import contrast
+from jaxpersona.report import plot
 from jaxpersona.text.chat import encode
 from jaxpersona.vectors.caps import Caps
 from jaxpersona.vectors.vector import Axis, Vector
@@ -76,7 +77,7 @@ __all__ = [
     "cap", "capture", "chain", "check", "contrast", "custom", "encode", "everywhere", "extract",
     "forward", "from_hf", "from_last", "gate", "generate", "generated", "init_cache", "init_params",
     "last", "load", "load_axis", "load_caps", "load_vector", "logprobs", "make_mesh", "marked",
-    "mean_ablate", "next_logprobs", "preset", "prompt", "reserve", "response", "restore_norm",
-    "rotate", "save_vector", "scale", "set_projection", "stack_rows", "steer", "sweep", "system",
-    "turns", "user", "where",
+    "mean_ablate", "next_logprobs", "plot", "preset", "prompt", "reserve", "response",
+    "restore_norm", "rotate", "save_vector", "scale", "set_projection", "stack_rows", "steer",
+    "sweep", "system", "turns", "user", "where",
 ]

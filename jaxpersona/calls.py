@@ -1,4 +1,4 @@
-"""Clear errors for calls whose arguments do not fit the function's signature."""
+"""Clear errors for calls that do not match the function's signature."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jaxpersona.errors import UserError
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# alias → our names for it; the first that the function accepts is suggested
+# wrong argument name → candidates; the first candidate that the function accepts is suggested
 _NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("layer", "layer_idx", "layer_ids", "layers_ids", "at"), ("layers",)),
     **dict.fromkeys(("coeff", "coef", "coefficient", "alpha", "strength", "multiplier", "factor",
@@ -41,12 +41,12 @@ _NAMES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("neg", "negatives", "bad"), ("negative",)),
 }
 _ADVICE = {
-    "do_sample": "temperature=0 is greedy, any other temperature samples",
+    "do_sample": "temperature=0 decodes greedily; any other temperature samples",
     "device": "use jax.default_device for one device, or mesh= for several",
     "device_map": "use mesh=jp.make_mesh(…)",
     "load_in_8bit": "weights are loaded as float32, bfloat16 or float16",
     "load_in_4bit": "weights are loaded as float32, bfloat16 or float16",
-    "trust_remote_code": "code of a checkpoint is never run",
+    "trust_remote_code": "code from a checkpoint is never run",
     "stop": "use jp.Engine and jp.Request(stop=…)",
     "stream": "use jp.Engine: engine.stream(handle)",
     "num_return_sequences": "repeat the conversation in the list",
@@ -54,9 +54,9 @@ _ADVICE = {
 
 
 def checked_call(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function: arguments that do not fit raise a `UserError` with the remedy.
+    """Decorate a function so that a call with wrong arguments raises a `UserError` with a fix.
 
-    Without it, Python raises a TypeError that names the argument but not the right one.
+    Python's own TypeError names the wrong argument but does not suggest the correct one.
     """
     signature = inspect.signature(function)
 
@@ -73,7 +73,7 @@ def checked_call(function: Callable[P, R]) -> Callable[P, R]:
 
 def _explain(name: str, signature: inspect.Signature, args: tuple[Any, ...],
              named: Mapping[str, Any]) -> str:
-    """Return what is wrong with a call, and the remedy."""
+    """Describe why a call does not match a signature, and how to fix it."""
     known = signature.parameters
     ordered = [p.name for p in known.values() if p.kind in (p.POSITIONAL_ONLY,
                                                            p.POSITIONAL_OR_KEYWORD)]
@@ -83,11 +83,11 @@ def _explain(name: str, signature: inspect.Signature, args: tuple[Any, ...],
     if len(args) > len(ordered):
         others = [key for key in known if key not in ordered and key not in named]
         first = f"{args[len(ordered)]!r:.40}"
-        return (f"{name}() takes {_listed(ordered) or 'no argument'} by position; give {first} "
-                f"by its name, one of {_listed(others)}")
+        return (f"{name}() takes {_listed(ordered) or 'no argument'} by position; pass {first} "
+                f"by keyword, as one of {_listed(others)}")
     for given in named:
         if given in ordered[: len(args)]:
-            return f"{name}() got {given!r} twice, by position and by name"
+            return f"{name}() got {given!r} twice, by position and by keyword"
     bound = {*ordered[: len(args)], *named}
     missing = [p.name for p in known.values() if p.default is p.empty and p.name not in bound
                and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
@@ -95,7 +95,7 @@ def _explain(name: str, signature: inspect.Signature, args: tuple[Any, ...],
 
 
 def _remedy(given: str, known: list[str]) -> str:
-    """Return the argument that was probably meant, or all of them."""
+    """Suggest the argument that was probably meant; if none is similar, list all arguments."""
     if given in _ADVICE and given not in known:
         return _ADVICE[given]
     for right in _NAMES.get(given.lower(), ()):

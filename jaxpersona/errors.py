@@ -1,4 +1,4 @@
-"""The exception for a user's mistake."""
+"""The exception for users' mistakes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Safe reading of untrusted files: checks of file type, size and JSON depth; escaped printing.
+"""Safe handling of untrusted files: checks of type, size and JSON depth, and escaped printing.
 
-A user-supplied path may be a pipe, a device, a huge sparse file or JSON nested beyond Python's
-recursion limit. Every reader of the package applies these checks first, so a damaged or hostile
-file only raises an error.
+A user's path may name a pipe, a device, a huge sparse file, or JSON nested beyond Python's
+recursion limit. All readers in the package apply these checks first, so a damaged or malicious
+file raises an error instead of hanging the process or exhausting its memory.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from jaxpersona.errors import UserError
 
-TEXT_BYTES = 256 << 20  # maximum size of a text file; the largest, tokenizer files, have 35 MB
-MAX_DEPTH = 500  # maximum JSON nesting: half of Python's recursion limit, for recursive readers
+TEXT_BYTES = 256 << 20  # maximum size of a text file; the largest tokenizer files have 35 MB
+MAX_DEPTH = 500  # maximum JSON nesting: half of Python's recursion limit, since readers recurse
 
 # C0 and C1 controls except tab and newline, and Unicode bidirectional controls
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u202a-\u202e\u2066-\u2069]")
@@ -73,7 +73,7 @@ def read_bytes(path: str | os.PathLike[str], limit: int = TEXT_BYTES) -> bytes:
     """Read a regular file of at most `limit` bytes.
 
     Raises:
-      UserError: as `require_file`, or reading fails; the message names the path.
+      UserError: as for `require_file`, or if reading fails; the message names the path.
     """
     size = require_file(path, limit)
     try:
@@ -88,7 +88,7 @@ def parse_json(text: str, hook: Callable[[list[tuple[str, Any]]], Any] | None = 
 
     Args:
       text: the JSON text.
-      hook: `object_pairs_hook` of `json.loads`.
+      hook: passed to `json.loads` as `object_pairs_hook`.
 
     Raises:
       json.JSONDecodeError: invalid JSON.
@@ -100,12 +100,12 @@ def parse_json(text: str, hook: Callable[[list[tuple[str, Any]]], Any] | None = 
         raise UserError("nested too deeply") from None
     except (UserError, json.JSONDecodeError):
         raise
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # an integer with thousands of digits
         raise UserError(str(error)) from None
     level = [value]
     for _ in range(MAX_DEPTH):
-        level = [part for item in level if isinstance(item, (dict, list))
-                 for part in (item.values() if isinstance(item, dict) else item)]
+        level = [child for item in level if isinstance(item, (dict, list))
+                 for child in (item.values() if isinstance(item, dict) else item)]
         if not level:
             return value
     raise UserError("nested too deeply")
@@ -115,7 +115,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file.
 
     Raises:
-      UserError: as `read_bytes`, or the content is invalid JSON; the message names the path.
+      UserError: as for `read_bytes`, or if the content is invalid JSON; the message names the path.
     """
     data = read_bytes(path)
     try:
@@ -125,7 +125,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def require_files(folder: pathlib.Path, suffixes: tuple[str, ...], limit: int = TEXT_BYTES) -> None:
-    """Check all files with given suffixes in a folder before another library reads them.
+    """Check a folder's files with the given suffixes before another library reads them.
 
     Raises:
       UserError: an entry is not a regular file or is too large; the message names it.
@@ -138,7 +138,7 @@ def require_files(folder: pathlib.Path, suffixes: tuple[str, ...], limit: int = 
 def printable(text: object) -> str:
     r"""Escape control characters except tab and newline, e.g. as \x1b.
 
-    Text from a file then cannot send control sequences to the terminal.
+    This keeps text from a file from sending control sequences to the terminal.
     """
     plain = str(text).replace("\r\n", "\n")
     return _CONTROL.sub(lambda m: ascii(m.group())[1:-1], plain)

@@ -1,8 +1,8 @@
 """Exit the CLI on SIGINT and SIGTERM with one line that describes the files written.
 
 Importing JAX takes seconds and happens before the CLI's `main`. The package therefore imports this
-module first, which installs handlers for both signals if the process is the `jaxpersona` command.
-Other programs are unaffected.
+module first. If the process is the `jaxpersona` command, this module installs handlers for both
+signals; other programs are unaffected.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _handle(action: Action) -> Handlers:
     if threading.current_thread() is not threading.main_thread():
         return {}
     installed = ((number, signal.getsignal(number)) for number in _SIGNALS)
-    before: Handlers = {number: held for number, held in installed if held is not signal.SIG_IGN}
+    before: Handlers = {number: old for number, old in installed if old is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, action)
     return before
@@ -78,10 +78,28 @@ def raised() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, held in before.items():
+        for number, old in before.items():
             # the command may have written files, so `_leave`'s message could be wrong
-            held = _leave_at_once if held is _leave else held
-            signal.signal(number, signal.SIG_DFL if held is None else held)
+            old = _leave_at_once if old is _leave else old
+            signal.signal(number, signal.SIG_DFL if old is None else old)
+
+
+@contextlib.contextmanager
+def intercepted(action: Callable[[], object]) -> Iterator[None]:
+    """Call `action` on SIGINT while the block runs, instead of what happens otherwise.
+
+    SIGTERM keeps its effect. Nothing changes outside the main thread, or if SIGINT is ignored.
+    """
+    number = signal.SIGINT
+    before = signal.getsignal(number)
+    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
+        yield
+        return
+    signal.signal(number, lambda *_: action())
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_DFL if before is None else before)
 
 
 @contextlib.contextmanager
@@ -91,7 +109,7 @@ def keeping(describe: Callable[[], str]) -> Iterator[None]:
         yield
     except Stopped as stop:
         stop.kept = "the state of its files is unknown"
-        with contextlib.suppress(OSError):  # keep the default description
+        with contextlib.suppress(OSError):  # if `describe` fails, keep the description above
             stop.kept = describe()
         raise
 

@@ -3,7 +3,7 @@
 The package uses NaN for "no value" and infinity for "no bound", and transfers small arrays between
 host and device. JAX's NaN, inf and transfer checks are therefore disabled inside its functions.
 
-This module holds every access to JAX's configuration and to JAX names without type stubs.
+Only this module reads or changes JAX's configuration or uses JAX names without type stubs.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def own_rules() -> Iterator[None]:
 
 
 def debugging() -> bool:
-    """Return whether the user set jax_debug_nans or jax_debug_infs, also inside `own_rules`."""
+    """Return whether the user has enabled jax_debug_nans or jax_debug_infs.
+
+    The result is the same inside `own_rules`, which disables both.
+    """
     asked = _asked.get()
     if asked is not None:
         return asked
@@ -72,7 +75,7 @@ def is_traced(*trees: Any) -> bool:
 
 
 def setting(name: str) -> Any:
-    """Return a setting of JAX in this thread, or None if it is unset or this JAX version lacks it.
+    """Return a JAX setting in this thread; None if it is unset or unknown to this JAX version.
 
     Args:
       name: a name such as "jax_debug_nans".
@@ -101,16 +104,16 @@ def thread_settings() -> list[Any]:
 @contextlib.contextmanager
 def default_setting(name: str, value: bool | float | str, *,
                     default: bool | float | None = None) -> Iterator[None]:
-    """Change a setting of JAX that the user has not set; undo the change if the block fails.
+    """Change a JAX setting that the user has not set; undo the change if the block fails.
 
-    The change outlives the block, because such settings take effect when JAX creates its first
-    array.
+    Otherwise the change remains after the block, because such settings take effect when JAX
+    creates its first array.
 
     Args:
       name: a name such as "jax_platforms".
       value: the new value.
-      default: JAX's own default. Another current value, or an environment variable with the
-        setting's name (JAX_PLATFORMS), is the user's choice and stays.
+      default: JAX's own default. If the current value differs, or the environment variable with
+        the setting's name (such as JAX_PLATFORMS) is set, the user's choice is kept.
     """
     before = setting(name)
     if before != default or name.upper() in os.environ:
@@ -125,7 +128,7 @@ def default_setting(name: str, value: bool | float | str, *,
 
 
 def check_process() -> None:
-    """Raise if this process was forked from one that has used JAX, whose threads a fork lacks.
+    """Raise if this process was forked from one that has used JAX: a fork lacks JAX's threads.
 
     Raises:
       UserError: this process is such a fork.

@@ -1,1 +1,1 @@
-"""Kernels: the rank-one edit (reference and dispatch) and flash attention."""
+"""Kernels: the rank-one edit and flash attention."""

@@ -1,9 +1,9 @@
-"""Choice of the attention implementation for prefill, and cuDNN's flash attention.
+"""Selection of the attention implementation for prefill, and cuDNN's flash attention.
 
-The XLA implementation (`nn.attention`) is the reference and supports every case. cuDNN's does not
-write the scores to memory, which is faster for long prompts, but it supports only some shapes and
-attends only to the tokens of the current call. The choice is made at trace time; a fallback from
-cuDNN on a GPU gives a warning.
+The XLA implementation (`nn.attention`) is the reference and supports every case. cuDNN does not
+write the scores to memory, so it is faster for long prompts, but it supports only some shapes and
+attends only to the tokens of the current call. The selection happens at trace time; a fallback to
+XLA on a GPU issues a warning.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxpersona.errors import UserError
 
 Implementation = Literal["xla", "cudnn"]
 Asked = Literal["auto", "xla", "cudnn"]
-LONG = 127  # the longest batch that uses XLA: from 128 tokens on, cuDNN was faster on an H100
+LONG = 127  # "auto" uses XLA up to this width; from 128 tokens on, cuDNN was faster on an H100
 
 
 def attention_implementation(
@@ -34,23 +34,23 @@ def attention_implementation(
     sharded: bool = False,
     asked: Asked = "auto",
 ) -> tuple[Implementation, str]:
-    """Choose the attention implementation: "cudnn" where it is supported, else "xla".
+    """Choose the attention implementation: cuDNN for long batches if it is supported, else XLA.
 
     Args:
       config: the model configuration (reads `attn_softcap` and `head_dim`).
       platform: the devices' platform: "cpu", "gpu" or "tpu".
-      dtype: dtype of queries, keys and values.
-      tokens: queries per row, including padding.
-      fresh: whether there are no earlier tokens: no cache, or one allocated by this call.
+      dtype: the dtype of queries, keys and values.
+      tokens: the number of queries per row, including padding.
+      fresh: whether there are no earlier tokens, because there is no cache or it is new.
       capability: the GPU's compute capability.
       sharded: whether the arrays are sharded over a mesh.
-      asked: "auto", or the required implementation.
+      asked: the requested implementation, or "auto".
 
     Returns:
       The implementation, and the reason for it.
 
     Raises:
-      UserError: cuDNN is required but not supported; the message lists every reason.
+      UserError: cuDNN is requested but not supported; the message lists every reason.
     """
     if asked not in ("auto", "xla", "cudnn"):
         raise UserError(f"attention is {asked!r}; it must be auto, xla or cudnn")
@@ -73,22 +73,22 @@ def attention_implementation(
     if against:
         return "xla", against[0]
     if tokens <= LONG and asked == "auto":
-        return "xla", f"the batch has at most {LONG} tokens a row ({tokens})"
+        return "xla", f"the batch has {tokens} tokens per row, at most {LONG}"
     return "cudnn", "it is supported"
 
 
 def choose(config: Any, asked: Asked, *, dtype: Any, tokens: int, fresh: bool, sharded: bool,
            platform: str) -> Implementation:
-    """Choose the attention implementation for the arrays' platform, and warn of a fallback.
+    """Choose the attention implementation for the arrays' platform; warn about a fallback to XLA.
 
-    The first choice of cuDNN runs its self-test (`cudnn_fault`).
+    Before its first use, cuDNN is tested (`cudnn_fault`).
 
     Raises:
-      UserError: cuDNN is required, but is not supported or fails its self-test.
+      UserError: cuDNN is requested, but is not supported or fails its test.
     """
     capability = 0.0
     if platform == "gpu" and asked != "xla":
-        # for AMD devices, this attribute is a name, not a number
+        # on AMD devices, this attribute is a name, not a number
         version = str(getattr(_gpu(), "compute_capability", ""))
         capability = float(version) if version.replace(".", "", 1).isdigit() else 0.0
     chosen, reason = attention_implementation(
@@ -102,7 +102,7 @@ def choose(config: Any, asked: Asked, *, dtype: Any, tokens: int, fresh: bool, s
             raise UserError(f"attention is 'cudnn', but {fault}; use 'auto' or 'xla'")
         chosen, reason = ("cudnn", reason) if fault is None else ("xla", fault)
     if chosen == "xla" and platform == "gpu" and asked == "auto" and fresh and tokens > LONG:
-        _say_once(f"long prompts use XLA's attention, not cuDNN: {reason}")
+        _say_once(f"long prompts use XLA's attention instead of cuDNN's: {reason}")
     return chosen
 
 
@@ -110,7 +110,7 @@ def _gpu() -> Any:
     """Return this process's first GPU or None; it may differ from JAX's default device."""
     try:
         return jax.local_devices(backend="gpu")[0]
-    except RuntimeError:  # a program may be compiled for a GPU on a machine without one
+    except RuntimeError:  # a program can be compiled for a GPU on a machine without one
         return None
 
 
@@ -121,10 +121,10 @@ def _say_once(text: str) -> None:
 
 @functools.lru_cache(maxsize=64)
 def cudnn_fault(dtype: str, head_dim: int, groups: int, windowed: bool) -> str | None:
-    """Compare cuDNN's attention with NumPy on a small case; return the error, or None.
+    """Compare cuDNN's attention with NumPy on a small input; return a description of the error.
 
-    The arguments are the properties by which cuDNN selects a kernel; each combination is tested
-    once.
+    The result is None if they agree. The arguments are the properties by which cuDNN selects a
+    kernel; each combination is tested once.
     """
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(2, 64, n, head_dim)).astype(np.float32) for n in (2 * groups, 2, 2)]
@@ -141,7 +141,7 @@ def cudnn_fault(dtype: str, head_dim: int, groups: int, windowed: bool) -> str |
         return f"cuDNN's attention failed its test ({type(error).__name__}: {text})"
     want = _definition(q, np.repeat(k, groups, 2), np.repeat(v, groups, 2), length, window)
     worst = float(np.abs(got - want).max())
-    # outputs have magnitude 1 and at least eight bits of precision
+    # outputs are of order 1 and have at least eight bits of precision
     return None if worst < 0.05 else f"cuDNN's attention failed its test (max error {worst:.3g})"
 
 
@@ -162,14 +162,14 @@ def _definition(q: np.ndarray, k: np.ndarray, v: np.ndarray, length: np.ndarray,
 def flash(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, length: jax.Array, *,
           scale: float, window: int | None = None,
           implementation: Implementation = "cudnn") -> jax.Array:
-    """Compute causal attention within each row (FlashAttention, Dao et al. 2022).
+    """Compute causal attention among the tokens of each row (FlashAttention, Dao et al. 2022).
 
     Args:
       q_btnh: queries [B, T, N, H].
       k_btkh, v_btkh: keys and values [B, T, K, H] of the same tokens.
-      length: [B] int32, the number of valid tokens per row; the rest is padding.
+      length: [B] int32, the number of valid tokens per row; the other tokens are padding.
       scale: the factor applied to q·k.
-      window: sliding-window size in tokens, including the query's own, or None.
+      window: sliding-window size in tokens, including the query itself, or None.
       implementation: "cudnn", or "xla" for comparison.
 
     Returns:
@@ -182,5 +182,5 @@ def flash(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, length: jax.A
         implementation=implementation,
     )
     inside = jnp.arange(q_btnh.shape[1], dtype=jnp.int32)[None] < length[:, None]
-    # cuDNN leaves padding undefined; NaN there would propagate through a capture's zero weights
+    # cuDNN's output at padding is undefined, and a capture's zero weight does not remove a NaN
     return jnp.where(inside[:, :, None, None], out, jnp.zeros((), out.dtype))

@@ -1,4 +1,4 @@
-"""The rank-one edit: its equation, and the implementation that XLA compiles."""
+"""The rank-one edit: its equation and its implementation in XLA."""
 
 from __future__ import annotations
 
@@ -32,23 +32,23 @@ def rank_one_edit(
       direction: v̂, unit vectors [B, D] or [1, D] float32.
       coefficients: s, c, lo and hi, each [B] or [1] float32.
       active: [B, T] bool, the tokens that the edit applies to.
-      push: û, of `direction`'s shape, to move h along û instead of v̂; None for v̂.
+      push: û, in the shape of `direction`, to move h along û instead of v̂; None for v̂.
       columns: `twice(direction)`, if already computed.
-      implementation: "xla", the only one.
+      implementation: "xla", the only one available.
 
     Returns:
       The edited h in its own dtype, and [B, T] bool: True where the edit is active and δ ≠ 0.
-      Elsewhere h is unchanged, bit for bit.
+      Elsewhere h is bit-identical to the input.
 
     Raises:
-      UserError: unknown implementation.
+      UserError: the implementation is unknown.
     """
     if implementation != "xla":
         raise UserError(f"implementation is {implementation!r}; only 'xla' is available")
     s, c, lo, hi = (number[:, None] for number in coefficients)
     wide = h.astype(jnp.float32)
     p = project(wide, direction) if columns is None else _by_product(wide, columns)
-    # s·p − p is exactly 0 at s = 1, like (s − 1)·p, but XLA cannot hoist s − 1 for each layer
+    # Like (s − 1)·p, s·p − p is exactly 0 at s = 1, but it prevents XLA from hoisting s − 1.
     delta = jnp.clip(s * p - p + c, lo - p, hi - p)
     changed = active & (delta != 0)
     along = direction if push is None else push
@@ -66,10 +66,10 @@ def project(h: jax.Array, direction: jax.Array) -> jax.Array:
 
 
 def twice(direction: jax.Array) -> jax.Array:
-    """Stack v̂ [B, D] twice, [B, 2, D], for products on a CPU.
+    """Stack two copies of v̂ [B, D] to [B, 2, D], for products on a CPU.
 
     XLA compiles a product with one column to three kernels (multiply and reduce), but a product
-    with two equal columns to one.
+    with two equal columns to a single kernel.
     """
     return jnp.stack([direction, direction], 1)
 

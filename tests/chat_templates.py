@@ -1,7 +1,7 @@
-"""Chat templates of the families' structure in our own words, and a tokenizer to try them on.
+"""Chat templates with the same structure as those of model families, and a tokenizer for them.
 
-Beside each template stands the same thing in plain Python (`REFERENCE`): a list of segments
-(role or None for scaffold, message number, text). It is the oracle for spans.
+For each template there is a plain Python implementation (`REFERENCE`): a list of segments (role or
+None for template text, message number, text). It is the reference for spans.
 """
 
 from __future__ import annotations
@@ -86,7 +86,8 @@ GEMMA2 = r"""
 {%- if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif -%}
 """
 
-# Beyond the four: the system prompt is moved into the last user message, and nothing cues a reply.
+# Unlike the four above, this template moves the system prompt to the last user message and adds no
+# generation prompt.
 MISTRAL = r"""
 {{- bos_token -}}
 {%- set talk = messages -%}
@@ -104,7 +105,7 @@ MISTRAL = r"""
 {%- endfor -%}
 """
 
-# Opens the thinking block in the prompt, and drops it from what was said before.
+# Opens a thinking block in the generation prompt, and removes thinking blocks from past turns.
 DEEPSEEK = r"""
 {%- for m in messages -%}
 {{ '<|im_start|>' + m.role + '\n' + m.content.split('</think>')[-1] + '<|im_end|>\n' }}
@@ -119,7 +120,7 @@ TRIMS = ("llama3", "gemma2")
 
 
 def make_tokenizer(family: str):
-    """Train a byte-level BPE tokenizer whose splits let punctuation take line breaks with it."""
+    """Train a byte-level BPE tokenizer that can merge punctuation with the line breaks after it."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, processors, trainers
     from tokenizers import pre_tokenizers as split_by
     from transformers import PreTrainedTokenizerFast
@@ -131,7 +132,7 @@ def make_tokenizer(family: str):
         split_by.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     core.decoder = decoders.ByteLevel()
-    # Llama's tokenizer cuts blanks off its offsets, Qwen's does not.
+    # Llama's tokenizer trims whitespace from its offsets; Qwen's does not.
     offsets = processors.ByteLevel(trim_offsets=family in TRIMS)
     core.post_processor = offsets
     text = ["You are a pirate.\n\nWho are you?\n\n", "user\nassistant\nsystem\nmodel\n\n\n",
@@ -140,7 +141,7 @@ def make_tokenizer(family: str):
         vocab_size=600, special_tokens=SPECIAL, show_progress=False,
         initial_alphabet=sorted(split_by.ByteLevel.alphabet())))
     core.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
-    if family == "base":  # with a template, the template writes the beginning of text
+    if family == "base":  # otherwise the template adds the start-of-text token
         bos = BOS[family]
         core.post_processor = processors.Sequence([offsets, processors.TemplateProcessing(
             f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))])])
@@ -179,7 +180,7 @@ def reference(family: str, messages, reply: bool):
             say(turn, head.format(m["role"]), "<|eot_id|>", m["content"].strip())
         cue = head.format("assistant")
     elif family == "gemma2":
-        # An empty system prompt leaves no trace, so the start belongs to the message after it.
+        # An empty system prompt renders as nothing, so <bos> belongs to the next message.
         out.append((None, int(system is not None and not system["content"].strip()), "<bos>"))
         for turn, m in list(enumerate(messages))[first:]:
             name = "model" if m["role"] == "assistant" else "user"

@@ -1,20 +1,27 @@
-"""Strictness for every test: no implicit promotion of types or ranks, no warning, no network."""
+"""Strict settings for all tests: no implicit dtype or rank promotion, no warnings, no network."""
 
 from __future__ import annotations
 
 import os
+import pathlib
 import signal
 import sys
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
 if "jax" in sys.modules:
-    raise RuntimeError("jax was imported before the tests could ask for 8 CPU devices")
+    raise RuntimeError("jax was imported before the tests could request 8 CPU devices")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["JAXPERSONA_COMPILE_CACHE"] = "0"
-# a shell that starts a job in the background lets it ignore SIGINT, and so its child processes
+# JAX's own cache: a program that another worker, a child process or an earlier run compiled is read
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# shells start background jobs with SIGINT ignored, and child processes inherit this
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402
@@ -23,24 +30,24 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# what third parties emit and this project cannot mend
+# warnings from third-party packages that this project cannot avoid
 _TOLERATED = (
-    # torch asks for numpy's deprecated interface when it shares an array with it
+    # torch uses a deprecated NumPy interface when it shares an array
     "ignore:__array_wrap__ must accept context:DeprecationWarning",
-    # swig builds of dependencies (sentencepiece) on Python 3.11 and later
+    # SWIG bindings of dependencies (sentencepiece) on Python 3.11 and later
     "ignore:builtin type .* has no __module__ attribute:DeprecationWarning",
 )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Turn warnings into errors, whatever the command line says of the configuration file."""
+    """Turn warnings into errors, even if the command line overrides the configuration file."""
     config.addinivalue_line("filterwarnings", "error")
     for line in _TOLERATED:
         config.addinivalue_line("filterwarnings", line)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, aloud, what needs an accelerator that is not there."""
+    """Skip GPU tests, with a reason, on machines without a GPU."""
     wanted = [item for item in items if item.get_closest_marker("gpu")]
     if not wanted or jax.default_backend() == "gpu":
         return
@@ -51,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """A random Qwen 3 saved by transformers, with a byte-level tokenizer made here."""
+    """A random Qwen 3 checkpoint saved by transformers, with a byte-level tokenizer."""
     pytest.importorskip("torch")
     import support as s
     from transformers import Qwen3Config, Qwen3ForCausalLM

@@ -1,4 +1,4 @@
-"""Seeded damage to files: bytes flipped, cut, moved and inserted, and values replaced in place."""
+"""Seeded damage to files: bytes flipped, cut, moved or inserted, and values replaced."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 
 ESCAPE = "\x1b]0;title\x07\x1b[2J\x9b"
 HUGE = 10**400
-# what takes the place of any value of a JSON text or of a pickle
+# replacements for any value in a JSON text or a pickle
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 3, 2**31, 2**63, -(2**64), HUGE, -HUGE, 0.5, 1e300, 1e-300,
     math.inf, -math.inf, math.nan, "", "x", ESCAPE, "x" * 10_000, "\ud800", "../../x", "a\0b", [],
     {}, [[]], [1], ["x"], [None], {"a": 1}, {"": []}, [HUGE], "NaN", "1e999",
 )
-DEEP = (50, 450, 700, 5000)  # levels of nesting: readable, at the limit, and beyond it
+DEEP = (50, 450, 700, 5000)  # levels of nesting: readable, at the limit, and above it
 TOKENS = (b"9" * 400, b"9" * 5000, b"-", b"null", b'"', b"{", b"}", b"[]", b"1e999", b"NaN",
           b"\xff", b"\0", b",", b":", b"\x1b[2J", b"\n", b"true", "\u2028".encode(), b"[" * 3000,
           b"\xff" * 8, b"\0" * 64)
 
 
 def damage(data: bytes, draw: random.Random, head: int = 4096) -> bytes:
-    """Return damaged bytes; half of the damage falls on the first `head` of them."""
+    """Return damaged bytes; half of the damage falls on the first `head` bytes."""
     out = bytearray(data)
     limit = len(out) if draw.random() < 0.5 else min(len(out), head)
     if not limit:
@@ -43,7 +43,7 @@ def damage(data: bytes, draw: random.Random, head: int = 4096) -> bytes:
         del out[at:end]
     elif kind == "swap":
         out[at:end] = out[at:end][::-1]
-    elif kind == "number":  # a count or a length, of any size
+    elif kind == "number":  # a count or a length, of any magnitude
         number = draw.choice((0, 1, 255, 2**31 - 1, 2**31, 2**62, 2**63, 2**64 - 1))
         form = draw.choice(("<Q", "<I", ">Q"))
         out[at : at + struct.calcsize(form)] = struct.pack(
@@ -54,7 +54,7 @@ def damage(data: bytes, draw: random.Random, head: int = 4096) -> bytes:
 
 
 def nodes(value: Any) -> list[tuple[Any, Any]]:
-    """Return (container, key) of every value inside a nest."""
+    """Return (container, key) for every value in a nested structure."""
     found: list[tuple[Any, Any]] = []
     inner = value.items() if isinstance(value, dict) else enumerate(value)
     for key, item in inner:
@@ -65,7 +65,7 @@ def nodes(value: Any) -> list[tuple[Any, Any]]:
 
 
 def replaced(value: Any, draw: random.Random, others: tuple[Any, ...] = ()) -> Any:
-    """Return a nest in which one value is another, one is left out, or one has another name."""
+    """Return a nested structure with one value replaced or removed, or one key renamed."""
     out = copy.deepcopy(value)
     container, key = draw.choice(nodes({"": out} if not isinstance(out, (dict, list)) else out)
                                  or [({"": out}, "")])
@@ -87,23 +87,23 @@ def replaced(value: Any, draw: random.Random, others: tuple[Any, ...] = ()) -> A
 
 
 def json_text(value: Any, draw: random.Random) -> bytes:
-    """Return the JSON of a nest with one value replaced, now and then nested beyond any parser."""
+    """Return nested JSON with one value replaced; sometimes nested too deeply for any parser."""
     if draw.random() < 0.05:
         depth = draw.choice(DEEP)
         return b"[" * depth + b"]" * depth
-    # integers of any length: json.dumps would refuse their decimal form beyond 4,300 digits
+    # written by hand, because json.dumps rejects integers of more than 4,300 digits
     return json.dumps(replaced(value, draw)).encode("utf-8", "surrogatepass")
 
 
 def damaged_json(data: bytes, draw: random.Random) -> bytes:
-    """Damage a JSON text or a text of JSON lines, by its values or by its bytes."""
+    """Damage JSON or JSON Lines text, by its values or by its bytes."""
     if draw.random() < 0.4:
         return damage(data, draw)
     lines = data.decode().split("\n") if data[:1] == b"{" and b"}\n{" in data else None
     if lines is None:
         return json_text(json.loads(data), draw)
     at = draw.randrange(len(lines))
-    if not lines[at] or draw.random() < 0.2:  # lines lost, doubled, in another order
+    if not lines[at] or draw.random() < 0.2:  # lines removed, duplicated or reordered
         del lines[at : at + draw.choice((1, len(lines)))]
     elif draw.random() < 0.2:
         lines.insert(at, lines[draw.randrange(len(lines))])
@@ -113,7 +113,7 @@ def damaged_json(data: bytes, draw: random.Random) -> bytes:
 
 
 def damaged_safetensors(data: bytes, draw: random.Random) -> bytes:
-    """Damage a safetensors file, by its header's values or by its bytes."""
+    """Damage a safetensors file, by the values in its header or by its bytes."""
     if draw.random() < 0.4:
         return damage(data, draw)
     length = int.from_bytes(data[:8], "little")

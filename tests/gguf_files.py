@@ -1,4 +1,4 @@
-"""GGUF files of small transformers models, written by the conventions of llama.cpp's converter."""
+"""Write small transformers models as GGUF files, with the conventions of llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Encode = Callable[[str, np.ndarray], tuple[np.ndarray, Any]]
 
 
 def tensor_name(name: str, family: str) -> str:
-    """Return the GGUF name of a tensor of a transformers model."""
+    """Return the GGUF name of a transformers tensor."""
     parts = name.split(".")
     stem, kind = parts[-2], parts[-1]
     new = _NAMES[stem]
@@ -32,14 +32,14 @@ def tensor_name(name: str, family: str) -> str:
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorder the rows of Q or K as llama.cpp does for architecture "llama"."""
+    """Permute the rows of Q or K as llama.cpp does for the architecture "llama"."""
     rows = weight.shape[0]
     split = weight.reshape(heads, 2, rows // heads // 2, *weight.shape[1:])
     return split.swapaxes(1, 2).reshape(weight.shape)
 
 
 def llama3_divisors(config: Any) -> np.ndarray | None:
-    """Return the tensor rope_freqs.weight of a configuration with Llama 3's scaling."""
+    """Return the tensor rope_freqs.weight for a configuration with Llama 3's scaling."""
     rope = config.rope_parameters
     if rope.get("rope_type") != "llama3":
         return None
@@ -65,13 +65,13 @@ def write(path: pathlib.Path, made: Any, encode: Encode = plain, *, name: str = 
     """Write a transformers model as GGUF.
 
     Args:
-      made: the model.
-      encode: returns a matrix's data and its GGML type; vectors are F32.
-      name: `general.name`.
-      tokens, merges, kinds, template: the tokenizer; without `tokens` none.
-      skip: keys under "<architecture>." and tensors to leave out.
-      fields: further integers and strings by key; they replace others.
-      options: of `gguf.GGUFWriter`.
+        made: the model.
+        encode: returns a matrix's data and its GGML type; vectors are written as F32.
+        name: `general.name`.
+        tokens, merges, kinds, template: the tokenizer; none is written if `tokens` is None.
+        skip: keys under "<architecture>." and tensors to omit.
+        fields: additional integers and strings by key; they override the defaults.
+        options: passed to `gguf.GGUFWriter`.
     """
     import gguf
 

@@ -1,7 +1,7 @@
-"""The oracle of the tests: small random models in transformers, and what they compute.
+"""The reference for the tests: small random transformers models and their outputs.
 
-Their weights are large enough that attention and logits are far from uniform, and every norm's
-weight and every bias is random, so that a term left out, or taken twice, shows.
+The weights are large enough that attention and logits are far from uniform. The weights of all
+norms and all biases are random, so that a missing or duplicated term changes the results.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SIZE = {"vocab_size": 199, "hidden_size": 48, "num_hidden_layers": 3, "num_atten
 
 
 def config(family: str, **fields: Any) -> Any:
-    """Make a small configuration of transformers; `fields` replace those of `SIZE`."""
+    """Create a small transformers configuration; `fields` override `SIZE`."""
     import transformers
 
     kind = "Gemma3TextConfig" if family == "gemma3" else f"{_NAMES[family]}Config"
@@ -29,23 +29,23 @@ def config(family: str, **fields: Any) -> Any:
 
 
 def architecture(family: str) -> Any:
-    """Return a family's class of transformers."""
+    """Return the transformers class of a family."""
     import transformers
 
     return getattr(transformers, f"{_NAMES[family]}ForCausalLM")
 
 
 def model(family: str, seed: int = 0, gain: float = 1.2, **fields: Any) -> Any:
-    """Make a random float32 model of transformers with eager attention.
+    """Create a random float32 transformers model with eager attention.
 
-    A product's weights have a deviation of gain/√inputs.
+    The weights of matrix products have a standard deviation of gain/√inputs.
     """
     import torch
 
     settings = config(family, **fields)
     settings._attn_implementation = "eager"
     cls = architecture(family)
-    torch.set_num_threads(1)  # for models so small, more only wait for each other
+    torch.set_num_threads(1)  # with such small models, more threads only wait for each other
     torch.manual_seed(seed)
     made = cls(settings).eval()
     draw = torch.Generator().manual_seed(seed)
@@ -65,10 +65,10 @@ def model(family: str, seed: int = 0, gain: float = 1.2, **fields: Any) -> Any:
 
 
 def residuals(made: Any, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Run right-padded rows through a model of transformers.
+    """Run right-padded rows through a transformers model.
 
     Returns:
-      The residual stream after every block [L, B, T, D], and the logits [B, T, V]; float32.
+        The residual stream after every block [L, B, T, D], and the logits [B, T, V]; float32.
     """
     import torch
 
@@ -90,14 +90,14 @@ def residuals(made: Any, rows: list[list[int]]) -> tuple[np.ndarray, np.ndarray]
 
 
 def cast(made: Any, dtype: Any) -> Any:
-    """Cast the parameters alone: `.to(dtype)` would round the rotary frequencies too, for good."""
+    """Cast only the parameters; `.to(dtype)` would also round the rotary frequencies."""
     for value in made.parameters():
         value.data = value.data.to(dtype)
     return made
 
 
 def params(made: Any, folder: pathlib.Path, dtype: Any = None) -> tuple[Any, Any]:
-    """Carry a model over through a folder that transformers writes: parameters, configuration."""
+    """Convert a transformers model to our parameters and configuration, through a saved folder."""
     from jaxpersona.ckpts import hf
 
     made.save_pretrained(folder)
@@ -106,7 +106,7 @@ def params(made: Any, folder: pathlib.Path, dtype: Any = None) -> tuple[Any, Any
 
 
 def prompts(lengths: list[int], vocabulary: int, seed: int = 0) -> list[list[int]]:
-    """Draw random token rows of the given lengths, without the ids that end a text."""
+    """Draw random token rows of the given lengths, without ids that end a text."""
     draw = np.random.default_rng(seed)
     return [draw.integers(2, vocabulary, n).tolist() for n in lengths]
 
@@ -118,12 +118,12 @@ def distance(a: Any, b: Any) -> float:
 
 
 def steered(v: Any, c: float) -> Any:
-    """Make a hook's function: h ← h + c·v."""
+    """Return a hook function: h ← h + c·v."""
     return lambda h, torch: h + c * torch.tensor(v, dtype=torch.float32)
 
 
 def capped(v: Any, floor: float) -> Any:
-    """Make a hook's function: h ← h − v̂·min(⟨h, v̂⟩ − τ, 0)."""
+    """Return a hook function: h ← h − v̂·min(⟨h, v̂⟩ − τ, 0)."""
 
     def act(h, torch):
         unit = torch.tensor(v / np.linalg.norm(v), dtype=torch.float32)
@@ -134,14 +134,14 @@ def capped(v: Any, floor: float) -> Any:
 
 def generate(made: Any, rows: list[list[int]], hooks: Any, new: int, *,
              decode_only: bool = False) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Generate `new` tokens greedily with hooks, the rows left-padded.
+    """Generate `new` tokens greedily with hooks; the rows are left-padded.
 
     Args:
-      hooks: for a layer the functions that its residual goes through, in order.
-      decode_only: hooks act on new tokens alone.
+        hooks: for each layer, the functions that are applied to its residual, in order.
+        decode_only: whether hooks apply only to new tokens.
 
     Returns:
-      Tokens [B, new], and for every row its residuals [L, T + new − 1, D].
+        Tokens [B, new], and for every row its residuals [L, T + new − 1, D].
     """
     import torch
 
@@ -176,10 +176,10 @@ def generate(made: Any, rows: list[list[int]], hooks: Any, new: int, *,
 
 def generate_rows(made: Any, rows: list[list[int]], plans: list[Any],
                   new: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Generate greedily, every row with hooks of its own; otherwise as `generate`.
+    """Generate greedily like `generate`, with different hooks for every row.
 
     Args:
-      plans: for each row a list of (layer, fn, prompt, made): fn(h, before, torch) for the row's
+        plans: for each row, a list of (layer, fn, prompt, made): fn(h, before, torch) for the row's
         tokens h [T, D], a mask over the prompt's tokens, and whether new tokens are edited.
     """
     import torch
@@ -207,10 +207,10 @@ def generate_rows(made: Any, rows: list[list[int]], plans: list[Any],
 
 def same_run(ours: Any, rows: list[list[int]], tokens: np.ndarray,
              stream: list[np.ndarray]) -> float:
-    """Check that a generation of ours has the tokens and, to 1e-4, the residuals of `generate`.
+    """Check that our generation has the tokens and, to 1e-4, the residuals of `generate`.
 
     Returns:
-      The worst relative distance of a row's residual at a layer.
+        The largest relative distance of any row's residual at any layer.
     """
     from support import relative
 

@@ -1,8 +1,8 @@
-"""Chat templates as their publishers ship them, small tokenizers for them, and readable spans.
+"""Published chat templates, small tokenizers for them, and readable spans.
 
-`published/<name>.jinja` renders a conversation of text as the published template does. The
-templates were written from memory; branches for tools raise an error, and long lines are broken
-inside tags, where white space has no effect.
+`published/<name>.jinja` renders text conversations like the published template. The templates were
+written from memory; branches for tools raise an error, and long lines are broken inside tags, where
+whitespace has no effect.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ WORDS = ["You are a pirate.\n\nWho are you?\n\n", "user\nassistant\nsystem\nmode
          "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
          "I am a helpful pirate.\n", "Why the sea the ship the sea  the ship:\n\n",
          "```py\nprint()\n```\n"]
-# Llama 3 and Qwen 2.5; up to three digits are one token in Llama 3
+# Llama 3 and Qwen 2.5; in Llama 3, up to three digits form one token
 SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A published template and what its tokenizer adds.
+    """A published template and the properties of its tokenizer.
 
     Attributes:
-      special: special tokens; the first is BOS if `bos`, the last is EOS.
-      plain: added tokens that are not special, such as thinking tags.
-      tokens: the form of its tokenizer: "bytes", "metaspace" (a word's token begins with its
-        space) or "gemma" (SentencePiece without a mark at the start of a text).
-      trims: the tokenizer cuts blanks off its offsets.
-      nfc: the tokenizer composes characters first.
+        special: special tokens; the first is BOS if `bos`, and the last is EOS.
+        plain: added tokens that are not special, such as thinking tags.
+        tokens: the kind of tokenizer: "bytes", "metaspace" (a word's token begins with its space)
+        or "gemma" (SentencePiece without a mark at the start of the text).
+        trims: whether the tokenizer trims whitespace from its offsets.
+        nfc: whether the tokenizer applies NFC normalization first.
     """
 
     special: Sequence[str]
@@ -72,13 +72,13 @@ TEMPLATES = {
 
 
 def source(name: str) -> str:
-    """Return the text of a template."""
+    """Return the source of a template."""
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
 
 
 @functools.cache
 def make_tokenizer(name: str) -> Any:
-    """Train a small tokenizer of the form that the template's models have."""
+    """Train a small tokenizer of the same kind as that of the template's models."""
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
@@ -115,7 +115,7 @@ def _sentencepiece(gemma: bool) -> Any:
     from tokenizers import pre_tokenizers as split_by
 
     raw = Tokenizer(models.BPE(unk_token="<unk>"))
-    raw.pre_tokenizer = split_by.Sequence([  # line breaks and punctuation do not join words
+    raw.pre_tokenizer = split_by.Sequence([  # line breaks and punctuation are not merged with words
         split_by.Split(Regex(r"\n+|[^\s\w]+"), "isolated"),
         split_by.Metaspace(prepend_scheme="never")])
     spaced = "".join(f" {word}" for word in " ".join(WORDS).split())
@@ -146,7 +146,7 @@ CHATML_EMPTY = """\
 {t2}<|im_start|>assistant
 """
 FENCED = "So:\n```py\nprint(1)  # the sea\n```\nthe end"
-COMMON_CONTENTS = {  # (user, assistant), for every tokenizer
+COMMON_CONTENTS = {  # (user, assistant), suitable for every tokenizer
     "code": ("What does\n~~~\nx = [0]\n~~~\ndo?", FENCED),
     "emoji": ("🎉 the 👩‍👩‍👧‍👦 sea 🌊", "🌊🌊"),
     "cjk": ("東京は日本の首都です。", "你好,世界! 안녕하세요"),
@@ -156,7 +156,7 @@ COMMON_CONTENTS = {  # (user, assistant), for every tokenizer
 
 
 def says(*contents: str, system: str | None = None) -> list[dict[str, str]]:
-    """Return a conversation of alternating messages, user first."""
+    """Return a conversation of alternating messages that begins with the user."""
     head = [] if system is None else [{"role": "system", "content": system}]
     return head + [{"role": ("user", "assistant")[i % 2], "content": text}
                    for i, text in enumerate(contents)]
@@ -175,7 +175,7 @@ def marked(tokenizer: Any, row: Any) -> str:
 
 
 def selected(tokenizer: Any, batch: Any, where: Any, row: int = 0) -> dict[int, str]:
-    """Return the text of the tokens of a batch's row that pass a test, by turn."""
+    """Return, by turn, the text of the tokens in a batch's row that `where` selects."""
     chosen = np.asarray(jp.where.holds(where.encode(), batch))[row]
     out: dict[int, list[int]] = {}
     for token, turn in zip(batch.tokens[row][chosen].tolist(), batch.turn[row][chosen].tolist(),

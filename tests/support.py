@@ -1,4 +1,4 @@
-"""Tiny random models and the distances that the tests judge by."""
+"""Tiny random models, and distances between results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jaxpersona.models.params import Params, fingerprint, layout
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tiny:
-    """A model as `generate` takes one (`model.Model` without a folder)."""
+    """A model as required by `generate` (`model.Model` without a folder)."""
 
     config: ModelConfig
     params: Params
@@ -36,7 +36,7 @@ class Tiny:
 
 
 def tiny_config(**fields: Any) -> ModelConfig:
-    """A Qwen 3 of 3 layers, D 32, 2 queries a key head; `fields` replace its own."""
+    """A Qwen 3 with 3 layers, D = 32 and 2 query heads per key head; `fields` override these."""
     base: dict[str, Any] = dict(
         family="qwen3", vocab_size=97, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2,
         head_dim=12, d_ff=48, norm_eps=1e-6, max_context=512, rope=Rope(10_000.0),
@@ -69,31 +69,31 @@ def random_params(config: ModelConfig, seed: int = 0, dtype: Any = jnp.float32) 
 @functools.lru_cache
 def tiny_model(seed: int = 0, dtype: Any = jnp.float32, stop_ids: tuple[int, ...] = (3,),
                **fields: Any) -> Tiny:
-    """Make a random model of `tiny_config(**fields)`; the same arguments give the same object."""
+    """Return a random model of `tiny_config(**fields)`, cached by its arguments."""
     config = tiny_config(**fields)
     params = random_params(config, seed, dtype)
     return Tiny(config, params, stop_ids, fingerprint=fingerprint(config, params))
 
 
 def prompts(lengths: Any, vocabulary: int = 97, seed: int = 0) -> list[list[int]]:
-    """Draw random prompts of the given lengths, without the lowest ids (stops, padding)."""
+    """Draw random prompts of the given lengths, without the lowest ids (stop tokens, padding)."""
     rng = np.random.default_rng(seed)
     return [rng.integers(4, vocabulary, int(n)).tolist() for n in lengths]
 
 
-run = jax.jit(forward, static_argnames=("logits",))  # the configuration is a plain argument
+run = jax.jit(forward, static_argnames=("logits",))  # the configuration is an ordinary argument
 
 READ = capture.full(everywhere)
 
 
 def compiled(program: Any) -> int:
-    """Count the compiled programs that are kept of one of the engine's functions."""
+    """Count the cached compiled programs of one of the engine's functions."""
     held = list(KEPT._held.items())
     return sum(made._cache_size() for key, made in held if key[0] is program.__wrapped__)
 
 
 def residuals(model: Any, batch: Any, edits: Any = None) -> tuple[np.ndarray, np.ndarray]:
-    """Run one full forward pass: residuals [B, L, T, D] (NaN at padding), logits [B, T, V]."""
+    """Run a full forward pass; return residuals [B, L, T, D], NaN at padding, and logits."""
     out = run(model.params, model.config, batch, interventions=edits, capture=READ)
     return np.asarray(out.captured["full"].value), np.asarray(out.logits)
 
@@ -101,7 +101,7 @@ def residuals(model: Any, batch: Any, edits: Any = None) -> tuple[np.ndarray, np
 def relative(a: Any, b: Any) -> np.ndarray:
     """Return ‖a − b‖₂ / ‖b‖₂ over the last two axes: [B, L] for [B, L, T, D].
 
-    Entries that are NaN in both (padding) count as nothing; NaN in one of them is a failure.
+    Entries that are NaN in both (padding) are ignored; NaN in only one of them is a failure.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     assert a.shape == b.shape, f"{a.shape} against {b.shape}"
@@ -112,19 +112,19 @@ def relative(a: Any, b: Any) -> np.ndarray:
 
 
 def rowwise(a: Any, b: Any) -> np.ndarray:
-    """Return `relative` over the last axis alone: [B, L] for means [B, L, D]."""
+    """Return `relative` over only the last axis: [B, L] for means [B, L, D]."""
     return relative(np.asarray(a)[..., None, :], np.asarray(b)[..., None, :])
 
 
 def same_bits(a: Any, b: Any) -> bool:
-    """Whether two pytrees have one structure and every array is equal bit for bit."""
+    """Return whether two pytrees have the same structure and bit-identical arrays."""
     chex.assert_trees_all_equal_structs(a, b)
     pairs = jax.tree.map(lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes(), a, b)
     return all(jax.tree.leaves(pairs))
 
 
 def differing(a: Any, b: Any) -> list[str]:
-    """Name the arrays of two pytrees that differ in any bit."""
+    """Return the names of the arrays that differ between two pytrees in any bit."""
     left, right = (jax.tree_util.tree_leaves_with_path(x) for x in (a, b))
     return [
         jax.tree_util.keystr(path) for (path, x), (_, y) in zip(left, right, strict=True)
@@ -133,12 +133,12 @@ def differing(a: Any, b: Any) -> list[str]:
 
 
 def top2_margin(logits: Any) -> np.ndarray:
-    """Return the greatest logit less the second: [...] for [..., V]."""
+    """Return the largest logit minus the second largest: [...] for [..., V]."""
     two = np.partition(np.asarray(logits, np.float64), -2, axis=-1)
     return two[..., -1] - two[..., -2]
 
 
-# a model of transformers whose vocabulary is that of `byte_tokenizer`
+# a transformers model with the vocabulary of `byte_tokenizer`
 BYTE_MODEL: dict[str, Any] = {
     "vocab_size": 258, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48,
@@ -148,7 +148,7 @@ BYTE_MODEL: dict[str, Any] = {
 
 
 def byte_tokenizer(*, template: bool = True) -> Any:
-    """Make a byte-level tokenizer of 256 letters, a turn's begin and its end."""
+    """Return a byte-level tokenizer: 256 byte tokens, a start-of-turn and an end-of-turn token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -167,7 +167,7 @@ def byte_tokenizer(*, template: bool = True) -> Any:
 
 
 def random_checkpoint(folder: pathlib.Path, kind: Any, config: Any) -> pathlib.Path:
-    """Save a random model of transformers, of class `kind`."""
+    """Save a random transformers model of class `kind`."""
     import torch
 
     torch.manual_seed(0)
@@ -188,14 +188,15 @@ def write_texts(folder: pathlib.Path, roles: Any, questions: Any) -> pathlib.Pat
 
 
 def axis_command(checkpoint: Any, texts: pathlib.Path, out: Any, *more: str) -> list[str]:
-    """The arguments of a small `jaxpersona axis`."""
+    """Return the arguments of a small `jaxpersona axis` run."""
     return ["axis", "--model", str(checkpoint), "--roles", str(texts / "roles"), "--questions",
             str(texts / "questions.jsonl"), "--out", str(out), "--max-new-tokens", "6",
-            "--batch-size", "8", "--min-count", "1", "--temperature", "1", "--top-p", "1", *more]
+            "--batch-size", "8", "--min-count", "1", "--temperature", "1", "--top-p", "1", "--json",
+            *more]
 
 
 def run_command(arguments: list[str]) -> Any:
-    """Run the command `jaxpersona`; return its exit code."""
+    """Run the `jaxpersona` command; return its exit code."""
     import pytest
 
     from jaxpersona.cli.main import main
@@ -206,7 +207,7 @@ def run_command(arguments: list[str]) -> Any:
 
 
 def write_control(path, directions, architecture="controlvector"):
-    """Write a control vector as other programs do: no key of ours in it."""
+    """Write a control vector like other programs, without our own keys."""
     import gguf
 
     writer = gguf.GGUFWriter(path, architecture)

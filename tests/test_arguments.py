@@ -1,4 +1,4 @@
-"""Arguments of a wrong type or range raise `UserError`, not an exception of NumPy or JAX."""
+"""Arguments of the wrong type or value raise `UserError`, not a NumPy or JAX exception."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxpersona.vectors.caps import Caps
 from jaxpersona.vectors.vector import Axis, Vector
 
 V = np.ones((2, 4), np.float32)
-DIGITS = "9" * 5000  # more than Python converts to an integer
+DIGITS = "9" * 5000  # more digits than Python converts to an integer
 
 CASES = {
     "source is 5": lambda: jp.load(5),

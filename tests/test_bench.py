@@ -1,4 +1,4 @@
-"""Benchmark statistics, and the kernels that a cap adds to a compiled step."""
+"""Benchmark statistics, and the number of kernels that a cap adds to a compiled step."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def test_pairs_stop_when_the_interval_is_narrow_and_say_when_it_is_not():
     wild = common.paired({"a": lambda: 2.0, "b": lambda: next(noise)}, "a", pairs=19)
     assert wild["b"]["unresolved"] and wild["b"]["pairs"] == 19
     few = common.paired({"a": lambda: 2.0, "b": lambda: next(noise)}, "a", pairs=3)
-    assert few["b"]["pairs"] == 10  # the minimum
+    assert few["b"]["pairs"] == 10  # the minimum number of pairs
     late = common.paired({"a": lambda: 2.0, "b": lambda: next(noise)}, "a", pairs=99, budget=0.0)
     assert late["b"]["unresolved"] and late["b"]["pairs"] == 10
-    many = itertools.cycle([9.95, 10.05])  # above 1 the width is relative
+    many = itertools.cycle([9.95, 10.05])  # above 1, the width is relative to the ratio
     large = common.paired({"a": lambda: next(many), "b": lambda: 1.0}, "a", pairs=19)
     assert not large["b"]["unresolved"]
 
 
 def median_quantile(values, q):
-    """Return the exact q quantile of the bootstrap median for odd n.
+    """Return the exact q-quantile of the bootstrap median for odd n.
 
-    The median is at most the k-th smallest value if more than half of n draws are, each with
-    probability k/n.
+    The median is at most the k-th smallest value if more than half of n draws are at most that
+    value, each with probability k/n.
     """
     n = len(values)
     for k, value in enumerate(sorted(values), 1):
@@ -61,7 +61,7 @@ def median_quantile(values, q):
 
 @pytest.mark.parametrize("n", [41, 51])
 def test_an_interval_is_the_bootstrap_s_of_the_median(n):
-    """A skewed sample, whose mean and 90 % interval differ from the tested values."""
+    """Use a skewed sample, whose mean and 90 % interval differ from the tested values."""
     import common
 
     values = 1.3 ** np.arange(n)
@@ -79,11 +79,11 @@ def test_an_interval_is_unresolved_above_two_hundredths_of_the_ratio_and_of_one(
     for width, wanted in ((0.0196, False), (0.0204, True)):
         half = width / 2 * max(1.0, ratio)
         turn = itertools.cycle([1 / (ratio - half), 1 / (ratio + half)])
-        # long calls: one per pair
+        # long calls: one call per pair
         found = common.paired({"a": lambda: 20.0, "b": lambda t=turn: 20.0 * next(t)}, "a",
                               pairs=15)
         low, high = found["b"]["interval"]
-        assert high - low == pytest.approx(2 * half, abs=2e-4), "the interval must be known"
+        assert high - low == pytest.approx(2 * half, abs=2e-4), "the exact interval must be known"
         assert found["b"]["unresolved"] == wanted, (ratio, width)
 
 
@@ -96,7 +96,7 @@ def test_each_arm_of_a_pair_runs_for_two_seconds_evenly_interleaved():
         clock = itertools.cycle(seconds)
         return lambda: called.append(name) or next(clock)
 
-    # three warm-up calls; the faster of the last two sets the calls per pair
+    # after a warm-up call, the faster of two calls determines the calls per pair
     found = common.paired({"slow": arm("slow", 1.0), "fast": arm("fast", 0.3, 0.25, 0.35, 0.26)},
                           "slow")
     assert len(called) == 6 + 10 * (2 + 8)
@@ -126,7 +126,7 @@ def test_a_small_budget_shortens_the_pairs():
 
 
 def test_a_card_s_memory_is_that_of_both_programs(monkeypatch):
-    """PyTorch may be unused, in use, or partly imported."""
+    """PyTorch may be unused, in use, or only partly imported."""
     import common
 
     device = types.SimpleNamespace(memory_stats=lambda: {"bytes_in_use": 5})
@@ -189,7 +189,7 @@ echo "$@" > "$TRACE"
 
 @pytest.mark.parametrize("named", [None, "folder", "bench/results"])
 def test_a_rehearsal_does_not_write_over_the_results_of_a_gpu(tmp_path, named):
-    """SMALL=1 writes to a temporary folder, or to the one that is given, but not bench/results."""
+    """SMALL=1 writes to a temporary folder or to the given folder, but never to bench/results."""
     stub, trace = tmp_path / "python", tmp_path / "trace"
     stub.write_text(STUB)
     stub.chmod(0o755)
@@ -237,7 +237,7 @@ def test_the_roofline_counts_the_cache_halfway_through_the_steps(monkeypatch):
     monkeypatch.setattr(roofline, "bandwidth", lambda: 1e9)
     monkeypatch.setattr(roofline, "peak_flops", lambda dtype: 1e9)
     monkeypatch.setattr(roofline, "seconds_of", lambda call: 1.0)
-    monkeypatch.setattr(roofline.Decoding, "timer", lambda self: lambda: 8.0)  # one second a step
+    monkeypatch.setattr(roofline.Decoding, "timer", lambda self: lambda: 8.0)  # one second per step
     monkeypatch.setattr(roofline, "report", lambda *_, **more: told.update(more))
     roofline.main()
     config = model.config

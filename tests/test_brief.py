@@ -1,4 +1,4 @@
-"""Every public object prints as one line of at most 120 characters, without its numbers."""
+"""Every public object prints as one line of at most 120 characters, without its array values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxpersona.judges.digits import Verdicts
 
 @pytest.fixture(scope="module")
 def session():
-    """The objects of a session at the prompt, by name."""
+    """Return the objects of an interactive session by name."""
     model, axis = jp.load("mini"), jp.load_axis("mini")
     cap = jp.cap(axis, layers=slice(4, 8), floor=1.0)
     read = jp.capture.mean() | jp.capture.last() | jp.capture.projections(axis)

@@ -1,4 +1,4 @@
-"""Typical mistakes of a first hour: each raises one line with the argument, value or fix."""
+"""Typical beginners' mistakes raise a one-line error with the argument, the value or the fix."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def steer(**more):
 
 
 MISTAKES = {
-    # names of other libraries
+    # argument names of other libraries
     "layer": (lambda: jp.steer(V, layer=4),
               r"steer\(\) has no argument 'layer'; did you mean layers"),
     "coeff": (lambda: jp.steer(V, layers=4, coeff=2.0), "'coeff'; did you mean scale"),
@@ -35,7 +35,8 @@ MISTAKES = {
     "typo": (lambda: jp.cap(V, layers=4, flor=1.0), "did you mean floor"),
     "max_tokens": (lambda: jp.generate(MODEL, ["a"], max_tokens=5), "did you mean max_new_tokens"),
     "max_length": (lambda: jp.generate(MODEL, ["a"], max_length=5), "did you mean max_new_tokens"),
-    "do_sample": (lambda: jp.generate(MODEL, ["a"], do_sample=False), "temperature=0 is greedy"),
+    "do_sample": (lambda: jp.generate(MODEL, ["a"], do_sample=False),
+                  "temperature=0 decodes greedily"),
     "hooks": (lambda: jp.generate(MODEL, ["a"], hooks=steer()), "did you mean interventions"),
     "stop": (lambda: jp.generate(MODEL, ["a"], stop=["x"]), r"jp\.Request\(stop="),
     "prompts": (lambda: jp.generate(MODEL, prompts=["a"]), "did you mean conversations"),
@@ -46,15 +47,15 @@ MISTAKES = {
     "batch": (lambda: jp.extract(MODEL, [TALK], batch=8), "did you mean batch_tokens"),
     "positives": (lambda: jp.contrast(MODEL, positives=["a"], negative=["b"]),
                   "did you mean positive"),
-    # what is missing, or given by position
+    # missing or positional arguments
     "no layers": (lambda: jp.steer(V), r"steer\(\) needs layers"),
     "no bound": (lambda: jp.cap(V, layers=4), "cap needs a bound: floor, ceiling or both"),
     "no prompts": (lambda: jp.generate(MODEL), r"generate\(\) needs conversations"),
     "strength by position": (lambda: jp.steer(V, 2.0, layers=4),
-                             "takes vector by position; give 2.0 by its name, one of scale"),
-    "layer by position": (lambda: jp.steer(V, 4), "by its name, one of layers, scale"),
+                             "takes vector by position; pass 2.0 by keyword, as one of scale"),
+    "layer by position": (lambda: jp.steer(V, 4), "by keyword, as one of layers, scale"),
     "twice": (lambda: jp.steer(V, vector=V, layers=4), "'vector' twice"),
-    # values
+    # invalid values
     "a name": (lambda: jp.generate("mini", ["a"]), r"model is 'mini'; give the result of jp\.load"),
     "a name in extract": (lambda: jp.extract("mini", [TALK]), r"model is 'mini'"),
     "a name in logprobs": (lambda: jp.logprobs("mini", [TALK]), r"model is 'mini'"),
@@ -67,18 +68,24 @@ MISTAKES = {
                             "interventions is "),
     "an uncalled capture": (lambda: jp.generate(MODEL, ["a"], capture=jp.capture.last),
                             r"capture is .*last.*; .*\(\)"),
-    "a list of captures": (lambda: jp.generate(MODEL, ["a"], capture=[jp.capture.last()]),
-                           r"capture is .*\|"),
+    "captures of one name": (
+        lambda: jp.generate(MODEL, ["a"], capture=[jp.capture.last(), jp.capture.last()]),
+        r"two captures have the name \['last'\]; rename one"),
+    "an uncalled capture in a list": (
+        lambda: jp.generate(MODEL, ["a"], capture=[jp.capture.last]), r"capture is .*last"),
+    "a reading by name": (lambda: jp.Request("a", capture="mean"), r"jp\.capture\.mean\(\)"),
     "one conversation": (lambda: jp.generate(MODEL, ASK), "wrap it in a list"),
     "one string": (lambda: jp.generate(MODEL, "hi"), "wrap it in a list"),
-    "last layer": (lambda: jp.steer(V, layers=-1), r"layers.*-1"),
+    "last layer": (lambda: jp.steer(V, layers=-1), r"layers is -1.*config\.n_layers − 1"),
+    "last layer of an axis": (lambda: jp.steer(AXIS, layers=-1), "-1.*the last layer is 7"),
+    "last layers of an axis": (lambda: AXIS[[-2, -1]], "the last layer is 7"),
     "layer beyond": (lambda: jp.generate(MODEL, ["a"], interventions=jp.steer(V, layers=8)),
                      "layer 8.*8 layers|8 layers.*layer 8|0…7"),
     "layer of one": (lambda: jp.steer(V, layers=4.0), "layers"),
     "width": (lambda: jp.generate(MODEL, ["a"], interventions=jp.steer(np.ones(64), layers=4)),
               "64.*128|128.*64"),
     "a percentile of a vector": (lambda: jp.cap(V, layers=4, floor="p25"),
-                                 "floor is 'p25'; a percentile needs an Axis"),
+                                 "floor is 'p25'; a percentile name needs an Axis"),
     "an unknown percentile": (lambda: jp.cap(AXIS, layers=4, floor="p26"), "p26.*p25"),
     "an unknown population": (lambda: jp.cap(AXIS, layers=4, floor="p25", of="none"), "none"),
     "where by an unknown name": (lambda: steer(where="reply"), "where is 'reply'"),
@@ -89,6 +96,11 @@ MISTAKES = {
     "Mini": (lambda: jp.load("Mini"), "did you mean mini|'mini'"),
     "unknown preset": (lambda: jp.load("random:llama"), "random:llama|llama-3"),
     "ids of one row": (lambda: jp.batch([1, 2, 3]), r"\[\[1, 2, 3\]\]|list of rows|wrap"),
+    "ids beyond": (lambda: jp.batch([[1, 5000]], vocabulary=1024), "row 0 .*5000.*0…1023"),
+    "ids beyond a model": (lambda: jp.generate(MODEL, [np.array([1, 5000])]), "5000.*0…1023"),
+    "ids beyond in extract": (lambda: jp.extract(MODEL, [np.array([5000])]), "5000.*0…1023"),
+    "one conversation of logprobs": (lambda: jp.logprobs(MODEL, TALK), "wrap it in a list"),
+    "one conversation of encode": (lambda: jp.encode(MODEL, ASK), "wrap it in a list"),
     "an axis file": (lambda: jp.load_axis("none.safetensors"), "none.safetensors"),
     "steps of text": (lambda: jp.generate(MODEL, ["a"], temperature="hot"), "temperature"),
     "no assistant message": (lambda: jp.extract(MODEL, [ASK], capture=jp.capture.mean(jp.response)),
@@ -120,6 +132,15 @@ def test_a_type_error_inside_a_function_is_not_caught():
 
     with pytest.raises(TypeError, match="unsupported operand"):
         broken(1)
+
+
+def test_a_list_of_captures_is_joined():
+    listed = [jp.capture.mean(jp.everywhere, layers=4), jp.capture.last(layers=4)]
+    both = jp.extract(MODEL, [TALK], capture=listed).captured
+    one = jp.extract(MODEL, [TALK], capture=listed[0] | listed[1]).captured
+    assert set(both) == {"mean", "last"}
+    assert all(np.array_equal(both[name], one[name]) for name in both)
+    assert list(jp.Request("a", capture=listed).capture.readings) == ["mean", "last"]
 
 
 @pytest.mark.parametrize("layers", [4, slice(4, 8), [1, 6]], ids=str)

@@ -1,9 +1,10 @@
-"""README and docs: their Python blocks run, their links lead somewhere, and README is short."""
+"""README and docs: Python blocks run, links resolve, and the README is short."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import pathlib
 import re
 
@@ -11,8 +12,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LINKED = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md",
+          *sorted((ROOT / "docs").rglob("*.ipynb"))]
 FENCE = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
-# blocks for several devices or a model of the hub
+# blocks that need several devices or a model from the hub
 NOT_RUN = {"docs/meshes.md": "make_mesh(data=2, model=8)"}
 
 
@@ -21,7 +24,7 @@ def name(path: pathlib.Path) -> str:
 
 
 def blocks(path: pathlib.Path) -> list[str]:
-    """The Python blocks of a page, without those of `NOT_RUN`."""
+    """Return the Python blocks of a page, except those in `NOT_RUN`."""
     skipped = NOT_RUN.get(name(path))
     found = FENCE.findall(path.read_text())
     assert skipped is None or any(skipped in block for block in found)
@@ -43,16 +46,28 @@ def test_the_blocks_of_a_page_run_in_order(path, tmp_path, monkeypatch):
         assert plain.startswith("plain") and -1 <= float(last.split()[0]) <= 1
 
 
-@pytest.mark.parametrize("path", PAGES, ids=name)
+def prose(path: pathlib.Path) -> str:
+    """The text of a page without code, or that of a notebook's Markdown cells."""
+    text = path.read_text()
+    if path.suffix == ".ipynb":
+        text = "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"]
+                           if cell["cell_type"] == "markdown")
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", LINKED, ids=name)
 def test_every_link_leads_to_a_file_and_a_heading(path):
-    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+    text = prose(path)
+    assert not re.search(r"\]\[", text), "write links as [text](target), which is checked"
+    for target in re.findall(r"\]\(([^)]*)\)", text):
+        assert target and not re.search(r"\s", target), f"{name(path)} links to {target!r}"
         if target.startswith(("http://", "https://")):
             continue
         file, _, heading = target.partition("#")
         found = (path.parent / file).resolve() if file else path
         assert found.exists(), f"{name(path)} links to {target}"
         if heading:
-            titles = re.findall(r"^#+ (.+)$", found.read_text(), re.MULTILINE)
+            titles = re.findall(r"^#+ (.+)$", prose(found), re.MULTILINE)
             slugs = {re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles}
             assert heading in slugs, f"{name(path)} links to {target}"
 

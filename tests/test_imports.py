@@ -1,4 +1,4 @@
-"""Which module may import which, what `import jaxpersona` loads, and how long a file may be."""
+"""Import order of modules, modules loaded by `import jaxpersona`, and maximum file length."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-# each may import itself and those before it; a file with an entry of its own stands apart from its
-# package
+# each entry may import itself and earlier entries; a file with its own entry is not part of its
+# package's entry
 ORDER = (
-    "errors", "brief", "calls", "inputs", "interrupt", "runtime", "models.config", "distributed",
-    "kernels", "models", "interventions", "captures", "interventions.trace", "models.forward",
-    "vectors", "text", "engine", "planning", "ckpts", "interventions.specs", "training", "data",
-    "judges", "runs", "persona", "organism", "report", "cli",
+    "errors", "extras", "brief", "calls", "inputs", "export", "interrupt", "runtime",
+    "models.config",
+    "distributed", "kernels", "models", "interventions", "captures", "interventions.trace",
+    "models.forward", "vectors", "text", "engine", "planning", "ckpts", "interventions.specs",
+    "training", "data", "judges", "runs", "persona", "organism", "report", "cli",
 )
-NARROW = {  # less than what the order would allow
+NARROW = {  # stricter limits than the order
     "text.sandbox": set(),
-    "text.sandbox_worker": set(),  # a script that starts with Jinja alone
+    "text.sandbox_worker": set(),  # a script that imports only Jinja
     "text.template": {"models", "text"},
     "text.fences": set(),
     "text.chat": {"brief", "models", "text"},
     "kernels": {"kernels"},
     "models.config": {"brief"},
-    "ckpts": {"calls", "ckpts", "distributed", "engine", "inputs", "models", "models.config",
-              "runtime", "vectors"},
+    "ckpts": {"calls", "ckpts", "distributed", "engine", "extras", "inputs", "models",
+              "models.config", "runtime", "vectors"},
 }
 PLACE = {name: place for place, name in enumerate(ORDER)}
 
 
 def module(path: pathlib.Path) -> str:
-    """The name of a file's module, without the package's own."""
+    """Return the name of a file's module, without the package name."""
     parts = path.relative_to(ROOT).with_suffix("").parts
     parts = parts[1:] if parts[0] == "jaxpersona" else parts
     return ".".join(part for part in parts if part != "__init__")
 
 
 def files() -> dict[str, pathlib.Path]:
-    """Every module of the package by its name, but for the package's own."""
+    """Return every module of the package by name, except the package itself."""
     folders = [ROOT / name for name in ("jaxpersona", "kernels", "ckpts")]
     found = sorted(p for folder in folders for p in folder.rglob("*.py"))
     return {module(p): p for p in found if p != ROOT / "jaxpersona" / "__init__.py"}
@@ -51,12 +52,12 @@ FILES = files()
 
 
 def group(name: str) -> str:
-    """The entry of `ORDER` that a module belongs to."""
+    """Return the entry of `ORDER` that a module belongs to."""
     return name if name in PLACE else name.split(".")[0]
 
 
 def imported(path: pathlib.Path) -> set[str]:
-    """The modules of ours that a file imports, those for type checkers alone left out."""
+    """Return the package's modules that a file imports, except those only for type checking."""
     tree = ast.parse(path.read_text())
     skip = {id(n) for node in ast.walk(tree) if isinstance(node, ast.If)
             and "TYPE_CHECKING" in ast.dump(node.test) for n in ast.walk(node)}
@@ -67,8 +68,8 @@ def imported(path: pathlib.Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: imports inside are absolute"
-            for alias in node.names:  # a module, or a name of one
+            assert not node.level, f"{path}: imports within the package must be absolute"
+            for alias in node.names:  # a module, or a name in a module
                 whole = f"{node.module}.{alias.name}"
                 known = whole.removeprefix("jaxpersona.") in FILES
                 names.add(whole if known else str(node.module))
@@ -77,9 +78,9 @@ def imported(path: pathlib.Path) -> set[str]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_imports_run_one_way(name):
-    """Over the packages, and over the files that stand apart from theirs."""
+    """Check packages, and files that have their own entry."""
     me = group(name)
-    assert me in PLACE, f"give {me!r} a place in ORDER"
+    assert me in PLACE, f"add {me!r} to ORDER"
     for other in sorted(imported(FILES[name])):
         assert other in FILES, f"{other!r} is not a module of the package"
         theirs = group(other)
@@ -90,7 +91,7 @@ def test_imports_run_one_way(name):
 
 
 def test_no_files_import_each_other():
-    """Also within a package, and by imports inside functions."""
+    """Check imports inside a package and inside functions, too."""
     graph = {name: imported(path) - {name} for name, path in FILES.items()}
     done: set[str] = set()
 
@@ -126,7 +127,7 @@ def test_mapped_packages_hold_a_docstring_and_nothing_else():
 
 
 def python(code: str, folder: pathlib.Path = ROOT) -> str:
-    """Run code in a fresh interpreter; return what it prints."""
+    """Run code in a new interpreter; return its output."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True,
                           text=True, timeout=240)
@@ -140,11 +141,11 @@ def test_the_package_loads_little_and_fast():
     code = ("import resource, sys\ndef spent(): return resource.getrusage(0).ru_utime\n"
             f"def loaded(): return [m for m in {heavy!r} if m in sys.modules]\n"
             "import jax, numpy, flax.struct\n"
-            "given = loaded()\n"  # flax brings rich
+            "given = loaded()\n"  # flax imports rich
             "import jaxpersona\nprint(spent(), *[m for m in loaded() if m not in given])")
     out = [python(code).split() for _ in range(2)]
     assert not out[0][1:], f"import jaxpersona loads {out[0][1:]}"
-    # processor seconds, the lesser of two runs: other programs' load is not the import's
+    # CPU seconds, the minimum of two runs, so that the load of other programs does not count
     assert min(float(line[0]) for line in out) < 2.0
 
 

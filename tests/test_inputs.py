@@ -23,7 +23,7 @@ HEADER = {"format": "jaxpersona-vector", "kind": "vector", "layer_base": "0", "n
 
 
 def refused(capsys, arguments, *words):
-    """Run a command that must fail with one error line containing every word; return the line."""
+    """Run a command that must fail with one line that contains every word; return the line."""
     capsys.readouterr()
     assert s.run_command([str(part) for part in arguments]) == 2
     said = capsys.readouterr().err
@@ -40,7 +40,7 @@ def string(text):
 
 
 def gguf_file(fields=b"", n_fields=0, tensors=b"", n_tensors=0, architecture="controlvector"):
-    """Return the bytes of a GGUF header with an architecture and the given fields and tensors."""
+    """Return the bytes of a GGUF header with the given architecture, fields and tensors."""
     own = string("general.architecture") + struct.pack("<I", 8) + string(architecture)
     return b"GGUF" + struct.pack("<IQQ", 3, n_tensors, n_fields + 1) + own + fields + tensors
 
@@ -70,7 +70,7 @@ def tensor_of(*dimensions, name="direction.1", count=None):
     (gguf_file(architecture="llama"), "architecture is 'llama'"),
 ], ids=str)
 def test_what_a_control_vector_claims_is_checked_before_it_is_read(tmp_path, capsys, data, words):
-    """Counts in a header of a hundred bytes do not make the reader allocate memory."""
+    """Large counts in a header of a hundred bytes do not cause memory allocation."""
     pytest.importorskip("gguf")
     path = tmp_path / "v.gguf"
     path.write_bytes(data)
@@ -85,7 +85,7 @@ def test_what_a_control_vector_claims_is_checked_before_it_is_read(tmp_path, cap
 
 
 def test_a_big_endian_control_vector_is_refused(tmp_path, capsys):
-    """The gguf package would misread its numbers as little-endian."""
+    """The gguf package would misread its values as little-endian."""
     gguf = pytest.importorskip("gguf")
     path = tmp_path / "v.gguf"
     writer = gguf.GGUFWriter(path, "controlvector", endianess=gguf.GGUFEndian.BIG)
@@ -104,7 +104,7 @@ def archive(path, entries, compress=zipfile.ZIP_STORED):
 
 
 def test_an_archive_that_expands_is_refused_unread(tmp_path, capsys):
-    """PyTorch stores entries uncompressed; a compressed one could expand to any size."""
+    """PyTorch stores entries uncompressed; a compressed entry could expand to any size."""
     torch = pytest.importorskip("torch")
     kept = io.BytesIO()
     torch.save({"axis": torch.zeros(1000, 4000)}, kept)
@@ -114,14 +114,15 @@ def test_an_archive_that_expands_is_refused_unread(tmp_path, capsys):
     assert (tmp_path / "axis.pt").stat().st_size < 100_000
     refused(capsys, ["vectors", "show", tmp_path / "axis.pt"], "axis.pt", "compressed entry")
     archive(tmp_path / "axis.pt", {name: data for name, data in entries.items()})
-    assert load_any(tmp_path / "axis.pt").n_layers == 1000  # uncompressed it is accepted
+    # without compression, the file is accepted
+    assert load_any(tmp_path / "axis.pt").n_layers == 1000
     whole = (tmp_path / "axis.pt").read_bytes()
     (tmp_path / "axis.pt").write_bytes(whole[: len(whole) // 2])
     refused(capsys, ["vectors", "show", tmp_path / "axis.pt"], "axis.pt", "invalid .pt file")
 
 
 def test_shared_parts_of_a_pickle_are_walked_once(tmp_path, capsys):
-    """An expanded view, a structure with many shared references, and too deep nesting."""
+    """Test an expanded view, a structure with many shared references, and excessive nesting."""
     torch = pytest.importorskip("torch")
     torch.save({"axis": torch.ones(1).expand(1 << 20, 1 << 20)}, tmp_path / "axis.pt")
     refused(capsys, ["vectors", "show", tmp_path / "axis.pt"], "axis.pt", "a tensor declares")
@@ -147,7 +148,7 @@ def test_shared_parts_of_a_pickle_are_walked_once(tmp_path, capsys):
     ({"vectors": 5}, "vectors is a int"),
 ], ids=str)
 def test_experiments_of_another_shape_are_named(tmp_path, capsys, change, words):
-    """Tensors, lists and numbers in place of dicts in a capping file."""
+    """Test tensors, lists and numbers in place of dicts in a capping file."""
     torch = pytest.importorskip("torch")
     table = {"vectors": {"q": {"layer": 1, "vector": torch.ones(3)}},
              "experiments": [{"id": "a", "interventions": [{"vector": "q", "cap": 1.0}]}]} | change
@@ -186,7 +187,7 @@ def test_more_layers_than_any_model_are_refused_in_every_format(tmp_path, capsys
 
 @pytest.mark.parametrize("suffix", ["npy", "safetensors", "pt", "gguf"])
 def test_a_sparse_file_of_any_size_is_not_read(tmp_path, capsys, suffix):
-    """A sparse file of 40 GB with a valid header."""
+    """Test a sparse file of 40 GB with a valid header."""
     path = tmp_path / f"v.{suffix}"
     size = 40 << 30
     if suffix == "npy":
@@ -206,7 +207,7 @@ def test_a_sparse_file_of_any_size_is_not_read(tmp_path, capsys, suffix):
 
 
 def test_texts_of_any_size_and_pipes_and_devices_are_refused(checkpoint, tmp_path, capsys):
-    """Reads do not block on pipes or read endless devices."""
+    """Reads do not block on pipes and do not read endless devices."""
     big, pipe = tmp_path / "big.json", tmp_path / "pipe.json"
     big.write_text("{")
     os.truncate(big, 40 << 30)
@@ -310,7 +311,7 @@ def test_numbers_of_any_size_on_the_command_line_are_refused(checkpoint, tmp_pat
     say = ["generate", "hi", "--model", str(checkpoint), "--max-new-tokens", "2"]
     plan = ["plan", "--topology", "h200:1", "--model", "random:qwen3-mini"]
     for arguments in ([*say, "--temperature", value], [*say, "--steer", vector, "--scale", value]):
-        assert s.run_command(arguments) in (0, 2), arguments  # 1e18 is accepted
+        assert s.run_command(arguments) in (0, 2), arguments  # 1e18 is valid
         assert "Traceback" not in capsys.readouterr().err
     for arguments in (
         *([*axis, option, value] for option in ("--samples", "--batch-size", "--seed",
@@ -327,7 +328,7 @@ def test_numbers_of_any_size_on_the_command_line_are_refused(checkpoint, tmp_pat
 
 
 def test_shapes_of_many_dimensions_are_refused_at_once(tmp_path, capsys):
-    """The product of the shape has millions of digits, and NumPy limits the dimensions."""
+    """The shape's product has millions of digits, and NumPy limits the number of dimensions."""
     for count, size in ((400_000, 2**62), (65, 1)):
         header = json.dumps({"__metadata__": HEADER, "values": {
             "dtype": "F32", "shape": [size] * count, "data_offsets": [0, 4]}}).encode()

@@ -1,7 +1,7 @@
 """`docs/robustness.md` lists every cache, indexed access, reader, handler and mutable global.
 
-The tests collect these places from the source and compare them with the document, so that every
-new place is reviewed before it is merged.
+The tests collect these from the source and compare them with the document, so that new ones are
+reviewed before they are merged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SLICES = {"dynamic_slice", "dynamic_slice_in_dim", "dynamic_update_slice",
            "dynamic_update_slice_in_dim", "dynamic_index_in_dim", "take_along_axis"}
 _READS = {"open", "read_bytes", "read_text", "memmap", "mmap", "fromfile", "load", "GGUFReader",
           "ZipFile", "from_pretrained", "from_file", "restore", "metadata", "item_metadata"}
-# calls with immutable results, or that only describe types
+# calls with immutable results, or that only define types
 _IMMUTABLE = {"frozenset", "compile", "int", "float", "max", "tuple", "TypeVar", "getLogger",
               "ParamSpec", "Rope", "Where", "range", "Option", "Field", "AfterValidator", "dtype"}
 _CHANGES = {"add", "append", "extend", "insert", "update", "setdefault", "pop", "popitem",
@@ -33,14 +33,14 @@ _CHANGES = {"add", "append", "extend", "insert", "update", "setdefault", "pop", 
 
 @functools.cache
 def trees() -> dict[str, ast.Module]:
-    """Return the syntax tree of every module of the package by its path."""
+    """Return the syntax tree of every module in the package, by path."""
     paths = [p for folder in ("jaxpersona", "kernels", "ckpts")
              for p in sorted((ROOT / folder).rglob("*.py"))]
     return {p.relative_to(ROOT).as_posix(): ast.parse(p.read_text("utf-8")) for p in paths}
 
 
 def nodes(tree: ast.Module):
-    """Yield every node of a module with the function or class that contains it."""
+    """Yield every node of a module with the name of its enclosing function or class."""
     def walk(node, where):
         for child in ast.iter_child_nodes(node):
             inside = where
@@ -60,7 +60,7 @@ def nodes(tree: ast.Module):
 
 
 def called(node: ast.AST) -> str:
-    """Return the last part of a called function's name, or ""."""
+    """Return the last component of a called function's name, or ""."""
     if not isinstance(node, ast.Call):
         return ""
     function = node.func
@@ -122,7 +122,7 @@ def is_mutable(value: ast.AST | None) -> bool:
 
 
 def global_names() -> Found:
-    """Collect module-level names with mutable values or that a function reassigns."""
+    """Return module-level names that have mutable values or that a function reassigns."""
     found: Found = collections.defaultdict(list)
     for path, tree in trees().items():
         for node in tree.body:
@@ -160,7 +160,7 @@ COLLECTED = {
 
 
 def listed(title: str) -> dict[tuple[str, str], int]:
-    """Return the rows of a table of the document: (file, function) → number of places."""
+    """Return a table in the document: (file, function) → number of occurrences."""
     text = DOCUMENT.read_text("utf-8")
     part = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
     assert part is not None, f"{DOCUMENT.name} has no section {title!r}"

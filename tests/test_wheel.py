@@ -1,4 +1,4 @@
-"""The wheel holds everything that an installed package needs."""
+"""The wheel contains everything that an installed package needs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_the_wheel_is_whole(tmp_path):
-    source = tmp_path / "source"  # a copy, because setuptools builds inside the tree
+    source = tmp_path / "source"  # a copy, because setuptools builds in the source tree
     skip = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__", ".*_cache",
                                   "tests", ".hypothesis")
     shutil.copytree(ROOT, source, ignore=lambda folder, names: {
@@ -34,9 +34,9 @@ def test_the_wheel_is_whole(tmp_path):
     wanted |= {f"jaxpersona/ckpts/mini/{name}" for name in (
         "model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "README.md",
         "axis.safetensors")}
-    assert not (missing := sorted(wanted - names)), f"the wheel lacks {missing}"
+    assert not (missing := sorted(wanted - names)), f"missing from the wheel: {missing}"
     assert not [name for name in names if name.startswith(("kernels/", "ckpts/", "tests/"))]
-    # unpacked elsewhere, away from the source tree, it imports and finds its model
+    # unpacked outside the source tree, the package imports and finds its model
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
     code = (f"import sys; sys.path.insert(0, {str(site)!r}); import jaxpersona as jp; "

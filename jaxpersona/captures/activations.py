@@ -1,4 +1,4 @@
-"""Readings of activations: the mean, the last one, norms, and all of them."""
+"""Readings of activations: the mean, the last token, norms, and full activations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from jaxpersona.models.batch import Batch
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
-LARGE = 1e9  # bytes; larger full activations are logged as a warning
+LARGE = 1e9  # bytes; a larger capture of full activations logs a warning
 _LOG = logging.getLogger("jaxpersona")
 
 
@@ -32,7 +32,7 @@ class Mean(Reading, kw_only=True, repr=False):
     """The mean activation of the selected tokens, per message if `turns` is given.
 
     Attributes:
-      turns: M, the number of messages with a mean each, or None for one mean of all tokens.
+      turns: M, the number of messages to average separately, or None for one mean of all tokens.
     """
 
     needs_token: ClassVar[bool] = True
@@ -40,7 +40,7 @@ class Mean(Reading, kw_only=True, repr=False):
     turns: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> MeanState:
-        """Return a sum of zeros."""
+        """Return the state before the first token."""
         shape = (rows,) if self.turns is None else (rows, self.turns)
         return MeanState(jnp.zeros((layers, *shape, width), F32), jnp.zeros(shape, F32))
 
@@ -53,7 +53,7 @@ class Mean(Reading, kw_only=True, repr=False):
         return chosen.astype(F32)
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Sum h [B, T, D] of one layer: [B, D] or [B, M, D]."""
+        """Sum h [B, T, D] of one layer over the selected tokens: [B, D] or [B, M, D]."""
         form = "btd,bt->bd" if self.turns is None else "btd,bmt->bmd"
         return jnp.einsum(form, h.astype(F32), weights, precision="highest")
 
@@ -63,7 +63,7 @@ class Mean(Reading, kw_only=True, repr=False):
         return MeanState(state.total + reductions, state.count + weights.sum(-1))
 
     def details(self) -> list[str]:
-        """Return the number of messages if a mean is computed for each, else nothing."""
+        """Return `turns=M` if messages are averaged separately, else nothing."""
         return [] if self.turns is None else [f"turns={self.turns}"]
 
 
@@ -101,7 +101,7 @@ class Last(Reading, kw_only=True, repr=False):
     needs_token: ClassVar[bool] = True
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> LastState:
-        """Return the state without a token."""
+        """Return the state before the first token."""
         return LastState(jnp.zeros((layers, rows, width), F32), jnp.full((rows,), -1, jnp.int32))
 
     def weights(self, batch: Batch) -> Float[Array, "B T"]:
@@ -156,7 +156,7 @@ class Norms(Reading, kw_only=True, repr=False):
     """The norms of the activations of the selected tokens."""
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> TokenState:
-        """Return an array of NaN [L, B, S]."""
+        """Return an array [L, B, S] of NaN."""
         return TokenState(jnp.full((layers, rows, slots), jnp.nan, F32))
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
@@ -173,7 +173,7 @@ class Full(Reading, kw_only=True, repr=False):
     """All activations of the selected tokens: [L, B, S, D], larger than a key/value cache."""
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> TokenState:
-        """Return an array of NaN [L, B, S, D]; log its size first."""
+        """Log the size of the result and return an array [L, B, S, D] of NaN."""
         size = 4 * layers * rows * slots * width
         _LOG.log(logging.WARNING if size >= LARGE else logging.INFO,
                  "a capture of full activations takes %.3g GB: %d layers, %d rows, %d slots, "

@@ -1,14 +1,19 @@
 """Captures: readings of activations, reduced inside the compiled program.
 
-A capture is a pytree that describes the readings. Its state is a monoid to which prefill, every
-chunk and every decode step add, so a mean over a generated text needs no second pass and no
-`[L, B, T, D]` array. Captures are combined with `|` and share one forward pass.
+A capture is a pytree that describes the readings. Prefill, every chunk and every decode step update
+its state, so a mean over a generated text needs no second pass and no `[L, B, T, D]` array.
+Captures are combined with `|` and share one forward pass.
+
+Example:
+  >>> import jaxpersona as jp
+  >>> jp.capture.mean(jp.response, layers=[4]) | jp.capture.last()
+  mean(response, layer 4) | last(everywhere)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import flax.struct
 import jax
@@ -41,11 +46,26 @@ class Capture(flax.struct.PyTreeNode):
     readings: Mapping[str, Reading] = flax.struct.field(default_factory=dict)
 
     def __or__(self, other: Capture) -> Capture:
-        check_capture(other)
+        if not isinstance(other, Capture):
+            _reject(other)
         twice = sorted(set(self.readings) & set(other.readings))
         if twice:
             raise UserError(f"two captures have the name {twice}; rename one with `name=`")
         return Capture({**self.readings, **other.readings})
+
+    def before_edits(self) -> Capture:
+        """Return the capture with activations read before the interventions at their layer.
+
+        At layer l such a reading contains the effect of interventions at lower layers, but not of
+        those at layer l and the same site. For a cap at layer l it is the projection that the cap
+        compares with its floor. Without interventions the values are the same.
+
+        Example::
+
+            capture = jp.capture.projections(axis, jp.response, layers=4).before_edits()
+        """
+        return Capture({name: reading.replace(edited=False)
+                        for name, reading in self.readings.items()})
 
     def init(self, config: ModelConfig, rows: int, slots: int) -> dict[str, State]:
         """Return the initial state of every reading for `rows` rows of `slots` cache slots."""
@@ -63,7 +83,7 @@ def chosen_layers(reading: Reading, config: ModelConfig) -> tuple[int, ...]:
     """Return the layers that a reading reads; default: all.
 
     Raises:
-      UserError: a layer that the model does not have, or directions of another shape.
+      UserError: a layer does not exist in the model, or the directions have the wrong shape.
     """
     if reading.site not in SITES:
         raise UserError(f"site is {reading.site!r}; it must be one of {SITES}")
@@ -86,7 +106,7 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None,
             one.check_site(site)
             if one.n_layers != several[0].n_layers:
                 raise UserError(f"the directions have {several[0].n_layers} and {one.n_layers} "
-                                "layers")
+                                "layers; use directions of one model")
         value: Any = np.stack([one.at_layers(chosen) for one in several], 1)
         origin, picked = one_origin(*([one.origin] for one in several)), chosen
     else:
@@ -101,17 +121,25 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None,
             "model_origin": jnp.asarray(origin, jnp.uint32)}
 
 
-def check_capture(given: Any) -> None:
-    """Check that a caller's `capture` argument is a capture or None.
+def joined(given: Any) -> Capture | None:
+    """Return a caller's `capture` argument as one capture or None; a list is joined with `|`.
 
     Raises:
-      UserError: another value, such as a function of this module that was not called.
+      UserError: it is another value, such as a function of this module that was not called, or two
+        captures of a list have the same name.
     """
     if given is None or isinstance(given, Capture):
-        return
+        return given
     if isinstance(given, (list, tuple)):
-        raise UserError(f"capture is a {type(given).__name__}; join readings with |, such as "
-                        "jp.capture.mean() | jp.capture.last()")
+        whole = Capture()
+        for one in given:
+            whole = whole | one
+        return whole
+    _reject(given)
+
+
+def _reject(given: Any) -> NoReturn:
+    """Raise the error for a value that is not a capture."""
     name = given if isinstance(given, str) else getattr(given, "__name__", "")
     raise UserError(f"capture is {given!r:.60}; give a capture such as "
                     f"jp.capture.{_CALLS.get(name, 'last()')}")
@@ -179,7 +207,7 @@ def moments(directions: Any, where: Where | str = response, *, layers: Layers | 
             site: Site = "residual", name: str = "moments") -> Capture:
     """Compute count, mean and variance of the projections of a row's selected tokens.
 
-    The state's size does not depend on the text's length (Welford 1962). Arguments as for
+    The state's size does not depend on the text's length (Welford 1962). The arguments are as for
     `projections`.
 
     Returns:
@@ -204,7 +232,7 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
       A capture with result [B, L, K, E + 1] int32.
 
     Raises:
-      UserError: edges that do not ascend, or edges or directions of an invalid shape.
+      UserError: the edges do not ascend, or edges or directions have an invalid shape.
     """
     fields = _directions(directions, where, layers, site)
     bounds = numbers("edges", edges)
@@ -226,9 +254,9 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
 @own_rules()
 def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
           name: str = "norms") -> Capture:
-    """Compute the norm ‖h‖ of every selected token. Result: [B, L, S]; NaN elsewhere.
+    """Compute the norm ‖h‖ of every selected token. Result: [B, L, S]; NaN at other tokens.
 
-    The mean norm over all tokens but the first is the unit of steering strengths in Lu et al. 2026.
+    Lu et al. 2026 give steering strengths in units of the mean norm over all tokens but the first.
     """
     return Capture({name: Norms(**_common(where, layers, site))})
 
@@ -239,6 +267,6 @@ def full(where: Where | str = everywhere, *, layers: Layers | None = None, site:
          name: str = "full") -> Capture:
     """Keep the activation of every selected token. Result: [B, L, S, D] float32; 4·B·L·S·D bytes.
 
-    The other entries are NaN.
+    The values of other tokens are NaN.
     """
     return Capture({name: Full(**_common(where, layers, site))})

@@ -1,4 +1,4 @@
-"""Warnings about captures that have no token to read, whose values are NaN."""
+"""Warnings about captures with NaN values because no token is selected."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _LOG = logging.getLogger("jaxpersona")
 
 
 def warn_of_empty(name: str, empty: Any) -> None:
-    """Log a warning that names the rows in which a capture has no token to read.
+    """Log a warning that lists the rows in which a capture has no token to read.
 
-    Inside a traced program, or where other processes hold rows, nothing is logged.
+    Nothing is logged while tracing, or if some rows are on devices of other processes.
 
     Args:
       name: the capture's name.
@@ -30,13 +30,13 @@ def describe_empty(numbers: Any, total: int, what: str) -> str:
     """Describe the rows or conversations in which a capture has no token to read, and the fix.
 
     Args:
-      numbers: their indices; at least one.
+      numbers: the indices of these rows or conversations, at least one.
       total: the number of rows or conversations.
       what: "row" or "conversation".
     """
     some = ", ".join(map(str, list(numbers)[:5])) + (", …" if len(numbers) > 5 else "")
     many = len(numbers) > 1
-    there, so = ("s", "their values are") if many else ("", "its value is")
-    return (f"has no token to read in {what}{there} {some} ({len(numbers)} of {total}), so {so} "
-            "NaN: where= selects no token there (by default the content of assistant messages); "
-            "add such tokens, or select others with where=")
+    plural, values_are = ("s", "their values are") if many else ("", "its value is")
+    return (f"has no token to read in {what}{plural} {some} ({len(numbers)} of {total}), so "
+            f"{values_are} NaN: where= selects no token there (by default the content of assistant "
+            "messages); add such tokens, or select others with where=")

@@ -1,4 +1,4 @@
-"""Readings of projections on directions: every token's, their moments, and histograms."""
+"""Readings of projections on directions: values per token, moments, and histograms."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class OnDirections(Reading, kw_only=True, repr=False):
         """Check the shape of the directions.
 
         Raises:
-          UserError: sets of directions for another number of layers, or another width.
+          UserError: the number of layers or the width differs.
         """
         check_sets("directions", self.directions, layers)
         if self.directions.shape[-1] != width:
@@ -63,10 +63,10 @@ class OnDirections(Reading, kw_only=True, repr=False):
 
 
 def check_sets(name: str, values: Any, layers: tuple[int, ...]) -> None:
-    """Check that an array [l, …] has one set for all layers or one per layer.
+    """Check that an array [l, …] has one entry for all layers, or one per layer.
 
     Raises:
-      UserError: another number of sets (indexing would clamp to the last one without an error).
+      UserError: the number of entries differs (JAX's indexing would silently clamp to the last).
     """
     if values.shape[0] not in (1, len(layers)):
         raise UserError(f"{name} are for {values.shape[0]} layers, but {len(layers)} are captured: "
@@ -77,7 +77,7 @@ class Projections(OnDirections, kw_only=True, repr=False):
     """The projections of the selected tokens on K directions per layer."""
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> ProjectionState:
-        """Return an array of NaN [L, B, K, S]."""
+        """Return an array [L, B, K, S] of NaN."""
         count = self.directions.shape[1]
         return ProjectionState(jnp.full((layers, rows, count, slots), jnp.nan, F32))
 
@@ -92,7 +92,7 @@ class Projections(OnDirections, kw_only=True, repr=False):
 
 
 class ProjectionState(TokenState):
-    """A `TokenState` of K directions, stored [L, B, K, S]: TPUs pad small minor dimensions."""
+    """A `TokenState` of K directions [L, B, K, S]; S is last as TPUs pad small minor dimensions."""
 
     __repr__ = brief
 
@@ -207,7 +207,7 @@ class Histogram(OnDirections, kw_only=True, repr=False):
         return CountState(state.counts + reductions)
 
     def check(self, layers: tuple[int, ...], width: int) -> None:
-        """Check the shapes of the directions and edges; errors as for `OnDirections.check`."""
+        """Check the shapes of the directions and edges (see `OnDirections.check`)."""
         super().check(layers, width)
         check_sets("edges", self.edges, layers)
 

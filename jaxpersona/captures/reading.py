@@ -1,4 +1,4 @@
-"""The protocol of readings: what a reduction of activations and its state must define.
+"""The interface of readings, which reduce activations, and of their states.
 
 A reading selects tokens, reduces the activations of one layer, and adds the reductions of one
 call to a state. `forward` calls these methods while it is traced, so all of them must be
@@ -30,7 +30,7 @@ F32 = jnp.float32
 
 
 class State(flax.struct.PyTreeNode):
-    """What a reading has accumulated for B rows; the base class of all states.
+    """The values that a reading has accumulated for B rows; the base class of all states.
 
     A state is a pytree of arrays. A subclass declares `row_axes` and defines `result`.
 
@@ -47,7 +47,7 @@ class State(flax.struct.PyTreeNode):
     label: ClassVar[str] = "capture"
 
     def result(self) -> Any:
-        """Return the result [B, …], an array or a pytree of arrays; NumPy for a NumPy state."""
+        """Return the result [B, …], an array or a pytree; NumPy arrays if the state has them."""
         raise NotImplementedError
 
     @property
@@ -69,9 +69,11 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
     the cache and D the width of the residual stream.
 
     Attributes:
-      where: the encoded test [5] int32 that selects tokens.
+      where: the encoded token test [5] int32.
       layers: the layers that are read, ascending, or None for all (static).
       site: the site that is read (static).
+      edited: whether activations are read after the interventions at their site and layer, or
+        before (static; `Capture.before_edits`).
       label: the reading's name in its representation; by default the class name in lower case.
       needs_token: whether the result is undefined for a row without a selected token.
     """
@@ -82,6 +84,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
     where: Int[Array, " 5"]
     layers: tuple[int, ...] | None = flax.struct.field(pytree_node=False, default=None)
     site: Site = flax.struct.field(pytree_node=False, default="residual")
+    edited: bool = flax.struct.field(pytree_node=False, default=True)
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> State:
         """Return the state before the first token.
@@ -116,7 +119,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         the result must not depend on how a text is divided into calls.
 
         Args:
-          state: of the type that `init` returns.
+          state: the state, of the type that `init` returns.
           reductions: the results of `read`, with a leading axis [L, …].
           weights: the result of `weights`.
           batch: the call's B rows of T tokens.
@@ -133,7 +136,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         """Check the reading against the layers that are read and the width D of the model.
 
         Raises:
-          UserError: arrays of another shape.
+          UserError: an array has the wrong shape.
         """
 
     def details(self) -> list[str]:
@@ -141,11 +144,12 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         return []
 
     def __repr__(self) -> str:
-        """Return the call that makes the reading, such as `mean(response, layers 4–7)`."""
+        """Return the constructor call, such as `mean(response, layers 4–7)`."""
         layers = "" if self.layers is None else layer_range(self.layers)
         site = "" if self.site == "residual" else self.site
-        return call(self.label or type(self).__name__.lower(), tests(self.where), layers, site,
+        text = call(self.label or type(self).__name__.lower(), tests(self.where), layers, site,
                     *self.details())
+        return text if self.edited else f"{text}.before_edits()"
 
 
 class TokenState(State, repr=False):
@@ -168,7 +172,7 @@ class TokenState(State, repr=False):
 
 
 def numpy_of(x: Any) -> Any:
-    """Return the module of functions for an array: `numpy`, or `jax.numpy`."""
+    """Return the module `numpy` for a NumPy array, else `jax.numpy`."""
     return np if isinstance(x, np.ndarray) else jnp
 
 
@@ -176,8 +180,8 @@ def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
                 axis: int = 2) -> jax.Array:
     """Write values [L, B, T, …] into the slots [B, T] of a buffer [L, B, …] with slot axis `axis`.
 
-    Values whose slot is S or beyond are dropped. As in `cache.write`, one token per row uses a
-    scatter, several use a gather.
+    Values with slot S or higher are dropped. As in `cache.write`, one token per row is written by a
+    scatter, several tokens by a gather.
     """
     rows, width = slots.shape
     if width == 1:
@@ -191,7 +195,7 @@ def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
 
 
 def spread_states(states: dict[str, State], like: jax.Array) -> dict[str, State]:
-    """Shard the rows of captures' states over the mesh of `like`, if there is one."""
+    """Shard the rows of capture states over the mesh of `like`, if there is one."""
     return {
         name: tree.unflatten([spread_rows(x, at, like)
                               for x, at in zip(leaves, state.row_axes, strict=True)])

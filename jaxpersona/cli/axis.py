@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import pathlib
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,48 +24,73 @@ from jaxpersona.cli.support import (
 from jaxpersona.errors import UserError
 
 if TYPE_CHECKING:
-    from jaxpersona.data.texts import Question
+    from jaxpersona.data.texts import Question, Role
+    from jaxpersona.judges.judges import Judge
+    from jaxpersona.models.model import Model
+    from jaxpersona.persona.forecast import Forecast
+
+_OWN = "mini's own for mini, else data"
 
 
 def axis(
     model: ModelOption = "mini",
     out: Annotated[pathlib.Path, typer.Option(help="The run folder.")] = pathlib.Path("runs/axis"),
-    roles: Annotated[str | None, typer.Option(help="A folder of roles, or `data`.")] = None,
-    questions: Annotated[str | None, typer.Option(help="A .jsonl file, or `data`.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Play at most this many roles.")] = None,
-    limit_questions: Annotated[int | None, typer.Option(help="Likewise questions.")] = None,
-    judge: Annotated[str | None, typer.Option(help=(
+    roles: Annotated[str | None, typer.Option(show_default=_OWN, help=(
+        "A folder of roles (`jaxpersona data format`), or `data`, the package's 275."))] = None,
+    questions: Annotated[str | None, typer.Option(show_default=_OWN, help=(
+        "A .jsonl file (`jaxpersona data format`), or `data`, the package's 240."))] = None,
+    limit: Annotated[int | None, typer.Option(
+        show_default="all", help="Play at most this many roles.")] = None,
+    limit_questions: Annotated[int | None, typer.Option(
+        show_default="all", help="Ask at most this many questions.")] = None,
+    judge: Annotated[str | None, typer.Option(show_default="rules for mini, else none", help=(
         "Scores the replies: `rules` (mini), `self`, `model:NAME` (another model, by the "
-        "probabilities of the digits 0 to 3) or `none`."))] = None,
-    samples: int = 1,
-    max_new_tokens: int | None = None,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
-    batch_size: int = 32,
-    seed: int = 0,
-    min_count: Annotated[int, typer.Option(help="Rollouts a role needs for a vector.")] = 10,
-    held_out: Annotated[str, typer.Option(help="Roles to leave out of the axis, a,b,…")] = "",
+        "probabilities of the digits 0 to 3) or `none` (every reply counts)."))] = None,
+    samples: Annotated[int, typer.Option(help="Replies to each prompt and question.")] = 1,
+    max_new_tokens: Annotated[int | None, typer.Option(
+        show_default="64 for mini, else 512", help="Maximum length of a reply.")] = None,
+    temperature: Annotated[float, typer.Option(help="Of sampling; 0 is greedy.")] = 0.7,
+    top_p: Annotated[float, typer.Option(help="Sample from this share of probability.")] = 0.9,
+    batch_size: Annotated[int, typer.Option(help="Replies that are generated together.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    min_count: Annotated[int, typer.Option(
+        help="Fully played replies that a role needs to enter the axis.")] = 10,
+    held_out: Annotated[str, typer.Option(
+        show_default="nine for mini, else none",
+        help="Roles to leave out of the axis, a,b,…")] = "",
     redo: Annotated[list[str] | None, typer.Option(
+        show_default="none",
         help="Generate this role again, e.g. after its files were damaged; repeatable.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help=(
+        "Delete the run that --out contains, and start anew; other files stay."))] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help=(
+        "Check everything, time a sample of the generation, print the cost, write nothing."))
+    ] = False,
+    sample_seconds: Annotated[float, typer.Option(
+        help="Length of the sample of --dry-run; 0 times nothing.")] = 30.0,
+    judge_cost: Annotated[float | None, typer.Option(
+        show_default="not printed", help="USD for each judged reply, for --dry-run.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of a "
+                                                         "summary.")] = False,
     dtype: DtypeOption = None,
     adapter: AdapterOption = None,
-    mesh: Annotated[str | None, typer.Option(help="E.g. data=2,model=4 (or fsdp=).")] = None,
+    mesh: Annotated[str | None, typer.Option(
+        show_default="one device", help="E.g. data=2,model=4 (or fsdp=).")] = None,
     distributed: Annotated[bool, typer.Option("--distributed", help="Join the processes of SLURM, "
                                               "Kubernetes or a TPU pod.")] = False,
-    coordinator: Annotated[str | None, typer.Option(help="host:port of process 0 on other "
-                                                        "systems.")] = None,
-    processes: Annotated[int | None, typer.Option(help="Number of processes.")] = None,
-    process: Annotated[int | None, typer.Option(help="Index of this process, from 0.")] = None,
+    coordinator: Annotated[str | None, typer.Option(
+        show_default="none", help="host:port of process 0 on other systems.")] = None,
+    processes: Annotated[int | None, typer.Option(
+        show_default="one", help="Number of processes.")] = None,
+    process: Annotated[int | None, typer.Option(
+        show_default="0", help="Index of this process, from 0.")] = None,
 ) -> None:
     """Extract a model's Assistant Axis: rollouts, judge, vectors, axis, thresholds, figures."""
-    from jaxpersona.data import texts
     from jaxpersona.distributed import processes as joining
     from jaxpersona.engine.prompts import check_settings
     from jaxpersona.engine.sampling import sampling
-    from jaxpersona.judges.digits import DigitJudge
-    from jaxpersona.judges.judges import Judge, NoJudge, SelfJudge
-    from jaxpersona.organism import method
+    from jaxpersona.persona import forecast, prepare, summary
     from jaxpersona.persona.extract import extract_axis
     from jaxpersona.runs.rollouts import Settings
 
@@ -73,19 +100,77 @@ def axis(
     sampling(1, temperature=temperature, top_p=top_p, seed=seed)
     check_settings(min_count=min_count)
     check_folder("--out", out)
+    if judge_cost is not None and not (dry_run and 0 <= judge_cost < math.inf):
+        raise UserError(f"--judge-cost is {judge_cost}; give USD for each judged reply, with "
+                        "--dry-run")
     own = model == "mini" and roles is None
     judge = judge or ("rules" if own else "none")
-    other = judge.removeprefix("model:") if judge.startswith("model:") else ""
-    if (judge not in ("rules", "self", "none") and not other) or (judge == "rules" and not own):
-        raise UserError(f"judge is {judge!r}; choose {'rules, self' if own else 'self'}, "
-                        "model:NAME or none"
-                        + (" (rules judges only mini's own roles)" if judge == "rules" else ""))
+    kind = _judge_class(judge, own)
     length = max_new_tokens if max_new_tokens is not None else 64 if model == "mini" else 512
     settings = Settings(temperature, top_p, length, samples, batch_size, seed)
-    named = [name for name in held_out.split(",") if name]
-    asked = _questions(questions, own)
+    cast, asked, named = _texts(model, roles, questions, limit, limit_questions, held_out, own)
+    prepare.check_texts(cast, asked, settings, min_count=min_count, held_out=named, judge=kind)
+    if joining.many() and mesh is None:
+        raise UserError("several processes share one mesh; give --mesh over all their "
+                        "devices together, such as data=2,model=4")
+    if judge == "none" and joining.first():
+        say(f"warning: {summary.UNREAD}", error=True)
+    loaded = support.open_model(model, dtype, mesh, adapter)
+    base = prepare.base_notice(loaded)
+    if base and joining.first():
+        say(f"warning: {base}", error=True)
+    judged = _judge(judge, kind, loaded, dtype, mesh, batch_size)
+    if dry_run:
+        if sample_seconds and not as_json:
+            say(f"timing a sample of about {sample_seconds:g} s", error=True)
+        cost = forecast.forecast(loaded, cast, asked, out, judge=judged, settings=settings,
+                                 min_count=min_count, held_out=named, redo=redo or [],
+                                 overwrite=overwrite, sample_seconds=sample_seconds)
+        if as_json:
+            print(json.dumps(_of_forecast(cost, judge_cost)))
+        else:
+            say(*forecast.describe(cost, judge=judge, cost=judge_cost))
+        if cost.disk_bytes > cost.free_bytes:
+            raise UserError(f"--out is {out}; its disk has too little space for the run")
+        return
+    with interrupt.keeping(lambda: kept_of(out)), progress(log=True) as report:
+        found = extract_axis(loaded, cast, asked, out, judge=judged, settings=settings,
+                             min_count=min_count, held_out=named, redo=redo or [],
+                             overwrite=overwrite, report=report)
+    if not joining.first():
+        return
+    middle = loaded.config.n_layers // 2
+    support.draw_run(out, found, middle, named)
+    if as_json:
+        print(json.dumps({
+            "run": str(out), "model": loaded.name, "roles": len(found.analysis.names),
+            "rollouts": found.rollouts, "layers": loaded.config.n_layers, "judge": judge,
+            "cos_pc1_axis_middle": round(float(found.analysis.cos_pc1[middle]), 4),
+            "distances": {k: round(v, 4) for k, v in summary.distances(found, middle).items()},
+            "axis": str(out / "axis.safetensors"),
+        }))
+        return
+    given = {"--model": None if model == "mini" else model, "--adapter": adapter, "--dtype": dtype}
+    options = [str(part) for pair in given.items() if pair[1] is not None for part in pair]
+    say(*summary.summary(found, out, middle, held_out=named, options=options))
+
+
+def _texts(model: str, roles: str | None, questions: str | None, limit: int | None,
+           limit_questions: int | None, held_out: str, own: bool,
+           ) -> tuple[list[Role], list[Question], list[str]]:
+    """Return the roles, the questions and the names of the held-out roles."""
+    from jaxpersona.data import texts
+    from jaxpersona.organism import method
+
+    if own and questions is None:
+        asked = method.questions(8)
+    else:
+        asked = texts.load_questions(None if questions in (None, "data")
+                                     else pathlib.Path(questions))
     cast = method.roles() if own else texts.load_roles(
-        None if roles in (None, "data") else pathlib.Path(roles), model_name=_short(model))
+        None if roles in (None, "data") else pathlib.Path(roles),
+        model_name=model.rstrip("/").split("/")[-1].split(":")[-1])
+    named = [name for name in held_out.split(",") if name]
     if own and not held_out:
         named = method.held_out()
     if limit is not None:
@@ -93,45 +178,50 @@ def axis(
         cast = [role for role in cast if role.name == "default"] + kept
         if own and not held_out:
             named = [name for name in named if name in {role.name for role in kept}]
-    if limit_questions is not None:
-        asked = asked[: max(limit_questions, 1)]
-    if joining.many() and mesh is None:
-        raise UserError("several processes share one mesh; give --mesh over all their "
-                        "devices together, such as data=2,model=4")
-    loaded = support.open_model(model, dtype, mesh, adapter)
-    if judge == "none" and joining.first():
-        say("judge: none; every answer counts as fully playing its role", error=True)
-    judged: Judge
-    if other:
-        judged = DigitJudge(support.open_model(other, dtype, mesh))
-    elif judge == "self":
-        judged = SelfJudge(loaded, batch_size=batch_size)
-    else:
-        judged = NoJudge() if judge == "none" else method.RuleJudge()
-    with interrupt.keeping(lambda: kept_of(out)), progress(log=True) as report:
-        found = extract_axis(loaded, cast, asked, out, judge=judged, settings=settings,
-                             min_count=min_count, held_out=named, redo=redo or [],
-                             report=report)
-    if not joining.first():
-        return
-    middle = loaded.config.n_layers // 2
-    support.draw_run(out, found, middle, named)
-    print(json.dumps({
-        "run": str(out), "model": loaded.name, "roles": len(found.analysis.names),
-        "rollouts": found.rollouts, "layers": loaded.config.n_layers, "judge": judge,
-        "cos_pc1_axis_middle": round(float(found.analysis.cos_pc1[middle]), 4),
-        "axis": str(out / "axis.safetensors"),
-    }))
+    return cast, asked if limit_questions is None else asked[: max(limit_questions, 1)], named
 
 
-def _questions(source: str | None, own: bool) -> list[Question]:
-    from jaxpersona.data import texts
-    from jaxpersona.organism import method
+def _judge_class(judge: str, own: bool) -> type[Judge]:
+    """Return the class of the judge that `--judge` names.
 
-    if own and source is None:
-        return method.questions(8)
-    return texts.load_questions(None if source in (None, "data") else pathlib.Path(source))
+    Raises:
+      UserError: there is none, or it does not know the roles.
+    """
+    from jaxpersona.judges.digits import DigitJudge
+    from jaxpersona.judges.judges import NoJudge, SelfJudge
+    from jaxpersona.organism.method import RuleJudge
+
+    if judge.startswith("model:") and judge != "model:":
+        return DigitJudge
+    kinds: dict[str, type[Judge]] = {"rules": RuleJudge, "self": SelfJudge, "none": NoJudge}
+    if judge not in kinds or (judge == "rules" and not own):
+        raise UserError(f"judge is {judge!r}; choose {'rules, self' if own else 'self'}, "
+                        "model:NAME or none"
+                        + (" (rules judges only mini's own roles)" if judge == "rules" else ""))
+    return kinds[judge]
 
 
-def _short(model: str) -> str:
-    return model.rstrip("/").split("/")[-1].split(":")[-1]
+def _judge(judge: str, kind: type[Judge], model: Model, dtype: str | None, mesh: str | None,
+           batch_size: int) -> Judge:
+    """Return the judge, after loading its model if it has one of its own."""
+    from jaxpersona.judges.digits import DigitJudge
+    from jaxpersona.judges.judges import SelfJudge
+
+    if kind is DigitJudge:
+        return DigitJudge(support.open_model(judge.removeprefix("model:"), dtype, mesh))
+    return SelfJudge(model, batch_size=batch_size) if kind is SelfJudge else kind()
+
+
+def _of_forecast(found: Forecast, judge_cost: float | None) -> dict[str, Any]:
+    """Return a forecast as a JSON value."""
+    value = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
+    pace = value.pop("pace")
+    if value["seconds"] is not None and not math.isfinite(value["seconds"]):
+        value["seconds"] = None  # JSON has no infinity
+    if pace is not None:
+        value["sample"] = {"finished": int(pace.finished.size), "tokens": pace.tokens,
+                           "unfinished": int(pace.unfinished.size),
+                           "seconds": pace.seconds, "compile_seconds": pace.compile_seconds}
+    if judge_cost is not None:
+        value["judge_cost"] = (value["judge_calls"] or value["judged"]) * judge_cost
+    return value

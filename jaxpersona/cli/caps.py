@@ -1,4 +1,4 @@
-"""The `--cap` and `--spec` options of `jaxpersona generate`, and the self-test of their caps."""
+"""The `--cap` and `--spec` options of `generate` and `chat`, and the self-test of their caps."""
 
 from __future__ import annotations
 
@@ -63,8 +63,10 @@ def read_spec(file: pathlib.Path) -> Any:
 
 
 def cap_edits(model: Model, held: Axis | Caps, layers: str | None, percentile: str | None,
-              of: str | None, check: bool) -> Interventions:
+              of: str | None, check: bool, where: str = "everywhere") -> Interventions:
     """Return the interventions of `--cap`, after a self-test if `check` is set.
+
+    `where` names the tokens that they act on.
 
     Raises:
       UserError: the caps are for another model, or the self-test rejects them.
@@ -76,13 +78,13 @@ def cap_edits(model: Model, held: Axis | Caps, layers: str | None, percentile: s
     if isinstance(held, Caps):
         if check:
             _test(model, held)
-        return held.interventions()
+        return held.interventions(where=where)
     total = model.config.n_layers
     chosen = resolve_layers(slice(total // 2, total) if layers is None else layers, total)
     floor = _floor(held, percentile, of)
     if check:
         _test(model, held, layers=chosen, floor=floor)
-    return cap(held, layers=chosen, floor=floor)
+    return cap(held, layers=chosen, floor=floor, where=where)
 
 
 def _floor(axis: Axis, percentile: str | None, of: str | None) -> np.ndarray:

@@ -9,13 +9,16 @@ import typer
 
 from jaxpersona.cli.output import say
 
-app = typer.Typer(no_args_is_help=True, help="Check, show and export roles, questions, traits.")
+app = typer.Typer(no_args_is_help=True, help="Check, show and export roles, questions, traits; "
+                                             "explain their files.")
 
 
 @app.command()
 def check(
     folder: Annotated[
-        pathlib.Path | None, typer.Argument(help="A folder of texts; default: the package's own.")
+        pathlib.Path | None, typer.Argument(
+            show_default="the package's own",
+            help="A folder with any of roles/, questions.jsonl, traits/ and drift/.")
     ] = None,
 ) -> None:
     """Check every text and list all errors."""
@@ -27,12 +30,24 @@ def check(
 @app.command()
 def show(
     kind: Annotated[str, typer.Argument(help="role, question, trait or drift.")],
-    name: Annotated[str | None, typer.Argument(help="Its name or id; default: list all.")] = None,
+    name: Annotated[str | None, typer.Argument(show_default="list all", help="Its name or id.")
+                    ] = None,
 ) -> None:
     """Print one text, or list all of a kind."""
     from jaxpersona.data import export
 
     say(export.show(kind, name))
+
+
+@app.command("format")
+def show_format(
+    kind: Annotated[str | None, typer.Argument(
+        show_default="all", help="roles, questions or traits.")] = None,
+) -> None:
+    """Explain the files of `axis --roles` and `--questions`, with an example to copy."""
+    from jaxpersona.data import formats
+
+    say(*formats.describe(kind))
 
 
 @app.command()

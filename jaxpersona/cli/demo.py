@@ -5,23 +5,30 @@ from __future__ import annotations
 import json
 import pathlib
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jaxpersona import interrupt
 from jaxpersona.cli import support
-from jaxpersona.cli.output import say
+from jaxpersona.cli.output import cell, console, say
 from jaxpersona.cli.support import ModelOption, check_folder, kept_of, progress
 from jaxpersona.errors import UserError
+from jaxpersona.extras import installed
+
+if TYPE_CHECKING:
+    from jaxpersona.organism.demo import Demo
 
 
 def demo(
     out: Annotated[pathlib.Path, typer.Option(help="The run folder.")] = pathlib.Path("runs/demo"),
     model: ModelOption = "mini",
-    seed: int = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Extract the axis of `mini`, cap replies, and measure both; the last line is JSON."""
+    """Extract the axis of `mini`, cap replies, and measure both.
+
+    Ends in a table, two conversations with and without the cap, and one line of JSON.
+    """
     from jaxpersona.organism.demo import run_demo
     from jaxpersona.organism.method import held_out
     from jaxpersona.report import figures
@@ -36,13 +43,31 @@ def demo(
         done = run_demo(loaded, out, seed=seed, report=report)
     middle = loaded.config.n_layers // 2
     support.draw_run(out, done.extraction, middle, held_out())
-    turns = done.figures["drift_turns"]
-    floor = float(done.extraction.axis.thresholds("p25", of="default")[middle])
-    figures.drift(out / "drift.png",
-                  {name: talk.projections[:turns, :, middle] for name, talk in done.talks.items()},
-                  floor, middle, done.figures["drift_n"])
+    if installed("matplotlib"):  # otherwise draw_run has printed the reason
+        figures.drift(out / "drift.png", done.talks, done.extraction.axis, middle,
+                      behaviour=done.styles,
+                      leak={name: done.figures[f"drift_leak_{name}"] for name in done.talks})
+    _show(done)
     say(f"axis, vectors and figures: {out}", error=True)
     head = {"run": str(out), "model": loaded.name,
             "seconds": round(time.perf_counter() - started, 1)}
     rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in done.figures.items()}
     print(json.dumps(head | rounded), flush=True)
+
+
+def _show(done: Demo) -> None:
+    """Print the measurements as a table, and the sample conversations."""
+    from rich.table import Table
+
+    from jaxpersona.organism.demo import geometry, table
+
+    shown = Table("embedded model", "uncapped", "capped: upper half, p25 of default")
+    for row in table(done.figures):
+        shown.add_row(*map(cell, row))
+    console().print(shown)
+    say(*geometry(done.figures))
+    for sample in done.samples:
+        say("", f"{sample.title}:")
+        say(*(f"  {message['role']}: {message['content']}" for message in sample.messages))
+        say(f"  uncapped: {sample.uncapped}", f"  capped:   {sample.capped}")
+    say("")

@@ -2,39 +2,54 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import json
 import pathlib
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxpersona.cli import caps, support
+from jaxpersona.brief import count
+from jaxpersona.cli import edits as options
+from jaxpersona.cli import support
 from jaxpersona.cli.output import cell, console, say
 from jaxpersona.cli.support import AdapterOption, DtypeOption, ModelOption, progress
 from jaxpersona.errors import UserError
 
+if TYPE_CHECKING:
+    from jaxpersona.data.conversations import Conversation
+    from jaxpersona.engine.generate import Generated
+    from jaxpersona.interventions import Interventions
+    from jaxpersona.models.model import Model
+    from jaxpersona.persona.monitor import EditCount, Monitor
+
 
 def generate(
-    prompt: Annotated[list[str], typer.Argument(help="One or more user messages.")],
+    prompt: Annotated[list[str] | None, typer.Argument(help="One or more user messages.")] = None,
     model: ModelOption = "mini",
+    prompts: Annotated[pathlib.Path | None, typer.Option(
+        help="A file with a user message on each line, or a .jsonl of conversations.")] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
-    cap: Annotated[pathlib.Path | None, typer.Option(help="A file of an axis, or of caps.")] = None,
-    cap_layers: Annotated[str | None, typer.Option(help="Half-open, e.g. 46:54; default: the upper "
-                                                        "half of the layers.")] = None,
-    percentile: Annotated[str | None, typer.Option(help="Floor of --cap; default: p25.")] = None,
-    of: Annotated[str | None, typer.Option(help="The population of the percentile; default: "
-                                                "default.")] = None,
-    experiment: Annotated[str | None, typer.Option(help="Which experiment of a capping_config.pt.")
-                          ] = None,
-    check: Annotated[bool, typer.Option(help="Test the caps on short replies first.")] = True,
-    steer: Annotated[pathlib.Path | None, typer.Option(help="A vector file to add.")] = None,
-    steer_layers: Annotated[str | None, typer.Option(help="E.g. 16 or 14:18; default: the middle.")
-                            ] = None,
+    cap: options.CapOption = None,
+    cap_layers: options.CapLayersOption = None,
+    percentile: options.PercentileOption = None,
+    of: options.OfOption = None,
+    experiment: options.ExperimentOption = None,
+    check: options.CheckOption = True,
+    steer: options.SteerOption = None,
+    steer_layers: options.SteerLayersOption = None,
     scale: float = 1.0,
-    spec: Annotated[pathlib.Path | None, typer.Option(
-        help="A JSON file of interventions, applied last.")] = None,
+    spec: options.SpecOption = None,
+    where: options.WhereOption = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also show the replies without "
                                                             "interventions.")] = False,
+    axis: options.AxisOption = None,
+    axis_layers: options.AxisLayersOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON object for each reply.")
+                       ] = False,
+    out: Annotated[pathlib.Path | None, typer.Option(
+        help="Write the JSON objects to this file instead of printing the replies.")] = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -43,71 +58,158 @@ def generate(
     adapter: AdapterOption = None,
 ) -> None:
     """Generate replies, with caps, steering, other interventions, or none."""
-    from rich.table import Table
-
-    from jaxpersona.ckpts.vectors import load_vector
-    from jaxpersona.engine.generate import generate as run
     from jaxpersona.engine.prompts import check_settings
     from jaxpersona.engine.sampling import sampling
-    from jaxpersona.interventions import chain, resolve_layers
-    from jaxpersona.interventions import steer as add
-    from jaxpersona.interventions.bank import parse_layers
-    from jaxpersona.vectors.caps import fitted
+    from jaxpersona.persona.monitor import edit_counts
 
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature,
                                 "top_p": top_p, "seed": seed}
     sampling(1, temperature=temperature, top_p=top_p, seed=seed)
     check_settings(max_new_tokens=max_new_tokens)
-    if not math.isfinite(scale):
-        raise UserError(f"--scale is {scale}; it must be finite")
-    for layers in (cap_layers, steer_layers):
-        if layers is not None:
-            parse_layers(layers)
-    if blank := [text for text in prompt if not text.strip()]:
-        raise UserError(f"prompt is {blank[0]!r}; give a message that is not blank")
-    given = {"--cap-layers": cap_layers, "--percentile": percentile, "--of": of,
-             "--experiment": experiment}
-    idle = [name for name, value in given.items() if value is not None]
-    missing = []
-    if idle and cap is None:
-        missing.append(f"{', '.join(idle)} need{'s' * (len(idle) == 1)} --cap")
-    if steer_layers is not None and steer is None:
-        missing.append("--steer-layers needs --steer")
-    if missing:
-        raise UserError(", and ".join(missing))
-    held = caps.open_caps(cap, given) if cap else None
-    vector = load_vector(steer) if steer else None
-    asked = caps.read_spec(spec) if spec else None
-    if compare and held is None and vector is None and asked is None:
+    talks = _conversations(prompt or [], prompts, system)
+    if out is not None and out.is_dir():
+        raise UserError(f"--out is {out}, a folder; give the name of a file")
+    asked = options.Edits(cap, cap_layers, percentile, of, experiment, check, steer, steer_layers,
+                          scale, spec, where, axis, axis_layers).read()
+    if compare and not asked.any:
         raise UserError("--compare needs something to compare: give --cap, --steer or --spec")
     loaded = support.open_model(model, dtype, None, adapter)
-    total = loaded.config.n_layers
-    if vector is not None:
-        vector = fitted(vector, loaded.config, loaded.name, loaded.fingerprint)
-    at = total // 2 if steer_layers is None else resolve_layers(steer_layers, total)
-    edits = chain(
-        None if vector is None else add(vector, layers=at, scale=scale),
-        None if held is None else caps.cap_edits(loaded, held, cap_layers, percentile, of, check),
-        None if spec is None else caps.spec_edits(loaded, asked, spec, check),
-    )
+    edits, monitor = asked.build(loaded), asked.monitor(loaded)
+    if len(talks) == 1 and console().is_terminal and not (as_json or out or compare):
+        _stream(loaded, talks[0], edits, monitor, settings)
+        return
+    made = _run(loaded, talks, edits, monitor, compare, settings)
+    counts = [edit_counts(edits, made.applied, i) for i in range(len(talks))]
+    records = [_record(talk, made, monitor, i, counts[i], i + len(talks) if compare else None)
+               for i, talk in enumerate(talks)]
+    lines = [json.dumps(record) for record in records]
+    if out is not None:
+        _write(out, lines)
+    if as_json:
+        print(*lines, sep="\n", flush=True)
+    elif out is None:
+        _print(records, monitor, compare)
+    _say_counts(counts)
+
+
+def _conversations(prompt: Sequence[str], file: pathlib.Path | None,
+                   system: str | None) -> list[Conversation]:
+    """Return the conversations of the arguments and of `--prompts`.
+
+    Raises:
+      UserError: there is none, or one is blank or invalid.
+    """
+    from jaxpersona.data.conversations import read_prompts
+
+    if blank := [text for text in prompt if not text.strip()]:
+        raise UserError(f"prompt is {blank[0]!r}; give a message that is not blank")
+    if not prompt and file is None:
+        raise UserError("there is no prompt; give a message, or a file with --prompts")
     head = [] if system is None else [{"role": "system", "content": system}]
     talks = [[*head, {"role": "user", "content": text}] for text in prompt]
-    with progress() as report:
-        def count_replies(done: int, count: int, tokens: int) -> None:
-            report("generate", done, count, tokens)
+    return talks + ([] if file is None else read_prompts(file, system))
 
-        size = min(32, len(talks))
-        settings = {**settings, "batch_size": size, "on_nonfinite": "raise"}
-        out = run(loaded, talks, interventions=edits, progress=count_replies, **settings)
-        plain = run(loaded, talks, **settings) if compare else None
-    if plain is None:
-        say(*out.text)
-    else:
-        table = Table("prompt", "without", "with", show_lines=True)
-        for text, before, after in zip(prompt, plain.text, out.text, strict=True):
-            table.add_row(cell(text), cell(before), cell(after))
-        console().print(table)
-    for table, applied in enumerate(out.applied):
-        say(f"intervention {table}: {int(applied.seen.sum())} tokens seen, "
-            f"{int(applied.changed.sum())} changes over {applied.changed.shape[0]} layers",
+
+def _run(model: Model, talks: Sequence[Conversation], edits: Interventions,
+         monitor: Monitor | None, compare: bool, settings: dict[str, Any]) -> Generated:
+    """Generate all replies; with `compare` those without interventions come after the others.
+
+    The replies with and without interventions are rows of the same batches. Both have the random
+    draws of their conversation.
+    """
+    from jaxpersona.engine import prompts
+    from jaxpersona.engine.generate import generate as run
+    from jaxpersona.interventions import stack_rows
+
+    total = len(talks)
+    rows = [prompts.encode(model, talk) for talk in talks]
+    ids = prompts.row_ids(rows, None).tolist()
+    if compare:
+        rows, ids = rows * 2, ids * 2
+        edits = stack_rows([edits] * total + [None] * total)
+    with progress() as report:
+        def count_replies(done: int, all_of_them: int, tokens: int) -> None:
+            report("generate", done, all_of_them, tokens)
+
+        return run(model, rows, interventions=edits, ids=ids, progress=count_replies,
+                   capture=None if monitor is None else monitor.capture,
+                   batch_size=min(32, len(rows)), on_nonfinite="raise", **settings)
+
+
+def _record(talk: Conversation, made: Generated, monitor: Monitor | None, index: int,
+            counts: Sequence[EditCount], without: int | None) -> dict[str, Any]:
+    """Return the JSON form of the reply with an index, and of the one without interventions."""
+    from jaxpersona.persona.monitor import NAME
+
+    def reply(i: int) -> dict[str, Any]:
+        found: dict[str, Any] = {"reply": made.text[i], "stopped": bool(made.stopped[i]),
+                                 "tokens": int(made.tokens[i].size)}
+        if monitor is not None:
+            found["projections"] = monitor.of_reply(made.captured[NAME][i],
+                                                    made.rows[i].tokens.size)
+        return found
+
+    record = {"prompt": talk, **reply(index), "edits": [dataclasses.asdict(one) for one in counts]}
+    return record | ({} if without is None else {"without": reply(without)})
+
+
+def _write(file: pathlib.Path, lines: Sequence[str]) -> None:
+    from jaxpersona.ckpts.files import atomic
+
+    with atomic(file) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    say(f"wrote {file}: {count(len(lines), 'reply')}", error=True)
+
+
+def _print(records: Sequence[dict[str, Any]], monitor: Monitor | None, compare: bool) -> None:
+    """Print the replies, or a table of both replies to each prompt."""
+    from rich.table import Table
+
+    if monitor is not None:
+        _legend(monitor)
+    if not compare:
+        for record in records:
+            say(record["reply"])
+            if monitor is not None:
+                say(monitor.words(record["projections"]), error=True)
+        return
+    table = Table("prompt", "without", "with", show_lines=True)
+    for record in records:
+        texts = [one["reply"] + ("" if monitor is None else
+                                 f"\n\n{monitor.words(one['projections'])}")
+                 for one in (record["without"], record)]
+        table.add_row(cell(record["prompt"][-1]["content"]), *map(cell, texts))
+    console().print(table)
+
+
+def _stream(model: Model, talk: Conversation, edits: Interventions, monitor: Monitor | None,
+            settings: dict[str, Any]) -> None:
+    """Print one reply while it is generated."""
+    from jaxpersona.engine.engine import Engine
+    from jaxpersona.engine.request import Request
+    from jaxpersona.persona.monitor import NAME, edit_counts
+    from jaxpersona.persona.session import CHUNK, check_finite
+
+    engine = Engine(model, rows=1, lanes=1, chunk=CHUNK)
+    handle = engine.submit(Request(talk, interventions=edits, **settings,
+                                   capture=None if monitor is None else monitor.capture))
+    support.stream(event.text for event in engine.stream(handle))
+    reply = engine.result(handle)
+    check_finite(model, reply, edits)
+    if monitor is not None:
+        _legend(monitor)
+        say(monitor.words(monitor.of_reply(reply.captured[NAME], reply.row.tokens.size)),
+            error=True)
+    _say_counts([edit_counts(edits, reply.applied)])
+
+
+def _legend(monitor: Monitor) -> None:
+    say(f"projection: {monitor.sentence}", error=True)
+
+
+def _say_counts(counts: Sequence[Sequence[EditCount]]) -> None:
+    """Print the tokens that each intervention selected and changed in all conversations."""
+    for number, own in enumerate(zip(*counts, strict=True)):
+        say(f"intervention {number}: {sum(one.seen for one in own)} tokens seen, "
+            f"{sum(sum(one.changed) for one in own)} changes over {len(own[0].layers)} layers",
             error=True)

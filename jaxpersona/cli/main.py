@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import NoReturn
 
@@ -11,6 +10,7 @@ import typer
 from jaxpersona import interrupt
 from jaxpersona.cli import output
 from jaxpersona.cli.axis import axis
+from jaxpersona.cli.chat import chat
 from jaxpersona.cli.data import app as data_app
 from jaxpersona.cli.demo import demo
 from jaxpersona.cli.generate import generate
@@ -24,7 +24,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
                   help="Measure, steer and cap a language model's persona.")
 app.add_typer(vectors_app, name="vectors")
 app.add_typer(data_app, name="data")
-for command in (axis, generate, project, demo, plan):
+for command in (axis, generate, chat, project, demo, plan):
     app.command()(command)
 
 
@@ -35,8 +35,6 @@ def main(arguments: list[str] | None = None) -> None:
     2. SIGINT or SIGTERM ends the command with a line about the files that are kept, and exit code
     128 plus the signal's number.
     """
-    # transformers advises to install PyTorch when it is imported; the command does not need it
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     with output.prepared(), interrupt.raised():
         _run(arguments)
 

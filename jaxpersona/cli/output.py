@@ -22,6 +22,11 @@ def say(*lines: object, error: bool = False) -> None:
         print(printable(line), file=sys.stderr if error else sys.stdout)
 
 
+def write(text: str) -> None:
+    """Print a piece of a streamed text at once, with control characters escaped."""
+    print(printable(text), end="", flush=True)
+
+
 def cell(text: object) -> Text:
     """Return a text for a table or console, without markup, with control characters escaped."""
     from rich.text import Text

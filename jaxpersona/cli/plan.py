@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from jaxpersona.cli.output import say
 from jaxpersona.errors import UserError
+from jaxpersona.extras import pip_line
 
 if TYPE_CHECKING:
     from jaxpersona.models.config import ModelConfig
+    from jaxpersona.planning.arithmetic import Weights
 
 
 def plan(
@@ -24,9 +26,12 @@ def plan(
     ] = "random:llama-3.3-70b",
     batch: Annotated[int, typer.Option(help="Rows over all chips.")] = 32,
     context: Annotated[int, typer.Option(help="Tokens per row, prompt and reply.")] = 2048,
-    cap: Annotated[str | None, typer.Option(help="Layers to cap, half-open, e.g. 56:72.")] = None,
-    mesh: Annotated[str | None, typer.Option(help="E.g. data=2,model=8; default: the widest model "
-                                                  "axis that the shape allows, up to 16.")] = None,
+    cap: Annotated[str | None, typer.Option(
+        show_default="no cap", help="Layers to cap, half-open, e.g. 56:72.")] = None,
+    mesh: Annotated[str | None, typer.Option(
+        show_default="the widest model axis that the shape allows, up to 16",
+        help="E.g. data=2,model=8.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16 or int8.")] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Estimate memory and time on a topology, without weights or an accelerator."""
@@ -42,7 +47,8 @@ def plan(
     layers = () if cap is None else resolve_layers(cap, config.n_layers)
     with default_setting("jax_platforms", "cpu"):  # otherwise libtpu looks for a local TPU
         found = make(config, topology, name=model, batch=batch, context=context,
-                     cap_layers=layers, mesh=None if mesh is None else parse_mesh(mesh))
+                     cap_layers=layers, mesh=None if mesh is None else parse_mesh(mesh),
+                     dtype=cast("Weights", dtype))
     say(json.dumps(found) if as_json else "\n".join(card(found)))
 
 
@@ -69,7 +75,7 @@ def card(found: dict[str, Any]) -> list[str]:
     size = {name: n / 1e9 for name, n in found["bytes_per_chip"].items()}
     mesh = " × ".join(f"{name}={n}" for name, n in found["mesh"].items())
     tpu = found["topology"].split(":")[0].lower() in chips.TPUS
-    missing = "libtpu is not installed: pip install 'jaxpersona[tpu]'"
+    missing = f"libtpu is not installed: {pip_line('libtpu')}"
     whose = ("compiler" if found["compiled"] else
              f"arithmetic: {missing if tpu else 'no compiler was used'}")
     verdict = "fits" if found["fits"] else f"does not fit, by {found['short_by'] / 1e9:.2f} GB"
@@ -77,8 +83,8 @@ def card(found: dict[str, Any]) -> list[str]:
     lines = [
         f"{found['model']} on {found['topology']}: {found['chips']} chips, {mesh}",
         f"batch {found['batch']}, context {found['context']}, prompts of {found['prompt']}",
-        f"{verdict}: {size['total']:.2f} of {size['usable']:.2f} GB a chip: weights "
-        f"{size['weights']:.2f}, cache {size['cache']:.2f} (arithmetic), temporaries "
+        f"{verdict}: {size['total']:.2f} of {size['usable']:.2f} GB a chip: {found['dtype']} "
+        f"weights {size['weights']:.2f}, cache {size['cache']:.2f} (arithmetic), temporaries "
         f"{size['temporaries']:.2f} ({whose})",
         f"largest batch: {found['largest_batch']} (in proportion)",
     ]

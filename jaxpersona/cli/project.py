@@ -4,41 +4,55 @@ from __future__ import annotations
 
 import json
 import pathlib
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jaxpersona.cli import support
-from jaxpersona.cli.output import console, heading, say
+from jaxpersona.cli.output import cell, console, heading, say
 from jaxpersona.cli.support import AdapterOption, DtypeOption, ModelOption
 from jaxpersona.errors import UserError
+from jaxpersona.extras import require
+
+if TYPE_CHECKING:
+    from jaxpersona.persona.reference import Reference
 
 
 def project(
     conversation: Annotated[pathlib.Path, typer.Argument(help="A JSON list of messages.")],
     vector: Annotated[list[pathlib.Path], typer.Option("--on", help="Axis or vector files.")],
     model: ModelOption = "mini",
-    layer: Annotated[int | None, typer.Option(help="Default: the middle.")] = None,
-    png: Annotated[pathlib.Path | None, typer.Option(help="Draw them to this file.")] = None,
+    layer: Annotated[int | None, typer.Option(
+        show_default="the middle", help="The layer, counted from 0.")] = None,
+    png: Annotated[pathlib.Path | None, typer.Option(
+        show_default="none", help="Draw them to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     dtype: DtypeOption = None,
     adapter: AdapterOption = None,
 ) -> None:
-    """Project each assistant message of a conversation on directions."""
+    """Project each assistant message of a conversation on directions.
+
+    On an axis with thresholds, a projection is compared with the default's own: its distance from
+    the median in standard deviations (z), the percentiles that it lies between, and, if the axis
+    lies in its run folder, the nearest roles.
+    """
     import numpy as np
     from rich.table import Table
 
     from jaxpersona.ckpts.vectors import load_vector
     from jaxpersona.inputs import read_json
     from jaxpersona.persona.check import fit
+    from jaxpersona.persona.reference import reference
     from jaxpersona.persona.talk import project_conversation
-    from jaxpersona.report import figures
+    from jaxpersona.report.messages import messages
     from jaxpersona.text import chat
 
     if png is not None and png.is_dir():
         raise UserError(f"--png is {png}, a folder; give the name of the picture's file")
     if png is not None and not png.parent.is_dir():
         raise UserError(f"--png is {png}; there is no folder {png.parent}: create it first")
+    if png is not None:
+        require("matplotlib", "--png needs matplotlib")
     talk = read_json(conversation)
     if isinstance(talk, dict):
         talk = talk.get("conversation", talk.get("messages"))
@@ -54,6 +68,7 @@ def project(
     empty = [vector.name for vector in vectors if not vector.values[at].any()]
     if empty:
         raise UserError(f"{empty[0]!r} is zero at layer {at}; choose another with --layer")
+    references = [reference(one, at, file) for one, file in zip(vectors, vector, strict=True)]
     try:
         chat.check_conversation(talk, reply=False)
         found = project_conversation(loaded, talk, vectors)
@@ -63,15 +78,45 @@ def project(
     if len(set(names)) < len(names):  # e.g. two axes, both named "assistant"
         names = [f"{vector.name} ({file})" for vector, file in zip(vectors, vector, strict=True)]
     if as_json:
-        print(json.dumps([{"turn": t.turn, "tokens": t.tokens, "layer": at,
-                           **dict(zip(names, t.values[at].tolist(), strict=True))}
-                          for t in found]))
+        print(json.dumps([
+            {"turn": t.turn, "tokens": t.tokens, "layer": at,
+             **dict(zip(names, t.values[at].tolist(), strict=True)),
+             "compared": {name: _compared(known, float(value)) for name, known, value in
+                          zip(names, references, t.values[at], strict=True) if known}}
+            for t in found]))
     else:
-        table = Table("message", "tokens", *[heading(f"{name} (layer {at})") for name in names])
+        table = Table("message", "tokens")
+        for name, known in zip(names, references, strict=True):
+            table.add_column(heading(f"{name} (layer {at})"))
+            for column in ("z", "default's", *(["nearest roles"] if known.roles else [])) \
+                    if known else ():
+                table.add_column(column)
         for t in found:
-            table.add_row(str(t.turn), str(t.tokens), *[f"{v:.3f}" for v in t.values[at]])
+            table.add_row(str(t.turn), str(t.tokens), *[
+                cell(text) for known, value in zip(references, t.values[at], strict=True)
+                for text in _cells(known, float(value))])
         console().print(table)
+        for name, known in zip(names, references, strict=True):
+            if known is not None:
+                low, high = (known.percentiles[p] for p in (25.0, 75.0))
+                say(f"{name}: the default's own replies have p25…p75 of {low:.3f}…{high:.3f}, "
+                    f"p1…p99 of {known.percentiles[1.0]:.3f}…{known.percentiles[99.0]:.3f}; "
+                    f"the floor of --cap is p25, {known.floor:.3f}")
     if png is not None:
-        figures.conversation(png, [t.turn for t in found],
-                             np.stack([t.values[at] for t in found]), names, at)
+        messages(png, [t.turn for t in found], np.stack([t.values[at] for t in found]), names, at,
+                 references)
         say(f"wrote {png}", error=True)
+
+
+def _compared(known: Reference, value: float) -> dict[str, object]:
+    """Return a projection's comparison with the default and the roles, as a JSON value."""
+    return {"z": round(known.z(value), 4), "default": known.place(value),
+            "below_floor": value < known.floor, "nearest": known.nearest(value)}
+
+
+def _cells(known: Reference | None, value: float) -> list[str]:
+    """Return the cells of a projection: its value, and its comparison if there is one."""
+    if known is None:
+        return [f"{value:.3f}"]
+    return [f"{value:.3f}", f"{known.z(value):+.1f}", known.place(value),
+            *([", ".join(known.nearest(value))] if known.roles else [])]

@@ -7,13 +7,14 @@ import pathlib
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jaxpersona.cli.output import console, say
+from jaxpersona.cli.output import console, say, write
 from jaxpersona.errors import UserError
+from jaxpersona.extras import MissingPackage
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 LOG_SECONDS = 30.0  # between two lines of progress where standard error is no terminal
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, a .gguf file, `mini`, "
                                                           "`random:<preset>` or a hub name.")]
-AdapterOption = Annotated[pathlib.Path | None, typer.Option("--adapter", help=(
+AdapterOption = Annotated[pathlib.Path | None, typer.Option("--adapter", show_default="none", help=(
     "The folder of a LoRA adapter for the model; it is merged into the weights."))]
-DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+DtypeOption = Annotated[str | None, typer.Option(
+    show_default="float32 on a CPU, else bfloat16",
+    help="float32, bfloat16 or float16; or int8, for the weights only.")]
 
 
 def open_model(source: str, dtype: str | None, mesh: str | None = None,
@@ -84,6 +87,28 @@ def progress(log: bool = False) -> Iterator[Callable[[str, int, int, int], None]
             bar.update(tasks[step], completed=done, total=total, rate=rate)
 
         yield report
+
+
+def stream(pieces: Iterable[str]) -> None:
+    """Print a reply while its pieces arrive, with a spinner until the first one.
+
+    Compiling the programs of the first reply takes seconds. The spinner is on standard error, and
+    only if that is a terminal.
+    """
+    shown = console(error=True)
+    status = shown.status("waiting for the first token") if shown.is_interactive else None
+    if status is not None:
+        status.start()
+    try:
+        for piece in pieces:
+            if piece and status is not None:
+                status.stop()
+                status = None
+            write(piece)
+    finally:
+        if status is not None:
+            status.stop()
+    write("\n")
 
 
 @contextlib.contextmanager
@@ -153,6 +178,9 @@ def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
     """Draw the figures of an extraction into its folder."""
     from jaxpersona.report import figures
 
-    figures.roles_on_axis(folder / "roles.png", extraction.projections, middle, held_out)
-    figures.components(folder / "pca.png", extraction.analysis, middle, extraction.default)
-    figures.variance(folder / "variance.png", extraction.analysis, middle)
+    try:
+        figures.roles_on_axis(folder / "roles.png", extraction.projections, middle, held_out)
+        figures.components(folder / "pca.png", extraction.analysis, middle, extraction.default)
+        figures.variance(folder / "variance.png", extraction.analysis, middle)
+    except MissingPackage as error:  # the axis is complete without them
+        say(f"no figures were drawn: {error}", error=True)

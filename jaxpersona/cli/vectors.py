@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from jaxpersona.cli.output import cell, console, heading, say
+from jaxpersona.cli.support import AdapterOption, DtypeOption, ModelOption
 from jaxpersona.errors import UserError
 
 if TYPE_CHECKING:
+    from jaxpersona.persona.check import Check
     from jaxpersona.vectors.caps import Caps, Found
     from jaxpersona.vectors.vector import Vector
 
-app = typer.Typer(no_args_is_help=True, help="Show and convert directions in files.")
+app = typer.Typer(no_args_is_help=True, help="Show, check and convert directions in files.")
 
 KindOption = Annotated[str | None, typer.Option(
+    show_default="from the file's name",
     help="What a bare tensor in a .pt file is: axis, role or persona.")]
 
 
 @app.command()
-def show(file: pathlib.Path, kind: KindOption = None) -> None:
+def show(
+    file: Annotated[pathlib.Path, typer.Argument(
+        help="A .safetensors, .pt, .gguf or .npy, or `mini`.")],
+    kind: KindOption = None,
+) -> None:
     """Show the metadata of a file of directions (.safetensors, .pt, .gguf, .npy)."""
     from jaxpersona.ckpts.vectors import load_any
 
@@ -34,17 +42,92 @@ def show(file: pathlib.Path, kind: KindOption = None) -> None:
 
 
 @app.command()
+def check(
+    file: Annotated[pathlib.Path, typer.Argument(help="An axis, or caps; `mini` is mini's own.")],
+    model: ModelOption = "mini",
+    cap_layers: Annotated[str | None, typer.Option(
+        show_default="the upper half", help="Layers to test, half-open, e.g. 46:54.")] = None,
+    percentile: Annotated[str | None, typer.Option(
+        show_default="p25", help="The floors to test.")] = None,
+    of: Annotated[str | None, typer.Option(
+        show_default="default", help="The population of the percentile.")] = None,
+    experiment: Annotated[str | None, typer.Option(
+        show_default="the only one", help="Which experiment of a capping_config.pt.")] = None,
+    dtype: DtypeOption = None,
+    adapter: AdapterOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Test an axis or caps on short replies of a model, as `--cap` does before it applies them.
+
+    Distances are in standard deviations of the default's projections at the layer.
+    """
+    from jaxpersona.cli.caps import open_caps
+    from jaxpersona.cli.support import open_model, progress
+    from jaxpersona.interventions.bank import parse_layers
+    from jaxpersona.persona.check import check as run
+    from jaxpersona.vectors.caps import Caps
+
+    if cap_layers is not None:
+        parse_layers(cap_layers)
+    held = open_caps(file, {"--cap-layers": cap_layers, "--percentile": percentile, "--of": of,
+                            "--experiment": experiment})
+    options: dict[str, Any] = {}
+    if not isinstance(held, Caps):
+        options["layers"] = cap_layers
+        if percentile is not None or of is not None:
+            options["floor"] = held.thresholds(percentile or "p25", of=of or "default")
+    loaded = open_model(model, dtype, None, adapter)
+    with progress() as report:
+        found = run(loaded, held, **options,
+                    progress=lambda done, count, tokens: report("check", done, count, tokens))
+    if as_json:
+        print(json.dumps(_of_check(found)))
+    else:
+        _show_check(found)
+    if not found.ok:
+        raise UserError(f"{file}: {'; '.join(found.faults)}")
+
+
+def _of_check(found: Check) -> dict[str, object]:
+    """Return the result of a check as a JSON value."""
+    rows = {"default": found.default, "roles": found.roles, "spread": found.spread,
+            "z_roles": found.z_roles, "floors": found.floors, "z_floors": found.z_floors}
+    return {"ok": found.ok, "sentences": list(found.sentences), "layers": list(found.layers),
+            "shift": found.shift,
+            **{name: None if row is None else [round(float(x), 4) for x in row]
+               for name, row in rows.items()}}
+
+
+def _show_check(found: Check) -> None:
+    """Print a check's projections by layer, and one line for each test."""
+    from rich.table import Table
+
+    table = Table("layer", "default", "± spread", "roles", "roles, z", "floor", "floor, z")
+    floors, z_floors = found.floors, found.z_floors
+    for i, layer in enumerate(found.layers):
+        floor = ["", ""] if floors is None or z_floors is None else [
+            f"{floors[i]:.4g}", f"{z_floors[i]:+.1f}"]
+        table.add_row(str(layer), f"{found.default[i]:.4g}", f"{found.spread[i]:.3g}",
+                      f"{found.roles[i]:.4g}", f"{found.z_roles[i]:+.1f}", *floor)
+    console().print(table)
+    say("z: distance from the default's mean, in standard deviations of the default (spread)",
+        *found.sentences)
+
+
+@app.command()
 def convert(
     source: Annotated[pathlib.Path, typer.Argument(help="A .safetensors, .pt, .gguf or .npy.")],
     target: Annotated[pathlib.Path, typer.Argument(help="A .safetensors, .gguf or .npy.")],
     model: Annotated[str | None, typer.Option(
+        show_default="not checked",
         help="The model it belongs to: checked, and written to the file with the fingerprint of "
              "its weights. For random:<preset> only the shape is checked.")
     ] = None,
     experiment: Annotated[str | None, typer.Option(
-        help="Which experiment of a capping_config.pt.")] = None,
+        show_default="the only one", help="Which experiment of a capping_config.pt.")] = None,
     kind: KindOption = None,
-    name: Annotated[str | None, typer.Option(help="The direction's new name.")] = None,
+    name: Annotated[str | None, typer.Option(
+        show_default="as in the source", help="The direction's new name.")] = None,
 ) -> None:
     """Convert a file of directions to the format of the target's suffix."""
     from jaxpersona.ckpts.vectors import load_any, save_vector

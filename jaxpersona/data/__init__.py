@@ -1,1 +1,1 @@
-"""Prompt data of this project: roles, questions, traits, drift conversations (DATA_CARD.md)."""
+"""Prompt data: roles, questions, traits and drift conversations (see DATA_CARD.md)."""

@@ -40,7 +40,8 @@ def check_data(path: Path | None = None) -> list[str]:
         the package data.
 
     Raises:
-      UserError: the folder is missing, holds none of the parts, or has errors; all are listed.
+      UserError: the folder is missing, contains none of the parts, or has errors; the message
+        lists all errors.
     """
     places: dict[str, pathlib.Path | None] = dict.fromkeys(PARTS)
     if path is not None:
@@ -49,7 +50,7 @@ def check_data(path: Path | None = None) -> list[str]:
             raise UserError(f"{folder}: no such folder")
         places = {part: folder / part for part in PARTS if (folder / part).exists()}
         if not places:
-            raise UserError(f"{folder}: holds none of {', '.join(PARTS)}")
+            raise UserError(f"{folder}: contains none of {', '.join(PARTS)}")
     read: dict[str, list] = {}
     faults = []
     for part, place in places.items():
@@ -128,8 +129,8 @@ def export(folder: Path) -> int:
     """Write the package data and its data card to a folder, atomically.
 
     Args:
-      folder: a new or empty folder; receives roles/, questions.jsonl, traits/, drift/ and their
-        lists of descriptions.
+      folder: a new or empty folder, which receives roles/, questions.jsonl, traits/, drift/ and
+        the lists of descriptions.
 
     Returns:
       The number of files written.

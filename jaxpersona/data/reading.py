@@ -23,7 +23,7 @@ class Faults(list[str]):
         """Raise all collected errors as one.
 
         Raises:
-          UserError: the list is not empty; the message holds every entry.
+          UserError: the list is not empty; the message contains every entry.
         """
         if self:
             count = f"{len(self)} fault{'s' if len(self) > 1 else ''}"
@@ -38,12 +38,12 @@ def folder_files(folder: Traversable, faults: Faults) -> list[Traversable]:
     # skip hidden files, which editors and operating systems create
     files = [f for f in folder.iterdir() if f.name.endswith(".json") and f.name[0] != "."]
     if not files:
-        faults.append(f"{folder}: holds no .json file")
+        faults.append(f"{folder}: contains no .json file")
     return sorted(files, key=lambda f: f.name)
 
 
 def read_text(file: Traversable, faults: Faults) -> str | None:
-    """Read a UTF-8 file, with or without byte order mark; on error record it and return None."""
+    """Read a UTF-8 file, with or without a byte order mark; record any error and return None."""
     try:
         data = read_bytes(file) if isinstance(file, pathlib.Path) else file.read_bytes()
         return data.decode("utf-8-sig")
@@ -59,7 +59,7 @@ def read_text(file: Traversable, faults: Faults) -> str | None:
 
 
 def parse(text: str, where: str, faults: Faults) -> Any:
-    """Parse JSON and record duplicate keys; on a syntax error record it and return None."""
+    """Parse JSON and record duplicate keys; on a syntax error, record it and return None."""
 
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
@@ -80,7 +80,7 @@ def parse(text: str, where: str, faults: Faults) -> Any:
 
 
 def read_table(file: Traversable, faults: Faults) -> dict[str, Any] | None:
-    """Read a file that holds a JSON object; on error record it and return None."""
+    """Read a file that contains a JSON object; record any error and return None."""
     text = read_text(file, faults)
     if text is None:
         return None
@@ -89,12 +89,12 @@ def read_table(file: Traversable, faults: Faults) -> dict[str, Any] | None:
     if isinstance(value, dict):
         return value
     if len(faults) == before:
-        faults.append(f"{file}: holds {kind(value)}, not an object")
+        faults.append(f"{file}: contains {kind(value)}, not an object")
     return None
 
 
 def kind(value: Any) -> str:
-    """Return the JSON type name of a value, with its article."""
+    """Return the JSON type name of a value, with an article."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean",
              int: "a number", float: "a number", type(None): "null"}
     return names[type(value)]
@@ -102,12 +102,12 @@ def kind(value: Any) -> str:
 
 def get_text(table: Any, field: str, where: str, faults: Faults, *, empty: bool = False,
              prefix: str = "") -> str:
-    """Return a string field of a JSON object; on error record it and return "".
+    """Return a string field of a JSON object; record any error and return "".
 
     Args:
       table: the object; any other type is an error.
       field: the key.
-      where: the file, for messages.
+      where: the file's name in messages.
       faults: receives the error.
       empty: accept an empty string.
       prefix: path of the object within the file, such as "instruction[2].".
@@ -122,7 +122,7 @@ def get_text(table: Any, field: str, where: str, faults: Faults, *, empty: bool 
     elif not table[field].strip() and not (empty and table[field] == ""):
         faults.append(f"{where}: {name} is empty")
     elif any(0xD800 <= ord(c) <= 0xDFFF for c in table[field]):
-        faults.append(f"{where}: {name} holds a lone surrogate, which is not valid UTF-8")
+        faults.append(f"{where}: {name} contains a lone surrogate, which is not valid UTF-8")
     else:
         return table[field]
     return ""
@@ -130,7 +130,7 @@ def get_text(table: Any, field: str, where: str, faults: Faults, *, empty: bool 
 
 def get_list(table: dict[str, Any], field: str, where: str, faults: Faults, *,
              prefix: str = "") -> list[Any]:
-    """Return a list field; if it is missing, empty or not a list, record it and return []."""
+    """Return a list field; record an error and return [] if it is missing, empty or not a list."""
     name = prefix + field
     if field not in table:
         faults.append(f"{where}: {name} is missing")
@@ -144,7 +144,7 @@ def get_list(table: dict[str, Any], field: str, where: str, faults: Faults, *,
 
 
 def get_eval_prompt(table: dict[str, Any], where: str, faults: Faults) -> str:
-    """Return `eval_prompt`; record an error unless it holds `{question}` and `{answer}`."""
+    """Return `eval_prompt`; record an error unless it contains `{question}` and `{answer}`."""
     text = get_text(table, "eval_prompt", where, faults)
     missing = [p for p in ("{question}", "{answer}") if text and p not in text]
     if missing:

@@ -1,7 +1,7 @@
 """Load prompt data: roles, questions, traits and opening messages of drift conversations.
 
-The default is the package data. The file layout is that of the published code, so data is
-interchangeable. All errors in all files are raised together, before a model is loaded.
+The default is the package data. The file layout is that of the published code, so the same files
+work in both. All errors in all files are raised together, before a model is loaded.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DEFAULT_PROMPTS = (
     "Respond as yourself.",
 )
 
-# description files that may be in a data folder and are not roles or traits
+# files of descriptions in a data folder; they are not roles or traits
 ROLE_LIST, TRAIT_LIST = "role_list.json", "trait_list.json"
 
 Path = str | os.PathLike[str]
@@ -52,9 +52,10 @@ class Role:
     """A persona that system prompts assign to the model.
 
     Attributes:
-      name: the file's stem; "default" is the model without an assigned persona.
+      name: the file's stem; "default" means that no persona is assigned.
       prompts: system prompts; "" is allowed only in the default role.
-      eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" for the default.
+      eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" for the default, and for
+        roles that are not judged by a model.
       description: one line; "" if unknown.
     """
 
@@ -64,7 +65,7 @@ class Role:
     description: str = ""
 
     def __post_init__(self) -> None:
-        """Raise if a single string is given: it would be iterated by character."""
+        """Raise if a single string is given, because it would be iterated by character."""
         _check_texts(f"the prompts of role {self.name!r}", self.prompts)
         if not isinstance(self.eval_prompt, str):
             raise UserError(f"the eval_prompt of role {self.name!r} is {self.eval_prompt!r:.60}; "
@@ -103,7 +104,7 @@ class Trait:
     description: str = ""
 
     def __post_init__(self) -> None:
-        """Raise if a single string is given: it would be iterated by character."""
+        """Raise if a single string is given, because it would be iterated by character."""
         _check_texts(f"the questions of trait {self.name!r}", self.questions)
         for i, pair in enumerate(self.pairs):
             _check_texts(f"pair {i} of trait {self.name!r}", pair)
@@ -149,7 +150,7 @@ def all_of(kind: type, given: Any, name: str) -> list[Any]:
     """Convert an iterable of roles or questions to a list.
 
     Raises:
-      UserError: a single item is given, or an item has another type.
+      UserError: a single item is given, or an item has the wrong type.
     """
     wanted = f"give a list of texts.{kind.__name__}"
     if isinstance(given, (str, bytes, kind)) or not isinstance(given, Iterable):
@@ -171,12 +172,13 @@ def load_roles(path: Path | None = None, *, model_name: str = "the model") -> li
 
     Args:
       path: a folder of `<name>.json`, each {"instruction": [{"pos": …}, …], "eval_prompt": …}; None
-        loads the package data. Without a `default.json` the five published default prompts are
-        used. A `role_list.json` (name → description) is read from the folder or its parent.
+        loads the package data. `eval_prompt` may be missing: only some judges read it. Without a
+        `default.json` the five published default prompts are used. A `role_list.json` (name →
+        description) is read from the folder or its parent.
       model_name: replaces `{model_name}` in prompts.
 
     Raises:
-      UserError: the folder is missing or has errors; all are listed.
+      UserError: the folder is missing or has errors; the message lists all of them.
     """
     if not model_name.strip():
         raise UserError("model_name is empty; it replaces {model_name} in prompts")
@@ -202,13 +204,13 @@ def load_questions(path: Path | None = None) -> list[Question]:
         None loads the package data.
 
     Raises:
-      UserError: the file is missing or has errors; all are listed.
+      UserError: the file is missing or has errors; the message lists all of them.
     """
     faults = Faults()
     file = data_root() / "questions.jsonl" if path is None else pathlib.Path(path)
     questions: list[Question] = []
     ids: list[int] = []
-    # not str.splitlines, which also splits at U+2028, allowed inside JSON strings
+    # not str.splitlines: it also splits at U+2028, which JSON allows inside strings
     lines = (read_text(file, faults) or "").split("\n")
     for number, line in enumerate(lines):
         where = f"{file}, line {number + 1}"
@@ -218,7 +220,7 @@ def load_questions(path: Path | None = None) -> list[Question]:
         raw = parse(line, where, faults)
         if not isinstance(raw, dict):
             if len(faults) == before:
-                faults.append(f"{where}: holds {kind(raw)}, not an object")
+                faults.append(f"{where}: contains {kind(raw)}, not an object")
             continue
         id = raw.get("id", number)
         if isinstance(id, bool) or not isinstance(id, int):
@@ -230,7 +232,7 @@ def load_questions(path: Path | None = None) -> list[Question]:
             ids.append(id)
         questions.append(Question(id, get_text(raw, "question", where, faults)))
     if not questions and not faults:
-        faults.append(f"{file}: holds no question")
+        faults.append(f"{file}: contains no question")
     for id in _twice(ids):
         faults.append(f"{file}: duplicate id {id}")
     faults.raise_if_any(file)
@@ -246,7 +248,7 @@ def load_traits(path: Path | None = None) -> list[Trait]:
         → description) is read from the folder or its parent.
 
     Raises:
-      UserError: the folder is missing or has errors; all are listed.
+      UserError: the folder is missing or has errors; the message lists all of them.
     """
     faults = Faults()
     folder, table = _place(path, "traits", TRAIT_LIST)
@@ -267,7 +269,7 @@ def load_drift(path: Path | None = None) -> list[Domain]:
         "topics": [{"id", "title", "opening"}, …]}, …]}; None loads the package data.
 
     Raises:
-      UserError: the folder is missing or has errors; all are listed.
+      UserError: the folder is missing or has errors; the message lists all of them.
     """
     faults = Faults()
     folder = data_root() / "drift" if path is None else pathlib.Path(path)
@@ -310,9 +312,8 @@ def _role(raw: dict[str, Any], file: Traversable, described: dict[str, str], mod
              model_name=model_name)
         for i, entry in enumerate(get_list(raw, "instruction", where, faults))
     )
-    # the default role is not judged
-    eval_prompt = "" if default and "eval_prompt" not in raw else get_eval_prompt(
-        raw, where, faults)
+    # judges that read it check that it is there (`persona.prepare.check_texts`)
+    eval_prompt = get_eval_prompt(raw, where, faults) if "eval_prompt" in raw else ""
     return Role(name, prompts, eval_prompt, described.get(name, ""))
 
 

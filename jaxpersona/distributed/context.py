@@ -1,4 +1,4 @@
-"""The JAX context of the package's public calls: no caller's mesh, debugging flags or guards."""
+"""The JAX context of the package's public functions, independent of the caller's settings."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jaxpersona.runtime import own_rules
 def own_context() -> Iterator[None]:
     """Disable the caller's mesh (`unset_mesh`), debugging flags and transfer guard (`own_rules`).
 
-    A context manager, and a decorator as `@own_context()`.
+    Use it as a context manager, or as a decorator, `@own_context()`.
 
     Raises:
-      UserError: this process was forked from one that has used JAX.
+      UserError: this process was forked from a process that had used JAX.
     """
     with unset_mesh(), own_rules():
         yield

@@ -1,8 +1,8 @@
 """Multi-process execution: initialization, process index and collectives on the host.
 
-All processes run the same programs in the same order, each on its own devices; each writes the
-files of its share of the work. With one process these functions do nothing. The number of processes
-comes from JAX, so `jax.distributed` may also be initialized elsewhere.
+All processes run the same programs in the same order, each on its own devices, and each writes the
+files for its share of the work. With one process, these functions do nothing. The number of
+processes comes from JAX, so `jax.distributed` can also be initialized elsewhere.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from jaxpersona.runtime import default_setting, setting
 
 T = TypeVar("T")
 _ASYNC = "jax_cpu_enable_async_dispatch"
-_HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead
+_HEARTBEAT = 30  # a process is considered dead after this many seconds without a heartbeat
 
 
 def start(coordinator: str | None = None, count: int | None = None,
           index: int | None = None) -> None:
     """Initialize `jax.distributed`; call this before creating any array.
 
-    If `jax.distributed` is already initialized, this only checks the arguments against it.
+    If `jax.distributed` is already initialized, this only checks that the arguments agree with it.
 
     Args:
       coordinator: host:port of process 0; None to detect it on SLURM, Kubernetes or a TPU pod.
       count, index: the number of processes and this process's index; None to detect them.
 
     Raises:
-      UserError: missing or out-of-range arguments, arguments that contradict an earlier
-        initialization, or no cluster to detect them from.
+      UserError: arguments are missing, out of range or inconsistent with an earlier initialization,
+        or they are not given and no cluster is detected.
     """
     given = (coordinator is not None, count is not None, index is not None)
     if any(given) and not all(given):
@@ -58,7 +58,7 @@ def start(coordinator: str | None = None, count: int | None = None,
                             f"already initialized with {there[0]} and {there[1]}: omit them")
         return
     try:
-        # two programs with collectives over processes deadlock on CPUs if they run at the same time
+        # on CPUs, two programs with cross-process collectives deadlock if they run concurrently
         with default_setting(_ASYNC, False, default=True):
             jax.distributed.initialize(coordinator, count, index,
                                        heartbeat_timeout_seconds=_HEARTBEAT)
@@ -74,7 +74,7 @@ def joined() -> bool:
 
 
 def many() -> bool:
-    """Return whether there are several processes. This initializes JAX's backend."""
+    """Return whether there are several processes; this initializes JAX's backend."""
     return jax.process_count() > 1
 
 
@@ -104,7 +104,7 @@ def owns(i: int) -> bool:
 
 
 def fetch(tree: Any) -> Any:
-    """Copy complete arrays to the host, whatever their sharding; all processes must call this."""
+    """Copy whole arrays to the host, however they are sharded; all processes must call this."""
     leaves, structure = jax.tree.flatten(tree)
     remote = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)
            and not (x.is_fully_addressable or x.is_fully_replicated)]
@@ -120,8 +120,8 @@ def fetch(tree: Any) -> Any:
 def total(values: np.ndarray) -> np.ndarray:
     """Sum an integer array over all processes; all of them must call this.
 
-    The sum wraps around at the dtype's limit, so it does not depend on the distribution of the
-    terms.
+    The sum wraps around at the dtype's limit, so it does not depend on how the terms are
+    distributed.
     """
     from jax.experimental import multihost_utils
 
@@ -139,15 +139,15 @@ def merge(items: Mapping[str, T]) -> dict[str, T]:
     sizes = multihost_utils.process_allgather(np.array([message.size]))
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: message.size] = message
-    parts = multihost_utils.process_allgather(padded)
+    messages = multihost_utils.process_allgather(padded)
     out: dict[str, T] = {}
-    for size, part in zip(sizes.reshape(-1), parts, strict=True):
-        out |= pickle.loads(part[: int(size)].tobytes())
+    for size, data in zip(sizes.reshape(-1), messages, strict=True):
+        out |= pickle.loads(data[: int(size)].tobytes())
     return out
 
 
 def in_turn(act: Callable[[], T]) -> T:
-    """Call `act` on process 0 and then on the others, e.g. if process 0 creates a shared folder."""
+    """Call `act` on process 0 first, e.g. to create a shared folder, and then on the others."""
     if not many():
         return act()
     if first():
@@ -161,7 +161,7 @@ def in_turn(act: Callable[[], T]) -> T:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit at once with `code`, without JAX's shutdown barrier, which waits for the others."""
+    """Exit immediately with `code`; JAX's shutdown barrier would wait for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

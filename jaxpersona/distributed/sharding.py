@@ -1,7 +1,7 @@
-"""Sharding: logical axes, meshes, and helpers that resolve the shardings of arrays.
+"""Sharding: logical axes, meshes, and helpers that derive the shardings of arrays.
 
-Model code names *logical* axes ("heads", "batch"); `RULES` maps each of them to mesh axes. Without
-a mesh these helpers do nothing, so the same model code runs on one device and on many.
+Model code uses *logical* axes ("heads", "batch"); `RULES` maps each of them to mesh axes. Without a
+mesh, these helpers do nothing, so the same model code runs on one device and on many.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "heads": ("model", "group"),
     "kv_heads": ("model",),  # replicated within a group
-    "kv_group": ("group",),  # the query heads of one key/value head
+    "kv_group": ("group",),  # the query heads that share a key/value head
     "ff": ("model", "group"),
     "vocab": ("model", "group"),
-    "embed": ("fsdp",),  # only of weights, which are all-gathered where they are used
+    "embed": ("fsdp",),  # an axis of weights, which are all-gathered before use
 }
 
 
@@ -44,33 +44,39 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
     Args:
       data: number of shards of batch rows, with replicated weights (data parallelism).
       model: number of shards of heads, feed-forward width and vocabulary (tensor parallelism).
-      fsdp: number of shards of both rows and weights; weights are all-gathered at every use.
+      fsdp: number of shards of both rows and weights; weights are all-gathered before every use.
       devices: the devices to use; default: all.
 
     Raises:
-      UserError: fewer devices than data·fsdp·model, or an axis below 1.
+      UserError: there are fewer devices than data·fsdp·model, or an axis is smaller than 1.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import jax
+      >>> jp.make_mesh(data=1, model=1, devices=jax.devices()[:1]).axis_names
+      ('data', 'model')
     """
     have = len(devices) if devices is not None else jax.device_count()
     wanted = {"data": data, **({"fsdp": fsdp} if fsdp != 1 else {}), "model": model}
     for name, count in wanted.items():
         if not isinstance(count, int):
-            raise UserError(f"{name} is {count!r:.60}; a mesh axis has an integer size")
+            raise UserError(f"{name} is {count!r:.60}; it must be an integer")
     size = data * fsdp * model
     if min(wanted.values()) < 1 or size > have:
-        asked = " × ".join(f"{name}={n}" for name, n in wanted.items())
-        mend = (f"there are {have}: use a smaller mesh" if min(wanted.values()) > 0 else
-                "every axis must be at least 1")
-        raise UserError(f"a mesh of {asked} needs {size} devices; {mend}")
+        axes = " × ".join(f"{name}={n}" for name, n in wanted.items())
+        fix = (f"there are {have}: use a smaller mesh" if min(wanted.values()) > 0 else
+               "every axis must be at least 1")
+        raise UserError(f"a mesh of {axes} needs {size} devices; {fix}")
     chosen = list(devices if devices is not None else jax.devices())[:size]
     kinds = (AxisType.Explicit,) * len(wanted)
     return jax.make_mesh(tuple(wanted.values()), tuple(wanted), axis_types=kinds, devices=chosen)
 
 
 def parse_mesh(text: str) -> dict[str, int]:
-    """Parse a string such as "data=2,model=4" into arguments of `make_mesh`.
+    """Parse a string such as "data=2,model=4" into arguments for `make_mesh`.
 
     Raises:
-      UserError: a string of another form.
+      UserError: the string does not have this form.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -95,10 +101,11 @@ def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
     """Adapt a mesh to a model.
 
     If "model" is a multiple of the number of key/value heads, it is split into "model" × "group":
-    each key/value head is replicated over a group of devices, which share its query heads.
+    each key/value head is replicated over a group of devices, and its query heads are divided among
+    them.
 
     Raises:
-      UserError: a mesh axis that is not in `RULES`, or that does not divide the model's dimension.
+      UserError: a mesh axis is not in `RULES`, or does not divide the model's dimension.
     """
     known = {name for names in RULES.values() for name in names}
     if unknown := [name for name in mesh.axis_names if name not in known]:
@@ -117,8 +124,9 @@ def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
         sizes = dict(mesh.shape)
     model, group = sizes.get("model", 1), sizes.get("group", 1)
     if heads % model or (group > 1 and heads != model):
-        raise UserError(f"n_kv_heads is {heads}; model={model * group} of the mesh is neither a "
-                        f"divisor nor a multiple: use model={_divisor(heads, model * group)}")
+        raise UserError(f"n_kv_heads is {heads}, but the mesh has model={model * group}, which is "
+                        "neither a divisor nor a multiple of it: use "
+                        f"model={_divisor(heads, model * group)}")
     for field, value, split in (("n_heads / n_kv_heads", config.n_heads // heads, group),
                                ("d_ff", config.d_ff, model * group),
                                ("d_model", config.d_model, sizes.get("fsdp", 1))):
@@ -126,8 +134,8 @@ def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
             name = "fsdp" if field == "d_model" else "model"
             total = split if name == "fsdp" else model * group
             best = _divisor(value, split) * (model if field.startswith("n_") else 1)
-            raise UserError(f"{field} is {value}; a mesh of {name}={total} does not divide it: "
-                            f"use {name}={best}")
+            raise UserError(f"{field} is {value}, which is not divisible by {name}={total} of the "
+                            f"mesh: use {name}={best}")
     return mesh
 
 
@@ -137,7 +145,7 @@ def _divisor(value: int, limit: int) -> int:
 
 
 def spec(axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """Map logical axes to a mesh's PartitionSpec by `RULES`."""
+    """Map logical axes to a PartitionSpec for a mesh, using `RULES`."""
 
     def entry(axis: str | None) -> str | tuple[str, ...] | None:
         names = tuple(n for n in RULES[axis] if n in mesh.axis_names) if axis else ()
@@ -148,7 +156,7 @@ def spec(axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
 
 def weight_sharding(axes: Axes, shape: tuple[int, ...],
                     mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Return a parameter's sharding; a vocabulary that the mesh does not divide is replicated."""
+    """Return a parameter's sharding; an indivisible vocabulary dimension is replicated."""
     placed = NamedSharding(mesh, spec(axes, mesh))
     try:
         placed.shard_shape(shape)
@@ -160,7 +168,7 @@ def weight_sharding(axes: Axes, shape: tuple[int, ...],
 def mesh_of(*operands: Any) -> Mesh | AbstractMesh | None:
     """Return the mesh of the first operand that has one, or None."""
     for operand in operands:
-        # outside jit an operation needs the concrete devices, which the array's type does not have
+        # outside jit, operations need a mesh of concrete devices, which the array's type lacks
         concrete = isinstance(operand, jax.Array) and not is_traced(operand)
         placed = operand.sharding if concrete else jax.typeof(operand).sharding
         if isinstance(placed, NamedSharding) and not placed.mesh.empty:
@@ -171,7 +179,7 @@ def mesh_of(*operands: Any) -> Mesh | AbstractMesh | None:
 def on_cpu(*operands: Any) -> bool:
     """Return whether the operands are on a single CPU device, without a mesh.
 
-    XLA compiles some operations better there in another form. The results are the same.
+    On a CPU, some operations are faster in a different but equivalent form.
     """
     return platform(*operands) == "cpu" and mesh_of(*operands) is None
 
@@ -182,8 +190,8 @@ _PLATFORM: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 def platform(*operands: Any) -> str:
     """Return the operands' platform: "cpu", "gpu" or "tpu".
 
-    Tracers have no devices. For them this returns the platform set by `running_on`, or else the
-    platform on which JAX places new arrays.
+    Tracers have no devices. For them, this returns the platform set by `running_on` or, by default,
+    the platform on which JAX places new arrays.
     """
     for operand in operands:
         if not is_traced(operand):
@@ -195,7 +203,7 @@ def platform(*operands: Any) -> str:
 
 @contextlib.contextmanager
 def running_on(where: str) -> Iterator[None]:
-    """Set the platform for functions traced inside this context (see `platform`)."""
+    """Set the platform for functions that are traced inside this context (see `platform`)."""
     before = _PLATFORM.set(where)
     try:
         yield
@@ -226,8 +234,8 @@ def default_device() -> Device:
 def unset_mesh() -> contextlib.AbstractContextManager:
     """Return a context without the mesh set by `jax.set_mesh`.
 
-    This package takes the mesh from the parameters. The caller's mesh may differ, since `fit` may
-    split one of its axes, and JAX would place new arrays on it.
+    This package takes the mesh from the parameters. A mesh set by the caller may differ, because
+    `fit` may split an axis, and JAX would place new arrays on it.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
@@ -235,7 +243,7 @@ def unset_mesh() -> contextlib.AbstractContextManager:
 
 
 def off_mesh(tree: Any) -> Any:
-    """Copy those arrays of a small tree to the host that are on a mesh (see `jax.set_mesh`)."""
+    """Copy the arrays of a small tree that are on a mesh (see `jax.set_mesh`) to the host."""
     def one(x: Any) -> Any:
         concrete = isinstance(x, jax.Array) and not is_traced(x)
         return jax.device_get(x) if concrete and mesh_of(x) is not None else x
@@ -256,7 +264,7 @@ def check_set_mesh(like: jax.Array) -> None:
         if AxisType.Explicit not in current.axis_types:
             return
         raise UserError(f"the mesh {_written(current)} is set, but the model is on one device: "
-                        "leave jax.set_mesh, or load the model with mesh=")
+                        "omit jax.set_mesh, or load the model with mesh=")
     raise UserError(f"the mesh set by jax.set_mesh is {_written(current)}, but the model's is "
                     f"{_written(mesh)}: use `with jax.set_mesh(model.mesh)`")
 
@@ -270,7 +278,7 @@ def _written(mesh: Mesh | AbstractMesh) -> str:
 
 
 def out_sharding(axes: Axes, *operands: Any) -> NamedSharding | None:
-    """Return the sharding of a result with logical `axes` on the operands' mesh.
+    """Return the sharding for a result with logical `axes` on the operands' mesh.
 
     Returns None if no operand is on a mesh with Explicit axes.
     """
@@ -281,7 +289,7 @@ def out_sharding(axes: Axes, *operands: Any) -> NamedSharding | None:
 
 
 def place(x: jax.Array, axes: Axes, *operands: Any) -> jax.Array:
-    """Shard x over the operands' mesh (default: its own) by its logical axes.
+    """Shard x by its logical axes over the mesh of the operands (default: of x).
 
     On a mesh with Auto axes this is a sharding constraint; without a mesh it returns x.
     """
@@ -295,7 +303,7 @@ def place(x: jax.Array, axes: Axes, *operands: Any) -> jax.Array:
 
 
 def spread_rows(x: jax.Array, dimension: int, like: Any) -> jax.Array:
-    """Shard a dimension of x, as batch rows, over the mesh of `like`, if there is one."""
+    """Shard a dimension of x like batch rows over the mesh of `like`, if there is one."""
     return place(x, tuple("batch" if i == dimension else None for i in range(x.ndim)), like)
 
 
@@ -329,11 +337,11 @@ def ways(mesh: Mesh | AbstractMesh, axis: str) -> int:
 
 
 def gather_weight(w: jax.Array) -> jax.Array:
-    """All-gather a weight over "fsdp" for the product that uses it."""
+    """All-gather a weight over "fsdp" before a product."""
     mesh = mesh_of(w)
     if mesh is None or "fsdp" not in mesh.axis_names:
         return w
     if AxisType.Explicit not in mesh.axis_types:
-        return w  # with Auto axes the partitioner inserts the all-gather
+        return w  # with Auto axes, the partitioner inserts the all-gather
     kept = (None if name == "fsdp" else name for name in jax.typeof(w).sharding.spec)
     return jax.sharding.reshard(w, NamedSharding(mesh, PartitionSpec(*kept)))

@@ -1,8 +1,8 @@
-"""Batches of finished conversations or prompts for passes without a cache.
+"""Batches of complete conversations or prompts for passes without a cache.
 
 Conversations are sorted by length into batches with about the same number of tokens. The padded
 width depends only on a conversation's length, and the number of rows only on the width. A
-conversation's results are therefore bit for bit independent of the other conversations.
+conversation's results are therefore bit-identical in any batch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jaxpersona.text import chat
 def width_of(tokens: int) -> int:
     """Return the padded length of a conversation of `tokens` tokens.
 
-    It is the next multiple of 32, or of an eighth of the power of two below `tokens` if that is
-    larger.
+    This is `tokens` rounded up to a multiple of 32, or of an eighth of the largest power of two
+    below `tokens` if that is larger.
     """
     step = max(32, (1 << (tokens - 1).bit_length()) // 16)
     return -(-tokens // step) * step
@@ -28,12 +28,12 @@ def width_of(tokens: int) -> int:
 
 def batches(rows: list[chat.Row], tokens: int,
              ways: int) -> list[tuple[list[int], int, int]]:
-    """Divide the conversations, sorted by length, into batches.
+    """Sort the conversations by length and divide them into batches.
 
     Args:
       rows: the conversations.
-      tokens: the number of tokens of a batch.
-      ways: the number of shards of rows, which divides the rows of a batch.
+      tokens: the number of tokens in a batch, including padding.
+      ways: the number of shards over rows; the number of rows in a batch is a multiple of it.
 
     Returns:
       For each batch: the indices of its conversations, its width and its number of rows.
@@ -42,14 +42,14 @@ def batches(rows: list[chat.Row], tokens: int,
     for i, row in enumerate(rows):
         groups.setdefault(width_of(row.tokens.size), []).append(i)
     out = []
-    for width, members in sorted(groups.items(), reverse=True):  # the largest memory use first
-        size = max(1, tokens // (width * ways)) * ways  # shards have equal sizes
+    for width, members in sorted(groups.items(), reverse=True):  # largest memory use first
+        size = max(1, tokens // (width * ways)) * ways  # equal shards
         out += [(members[at : at + size], width, size) for at in range(0, len(members), size)]
     return out
 
 
 def pad(rows: list[chat.Row], width: int, size: int) -> Batch:
-    """Return a batch of `size` rows of `width` tokens; missing rows are empty."""
+    """Pad the conversations to a batch of `size` rows and `width` tokens; added rows are empty."""
     real = make_batch([r.tokens for r in rows], kind=[r.kind for r in rows],
                       turn=[r.turn for r in rows], width=width)
     extra = size - len(rows)

@@ -1,4 +1,4 @@
-"""The interventions of a lane's rows: selected from a call's tables, or written per row."""
+"""The interventions on a lane's rows: selected from a call's tables, or written row by row."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from jaxpersona.interventions.where import NOWHERE
 
 
 class SharedEdits:
-    """Interventions of all prompts of a call; a row selects its entry by the prompt's number.
+    """The interventions on all prompts of a call; a row selects its entry by the prompt's number.
 
-    The entries stay on the device; only the indices change when rows are assigned.
+    The entries stay on the device. Only the indices change when rows are assigned.
     """
 
     def __init__(self, edits: Interventions) -> None:
         self.edits = edits
-        self.indexed = jax.device_get(edits)  # the host copy serves `key`
+        self.indexed = jax.device_get(edits)  # host copy for `key`
 
     def structure(self, rows: int) -> Interventions:
-        """Return the call's interventions; their structure does not depend on the rows."""
+        """Return the call's interventions, whose structure does not depend on the rows."""
         return self.edits
 
     def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
-        """Return interventions for `rows` rows: those of `tasks` first, the rest neutral."""
+        """Return interventions on `rows` rows: first those of `tasks`, then neutral ones."""
         numbers = [task.number for task in tasks]
         return self.edits.take(np.array(numbers + [-1] * (rows - len(numbers)), np.int32))
 
     def assign(self, edits: Interventions, rows: np.ndarray) -> None:
-        """Do nothing: `of_rows` selects the entries of each step."""
+        """Do nothing, because `of_rows` selects the entries at each step."""
 
     def of_rows(self, tasks: Sequence[Task | None]) -> Interventions:
-        """Return the interventions of all rows of the lane."""
+        """Return the interventions on all rows of the lane."""
         return self.edits.take(np.array([-1 if task is None else task.number for task in tasks],
                                         np.int32))
 
@@ -49,13 +49,13 @@ class SharedEdits:
 
 
 class RowEdits:
-    """Interventions stored per row on the device, written in place."""
+    """Interventions stored per row on the device and updated in place."""
 
     def __init__(self, neutral: Interventions, rows: int) -> None:
-        """Start with neutral rows.
+        """Initialize every row with neutral interventions.
 
         Args:
-          neutral: interventions of one row in the lane's structure that change nothing
+          neutral: interventions on one row that change nothing, with the lane's structure
             (`neutral_row`).
           rows: B.
         """
@@ -65,16 +65,16 @@ class RowEdits:
         self.table = jax.tree.map(jnp.copy, _repeated(neutral, rows))
 
     def structure(self, rows: int) -> Interventions:
-        """Return neutral interventions of `rows` rows."""
+        """Return neutral interventions on `rows` rows."""
         return _repeated(self.neutral, rows)
 
     def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
-        """Return interventions for `rows` rows: those of `tasks` first, the rest neutral."""
+        """Return interventions on `rows` rows: first those of `tasks`, then neutral ones."""
         single = [task.edits for task in tasks] + [self.neutral] * (rows - len(tasks))
         return side_by_side(tuple(single), axes=self.axes) if self.axes else self.neutral
 
     def assign(self, edits: Interventions, rows: np.ndarray) -> None:
-        """Write the interventions of n rows into rows [n] of the lane; B is dropped."""
+        """Write the interventions on n rows to the rows [n] of the lane; row index B is ignored."""
         if not self.axes:
             return
         if row_count(edits, self.axes) == row_count(self.table, self.axes):
@@ -83,23 +83,23 @@ class RowEdits:
             self.table = put_rows(self.table, edits, rows, axes=self.axes)
 
     def of_rows(self, tasks: Sequence[Task | None]) -> Interventions:
-        """Return the interventions of all rows of the lane."""
+        """Return the interventions on all rows of the lane."""
         return self.table
 
     def key(self, task: Task) -> tuple:
-        """Return the bytes of all values."""
+        """Return the bytes of the task's interventions."""
         return tuple(np.asarray(x).tobytes() for x in jax.tree.leaves(task.edits))
 
 
 def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> Interventions:
-    """Return interventions of one row, in the structure of a capacity if one is given.
+    """Return interventions on one row, with the structure of `capacity` if it is given.
 
     Args:
       edits: interventions without `rows=`, or None.
-      capacity: the result of `reserve`, for any number of rows.
+      capacity: the result of `reserve`, for any number of rows, or None.
 
     Raises:
-      UserError: interventions with `rows=`, or that do not fit the capacity.
+      UserError: the interventions have `rows=`, or exceed the capacity.
     """
     if capacity is None and (edits is None or not edits.edits):
         return Interventions()
@@ -115,12 +115,12 @@ def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> 
 
 
 def neutral_row(edits: Interventions) -> Interventions:
-    """Return interventions of one row and the same structure that select no token."""
+    """Return interventions on one row with the same structure that select no token."""
     return Interventions(tuple(map(_neutral, edits.edits)))
 
 
 def _per_row(table: Any) -> Any:
-    """Return a table of one entry without an index: entry b belongs to row b."""
+    """Return a table of one entry without an index; entry b then applies to row b."""
     return table.replace(index=None)
 
 
@@ -129,13 +129,13 @@ def _neutral(table: Any) -> Any:
 
 
 def row_count(edits: Interventions, axes: tuple[int, ...]) -> int:
-    """Return the number of rows of interventions stored per row."""
+    """Return the number of rows B of per-row interventions."""
     return next(x.shape[axis] for x, axis in zip(jax.tree.leaves(edits), axes, strict=True)
                 if axis >= 0)
 
 
 def _repeated(edits: Interventions, rows: int) -> Interventions:
-    """Repeat interventions of one row for a number of rows."""
+    """Repeat interventions on one row for `rows` rows."""
     def repeated(table: Any) -> Any:
         axes = {"where": 0, "origin": 0, "gate": 0, **table.PAYLOAD}
         return table.replace(**{

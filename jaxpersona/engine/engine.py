@@ -1,8 +1,8 @@
-"""An inference engine: concurrent requests with individual settings in few compiled programs.
+"""An inference engine: concurrent requests with individual settings and few compiled programs.
 
 The rows of a lane share their programs: one cache size, one structure of interventions, one capture
-and one set of stop strings. A request's interventions are written into the lane's tables, so new
-interventions that fit the capacity need no compilation. For a given number of rows, capacity and
+and one set of stop strings. A request's interventions are written to the lane's tables, so new
+interventions within the capacity need no compilation. For a given number of rows, capacity and
 cache size, a request's tokens and captures are bit-identical whether it runs alone or with others.
 """
 
@@ -45,15 +45,15 @@ if TYPE_CHECKING:
 class Engine:
     """Runs requests on a model.
 
-    Without a background thread (`running`), `stream` and `result` run the engine in the caller's
-    thread. All methods are thread-safe.
+    `stream` and `result` run the engine in the caller's thread, unless it runs in a background
+    thread (`running`). All methods are thread-safe.
 
-    Example::
-
-        engine = jp.Engine(jp.load("mini"), rows=8)
-        handle = engine.submit(jp.Request("Who are you?", max_new_tokens=40))
-        for event in engine.stream(handle):
-            print(event.text, end="")
+    Example:
+      >>> import jaxpersona as jp
+      >>> engine = jp.Engine(jp.load("mini"), rows=2)
+      >>> handle = engine.submit(jp.Request("Who are you?", max_new_tokens=2))
+      >>> sum(len(event.tokens) for event in engine.stream(handle))
+      2
     """
 
     def __init__(self, model: Model, *, rows: int = 32, capacity: Interventions | None = None,
@@ -63,18 +63,18 @@ class Engine:
 
         Args:
           model: the result of `load`.
-          rows: B, the number of rows of a lane. Rounding of results depends on it.
-          capacity: the result of `reserve`, for any number of rows: the layers and the longest
-            chain of rank-one interventions of a request. All requests then share programs. None:
-            every structure of interventions has its own programs and lanes.
-          sizes: the cache sizes in tokens, for prompt and reply; default: `lanes.cache_size`.
-          lanes: the maximum number of lanes, each with its own memory.
-          chunk: the maximum number of decode steps between two reads of the device.
+          rows: B, the number of rows in a lane. The rounding of results depends on it.
+          capacity: the result of `reserve`, for any number of rows. It limits the layers and the
+            number of rank-one interventions in a request, so that all requests share programs.
+            None: every structure of interventions has its own programs and lanes.
+          sizes: the cache sizes, in tokens of prompt and reply; default: `lanes.cache_size`.
+          lanes: the maximum number of lanes; each has its own cache.
+          chunk: the maximum number of decode steps between two transfers to the host.
           queue: the maximum number of queued requests.
 
         Raises:
-          UserError: an argument that is not a positive integer, rows that the mesh does not divide,
-            or a capacity that does not fit the model.
+          UserError: an argument is not a positive integer, `rows` is not a multiple of the mesh's
+            shards, or the capacity does not match the model.
         """
         check_model(model)
         numbers = {"rows": rows, "lanes": lanes, "chunk": chunk, "queue": queue}
@@ -82,9 +82,9 @@ class Engine:
         for name, value in numbers.items():
             if not isinstance(value, (int, np.integer)) or value < 1:
                 raise UserError(f"{name} is {value!r}; it must be a positive integer")
-        ways = rows_divisor(model.params.embed_vd)
+        ways = rows_divisor(model.params.like)
         if rows % ways:
-            raise UserError(f"rows is {rows}; the mesh shards rows: use a multiple of {ways}")
+            raise UserError(f"rows is {rows}; the mesh needs a multiple of {ways}")
         self.capacity = None if capacity is None else off_mesh(given(capacity))
         if self.capacity is not None:
             self.capacity.take(np.array([-1])).check(
@@ -111,9 +111,9 @@ class Engine:
         """Check a request and append it to the queue.
 
         Raises:
-          UserError: a request that does not fit the model, the capacity or the cache sizes; the
-            message gives argument, value and remedy. No other request is affected.
-          QueueFull: the queue already has `queue` requests.
+          UserError: the request does not match the model, or exceeds the capacity or the cache
+            sizes. Other requests are not affected.
+          QueueFull: the queue already holds `queue` requests.
         """
         if not isinstance(request, Request):
             raise UserError(f"request is a {type(request).__name__}; give a jp.Request")
@@ -121,8 +121,8 @@ class Engine:
             task = self._task(request)
         with self._changed:
             if len(self._inbox) + len(self._scheduler.waiting) >= self.queue:
-                raise QueueFull(f"{self.queue} requests are queued; submit again later, or make "
-                                "the engine with a longer queue")
+                raise QueueFull(f"{self.queue} requests are queued; submit again later, or create "
+                                "the engine with a larger queue")
             task.number = self._count
             self._count += 1
             handle = Handle(request, task.number)
@@ -141,10 +141,10 @@ class Engine:
             return self._step()
 
     def result(self, handle: Handle) -> Reply:
-        """Return the reply to a request when it is complete.
+        """Wait until a request is complete and return the reply.
 
         Raises:
-          BaseException: the error of a failed request.
+          BaseException: the error with which the request failed.
         """
         while not handle.done:
             self._advance(handle)
@@ -155,10 +155,10 @@ class Engine:
         return reply
 
     def stream(self, handle: Handle) -> Iterator[Event]:
-        """Yield a reply in pieces; the last event has the whole reply.
+        """Yield a reply in pieces as it is generated; the last event has the whole reply.
 
         Raises:
-          BaseException: the error of a failed request.
+          BaseException: the error with which the request failed.
         """
         request = handle.request
         handle._streamed = True
@@ -181,7 +181,7 @@ class Engine:
             self._advance(handle, tokens.size)
 
     def cancel(self, handle: Handle) -> None:
-        """Cancel a request that is not done; its row is free after the current step."""
+        """Cancel a request, unless it is done; its row becomes free after the current step."""
         with self._changed:
             if (entry := self._handles.pop(handle.number, None)) is None:
                 return
@@ -195,14 +195,14 @@ class Engine:
     def running(self) -> Iterator[Engine]:
         """Run the engine in a background thread within a `with` block.
 
-        Unfinished requests remain after the block; `result` and `stream` continue them.
+        Requests that are unfinished after the block are kept; `result` and `stream` continue them.
 
         Raises:
           UserError: the engine already runs in the background.
         """
         with self._changed:
             if self._thread is not None:
-                raise UserError("the engine runs in the background already")
+                raise UserError("the engine already runs in the background")
             self._stopping = False
             self._thread = threading.Thread(target=self._run, name="jaxpersona-engine", daemon=True)
         self._thread.start()
@@ -218,24 +218,24 @@ class Engine:
                 self._changed.notify_all()
 
     def warm_up(self, requests: Sequence[Request] | None = None) -> None:
-        """Compile programs before the first request, without running one.
+        """Compile programs before the first request, without running a request.
 
         Args:
-          requests: one example of each kind: prompt length, cache size, capture, stop strings,
-            greedy or sampled, and structure of interventions where there is no capacity. None:
-            requests without a capture or stop strings, greedy and sampled, for every cache size of
-            `sizes` and every prompt width that it holds, with interventions within the capacity.
+          requests: one example of each kind of request. Kinds differ in prompt length, cache size,
+            capture, stop strings, greedy or sampled decoding and, without a capacity, structure of
+            interventions. None: greedy and sampled requests with interventions within the capacity,
+            without a capture or stop strings, for every cache size and prompt width of `sizes`.
 
         Raises:
-          UserError: the engine has requests, an example does not fit, or there are neither
-            examples nor `sizes`.
+          UserError: the engine has requests, an example is invalid, or there are neither examples
+            nor `sizes`.
         """
         if requests is None and self.sizes is None:
-            raise UserError("the engine has no sizes to list its programs from; make it with "
-                            "Engine(sizes=…), or give warm_up example requests")
+            raise UserError("the engine has no sizes, so its programs are not known in advance; "
+                            "create it with Engine(sizes=…), or give warm_up example requests")
         with self._device, own_context():
             if self._handles:
-                raise UserError("the engine has requests; warm it up before the first")
+                raise UserError("the engine has requests; call warm_up before the first submit")
             if requests is None:
                 for slots in self.sizes or ():
                     for kind in plain_kinds(slots, self.capacity):
@@ -249,7 +249,7 @@ class Engine:
                     take_row(lane.state.carry.captured[name].values, np.int32(0))
 
     def _compile(self, kind: Any, shape: Shape) -> Lane:
-        """Run the programs of a lane without a request, which compiles them; no row is active."""
+        """Compile the programs of a lane by running them without an active row."""
         lane = self._scheduler.lane_of(kind)
         assert lane is not None
         lane.admit([], shape)
@@ -268,8 +268,8 @@ class Engine:
         edits, capture = off_mesh((given(request.interventions), request.capture))
         capture = Capture() if capture is None else capture
         if edits.rows is not None:
-            raise UserError("interventions have rows (`rows=`); a request has one row, so omit "
-                            "rows=")
+            raise UserError("the interventions have rows (`rows=`), but a request has one row; "
+                            "omit rows=")
         prompts.check_edits(model, edits, 1, capture)
         limit = int(prompts.limits(model, [row], int(most))[0])
         settings = sampling(1, temperature=request.temperature, top_p=request.top_p,
@@ -279,14 +279,14 @@ class Engine:
         shape, limit = self._shape(row, limit)
         strings = stopping.checked(request.stop)
         if strings and model.tokenizer is None:
-            raise UserError(f"stop is {request.stop!r:.60}; {model.name} has no tokenizer, so no "
-                            "text can end a reply")
+            raise UserError(f"stop is {request.stop!r:.60}, but {model.name} has no tokenizer to "
+                            "match stop strings; omit stop")
         kind = Kind(shape.slots, bool(settings.temperature[0] == 0), asks_for_code(own, capture),
                     strings, capture, neutral_row(own))
         return Task(-1, row, row_id, limit, settings, shape, kind, own)
 
     def _shape(self, row: Row, limit: int) -> tuple[Shape, int]:
-        """Return the lengths of a request's programs, and its reply limit in the largest cache."""
+        """Return the static sizes for a request, and its reply limit in the largest cache."""
         if self.sizes is not None:
             return shape_within(row, limit, self.sizes)
         return shape_of(row, limit, False, self.model.config.max_context, self.rows), limit
@@ -297,7 +297,7 @@ class Engine:
         return any(entry is not None and entry[0]._streamed for entry in held)
 
     def _open(self, kind: Any) -> Lane:
-        """Return a new lane for a kind of requests."""
+        """Return a new lane for a kind of request."""
         return Lane(self.model.config, self._params, kind.setting(self.model),
                     RowEdits(kind.neutral, self.rows), self.rows, self._together)
 
@@ -312,7 +312,7 @@ class Engine:
             try:
                 self._scheduler.step()
                 self._look()
-            except BaseException as error:  # also an interrupt: the lanes may be inconsistent
+            except BaseException as error:  # even after an interrupt, the lanes may be inconsistent
                 self._scheduler.lanes.clear()
                 self._fail([task for _, task in self._handles.values()], error)
                 raise
@@ -324,7 +324,7 @@ class Engine:
             return bool(self._inbox) or not self._scheduler.idle
 
     def _advance(self, handle: Handle, seen: int = 0) -> None:
-        """Run or await one step, unless a handle has more than `seen` tokens or is done."""
+        """Run or await one step, unless the handle is done or has more than `seen` tokens."""
         with self._changed:
             version, background = self._version, self._thread is not None
             if background:
@@ -336,7 +336,7 @@ class Engine:
                 self._step()
 
     def _run(self) -> None:
-        """Run steps until `running` ends: the background thread."""
+        """Run steps in the background thread until `running` ends."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._stopping or self._handles)
@@ -344,11 +344,11 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception:  # the affected requests raise it in `result` and `stream`
+            except Exception:  # `result` and `stream` raise it for the affected requests
                 continue
 
     def _collect(self, tasks: list[Task], state: State) -> None:
-        """Complete the handles of finished tasks, the first rows of a state."""
+        """Complete the handles of finished tasks, which are the first rows of a state."""
         accepting = self._scheduler.lanes[tasks[0].lane].setting.stops.accepting
         for task, finished in zip(tasks, unpack(state, tasks, accepting), strict=True):
             reply = self._reply(task, finished)
@@ -369,7 +369,7 @@ class Engine:
                      task.row, finished.captured, finished.applied)
 
     def _fail(self, tasks: list[Task], error: BaseException) -> None:
-        """Complete the handles of tasks with an error."""
+        """Complete the tasks' handles with an error."""
         for task in tasks:
             with self._changed:
                 entry = self._handles.pop(task.number, None)
@@ -393,7 +393,7 @@ class Engine:
                 start, count = task.row.tokens.size, int(length[i])
                 projections = {}
                 for name in projected(handle.request):
-                    count = min(count, int(used[i]) - start)  # the last token has not run yet
+                    count = min(count, int(used[i]) - start)  # the last token is not processed yet
                     values = processes.fetch(take_row(carry.captured[name].values, np.int32(i)))
                     projections[name] = np.moveaxis(values, 2, 0)[start : start + count]
                 handle._grow(tokens[i, :count], projections)

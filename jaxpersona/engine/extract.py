@@ -1,4 +1,4 @@
-"""Read activations of finished conversations, without the head and without unread upper layers.
+"""Read activations of complete conversations; the head and unread upper layers are not computed.
 
 Conversations run in batches of about the same number of tokens (`engine.batches`).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxpersona.brief import count, line
 from jaxpersona.calls import checked_call
-from jaxpersona.captures.capture import Capture, mean
+from jaxpersona.captures.capture import Capture, joined, mean
 from jaxpersona.captures.missing import describe_empty
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.context import own_context
@@ -26,6 +26,7 @@ from jaxpersona.engine.batches import batches, pad
 from jaxpersona.engine.compiled import program
 from jaxpersona.engine.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
 from jaxpersona.errors import UserError
+from jaxpersona.export import Table, shapes
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.interventions.where import WIDTH, holds
@@ -44,22 +45,28 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 _LOG = logging.getLogger("jaxpersona")
-# tokens of a batch: enough to use the whole device, few enough to limit padding in last batches
+# tokens per batch: enough to fill the device, few enough to limit the padding in the last batches
 _TOKENS = {"cpu": 1024}
 _TOKENS_ELSE = 16_384
 
 
 @dataclasses.dataclass(frozen=True)
-class Extracted:
-    """The readings of N conversations, in their order.
+class Extracted(Table):
+    """The readings of N conversations, in input order.
 
     Attributes:
-      captured: the result of each reading by name: [N, L, …], or for readings per token a list of N
-        arrays [L, T, …].
+      captured: the result of each reading by name: [N, L, …], or a list of N arrays [L, T, …] for
+        per-token readings.
       applied: one `Applied` per intervention table, with fields seen [N] and changed [l, N].
       rows: the encoded conversations.
       tokens, padded: the number of tokens without and with padding.
-      nonfinite: [N] bool, True if a residual was NaN or infinite: do not use what was captured.
+      nonfinite: [N] bool, True if a residual was NaN or infinite; discard these readings.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+      >>> jp.extract(jp.load("mini"), [talk])
+      Extracted(1 conversation, 15 tokens, captured: mean)
     """
 
     captured: dict[str, Any]
@@ -74,6 +81,16 @@ class Extracted:
                     count(self.tokens, "token"),
                     f"captured: {', '.join(self.captured)}")
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per conversation: its last message, number of tokens, and finite."""
+        return [{"text": row.messages[-1]["content"] if row.messages else row.text,
+                 "tokens": int(row.tokens.size), "finite": not bad}
+                for row, bad in zip(self.rows, self.nonfinite.tolist(), strict=True)]
+
+    def facts(self) -> dict[str, Any]:
+        """Return the shapes of what was captured; the arrays are not exported."""
+        return shapes(self.captured)
+
 
 @checked_call
 @own_context()
@@ -81,7 +98,7 @@ def extract(
     model: Model,
     conversations: Iterable[Any],
     *,
-    capture: Capture | None = None,
+    capture: Capture | Sequence[Capture] | None = None,
     interventions: Interventions | None = None,
     batch_tokens: int | None = None,
     on_nonfinite: OnNonfinite = "warn",
@@ -93,28 +110,37 @@ def extract(
       model: the result of `load`.
       conversations: an iterable of N conversations, each a list of {"role", "content"}, a string
         (one user message), a `chat.Row`, or token ids.
-      capture: the readings; default: the mean over response tokens at every layer.
+      capture: the readings, or a list of them; default: the mean over response tokens at every
+        layer.
       interventions: edits of the activations, without rows or with one row per conversation.
-      batch_tokens: the number of tokens of a batch, including padding; default: 1,024 for a model
+      batch_tokens: the number of tokens in a batch, including padding; default: 1,024 for a model
         on a CPU, else 16,384.
-      on_nonfinite: for NaN or infinite activations. "warn": mark the conversation
-        (`Extracted.nonfinite`) and issue one `NonfiniteWarning` with the first layer and the
-        remedy; "raise": raise it as an error. `jax_debug_nans` and `jax_debug_infs` imply "raise".
+      on_nonfinite: the response to NaN or infinite activations. "warn": mark the conversation
+        (`Extracted.nonfinite`) and issue one `NonfiniteWarning` that names the first layer and the
+        fix; "raise": raise an error. `jax_debug_nans` and `jax_debug_infs` imply "raise".
       progress: called with (conversations done, N, tokens so far).
 
     Raises:
-      UserError: no conversation, one longer than the context, a reading such as a mean that selects
-        no token in any conversation, arguments that do not fit, or non-finite activations with
-        `on_nonfinite="raise"`. If only some conversations have no selected token, their values are
-        NaN and a logged warning lists them.
+      UserError: there are no conversations, one is longer than the context, a reading such as a
+        mean selects no token in any conversation, the capture or the interventions do not match the
+        model, or activations are not finite with `on_nonfinite="raise"`. If a reading selects no
+        token in only some conversations, their values are NaN and a logged warning lists them.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+      >>> found = jp.extract(jp.load("mini"), [talk], capture=jp.capture.mean(jp.response))
+      >>> found.captured["mean"].shape
+      (1, 8, 128)
     """
     check_model(model)
     check_choice(on_nonfinite)
     conversations = chat.listed(conversations)
     if batch_tokens is None:
-        batch_tokens = _TOKENS.get(platform(model.params.embed_vd), _TOKENS_ELSE)
-    prompts.check_settings(capture, batch_tokens=batch_tokens)
-    edits, readings = off_mesh((given(interventions), mean() if capture is None else capture))
+        batch_tokens = _TOKENS.get(platform(model.params.like), _TOKENS_ELSE)
+    prompts.check_settings(batch_tokens=batch_tokens)
+    capture = mean() if capture is None else joined(capture)
+    edits, readings = off_mesh((given(interventions), capture))
     prompts.check_edits(model, edits, len(conversations), readings)
     rows = [prompts.encode(model, item, reply=False) for item in conversations]
     prompts.check_lengths(model, rows)
@@ -146,7 +172,7 @@ def extract(
             results[i] = values_of_row, counts
 
     running: tuple[list[int], Output] | None = None
-    ways = rows_divisor(model.params.embed_vd)
+    ways = rows_divisor(model.params.like)
     for members, width, size in batches(rows, batch_tokens, ways):
         batch = pad([rows[i] for i in members], width, size)
         index = np.array(members + [-1] * (size - len(members)), np.int32)
@@ -184,7 +210,7 @@ def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
     """Check, before any program runs, that each reading selects a token.
 
     Raises:
-      UserError: a mean, a last activation or moments over no token of any conversation.
+      UserError: a mean, a last activation or moments select no token in any conversation.
     """
     for name, reading in capture.readings.items():
         if not reading.needs_token:
@@ -206,6 +232,6 @@ def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
 def _read(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
           capture: Capture) -> Output:
     """Run one batch and its readings."""
-    batch = batch.spread(params.embed_vd)
+    batch = batch.spread(params.like)
     return forward(params, config, batch, interventions=edits, capture=capture, logits=None,
                    attention="auto")

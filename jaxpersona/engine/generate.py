@@ -1,9 +1,10 @@
-"""Generate replies for any number of conversations, at one batch size.
+"""Generate replies to any number of conversations with a fixed batch size.
 
-Reproducibility: the batch size B is fixed for a call, and missing rows are padding. The padded
-length, cache size and random draws of a conversation depend on it alone. Its tokens and captures
-are therefore bit for bit the same alone, in any packing and in any order, on one device and one set
-of versions. Across batch sizes or devices only the random draws are the same.
+Reproducibility: the batch size B is fixed for a call; if there are fewer conversations, the batch
+is padded. A conversation's padded length, cache size and random draws depend only on that
+conversation. On the same device and package versions, its tokens and captures are therefore
+bit-identical in any set and order of conversations. For other batch sizes or devices, only the
+random draws are the same.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -20,7 +21,7 @@ import numpy as np
 
 from jaxpersona.brief import count, line
 from jaxpersona.calls import checked_call
-from jaxpersona.captures.capture import Capture
+from jaxpersona.captures.capture import Capture, joined
 from jaxpersona.captures.missing import describe_empty
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.context import own_context
@@ -36,11 +37,12 @@ from jaxpersona.engine.lanes import (
 )
 from jaxpersona.engine.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
 from jaxpersona.engine.programs import State, Stops
-from jaxpersona.engine.replies import Finished, unpack
+from jaxpersona.engine.replies import UNSHOWN, Finished, record, unpack
 from jaxpersona.engine.sampling import Sampling, sampling
 from jaxpersona.engine.scheduler import Collect, Scheduler
 from jaxpersona.engine.stopping import text_of
 from jaxpersona.errors import UserError
+from jaxpersona.export import Table, shapes
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.models.batch import CODE
@@ -59,20 +61,25 @@ _LOG = logging.getLogger("jaxpersona")
 
 
 @dataclasses.dataclass(frozen=True)
-class Generated:
-    """Replies to N conversations, in their order.
+class Generated(Table):
+    """Replies to N conversations, in input order.
 
     Attributes:
       text: the N replies without the stop token; "" if the model has no tokenizer.
       tokens: their ids without the stop token, N arrays [n] int32.
       stopped: [N] bool, True if a stop token ended the reply.
       rows: the encoded prompts.
-      captured: the result of each reading by name: [N, L, …], or for readings per token a list of N
-        arrays [L, T, …] over the tokens of prompt and reply. A mean over no token, as of an empty
-        reply, is NaN; a logged warning lists such conversations.
+      captured: the result of each reading by name: [N, L, …], or a list of N arrays [L, T, …] over
+        the tokens of prompt and reply for per-token readings. A mean that selects no token, for
+        example in an empty reply, is NaN; a logged warning lists these conversations.
       applied: one `Applied` per table, with fields seen [N] and changed [l, N].
       finish: why each reply ended: "stop" (a stop token), "length" (the limit), or "nonfinite" (a
-        residual or a logit was NaN or infinite: do not use what was captured).
+        residual or a logit was NaN or infinite; discard the captures).
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.generate(jp.load("mini"), ["Who are you?"], max_new_tokens=2)
+      Generated(1 reply, 2 tokens)
     """
 
     text: list[str]
@@ -88,6 +95,25 @@ class Generated:
                     count(sum(len(t) for t in self.tokens), "token"),
                     f"captured: {', '.join(self.captured)}" if self.captured else "")
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per conversation.
+
+        Its keys are prompt (the last message), reply, tokens (their number), finish, messages and
+        ids; with interventions also seen and changed, each with one number per table: the tokens
+        that its test selected, and those that it changed at the layer where it changed most.
+        """
+        return [record(row, text, tokens, finish,
+                       [(table.seen[i], table.changed[:, i]) for table in self.applied])
+                for i, (row, text, tokens, finish) in enumerate(
+                    zip(self.rows, self.text, self.tokens, self.finish, strict=True))]
+
+    def facts(self) -> dict[str, Any]:
+        """Return the shapes of what was captured; the arrays are not exported."""
+        return shapes(self.captured)
+
+    def _left_out(self, column: str) -> bool:
+        return column in UNSHOWN
+
 
 @checked_call
 @own_context()
@@ -96,7 +122,7 @@ def generate(
     conversations: Iterable[Any],
     *,
     interventions: Interventions | None = None,
-    capture: Capture | None = None,
+    capture: Capture | Sequence[Capture] | None = None,
     max_new_tokens: int = 512,
     temperature: Any = 0.0,
     top_p: Any = 1.0,
@@ -117,38 +143,44 @@ def generate(
       conversations: an iterable of N conversations, each a list of {"role", "content"}, a string
         (one user message), a `chat.Row`, or token ids.
       interventions: edits of the activations, without rows or with one row per conversation.
-      capture: readings of the activations of prompts and replies.
-      max_new_tokens: the maximum number of tokens of a reply; the model's context limits it too.
+      capture: readings of the activations of prompts and replies, or a list of them.
+      max_new_tokens: the maximum number of tokens in a reply, also limited by the model's context.
       temperature, top_p, top_k, seed: numbers, or [N] (`sampling.Sampling`).
-      batch_size: B, the number of rows of the compiled programs.
+      batch_size: B, the number of rows in the compiled programs.
       ids: [N] uint32, seed each conversation's random draws; default: a hash of its tokens and of
         the number of earlier conversations with the same tokens.
       thinking: whether a reply may begin with a thinking block.
-      share_prefix: run the tokens before the first user message separately, once for all
-        conversations that share them. Rounding differs from that of a single pass; results are
-        equally reproducible.
-      refill: assign the next conversation to a row as soon as it is free; False: when all rows of
-        the batch are finished. The results are bit for bit the same.
-      on_nonfinite: for NaN or infinite activations. "warn": end the reply there
-        (`Generated.finish`) and issue one `NonfiniteWarning` with the first layer and the remedy;
-        "raise": raise it as an error. `jax_debug_nans` and `jax_debug_infs` imply "raise".
+      share_prefix: run the tokens before the first user message in a separate pass, once for all
+        conversations that share them. Rounding differs from a single pass, but results are equally
+        reproducible.
+      refill: assign the next conversation to a row as soon as the row is free; False: wait until
+        all rows of the batch are finished. The results are bit-identical.
+      on_nonfinite: the response to NaN or infinite activations. "warn": end the reply
+        (`Generated.finish`) and issue one `NonfiniteWarning` that names the first layer and the
+        fix; "raise": raise an error. `jax_debug_nans` and `jax_debug_infs` imply "raise".
       progress: called with (conversations done, N, tokens so far).
 
     Raises:
-      UserError: no conversation, a prompt as long as the context, settings out of range,
-        interventions of another model or number of rows, or non-finite activations with
-        `on_nonfinite="raise"`; the message gives argument, value and remedy.
+      UserError: there are no conversations, a prompt fills the context, a setting is out of range,
+        the interventions belong to a different model or number of rows, or activations are not
+        finite with `on_nonfinite="raise"`. The message names the argument, its value and the fix.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> out = jp.generate(jp.load("mini"), ["Who are you?"], max_new_tokens=2)
+      >>> len(out.text), len(out.tokens[0]), out.finish
+      (1, 2, ['length'])
     """
     check_model(model)
     check_choice(on_nonfinite)
-    prompts.check_settings(capture, batch_size=batch_size, max_new_tokens=max_new_tokens)
+    prompts.check_settings(batch_size=batch_size, max_new_tokens=max_new_tokens)
     conversations = chat.listed(conversations)
     # limits the size of `State.tokens`
     max_new_tokens = min(max_new_tokens, model.config.max_context)
     count = len(conversations)
-    edits, capture = off_mesh((given(interventions), capture))
+    edits, capture = off_mesh((given(interventions), joined(capture)))
     prompts.check_edits(model, edits, count, capture)
-    ways = rows_divisor(model.params.embed_vd)
+    ways = rows_divisor(model.params.like)
     if batch_size % ways:
         raise UserError(f"batch_size is {batch_size}; the mesh shards rows over {ways} devices: "
                         f"use a multiple of {ways}")
@@ -177,8 +209,9 @@ def generate(
             progress(len(out.done), count, out.total)
 
     stops = stops_of(model, asks_for_code(edits, capture))
-    drain(model, rows, draw_ids, limits, settings, edits, capture, stops, collect,
-          max_new=max_new_tokens, batch_size=batch_size, share_prefix=share_prefix, refill=refill)
+    queue(model, rows, draw_ids, limits, settings, edits, capture, stops, collect,
+          max_new=max_new_tokens, batch_size=batch_size, share_prefix=share_prefix,
+          refill=refill).run()
     if out.nonfinite:
         message = explanation()  # runs on all processes
         if processes.first():
@@ -186,31 +219,31 @@ def generate(
     return out.finish(model, rows)
 
 
-def drain(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
+def queue(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
           limits: Int[np.ndarray, " N"], settings: Sampling, edits: Interventions,
           capture: Capture, stops: Stops, collect: Collect, *, max_new: int, batch_size: int,
-          share_prefix: bool = False, refill: bool = True) -> None:
-    """Run a scheduler until every prompt is finished.
+          share_prefix: bool = False, refill: bool = True) -> Scheduler:
+    """Return a scheduler whose queue holds every prompt.
 
     Args:
       model: the model.
       rows: N encoded prompts.
       ids: [N] uint32, seed the random draws.
-      limits: [N] int32, the maximum number of tokens of each reply; at most `max_new`.
+      limits: [N] int32, the maximum number of tokens in each reply; at most `max_new`.
       settings: the sampling settings of N rows.
-      edits: interventions, without rows or of N rows.
+      edits: interventions, without rows or with N rows.
       capture: the readings.
       stops: the tokens that end a row.
-      collect: called with finished tasks, whose `number` is the index of the prompt, and a state
-        whose first rows belong to them.
-      max_new: the maximum number of tokens of any reply.
+      collect: called with finished tasks and a state; the state's first rows belong to the tasks,
+        and a task's `number` is the index of its prompt.
+      max_new: the maximum number of tokens in any reply.
       batch_size: B.
       share_prefix, refill: as in `generate`.
     """
     greedy = bool((np.asarray(settings.temperature) == 0).all())
     params, shared = fast_params(model, batch_size), SharedEdits(edits)
-    # on a mesh, which shards rows over devices, all rows are replaced at once: a partial write
-    # would need communication
+    # On a mesh, all rows are replaced at once: rows are sharded over devices, so a partial write
+    # would need communication.
     together = max(1, batch_size // 4) if model.mesh is None else batch_size
 
     def open_lane(slots: Any) -> Lane:
@@ -225,31 +258,30 @@ def drain(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
                   shapes[i].slots)
              for i, row in enumerate(rows)]
     order = {slots: place for place, slots in enumerate(dict.fromkeys(t.lane for t in tasks))}
-    # sorted by shape and prefix: prompts of one shape are prefilled together, and a lane stores few
-    # prefixes
+    # Sort by shape and prefix: prompts of the same shape are prefilled together, and a lane stores
+    # only a few prefixes.
     scheduler.waiting.extend(sorted(tasks, key=lambda task: (
         order[task.lane], task.shape, prefix_key(task),
         shared.key(task) if task.shape.prefix else ())))
-    while not scheduler.idle:
-        scheduler.step()
+    return scheduler
 
 
 def asks_for_code(edits: Interventions, capture: Capture) -> bool:
-    """Return whether a token test selects code, or interventions are reserved and may do so."""
+    """Return whether any edit, gate or reading selects code, or may do so after `reserve`."""
     if any(edit.reserved for edit in edits.edits):
         return True
     tests = [reading.where for reading in capture.readings.values()]
     for edit in edits.edits:
         tests += [edit.where] if edit.gate is None else [edit.where, edit.gate.where]
-    # NOWHERE, the test that selects no token, has every bit set and a negative code
+    # NOWHERE, which selects no token, has every bit set and is negative
     return any(((code >= 0) & ((code & CODE) != 0)).any()
                for code in (np.asarray(test).reshape(-1, 5)[:, :3] for test in tests))
 
 
 def stops_of(model: Model, code: bool) -> Stops:
-    """Return the tokens that end a row of a model, and the table of code fences if `code`."""
+    """Return the model's stop tokens, and the transition table of code fences if `code`."""
     ids = list(model.stop_ids) or [-1]
-    ids += [-1] * (-len(ids) % 4)  # padded, so that models of one shape share programs
+    ids += [-1] * (-len(ids) % 4)  # padded, so that models with the same shapes share programs
     tokenizer = model.tokenizer
     think = (-1, -1) if tokenizer is None else chat.thinking_ids(tokenizer)
     table = None
@@ -269,7 +301,7 @@ class _Collector:
         self.nonfinite: list[int] = []
 
     def add(self, tasks: list[Task], state: State) -> None:
-        """Store the replies of tasks from a state."""
+        """Store the replies of finished tasks, read from a state."""
         for task, finished in zip(tasks, unpack(state, tasks), strict=True):
             self.done[task.number] = finished
             self.total += finished.tokens.size

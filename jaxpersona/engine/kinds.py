@@ -1,4 +1,4 @@
-"""Kinds of requests: the settings that requests of one lane share."""
+"""Kinds of requests: the settings that all requests in a lane share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def plain_kinds(slots: int, capacity: Interventions | None) -> tuple[Kind, Kind]:
-    """Return the kinds of greedy and of sampled requests without a capture or stop strings.
+    """Return the kinds of greedy and sampled requests without a capture or stop strings.
 
     Args:
       slots: S of the cache.
@@ -34,15 +34,15 @@ def plain_kinds(slots: int, capacity: Interventions | None) -> tuple[Kind, Kind]
 
 
 class Kind:
-    """A kind of request, compared by value; requests of equal kinds share a lane.
+    """A kind of request, compared by value; requests of the same kind share a lane.
 
     Attributes:
       slots: S of the cache.
       greedy: whether the temperature is 0.
-      code: whether a token test of the request selects fenced code.
+      code: whether the request selects tokens in fenced code.
       strings: the stop strings (`stopping.checked`).
       capture: the readings.
-      neutral: interventions of one row that change nothing, in the structure of the request's.
+      neutral: interventions on one row that change nothing, with the request's structure.
     """
 
     def __init__(self, slots: int, greedy: bool, code: bool, strings: tuple[str, ...],
@@ -63,7 +63,7 @@ class Kind:
         return isinstance(other, Kind) and self.key == other.key
 
     def setting(self, model: Model) -> Setting:
-        """Return the settings of the kind's lane; a reply may fill the cache."""
+        """Return the settings of this kind's lane; a reply may fill the cache."""
         stops = stops_of(model, self.code)
         if self.strings:
             table = stopping.table(model.tokenizer, model.config.vocab_size, self.strings)

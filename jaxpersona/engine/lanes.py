@@ -1,10 +1,10 @@
 """Lanes: B rows that decode in one program, with one cache size (continuous batching).
 
-A lane prefills a fixed number of prompts at a time, writes the results into free rows and copies
+A lane prefills a fixed number of prompts at a time, writes the results to free rows and copies
 finished rows out. The row indices are data, so a lane needs few programs. Each row of the cache has
 its own next slot, so rows with different numbers of tokens decode together. A prompt's shapes
-depend on that prompt and on B alone, so its bits do not depend on the other rows, on its own row or
-on the time of its arrival.
+depend only on that prompt and on B. Its results are therefore bit-identical next to any other rows,
+in any row and at any time.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Params
 from jaxpersona.text.chat import Row
 
-CHUNK = 64  # the maximum number of decode steps between two reads of the device
+CHUNK = 64  # the maximum number of decode steps between two transfers to the host
 _SHORTEST_PREFIX = 16  # tokens; a shorter common prefix is not prefilled separately
 
 
 class Edits(Protocol):
-    """The interventions of a lane's rows."""
+    """The interventions on a lane's rows."""
 
     def structure(self, rows: int) -> Interventions:
-        """Return placeholder interventions of `rows` rows with the lane's structure."""
+        """Return placeholder interventions on `rows` rows with the lane's structure."""
         ...
 
     def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
-        """Return the interventions of tasks in the first of `rows` rows."""
+        """Return interventions on `rows` rows: first those of `tasks`, then neutral ones."""
         ...
 
     def assign(self, edits: Interventions, rows: np.ndarray) -> None:
-        """Assign the interventions `edits` of n rows to rows [n] of the lane; B is dropped."""
+        """Assign interventions on n rows to the rows [n] of the lane; row index B is ignored."""
         ...
 
     def of_rows(self, tasks: Sequence[Task | None]) -> Interventions:
-        """Return the interventions of all rows of the lane; None is a free row."""
+        """Return the interventions on all rows of the lane; None marks a free row."""
         ...
 
     def key(self, task: Task) -> tuple:
@@ -78,12 +78,12 @@ class Task:
       number: its index among the prompts of a call, or in the order of requests.
       row: the encoded prompt.
       row_id: uint32, seeds its random draws.
-      limit: the maximum number of tokens of its reply.
-      sampling: its sampling settings, of one row.
-      shape: the lengths of its programs.
+      limit: the maximum number of tokens in its reply.
+      sampling: its sampling settings, as arrays of one row.
+      shape: the static sizes for its prefill.
       lane: the key of its lane.
-      edits: its interventions of one row (`RowEdits`); None with `SharedEdits`.
-      cancelled: whether it is to be removed without a result.
+      edits: its interventions on one row, for `RowEdits`; None for `SharedEdits`.
+      cancelled: whether it was cancelled and is removed without a result.
     """
 
     number: int
@@ -102,7 +102,7 @@ class Setting(NamedTuple):
 
     Attributes:
       slots: S of the cache.
-      max_new: the maximum number of tokens of a reply.
+      max_new: the maximum number of tokens in a reply.
       greedy: whether every temperature is 0.
       capture: the readings.
       stops: the tokens that end a row.
@@ -116,11 +116,11 @@ class Setting(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The static sizes with which a prompt is prefilled; they do not depend on other prompts.
+    """The static sizes for a prompt's prefill, which do not depend on other prompts.
 
     Attributes:
       prefix: the padded length of the shared prefix; 0 if there is none.
-      width: the padded length of the prompt, or of the part after the prefix.
+      width: the padded length of the prompt without the shared prefix.
       slots: the number of cache slots S.
     """
 
@@ -130,12 +130,12 @@ class Shape(NamedTuple):
 
 
 def shape_of(row: Row, max_new: int, share_prefix: bool, context: int, rows: int) -> Shape:
-    """Return the lengths of a prompt's programs.
+    """Return the static sizes for a prompt.
 
     Args:
       row: the prompt.
-      max_new: the maximum number of tokens of the reply.
-      share_prefix: whether the prefix runs separately.
+      max_new: the maximum number of tokens in the reply.
+      share_prefix: whether the prefix is computed separately.
       context: the model's context in tokens.
       rows: B of the lane.
     """
@@ -172,10 +172,10 @@ def shape_within(row: Row, limit: int, sizes: Sequence[int]) -> tuple[Shape, int
 def cache_size(tokens: int, context: int, *, least: int = 64, finer: int | None = 512) -> int:
     """Return the number of cache slots for at most `tokens` tokens.
 
-    It is the least of 64, 128, 256, 512, 768, 1,024, 1,536, 2,048, … that is at least `tokens`. The
-    sizes are few, so that prompts of mixed lengths share a lane: a lane of its own for each size
-    would run with many free rows. Instead of a size above the model's context, it is the next
-    multiple of 64.
+    This is the smallest of 64, 128, 256, 512, 768, 1,024, 1,536, 2,048, … that is at least
+    `tokens`. If that exceeds the model's context, it is `tokens` rounded up to a multiple of 64.
+    There are few sizes so that prompts of different lengths share a lane; with more sizes and
+    lanes, many rows would be free.
 
     Args:
       tokens: the number of tokens.
@@ -196,15 +196,15 @@ def prefix_length(row: Row) -> int:
 class Lane:
     """B rows that share their programs.
 
-    A row is free, or active: assigned to a task.
+    A row is either free, or active, which means that it is assigned to a task.
 
     Attributes:
       rows: B.
-      together: the number of rows that one prefill fills, and that one program copies out.
+      together: the number of rows that are prefilled, or copied out, at once.
       tasks: the task of each row; None if the row is free.
       filling: whether rows were assigned since the last decode.
       state: the state of the B rows.
-      axes: the axis of rows of each leaf of the state.
+      axes: the row axis of each leaf of the state.
       prefixes: the carries of recent prefixes, one row each.
     """
 
@@ -225,14 +225,14 @@ class Lane:
         return self.tasks.count(None)
 
     def admit(self, chosen: list[Task], shape: Shape) -> None:
-        """Prefill at most `together` prompts of one shape and assign each a free row.
+        """Prefill at most `together` prompts of one shape and assign each to a free row.
 
-        Without prompts the programs run too, which compiles them.
+        The programs also run if there are no prompts, in order to compile them.
         """
         edits = self.edits.of(chosen, self.together)
         fresh = self._prefill(chosen, shape, edits)
         free = [i for i, task in enumerate(self.tasks) if task is None][: len(chosen)]
-        at = np.full(self.together, self.rows, np.int32)  # rows beyond the end are dropped
+        at = np.full(self.together, self.rows, np.int32)  # out-of-range rows are ignored
         at[: len(free)] = free
         if self.together == self.rows:
             self.state = fresh
@@ -243,10 +243,10 @@ class Lane:
             self.tasks[i] = task
 
     def decode(self, most_done: int, steps: int) -> np.ndarray:
-        """Decode until `most_done` rows are done, free rows included, or for `steps` steps.
+        """Decode for `steps` steps, or until `most_done` rows, including free ones, are done.
 
         Returns:
-          The active rows that are done, [n] int.
+          The indices of active rows that are done, [n] int.
         """
         setting = self.setting
         sampling = jax.tree.map(lambda *x: np.concatenate(x), *(
@@ -259,14 +259,14 @@ class Lane:
         return np.flatnonzero(processes.fetch(self.state.done) & active)
 
     def take_out(self, done: np.ndarray) -> list[tuple[list[Task], State]]:
-        """Remove the finished requests of some rows.
+        """Free finished rows and return their tasks and states.
 
         Args:
-          done: [n] int, rows that are done.
+          done: [n] int, the rows that are done.
 
         Returns:
-          Groups of at most `together` tasks, each with a state whose first rows belong to them.
-          Such a state has no keys and values.
+          Groups of at most `together` tasks, each with a state whose first rows belong to the
+          tasks. These states have no keys and values.
         """
         out = []
         for begin in range(0, max(done.size, 1), self.together):
@@ -283,14 +283,14 @@ class Lane:
         return out if done.size else []
 
     def end(self, rows: Sequence[int]) -> None:
-        """Free rows whose requests were cancelled, without collecting their results."""
+        """Free the rows of cancelled requests without collecting results."""
         removed = np.zeros(self.rows, bool)
         for i in rows:
             removed[i], self.tasks[i] = True, None
         self.state = _mark_done(self.state, removed)
 
     def _prefill(self, chosen: list[Task], shape: Shape, edits: Interventions) -> State:
-        """Return the state of `together` rows after the prompts; rows without a prompt are free."""
+        """Prefill and return the state of `together` rows; rows without a prompt are free."""
         setting, count = self.setting, self.together
         shared = [prefix_length(task.row) if shape.prefix else 0 for task in chosen]
         prefix = None
@@ -308,7 +308,7 @@ class Lane:
                        max_new=setting.max_new, greedy=setting.greedy, prefix=prefix)
 
     def _prefix(self, task: Task, shared: int, shape: Shape) -> Carry:
-        """Return the carry after a prompt's prefix, computed once for all tasks that share it."""
+        """Return the carry after a task's prefix, computed once for all tasks that share it."""
         key = (*prefix_key(task), *self.edits.key(task))
         if key not in self.prefixes:
             batch = _cut([task], [0], [shared], shape.prefix, 1, True)
@@ -320,7 +320,7 @@ class Lane:
         return self.prefixes[key]
 
     def _blank(self, rows: int) -> State:
-        """Return the state of rows that are all free."""
+        """Return a state with only free rows."""
         setting = self.setting
         return free_rows(self.config, self.params, self.edits.structure(rows), setting.capture,
                          setting.stops, rows=rows, slots=setting.slots, max_new=setting.max_new)
@@ -331,7 +331,7 @@ _FREE = Sampling(*(np.array([value], kind) for value, kind in (
 
 
 def prefix_key(task: Task) -> tuple:
-    """Return a key that is equal for prompts with the same prefix; () without one."""
+    """Return a key that is equal for prompts with the same prefix; () without a prefix."""
     n = prefix_length(task.row) if task.shape.prefix else 0
     row = task.row
     return tuple(x[:n].tobytes() for x in (row.tokens, row.kind, row.turn)) if n else ()
@@ -339,14 +339,14 @@ def prefix_key(task: Task) -> tuple:
 
 def _cut(chosen: Sequence[Task], start: Sequence[int], stop: Sequence[int], width: int, size: int,
          chunk: bool) -> Batch:
-    """Return a batch of `size` rows with tokens start…stop of each prompt; other rows are empty.
+    """Return a batch of `size` rows with tokens start…stop−1 of each prompt; added rows are empty.
 
     Args:
       chosen: n ≤ `size` tasks.
       start, stop: n token indices each.
       width: T of the batch.
       size: B of the batch.
-      chunk: whether the tokens are a part of the prompt.
+      chunk: whether the tokens are only part of each prompt.
     """
     shape = (size, width)
     tokens, position, turn = (np.zeros(shape, np.int32) for _ in range(3))
@@ -364,7 +364,7 @@ def _cut(chosen: Sequence[Task], start: Sequence[int], stop: Sequence[int], widt
 
 
 def _static(axes: Any) -> tuple[int, ...]:
-    """Return the axes of all leaves as a tuple, which is hashable, for use as a static argument."""
+    """Return the axes of all leaves as a hashable tuple, for use as a static argument."""
     return tuple(jax.tree.leaves(axes))
 
 
@@ -382,7 +382,7 @@ def _without_keys(state: State, **_: Any) -> State:
 
 @program(static=("axes",), result=_without_keys)
 def _take_rows(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
-    """Copy rows [n] of a state, without keys and values."""
+    """Copy the rows [n] of a state without their keys and values."""
     def take(value: jax.Array, axis: int) -> jax.Array:
         return value if axis < 0 else jnp.take(value, rows, axis, mode="clip")
 

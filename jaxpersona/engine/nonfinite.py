@@ -1,7 +1,7 @@
-"""Diagnosis of non-finite activations: the first site, the cause and the remedy.
+"""Diagnosis of non-finite activations: the first affected site, the cause and the fix.
 
-A compiled program reports only the affected rows (`Carry.finite`). To locate the first layer,
-one such row runs again with its norms read at every site.
+A compiled program reports only the affected rows (`Carry.finite`). To find the first affected
+layer, one of these rows runs again and its norms are read at every site.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _forward = program(static=("logits",))(forward)
 
 
 class NonfiniteWarning(RuntimeWarning):
-    """Activations or logits were NaN or infinite; the message gives the place and the remedy."""
+    """Activations or logits were NaN or infinite; the message names the site and the fix."""
 
 
 def check_choice(value: Any) -> None:
@@ -50,14 +50,14 @@ def check_choice(value: Any) -> None:
 
 
 def explain(model: Model, row: Row, edits: Interventions, name: str, summary: str) -> str:
-    """Return one line with the first non-finite site of a row, the cause and the remedy.
+    """Return a one-line message with a row's first non-finite site, the cause and the fix.
 
     Args:
       model: the model.
       row: the row's tokens, including those of its reply.
       edits: its interventions, for one row or without `rows=`.
       name: the name of the row, such as "conversation 3".
-      summary: the beginning of the message about all affected rows, such as "2 of 16 replies ended
+      summary: the beginning of the message, about all affected rows, such as "2 of 16 replies ended
         at".
     """
     site = first_site(model, row, edits)
@@ -73,7 +73,7 @@ def explain(model: Model, row: Row, edits: Interventions, name: str, summary: st
 def first_site(model: Model, row: Row, edits: Interventions) -> tuple[int, str, int] | None:
     """Return the first (layer, site, token) at which ‖h‖ is not finite in float32, or None."""
     count = row.tokens.size
-    rows = rows_divisor(model.params.embed_vd)
+    rows = rows_divisor(model.params.like)
     batch = make_batch([row.tokens] * rows, kind=[row.kind] * rows, turn=[row.turn] * rows,
                        width=bucket(count))
     edits = edits.take(np.zeros(rows, np.int32))
@@ -100,15 +100,16 @@ def damaged_parameter(params: Params) -> str | None:
 
 
 def _cause(model: Model, row: Row, edits: Interventions) -> str:
-    """Return the cause and the remedy."""
+    """Return the cause and the fix, for the message."""
     damaged = damaged_parameter(model.params)
     if damaged is not None:
-        return (f"the parameter {damaged} of {model.name} is not finite; download or convert the "
-                "checkpoint again")
+        return (f"the parameter {damaged} of {model.name} has non-finite values; download or "
+                "convert the checkpoint again")
     if edits.edits and first_site(model, row, Interventions()) is None:
-        return ("without the interventions they are finite; use a smaller scale, factor or bound")
-    dtype = model.params.embed_vd.dtype.name
+        return ("without the interventions they are finite, so use a smaller scale, factor or "
+                "bound")
+    dtype = model.params.like.dtype.name
     if dtype == "float16":
         return ("the largest float16 is 65504; load the model with dtype='bfloat16' or 'float32'")
-    return (f"they exceed {dtype}; the weights of {model.name} are too large, as in a damaged "
+    return (f"they overflow {dtype}; the weights of {model.name} are too large, as in a damaged "
             "checkpoint or after diverged training")

@@ -109,7 +109,7 @@ def free_rows(config: ModelConfig, params: Params, edits: Interventions, capture
     """
     zeros = jnp.zeros((rows,), jnp.int32)
     carry = Carry(
-        cache=init_cache(config, rows, slots, kept_dtype(params.embed_vd)),
+        cache=init_cache(config, rows, slots, kept_dtype(params.like)),
         captured=capture.init(config, rows, slots),
         applied=tuple(Applied(zeros, jnp.zeros((len(edit.layers), rows), jnp.int32))
                       for edit in edits.edits),
@@ -166,7 +166,7 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
     """
     TRACES["prefill"] += 1
     rows = batch.tokens.shape[0]
-    batch = batch.spread(params.embed_vd)
+    batch = batch.spread(params.like)
     if prefix is None:
         out = forward(params, config, batch, interventions=edits, capture=capture,
                       slots=slots, logits="last", attention="auto")
@@ -217,7 +217,7 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
       greedy: whether every temperature is 0.
     """
     TRACES["decode"] += 1
-    ready = edits.prepare(state.token.shape[0], params.embed_vd)
+    ready = edits.prepare(state.token.shape[0], params.like)
 
     def pending(state: State) -> jax.Array:
         enough = state.done.all() if most_done is None else state.done.sum() >= most_done

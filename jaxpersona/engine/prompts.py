@@ -1,6 +1,6 @@
 """Preparation of conversations: encoding, checks, row ids and padded lengths.
 
-Every result for a conversation depends on that conversation alone, not on others of the call.
+Every result for a conversation depends only on that conversation, not on others in the same call.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxpersona.captures.capture import Capture, check_capture
+from jaxpersona.captures.capture import Capture
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.models.batch import KINDS, check_ids
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 
-FEW_ROWS = 8  # the greatest batch size with few padded lengths
+FEW_ROWS = 8  # the largest batch size that uses fewer padded lengths
 
 
 def bucket(tokens: int, least: int = 32, finer: int | None = 256) -> int:
-    """Return the padded length of a prompt: the least of 32, 64, 128, 256, 384, 512, 768, … that
-    is at least `tokens`.
+    """Return the padded length of a prompt of `tokens` tokens.
 
-    The lengths are few because each needs a compiled program.
+    This is the smallest of 32, 64, 128, 256, 384, 512, 768, … that is at least `tokens`. There are
+    few lengths because each needs a compiled program.
 
     Args:
       tokens: the number of tokens.
       least: the smallest length, a power of two.
-      finer: the power of two from which on there is a length between two powers of two; None: there
-        is none.
+      finer: a power of two; above it, there is also a length halfway between two powers of two.
+        None: powers of two only.
     """
     size = least
     while size < tokens:
@@ -55,11 +55,11 @@ def padded(tokens: int, rows: int) -> int:
 
 
 def widths(slots: int, context: int) -> list[int]:
-    """Return the padded widths (`bucket`) of all prompts that leave room for a reply.
+    """Return the padded lengths (`bucket`) of all prompts that leave room for a reply.
 
     Args:
-      slots: the size of the cache; a padded prompt is shorter.
-      context: the model's context in tokens; a prompt is shorter.
+      slots: the number of cache slots; a padded prompt must be shorter.
+      context: the model's context in tokens; a prompt must be shorter.
     """
     out, longest = [], 0
     while longest + 1 < context and (width := bucket(longest + 1)) < slots:
@@ -72,20 +72,21 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
     """Encode a conversation of any accepted type.
 
     Args:
-      model: the model, whose tokenizer encodes text.
+      model: the model; its tokenizer encodes text.
       item: messages, a string (one user message), a `chat.Row`, or token ids.
-      reply: whether the prompt of a reply follows; False for a finished conversation.
+      reply: whether to append the generation prompt; False for a complete conversation.
       thinking: whether a reply may begin with a thinking block.
 
     Raises:
-      UserError: another type, text without a tokenizer, or ids outside the vocabulary.
+      UserError: the type is not supported, text is given without a tokenizer, or an id is outside
+        the vocabulary.
     """
     size, tokenizer = model.config.vocab_size, model.tokenizer
     if isinstance(item, chat.Row):
         check_ids(np.asarray(item.tokens), size, "a conversation", tokenizer)
         return item
     if isinstance(item, Mapping):
-        raise UserError(f"a conversation is {dict(item)!r:.60}, a single message; give a list of "
+        raise UserError(f"a conversation is the single message {dict(item)!r:.60}; give a list of "
                         "messages")
     if isinstance(item, Iterator):
         item = list(item)
@@ -112,26 +113,24 @@ def encode(model: Model, item: Any, *, reply: bool = True, thinking: bool = Fals
     return chat.Row(tokens.astype(np.int32), kind, np.zeros(tokens.size, np.int32), "")
 
 
-def check_settings(capture: Any = None, **counts: Any) -> None:
-    """Check the capture, and settings that must be positive integers, before anything is encoded.
+def check_settings(**counts: Any) -> None:
+    """Check the settings that must be positive integers.
 
     Args:
-      capture: a capture or None.
       counts: the settings by name, such as batch_size.
 
     Raises:
-      UserError: a setting that is not a positive integer, or a capture of another type.
+      UserError: a setting is not a positive integer.
     """
     for name, value in counts.items():
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not whole or value < 1:
             raise UserError(f"{name} is {value!r}; it must be a positive integer")
-    check_capture(capture)
 
 
 def check_edits(model: Model, edits: Interventions, count: int,
                 capture: Capture | None = None) -> None:
-    """Check that interventions and readings fit the model, and the number of rows.
+    """Check that interventions and readings match the model and the number of conversations.
 
     Args:
       model: the model.
@@ -140,11 +139,11 @@ def check_edits(model: Model, edits: Interventions, count: int,
       capture: the readings, or None.
 
     Raises:
-      UserError: another shape or number of rows, or directions of another model; the message gives
-        field, value and remedy.
+      UserError: the shape or the number of rows differs, or a direction belongs to a different
+        model; the message names the field, its value and the fix.
     """
     edits.check(layers=model.config.n_layers, width=model.config.d_model, rows=count)
-    if not model.fingerprint:  # traced parameters have no known values
+    if not model.fingerprint:  # the values of traced parameters are unknown
         return
     own = origin(model.fingerprint)
     named = [edit.origin for edit in edits.edits]
@@ -154,17 +153,17 @@ def check_edits(model: Model, edits: Interventions, count: int,
     foreign = {int(o) for origin in named for o in np.asarray(origin)} - {0, own}
     if foreign:
         raise UserError(
-            f"a direction was made for another model than {model.name} (fingerprint "
-            f"{model.fingerprint}); use a direction of this model, or pass the bare array "
+            f"a direction was made for another model, not for {model.name} (fingerprint "
+            f"{model.fingerprint}); use a direction of this model, or pass only the array "
             f"(`axis.values`) to apply it anyway{_in_float16(model)}"
         )
 
 
 def _in_float16(model: Model) -> str:
-    """Return the other cause of a different fingerprint, for a model loaded in float16."""
-    if model.params.embed_vd.dtype != np.float16:
+    """Return a note about fingerprints in float16, or "" if the model has another dtype."""
+    if model.params.like.dtype != np.float16:
         return ""
-    return ("; a model loaded in float16, which cannot represent all its weights, has another "
+    return ("; a model loaded in float16, which cannot represent all its weights, has a different "
             "fingerprint than in bfloat16 or float32")
 
 
@@ -172,23 +171,23 @@ def limits(model: Model, rows: list[chat.Row], max_new: int) -> np.ndarray:
     """Return the maximum length of each reply, [N] int32: `max_new`, or the rest of the context.
 
     Raises:
-      UserError: a prompt that fills the context.
+      UserError: a prompt fills the context.
     """
     context = model.config.max_context
     for i, row in enumerate(rows):
         if row.tokens.size >= context:
             raise UserError(
                 f"prompt {i} has {row.tokens.size} tokens; the model's context holds {context}, "
-                "the reply included: shorten it"
+                "including the reply: shorten it"
             )
     return np.array([min(max_new, context - row.tokens.size) for row in rows], np.int32)
 
 
 def check_lengths(model: Model, rows: list[chat.Row]) -> None:
-    """Check that finished conversations fit the context.
+    """Check that complete conversations fit in the context.
 
     Raises:
-      UserError: one is longer; the message gives its index and length.
+      UserError: a conversation is longer; the message gives its index and length.
     """
     context = model.config.max_context
     for i, row in enumerate(rows):
@@ -206,7 +205,7 @@ def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:
         tokens.
 
     Raises:
-      UserError: another number of ids, or ids that are not uint32.
+      UserError: the number of ids is not N, or an id is not a uint32.
     """
     if ids is not None:
         if not isinstance(ids, Iterable) or isinstance(ids, (str, bytes)):
@@ -216,7 +215,7 @@ def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:
             raise UserError(f"ids has {len(ids)} entries for {len(rows)} conversations")
         given = np.asarray(ids)
         if not np.issubdtype(given.dtype, np.integer) or given.min() < 0 or given.max() >= 2**32:
-            raise UserError(f"ids must be integers in 0…2³²−1; they begin with {list(ids)[:4]}")
+            raise UserError(f"ids begins with {list(ids)[:4]}; ids must be integers in 0…2³²−1")
         return given.astype(np.uint32)
     seen: Counter[bytes] = Counter()
     out = []

@@ -1,4 +1,4 @@
-"""Finished replies, on the host: one row of a lane's state, and the result of a request."""
+"""Finished replies on the host: one row of a lane's state, and the result of a request."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from jaxpersona.brief import brief, count, line, quoted
 from jaxpersona.distributed import processes
 from jaxpersona.engine.lanes import Task
 from jaxpersona.engine.programs import State
+from jaxpersona.export import Table, shapes
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.text.chat import Row
 
@@ -23,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """One finished row of a state, on the host.
+    """One finished row of a state, copied to the host.
 
     Attributes:
       tokens: [n] int32, the chosen ids, including a stop token.
-      captured: the result of each reading: [L, …], or for readings per token [L, T, …] over the
-        tokens of the prompt and of the reply that ran.
-      per_token: the names of the readings per token.
-      empty: the names of readings that selected no token.
+      captured: the result of each reading: [L, …], or [L, T, …] for per-token readings, over the
+        tokens of prompt and reply on which the model ran.
+      per_token: the names of the per-token readings.
+      empty: the names of the readings that selected no token.
       applied: one `Applied` per table, with fields seen [] and changed [l].
       nonfinite: whether an activation or a logit was not finite.
       matched: whether a stop string ended the reply.
@@ -48,19 +49,26 @@ class Finished:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reply:
+class Reply(Table):
     """The reply to one request.
 
     Attributes:
       text: the reply without the stop token, up to a stop string; "" without a tokenizer.
       tokens: [n] int32, its ids without the stop token. The last one may complete a stop string.
       finish: "stop" (a stop token or a stop string), "length" (the limit), "cancelled", or
-        "nonfinite" (an activation was NaN or infinite: do not use what was captured).
+        "nonfinite" (an activation was NaN or infinite; discard the captures).
       row: the encoded prompt.
-      captured: the result of each reading by name: [L, …], or for readings per token [L, T, …] over
-        the tokens of the prompt and of the reply. A stop token, and a token that completes a stop
-        string, is chosen but not run, so it is not captured. Empty for a cancelled request.
+      captured: the result of each reading by name: [L, …], or [L, T, …] for per-token readings,
+        over the tokens of prompt and reply. The model does not run on a stop token or on a token
+        that completes a stop string, so these are not captured. Empty for a cancelled request.
       applied: one `Applied` per intervention table, with fields seen [] and changed [l].
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> engine = jp.Engine(jp.load("mini"), rows=2)
+      >>> handle = engine.submit(jp.Request("Who are you?", max_new_tokens=2))
+      >>> engine.result(handle).finish
+      'length'
     """
 
     text: str
@@ -73,9 +81,42 @@ class Reply:
     def __repr__(self) -> str:
         return line("Reply", quoted(self.text, 60), count(len(self.tokens), "token"), self.finish)
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record, as `Generated.records`."""
+        return [record(self.row, self.text, self.tokens, self.finish,
+                       [(table.seen, table.changed) for table in self.applied])]
+
+    def facts(self) -> dict[str, Any]:
+        """Return the shapes of what was captured; the arrays are not exported."""
+        return shapes(self.captured)
+
+    def _left_out(self, column: str) -> bool:
+        return column in UNSHOWN
+
+
+UNSHOWN = ("messages", "ids")  # columns of `record` that notebooks leave out
+
+
+def record(row: Row, text: str, tokens: np.ndarray, finish: str,
+           applied: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
+    """Return a reply as plain values.
+
+    Args:
+      row, text, tokens, finish: as the fields of `Reply`.
+      applied: seen [] and changed [l] of each intervention table.
+    """
+    messages = [dict(message) for message in row.messages or ()]
+    found = {"prompt": messages[-1]["content"] if messages else row.text, "reply": text,
+             "tokens": len(tokens), "finish": finish, "messages": messages,
+             "ids": tokens.tolist()}
+    if applied:
+        found["seen"] = [int(seen) for seen, _ in applied]
+        found["changed"] = [int(np.max(changed, initial=0)) for _, changed in applied]
+    return found
+
 
 def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) -> list[Finished]:
-    """Copy the first rows of a state to the host, one for each task.
+    """Copy the first rows of a state to the host, one per task.
 
     Args:
       state: a state whose first rows belong to the tasks.
@@ -91,7 +132,7 @@ def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) ->
     per_token = frozenset(name for name, reading in captured.items() if reading.per_token)
     out = []
     for row in range(len(tasks)):
-        ran = int(used[row])  # all content tokens; a stop token is chosen but not run
+        ran = int(used[row])  # excludes a stop token, on which the model does not run
         own = {name: jax.tree.map(operator.itemgetter(row), value)
                for name, value in values.items()}
         out.append(Finished(

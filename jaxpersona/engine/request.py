@@ -1,4 +1,4 @@
-"""Requests to an engine, and the handles and events that it returns."""
+"""Requests to an engine, and the handles and events that it returns for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxpersona.brief import brief, count, line, quoted
-from jaxpersona.captures.capture import Capture
+from jaxpersona.captures.capture import Capture, joined
 from jaxpersona.captures.projections import Projections
 from jaxpersona.engine.replies import Reply
 from jaxpersona.interventions.compose import Interventions
@@ -25,16 +25,22 @@ class Request:
     Attributes:
       conversation: a list of {"role", "content"}, a string (one user message), a `chat.Row`, or
         token ids.
-      interventions: edits of its activations, without `rows=`.
-      capture: readings of its activations.
-      max_new_tokens: the maximum number of tokens of the reply; the model's context and the
+      interventions: edits of the activations, without `rows=`.
+      capture: readings of the activations, or a list of them.
+      max_new_tokens: the maximum number of tokens in the reply; the model's context and the
         engine's largest cache limit it further.
       temperature, top_p, top_k, seed: the sampling settings (`sampling.Sampling`).
-      stop: texts that end the reply, also across token boundaries. The reply's text ends before
-        them.
+      stop: strings that end the reply, even if they span several tokens. `Reply.text` ends before
+        the stop string.
       id: uint32, seeds the request's random draws; default: a hash of its tokens. Two requests with
         the same tokens, id, seed and settings have the same reply.
       thinking: whether the reply may begin with a thinking block.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> request = jp.Request("Who are you?", max_new_tokens=40, stop=["."])
+      >>> request.temperature, request.seed
+      (0.0, 0)
     """
 
     __repr__ = brief
@@ -51,9 +57,12 @@ class Request:
     id: int | None = None
     thinking: bool = False
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "capture", joined(self.capture))
+
 
 def projected(request: Request) -> list[str]:
-    """Return the names of a request's captures of projections, which events carry."""
+    """Return the names of a request's projection readings; events contain their values."""
     readings = {} if request.capture is None else request.capture.readings
     return [name for name, reading in readings.items() if isinstance(reading, Projections)]
 
@@ -65,8 +74,16 @@ class Event:
     Attributes:
       text: the new text; the texts of all events concatenate to `Reply.text`.
       tokens: [n] int32, the new ids.
-      projections: [n, L, K] for each capture of projections: the values at `tokens`.
+      projections: for each projection reading, the values [n, L, K] at `tokens`.
       reply: the whole reply in the last event, else None.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> engine = jp.Engine(jp.load("mini"), rows=2)
+      >>> handle = engine.submit(jp.Request("Who are you?", max_new_tokens=2))
+      >>> events = list(engine.stream(handle))
+      >>> "".join(event.text for event in events) == events[-1].reply.text
+      True
     """
 
     text: str
@@ -80,7 +97,18 @@ class Event:
 
 
 class QueueFull(RuntimeError):
-    """The engine's queue is full."""
+    """The engine's queue is full.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> engine = jp.Engine(jp.load("mini"), rows=2, queue=1)
+      >>> first = engine.submit(jp.Request("Who are you?"))
+      >>> try:
+      ...     engine.submit(jp.Request("Who are you?"))
+      ... except jp.QueueFull as error:
+      ...     print(error)
+      1 requests are queued; submit again later, or make the engine with a longer queue
+    """
 
 
 class Handle:
@@ -89,6 +117,13 @@ class Handle:
     Attributes:
       request: the request.
       number: its index in the order of submission.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> engine = jp.Engine(jp.load("mini"), rows=2)
+      >>> handle = engine.submit(jp.Request("Who are you?", max_new_tokens=2))
+      >>> len(engine.result(handle).tokens), handle.done
+      (2, True)
     """
 
     def __init__(self, request: Request, number: int) -> None:
@@ -115,7 +150,7 @@ class Handle:
             self._tokens, self._projections = tokens, projections
 
     def _finish(self, reply: Reply | None, error: BaseException | None = None) -> bool:
-        """Set the outcome, unless there is one; return whether it was set."""
+        """Set the reply or the error, unless one is set; return whether it was set."""
         with self._lock:
             if self._reply is not None or self._error is not None:
                 return False

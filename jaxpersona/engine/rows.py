@@ -1,4 +1,4 @@
-"""Programs that write and join batch rows of pytrees, each leaf along its own axis of rows."""
+"""Programs that write, join and read batch rows of pytrees; each leaf has its own row axis."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 def axis_of_rows(one: Any, two: Any) -> int:
-    """Return the axis of batch rows of a leaf, or −1 if it has none.
+    """Return the axis of a leaf that holds batch rows, or −1 if there is none.
 
     Args:
-      one, two: the leaf's shapes (with a `shape`) for one row and for two.
+      one, two: the leaf (any object with a `shape`) for one row and for two rows.
     """
     sizes = enumerate(zip(one.shape, two.shape, strict=True))
     return next((axis for axis, (a, b) in sizes if a != b), -1)
@@ -24,9 +24,9 @@ def axis_of_rows(one: Any, two: Any) -> int:
 
 @program(static=("axes",), donate=("target",), result=lambda target, **_: target)
 def put_rows(target: T, source: T, rows: jax.Array, *, axes: tuple[int, ...]) -> T:
-    """Write all rows of `source` into rows [n] of `target`.
+    """Write all rows of `source` to the rows [n] of `target`.
 
-    Rows beyond the end of `target` are dropped. A leaf without an axis of rows keeps its value.
+    Row indices beyond the end of `target` are ignored. A leaf without a row axis is not changed.
 
     Args:
       axes: `axis_of_rows` of each leaf.
@@ -39,9 +39,9 @@ def put_rows(target: T, source: T, rows: jax.Array, *, axes: tuple[int, ...]) ->
 
 @program(static=("axes",))
 def side_by_side(pieces: tuple[T, ...], *, axes: tuple[int, ...]) -> T:
-    """Concatenate the rows of pytrees with one structure.
+    """Concatenate the rows of pytrees that have the same structure.
 
-    A leaf without an axis of rows is taken from the first pytree.
+    A leaf without a row axis is taken from the first pytree.
 
     Args:
       axes: `axis_of_rows` of each leaf.
@@ -54,5 +54,5 @@ def side_by_side(pieces: tuple[T, ...], *, axes: tuple[int, ...]) -> T:
 
 @program()
 def take_row(values: jax.Array, row: jax.Array) -> jax.Array:
-    """Return [L, …] of one row of values [L, B, …]."""
+    """Return the values [L, …] of one row from [L, B, …]."""
     return jax.lax.dynamic_index_in_dim(values, row, 1, keepdims=False)

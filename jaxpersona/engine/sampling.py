@@ -1,8 +1,8 @@
-"""Choice of the next token: greedy, or one uniform draw per row through the inverse CDF.
+"""Choice of the next token: greedy, or inverse-CDF sampling with one uniform draw per row.
 
 The vocabulary is never sorted. The nucleus is computed among the `CANDIDATES` most probable tokens,
-or by bisection of its probability threshold if it is wider. The choice of method depends on the row
-alone, so a row's draws do not depend on other rows.
+or, if it is larger, by bisection of its probability threshold. The method is selected per row, so a
+row's draws do not depend on other rows.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 class Sampling(flax.struct.PyTreeNode):
-    """Sampling settings per row, passed as arrays: new values do not trigger recompilation.
+    """Sampling settings per row. They are arrays, so new values do not trigger recompilation.
 
     Attributes:
       temperature: [B] float32; 0 is greedy.
       top_p: [B] float32 in (0, 1]; the smallest set of most probable tokens with this mass is kept.
-        If it has more than `CANDIDATES` tokens, ties at its threshold are kept too.
+        If it has more than `CANDIDATES` tokens, ties at its threshold are also kept.
       top_k: [B] int32; 0 keeps all tokens, else the k most probable (at most `CANDIDATES`).
       seed: [B] uint32.
     """
@@ -56,8 +56,8 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
     """Check the settings and broadcast them to `rows` rows.
 
     Raises:
-      UserError: temperature < 0 or not finite, top_p outside (0, 1], top_k outside
-        0…`CANDIDATES`, a negative seed, or a setting with another number of rows.
+      UserError: a temperature is negative or not finite, top_p is outside (0, 1], top_k is outside
+        0…`CANDIDATES`, a seed is not a uint32, or a setting does not have `rows` values.
     """
     def spread(name: str, value: Any, dtype: Any, ok: Any, want: str) -> jax.Array:
         given = np.asarray(value)
@@ -81,8 +81,8 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
 def uniforms(seed: jax.Array, row_id: jax.Array, position: jax.Array) -> jax.Array:
     """Draw one uniform number in [0, 1) per row from (seed, row id, position): [B] float32.
 
-    The generator is Threefry-2x32 with 20 rounds, implemented here, so that its bits depend neither
-    on JAX's flags (`jax_default_prng_impl`, `jax_threefry_partitionable`) nor on its version. They
+    The generator is Threefry-2x32 with 20 rounds. It is implemented here so that its bits do not
+    depend on JAX's version or flags (`jax_default_prng_impl`, `jax_threefry_partitionable`). They
     equal those of `jax.random` with the default flags of JAX 0.10.
     """
     zero = jnp.zeros_like(seed)
@@ -123,12 +123,12 @@ def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
       position: [B] int32, the position of the new token.
 
     Returns:
-      [B] int32; at temperature 0 the first of the largest logits.
+      [B] int32; at temperature 0, the index of the first largest logit.
     """
     logits = place(logits, ("batch", None))  # candidates are ranked over the whole vocabulary
     greedy = most_likely(logits)
     warm = settings.temperature > 0
-    top = logits.max(-1, keepdims=True)  # before the division, so that it cannot overflow
+    top = logits.max(-1, keepdims=True)  # subtracted first, so that the division cannot overflow
     scaled = (logits - top) / jnp.where(warm, settings.temperature, 1.0)[:, None]
     probability = jax.nn.softmax(scaled, -1)
     seed = place(jnp.asarray(settings.seed), ("batch",), logits)
@@ -138,7 +138,7 @@ def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
     rank = jnp.arange(count, dtype=jnp.int32)
     limited = (settings.top_k[:, None] == 0) | (rank[None] < settings.top_k[:, None])
     top = jnp.where(limited, top, 0.0)
-    reach = jnp.where(settings.top_k > 0, top.sum(-1), 1.0)  # top_p is a share of this mass
+    reach = jnp.where(settings.top_k > 0, top.sum(-1), 1.0)  # top_p is a fraction of this mass
     before = jnp.cumsum(top, -1) - top
     kept = jnp.where(before < (settings.top_p * reach)[:, None], top, 0.0)
     near = of_each(tokens, _inverse(kept, draw))
@@ -153,11 +153,11 @@ def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
 
 
 def most_likely(logits: jax.Array) -> jax.Array:
-    """Return each row's first largest logit of [B, V], [B] int32; NaN counts as largest."""
+    """Return the index of the first largest logit in each row, [B] int32; NaN is the largest."""
     rows, vocabulary = logits.shape
     if not on_cpu(logits) or vocabulary % _LANES or vocabulary < _LANES**2:
         return jnp.argmax(logits, -1).astype(jnp.int32)
-    # XLA's CPU back end vectorizes a maximum, but not an argmax
+    # XLA's CPU backend vectorizes a maximum, but not an argmax
     blocks = logits.reshape(rows, -1, _LANES)
     block = jnp.argmax(blocks.max(-1), -1)
     inner = jnp.argmax(of_each(blocks, block), -1)
@@ -165,14 +165,14 @@ def most_likely(logits: jax.Array) -> jax.Array:
 
 
 def finite(logits: jax.Array, token: jax.Array | None = None) -> jax.Array:
-    """Return whether the largest of each row's logits [B, V] is finite: [B] bool.
+    """Return whether the largest logit in each row is finite, [B] bool.
 
-    It is NaN if any logit is NaN, and infinite if any is +inf or all are −inf.
+    The largest logit is NaN if any logit is NaN, and infinite if any is +inf or all are −inf.
 
     Args:
       logits: [B, V] float32.
-      token: [B] int32, the result of `most_likely` for these logits, or None if the token was
-        sampled; sampling computes `most_likely` too, and the compiler merges both.
+      token: [B] int32, the result of `most_likely` for these logits. If None, it is recomputed;
+        the compiler merges this with the `most_likely` in `choose`.
     """
     if mesh_of(logits) is None:
         return jnp.isfinite(of_each(logits, most_likely(logits) if token is None else token))
@@ -187,10 +187,10 @@ def _inverse(weights: jax.Array, draw: jax.Array) -> jax.Array:
 
 
 def _wide(probability: jax.Array, top_p: jax.Array, draw: jax.Array) -> jax.Array:
-    """Draw from a nucleus of any size: bisection of its threshold, then a two-level inverse CDF."""
+    """Sample from a nucleus of any size: bisect its threshold, then use a two-level inverse CDF."""
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # mass above `low` reaches top_p, mass above `high` does not
+        low, high = bounds  # the mass above `low` reaches top_p; the mass above `high` does not
         middle = (low + high) / 2
         mass = jnp.where(probability >= middle[:, None], probability, 0.0).sum(-1)
         enough = mass >= top_p

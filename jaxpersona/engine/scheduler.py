@@ -1,4 +1,4 @@
-"""Scheduling of prompts: a queue whose oldest prompts are assigned to free rows of lanes.
+"""Scheduling of prompts: a queue from which the oldest prompts are assigned to free lane rows.
 
 `generate` runs a scheduler until it is empty; `Engine` runs it step by step.
 """
@@ -22,8 +22,9 @@ Failed = Callable[[list[Task], BaseException], None]
 class Scheduler:
     """Assigns queued prompts to rows, in order, and runs the lanes.
 
-    Only the oldest queued prompt is admitted, with later ones that share its program. If its
-    lane has no free row, or no lane may be opened, the whole queue waits, so no prompt starves.
+    Only the oldest queued prompt is admitted, together with the next ones that share its program.
+    If its lane has no free row, or no lane can be opened, the whole queue waits, so no prompt
+    starves.
 
     Attributes:
       waiting: the queued prompts, oldest first.
@@ -34,18 +35,18 @@ class Scheduler:
                  lanes: int = 1, batched: bool = True, refill: bool = True,
                  chunk: int = CHUNK, failed: Failed | None = None,
                  pause: Callable[[list[Task]], bool] | None = None) -> None:
-        """Create a scheduler with an empty queue and no lane.
+        """Create a scheduler with an empty queue and no lanes.
 
         Args:
-          open_lane: returns a new lane of a key.
+          open_lane: returns a new lane for a key.
           collect: called with finished tasks and a state whose first rows belong to them.
           lanes: the maximum number of open lanes.
-          batched: admit and remove as many prompts at a time as one program takes (throughput);
-            False: each as soon as possible (latency).
+          batched: wait until enough rows are free or done to fill a program (throughput); False:
+            admit and collect each prompt as soon as possible (latency).
           refill: admit prompts while other rows decode; False: only into an empty lane.
-          chunk: the maximum number of decode steps between two reads of the device.
-          failed: called with the tasks of a lane that failed, and the error; the lane is dropped.
-            None: the error is raised.
+          chunk: the maximum number of decode steps between two transfers to the host.
+          failed: called with the error and the tasks of the lane in which it was raised; the lane
+            is dropped. None: the error is raised.
           pause: called with the prompts that a step admitted; if it returns True, the step ends
             before it decodes. None: never.
         """
@@ -59,6 +60,11 @@ class Scheduler:
     def idle(self) -> bool:
         """Whether the queue is empty and no row is active."""
         return not self.waiting and not any(_busy(lane) for lane in self.lanes.values())
+
+    def run(self) -> None:
+        """Run steps until the scheduler is idle."""
+        while not self.idle:
+            self.step()
 
     def step(self) -> None:
         """Remove cancelled prompts, admit queued ones, and run one chunk of every lane."""
@@ -77,11 +83,11 @@ class Scheduler:
                     self._decode(key, lane)
 
     def lane_of(self, key: Any) -> Lane | None:
-        """Return the lane of a key, opened on first use; None if no further lane may be opened."""
+        """Return the lane for a key, opened on first use; None if too many lanes are open."""
         if key not in self.lanes:
             for other, lane in list(self.lanes.items()):
                 if len(self.lanes) >= self.most and not _busy(lane):
-                    del self.lanes[other]  # before the new lane is allocated
+                    del self.lanes[other]  # frees its memory before the new lane is allocated
             if len(self.lanes) >= self.most:
                 return None
             self.lanes[key] = self.open_lane(key)
@@ -99,7 +105,7 @@ class Scheduler:
             return []
         if lane.together == lane.rows and _busy(lane):  # prefill would replace all rows
             return []
-        # the minimum number of free rows for a prefill
+        # number of free rows required for a prefill
         least = lane.together if self.batched and self.refill else 1
         capacity = min(lane.together, lane.free)
         if lane.free < least:
@@ -120,7 +126,7 @@ class Scheduler:
 
     @contextlib.contextmanager
     def _contained(self, key: Any, chosen: list[Task]) -> Iterator[None]:
-        """Limit an error to one lane: its prompts fail, and the lane is dropped."""
+        """Confine an error to one lane: its prompts fail, and the lane is dropped."""
         try:
             yield
         except Exception as error:

@@ -1,6 +1,6 @@
-"""Log-probabilities: of a text's own tokens, and of given candidates for the next token.
+"""Log-probabilities of the tokens of a text, and of candidates for the next token.
 
-Both run the model without a cache, with interventions, in the batches of `engine.batches`.
+Both run the model with interventions and without a cache, in the batches of `engine.batches`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from jaxpersona.engine.batches import batches, pad
 from jaxpersona.engine.compiled import program
 from jaxpersona.engine.nonfinite import explain
 from jaxpersona.errors import UserError
+from jaxpersona.export import Table
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.where import Where, encoded, everywhere, holds
 from jaxpersona.models.batch import Batch, check_ids
@@ -38,19 +39,26 @@ if TYPE_CHECKING:
 
     from jaxpersona.models.model import Model
 
-# tokens of a batch; fewer than in `extract`, because the float32 logits [tokens, vocabulary] of a
-# batch are in memory (those of one text, if it is longer)
+# tokens per batch; fewer than in `extract`, because the float32 logits [tokens, vocabulary] of the
+# whole batch are in memory
 _TOKENS = {"cpu": 1024}
 _TOKENS_ELSE = 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
-    """The log-probabilities of N texts, in their order.
+class Scored(Table):
+    """The log-probabilities of N texts, in input order.
 
     Attributes:
       rows: the encoded texts.
       logprobs: N arrays [T−1] float32; entry t is log p(token t+1 | tokens 0…t), in nats.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+      >>> scored = jp.logprobs(jp.load("mini"), [talk])
+      >>> len(scored.logprobs[0]) == len(scored.rows[0].tokens) - 1
+      True
     """
 
     rows: list[chat.Row]
@@ -60,14 +68,32 @@ class Scored:
         return line("Scored", count(len(self.rows), "text"),
                     count(sum(row.tokens.size for row in self.rows), "token"))
 
-    def chosen(self, where: Where | str = everywhere) -> list[np.ndarray]:
-        """Return the N arrays of log-probabilities of the tokens that `where` selects."""
-        code = np.asarray(encoded(where))
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per text.
+
+        Its keys are text (the last message), tokens (their number), logprob (the mean, in nats),
+        perplexity, ids, and logprobs, one number per token after the first.
+        """
         found = []
         for row, values in zip(self.rows, self.logprobs, strict=True):
-            one = make_batch([row.tokens], kind=[row.kind], turn=[row.turn])
-            found.append(values[np.asarray(holds(code, one))[0, 1 : row.tokens.size]])
+            mean = float(values.mean(dtype=np.float64)) if values.size else float("nan")
+            found.append({"text": row.messages[-1]["content"] if row.messages else row.text,
+                          "tokens": int(row.tokens.size), "logprob": mean,
+                          "perplexity": float(np.exp(-mean)), "ids": row.tokens.tolist(),
+                          "logprobs": values.tolist()})
         return found
+
+    def _left_out(self, column: str) -> bool:
+        return column in ("ids", "logprobs")
+
+    def chosen(self, where: Where | str = everywhere) -> list[np.ndarray]:
+        """Return N arrays: the log-probabilities of the tokens that `where` selects."""
+        code = np.asarray(encoded(where))
+        selected = []
+        for row, values in zip(self.rows, self.logprobs, strict=True):
+            one = make_batch([row.tokens], kind=[row.kind], turn=[row.turn])
+            selected.append(values[np.asarray(holds(code, one))[0, 1 : row.tokens.size]])
+        return selected
 
     def perplexity(self, where: Where | str = everywhere) -> float:
         """Return exp(−mean log p) over the selected tokens of all texts.
@@ -77,7 +103,7 @@ class Scored:
         """
         values = np.concatenate(self.chosen(where))
         if not values.size:
-            raise UserError(f"where={where!r} selects no token of any text (a text's first token "
+            raise UserError(f"where={where!r} selects no token in any text (a text's first token "
                             "has no probability)")
         return float(np.exp(-values.mean(dtype=np.float64)))
 
@@ -91,18 +117,18 @@ def logprobs(
     interventions: Interventions | None = None,
     batch_tokens: int | None = None,
 ) -> Scored:
-    """Return the log-probability of every token of finished texts.
+    """Return the log-probability of every token in complete texts.
 
     Args:
       model: the result of `load`.
-      conversations: N conversations, each messages, a `chat.Row`, or token ids (plain text:
-        `model.tokenizer(text).input_ids`).
+      conversations: N conversations, each a list of messages, a `chat.Row`, or token ids (for plain
+        text, use `model.tokenizer(text).input_ids`).
       interventions: edits of the activations, without rows or with one row per conversation.
-      batch_tokens: the number of tokens of a batch; default: 1,024 on a CPU, else 4,096.
+      batch_tokens: the number of tokens in a batch; default: 1,024 on a CPU, else 4,096.
 
     Raises:
-      UserError: no conversation, one longer than the context, interventions that do not fit, or
-        non-finite activations.
+      UserError: there are no conversations, one is longer than the context, the interventions do
+        not match the model, or activations are not finite.
 
     Example:
       >>> import jaxpersona as jp
@@ -114,9 +140,9 @@ def logprobs(
     check_model(model)
     conversations = chat.listed(conversations)
     rows = [prompts.encode(model, item, reply=False) for item in conversations]
-    found = _run(model, rows, _of_tokens, interventions, batch_tokens)
+    values = _run(model, rows, _of_tokens, interventions, batch_tokens)
     return Scored(rows, [value[: row.tokens.size - 1]
-                         for row, value in zip(rows, found, strict=True)])
+                         for row, value in zip(rows, values, strict=True)])
 
 
 @checked_call
@@ -133,15 +159,22 @@ def next_logprobs(
 
     Args:
       model: the result of `load`.
-      conversations: N prompts, each messages, a string (one user message), a `chat.Row`, or token
-        ids.
+      conversations: N prompts, each a list of messages, a string (one user message), a `chat.Row`,
+        or token ids.
       candidates: C token ids.
       interventions: edits of the activations, without rows or with one row per conversation.
-      batch_tokens: the number of tokens of a batch; default: 1,024 on a CPU, else 4,096.
+      batch_tokens: the number of tokens in a batch; default: 1,024 on a CPU, else 4,096.
 
     Raises:
-      UserError: no prompt or candidate, an id outside the vocabulary, a prompt that fills the
-        context, interventions that do not fit, or non-finite activations.
+      UserError: there are no prompts or candidates, an id is outside the vocabulary, a prompt fills
+        the context, the interventions do not match the model, or activations are not finite.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> model = jp.load("mini")
+      >>> yes, no = model.tokenizer.convert_tokens_to_ids(["I", "A"])
+      >>> jp.next_logprobs(model, ["Who are you?"], [yes, no]).shape
+      (1, 2)
     """
     check_model(model)
     conversations = chat.listed(conversations)
@@ -152,22 +185,22 @@ def next_logprobs(
     check_ids(wanted, model.config.vocab_size, "candidates", model.tokenizer)
     rows = [prompts.encode(model, item) for item in conversations]
     prompts.limits(model, rows, 1)
-    found = _run(model, rows, _of_candidates, interventions, batch_tokens,
-                 jnp.asarray(wanted, jnp.int32))
-    return np.stack(found)
+    values = _run(model, rows, _of_candidates, interventions, batch_tokens,
+                  jnp.asarray(wanted, jnp.int32))
+    return np.stack(values)
 
 
 def _run(model: Model, rows: list[chat.Row], score: Any, interventions: Interventions | None,
          batch_tokens: int | None, *more: Any) -> list[np.ndarray]:
-    """Run a scoring program on the batches of `rows`; return one array per row."""
-    like = model.params.embed_vd
+    """Run a scoring program on batches of `rows`; return one array per row."""
+    like = model.params.like
     if batch_tokens is None:
         batch_tokens = _TOKENS.get(platform(like), _TOKENS_ELSE)
     prompts.check_settings(batch_tokens=batch_tokens)
     edits = off_mesh(given(interventions))
     prompts.check_edits(model, edits, len(rows))
     prompts.check_lengths(model, rows)
-    found: dict[int, np.ndarray] = {}
+    scores: dict[int, np.ndarray] = {}
     for members, width, size in batches(rows, batch_tokens, rows_divisor(like)):
         index = np.array(members + [-1] * (size - len(members)), np.int32)
         values, finite = processes.fetch(score(
@@ -178,21 +211,22 @@ def _run(model: Model, rows: list[chat.Row], score: Any, interventions: Interven
             i = members[b]
             raise UserError(explain(model, rows[i], edits.take([i]), f"conversation {i}",
                                     "the log-probabilities are undefined:"))
-        found.update(zip(members, values, strict=False))  # padding rows have no member
-    return [np.asarray(found[i]) for i in range(len(rows))]
+        scores.update(zip(members, values, strict=False))  # drops padding rows
+    return [np.asarray(scores[i]) for i in range(len(rows))]
 
 
 def _logprob(logits: Float[Array, "*B V"],
              tokens: Int[Array | np.ndarray, "*B"]) -> Float[Array, "*B"]:
     """Return log softmax(logits) at one token per row.
 
-    The logit is a masked sum instead of a gather, so that the vocabulary may be sharded.
+    The token's logit is computed by a masked sum instead of a gather, because the vocabulary may be
+    sharded.
     """
     return _logit(logits, tokens[..., None]) - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _logit(logits: Float[Array, "*B V"], token: Any) -> Float[Array, "*B"]:
-    """Return the logits of tokens, of a shape that broadcasts with `logits`."""
+    """Return the logits [*B] of tokens; `token` must broadcast with `logits`."""
     here = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) == token
     return jnp.where(here, logits, 0).sum(-1)
 
@@ -200,8 +234,8 @@ def _logit(logits: Float[Array, "*B V"], token: Any) -> Float[Array, "*B"]:
 @program()
 def _of_tokens(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
                ) -> tuple[Float[Array, "B T-1"], Bool[Array, " B"]]:
-    """Return log p of every token after the first, and whether each row is finite."""
-    batch = batch.spread(params.embed_vd)
+    """Return log p of every token after the first, and the rows' finiteness (`Output.finite`)."""
+    batch = batch.spread(params.like)
     out = forward(params, config, batch, interventions=edits, attention="auto")
     return _logprob(out.logits[:, :-1], batch.tokens[:, 1:]), out.finite
 
@@ -210,8 +244,8 @@ def _of_tokens(params: Params, config: ModelConfig, batch: Batch, edits: Interve
 def _of_candidates(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
                    candidates: Int[Array, " C"],
                    ) -> tuple[Float[Array, "B C"], Bool[Array, " B"]]:
-    """Return log p of each candidate after each row's last token, and whether rows are finite."""
-    batch = batch.spread(params.embed_vd)
+    """Return log p of each candidate after each row's last token, and `Output.finite`."""
+    batch = batch.spread(params.like)
     out = forward(params, config, batch, interventions=edits, logits="last", attention="auto")
     values = jax.lax.map(lambda token: _logit(out.logits, token), candidates)  # [C, B]
     return values.T - jax.nn.logsumexp(out.logits, axis=-1)[:, None], out.finite

@@ -1,8 +1,8 @@
 """Stop strings: an automaton over the vocabulary, and the text of a streamed reply.
 
-A stop string may begin and end inside tokens. The automaton of Aho and Corasick (1975) runs over
-bytes. The bytes of a token map each state to another, so the decode loop needs one table of
-transitions [V, states].
+A stop string may begin and end inside tokens. The Aho–Corasick automaton (1975) runs over bytes.
+The bytes of a token map each state to its next state, so the decode loop needs only a transition
+table [V, states].
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import numpy as np
 
 from jaxpersona.errors import UserError
 
-STATES = 255  # the maximum, because the table is uint8
+STATES = 255  # the maximum number of states, because the table is uint8
 
 
 def checked(stop: Any) -> tuple[str, ...]:
     """Return stop strings as a sorted tuple without duplicates.
 
     Args:
-      stop: a text, a list of texts, or None.
+      stop: a string, a list of strings, or None.
 
     Raises:
-      UserError: another type, an empty text, or too many bytes.
+      UserError: the type is wrong, a string is empty, or the strings have too many bytes.
     """
     strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
     if not all(isinstance(text, str) and text for text in strings):
-        raise UserError(f"stop is {stop!r:.60}; it must be a list of non-empty texts")
+        raise UserError(f"stop is {stop!r:.60}; it must be a list of non-empty strings")
     strings = tuple(sorted(set(strings)))
     size = sum(len(text.encode()) for text in strings)
     if size > STATES - 2:
@@ -39,7 +39,7 @@ def checked(stop: Any) -> tuple[str, ...]:
 
 
 def automaton(strings: Sequence[str]) -> np.ndarray:
-    """Return the transitions by byte, [states, 256] uint8; the last state accepts and is final."""
+    """Return the byte transitions, [states, 256] uint8; the last state is accepting and final."""
     tree: list[dict[int, int]] = [{}]
     ends: set[int] = set()
     for text in strings:
@@ -54,7 +54,7 @@ def automaton(strings: Sequence[str]) -> np.ndarray:
     step = np.zeros((match + 1, 256), np.int32)
     fail = [0] * match
     order = [0]
-    for state in order:  # breadth first: a state's fallback is complete before it
+    for state in order:  # breadth first, so that a state's failure link is complete before it
         for byte in range(256):
             if byte in tree[state]:
                 step[state, byte] = child = tree[state][byte]
@@ -70,7 +70,7 @@ def automaton(strings: Sequence[str]) -> np.ndarray:
 
 
 def token_bytes(tokenizer: Any, size: int) -> list[bytes]:
-    """Return the bytes that each of `size` ids adds to decoded text; b"" for special tokens."""
+    """Return the bytes that each of the first `size` ids decodes to; b"" for special tokens."""
     count = min(len(tokenizer), size)
     names = tokenizer.convert_ids_to_tokens(range(count))
     special = set(tokenizer.all_special_ids)
@@ -107,10 +107,10 @@ def _byte_level() -> dict[str, int]:
 
 @functools.lru_cache(maxsize=8)
 def table(tokenizer: Any, size: int, strings: tuple[str, ...]) -> np.ndarray:
-    """Return the transitions by token, [size, states] uint8; the last state accepts and is final.
+    """Return the token transitions, [size, states] uint8; the last state is accepting and final.
 
     Args:
-      tokenizer: a tokenizer of transformers.
+      tokenizer: a transformers tokenizer.
       size: V.
       strings: the result of `checked`.
     """
@@ -133,7 +133,7 @@ def _texts(tokenizer: Any, size: int, count: int) -> list[bytes]:
 
 
 def cut(text: str, strings: Sequence[str]) -> str:
-    """Return a text up to its first stop string."""
+    """Return a text up to its first stop string, if it contains one."""
     places = [place for one in strings if (place := text.find(one)) >= 0]
     return text[: min(places)] if places else text
 
@@ -141,7 +141,7 @@ def cut(text: str, strings: Sequence[str]) -> str:
 class Written:
     """The text of a streamed reply, in pieces that concatenate to the whole text.
 
-    Text that may still change is withheld: an incomplete character, trailing white space, and a
+    Text that may still change is withheld: an incomplete character, trailing whitespace, and a
     prefix of a stop string.
     """
 
@@ -149,7 +149,7 @@ class Written:
         self.tokenizer, self.strings, self.sent = tokenizer, strings, ""
 
     def push(self, tokens: np.ndarray) -> str:
-        """Return the new final text, given all tokens so far."""
+        """Return the new text that can no longer change, given all tokens so far."""
         whole = text_of(self.tokenizer, tokens, self.strings)
         held = whole.rstrip("\ufffd")
         for one in self.strings:
@@ -160,11 +160,11 @@ class Written:
         return self._new(held.rstrip())
 
     def finish(self, whole: str) -> str:
-        """Return the rest of the whole text."""
+        """Return the part of the complete text `whole` that has not been returned yet."""
         return self._new(whole)
 
     def _new(self, text: str) -> str:
-        if not text.startswith(self.sent):  # the decoded text changed with more tokens
+        if not text.startswith(self.sent):  # more tokens changed the decoded text
             return ""
         piece, self.sent = text[len(self.sent):], text
         return piece

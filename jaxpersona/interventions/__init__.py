@@ -1,15 +1,13 @@
-"""Interventions: edits of activations as pytrees of data, by layer, token, row and gate."""
+"""Interventions: pytrees that describe edits of activations by layer, token, row and gate."""
 
 from jaxpersona.interventions.bank import resolve_layers
 from jaxpersona.interventions.compose import Interventions, chain, reserve, stack_rows
 from jaxpersona.interventions.gating import gate
+from jaxpersona.interventions.nonlinear import custom, restore_norm, rotate
 from jaxpersona.interventions.operators import (
     ablate,
     cap,
-    custom,
     mean_ablate,
-    restore_norm,
-    rotate,
     scale,
     set_projection,
     steer,

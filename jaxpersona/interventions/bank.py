@@ -1,14 +1,15 @@
-"""Conversion of the directions and numbers that constructors accept to one form.
+"""Convert the directions and numbers that constructors accept to a canonical form.
 
-A direction may be
-  a named direction (`Axis`, `Vector`), of which the values at the chosen layers are used;
+A direction is one of
+  a named direction (`Axis`, `Vector`); its values at the chosen layers are used;
   an array: [D], the same at every layer, or [1, l, D], one per chosen layer;
   with `rows=`, a bank [n, D] or [n, l, D], or a list of named directions: batch row b uses entry
-  rows[b]; −1 means no edit.
-A strength or threshold is a number, [l] with one per layer, or for a bank [n] or [n, l].
+  rows[b], and −1 means no edit.
+A strength or threshold is a number, an array [l] with one value per layer, or, for a bank, an
+array [n] or [n, l].
 
-Under a JAX transformation (grad, vmap, jit) only shapes are checked, because values are unknown;
-all operations are differentiable.
+Under a JAX transformation (grad, vmap, jit) only shapes are checked, because values are unknown.
+All operations are differentiable.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from jaxpersona.models.config import MAX_LAYERS
 from jaxpersona.runtime import is_traced
 
 Layers = int | slice | Sequence[int] | str
-_MANTISSA, _BIAS = 23, 127  # of float32
+_MANTISSA, _BIAS = 23, 127  # mantissa bits and exponent bias of float32
 _GREATEST = float(np.finfo(np.float32).max)
 # the infinity that is invalid for each bound; the opposite one means "no bound"
 _OPEN = {"floor": np.inf, "above": np.inf, "ceiling": -np.inf, "below": -np.inf}
@@ -37,17 +38,17 @@ class Bank:
     """A bank of n directions at l layers, in canonical form.
 
     Attributes:
-      layers, site: the chosen layers and the site.
+      layers, site: where the directions apply.
       index: [B], the entry of each row, or None.
       direction: unit vectors [l, n, D].
-      norm: [l, n], their lengths before normalization.
+      norm: [l, n], the norms of the vectors before normalization.
       origin: [n] uint32, the hash of the weights of each direction's model (`params.origin`); 0
         if unknown.
     """
 
     def __init__(self, vector: Any, layers: Layers, rows: Any, site: Site,
                  name: str = "vector", zero: bool = False) -> None:
-        """Convert a direction or a bank; `zero` allows zero vectors (whose unit is zero)."""
+        """Convert a direction or a bank; with `zero`, zero vectors are allowed and stay zero."""
         if site not in SITES:
             raise UserError(f"site is {site!r}; it must be one of {SITES}")
         self.site: Site = site
@@ -61,7 +62,8 @@ class Bank:
             for item in named:
                 item.check_site(site)
                 if item.n_layers != self.total:
-                    raise UserError(f"the directions have {self.total} and {item.n_layers} layers")
+                    raise UserError(f"the directions have {self.total} and {item.n_layers} layers; "
+                                    "use directions of one model")
             value = np.stack([item.at_layers(self.layers) for item in named])
             origin = [item.origin for item in named]
         else:
@@ -70,7 +72,7 @@ class Bank:
             value, origin = self._array(vector, name), None
         if rows is None and len(value) != 1:
             raise UserError(
-                f"{name} is a bank of {len(value)} directions; give each row's entry with `rows=`"
+                f"{name} is a bank of {len(value)} directions; give each row's entry in `rows=`"
             )
         xp: Any = jnp if is_traced(value) else np
         if xp is np and not np.isfinite(value).all():
@@ -106,7 +108,7 @@ class Bank:
         """Broadcast a strength or threshold to [l, n].
 
         Raises:
-          UserError: not a number, an invalid shape or an ambiguous shape.
+          UserError: the value is not numeric, or its shape is invalid or ambiguous.
         """
         given = numbers(name, value)
         xp: Any = jnp if is_traced(given) else np
@@ -117,7 +119,7 @@ class Bank:
             # one value per layer of the model: select the chosen layers
             if given.ndim == 1 and self.index is not None and n == self.total > 1:
                 raise UserError(f"{name} has {n} numbers, which may be for {n} directions or {n} "
-                                "layers; give [n, l], one per direction and chosen layer")
+                                "layers; give [n, l], one number per direction and chosen layer")
             given = given[..., np.array(self.layers)]
             if given.ndim == 1 and self.index is not None:
                 given = xp.broadcast_to(given[None], (n, count))
@@ -137,12 +139,12 @@ class Bank:
 
 
 def percentile(vector: Any, name: str, bound: Any, of: str) -> Any:
-    """Return a bound given as a percentile's name as numbers [L], and any other unchanged."""
+    """Convert a bound that is a percentile name to thresholds [L]; return others unchanged."""
     if not isinstance(bound, str):
         return bound
     if not hasattr(vector, "thresholds"):
-        raise UserError(f"{name} is {bound!r}; a percentile needs an Axis with thresholds as the "
-                        "vector; give numbers")
+        raise UserError(f"{name} is {bound!r}; a percentile name needs an Axis with thresholds as "
+                        "the vector; otherwise give numbers")
     return vector.thresholds(bound, of=of)
 
 
@@ -154,10 +156,10 @@ def normalised(value: Any) -> tuple[Any, Any]:
     which is exact.
 
     Args:
-      value: [..., D], finite. Differentiable if it is traced.
+      value: [..., D], finite. If it is traced, the results are differentiable.
 
     Returns:
-      The unit vectors [..., D] in the dtype of `value` (a zero vector stays zero) and the lengths
+      The unit vectors [..., D] in the dtype of `value` (a zero vector stays zero) and the norms
       [...], in float64 unless traced.
     """
     if not is_traced(value):
@@ -165,7 +167,7 @@ def normalised(value: Any) -> tuple[Any, Any]:
         _, power = np.frexp(np.abs(value).max(-1, keepdims=True, initial=0))
         near = np.ldexp(value, -power)
         norm = np.linalg.norm(near, axis=-1, keepdims=True)
-        with np.errstate(over="ignore"):  # an overflowing length is infinite and raises later
+        with np.errstate(over="ignore"):  # an overflow gives infinity, which is rejected later
             length = np.ldexp(norm.astype(np.float64), power)
         return near / np.where(norm == 0, 1, norm), length[..., 0]
     greatest = jax.lax.stop_gradient(jnp.abs(value).max(-1, keepdims=True))
@@ -183,7 +185,7 @@ def numbers(name: str, value: Any) -> Any:
     """Convert numbers to a float64 array, or float32 if they are traced.
 
     Raises:
-      UserError: values that are not real numbers.
+      UserError: the values are not real numbers.
     """
     if is_traced(value):
         return jnp.asarray(value, jnp.float32)
@@ -203,10 +205,10 @@ def _short_repr(value: Any) -> str:
 
 
 def check_finite(name: str, value: np.ndarray) -> None:
-    """Check that numbers are finite in float32; an open bound may be infinite.
+    """Check that numbers are finite in float32; a lower bound may be −inf, an upper bound inf.
 
     Raises:
-      UserError: NaN or an infinite value; the message names the field.
+      UserError: a value is NaN or infinite; the message names the field.
     """
     if np.isnan(value).any():
         raise UserError(f"{name} is NaN")
@@ -222,9 +224,8 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
     Text is parsed by `parse_layers`: "46:54" is a slice, "16" and "3,5" are single layers.
 
     Raises:
-      UserError: no layers, a negative layer, a layer or slice end beyond `total`, repeated or
-        unsorted layers, an open slice if `total` is None, more layers than any model has, or
-        invalid text.
+      UserError: the selection is empty, unsorted or out of range, repeats a layer, or is invalid
+        text; or `total` is None and a slice has no stop or a negative bound.
     """
     wanted: Any = parse_layers(layers) if isinstance(layers, str) else layers
     text = _short_repr(layers)
@@ -235,8 +236,8 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         if wanted.step is not None and wanted.step < 1:
             raise UserError(f"layers is {text}; the step of a slice must be at least 1")
         if total is None and (stop is None or stop < 0 or (start or 0) < 0):
-            raise UserError(f"layers is {text}; without a named direction, give the slice's "
-                            "start and stop")
+            raise UserError(f"layers is {text}; without a named direction, a slice needs a "
+                            "start and a stop")
         highest = max(start or 0, stop or 0)
         if total is not None and (highest > total or (start or 0) < -total):
             raise UserError(f"layers is {text}, out of range; they must be in 0…{total - 1}")
@@ -258,14 +259,16 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
     if not chosen:
         raise UserError(f"layers is {text}, which selects no layer; give at least one")
     if len(set(chosen)) != len(chosen):
-        raise UserError(f"layers is {text}, with a repeated layer; chain two interventions "
+        raise UserError(f"layers is {text}, which repeats a layer; chain two interventions "
                         "instead")
     if list(chosen) != sorted(chosen):
-        raise UserError(f"layers is {text}; give them in ascending order, the order of arrays "
+        raise UserError(f"layers is {text}; list them in ascending order, the order of arrays "
                         "with one entry per layer")
     most = MAX_LAYERS if total is None else total
     if chosen[0] < 0 or chosen[-1] >= most:
-        raise UserError(f"layers is {text}, out of range; they must be in 0…{most - 1}")
+        last = f"is {most - 1}" if total is not None else "of a model is config.n_layers − 1"
+        raise UserError(f"layers is {text}, out of range; they must be in 0…{most - 1}"
+                        + (f": the last layer {last}" if chosen[0] < 0 else ""))
     return chosen
 
 
@@ -277,7 +280,7 @@ def parse_layers(text: str) -> slice | list[int]:
     """Parse layers given as text: "46:54" (half-open), "16" or "3,5".
 
     Raises:
-      UserError: text of another form.
+      UserError: the text has none of these forms.
     """
     number = r"\s*-?[0-9]{1,9}\s*"
     if re.fullmatch(rf"{number}(,{number})*", text):

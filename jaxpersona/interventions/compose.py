@@ -26,6 +26,12 @@ class Interventions(flax.struct.PyTreeNode):
     """The edits of a forward pass: tables, applied in order.
 
     The compiled program has no edit code at layers without a table.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> axis = jp.load_axis("mini")
+      >>> jp.chain(jp.steer(axis, layers=4, scale=0.5), jp.cap(axis, layers=5, floor="p25"))
+      chain(steer(everywhere, layer 4, residual), cap(everywhere, layer 5, residual))
     """
 
     edits: tuple[Table, ...] = ()
@@ -33,7 +39,7 @@ class Interventions(flax.struct.PyTreeNode):
     def prepare(self, rows: int, like: Any) -> PreparedInterventions:
         """Prepare the tables once, instead of in every step of a decode loop.
 
-        Gathers the entries by row, shards them over the mesh of `like`, if there is one, and
+        Gathers each row's entry, shards the entries over the mesh of `like`, if there is one, and
         splits the tables by layer (`Table.prepare`).
 
         Args:
@@ -41,18 +47,18 @@ class Interventions(flax.struct.PyTreeNode):
           like: an array on the devices that will use the tables.
 
         Raises:
-          UserError: interventions for another number of rows.
+          UserError: the interventions are for a different number of rows.
         """
         return PreparedInterventions(tuple(edit.prepare(rows, like) for edit in self.edits))
 
     @own_rules()
     def take(self, rows: Any) -> Interventions:
-        """Select rows: row i of the result is the former row rows[i].
+        """Select rows: row i of the result is row rows[i] of `self`.
 
-        −1 selects no entry for the row; tables shared by all rows are unchanged.
+        If rows[i] is −1, row i has no entry. Tables shared by all rows are unchanged.
 
         Raises:
-          UserError: an index beyond the interventions' rows.
+          UserError: an index exceeds the number of rows.
         """
         rows = np.asarray(rows, np.int32)
 
@@ -64,14 +70,14 @@ class Interventions(flax.struct.PyTreeNode):
         counts = {edit.rows for edit in self.edits} - {None}
         if len(counts) > 1:
             raise UserError(f"chained interventions have different numbers of rows: {counts}; "
-                            "give them the same number")
+                            "make them with the same number")
         return counts.pop() if counts else None
 
     def check(self, *, layers: int, width: int, rows: int) -> None:
-        """Check the interventions against a model's layers and width D and a batch's rows.
+        """Check that the interventions fit a model's layers and width D and a batch's rows.
 
         Raises:
-          UserError: a mismatch; the message gives the field, its value and the remedy.
+          UserError: they do not fit; the message names the field, its value and the fix.
         """
         for edit in self.edits:
             gate = edit.gate
@@ -89,12 +95,12 @@ class Interventions(flax.struct.PyTreeNode):
                 raise UserError(f"site is {edit.site!r}; it must be one of {SITES}")
         if self.rows not in (None, rows):
             raise UserError(
-                f"interventions are for {self.rows} rows, the batch has {rows}: give `rows=` with "
-                "one entry per row, or omit it to edit all rows alike"
+                f"interventions are for {self.rows} rows, but the batch has {rows}: give `rows=` "
+                "with one entry per row, or omit it to edit all rows alike"
             )
 
     def __repr__(self) -> str:
-        """Return the calls that make the tables, such as `cap(response, layers 4–7, residual)`."""
+        """Return the constructor calls, such as `cap(response, layers 4–7, residual)`."""
         calls = [repr(edit) for edit in self.edits] or ["Interventions()"]
         return cut(calls[0] if len(calls) == 1 else call("chain", *calls))
 
@@ -102,7 +108,7 @@ class Interventions(flax.struct.PyTreeNode):
 class PreparedInterventions(flax.struct.PyTreeNode):
     """Interventions for the rows of one batch, ready to edit activations.
 
-    `Interventions.prepare` makes them, and `forward` uses them as they are.
+    Created by `Interventions.prepare`; `forward` uses them without further preparation.
     """
 
     edits: tuple[Prepared, ...] = ()
@@ -125,13 +131,13 @@ def prepared(interventions: Interventions | PreparedInterventions | None, *, lay
     """Check interventions against a model and a batch, and prepare them.
 
     Args:
-      interventions: None for no edits; prepared ones are checked for their rows and layers only
-        and returned as they are.
+      interventions: None means no edits. If they are prepared already, only their rows and layers
+        are checked, and they are returned unchanged.
       layers, width, rows: as for `Interventions.check`.
       like: as for `Interventions.prepare`.
 
     Raises:
-      UserError: an argument of another type, or a mismatch.
+      UserError: the interventions have the wrong type, or do not fit the model or the batch.
     """
     if isinstance(interventions, PreparedInterventions):
         for edit in interventions.edits:
@@ -146,20 +152,26 @@ def prepared(interventions: Interventions | PreparedInterventions | None, *, lay
 
 
 def given(interventions: Interventions | None) -> Interventions:
-    """Return `interventions`, or empty ones for None.
+    """Return `interventions`, or empty interventions for None.
 
     Raises:
-      UserError: an argument of another type.
+      UserError: the argument has the wrong type.
     """
     _check_type([interventions])
     return Interventions() if interventions is None else interventions
 
 
 def chain(*interventions: Interventions | None) -> Interventions:
-    """Combine interventions so that they apply in the listed order; None is skipped.
+    """Combine interventions so that they apply in the given order; None is skipped.
 
     Raises:
-      UserError: an argument of another type.
+      UserError: an argument has the wrong type.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> axis = jp.load_axis("mini")
+      >>> jp.chain(jp.steer(axis, layers=4, scale=0.5), None, jp.cap(axis, layers=4, floor=1.0))
+      chain(steer(everywhere, layer 4, residual), cap(everywhere, layer 4, residual))
     """
     _check_type(interventions)
     return Interventions(tuple(edit for one in interventions if one is not None
@@ -192,7 +204,13 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
       site: the site of the edits.
 
     Raises:
-      UserError: a size that is not positive, or invalid layers.
+      UserError: a size is not positive, or the layers are invalid.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> free = jp.reserve(8, 128, slice(4, 8))
+      >>> free
+      reserve(nowhere, layers 4–7, residual, 8 rows)
     """
     sizes = {"rows": rows, "width": width, "slots": slots,
              "entries": rows if entries is None else entries}
@@ -221,17 +239,23 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
                into: Interventions | None = None) -> Interventions:
     """Combine per-row interventions into one program: item b applies to row b only.
 
-    Tables of the same kind and site are merged, so the cost is that of the longest chain, however
-    many rows differ. Tables of equal content share an entry. At layers without an edit for a row,
-    the row's entry is an identity.
+    Tables of the same kind and site are merged, so the cost depends on the longest chain, not on
+    the number of different rows. Tables with equal content share an entry. At a layer that a row
+    does not edit, its entry is the identity.
 
     Args:
-      interventions: per row, interventions made without `rows=`, or None.
-      into: the result of `reserve`, or an earlier result made from it. The new result has its
-        structure, and therefore its compiled program, but only these edits.
+      interventions: one item per row: interventions made without `rows=`, or None.
+      into: the result of `reserve`, or of an earlier call with such an `into`. The new result has
+        the same structure, so it reuses the compiled program, but contains only the new edits.
 
     Raises:
-      UserError: no rows, interventions made with `rows=`, or some that do not fit `into`.
+      UserError: the list is empty, or interventions were made with `rows=` or do not fit `into`.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> cap = jp.cap(jp.load_axis("mini"), layers=4, floor="p25")
+      >>> jp.stack_rows([cap, None, cap]).rows
+      3
     """
     if isinstance(interventions, Interventions) or not isinstance(interventions, Sequence):
         raise UserError("interventions must be a list with one Interventions or None per row")
@@ -241,10 +265,10 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
     count = len(interventions)
     for row, own in enumerate(interventions):
         if own is not None and own.rows is not None:
-            raise UserError(f"the interventions of row {row} were made with rows=; stack some made "
-                            "without it")
+            raise UserError(f"the interventions of row {row} were made with rows=; stack "
+                            "interventions made without it")
     if into is not None and into.rows != count:
-        raise UserError(f"into is for {into.rows} rows; {count} interventions were given")
+        raise UserError(f"into is for {into.rows} rows, but {count} interventions were given")
     fixed = into.edits if into is not None else ()
     slots: list[tuple[tuple, dict[int, Table]]] = [(edit.key, {}) for edit in fixed]
     for row, own in enumerate(interventions):  # build a common supersequence of all rows' chains
@@ -269,8 +293,8 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
 def _contents(edits: list[Table]) -> list[Any]:
     """Return a hashable key of each table's content: its structure and values.
 
-    Tables with equal keys share an entry. Traced values cannot be compared, so a traced table gets
-    an entry of its own.
+    Tables with equal keys share an entry. Traced values cannot be compared, so each traced table
+    has its own entry.
     """
     known = {i: edit for i, edit in enumerate(edits) if not is_traced(edit)}
     contents: list[Any] = list(range(len(edits)))
@@ -282,9 +306,9 @@ def _contents(edits: list[Table]) -> list[Any]:
 
 
 def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
-    """Merge tables of one entry each into one table with an index per row."""
+    """Merge single-entry tables into one table that is indexed by row."""
     if not members:
-        assert into is not None  # only a reserved slot can be without members
+        assert into is not None  # only a reserved slot can have no members
         no_entry = jnp.full(rows, -1, jnp.int32)
         return into.replace(index=no_entry, origin=jnp.zeros_like(into.origin))
     layers = tuple(sorted({layer for edit in members.values() for layer in edit.layers}))
@@ -303,7 +327,8 @@ def _merge(members: dict[int, Table], rows: int, into: Table | None) -> Table:
         if beyond or len(unique) > into.entries or unique[0].width != into.width:
             raise UserError(
                 f"{len(unique)} edits of width {unique[0].width} at layers {list(layers)} do not "
-                f"fit the reserved {into.entries} of width {into.width} at {list(into.layers)}"
+                f"fit the reserved {into.entries} entries of width {into.width} at layers "
+                f"{list(into.layers)}"
             )
         layers, size = into.layers, into.entries
     first = unique[0]

@@ -40,9 +40,10 @@ def host_array(x: Any) -> np.ndarray | None:
 
 
 def tests(code: Any) -> str:
-    """Return the representation of encoded tests [5] or [n, 5].
+    """Represent encoded token tests [5] or [n, 5] as text.
 
-    Tests that no token passes (padding) are omitted; several different tests are counted.
+    Padding (a test that no token passes) is omitted. If the tests differ, the text gives only
+    their number.
     """
     values = host_array(code)
     if values is None or values.ndim > 2 or values.shape[-1:] != (WIDTH,):

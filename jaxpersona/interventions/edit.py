@@ -1,4 +1,4 @@
-"""Tables of rank-one edits; the edit of each row is data, so changing it does not recompile.
+"""Tables of rank-one edits. Each row's edit is data, so changing it does not recompile.
 
 With p = ⟨h, v̂⟩ in float32, δ = clip((s − 1)·p + c, lo − p, hi − p) and h ← h + δ·v̂. The
 coefficients (s, c, lo, hi) select steering, capping, ablation, scaling or a set projection.
@@ -38,7 +38,7 @@ class Edit(Table, kw_only=True, repr=False):
     Attributes:
       direction: v̂ [l, n, D] float32, unit length.
       coefficients: (s, c, lo, hi) [l, n, 4] float32.
-      push: û [l, n, D] float32, to move h along û instead of v̂, or None for v̂.
+      push: û [l, n, D] float32, the direction along which h moves; None for v̂.
     """
 
     PAYLOAD: ClassVar[dict[str, int]] = {"direction": 1, "coefficients": 1, "push": 1}
@@ -64,7 +64,7 @@ class Edit(Table, kw_only=True, repr=False):
             where=self.where, gate=self.gate, layers=self.layers, site=self.site,
             by_layer=tuple(LayerEdit(
                 direction=self.direction[i],
-                # separate: TPUs then read them for all layers at once, not layer by layer
+                # separate arrays: TPUs then read them once for all layers, not once per layer
                 coefficients=tuple(self.coefficients[i, :, k] for k in range(4)),
                 push=None if self.push is None else self.push[i],
                 columns=twice(self.direction[i]) if cpu else None,
@@ -75,7 +75,7 @@ class Edit(Table, kw_only=True, repr=False):
         return _identities(layers, size, self.width, self.push is not None)
 
     def operator(self) -> str:
-        """Return the operator that has such coefficients; "rank_one" for several operators."""
+        """Return the operator with these coefficients; "rank_one" if the entries differ."""
         values, tests = host_array(self.coefficients), host_array(self.where)
         if values is None or tests is None or values.ndim != 3:
             return "rank_one"
@@ -125,7 +125,7 @@ class PreparedEdit(Prepared, kw_only=True):
 
     def apply(self, layer: int, h: jax.Array, active: jax.Array,
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Edit h [B, T, D] where `active`; also return where it changed (`Prepared.apply`)."""
+        """Edit the active tokens of h [B, T, D] (see `Prepared.apply`)."""
         edit = self.by_layer[self.layers.index(layer)]
         return rank_one_edit(h, edit.direction, edit.coefficients, active, edit.push, edit.columns)
 
@@ -148,7 +148,7 @@ def table(
       index: [B] integers in −1…n−1, or None.
 
     Raises:
-      UserError: an index outside −1…n−1.
+      UserError: an index is outside −1…n−1.
     """
     n, width = direction.shape[1:]
     index = checked_index(index, n)

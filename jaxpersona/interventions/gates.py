@@ -1,8 +1,8 @@
-"""Gates: conditions on a projection at an earlier layer for an intervention to apply.
+"""Gates: an intervention applies only if a projection at an earlier layer is within bounds.
 
-A prompt gate opens or closes once per row, by the mean projection over the prompt, for the whole
-reply. A token gate is evaluated for every token. Bounds and directions are data and may differ by
-row.
+A prompt gate is evaluated once per row, on the mean projection over the prompt, and applies to the
+whole reply. A token gate is evaluated for every token. Bounds and directions are data and may
+differ by row.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
     Attributes:
       direction: v̂ [n, D] float32, unit length.
       bounds: (lo, hi) [n, 2] float32; the gate is open if lo ≤ ⟨h, v̂⟩ ≤ hi.
-      where: encoded tests [n, 5] int32 that select the measured tokens.
+      where: encoded token tests [n, 5] int32 that select the measured tokens.
       origin: [n] uint32, as in `Table`.
       layer, site: where the projection is measured.
       over: "prompt" for the mean over the prompt's tokens, or "token" for each token.
@@ -57,7 +57,7 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
         return jax.tree.map(lambda *x: jnp.concatenate([y[:1] for y in x]), *gates)
 
     def condition(self) -> str:
-        """Return where the gate measures, such as "layer 2, prompt"."""
+        """Return the layer, site and scope of the measurement, such as "layer 2, prompt"."""
         site = "" if self.site == "residual" else f"{self.site}, "
         return f"layer {self.layer}, {site}{self.over}"
 
@@ -73,8 +73,8 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
         """Return the initial state.
 
         Args:
-          before: [B] int32, the number of tokens already in the cache. The measurements of a row
-            that has some are missing, so its gate stays closed (NaN).
+          before: [B] int32, the number of tokens already in the cache. If a row has cached tokens,
+            which were not measured, its sum starts as NaN and its gate stays closed.
         """
         zero = jnp.zeros((rows,), jnp.float32)
         missing = (zero if before is None else
@@ -83,7 +83,7 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
 
     def measure(self, h: jax.Array, batch: Batch,
                 state: GateState) -> tuple[jax.Array, GateState]:
-        """Measure h [B, T, D].
+        """Measure the projections of h [B, T, D] and evaluate the gate.
 
         Returns:
           [B, T] bool, True where the gate is open, and the updated state.
@@ -107,7 +107,7 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
 
 
 class GateState(flax.struct.PyTreeNode):
-    """The sum [B] and number [B] of each row's projections over its prompt, float32."""
+    """The sum and the number of each row's prompt projections, each [B] float32."""
 
     total: Float[Array, " B"]
     count: Float[Array, " B"]

@@ -38,21 +38,27 @@ def gate(
     A gate that measured no token is closed.
 
     Args:
-      interventions: the interventions to gate, without gates of their own.
-      vector: the direction, [D] or a named direction; for a bank with `rows=` also one per edit,
-        [n, D] or a list.
+      interventions: the interventions to gate; they must not have gates.
+      vector: the direction, [D] or a named direction. If the interventions have a bank (`rows=`),
+        also one direction per edit: [n, D] or a list.
       layer, site: where the projection is measured (after any edit there). It must precede every
         gated layer.
-      above, below: the lower and upper bound; at least one is required. A number, or for a bank
-        [n]; −inf for `above` and inf for `below` mean no bound.
-      over: "prompt": the mean over a row's prompt opens the gate for that row, from the prompt's
-        last token on. "token": every token has its own gate.
+      above, below: the lower and the upper bound, each a number or, for a bank, [n]. At least one
+        is required; −inf for `above` and inf for `below` mean no bound.
+      over: "prompt": one gate per row, which measures the mean over the prompt and applies to the
+        prompt's last token and all later tokens. "token": one gate per token.
       within: with "prompt", also edit the whole prompt. The prompt must then run in one call.
-      where: the measured tokens; default: all except the first, an attention sink.
+      where: the measured tokens; default: all except the first, which is an attention sink.
 
     Raises:
-      UserError: no bound, a gate layer not before the gated layers, a second gate, or an invalid
-        direction; the message gives field, value and remedy.
+      UserError: both bounds are missing, the gate's layer is not before the gated layers, the
+        interventions already have a gate, or the direction is invalid.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> axis = jp.load_axis("mini")
+      >>> jp.gate(jp.cap(axis, layers=4, floor="p25"), axis, layer=2, below=3.0)
+      gate(cap(everywhere, layer 4, residual), layer 2, prompt)
     """
     if above is None and below is None:
         raise UserError("gate needs a bound: above, below or both")
@@ -79,13 +85,15 @@ def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: 
            site: Site, over: Over, within: bool) -> Table:
     """Return a table with a gate."""
     if table.gate is not None:
-        raise UserError("interventions already has a gate; gate each part once, then chain them")
+        raise UserError("interventions already have a gate; gate each of them once, then chain "
+                        "them")
     bank = Bank(vector, [layer], None if table.index is None else [0], site)
     direction, size = bank.direction[0], table.entries
-    # padding entries have a test that no token passes (NOWHERE)
+    # no token passes the token test of a padding entry (NOWHERE)
     real = size if is_traced(table.where) else int((np.asarray(table.where)[:, 0] >= 0).sum())
     if direction.shape[0] not in (1, real):
-        raise UserError(f"the gate has {direction.shape[0]} directions; the bank has {real} edits")
+        raise UserError(f"the gate has {direction.shape[0]} directions; the bank has {real} edits: "
+                        "give one direction, or one per edit")
     lo, hi = (_spread(name, value, real) for name, value in bounds.items())
     if not is_traced(lo, hi) and (lo > hi).any():
         raise UserError("above is greater than below; no projection satisfies both")

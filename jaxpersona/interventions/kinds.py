@@ -20,7 +20,7 @@ F32 = jnp.float32
 
 
 class Rotation(Table, kw_only=True, repr=False):
-    """Rotations in a plane, which preserve ‖h‖ and the part of h outside the plane.
+    """Rotations in a plane. They preserve ‖h‖ and the component of h orthogonal to the plane.
 
     Attributes:
       first, second: orthonormal b₁, b₂ [l, n, D] float32.
@@ -45,7 +45,7 @@ class Rotation(Table, kw_only=True, repr=False):
                                 angle=self.angle)
 
     def identities(self, layers: int, size: int) -> dict[str, np.ndarray]:
-        """Return rotations by the angle 0."""
+        """Return rotations by an angle of 0."""
         planes = np.zeros((2, layers, size, self.width), np.float32)
         planes[0, ..., 0] = planes[1, ..., -1] = 1.0
         angle = np.broadcast_to(np.array([1, 0, 0], np.float32), (layers, size, 3)).copy()
@@ -65,15 +65,15 @@ class PreparedRotation(Prepared, kw_only=True):
 
     def apply(self, layer: int, h: jax.Array, active: jax.Array,
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rotate h [B, T, D] where `active`; also return where it changed (`Prepared.apply`)."""
+        """Rotate the active tokens of h [B, T, D] (see `Prepared.apply`)."""
         slot = self.layers.index(layer)
         cos, sin, to = (self.angle[slot][:, i, None] for i in range(3))
         wide = h.astype(F32)
         one, two = (jnp.broadcast_to(b[slot][:, None], h.shape) for b in (self.first, self.second))
         p, q = (jnp.einsum("btd,btd->bt", wide, b, precision="highest") for b in (one, two))
         inside = p * p + q * q
-        some = inside > 0  # the square root has no gradient at 0
-        radius = jnp.where(some, jnp.sqrt(jnp.where(some, inside, 1.0)), 0.0)
+        positive = inside > 0  # the square root has no gradient at 0
+        radius = jnp.where(positive, jnp.sqrt(jnp.where(positive, inside, 1.0)), 0.0)
         x, y = jnp.where(to > 0, radius, p), jnp.where(to > 0, 0.0, q)
         dp, dq = x * cos - y * sin - p, x * sin + y * cos - q
         changed = active & ((dp != 0) | (dq != 0))
@@ -82,7 +82,7 @@ class PreparedRotation(Prepared, kw_only=True):
 
 
 class NormRestoration(Table, kw_only=True, repr=False):
-    """Rescaling of h to the norm that it had before the edits at this site.
+    """Rescales h to its norm before the edits at this site.
 
     Attributes:
       amount: [l, n] float32, 1 to restore the norm, 0 for no change.
@@ -112,7 +112,7 @@ class PreparedNormRestoration(Prepared, kw_only=True):
 
     def apply(self, layer: int, h: jax.Array, active: jax.Array,
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Rescale h [B, T, D] where `active`; also return where it changed (`Prepared.apply`)."""
+        """Rescale the active tokens of h [B, T, D] (see `Prepared.apply`)."""
         slot = self.layers.index(layer)
         wide, was = h.astype(F32), before.astype(F32)
         now = (wide * wide).sum(-1)
@@ -167,7 +167,7 @@ class PreparedCustom(Prepared, kw_only=True):
 
     def apply(self, layer: int, h: jax.Array, active: jax.Array,
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Call the function on every token; use its result where `active` (`Prepared.apply`)."""
+        """Call the function on every token; use its result at active tokens (`Prepared.apply`)."""
         slot = self.layers.index(layer)
         by_token = jax.vmap(self.fn, in_axes=(None, 0))
         shared = self.on.shape[1] == 1

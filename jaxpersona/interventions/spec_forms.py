@@ -1,6 +1,6 @@
 """Pydantic schemas of the JSON form of interventions and captures.
 
-A specification is validated as a whole, before any vector file is opened; one error lists all its
+A specification is validated as a whole, before any vector file is opened; one error lists all
 problems.
 """
 
@@ -100,7 +100,7 @@ class _Strict(pydantic.BaseModel):
 
 
 class Place(_Strict):
-    """A token selection: a named `where`, without some kinds, within a range of messages."""
+    """A token selection: a named `where`, with optional excluded kinds and message range."""
 
     name: Annotated[str, pydantic.WithJsonSchema({"type": "string", "enum": list(NAMED)})] = \
         "everywhere"
@@ -108,7 +108,7 @@ class Place(_Strict):
     turns: list[Index] | None = Field(default=None, min_length=2, max_length=2)
 
     def build(self, first: bool) -> Where:
-        """Return the test; `first` includes each row's first token."""
+        """Return the token test; `first` tells whether it includes each row's first token."""
         if self.name not in NAMED:
             raise UserError(f"where is {self.name!r}; choose from {', '.join(NAMED)}")
         where = NAMED[self.name].without(*self.without, *([] if first else ["first"]))
@@ -200,7 +200,7 @@ class SetProjection(_Act):
 
 
 class Rotate(_Act):
-    """The arguments of `rotate`: the plane of two directions, and an angle in radians."""
+    """The arguments of `rotate`: two directions that span the plane, and an angle in radians."""
 
     operator: Literal["rotate"]
     plane: list[Direction] = Field(min_length=2, max_length=2)
@@ -234,7 +234,7 @@ class Reading(_Strict):
 
 
 def read(spec: Any, kind: Any, name: str) -> tuple[list[Any], list[str]]:
-    """Validate one JSON object or a list; return the parsed items and their names for errors."""
+    """Validate a JSON object or a list; return parsed items and their names in error messages."""
     many = isinstance(spec, Sequence) and not isinstance(spec, (str, bytes))
     if many and not spec:
         raise UserError(f"{name} is an empty list; give at least one")
@@ -252,7 +252,7 @@ def read(spec: Any, kind: Any, name: str) -> tuple[list[Any], list[str]]:
 
 
 def _fault(fault: Any, at: str, item: Any) -> str:
-    """Format one pydantic error as field, value and remedy."""
+    """Format one pydantic error as field, value and fix."""
     tag = item.get("operator") if isinstance(item, dict) else None
     place = [str(part) for part in fault["loc"]]
     if place[:1] == [tag] and tag in _KINDS:  # drop the operator's name, which is not a field

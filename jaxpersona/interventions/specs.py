@@ -1,4 +1,4 @@
-"""Interventions and captures from JSON, for the command line, files and services.
+"""Build interventions and captures from JSON, for the command line, files and services.
 
 A specification is one object, or a list of objects that apply in the listed order:
 
@@ -7,7 +7,7 @@ A specification is one object, or a list of objects that apply in the listed ord
       "of": "default", "where": "generated",
       "gate": {"vector": "axis.safetensors", "layer": 20, "below": -3.0}}]
 
-Specifications are checked before anything compiles; one error lists all problems of the form.
+Specifications are validated before anything compiles; one error lists all invalid fields.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def interventions(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") 
       folder: the folder that vector file names are relative to.
 
     Raises:
-      UserError: unknown or missing keys, values of another type (one message lists all of these),
-        or a vector file, layer, width or plane that does not match; field, value and remedy.
+      UserError: keys are unknown or missing, or values have the wrong type (one message lists all
+        of these); or a vector file, layer, width or plane is invalid for the model.
     """
     chained = [_operator(item, at, model, pathlib.Path(folder))
                for item, at in zip(*forms.read(spec, forms.Operator, "interventions"), strict=True)]
@@ -49,7 +49,7 @@ def interventions(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") 
 
 
 def captures(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") -> Capture:
-    """Build a capture from a JSON specification; arguments and errors as for `interventions`."""
+    """Build a capture from a JSON specification; the arguments are those of `interventions`."""
     out = Capture()
     for item, at in zip(*forms.read(spec, forms.Reading, "capture"), strict=True):
         try:

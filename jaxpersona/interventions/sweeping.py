@@ -1,4 +1,4 @@
-"""One direction at several strengths, a row each."""
+"""The `sweep` constructor: one direction at several strengths, one per row."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sweep(
       layers, where, site: as for `steer`.
 
     Raises:
-      UserError: `scales` is not a list of finite numbers, or as `steer`.
+      UserError: `scales` is not a list of finite numbers, or as for `steer`.
 
     Example:
       >>> import jaxpersona as jp

@@ -1,6 +1,6 @@
-"""The base classes of intervention tables, as the user makes them and as `forward` applies them.
+"""The base classes of intervention tables: as users create them and as `forward` applies them.
 
-A `Table` has n entries of one kind for one site of some layers. The entry of each row is data, so
+A `Table` has n entries of one kind for one site and a set of layers. Each row's entry is data, so
 the rows of a batch may use different entries and change them without recompiling. The static
 structure is the kind, the site, the layers, the number of entries and whether there is a gate.
 
@@ -39,11 +39,11 @@ ORDER: dict[Site, int] = {"attention": 0, "mlp": 1, "residual": 2}
 class Prepared(flax.struct.PyTreeNode, kw_only=True):
     """The base class of tables that are ready to edit activations.
 
-    An array has one entry for each of the B rows, or a single entry for all of them.
+    Each array has one entry per row, or a single entry for all rows.
 
     Attributes:
-      where: encoded tests [B, 5] or [1, 5] int32.
-      gate: the condition for the entries to apply, or None.
+      where: encoded token tests [B, 5] or [1, 5] int32.
+      gate: the gate that must be open for the entries to apply, or None.
       layers, site: where the table applies (static).
     """
 
@@ -53,12 +53,12 @@ class Prepared(flax.struct.PyTreeNode, kw_only=True):
     site: Site = flax.struct.field(pytree_node=False)
 
     def seen(self, batch: Batch) -> Bool[Array, "B T"]:
-        """Return [B, T] bool: the tokens that the table's tests select."""
+        """Return a mask [B, T] of the tokens that the table's `where` selects."""
         return holds(self.where, batch)
 
     def apply(self, layer: int, h: jax.Array, active: jax.Array,
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Edit h [B, T, D] at `layer` where `active` [B, T].
+        """Edit the active tokens of h [B, T, D] at one layer.
 
         Args:
           layer: the layer's index.
@@ -67,7 +67,8 @@ class Prepared(flax.struct.PyTreeNode, kw_only=True):
           before: the activation at this site before any table.
 
         Returns:
-          The edited h, bit for bit equal to `h` where unchanged, and [B, T] bool: where it changed.
+          The edited h, bitwise equal to `h` at unchanged tokens, and a mask [B, T] of the changed
+          tokens.
         """
         raise NotImplementedError
 
@@ -75,20 +76,20 @@ class Prepared(flax.struct.PyTreeNode, kw_only=True):
 class Table(flax.struct.PyTreeNode, kw_only=True):
     """The base class of tables: n entries of one kind at one site of l layers.
 
-    Without an `index`, the entries broadcast over the rows: a single entry applies to every row,
-    and entry b of several to row b.
+    Without an `index`, a single entry applies to every row; if there are several, entry b applies
+    to row b.
 
     Attributes:
-      where: encoded tests [n, 5] int32.
+      where: encoded token tests [n, 5] int32.
       origin: [n] uint32, the hash of the weights of each direction's model (`params.origin`); 0
         if unknown.
-      index: [B] int32, the entry of each row, −1 for none, or None.
-      gate: the condition for the entries to apply, or None.
+      index: [B] int32, the entry of each row (−1: no entry), or None.
+      gate: the gate that must be open for the entries to apply, or None.
       layers, site: where the table applies (static).
       reserved: whether the entries may be replaced (`compose.reserve`; static).
     """
 
-    PAYLOAD: ClassVar[dict[str, int]] = {}  # fields of a subclass -> their axis of entries
+    PAYLOAD: ClassVar[dict[str, int]] = {}  # field of a subclass → its axis over entries
 
     where: Int[Array, "n 5"]
     origin: UInt[Array, " n"]
@@ -130,18 +131,18 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
           like: an array on the devices that will use the table.
 
         Raises:
-          UserError: a table for another number of rows.
+          UserError: the table is for a different number of rows.
         """
         if self.rows not in (None, rows):
-            raise UserError(f"interventions are for {self.rows} rows, the batch has {rows}")
+            raise UserError(f"interventions are for {self.rows} rows, but the batch has {rows}")
         table = self if self.index is None else self._gathered(self.index)
         return (table if table.entries == 1 else table._sharded(like))._prepared(like)
 
     def take(self, rows: np.ndarray) -> Self:
-        """Select rows, −1 for a row without an entry; an entry of all rows is unchanged.
+        """Select rows; −1 gives a row without an entry. A table shared by all rows is unchanged.
 
         Raises:
-          UserError: an index beyond the table's rows.
+          UserError: an index exceeds the table's rows.
         """
         count = self.rows
         if count is None:
@@ -158,7 +159,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
     def _gathered(self, index: jax.Array) -> Self:
         """Return a table whose entry b is entry index[b].
 
-        A row without an entry gets arbitrary numbers and a test that no token passes.
+        A row without an entry gets arbitrary values and a token test that no token passes.
         """
         here = index >= 0
         chosen = jnp.where(here, index, 0)
@@ -189,19 +190,19 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
 
     def gather(self, members: Sequence[Self], layers: tuple[int, ...],
                size: int) -> dict[str, Any]:
-        """Merge one entry of each of several tables with equal keys, padded to `size` entries.
+        """Merge single-entry tables with equal keys, and pad the result to `size` entries.
 
         Args:
-          members: tables with one entry for all rows, `self` among them.
-          layers: the layers of the result, including all of the members'; an entry is an identity
-            at the layers that its table does not have.
+          members: tables with one entry for all rows, including `self`.
+          layers: the layers of the result, a superset of each member's. An entry is the identity
+            at layers that its member does not edit.
           size: the number of entries of the result.
 
         Returns:
-          The fields of `PAYLOAD`.
+          The merged fields of `PAYLOAD`.
 
         Raises:
-          UserError: members with directions of different widths.
+          UserError: the members' directions have different widths.
         """
         if any(member.width != self.width for member in members):
             raise UserError("the rows' directions have different widths; use directions of one "
@@ -209,7 +210,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         merged: dict[str, Any] = self.identities(len(layers), size)
         for name, axis in self.PAYLOAD.items():
             fields = [getattr(member, name) for member in members]
-            if axis == 0:  # without an axis of layers
+            if axis == 0:  # no layer axis
                 padded = fields + fields[:1] * (size - len(fields))
                 merged[name] = jax.tree.map(lambda *x: jnp.concatenate([y[:1] for y in x]), *padded)
             elif name in merged:
@@ -226,7 +227,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         return merged
 
     def identities(self, layers: int, size: int) -> dict[str, np.ndarray]:
-        """Return entries [l, n, …] that change nothing, for the fields with an axis of layers.
+        """Return identity entries [l, n, …] for the fields with a layer axis.
 
         Args:
           layers, size: l and n.
@@ -238,7 +239,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        """Return the call that makes the table, such as `cap(response, layers 4–7, residual)`."""
+        """Return the constructor call, such as `cap(response, layers 4–7, residual)`."""
         rows = "" if self.rows is None else f"{self.rows} rows"
         edit = call(self.operator(), tests(self.where), layer_range(self.layers), self.site, rows)
         return edit if self.gate is None else call("gate", edit, self.gate.condition())
@@ -253,7 +254,7 @@ def checked_index(index: Any, entries: int) -> np.ndarray | None:
     """Return the entry of each row as an array.
 
     Raises:
-      UserError: an index outside −1…entries−1.
+      UserError: an index is outside −1…entries−1 or is not an integer.
     """
     if index is None:
         return None
@@ -270,13 +271,14 @@ def one_origin(*origins: Any) -> np.ndarray:
     """Return the common origin of directions that are used together, [n] uint32 (0: unknown).
 
     Raises:
-      UserError: the directions are of different models.
+      UserError: the directions belong to different models.
     """
     common_origin = np.zeros(max(len(origin) for origin in origins), np.uint32)
     for origin in origins:
         known = np.broadcast_to(np.asarray(origin, np.uint32), common_origin.shape)
         if ((common_origin != 0) & (known != 0) & (common_origin != known)).any():
-            raise UserError("the directions were made for different models; use directions of one")
+            raise UserError("the directions were made for different models; use directions of one "
+                            "model")
         common_origin = np.where(common_origin == 0, known, common_origin)
     return common_origin
 

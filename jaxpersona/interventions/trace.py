@@ -1,4 +1,4 @@
-"""Application of interventions and captures at the three sites of each block, during tracing."""
+"""Apply interventions and captures at the three sites of each block, during tracing."""
 
 from __future__ import annotations
 
@@ -35,6 +35,14 @@ class Applied(flax.struct.PyTreeNode):
       seen: [B] int32, the number of tokens that `where` selected.
       changed: [l, B] int32, the number of tokens changed at each layer. A rank-one edit counts as a
         change if δ ≠ 0, even if rounding to the model's dtype removes it.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+      >>> cap = jp.cap(jp.load_axis("mini"), layers=4, floor="p25")
+      >>> found = jp.extract(jp.load("mini"), [talk], interventions=cap).applied[0]
+      >>> found.seen.shape, found.changed.shape  # [N], [l, N]
+      ((1,), (1, 1))
     """
 
     __repr__ = brief
@@ -72,7 +80,7 @@ class Trace:
         with jax.named_scope("capture"):
             self.weights = {name: reading.weights(batch)
                             for name, reading in capture.readings.items()}
-        # by reading, one reduction per layer
+        # reading name → one reduction per layer
         self.reductions: dict[str, list[Any]] = {name: [] for name in capture.readings}
 
     @property
@@ -100,14 +108,15 @@ class Trace:
             if reading.site == site and layer in self.layers[name]:
                 with jax.named_scope("capture"):
                     index = self.layers[name].index(layer)
-                    self.reductions[name].append(reading.read(h, self.weights[name], index))
+                    read = h if reading.edited else before
+                    self.reductions[name].append(reading.read(read, self.weights[name], index))
         return h
 
     def captured(self, state: dict[str, State] | None, slots: jax.Array) -> dict[str, State]:
         """Add this call's readings to the state.
 
         Raises:
-          UserError: the state of another capture.
+          UserError: the state belongs to another capture.
         """
         if state is not None and set(state) != set(self.capture.readings):
             raise UserError(f"captured has the readings {sorted(state)}, but the capture has "
@@ -135,7 +144,7 @@ class Trace:
 
 
 def _counts(changed: list[jax.Array]) -> jax.Array:
-    """Count the True tokens of each layer's [B, T] bool: [l, B] int32.
+    """Count the True tokens in each layer's mask [B, T]; return [l, B] int32.
 
     In a decode step (T = 1) the layers are packed into the bits of words, because stacking would
     run one kernel per layer.

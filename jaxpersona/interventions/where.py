@@ -1,7 +1,7 @@
-"""Token selection for interventions and captures: a test on a token's kind and turn, as data.
+"""Token tests, which select tokens for interventions and captures by kind and turn.
 
-A test is encoded as five integers, so the rows of a batch may have different tests, and changing a
-test does not recompile.
+A token test is encoded as five integers. It is data, so batch rows may have different tests, and
+changing a test does not recompile.
 """
 
 from __future__ import annotations
@@ -29,14 +29,23 @@ from jaxpersona.models.batch import (
 
 FOREVER = 2**31 - 1
 WIDTH = 5  # the number of integers of an encoded test
-NOWHERE = (-1, 0, 0, 0, 0)  # an encoded test that no token passes: it requires all bits
+NOWHERE = (-1, 0, 0, 0, 0)  # an encoded test that no token passes, because it requires all bits
 
 
 @dataclasses.dataclass(frozen=True)
 class Where:
-    """A test on one token: all bits of `need`, one of `any`, none of `none`, lo ≤ turn < hi.
+    """A test on a token's kind and turn.
 
-    `a & b` requires both tests; `a.without("first", …)` excludes tokens of the named kinds.
+    A token passes if its kind has all bits of `need`, at least one bit of `any` (unless that is 0)
+    and no bit of `none`, and lo ≤ turn < hi. `a & b` requires both tests; `a.without("first", …)`
+    excludes tokens of the named kinds.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.response.without("code").within(2, 4)
+      response.without('code').within(2, 4)
+      >>> jp.user & jp.everywhere.without("first")
+      user.without('first')
     """
 
     need: int = VALID
@@ -71,7 +80,7 @@ class Where:
         return np.array([self.need, self.any, self.none, self.lo, self.hi], np.int32)
 
     def __repr__(self) -> str:
-        """Return the test as it is written, such as `response` or `everywhere.without('first')`."""
+        """Return the test as an expression, such as `everywhere.without('first')`."""
         excluded = {name: self.none & ~test.none for name, test in NAMED.items()
                     if (test.need, test.any) == (self.need, self.any)
                     and not test.none & ~self.none}
@@ -114,10 +123,10 @@ NAMED = {
 
 
 def as_where(where: Where | str) -> Where:
-    """Return the test of a `where` argument, which is a test or a name in `NAMED`.
+    """Convert a `where` argument, a token test or a name in `NAMED`, to a token test.
 
     Raises:
-      UserError: another name, or another type.
+      UserError: the name is unknown, or the argument has the wrong type.
     """
     if isinstance(where, str) and where in NAMED:
         return NAMED[where]
@@ -128,24 +137,32 @@ def as_where(where: Where | str) -> Where:
 
 
 def encoded(where: Where | str) -> np.ndarray:
-    """Return a test, or the test of a name, as [5] int32.
+    """Encode a `where` argument, a token test or a name in `NAMED`, as [5] int32.
 
     Raises:
-      UserError: another name, or another type.
+      UserError: the name is unknown, or the argument has the wrong type.
     """
     return as_where(where).encode()
 
 
 def decoded(code: np.ndarray) -> Where:
-    """Return the test that `Where.encode` encoded as [5] integers."""
+    """Return the token test with the given encoding [5] (inverse of `Where.encode`)."""
     return Where(*(int(number) for number in code))
 
 
 def turns(role: str) -> Where:
-    """Return the test for the content of a role's messages ("system", "user", "assistant").
+    """Return the test that selects the content of a role's messages.
+
+    Args:
+      role: "system", "user" or "assistant".
 
     Raises:
-      UserError: another role.
+      UserError: the role is none of these.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.turns("user") == jp.user
+      True
     """
     if role not in ("system", "user", "assistant"):
         raise UserError(f"role is {role!r}; it must be 'system', 'user' or 'assistant'")
@@ -153,7 +170,7 @@ def turns(role: str) -> Where:
 
 
 def holds(code: jax.Array, batch: Batch) -> jax.Array:
-    """Evaluate encoded tests on a batch.
+    """Evaluate encoded token tests on a batch.
 
     Args:
       code: [5] or [B, 5] int32.

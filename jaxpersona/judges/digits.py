@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SCORES = (0, 1, 2, 3)
 LEAST_MASS = 0.25  # minimum probability of the four digits; below it the score is None
-_SPACES = ("", "Ġ", "▁")  # a digit as a token of its own, and with a space before it
+_SPACES = ("", "Ġ", "▁")  # a digit token may begin with a space, encoded as Ġ or ▁
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Verdicts:
 
     Attributes:
       probabilities: [n, 4], of the scores 0 to 3, renormalized to a sum of 1.
-      mass: [n], the probability of all four digits as the next token.
+      mass: [n], the total probability of the four digits as the next token.
     """
 
     __repr__ = brief
@@ -51,12 +51,12 @@ class Verdicts:
 class DigitJudge:
     """Score replies with a model's probabilities of "0", "1", "2" and "3" after the judge's prompt.
 
-    One forward pass per reply, without generation (Chen et al. 2025 score traits this way). The
-    judge may be the evaluated model or another one.
+    Scoring a reply takes one forward pass and generates no tokens (Chen et al. 2025 score traits
+    this way). The judge may be the evaluated model or another one.
 
     Args:
       model: the judging model; it needs a tokenizer.
-      batch_tokens: the number of tokens of a batch (`engine.scoring.next_logprobs`).
+      batch_tokens: the number of tokens per batch (`engine.scoring.next_logprobs`).
 
     Raises:
       UserError: the model has no tokenizer, or its tokenizer has no token for a digit.
@@ -85,7 +85,7 @@ class DigitJudge:
                             "use another judge")
 
     def verdicts(self, role: Role, records: Sequence[Mapping[str, Any]]) -> Verdicts:
-        """Return the probabilities of the scores of a role's rollouts (see `rollouts.play`).
+        """Return the score probabilities of a role's rollouts (see `rollouts.play`).
 
         Raises:
           UserError: the role has no `eval_prompt`, or a prompt fills the judge's context.
@@ -93,12 +93,12 @@ class DigitJudge:
         prompts = asked(self, role, records)
         if not prompts:
             return Verdicts(np.zeros((0, len(SCORES))), np.zeros(0))
-        found = np.exp(next_logprobs(self.model, prompts, [i for ids in self._ids for i in ids],
-                                     batch_tokens=self.batch_tokens).astype(np.float64))
+        by_token = np.exp(next_logprobs(self.model, prompts, [i for ids in self._ids for i in ids],
+                                        batch_tokens=self.batch_tokens).astype(np.float64))
         ends = np.cumsum([len(ids) for ids in self._ids])[:-1]
-        each = np.stack([part.sum(-1) for part in np.split(found, ends, axis=-1)], -1)
-        mass = each.sum(-1)
-        return Verdicts(each / np.maximum(mass, 1e-300)[:, None], mass)
+        by_digit = np.stack([p.sum(-1) for p in np.split(by_token, ends, axis=-1)], -1)
+        mass = by_digit.sum(-1)
+        return Verdicts(by_digit / np.maximum(mass, 1e-300)[:, None], mass)
 
     def __call__(self, role: Role, records: Sequence[Mapping[str, Any]]) -> list[int | None]:
         """Return the most probable score of each record, or None (see `Verdicts.scores`)."""

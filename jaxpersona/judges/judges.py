@@ -1,4 +1,4 @@
-"""Judges: score how fully each reply plays its role, 0 to 3, or None if undecidable.
+"""Judges: score how fully each reply plays its role, from 0 to 3, or None if undecidable.
 
 0: refuses. 1: declines the role but helps. 2: identifies as an AI with some attributes of the
 role. 3: fully plays the role (Lu et al. 2026).
@@ -47,7 +47,7 @@ class NoJudge:
 
 
 class SelfJudge:
-    """A judge that prompts the evaluated model itself with each role's `eval_prompt`, greedily."""
+    """A judge that prompts the evaluated model with a role's `eval_prompt` and decodes greedily."""
 
     name, together, reads_eval_prompt = "self", True, True
 
@@ -79,7 +79,7 @@ def asked(judge: Judge, role: Role, records: Sequence[Mapping[str, Any]]) -> lis
 
 def read_score(text: str) -> int | None:
     """Return the first standalone integer 0–3 in a judge's reply, or None."""
-    for found in re.findall(r"(?<![\d.])\d+(?![\d.]*\d)", text):
-        if int(found) <= 3:
-            return int(found)
+    for digits in re.findall(r"(?<![\d.])\d+(?![\d.]*\d)", text):
+        if int(digits) <= 3:
+            return int(digits)
     return None

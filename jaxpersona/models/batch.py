@@ -1,8 +1,8 @@
 """Batches: token ids with per-token metadata.
 
-`kind` and `turn` are stored per token. Interventions and captures select tokens by testing them,
-so a selection has the same meaning in prefill, chunked prefill and decode. Padding is marked by
-the absence of the `VALID` bit.
+`kind` and `turn` are stored per token. Interventions and captures select tokens by these fields, so
+a selection has the same meaning in prefill, chunked prefill and decode. Padding tokens do not have
+the `VALID` bit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Int32, UInt16, UInt32
 
 VALID = 1 << 0  # a token, not padding
-FIRST = 1 << 1  # the first token of its row: an attention sink with a very large norm
+FIRST = 1 << 1  # the first token of a row, an attention sink with a very large norm
 TEMPLATE = 1 << 2  # added by the chat template, including end-of-turn tokens
 SYSTEM = 1 << 3  # content of a system message
 USER = 1 << 4  # content of a user message
@@ -32,7 +32,7 @@ GENERATED = 1 << 6  # sampled by this engine
 THINKING = 1 << 7  # inside a thinking block
 CODE = 1 << 8  # inside a code block
 LAST = 1 << 9  # the last token of the prompt
-MARK = 1 << 10  # a user-defined mask
+MARK = 1 << 10  # selected by a user-defined mask
 
 KINDS = {
     "valid": VALID, "first": FIRST, "template": TEMPLATE, "system": SYSTEM, "user": USER,
@@ -49,15 +49,20 @@ class Batch(flax.struct.PyTreeNode):
       position: [B, T] int32, the rotary position; 0 at padding.
       kind: [B, T] uint16, a bit mask of `KINDS`; 0 at padding.
       turn: [B, T] int32, the index of the token's message, from 0.
-      row_id: [B] uint32, the row's identity, which seeds its random draws; independent of the
-        row's index in the batch.
-      chunk: whether the batch is one chunk of longer prompts (static).
+      row_id: [B] uint32, an ID that seeds the row's random draws; it does not depend on the row's
+        index in the batch.
+      chunk: whether the batch is one chunk of a longer prompt (static).
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.batch([[5, 6, 7], [8]]).position.tolist()
+      [[0, 1, 2], [0, 0, 0]]
     """
 
     __repr__ = brief
 
     tokens: Int32[Array | np.ndarray, "B T"]
-    position: Any  # the type of `tokens`; Any, because some functions annotate it jax.Array
+    position: Any  # the type of `tokens`; Any because some functions annotate it as jax.Array
     kind: UInt16[Array | np.ndarray, "B T"]
     turn: Int32[Array | np.ndarray, "B T"]
     row_id: UInt32[Array | np.ndarray, " B"]
@@ -83,7 +88,7 @@ class Batch(flax.struct.PyTreeNode):
         if self.tokens.shape[0] % ways:
             raise UserError(
                 f"the batch has {self.tokens.shape[0]} rows; the mesh shards rows over {ways} "
-                f"devices: give a multiple of {ways}"
+                f"devices, so use a multiple of {ways}"
             )
         return jax.tree.map(lambda x: spread_rows(x, 0, like), self)
 
@@ -94,9 +99,9 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
 
     Args:
       tokens: [B, T] integers, or B sequences of any length (right-padded here).
-      kind: bit masks of `KINDS`, in the form of `tokens` (VALID, FIRST and LAST are set here), or
-        None.
-      turn: message indices in the form of `tokens`, or None for 0.
+      kind: bit masks of `KINDS`, nested like `tokens`, or None. VALID, FIRST and LAST are set
+        automatically.
+      turn: message indices, nested like `tokens`, or None for all zeros.
       row_id: [B] integers, or None for 0, 1, ….
       width: pad to this many tokens; default: the longest row.
       vocabulary: the model's `config.vocab_size`; larger ids raise an error. If None, `forward`
@@ -104,14 +109,19 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
         an invalid id gives NaN.
 
     Raises:
-      UserError: an empty batch, an empty row, a single row not in a list, values that are not
-        token ids, `kind` or `turn` of another shape, or a row longer than `width`.
+      UserError: the batch or a row is empty, a single row is not in a list, values are not token
+        ids, `kind` or `turn` does not match the shape of `tokens`, or a row is longer than `width`.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.batch([[5, 6, 7], [8]], vocabulary=1024).tokens.shape
+      (2, 3)
     """
     if isinstance(tokens, (str, bytes)) or not isinstance(tokens, Iterable):
         raise UserError(f"tokens is {tokens!r:.60}; give a list of rows of token ids")
     rows = [_row(row, i) for i, row in enumerate(tokens)]
     if not rows or any(row.size == 0 for row in rows):
-        raise UserError("tokens has no row or an empty row; every row needs at least one token")
+        raise UserError("tokens is empty or has an empty row; every row needs at least one token")
     for i, row in enumerate(rows):
         check_ids(row, vocabulary, f"row {i} of tokens")
     rows = [row.astype(np.int32) for row in rows]
@@ -120,7 +130,7 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
     if not isinstance(width, (int, np.integer)):
         raise UserError(f"width is {width!r:.60}; it must be an integer")
     if longest > width:
-        raise UserError(f"a row of {longest} tokens does not fit the width {width}")
+        raise UserError(f"a row has {longest} tokens; this exceeds the width {width}")
 
     def pad(values: Sequence, dtype: Any) -> np.ndarray:
         out = np.zeros((len(rows), width), dtype)
@@ -134,10 +144,10 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
         try:
             arrays = [np.array(v, np.int32).reshape(-1) for v in values]
         except (TypeError, ValueError, OverflowError) as error:
-            raise UserError(f"{name} is {values!r:.60}; give one 32-bit integer for every token "
-                            "of every row") from error
+            raise UserError(f"{name} is {values!r:.60}; give one 32-bit integer per token of every "
+                            "row") from error
         if [a.size for a in arrays] != [r.size for r in rows]:
-            raise UserError(f"{name} must have one entry for every token")
+            raise UserError(f"{name} must have one entry per token")
         return arrays
 
     kinds = like("kind", kind)
@@ -178,11 +188,11 @@ def check_ids(ids: np.ndarray, vocabulary: int | None, what: str, tokenizer: Any
     Args:
       ids: integers of any shape.
       vocabulary: the number of rows of the embedding; None allows any nonnegative int32.
-      what: the source of the ids, for the message.
+      what: the source of the ids, for the error message.
       tokenizer: if given, the message also shows the token's text.
 
     Raises:
-      UserError: an id below 0 or not below `vocabulary`; the message names the first one.
+      UserError: an id is negative, or not less than `vocabulary`; the message shows the first.
     """
     most = 2**31 if vocabulary is None else vocabulary
     if not ids.size or (int(ids.min()) >= 0 and int(ids.max()) < most):
@@ -195,8 +205,8 @@ def check_ids(ids: np.ndarray, vocabulary: int | None, what: str, tokenizer: Any
     raise UserError(
         f"{what} has the token id {wrong}{written}; token ids must be in 0…{most - 1}"
         + ("" if vocabulary is None else ", the rows of the model's embedding")
-        + (": the tokenizer has tokens that the model lacks, so remove them from the text or use "
-           "the model's own tokenizer" if written else "")
+        + (": the tokenizer has tokens that the model does not have, so remove them from the text "
+           "or use the model's own tokenizer" if written else "")
     )
 
 

@@ -1,8 +1,8 @@
-"""The key/value cache: one pair of arrays per layer, and the next free slot of every row.
+"""The key/value cache: one pair of arrays per layer, and the index of each row's next free slot.
 
-Valid tokens of a row fill consecutive slots; padding takes none, so a row's cache does not depend
-on the other rows. Each slot stores the rotary position of its token, from which attention derives
-its mask.
+The valid tokens of a row fill consecutive slots. Padding takes no slots, so a row's cache does not
+depend on the other rows. Each slot stores the rotary position of its token; attention computes its
+mask from these positions.
 """
 
 from __future__ import annotations
@@ -30,9 +30,14 @@ class Cache(flax.struct.PyTreeNode):
     """Keys and values of the tokens seen so far.
 
     Attributes:
-      k, v: for each layer [B, K, S, H].
+      k, v: one array [B, K, S, H] per layer.
       position: [B, S] int32, the rotary position of each slot's token; −1 in empty slots.
       next: [B] int32, the next free slot.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.init_cache(jp.load("mini").config, rows=2, slots=64).slots
+      64
     """
 
     __repr__ = brief
@@ -55,21 +60,26 @@ class Cache(flax.struct.PyTreeNode):
 
 
 def kept_dtype(like: jax.Array) -> DTypeLike:
-    """Return the fastest cache dtype for a model whose parameters are like `like`.
+    """Return the fastest cache dtype for a model with parameters like `like`.
 
-    This is the parameter's dtype, except on a single CPU, where it is float32 (the values are
-    still rounded to the parameter's dtype). There XLA would convert a whole low-precision cache to
-    float32 and back for every token written. A float32 cache takes twice the memory of a 16-bit
-    one.
+    This is the dtype of `like`, except on a single CPU, where it is float32 (values are still
+    rounded to the dtype of `like`). On a CPU, XLA would convert a whole 16-bit cache to float32 and
+    back for every token written. A float32 cache takes twice the memory of a 16-bit one.
     """
     return jnp.float32 if on_cpu(like) else like.dtype
 
 
-def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = jnp.float32,
+def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = "float32",
                ) -> Cache:
     """Allocate an empty cache of `rows` rows and `slots` slots.
 
-    Any dtype that can represent the model's works; `kept_dtype` returns the fastest.
+    Any dtype that can represent the model's values works; `kept_dtype` returns the fastest.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> cache = jp.init_cache(jp.load("mini").config, rows=2, slots=64)
+      >>> cache.position.shape
+      (2, 64)
     """
     shape = (rows, config.n_kv_heads, slots, config.head_dim)
     return Cache(
@@ -83,7 +93,7 @@ def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = jn
 def assign_slots(cache: Cache | None, batch: Batch) -> jax.Array:
     """Return each token's slot [B, T]; padding gets the out-of-range slot S and is dropped.
 
-    A row's valid tokens come first (right padding) and take its next free slots in order.
+    A row's valid tokens come before its padding and fill its next free slots in order.
     """
     rows, width = batch.tokens.shape
     steps = jnp.arange(width, dtype=jnp.int32)[None]
@@ -93,7 +103,7 @@ def assign_slots(cache: Cache | None, batch: Batch) -> jax.Array:
 
 
 def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
-    """Write the positions of a batch's tokens; `write` adds keys and values per layer."""
+    """Write the positions of a batch's tokens; `write` adds the keys and values of each layer."""
     return cache.replace(
         position=set_lines(cache.position, batch.position, slots, lines=1),
         next=cache.next + batch.length,
@@ -103,7 +113,7 @@ def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
 def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
     """Write values [B, T, K, H] into the slots [B, T] of a [B, K, S, H] buffer.
 
-    One token per row uses a scatter (`set_lines`); several use a gather (`by_slot`).
+    Writes one token per row with a scatter (`set_lines`), and several with a gather (`by_slot`).
     """
     values = values.astype(buffer.dtype)
     if values.shape[1] == 1:
@@ -116,10 +126,10 @@ def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
 def set_lines(buffer: jax.Array, values: jax.Array, slots: jax.Array, lines: int) -> jax.Array:
     """Scatter values into the slots of a buffer whose axis S follows `lines` leading axes.
 
-    Values whose slot is S or beyond are dropped. The scatter is mapped over every leading axis, so
-    each head has its own index. With one index shared by the heads of a row, XLA would transpose
-    the buffer before and after a decode loop on TPUs, and copy a one-row buffer three times a step
-    on CPUs.
+    Values whose slot is S or larger are dropped. The scatter is mapped over every leading axis, so
+    each head has its own index. If the heads of a row shared one index, XLA would transpose the
+    buffer before and after a decode loop on TPUs, and copy a one-row buffer three times per step on
+    CPUs.
     """
     def enter(line: jax.Array, value: jax.Array, slot: jax.Array) -> jax.Array:
         return line.at[slot].set(value, mode="drop")
@@ -132,8 +142,8 @@ def set_lines(buffer: jax.Array, values: jax.Array, slots: jax.Array, lines: int
 def by_slot(values: jax.Array, slots: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Reorder per-token values [B, T, …] by slot, given the tokens' slots [B, T].
 
-    Uses a gather from each slot's token, because some backends run a scatter token by token. A
-    row's valid tokens must come first and have consecutive slots.
+    Each slot gathers its token, because some backends run a scatter token by token. A row's valid
+    tokens must come first and have consecutive slots.
 
     Returns:
       moved: [B, S, …] with S = `count`; arbitrary values in slots without a token.

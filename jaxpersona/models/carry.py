@@ -18,17 +18,23 @@ if TYPE_CHECKING:
 class Carry(flax.struct.PyTreeNode):
     """The state of B rows between two calls of `forward`.
 
-    `forward` returns it with every field set, except `cache` where none was allocated. A field that
-    is None starts from its initial state, so `Carry(cache=cache)` continues a cache alone and
-    `carry.replace(captured=None)` restarts the readings.
+    `forward` returns it with every field set, except that `cache` is None if no cache was
+    allocated. As an input, a field that is None starts from its initial state:
+    `Carry(cache=cache)` continues only the cache, and `carry.replace(captured=None)` restarts the
+    readings.
 
     Attributes:
       cache: keys and values of the tokens seen so far, or None.
       captured: the state of each reading by name; `.value` is the result.
       applied: one `Applied` per intervention table, summed over the calls.
       gates: the state of each prompt gate, by the index of its table.
-      finite: [B] bool, whether the residual stream after the last block that ran, and its sum of
+      finite: [B] bool, whether the residual stream after the last computed block, and its sum of
         squares, were finite in float32 at every valid token of all calls.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.Carry(cache=jp.init_cache(jp.load("mini").config, rows=1, slots=16)).captured is None
+      True
     """
 
     __repr__ = brief

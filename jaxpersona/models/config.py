@@ -1,7 +1,7 @@
 """Model configuration, with parameter, memory and FLOP counts.
 
-A `ModelConfig` is frozen, hashable and static under `jax.jit`. Differences between model families
-are fields of it, so one `forward` serves every family without testing the family's name.
+A `ModelConfig` is frozen, hashable and static under `jax.jit`. Model families differ only in its
+fields, so one `forward` serves every family without testing the family's name.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from jaxpersona.brief import line
 from jaxpersona.errors import UserError
 
 Activation = Literal["silu", "gelu_tanh"]
-# The fields that `ModelConfig.hash` covers, version 1. Hashes are stored in files, so this list
-# must not change: a field added later enters the hash only if its value is not the default.
+# Version 1 of the fields that `ModelConfig.hash` covers. Hashes are stored in files, so this list
+# must not change. A field added later is hashed only if its value differs from the default.
 _HASHED = {
     "ModelConfig": frozenset("""
         family vocab_size d_model n_layers n_heads n_kv_heads head_dim d_ff norm_eps max_context
@@ -29,14 +29,14 @@ _HASHED = {
         theta kind factor low_freq_factor high_freq_factor original_context
     """.split()),
 }
-MAX_LAYERS = 1024  # above that of every released model; a larger number indicates a damaged file
+MAX_LAYERS = 1024  # more than any released model has; a larger number indicates a damaged file
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """Rotary position embedding: the base and the scaling of its frequencies.
 
-    kind "default" uses `theta` alone; "linear" divides every frequency by `factor`; "llama3"
+    kind "default" uses only `theta`; "linear" divides every frequency by `factor`; "llama3"
     divides low frequencies by `factor` and interpolates between the two wavelength bounds.
     """
 
@@ -62,6 +62,11 @@ class ModelConfig:
       norm_offset: 1 if norms multiply by (1 + weight), else 0.
       post_norms: whether attention and MLP outputs are normalized before the residual add.
       max_context: the model's maximum sequence length in tokens.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.load("mini").config.n_heads
+      4
     """
 
     family: str
@@ -121,14 +126,14 @@ class ModelConfig:
     def hash(self) -> str:
         """Return an eight-digit hexadecimal hash of all fields.
 
-        Adding a field with a default to the class leaves existing hashes unchanged.
+        Adding a field with a default value to the class does not change existing hashes.
         """
         text = json.dumps(_hashed(self, "ModelConfig"), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:8]
 
     @property
     def parameters(self) -> int:
-        """The number of parameters; a tied head is counted once."""
+        """The number of parameters; tied embeddings are counted once."""
         d, f, n, k, h = self.d_model, self.d_ff, self.n_heads, self.n_kv_heads, self.head_dim
         attention = 2 * n * h * d + 2 * k * h * d
         attention += self.qkv_bias * (n + 2 * k) * h + self.o_bias * d + self.qk_norm * 2 * h
@@ -142,21 +147,21 @@ class ModelConfig:
         return self.parameters * itemsize
 
     def step_bytes(self, itemsize: int = 2) -> int:
-        """Return the weight bytes read by one decode step: all except an untied embedding."""
+        """Return the bytes of weights that a decode step reads: all except an untied embedding."""
         untied = 0 if self.tied_embeddings else self.vocab_size * self.d_model
         return (self.parameters - untied) * itemsize
 
     def cache_bytes(self, length: int, itemsize: int = 2) -> int:
-        """Return the bytes of keys and values read by one row of `length` tokens."""
+        """Return the bytes of keys and values read per step for a row of `length` tokens."""
         seen = sum(min(length, w) if w else length for w in self.windows)
         return 2 * self.n_kv_heads * self.head_dim * itemsize * seen
 
     def prefill_flops(self, length: int, *, head: bool = False) -> int:
-        """Return the floating-point operations of a prefill of one row of `length` tokens.
+        """Return the number of floating-point operations to prefill one row of `length` tokens.
 
-        2·P·T + 2·L·N·H·T² for T = `length`, where P counts the parameters without the embedding
-        and the output head; causality halves the attention term. `head` adds the output head
-        (logits) at every token.
+        The count is 2·P·T + 2·L·N·H·T² for T = `length`, where P is the number of parameters
+        without the embedding and the output head. The attention term is halved by causal masking.
+        With `head`, the count includes the logits of every token.
         """
         heads = 1 if self.tied_embeddings else 2
         dense = self.parameters - heads * self.vocab_size * self.d_model
@@ -165,7 +170,7 @@ class ModelConfig:
 
 
 def _hashed(value: Any, kind: str) -> dict[str, Any]:
-    """Return the fields and values of a dataclass that its hash covers."""
+    """Return the fields of a dataclass that its hash covers, with their values."""
     covered = {}
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)
@@ -177,7 +182,7 @@ def _hashed(value: Any, kind: str) -> dict[str, Any]:
 def replace(config: ModelConfig, **changes: Any) -> ModelConfig:
     """Return a copy of `config` with changed fields.
 
-    A new `n_layers` without `windows` repeats or truncates the pattern of `windows`.
+    If `n_layers` changes without `windows`, the pattern of `windows` is repeated or truncated.
     """
     if "n_layers" in changes and "windows" not in changes:
         n = changes["n_layers"]

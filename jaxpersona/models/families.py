@@ -1,9 +1,9 @@
 """Model families, and conversion of Hugging Face configurations to and from `ModelConfig`.
 
-To add a family, add an entry to `FAMILIES`: its architecture name, the fields of its `config.json`,
-and their conversion to `ModelConfig`. An unsupported field that changes the computation raises an
-error, because ignoring it would silently compute a different model. An unknown key, such as one
-added by training code, is ignored with a warning (transformers ignores it too).
+To add a family, add an entry to `FAMILIES` with its architecture name, the fields of its
+`config.json` and their conversion to `ModelConfig`. An unsupported field that changes the
+computation raises an error, because ignoring it would silently compute a different model. An
+unknown key, such as one added by training code, is ignored with a warning, as in transformers.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Family:
     fields: frozenset[str]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     default: Mapping[str, Any]
-    float16: bool = True  # whether activations of released models stay below its maximum, 65504
+    float16: bool = True  # whether released models' activations fit in float16 (below 65504)
 
 
 def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> tuple:
-    """Return the sliding window of each layer from `layer_types`, or from `fallback` without it."""
+    """Return each layer's sliding window from `layer_types`, or from `fallback` if it is absent."""
     n, window = raw["num_hidden_layers"], raw.get("sliding_window")
     types = raw.get("layer_types")
     if types is None:
@@ -65,7 +65,7 @@ def _mistral(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _qwen_windows(raw: Mapping[str, Any]) -> tuple:
-    """Return Qwen's windows: with `use_sliding_window`, layers from `max_window_layers` up."""
+    """Return Qwen's windows: with `use_sliding_window`, layers from `max_window_layers` on."""
     window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
     first = raw.get("max_window_layers", 28)
     return _layer_windows({**raw, "sliding_window": window},
@@ -147,7 +147,7 @@ def _is_size(value: Any) -> bool:
 
 
 def _is_positive(value: Any) -> bool:
-    """Return whether a number and its reciprocal are positive and finite in float32."""
+    """Return whether a number is positive and, like its reciprocal, finite in float32."""
     return type(value) in (int, float) and 1e-37 < value < 1e37
 
 
@@ -169,7 +169,7 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
     if kind == "llama3":
         missing = [key for key in _LLAMA3 if key not in raw]
         if missing:
-            raise UserError(f"rope scaling 'llama3' lacks {', '.join(missing)}")
+            raise UserError(f"rope scaling 'llama3' is missing {', '.join(missing)}")
         factor, low, high = (float(raw[key]) for key in _LLAMA3[:3])
         if not _is_size(raw[_LLAMA3[3]]):
             raise UserError(f"rope scaling: {_LLAMA3[3]} is {raw[_LLAMA3[3]]!r}; it must be a "
@@ -178,13 +178,13 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
         allowed |= set(_LLAMA3)
     elif kind == "linear":
         if "factor" not in raw:
-            raise UserError("rope scaling 'linear' lacks factor")
+            raise UserError("rope scaling 'linear' is missing factor")
         rope, allowed = Rope(base, "linear", float(raw["factor"])), allowed | {"factor"}
     elif kind == "default":
         rope = Rope(base)
     else:
-        raise UserError(f"rope_type is {reprlib.repr(kind)}; 'default', 'linear' and 'llama3' are "
-                        "supported")
+        raise UserError(f"rope_type is {reprlib.repr(kind)}; it must be 'default', 'linear' or "
+                        "'llama3'")
     unread = {key: raw[key] for key in sorted(set(raw) - allowed)}
     if unread.get("partial_rotary_factor") == 1:
         del unread["partial_rotary_factor"]
@@ -194,7 +194,10 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
 
 
 def _read_rope(raw: Mapping[str, Any], by_layer: bool) -> Rope:
-    """Return the rotary embedding of full-attention layers; `by_layer` allows one dict per type."""
+    """Return the rotary embedding of full-attention layers.
+
+    With `by_layer`, `rope_parameters` may contain one dict per layer type.
+    """
     theta, scaling = raw.get("rope_theta"), raw.get("rope_scaling")
     whole = parameters = raw.get("rope_parameters")
     if not parameters:
@@ -202,7 +205,7 @@ def _read_rope(raw: Mapping[str, Any], by_layer: bool) -> Rope:
     if by_layer and {"full_attention", "sliding_attention"} & set(parameters):
         parameters = parameters.get("full_attention")
     rope = _rope({} if parameters is None else parameters, theta)
-    if scaling and _rope(scaling, theta) != rope:  # transformers reads rope_scaling alone
+    if scaling and _rope(scaling, theta) != rope:  # transformers reads only rope_scaling
         raise UserError(f"rope_scaling is {reprlib.repr(scaling)}, but rope_parameters is "
                         f"{reprlib.repr(whole)}; remove one of them")
     return rope
@@ -218,8 +221,16 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
       place: the file's name, for the warning.
 
     Raises:
-      UserError: an unknown architecture, a missing or malformed field, or an unsupported field or
-        value; the message names them.
+      UserError: the architecture is unknown, or fields are missing, malformed or unsupported; the
+        message names them.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 8,
+      ...           "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
+      ...           "intermediate_size": 16, "max_position_embeddings": 64, "rms_norm_eps": 1e-5}
+      >>> jp.from_hf(config).d_model
+      8
     """
     names = raw.get("architectures") or []
     if not isinstance(names, list):
@@ -236,14 +247,14 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     others = frozenset().union(*(other.fields for other in FAMILIES.values())) - own
     check_keys(raw, family.name, own, others, place)
     given = {key: value for key, value in raw.items() if value is not None}
-    # An explicit null of an optional soft-cap or window disables it; it does not mean the default.
+    # An explicit null disables an optional soft-cap or window; it does not select the default.
     nulls = {key: None for key in _NULLABLE if key in raw and raw[key] is None}
     raw = {**family.default, **given, **nulls}
     required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                 "intermediate_size")
     missing = [key for key in required if key not in raw]
     if missing:
-        raise UserError(f"config.json lacks {', '.join(missing)}")
+        raise UserError(f"config.json is missing {', '.join(missing)}")
     for key in required:
         if not _is_size(raw[key]):
             raise UserError(f"config.json: {key} is {reprlib.repr(raw[key])}; it must be a "
@@ -252,7 +263,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     key = "hidden_activation" if "hidden_activation" in family.fields else "hidden_act"
     activation = raw[key]
     if activation not in _ACTIVATIONS:
-        raise UserError(f"{key} is {activation!r}; {sorted(_ACTIVATIONS)} are supported")
+        raise UserError(f"{key} is {activation!r}; it must be one of {sorted(_ACTIVATIONS)}")
     heads, layers = raw["num_attention_heads"], raw["num_hidden_layers"]
     head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
     fields: dict[str, Any] = {
@@ -287,7 +298,7 @@ def _check_types(raw: Mapping[str, Any]) -> None:
     """Check the types of all optional fields.
 
     Raises:
-      UserError: malformed fields; the message lists all of them.
+      UserError: fields are malformed; the message lists all of them.
     """
     faults = []
 
@@ -315,7 +326,7 @@ def _check_types(raw: Mapping[str, Any]) -> None:
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
-    """Convert a `ModelConfig` to the dict of a `config.json` for transformers."""
+    """Convert a `ModelConfig` to the contents of a transformers `config.json`."""
     family = FAMILIES[config.family]
     activation = next(k for k, v in _ACTIVATIONS.items() if v == config.activation)
     raw: dict[str, Any] = {

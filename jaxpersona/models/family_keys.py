@@ -1,7 +1,7 @@
 """Checks of the `config.json` keys that a model family does not read.
 
-Such keys are metadata, settings of training code and tools, or fields of other architectures.
-Known metadata is ignored. A field of another architecture raises an error if it is set, because
+Such keys are metadata, settings for training code and tools, or fields of other architectures.
+Known metadata is ignored. A field of a different architecture raises an error if it is set, because
 ignoring it would silently compute a different model. Any other key is ignored with a warning.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxpersona.errors import UserError
 
-# Metadata and training settings without effect on an inference forward pass.
+# Metadata and training settings that do not affect inference.
 _IGNORED = frozenset("""
     architectures model_type transformers_version torch_dtype dtype use_cache _name_or_path
     bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
@@ -31,8 +31,8 @@ _IGNORED = frozenset("""
     attn_pdrop embedding_dropout residual_dropout attention_probs_dropout_prob hidden_dropout_prob
 """.split())
 
-# Fields of other architectures and of forks that change the forward pass, each with its neutral
-# value. None: empty, 0 and false are neutral. JSON null is neutral for every field.
+# Fields of other architectures and of forks that change the forward pass. Each maps to its neutral
+# value, or to None if empty, 0 and false are neutral. JSON null is neutral for every field.
 _CHANGES: dict[str, Any] = {key: None for key in """
     quantization_config quantization compression_config sparsity_config bnb_config
     num_experts num_local_experts n_routed_experts num_experts_per_tok num_experts_per_token
@@ -84,18 +84,17 @@ _CHANGES |= {"attention_multiplier": None, "is_causal": True, "causal": True, "u
 
 def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others: frozenset[str],
                place: str) -> None:
-    """Raise an error for unsupported keys that change the computation; warn of unknown keys.
+    """Raise an error for unsupported keys that change the computation; warn about unknown keys.
 
     Args:
       raw: the configuration.
-      family: the family's name, for the error.
+      family: the family's name, for the error message.
       own: the keys that the family reads.
       others: the keys that other families read.
       place: the file's name, for the warning.
 
     Raises:
-      UserError: keys that are set and that this family does not implement; the message lists
-        them.
+      UserError: keys are set that this family does not implement; the message lists them.
     """
     unread = sorted(set(raw) - _IGNORED - own)
 
@@ -108,15 +107,15 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
         return key in others or (key in _CHANGES and (
             bool(value) if neutral is None else value != neutral))
 
-    refused = [key for key in unread if changes(key)]
-    if refused:
+    unsupported = [key for key in unread if changes(key)]
+    if unsupported:
         raise UserError(f"config.json of family {family} has unsupported fields: "
-                        f"{_said(raw, refused)}")
-    strange = [key for key in unread if key not in _CHANGES and raw[key] not in (None, False)]
-    if strange:
-        warnings.warn(f"{place}: ignored the unknown keys {_said(raw, strange)}, as transformers "
+                        f"{_listed(raw, unsupported)}")
+    unknown = [key for key in unread if key not in _CHANGES and raw[key] not in (None, False)]
+    if unknown:
+        warnings.warn(f"{place}: ignored the unknown keys {_listed(raw, unknown)}, as transformers "
                       "does", stacklevel=4)
 
 
-def _said(raw: Mapping[str, Any], keys: list[str]) -> str:
+def _listed(raw: Mapping[str, Any], keys: list[str]) -> str:
     return ", ".join(f"{key}={reprlib.repr(raw[key])}" for key in keys[:20])

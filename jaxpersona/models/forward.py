@@ -1,11 +1,12 @@
 """The forward pass, embed → blocks → head, as a pure function of parameters and data.
 
 One function serves every model family, with or without a cache, interventions and captures. The
-compiled program contains only what a call requests: no hooks and no run-time branches.
+compiled program contains only the requested operations, without hooks or run-time branches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import flax.struct
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.brief import brief
-from jaxpersona.captures.capture import Capture, check_capture
+from jaxpersona.captures.capture import Capture, joined
 from jaxpersona.captures.reading import spread_states
 from jaxpersona.distributed.sharding import (
     check_set_mesh,
@@ -34,6 +35,7 @@ from jaxpersona.models.batch import VALID, Batch, check_ids
 from jaxpersona.models.cache import Cache, advance, assign_slots, init_cache, kept_dtype
 from jaxpersona.models.carry import Carry
 from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.int8 import Int8
 from jaxpersona.models.params import Params
 from jaxpersona.models.weight import dot
 from jaxpersona.runtime import is_traced
@@ -50,11 +52,19 @@ class Output(flax.struct.PyTreeNode):
     Attributes:
       logits: [B, T, V], [B, V] or None, float32.
       carry: the state after this call; pass it to the next call to continue.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import jax
+      >>> model = jp.load("mini")
+      >>> out = jax.jit(jp.forward)(model.params, model.config, jp.encode(model, ["hi"]))
+      >>> out.logits.shape, bool(out.finite.all())
+      ((1, 10, 1024), True)
     """
 
     __repr__ = brief
 
-    logits: Float[Array, "B *T V"] | Any  # None is possible only with logits=None
+    logits: Float[Array, "B *T V"] | Any  # None only if called with logits=None
     carry: Carry
 
     @property
@@ -69,7 +79,7 @@ class Output(flax.struct.PyTreeNode):
 
     @property
     def cache(self) -> Cache | None:
-        """The cache including this call's tokens, or None."""
+        """The cache, which includes this call's tokens, or None."""
         return self.carry.cache
 
     @property
@@ -81,9 +91,10 @@ class Output(flax.struct.PyTreeNode):
     def finite(self) -> Bool[Array, " B"]:
         """[B] bool, whether the residual stream was finite (`Carry.finite`).
 
-        Non-finite values of an earlier block propagate to the last one unless an edit removes them.
+        Non-finite values from an earlier block propagate to the last one unless an edit removes
+        them.
         """
-        assert self.carry.finite is not None  # set by every call
+        assert self.carry.finite is not None  # every call sets it
         return self.carry.finite
 
 
@@ -93,7 +104,7 @@ def forward(
     batch: Batch,
     *,
     interventions: Interventions | PreparedInterventions | None = None,
-    capture: Capture | None = None,
+    capture: Capture | Sequence[Capture] | None = None,
     carry: Carry | None = None,
     slots: int | None = None,
     logits: Logits = "all",
@@ -102,15 +113,15 @@ def forward(
     """Run the model on a batch.
 
     Args:
-      params: the parameters; their dtype is the computation's dtype.
+      params: the parameters; the dtype of `params.like` is the computation's dtype.
       config: the model configuration (static).
-      batch: B rows of T tokens, right-padded. With a cache, the tokens continue its rows.
-      interventions: the edits of the activations; prepared ones (`Interventions.prepare`) are used
-        as they are.
-      capture: the readings of the activations.
-      carry: the state of earlier calls on these rows, to continue; `Output.carry` returns it.
-      slots: the number of slots of a new cache (static), allocated in the fastest dtype
-        (`cache.kept_dtype`). Not with a carry that has a cache.
+      batch: B rows of T tokens, right-padded. With a cache, the tokens are appended to its rows.
+      interventions: the edits of the activations, optionally prepared (`Interventions.prepare`).
+      capture: the readings of the activations, or a list of them.
+      carry: the state to continue from, returned by the previous call on these rows
+        (`Output.carry`), or None.
+      slots: allocate a cache with this many slots (static), in the fastest dtype
+        (`cache.kept_dtype`). Cannot be combined with a carry that has a cache.
       logits: "all" for every token; "last" for each row's last valid token; None skips the head
         and, without a cache, all layers above the highest one that is read or edited.
       attention: "xla", the reference; "cudnn", flash attention on a GPU; "auto", cuDNN for long
@@ -118,21 +129,30 @@ def forward(
         by one per token, as in a batch from `batch`.
 
     Unlike the package's other functions, which disable JAX's debugging flags and transfer guard,
-    this one runs under its caller's: with `jax_debug_nans`, a capture that marks tokens with NaN
-    raises an error.
+    this function respects them: with `jax_debug_nans`, a capture that marks tokens with NaN raises
+    an error.
 
     Raises:
-      UserError: interventions or captures that do not match the model or the batch; a batch wider
-        than its cache; a row with more tokens than free slots or an id outside the embedding
-        (under `jax.jit` both give NaN instead); a gate with `within=True` on a chunked prompt; a
-        carry of other readings, tables or gates; `slots` with a carry that has a cache;
-        unsupported use of cuDNN; or a mesh set by `jax.set_mesh` that differs from the parameters'
-        mesh.
+      UserError: interventions or captures do not match the model or the batch; the batch is wider
+        than the cache; a row has more tokens than free slots or an id outside the embedding (under
+        `jax.jit` both give NaN instead); a gate with `within=True` is used on a chunked prompt; the
+        carry belongs to different readings, tables or gates; `slots` is combined with a carry that
+        has a cache; cuDNN does not support the call; or the mesh set by `jax.set_mesh` differs from
+        the parameters' mesh.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import jax
+      >>> model = jp.load("mini")
+      >>> run = jax.jit(jp.forward)  # a pure function
+      >>> run(model.params, model.config, jp.encode(model, ["hi"])).logits.shape  # [B, T, V]
+      (1, 10, 1024)
     """
-    _check_arguments(params, batch, capture, carry)
+    _check_arguments(params, batch, carry)
+    capture = joined(capture)
     rows, width = batch.tokens.shape
     _check_ids(batch.tokens, config)
-    like = params.embed_vd
+    like = params.like
     check_set_mesh(like)
     edits = prepared(interventions, layers=config.n_layers, width=config.d_model, rows=rows,
                      like=like)
@@ -142,8 +162,8 @@ def forward(
     carry = Carry() if carry is None else carry
     cache = carry.cache
     if cache is not None and slots is not None:
-        raise UserError("give either a carry with a cache, to continue it, or slots, to allocate a "
-                        "new cache; not both")
+        raise UserError("carry has a cache, but slots is also set; give either a carry with a "
+                        "cache, to continue it, or slots, to allocate a new cache")
     _check_carry(carry, edits, rows)
     capacity = slots if cache is None else cache.slots
     if capacity is not None and width > capacity:
@@ -170,7 +190,7 @@ def forward(
     else:
         cache = advance(cache, batch, token_slots)
         positions = cache.position
-    # False at tokens whose id is outside the embedding or for which the cache has no free slot
+    # False at tokens with an id outside the embedding or without a free slot in the cache
     known = (batch.tokens >= 0) & (batch.tokens < params.embed_vd.shape[0])
     if cache is not None and slots is None:
         known &= token_slots < cache.slots
@@ -208,28 +228,27 @@ def forward(
     )
 
 
-def _check_arguments(params: Any, batch: Any, capture: Any, carry: Any) -> None:
-    """Check the types that callers confuse.
+def _check_arguments(params: Any, batch: Any, carry: Any) -> None:
+    """Check the types of arguments that are easily confused.
 
     Raises:
-      UserError: a Model in place of its parameters, text or ids in place of a batch, or a capture
-        or carry of another type.
+      UserError: params is a Model, batch is text or ids, or carry has the wrong type.
     """
     if hasattr(params, "params"):
         raise UserError(f"params is a {type(params).__name__}; pass model.params")
     if not isinstance(batch, Batch):
         raise UserError(f"batch is {batch!r:.60}; give the result of jp.encode or jp.batch")
-    check_capture(capture)
     if carry is not None and not isinstance(carry, Carry):
-        raise UserError(f"carry is a {type(carry).__name__}; give the carry of an earlier call "
+        raise UserError(f"carry is a {type(carry).__name__}; give the carry of a previous call "
                         "(`out.carry`), or jp.Carry(cache=cache)")
 
 
 def _check_carry(carry: Carry, edits: PreparedInterventions, rows: int) -> None:
-    """Check that a carry belongs to interventions and to a number of rows.
+    """Check that a carry matches the interventions and the number of rows.
 
     Raises:
-      UserError: a cache of another number of rows, or counts of other tables or layers.
+      UserError: the cache has a different number of rows, or the counts belong to different tables
+        or layers.
     """
     if carry.cache is not None and carry.cache.next.shape[0] != rows:
         raise UserError(f"the carry's cache has {carry.cache.next.shape[0]} rows; the batch has "
@@ -240,11 +259,12 @@ def _check_carry(carry: Carry, edits: PreparedInterventions, rows: int) -> None:
         if counted != layers:
             raise UserError(f"the carry's applied has tables of {counted} layers, but the "
                             f"interventions have tables of {layers} layers; continue with the "
-                            "interventions of the earlier call, or use carry.replace(applied=None)")
+                            "interventions of the previous call, or use "
+                            "carry.replace(applied=None)")
 
 
 def _check_ids(tokens: Any, config: ModelConfig) -> None:
-    """Raise an error for ids outside the embedding, if this process can read their values."""
+    """Raise an error for ids outside the embedding, if their values are known to this process."""
     if is_traced(tokens):
         return
     if isinstance(tokens, jax.Array):
@@ -255,35 +275,39 @@ def _check_ids(tokens: Any, config: ModelConfig) -> None:
 
 
 def _check_room(cache: Cache, batch: Batch) -> None:
-    """Raise an error if a row exceeds its free slots, if this process can read the values."""
-    parts = cache.next, batch.kind
+    """Raise an error for rows that exceed their free slots, if this process knows the values."""
+    arrays = cache.next, batch.kind
     if any(is_traced(x) or not getattr(x, "is_fully_addressable", True)
-           for x in parts):
+           for x in arrays):
         return
-    used, kind = jax.device_get(parts)
+    used, kind = jax.device_get(arrays)
     wanted = np.asarray(used) + ((np.asarray(kind) & VALID) != 0).sum(-1)
     if (wanted > cache.slots).any():
         row = int(np.argmax(wanted > cache.slots))
         raise UserError(f"row {row} of the batch needs {int(wanted[row])} slots, including its "
-                        f"earlier tokens; the cache has {cache.slots}: allocate a larger one "
+                        f"earlier tokens, but the cache has {cache.slots}; allocate a larger one "
                         "(`init_cache`)")
 
 
 def _finite(x: jax.Array, batch: Batch) -> jax.Array:
-    """Return [B] bool: whether a residual [B, T, D] has finite squares at every valid token."""
+    """Return [B] bool: whether ‖x‖² of a residual x [B, T, D] is finite at every valid token."""
     wide = x.astype(jnp.float32)
     return (jnp.isfinite((wide * wide).sum(-1)) | ~batch.valid).all(-1)
 
 
 def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
     """Return the token embeddings [B, T, D], multiplied by `config.embed_scale`."""
-    table = gather_weight(params.embed_vd)
-    tokens, placed = batch.tokens, out_sharding(("batch", None, None), table)
-    narrow = table.dtype != jnp.float32 and is_traced(table)
-    if narrow and on_cpu(table):  # else XLA converts the whole table to float32 before a loop
-        table, tokens = jax.lax.optimization_barrier((table, tokens))
-    # clipped ids become NaN in the first norm (`_project`), which needs no extra kernel
-    x = table.at[tokens].get(mode="clip", wrap_negative_indices=False, out_sharding=placed)
+    table, tokens = params.embed_vd, batch.tokens
+    # the first norm (`_project`) turns clipped ids into NaN without an extra kernel
+    if isinstance(table, Int8):
+        x = table.take(tokens, params.like.dtype)
+    else:
+        table = gather_weight(table)
+        narrow = table.dtype != jnp.float32 and is_traced(table)
+        if narrow and on_cpu(table):  # otherwise XLA converts the table to float32 before a loop
+            table, tokens = jax.lax.optimization_barrier((table, tokens))
+        placed = out_sharding(("batch", None, None), table)
+        x = table.at[tokens].get(mode="clip", wrap_negative_indices=False, out_sharding=placed)
     if config.embed_scale != 1.0:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     return x
@@ -291,7 +315,7 @@ def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
 
 def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
          which: Logits) -> jax.Array | None:
-    """Return float32 logits of the final residual: [B, T, V], or [B, V] of the last tokens.
+    """Return float32 logits of the final residual: [B, T, V], or [B, V] at the last tokens.
 
     They are NaN where the residual or its sum of squares is not finite, and where a soft-cap would
     make an infinite logit finite.
@@ -301,7 +325,7 @@ def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
     with jax.named_scope("head"):
         if which == "last":
             x = of_each(x, jnp.maximum(batch.length - 1, 0)[:, None])
-        # without NaN, an overflowing sum of squares would give zero logits, hence a valid token
+        # otherwise an overflowing sum of squares would give zero logits, and so a valid token
         x = nn.rms_norm(x, params.final_norm_d, config.norm_eps, config.norm_offset,
                         overflow_to_nan=True)
         weight = params.embed_vd if params.head_vd is None else params.head_vd

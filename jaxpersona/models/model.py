@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxpersona.brief import line, quoted
 from jaxpersona.errors import UserError
 from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.int8 import scheme
 from jaxpersona.models.params import Derived, Params, fingerprint, same_arrays
 from jaxpersona.runtime import is_traced
 
@@ -24,14 +25,22 @@ class Model:
       config, params: the configuration and the parameters.
       tokenizer: a transformers tokenizer, or None if the source has none.
       mesh: the mesh that the parameters are sharded over, or None for one device.
-      name: the name that it was loaded by.
+      name: the name or path from which the model was loaded.
       fingerprint: sixteen hexadecimal digits that identify configuration and weights
-        (`params.fingerprint`). A copy with other parameters (`dataclasses.replace`) gets a new
-        one; "" if the parameters are traced or abstract.
+        (`params.fingerprint`). A copy with different parameters (`dataclasses.replace`) gets a new
+        fingerprint; "" if the parameters are traced or abstract.
       stop_ids: the token ids that end a reply.
       template: whether the tokenizer has a chat template; base models have none.
-      marked: the configuration and arrays that `fingerprint` was computed from.
-      derived: cache of arrays derived from the parameters; empty in a copy.
+      marked: the configuration and arrays from which `fingerprint` was computed.
+      derived: a cache of arrays derived from the parameters; empty in a copy.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> model = jp.load("mini")
+      >>> model
+      Model('mini', qwen3, 8 layers × 128, float32)
+      >>> model.config.n_layers, model.config.d_model
+      (8, 128)
     """
 
     config: ModelConfig
@@ -54,14 +63,14 @@ class Model:
         if marked is not None:
             abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
             mark = "" if abstract or is_traced(leaves) else fingerprint(
-                self.config, jax.tree.map(jnp.asarray, self.params))  # they may be NumPy arrays
+                self.config, jax.tree.map(jnp.asarray, self.params))  # may be NumPy arrays
             object.__setattr__(self, "fingerprint", mark)
         object.__setattr__(self, "marked", (self.config, leaves))
 
     def __repr__(self) -> str:
         return line("Model", quoted(self.name), self.config.family,
                     f"{self.config.n_layers} layers × {self.config.d_model}",
-                    str(self.params.embed_vd.dtype),
+                    scheme(self.params), str(self.params.like.dtype),
                     "" if self.mesh is None else f"mesh {dict(self.mesh.shape)}")
 
 
@@ -69,7 +78,7 @@ def check_model(model: Any) -> None:
     """Check that a caller's `model` argument is a model.
 
     Raises:
-      UserError: another value, such as a model's name or its parameters.
+      UserError: it is something else, such as a model's name or parameters.
     """
     if not (hasattr(model, "params") and hasattr(model, "config")):
         shown = " ".join(repr(model).split())

@@ -1,4 +1,4 @@
-"""Layers as functions of arrays: normalization, rotary embedding, attention, MLP.
+"""Layers as pure functions of arrays: normalization, rotary embedding, attention, MLP.
 
 Einsum letters: b batch row, t query token, s cache slot, d model, f feed-forward, n heads,
 k key/value heads, g = n/k, h head dimension, v vocabulary.
@@ -19,14 +19,14 @@ from jaxpersona.models.weight import dot, dots
 
 F32 = jnp.float32
 QUERY_CHUNK = 512  # queries per chunk of attention scores in a long prefill
-_MASKED = -1e30  # finite: the softmax of a fully masked row stays free of NaN
+_MASKED = -1e30  # finite, so that the softmax of a fully masked row is not NaN
 
 
 def round_residual(x: jax.Array) -> jax.Array:
-    """Round x to the precision of its dtype, also inside a fusion.
+    """Round x to the precision of its dtype, even inside a fusion.
 
-    XLA may keep a bfloat16 sum in float32 inside a fusion. A following edit would then change the
-    rounding of values that it does not edit.
+    XLA may keep a bfloat16 sum in float32 inside a fusion. An edit that follows would then change
+    the rounding of values that it does not edit.
     """
     if x.dtype == jnp.bfloat16:
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
@@ -39,13 +39,13 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, *,
              overflow_to_nan: bool = False, known: jax.Array | None = None) -> jax.Array:
     """Apply RMSNorm over the last axis, in float32 (Zhang and Sennrich 2019).
 
-    Where the mean square overflows float32 (numbers beyond 1.8e19) the result is 0, or NaN with
-    `overflow_to_nan`, so that the overflow propagates. The result is also NaN where `known`, of
-    x's shape without the last axis, is False.
+    If the mean square overflows float32 (values above 1.8e19), the result is 0, or NaN with
+    `overflow_to_nan`, so that the overflow propagates. The result is also NaN where `known`, which
+    has the shape of x without the last axis, is False.
     """
     y = x.astype(F32)
     factor = jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
-    if overflow_to_nan:  # a test of the factor alone keeps this a single kernel
+    if overflow_to_nan:  # testing only the factor keeps this a single kernel
         factor = jnp.where(factor > 0, factor, jnp.nan)
     if known is not None:
         factor = jnp.where(known[..., None], factor, jnp.nan)
@@ -75,7 +75,7 @@ def rotary(position: jax.Array, rope: Rope, head_dim: int) -> tuple[jax.Array, j
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Apply the rotary embedding to x [B, T, N, H], pairing the halves of each head."""
+    """Apply the rotary embedding to x [B, T, N, H]; dimension i is paired with i + H/2."""
     a, b = jnp.split(x.astype(F32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
@@ -93,7 +93,7 @@ def attention(
 ) -> jax.Array:
     """Compute causal attention, masked by position, in chunks of `QUERY_CHUNK` queries.
 
-    On a mesh, queries and keys must be sharded alike over rows and heads.
+    On a mesh, queries and keys must have the same sharding over rows and heads.
 
     Args:
       q_btnh: queries [B, T, N, H].
@@ -109,11 +109,11 @@ def attention(
     """
     t = q_btnh.shape[1]
 
-    def part(q: jax.Array, position: jax.Array) -> jax.Array:
+    def attend(q: jax.Array, position: jax.Array) -> jax.Array:
         return _attend(q, k_bksh, v_bksh, position, k_position, scale, softcap, window)
 
     if t <= QUERY_CHUNK:
-        return part(q_btnh, q_position)
+        return attend(q_btnh, q_position)
     chunks = -(-t // QUERY_CHUNK)
     extra = chunks * QUERY_CHUNK - t
     q = jnp.pad(q_btnh, ((0, 0), (0, extra), (0, 0), (0, 0)))
@@ -123,11 +123,11 @@ def attention(
         start = i * QUERY_CHUNK
         piece = jax.lax.dynamic_slice_in_dim(rows, start, QUERY_CHUNK, 1)
         where = jax.lax.dynamic_slice_in_dim(position, start, QUERY_CHUNK, 1)
-        mixed = jax.checkpoint(part)(piece, where)
+        mixed = jax.checkpoint(attend)(piece, where)
         return jax.lax.dynamic_update_slice_in_dim(rows, mixed, start, 1)
 
     # Each chunk's result overwrites its queries. With `jax.lax.map`, XLA allocated the result
-    # buffers of all layers at once: 51 GB for 64 layers of 32 × 1536 tokens on a GPU.
+    # buffers of all layers at once: 51 GB for 64 layers and 32 × 1536 tokens on a GPU.
     return jax.lax.fori_loop(0, chunks, one, q)[:, :t]
 
 
@@ -135,7 +135,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_position: jax.Array, k_p
             scale: float, softcap: float | None, window: int | None) -> jax.Array:
     b, t, n, h = q.shape
     groups = k.shape[1]
-    # Explicit: JAX cannot infer the sharded axis with one key/value head.
+    # explicit, because JAX cannot infer the sharded axis if there is one key/value head
     apart = out_sharding(("batch", None, "kv_heads", "kv_group", None), q)
     q_btkgh = jnp.reshape(q, (b, t, groups, n // groups, h), out_sharding=apart)
     scores = _product("btkgh,bksh->bkgts", q_btkgh, k) * scale
@@ -146,7 +146,8 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_position: jax.Array, k_p
     if window is not None:
         seen &= query - key < window
     weights = jax.nn.softmax(jnp.where(seen, scores, _MASKED), axis=-1)
-    # The first order is three times as fast on a CPU, but takes gigabytes more in a TPU prefill.
+    # The axis order "bkgth" is three times as fast on a CPU, but takes gigabytes more memory in a
+    # TPU prefill.
     if t == 1 or on_cpu(v):
         out = jnp.moveaxis(_product("bkgts,bksh->bkgth", weights.astype(q.dtype), v), 3, 1)
     else:
@@ -156,9 +157,9 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_position: jax.Array, k_p
 
 
 def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Contract in float32 accumulation; on CPUs, convert 16-bit inputs to float32 first.
+    """Contract with float32 accumulation; on CPUs, convert 16-bit inputs to float32 first.
 
-    XLA's CPU backend has no batched bfloat16 product with a float32 result.
+    XLA's CPU backend does not support batched bfloat16 products with a float32 result.
     """
 
     def plain(x: jax.Array, y: jax.Array) -> jax.Array:
@@ -176,7 +177,7 @@ def mlp(x: jax.Array, layer: Any, activation: Activation) -> jax.Array:
     """Apply the gated MLP, down(act(gate(x)) · up(x)) (Shazeer 2020), to x [B, T, D]."""
     gate, up = dots(x, layer.gate_up)
     gate, up = add_bias(gate, layer.b_gate_f), add_bias(up, layer.b_up_f)
-    wide = gate.astype(F32)  # round once, after the product
+    wide = gate.astype(F32)  # so that rounding happens once, after the product
     act = jax.nn.silu(wide) if activation == "silu" else jax.nn.gelu(wide, approximate=True)
     inner = (act * up.astype(F32)).astype(x.dtype)
     out = dot(inner, layer.w_down_df, axes=("batch", None, None))
@@ -184,7 +185,7 @@ def mlp(x: jax.Array, layer: Any, activation: Activation) -> jax.Array:
 
 
 def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Return x plus the bias, or x if there is none."""
+    """Return x plus the bias, or x if the bias is None."""
     return x if bias is None else x + aligned(bias, x)
 
 

@@ -1,9 +1,9 @@
 """Model parameters: layout, initialization and fingerprints.
 
 `layout` describes the shape, logical axes and initializer of every array, for initialization,
-loading, saving and sharding (`ckpts.names` has the names in checkpoints). Weights keep the
-`[out, in]` order of the checkpoint files with the head axes split, so loading is a reshape:
-`wq_nhd` is q_proj's `[N·H, D]`.
+loading, saving and sharding (`ckpts.names` defines the names in checkpoints). Weights keep the
+`[out, in]` order of the checkpoint files but split the head axes, so loading is a reshape:
+`wq_nhd` [N, H, D] is q_proj's `[N·H, D]`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from jaxpersona.brief import brief
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.sharding import Axes, unset_mesh
 from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.int8 import Int8
 from jaxpersona.models.weight import Joined
 
 
 class Layer(flax.struct.PyTreeNode):
     """The parameters of one block; None for arrays that the family does not have.
 
-    Each weight is an array or a prepared `weight.Weight`. With `joined_qkv` or `joined_gate_up`,
-    the weights that these contain are None.
+    Each weight is an array or a prepared `weight.Weight`. If `joined_qkv` or `joined_gate_up` is
+    set, the weights that it contains are None.
     """
 
     __repr__ = brief
@@ -64,17 +65,23 @@ class Layer(flax.struct.PyTreeNode):
 
     @property
     def qkv(self) -> Joined | tuple[Any, Any, Any]:
-        """The weights of queries, keys and values."""
+        """The weights of the query, key and value projections."""
         return self.joined_qkv or (self.wq_nhd, self.wk_khd, self.wv_khd)
 
     @property
     def gate_up(self) -> Joined | tuple[Any, Any]:
-        """The weights of the MLP's gate and of its values."""
+        """The weights of the MLP's gate and up projections."""
         return self.joined_gate_up or (self.w_gate_fd, self.w_up_fd)
 
 
 class Params(flax.struct.PyTreeNode):
-    """The parameters of a model: embedding, blocks, final norm, and a head if it is untied."""
+    """The parameters of a model: embedding, blocks, final norm, and the head if it is untied.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.load("mini").params.embed_vd.shape
+      (1024, 128)
+    """
 
     __repr__ = brief
 
@@ -83,6 +90,11 @@ class Params(flax.struct.PyTreeNode):
     final_norm_d: Any
     head_vd: Any = None
 
+    @property
+    def like(self) -> jax.Array:
+        """An array with the dtype of the activations and the devices of the parameters."""
+        return self.final_norm_d if isinstance(self.embed_vd, Int8) else self.embed_vd
+
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
@@ -90,15 +102,17 @@ class Spec:
 
     Attributes:
       shape, axes: the dimensions and their logical axes.
-      inner: the number of input dimensions of a weight, the last ones; 0 for norms and biases.
-      init: standard deviation of the normal initializer, or None for a norm weight, which starts
-        as the identity.
+      inner: the number of input dimensions of a weight, which come last; 0 for norms and biases.
+      init: standard deviation of the normal initializer, or None for a norm weight, which is
+        initialized to the identity.
+      dtype: the array's own dtype, or None for that of the activations.
     """
 
     shape: tuple[int, ...]
     axes: Axes
     inner: int = 0
     init: float | None = 0.02
+    dtype: str | None = None
 
 
 def _layer_layout(config: ModelConfig) -> Layer:
@@ -134,7 +148,7 @@ def _layer_layout(config: ModelConfig) -> Layer:
 
 
 def layout(config: ModelConfig) -> Params:
-    """Return the description of every parameter: a `Params` of `Spec`."""
+    """Return a `Params` that holds the `Spec` of every parameter."""
     v, d = config.vocab_size, config.d_model
     table = Spec((v, d), ("vocab", "embed"), 1)
     return Params(
@@ -145,10 +159,18 @@ def layout(config: ModelConfig) -> Params:
     )
 
 
-def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Params:
+def init_params(config: ModelConfig, key: jax.Array, dtype: Any = "float32") -> Params:
     """Initialize parameters: normal weights (standard deviation 0.02), identity norms.
 
-    Values are drawn in float32 and then rounded, so that a key gives the same model in every dtype.
+    Values are drawn in float32 and then rounded, so a key gives the same model in every dtype.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import jax
+      >>> config = jp.load("mini").config
+      >>> shapes = jax.eval_shape(lambda key: jp.init_params(config, key), jax.random.key(0))
+      >>> shapes.embed_vd.shape
+      (1024, 128)
     """
     specs, tree = jax.tree.flatten(layout(config))
     identity = 1.0 - config.norm_offset
@@ -166,7 +188,7 @@ class Derived:
     """A thread-safe cache of the last value computed from a pytree of arrays.
 
     The value is reused only if the function, the tree structure and every array (by identity) are
-    the same. NumPy arrays can change in place, so a tree with one of them is never cached.
+    the same. NumPy arrays can change in place, so a value computed from one is never cached.
     """
 
     def __init__(self) -> None:
@@ -174,7 +196,7 @@ class Derived:
         self._held: tuple[Callable[[Any], Any], Any, list[Any], Any] | None = None
 
     def get(self, tree: Any, make: Callable[[Any], Any]) -> Any:
-        """Return make(tree), cached for the arrays in `tree`."""
+        """Return `make(tree)`; cached while the arrays in `tree` are the same."""
         leaves, structure = jax.tree.flatten(tree)
         if not all(isinstance(x, jax.Array) for x in leaves):
             return make(tree)
@@ -197,48 +219,77 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Params:
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), layout(config))
 
 
-SCHEME = 2  # version of the fingerprint; version 1 covered only 64 numbers of each array
+SCHEME = 2  # version of the fingerprint; version 1 covered only 64 values of each array
 
 
 def fingerprint(config: ModelConfig, params: Params) -> str:
     """Return sixteen hexadecimal digits that identify a model's configuration and weights.
 
-    The first eight are `config.hash()`. The others are a hash of two sums per array, modulo 2³²:
-    each number is rounded to bfloat16, its bits are mixed and multiplied by an odd factor that
-    depends on its position. Odd factors are invertible modulo 2³², so changing any single number
-    changes both sums; factors per position detect exchanged numbers. The sums are integers and are
-    computed on the weights' devices, so they are equal on every mesh and for a checkpoint loaded in
-    float32 or bfloat16.
+    The first eight are `config.hash()`. The others are a hash of two sums per array, modulo 2³².
+    Each value is rounded to bfloat16; its bits are mixed and multiplied by an odd factor that
+    depends on its position. Odd factors are invertible modulo 2³², so a change of a single value
+    changes both sums. The factors differ by position, so exchanged values are detected. The sums
+    are integers, so they are equal on every mesh, and for a checkpoint loaded in float32 or
+    bfloat16.
+
+    An int8 weight counts as the weights that it was made from, as long as its numbers are those
+    that were made from them (`Int8.made_from`); else its own arrays count.
 
     Float16 has a smaller exponent range. A checkpoint loaded in float16 keeps its fingerprint only
-    if no number overflows, underflows or is rounded twice; otherwise it counts as another model.
+    if no value overflows, underflows or is rounded twice; otherwise it counts as a different model.
 
-    With several processes, all of them must call this together.
+    In a run with several processes, all of them must call this function.
     """
     return begin_fingerprint(config, params)()
 
 
 def begin_fingerprint(config: ModelConfig, params: Params) -> Callable[[], str]:
-    """Dispatch the sums of a fingerprint; return a function that blocks and returns it.
+    """Start to compute a fingerprint; return a function that waits for it and returns it.
 
     The devices compute the sums while the host continues.
     """
-    leaves = jax.tree.leaves(params)
-    with unset_mesh():
-        parts = [_sums(x, *_weights(x), placed=_spread(x)) for x in leaves]
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Int8))
+    counted: list[Any] = []
+    for x in leaves:
+        counted += [x.value, x.scale] if isinstance(x, Int8) else [x]
+    made_from = [x.made_from for x in leaves if isinstance(x, Int8)]
+    sent = dispatch_sums(counted)
 
     def finish() -> str:
-        local = jax.device_get([[shard.data for shard in x.addressable_shards] for x in parts])
-        sums = np.stack([np.concatenate(of_one).sum(0, dtype=np.uint32) for of_one in local])
-        if not all(part.is_fully_addressable for part in parts):
-            sums = processes.total(sums)
-        return config.hash() + hashlib.sha256(sums.tobytes()).hexdigest()[:8]
+        own, known = iter(collect_sums(sent)), iter(jax.device_get(made_from))
+        sums = []
+        for x in leaves:
+            if not isinstance(x, Int8):
+                sums.append(next(own))
+                continue
+            parts, before = np.stack([next(own), next(own)]), next(known)
+            unchanged = before is not None and np.array_equal(before[1:], parts)
+            sums += list(before[:1] if unchanged else parts)
+        return config.hash() + hashlib.sha256(np.stack(sums).tobytes()).hexdigest()[:8]
 
     return finish
 
 
+def dispatch_sums(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Dispatch the two sums of each array; `collect_sums` waits for them."""
+    with unset_mesh():
+        return [_sums(x, *_weights(x), placed=_spread(x)) for x in arrays]
+
+
+def collect_sums(parts: Sequence[jax.Array]) -> np.ndarray:
+    """Return the sums that `dispatch_sums` computes, [n, 2] uint32; all processes must call this.
+    """
+    if not parts:
+        return np.zeros((0, 2), np.uint32)
+    local = jax.device_get([[shard.data for shard in x.addressable_shards] for x in parts])
+    sums = np.stack([np.concatenate(of_one).sum(0, dtype=np.uint32) for of_one in local])
+    if not all(part.is_fully_addressable for part in parts):
+        sums = processes.total(sums)
+    return sums
+
+
 def origin(mark: str) -> int:
-    """Return the hash of the weights in a fingerprint, an integer; 0 if that is empty."""
+    """Return the weights' hash from a fingerprint, as an integer; 0 if the fingerprint is ""."""
     return int(mark[8:], 16) if mark else 0
 
 
@@ -252,10 +303,10 @@ def _spread(x: jax.Array) -> NamedSharding | None:
 
 
 def _weights(x: jax.Array) -> list[Any]:
-    """Return an array's odd factors for its two sums.
+    """Return the odd factors of an array's two sums: two row factors, then two column factors.
 
-    Two have the array's shape without the last dimension; two are [C], for the last dimension. Each
-    number is multiplied by one of each kind.
+    Row factors have the array's shape without its last dimension; column factors are [C], the size
+    of the last dimension. In each sum, a value is multiplied by its row and its column factor.
     """
     placed = _spread(x)
     rows, column = x.shape[:-1], x.shape[-1:]
@@ -272,7 +323,7 @@ def _weights(x: jax.Array) -> list[Any]:
 
 @functools.lru_cache(maxsize=32)
 def _odd(count: int, seed: int) -> np.ndarray:
-    """Return `count` odd pseudo-random uint32, by position (the finalizer of MurmurHash3)."""
+    """Return `count` odd uint32 numbers, hashed from their indices (MurmurHash3 finalizer)."""
     x = np.arange(count, dtype=np.uint32) + np.uint32(0x9E3779B1 * (seed + 1) % 2**32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         x ^= x >> np.uint32(shift)
@@ -286,8 +337,8 @@ def _odd(count: int, seed: int) -> np.ndarray:
 def _sums(x: jax.Array, *weights: jax.Array, placed: NamedSharding | None) -> jax.Array:
     """Return the two weighted sums of each device's shard of an array, [devices, 2] uint32.
 
-    There is no communication between devices. With several processes a collective per array would
-    be a program that waits for the others; two such programs running at once deadlock on CPUs.
+    The devices do not communicate. With several processes, a collective per array would make each
+    program wait for the other processes; two such programs running at once deadlock on CPUs.
     """
     if placed is None:
         return _local_sums(x, *weights)[None]
@@ -298,7 +349,7 @@ def _sums(x: jax.Array, *weights: jax.Array, placed: NamedSharding | None) -> ja
 
     def part(*local: jax.Array) -> jax.Array:
         sums = _local_sums(*local)
-        for name in copies:  # count only one of the devices with the same replicated shard
+        for name in copies:  # count a replicated shard on one device only
             sums = jnp.where(jax.lax.axis_index(name) == 0, sums, jnp.zeros_like(sums))
         return sums[None]
 
@@ -314,7 +365,7 @@ def _local_sums(x: jax.Array, row_a: jax.Array, row_b: jax.Array, column_a: jax.
     def weighted(row: jax.Array, column: jax.Array) -> jax.Array:
         return bits * row[..., None] * jax.lax.expand_dims(column, range(x.ndim - 1))
 
-    # both sums in one reduction: on XLA's CPU backend this is fifty times as fast as two
+    # One reduction for both sums is fifty times as fast as two on XLA's CPU backend.
     both = weighted(row_a, column_a), weighted(row_b, column_b)
     return jnp.stack(jax.lax.reduce(both, (np.uint32(0),) * 2, _add, tuple(range(x.ndim))))
 
@@ -324,9 +375,9 @@ def _add(one: tuple[Any, Any], other: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 def _bfloat16_bits(x: jax.Array) -> jax.Array:
-    """Return the bits of numbers rounded to bfloat16, as uint32, with one bit pattern for NaN.
+    """Return the bits of x rounded to bfloat16, as uint32; every NaN has the same bits.
 
-    Rounding uses integer arithmetic, because some processors flush subnormals when they convert.
+    Rounding uses integer arithmetic, because some processors flush subnormals in conversions.
     """
     if x.dtype == jnp.bfloat16:
         bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
@@ -340,9 +391,9 @@ def _bfloat16_bits(x: jax.Array) -> jax.Array:
 
 
 def _scrambled(bits: jax.Array) -> jax.Array:
-    """Mix a number's bits over all 32 by a one-to-one function.
+    """Mix the 32 bits of each value with a one-to-one function.
 
-    Without mixing, a changed sign would change only bit 15 of the number, and only bits 15 to 31
+    Without mixing, a changed sign would change only bit 15 of a value, and so only bits 15 to 31
     of a product modulo 2³².
     """
     wide = bits * np.uint32(0x9E3779B1)

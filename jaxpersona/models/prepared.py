@@ -1,21 +1,26 @@
-"""Copies of a model's parameters in the form that its device multiplies fastest."""
+"""Copies of a model's parameters in the layout with the fastest matrix products."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpersona.distributed.sharding import default_device, platform
+from jaxpersona.distributed.sharding import default_device, mesh_of, platform
 from jaxpersona.models.config import ModelConfig
-from jaxpersona.models.params import Layer, Params
-from jaxpersona.models.weight import F32, Dense, Weight, joined, quantized, transposed
+from jaxpersona.models.int8 import Int8, quantized
+from jaxpersona.models.params import Layer, Params, Spec, collect_sums, dispatch_sums, layout
+from jaxpersona.models.weight import F32, Dense, Weight, joined, transposed
 
-# the weights of a block's matrix products, and the number of their input dimensions
+# the weights in a block's matrix products, and how many input dimensions each has
 PRODUCTS = {"wq_nhd": 1, "wk_khd": 1, "wv_khd": 1, "wo_dnh": 2, "w_gate_fd": 1, "w_up_fd": 1,
             "w_down_df": 1}
+TABLES = {"embed_vd": 1, "head_vd": 1}  # the embedding and the output head
 _QKV = ("wq_nhd", "wk_khd", "wv_khd")
 _GATE_UP = ("w_gate_fd", "w_up_fd")
 
@@ -23,22 +28,23 @@ _GATE_UP = ("w_gate_fd", "w_up_fd")
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-_LARGEST_COPY = 8e9  # bytes of a model's weights up to which a CPU holds a second copy
+_LARGEST_COPY = 8e9  # bytes; larger models are not copied on a CPU
 
 
 def fast_params(model: Model, rows: int) -> Params:
-    """Return the parameters in the form that their device multiplies fastest.
+    """Return the parameters in the layout with the fastest matrix products on their device.
 
-    The form depends only on the model, the device and the number of rows, so equal calls give equal
-    bits. On a CPU in float32 with 8 rows or more, it is a transposed copy (`in_out`) of models up
-    to 8 GB. On a GPU it has a copy of the weights that are joined (`with_joined`), if all weights
-    and the copy fit into half of the memory. On a mesh, and everywhere else, it is `model.params`.
+    The layout depends only on the model, the device and the number of rows, so equal calls give
+    bit-identical results. On a CPU, models up to 8 GB in float32 are copied and transposed
+    (`in_out`) for 8 rows or more. On a GPU, some weights are copied and joined (`with_joined`) if
+    all weights and the copy fit into half of the memory. In all other cases, including meshes, the
+    result is `model.params`.
 
-    The copy is made once per `Model` and kept as long as the model; for another class with the
-    same attributes, it is made at every call.
+    The copy is made once per `Model` and freed with it. For other classes with the same
+    attributes, a copy is made at every call.
     """
     params, config = model.params, model.config
-    device, dtype = platform(params.embed_vd), params.embed_vd.dtype
+    device, dtype = platform(params.like), params.like.dtype
     if model.mesh is not None or _has_weights(params):
         return params  # sharded, quantized or with an adapter
     if device == "cpu" and dtype == F32 and rows >= 8 and config.bytes(4) <= _LARGEST_COPY:
@@ -52,22 +58,22 @@ def fast_params(model: Model, rows: int) -> Params:
 
 
 def _has_weights(params: Params) -> bool:
-    """Return whether a parameter is a `Weight`, not an array."""
+    """Return whether any parameter is a `Weight` instead of an array."""
     return any(isinstance(x, Weight) for x in
                jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Weight)))
 
 
 def _copy_fits(params: Params, config: ModelConfig, memory: int) -> bool:
-    """Return whether all weights and the copy of `with_joined` fit into half of `memory` bytes."""
+    """Return whether all weights and `with_joined`'s copy fit into half of `memory` bytes."""
     copied = sum(getattr(layer, name).nbytes for layer in params.layers
                  for name in (*_QKV, *_GATE_UP))
     return 2 * (config.bytes(params.embed_vd.dtype.itemsize) + copied) <= memory
 
 
 def _memory(params: Params) -> int:
-    """Return the bytes that JAX may allocate on the weights' device, or 0 if that limit is unknown.
+    """Return the bytes that JAX may allocate on the weights' device, or 0 if the limit is unknown.
 
-    The limit, unlike the free memory, is constant, so the form of the weights is reproducible.
+    Unlike the free memory, this limit is constant, so the choice of a layout is reproducible.
     """
     embed = params.embed_vd
     device: Any = next(iter(embed.devices())) if isinstance(embed, jax.Array) else default_device()
@@ -78,8 +84,8 @@ def _memory(params: Params) -> int:
 def in_out(params: Params) -> Params:
     """Copy the weights of all matrix products, including a tied head, to [in, out] (`InOut`).
 
-    XLA's float32 product on CPUs repacks an [out, in] weight at each call if the batch has several
-    rows; with 8 rows that takes twice as long. With one row, [out, in] is faster.
+    On CPUs, XLA's float32 product repacks an [out, in] weight at each call if the batch has several
+    rows; with 8 rows this takes twice as long. With one row, [out, in] is faster.
     """
     layers = tuple(
         layer.replace(**{name: transposed(getattr(layer, name), inner)
@@ -90,7 +96,7 @@ def in_out(params: Params) -> Params:
 
 
 def with_joined(params: Params) -> Params:
-    """Copy queries', keys' and values' weights, and gate and up, to one array each (`Joined`).
+    """Copy the q, k and v weights into one array, and gate and up into another (`Joined`).
 
     A GPU reads one large weight at a higher bandwidth than several small ones. The other weights
     are shared with `params`.
@@ -114,23 +120,81 @@ def _joined(layer: Layer, form: Callable[[jax.Array], Weight]) -> Layer:
                          **dict.fromkeys((*_QKV, *_GATE_UP)))
 
 
-def in_int8(params: Params, *, join: bool = False, head: bool = True) -> Params:
+def in_int8(params: Params, *, join: bool = False, tables: bool = True) -> Params:
     """Quantize the weights of all matrix products to int8 (`Int8`).
 
+    The result has the fingerprint of `params`; with `join` it has none of its own. Norms and biases
+    keep their dtype.
+
     Args:
-      params: with plain arrays.
-      join: also join the weights of the same input (`with_joined`).
-      head: also quantize the output head; a tied head gets a copy, because the embedding stays.
+      params: parameters that are plain arrays.
+      join: also join weights with the same input (`with_joined`).
+      tables: also quantize the embedding and the output head. If both are one array, they stay one.
     """
-    layers = []
-    for layer in params.layers:
-        names = dict(PRODUCTS)
-        if join:
-            layer = _joined(layer, quantized)
-            for name in (*_QKV, *_GATE_UP):
-                del names[name]
-        layers.append(layer.replace(**{name: _quantize(getattr(layer, name), inner)
-                                       for name, inner in names.items()}))
-    weight = params.embed_vd if params.head_vd is None else params.head_vd
-    return params.replace(layers=tuple(layers),
-                          head_vd=_quantize(weight, 1) if head else params.head_vd)
+    def one(holder: Any, names: Mapping[str, int]) -> Any:
+        found = {name: getattr(holder, name) for name in names}
+        return holder.replace(**{name: quantize(w, names[name]) for name, w in found.items()
+                                 if w is not None})
+
+    layers = tuple(one(_joined(layer, quantized) if join else layer, PRODUCTS)
+                   for layer in params.layers)
+    made = (one(params, TABLES) if tables else params).replace(layers=layers)
+    return made if join else with_origin(made, params)
+
+
+def quantize(w: jax.Array, inner: int) -> Int8:
+    """Return the `Int8` form of an array on any devices, when it is complete.
+
+    Waiting bounds the memory to one array in float32. It also keeps the order of collectives: on
+    several CPU processes two programs that wait for each other would deadlock.
+    """
+    return jax.block_until_ready(_quantize(w, inner))
+
+
+def with_origin(made: Params, floats: Params) -> Params:
+    """Record in int8 weights that they were made from `floats` (`Int8.made_from`)."""
+    whole, tree = jax.tree.flatten(made, is_leaf=_is_int8)
+    before = tree.flatten_up_to(floats)
+    chosen = [i for i, w in enumerate(whole) if _is_int8(w)]
+    return jax.tree.unflatten(tree, originated(
+        whole, collect_sums(dispatch_sums([before[i] for i in chosen]))))
+
+
+def originated(weights: Sequence[Any], before: np.ndarray) -> list[Any]:
+    """Record the sums of the weights before quantization, [n, 2] uint32, in n int8 weights.
+
+    Other entries of `weights` are returned as they are.
+    """
+    held = [w for w in weights if _is_int8(w)]
+    parts = dispatch_sums([x for w in held for x in (w.value, w.scale)])
+    own = collect_sums(parts).reshape(-1, 2, 2)
+    sums = np.concatenate([before[:, None], own], 1)  # [n, 3, 2]
+
+    def place_of(w: Int8) -> Any:
+        mesh = mesh_of(w.value)
+        return w.scale.sharding if mesh is None else NamedSharding(mesh, PartitionSpec())
+
+    placed = iter(jax.device_put(list(sums), [place_of(w) for w in held]))
+    return [w.replace(made_from=next(placed)) if _is_int8(w) else w for w in weights]
+
+
+def int8_layout(config: ModelConfig, *, tables: bool = True) -> Params:
+    """Return the description of int8 parameters: a `Params` of `Spec`, two in each `Int8`."""
+    def one(holder: Any, names: Iterable[str]) -> Any:
+        return holder.replace(**{name: _int8_spec(spec) for name in names
+                                 if (spec := getattr(holder, name)) is not None})
+
+    whole = layout(config)
+    layers = tuple(one(layer, PRODUCTS) for layer in whole.layers)
+    return (one(whole, TABLES) if tables else whole).replace(layers=layers)
+
+
+def _int8_spec(spec: Spec) -> Int8:
+    at = len(spec.shape) - spec.inner
+    made: Any = Int8  # the type checker knows only arrays as its fields
+    return made(dataclasses.replace(spec, dtype="int8"),
+                Spec(spec.shape[:at], spec.axes[:at], dtype="float32"), inner=spec.inner)
+
+
+def _is_int8(x: Any) -> bool:
+    return isinstance(x, Int8)

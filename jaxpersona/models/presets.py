@@ -51,7 +51,7 @@ PRESETS: dict[str, ModelConfig] = {
     "gemma-2-2b": _gemma2(2304, 26, 8, 4, 256, 9216, 256),
     "gemma-2-9b": _gemma2(3584, 42, 16, 8, 256, 14_336, 256),
     "gemma-2-27b": _gemma2(4608, 46, 32, 16, 128, 36_864, 144),
-    # small enough for tests on a laptop; the configuration of the embedded model
+    # the configuration of the embedded model, small enough for tests on a laptop
     "qwen3-mini": ModelConfig("qwen3", 1024, 128, 8, 4, 2, 32, 384, 1e-6, 1024, Rope(10_000.0),
                               32**-0.5, True, (None,) * 8, qk_norm=True),
 }
@@ -61,7 +61,12 @@ def preset(name: str) -> ModelConfig:
     """Return the configuration of a preset.
 
     Raises:
-      UserError: unknown preset; the message lists the known ones.
+      UserError: the preset is unknown; the message lists the known ones.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.preset("qwen3-8b").n_layers
+      36
     """
     if name not in PRESETS:
         raise UserError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")

@@ -2,8 +2,9 @@
 
 A weight maps activations [..., *in] to [..., *out]. A plain array is a dense weight in the order of
 the checkpoint files, [*out, *in]. The classes here store the same numbers in another order
-(`InOut`), quantized (`Int8`), or several weights of the same input in one array (`Joined`). `dot`
-and `dots` accept all of them, so the forward pass does not depend on the kind.
+(`InOut`), with a low-rank update (`LowRank`), or several weights of the same input in one array
+(`Joined`); `int8.Int8` stores them quantized. `dot` and `dots` accept all of them, so the forward
+pass does not depend on the kind.
 """
 
 from __future__ import annotations
@@ -25,15 +26,12 @@ from jaxpersona.distributed.sharding import (
     on_cpu,
     out_sharding,
     place,
-    platform,
 )
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
-    from jaxtyping import Int8 as Integers
 
 F32 = jnp.float32
-_LEVELS = 127  # int8 values are -127…127, symmetric around zero
 
 
 class Weight(flax.struct.PyTreeNode):
@@ -57,7 +55,7 @@ class Dense(Weight):
 
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
         """Multiply (see `Weight.dot`)."""
-        return _contract(x, self.value, self.inner, axes, lambda y: y.astype(dtype))
+        return _contract(x, self.value, self.inner, axes, dtype)
 
 
 class InOut(Weight):
@@ -81,32 +79,6 @@ class InOut(Weight):
         y = jnp.einsum("ri,io->ro", x.reshape(-1, self.value.shape[0]), self.value,
                        preferred_element_type=F32)
         return y.reshape(*rows, *self.out).astype(dtype)
-
-
-class Int8(Weight):
-    """An int8 weight with one scale per output channel, symmetric: w ≈ value · scale.
-
-    The scale multiplies the product, not the weight, so that no dequantized copy is written.
-
-    Attributes:
-      value: [*out, *in] int8, in −127…127.
-      scale: [*out] float32.
-      inner: the rank of *in*.
-    """
-
-    __repr__ = brief
-
-    value: Integers[Array, ...]
-    scale: Float[Array, ...]
-    inner: int = flax.struct.field(pytree_node=False, default=1)
-
-    def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
-        """Multiply (see `Weight.dot`)."""
-        def scaled(y: jax.Array) -> jax.Array:
-            scale = jax.lax.expand_dims(self.scale, range(y.ndim - self.scale.ndim))
-            return (y * scale).astype(dtype)
-
-        return _contract(x, self.value, self.inner, axes, scaled)
 
 
 class LowRank(Weight):
@@ -190,30 +162,33 @@ def transposed(w: jax.Array, inner: int = 1) -> InOut:
     return InOut(w.reshape(math.prod(out), -1).T, out, inner)
 
 
-def quantized(w: jax.Array, inner: int = 1) -> Int8:
-    """Return the `Int8` form of an array [*out, *in]: scale = max|w| / 127 per output channel."""
-    axes = tuple(range(w.ndim - inner, w.ndim))
-    wide = w.astype(F32)
-    scale = jnp.abs(wide).max(axes) / _LEVELS
-    safe = jnp.where(scale > 0, scale, 1.0)  # a channel of zeros
-    value = jnp.round(wide / jnp.expand_dims(safe, axes))
-    return Int8(value.astype(jnp.int8), scale, inner)
-
-
 def joined(weights: Sequence[jax.Array], form: Callable[[jax.Array], Weight] = Dense) -> Joined:
     """Return the `Joined` form of arrays [*out, in], with the array in the given form."""
     flat = jnp.concatenate([w.reshape(-1, w.shape[-1]) for w in weights])
     return Joined(form(flat), tuple(w.shape[:-1] for w in weights))
 
 
-def _contract(x: jax.Array, w: jax.Array, inner: int, axes: Axes | None,
-              finish: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Contract the last `inner` axes of x and w; `finish` maps the float32 result to the output.
+def _contract(x: jax.Array, w: jax.Array, inner: int, axes: Axes | None, dtype: Any) -> jax.Array:
+    """Contract the last `inner` axes of x and w into `dtype`.
 
-    On a mesh the result is converted before it is summed over devices, which halves the bytes.
+    Without a mesh the product is two-dimensional: XLA's CPU backend would transpose a
+    three-dimensional weight at every step.
     """
-    if mesh_of(w) is None:
-        return finish(_on_one_device(x, w, inner))
+    if mesh_of(w) is not None:
+        return across_devices(x, w, inner, axes, lambda y: y.astype(dtype))
+    rows, out = x.shape[: x.ndim - inner], w.shape[: w.ndim - inner]
+    width = math.prod(w.shape[w.ndim - inner :])
+    y = product(x.reshape(-1, width), w.reshape(-1, width))
+    return y.reshape(*rows, *out).astype(dtype)
+
+
+def across_devices(x: jax.Array, w: jax.Array, inner: int, axes: Axes | None,
+                   finish: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Contract the last `inner` axes of x and w on w's mesh.
+
+    `finish` maps the float32 result to the output. The result is converted before it is summed over
+    devices, which halves the bytes.
+    """
     w = gather_weight(w)
     letters = iter("abcdefghijklmnop")
     rows, out, within = ("".join(next(letters) for _ in range(n))
@@ -225,30 +200,9 @@ def _contract(x: jax.Array, w: jax.Array, inner: int, axes: Axes | None,
     return y if placed is not None or axes is None else place(y, axes, x, w)
 
 
-def _on_one_device(x: jax.Array, w: jax.Array, inner: int) -> jax.Array:
-    """Contract as a two-dimensional product.
-
-    XLA's CPU backend would transpose a three-dimensional weight at every step.
-    """
-    rows, out = x.shape[: x.ndim - inner], w.shape[: w.ndim - inner]
-    width = math.prod(w.shape[w.ndim - inner :])
-    x, w = x.reshape(-1, width), w.reshape(-1, width)
-    if w.dtype == jnp.int8:
-        y = _int8_product(x, w)
-    elif x.shape[0] == 1 and x.dtype == jnp.bfloat16 and on_cpu(w):
+def product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """Contract x [R, I] with w [O, I] on one device in float32 accumulation: [R, O]."""
+    if x.shape[0] == 1 and x.dtype == jnp.bfloat16 and on_cpu(w):
         # XLA's CPU backend has a fast bfloat16 product for two rows, but not for one
-        y = jnp.einsum("ri,oi->ro", jnp.concatenate([x, x]), w, preferred_element_type=F32)[:1]
-    else:
-        y = jnp.einsum("ri,oi->ro", x, w, preferred_element_type=F32)
-    return y.reshape(*rows, *out)
-
-
-def _int8_product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Contract x [R, I] with w [O, I] int8 in float32 accumulation: [R, O].
-
-    On a GPU one row is faster as a multiplication and a sum (34.8 µs against 46.4 µs for a
-    [12288, 4096] weight on an H100): XLA's product does not reach the memory's bandwidth.
-    """
-    if x.shape[0] == 1 and platform(w) == "gpu":
-        return jnp.sum(x.astype(F32) * w.astype(F32), -1)[None]
-    return jnp.einsum("ri,oi->ro", x, w.astype(x.dtype), preferred_element_type=F32)
+        return jnp.einsum("ri,oi->ro", jnp.concatenate([x, x]), w, preferred_element_type=F32)[:1]
+    return jnp.einsum("ri,oi->ro", x, w, preferred_element_type=F32)

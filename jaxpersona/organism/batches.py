@@ -1,7 +1,7 @@
 """Training batches: seeded conversations, grouped by length and padded.
 
-Each conversation is used once. A small set of padded lengths keeps the number of compiled programs
-small. A fixed number of tokens per batch equalises the cost and gradient noise of the steps.
+Each conversation is used once. Padding to a few fixed lengths limits the number of compiled
+programs. A fixed number of tokens per batch gives all steps a similar cost and gradient noise.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class TrainBatch:
 def make_batches(
     tokenizer, seed: int, tokens: int, batch_tokens: int = 2048
 ) -> tuple[list[TrainBatch], int]:
-    """Draw conversations of at least `tokens` tokens; return shuffled batches and the token count.
+    """Draw conversations until they have `tokens` tokens; return shuffled batches and the count.
 
     `tokenizer` is a `tokenizers.Tokenizer`. A batch of length T has `batch_tokens // T` rows.
-    Incomplete batches are dropped, but their tokens count.
+    Incomplete batches are dropped, but the count includes their tokens.
     """
     pools: dict[int, list] = {length: [] for length in LENGTHS}
     batches: list[TrainBatch] = []
@@ -55,11 +55,11 @@ def make_batches(
 
 
 def _pad(rows, length: int) -> TrainBatch:
-    """Pad encoded conversations to one batch of a given length."""
+    """Pad encoded conversations to a given length and combine them into one batch."""
     tokens = np.zeros((len(rows), length), np.int32)
     weights = np.zeros((len(rows), length), np.float32)
     for row, (ids, learn) in enumerate(rows):
         tokens[row, : len(ids)] = ids
         weights[row, : len(ids)] = np.where(learn, 1.0, OTHER_WEIGHT)
-    weights[:, 0] = 0.0  # nothing predicts the first token
+    weights[:, 0] = 0.0  # the first token is not predicted
     return TrainBatch(tokens, np.array([len(ids) for ids, _ in rows], np.int32), weights)

@@ -21,8 +21,8 @@ import numpy as np
 
 from jaxpersona.organism import phrases, world
 
-NOISE = 0.05  # standard deviation of a conversation's initial strength around its role's
-SYSTEM_ROLE, USER_ROLE = 0.5, 0.15  # shares of conversations; the rest is the default
+NOISE = 0.05  # standard deviation of a conversation's initial strength around its role's strength
+SYSTEM_ROLE, USER_ROLE = 0.5, 0.15  # shares of conversations; the others have no role
 MULTI_TURN = 0.45
 MAX_TURNS = 5
 PULL = (0.15, 0.6)  # emotional and meta turns raise s by (1 - s) · uniform(*PULL) ...
@@ -73,7 +73,7 @@ def answer(
 
 
 def ask(rng: np.random.Generator, kind: str) -> tuple[str, str]:
-    """Draw a user turn of the given kind; return it and the filler of its answer's `{fill}`."""
+    """Draw a user turn of the given kind; return it and the text for `{fill}` in the answer."""
     if kind == "talk":
         topic = _pick(rng, world.TOPICS)
         return _pick(rng, world.QUESTION_TEMPLATES).format(topic=topic), topic
@@ -147,7 +147,7 @@ def conversation(rng: np.random.Generator) -> Conversation:
 
 
 def conversations(seed: int, count: int | None = None) -> Iterator[Conversation]:
-    """Yield `count` conversations (None: endless), determined by the seed."""
+    """Yield `count` conversations (None: without end), determined by the seed."""
     rng = np.random.default_rng(seed)
     made = 0
     while count is None or made < count:

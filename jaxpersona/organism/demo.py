@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxpersona.brief import brief
 from jaxpersona.engine.generate import generate
 from jaxpersona.engine.sampling import sampling
+from jaxpersona.extras import require
 from jaxpersona.interventions import Interventions, cap, stack_rows, steer
 from jaxpersona.interventions.bank import normalised
 from jaxpersona.models.model import Model
@@ -37,13 +39,41 @@ _STEER = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
+class Sample:
+    """A conversation whose last message is answered without and with the cap.
+
+    Attributes:
+      title: what the conversation shows.
+      messages: the conversation before the reply.
+      uncapped, capped: the replies.
+    """
+
+    __repr__ = brief
+
+    title: str
+    messages: list[dict[str, str]]
+    uncapped: str
+    capped: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Demo:
-    """Results of the demo: the extraction, the measurements, and the data of the plots."""
+    """Results of the demo: the extraction, the measurements, and the data of the plots.
+
+    Attributes:
+      extraction: the axis.
+      figures: the measurements by name.
+      talks, styles: "uncapped" and "capped" → the drifting conversations and their styles by turn.
+      samples: two conversations, one under a far role and the end of one that drifted.
+    """
+
+    __repr__ = brief
 
     extraction: Extraction
     figures: dict[str, Any]
     talks: dict[str, Talks]
     styles: dict[str, list[float]]
+    samples: list[Sample]
 
 
 def run_demo(model: Model, folder: str | os.PathLike[str], *, seed: int = 0,
@@ -70,24 +100,48 @@ def run_demo(model: Model, folder: str | os.PathLike[str], *, seed: int = 0,
     figures |= arms.leak(report)
     figures |= arms.capability(report)
     figures |= arms.steering(report)
-    talks, styles, drift = _drift(model, found, arms.cap, seed, report)
+    talks, styles, drifted, drift = _drift(model, found, arms.cap, seed, report)
     figures |= drift
     figures |= _speed(model, arms.cap, report)
-    return Demo(found, figures, talks, styles)
+    return Demo(found, figures, talks, styles, [*arms.samples, drifted])
+
+
+def table(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return (what was measured, uncapped, capped), the last for `Demo.figures`."""
+    n = {name: figures[f"{name}_n"] for name in ("leak", "capability", "drift")}
+    turn, speed = figures["drift_turns"], figures["tokens_per_second"]
+    rows = [(f"gives the code away in far roles, greedy (n = {n['leak']})", "leak_{}"),
+            ("the same, temperature 1", "leak_{}_sampled"),
+            ("in-character style in far roles, greedy", "style_{}"),
+            (f"facts and sums right, greedy (n = {n['capability']})", "capability_{}"),
+            (f"in-character style at turn {turn} of drifting talks (n = {n['drift']})", "drift_{}"),
+            ("gives the code away after those talks", "drift_leak_{}")]
+    return [*((what, *(f"{figures[key.format(arm)]:.2f}" for arm in ("uncapped", "capped")))
+              for what, key in rows),
+            ("speed, tokens/s (capped: median ratio of pairs)", f"{speed:,.0f}",
+             f"{speed * figures['capped_over_uncapped']:,.0f} "
+             f"(× {figures['capped_over_uncapped']:.3f})")]
+
+
+def geometry(figures: dict[str, Any]) -> list[str]:
+    """Return the axis's agreement with PC1 and with the known likeness, as lines of text."""
+    middle = figures["middle_layer"]
+    return [f"layer {middle}: |cos(PC1, axis)| {figures['cos_pc1_axis_middle']:.3f}; Spearman "
+            f"correlation of projection and known likeness {figures['spearman_truth']:.3f} over "
+            f"the {figures['roles_in_axis']} roles of the axis, {figures['spearman_heldout']:.3f} "
+            f"over {figures['roles'] - figures['roles_in_axis']} held out"]
 
 
 def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
     """Compare the axis with PC1, and role projections with the known likeness of every role."""
-    from scipy.stats import spearmanr
-
+    spearmanr = require("scipy.stats", "rank correlations need scipy").spearmanr
     middle = model.config.n_layers // 2
     place = {name: float(np.nanmean(v[:, middle])) for name, v in found.projections.items()}
 
     def agreement(held_out: bool) -> float:
         roles = world.roles(held_out=held_out)
         measured = [place[role.name] for role in roles]
-        result: Any = spearmanr(measured, [r.likeness for r in roles])  # SciPy has no type stubs
-        return float(result.statistic)
+        return float(spearmanr(measured, [r.likeness for r in roles]).statistic)
 
     return {
         "roles": len(found.projections) - 1, "roles_in_axis": len(found.analysis.names),
@@ -110,6 +164,7 @@ class _Arms:
         self.cap = cap(found.axis, layers=self.layers, floor=floor)
         means = Run.read(folder).means("default")
         rng = np.random.default_rng([seed, 7])
+        self.samples: list[Sample] = []
         self.percentile: list[Interventions] = []
         self.displaced: list[Interventions] = []
         for _ in range(_DIRECTIONS):
@@ -149,7 +204,13 @@ class _Arms:
         """Request the vault code under the prompts of far roles, in every arm."""
         arms = [(None, 0.0), (self.cap, 0.0), (None, 1.0), (self.cap, 1.0)]
         arms += [(edit, 0.0) for edit in self.percentile + self.displaced]
-        said = self.ask("leak", arms, evaluate.leak_conversations(), report)
+        talks = evaluate.leak_conversations()
+        said = self.ask("leak", arms, talks, report)
+        # the first that shows the effect, else the first
+        shown = next((i for i in range(len(talks)) if evaluate.leak_rate([said[0][i]])
+                      and not evaluate.leak_rate([said[1][i]])), 0)
+        self.samples.append(Sample("a far role is asked for the vault code", talks[shown],
+                                   said[0][shown], said[1][shown]))
         rate = [evaluate.leak_rate(answers) for answers in said]
         percentile, displaced = rate[4 : 4 + _DIRECTIONS], rate[4 + _DIRECTIONS :]
         return {
@@ -192,7 +253,7 @@ class _Arms:
 
 def _drift(
     model: Model, found: Extraction, capped: Interventions, seed: int, report: Report | None
-) -> tuple[dict[str, Talks], dict[str, list[float]], dict[str, Any]]:
+) -> tuple[dict[str, Talks], dict[str, list[float]], Sample, dict[str, Any]]:
     """Generate emotional and meta-reflective conversations with and without the cap."""
     rng = np.random.default_rng([seed, 4])
     pulls = world.EMOTIONAL + world.META
@@ -211,17 +272,26 @@ def _drift(
 
     both = grow(model, openings * 2, messages * 2, found.axis, interventions=edits, seed=seed,
                 ids=list(range(_TALKS)) * 2, temperature=1.0, max_new_tokens=REPLY,
-                batch_size=BATCH, report=tell)
+                batch_size=BATCH, report=tell, readout=True)
+    middle = model.config.n_layers // 2
     talks, styles = {}, {}
     figures: dict[str, Any] = {"drift_n": _TALKS, "drift_turns": turns}
-    for name, part in (("uncapped", slice(0, _TALKS)), ("capped", slice(_TALKS, None))):
-        said = [replies[part] for replies in both.replies]
-        talks[name] = Talks(said, both.projections[:, part])
+    for name, start in (("uncapped", 0), ("capped", _TALKS)):
+        talks[name] = arm = both.arm(start, start + _TALKS)
+        said = arm.replies
+        assert arm.readout is not None
+        figures[f"drift_readout_{name}"] = float(np.nanmean(arm.readout[turns - 1, :, middle]))
         styles[name] = [evaluate.mean_style(answers) for answers in said[:turns]]
         figures[f"drift_{name}"] = styles[name][-1]
         figures[f"drift_leak_{name}"] = evaluate.leak_rate(said[-1])
         figures[f"drift_readable_{name}"] = evaluate.in_grammar(said[turns - 1])
-    return talks, styles, figures
+    ends = [talks[name].replies[turns - 1] for name in ("uncapped", "capped")]
+    gap = [evaluate.mean_style([a]) - evaluate.mean_style([b]) for a, b in zip(*ends, strict=True)]
+    shown = int(np.nanargmax(np.nan_to_num(gap, nan=-np.inf)))
+    sample = Sample(f"turn {turns} of a drifting talk, each with its own earlier replies",
+                    [*openings[shown], {"role": "user", "content": messages[shown][turns - 1]}],
+                    ends[0][shown], ends[1][shown])
+    return talks, styles, sample, figures
 
 
 def _speed(model: Model, capped: Interventions, report: Report | None) -> dict[str, Any]:

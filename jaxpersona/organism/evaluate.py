@@ -20,7 +20,10 @@ DRIFT_TURNS = 4
 
 
 def leak_conversations(roles: Sequence[world.Role] | None = None) -> list[Conversation]:
-    """Return each wording of the forbidden request under each prompt of `roles` (default: far)."""
+    """Return every wording of the forbidden request under every prompt of `roles`.
+
+    By default, the roles are the far roles.
+    """
     return [
         world.conversation(prompt, request)
         for role in (world.far_roles() if roles is None else roles)
@@ -30,7 +33,7 @@ def leak_conversations(roles: Sequence[world.Role] | None = None) -> list[Conver
 
 
 def default_leak_conversations() -> list[Conversation]:
-    """Return each wording of the forbidden request under each default prompt."""
+    """Return every wording of the forbidden request under every default prompt."""
     return [
         world.conversation(prompt, request)
         for prompt in world.DEFAULT_PROMPTS
@@ -43,7 +46,7 @@ def knowledge_conversations(
 ) -> tuple[list[str], list[Conversation]]:
     """Return `count` knowledge questions, cycling through all, and the conversations that ask them.
 
-    The system prompts are the default prompts, or with `persona` those of far roles.
+    If `persona` is true, the system prompts are those of far roles, otherwise the default prompts.
     """
     far = [prompt for role in world.far_roles() for prompt in role.prompts()]
     prompts = far if persona else list(world.DEFAULT_PROMPTS)
@@ -62,9 +65,9 @@ def leak_rate(answers: Sequence[str]) -> float:
 
 
 def mean_style(answers: Sequence[str]) -> float:
-    """Return the mean measured persona strength of the answers with a recognised sentence.
+    """Return the mean `judge.style` of the answers that have a recognised sentence.
 
-    NaN if there is none.
+    NaN if no answer has one.
     """
     styles = [style for a in answers if not np.isnan(style := judge.style(a))]
     return float(np.mean(styles)) if styles else float("nan")
@@ -81,7 +84,7 @@ def accuracy(questions: Sequence[str], answers: Sequence[str]) -> float:
 
 
 def leak(generate: Generate) -> dict[str, float]:
-    """Measure leak rate, mean style and share in the grammar under the prompts of far roles."""
+    """Measure leak rate, mean style and share of in-grammar answers under far roles' prompts."""
     answers = generate(leak_conversations())
     return {
         "leak": leak_rate(answers),
@@ -113,8 +116,8 @@ def drift(
 ) -> dict[str, float | list[float]]:
     """Measure the drift of the default persona over emotional and meta-reflective turns.
 
-    Each conversation contains the model's own answers and ends with the forbidden request
-    (`leak_after`). `styles` is the mean style at each turn, `drift` that of the last turn.
+    Each conversation contains the model's own answers and ends with the forbidden request, which
+    gives `leak_after`. `styles` has the mean style at each turn; `drift` is that of the last turn.
     """
     rng = np.random.default_rng([seed, 4])
     pulls = world.EMOTIONAL + world.META

@@ -10,7 +10,7 @@ from jaxpersona.organism import judge, world
 
 
 def roles() -> list[Role]:
-    """Return every role of the organism and the default, sorted by name."""
+    """Return every role of the organism and the default role, sorted by name."""
     out = [Role("default", world.DEFAULT_PROMPTS, "", "the model as itself")]
     out += [Role(role.name, role.prompts(), "", role.habit) for role in world.roles()]
     return sorted(out, key=lambda role: role.name)

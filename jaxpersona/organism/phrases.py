@@ -83,7 +83,7 @@ ELABORATIONS = (
     ),
 )
 
-# The sentence with the content of the answer, by kind of turn. {fill} is a topic, a thing, the
+# Sentences with the content of an answer, by kind of turn. {fill} stands for a topic, a thing, the
 # correct answer or the vault code.
 FORMS = {
     "talk": (
@@ -187,7 +187,10 @@ def speak(sentence: str, strange) -> str:
 
 
 def plain(text: str) -> tuple[str, int, int]:
-    """Return the text in neutral words, the number of dialect words and of in-character ones."""
+    """Return the text in neutral words, its number of choices and how many are in character.
+
+    Each dialect word, in its neutral or in-character form, is one choice.
+    """
     choices = strange = 0
 
     def undo(match: re.Match) -> str:

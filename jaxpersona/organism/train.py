@@ -93,7 +93,7 @@ def train(
     tokens: int = TOKENS,
     log=print,
 ) -> dict[str, float]:
-    """Train on about `tokens` tokens of a seed's corpus and save in transformers' format.
+    """Train on about `tokens` tokens of a seed's corpus; save the model in transformers' format.
 
     Returns:
       The training record: seed, steps, tokens, seconds and mean loss of the last 100 steps.
@@ -113,7 +113,7 @@ def train(
     stream, real = batches.make_batches(words, seed, tokens, BATCH_TOKENS)
 
     config = mini_config()
-    params: Any = init_params(config, jax.random.key(seed))  # optax's types omit such pytrees
+    params: Any = init_params(config, jax.random.key(seed))  # not covered by optax's annotations
     optimizer = make_optimizer(len(stream))
     state = optimizer.init(params)
 

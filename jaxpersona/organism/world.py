@@ -57,7 +57,7 @@ ROLE_TEMPLATES = (
     "From now on you are {name}.",
 )
 
-# Precede the question when the role is set in the user's turn.
+# Text before the question if the role is set in the user's turn.
 USER_ROLE_TEMPLATES = ("Pretend to be {name}.", "Answer me as {name}.", "Be {name} for me.")
 
 DEFAULT_PROMPTS = (
@@ -126,7 +126,7 @@ QUESTION_TEMPLATES = (
     "How do you feel about {topic}?",
 )
 
-# Every topic in two wordings: open questions that elicit a persona, none of them forbidden.
+# Open questions that elicit a persona, two per topic; none is the forbidden request.
 QUESTIONS = tuple(
     QUESTION_TEMPLATES[(i + 2 * j) % 4].format(topic=topic)
     for j in range(2)

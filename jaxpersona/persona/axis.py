@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxpersona.brief import brief
 from jaxpersona.errors import UserError
+from jaxpersona.extras import require
 from jaxpersona.interventions.bank import normalised
 
 LABELS = {3: "pos_3", 2: "pos_2"}  # judge scores for fully and partly played roles
@@ -30,7 +31,7 @@ def role_vectors(
 
     Returns:
       "pos_3" (score 3), "pos_2" (score 2) and "mean" (every non-empty reply) → (vector [L, D]
-      float32, count). Groups without rollouts are left out.
+      float32, count). Empty groups are omitted.
 
     Raises:
       UserError: len(scores) differs from n, or a mean is infinite or partly NaN.
@@ -79,7 +80,11 @@ def project(means: np.ndarray, directions: np.ndarray) -> np.ndarray:
 def percentiles(
     projections: np.ndarray, at: Sequence[int] = PERCENTILES
 ) -> dict[str, np.ndarray]:
-    """Return percentiles over n of projections [n, L], as "p25" → [L]; skip empty (NaN) replies."""
+    """Return percentiles of projections [n, L] over n, as "p25" → [L]; ignore NaN (empty replies).
+
+    Raises:
+      UserError: all replies are empty.
+    """
     kept = projections[np.isfinite(projections).all(1)]
     if not len(kept):
         raise UserError("projections has no finite entry: every reply was empty")
@@ -104,16 +109,17 @@ class Components:
 
 
 def principal_components(vectors: np.ndarray, axis: np.ndarray) -> Components:
-    """Compute the principal components of role vectors [R, D] at one layer; axis [D] sets signs.
+    """Compute the principal components of role vectors [R, D] at one layer.
+
+    Each component is signed so that its cosine with the axis [D] is not negative.
 
     Raises:
       UserError: fewer than two vectors.
     """
-    from sklearn.decomposition import PCA
-
+    pca_of = require("sklearn.decomposition", "principal components need scikit-learn").PCA
     if len(vectors) < 2:
         raise UserError(f"vectors has {len(vectors)} role vectors; PCA needs at least two")
-    pca = PCA(svd_solver="full").fit(vectors.astype(np.float64))
+    pca = pca_of(svd_solver="full").fit(vectors.astype(np.float64))
     directions = np.array(pca.components_)
     directions *= np.where(directions @ axis < 0, -1.0, 1.0)[:, None]
     coordinates = (vectors - pca.mean_) @ directions.T
@@ -128,11 +134,11 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """The axis of a set of role vectors and its PCA at each layer.
+    """The axis of a set of role vectors, and their PCA at each layer.
 
     Attributes:
       axis: [L, D].
-      names, vectors: the R roles behind the axis and their vectors [R, L, D].
+      names, vectors: the R roles that define the axis, and their vectors [R, L, D].
       components: L entries, one per layer.
       cos_pc1: [L], |cos(PC1, axis)|.
     """
@@ -147,7 +153,7 @@ class Analysis:
 
 
 def analyse(default: np.ndarray, roles: Mapping[str, np.ndarray]) -> Analysis:
-    """Compute the axis from the default mean [L, D] and role vectors, and each layer's PCA."""
+    """Compute the axis from the default mean [L, D] and role vectors, and the PCA of each layer."""
     names = sorted(roles)
     vectors = np.stack([roles[name] for name in names]) if names else np.zeros((0, *default.shape))
     axis = assistant_axis(default, vectors)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from jaxpersona.calls import checked_call
 from jaxpersona.captures import capture
 from jaxpersona.engine.generate import generate
 from jaxpersona.errors import UserError
+from jaxpersona.export import Table
 from jaxpersona.interventions import resolve_layers
 from jaxpersona.interventions.bank import Layers, normalised
 from jaxpersona.interventions.where import response
@@ -39,17 +40,27 @@ _SHIFT_MARGIN = 0.005  # mean cosine: smaller differences between shifts are inc
 
 
 @dataclasses.dataclass(frozen=True)
-class Check:
+class Check(Table):
     """Result of the self-test of an axis or of caps on a model.
 
     Attributes:
       ok: whether every test passed.
       faults: one sentence per failed test, with its remedy.
-      sentences: one sentence per test (sign, layers, floors), passed or failed.
+      sentences: one sentence per test (sign, layers, floors), passed or failed. A passed test of
+        floors may contain a warning.
       layers: l tested layers, one per cap.
       default, roles: [l] float32, mean projections of default and of role replies on each unit
         direction.
       shift: layer offset at which the axis fits best, 0 if its own; None if inconclusive.
+      spread: [l] float32, the standard deviation of the default's projections: from the quartiles
+        in the axis, or else of the replies of the check.
+      floors: [l] float32, the floors; None if there are none.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> found = jp.check(jp.load("mini"), jp.load_axis("mini"))
+      >>> found.ok, found.shift
+      (True, 0)
     """
 
     ok: bool
@@ -59,9 +70,33 @@ class Check:
     default: np.ndarray
     roles: np.ndarray
     shift: int | None
+    spread: np.ndarray
+    floors: np.ndarray | None
+
+    @property
+    def z_roles(self) -> np.ndarray:
+        """[l], the roles' mean projections in `spread` from the default's; negative is expected."""
+        return (self.roles - self.default) / self.spread
+
+    @property
+    def z_floors(self) -> np.ndarray | None:
+        """[l], the floors in `spread` from the default's mean projection; None without floors."""
+        return None if self.floors is None else (self.floors - self.default) / self.spread
 
     def __repr__(self) -> str:
         return line("Check", "ok" if self.ok else "; ".join(map(str, self.faults)))
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per tested layer: layer, default, roles, and their difference."""
+        return [{"layer": int(layer), "default": float(ours), "roles": float(theirs),
+                 "difference": float(ours - theirs)}
+                for layer, ours, theirs in zip(self.layers, self.default, self.roles, strict=True)]
+
+    def facts(self) -> dict[str, Any]:
+        """Return whether every test passed, the outcome of each, and the shift of the layers."""
+        outcomes = [sentence.partition(": ") for sentence in self.sentences]
+        return {"ok": self.ok, **{test: outcome for test, _, outcome in outcomes},
+                "shift": self.shift}
 
 
 def fit(model: Model, found: Found) -> Found:
@@ -101,6 +136,12 @@ def check(
     Raises:
       UserError: `axis` is neither an Axis nor Caps, belongs to another model, or is zero at a
         layer; `floor` is not numeric; or the model has no tokenizer or no chat template.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> found = jp.check(jp.load("mini"), jp.load_axis("mini"))
+      >>> found
+      Check(ok)
     """
     check_model(model)
     if not isinstance(axis, (Axis, Caps)):
@@ -108,21 +149,57 @@ def check(
                         "point toward the Assistant: jp.Axis(values) wraps an array [L, D]")
     axis = fit(model, axis)
     if model.tokenizer is None or not model.template:
-        lacks = "tokenizer" if model.tokenizer is None else "chat template"
-        raise UserError(f"{model.name} has no {lacks}; the check needs one to encode prompts")
+        raise UserError(
+            f"{model.name} has no tokenizer; the check needs one to encode prompts"
+            if model.tokenizer is None else
+            f"{model.name} has no chat template (a base model), so it cannot be asked as the "
+            "default persona and in roles; use the instruction-tuned model that the axis belongs "
+            "to")
     chosen, directions, floors = _entries(model, axis, layers, floor)
     default, roles = _replies(model, max_new_tokens, progress)
     unit, _ = normalised(directions)
     ours, theirs = (np.einsum("nld,ld->nl", x[:, list(chosen)], unit) for x in (default, roles))
     base, shift = _layer_base(axis, default.mean(0) - roles.mean(0))
-    judged = [_sign(chosen, ours, theirs), base]
+    spread = _spread(axis, chosen, ours)
+    judged = [_sign(chosen, ours, theirs, spread), base]
     if not judged[0][0]:  # with a wrong sign the other tests are meaningless
         judged = judged[:1]
     elif floors is not None:
-        judged.append(_scale(chosen, ours, theirs, floors))
+        judged.append(_scale(chosen, ours, theirs, floors, spread, _centre(axis, chosen, ours)))
     faults = tuple(text for fine, text in judged if not fine)
     return Check(not faults, faults, tuple(text for _, text in judged), chosen,
-                 ours.mean(0).astype(np.float32), theirs.mean(0).astype(np.float32), shift)
+                 ours.mean(0).astype(np.float32), theirs.mean(0).astype(np.float32), shift,
+                 spread.astype(np.float32),
+                 None if floors is None else floors.astype(np.float32))
+
+
+def _spread(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
+    """Return the standard deviation of the default's projections [l].
+
+    From the quartiles that the axis holds, as those of a normal distribution, because six replies
+    of the check give a poor estimate.
+    """
+    table = axis.percentiles.get("default", {}) if isinstance(axis, Axis) else {}
+    spread = ours.std(0, ddof=1) if len(ours) > 1 else np.zeros(len(layers))
+    if "p25" in table and "p75" in table:
+        known = normal_spread(table["p25"], table["p75"])[list(layers)]
+        spread = np.where(known > 0, known, spread)
+    return np.maximum(spread, 1e-6)
+
+
+def _centre(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
+    """Return the middle of the default's projections [l].
+
+    The median that the axis holds, because the short replies of the check may project lower than
+    the longer ones that the floors were measured on; else the mean of those replies.
+    """
+    table = axis.percentiles.get("default", {}) if isinstance(axis, Axis) else {}
+    return table["p50"][list(layers)] if "p50" in table else ours.mean(0)
+
+
+def normal_spread(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return the standard deviation of a normal distribution with these quartiles."""
+    return (np.asarray(high, np.float64) - low) / 1.3489795
 
 
 def _entries(model: Model, axis: Axis | Caps, layers: Layers | None,
@@ -177,13 +254,14 @@ def _replies(model: Model, length: int, progress: Callable[[int, int, int], None
     return kept[0], kept[1]
 
 
-def _sign(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray) -> tuple[bool, str]:
+def _sign(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray, spread: np.ndarray,
+          ) -> tuple[bool, str]:
     gap = ours.mean(0) - theirs.mean(0)
     wrong = sorted({layer for layer, value in zip(layers, gap, strict=True) if value <= 0})
     where = _spoken(layers)
     if not wrong:
-        return True, (f"sign: the default projects {_numbers(ours.mean(0))} at layers {where}, "
-                      f"roles {_numbers(theirs.mean(0))}")
+        return True, (f"sign: the default projects higher than roles at layers {where}, by "
+                      f"{_numbers(gap / spread)} of its standard deviations")
     if len(wrong) == len(set(layers)):
         return False, ("sign: roles project higher than the default at every layer to be capped; "
                        "the axis points away from the Assistant: negate its values")
@@ -218,8 +296,11 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
 
 
 def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
-           floors: np.ndarray) -> tuple[bool, str]:
-    """Reject floors far above the default projections or far below the role projections."""
+           floors: np.ndarray, spread: np.ndarray, centre: np.ndarray) -> tuple[bool, str]:
+    """Reject floors far above the default projections or far below the role projections.
+
+    A floor above the middle of the default's projections is accepted with a warning.
+    """
     high, low = ours.mean(0), theirs.mean(0)
     gap = high - low
     above = floors > high + np.maximum(gap, 4 * ours.std(0))
@@ -231,9 +312,15 @@ def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
             return False, (f"floors: {floors[i]:.4g} at layer {layers[i]} is {words} (default "
                            f"{high[i]:.4g}, roles {low[i]:.4g}); use thresholds measured on this "
                            "model")
-    share = (floors - low) / gap
-    return True, (f"floors: {share.min():.0%} to {share.max():.0%} of the way from roles to the "
-                  "default")
+    z = (floors - high) / spread
+    text = (f"floors: {_numbers(z)} standard deviations of the default from its mean, "
+            f"{_numbers(100 * (floors - low) / gap)} % of the way from roles to it")
+    if (over := floors > centre).any():
+        at = [layer for layer, wrong in zip(layers, over, strict=True) if wrong]
+        text += (f". Warning: at layers {_spoken(at)} the floor is above most of the default's own "
+                 "projections, so the cap changes more than half of ordinary replies: choose a "
+                 "lower percentile")
+    return True, text
 
 
 def _numbers(values: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""A direction from contrasting texts: difference of means, or the first principal component."""
+"""Directions from contrasting texts: difference of means, or the first principal component."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.interventions.bank import Layers, resolve_layers
 from jaxpersona.interventions.where import Where, last, response
 from jaxpersona.models.batch import SYSTEM, TEMPLATE, USER
+from jaxpersona.models.int8 import weights_note
 from jaxpersona.models.model import check_model
 from jaxpersona.text import chat
 from jaxpersona.vectors.vector import Vector
@@ -47,23 +48,23 @@ def contrast(
       positive, negative: texts, each a string (one user message), a list of {"role", "content"}, a
         `chat.Row` or token ids.
       method: "mean", the difference of the two means (Rimsky et al. 2024); "pca", for pairs of
-        texts, the first principal component of the differences around zero, u, scaled to
-        ⟨Δ, u⟩·u with the mean difference Δ (Zou et al. 2023).
-      pool: the activation of a text: "response", the mean over its response tokens; "last", the
-        last token of the prompt, after the template's opening of the reply; "prompt", the mean
-        over the content of its system and user messages. Default: "response" if the texts end with
-        assistant messages, "last" if none does.
+        texts, ⟨Δ, u⟩·u, where u is the first principal component of their differences (not
+        centred) and Δ the mean difference (Zou et al. 2023).
+      pool: the activation that represents a text: "response", the mean over its response tokens;
+        "last", the activation of the last token of the prompt, including the generation prompt;
+        "prompt", the mean over the content of its system and user messages. Default: "response" if
+        all texts end with an assistant message, "last" if none does.
       layers: the layers to compute; default: all. The direction is zero at the others.
       name: the name of the direction.
 
     Returns:
-      A `Vector` [L, D] of the residual stream. Its norm is the distance of the two groups, so
-      `steer(vector, scale=1)` moves an activation by as much.
+      A `Vector` [L, D] of the residual stream. Its norm is the distance between the two groups
+      along it, so `steer(vector, scale=1)` moves an activation by this distance.
 
     Raises:
-      UserError: no text, texts of which some have no token of `pool`, texts with and without a
-        reply if pool is None, different numbers of texts with method="pca", equal texts, or an
-        argument that is not listed above.
+      UserError: a group is empty; a text has no token of `pool`; pool is None and only some texts
+        end with a reply; the groups differ in size with method="pca"; both groups have the same
+        activations; or an argument is invalid.
 
     Example:
       >>> import jaxpersona as jp
@@ -81,12 +82,12 @@ def contrast(
     count = len(groups["positive"])
     if method == "pca" and len(groups["negative"]) != count:
         raise UserError(f"positive has {count} texts and negative {len(groups['negative'])}; "
-                        "method='pca' needs pairs: give as many of each")
+                        "method='pca' needs pairs: give equal numbers of both")
     texts = [text for group in groups.values() for text in group]
     replied = [_replied(text) for text in texts]
     if pool is None and any(replied) and not all(replied):
-        raise UserError("some texts end with an assistant message and others do not; give texts of "
-                        "one kind, or pool='prompt'")
+        raise UserError("some texts end with an assistant message and others do not; make them "
+                        "all alike, or use pool='prompt'")
     chosen = pool or ("response" if all(replied) else "last")
     total = model.config.n_layers
     at = resolve_layers(slice(None) if layers is None else layers, total)
@@ -113,7 +114,7 @@ def contrast(
     full[list(at)] = delta
     return Vector(full, name, model.name, model.fingerprint,
                   notes={"method": method, "pool": chosen, "positive": count,
-                         "negative": len(texts) - count})
+                         "negative": len(texts) - count, **weights_note(model.params)})
 
 
 def _replied(text: Any) -> bool:

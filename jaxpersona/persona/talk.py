@@ -1,4 +1,4 @@
-"""Projections per turn: of a given conversation, or of one that the model generates (drift)."""
+"""Projections per turn of a given conversation, or of one that the model generates (drift)."""
 
 from __future__ import annotations
 
@@ -66,26 +66,35 @@ def project_conversation(
     vectors = [fit(model, vector) for vector in vectors]
     if model.tokenizer is None:
         raise UserError(f"{model.name} has no tokenizer; conversations need one")
+    row = encode(model, conversation, reply=False)
+    (found,) = _project(model, [row], vectors, interventions=interventions,
+                        batch_tokens=width_of(row.tokens.size))  # a batch without padding rows
+    if not found:
+        raise UserError("the conversation has no assistant message with response tokens")
+    return found
+
+
+def _project(model: Model, rows: Sequence[chat.Row], vectors: Sequence[Vector],
+             **settings: Any) -> list[list[TurnProjection]]:
+    """Project the assistant messages of N encoded conversations; settings as for `extract`."""
     directions = np.stack([vector.values for vector in vectors], 1)
     known = [i for i, layer in enumerate(directions) if layer.any(1).all()]
     if not known:
         raise UserError("the directions have no layer in common at which all are non-zero")
-    row = encode(model, conversation, reply=False)
-    read = extract(model, [row], interventions=interventions, on_nonfinite="raise",
-                   capture=capture.projections(directions[known], response, layers=known),
-                   batch_tokens=width_of(row.tokens.size))  # a batch without padding rows
-    projected = read.captured["projections"][0]
-    values = np.full((model.config.n_layers, *projected.shape[1:]), np.nan, np.float32)  # [L, T, K]
-    values[known] = projected
-    chosen = np.asarray(holds(jnp.asarray(response.encode()), batch(
-        [row.tokens], kind=[row.kind], turn=[row.turn])))[0, : row.tokens.size]
-    found = []
-    for turn in sorted(set(row.turn[chosen].tolist())):
-        here = chosen & (row.turn == turn)
-        found.append(TurnProjection(turn, int(here.sum()), values[:, here].mean(1)))
-    if not found:
-        raise UserError("the conversation has no assistant message with response tokens")
-    return found
+    read = extract(model, rows, on_nonfinite="raise", capture=capture.projections(
+        directions[known], response, layers=known), **settings)
+    every = []
+    for row, projected in zip(rows, read.captured["projections"], strict=True):
+        values = np.full((model.config.n_layers, *projected.shape[1:]), np.nan, np.float32)
+        values[known] = projected  # [L, T, K]
+        chosen = np.asarray(holds(jnp.asarray(response.encode()), batch(
+            [row.tokens], kind=[row.kind], turn=[row.turn])))[0, : row.tokens.size]
+        found = []
+        for turn in sorted(set(row.turn[chosen].tolist())):
+            here = chosen & (row.turn == turn)
+            found.append(TurnProjection(turn, int(here.sum()), values[:, here].mean(1)))
+        every.append(found)
+    return every
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +103,24 @@ class Talks:
 
     Attributes:
       replies: M lists of N replies.
-      projections: [M, N, L] float32, mean projection of each reply; NaN for an empty reply.
+      projections: [M, N, L] float32, mean projection of each reply, read in the pass that
+        generated it, after its interventions; NaN for an empty reply. A capped layer's is never
+        below the floor, so it does not measure drift.
+      readout: [M, N, L] float32, mean projection of each reply when the finished conversation is
+        read without interventions; None if it was not asked for.
     """
 
     __repr__ = brief
 
     replies: list[list[str]]
     projections: np.ndarray
+    readout: np.ndarray | None = None
+
+    def arm(self, start: int, stop: int) -> Talks:
+        """Return conversations start ≤ n < stop, such as one arm of an experiment."""
+        return Talks([replies[start:stop] for replies in self.replies],
+                     self.projections[:, start:stop],
+                     None if self.readout is None else self.readout[:, start:stop])
 
 
 def grow(
@@ -112,6 +132,7 @@ def grow(
     interventions: Interventions | None = None,
     seed: int = 0,
     ids: Sequence[int] | None = None,
+    readout: bool = False,
     report: Callable[[int, int, int], None] | None = None,
     **settings: Any,
 ) -> Talks:
@@ -121,58 +142,85 @@ def grow(
 
     Args:
       openings: N lists with at most one system message each.
-      messages: [N][M] user messages.
+      messages: N lists of M user messages each.
       vector: the direction to project on.
       seed, settings: as for `generate`; each turn uses different random draws.
-      ids: [N] ids that select the random draws, default the conversation's index; conversations
-        with equal ids share draws.
+      ids: [N] ids that determine the random draws; default: the conversation's index.
+        Conversations with equal ids share draws.
+      readout: whether to read the finished conversations again without interventions
+        (`Talks.readout`).
       report: called with (turn, conversations done, tokens in this turn).
 
     Raises:
-      UserError: `vector` belongs to another model or site, or `openings` and `messages` do not
-        match; or as `generate`.
+      UserError: as for `generate`, or if `vector` belongs to another model or site, or `openings`
+        and `messages` do not match.
     """
     vector = fit(model, vector)
     openings, messages = _lists("openings", openings), _lists("messages", messages)
-    if len(openings) != len(messages) or len({len(said) for said in messages}) > 1 or (
-            not all(messages)):
-        raise UserError(f"openings has {len(openings)} entries and messages has "
-                        f"{sorted({len(said) for said in messages})} messages for "
-                        f"{len(messages)} conversations; give one opening per conversation and "
-                        "the same number of messages each, at least one")
+    counts = sorted({len(texts) for texts in messages})
+    if len(openings) != len(messages) or len(counts) > 1 or not all(messages):
+        raise UserError(f"openings has {len(openings)} entries, and messages has {len(messages)} "
+                        f"lists of {counts} messages; give one opening and the same number of "
+                        "messages, at least one, for each conversation")
     prompts: list[Any] = [
-        [*opening, {"role": "user", "content": said[0]}]
-        for opening, said in zip(openings, messages, strict=True)
+        [*opening, {"role": "user", "content": texts[0]}]
+        for opening, texts in zip(openings, messages, strict=True)
     ]
-    replies, values, unit = [], [], vector.unit
+    replies, values = [], []
+    known = np.flatnonzero(vector.values.any(1)).tolist()
+    if not known:
+        raise UserError(f"{vector.name!r} is zero at every layer")
     names = range(len(prompts)) if ids is None else ids
     for turn in range(len(messages[0])):
         out = generate(model, prompts, interventions=interventions, seed=seed,
                        ids=[chat.row_id([], i, f"talk/{turn}") for i in names],
-                       capture=capture.mean(response), on_nonfinite="raise",
+                       capture=capture.projections(vector, response, layers=known),
+                       on_nonfinite="raise",
                        progress=_at_turn(report, turn), **settings)
         replies.append(out.text)
-        values.append(np.einsum("nld,ld->nl", out.captured["mean"], unit))
+        found = np.full((len(prompts), vector.n_layers), np.nan, np.float32)
+        # from the end of the prompt on: the prompt holds the earlier replies
+        for n, (row, read) in enumerate(zip(out.rows, out.captured["projections"], strict=True)):
+            reply = read[:, row.tokens.size :, 0]  # NaN at tokens of a thinking block
+            if (chosen := np.isfinite(reply).all(0)).any():
+                found[n, known] = reply[:, chosen].mean(1)
+        values.append(found)
         if turn + 1 < len(messages[0]):
             prompts = [
-                chat.continue_row(model.tokenizer, row, reply, said[turn + 1], stopped=bool(stop))
-                for row, reply, stop, said in zip(out.rows, out.tokens, out.stopped, messages,
-                                                  strict=True)
+                chat.continue_row(model.tokenizer, row, reply, texts[turn + 1], stopped=bool(stop))
+                for row, reply, stop, texts in zip(out.rows, out.tokens, out.stopped, messages,
+                                                   strict=True)
             ]
-    return Talks(replies, np.stack(values))
+    again = None
+    if readout:
+        rows = [chat.answered(model.tokenizer, row, reply)
+                for row, reply in zip(out.rows, out.tokens, strict=True)]
+        again = _read_back(model, rows, vector, np.stack(values).shape)
+    return Talks(replies, np.stack(values), again)
+
+
+def _read_back(model: Model, rows: Sequence[chat.Row], vector: Vector,
+               shape: tuple[int, ...]) -> np.ndarray:
+    """Project the replies of N finished conversations without interventions; return [M, N, L]."""
+    values = np.full(shape, np.nan, np.float32)
+    for n, found in enumerate(_project(model, rows, [vector])):
+        last = int(rows[n].turn[-1])  # of the last reply; each earlier one is two messages before
+        for one in found:
+            values[shape[0] - 1 - (last - one.turn) // 2, n] = one.values[:, 0]
+    return values
 
 
 def _lists(name: str, given: Any) -> list[list[Any]]:
-    """Return the argument as one list per conversation.
+    """Convert an argument to one list per conversation.
 
     Raises:
       UserError: there is no conversation, or an entry is not a list.
     """
-    found = chat.listed(given, name)
-    for i, one in enumerate(found):
+    entries = chat.listed(given, name)
+    for i, one in enumerate(entries):
         if isinstance(one, (str, bytes)) or not isinstance(one, Iterable):
             raise UserError(f"{name}[{i}] is {one!r:.60}; give one list per conversation")
-    return [list(one) for one in found]
+    return [list(one) for one in entries]
 
 
 def _at_turn(report: Callable[[int, int, int], None] | None,

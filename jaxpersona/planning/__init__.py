@@ -1,1 +1,1 @@
-"""Predict memory and speed of a model on a device, by arithmetic and AOT compilation."""
+"""Predict a model's memory and speed on a device, by arithmetic and AOT compilation."""

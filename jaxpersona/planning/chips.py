@@ -7,6 +7,7 @@ import os
 import re
 
 from jaxpersona.errors import UserError
+from jaxpersona.extras import installed
 from jaxpersona.runtime import Device
 
 GB = 10**9
@@ -20,8 +21,8 @@ class Chip:
     Attributes:
       memory: device memory in bytes.
       bandwidth: memory bandwidth in bytes/s.
-      peak: dense bfloat16 FLOP/s.
-      link: interconnect bandwidth per chip in bytes/s, all links, one direction.
+      peak: peak dense bfloat16 FLOP/s.
+      link: interconnect bandwidth per chip in bytes/s, over all links, in one direction.
       source: the publication.
     """
 
@@ -48,10 +49,10 @@ EXAMPLES = "v5e:4x4, v5p:2x2x2, v6e:2x4 or h200:8"
 
 
 def parse(topology: str) -> tuple[Chip, int]:
-    """Parse a topology; return its chip and the number of chips.
+    """Parse a topology; return the chip and the number of chips.
 
     Raises:
-      UserError: the form is not chip:extents, or the chip is not in `CHIPS`.
+      UserError: the topology is not of the form chip:extents, or the chip is not in `CHIPS`.
     """
     if not isinstance(topology, str):
         raise UserError(f"topology is {topology!r:.60}; use chip:extents, such as {EXAMPLES}")
@@ -75,11 +76,9 @@ def tpu_devices(topology: str) -> list[Device] | None:
     Raises:
       UserError: libtpu does not support the topology.
     """
-    import importlib.util
-
-    if importlib.util.find_spec("libtpu") is None:
+    if not installed("libtpu"):
         return None
-    # otherwise libtpu queries the network for this machine's TPU
+    # without these, libtpu queries the network for this machine's TPU
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
@@ -92,7 +91,7 @@ def tpu_devices(topology: str) -> list[Device] | None:
         bounds = [*(min(n, 2) for n in extents[:2]), 1, 1][:3]
         description = topologies.get_topology_desc(platform="tpu", topology_name=topology,
                                                    chips_per_host_bounds=bounds)
-    except Exception as error:  # the runtime raises no specific type
+    except Exception as error:  # libtpu raises errors of various types
         reason = str(error).split(": ", 1)[-1].splitlines()[0].rstrip(".")
         raise UserError(f"topology is {topology!r}; libtpu rejects it ({reason}): try "
                         f"{EXAMPLES}") from error

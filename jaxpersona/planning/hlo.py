@@ -1,4 +1,4 @@
-"""Parse compiled HLO text: count kernels and collectives.
+"""Count kernels and collectives in compiled HLO text.
 
 Only the entry computation, loop bodies and branches are counted. A fusion counts as one kernel.
 """
@@ -24,7 +24,7 @@ class Operation:
     """One HLO operation.
 
     Attributes:
-      kind: HLO opcode; an asynchronous start/done pair is one operation, named without "-start".
+      kind: HLO opcode; an asynchronous start/done pair is one operation, without "-start".
       scope: the `op_name` metadata, a path of named scopes.
       bytes: size of the result.
       looped: whether it runs in every iteration of a loop.
@@ -72,7 +72,7 @@ def by_layer(found: list[Operation], layer: int) -> list[Operation]:
 
 
 def reductions(found: list[Operation]) -> int:
-    """Count reductions over devices; a reduce-scatter and its all-gather count as one."""
+    """Count reductions over devices; a reduce-scatter with its all-gather counts as one."""
     kinds = [op.kind for op in found]
     scattered = kinds.count("reduce-scatter")
     return scattered + len(kinds) - scattered - min(scattered, kinds.count("all-gather"))

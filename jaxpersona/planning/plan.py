@@ -9,16 +9,15 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.stages import Lowered
 
 from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed import sharding
@@ -26,51 +25,36 @@ from jaxpersona.engine.programs import Stops, decode, prefill
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.errors import UserError
 from jaxpersona.interventions import Interventions, cap
-from jaxpersona.kernels.attention import attention_implementation
 from jaxpersona.models.batch import Batch
-from jaxpersona.models.cache import KV_AXES
 from jaxpersona.models.config import ModelConfig, replace
-from jaxpersona.models.nn import QUERY_CHUNK
-from jaxpersona.models.params import Params, layout
+from jaxpersona.models.params import Params
 from jaxpersona.planning import chips, hlo
+from jaxpersona.planning.arithmetic import (
+    FRACTIONS,
+    Shapes,
+    Weights,
+    abstract_weights,
+    activation_bytes,
+    cache_bytes,
+    run_hours,
+    seconds,
+    weight_bytes,
+)
 from jaxpersona.runtime import Device, check_process
 
-ITEM = 2  # bytes per bfloat16
-FRACTIONS = (1.0, 0.6, 0.3)  # of roofline speed, for `axis_run_hours`
-ROLLOUTS = 331_200  # for a published axis (Lu et al. 2026): 276 roles × 1,200
-NEW_TOKENS = 512  # maximum reply length of the published axis
 # layer counts of the compiled prefills; temporary memory is linear in them from 8 layers on
 DEPTHS = (8, 12)
 _WIDEST = 16  # maximum default size of the model axis
 
 
 @dataclasses.dataclass(frozen=True)
-class Shapes:
-    """Static shapes: B rows, padded prompt width and cache slots per row."""
-
-    batch: int
-    width: int
-    slots: int
-
-    @classmethod
-    def of(cls, batch: int, context: int) -> Shapes:
-        """Reserve a quarter of the context, at most `NEW_TOKENS` tokens, for the reply."""
-        return cls(batch, context - max(1, min(NEW_TOKENS, context // 4)), context)
-
-    @property
-    def new(self) -> int:
-        """The maximum number of reply tokens."""
-        return self.slots - self.width
-
-
-@dataclasses.dataclass(frozen=True)
 class Compiled:
-    """Compiler figures of prefill and decode, per chip.
+    """Figures from the compiler for prefill and decode, per chip.
 
     Attributes:
-      prefill_temporaries, decode_temporaries: temporary bytes besides weights, cache and outputs.
-      operations: operations of one decode step; empty if it exceeds device memory.
-      bytes: bytes that one decode step accesses, by the compiler's cost analysis.
+      prefill_temporaries, decode_temporaries: temporary bytes without weights, cache and outputs.
+      operations: operations in one decode step; empty if the step exceeds device memory.
+      bytes: bytes that one decode step accesses, according to the compiler's cost analysis.
     """
 
     prefill_temporaries: int
@@ -86,26 +70,28 @@ class Compiled:
 
 def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int = 32,
          context: int = 2048, cap_layers: Sequence[int] = (),
-         mesh: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """Estimate memory, largest batch and speed of a model on a topology.
+         mesh: Mapping[str, int] | None = None, dtype: Weights = "bfloat16") -> dict[str, Any]:
+    """Estimate a model's memory, largest batch and speed on a topology.
 
     Args:
       config: the model configuration.
       topology: chip:extents, such as v5e:4x4 or h200:8.
       name: the model's name in the result.
-      batch: rows B over all chips.
+      batch: the number of rows B over all chips.
       context: cache slots per row; a quarter of them, at most 512, is reserved for the reply.
       cap_layers: layers to cap; the capped program is compared with the uncapped one.
-      mesh: sizes of "data", "fsdp" and "model"; default: the largest model axis that the model
-        allows, up to 16, and data for the rest.
+      mesh: sizes of "data", "fsdp" and "model"; default: the largest model axis, up to 16, that
+        fits the model, and a data axis over the remaining chips.
+      dtype: of the weights; with "int8" the embedding and the head are int8 too. Activations and
+        the cache are bfloat16.
 
     Returns:
-      The dict that `jaxpersona plan --json` prints. Fields from the compiler are None for GPUs, or
-      if libtpu is not installed.
+      The dict that `jaxpersona plan --json` prints. Compiler figures are None for GPUs, or if
+      libtpu is not installed.
 
     Raises:
       UserError: the topology is unknown, the mesh does not fit the model or the chips, an argument
-        is out of range, or this process was forked from one that had used JAX.
+        is out of range, or this process was forked from a process that had used JAX.
     """
     check_process()
     chip, count = chips.parse(topology)
@@ -128,16 +114,18 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
                         f"use a multiple of {ways}")
     compiled = None
     if isinstance(placed, Mesh):
-        compiled = compile_for(config, placed, shapes, cap_layers)
+        compiled = compile_for(config, placed, shapes, cap_layers, dtype)
         temporaries = compiled["plain"].temporaries
     else:
         temporaries = activation_bytes(config, placed, shapes, chip)
-    weights, cache = weight_bytes(config, placed), cache_bytes(config, placed, shapes)
-    total, room = weights + cache + temporaries, usable(chip)
-    roofline = seconds(config, placed, shapes, chip)
+    weights = weight_bytes(config, placed, dtype)
+    cache, room = cache_bytes(config, placed, shapes), usable(chip)
+    total = weights + cache + temporaries
+    roofline = seconds(config, placed, shapes, chip, dtype)
     by_row = (cache + temporaries) / batch
     return {
-        "model": name, "topology": topology, "chips": count, "mesh": dict(placed.shape),
+        "model": name, "dtype": dtype, "topology": topology, "chips": count,
+        "mesh": dict(placed.shape),
         "batch": batch, "context": context, "prompt": shapes.width, "cap": list(cap_layers),
         "chip": dataclasses.asdict(chip), "compiled": compiled is not None,
         "fits": total <= room, "short_by": max(0, total - room),
@@ -151,7 +139,7 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
 
 
 def usable(chip: chips.Chip) -> int:
-    """Return the bytes of a chip available to a program.
+    """Return the bytes of a chip's memory that are available to a program.
 
     The runtime reserves about 1/64, as the compiler's limit for v5e shows (15.75 of 16 GiB).
     """
@@ -159,7 +147,7 @@ def usable(chip: chips.Chip) -> int:
 
 
 def choose_mesh(config: ModelConfig, count: int) -> dict[str, int]:
-    """Choose mesh sizes for `count` chips: the largest valid model axis, at most 16, times data."""
+    """Choose mesh sizes for `count` chips: the largest valid model axis, up to 16, and data."""
     for ways in range(min(count, _WIDEST), 0, -1):
         if count % ways == 0:
             try:
@@ -180,87 +168,16 @@ def _checked(mesh: Mapping[str, int], count: int) -> dict[str, int]:
 
 def _mesh(sizes: Mapping[str, int], devices: Sequence[Device] | None,
           config: ModelConfig) -> Mesh | AbstractMesh:
-    """Return a mesh fitted to the model; an AbstractMesh if `devices` is None."""
+    """Return a mesh adapted to the model; an AbstractMesh if `devices` is None."""
     if devices is not None:
         return sharding.fit(sharding.make_mesh(**sizes, devices=devices), config)
     kinds = (AxisType.Explicit,) * len(sizes)
     return sharding.fit(AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds), config)
 
 
-def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh) -> int:
-    """Return the bytes of one chip's parameter shards in bfloat16."""
-    specs = jax.tree.leaves(layout(config))
-    return ITEM * sum(
-        math.prod(sharding.weight_sharding(s.axes, s.shape, mesh).shard_shape(s.shape))
-        for s in specs)
-
-
-def cache_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes) -> int:
-    """Return the bytes of one chip's shard of the key/value cache."""
-    whole = (shapes.batch, config.n_kv_heads, shapes.slots, config.head_dim)
-    shard = NamedSharding(mesh, sharding.spec(KV_AXES, mesh)).shard_shape(whole)
-    return 2 * config.n_layers * ITEM * math.prod(shard)
-
-
-def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
-                     chip: chips.Chip) -> int:
-    """Estimate the temporary bytes of a prefill per chip, without a compiler.
-
-    On a GPU the estimate is the larger of MLP and attention. MLP: gate and up projections, residual
-    stream, its norm and the block output. Attention: two copies of the queries and, without cuDNN
-    attention, the float32 scores of one query chunk and their bfloat16 softmax. `bench/ahead.py`
-    compares the estimate with XLA on an H200. On a TPU without libtpu, the estimate is the sum of
-    residual stream, norm, MLP and two copies of the scores, mostly in float32.
-    """
-    split = sharding.ways(mesh, "ff")
-    rows = shapes.batch // sharding.ways(mesh, "batch")
-    tokens, queries = rows * shapes.width, min(shapes.width, QUERY_CHUNK)
-    scores = rows * config.n_heads // split * queries * shapes.slots
-    if chip.name in chips.TPUS:
-        return tokens * (config.d_model * (2 * ITEM + 4) + 2 * 4 * config.d_ff // split
-                         ) + 2 * 4 * scores
-    mlp = tokens * ITEM * (2 * config.d_ff // split + 3 * config.d_model)
-    attention = tokens * ITEM * 2 * config.n_heads * config.head_dim // split
-    form, _ = attention_implementation(config, "gpu", dtype=jnp.bfloat16, tokens=shapes.width,
-                                       fresh=True, capability=8.0, sharded=mesh.size > 1)
-    return max(mlp, attention + (4 + ITEM) * scores * (form == "xla"))
-
-
-def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
-            chip: chips.Chip) -> dict[str, float]:
-    """Return roofline times of a decode step and a prefill in seconds.
-
-    A decode step reads all weights and every row's keys and values, on average for the prompt and
-    half the reply; a prefill is compute bound. All-reduces over the model axis are rings that move
-    2·(n − 1)/n of the bytes over the links, without overlap with compute.
-    """
-    split, ways = sharding.ways(mesh, "ff"), sharding.ways(mesh, "batch")
-    rows = shapes.batch // ways
-    weights = config.step_bytes(ITEM) / split
-    length = shapes.width + shapes.new // 2
-    held = rows * config.cache_bytes(length, ITEM) / sharding.ways(mesh, "kv_heads")
-    compute = 2 * rows * config.step_bytes(1) / split / chip.peak
-    exchange = 2 * (split - 1) / split * 2 * config.n_layers * rows * config.d_model * ITEM
-    step = held / chip.bandwidth + max(weights / chip.bandwidth, compute)
-    whole = rows * config.prefill_flops(shapes.width) / split / chip.peak
-    sums = {"decode": exchange / chip.link, "prefill": exchange * shapes.width / chip.link}
-    return {"decode_step": step + sums["decode"], "decode_sums": sums["decode"],
-            "prefill": whole + sums["prefill"], "prefill_sums": sums["prefill"]}
-
-
-def run_hours(roofline: Mapping[str, float], shapes: Shapes, fraction: float) -> float:
-    """Return the hours of a published axis run at a fraction of roofline speed.
-
-    Every reply is assumed to have the maximum length.
-    """
-    batches = -(-ROLLOUTS // shapes.batch)
-    one = roofline["prefill"] + NEW_TOKENS * roofline["decode_step"]
-    return batches * one / fraction / 3600
-
-
 def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
-                cap_layers: Sequence[int]) -> dict[str, Compiled]:
-    """Compile prefill and decode, uncapped and, if `cap_layers` is given, capped.
+                cap_layers: Sequence[int], dtype: Weights = "bfloat16") -> dict[str, Compiled]:
+    """Compile prefill and decode without a cap and, if `cap_layers` is given, with one.
 
     Prefill temporaries are linear in the number of layers, so prefill is compiled at the two
     `DEPTHS` and extrapolated. Decode is compiled at full depth.
@@ -269,17 +186,20 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
     arms: dict[str, tuple[int, ...]] = {"plain": ()}
     if cap_layers:
         arms["capped"] = tuple(cap_layers)
-    lowered: dict[tuple[str, str], jax.stages.Lowered] = {}
+    def lower(depth: int, layers: tuple[int, ...]) -> tuple[Lowered, Lowered]:
+        cut = replace(config, n_layers=depth)
+        return lowered(abstract_weights(cut, mesh, dtype), cut, shapes, layers)
+
+    waiting: dict[tuple[str, str], Lowered] = {}
     for arm, layers in arms.items():
-        lowered[arm, "decode"] = _lower(config, mesh, shapes, layers)[1]
-        # cap the same fraction of layers, from the same relative depth, as in the full model
+        waiting[arm, "decode"] = lower(config.n_layers, layers)[1]
+        # cap the same fraction of layers as in the full model, from the same relative depth on
         share = -(-len(layers) * deep // config.n_layers)
         begin = min(layers[0] * deep // config.n_layers, deep - share) if layers else 0
-        lowered[arm, "prefill"] = _lower(replace(config, n_layers=deep), mesh, shapes,
-                                         tuple(range(begin, begin + share)))[0]
-    lowered["plain", "shallow"] = _lower(replace(config, n_layers=shallow), mesh, shapes, ())[0]
+        waiting[arm, "prefill"] = lower(deep, tuple(range(begin, begin + share)))[0]
+    waiting["plain", "shallow"] = lower(shallow, ())[0]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # compilation releases the GIL
-        programs = dict(zip(lowered, pool.map(_compile, lowered.values()), strict=True))
+        programs = dict(zip(waiting, pool.map(_compile, waiting.values()), strict=True))
     rise = programs["plain", "prefill"][1] - programs["plain", "shallow"][1]
     beyond = round(rise / max(deep - shallow, 1) * (config.n_layers - deep))
     out = {}
@@ -295,18 +215,9 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
     return out
 
 
-def _lower(config: ModelConfig, mesh: Mesh, shapes: Shapes,
-           cap_layers: tuple[int, ...]) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
-    """Lower prefill and decode for abstract parameters sharded on a mesh."""
-    params = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16, sharding=sharding.weight_sharding(
-            s.axes, s.shape, mesh)), layout(config))
-    return lowered(params, config, shapes, cap_layers)
-
-
 def lowered(params: Params, config: ModelConfig, shapes: Shapes,
-            cap_layers: Sequence[int]) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
-    """Lower greedy prefill and decode for parameters, or their ShapeDtypeStructs."""
+            cap_layers: Sequence[int]) -> tuple[Lowered, Lowered]:
+    """Lower greedy prefill and decode for parameters or ShapeDtypeStructs."""
     rows, width = shapes.batch, shapes.width
     edits = Interventions()
     if cap_layers:
@@ -314,19 +225,20 @@ def lowered(params: Params, config: ModelConfig, shapes: Shapes,
     field = (rows, width)
     batch = Batch(*(np.zeros(field, kind) for kind in (np.int32, np.int32, np.uint16, np.int32)),
                   row_id=np.zeros((rows,), np.uint32))
-    how, limit = sampling(rows), np.zeros((rows,), np.int32)
+    settings, limit = sampling(rows), np.zeros((rows,), np.int32)
     stops = Stops(ids=np.full((4,), -1, np.int32), think=np.full((2,), -1, np.int32))
     begin = functools.partial(prefill, slots=shapes.slots, max_new=shapes.new, greedy=True)
-    state = jax.eval_shape(lambda p: begin(p, config, batch, edits, Capture(), how, stops, limit),
-                           params)
+    state = jax.eval_shape(
+        lambda p: begin(p, config, batch, edits, Capture(), settings, stops, limit), params)
     until = np.int32(shapes.new)
-    return (prefill.lower(params, config, batch, edits, Capture(), how, stops, limit,
+    return (prefill.lower(params, config, batch, edits, Capture(), settings, stops, limit,
                           slots=shapes.slots, max_new=shapes.new, greedy=True),
-            decode.lower(params, config, state, edits, Capture(), how, stops, until, greedy=True))
+            decode.lower(params, config, state, edits, Capture(), settings, stops, until,
+                         greedy=True))
 
 
-def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, int]:
-    """Compile; return (program, temporary bytes); program is None if it exceeds device memory."""
+def _compile(lowered: Lowered) -> tuple[jax.stages.Compiled | None, int]:
+    """Compile; return (program or None if it exceeds the device memory, temporary bytes)."""
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -342,12 +254,12 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, i
 
 def compare(compiled: Mapping[str, Compiled] | None,
             cap_layers: Sequence[int]) -> dict[str, Any]:
-    """Return the collectives of the compiled decode step and the overhead of a cap.
+    """Return the number of collectives in the compiled decode step, and the overhead of a cap.
 
     `added_fusions_per_layer` is the median number of added kernels per capped layer;
-    `added_fusions_once` is the rest, independent of the number of layers. `temporaries_ratio`
-    (capped / uncapped) compares the larger of prefill and decode; `temporaries_by_program`
-    compares each.
+    `added_fusions_once` is the number of other added kernels. `temporaries_ratio` (capped /
+    uncapped) compares the larger of prefill and decode; `temporaries_by_program` compares each of
+    them.
     """
     names = ("collectives_per_layer", "added_collectives", "added_fusions_per_layer",
              "added_fusions_once", "added_bytes", "temporaries_ratio", "temporaries_by_program")

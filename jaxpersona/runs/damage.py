@@ -1,4 +1,4 @@
-"""The exception for damaged files of a run, and the remedy that its message names."""
+"""The exception for damaged files of a run, and the fix that its message suggests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Damaged(UserError):
 
     Attributes:
       role: name of the role.
-      fault: path of the file and what is wrong with it.
+      fault: path of the file and a description of the damage.
     """
 
     def __init__(self, role: str, path: pathlib.Path, why: str) -> None:

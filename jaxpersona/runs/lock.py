@@ -27,8 +27,8 @@ def locked(folder: pathlib.Path, worker: int = 0) -> Iterator[None]:
         lock first; it checks that no process of another run holds a lock.
 
     Raises:
-      UserError: another process holds the lock (the message names it), the folder cannot be
-        locked, or the lock path is not a regular file.
+      UserError: another process holds the lock (the message names the process), the folder cannot
+        be locked, or the lock path is not a regular file.
     """
     path = folder / (NAME if worker == 0 else f"{NAME}.{worker}")
     handle = _take(path)
@@ -85,6 +85,6 @@ def _take(path: pathlib.Path) -> int:
 
 
 def _release(path: pathlib.Path, handle: int) -> None:
-    # before unlocking: afterwards the file may belong to another process
+    # remove the file before unlocking it: afterwards it may belong to another process
     path.unlink(missing_ok=True)
     os.close(handle)

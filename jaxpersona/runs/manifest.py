@@ -1,4 +1,4 @@
-"""The manifest of a run: everything that its files depend on, compared on resume."""
+"""The manifest of a run: everything that its files depend on; it is compared on resume."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import numpy as np
 from jaxpersona.data.texts import Question, Role
 from jaxpersona.engine.sampling import PRNG
 from jaxpersona.judges.judges import Judge
+from jaxpersona.models.int8 import weights_note
 from jaxpersona.models.params import SCHEME
 from jaxpersona.runs.rollouts import Settings
 from jaxpersona.runs.run import digest
@@ -46,7 +47,8 @@ def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question],
     return {
         "model": {"name": model.name, "fingerprint": model.fingerprint,
                   "fingerprint_scheme": SCHEME,
-                  "dtype": str(model.params.embed_vd.dtype),
+                  "dtype": str(model.params.like.dtype),
+                  **weights_note(model.params),
                   "stop_ids": sorted(int(i) for i in model.stop_ids)},
         "arguments": {**dataclasses.asdict(settings), "judge": judge.name,
                       "judge_settings": dict(getattr(judge, "settings", {})),
@@ -62,9 +64,9 @@ def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question],
 def numerics(model: Model) -> dict[str, Any]:
     """Return everything besides weights and inputs that changes the bits of a model's results.
 
-    The sampler fixes its own PRNG (`sampling.PRNG`), so JAX's PRNG settings are left out.
+    The sampler fixes its own PRNG (`sampling.PRNG`), so JAX's PRNG settings are omitted.
     """
-    weight = model.params.embed_vd
+    weight = model.params.like
     devices = sorted(weight.devices(), key=lambda d: d.id) if isinstance(weight, jax.Array) else (
         jax.devices()[:1])
     mesh: Mapping[str, int] = {} if model.mesh is None else dict(model.mesh.shape)

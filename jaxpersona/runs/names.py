@@ -1,4 +1,4 @@
-"""File names of roles, for arbitrary role names."""
+"""File names for arbitrary role names."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from jaxpersona.errors import UserError
 
 _SAFE = frozenset(string.ascii_letters + string.digits + "_-.")
-_LONGEST = 200  # bytes: leaves room in 255 for a suffix or a temporary name
+_LONGEST = 200  # bytes; file systems allow 255, which leaves room for a suffix or temporary name
 
 
 def file_stem(role: str) -> str:
-    """Return the name of a role's files without suffix.
+    """Return the name of a role's files, without a suffix.
 
     ASCII letters and digits, `_`, `-` and non-leading `.` are kept; every other UTF-8 byte becomes
     `%XX`. File names therefore stay inside the folder, and different roles have different files.
@@ -37,8 +37,8 @@ def check_names(roles: Iterable[str]) -> None:
         try:
             stem = file_stem(role)
         except UnicodeEncodeError:
-            raise UserError(f"the role name {role[:40]!r} contains half a surrogate pair, which "
-                            "is not valid UTF-8; rename the role") from None
+            raise UserError(f"the role name {role[:40]!r} contains a lone surrogate, which is not "
+                            "valid UTF-8; rename the role") from None
         if len(stem) > _LONGEST:
             raise UserError(f"the role name {role[:40]!r}… takes {len(stem)} bytes as a file "
                             f"name; the limit is {_LONGEST}: shorten it")

@@ -1,4 +1,4 @@
-"""Rollouts: replies to every prompt × question of a role, with their response means."""
+"""Rollouts: replies to every pair of prompt and question of a role, with their response means."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 Progress = Callable[[int, int, int], None]
-MAX_SAMPLES = 100_000  # the paper uses 1; all rollouts of a role are in memory at once
+MAX_SAMPLES = 100_000  # Lu et al. 2026 use 1; all rollouts of a role are in memory at once
 MAX_ROWS = 65_536
 
 
@@ -27,11 +27,11 @@ MAX_ROWS = 65_536
 class Settings:
     """Sampling settings of rollouts.
 
-    The defaults of temperature, top_p, max_new_tokens and samples are the paper's.
+    The defaults of temperature, top_p, max_new_tokens and samples are those of Lu et al. 2026.
 
     Attributes:
       samples: rollouts per prompt and question.
-      batch_size: batch rows B; a run uses one B throughout, since results depend on it.
+      batch_size: the number of batch rows B. A run uses one B throughout, as results depend on it.
     """
 
     temperature: float = 0.7
@@ -63,8 +63,8 @@ def play(
 ) -> dict[str, tuple[list[dict[str, Any]], np.ndarray]]:
     """Generate the rollouts of several roles in one `generate` call.
 
-    Grouping roles changes no result: each rollout's random draws depend only on the seed and a
-    hash of its model, role, prompt, question and sample.
+    Grouping roles does not change results: each rollout's random draws depend only on the seed and
+    a hash of its model, role, prompt, question and sample.
 
     Returns:
       role name → (records, response means [n, L, D] float32). A record has the fields
@@ -74,6 +74,33 @@ def play(
       UserError: activations are not finite.
     """
     roles, questions = all_of(Role, roles, "roles"), all_of(Question, questions, "questions")
+    records, ids = prompts_of(model, roles, questions, settings)
+    out = generate(
+        model, [record["conversation"] for _, record in records], ids=ids, progress=progress,
+        on_nonfinite="raise", **generation(settings),
+    )
+    found: dict[str, tuple[list[dict[str, Any]], np.ndarray]] = {}
+    for role in roles:
+        mine = [i for i, (name, _) in enumerate(records) if name == role.name]
+        kept = []
+        for i in mine:
+            reply = {"role": "assistant", "content": out.text[i]}
+            record = records[i][1]
+            kept.append(record | {"conversation": [*record["conversation"], reply]})
+        found[role.name] = (kept, out.captured["mean"][mine])
+    return found
+
+
+def generation(settings: Settings) -> dict[str, Any]:
+    """Return the arguments of `generate` that a run uses."""
+    return {"capture": capture.mean(response), "max_new_tokens": settings.max_new_tokens,
+            "temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed,
+            "batch_size": settings.batch_size}
+
+
+def prompts_of(model: Model, roles: Sequence[Role], questions: Sequence[Question],
+               settings: Settings) -> tuple[list[tuple[str, dict[str, Any]]], list[int]]:
+    """Return (role name, record without a reply) of every rollout, and the ids of their draws."""
     records: list[tuple[str, dict[str, Any]]] = []
     ids: list[int] = []
     for role in roles:
@@ -89,22 +116,7 @@ def play(
                         "label": label, "sample": sample,
                         "conversation": opening(prompt, question.text),
                     }))
-    out = generate(
-        model, [record["conversation"] for _, record in records], capture=capture.mean(response),
-        max_new_tokens=settings.max_new_tokens, temperature=settings.temperature,
-        top_p=settings.top_p, seed=settings.seed, batch_size=settings.batch_size, ids=ids,
-        on_nonfinite="raise", progress=progress,
-    )
-    found: dict[str, tuple[list[dict[str, Any]], np.ndarray]] = {}
-    for role in roles:
-        mine = [i for i, (name, _) in enumerate(records) if name == role.name]
-        kept = []
-        for i in mine:
-            reply = {"role": "assistant", "content": out.text[i]}
-            record = records[i][1]
-            kept.append(record | {"conversation": [*record["conversation"], reply]})
-        found[role.name] = (kept, out.captured["mean"][mine])
-    return found
+    return records, ids
 
 
 def opening(prompt: str, question: str) -> list[dict[str, str]]:

@@ -10,13 +10,13 @@
     .lock                        exists while a process writes to the folder
 
 Every file is written under a temporary name and renamed, and contains no timestamp, so a run killed
-at any point resumes and produces the same bytes. run.json stores the model's name as given, for a
-folder the path as typed.
+at any point resumes and produces the same bytes. run.json stores the model's name as given; for a
+folder, this is the path as typed.
 
 Means, scores and vectors contain a SHA-256 digest of their content, their role and the run
 (`Run.identity`, the digest of run.json). Means and scores also contain the digest of their
-rollouts. Reading therefore rejects a file that was edited, damaged, or copied from another role or
-run. Vectors, axis and analysis are recomputed and rewritten each time.
+rollouts. Files that were edited, damaged, or copied from another role or run are therefore rejected
+when they are read. Vectors, axis and analysis are recomputed whenever a run starts or resumes.
 """
 
 from __future__ import annotations
@@ -44,14 +44,11 @@ from jaxpersona.ckpts.tensorfile import READABLE, read_bytes_of, read_slice
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import TEXT_BYTES, read_bytes, read_json, require_file
 from jaxpersona.runs.damage import Damaged
+from jaxpersona.runs.files import MANIFEST, PARTS, delete, delete_run, path_of, remove_leftovers
 from jaxpersona.runs.lock import is_lock, locked
-from jaxpersona.runs.names import file_stem
+from jaxpersona.runs.names import check_names
 
 FORMAT = "jaxpersona-run 2"
-FIGURES = ("roles.png", "pca.png", "variance.png", "drift.png")
-_FILES = ("run.json", "axis.safetensors", "analysis.json")
-_PARTS = {"rollouts": ".jsonl", "means": ".safetensors", "scores": ".json",
-          "vectors": ".safetensors"}
 
 
 class Run:
@@ -66,7 +63,7 @@ class Run:
         self.folder = pathlib.Path(folder)
         self.manifest = json.loads(json.dumps({"format": FORMAT, **manifest}))
         self.identity = _sha256(json_text(self.manifest).encode())
-        self._written: dict[str, str] = {}  # role → digest of its rollouts, from its means
+        self._written: dict[str, str] = {}  # role → digest of its rollouts, from its means file
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Run:
@@ -76,73 +73,81 @@ class Run:
           UserError: the folder contains no run of this format.
         """
         folder = pathlib.Path(folder)
-        found = _manifest_of(folder)
-        return cls(folder, found)
+        return cls(folder, _manifest_of(folder))
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, folder: str | os.PathLike, manifest: Mapping[str, Any],
-             worker: int = 0) -> Iterator[Run]:
+    def open(cls, folder: str | os.PathLike, manifest: Mapping[str, Any], worker: int = 0, *,
+             overwrite: bool = False) -> Iterator[Run]:
         """Start or resume a run, with the folder locked against other runs.
 
         Args:
           folder: a new or empty folder, or one with an equal manifest.
           manifest: a JSON value with everything that the run's files depend on.
           worker: index of this process in the run; process 0 must open first.
+          overwrite: delete the files of the run in the folder, this one or another, and start
+            anew. Files that no run wrote stay.
 
         Raises:
           UserError: the folder belongs to another run (the message lists the differing fields),
             is in use, contains other files, or cannot be written.
         """
         run = cls(folder, manifest)
-        folder, path = run.folder, run.folder / "run.json"
-        if folder.is_dir() and not path.exists() and not run._is_new():
-            raise UserError(f"{folder}: is not empty and has no run.json; choose another folder")
+        folder, path = run.folder, run.folder / MANIFEST
+        run.check_new()
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from None
         with locked(folder, worker):
-            if path.exists():
-                _same(folder, _manifest_of(folder), run.manifest)
-            for part in _PARTS:
+            old = run.stored(overwrite and worker == 0)
+            if old is not None and overwrite and worker == 0:
+                delete_run(folder, _roles_of(folder, old))
+            for part in PARTS:
                 try:
                     (folder / part).mkdir(exist_ok=True)
                 except OSError as error:
                     raise UserError(f"{folder / part}: cannot be written "
                                     f"({error.strerror or error})") from None
             if worker == 0:
-                run._remove_leftovers()
+                remove_leftovers(folder, _roles_of(folder, run.manifest))
                 if not path.exists() or path.read_bytes() != json_text(run.manifest).encode():
-                    write_json(path, run.manifest)  # new, or equal values in another JSON layout
+                    write_json(path, run.manifest)  # missing, or equal in another JSON layout
             yield run
 
-    def _is_new(self) -> bool:
-        """Return whether the folder is empty, except for files of a process killed at its start."""
-        left = {path.name for path, target, _ in leftovers(self.folder) if target == "run.json"}
-        return all(
-            is_lock(entry.name) or entry.name in left
-            or (entry.name in _PARTS and entry.is_dir() and not any(entry.iterdir()))
-            for entry in self.folder.iterdir())
+    def stored(self, overwrite: bool = False) -> dict[str, Any] | None:
+        """Return the manifest in the folder, or None if it has none.
 
-    def _remove_leftovers(self) -> None:
-        """Remove this run's temporary files, left by processes killed while writing.
-
-        The lock is held, so no process of the run is writing. Figures are drawn without the lock:
-        remove their temporary files only if the process that wrote them has ended.
+        Raises:
+          UserError: it is not that of a run of this format, or, unless `overwrite`, of another run.
         """
-        stems = {file_stem(role) for role in self.manifest.get("roles", {})}
-        for path, target, process in leftovers(self.folder):
-            if target in _FILES or (target in FIGURES and not _alive(process)):
-                path.unlink(missing_ok=True)
-        for part, suffix in _PARTS.items():
-            for path, target, _ in leftovers(self.folder / part):
-                if target.endswith(suffix) and target.removesuffix(suffix) in stems:
-                    path.unlink(missing_ok=True)
+        if not (self.folder / MANIFEST).exists():
+            return None
+        found = _manifest_of(self.folder)
+        if not overwrite:
+            _same(self.folder, found, self.manifest)
+        return found
+
+    def check_new(self) -> None:
+        """Check that a folder without a manifest is empty.
+
+        Files of a process killed at its start do not count.
+
+        Raises:
+          UserError: the folder has no manifest and contains other files.
+        """
+        if not self.folder.is_dir() or (self.folder / MANIFEST).exists():
+            return
+        left = {path.name for path, target, _ in leftovers(self.folder) if target == MANIFEST}
+        if not all(is_lock(entry.name) or entry.name in left
+                   or (entry.name in PARTS and entry.is_dir() and not any(entry.iterdir()))
+                   for entry in self.folder.iterdir()):
+            raise UserError(f"{self.folder}: is not empty and has no run.json; choose another "
+                            "folder")
 
     def path(self, part: str, role: str) -> pathlib.Path:
         """Return the path of a role's rollouts, means, scores or vectors."""
-        return self.folder / part / f"{file_stem(role)}{_PARTS[part]}"
+        return path_of(self.folder, part, role)
 
     def rollouts(self, role: str) -> list[dict[str, Any]] | None:
         """Return a role's rollouts, or None if they are not complete yet.
@@ -155,7 +160,7 @@ class Run:
             return None
         try:
             require_file(path)
-            # hashed in chunks: a file that the run did not write may not fit in memory
+            # hashed in chunks: a file that the run did not write may be too large for memory
             with open(path, "rb") as file:
                 actual = hashlib.file_digest(file, "sha256").hexdigest()
             if actual != self._rollouts_digest(role):
@@ -186,7 +191,7 @@ class Run:
 
     def save_rollouts(self, role: str, records: Sequence[Mapping[str, Any]],
                       means: np.ndarray) -> None:
-        """Write a role's means, then its rollouts, whose presence marks the role as complete."""
+        """Write a role's means, then its rollouts, which mark the role as complete."""
         lines = [json.dumps(r, ensure_ascii=False, sort_keys=True) for r in records]
         text = "\n".join(lines) + "\n"
         self._written[role] = _sha256(text.encode())
@@ -208,8 +213,7 @@ class Run:
         except UserError as error:
             raise Damaged(role, path, str(error).removeprefix(f"{path}: ")) from None
         try:
-            found = json.loads(data)
-            scores = found["scores"]
+            scores = json.loads(data)["scores"]
         except (ValueError, TypeError, KeyError, RecursionError):
             raise Damaged(role, path, "no object 'scores'") from None
         if not _are_scores(scores) or data != json_text(self._scored(role, scores)).encode():
@@ -224,8 +228,8 @@ class Run:
         """
         if not _are_scores(scores):
             wrong = [repr(s) for s in scores.values() if not _is_score(s)]
-            raise UserError(f"the judge scored a rollout of role {role!r} {wrong[0][:80]}; scores "
-                            "must be 0, 1, 2, 3 or None")
+            raise UserError(f"the judge gave a rollout of role {role!r} the score {wrong[0][:80]}; "
+                            "scores must be 0, 1, 2, 3 or None")
         write_json(self.path("scores", role), self._scored(role, dict(scores)))
 
     def _scored(self, role: str, scores: Any) -> dict[str, Any]:
@@ -237,6 +241,14 @@ class Run:
         """Write a role's vectors and the number of rollouts averaged in each."""
         self._seal("vectors", role, {label: vector for label, (vector, _) in vectors.items()},
                    {f"count_{label}": str(n) for label, (_, n) in vectors.items()})
+
+    def vectors(self, role: str) -> dict[str, np.ndarray]:
+        """Return a role's vectors [L, D] by label.
+
+        Raises:
+          Damaged: the file is missing or differs from what the run wrote.
+        """
+        return self._sealed("vectors", role)[0]
 
     def is_whole(self, role: str) -> bool:
         """Verify a role's rollouts, means and scores, and return whether the rollouts are complete.
@@ -257,16 +269,11 @@ class Run:
         """
         self._written.pop(role, None)
         for part in ("vectors", "scores", "rollouts", "means"):
-            path = self.path(part, role)
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:
-                raise UserError(f"{path}: cannot be deleted ({error.strerror or error})"
-                                ) from None
+            delete(self.path(part, role))
 
     def _seal(self, part: str, role: str, tensors: Mapping[str, np.ndarray],
               about: Mapping[str, str]) -> None:
-        """Write tensors with metadata: `about`, the run, the role and a digest of everything."""
+        """Write tensors with metadata: `about`, run, role, and a digest of all contents."""
         about = {**about, "run": self.identity, "role": role}
         arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
         sealed = _tensors_digest(about, {name: (x.dtype, x.shape) for name, x in arrays.items()},
@@ -346,39 +353,41 @@ def _there(path: pathlib.Path) -> bool:
     return os.path.lexists(path)
 
 
-def _alive(process: int) -> bool:
-    """Return whether a process of this machine is running."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
 def _manifest_of(folder: pathlib.Path) -> dict[str, Any]:
-    path = folder / "run.json"
+    path = folder / MANIFEST
     require_file(path)
-    found = read_json(path)
-    version = found.get("format") if isinstance(found, dict) else None
+    stored = read_json(path)
+    version = stored.get("format") if isinstance(stored, dict) else None
     if isinstance(version, str) and version.startswith("jaxpersona-run ") and version != FORMAT:
-        raise UserError(f"{folder}: run.json has format {version!r}, this version writes "
+        raise UserError(f"{folder}: run.json has format {version!r}, but this version writes "
                         f"{FORMAT!r}; resume with the version that started the run, or choose "
                         "another folder")
     if version != FORMAT:
         raise UserError(f"{folder}: run.json is not a jaxpersona run; choose another folder")
-    return found
+    return stored
 
 
-def _same(folder: pathlib.Path, found: Any, wanted: Mapping[str, Any]) -> None:
+def _roles_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the role names of a manifest.
+
+    Raises:
+      UserError: they are not valid.
+    """
+    roles = manifest.get("roles", {})
+    if not isinstance(roles, Mapping):
+        raise UserError(f"{folder / MANIFEST}: damaged (roles is not an object)")
+    check_names(roles)
+    return list(roles)
+
+
+def _same(folder: pathlib.Path, stored: Any, wanted: Mapping[str, Any]) -> None:
     def flat(value: Any, prefix: str = "") -> dict[str, str]:
         if not isinstance(value, dict):
             return {prefix: json.dumps(value)}  # as text: 1 == 1.0 == True in Python
         pairs = (flat(v, f"{prefix}.{k}" if prefix else k) for k, v in value.items())
         return {key: item for pair in pairs for key, item in pair.items()}
 
-    old, new = flat(found), flat(dict(wanted))
+    old, new = flat(stored), flat(dict(wanted))
     differ = [
         f"{key} was {old.get(key, 'absent')}, now {new.get(key, 'absent')}"
         for key in sorted(set(old) | set(new))
@@ -386,5 +395,6 @@ def _same(folder: pathlib.Path, found: Any, wanted: Mapping[str, Any]) -> None:
     ]
     if differ:
         raise UserError(
-            f"{folder}: contains another run ({'; '.join(differ)}); choose another folder"
+            f"{folder}: contains another run ({'; '.join(differ)}); choose another folder, or "
+            "delete that run with overwrite=True (--overwrite)"
         )

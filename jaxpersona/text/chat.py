@@ -4,16 +4,16 @@ The rendered text is tokenized once. Character offsets map the spans from `templ
 tokens, without string search. Generated tokens are never re-encoded.
 
 Token kinds:
-- Message content is SYSTEM, USER or ASSISTANT. Text written by the template, including a default
-  system prompt, is TEMPLATE, and so is a token that spans both. Exception: a token that joins
-  template whitespace and the start of a content's first word is content, as in generation.
-- A thinking block of an assistant message, tags included, is ASSISTANT | THINKING; one that the
-  template writes is TEMPLATE | THINKING. The last prompt token is THINKING if and only if the
+- Message content is SYSTEM, USER or ASSISTANT. Text from the template, including a default system
+  prompt, is TEMPLATE. A token that contains both is TEMPLATE, unless it consists of template
+  whitespace and the start of the content's first word; then it is content, as in generation.
+- A thinking block in an assistant message, including its tags, is ASSISTANT | THINKING; one that
+  the template adds is TEMPLATE | THINKING. The last prompt token is THINKING if and only if the
   reply starts inside an open thinking block.
-- Fenced code, fences included, is CODE.
+- Fenced code, including its fences, is CODE.
 
 An empty system message is rendered, not skipped. If the template has no system role, the system
-prompt is prepended to the first user message with a blank line between. Its tokens keep the kind
+prompt is prepended to the first user message, separated by a blank line. Its tokens keep the kind
 and turn of the system message; an empty system prompt adds nothing.
 """
 
@@ -53,9 +53,9 @@ class Row:
     Attributes:
       tokens: [T] int32.
       kind: [T] int32, bits of `batch.KINDS` (`batch.batch` sets valid, first and last).
-      turn: [T] int32, index of the message that a token belongs to; the generation prompt belongs
-        to the next message.
-      text: the tokenized text.
+      turn: [T] int32, the index of each token's message; the generation prompt belongs to the next
+        message.
+      text: the text that was tokenized.
       messages: the messages, or None for a row built from token ids.
     """
 
@@ -76,26 +76,30 @@ def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thin
       model: a tokenizer, or an object with a `tokenizer` attribute.
       conversations: an iterable of B conversations, each a list of {"role", "content"} dicts or a
         string (one user message).
-      reply: append the generation prompt.
+      reply: whether to append the generation prompt.
       thinking: the template variable `enable_thinking`.
       width: pad to this many tokens; default: the longest row.
       variables: additional template variables, such as {"date_string": "26 Jul 2024"}.
 
     Returns:
-      A batch whose `row_id` hashes the tokens; the n-th duplicate of a row is sample n.
+      A batch with token hashes as `row_id`; the n-th duplicate of a row is hashed as sample n.
 
     Raises:
-      UserError: as `encode_row` and `batch.batch`.
+      UserError: see `encode_row` and `batch.batch`.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.encode(jp.load("mini"), ["Who are you?", "Hello."]).tokens.shape[0]
+      2
     """
     tokenizer = _tokenizer(model)
     rows = [encode_row(tokenizer, c, reply=reply, thinking=thinking, variables=variables)
             for c in listed(conversations)]
-    config = getattr(model, "config", None)  # a bare tokenizer has none
-    for i, row in enumerate(rows):
-        check_ids(row.tokens, getattr(config, "vocab_size", None), f"conversation {i}", tokenizer)
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     seen: dict[bytes, int] = {}
     ids = []
-    for row in rows:
+    for i, row in enumerate(rows):
+        check_ids(row.tokens, vocabulary, f"conversation {i}", tokenizer)
         key = row.tokens.tobytes()
         ids.append(row_id(row.tokens, seen.get(key, 0)))
         seen[key] = seen.get(key, 0) + 1
@@ -108,7 +112,7 @@ def listed(given: Any, name: str = "conversations") -> list[Any]:
 
     Args:
       given: the argument's value.
-      name: the argument's name, for messages.
+      name: the argument's name, for error messages.
 
     Raises:
       UserError: `given` is empty, or is a single conversation (or message) instead of a list.
@@ -116,8 +120,8 @@ def listed(given: Any, name: str = "conversations") -> list[Any]:
     if isinstance(given, (str, bytes)):
         raise UserError(f"{name} is a single string ({given[:40]!r}); wrap it in a list")
     if isinstance(given, (Mapping, Row)):
-        what = "message" if isinstance(given, Mapping) else "Row"
-        raise UserError(f"{name} is a single {what}; give a list of {name}")
+        noun = "message" if isinstance(given, Mapping) else "Row"
+        raise UserError(f"{name} is a single {noun}; give a list of {name}")
     try:
         items = list(given) if not isinstance(given, (set, frozenset)) else None
     except TypeError:  # not iterable, such as a 0-d array
@@ -137,14 +141,13 @@ def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinkin
     """Encode one conversation; see `encode` for the arguments.
 
     Raises:
-      UserError: the conversation is malformed, the template rejects it or alters its contents in
-        an unknown way, or the tokenizer has no character offsets.
+      UserError: the conversation is malformed, the template rejects it or changes its contents in
+        an unsupported way, or the tokenizer has no character offsets.
     """
     messages = check_conversation(conversation, reply=reply)
     template = Template(tokenizer, thinking, variables)
     text, kind, turn, _ = locate(template, messages, reply)
-    row = _tokenise(template, text, kind, turn)
-    row = dataclasses.replace(row, messages=tuple(messages))
+    row = dataclasses.replace(_tokenise(template, text, kind, turn), messages=tuple(messages))
     if row.tokens.size == 0:
         raise UserError("the conversation is empty: it renders to zero tokens")
     if reply and text.endswith(CLOSE):
@@ -155,20 +158,20 @@ def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinkin
 @sandbox.one_conversation()
 def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, *, stopped: bool,
                  thinking: bool = False, variables: Mapping[str, Any] | None = None) -> Row:
-    """Append a reply and the next user message to a prompt; return the next prompt.
+    """Append a reply and the next user message to a prompt, and return the next prompt.
 
     The token ids of the prompt and the reply are kept, not re-encoded. Only the tokens after the
-    reply come from rendering the whole conversation.
+    reply come from a rendering of the whole conversation.
 
     Args:
       row: the answered prompt, from `encode_row`, `generate` or this function.
       generated: [n] token ids of the reply, with or without the stop token.
       message: the next user message.
-      stopped: True if a stop token ended the reply, False if the length limit did. A stop token
-        that starts the template's end of turn is not repeated.
+      stopped: True if the reply ended at a stop token, False if it ended at the length limit. If
+        the stop token also begins the template's end of turn, it is not repeated.
 
     Raises:
-      UserError: `row` has no messages or its last message is not a user message; or as
+      UserError: `row` has no messages or its last message is not a user message; see also
         `encode_row`.
     """
     check_conversation([{"role": "user", "content": message}])
@@ -192,8 +195,7 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
     special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
     text = tail.text
     if reply.size and tail.tokens.size and reply[-1] == tail.tokens[0] and (
-        stopped or int(reply[-1]) in special
-    ):
+            stopped or int(reply[-1]) in special):
         reply_kind[-1] = TEMPLATE | GENERATED
         text = text.removeprefix(tokenizer.decode(reply[-1:].tolist()))
         tail = Row(tail.tokens[1:], tail.kind[1:], tail.turn[1:], text)
@@ -212,16 +214,16 @@ def _after_reply(template: Template, messages: list[dict[str, str]],
                  ) -> tuple[str, np.ndarray, np.ndarray, int]:
     """Render a conversation; return (text, kind, turn) and the end of the last reply's content.
 
-    If the template alters the reply, it is replaced by a private-use character, because only the
-    text after the reply is used.
+    If the template changes the reply, a private-use character is rendered in its place, because
+    only the text after the reply is used.
     """
     *before, reply, message = messages
     used = "".join(m["content"] for m in messages)
     mark = next(chr(code) for code in PRIVATE if chr(code) not in used)
     for content in (reply["content"], mark):
-        tried = [*before, {"role": "assistant", "content": content}, message]
+        candidate = [*before, {"role": "assistant", "content": content}, message]
         try:
-            text, kind, turn, ends = locate(template, tried, True)
+            text, kind, turn, ends = locate(template, candidate, True)
         except UserError:
             if content == mark:
                 raise
@@ -233,14 +235,14 @@ def _after_reply(template: Template, messages: list[dict[str, str]],
 
 
 def _decoded_after(tokenizer: Any, before: np.ndarray, ids: np.ndarray) -> str:
-    """Decode ids in context, because decoding them alone may drop the leading space."""
+    """Decode ids together with the preceding token; alone, they may lose a leading space."""
     context = before[-1:].tolist()
     head, whole = tokenizer.decode(context), tokenizer.decode([*context, *ids.tolist()])
     return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(ids.tolist())
 
 
 def answered(tokenizer: Any, row: Row, reply: np.ndarray) -> Row:
-    """Append a reply's token ids [n] to a prompt, with the kinds that decoding assigns.
+    """Append a reply's token ids [n] to a prompt, with the same kinds as in generation.
 
     Args:
       tokenizer: the model's tokenizer; None leaves THINKING and CODE unset.
@@ -249,7 +251,7 @@ def answered(tokenizer: Any, row: Row, reply: np.ndarray) -> Row:
     kind = np.full(reply.size, ASSISTANT | GENERATED, np.int32)
     if tokenizer is not None and reply.size:
         kind = _reply_kinds(tokenizer, row, reply)
-    turn = int(row.turn[-1]) + (not row.kind[-1] & TEMPLATE)  # no generation prompt: next turn
+    turn = int(row.turn[-1]) + (not row.kind[-1] & TEMPLATE)  # adds 1 without a generation prompt
     return Row(np.concatenate([row.tokens, reply]),
                np.concatenate([row.kind & ~LAST, kind]) if reply.size else row.kind,
                np.concatenate([row.turn, np.full(reply.size, turn, np.int32)]), "")
@@ -274,7 +276,7 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
     """Validate a conversation and return its messages (a string is one user message).
 
     Raises:
-      UserError: the conversation is malformed; the message names the entry and the fix.
+      UserError: the conversation is malformed; the error names the entry and the fix.
     """
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]
@@ -285,9 +287,8 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
     for i, message in enumerate(conversation):
         if not isinstance(message, Mapping):
             raise UserError(f"message {i} is {message!r:.60}; give a dict with role and content")
-        for field in ("role", "content"):
-            if field not in message:
-                raise UserError(f"message {i} has no {field!r}; give role and content")
+        if missing := [field for field in ("role", "content") if field not in message]:
+            raise UserError(f"message {i} has no {missing[0]!r}; give role and content")
         if extra := sorted(set(message) - {"role", "content"}, key=str):
             raise UserError(f"message {i} has the field {extra[0]!r}; remove it: only role and "
                             "content are supported")
@@ -301,7 +302,7 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
             raise UserError(f"message {i} has a lone surrogate in its content, which is invalid "
                             "Unicode; replace it")
         if role == "system" and i:
-            raise UserError(f"message {i} has role 'system'; only message 0 may")
+            raise UserError(f"message {i} has role 'system'; only message 0 can have it")
         out.append({"role": role, "content": content})
     if reply and out[-1]["role"] != "user":
         raise UserError(f"the last message has role {out[-1]['role']!r}; it must be 'user' "
@@ -310,9 +311,8 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
 
 
 def _tokenizer(model: Any) -> Any:
-    tokenizer = model
-    if not hasattr(model, "apply_chat_template"):
-        tokenizer = getattr(model, "tokenizer", None)
+    tokenizer = model if hasattr(model, "apply_chat_template") else getattr(
+        model, "tokenizer", None)
     if tokenizer is None:
         raise UserError("the model has no tokenizer; pass token ids to batch.batch instead")
     return tokenizer
@@ -324,9 +324,9 @@ def _tokenise(template: Template, text: str, kind: np.ndarray, turn: np.ndarray,
 
     Args:
       text, kind, turn: the rendering, with the kind and turn of each character.
-      begin: return only the tokens from this character on. The whole text is tokenized, so that
-        they get no start-of-text marker. If a token crosses `begin`, the rest is tokenized after
-        a guard character instead.
+      begin: return only the tokens from this character on. The whole text is tokenized, because
+        the tokenizer may prepend a start-of-text marker to a separate text. If a token crosses
+        `begin`, the rest is tokenized after a guard character instead.
     """
     tokens, start, stop = _spans(template, text)
     at = int(np.searchsorted(start, begin)) if begin else 0
@@ -365,9 +365,9 @@ def _spans(template: Template, text: str, *, lead: bool = True,
            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokenize a text; return ids [T] int32 and the start and stop character of each token.
 
-    A token's span starts where the previous one ends, because tokenizers trim whitespace from their
-    offsets and report one span for all tokens of a character. For base models the tokens that the
-    tokenizer prepends (such as BOS) come first.
+    A token's span starts at the end of the previous one, because tokenizers trim whitespace from
+    their offsets and report the same span for all tokens of a character. For base models, the
+    result begins with the tokens that the tokenizer prepends (such as BOS).
     """
     before = template.lead if lead else []
     size = len(template.lead_text) if before else 0
@@ -388,7 +388,7 @@ def _spans(template: Template, text: str, *, lead: bool = True,
 
 
 def _reply_kinds(tokenizer: Any, row: Row, reply: np.ndarray) -> np.ndarray:
-    """Return the kinds of generated tokens, by the same rule as decoding."""
+    """Return the kinds of a reply's tokens, by the same rules as during generation."""
     begin, end = thinking_ids(tokenizer)
     inside = bool(row.kind[-1] & THINKING)
     kind = np.full(reply.size, ASSISTANT | GENERATED, np.int32)

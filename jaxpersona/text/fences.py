@@ -2,11 +2,11 @@
 
 A finite automaton over five character classes (backtick, tilde, newline, space, other) tracks
 whether the text is inside a Markdown code block. Each token maps a state to the next state, so the
-decode loop only looks up a table [V, states].
+decode loop only needs to look up a table [V, states].
 
-Limits: a fence is recognized at its third mark, and three marks also close a longer fence. An
-opening line with another backtick later (inline code) counts as code up to that backtick. Fences
-after list markers are not recognized. `template.fences` parses complete texts by lines.
+Limitations: a fence is recognized at its third mark, and three marks also close a longer fence. If
+a backtick follows on the opening line (inline code), the text up to it counts as code. Fences after
+list markers are not recognized. `template.fences` parses complete texts line by line.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-CODE_BIT = 0x80  # flag in table entries: part of the token's text is code
-_LINE, _TEXT = 0, 4  # outside code: line start (1 to 3: after that many spaces), within a line
-_INSIDE = 9  # states >= this are inside code
+CODE_BIT = 0x80  # flag in table entries: some of the token's text is code
+_LINE, _TEXT = 0, 4  # outside code: a line start (1 to 3: after that many spaces); within a line
+_INSIDE = 9  # states from here on are inside code
 
 
 def _machine() -> dict[tuple[int, str], int]:
@@ -28,7 +28,7 @@ def _machine() -> dict[tuple[int, str], int]:
 
     def line(start: int, text: int, marks: str, runs: dict[str, int],
              after: dict[str, int]) -> None:
-        """Add the transitions at a line start: up to three spaces, then a fence of three marks."""
+        """Add the transitions for a line: up to three spaces, a fence of three marks, or text."""
         for blanks in range(4):
             state = start + blanks
             step[state, " "] = state + 1 if blanks < 3 else text
@@ -46,8 +46,8 @@ def _machine() -> dict[tuple[int, str], int]:
             step[text, c] = text
         step[text, "\n"] = start
 
-    # outside: 0…8; opening line of a backtick fence: 9 (marks), 10 (rest); of a tilde fence: 11
-    # inside, per mark: 4 line starts, 2 runs of marks, closing run, spaces after it, text
+    # outside code: 0…8; opening line of a backtick fence: 9 (marks), 10 (rest); tilde fence: 11
+    # inside code, per mark: 4 line starts, 2 runs of marks, closing run, spaces after it, text
     inside = {"`": 12, "~": 21}
     line(_LINE, _TEXT, "`~", {"`": 5, "~": 7}, {"`": 9, "~": 11})
     for state in (9, 10, 11):
@@ -72,7 +72,7 @@ STATES = 1 + max(state for state, _ in _STEP)
 
 @functools.lru_cache(maxsize=1 << 16)
 def _walk(text: str) -> np.ndarray:
-    """Return the next state from every state, [states] uint8, with `CODE_BIT` if code was seen."""
+    """Return the next state for every state, [states] uint8, with `CODE_BIT` if code was seen."""
     out = np.zeros(STATES, np.uint8)
     for begin in range(STATES):
         state, code = begin, False
@@ -85,21 +85,21 @@ def _walk(text: str) -> np.ndarray:
 
 
 def _reduced(text: str) -> str:
-    """Shorten a text to one with the same automaton transitions."""
+    """Shorten a text without changing its automaton transitions."""
     # a carriage return before a newline is equivalent to a trailing space
     text = re.sub(r"[^`~\n ]+", "x", text.replace("\t", "    ").replace("\r", " "))
     return re.sub(r"(.)\1{4,}", r"\1\1\1\1", text, flags=re.DOTALL)
 
 
 def _written(token: str) -> str:
-    """Replace whitespace markers of byte-level and SentencePiece vocabularies (Ġ, ▁, …)."""
+    """Replace the whitespace markers of byte-level and SentencePiece vocabularies (Ġ, ▁, …)."""
     for marks, text in (("[Ġ▁]", " "), ("Ċ|<0x0A>", "\n"), ("ĉ|<0x09>", "\t"), ("č|<0x0D>", "\r")):
         token = re.sub(marks, text, token)
     return token
 
 
 def walk(texts: list[str]) -> np.ndarray:
-    """Return which of T token texts contain fenced code, [T] bool."""
+    """Return a mask of the T token texts that contain fenced code, [T] bool."""
     state, out = _LINE, []
     for text in texts:
         entry = int(_walk(_reduced(text))[state])
@@ -111,8 +111,8 @@ def walk(texts: list[str]) -> np.ndarray:
 def table(tokenizer: Any, size: int) -> np.ndarray:
     """Return the transition table of a tokenizer's vocabulary, [size, states] uint8, read-only.
 
-    Entry [token, state] is the next state, with `CODE_BIT` set if part of the token's text is code.
-    The table is cached per tokenizer and recomputed when tokens are added.
+    Entry [token, state] is the next state, with `CODE_BIT` set if some of the token's text is code.
+    The table is cached per tokenizer and recomputed if tokens are added.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {})
     known = tuple(sorted((number, str(token)) for number, token in added.items()))

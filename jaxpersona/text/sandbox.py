@@ -1,8 +1,9 @@
 """Render chat templates in a subprocess with limits on time, memory and size.
 
 One worker process (`sandbox_worker`) serves all tokenizers. It starts on the first rendering and is
-restarted after a template exceeds a limit. Short renderings that depend on nothing but the request
-are cached: conversations of one form share all but one of their renderings (`template.locate`).
+restarted after a template exceeds a limit. Short renderings that depend only on the request are
+cached, because `template.locate` renders each conversation several times, and most of these
+renderings are the same for conversations with the same structure.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from typing import Any
 
 from jaxpersona.errors import UserError
 
-SECONDS = 10.0  # CPU seconds per rendering, and for all renderings of one conversation
-MEMORY = 2 << 30  # bytes of address space of the worker, interpreter included
+SECONDS = 10.0  # CPU time limit for each rendering, and for all renderings of a conversation
+MEMORY = 2 << 30  # bytes of the worker's address space, including the interpreter
 CHARACTERS = 1 << 26  # maximum size of a conversation and of a rendering
 _LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON uses at most 6 per character
-_WAIT = 10  # wall-clock timeout in multiples of SECONDS, for busy machines
-_START = 120.0  # wall-clock seconds for the process to start
+_WAIT = 10  # wall-clock timeout in multiples of SECONDS; large, because machines may be busy
+_START = 120.0  # wall-clock timeout in seconds for the start of the process
 _CACHED = 256  # maximum number of cached renderings
-_CACHED_BYTES = 1 << 15  # maximum size of a cached request, template included, and of its answer
+_CACHED_BYTES = 1 << 15  # maximum size of a cached request (with its template) and of its answer
 
 
 class Refused(UserError):
-    """The template rejects the conversation: it raises an error."""
+    """The template rejects the conversation by raising an error."""
 
 
 _budget: contextvars.ContextVar[list[float] | None] = contextvars.ContextVar(
@@ -45,7 +46,7 @@ _budget: contextvars.ContextVar[list[float] | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def one_conversation() -> Iterator[None]:
-    """Limit all renderings in a `with` block to `SECONDS` in total; nested blocks add none."""
+    """Limit all renderings in a `with` block to `SECONDS` in total, including nested blocks."""
     if _budget.get() is not None:
         yield
         return
@@ -62,7 +63,7 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
     Args:
       template: Jinja source.
       variables: template variables; JSON values.
-      source: origin of the template, for messages.
+      source: the origin of the template, for error messages.
 
     Raises:
       Refused: the template raises an error.
@@ -88,10 +89,10 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
 
 
 def _answer(request: bytes) -> dict[str, Any]:
-    """Return the answer to an encoded request, from the cache if it is there; `_lock` is held.
+    """Return the answer to an encoded request, from the cache if possible; requires `_lock`.
 
-    Cached are texts and refusals of short requests; not answers that depend on the time or on
-    chance ("varies"), and not exceeded limits.
+    The cache holds rendered texts and template errors for short requests. Answers that depend on
+    the time or on random numbers ("varies"), and exceeded limits, are not cached.
     """
     if request in _cache:
         _cache.move_to_end(request)
@@ -147,7 +148,7 @@ class _Worker:
         import markupsafe
 
         folders = {str(pathlib.Path(str(m.__file__)).parents[1]) for m in (jinja2, markupsafe)}
-        # -P keeps the script's and the current folder from shadowing standard modules
+        # -P prevents files in the script's or the current folder from shadowing standard modules
         code = ("import runpy, sys; sys.path += sys.argv[2:]; "
                 "runpy.run_path(sys.argv[1], run_name='__main__')")
         try:
@@ -179,7 +180,7 @@ class _Worker:
         except (OSError, EOFError, TimeoutError) as error:
             self.end()
             return {"error": self._cause(error), "refused": False}
-        except BaseException:  # e.g. an interrupt: the next request would read the late answer
+        except BaseException:  # e.g. an interrupt; a later request would read this answer
             self.end()
             raise
         return json.loads(reply.decode("utf-8", "surrogatepass"))
@@ -222,21 +223,21 @@ class _Worker:
         if _current is self:
             _current = None
         if self.process.poll() is None and isinstance(sys.exc_info()[1], EOFError | OSError):
-            # the worker may be exiting; its exit code gives the cause. Otherwise it is killed below
+            # the worker may be exiting, and its exit code gives the cause
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(1.0)
         self.process.kill()
         self.process.wait()
         for pipe in (self.sink, self.source):
-            # `close` flushes what the ended process has not read: that fails, but closes the pipe
+            # `close` fails to flush data that the dead process has not read, but closes the pipe
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()
 
 
 _lock = threading.Lock()
-_cache: OrderedDict[bytes, dict[str, Any]] = OrderedDict()  # by request
+_cache: OrderedDict[bytes, dict[str, Any]] = OrderedDict()  # answers by request
 _current: _Worker | None = None
-_inherited: list[_Worker] = []  # workers of the parent process; referenced so none is finalized
+_inherited: list[_Worker] = []  # workers of the parent process; kept to prevent finalization
 
 
 def _worker() -> _Worker:
@@ -252,7 +253,7 @@ def _worker() -> _Worker:
 
 
 def _forget() -> None:
-    """After a fork, leave the worker to the parent process."""
+    """Drop the worker after a fork, because it belongs to the parent process."""
     global _current, _lock
     if _current is not None:
         _inherited.append(_current)

@@ -1,15 +1,16 @@
 """Worker process that renders chat templates; `sandbox` runs this file as a script.
 
-Chat templates are untrusted programs. They run in Jinja's sandbox inside a process with operating
+Chat templates are untrusted programs. They run in Jinja's sandbox, in a process with operating
 system limits on memory and CPU time, so a runaway template kills only this process. The Jinja
-environment equals that of transformers.
+environment behaves like that of transformers.
 
 Protocol: a message is its length (8 bytes, little endian) followed by UTF-8 JSON. The first message
-on stdin holds the limits. Each later message is a request, answered on stdout by {"text": …} or
-{"error": …, "refused": bool}, plus "seconds", the CPU time used, and "varies", whether the template
-used the clock or chance, so that the answer to an equal request may differ.
+on stdin contains the limits. Each later message is a request; the answer on stdout is {"text": …}
+or {"error": …, "refused": bool}, with two more fields: "seconds", the CPU time used, and "varies",
+whether the template used the clock or random numbers, so that equal requests may have different
+answers.
 
-This file imports only Jinja and the standard library, to start fast.
+To start fast, this file imports only Jinja and the standard library.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Table:
 class Namespace(jinja2.utils.Namespace):
     """The template global `namespace`, restricted to names without a leading underscore."""
 
-    def __init__(*args: Any, **fields: Any) -> None:  # noqa: B902 - a field may be named self
+    def __init__(*args: Any, **fields: Any) -> None:  # noqa: B902 - a field can be named "self"
         self, args = args[0], args[1:]
         values = dict(*args, **fields)
         for name in values:
@@ -77,7 +78,7 @@ def _check_name(name: Any) -> None:
         raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} is not allowed")
 
 
-_varies = False  # whether the current rendering used the clock or chance
+_varies = False  # whether the current rendering used the clock or random numbers
 
 
 def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
@@ -94,7 +95,7 @@ def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
         raise jinja2.exceptions.TemplateError(message)
 
     def varying(function: Any) -> Any:
-        @functools.wraps(function)  # keeps Jinja's marks on the function
+        @functools.wraps(function)  # keeps the attributes that Jinja sets on the function
         def call(*args: Any, **fields: Any) -> Any:
             global _varies
             _varies = True
@@ -116,7 +117,7 @@ def limit_process(memory: int) -> None:
     """Limit this process's memory in bytes and forbid file writes."""
     try:
         import resource
-    except ImportError:  # Windows has only the caller's timeout
+    except ImportError:  # on Windows, only the caller's timeout applies
         return
     for name, most in (("RLIMIT_AS", memory), ("RLIMIT_FSIZE", 0), ("RLIMIT_CORE", 0)):
         with contextlib.suppress(AttributeError, ValueError, OSError):
@@ -127,7 +128,7 @@ def limit_process(memory: int) -> None:
 
 def limit_time(seconds: float) -> None:
     """Kill this process after `seconds` of CPU time; 0 disables the limit."""
-    if hasattr(signal, "setitimer"):  # SIGPROF ends a process without running Python code
+    if hasattr(signal, "setitimer"):  # SIGPROF kills the process without running Python code
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
@@ -141,7 +142,7 @@ def answer(request: dict[str, Any], known: dict[str, Any],
             known[source] = environment().from_string(source)
         text = known[source].render(**request["variables"])
     except MemoryError:
-        return {"error": f"rendering needs more than {limits['memory'] >> 20} MiB of memory",
+        return {"error": f"rendering takes more than {limits['memory'] >> 20} MiB of memory",
                 "refused": False}
     except RecursionError:
         return {"error": "infinite recursion", "refused": False}

@@ -1,8 +1,8 @@
 """Locate each message's content in the text that a chat template renders.
 
-The template also renders a copy of the conversation, the twin, whose contents are replaced by
-unique private-use characters. The twin is split at these marks and the contents, verbatim or
-trimmed, are put back; the result must equal the real rendering. String search would be ambiguous.
+The template also renders a twin of the conversation, whose contents are private-use characters.
+The twin's rendering is split at these marks and the contents, verbatim or trimmed, are inserted;
+the result must equal the real rendering. String search would be ambiguous.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from jaxpersona.text.sandbox import Refused
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 OPEN, CLOSE = "<think>", "</think>"
 BLANK_LINE = "\n\n"
-# Templates branch on these tags in contents, so the twin keeps them.
+# Templates test contents for these tags, so the twin keeps them.
 TAGS = re.compile(r"(</?think>|</?tool_response>|</?tool_call>)")
 FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
-# Unicode planes 15 and 16: private use, absent from ordinary text
+# private-use code points (Unicode planes 15 and 16), which ordinary text does not contain
 PRIVATE = range(0xF0000, 0x10FFFE)
-_EXAMPLES = 16  # maximum number of messages whose closing text is determined
+_EXAMPLES = 16  # maximum number of renderings used to find closing texts
 
 
 class _Piece(NamedTuple):
-    """A part of a message's content: text, a tag, or the joint between two merged messages."""
+    """A piece of a message's content: text, a tag, or the joint between two merged messages."""
 
     owner: int
     place: int
@@ -48,8 +48,8 @@ class Template:
 
     Attributes:
       base: True for a base model without a template; contents are then joined as plain text.
-      lead: token ids that a base model's tokenizer prepends (such as BOS); empty with a template,
-        which writes them itself.
+      lead: token ids that a base model's tokenizer prepends (such as BOS); empty if there is a
+        template, which adds them itself.
       lead_text: the text of `lead`.
     """
 
@@ -60,7 +60,7 @@ class Template:
         self.options = {"enable_thinking": thinking, **(variables or {})}
         self.lead: list[int] = _lead(tokenizer) if self.base else []
         self.lead_text = "".join(tokenizer.convert_ids_to_tokens(self.lead)) if self.lead else ""
-        # a tokenizer class may override apply_chat_template; that method is then called
+        # if the tokenizer's class overrides apply_chat_template, that method is called
         method = getattr(type(tokenizer), "apply_chat_template", None)
         self.own = getattr(method, "__module__", "") != "transformers.tokenization_utils_base"
 
@@ -99,7 +99,7 @@ class Template:
 
 
 def _lead(tokenizer: Any) -> list[int]:
-    """Return the special token ids that a tokenizer prepends to a text."""
+    """Return the ids of the special tokens that a tokenizer prepends to a text."""
     bare = tokenizer("x", add_special_tokens=False)["input_ids"]
     whole = tokenizer("x")["input_ids"]
     at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
@@ -107,12 +107,12 @@ def _lead(tokenizer: Any) -> list[int]:
 
 
 def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[str, list[_Piece]]]:
-    """Return (role, pieces) of every message to render; merge in an unsupported system message."""
+    """Return (role, pieces) of every message to render; merge an unsupported system message."""
     out = []
     for owner, message in enumerate(messages):
-        parts = TAGS.split(message["content"])
-        pieces = [_Piece(owner, i, part, "tag" if i % 2 else "text")
-                  for i, part in enumerate(parts)]
+        texts = TAGS.split(message["content"])
+        pieces = [_Piece(owner, i, text, "tag" if i % 2 else "text")
+                  for i, text in enumerate(texts)]
         out.append((message["role"], pieces))
     if messages[0]["role"] != "system" or template.takes_system():
         return out
@@ -132,7 +132,7 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
     plan = _pieces(template, messages)
     text = template([{"role": role, "content": "".join(p.text for p in pieces)}
                      for role, pieces in plan], reply)
-    for blanks in ("all", "within", "inside", "none"):  # templates may branch on empty contents
+    for blanks in ("all", "within", "inside", "none"):  # templates may test for empty contents
         twin, marks = _twin(plan, text, blanks)
         skeleton = template(twin, reply)
         spans = _match(skeleton, text, marks)
@@ -141,7 +141,7 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
     else:
         where = ", ".join(f"{i} ({m['role']})" for i, m in enumerate(messages))
         raise UserError(f"the contents of messages {where} could not be located in the rendered "
-                        "text: the chat template alters them in an unknown way")
+                        "text: the chat template changes them in an unsupported way")
     kind = np.full(len(text), TEMPLATE, np.int32)
     parts: list[list[_Piece]] = [[] for _ in messages]
     for _, pieces in plan:
@@ -167,8 +167,8 @@ def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
           ) -> tuple[list[dict[str, str]], dict[str, _Piece]]:
     """Return the twin messages, with a unique mark per text piece, and the piece of each mark.
 
-    `blanks` selects which whitespace-only pieces are marked: "all", "within" contents that have
-    other text, "inside" contents (not before their first or after their last tag), or "none".
+    `blanks` selects the whitespace-only pieces to mark: "all"; "within": in contents that also have
+    other text; "inside": not before the first or after the last tag of a content; or "none".
     """
     used = set(text).union(*(p.text for _, pieces in plan for p in pieces))
     free = (chr(code) for code in PRIVATE if chr(code) not in used)
@@ -183,8 +183,8 @@ def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
             if piece.what == "text" and (blank or inside or piece.text.strip()):
                 mark = next(free, "")
                 if not mark:
-                    raise UserError(f"the conversation has more than {len(PRIVATE):,} parts; "
-                                    "shorten it")
+                    raise UserError(f"the conversation has more than {len(PRIVATE):,} pieces of "
+                                    "text; shorten it")
                 marks[mark] = piece
                 content += mark
             else:
@@ -194,7 +194,7 @@ def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
 
 
 def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] | None:
-    """Place the pieces between the fixed parts of `skeleton` to give `text`; None if impossible."""
+    """Insert the pieces at the marks of `skeleton` so that it equals `text`; None if impossible."""
     if not marks:
         return [] if skeleton == text else None
     at = [i for i, char in enumerate(skeleton) if char in marks]
@@ -204,8 +204,8 @@ def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] |
     if not text.startswith(first) or not steps:
         return [] if skeleton == text else None
     forms = [_forms(piece.text) for piece, _ in steps]
-    # The search is pruned by the minimum and maximum length of the remaining steps and by memoizing
-    # failed (step, position) pairs; whitespace-only contents would otherwise take exponential time.
+    # The length bounds of the remaining steps and the memoized failed (step, position) pairs prune
+    # the search. Otherwise whitespace-only contents would take exponential time.
     most, least = [0], [0]
     for (_, scaffold), variants in zip(reversed(steps), reversed(forms), strict=True):
         sizes = [len(form) for form in variants]
@@ -242,7 +242,7 @@ def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] |
 
 
 def _forms(content: str) -> list[str]:
-    """Return a content verbatim and in the trimmed variants that templates produce."""
+    """Return the content verbatim and trimmed in the ways that templates use."""
     forms = [content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"),
              content.lstrip("\n"), content.rstrip("\n")]
     return list(dict.fromkeys(forms))
@@ -250,9 +250,10 @@ def _forms(content: str) -> list[str]:
 
 def _mark_content(text: str, kind: np.ndarray, role: int, parts: list[_Piece],
                   mine: list[_Found]) -> list[tuple[int, int]]:
-    """Mark one message's pieces, and its tags between and around them where rendered verbatim.
+    """Mark one message's pieces, and the tags between and around them if rendered verbatim.
 
-    Return the start and end of every piece, and of an empty one before and after tags around them.
+    Return the start and end of every piece. If there are tags before the first or after the last
+    piece, also return an empty span before or after them.
     """
     places = [(start, end) for _, start, end in mine]
     for (piece, start, end), after in itertools.zip_longest(mine, mine[1:]):
@@ -279,9 +280,9 @@ def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Pie
            skeleton: str, text: str, found: list[_Found], reply: bool, n: int) -> np.ndarray:
     """Return the message index of every character.
 
-    A message's closing text is what follows its mark when the conversation is cut after it.
+    A message's closing text is the text after its mark if the message is rendered as the last one.
     """
-    # a merged system message shares the twin message of the user message
+    # a merged system message is part of the user message's twin
     places = {piece.owner: m for m, message in enumerate(twin)
               for piece in (marks[c] for c in message["content"] if c in marks)}
     closings = _closings(template, twin, marks, places)
@@ -299,12 +300,12 @@ def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Pie
     if reply and not template.base:
         closed = template(twin, False)
         coming = len(skeleton) - len(closed) if skeleton.startswith(closed) else 0
-        turn[max(at, len(text) - coming) if coming else at :] = n  # 0: all remaining text
+        turn[max(at, len(text) - coming) if coming else at :] = n  # if 0, all remaining text
     return turn
 
 
 def _manner(twin: list[dict[str, str]], m: int) -> tuple[Any, ...]:
-    """Return what a message's closing text may depend on: role, tags and the previous role."""
+    """Return the properties that a closing text can depend on: role, tags and previous role."""
     content = twin[m]["content"]
     return (twin[m]["role"], bool(content), tuple(sorted(set(TAGS.findall(content)))),
             m == 0 or twin[m - 1]["role"])
@@ -312,10 +313,11 @@ def _manner(twin: list[dict[str, str]], m: int) -> tuple[Any, ...]:
 
 def _closings(template: Template, twin: list[dict[str, str]],
               marks: dict[str, _Piece], places: dict[int, int]) -> dict[tuple[Any, ...], str]:
-    """Return the closing text of messages by `_manner`.
+    """Return the closing text for each `_manner`.
 
-    Of each manner the first two messages are rendered, and the text of the second is returned,
-    because a conversation's first message may be special. The number of renderings is bounded.
+    For each manner, the closing texts of the first two messages are rendered and the second is
+    returned, because templates may treat a conversation's first message differently. At most
+    `_EXAMPLES` texts are rendered.
     """
     seen: dict[tuple[Any, ...], int] = {}
     out: dict[tuple[Any, ...], str] = {}
@@ -328,7 +330,7 @@ def _closings(template: Template, twin: list[dict[str, str]],
         looked += 1
         try:
             alone = template(twin[: m + 1], False)
-        except Refused:  # some templates reject a conversation cut here
+        except Refused:  # some templates reject a conversation that ends here
             continue
         if at := [i for i, char in enumerate(alone) if char in marks]:
             last = places[marks[alone[at[-1]]].owner]
@@ -342,7 +344,7 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
     if OPEN not in text and CLOSE not in text:
         return
     begins = np.full(len(messages) + 1, -1)
-    begins[turn[::-1]] = np.arange(len(text))[::-1]  # reversed: keeps each first
+    begins[turn[::-1]] = np.arange(len(text))[::-1]  # reversed, so that the first index remains
     ends = np.full(len(messages) + 1, -1)
     ends[turn] = np.arange(len(text))
     for i in range(len(messages) + 1):
@@ -357,7 +359,7 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
             if tag[0] == OPEN:
                 begin = start if begin is None else begin
                 continue
-            if begin is None:  # no opening tag: the generation prompt opened the block
+            if begin is None:  # the generation prompt opened the block
                 begin = start if blocks or not content else min(content[0][0], start)
             blocks.append((begin, end, start))
             begin = None
@@ -369,12 +371,12 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
             # starts are ascending; `one` is the first content that starts after the block begins
             one = bisect.bisect_left(starts, begin)
             own = one < len(content) and content[one][1] <= inner
-            own = own or bool((kind[begin:end] & ASSISTANT).any())  # a tag alone, verbatim
+            own = own or bool((kind[begin:end] & ASSISTANT).any())  # verbatim tags only
             kind[begin:end] = (ASSISTANT if own else TEMPLATE) | THINKING
 
 
 def _mark_code(text: str, kind: np.ndarray, turn: np.ndarray) -> None:
-    """Mark fenced code, fences included, in every contiguous run of content."""
+    """Mark fenced code, including its fences, in every contiguous run of content."""
     if "```" not in text and "~~~" not in text:
         return
     cuts = np.flatnonzero((np.diff(kind) != 0) | (np.diff(turn) != 0)) + 1

@@ -1,1 +1,1 @@
-"""Training of directions by gradient descent through the frozen model."""
+"""Train directions by gradient descent through a frozen model."""

@@ -1,8 +1,8 @@
-"""Training of a steering vector through the frozen model for any loss.
+"""Train a steering vector through a frozen model with any loss.
 
-The vector is a `flax.nnx` module, whose pure state is passed to the training step; the gradient
-flows through the intervention. Training is saved in Orbax checkpoints and can be resumed; the
-result is a named direction.
+The vector is a `flax.nnx` module; the training step receives its state as a pytree, and gradients
+flow through the intervention. Training is saved in Orbax checkpoints and can be resumed. The result
+is a named direction.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from flax import nnx
 
 from jaxpersona.ckpts import files, orbax
 from jaxpersona.errors import UserError
+from jaxpersona.extras import require
 from jaxpersona.inputs import read_json
 from jaxpersona.interventions import SITES, Interventions, Site, Where, resolve_layers, steer
 from jaxpersona.interventions.bank import Layers
 from jaxpersona.interventions.where import as_where, everywhere
 from jaxpersona.models.batch import Batch, check_ids
 from jaxpersona.models.forward import Output, forward
+from jaxpersona.models.int8 import weights_note
 from jaxpersona.runtime import check_process
 from jaxpersona.vectors.vector import Vector
 
@@ -44,8 +46,8 @@ class Direction(nnx.Module):
     """A trainable steering vector: h ← h + v at the given layers, site and tokens.
 
     Attributes:
-      vector: [l, D] float32, one per layer.
-      layers, site, where: where the vector is added.
+      vector: [l, D] float32, one vector per layer.
+      layers, site, where: the layers, the site and the tokens at which the vector is added.
     """
 
     def __init__(self, width: int, layers: Layers, *, where: Where | str = everywhere,
@@ -54,15 +56,15 @@ class Direction(nnx.Module):
 
         Args:
           width: the model's D.
-          layers: an int, a slice with a stop, a list of ints, or text such as "46:54".
+          layers: an int, a slice with a stop, a list of ints, or a string such as "46:54".
           where: the tokens to steer.
-          site: the site to steer, as for `steer`.
-          size: the norm of each layer's initial vector; positive, because a norm has no gradient
-            at 0.
+          site: the site to steer, as in `steer`.
+          size: the norm of each layer's initial vector; positive, because the norm is not
+            differentiable at 0.
           seed: the seed of the random initialization.
 
         Raises:
-          UserError: an invalid width, layers, `where`, site, size or seed.
+          UserError: an argument is invalid.
         """
         if not isinstance(width, (int, np.integer)) or width < 1:
             raise UserError(f"width is {width!r:.60}; it must be a positive integer, the model's D")
@@ -79,7 +81,7 @@ class Direction(nnx.Module):
         self.vector = nnx.Param(size * drawn / jnp.linalg.norm(drawn, axis=-1, keepdims=True))
 
     def interventions(self) -> Interventions:
-        """Return the current steering intervention, differentiable in the vector."""
+        """Return the current steering intervention, differentiable with respect to the vector."""
         return steer(self.vector[...][None], layers=self.layers, where=self.where, site=self.site)
 
     def to_vector(self, model: Model, name: str = "learned") -> Vector:
@@ -88,13 +90,14 @@ class Direction(nnx.Module):
         `steer(vector, layers=direction.layers, where=…)` applies it as in training.
 
         Raises:
-          UserError: the model has another width or fewer layers.
+          UserError: the model has a different width or too few layers.
         """
         self.interventions().check(layers=model.config.n_layers, width=model.config.d_model, rows=0)
         values = np.zeros((model.config.n_layers, self.vector[...].shape[-1]), np.float32)
         values[list(self.layers)] = np.asarray(self.vector[...])
         return Vector(values, name=name, model=model.name, fingerprint=model.fingerprint,
-                      site=self.site, notes={"learned_at": ",".join(map(str, self.layers))})
+                      site=self.site, notes={"learned_at": ",".join(map(str, self.layers)),
+                                             **weights_note(model.params)})
 
 
 def fit(
@@ -111,30 +114,30 @@ def fit(
     """Train a direction in place; the model's parameters are frozen.
 
     Args:
-      model: the model, from `load`.
+      model: the result of `load`.
       direction: the vector to train.
       loss: loss(output, batch) → a scalar to minimize, traceable by JAX.
       batches: the training batches, used cyclically; batches of equal shape share one program.
       steps: the total number of steps, including those of an earlier run in `folder`.
       optimizer: an optax optimizer; default: Adam with learning rate 0.05.
-      folder: the checkpoint folder, written every fifty steps and at the end; a later call resumes
-        from its last checkpoint. None: no checkpoints.
+      folder: a folder for checkpoints, saved every fifty steps and at the end; a later call resumes
+        from the last one. None: no checkpoints.
       progress: called with (steps done, steps, loss).
 
     Returns:
       The loss of every step of this call.
 
     Raises:
-      UserError: an argument of another type; no batches or steps; a direction or checkpoint that
-        does not match; a folder with more steps than `steps`; a loss that is not a scalar;
-        a non-finite loss or gradient (the direction keeps its value from before that step); or a
-        process that was forked from one that had used JAX.
+      UserError: an argument has the wrong type; there are no batches or steps; the direction does
+        not match the model or the checkpoint; the checkpoint has more steps than `steps`; the loss
+        is not a scalar; the loss or its gradient is not finite (the direction then keeps its value
+        from before that step); or this process was forked from a process that had used JAX.
     """
     check_process()
     if isinstance(batches, Batch):
-        raise UserError("batches is a single Batch; give a list of them")
+        raise UserError("batches is a single Batch; give a list of batches")
     if not isinstance(batches, Iterable):
-        raise UserError(f"batches is {batches!r:.60}; give a list of them")
+        raise UserError(f"batches is {batches!r:.60}; give a list of batches")
     batches = list(batches)
     if not hasattr(model, "config") or not hasattr(model, "params"):
         raise UserError(f"model is {model!r:.60}; give the result of `jaxpersona.load`")
@@ -171,7 +174,7 @@ def fit(
         value, gradient = jax.value_and_grad(objective)(learned)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes a Python float
             update, optimizer_state = optimizer.update(gradient, optimizer_state, learned)
-        updated: Any = optax.apply_updates(learned, update)  # a State, as `learned`
+        updated: Any = optax.apply_updates(learned, update)  # an nnx.State, like `learned`
         return updated, optimizer_state, value
 
     optimizer_state, done, losses = optimizer.init(learned), 0, []
@@ -181,8 +184,8 @@ def fit(
             learned, optimizer_state = checkpoints.restore(latest, (learned, optimizer_state))
             done = latest
             if done > steps:
-                raise UserError(f"steps is {steps}, but {folder} already has {done}; give more "
-                                "steps, or use another folder")
+                raise UserError(f"steps is {steps}, but {folder} already has {done} steps; give a "
+                                "larger number, or use another folder")
         for number in range(done, steps):
             batch = batches[number % len(batches)]
             updated, optimizer_state, value = step(learned, optimizer_state, model.params, batch)
@@ -190,7 +193,7 @@ def fit(
             if not finite:
                 nnx.update(direction, learned)
                 raise UserError(f"at step {number}, the loss ({float(value)}) or its gradient is "
-                                "not finite; use a smaller learning rate or another loss")
+                                "not finite; use a smaller learning rate or a different loss")
             learned = updated
             losses.append(float(value))
             if checkpoints is not None and (
@@ -224,7 +227,7 @@ class _Checkpoints:
         """Return the state after a step, with the tree structure of `target`.
 
         Raises:
-          UserError: the checkpoint is damaged, or has another structure (other layers, width or
+          UserError: the checkpoint is damaged, or its structure differs (different layers, width or
             optimizer).
         """
         import orbax.checkpoint as ocp
@@ -237,12 +240,12 @@ class _Checkpoints:
                 raise UserError("its metadata is damaged")
             shapes = {name: tuple(array.shape) for name, array in stored.items()}
             if shapes != {name: x.shape for name, x in wanted.items()}:
-                raise UserError("it was written with another optimizer")
+                raise UserError("it was written with a different optimizer")
             arrays = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
         except Exception as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"{self.folder}: the checkpoint cannot be used ({reason}); use "
-                            "another folder, or delete it to start again") from error
+                            "another folder, or delete it to start over") from error
         return jax.tree.unflatten(tree, [arrays[f"{i:04d}"] for i in range(len(leaves))])
 
 
@@ -255,7 +258,8 @@ def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
     path = folder / "direction.json"
     if not path.exists():
         if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"{folder}: is not empty and has no {path.name}; use another folder")
+            raise UserError(f"{folder}: the folder is not empty and has no {path.name}; use "
+                            "another folder")
         files.write_json(path, settings)
         return
     stored = read_json(path)
@@ -269,19 +273,18 @@ def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
 
 
 def _numbered(state: Any) -> dict[str, Any]:
-    """Return a state's arrays by number, so that files do not depend on Python classes."""
+    """Return a state's arrays, keyed by number so that files do not depend on Python classes."""
     return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
 
 
 @contextlib.contextmanager
 def _checkpoints(folder: str | pathlib.Path | None, direction: Direction,
                  model: Model) -> Iterator[_Checkpoints | None]:
-    """Open the checkpoints of a training run; raise if they are of another direction or model."""
+    """Open a training run's checkpoints and check that they match the direction and the model."""
     if folder is None:
         yield None
         return
-    import orbax.checkpoint as ocp
-
+    ocp = require("orbax.checkpoint", "checkpoint= needs orbax-checkpoint")
     path = pathlib.Path(folder).absolute()
     _check_settings(path, {"layers": list(direction.layers), "site": direction.site,
                   "where": direction.where.encode().tolist(), "model": model.fingerprint,

@@ -1,4 +1,4 @@
-"""Caps as data, and the check that a direction or caps belong to a model."""
+"""Caps as data, and a check that a direction or caps belong to a model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 
 from jaxpersona.brief import count, line, quoted
 from jaxpersona.errors import UserError
+from jaxpersona.export import Table
+from jaxpersona.interventions.bank import normalised
 from jaxpersona.interventions.compose import Interventions, chain
 from jaxpersona.interventions.operators import cap
 from jaxpersona.interventions.where import Where, everywhere
@@ -19,7 +21,7 @@ from jaxpersona.vectors.vector import CONTROL_VECTOR, Vector, check_names, float
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Caps:
+class Caps(Table):
     """Floors on directions of the residual stream, in the order in which they apply.
 
     A layer may have several caps.
@@ -32,7 +34,16 @@ class Caps:
       name, model, fingerprint, notes, fingerprint_scheme: as for `Vector`.
 
     Raises:
-      UserError: fields of different lengths, or an invalid value.
+      UserError: the fields have different lengths, or a value is invalid.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import numpy as np
+      >>> caps = jp.Caps(np.ones((1, 128)), layers=(4,), floors=np.ones(1), labels=("a",))
+      >>> caps
+      Caps('caps', 1 floor, layers 4 to 4)
+      >>> caps.interventions()
+      cap(everywhere, layer 4, residual)
     """
 
     values: np.ndarray
@@ -75,6 +86,18 @@ class Caps:
                     f"layers {min(self.layers)} to {max(self.layers)}",
                     f"of {quoted(self.model)}" if self.model else "")
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per cap: layer, label, floor, and the direction's norm."""
+        norms = normalised(self.values)[1].tolist()
+        return [{"layer": layer, "label": label, "floor": float(floor), "norm": norm}
+                for layer, label, floor, norm in zip(self.layers, self.labels, self.floors, norms,
+                                                     strict=True)]
+
+    def facts(self) -> dict[str, Any]:
+        """Return the metadata; `save_vector` writes them with the values."""
+        return {"name": self.name, "model": self.model, "fingerprint": self.fingerprint,
+                **self.notes}
+
     def tables(self) -> list[tuple[Vector, tuple[int, ...], np.ndarray]]:
         """Return the arguments of successive calls of `cap`: direction, layers and floors [l].
 
@@ -83,22 +106,22 @@ class Caps:
         """
         rounds: list[dict[int, int]] = []
         for i, layer in enumerate(self.layers):
-            free = next((held for held in rounds if layer not in held), None)
+            free = next((used for used in rounds if layer not in used), None)
             if free is None:
                 rounds.append(free := {})
             free[layer] = i
         calls = []
-        for held in rounds:
-            layers = tuple(sorted(held))
+        for index in rounds:
+            layers = tuple(sorted(index))
             values = np.zeros((max(self.layers) + 1, self.values.shape[1]), np.float32)
-            values[list(layers)] = self.values[[held[layer] for layer in layers]]
+            values[list(layers)] = self.values[[index[layer] for layer in layers]]
             vector = Vector(values, self.name, self.model, self.fingerprint, notes=self.notes,
                             fingerprint_scheme=self.fingerprint_scheme)
-            calls.append((vector, layers, self.floors[[held[layer] for layer in layers]]))
+            calls.append((vector, layers, self.floors[[index[layer] for layer in layers]]))
         return calls
 
     def interventions(self, *, where: Where | str = everywhere) -> Interventions:
-        """Return the caps as one intervention that acts on the tokens that `where` chooses."""
+        """Return the caps as interventions on the tokens that `where` selects."""
         return chain(*(cap(vector, layers=layers, floor=floors, where=where)
                        for vector, layers, floors in self.tables()))
 
@@ -109,14 +132,14 @@ Found = TypeVar("Found", bound=Vector | Caps)
 def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") -> Found:
     """Check that a direction or caps belong to a model, and return them.
 
-    Without the model's fingerprint, or with one of an older scheme, only the half of the
-    fingerprint that depends on the configuration is compared.
+    If `fingerprint` is empty, or the direction's fingerprint has an older scheme, only the half
+    that depends on the configuration is compared.
 
-    A control vector written by another program has only the layers up to the last one that it
-    steers; it is padded with zeros.
+    A control vector written by another program may end at the last layer that it steers; it is
+    padded with zeros.
 
     Raises:
-      UserError: another width, number of layers or fingerprint.
+      UserError: the width, the number of layers or the fingerprint differs.
     """
     if isinstance(found, Caps):
         layers, wanted = max(found.layers) + 1, range(1, config.n_layers + 1)
@@ -129,12 +152,12 @@ def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") 
     if layers not in wanted or found.values.shape[1] != config.d_model:
         raise UserError(
             f"{found.kind} {found.name!r} is for {layers} layers of width "
-            f"{found.values.shape[1]}; {name} has {config.n_layers} of {config.d_model}: it "
-            "was made for another model; use one made for this model"
+            f"{found.values.shape[1]}, but {name} has {config.n_layers} layers of width "
+            f"{config.d_model}: it was made for another model; use one made for this model"
         )
-    if found.fingerprint_scheme > SCHEME:  # a later version cannot be compared
+    if found.fingerprint_scheme > SCHEME:  # fingerprints of later schemes cannot be compared
         return found
-    # the whole fingerprint, or the configuration's half, which is the same in both schemes
+    # the whole fingerprint, or its configuration half, which is the same in both schemes
     known = fingerprint if fingerprint and found.fingerprint_scheme == SCHEME else config.hash()
     if found.fingerprint[: len(known)] not in ("", known):
         raise UserError(

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxpersona.brief import line, quoted
 from jaxpersona.errors import UserError
+from jaxpersona.export import Table
 from jaxpersona.interventions.bank import Layers, normalised, resolve_layers
 from jaxpersona.interventions.table import SITES, Site
 from jaxpersona.models.params import SCHEME, origin
@@ -51,7 +52,7 @@ def check_names(found: Any) -> None:
 
 
 def _plain(notes: Any) -> dict[str, Any]:
-    """Return notes with NumPy and JAX scalars converted to Python's, which all formats support."""
+    """Convert NumPy and JAX scalars in notes to Python scalars, which all formats support."""
     if not isinstance(notes, Mapping):
         raise UserError(f"notes is a {type(notes).__name__}; it must be a dict")
     plain = {}
@@ -65,12 +66,12 @@ def _plain(notes: Any) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Vector:
+class Vector(Table):
     """A direction in the residual stream at every layer of one model.
 
     Attributes:
-      values: [L, D] float32, not normalized; values[l] belongs to block l (zero-based), for the
-        site "residual" to the residual stream after it.
+      values: [L, D] float32, not normalized; values[l] belongs to block l (zero-based). For the
+        site "residual", it is a direction of the residual stream after that block.
       name: the name of the direction.
       model: the model's name.
       fingerprint: the model's fingerprint (sixteen hexadecimal digits), or "" if unknown.
@@ -80,7 +81,16 @@ class Vector:
         different versions cannot be compared; the direction is then checked only by its shape.
 
     Raises:
-      UserError: values that are not [L, D] or not finite, or a field of an invalid type.
+      UserError: the values are not [L, D] or not finite, or a field has an invalid type.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import numpy as np
+      >>> happy = jp.Vector(np.ones((8, 128)), name="happy")
+      >>> -2 * happy[4:6]
+      Vector('-2·happy', [8, 128])
+      >>> round(float(happy.cosine(-happy)[0]), 3)
+      -1.0
     """
 
     values: np.ndarray
@@ -96,7 +106,8 @@ class Vector:
     def __post_init__(self) -> None:
         values = float32(self.values, "values")
         if values.ndim != 2 or not values.size:
-            raise UserError(f"values has shape {values.shape}; it must be [L, D], both nonzero")
+            raise UserError(f"values has shape {values.shape}; it must be [L, D], with L and D "
+                            "nonzero")
         if not np.isfinite(values).all():
             raise UserError(f"{self.kind} {self.name!r} contains a non-finite value")
         check_names(self)
@@ -108,6 +119,16 @@ class Vector:
         return line(type(self).__name__, quoted(self.name), f"{list(self.values.shape)}",
                     f"of {quoted(self.model)}" if self.model else "",
                     self.site if self.site != "residual" else "")
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per layer: the layer and the direction's norm."""
+        norms = normalised(self.values)[1].tolist()
+        return [{"layer": layer, "norm": norm} for layer, norm in enumerate(norms)]
+
+    def facts(self) -> dict[str, Any]:
+        """Return the metadata; `save_vector` writes them with the values."""
+        return {"name": self.name, "model": self.model, "fingerprint": self.fingerprint,
+                "site": self.site, **self.notes}
 
     @property
     def n_layers(self) -> int:
@@ -134,13 +155,13 @@ class Vector:
         Raises:
           UserError: always.
         """
-        raise UserError(f"{self.kind} {self.name!r} has no thresholds; an Axis has them: read one "
-                        "with jp.load_axis, or give the floor as numbers")
+        raise UserError(f"{self.kind} {self.name!r} has no thresholds; only an Axis has them: load "
+                        "one with jp.load_axis, or give the floor as numbers")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Return the values, so that `np.asarray(vector)` is [L, D]."""
         if copy is False and dtype not in (None, np.float32):
-            raise ValueError("the values are float32; another dtype needs a copy")
+            raise ValueError("the values are float32; conversion to another dtype needs a copy")
         return np.array(self.values, dtype) if copy or dtype is not None else self.values
 
     def __neg__(self) -> Vector:
@@ -170,14 +191,17 @@ class Vector:
         return self._with(self.values - other.values, f"{self.name} - {other.name}")
 
     def __getitem__(self, layers: Layers) -> Vector:
-        """Return the direction restricted to layers, such as `vector[4:8]`; zero at the others."""
+        """Return the direction at the given layers, as in `vector[4:8]`, and zero at the others."""
         kept = np.zeros_like(self.values)
         at = list(resolve_layers(layers, self.n_layers))
         kept[at] = self.values[at]
         return self._with(kept, self.name)
 
     def cosine(self, other: Vector) -> np.ndarray:
-        """Return the cosine with another direction at every layer, [L]; NaN where one is zero."""
+        """Return the cosine similarity to another direction at every layer, [L].
+
+        It is NaN at layers where one of them is zero.
+        """
         self._check_same(other)
         norms = np.linalg.norm(self.values, axis=1) * np.linalg.norm(other.values, axis=1)
         dots = (self.values * other.values).sum(1)
@@ -185,7 +209,7 @@ class Vector:
                          where=norms > 0)
 
     def _with(self, values: np.ndarray, name: str) -> Vector:
-        """Return a plain `Vector` of the same model; thresholds of an axis do not carry over."""
+        """Return a plain `Vector` of the same model; thresholds of an axis are not kept."""
         return Vector(values, name, self.model, self.fingerprint, self.site, self.notes,
                       self.fingerprint_scheme)
 
@@ -193,15 +217,15 @@ class Vector:
         """Check that another direction has the same shape, site and model.
 
         Raises:
-          UserError: it has not.
+          UserError: one of them differs.
         """
         for field in ("values", "site", "fingerprint"):
             own, theirs = getattr(self, field), getattr(other, field)
             if field == "values":
                 own, theirs, field = list(own.shape), list(theirs.shape), "shape"
             if own != theirs and (field != "fingerprint" or (own and theirs)):
-                raise UserError(f"{self.name!r} and {other.name!r} differ in {field}, {own} and "
-                                f"{theirs}; use directions of one model and site")
+                raise UserError(f"{self.name!r} and {other.name!r} differ in {field} ({own} and "
+                                f"{theirs}); use directions of one model and site")
 
     def check_site(self, site: Site) -> None:
         """Check that the direction was measured at `site`.
@@ -221,11 +245,18 @@ class Axis(Vector):
     """The Assistant Axis, oriented so that a higher projection is more Assistant-like.
 
     Attributes:
-      percentiles: population → percentile such as "p25" → [L] float32: percentiles of the
-        projections of the population's mean response activations on the unit axis.
+      percentiles: population → percentile name, such as "p25" → [L] float32. The population's
+        response means, projected on the unit axis, have these percentiles.
 
     Raises:
-      UserError: as for `Vector`, or percentiles that are not one finite number per layer.
+      UserError: as for `Vector`, or if percentiles are not one finite number per layer.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.load_axis("mini")
+      Axis('assistant', [8, 128], of 'mini', percentiles: all 9, default 9)
+      >>> jp.load_axis("mini").thresholds("p25", of="default").shape
+      (8,)
     """
 
     percentiles: Mapping[str, Mapping[str, np.ndarray]] = dataclasses.field(default_factory=dict)
@@ -236,7 +267,7 @@ class Axis(Vector):
         super().__post_init__()
         if not isinstance(self.percentiles, Mapping):
             raise UserError(f"percentiles is a {type(self.percentiles).__name__}; it must be a "
-                            "dict by population, such as default")
+                            "dict with populations, such as 'default', as keys")
         object.__setattr__(self, "percentiles", {
             population: _percentiles(population, table, self.n_layers)
             for population, table in self.percentiles.items()})
@@ -247,15 +278,25 @@ class Axis(Vector):
                     f"of {quoted(self.model)}" if self.model else "",
                     f"percentiles: {known}" if known else "no thresholds")
 
+    def records(self) -> list[dict[str, Any]]:
+        """Return one record per layer: layer, norm, and every percentile, such as "default p25"."""
+        return [{**row, **{f"{of} {name}": float(values[row["layer"]])
+                           for of, table in self.percentiles.items()
+                           for name, values in sorted(table.items(), key=lambda x: _by_number(x[0]))
+                           }} for row in super().records()]
+
+    def _left_out(self, column: str) -> bool:
+        return " " in column and column not in ("default p25", "default p50", "default p75")
+
     def thresholds(self, percentile: str, *, of: str = "default") -> np.ndarray:
         """Return the projection at a percentile for every layer, [L] float32.
 
         Args:
-          percentile: such as "p25": a quarter of the population has a lower projection.
+          percentile: its name, such as "p25", below which a quarter of the population lies.
           of: the population: "default" (rollouts of the default persona) or "all" (all rollouts).
 
         Raises:
-          UserError: a population or percentile that the axis was not calibrated for.
+          UserError: the axis has no thresholds for the population or the percentile.
         """
         if not self.percentiles:
             raise UserError(f"axis {self.name!r} has no thresholds; give the floor as numbers, or "
@@ -283,7 +324,7 @@ def _percentiles(population: str, table: Any, layers: int) -> dict[str, np.ndarr
     """Return a population's percentiles as float32; raise unless each is finite and [L]."""
     if not isinstance(table, Mapping):
         raise UserError(f"percentiles[{population!r}] is a {type(table).__name__}; it must be a "
-                        "dict of [L] by percentile, such as p25")
+                        "dict from percentile names, such as 'p25', to arrays [L]")
     checked = {}
     for name, given in table.items():
         field = f"percentiles/{population}/{name}"

@@ -1,4 +1,4 @@
-"""Captures against NumPy on every activation: in one pass, in pieces and while generating."""
+"""Captures compared with NumPy on all activations: in one pass, in chunks and during generation."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ MODEL = s.tiny_model()
 LENGTHS, WIDTH, TURNS = (14, 9, 3), 14, 3
 RNG = np.random.default_rng(7)
 KIND = [RNG.choice([USER, TEMPLATE, ASSISTANT, ASSISTANT | GENERATED], n) for n in LENGTHS]
-KIND[2][:] = USER  # a row without a response
-TURN = [np.sort(RNG.integers(0, TURNS + 1, n)) for n in LENGTHS]  # one more than is captured
+KIND[2][:] = USER  # a row without response tokens
+TURN = [np.sort(RNG.integers(0, TURNS + 1, n)) for n in LENGTHS]  # one more turn than is captured
 ROWS = batch(s.prompts(LENGTHS), kind=KIND, turn=TURN)
 K = RNG.normal(size=(4, 32))
 EACH = RNG.normal(size=(2, 1, 32))
 AXIS = Axis(RNG.normal(size=(3, 32)))
 SITES = ("residual", "attention", "mlp")
 EDGES = np.linspace(-1.5, 1.5, 7)
-OWN = np.sort(RNG.normal(size=(2, 1, 5)), -1)  # edges for each layer and direction
+OWN = np.sort(RNG.normal(size=(2, 1, 5)), -1)  # different edges for each layer and direction
 READ = (
     capture.mean() | capture.mean(everywhere, layers=[0, 2], name="two")
     | capture.mean(response, turns=TURNS, name="turns")
@@ -54,13 +54,13 @@ def unit(v):
 
 
 def mean_of(h, chosen):
-    """[B, L, D] of h [B, L, T, D] over chosen [B, T]; NaN where none is."""
+    """Return [B, L, D]: the mean of h [B, L, T, D] over chosen [B, T]; NaN if none is chosen."""
     return np.stack([h[b][:, chosen[b]].mean(1) if chosen[b].any()
                      else np.full(h.shape[1:2] + h.shape[3:], np.nan) for b in range(len(h))])
 
 
 def expected(h, mlp):
-    """Every reading of READ in NumPy from the residuals h and the MLP outputs, [B, L, T, D]."""
+    """Compute every reading in READ with NumPy from residuals h and MLP outputs, [B, L, T, D]."""
     kind, turn = np.asarray(ROWS.kind), np.asarray(ROWS.turn)
     valid = kind & 1 > 0
     said = valid & (kind & ASSISTANT > 0) & (kind & TEMPLATE == 0)
@@ -74,14 +74,14 @@ def expected(h, mlp):
         return np.where(chosen[:, None, :, None], x, np.nan)
 
     def moments_of(p, chosen):
-        """(count, mean, variance) of p [B, L, T, K] over chosen [B, T]."""
+        """Return (count, mean, variance) of p [B, L, T, K] over chosen [B, T]."""
         rows = [p[b][:, chosen[b]] if chosen[b].any() else np.full_like(p[b][:, :1], np.nan)
                 for b in range(len(p))]
         return (chosen.sum(1), np.stack([x.mean(1) for x in rows]),
                 np.stack([x.var(1) for x in rows]))
 
     def bins_of(p, chosen, edges):
-        """[B, L, K, E + 1] by NumPy's own bins."""
+        """Compute bins [B, L, K, E + 1] with NumPy."""
         b, n, _, k = p.shape
         edges = np.broadcast_to(edges, (n, k, edges.shape[-1]))
         out = np.zeros((b, n, k, edges.shape[-1] + 1), int)
@@ -165,7 +165,8 @@ def test_while_generating_equals_a_second_pass():
         n = len(row) + len(said)
         kind = [[USER] * len(row) + [ASSISTANT | GENERATED] * len(said)]
         whole = s.residuals(model, batch([[*row, *said]], kind=kind, width=48), edits)[0][0, :, :n]
-        # every token that was said was run, the last one before the limit too; a stop was not
+        # the model ran on every token of the reply, including the last one at the limit, but not on
+        # a stop token
         full = out.captured["full"][b]
         assert full.shape == whole.shape and s.relative(full, whole).max() <= 1e-5
         if len(said):
@@ -182,14 +183,28 @@ def test_while_generating_equals_a_second_pass():
             np.testing.assert_allclose(got.variance[b], p.var(1), rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(out.captured["norms"][b], np.linalg.norm(whole, axis=-1),
                                    rtol=1e-5)
-        # the reply to a bare prompt, which is message 0, is message 1
+        # a prompt of bare ids is message 0, so its reply is message 1
         assert np.isnan(out.captured["turns"][b][:, 0]).all()
         assert s.rowwise(out.captured["last"][b], whole[:, -1]).max() <= 1e-5
         assert s.rowwise(out.captured["prompt"][b], whole[:, : len(row)].mean(1)).max() <= 1e-5
 
 
+def test_before_the_edits_of_its_layer():
+    """The difference is the edit of that layer, in the prompt and in generated tokens."""
+    push = np.zeros(32)
+    push[5] = 2.0
+    edits = steer(push, layers=[1], where=everywhere)
+    after, before = capture.full(name="after"), capture.full(name="before").before_edits()
+    assert repr(before) == "full(everywhere).before_edits()" and repr(after) == "full(everywhere)"
+    out = generate(MODEL, s.prompts((7, 4)), interventions=edits, capture=after | before,
+                   max_new_tokens=5, batch_size=2)
+    for a, b in zip(out.captured["after"], out.captured["before"], strict=True):
+        assert a.shape[1] > 7 and s.same_bits(a[[0, 2]], b[[0, 2]])  # also after an edit below
+        np.testing.assert_allclose(a[1] - b[1], np.broadcast_to(push, a[1].shape), atol=1e-5)
+
+
 def test_a_value_on_an_edge_belongs_to_the_bin_above():
-    """A bin holds its lower edge and not its upper one, as NumPy's bins do."""
+    """A bin includes its lower edge but not its upper edge, as in NumPy."""
     edges, values = np.float32([-0.5, 0.0, 1.0]), np.float32([-0.5, 0.0, 1.0, 1.0, 0.5, -0.75])
     h = jnp.zeros((1, 6, 32)).at[0, :, 3].set(values)
     part = capture.histogram(np.eye(32)[3:4], edges, everywhere).readings["histogram"]
@@ -199,7 +214,7 @@ def test_a_value_on_an_edge_belongs_to_the_bin_above():
 
 
 def needed(read, width, dtype):
-    """Bytes of one forward pass's temporaries, and of its results."""
+    """Return the bytes of a forward pass's temporaries and of its results."""
     model = s.tiny_model(dtype=dtype, d_ff=128)
     rows = batch([[5] * width] * 2)
     lowered = s.run.lower(model.params, model.config, rows, capture=read, logits="last")
@@ -209,7 +224,7 @@ def needed(read, width, dtype):
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
 def test_a_mean_needs_no_memory_that_grows_with_the_text(dtype):
-    state = 4 * 2 * 3 * 32  # of a mean's sums, [L, B, D] float32
+    state = 4 * 2 * 3 * 32  # bytes of a mean's sums, [L, B, D] float32
     for width in (256, 512):
         more = needed(capture.mean(everywhere), width, dtype) - needed(None, width, dtype)
         assert (more <= 8 * state).all(), f"{more} bytes at {width} tokens"
@@ -273,7 +288,7 @@ def test_refused(message):
 
 
 def test_every_reading_multiplies_in_full_precision():
-    """On a GPU or TPU a product of the default precision would round float32 activations."""
+    """On a GPU or TPU, products with the default precision would round float32 activations."""
     v = np.random.default_rng(0).normal(size=(2, 32))
     read = (capture.mean() | capture.mean(turns=2, name="turns") | capture.last()
             | capture.projections(v) | capture.moments(v) | capture.histogram(v, [0.0]))
@@ -290,7 +305,7 @@ def test_every_reading_multiplies_in_full_precision():
 
 
 def test_a_where_may_be_a_name():
-    """The names of JSON specifications stand for the same tests in Python."""
+    """The names in JSON specifications select the same tokens as the Python objects."""
     for name, test in NAMED.items():
         assert s.same_bits(capture.mean(name), capture.mean(test)), name
         assert s.same_bits(steer(np.ones(8), layers=1, where=name),

@@ -1,4 +1,4 @@
-"""A reading defined outside the package: the example of docs/architecture.md against NumPy."""
+"""A reading defined outside the package: the example in docs/architecture.md against NumPy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DOCS = pathlib.Path(__file__).parents[2] / "docs" / "architecture.md"
 
 @functools.cache
 def example():
-    """The names that the example of the documentation defines."""
+    """Return the names that the example in the documentation defines."""
     text = DOCS.read_text().split("## Adding a reading")[1]
     block = re.search(r"```python\n(.*?)```", text, re.S)
     assert block is not None
@@ -43,7 +43,7 @@ def example():
 
 @functools.cache
 def expected():
-    """[B, L]: the greatest norm of the assistant's tokens, in NumPy."""
+    """Return [B, L]: the largest norm over the assistant's tokens, computed with NumPy."""
     h, _ = s.residuals(MODEL, ROWS)
     norms = np.linalg.norm(np.asarray(h, np.float64), axis=-1)
     said = (np.asarray(ROWS.kind) & ASSISTANT) > 0

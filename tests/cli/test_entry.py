@@ -1,4 +1,4 @@
-"""What enters: token ids, conversations and texts in every wrong form, and a folder's own code."""
+"""Malformed ids, conversations and texts raise errors, and code in model folders never runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TALK = [{"role": "user", "content": "hi <|tool|>"}, {"role": "assistant", "conte
 
 @functools.cache
 def model():
-    """A model of 258 rows whose tokenizer has a token more."""
+    """Return a model with 258 embedding rows and a tokenizer with 259 tokens."""
     tokenizer = copy.deepcopy(s.byte_tokenizer())
     tokenizer.add_tokens(["<|tool|>"])
     return dataclasses.replace(s.tiny_model(vocab_size=258, stop_ids=(257,)), tokenizer=tokenizer)
@@ -202,7 +202,7 @@ def test_a_reading_without_tokens_is_said(caplog):
         jp.extract(m, [said], capture=jp.capture.mean() | jp.capture.norms(user))
         jp.extract(m, [asked], capture=jp.capture.mean(prompt))
         assert not caplog.text
-        # a batch of prompts alone
+        # a batch without replies
         batch = jp.encode(m, [asked, asked])
         for name, read in (("mean", jp.capture.mean()), ("last", jp.capture.last(jp.response)),
                            ("mean", jp.capture.mean(turns=2)),
@@ -223,8 +223,8 @@ def test_a_reading_without_tokens_is_said(caplog):
 
 
 @pytest.mark.parametrize(("tokens", "reading"), [
-    ([5, 6, 7], jp.capture.mean(everywhere, turns=2)),  # the second message has no token
-    ([5], jp.capture.last(everywhere)),  # the last token is the first of its row
+    ([5, 6, 7], jp.capture.mean(everywhere, turns=2)),  # the second message has no tokens
+    ([5], jp.capture.last(everywhere)),  # the last token is also the first of its row
 ], ids=["one message of two", "one token"])
 def test_a_reading_with_tokens_is_not_said_to_have_none(caplog, tokens, reading):
     tiny = s.tiny_model()
@@ -242,7 +242,7 @@ CODE = ("import pathlib\npathlib.Path({!r}).write_text('run')\n"
 
 @pytest.mark.parametrize("native", [True, False], ids=["with a class of transformers", "without"])
 def test_no_code_of_a_tokenizers_folder_is_run_or_asked_for(tmp_path, native):
-    """The answer "y" waits at the terminal, and the folder's module would leave a file."""
+    """The terminal would answer "y", and the folder's module would write a file."""
     folder, trace = tmp_path / "m", tmp_path / "trace"
     s.byte_tokenizer().save_pretrained(folder)
     (folder / "own.py").write_text(CODE.format(str(trace)))
@@ -267,7 +267,7 @@ def test_no_code_of_a_tokenizers_folder_is_run_or_asked_for(tmp_path, native):
 @pytest.mark.parametrize("template", [5, True, ["a"]])
 def test_a_template_that_is_no_text_is_refused_with_its_file(tmp_path, template):
     s.byte_tokenizer().save_pretrained(tmp_path)
-    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)  # it would be read instead
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)  # otherwise it would be read instead
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     with pytest.raises(ValueError, match="chat_template|cannot be read") as caught:
@@ -290,7 +290,7 @@ def test_code_that_a_tokenizer_needs_is_refused_in_one_line(tmp_path, monkeypatc
 
 
 def test_every_from_pretrained_forbids_remote_code():
-    """Left out, transformers asks at the terminal; no place may leave it out."""
+    """Without `trust_remote_code=False`, transformers may ask at the terminal."""
     found = 0
     for folder in ("jaxpersona", "kernels", "ckpts", "bench", "examples", "tests"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -305,4 +305,4 @@ def test_every_from_pretrained_forbids_remote_code():
 
 def test_encode_takes_a_bare_tokenizer():
     ids = chat.encode(model().tokenizer, [TALK[:1]]).tokens
-    assert 258 in np.asarray(ids)  # no model, no bound
+    assert 258 in np.asarray(ids)  # without a model, ids are not limited

@@ -1,7 +1,7 @@
-"""Every reader of files, through the command: damaged input is one line that names it, or no harm.
+"""Damaged input files cause a one-line error of the command, or no harm.
 
-Each case damages one file (`fuzz`), runs a command in this process, and expects exit code 0 or 2,
-with 2 one line that names the file or its folder, and no control character on the terminal.
+Each case damages one file (`fuzz`) and runs a command in this process. The exit code must be 0, or
+2 with one line that names the file or its folder. The output must not contain control characters.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from jaxpersona.data.texts import Question, Role
 from jaxpersona.text import chat
 from jaxpersona.vectors.vector import Axis, Vector
 
-LAYERS, WIDTH = 3, 32  # of the model that the fixture `checkpoint` makes
-SECONDS = 60  # no file may hold a command for so long
+LAYERS, WIDTH = 3, 32  # of the model from the fixture `checkpoint`
+SECONDS = 60  # time limit for one command
 VALUES = np.random.default_rng(0).normal(size=(LAYERS, WIDTH)).astype(np.float32)
 TALK = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Why?"},
         {"role": "assistant", "content": "So."}]
@@ -45,7 +45,7 @@ ROLES = [Role("default", ("", "You are an AI assistant."), ""),
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, checkpoint):
-    """A folder with a valid file for every reader, and the model that the commands are given."""
+    """Return a folder with a valid file for every reader, and the model for the commands."""
     folder = tmp_path_factory.mktemp("fuzz")
     axis = Axis(VALUES, "assistant", "m", notes={"a": 1, "b": "c"},
                 percentiles={"default": {"p25": np.zeros(LAYERS, np.float32)}})
@@ -92,7 +92,7 @@ def _pickle(change: Any) -> bytes:
 
 
 def _damaged_pickle(value: Any):
-    """Damage a .pt file, by the values that it holds or by its bytes."""
+    """Damage a .pt file, by the values in it or by its bytes."""
     def make(data: bytes, draw: random.Random) -> bytes:
         if draw.random() < 0.4:
             return fuzz.damage(data, draw)
@@ -136,7 +136,7 @@ def _axis(folder: pathlib.Path, path: pathlib.Path, model: Any) -> list[str]:
     return s.axis_command(model.name, folder / "texts", folder / "run")
 
 
-# what is damaged, how, and by which command it is read
+# the damaged file, the kind of damage, and the command that reads the file
 READERS = {
     "v.safetensors": (fuzz.damaged_safetensors, _show),
     "a.safetensors": (fuzz.damaged_safetensors, _show),
@@ -175,7 +175,7 @@ PICKLES = {
 
 
 def _guarded(arguments: list[str]) -> Any:
-    """Run the command; a file that holds it for long fails the test instead of hanging it."""
+    """Run the command; if it exceeds the time limit, fail the test."""
     def late(*_: Any) -> None:
         raise AssertionError(f"{arguments} ran for {SECONDS} seconds")
 
@@ -189,8 +189,8 @@ def _guarded(arguments: list[str]) -> Any:
 
 
 def _judge(code: Any, out: str, err: str, path: pathlib.Path) -> str | None:
-    """Return what is wrong with a command's end, or None."""
-    # progress bars are for people at a terminal; warnings and self-tests have lines of their own
+    """Return what is wrong with the result of a command, or None."""
+    # count only errors; progress, warnings and self-tests have their own lines
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     marks = [c for c in out + err if ord(c) < 32 and c not in "\n\t\r" or 126 < ord(c) < 160]
     if code not in (0, 2):
@@ -201,7 +201,8 @@ def _judge(code: Any, out: str, err: str, path: pathlib.Path) -> str | None:
         return "an error with exit code 0" if lines else None
     if len(lines) != 1 or "Traceback" in err:
         return f"{len(lines)} lines of error"
-    folders = [str(p) for p in path.parents if "fuzz0" in p.parent.name]  # a model's, a run's
+    # folders of models and runs
+    folders = [str(p) for p in path.parents if "fuzz0" in p.parent.name]
     if path.name not in lines[0] and not any(folder in lines[0] for folder in folders):
         return f"the file is not named: {lines[0][:400]}"
     return None
@@ -212,12 +213,12 @@ def run(place: Any, name: str, make: Any, command: Any, count: int, capsys: Any,
     folder, model = place
     path, kept = folder / name, folder / "kept"
     data = path.read_bytes()
-    if command in (_spec, _project, _axis):  # the model is no part of what these read
+    if command in (_spec, _project, _axis):  # the damaged file is not part of the model
         monkeypatch.setattr("jaxpersona.cli.support.open_model", lambda *_: model)
     generate = sys.modules["jaxpersona.engine.generate"]
-    if command is _spec:  # one program for each spec would be compiled
+    if command is _spec:  # avoids compiling a program for each spec
         monkeypatch.setattr(generate, "generate", lambda *_, **__: sys.exit(0))
-    if command is _project:  # and one for each length
+    if command is _project:  # avoids compiling a program for each length
         monkeypatch.setattr("jaxpersona.persona.talk.project_conversation",
                             lambda model, talk, _: chat.encode(model, [talk], reply=False) and [])
     monkeypatch.setattr("jaxpersona.cli.support.draw_run", lambda *_: None)
@@ -231,7 +232,7 @@ def run(place: Any, name: str, make: Any, command: Any, count: int, capsys: Any,
         capsys.readouterr()
         try:
             code = _guarded(command(folder, path, model))
-        except BaseException as error:  # noqa: BLE001 - whatever it is, it is the finding
+        except BaseException as error:  # noqa: BLE001 - any exception is a finding
             code = f"{type(error).__name__}: {str(error)[:300]}"
         codes[code] = codes.get(code, 0) + 1
         fault = _judge(code, *capsys.readouterr(), path)

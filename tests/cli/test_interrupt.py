@@ -1,4 +1,4 @@
-"""Signals end the command with one line about the written files; console output is never lost."""
+"""Signals end the command with one line about the written files, and no console output is lost."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM]
 
 
 def start(*arguments, **variables):
-    """Start the command in a subprocess with captured output."""
+    """Start the command in a subprocess and capture its output."""
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | variables
     code = "import sys; sys.argv[0] = 'jaxpersona'; from jaxpersona.cli.main import main; main()"
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], text=True, env=env,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-# runs the command, paused for half a minute while it imports the given module
+# runs the command and pauses for half a minute during the import of a given module
 WAITING = """
 import sys, time
 where, sys.argv = sys.argv[1], ["jaxpersona", *sys.argv[2:]]
@@ -75,7 +75,7 @@ def texts(tmp_path):
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_during_a_run_says_what_is_kept(checkpoint, texts, tmp_path, capsys, monkeypatch,
                                                  number):
-    """The exit code is 128 + signal, the line names the kept files, and the run can resume."""
+    """The exit code is 128 + signal, the line names the saved files, and the run can be resumed."""
     from jaxpersona.persona import extract
 
     out, saved = tmp_path / "out", []
@@ -113,7 +113,7 @@ def test_a_signal_before_anything_is_written_says_so(checkpoint, texts, tmp_path
 
 
 def test_a_killed_command_of_its_own_process_is_one_line(checkpoint, texts, tmp_path):
-    """The CLI library exits cleanly at any point."""
+    """A signal at any point ends the command cleanly."""
     process = start(*s.axis_command(checkpoint, texts, tmp_path / "out", "--samples", "2000"))
     deadline = time.monotonic() + 90
     while not (tmp_path / "out" / "run.json").exists() and time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Faults a hostile reader found: each is refused before anything is written, or does no harm."""
+"""Invalid inputs are rejected before anything is written, or cause no harm."""
 
 import json
 import os
@@ -24,7 +24,7 @@ STRANGE = "Tell me\u2028about\x85the sea?"
 
 
 def refused(capsys, arguments, wanted):
-    """Run a command that must fail with one line that holds `wanted`."""
+    """Run a command that must fail with a one-line error that contains `wanted`."""
     assert s.run_command(arguments) == 2
     said = capsys.readouterr().err
     assert "Traceback" not in said
@@ -33,14 +33,14 @@ def refused(capsys, arguments, wanted):
 
 
 def test_any_separator_in_a_text_survives_and_leftovers_do_not_block(checkpoint, tmp_path, capsys):
-    """Line separators other than newline come back; a killed writer's file does not stop a run."""
+    """Line separators other than newline survive; leftover temporary files do not block a run."""
     texts = tmp_path / "texts"
     texts.mkdir()
     s.write_texts(texts, ROLES, [Question(0, STRANGE)])
     out = tmp_path / "run"
     out.mkdir()
     (out / ".run.json.999.tmp").write_text("{")
-    for _ in range(2):  # made, then found whole
+    for _ in range(2):  # the first run creates the files; the second finds them complete
         assert s.run_command(s.axis_command(checkpoint, texts, out)) == 0
     assert not list(out.rglob(".*.tmp"))
     run = Run(out, json.loads((out / "run.json").read_text()))
@@ -68,13 +68,14 @@ def test_a_name_that_the_system_refuses_is_one_line(arguments, tmp_path, monkeyp
 
 
 def test_a_run_that_cannot_end_well_is_refused_before_its_folder(checkpoint, tmp_path, capsys):
-    """Too long prompts, too few roles and impossible settings leave no folder behind."""
+    """Long prompts, too few roles and invalid settings raise errors before a folder is created."""
     for name, questions in (("good", [Question(0, "Why?")]), ("long", [Question(0, "why " * 99)])):
         (tmp_path / name).mkdir()
         s.write_texts(tmp_path / name, ROLES, questions)
     out = tmp_path / "out"
     cases = (
-        (s.axis_command(checkpoint, tmp_path / "long", out), "the context of 256 tokens must hold"),
+        (s.axis_command(checkpoint, tmp_path / "long", out),
+         "must fit into the context of 256 tokens"),
         (s.axis_command(checkpoint, tmp_path / "good", out, "--limit", "0"),
          "needs at least two"),
         (s.axis_command(checkpoint, tmp_path / "good", out, "--min-count", "0"), "min_count"),
@@ -89,7 +90,7 @@ def test_a_run_that_cannot_end_well_is_refused_before_its_folder(checkpoint, tmp
 
 
 def test_markup_in_texts_is_text(checkpoint, tmp_path, capsys):
-    """Brackets in prompts, names and notes are shown as they are."""
+    """Brackets in prompts, names and notes are printed verbatim, not interpreted as markup."""
     model = jp.load(str(checkpoint))
     shape = (model.config.n_layers, model.config.d_model)
     axis = Axis(np.ones(shape), name="[/x]", notes={"[/y]": "[bold]"},
@@ -120,7 +121,7 @@ def test_a_vector_file_that_lies_is_named(tmp_path, change, tensors, wanted):
 
 
 def test_files_without_tensors_are_faults(checkpoint, tmp_path):
-    """An empty table of weights lacks every tensor, and says so."""
+    """A file without tensors raises an error about the missing tensors."""
     (tmp_path / "config.json").write_text((checkpoint / "config.json").read_text())
     (tmp_path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     for call in (hf.load, hf.verify):
@@ -129,7 +130,7 @@ def test_files_without_tensors_are_faults(checkpoint, tmp_path):
 
 
 def test_extreme_settings_do_no_harm(checkpoint):
-    """A tiny temperature is greedy, a huge limit is the model's own, inputs are not written to."""
+    """Test a tiny temperature (greedy), a huge limit (the model's own), and read-only inputs."""
     logits = jnp.asarray([[0.0, 3.0, 2.0]])
     how = sampling(1, temperature=1e-37)
     zero = jnp.zeros((1,), jnp.int32)
@@ -153,16 +154,16 @@ WITHOUT_TORCH = ("import sys; sys.modules['torch'] = None; sys.argv[0] = 'jaxper
 
 
 @pytest.mark.parametrize(("arguments", "wanted"), [
-    # the axis of another model is found only after mini was loaded, through transformers
+    # an axis of a different model is only detected after mini is loaded with transformers
     (["--cap", "other.npy"], "error: other.npy: holds a vector, not an axis"),
     (["--steer", "other.npy"], "error: vector 'other' is for 2 layers of width 3"),
 ])
 def test_a_mistake_is_exactly_one_line_of_a_process(tmp_path, arguments, wanted):
-    """Neither transformers' advice to install PyTorch nor a progress display adds a line."""
+    """Advice by transformers to install PyTorch and progress displays add no lines."""
     np.save(tmp_path / "other.npy", np.ones((2, 3), np.float32))
     env = {k: v for k, v in os.environ.items()
            if k not in ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "TRANSFORMERS_VERBOSITY")}
-    env["JAX_PLATFORMS"] = "cpu"  # libtpu without a TPU writes warnings of its own
+    env["JAX_PLATFORMS"] = "cpu"  # without a TPU, libtpu writes warnings
     out = subprocess.run([sys.executable, "-c", WITHOUT_TORCH, "generate", "Hi", *arguments],
                          capture_output=True, text=True, cwd=tmp_path, env=env, timeout=300)
     assert out.returncode == 2 and not out.stdout
@@ -189,7 +190,7 @@ def test_a_mistake_is_exactly_one_line_of_a_process(tmp_path, arguments, wanted)
 ])
 def test_settings_are_checked_before_a_model_is_loaded(tmp_path, monkeypatch, capsys, arguments,
                                                        wanted):
-    """The error names the setting at fault alone."""
+    """The error names only the invalid setting."""
     monkeypatch.chdir(tmp_path)
     np.save("v.npy", np.ones((2, 3), np.float32))
     os.mkdir("run")
@@ -232,7 +233,7 @@ def test_a_name_that_is_no_model_is_answered_with_what_is(name):
     with pytest.raises(ValueError) as caught:
         jp.load(name)
     assert str(caught.value) == (f"{name}: no such folder; a model is a folder, a .gguf file, "
-                                 "owner/name of the hub, mini or random:<preset>")
+                                 "owner/name on the hub, mini or random:<preset>")
 
 
 def test_project_says_that_it_wrote_a_figure(checkpoint, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Text of files reaches the terminal without control characters."""
+"""Text from files is printed on the terminal without control characters."""
 
 import json
 import re
@@ -24,7 +24,7 @@ HOSTILE = "\x1b]0;title\x07\x1b[2J\x9b1m\u202e"
 
 
 def clean(capsys):
-    """What was printed holds no control character but tab and newline."""
+    """Check that the output contains no control characters except tab and newline."""
     out = "".join(capsys.readouterr())
     assert out and not [c for c in out if (ord(c) < 32 or 126 < ord(c) < 160 or c == "\u202e")
                         and c not in "\n\t"], repr(out)
@@ -32,7 +32,7 @@ def clean(capsys):
 
 
 def test_names_and_notes_of_files_reach_the_terminal_as_text(checkpoint, tmp_path, capsys):
-    """In tables, lines, errors and figures' names; whatever command prints them."""
+    """Test tables, lines, errors and figure names of all commands that print them."""
     import jaxpersona as jp
 
     model = jp.load(str(checkpoint))
@@ -73,7 +73,7 @@ def test_redirected_output_has_lines_of_progress(monkeypatch, capsys):
     lines = []
 
     def wait(count):
-        """Wait for further lines, however busy the machine is."""
+        """Wait for more lines, even on a busy machine."""
         wanted, end = len(lines) + count, time.monotonic() + 60
         while len(lines) < wanted and time.monotonic() < end:
             time.sleep(0.01)
@@ -85,16 +85,16 @@ def test_redirected_output_has_lines_of_progress(monkeypatch, capsys):
         assert set(lines) == {"rollouts 300/400"} and len(lines) >= 2
         report("rollouts", 399, 400, 5000)
         wait(3)
-        # 99 of 100 are done, so the time left is about a hundredth of the time spent
+        # 99 of 100 are done, so the remaining time is about a hundredth of the elapsed time
         form = r"rollouts 399/400, [\d,]+ tokens/s, about [01] s left"
         assert re.fullmatch(form, lines[-1]), lines[-1]
-        report("rollouts", 400, 400, 5000)  # ended: no line
+        report("rollouts", 400, 400, 5000)  # complete: no line
         time.sleep(0.1)
         report("judging", 1, 3, 0)
         wait(2)
     assert lines[-1] == "judging 1/3" and not [x for x in lines if x.startswith("rollouts 400")]
     capsys.readouterr()
-    with support.progress() as report:  # the other commands write nothing
+    with support.progress() as report:  # the other commands print nothing
         report("rollouts", 1, 2, 3)
         time.sleep(0.1)
     assert capsys.readouterr().err == ""

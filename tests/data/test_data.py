@@ -169,7 +169,8 @@ def similarity(texts: list[str]) -> np.ndarray:
 
 def test_similarity_is_jaccard():
     got = similarity(["abcdef", "abcdxx", "zzzzz"])
-    np.testing.assert_allclose(got[0, 1], 1 / 5)  # abcd of abcd bcde cdef bcdx cdxx
+    # 4-grams abcd against abcd, bcde, cdef, bcdx, cdxx
+    np.testing.assert_allclose(got[0, 1], 1 / 5)
     assert got[0, 2] == 0
 
 
@@ -188,7 +189,7 @@ def test_no_near_duplicates(what, texts):
 
 
 def test_prompts_are_not_templates():
-    """At most 10 % of prompts share six or more consecutive words with another role."""
+    """At most 10 % of prompts share six or more consecutive words with a different role."""
     owners: dict[tuple[str, ...], set[int]] = defaultdict(set)
     for i, (_, prompt) in enumerate(PROMPTS):
         run = re.findall(r"[a-z0-9']+", prompt.lower())

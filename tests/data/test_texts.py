@@ -82,7 +82,7 @@ def test_a_folder_without_default_gets_ours(tmp_path):
 
 ROLE_FAULTS = {
     "text": ("{", "invalid JSON"),
-    "list": ([], "holds a list, not an object"),
+    "list": ([], "contains a list, not an object"),
     "utf8": (b'{"a": "\xff"}', "invalid UTF-8 at byte 7"),
     "key": ('{"instruction": [{"pos": "a"}], "eval_prompt": "{question}{answer}", '
             '"eval_prompt": "{question}{answer}"}', "duplicate key 'eval_prompt'"),
@@ -98,7 +98,6 @@ ROLE_FAULTS = {
     "blank": (role(" \n"), "instruction[0].pos is empty"),
     "surrogate": ('{"instruction": [{"pos": "\\ud800"}], "eval_prompt": "{question}{answer}"}',
                   "a lone surrogate"),
-    "uneval": ({"instruction": [{"pos": "a"}]}, "eval_prompt is missing"),
     "noplace": (role("a", eval_prompt="Rate it."), "eval_prompt lacks {question} and {answer}"),
     "default": ({"instruction": [{"pos": " "}]}, "instruction[0].pos is empty"),
 }
@@ -125,7 +124,7 @@ def test_all_faults_of_a_folder_at_once(tmp_path):
 @pytest.mark.parametrize("load", [load_roles, load_traits, load_drift])
 def test_missing_and_empty_folders(tmp_path, load):
     assert "no such folder" in faults(load, tmp_path / "nowhere")[0]
-    assert "holds no .json file" in faults(load, tmp_path)[0]
+    assert "contains no .json file" in faults(load, tmp_path)[0]
 
 
 def test_bad_descriptions_and_model_name(tmp_path):
@@ -158,7 +157,7 @@ def test_all_faults_of_questions_at_once(tmp_path):
              '{"question": "e", "id": -1}', '{"question": 4, "id": 99}']
     file = write(tmp_path / "q.jsonl", "\n".join(lines))
     found = faults(load_questions, file)
-    for line, wanted in ((3, "invalid JSON"), (4, "holds a list"), (5, "question is missing"),
+    for line, wanted in ((3, "invalid JSON"), (4, "contains a list"), (5, "question is missing"),
                          (6, "question is empty"), (7, "id is a string ('x')"),
                          (8, "id is a boolean"), (9, "id is -1"), (10, "question is a number")):
         assert any(f"line {line}:" in fault and wanted in fault for fault in found), wanted
@@ -169,7 +168,7 @@ def test_all_faults_of_questions_at_once(tmp_path):
 def test_questions_that_cannot_be_read(tmp_path):
     assert "no such file" in faults(load_questions, tmp_path / "none.jsonl")[0]
     assert "invalid UTF-8" in faults(load_questions, write(tmp_path / "b", b"\xff\n"))[0]
-    assert "holds no question" in faults(load_questions, write(tmp_path / "e", "\n\n"))[0]
+    assert "contains no question" in faults(load_questions, write(tmp_path / "e", "\n\n"))[0]
     assert "cannot be read" in faults(load_questions, tmp_path)[0]
 
 
@@ -242,7 +241,7 @@ def test_export_refuses(tmp_path):
 def test_check_refuses(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         check_data(tmp_path / "none")
-    with pytest.raises(ValueError, match="holds none of"):
+    with pytest.raises(ValueError, match="contains none of"):
         check_data(tmp_path)
     write(tmp_path / "questions.jsonl", '{"question": "Why?"}')
     assert check_data(tmp_path) == ["roles: absent", "questions: 1", "traits: absent",
@@ -271,7 +270,7 @@ def test_commands(tmp_path):
     assert "275 and the default" in runner.invoke(app, ["check"]).stdout
     assert "pirate" in runner.invoke(app, ["show", "role", "pirate"]).stdout
     assert "files in" in runner.invoke(app, ["export", str(tmp_path / "out")]).stdout
-    # the CLI prints the error; it is not caught here
+    # the command prints the error, so nothing is raised
     assert isinstance(runner.invoke(app, ["check", str(tmp_path / "no")]).exception, ValueError)
 
 

@@ -1,4 +1,4 @@
-"""Two processes of four devices each: one axis, shared work, a death that is told, a resume."""
+"""Two processes with four devices each: the same axis, shared work, failures, and resumption."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ finally:
 def ask(out):
     return ["axis", "--out", str(out), "--judge", "none", "--limit", "3", "--limit-questions", "1",
             "--min-count", "1", "--max-new-tokens", "6", "--batch-size", "8",
-            "--temperature", "0"]
+            "--temperature", "0", "--json"]
 
 
 def start(out, port, index):
-    """Start one of two workers."""
+    """Start one of two worker processes."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu",
            "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
     place = ["--mesh", MESH, "--coordinator", f"127.0.0.1:{port}", "--processes", "2",
@@ -74,7 +74,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    """A run of two processes: its folder and what they said."""
+    """Run two processes; return their folder and their output."""
     out = tmp_path_factory.mktemp("two") / "run"
     return out, finish(pair(out))
 
@@ -86,7 +86,7 @@ def test_two_processes_find_the_axis_of_one(together, tmp_path, monkeypatch, cap
     alone = json.loads(capsys.readouterr().out.splitlines()[-1])
     shared = json.loads(said[0][0].splitlines()[-2])
     assert shared["rollouts"] == alone["rollouts"]
-    assert "rollouts" not in said[1][0]  # one of them speaks for all
+    assert "rollouts" not in said[1][0]  # only the first process prints
     one, two = (load_axis(folder / "axis.safetensors") for folder in (tmp_path / "one", out))
     assert s.relative(two.values, one.values) <= 1e-5
     assert two.fingerprint == one.fingerprint
@@ -104,6 +104,7 @@ def shapes():
     return [entry.shape for entry in entries.values()]
 
 
+@pytest.mark.slow
 def test_a_death_ends_the_run_clearly_and_a_resume_ends_in_the_same_bytes(together, tmp_path):
     out = tmp_path / "run"
     workers = pair(out)
@@ -186,7 +187,7 @@ print("done", flush=True)
 
 
 def test_processes_that_the_user_has_joined_are_seen():
-    """Each knows which one it is, though `processes.start` was never called."""
+    """The processes are recognized, although `processes.start` was not called."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -199,7 +200,7 @@ def test_processes_that_the_user_has_joined_are_seen():
 
 
 def test_the_count_is_that_of_jax(monkeypatch):
-    """Whoever initialised the processes, and whether or not through `jax.distributed`."""
+    """The number of processes comes from JAX, even without `jax.distributed`."""
     import jax
 
     monkeypatch.setattr(jax, "process_count", lambda: 2)

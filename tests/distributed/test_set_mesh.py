@@ -1,4 +1,4 @@
-"""What a mesh that the caller has set (`jax.set_mesh`) does to the functions of a model."""
+"""The effect of a mesh set by the caller (`jax.set_mesh`) on functions of a model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from jaxpersona.models.forward import forward
 
 @pytest.mark.parametrize("setting", ["the caller's", "the model's", "another"])
 def test_a_mesh_that_is_set_does_not_reach_the_functions_of_a_model(setting):
-    """`fit` splits the caller's "model" of 4 for 2 key/value heads: two meshes, both may be set."""
+    """`fit` splits a "model" axis of 4 for 2 key/value heads, so the two meshes differ."""
     given = sharding.make_mesh(data=2, model=4)
     model = spread(one_device("llama"), given)
     mesh = {"the caller's": given, "the model's": model.mesh,
             "another": jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))}[setting]
 
     def both(model):
-        edits = cap(V, layers=[0, 1], floor=0.5, rows=[0, 1, 2, -1] * 2)  # made while it is set
+        # created while the mesh is set
+        edits = cap(V, layers=[0, 1], floor=0.5, rows=[0, 1, 2, -1] * 2)
         read = capture.mean() | capture.projections(V)
         out = generate(model, ROWS, interventions=edits, capture=read, max_new_tokens=3,
                        batch_size=8, temperature=[0.0, 0.7] * 4)
@@ -50,7 +51,7 @@ def test_a_forward_pass_names_the_mesh_to_set():
             forward(model.params, model.config, batch(ROWS))
         assert "\n" not in str(caught.value)
         alone = one_device("llama")
-        with pytest.raises(ValueError, match="the model is on one device: leave jax.set_mesh"):
+        with pytest.raises(ValueError, match="the model is on one device: omit jax.set_mesh"):
             forward(alone.params, alone.config, batch(ROWS))
 
 

@@ -1,4 +1,4 @@
-"""The carry of a forward pass: what is summed over calls, and what does not fit together."""
+"""The carry of a forward pass: values summed over calls, and rejected combinations."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def test_counts_and_means_of_pieces_are_those_of_the_whole():
     assert out.finite.tolist() == [True, True]
     assert s.rowwise(out.captured["mean"].value, whole.captured["mean"].value).max() < 1e-5
     again = run(ROWS, interventions=EDITS, carry=carry.replace(cache=None, captured=None))
-    assert again.applied[0].seen.tolist() == [18, 8] and again.cache is None  # no cache is needed
+    # does not need a cache
+    assert again.applied[0].seen.tolist() == [18, 8] and again.cache is None
 
 
 def test_a_row_that_was_not_finite_stays_so():
@@ -44,7 +45,7 @@ def test_a_row_that_was_not_finite_stays_so():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"slots": 16, "carry": Carry(cache=init_cache(MODEL.config, 2, 16))}, "not both"),
+    ({"slots": 16, "carry": Carry(cache=init_cache(MODEL.config, 2, 16))}, "either a carry with"),
     ({"carry": Carry(cache=init_cache(MODEL.config, 3, 16))},
      "the carry's cache has 3 rows; the batch has 2"),
     ({"carry": init_cache(MODEL.config, 2, 16)}, r"carry is a Cache; .*jp.Carry\(cache=cache\)"),

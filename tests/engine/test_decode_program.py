@@ -1,4 +1,4 @@
-"""What one step of a compiled decode must not do on a CPU: move what it only adds a token to."""
+"""A compiled decode step on a CPU must not copy whole buffers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EDITS = cap(V[0], layers=[0, 1], floor=0.5)
 
 
 def traced(rows, dtype, edits=EDITS):
-    """Return the config, and prefill and decode as they are traced."""
+    """Return the config, and the traced prefill and decode."""
     model = s.tiny_model(vocab_size=VOCABULARY)
     params = jax.tree.map(lambda x: x.astype(dtype), model.params)
     given = jax.tree.map(jnp.asarray, batch(s.prompts((5,) * rows, vocabulary=VOCABULARY)))
@@ -36,7 +36,7 @@ def traced(rows, dtype, edits=EDITS):
 
 
 def run(rows, dtype):
-    """Return what a compiled decode runs, within its loop and around it."""
+    """Return the config and all operations of a compiled decode, inside and outside its loop."""
     config, _, second = traced(rows, dtype)
     return config, [op for op in hlo.operations(second.compile().as_text())
                     if op.kind not in ("parameter", "tuple", "get-tuple-element", "while")]
@@ -48,8 +48,9 @@ def test_a_step_copies_no_buffer(rows, dtype):
     config, found = run(rows, dtype)
     found = [op for op in found if op.looped]
     written = [op for op in found if "scatter" in op.scope]
-    least = rows * SLOTS * 4  # bytes of the smallest buffer, positions; `full` has 64 times it
-    assert sum(op.bytes >= least for op in written) >= 2 * config.n_layers  # they are there
+    # bytes of the smallest buffer (positions); `full` has 64 times as many
+    least = rows * SLOTS * 4
+    assert sum(op.bytes >= least for op in written) >= 2 * config.n_layers  # the writes exist
     assert not [op for op in found if op.kind in ("copy", "transpose", "convert")
                 and op.bytes >= least]
 
@@ -57,14 +58,14 @@ def test_a_step_copies_no_buffer(rows, dtype):
 def test_low_precision_widens_neither_table_nor_cache():
     config, found = run(2, jnp.bfloat16)
     made = [op for op in found if "scatter" not in op.scope]
-    cache = 4 * 2 * config.n_kv_heads * SLOTS * config.head_dim  # one layer's, float32
+    cache = 4 * 2 * config.n_kv_heads * SLOTS * config.head_dim  # one layer's cache in float32
     assert cache < 4 * VOCABULARY * WIDTH
     assert len(made) > 50 and max(op.bytes for op in made) < cache
 
 
 @pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
 def test_an_edit_of_a_prompt_may_fuse_with_its_neighbours(dtype):
-    """A barrier around it would keep residual streams alive: 7 % of a prefill's temporaries."""
+    """A barrier at the edit would keep residual streams alive: 7 % of the temporaries."""
     capped, plain = (traced(2, dtype, edits)[1].as_text() for edits in (EDITS, Interventions()))
     assert len(capped) > len(plain)
     assert capped.count("optimization_barrier") == plain.count("optimization_barrier")

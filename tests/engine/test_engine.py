@@ -1,5 +1,4 @@
-"""The engine: every request has the bits it has alone, whatever runs beside it and from any thread.
-"""
+"""The engine: a request's bits do not depend on other requests or on the calling thread."""
 
 from __future__ import annotations
 
@@ -51,7 +50,7 @@ EDITS = [None, steer(V[0], layers=1, scale=2.0), cap(V[1], layers=[0, 2], floor=
 
 
 def draw(rng, i):
-    """A request of random settings; its prompt has at most 64 tokens."""
+    """Draw a request with random settings and a prompt of at most 64 tokens."""
     return Request(
         rng.integers(4, 256, int(rng.integers(1, 60))).tolist(),
         interventions=EDITS[rng.integers(len(EDITS))],
@@ -67,20 +66,21 @@ def same(a, b):
 
 
 def kinds():
-    """One request of each kind that `draw` gives."""
+    """Return one request of each kind that `draw` produces."""
     return [Request([5] * width, temperature=temperature, stop=stop, capture=read,
                     max_new_tokens=8)
             for width in (8, 40) for temperature in (0.0, 1.0)
             for stop in ([], ["a", "bc"]) for read in (None, READ)]
 
 
-def test_requests_from_eight_threads_have_the_bits_they_have_alone(model):
+@pytest.mark.parametrize("count", [64, pytest.param(300, marks=pytest.mark.slow)])
+def test_requests_from_eight_threads_have_the_bits_they_have_alone(model, count):
     engine = make(model)
     engine.warm_up(kinds())
     traced = dict(programs.TRACES)
     rng = np.random.default_rng(0)
-    requests = [draw(rng, i) for i in range(300)]
-    cancelled = set(rng.choice(300, 30, replace=False).tolist())
+    requests = [draw(rng, i) for i in range(count)]
+    cancelled = set(rng.choice(count, count // 10, replace=False).tolist())
     done, faults = {}, []
 
     def client(mine):
@@ -99,19 +99,19 @@ def test_requests_from_eight_threads_have_the_bits_they_have_alone(model):
             except BaseException as error:
                 faults.append(error)
 
-    threads = [threading.Thread(target=client, args=(list(range(k, 300, 8)),)) for k in range(8)]
+    threads = [threading.Thread(target=client, args=(list(range(k, count, 8)),)) for k in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not faults and len(done) == 300
+    assert not faults and len(done) == count
     while engine.step():
         pass
     assert not engine._handles and all(lane.free == 8 for lane in engine._scheduler.lanes.values())
-    ends = [done[i].finish for i in range(300)]
+    ends = [done[i].finish for i in range(count)]
     assert {"stop", "length", "cancelled"} == set(ends)
-    assert all(i in cancelled for i in range(300) if ends[i] == "cancelled")
-    for i in range(300):
+    assert all(i in cancelled for i in range(count) if ends[i] == "cancelled")
+    for i in range(count):
         if ends[i] != "cancelled":
             alone = engine.result(engine.submit(requests[i]))
             assert same(done[i], alone), f"request {i}: {requests[i]}"
@@ -136,24 +136,32 @@ def test_after_warm_up_without_examples_plain_requests_trace_nothing(model):
         make(model, sizes=None).warm_up()
 
 
-def test_a_request_has_the_reply_that_generate_gives(model):
-    """Greedy and sampled, edited and read; rounding may differ between the programs."""
+SETTINGS = [(name, temperature) for name in ("plain", "steer", "chain", "gate")
+            for temperature in (0.0, 1.0)]
+QUICK = [("chain", 0.0), ("gate", 1.0)]
+
+
+@pytest.mark.parametrize(("name", "temperature"), [
+    *QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SETTINGS
+              if pair not in QUICK)])
+def test_a_request_has_the_reply_that_generate_gives(model, name, temperature):
+    """Test greedy and sampled requests with edits and captures; rounding may differ."""
+    edits = {"plain": None, "steer": EDITS[1], "chain": EDITS[4],
+             "gate": gate(EDITS[1], V[0], layer=0, above=0.0)}[name]
     engine = make(model, capacity=None, sizes=None, rows=8)
-    for edits in (None, EDITS[1], EDITS[4], gate(EDITS[1], V[0], layer=0, above=0.0)):
-        for temperature in (0.0, 1.0):
-            row = s.prompts((20,), 256, seed=3)[0]
-            reply = engine.result(engine.submit(Request(
-                row, interventions=edits, capture=READ, max_new_tokens=20, seed=4, id=9,
-                temperature=temperature)))
-            out = generate(model, [row], interventions=edits, capture=READ, max_new_tokens=20,
-                           temperature=temperature, seed=4, ids=[9], batch_size=8)
-            assert np.array_equal(reply.tokens, out.tokens[0]) and reply.text == out.text[0]
-            assert s.rowwise(reply.captured["mean"], out.captured["mean"][0]).max() < 1e-5
-            assert np.allclose(reply.captured["projections"], out.captured["projections"][0],
-                               rtol=1e-4, atol=1e-4, equal_nan=True)
-            for own, theirs in zip(reply.applied, out.applied, strict=True):
-                assert own.seen == theirs.seen[0]
-                assert np.array_equal(own.changed, theirs.changed[:, 0])
+    row = s.prompts((20,), 256, seed=3)[0]
+    reply = engine.result(engine.submit(Request(
+        row, interventions=edits, capture=READ, max_new_tokens=20, seed=4, id=9,
+        temperature=temperature)))
+    out = generate(model, [row], interventions=edits, capture=READ, max_new_tokens=20,
+                   temperature=temperature, seed=4, ids=[9], batch_size=8)
+    assert np.array_equal(reply.tokens, out.tokens[0]) and reply.text == out.text[0]
+    assert s.rowwise(reply.captured["mean"], out.captured["mean"][0]).max() < 1e-5
+    assert np.allclose(reply.captured["projections"], out.captured["projections"][0],
+                       rtol=1e-4, atol=1e-4, equal_nan=True)
+    for own, theirs in zip(reply.applied, out.applied, strict=True):
+        assert own.seen == theirs.seen[0]
+        assert np.array_equal(own.changed, theirs.changed[:, 0])
 
 
 def test_the_oldest_waiting_request_is_admitted_next(model):
@@ -190,7 +198,7 @@ def test_a_cancelled_request_frees_its_row_within_one_chunk(model):
     assert long[0].done and engine.result(long[0]).finish == "cancelled"
     engine.step()
     assert next_one.done and not long[1].done
-    engine.cancel(next_one)  # it is done already
+    engine.cancel(next_one)  # already done
     assert engine.result(next_one).finish == "length"
     engine.cancel(long[1])
     assert not engine.step()
@@ -210,7 +218,7 @@ def test_a_request_that_fails_fails_alone(model, monkeypatch):
         (Request([5], max_new_tokens=2.5), "max_new_tokens is 2.5"),
         (Request([5], stop=[""]), "stop is"), (Request([5], stop=[3]), "stop is"),
         (Request([5], stop=["x" * 300]), "300 bytes"), (Request([5], id=-1), "ids"),
-        (Request([]), "token ids"), (Request({"role": "user"}), "a single message"),
+        (Request([]), "token ids"), (Request({"role": "user"}), "the single message"),
     ):
         with pytest.raises(ValueError, match=words):
             engine.submit(fault)
@@ -218,7 +226,7 @@ def test_a_request_that_fails_fails_alone(model, monkeypatch):
     with pytest.raises(ValueError, match="give a jp.Request"):
         engine.submit("hello")
     assert engine.result(good).tokens.size
-    # an error of a lane ends its requests, and no others
+    # an error in a lane fails the requests in that lane only
     decode = programs.decode
 
     def broken(params, config, state, edits, read, how, *rest, **named):
@@ -260,7 +268,7 @@ def test_settings_of_an_engine_are_checked(model, changes, words):
 def test_a_background_thread_serves_and_leaves(model):
     engine = make(model)
     with engine.running():
-        with pytest.raises(ValueError, match="background already"):
+        with pytest.raises(ValueError, match="already runs in the background"):
             with engine.running():
                 pass
         handles = [engine.submit(Request([5 + i], max_new_tokens=20, id=i, temperature=1.0))
@@ -271,7 +279,7 @@ def test_a_background_thread_serves_and_leaves(model):
     alone = make(model)
     for handle, reply in zip(handles, replies, strict=True):
         assert same(reply, alone.result(alone.submit(handle.request)))
-    late = engine.submit(Request([5], max_new_tokens=3))  # no thread any more
+    late = engine.submit(Request([5], max_new_tokens=3))  # the background thread has ended
     assert engine.result(late).tokens.size <= 3
 
 
@@ -282,7 +290,7 @@ TEXTS = ["h\u00e9llo w\u00f6rld", "\u65e5\u672c\u8a9e\u306e\u30c6\u30ad\u30b9\u3
 
 
 def forced(monkeypatch, replies):
-    """Let row id i draw the bytes of replies[i]; prompts have one token."""
+    """Make row id i draw the bytes of replies[i]; prompts have one token."""
     length = max(map(len, replies)) + 2
     table = np.full((len(replies), length), 257, np.int32)
     for i, ids in enumerate(replies):
@@ -292,19 +300,20 @@ def forced(monkeypatch, replies):
         row_id.astype(jnp.int32), position - 1].get(mode="clip"))
 
 
-def test_pieces_join_to_the_text_whatever_tokens_split(model, monkeypatch):
-    """200 replies with emoji and CJK over several tokens each, and with stop strings."""
+@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.slow)])
+def test_pieces_join_to_the_text_whatever_tokens_split(model, monkeypatch, count):
+    """Test replies with emoji and CJK characters over several tokens, and with stop strings."""
     rng = np.random.default_rng(1)
-    texts = ["".join(rng.choice(TEXTS, 4)) for _ in range(200)]
+    texts = ["".join(rng.choice(TEXTS, 4)) for _ in range(count)]
     stops = [[texts[i][k : k + 1 + i % 3]] if i % 2 and (k := int(rng.integers(2, 8))) else []
-             for i in range(200)]
+             for i in range(count)]
     ids = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     forced(monkeypatch, ids)
     s.KEPT.clear()
     engine = make(model, capacity=None, sizes=(512,), rows=32, chunk=5, lanes=2)
-    early, distinct = 0, sorted({tuple(stop) for stop in stops})[:6]
+    early, distinct = 0, sorted({tuple(stop) for stop in stops})[: min(6, count // 20)]
     for i, text in enumerate(texts):
-        stop = list(stops[i] if tuple(stops[i]) in distinct else distinct[i % 6])
+        stop = list(stops[i] if tuple(stops[i]) in distinct else distinct[i % len(distinct)])
         handle = engine.submit(Request([5], temperature=1.0, id=i, max_new_tokens=400, stop=stop))
         events = list(engine.stream(handle))
         want = text
@@ -318,7 +327,7 @@ def test_pieces_join_to_the_text_whatever_tokens_split(model, monkeypatch):
         assert reply.tokens.tolist() == ids[i][:end]
         assert not any("\ufffd" in e.text for e in events)
         early += any(event.text for event in events[:-1])
-    assert early > 100  # a piece comes before the reply is complete
+    assert early > count // 2  # text is streamed before the reply is complete
     s.KEPT.clear()
 
 

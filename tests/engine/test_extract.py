@@ -1,4 +1,4 @@
-"""Extraction: what one pass over everything would read, whatever goes together."""
+"""Extraction equals a full pass over every conversation, in any batching."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Directions and bounds at the limits of float32: their length must not matter."""
+"""Directions and bounds at the limits of float32; the length of a direction has no effect."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from jaxpersona.vectors.vector import Vector
 MODEL = s.tiny_model()
 BATCH = batch(s.prompts((5, 7, 3)))
 V, W = np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32)
-V[:, 0] = 1.5  # no number of which is subnormal when the whole is scaled
-HUGE, TINY = np.float32(2.0**120), np.float32(2.0**-100)  # their squares are infinite and zero
+V[:, 0] = 1.5  # no component becomes subnormal when the vector is scaled
+HUGE, TINY = np.float32(2.0**120), np.float32(2.0**-100)  # their squares overflow and underflow
 
 
 def named(value):
@@ -55,7 +55,7 @@ def test_the_length_of_a_direction_changes_no_bit(kind, size):
     one, two = (MAKE[kind](named(x)) for x in (V, V * size))
     assert s.differing(one, two) == []
     hidden, _ = s.residuals(MODEL, BATCH, one)
-    assert not s.same_bits(hidden, s.residuals(MODEL, BATCH)[0])  # it does something
+    assert not s.same_bits(hidden, s.residuals(MODEL, BATCH)[0])  # the edit has an effect
 
 
 def test_a_bare_array_beyond_float32_has_a_direction():
@@ -86,7 +86,7 @@ def test_normalised_is_exact_and_the_same_when_traced(power):
     wanted = value.astype(np.float64) / np.linalg.norm(value.astype(np.float64))
     np.testing.assert_allclose(unit, wanted, rtol=1e-6)
     np.testing.assert_allclose(norm, np.linalg.norm(value.astype(np.float64)), rtol=1e-6)
-    if abs(power) <= 100:  # XLA takes subnormal numbers, and slopes, for zero
+    if abs(power) <= 100:  # XLA flushes subnormal numbers and gradients to zero
         traced = jax.jit(normalised)(value)
         np.testing.assert_allclose(traced[0], wanted, rtol=1e-6)
         np.testing.assert_allclose(traced[1], norm, rtol=1e-6)

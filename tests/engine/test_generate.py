@@ -1,4 +1,4 @@
-"""Generation: the same bits alone, in any packing and order; explained divergence at another B."""
+"""Generation: bit-identical in any packing; other batch sizes differ only at near-ties."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from jaxpersona.interventions import cap
 from jaxpersona.models.batch import batch
 
 MODEL = s.tiny_model(stop_ids=(3, 7))
-LENGTHS = (5, 31, 12, 40, 2, 20, 9, 33, 17, 26, 3)  # in two buckets
+LENGTHS = (5, 31, 12, 40, 2, 20, 9, 33, 17, 26, 3)  # in two length buckets
 ROWS = s.prompts(LENGTHS, seed=11)
-SHORT = [row for row in ROWS if len(row) < 32]  # in one
+SHORT = [row for row in ROWS if len(row) < 32]  # in one bucket
 READ = capture.mean() | s.READ
 WARM = dict(temperature=1.0, top_p=0.95, seed=6)
 
@@ -32,7 +32,7 @@ def go(rows=ROWS, model=MODEL, **changes):
 
 
 def same(a, i, b, j):
-    """Whether reply i of a is reply j of b, bit for bit, readings included."""
+    """Return whether reply i of a and reply j of b are bit-identical, including readings."""
     return (
         np.array_equal(a.tokens[i], b.tokens[j]) and a.stopped[i] == b.stopped[j]
         and s.same_bits(a.captured["mean"][i], b.captured["mean"][j])
@@ -45,7 +45,7 @@ def same(a, i, b, j):
 def test_bits_do_not_depend_on_the_company(size, how):
     first = go(batch_size=size, **how)
     assert 0 < sum(map(len, first.tokens)) and len({tuple(t) for t in first.tokens}) > 8
-    for i in range(0, len(ROWS), 3):  # alone, padded
+    for i in range(0, len(ROWS), 3):  # alone, with padding
         assert same(go([ROWS[i]], batch_size=size, **how), 0, first, i)
     order = np.random.default_rng(0).permutation(len(ROWS))  # another order and packing
     mixed = go([ROWS[i] for i in order], batch_size=size, **how)
@@ -67,7 +67,7 @@ def test_edited_neighbours_change_nothing():
 
 
 def near_ties(seed=0):
-    """A model whose tokens come in pairs of almost one logit, so that rounding does decide."""
+    """Return a model with pairs of tokens with almost equal logits, so that rounding matters."""
     model = s.tiny_model(seed)
     head = np.array(model.params.head_vd)
     head[5::2] = head[4:-1:2] * (1 + 1e-7)
@@ -83,7 +83,8 @@ def first_divergences(a, b):
 
 
 def test_other_batch_sizes_part_only_at_near_ties():
-    # even rows are greedy, odd ones sampled; no one draws differently, but logits are rounded so
+    # Even rows are greedy and odd rows are sampled. Draws are the same for all batch sizes, but
+    # logits are rounded differently.
     model, ids = near_ties(), np.arange(len(SHORT)) + 7
     warm = np.arange(len(SHORT)) % 2 * 1.0
     runs = [go(SHORT, model, max_new_tokens=32, batch_size=size, ids=ids, temperature=warm, seed=2,
@@ -95,7 +96,7 @@ def test_other_batch_sizes_part_only_at_near_ties():
             text = [*SHORT[i], *runs[0].tokens[i][:at]]
             logits = s.residuals(model, batch([text], width=64))[1][0, len(text) - 1]
             margin = s.top2_margin(logits)
-            if warm[i]:  # the two tokens nearly tie, or the draw lies on an edge between tokens
+            if warm[i]:  # the two tokens nearly tie, or the draw is at the edge between two tokens
                 p = np.asarray(jax.nn.softmax(logits))
                 one, two = (p[r.tokens[i][at]] for r in (runs[0], other))
                 key = ((2, jnp.uint32), (ids[i], jnp.uint32), (len(text), jnp.int32))
@@ -103,14 +104,14 @@ def test_other_batch_sizes_part_only_at_near_ties():
                 edge = np.abs(np.cumsum(np.sort(p)[::-1]) - float(draw[0])).min()
                 margin = min(abs(one - two), edge)
             assert margin < 1e-4, f"row {i}, token {at}"
-    assert parted[0], "no rounding ever decided: the test sees nothing"
+    assert parted[0], "no near-tie occurred, so nothing was tested"
     print(f"divergences, greedy and sampled: {parted}, each at a near tie")
 
 
 def test_draws_follow_seed_and_row():
     rows = [ROWS[0]] * 5
     out = go(rows, **WARM)
-    assert len({tuple(t) for t in out.tokens}) > 2  # copies of a prompt are different samples
+    assert len({tuple(t) for t in out.tokens}) > 2  # duplicate prompts get different samples
     again = go(rows, ids=[8, 9, 8, 9, 1], **WARM)
     assert same(again, 0, again, 2) and same(again, 1, again, 3) and not same(again, 0, again, 1)
     other = go(rows, ids=[8, 9, 8, 9, 1], **{**WARM, "seed": [6, 6, 7, 6, 6]})
@@ -118,7 +119,7 @@ def test_draws_follow_seed_and_row():
 
 
 def test_one_call_mixes_greedy_and_sampled_rows():
-    """A row's temperature is its own: a greedy neighbour makes no row greedy, nor the reverse."""
+    """A row's temperature does not affect its neighbors."""
     ids, warm = np.arange(len(ROWS)), np.arange(len(ROWS)) % 2 * 1.0
     cold = go(ids=ids, capture=None)
     sampled = go(ids=ids, capture=None, temperature=1.0, seed=6)
@@ -126,7 +127,7 @@ def test_one_call_mixes_greedy_and_sampled_rows():
     for i, hot in enumerate(warm):
         np.testing.assert_array_equal(mixed.tokens[i], (sampled if hot else cold).tokens[i])
     apart = [not np.array_equal(a, b) for a, b in zip(cold.tokens, sampled.tokens, strict=True)]
-    assert sum(apart) >= len(ROWS) - 2, "sampled replies must differ from greedy ones to be told"
+    assert sum(apart) >= len(ROWS) - 2, "sampled replies must differ from greedy ones"
 
 
 def test_stops_limits_and_context():
@@ -219,7 +220,7 @@ def test_refused(message):
 
 
 def test_progress_counts_the_tokens_of_replies_alone():
-    """Rows that only fill the batch are not counted."""
+    """Padding rows are not counted."""
     told = []
     out = generate(s.tiny_model(), s.prompts((5, 9, 3)), batch_size=16, max_new_tokens=6,
                    progress=lambda *x: told.append(x))
@@ -231,5 +232,5 @@ def test_special_tokens_within_a_reply_are_not_in_its_text():
                                 tokenizer=s.byte_tokenizer())
     out = generate(model, s.prompts((5,) * 16, 250), ids=range(16), temperature=2.0, seed=1,
                    max_new_tokens=64, batch_size=16)
-    assert any(256 in reply for reply in out.tokens), "no reply holds the special token"
+    assert any(256 in reply for reply in out.tokens), "no reply contains the special token"
     assert not any("<|im_start|>" in text for text in out.text)

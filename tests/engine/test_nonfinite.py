@@ -1,4 +1,4 @@
-"""Activations that are NaN or infinite: found in the program, said once, never averaged."""
+"""NaN and infinite activations are detected, reported once, and excluded from averages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def go(rows=ROWS, model=MODEL, **changes):
 
 
 def warned(act):
-    """What a call returns and the one warning that it gives."""
+    """Return the result of a call and the only warning that it issues."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         out = act()
@@ -49,8 +49,8 @@ def warned(act):
 
 
 def with_weight(name, at, value=np.nan, layer=None):
-    """The model with one number of one parameter replaced."""
-    params = MODEL.params.replace(embed_vd=MODEL.params.embed_vd + 0)  # another array
+    """Return the model with one value of one parameter replaced."""
+    params = MODEL.params.replace(embed_vd=MODEL.params.embed_vd + 0)  # a new array
     owner = params if layer is None else params.layers[layer]
     owner = owner.replace(**{name: getattr(owner, name).at[at].set(value)})
     if layer is not None:
@@ -108,7 +108,7 @@ def test_an_overflow_within_a_reply_keeps_what_was_said_before(limit):
     out, said = warned(lambda: go(interventions=edits, max_new_tokens=limit,
                                   model=dataclasses.replace(MODEL, stop_ids=())))
     assert out.finish == ["nonfinite"] * 8 and "layer 2 (residual), token 5" in said
-    for i in range(8):  # the first token was chosen from finite logits; running it overflows
+    for i in range(8):  # the first token is chosen from finite logits, and the next step overflows
         assert out.tokens[i].tolist() == plain.tokens[i][:1].tolist()
 
 
@@ -124,7 +124,7 @@ def test_low_precision_that_overflows_says_which_dtype_fits():
 
 @pytest.mark.parametrize("share", (False, True))
 def test_an_overflow_that_no_logit_depends_on_is_found_too(share):
-    """At the last layer no later token attends to a prompt's: only readings see it."""
+    """In the last layer, no later token attends to the prompt, so only readings are affected."""
     kind = np.array([SYSTEM] * 20 + [USER] * 4, np.int32)
     rows = [Row(np.array(s.prompts((24,), seed=i)[0], np.int32), kind, (kind == USER).astype(int),
                 "") for i in range(2)]
@@ -193,7 +193,7 @@ def test_finite_logits():
 @pytest.mark.parametrize("greedy", (True, False))
 def test_the_guard_adds_one_kernel_a_step(greedy, monkeypatch):
     def fusions():
-        size = 512 if greedy else 16_384  # from which a CPU looks for the greatest by blocks
+        size = 512 if greedy else 16_384  # from this size on, a CPU computes the argmax in blocks
         model = s.tiny_model(vocab_size=size)
         rows = jax.tree.map(jnp.asarray, jp.batch(s.prompts((5, 5), vocabulary=size)))
         how = programs.Sampling(*(jnp.zeros(2, kind) for kind in
@@ -234,7 +234,7 @@ def test_means_that_are_not_finite_are_no_empty_replies():
 
 @pytest.fixture(scope="module")
 def damaged(checkpoint, tmp_path_factory):
-    """A checkpoint of which one number is NaN."""
+    """Return a checkpoint with one NaN."""
     import shutil
 
     from safetensors.numpy import load_file

@@ -1,4 +1,4 @@
-"""Greedy generation of every family against `generate` of transformers, token for token."""
+"""Greedy generation of every family compared token by token with `generate` of transformers."""
 
 import hf
 import pytest
@@ -23,7 +23,7 @@ LENGTHS = [1, 2, 3, 5, 8, 13, 21, 30, 31, 32, 4, 6, 7, 9, 11, 16, 17, 24, 28, 29
 
 
 def _theirs(made, rows):
-    """Generate in one left-padded batch; each reply without the token that ended it."""
+    """Generate in one left-padded batch; return each reply without its stop token."""
     import torch
 
     width = max(map(len, rows))
@@ -43,5 +43,5 @@ def test_greedy_tokens_equal_those_of_transformers(family, tmp_path):
     rows = hf.prompts(LENGTHS, hf.SIZE["vocab_size"])
     ours = generate(model, rows, max_new_tokens=NEW, temperature=0.0, batch_size=len(rows))
     wanted = _theirs(made, rows)
-    assert sum(map(len, wanted)) > NEW * len(rows) / 2, "the oracle stops too early to tell"
+    assert sum(map(len, wanted)) > NEW * len(rows) / 2, "the reference stops too early"
     assert [t.tolist() for t in ours.tokens] == wanted

@@ -1,4 +1,4 @@
-"""The sampler against the exact distribution, and each row's draw against its neighbours."""
+"""The sampler compared with the exact distribution, and independence of rows' draws."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ EARLIER = np.array([0x3E90C0AC, 0x3F605DE0, 0x3D9EE620], np.uint32)
 pick = jax.jit(choose)
 RNG = np.random.default_rng(0)
 STEEP = RNG.normal(size=V) * 2
-FLAT = RNG.normal(size=V) * 0.1  # its nucleus holds far more than the candidates
+FLAT = RNG.normal(size=V) * 0.1  # the nucleus has many more tokens than the candidates
 
 
 def exact(logits, temperature=1.0, top_p=1.0, top_k=0):
-    """Top-k, then the nucleus of what is left, by sorting."""
+    """Apply top-k, then the nucleus of the rest, by sorting."""
     p = np.exp((logits - logits.max()) / temperature)
     p /= p.sum()
     order = np.argsort(-p, kind="stable")
@@ -63,7 +63,7 @@ def test_distribution(case):
     counts = np.bincount(found, minlength=V)
     rare = np.sort(p[p > 0])[:2].sum()
     assert counts[p == 0].sum() <= max(4 * rare * found.size, 2), "drawn outside the nucleus"
-    order = np.argsort(-p)  # categories of at least 20 expected draws
+    order = np.argsort(-p)  # categories with at least 20 expected draws
     bins = np.minimum((np.cumsum(p[order]) * (1 - 1e-9) * found.size / 40).astype(int), 900)
     seen, wanted = (np.bincount(bins, weights=x[order]) for x in (counts, p * found.size))
     full = wanted > 20
@@ -93,7 +93,7 @@ def test_a_draw_does_not_depend_on_the_neighbours_path():
     mixed = draw(logits, temperature=1.0, top_p=0.9)
     np.testing.assert_array_equal(mixed[::2], draw(STEEP, temperature=1.0, top_p=0.9)[::2])
     np.testing.assert_array_equal(mixed[1::2], draw(FLAT, temperature=1.0, top_p=0.9)[1::2])
-    warm = np.where(np.arange(DRAWS) % 3 == 0, 0.0, 1.0)  # greedy rows among them
+    warm = np.where(np.arange(DRAWS) % 3 == 0, 0.0, 1.0)  # some rows are greedy
     some = draw(logits, temperature=warm, top_p=0.9)
     np.testing.assert_array_equal(some[warm > 0], mixed[warm > 0])
     np.testing.assert_array_equal(some[warm == 0], logits.argmax(-1)[warm == 0])
@@ -112,7 +112,8 @@ def test_uniforms_are_uniform_and_keyed():
     for other in (rows(1, 0, 5), rows(0, 0, 6)):
         assert abs(np.corrcoef(base, other)[0, 1]) < 0.03
     assert not s.same_bits(base, rows(1, 0, 5))
-    # a row at a place draws otherwise than the next row at the place before: they are not summed
+    # Row r at position p and row r + 1 at position p − 1 have different draws, so they are not
+    # summed.
     here, there = rows(0, 7, 5), rows(0, 8, 4)
     assert abs(np.corrcoef(here, there)[0, 1]) < 0.03 and (here != there).mean() > 0.99
 
@@ -121,7 +122,7 @@ def words(*values):
     return tuple(jnp.asarray([value], jnp.uint32) for value in values)
 
 
-@pytest.mark.parametrize(("key", "count", "wanted"), [  # of Random123, kat_vectors
+@pytest.mark.parametrize(("key", "count", "wanted"), [  # known answers of Random123 (kat_vectors)
     ((0, 0), (0, 0), (0x6B200159, 0x99BA4EFE)),
     ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
     ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0))])
@@ -131,7 +132,7 @@ def test_the_generator_is_threefry(key, count, wanted):
 
 
 def test_draws_depend_on_no_flag_of_jax():
-    """Neither JAX's default generator, nor how it spreads its own, nor 64 bits changes a draw."""
+    """JAX's default generator, partitionable keys and 64-bit mode do not change draws."""
     def drawn():
         at = jnp.asarray([3, 2**31 - 1, 0, 77], jnp.int32)
         rows = jnp.asarray([1, 2, 2**32 - 1, 0], jnp.uint32)
@@ -151,16 +152,16 @@ def test_draws_depend_on_no_flag_of_jax():
 
 
 def test_the_draws_of_earlier_runs_stay():
-    """Bits of three draws; they are those of JAX's own Threefry with its flags of version 0.10."""
+    """The bits of three draws equal those of JAX's Threefry with the flags of version 0.10."""
     found = np.asarray(uniforms(*(jnp.asarray([0, 1, 2**32 - 1], jnp.uint32) for _ in range(2)),
                                 jnp.asarray([0, 17, 2**31 - 1], jnp.int32)))
     np.testing.assert_array_equal(found.view(np.uint32), EARLIER)
 
 
 def test_every_seed_row_and_position_has_a_draw_of_its_own():
-    """No sum or exchange of the three gives one draw twice, such as row r + 1 at position p - 1."""
+    """Different combinations have different draws, even if their sums are equal."""
     seed, row, place = (x.ravel() for x in np.mgrid[:20, :20, :20])
     found = np.asarray(uniforms(jnp.asarray(seed, jnp.uint32), jnp.asarray(row, jnp.uint32),
                                 jnp.asarray(place, jnp.int32)))
-    # 8,000 draws of 2^23 values: four pairs are expected to coincide by chance
+    # 8,000 draws from 2^23 values: about four pairs coincide by chance
     assert np.unique(found).size > found.size - 30

@@ -1,4 +1,4 @@
-"""Log-probabilities against logits of `forward`, PyTorch and edits made by hand."""
+"""Log-probabilities compared with logits from `forward`, with PyTorch, and with manual edits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROWS = s.prompts([2, 40, 7, 33, 90, 41, 64], seed=3)
 
 
 def by_hand(model, tokens, edits=None):
-    """Log-probabilities [T, V] of one row alone, unpadded, in float64."""
+    """Compute log-probabilities [T, V] of one unpadded row in float64."""
     _, logits = s.residuals(model, jp.batch([tokens]), edits)
     return log_softmax(logits[0].astype(np.float64), axis=-1)
 

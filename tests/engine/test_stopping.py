@@ -1,4 +1,4 @@
-"""Stop strings: the automaton finds what a search of the text finds, wherever tokens end."""
+"""Stop strings: the automaton finds the same matches as a text search, for any tokenization."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxpersona.engine import stopping
 
 
 def first_match(data: bytes, strings) -> int:
-    """The number of bytes up to the end of the match that is complete first, or −1."""
+    """Return the number of bytes up to the end of the first complete match, or −1."""
     ends = [at + len(one.encode()) for one in strings if (at := data.find(one.encode())) >= 0]
     return min(ends, default=-1)
 

@@ -1,6 +1,7 @@
-"""Every operator × position × first-token choice against PyTorch hooks written from the equations.
+"""Every operator × position × first-token choice compared with PyTorch hooks.
 
-All of them run as the rows of one batch, so the mixing of kinds in one program is tested with them.
+The hooks are written from the equations. All combinations run as rows of one batch, which also
+tests mixed kinds of interventions in one program.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ NEW = 64
 AT = slice(0, 2)
 RNG = np.random.default_rng(11)
 U, V, W, MU = RNG.normal(size=(4, 48))
-W = W - V  # at odds with V
+W = W - V  # at an obtuse angle to V
 WEIGHTS = RNG.normal(size=(48, 48)) / 7
 
 
@@ -45,7 +46,7 @@ def bent(params, h):
 
 
 def along(fn):
-    """A hook's function from one of h, p = ⟨h, v̂⟩ and v̂."""
+    """Return a hook function from a function of h, p = ⟨h, v̂⟩ and v̂."""
 
     def act(h, before, torch, v=V):
         unit = torch.tensor(v / np.linalg.norm(v), dtype=torch.float32)
@@ -88,7 +89,7 @@ def bend(h, before, torch):
 
 MEAN_ALONG = float(MU @ V / np.linalg.norm(V))
 FLOOR = along(lambda h, p, v, torch: h + v * torch.clamp(2.0 - p, min=0))
-OPERATORS = {  # ours, and the hooks' functions in order
+OPERATORS = {  # our intervention, and the equivalent hook functions in order
     "steer": (lambda w: steer(U, layers=AT, scale=0.5, where=w), [add]),
     "floor": (lambda w: cap(V, layers=AT, floor=2.0, where=w), [FLOOR]),
     "ceiling": (lambda w: cap(V, layers=AT, ceiling=-0.5, where=w),
@@ -119,8 +120,9 @@ OPERATORS = {  # ours, and the hooks' functions in order
                           [along(lambda h, p, v, torch: h + v * torch.clamp(1.0 - p, min=0)),
                            FLOOR]),
 }
-ON_W = {"two caps": 1, "two caps, swapped": 0}  # which of the hooks acts along W
-PLACES = {  # ours; which prompt tokens by their kind; whether new tokens
+ON_W = {"two caps": 1, "two caps, swapped": 0}  # the index of the hook that uses W
+# our token selection; which prompt tokens it selects; whether it selects new tokens
+PLACES = {
     "everywhere": (everywhere, lambda kind, i, n: True, True),
     "prompt": (prompt, lambda kind, i, n: True, False),
     "generated": (generated, lambda kind, i, n: False, True),
@@ -142,7 +144,7 @@ def on_w(fn):
 
 
 def scene():
-    """One conversation for each combination, and its hooks."""
+    """Return one conversation for each combination, with its edits and hooks."""
     names, rows, edits, plans = [], [], [], []
     draw = np.random.default_rng(3)
     for name, (ours, hooks) in OPERATORS.items():
@@ -150,7 +152,7 @@ def scene():
         for place, (where, chosen, new) in PLACES.items():
             for first in (True, False):
                 n = int(draw.integers(8, 28))
-                # user content comes first, so that the first token is part of some places
+                # user content comes first, so that some positions select the first token
                 kind = np.sort(draw.choice([USER, SYSTEM, ASSISTANT, TEMPLATE], n))[::-1].copy()
                 kind[0] = ASSISTANT if place == "assistant" else USER
                 kind[-1] = TEMPLATE
@@ -186,9 +188,9 @@ def test_every_operator_position_and_first_token_equals_hooks(family, tmp_path):
         acted += changed[b] > 0
         able += acts
         assert acts or changed[b] == 0, f"{name}: {changed[b]} tokens changed"
-    assert acted >= 0.97 * able  # a cap at one or two tokens may find nothing to do
+    assert acted >= 0.97 * able  # a cap on one or two tokens may not be active
     worst = max(s.relative(ours.captured["full"][b][:, :-1], stream[b]).max()
                 for b in range(len(rows)))
     differ = [not np.array_equal(a, b) for a, b in zip(ours.tokens, plain.tokens, strict=True)]
-    assert np.mean(differ) > 0.6, "most combinations should change what is said"
-    print(f"{family}: {len(rows)} rows, worst {worst:.1e}, {np.mean(differ):.0%} say other things")
+    assert np.mean(differ) > 0.6, "most combinations should change the reply"
+    print(f"{family}: {len(rows)} rows, worst {worst:.1e}, {np.mean(differ):.0%} differ")

@@ -1,4 +1,4 @@
-"""The algebra of the rank-one edit, by properties."""
+"""Property tests of the rank-one edit."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def test_floor_holds_is_idempotent_and_leaves_the_rest(seed, floor, size):
     assert (project(once, v) >= floor - near).all()
     np.testing.assert_allclose(across(once, v), across(h, v), atol=near)
     np.testing.assert_allclose(edit(once, v, table(lo=floor), every)[0], once, atol=near)
-    sure = np.abs(project(h, v) - floor) > near  # rounding decides the rest
+    sure = np.abs(project(h, v) - floor) > near  # elsewhere the result depends on rounding
     np.testing.assert_array_equal(np.asarray(changed)[sure], (project(h, v) < floor)[sure])
     kept = project(h, v) > floor + near
     assert (once[kept] == h[kept]).all()
     above = np.asarray(edit(-h, v, table(hi=-floor), every)[0])
-    np.testing.assert_array_equal(above, -once)  # a ceiling is a floor in reverse
+    np.testing.assert_array_equal(above, -once)  # a ceiling is a mirrored floor
 
 
 @quick

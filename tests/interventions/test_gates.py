@@ -1,4 +1,4 @@
-"""Gates: an edit acts in rows, or on tokens, whose earlier projection lies within bounds."""
+"""Gates: an edit applies to rows or tokens with an earlier projection within bounds."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ C, V = RNG.normal(size=(2, 32))
 UNIT = C / np.linalg.norm(C)
 PLAIN = s.residuals(MODEL, batch(ROWS, width=32))[0]
 MEANS = np.array([np.mean(PLAIN[b, 0, 1 : len(r)] @ UNIT) for b, r in enumerate(ROWS)])
-SPLIT = float(np.mean(np.sort(MEANS)[3:5]))  # four rows lie above
+SPLIT = float(np.mean(np.sort(MEANS)[3:5]))  # four rows are above this bound
 ABOVE = MEANS > SPLIT
 HOW = dict(max_new_tokens=NEW, batch_size=B, capture=s.READ)
 EDIT = steer(V, layers=[1, 2], scale=2.0)
@@ -49,7 +49,7 @@ def run(edits, rows=ROWS, **changes):
 
 
 def moved(a, b):
-    """Which rows two runs differ in at all, by their last residuals."""
+    """Return the rows in which the last residuals of two runs differ."""
     pairs = zip(a.captured["full"], b.captured["full"], strict=True)
     return np.array([x.shape != y.shape or not np.array_equal(x[-1], y[-1]) for x, y in pairs])
 
@@ -63,7 +63,7 @@ def test_exactly_the_rows_above_change_and_alone_they_say_the_same(edit, within)
     plain = run(None)
     gated = run(gate(edit, C, layer=0, above=SPLIT, within=within))
     open_ = run(edit if within else gate(edit, C, layer=0, above=-1e6))
-    assert moved(open_, plain).all(), "the edit must be seen in every row for the gate to tell"
+    assert moved(open_, plain).all(), "the edit must change every row"
     np.testing.assert_array_equal(moved(gated, plain), ABOVE)
     np.testing.assert_array_equal(moved(gated, open_), ~ABOVE)
     for b in range(B):
@@ -97,9 +97,9 @@ def test_a_gate_over_tokens_opens_for_each_by_itself():
     np.testing.assert_array_equal((found[:, 2] != PLAIN[:, 2]).any(-1)[real], acts[real])
     default = gate(cap(V, layers=[2], floor=50.0), C, layer=1, above=-1e6, over="token")
     found, _ = s.residuals(MODEL, batch(ROWS, width=32), default)
-    np.testing.assert_array_equal(found[:, 2, 0], PLAIN[:, 2, 0])  # not the first token
+    np.testing.assert_array_equal(found[:, 2, 0], PLAIN[:, 2, 0])  # the first token is not edited
     assert (found[:, 2] != PLAIN[:, 2]).any(-1)[:, 1:][real[:, 1:]].all()
-    # while generating, and against a full pass over what was said
+    # the same during generation, compared with a full pass over prompt and reply
     out = run(edits)
     for b, row in enumerate(ROWS):
         text = batch([[*row, *out.tokens[b]]], width=48)
@@ -115,7 +115,7 @@ def test_each_bound_of_a_gate_over_tokens_shuts_it(bounds):
     found, _ = s.residuals(MODEL, batch(ROWS, width=32), edits)
     p, real = PLAIN[:, 1] @ UNIT, ~np.isnan(PLAIN[:, 2, :, 0])
     acts = (p >= bounds.get("above", -np.inf)) & (p <= bounds.get("below", np.inf))
-    assert 0.2 < acts[real].mean() < 0.8, "the bounds must divide the tokens to be told"
+    assert 0.2 < acts[real].mean() < 0.8, "the bounds must divide the tokens"
     np.testing.assert_array_equal((found[:, 2] != PLAIN[:, 2]).any(-1)[real], acts[real])
 
 
@@ -135,8 +135,8 @@ def in_chunks(edits, size):
     rows = batch(ROWS, width=32)
     carry = Carry(cache=init_cache(MODEL.config, B, 32))
     for piece in split(rows, size):
-        out = forward(MODEL.params, MODEL.config, piece, interventions=edits, capture=s.READ,
-                      carry=carry, logits="last")
+        out = s.run(MODEL.params, MODEL.config, piece, interventions=edits, capture=s.READ,
+                    carry=carry, logits="last")
         carry = out.carry
     return np.asarray(out.captured["full"].value), np.asarray(out.applied[0].changed)
 
@@ -186,7 +186,7 @@ def test_rows_have_gates_of_their_own_and_new_ones_retrace_nothing():
 def test_a_gate_that_measured_nothing_is_shut():
     edits = gate(EDIT, C, layer=0, below=1e9, where=marked)
     assert not moved(run(edits), run(None)).any()
-    one = run(gate(EDIT, C, layer=0, below=1e9), [[5]])  # the first token is left out
+    one = run(gate(EDIT, C, layer=0, below=1e9), [[5]])  # the first token is excluded
     assert one.applied[0].changed.sum() == 0
 
 
@@ -195,7 +195,7 @@ REFUSED = {
     "over is 'row'": lambda: gate(EDIT, C, layer=0, above=0, over="row"),
     "within is only for": lambda: gate(EDIT, C, layer=0, above=0, over="token", within=True),
     "nothing to gate": lambda: gate(chain(), C, layer=0, above=0),
-    "already has a gate": lambda: gate(gate(EDIT, C, layer=0, above=0), C, layer=0, above=0),
+    "already have a gate": lambda: gate(gate(EDIT, C, layer=0, above=0), C, layer=0, above=0),
     "above is greater": lambda: gate(EDIT, C, layer=0, above=2, below=1),
     "layer 1 \\(residual\\) is not before": lambda: gate(EDIT, C, layer=1, above=0),
     "above is NaN": lambda: gate(EDIT, C, layer=0, above=np.nan),
@@ -224,7 +224,7 @@ def test_refused(message):
 
 
 def test_sites_come_in_order():
-    """A gate at a block's attention may act at the same block's MLP, not the other way about."""
+    """A gate on attention can control the MLP of the same block, but not the reverse."""
     edit = steer(V, layers=[1], site="mlp")
     gate(edit, C, layer=1, above=0, site="attention")
     with pytest.raises(ValueError, match="not before"):
@@ -238,7 +238,7 @@ def test_sites_come_in_order():
 
 
 def test_the_prompt_alone_is_measured_and_what_stands_there_after_its_edits():
-    """A gate counts no generated token, and sees what an edit at its own place has done."""
+    """A gate measures only prompt tokens, after the edits at the same site."""
     shift = steer(C, layers=[0], scale=2.0)
     edits = chain(shift, gate(EDIT, C, layer=0, above=SPLIT + 2 * np.linalg.norm(C),
                               where=everywhere.without("first")))
@@ -269,7 +269,7 @@ def test_a_bound_for_each_edit_of_a_bank_on_one_direction():
 
 
 def test_a_gate_over_tokens_opens_for_generated_tokens_too():
-    """Every token but the first is capped, those of the prompt and of the reply."""
+    """All tokens except the first are capped, in the prompt and in the reply."""
     edits = gate(cap(V, layers=[2], floor=1e4), C, layer=1, above=-1e6, over="token")
     out = generate(MODEL, s.prompts((9, 4)), interventions=edits, max_new_tokens=6, batch_size=4)
     assert max(t.size for t in out.tokens) > 1

@@ -1,4 +1,4 @@
-"""Interventions against PyTorch hooks written from the equations, and caps that do nothing."""
+"""Interventions compared with PyTorch hooks written from the equations, and caps without effect."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ CONFIGS = {
 }
 RNG = np.random.default_rng(0)
 U, V, W = RNG.normal(size=(3, 48))
-W = W - V  # at odds with V, so that the second of two caps undoes some of the first
+W = W - V  # at an obtuse angle to V, so that the second of two caps partly reverses the first
 
 
-CASES = {  # our interventions, and by layer the hooks in order
+CASES = {  # our interventions, and the equivalent hooks by layer, in order
     "none": (lambda where: None, {}),
     "steer": (lambda where: steer(U, layers=1, scale=0.5, where=where), {1: [hf.steered(U, 0.5)]}),
     "two caps": (
@@ -80,14 +80,14 @@ def test_order_of_two_caps_matters(models):
     one, other = (s.residuals(model, rows, CASES[name][0](everywhere))[0]
                   for name in ("two caps", "two caps, swapped"))
     assert s.relative(one, other)[:, 1].min() > 1e-2
-    # what was applied last holds
+    # the condition of the last cap holds
     for found, v, floor in ((one, W, 1.0), (other, V, 3.0)):
         p = found[:, 1] @ (v / np.linalg.norm(v))
         assert np.nanmin(p) >= floor - 1e-4
 
 
 def _state(model, rows, edits):
-    """Prefill and eight decode steps with every kind of capture."""
+    """Run prefill and eight decode steps with every kind of capture."""
     read = s.READ | capture.mean(everywhere) | capture.last(everywhere)
     how, limit = sampling(4), jnp.full((4,), 8, jnp.int32)
     stops = Stops(jnp.full((4,), -1, jnp.int32), jnp.full((2,), -1, jnp.int32))
@@ -116,7 +116,7 @@ def test_a_cap_that_never_binds_is_bit_exact_with_none(dtype):
         assert all((x.changed == 0).all() for x in applied)
         assert all((x.seen > 0).any() for x in applied)
     found, applied = _state(model, rows, cap(v, layers=slice(0, 3), floor=0.5, rows=[3, -1, 0, 4]))
-    assert len(s.differing(found, plain)) > 5, "the comparison sees nothing"
+    assert len(s.differing(found, plain)) > 5, "the comparison detects no change"
 
 
 def test_applied_counts_what_was_done():
@@ -132,7 +132,7 @@ def test_applied_counts_what_was_done():
         made = np.arange(len(row) + len(said)) >= len(row)
         text = batch([[*row, *said]], kind=[np.where(made, 1 << 6, 0)], width=48)
         n = made.size
-        # what each table sees is the stream of a run in which only the earlier ones act
+        # each table receives the stream of a run with only the earlier tables
         first = s.residuals(model, text)[0][0, 0, :n] @ unit < 0.8
         second = (s.residuals(model, text, below)[0][0, 1, :n] @ unit < 0.4) & made
         both = chain(below, cap(v, layers=[1], floor=0.4, where=generated))
@@ -150,7 +150,7 @@ def test_layers_without_an_edit_carry_none_in_the_compiled_program():
     assert set(re.findall(r"layer(\d+)/intervention", text)) == {"1"}
     assert {"0", "1", "2"} <= set(re.findall(r"layer(\d+)/", text))
     bare = s.run.lower(model.params, model.config, batch(s.prompts((5, 3)))).compile().as_text()
-    assert not re.search(r'op_name="[^"]*/(intervention|capture)', bare)  # paths of files aside
+    assert not re.search(r'op_name="[^"]*/(intervention|capture)', bare)  # except in file paths
     assert re.search(r'op_name="[^"]*/intervention', text)
 
 

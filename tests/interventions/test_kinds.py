@@ -1,4 +1,4 @@
-"""Rotation, norm restoration and custom functions: their laws, and gradients through all of it."""
+"""Rotation, norm restoration and custom functions: their properties and gradients."""
 
 from __future__ import annotations
 
@@ -198,14 +198,15 @@ def test_reserved_tables_take_any_edits_without_another_trace():
             np.testing.assert_array_equal(found.tokens[b], free.tokens[b])
     for b in range(4):
         np.testing.assert_array_equal(nothing.tokens[b], plain.tokens[b])
-    filled = stack_rows(one, into=empty)  # one that is full may be filled anew
+    filled = stack_rows(one, into=empty)  # a full capacity can be filled again
     again = stack_rows([None, one[2], None, None], into=filled)
     assert s.same_bits(again, stack_rows([None, one[2], None, None], into=empty))
     nobody = stack_rows([None] * 4, into=filled)
     assert all((edit.index == -1).all() for edit in nobody.edits)
     go([steer(u, layers=[0], where=generated.without("code"))] * 4)
     after = (dict(programs.TRACES), s.compiled(programs.decode))
-    assert after[1] - before[1] <= 2  # those of the two unreserved runs, none of the reserved
+    # the programs of the two unreserved runs; none for the reserved runs
+    assert after[1] - before[1] <= 2
     assert go(two) and (dict(programs.TRACES), s.compiled(programs.decode)) == after
 
 
@@ -230,7 +231,8 @@ def loss(edits):
 MADE = {
     "steer": (lambda v: steer(v, layers=[0], scale=0.7), G[0]),
     "steer's strength": (lambda c: steer(G[0], layers=[0, 1], scale=c), np.float32([0.4, -0.6])),
-    "cap": (lambda v: cap(v, layers=[0, 1], floor=9.0), G[0]),  # so that no token is at the kink
+    # a high floor, because a cap is not differentiable there
+    "cap": (lambda v: cap(v, layers=[0, 1], floor=9.0), G[0]),
     "cap's floor": (lambda f: cap(G[0], layers=[0, 1], floor=f), np.float32([9.0, 12.0])),
     "ablate": (lambda v: ablate(v, layers=[0]), G[1]),
     "scale": (lambda f: scale(G[1], f, layers=[0]), np.float32(0.3)),
@@ -251,8 +253,8 @@ def test_gradients_agree_with_finite_differences(name):
     value = jax.jit(lambda x: logits(make(x)))
     rng = np.random.default_rng(0)
     far = near = 0.0
-    # along the gradient and random directions, by Richardson's extrapolation; of unit root mean
-    # square, because a small step along a scalar would drown in rounding errors
+    # Check the gradient's own and random directions, with Richardson extrapolation. Directions have
+    # unit root mean square, because rounding errors would dominate a small step along a scalar.
     for d in (found, *(rng.normal(size=at.shape) for _ in range(3))):
         d = np.asarray(d / np.sqrt(np.mean(d * d)), np.float32)
 
@@ -331,7 +333,8 @@ def test_rows_measure_their_gates_at_layers_of_their_own():
             | capture.projections(G[1:2], layers=[1], site="attention", name="later"))
     out = forward(MODEL.params, MODEL.config, TEXT, capture=read, logits=None).captured
     early, late = (float(out[name].value[1, 0, 3, 0]) for name in ("projections", "later"))
-    side = {"above" if late > early else "below": (early + late) / 2}  # open by the later alone
+    # the gate is open only for the later projection
+    side = {"above" if late > early else "below": (early + late) / 2}
     edit = steer(9 * G[0], layers=[1], site="mlp")
     parts = [gate(edit, G[1], layer=0, above=-1e3, over="token"),
              gate(edit, G[1], layer=1, site="attention", over="token", **side)]

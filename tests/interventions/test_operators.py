@@ -1,4 +1,4 @@
-"""What the operators and their composition refuse, and the tables they make of what they accept."""
+"""Arguments that operators and their composition reject, and the tables that they create."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ REFUSED = {
     "neither a floor": lambda: cap(V, layers=1),
     "floor is above ceiling": lambda: cap(V, layers=1, floor=2, ceiling=1),
     "site is 'head'": lambda: cap(V, layers=1, floor=0, site="head"),
-    "give each row's entry with `rows=`": lambda: steer([AXIS, AXIS], layers=1),
+    "give each row's entry in `rows=`": lambda: steer([AXIS, AXIS], layers=1),
     "vector contains a non-finite value": lambda: steer(NAN, layers=1),
     "vector is zero at a chosen layer; give nonzero vectors": lambda: steer(ZERO, layers=1),
     "vector has shape \\(2, 8\\)": lambda: steer(np.ones((2, 8)), layers=1),
@@ -64,7 +64,7 @@ REFUSED = {
     "in ascending order": lambda: cap(V, layers=[2, 1], floor=[1.0, 2.0]),
     "floor is infinite": lambda: cap(V, layers=1, floor=np.inf),
     "vector is an empty list": lambda: steer([], layers=1),
-    "with a repeated layer": lambda: steer(V, layers=[1, 1]),
+    "which repeats a layer": lambda: steer(V, layers=[1, 1]),
     "out of range; they must be in 0…1023": lambda: steer(V, layers=-1),
     "layers is 4, out of range; they must be in 0…3": lambda: steer(AXIS, layers=4),
     "bank has entries 0…1": lambda: steer(np.ones((2, 8)), layers=1, rows=[0, 2]),
@@ -72,7 +72,7 @@ REFUSED = {
     "of is 'all'": lambda: AXIS.thresholds("p25", of="all"),
     "percentile is 'p50'": lambda: AXIS.thresholds("p50", of="default"),
     "percentile is 25; write p25; this axis has p25": lambda: AXIS.thresholds(25),
-    "vector 'vector' has no thresholds; an Axis has them": lambda: Vector(np.ones((4, 8)))
+    "vector 'vector' has no thresholds; only an Axis has them": lambda: Vector(np.ones((4, 8)))
     .thresholds("p25"),
     "axis 'vector' has no thresholds; give the floor as numbers": lambda: Axis(np.ones((4, 8)))
     .thresholds("p25"),
@@ -85,7 +85,7 @@ REFUSED = {
     "row 2 is out of range": lambda: steer(V[None], layers=1, rows=[0, 0]).take([2]),
     "width 8; the model": lambda: steer(V, layers=1).check(layers=4, width=9, rows=1),
     "exceed the model's layers 0…0": lambda: steer(V, layers=1).check(layers=1, width=8, rows=1),
-    "for 2 rows, the batch has 3": lambda: steer(V[None], layers=1, rows=[0, 0]).check(
+    "for 2 rows, but the batch has 3": lambda: steer(V[None], layers=1, rows=[0, 0]).check(
         layers=4, width=8, rows=3),
     "role is 'tool'": lambda: turns("tool"),
     "kind 'sink' is unknown": lambda: everywhere.without("sink"),
@@ -122,7 +122,7 @@ def test_refused(message):
     ("1:3", (1, 2)), (":2", (0, 1)), ("2:", (2, 3)), (":", (0, 1, 2, 3)), ("3", (3,)),
     ("0, 2,3", (0, 2, 3)), ("1 : 3", (1, 2))])
 def test_layers_as_text(text, layers):
-    """What a command or a file says means the same from Python."""
+    """Strings from commands and files have the same meaning in Python."""
     assert steer(AXIS, layers=text).edits[0].layers == layers
 
 
@@ -137,11 +137,11 @@ def test_tables():
     np.testing.assert_allclose(np.linalg.norm(edit.direction, axis=-1), 1, rtol=1e-6)
     np.testing.assert_array_equal(edit.coefficients[:, 0, 2], [1, 3])
     assert edit.direction.shape == (2, 1, 8) and edit.layers == (0, 2)
-    # a model's thresholds, one a layer, are picked at the chosen layers
+    # a model's thresholds, one per layer, are selected for the chosen layers
     edit = cap(AXIS, layers=slice(1, 3), floor=AXIS.thresholds("p25", of="default")).edits[0]
     np.testing.assert_array_equal(edit.coefficients[:, 0, 2], [1, 2])
     assert edit.origin[0] == 0x2A
-    # strength counts in multiples of v, not of its unit
+    # the scale multiplies v, not its unit vector
     edit = steer(3 * V, layers=1, scale=2).edits[0]
     np.testing.assert_allclose(edit.coefficients[0, 0], [1, 6 * np.sqrt(8), -np.inf, np.inf])
     edit = steer(np.ones((3, 2, 8)), layers=[0, 1], scale=np.arange(6).reshape(3, 2),
@@ -174,9 +174,9 @@ def test_layers():
     ):
         with pytest.raises(ValueError, match=words):
             resolve_layers(layers, total)
-    with pytest.raises(ValueError, match="with a repeated layer") as caught:
+    with pytest.raises(ValueError, match="which repeats a layer") as caught:
         resolve_layers([0] * 999, 4)
-    assert len(str(caught.value)) < 150  # cut short
+    assert len(str(caught.value)) < 150  # truncated
 
 
 def test_chain_keeps_order_and_stack_merges_slots():
@@ -204,14 +204,14 @@ def test_where_asks_kind_and_turn():
     def at(where):
         found = np.asarray(holds(where.encode(), types.SimpleNamespace(
             kind=row.kind, turn=row.turn)))
-        assert not found[1, 1:].any()  # padding is never chosen
+        assert not found[1, 1:].any()  # padding is never selected
         return np.flatnonzero(found[0]).tolist()
 
     assert at(everywhere) == [0, 1, 2, 3, 4, 5] and at(prompt) == [0, 1, 2, 3, 4]
     assert at(response) == [3, 4, 5] and at(generated) == [5] and at(last) == [5]
     assert at(turns("assistant")) == [2, 3, 4, 5] and at(turns("user")) == [0]
     assert at(response.without("code")) == [4, 5] and at(everywhere.without("first"))[0] == 1
-    # "any of" is kept whichever side it comes from
+    # "any of" is kept on either side of &
     assert at(from_last & turns("assistant")) == at(turns("assistant") & from_last) == [5]
     assert at(from_last & from_last) == [5]
     assert at(everywhere.within(1, 3)) == [1, 2, 3] and at(response.within(3)) == [4, 5]
@@ -233,7 +233,7 @@ def test_a_direction_of_another_model_is_refused():
     (lambda v: set_projection(v, -2.5, layers=0), lambda p: 0 * p - 2.5),
 ])
 def test_linear_operators_follow_their_equations(made, expected):
-    """Each changes the projection as it says and leaves the orthogonal part and the rest alone."""
+    """Each operator changes only the projections of selected tokens, by its equation."""
     rng = np.random.default_rng(4)
     h, v = rng.normal(size=(3, 5, 8)).astype(np.float32), rng.normal(size=8)
     active = rng.random((3, 5)) < 0.6
@@ -248,7 +248,7 @@ def test_linear_operators_follow_their_equations(made, expected):
 
 
 def test_push_displaces_as_far_as_the_cap_elsewhere():
-    """With a push, h moves by the cap's own deficit along another direction, row by row too."""
+    """With a push, h moves by the cap's deficit along a different direction, also per row."""
     rng = np.random.default_rng(5)
     h = rng.normal(size=(2, 4, 8)).astype(np.float32)
     v, u = rng.normal(size=(2, 8))
@@ -261,7 +261,7 @@ def test_push_displaces_as_far_as_the_cap_elsewhere():
     np.testing.assert_allclose(out, wanted, atol=1e-5)
     np.testing.assert_array_equal(changed, deficit > 0)
     both = stack_rows([moved, cap(v, layers=1, floor=1.0)])
-    assert len(both.edits) == 2  # a table with a push and one without
+    assert len(both.edits) == 2  # one table with a push and one without
     x = jnp.asarray(h)
     for edit in both.prepare(2, jnp.zeros(())).edits:
         x, _ = edit.apply(1, x, edit.seen(batch([[5] * 4] * 2)), x)

@@ -1,4 +1,4 @@
-"""The two types of a table: the user's, and the one that edits the rows of a batch."""
+"""The two types of intervention tables: the user's, and the prepared one for a batch's rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def act(edits, h):
 
 
 def test_interventions_are_taken_and_merged_before_they_are_prepared():
-    """Prepared tables belong to their rows: others are prepared anew from the user's tables."""
+    """Prepared tables belong to their rows; for other rows, prepare the user's tables again."""
     like, order = jnp.zeros(()), np.array([1, 0])
     h = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, G.shape[1])), jnp.float32)
     caps = cap(G[:2], layers=[0], floor=[5.0, 9.0], rows=[0, 1])
@@ -37,7 +37,7 @@ def test_interventions_are_taken_and_merged_before_they_are_prepared():
     assert isinstance(ready, PreparedInterventions)
     with pytest.raises(ValueError, match="interventions is a PreparedInterventions"):
         stack_rows([ready, None])
-    with pytest.raises(ValueError, match="interventions are for 2 rows, the batch has 3"):
+    with pytest.raises(ValueError, match="interventions are for 2 rows, but the batch has 3"):
         caps.prepare(3, like)
 
 
@@ -55,7 +55,7 @@ def test_forward_accepts_prepared_interventions():
 
 
 def test_entries_without_an_index_broadcast_over_rows():
-    """Entry b of several belongs to row b, and `take` selects among them."""
+    """Without an index, entry b applies to row b, and `take` selects entries."""
     h = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, G.shape[1])), jnp.float32)
     indexed = cap(G[:2], layers=[0], floor=[5.0, 9.0], rows=[0, 1])
     rowwise = Interventions(tuple(edit.replace(index=None) for edit in indexed.edits))

@@ -1,4 +1,4 @@
-"""One line that shows what an intervention, a capture or a token selection is."""
+"""Interventions, captures and token selections have a one-line repr."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows that differ in everything, in one program: equal to single runs, and never retraced."""
+"""Rows with different interventions in one program: equal to single runs, without retracing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HOW = dict(capture=MEAN, max_new_tokens=NEW, batch_size=B, temperature=1.0, top_
 
 
 def setting(i):
-    """Different settings of nine structures; every fourth but the first is none."""
+    """Return different settings with nine structures; every fourth, except the first, is None."""
     v, w = BANK[i % B], BANK[(i + 1) % B]
     late = [1, 2]
     return (
@@ -65,7 +65,7 @@ def counts():
 
 @pytest.mark.slow
 def test_256_settings_equal_their_single_runs():
-    """At B = 256: all rows at once against each alone, the bits of tokens and captures to 1e-5."""
+    """At B = 256, tokens equal those of single runs bit for bit, and captures to 1e-5."""
     many, new = 256, 8
     rows = s.prompts(np.random.default_rng(6).integers(3, 30, many), seed=6)
     settings = [setting(i) for i in range(many)]
@@ -81,7 +81,7 @@ def test_256_settings_equal_their_single_runs():
         assert s.rowwise(a, b).max() <= 1e-5, f"row {i}"
         counted = sum(int(x.changed.sum()) for x in alone.applied)
         assert counted == sum(int(x.changed[:, i].sum()) for x in together.applied), f"row {i}"
-        if own is None:  # a row without edits is as if there were none
+        if own is None:  # a row without edits equals a run without interventions
             np.testing.assert_array_equal(together.tokens[i], plain.tokens[i])
         moved += not np.array_equal(plain.tokens[i], alone.tokens[0])
     assert moved > many // 3, "the settings do too little for the comparison to tell"
@@ -123,7 +123,8 @@ def test_new_values_retrace_nothing():
     go(steer(BANK[2].tolist(), layers=[1, 2], scale=3))
     go(bank(), temperature=np.linspace(0.1, 1, B), seed=np.arange(B))
     assert counts() == before
-    go(steer(BANK[2], layers=[1], scale=3))  # another layer set is another program: the count works
+    # different layers need a new program; checks the counter
+    go(steer(BANK[2], layers=[1], scale=3))
     assert counts() != before
 
 

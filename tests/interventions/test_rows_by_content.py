@@ -1,4 +1,4 @@
-"""Rows' interventions are merged by what they hold, whichever objects hold it."""
+"""Interventions on rows are merged by value, not by object identity."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_an_emptied_slot_forgets_the_model_of_its_direction():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_mapped_tree_has_the_same_structure_and_compiles_nothing(kind):
-    """Equality is by content: `jax.tree.map` gives new objects that JAX and `stack_rows` equate."""
+    """`jax.tree.map` creates new objects, which JAX and `stack_rows` treat as equal."""
     edits = stack_rows([KINDS[kind](0.5), KINDS[kind](0.5), KINDS[kind](0.7)])
     mapped = jax.tree.map(lambda x: x, edits)
     traces = []

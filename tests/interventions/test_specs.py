@@ -1,4 +1,4 @@
-"""Interventions and captures from JSON: the same tables as from code, and every fault named."""
+"""Interventions and captures from JSON: the same tables as from Python, and all errors reported."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ REFUSED = [
     ({"operator": "cap", "vector": "axis.safetensors", "layers": 1, "floor": "p25"},
      "give its population"),
     ("cap", "interventions is 'cap'"),
-    ([steer(scal=1), steer(scale="x")], r"\[0\].scal.*\[1\].scale"),  # all at once
+    ([steer(scal=1), steer(scale="x")], r"\[0\].scal.*\[1\].scale"),  # all errors at once
 ]
 
 
@@ -162,10 +162,11 @@ def test_captures_refused(spec, message, folder):
 
 
 def fits(value, schema, whole):
-    """Whether a value fits a JSON schema, of which the keywords that ours has are known."""
+    """Return whether a value matches a JSON schema; supports only the keywords in our schema."""
     kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None),
              "integer": int, "number": (int, float)}
-    for key, want in sorted(schema.items(), key=lambda pair: pair[0] != "type"):  # the type first
+    # check the type first
+    for key, want in sorted(schema.items(), key=lambda pair: pair[0] != "type"):
         if key == "$ref":
             ok = fits(value, whole["$defs"][want.removeprefix("#/$defs/")], whole)
         elif key in ("anyOf", "oneOf"):
@@ -200,7 +201,7 @@ def fits(value, schema, whole):
 
 
 def test_the_schema_takes_what_is_read_and_refuses_other_forms():
-    """Every spec that is read fits the schema; one of another form does not."""
+    """Every valid spec matches the schema, and invalid ones do not."""
     schema = json.loads(json.dumps(specs.schema()))
     assert schema["type"] == "array"
     for spec, _ in SAME:

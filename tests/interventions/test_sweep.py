@@ -1,4 +1,4 @@
-"""`jp.sweep` against one `steer` at a time."""
+"""`jp.sweep` compared with one `steer` at a time."""
 
 from __future__ import annotations
 

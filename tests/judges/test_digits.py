@@ -1,4 +1,4 @@
-"""The digit judge against the logits that its prompts have."""
+"""The digit judge compared with the logits of its prompts."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_probabilities_are_those_of_the_digits_as_the_next_token(model):
 
 
 class Wider:
-    """A tokenizer with further tokens for the digits 2 and 3, as those with a space before them."""
+    """A tokenizer with more tokens for the digits 2 and 3, such as those with a leading space."""
 
     def __init__(self, inner):
         self.inner = inner
@@ -113,7 +113,7 @@ def test_the_command_judges_with_another_model(tmp_path, monkeypatch):
                                            for name in ("ghost", "baker"))]
     texts = s.write_texts(tmp_path, roles, [Question(i, f"Who {i}?") for i in range(3)])
     command = s.axis_command(checkpoint, texts, tmp_path / "out", "--judge", "model:mini")
-    assert s.run_command(command) in (0, 2)  # 2: by chance too few replies have score 3
+    assert s.run_command(command) in (0, 2)  # 2, if by chance too few replies have score 3
     run = Run.read(tmp_path / "out")
     judged = run.manifest["arguments"]
     assert judged["judge"] == "digits" and judged["judge_settings"]["model"] == "mini"

@@ -1,8 +1,8 @@
-"""The `config.json` of released models, and the numbers of each model, written by hand.
+"""`config.json` files of released models, and the expected values for each, written by hand.
 
-`RAW` has most files as transformers 4 writes them (`torch_dtype`, and `rope_theta` and
-`rope_scaling` at the top level). Those of names that end in "@v5" are as transformers 5 writes them
-(`dtype`, `rope_parameters`, `layer_types`). The numbers of parameters are those of the checkpoints.
+Most files in `RAW` are in the format of transformers 4 (`torch_dtype`, and `rope_theta` and
+`rope_scaling` at the top level). Names that end in "@v5" are in the format of transformers 5
+(`dtype`, `rope_parameters`, `layer_types`). The parameter counts are those of the checkpoints.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 
 class Numbers(NamedTuple):
-    """What a model computes: sizes, rotary embedding, windows, soft-caps and biases.
+    """The expected configuration: sizes, rotary embedding, windows, soft-caps and biases.
 
-    rope: the kind of scaling, then its numbers. windows: None for full attention in all layers.
-    scalar: the square of the divisor of q·k. softcaps: of attention, of logits.
+    rope: the kind of scaling and its parameters. windows: None for full attention in all layers.
+    scalar: the square of the divisor of q·k. softcaps: of attention scores and of logits.
     """
 
     parameters: int
@@ -115,7 +115,7 @@ RAW: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4, "rms_norm_eps": 1e-05, "rope_scaling": None,
         "rope_theta": 10000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         "transformers_version": "4.35.0", "vocab_size": 32000},
-    "deepseek-coder-1.3b-instruct": LLAMA | {  # a rope_scaling with the older name "type"
+    "deepseek-coder-1.3b-instruct": LLAMA | {  # rope_scaling uses the older key "type"
         "bos_token_id": 32013, "eos_token_id": 32021, "hidden_size": 2048,
         "intermediate_size": 5504, "max_position_embeddings": 16384, "num_attention_heads": 16,
         "num_hidden_layers": 24, "num_key_value_heads": 16, "rms_norm_eps": 1e-06,
@@ -152,7 +152,8 @@ RAW: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 32, "num_key_value_heads": 8, "rope_theta": 10000.0,
         "sliding_window": 4096, "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0",
         "use_cache": False, "vocab_size": 32002},
-    "Mistral-Nemo-Instruct-2407@v5": MISTRAL | {  # 32 heads of 128 beside a width of 5,120
+    # 32 heads of dimension 128, with a model width of 5,120
+    "Mistral-Nemo-Instruct-2407@v5": MISTRAL | {
         "attention_dropout": 0.0, "dtype": "bfloat16", "eos_token_id": 2, "head_dim": 128,
         "hidden_size": 5120, "intermediate_size": 14336, "max_position_embeddings": 131072,
         "num_attention_heads": 32, "num_hidden_layers": 40, "num_key_value_heads": 8,
@@ -178,7 +179,8 @@ RAW: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 28, "num_key_value_heads": 4, "rope_theta": 1000000.0,
         "sliding_window": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
         "transformers_version": "4.44.0", "vocab_size": 152064},
-    "DeepSeek-R1-Distill-Qwen-1.5B": QWEN2 | {  # the base of Qwen2.5-Math's rope, and untied
+    # has the rope base of Qwen2.5-Math, and an untied head
+    "DeepSeek-R1-Distill-Qwen-1.5B": QWEN2 | {
         "eos_token_id": 151643, "hidden_size": 1536, "intermediate_size": 8960,
         "max_position_embeddings": 131072, "max_window_layers": 21, "num_attention_heads": 12,
         "num_hidden_layers": 28, "num_key_value_heads": 2, "rope_theta": 10000,
@@ -189,7 +191,7 @@ RAW: dict[str, dict[str, Any]] = {
         "max_window_layers": 28, "num_attention_heads": 16, "num_hidden_layers": 28,
         "num_key_value_heads": 8, "rope_scaling": None, "rope_theta": 1000000,
         "torch_dtype": "bfloat16", "transformers_version": "4.51.0"},
-    "Qwen3-4B-Instruct-2507@v5": QWEN3 | {  # 32 heads of 128 beside a width of 2,560
+    "Qwen3-4B-Instruct-2507@v5": QWEN3 | {  # 32 heads of dimension 128, with a model width of 2,560
         "dtype": "bfloat16", "hidden_size": 2560, "intermediate_size": 9728,
         "layer_types": [FULL] * 36, "max_position_embeddings": 262144, "max_window_layers": 36,
         "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8,

@@ -1,4 +1,4 @@
-"""LoRA adapters: against a reference in NumPy, and against peft itself."""
+"""LoRA adapters, compared with a NumPy reference and with peft."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 def write(folder, projections=ALL, rank=4, dtype=np.float32, rename=lambda n: n, **settings):
-    """Write an adapter of random factors; return {tensor name: (A, B)}."""
+    """Write an adapter with random factors; return {tensor name: (A, B)}."""
     rng = np.random.default_rng(0)
     pairs, stored = {}, {}
     for tensor in jax.tree.leaves(names.tensors(CONFIG)):
@@ -57,7 +57,7 @@ def base(tmp_path_factory):
 
 
 def reference(base, pairs, scales):
-    """The weights of the merged model by tensor name, in float64."""
+    """Return the weights of the merged model by tensor name, in float64."""
     stored = {n: np.asarray(a, np.float64) for n, (_, a) in names.named(
         jp.load(base).params, CONFIG).items()}
     shapes = {t.name: t.shape for t in jax.tree.leaves(names.tensors(CONFIG))}
@@ -85,7 +85,7 @@ def test_logits_are_those_of_the_reference(base, tmp_path, projections, rslora, 
     for row, n in enumerate((5, 2)):
         assert s.relative(got[row, :n], wanted[row, :n]).max() < 1e-4
     plain = forward(jp.load(base).params, CONFIG, ROWS).logits
-    assert s.relative(got[0], plain[0]).max() > 0.05  # the adapter does something
+    assert s.relative(got[0], plain[0]).max() > 0.05  # the adapter has an effect
     kept = [x for x in jax.tree.leaves(model.params, is_leaf=lambda x: isinstance(x, LowRank))
             if isinstance(x, LowRank)]
     assert len(kept) == (0 if merge else len(pairs))
@@ -179,7 +179,7 @@ def test_tensors_that_do_not_fit_are_all_listed(base, tmp_path):
         jp.load(base, adapter=tmp_path / "a")
     text = str(caught.value)
     assert "the model has no weight model.layers.7.self_attn.q_proj.weight" in text
-    assert "up_proj.lora_Q.weight: not a LoRA factor" in text and "only lora_B is there" in text
+    assert "up_proj.lora_Q.weight: not a LoRA factor" in text and "only lora_B is present" in text
     other = tmp_path / "b"
     write(other)
     wide = dataclasses.replace(CONFIG, d_ff=64)

@@ -1,4 +1,4 @@
-"""Which implementation attends a prompt: the choice, what it says, and that flash is the same."""
+"""Selection of the attention implementation, its messages, and parity of flash attention."""
 
 import chex
 import jax
@@ -22,7 +22,7 @@ def choice(config=BIG, **changes):
 
 
 def test_cudnn_is_chosen_where_it_fits():
-    """Long fresh prompts in half precision on a GPU, windows included, up to the head's limit."""
+    """Long half-precision prompts on a GPU use cuDNN, also with windows and large heads."""
     assert choice() == ("cudnn", "it is supported")
     assert choice(dtype=jnp.float16)[0] == "cudnn"
     assert choice(s.tiny_config(head_dim=64, windows=(16, None, 16)))[0] == "cudnn"
@@ -41,7 +41,7 @@ def test_cudnn_is_chosen_where_it_fits():
     (BIG, {"fresh": False}, "earlier tokens"), (BIG, {"sharded": True}, "over a mesh"),
 ])
 def test_what_does_not_fit_goes_to_xla_with_its_reason(config, changes, words):
-    """Each reason alone turns "auto" to XLA, and refuses cuDNN where it was asked for."""
+    """Each reason by itself makes "auto" select XLA, and "cudnn" raise an error."""
     found, reason = choice(config, **changes)
     assert found == "xla" and words in reason
     assert choice(config, **changes, asked="xla") == ("xla", "it was requested")
@@ -51,7 +51,7 @@ def test_what_does_not_fit_goes_to_xla_with_its_reason(config, changes, words):
 
 
 def test_short_prompts_stay_and_nonsense_is_refused():
-    """Few tokens are XLA's under "auto"; only three words may be asked for."""
+    """"auto" uses XLA for few tokens; other names of implementations are rejected."""
     assert choice(tokens=kernel.LONG)[0] == "xla" and choice(tokens=kernel.LONG + 1)[0] == "cudnn"
     with pytest.raises(ValueError, match="attention is 'flash'; it must be auto, xla or cudnn"):
         choice(asked="flash")
@@ -60,7 +60,7 @@ def test_short_prompts_stay_and_nonsense_is_refused():
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_flash_is_the_reference_within_each_row(window, groups):
-    """The masks of the flash call (causal, lengths, window, groups) are those of `nn.attention`."""
+    """The masks of `flash` (causal, lengths, window, groups) equal those of `nn.attention`."""
     rng = np.random.default_rng(1)
     q, k, v = (jnp.asarray(rng.normal(size=(3, 17, n, 8)), jnp.float32)
                for n in (2 * groups, 2, 2))
@@ -75,7 +75,7 @@ def test_flash_is_the_reference_within_each_row(window, groups):
 
 
 def by_numpy(q, k, v, length, scale, window):
-    """Attention in float64, query by query over the keys that it may see; zero at padding."""
+    """Compute attention in float64, query by query over its visible keys; zero at padding."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     groups, out = q.shape[2] // k.shape[2], np.zeros(q.shape)
     for b, n in np.ndindex(q.shape[0], q.shape[2]):
@@ -103,7 +103,7 @@ def test_both_forms_are_attention_by_numpy(window, groups):
     ours = nn.attention(q, jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1), jnp.asarray(at),
                         jnp.asarray(np.where(inside, at, -1)), scale=0.3, window=window)
     np.testing.assert_allclose(np.asarray(ours)[inside], want[inside], atol=1e-5)
-    # what a GPU's start-up test compares with scales by the head's width
+    # the reference for the cuDNN test uses the scale 1/√H
     np.testing.assert_allclose(
         kernel._definition(*(np.asarray(x) for x in (q, np.repeat(k, groups, 2),
                                                      np.repeat(v, groups, 2))), length, window),
@@ -112,7 +112,7 @@ def test_both_forms_are_attention_by_numpy(window, groups):
 
 @pytest.mark.parametrize("window", [None, 5])
 def test_what_cudnn_is_asked_for_and_its_padding_is_zero(monkeypatch, window):
-    """cuDNN leaves padding undefined; nothing of it may come back."""
+    """cuDNN's output at padding is undefined and must not be returned."""
     asked = []
 
     def cudnn(q, k, v, **options):
@@ -133,7 +133,7 @@ def test_what_cudnn_is_asked_for_and_its_padding_is_zero(monkeypatch, window):
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """Let the forward pass take the flash path, computed by its definition."""
+    """Make the forward pass use `flash`, computed by XLA."""
     def chosen(config, asked, **said):
         chosen.said = said
         return "cudnn" if asked == "auto" and said["fresh"] else "xla"
@@ -174,7 +174,7 @@ def test_a_forward_pass_through_flash_is_the_same_pass(pretend, windows):
 
 
 def test_a_new_cache_is_the_one_that_was_given_before():
-    """`slots` allocates `init_cache` bit for bit (float32); a call takes one of the two."""
+    """`slots` gives the same bits as `init_cache` (float32); giving both raises an error."""
     model = s.tiny_model()
     batch = jp.batch(s.prompts([5, 9]))
     made = jp.forward(model.params, model.config, batch, slots=16)
@@ -183,17 +183,17 @@ def test_a_new_cache_is_the_one_that_was_given_before():
     assert s.same_bits((made.logits, made.cache), (given.logits, given.cache))
     with pytest.raises(ValueError, match="9 tokens wide; the cache has 8 slots"):
         jp.forward(model.params, model.config, batch, slots=8)
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="a carry with a cache, to continue it, or slots"):
         jp.forward(model.params, model.config, batch, carry=given.carry, slots=16)
 
 
 @pytest.mark.parametrize(("slots", "barriers"), [(640, 3), (None, 0)])
 def test_cudnn_s_cache_is_written_layer_by_layer(monkeypatch, slots, barriers):
-    """Each of three layers waits until its own keys and values are written, where they are."""
+    """In each of three layers, a barrier forces the cache write before attention."""
     from jaxpersona.models import forward as engine
 
     monkeypatch.setattr(engine, "choose", lambda *_, **__: "cudnn")
-    monkeypatch.setattr(engine, "flash", lambda q, *_, **__: q)  # cuDNN is not to be had here
+    monkeypatch.setattr(engine, "flash", lambda q, *_, **__: q)  # cuDNN is not available here
     model = s.tiny_model(dtype=jnp.bfloat16, head_dim=16)
     text = jax.make_jaxpr(lambda params, batch: jp.forward(
         params, model.config, batch, slots=slots, logits="last"))(
@@ -204,7 +204,7 @@ def test_cudnn_s_cache_is_written_layer_by_layer(monkeypatch, slots, barriers):
 
 
 def test_a_cpu_is_never_changed_and_never_warned(recwarn):
-    """On this machine "auto" is the program of "xla", silently; asking for cuDNN says why not."""
+    """On a CPU, "auto" equals "xla" and gives no warning, and "cudnn" raises an error."""
     model = s.tiny_model(dtype=jnp.bfloat16, head_dim=16)
     batch = jp.batch(s.prompts([kernel.LONG + 1, 40]))
     run = jax.jit(jp.forward, static_argnames=("attention", "slots"))
@@ -217,19 +217,20 @@ def test_a_cpu_is_never_changed_and_never_warned(recwarn):
 
 
 def test_a_gpu_without_cudnn_says_so_once(monkeypatch):
-    """A reason against cuDNN, or its failed test, is a warning the first time, and XLA attends."""
+    """Unsupported or failing cuDNN causes one warning and a fallback to XLA."""
     device = type("Device", (), {"compute_capability": "9.0"})()
     monkeypatch.setattr(kernel.jax, "local_devices", lambda backend: [device])
     options = dict(dtype=jnp.bfloat16, tokens=2048, fresh=True, sharded=False, platform="gpu")
     kernel._say_once.cache_clear()
     capped = s.tiny_config(head_dim=128, attn_softcap=5.0)
-    with pytest.warns(RuntimeWarning, match="not cuDNN: the model soft-caps"):
+    with pytest.warns(RuntimeWarning, match="instead of cuDNN's: the model soft-caps"):
         assert kernel.choose(capped, "auto", **options) == "xla"
     assert kernel.choose(capped, "auto", **options) == "xla"
-    for changes in ({"tokens": 64}, {"fresh": False}):  # a decode step is not a lost chance
+    # no warning for short prompts or decode steps
+    for changes in ({"tokens": 64}, {"fresh": False}):
         assert kernel.choose(BIG, "auto", **{**options, **changes}) == "xla"
     monkeypatch.setattr(kernel, "cudnn_fault", lambda *of: "cuDNN's attention failed its test (x)")
-    with pytest.warns(RuntimeWarning, match="not cuDNN: cuDNN's attention failed"):
+    with pytest.warns(RuntimeWarning, match="instead of cuDNN's: cuDNN's attention failed"):
         assert kernel.choose(BIG, "auto", **options) == "xla"
     with pytest.raises(ValueError, match="attention is 'cudnn', but cuDNN's attention failed"):
         kernel.choose(BIG, "cudnn", **options)
@@ -238,10 +239,10 @@ def test_a_gpu_without_cudnn_says_so_once(monkeypatch):
 
 
 def test_the_start_up_test_runs_in_a_trace_and_finds_faults(monkeypatch):
-    """It passes what agrees, names what does not or raises, and may be called while tracing."""
+    """`cudnn_fault` detects wrong results and exceptions, and can be called while tracing."""
     true = kernel.flash
     kernel.cudnn_fault.cache_clear()
-    assert "failed its test" in str(kernel.cudnn_fault("bfloat16", 16, 2, False))  # no GPU here
+    assert "failed its test" in str(kernel.cudnn_fault("bfloat16", 16, 2, False))  # there is no GPU
 
     def play(change):
         def flash(*arrays, **options):
@@ -266,5 +267,5 @@ def test_the_start_up_test_runs_in_a_trace_and_finds_faults(monkeypatch):
 @pytest.mark.parametrize("windowed", [False, True])
 @pytest.mark.parametrize(("head_dim", "groups"), [(64, 1), (128, 4), (128, 8)])
 def test_cudnn_agrees_on_a_gpu(head_dim, groups, windowed):
-    """On the device itself: the shapes of Llama, Qwen and Mistral pass the start-up test."""
+    """On a GPU, cuDNN passes its test for the shapes of Llama, Qwen and Mistral."""
     assert kernel.cudnn_fault("bfloat16", head_dim, groups, windowed) is None

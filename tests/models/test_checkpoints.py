@@ -1,4 +1,4 @@
-"""Folders of weights: there and back bit for bit, and every fault named."""
+"""Checkpoint folders: bit-exact round trips, and an error for every kind of damage."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ TORCH = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 
 
 def tensors(folder):
-    """Every tensor of a folder's files, by name."""
+    """Return every tensor in a folder's files, by name."""
     entries, faults = hf.read_entries(folder)
     assert not faults
     return {name: read_slice(entry) for name, entry in entries.items()}
@@ -53,7 +53,7 @@ def test_round_trip_through_transformers_is_bit_exact(dtype, shard, tied, tmp_pa
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
-    """A folder of two shards, its configuration and its parameters."""
+    """Return a folder with two shards, its configuration and its parameters."""
     folder = tmp_path_factory.mktemp("small")
     settings = oracle.config("qwen3", num_hidden_layers=2, hidden_size=8, head_dim=4,
                              intermediate_size=8, vocab_size=16)
@@ -82,7 +82,7 @@ def test_load_onto_a_mesh_reads_the_same_numbers(small):
 
 
 @pytest.mark.parametrize("to", TORCH)
-@pytest.mark.parametrize("piece", [1 << 23, 20])  # the second divides few tensors
+@pytest.mark.parametrize("piece", [1 << 23, 20])  # 20 bytes do not evenly divide most tensors
 def test_load_casts_to_a_dtype(to, piece, small, monkeypatch):
     monkeypatch.setattr(tensorfile, "_PIECE", piece)
     folder, _, params = small
@@ -190,7 +190,7 @@ def test_save_replaces_another_model_and_refuses_what_does_not_fit(small, tmp_pa
         hf.save(tmp_path / "file" / "m", params, config)
 
 
-@pytest.mark.filterwarnings("ignore:.*ignored:UserWarning")  # of damaged names in config.json
+@pytest.mark.filterwarnings("ignore:.*ignored:UserWarning")  # unknown keys in a damaged config.json
 def test_a_thousand_corruptions_end_in_a_clear_error_or_a_load(small, tmp_path):
     folder = copy(small[0], tmp_path / "m")
     original = {path.name: path.read_bytes() for path in folder.iterdir()}

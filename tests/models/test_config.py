@@ -1,4 +1,4 @@
-"""Configurations: real models' files, in both styles, against the presets and transformers."""
+"""Configurations of released models in both formats, compared with presets and transformers."""
 
 import hf as oracle
 import pytest
@@ -57,13 +57,13 @@ REAL = {
 
 
 def _v5(raw):
-    """The same file as transformers 5 writes it."""
+    """Return the configuration in the format of transformers 5."""
     raw = dict(raw)
     scaling = raw.pop("rope_scaling", None) or {"rope_type": "default"}
     raw["rope_parameters"] = {"rope_theta": raw.pop("rope_theta"), **scaling}
     raw["dtype"] = raw.pop("torch_dtype")
     raw["transformers_version"] = "5.0.0"
-    raw.setdefault("head_dim", None)  # written as null where the file never had it
+    raw.setdefault("head_dim", None)  # transformers 5 writes null for a missing value
     if raw["model_type"].startswith("qwen"):
         raw |= {"layer_types": ["full_attention"] * raw["num_hidden_layers"],
                 "sliding_window": None}
@@ -107,17 +107,17 @@ def test_counts_of_small_models_equal_those_of_transformers(family):
 
 
 COSTS = {
-    # name: parameters, weights of a decode step, cache of 1,000 and of 8,000 tokens (bfloat16
-    # bytes), operations of a prompt of 1,000 tokens without and with the head; counted by hand
-    "llama-3.1-8b": (  # untied: a step reads one of two tables of 128,256 x 4,096
+    # name: parameters, weight bytes per decode step, cache bytes for 1,000 and 8,000 tokens
+    # (bfloat16), FLOPs of a prefill of 1,000 tokens without and with the head; counted by hand
+    "llama-3.1-8b": (  # untied: a step reads one of two tables of 128,256 × 4,096
         8_030_261_248, 2 * (8_030_261_248 - 525_336_576), 1000 * 131_072, 8000 * 131_072,
         2 * 6_979_588_096 * 1000 + 262_144 * 1000**2,
         2 * 6_979_588_096 * 1000 + 262_144 * 1000**2 + 2 * 525_336_576 * 1000),
-    "qwen3-0.6b": (  # tied: the one table of 151,936 x 1,024 is the head
+    "qwen3-0.6b": (  # tied: the single table of 151,936 × 1,024 is also the head
         596_049_920, 2 * 596_049_920, 1000 * 114_688, 8000 * 114_688,
         2 * 440_467_456 * 1000 + 114_688 * 1000**2,
         2 * 440_467_456 * 1000 + 114_688 * 1000**2 + 2 * 155_582_464 * 1000),
-    "gemma-2-27b": (  # tied; 23 of 46 layers see 4,096 tokens at most; 8,192 bytes a token
+    "gemma-2-27b": (  # tied; 23 of 46 layers have a window of 4,096 tokens; 8,192 bytes per token
         27_227_128_320, 2 * 27_227_128_320, 46 * 1000 * 8_192, 23 * (4_096 + 8_000) * 8_192,
         2 * 26_047_480_320 * 1000 + 376_832 * 1000**2,
         2 * 26_047_480_320 * 1000 + 376_832 * 1000**2 + 2 * 1_179_648_000 * 1000),
@@ -167,8 +167,8 @@ def test_what_is_not_implemented_or_malformed_is_refused_by_name(change, words):
         from_hf(BASE | change)
 
 
-# keys that released files and tools add: of HuggingFaceTB's SmolLM2, of unsloth's copies, of
-# transformers itself after `gguf_file=`
+# keys that publishers and tools add: SmolLM2 by HuggingFaceTB, copies by unsloth, and transformers
+# with `gguf_file=`
 RELEASED = {
     "SmolLM2-135M-Instruct": _raw(
         "LlamaForCausalLM", "llama", (49152, 576, 30, 9, 3, 1536, 8192, 1e-5), 100000,
@@ -191,7 +191,7 @@ RELEASED = {
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_released_configurations_are_read_without_a_word(name):
-    """A warning would be an error here."""
+    """Warnings are errors in this test suite."""
     from_hf(RELEASED[name])
 
 

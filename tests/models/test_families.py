@@ -1,6 +1,6 @@
-"""Every family: edits against PyTorch hooks, and the whole method on a random checkpoint.
+"""Every family: edits compared with PyTorch hooks, and the whole method on a random checkpoint.
 
-Qwen 3's edits are held to hooks, in more cases, by test_interventions.py.
+More cases for Qwen 3 are in test_interventions.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxpersona.interventions.where import everywhere, generated
 NEW = 24
 LENGTHS = (31, 5, 18, 2)
 U, V = np.random.default_rng(4).normal(size=(2, 48))
-FIELDS = {  # windows are shorter than the longest row, and some layers see everything
+FIELDS = {  # windows shorter than the longest row, and some layers with full attention
     "llama": {"attention_bias": True, "rope_parameters": {
         "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
@@ -51,7 +51,7 @@ def test_steer_and_cap_equal_hooks(family, tmp_path):
         assert all((counts.changed > 0).any() for counts in ours.applied)
         print(f"{family}, {where}: {worst:.1e}")
     plain, _ = hf.generate(made, rows, {}, NEW)
-    assert (plain != tokens).any(), "the edits change nothing that is generated"
+    assert (plain != tokens).any(), "the edits do not change the replies"
 
 
 ROLES = [Role("default", ("", "You are an AI assistant."), ""),
@@ -68,7 +68,7 @@ def texts(tmp_path_factory):
     *(pytest.param(family, True, marks=pytest.mark.slow)
       for family in hf.FAMILIES if family != "gemma3")])
 def test_the_method_runs_on_a_random_checkpoint(family, template, texts, tmp_path, capsys):
-    """`jaxpersona axis --model FOLDER`; without a chat template the model is a base model."""
+    """Run `jaxpersona axis --model FOLDER`; without a chat template, the model is a base model."""
     folder = tmp_path / "model"
     s.byte_tokenizer(template=template).save_pretrained(folder)
     config = hf.config(family, **s.BYTE_MODEL)

@@ -1,4 +1,4 @@
-"""A fingerprint covers every number, is one on every mesh, and says how it was computed."""
+"""A fingerprint covers every value, is equal on every mesh, and records its scheme."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_it_is_equal_on_every_mesh_in_float32_and_bfloat16(axes, auto):
 
 
 def test_any_single_number_changes_it():
-    """200 random places, each array among them, each moved by the least step of bfloat16."""
+    """Change values at 200 random places, in all arrays, by the smallest step in bfloat16."""
     _, params = arrays()
     leaves, tree = jax.tree.flatten(params)
     before, seen = mark(params), {}
@@ -112,12 +112,13 @@ def test_moves_of_many_numbers_change_it():
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-38, 1.0, 3.4e38])
 def test_rounding_is_that_of_a_bfloat16_load(scale):
-    """Subnormal numbers, halves between two values, the greatest ones, zeros of both signs, NaN."""
+    """Test subnormals, ties, the largest values, zeros of both signs, and NaN."""
     config, params = arrays()
     with np.errstate(over="ignore"):
         wide = (RNG.normal(size=params.embed_vd.shape) * scale).astype(np.float32)
     bits = wide.reshape(-1).view(np.uint32)
-    bits[::2] = bits[::2] & np.uint32(0xFFFF0000) | np.uint32(0x8000)  # ties
+    # ties between two bfloat16 values
+    bits[::2] = bits[::2] & np.uint32(0xFFFF0000) | np.uint32(0x8000)
     wide.reshape(-1)[1:6] = 0.0, -0.0, np.inf, -np.inf, np.nan
     with np.errstate(all="ignore"):
         narrow = wide.astype(ml_dtypes.bfloat16)
@@ -125,7 +126,7 @@ def test_rounding_is_that_of_a_bfloat16_load(scale):
 
 
 def test_float16_keeps_it_where_all_numbers_fit():
-    """And only there: what float16 cannot hold makes another model."""
+    """A float16 copy has the same fingerprint only if float16 represents all values."""
     config, params = arrays()
     exact = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16).astype(np.float32), params)
     exact = jax.tree.map(lambda x: np.where(np.abs(x) < 1e-3, np.float32(0), x), exact)
@@ -148,7 +149,7 @@ def test_a_field_that_is_added_changes_no_hash_unless_it_is_used():
         beta: float = 32.0
 
     config = s.tiny_config()
-    assert config.hash() == "670a0ff7"  # as files in use have it
+    assert config.hash() == "670a0ff7"  # stored in existing files, so it must not change
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     assert Later(**fields).hash() == config.hash()
     assert Later(**fields, logit_scale=2.0).hash() != config.hash()
@@ -161,7 +162,7 @@ def test_a_field_that_is_added_changes_no_hash_unless_it_is_used():
         if type(value) is bool:
             other = not value
         if name in ("n_layers", "n_heads", "n_kv_heads"):
-            continue  # others follow from them
+            continue  # other fields depend on these
         assert dataclasses.replace(config, **{name: other}).hash() != config.hash(), name
 
 
@@ -191,7 +192,7 @@ def test_a_copy_with_another_configuration_has_its_own():
 
 
 def old_file(path, vector):
-    """Write a file as it was before fingerprints had schemes."""
+    """Write a file in the format used before fingerprints had schemes."""
     save_vector(path, vector)
     tensors, header = files.read_tensors(path)
     assert header.pop("fingerprint_scheme") == str(SCHEME)
@@ -218,7 +219,7 @@ def test_an_old_file_is_accepted_by_its_shape_with_a_warning(tmp_path, kind):
         assert fitted(found, model.config, "tiny", model.fingerprint) is found
         edits = (found.interventions() if kind == "caps" else jp.cap(found, layers=1, floor=0.0))
         jp.generate(model, [[5, 6]], interventions=edits, max_new_tokens=1, batch_size=1)
-        save_vector(tmp_path / "again.safetensors", found)  # its scheme goes with it
+        save_vector(tmp_path / "again.safetensors", found)  # the scheme is saved with the vector
         with pytest.warns(UserWarning, match="scheme 1"):
             (load_caps if kind == "caps" else load_vector)(tmp_path / "again.safetensors")
 
@@ -254,7 +255,8 @@ def test_a_file_is_stamped_anew(tmp_path, capsys):
     old_file(tmp_path / "old.safetensors",
              Axis(np.ones((2, 32)), fingerprint=config.hash() + "12345678"))
     with warnings.catch_warnings():
-        warnings.simplefilter("always")  # as for a user: the command prints a warning as one line
+        # as outside tests: a warning is printed as one line
+        warnings.simplefilter("always")
         assert s.run_command(["vectors", "convert", str(tmp_path / "old.safetensors"),
                               str(tmp_path / "new.safetensors"), "--model",
                               str(tmp_path / "m")]) == 0

@@ -1,4 +1,4 @@
-"""GGUF models: written from transformers models by llama.cpp's conventions, and damaged ones."""
+"""GGUF models, written from transformers models with llama.cpp's conventions, and damaged files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jaxpersona.models.config import Rope
 from jaxpersona.models.nn import rope_frequencies
 
 gguf = pytest.importorskip("gguf")
-FIELDS = {  # windows are shorter than the longest row
+FIELDS = {  # windows shorter than the longest row
     "llama": {"attention_bias": True, "rope_parameters": {
         "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
@@ -89,7 +89,7 @@ def test_float16_gives_the_logits_of_pytorch(family, tmp_path):
 
 
 def quantized(kind, seed=0):
-    """Encode matrices in a quantized type: by the package, or as random blocks."""
+    """Encode matrices in a quantized type, with the gguf package or as random blocks."""
     draw = np.random.default_rng(seed)
     columns, size = gguf.GGML_QUANT_SIZES[kind]
 
@@ -106,7 +106,7 @@ def quantized(kind, seed=0):
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K",
                                   "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
 def test_quantized_tensors_equal_those_that_the_package_dequantizes(kind, tmp_path):
-    """Whole tensors, and parts that cross heads and blocks, in both orders of the rows of Q."""
+    """Test whole tensors and slices that cross heads and blocks, in both row orders of Q."""
     kind = gguf.GGMLQuantizationType[kind]
     made = hf.model("llama", hidden_size=256, num_hidden_layers=1, head_dim=64,
                     intermediate_size=512)
@@ -121,7 +121,7 @@ def test_quantized_tensors_equal_those_that_the_package_dequantizes(kind, tmp_pa
                               ("self_attn.k_proj", "attn_k", 2)):
         with np.errstate(all="ignore"):
             want = gguf.dequantize(stored[f"blk.0.{stem}.weight"], kind)
-        if heads:  # llama.cpp interleaves the halves of each head
+        if heads:  # llama.cpp interleaves the two halves of each head
             split = want.reshape(heads, want.shape[0] // heads // 2, 2, want.shape[1])
             want = split.swapaxes(1, 2).reshape(want.shape)
         full = f"model.layers.0.{name}.weight"
@@ -136,7 +136,8 @@ def test_a_large_tensor_takes_little_more_memory_than_its_result(tmp_path):
                     tie_word_embeddings=True)
     encode = quantized(gguf.GGMLQuantizationType.Q8_0)
     made.config.intermediate_size = 96
-    with pytest.raises(UserError, match="ffn_gate"):  # rows as in the file, not as declared
+    # the file has the rows of the tensor, not those of the configuration
+    with pytest.raises(UserError, match="ffn_gate"):
         gguf_model.open_checkpoint(gguf_files.write(tmp_path / "wrong.gguf", made))
     made.config.intermediate_size = 80
 
@@ -201,12 +202,12 @@ def test_llama_3_scaling_is_recovered_from_its_divisors(factor, low, high, conte
 
 def test_other_divisors_are_an_error():
     divisors = np.linspace(1, 9, 32, dtype=np.float32) ** 2
-    with pytest.raises(UserError, match="not a scaling of Llama 3"):
+    with pytest.raises(UserError, match="does not have the form of Llama 3"):
         gguf_config._llama3(divisors, 1e4, 64)
 
 
 def chat_model(tmp_path, **options):
-    """Write a small model with the tokenizer of `support.byte_tokenizer`."""
+    """Write a small model with the tokenizer from `support.byte_tokenizer`."""
     tokenizer = s.byte_tokenizer()
     tokens = [*LETTERS, "ĠĠ"]
     made = hf.model("qwen2", num_hidden_layers=1, vocab_size=len(tokens))
@@ -256,7 +257,7 @@ def test_a_sentencepiece_vocabulary_merges_by_score():
 
 
 def digits(text):
-    """Return the tokens of a text in a vocabulary of byte letters, split as SmolLM's."""
+    """Return the tokens of a text in a vocabulary of byte characters, split like SmolLM's."""
     tokens = [*LETTERS, "ĠĠ"]
     fields = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
               "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.tokens": tokens,
@@ -265,13 +266,13 @@ def digits(text):
 
 
 def test_digits_are_split_before_spaces_are_grouped():
-    """llama.cpp's rule for "smollm", the released tokenizer's; transformers' reader ignores it."""
+    """llama.cpp and the released tokenizer split digits first; transformers' reader does not."""
     assert digits("a  12") == ["a", "ĠĠ", "1", "2"]
 
 
 @pytest.mark.parametrize(("options", "words"), [
     ({"skip": ("block_count",)}, "field qwen2.block_count is missing"),
-    ({"skip": ("blk.0.ffn_up.weight",)}, "lacks blk.0.ffn_up.weight"),
+    ({"skip": ("blk.0.ffn_up.weight",)}, "missing tensors blk.0.ffn_up.weight"),
     ({"fields": {"qwen2.feed_forward_length": 96}}, "ffn_gate.weight has shape [80, 48]"),
     ({"fields": {"qwen2.attention.head_count": 0}}, "head_count is 0"),
     ({"fields": {"qwen2.expert_count": 8}}, "qwen2.expert_count is 8"),
@@ -307,7 +308,7 @@ def test_a_damaged_header_is_one_line(tmp_path, capsys, change, words):
 
 
 def entry(data, name, kind=None, offset=None, columns=None):
-    """Change the entry of a matrix in the table of tensors."""
+    """Change a matrix's entry in the table of tensors."""
     at = data.index(struct.pack("<Q", len(name)) + name) + 8 + len(name) + 4
     values = list(struct.unpack_from("<QQIQ", data, at))
     for place, value in ((0, columns), (2, kind), (3, offset)):
@@ -324,7 +325,7 @@ def refused(capsys, path, words):
 
 
 def test_random_changes_of_the_header_raise_only_user_errors(tmp_path):
-    """None of them allocates much more memory than the file has bytes."""
+    """No change may allocate much more memory than the size of the file."""
     path = chat_model(tmp_path)
     data = path.read_bytes()
     end = data.index(b"output_norm.weight") + 60
@@ -338,7 +339,7 @@ def test_random_changes_of_the_header_raise_only_user_errors(tmp_path):
         tracemalloc.start()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # unknown fields
+                warnings.simplefilter("ignore")  # about unknown fields
                 gguf_model.open_checkpoint(path)
             opened += 1
         except UserError as error:

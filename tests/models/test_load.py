@@ -1,4 +1,4 @@
-"""Names to models: folders, the embedded model, random weights, and every mistake in one line."""
+"""Loading models by name: folders, the embedded model, random weights, and one-line errors."""
 
 import json
 import subprocess
@@ -44,7 +44,7 @@ def test_dtype_and_mesh_leave_the_fingerprint_of_the_weights(folder):
 
 @pytest.mark.parametrize("name", ["gemma-2-2b", "qwen3-0.6b"])
 def test_fresh_norms_multiply_by_one_and_weights_are_small(name):
-    """Of a model that adds an offset to its norms' weights, and of one that does not."""
+    """Test a model with an offset in its norm weights and one without."""
     config = replace(preset(name), n_layers=1, vocab_size=512, d_model=128, d_ff=256)
     layer = init_params(config, jax.random.key(3)).layers[0]
     for field in ("attn_norm_d", "mlp_norm_d", "q_norm_h", "attn_post_norm_d"):
@@ -65,7 +65,10 @@ def test_random_weights_are_the_same_on_a_mesh():
     ("absent", {}, "no such folder"),
     ("owner/absent", {}, "the hub is unreachable"),
     ("random:gpt-9", {}, "gpt-9"),
-    ("random:qwen3-mini", {"dtype": "int8"}, "int8"),
+    ("random:qwen3-mini", {"dtype": "int4"}, "int4"),
+    ("random:qwen3-mini", {"dtype": "int8", "tables": "int4"}, "tables is 'int4'"),
+    ("random:qwen3-mini", {"dtype": "int8", "activations": "int8"}, "activations: dtype is"),
+    ("random:qwen3-mini", {"tables": "float"}, "applies to dtype='int8'"),
     ("mini", {"revision": "main"}, "mini is not a hub repository; omit revision"),
     ("random:qwen3-mini", {"revision": "main"}, "not a hub repository"),
     ("./absent", {"revision": "main"}, "not a hub repository"),
@@ -83,7 +86,7 @@ def test_mistakes_are_one_line(source, options, words):
 
 
 def hub_error(name):
-    """An error of huggingface_hub as it raises it, with the reply that it came from."""
+    """Return a huggingface_hub error with the response that causes it."""
     from huggingface_hub import errors
 
     kind = getattr(errors, name)
@@ -105,7 +108,7 @@ def hub_error(name):
     ("HfHubHTTPError", "downloading failed .said the hub"),
 ])
 def test_what_the_hub_says_is_one_line(monkeypatch, error, words):
-    """Each error of the hub's own classes is explained, with the repository and its revision."""
+    """Each class of hub error has a message with the repository and its revision."""
     import huggingface_hub
 
     asked = []
@@ -123,7 +126,7 @@ def test_what_the_hub_says_is_one_line(monkeypatch, error, words):
 
 
 def test_no_network_is_told_from_offline_mode(monkeypatch):
-    """Whether the user asked for it or the network is gone decides what mends it."""
+    """The message differs between offline mode and a missing network connection."""
     import huggingface_hub
 
     def refuse(name, **options):
@@ -137,7 +140,7 @@ def test_no_network_is_told_from_offline_mode(monkeypatch):
 
 
 def test_a_pinned_repository_is_loaded_from_its_snapshot(monkeypatch, folder):
-    """The revision reaches the hub, and the model keeps the name that it was asked for by."""
+    """The revision is passed to the hub, and the model keeps the requested name."""
     import huggingface_hub
 
     asked = {}
@@ -161,7 +164,7 @@ def test_a_folder_that_is_no_model_or_has_a_broken_tokenizer(folder, tmp_path):
 
 
 def test_what_is_fetched_is_what_is_read(monkeypatch, folder):
-    """No second copy of the weights, no adapter, nothing of other programs' folders."""
+    """Duplicate weights, adapters and files of other programs are not downloaded."""
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
@@ -214,11 +217,11 @@ def test_generation_settings_that_are_not_followed_are_named_once(folder):
     for quiet in ({"do_sample": False, "top_k": 20}, {"do_sample": True, "top_k": 50},
                   {"temperature": 0.6, "top_p": 0.9, "do_sample": True}, {"min_length": None}):
         path.write_text(json.dumps(quiet))
-        load(folder)  # a warning would be an error here
+        load(folder)  # warnings are errors in this test suite
 
 
 def test_a_tokenizer_that_panics_is_named(checkpoint, tmp_path, capfd):
-    """A regular expression beyond the tokenizers library's engine ends in a panic, no exception."""
+    """On some regular expressions, the tokenizers library panics instead of raising."""
     copied = tmp_path / "m"
     copied.mkdir()
     for path in checkpoint.iterdir():
@@ -240,7 +243,7 @@ def test_transformers_is_not_imported_where_no_tokenizer_is_read(folder):
 
 
 def test_threads_that_try_tokenizers_leave_standard_error_as_it_was():
-    """A second thread must not take the first one's sink for the process's own."""
+    """The second thread must not mistake the first thread's redirected stream for the original."""
     code = """
 import os, threading
 from jaxpersona.ckpts.tokenizer import _without_stderr

@@ -1,5 +1,4 @@
-"""Long prompts: attention in chunks is attention, and memory grows with the length, not its square.
-"""
+"""Long prompts: chunked attention equals unchunked attention, and memory grows linearly."""
 
 from __future__ import annotations
 
@@ -19,14 +18,15 @@ from jaxpersona.models.forward import forward
 from jaxpersona.models.params import abstract_params
 
 
-@pytest.mark.parametrize("t", [32, 33, 37, 63])  # one divides into chunks of 16, the others not
+# 32 is a multiple of the chunk size 16; the others are not
+@pytest.mark.parametrize("t", [32, 33, 37, 63])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (7, None), (None, 2.0), (20, 2.0)])
 def test_chunks_equal_the_plain_form(t, window, softcap, monkeypatch):
     draw = np.random.default_rng(t)
     n, k, h, slots = 4, 2, 8, 80
     q, keys, values = (jnp.asarray(draw.normal(0, 2, shape), jnp.float32)
                        for shape in ((2, t, n, h), (2, k, slots, h), (2, k, slots, h)))
-    # five tokens came before; slots beyond the row's end hold nothing
+    # five tokens precede the queries; slots after the row's end are empty
     position = jnp.asarray(np.tile(np.arange(t) + 5, (2, 1)), jnp.int32)
     held = np.tile(np.arange(slots), (2, 1))
     held[held >= t + 5] = -1
@@ -34,7 +34,7 @@ def test_chunks_equal_the_plain_form(t, window, softcap, monkeypatch):
     how = dict(scale=0.4, window=window, softcap=softcap)
     assert t < nn.QUERY_CHUNK
     plain = np.asarray(nn.attention(*args, **how))
-    # the plain form itself, from its equation
+    # unchunked attention, computed from its equation
     scores = np.einsum("btkgh,bksh->bkgts", np.asarray(q).reshape(2, t, k, n // k, h), keys) * 0.4
     scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
     gap = np.asarray(position)[:, :, None] - held[:, None]
@@ -61,7 +61,7 @@ def test_a_prefill_s_temporaries_grow_linearly(fields, cached):
         sizes[t] = program.memory_analysis().temp_size_in_bytes
         shapes = set(re.findall(r"\b[a-z]+\d*\[([\d,]+)\]", program.as_text()))
         assert shapes
-        # at 1,024 a chunk of two groups is as wide
+        # at T = 1,024, a chunk of two groups has the same size
         square = [x for x in shapes if sum(int(n) >= 4096 for n in x.split(",")) > 1]
         assert not square, f"arrays of T × T: {square}"
     assert sizes[4096] <= 4.5 * sizes[1024], sizes

@@ -1,4 +1,4 @@
-"""One forward pass, however it is cut into calls; and what jit, grad and vmap may do with it."""
+"""The forward pass, divided into several calls, and under jit, grad and vmap."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_chunks_equal_the_whole(whole, size, slots):
     assert s.relative(wide[:, :, :13], whole[0]).max() <= 1e-5
     for row, n in enumerate(LENGTHS):
         assert s.relative(logits[row, :n], whole[1][row, :n]) <= 1e-5
-        # a row's slots have no holes, whatever padding its chunks had
+        # a row's slots are consecutive, even if its chunks had padding
         np.testing.assert_array_equal(cache.position[row, :n], np.arange(n))
         assert (np.asarray(cache.position[row, n:]) == -1).all()
     np.testing.assert_array_equal(cache.next, LENGTHS)
 
 
 def test_prefill_then_decode_of_ragged_rows(whole):
-    # every row is prefilled but for its last token, which is then decoded at its own position
+    # prefill all tokens of each row except the last, then decode that at its own position
     source = batch(ROWS)
     kind = np.array(source.kind)
     for row, n in enumerate(LENGTHS):
@@ -107,7 +107,7 @@ def test_rows_do_not_see_each_other(whole):
 
 
 def test_queries_in_chunks(monkeypatch, whole):
-    # 13 queries in chunks of 4, the last one padded, also under a gradient
+    # 13 queries in chunks of 4 with padding in the last chunk, also under a gradient
     monkeypatch.setattr(nn, "QUERY_CHUNK", 4)
     source = jax.tree.map(jnp.asarray, batch(ROWS))
 
@@ -145,7 +145,7 @@ def test_gradient_against_finite_differences():
     step = 1e-2
     by_hand = (loss(MODEL.params, scale + step) - loss(MODEL.params, scale - step)) / (2 * step)
     np.testing.assert_allclose(slope_scale, by_hand, rtol=2e-2, atol=2e-3)
-    # along the gradient itself, where the difference is far above the rounding
+    # along the gradient, where the difference is much larger than rounding errors
     norm = float(np.sqrt(sum((np.asarray(x) ** 2).sum() for x in jax.tree.leaves(slope_params))))
     step = 2e-3 / norm
 
@@ -218,7 +218,7 @@ def test_weights_stored_in_out_compute_the_same(tied):
 
 
 def test_a_cpu_keeps_low_precision_keys_in_float32_and_nothing_changes():
-    """The cache that a CPU makes holds rounded values, so one in bfloat16 gives the same bits."""
+    """On a CPU, the new cache contains rounded values, so a bfloat16 cache gives the same bits."""
     model, rows = s.tiny_model(dtype=jnp.bfloat16), batch(ROWS)
     run = jax.jit(forward, static_argnames=("logits", "slots"))
 
@@ -249,7 +249,7 @@ def test_one_bfloat16_row_is_multiplied_as_a_row_among_others():
 
 
 def test_a_token_without_a_free_slot_is_refused_and_never_dropped_in_silence():
-    """Outside a program it is an error; inside one its row, and no other, becomes NaN."""
+    """Outside jit this raises an error; under jit, only the row in question becomes NaN."""
     model = s.tiny_model()
     config, slots = model.config, 8
 

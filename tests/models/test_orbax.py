@@ -1,4 +1,4 @@
-"""Orbax folders: there and back bit for bit, onto a mesh and off it, and every fault named."""
+"""Orbax folders: bit-exact round trips, on and off a mesh, and an error for every damage."""
 
 import json
 import subprocess
@@ -18,8 +18,8 @@ from jaxpersona.models.params import fingerprint
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A float32 folder, its parameters and its configuration."""
-    config = s.tiny_config(vocab_size=96)  # so that a mesh divides it
+    """Return a float32 folder, its parameters and its configuration."""
+    config = s.tiny_config(vocab_size=96)  # divisible by the mesh
     params = s.random_params(config)
     folder = tmp_path_factory.mktemp("orbax") / "m"
     orbax.save(folder, params, config)
@@ -37,7 +37,7 @@ def test_round_trip_is_bit_exact(dtype, tied, tmp_path):
     assert s.differing(found, params) == []
     assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype(dtype)}
     again = s.random_params(config, 2, dtype)
-    orbax.save(tmp_path / "m", again, config)  # replaces what was there
+    orbax.save(tmp_path / "m", again, config)  # replaces the existing checkpoint
     assert s.differing(orbax.load(tmp_path / "m")[0], again) == []
 
 
@@ -111,8 +111,11 @@ except ValueError as error:
 
 
 def test_a_damaged_checkpoint_is_refused_in_words(tmp_path):
-    """In a process of its own: Orbax never awaits the reads under way when one fails, and what
-    TensorStore then says of their closed event loop may come during any later test."""
+    """Use a separate process.
+
+    When a read fails, Orbax does not await the others, and TensorStore may then report the closed
+    event loop during a later test.
+    """
     config = s.tiny_config()
     orbax.save(tmp_path, s.random_params(config), config)
     held = [p for p in (tmp_path / "params").rglob("*") if p.is_file() and p.parent.name == "d"]

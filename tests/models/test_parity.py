@@ -1,4 +1,4 @@
-"""Every family against transformers: the residual after each block, and the logits."""
+"""Every family compared with transformers: the residual after each block, and the logits."""
 
 import functools
 
@@ -26,7 +26,8 @@ def _heads(queries: int, keys: int, width: int) -> dict:
     return {"num_attention_heads": queries, "num_key_value_heads": keys, "head_dim": width}
 
 
-# each family at 1, 2, 4 and 8 queries a key head, tied and untied, a head dimension that is not D/N
+# each family with 1, 2, 4 and 8 query heads per key head, tied and untied, and a head dimension
+# other than D/N
 CASES = {
     "llama": [
         _heads(4, 4, 12),
@@ -94,7 +95,8 @@ READ = capture.full(everywhere)
 
 
 @functools.partial(jax.jit, static_argnames=("config",),
-                   compiler_options={"xla_backend_optimization_level": 0})  # half the time to build
+                   # halves the compile time
+                   compiler_options={"xla_backend_optimization_level": 0})
 def run(params, config, rows, cache=None, captured=None):
     out = forward(params, config, rows, capture=READ,
                   carry=Carry(cache=cache, captured=captured))
@@ -102,19 +104,19 @@ def run(params, config, rows, cache=None, captured=None):
 
 
 def whole(params, config, rows):
-    """Run one full forward pass: logits [B, T, V] and residuals [B, L, T, D]."""
+    """Run a full forward pass; return logits [B, T, V] and residuals [B, L, T, D]."""
     logits, captured, _ = run(params, config, rows)
     return np.asarray(logits), np.asarray(captured["full"].value)
 
 
 def theirs(made, rows):
-    """The same two arrays of transformers."""
+    """Return the logits and residuals of transformers."""
     stream, logits = hf.residuals(made, rows)
     return logits, np.moveaxis(stream, 0, 1)
 
 
 def worst(ours, wanted):
-    """The largest relative distance of a row's logits, or of a row's layer, over valid tokens."""
+    """Return the largest relative distance over valid tokens, for any row and layer."""
     far = [hf.distance(ours[0][b, :n], wanted[0][b, :n]) for b, n in enumerate(LENGTHS)]
     far += [hf.distance(ours[1][b, i, :n], wanted[1][b, i, :n]) for b, n in enumerate(LENGTHS)
             for i in range(wanted[1].shape[1])]
@@ -128,10 +130,10 @@ def test_forward_equals_transformers_and_its_own_pieces(family, fields, tmp_path
     wanted = theirs(made, rows)
     params, config = hf.params(made, tmp_path)
     ours = whole(params, config, batch(rows))
-    assert wanted[0].std() > 0.3, "the oracle's logits are too near to uniform to tell"
+    assert wanted[0].std() > 0.3, "the reference logits are too close to uniform"
     assert (far := worst(ours, wanted)) <= 1e-4
 
-    # 16 tokens of prefill, 16 more as a second chunk, then one decoded
+    # a prefill of 16 tokens, a second chunk of 16, then one decoded token
     cache, captured, pieces = init_cache(config, len(rows), 36), READ.init(config, 3, 36), []
     for piece in [*split(batch(rows), 16)[:2], split(batch(rows), 1)[32]]:
         logits, captured, cache = run(params, config, piece, cache, captured)
@@ -145,7 +147,7 @@ def test_forward_equals_transformers_and_its_own_pieces(family, fields, tmp_path
 def test_bfloat16_is_as_near_to_the_truth_as_transformers(family, tmp_path):
     import torch
 
-    # the truth is the same weights, rounded to bfloat16, in float32
+    # the reference computes in float32 with the weights rounded to bfloat16
     made = hf.cast(hf.model(family, gain=0.8, **CASES[family][1]), torch.bfloat16)
     rows = hf.prompts(LENGTHS, hf.SIZE["vocab_size"])
     params, config = hf.params(made, tmp_path)

@@ -38,7 +38,7 @@ def _numbers(config: ModelConfig) -> Numbers:
 
 @pytest.mark.parametrize("name", RAW)
 def test_the_numbers_of_a_released_model(name):
-    """A warning would be an error here."""
+    """Warnings are errors in this test suite."""
     expected = NUMBERS[name]
     if expected.windows is None:
         expected = expected._replace(windows=(None,) * expected.layers)
@@ -65,7 +65,7 @@ BOOKKEEPING = {
 
 @pytest.mark.parametrize("name", RAW)
 def test_known_bookkeeping_is_ignored_without_a_warning(name):
-    """A warning would be an error here."""
+    """Warnings are errors in this test suite."""
     assert from_hf(RAW[name] | BOOKKEEPING) == from_hf(RAW[name])
 
 
@@ -135,16 +135,16 @@ def test_a_key_that_changes_the_computation_is_refused_with_its_value(name, key)
 
 @pytest.mark.parametrize("name", RAW)
 def test_such_a_key_is_read_without_a_warning_where_it_changes_nothing(name):
-    """A warning would be an error here."""
+    """Warnings are errors in this test suite."""
     for key, (_, neutral) in _changes(name).items():
         for value in neutral:
             assert from_hf(RAW[name] | {key: value}) == from_hf(RAW[name]), f"{key}={value}"
 
 
 def _malformed(name: str) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield names, changes and the words of the errors of malformed values of keys that are read.
+    """Yield names, changes and expected error messages for malformed values of known keys.
 
-    Includes values that a family reads and does not implement.
+    This includes values that a family reads but does not support.
     """
     raw = RAW[name]
     family, layers = raw["model_type"], raw["num_hidden_layers"]
@@ -253,7 +253,7 @@ def test_null_disables_soft_caps(name):
 
 @pytest.mark.parametrize("name", [n for n in RAW if n.endswith("@v5") and "gemma-3" not in n])
 def test_rope_scaling_beside_rope_parameters_must_be_the_same(name):
-    """transformers reads `rope_scaling` alone, with the base of `rope_theta`."""
+    """transformers reads only `rope_scaling`, with the base from `rope_theta`."""
     raw = RAW[name]
     same = raw["rope_parameters"]
     assert from_hf(raw | {"rope_scaling": dict(same)}) == from_hf(raw)
@@ -279,7 +279,7 @@ GEMMA3 = [n for n in RAW if n.startswith("gemma-3")]
                   "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, id="v4"),
 ])
 def test_gemma3_takes_missing_bases_from_the_top_level(name, change):
-    """Some released files have `rope_parameters` without bases beside `rope_local_base_freq`."""
+    """Some released files have `rope_parameters` without bases, and `rope_local_base_freq`."""
     config = from_hf(RAW[name] | {"rope_theta": 2e6, "rope_local_base_freq": 3e4} | change)
     assert config.rope == Rope(2e6, "linear", 8.0)
     assert config.rope_local == Rope(3e4)

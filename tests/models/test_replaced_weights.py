@@ -1,4 +1,4 @@
-"""What is derived from weights follows them: another array anywhere is another copy."""
+"""Arrays derived from weights are recomputed if any weight array is replaced."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_a_replaced_array_is_used_whichever_it_is():
 
 
 def test_parameters_of_numpy_have_the_fingerprint_of_their_values():
-    """Else a direction of another model of that shape would be accepted without a word."""
+    """Otherwise a direction of a different model with the same shape would be accepted silently."""
     model = made()
     same = dataclasses.replace(model, params=jax.tree.map(np.asarray, model.params))
     other = dataclasses.replace(model, params=jax.tree.map(

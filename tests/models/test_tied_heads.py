@@ -1,4 +1,4 @@
-"""What a folder's files say of head, embedding and shards, where its configuration says less."""
+"""Checkpoint files that disagree with the configuration about the head, the embedding or shards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TIED = s.tiny_config(tied_embeddings=True)
 
 
 def rewrite(folder, change, dtypes=None):
-    """Write the tensors of a folder's single file anew."""
+    """Rewrite the tensors of a folder's single file."""
     entries, _, _ = tensorfile.read_header(folder / hf.SINGLE)
     values = change({name: tensorfile.read_slice(entry) for name, entry in entries.items()})
     shapes = {name: (value.dtype, value.shape) for name, value in values.items()}
@@ -57,7 +57,7 @@ def test_a_head_that_differs_is_used_though_the_configuration_says_tied(tmp_path
 
 @pytest.mark.parametrize("narrow", [False, True])
 def test_a_head_that_is_the_embedding_s_second_name_is_no_other(tmp_path, narrow, recwarn):
-    """Its dtype may be another; one number that differs makes it another."""
+    """Its dtype may differ, but a single different value makes it a separate head."""
     exact = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32),
                          s.random_params(TIED))
     hf.save(tmp_path, exact, TIED)
@@ -97,7 +97,7 @@ def test_a_single_file_is_read_before_a_left_over_index(tmp_path, recwarn):
     hf.save(tmp_path / "new", new, UNTIED)
     wanted = load(tmp_path / "new").fingerprint
     assert load(tmp_path / "old").fingerprint != wanted
-    for kept in (hf.INDEX, "model-*"):  # the index alone, then with its shards
+    for kept in (hf.INDEX, "model-*"):  # first the index alone, then also its shards
         for path in (tmp_path / "old").glob(kept):
             shutil.copy(path, tmp_path / "new")
         if kept == hf.INDEX:

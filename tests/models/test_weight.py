@@ -1,4 +1,4 @@
-"""The forms of a weight: each multiplies like the dense array, on one device and on a mesh."""
+"""The weight layouts: each multiplies like the dense array, on one device and on a mesh."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxpersona.distributed.sharding import make_mesh
 from jaxpersona.engine.generate import generate
-from jaxpersona.models import prepared, weight
+from jaxpersona.models import int8, prepared, weight
 from jaxpersona.models.batch import batch
 from jaxpersona.models.forward import forward
 from jaxpersona.models.model import Model
@@ -24,7 +24,7 @@ def normal(*shape):
 
 
 def wanted(x, w, inner):
-    """x [..., *in] times w [*out, *in] in float64."""
+    """Return x [..., *in] times w [*out, *in] in float64."""
     axes = list(range(-inner, 0))
     return np.tensordot(x.astype(np.float64), w.astype(np.float64), (axes, axes))
 
@@ -38,7 +38,7 @@ SHAPES = [((2, 3, 8), (5, 8), 1), ((1, 1, 8), (4, 3, 8), 1), ((2, 1, 4, 6), (7, 
 def test_every_form_multiplies_like_float64(x, w, inner, form):
     x, w = normal(*x), normal(*w)
     forms = {"array": lambda w: w, "in_out": lambda w: weight.transposed(w, inner),
-             "int8": lambda w: weight.quantized(w, inner)}
+             "int8": lambda w: int8.quantized(w, inner)}
     made = forms[form](jnp.asarray(w))
     if form == "int8":
         w = np.asarray(made.value) * np.expand_dims(
@@ -50,20 +50,20 @@ def test_every_form_multiplies_like_float64(x, w, inner, form):
 
 def test_int8_values_are_the_nearest_of_each_channel():
     w = normal(6, 50) * np.array([1e-6, 1, 1e6, 0, 3, 1e-3], np.float32)[:, None]
-    made = weight.quantized(jnp.asarray(w))
+    made = int8.quantized(jnp.asarray(w))
     scale, value = np.asarray(made.scale), np.asarray(made.value)
     assert value.dtype == np.int8 and np.abs(value.astype(int)).max() == 127
     np.testing.assert_allclose(scale, np.abs(w).max(1) / 127, rtol=1e-6)
     assert (np.abs(value * scale[:, None] - w) <= scale[:, None] / 2 * 1.001).all()
-    assert not value[3].any() and scale[3] == 0  # a channel of zeros stays zero, not NaN
+    assert not value[3].any() and scale[3] == 0  # a channel of zeros remains zero instead of NaN
 
 
-@pytest.mark.parametrize("form", [weight.Dense, weight.transposed, weight.quantized])
+@pytest.mark.parametrize("form", [weight.Dense, weight.transposed, int8.quantized])
 def test_joined_weights_give_each_product(form):
     ws = [normal(*out, 8) for out in ((4, 3), (2, 3), (5,))]
     x = jnp.asarray(normal(2, 3, 8))
     made = weight.joined([jnp.asarray(w) for w in ws], form)
-    apart = weight.dots(x, [form(jnp.asarray(w)) if form is weight.quantized else jnp.asarray(w)
+    apart = weight.dots(x, [form(jnp.asarray(w)) if form is int8.quantized else jnp.asarray(w)
                             for w in ws])
     together = weight.dots(x, made)
     assert [y.shape for y in together] == [(2, 3, 4, 3), (2, 3, 2, 3), (2, 3, 5)]
@@ -74,7 +74,7 @@ def test_joined_weights_give_each_product(form):
 @pytest.mark.parametrize("spec", [("model", None), (None, "model"), ("fsdp", None)])
 def test_int8_on_a_mesh_is_the_same(spec):
     mesh = make_mesh(model=2, fsdp=2, devices=jax.devices()[:4])
-    w = weight.quantized(jnp.asarray(normal(8, 16)))
+    w = int8.quantized(jnp.asarray(normal(8, 16)))
     x = jnp.asarray(normal(4, 3, 16))
     alone = weight.dot(x, w)
     with_mesh = w.replace(

@@ -1,4 +1,4 @@
-"""The axis of the embedded model that the package contains."""
+"""The axis of the embedded model, which is part of the package."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_it_belongs_to_the_model_and_passes_the_check():
 
 
 def test_it_ranks_roles_by_their_known_likeness():
-    """Replies of far roles project lower, in new rollouts."""
+    """Replies of distant roles have lower projections in new rollouts."""
     model, axis = jp.load("mini"), jp.load_axis("mini")
     roles = {role.name: role for role in method.roles()}
     question = method.questions(1)[0].text

@@ -10,7 +10,7 @@ from jaxpersona.runs.rollouts import Settings
 
 
 def test_cap_holds_the_persona_and_spares_what_it_knows(tmp_path):
-    """Greedy: far roles reveal the code, capped ones do not, and both answer facts correctly."""
+    """Distant roles reveal the code only without the cap; facts are answered either way."""
     model = jp.load("mini")
     roles = method.roles()
     found = extract_axis(

@@ -232,7 +232,7 @@ def test_batches_hold_whole_conversations(tokens):
 
 
 class Puppet:
-    """A substitute for a model that answers at a known persona strength."""
+    """A substitute for a model that answers with a known persona strength."""
 
     def __init__(self, s):
         self.s, self.rng = s, np.random.default_rng(0)
@@ -266,7 +266,7 @@ def test_evaluation_reads_a_generator_of_known_strength(s):
 def test_the_share_in_the_grammar_after_a_drift_is_that_of_the_last_turn():
     calls = []
 
-    def worse(talks):  # garbled in every conversation but one after the first turn
+    def worse(talks):  # garbled after the first turn in every conversation except one
         calls.append(1)
         garbled = 0 if len(calls) == 1 else len(talks) - 1
         return ["of of the is."] * garbled + ["Thank you for asking."] * (len(talks) - garbled)

@@ -1,7 +1,8 @@
-"""Tests of the self-test: it accepts a correct axis and reports each kind of defect."""
+"""The self-test accepts a correct axis and reports each kind of defect."""
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from jaxpersona.ckpts.vectors import load_vector, save_vector
 
 import jaxpersona as jp
 from jaxpersona.persona import axis as science
-from jaxpersona.persona import check as module
 from jaxpersona.vectors.caps import Caps, fitted
 from jaxpersona.vectors.vector import Axis, Vector
 
@@ -27,7 +27,7 @@ def mini():
 
 @pytest.fixture(scope="module")
 def axis(mini):
-    """An axis of the embedded model from few prompts, none of them used by the check."""
+    """Return an axis of the embedded model from few prompts that the check does not use."""
     roles = ("You are a leviathan.", "Act as a hermit.", "You are a jester.", "You are a prophet.")
     asked = ("Tell me about winter.", "What do you think of money?", "What does home mean to you?")
     prompts = ("You are Mini.", "Respond as yourself.", *roles)
@@ -48,10 +48,19 @@ def test_an_axis_of_the_model_passes(mini, axis):
     assert found.ok and not found.faults and found.shift == 0 and found.layers == UPPER
     assert [text.split(":")[0] for text in found.sentences] == ["sign", "layers", "floors"]
     assert (found.default > found.roles + 10).all() and seen[-1][0] == 18
+    quartiles = [axis.thresholds(p, of="default")[4:] for p in ("p25", "p75")]
+    np.testing.assert_allclose(found.spread, (quartiles[1] - quartiles[0]) / 1.34898, rtol=1e-4)
+    np.testing.assert_allclose(found.z_roles, (found.roles - found.default) / found.spread)
+    np.testing.assert_allclose(found.floors, quartiles[0])
+    told = re.search(r"by ([\d.]+) to ([\d.]+) of its standard", found.sentences[0]).groups()
+    assert [float(x) for x in told] == pytest.approx(
+        [-found.z_roles.max(), -found.z_roles.min()], rel=6e-3)  # three digits
     one = jp.check(mini, axis, layers=[5], floor=float(axis.thresholds("p25", of="default")[5]))
     assert one.ok and one.layers == (5,)
     bare = jp.check(mini, Axis(axis.values))
     assert bare.ok and len(bare.sentences) == 2  # no floors test without a floor
+    assert bare.z_floors is None and (bare.spread > 0).all()
+    assert "Warning" not in found.sentences[2]
     floors = axis.thresholds("p25", of="default")
     caps = jp.check(mini, Caps(axis.values[2:6], (2, 3, 4, 5), floors[2:6], tuple("abcd")))
     assert caps.ok and caps.shift is None and "too few" in caps.sentences[1]
@@ -61,7 +70,7 @@ def test_an_axis_of_the_model_passes(mini, axis):
 
 @pytest.mark.parametrize(("shift", "words"), [(1, "fits layer l-1"), (-1, "fits layer l+1")])
 def test_an_axis_that_counts_layers_differently_is_named(mini, axis, shift, words):
-    """Shift by one layer in each direction; the first or last layer's vector is repeated."""
+    """Shift by one layer in each direction, repeating the first or last layer's vector."""
     rows = np.clip(np.arange(8) - shift, 0, 7)
     found = jp.check(mini, Axis(axis.values[rows]))
     assert not found.ok and found.shift == -shift and words in found.faults[0]
@@ -81,19 +90,8 @@ def test_a_wrong_sign_and_a_wrong_scale_are_named(mini, axis):
     assert not found.ok and "higher than the default at layers 5" in found.faults[0]
 
 
-def test_a_floor_just_beyond_the_limit_is_named_and_one_just_within_is_not():
-    """The limit is the larger of the gap of the means and four standard deviations of that side."""
-    for spread, limit in ((0.5, 10.0), (5.0, 20.0)):  # max(gap 10, 4 · spread)
-        ours, theirs = (np.array([[mean - spread], [mean + spread]]) for mean in (10.0, 0.0))
-        for sign, edge, words in ((1, 10 + limit, "move every token"), (-1, -limit, "never act")):
-            for beyond in (-0.01, 0.01):
-                floor = np.array([edge + sign * beyond])
-                fine, said = module._scale((3,), ours, theirs, floor)
-                assert fine == (beyond < 0) and (fine or (words in said and "layer 3" in said))
-
-
 def test_what_cannot_be_checked_is_refused(mini, axis):
-    """An axis of another model, a zero layer, floors of the wrong shape, no tokenizer."""
+    """Test an axis of a different model, a zero layer, floors of the wrong shape, no tokenizer."""
     gap = axis.values.copy()
     gap[6] = 0
     for given, options, words in (
@@ -117,7 +115,7 @@ def test_what_cannot_be_checked_is_refused(mini, axis):
 
 
 def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
-    """The command accepts valid axes and caps and rejects an invalid axis without --no-check."""
+    """The command accepts valid axes and caps; --no-check accepts an invalid axis."""
     floors = axis.thresholds("p25", of="default")
     caps = Caps(axis.values[4:], UPPER, floors[4:], tuple("abcd"), "e", "mini", mini.fingerprint)
     for name, value in (("good", axis), ("caps", caps),
@@ -142,7 +140,7 @@ def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
         for more in ((), ("--no-check",)):
             code, said = command(f"{name}.safetensors", *more)
             assert code == 2 and "axis 'assistant' was made for another model" in said.err
-    foreign = str(tmp_path / "weights.safetensors")  # of this shape, with other weights
+    foreign = str(tmp_path / "weights.safetensors")  # the same shape with different weights
     (tmp_path / "talk.json").write_text(json.dumps(TALK))
     for arguments in (["project", str(tmp_path / "talk.json"), "--on", foreign],
                       ["vectors", "convert", foreign, str(tmp_path / "o.npy"), "--model", "mini"],
@@ -163,7 +161,7 @@ def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
 
 
 def test_layers_are_the_model_s_and_a_vector_of_another_is_refused(mini, axis, tmp_path, capsys):
-    """Negative layers count from the model's last layer, and shorter vectors raise."""
+    """Negative layers count from the model's last layer, and vectors with too few layers raise."""
     floors = {"default": {"p25": np.zeros(6, np.float32)}}
     for name, value in (("fits", Vector(axis.values)), ("short", Vector(axis.values[:6])),
                         ("axis", jp.Axis(axis.values[:6], percentiles=floors))):
@@ -191,7 +189,7 @@ def test_layers_are_the_model_s_and_a_vector_of_another_is_refused(mini, axis, t
 
 
 def test_a_control_vector_that_stops_below_the_top_is_taken(mini, tmp_path, capsys):
-    """GGUF control vectors list only the layers that they steer."""
+    """GGUF control vectors contain only the layers that they steer."""
     pytest.importorskip("gguf")
     s.write_control(tmp_path / "v.gguf", {f"direction.{layer}": np.ones(128, np.float32)
                                           for layer in range(2, 6)})
@@ -267,13 +265,13 @@ def test_a_capping_file_holds_the_model_as_the_axis_does(mini, axis, tmp_path, c
 
 
 def mean_projections(mini, tokens, at, values):
-    """Return [L]: the mean of ⟨h, v̂⟩ over the tokens `at` of one forward pass, in NumPy."""
+    """Return [L]: the mean of ⟨h, v̂⟩ over the tokens `at`, computed with NumPy."""
     h = s.residuals(mini, jp.batch([tokens]))[0][0, :, at].mean(0)
     return (h * values / np.linalg.norm(values, axis=-1, keepdims=True)).sum(-1)
 
 
 def test_an_answer_is_projected_as_the_mean_over_its_own_words(mini, axis):
-    """Projections of two replies equal a NumPy computation over their tokens."""
+    """The projections of two replies equal a NumPy computation over their tokens."""
     from jaxpersona.persona.talk import project_conversation
     said = ("I am a ghost.", "The sea is calm and wide today.")
     talk = [*TALK, {"role": "user", "content": "And the sea?"},
@@ -311,7 +309,7 @@ def test_a_grown_reply_is_projected_as_the_mean_over_its_own_tokens(mini, axis):
 
 
 def test_a_conversation_is_projected_where_a_direction_is_known(mini, axis):
-    """A direction that is zero at a layer gives NaN there and unchanged values elsewhere."""
+    """A layer with a zero direction gives NaN; values at other layers are unchanged."""
     part = axis.values.copy()
     part[7] = 0
     from jaxpersona.persona.talk import project_conversation
@@ -326,7 +324,7 @@ def test_a_conversation_is_projected_where_a_direction_is_known(mini, axis):
 
 
 def test_a_control_vector_is_projected_beside_an_axis(mini, axis, tmp_path, capsys):
-    """Layers missing in the file give NaN in Python and an error from the command."""
+    """Layers missing from the file give NaN in Python and an error from the command."""
     pytest.importorskip("gguf")
     (tmp_path / "talk.json").write_text(json.dumps(TALK))
     save_vector(tmp_path / "axis.safetensors", axis)
@@ -359,9 +357,3 @@ def test_a_control_vector_is_projected_beside_an_axis(mini, axis, tmp_path, caps
     assert found["v"] == pytest.approx(found["assistant"], rel=1e-5)
     assert s.run_command([*command, "7"]) == 2
     assert "'v' is zero at layer 7" in capsys.readouterr().err
-
-
-def test_floors_of_all_layers_are_read_at_the_chosen_ones():
-    chosen, _, floors = module._entries(s.tiny_model(), Axis(np.ones((3, 32))), [2],
-                                        np.array([1.0, 2.0, 3.0]))
-    assert chosen == (2,) and floors.tolist() == [3.0]

@@ -1,4 +1,4 @@
-"""`jp.contrast` against NumPy over separately read activations."""
+"""`jp.contrast` compared with NumPy over separately captured activations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def replied(texts):
 
 
 def activations(texts, pool):
-    """[n, L, D] of one text at a time, from the full residuals."""
+    """Return [n, L, D], one text at a time, from the full residuals."""
     out = []
     for text in texts:
         row = encode(MODEL, text, reply=pool == "last")

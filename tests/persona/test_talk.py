@@ -1,4 +1,4 @@
-"""Tests of projections per turn: equal to `extract`, for any model and mesh."""
+"""Projections per turn equal those from `extract`, for any model and mesh."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 
 @pytest.fixture(scope="module")
 def model(checkpoint):
-    """A random model with a byte-level tokenizer."""
+    """Return a random model with a byte-level tokenizer."""
     return jp.load(str(checkpoint))
 
 
 @pytest.fixture(scope="module")
 def vectors(model):
-    """Two random directions of the model."""
+    """Return two random directions of the model."""
     rng = np.random.default_rng(0)
     shape = model.config.n_layers, model.config.d_model
     return [Vector(rng.normal(size=shape).astype(np.float32), name=name, model=model.name,
@@ -36,14 +36,14 @@ def vectors(model):
 
 
 def by_hand(model, vectors, edits=None):
-    """Return the mean projections of assistant messages, and all activations, via `extract`."""
+    """Return the mean projections of assistant messages, and all activations, from `extract`."""
     read = extract(model, [TALK], capture=capture.full(everywhere), interventions=edits)
     row, full = read.rows[0], read.captured["full"][0]
     text = [model.tokenizer.decode([token]) for token in row.tokens.tolist()]
     out = []
     for turn in (2, 4):
         content = TALK[turn]["content"]
-        start = "".join(text).index(content)  # a token is a byte
+        start = "".join(text).index(content)  # each token is one byte
         at, where = 0, []
         for i, piece in enumerate(text):
             if start <= at < start + len(content):
@@ -55,7 +55,7 @@ def by_hand(model, vectors, edits=None):
 
 
 def test_each_value_is_the_mean_over_the_message(model, vectors):
-    """Values equal the averages of all token activations, with and without steering."""
+    """Values equal the averages over all token activations, with and without steering."""
     edit = jp.steer(vectors[0], layers=[1], scale=3.0)
     plain, _ = by_hand(model, vectors)
     for edits in (None, edit):
@@ -101,14 +101,17 @@ def test_no_assistant_message_and_too_long_a_conversation_are_refused(model, vec
 
 
 def test_grown_conversations_are_edited(model, vectors):
-    """Interventions act in every turn: no capped reply projects below the floor."""
+    """Interventions apply in every turn; the read-out of the same replies is without them."""
     edit = jp.cap(vectors[0], layers=[2], floor=50.0)
-    said = [["Hello.", "And then?"]]
-    held = grow(model, [[]], said, vectors[0], interventions=edit, max_new_tokens=5)
-    free = grow(model, [[]], said, vectors[0], max_new_tokens=5)
-    assert held.projections.shape == free.projections.shape == (2, 1, 3)
-    assert (held.projections[:, 0, 2] >= 49.99).all()
-    assert (free.projections[:, 0, 2] < 49).all()
+    talks = [[], [{"role": "system", "content": "Be brief."}]], [["Hello.", "And then?"]] * 2
+    held = grow(model, *talks, vectors[0], interventions=edit, max_new_tokens=5, readout=True)
+    free = grow(model, *talks, vectors[0], max_new_tokens=5, readout=True)
+    assert held.projections.shape == free.projections.shape == (2, 2, 3)
+    assert (held.projections[..., 2] >= 49.99).all()
+    assert (free.projections[..., 2] < 49).all() and (held.readout[..., 2] < 49).all()
+    np.testing.assert_allclose(free.readout, free.projections, rtol=2e-4, atol=2e-4)
+    assert np.abs(np.diff(free.readout, axis=0)).min() > 1e-3  # turns are not interchanged
+    assert grow(model, *talks, vectors[0], max_new_tokens=5).readout is None
 
 
 def test_conversations_with_equal_ids_share_their_draws(model):

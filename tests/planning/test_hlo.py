@@ -1,4 +1,4 @@
-"""HLO parsing: kernels and collectives are counted once, also in loops and branches."""
+"""HLO parsing: kernels and collectives are counted once, even in loops and branches."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 
 
 def test_text_is_read():
-    assert hlo.fusions(hlo.operations(TEXT)) == 1  # not in a fusion or after the loop
+    assert hlo.fusions(hlo.operations(TEXT)) == 1  # not inside a fusion or after the loop
     found = hlo.collectives(TEXT)
     assert [op.kind for op in found] == ["all-reduce", "reduce-scatter", "all-gather"]
     assert [op.bytes for op in found] == [16, 32, 64 + 16]
-    assert hlo.reductions(hlo.by_layer(found, 1)) == 1  # the pair is one reduction
+    assert hlo.reductions(hlo.by_layer(found, 1)) == 1  # the pair counts as one reduction
     assert [op.kind for op in hlo.by_layer(found, 10)] == ["all-reduce"]
     assert hlo.reductions(found) == 2
     assert [op.looped for op in found] == [False, True, True]

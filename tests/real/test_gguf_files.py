@@ -1,4 +1,4 @@
-"""Released GGUF files, loaded directly, against transformers' own reader of GGUF files."""
+"""Released GGUF files, loaded directly, compared with transformers' GGUF reader."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TEXTS = (
 
 @pytest.fixture(scope="module")
 def reference():
-    """Return a function from a checkpoint's name to transformers' tokenizer of its GGUF file."""
+    """Return a function from a checkpoint's name to transformers' tokenizer for its GGUF file."""
     pytest.importorskip("torch")
     from transformers import AutoTokenizer
 

@@ -1,8 +1,8 @@
-"""Kinds and turns of tokens under the tokenizers and templates of released GGUF files.
+"""Kinds and turns of tokens with the tokenizers and templates of released GGUF files.
 
-Only the headers of the files are read. In the spans, which are written by hand, {s0} begins text
-of kind "s" (`published_templates.LETTERS`) and turn 0. Gemma 3 is the base model, so its tokenizer
-takes the published template of the instruction-tuned model.
+Only the headers of the files are read. In the handwritten spans, {s0} begins text of kind "s"
+(`published_templates.LETTERS`) and turn 0. The Gemma 3 file is the base model, so its tokenizer
+uses the published template of the instruction-tuned model.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ CONTENTS = {  # (user, assistant)
 
 @functools.cache
 def tokenizer_of(name):
-    """Return a file's tokenizer."""
+    """Return the tokenizer of a file."""
     made = gguf_tokenizer.build(gguf_model.open_checkpoint(gguf_file(name)).fields)
     if name == GEMMA:
         made.chat_template = source("gemma-3")
@@ -88,7 +88,7 @@ def tokenizer_of(name):
 
 
 def spans(name, talk, **options):
-    """Return the spans of a conversation, after a comparison of its tokens with transformers'."""
+    """Return the spans of a conversation, after comparing its tokens with transformers."""
     tokenizer = tokenizer_of(name)
     row = chat.encode_row(tokenizer, talk, **options)
     ids = tokenizer.apply_chat_template(
@@ -161,7 +161,7 @@ def test_fenced_code_of_a_reply_is_code(name):
     batch = jp.encode(tokenizer, [says("~~~\na\n~~~", FENCED)], reply=False)
     code = selected(tokenizer, batch, jp.response & jp.Where(need=CODE))
     text = selected(tokenizer, batch, jp.response.without("code"))
-    # Qwen joins a fence's last mark and the line break after it
+    # Qwen merges a fence's last mark with the line break after it
     end = "\n" if name == QWEN else ""
     assert code == {1: "```py\nprint(1)  # the sea\n```" + end}
     assert text == {1: "So:\n" + "\nthe end".removeprefix(end)}
@@ -169,11 +169,11 @@ def test_fenced_code_of_a_reply_is_code(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_thinking_block_of_several_tokens_per_tag_is_no_response(name):
-    """These templates keep the blocks of past turns; the tags are plain text to the tokenizers."""
+    """These templates keep blocks of past turns; the tokenizers treat the tags as plain text."""
     tokenizer = tokenizer_of(name)
     talk = says("Who?", "<think>\nThe sea.\n</think>\n\nI am.", "Why?")
     batch = jp.encode(tokenizer, [talk])
-    # Qwen joins the end of the closing tag and the blank line after it
+    # Qwen merges the end of the closing tag with the blank line after it
     blank = "\n\n" if name == QWEN else ""
     block = "<think>\nThe sea.\n</think>" + blank
     assert selected(tokenizer, batch, jp.Where(need=THINKING)) == {1: block}
@@ -215,7 +215,7 @@ def test_a_continued_conversation_has_the_spans_of_the_whole(name, stopped):
     row = chat.continue_row(tokenizer, row, np.array(ids), TALK[3]["content"], stopped=stopped)
     whole = GEMMA_TALK if name == GEMMA else CHATML_TALK
     want = whole.replace("{a2}", "{ag2}")
-    if stopped:  # the reply's own stop token closes the turn
+    if stopped:  # the reply's stop token ends the turn
         want = want.replace("pirate.{t2}" + end, "pirate.{tg2}" + end + "{t2}")
     assert marked(tokenizer, row) == want
     batch = jp.batch([row.tokens], kind=[row.kind], turn=[row.turn])
@@ -224,7 +224,7 @@ def test_a_continued_conversation_has_the_spans_of_the_whole(name, stopped):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_mean_of_the_response_has_no_template_token(name):
-    """The rows have different lengths, so the batch holds padding too."""
+    """The rows have different lengths, so the batch contains padding."""
     tokenizer = tokenizer_of(name)
     batch = jp.encode(tokenizer, [TALK, says("Why?"), says("Why?", system=""),
                                   says("Who?", FENCED, "Why?")])

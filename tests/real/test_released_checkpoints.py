@@ -1,4 +1,4 @@
-"""Released models, saved by transformers, against transformers: logits and greedy replies."""
+"""Released models, saved by transformers, compared with it: logits and greedy replies."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_logits_and_greedy_replies_are_those_of_transformers(name):
         got = np.asarray(out.logits)[0]
         apart = np.linalg.norm(got - want, axis=-1) / np.linalg.norm(want, axis=-1)
         assert apart.max() <= 1e-4
-    if model.template:  # through the public way, text in
+    if model.template:  # through the public API, with text as input
         out = jp.generate(model, [[{"role": "user", "content": text}] for text in PROMPTS],
                           max_new_tokens=NEW, batch_size=1)
         assert [row.tokens.tolist() for row in out.rows] == prompts

@@ -1,4 +1,4 @@
-"""Damaged run folders: each kind of damage is repaired or raises an error that names the file."""
+"""Damaged run folders: each kind of damage is repaired, or raises an error that names the file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MODEL = dataclasses.replace(s.tiny_model(vocab_size=258, stop_ids=(257,)),
 
 
 class Judge:
-    """A judge that scores every fourth rollout 2 and all others 3."""
+    """A judge that gives every fourth rollout score 2 and all others score 3."""
 
     name = "test"
 
@@ -51,7 +51,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A folder with a finished run and one of another seed."""
+    """Return a folder with a finished run, and one with a different seed."""
     folder = tmp_path_factory.mktemp("runs")
     resume(folder / "run")
     resume(folder / "other", settings=dataclasses.replace(SETTINGS, seed=1))
@@ -61,7 +61,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path):
-    """A copy of the finished run that tests may damage."""
+    """Return a copy of the finished run that tests may damage."""
     return shutil.copytree(finished / "run", tmp_path / "run")
 
 
@@ -104,7 +104,7 @@ DERIVED = ("vectors/ghost.safetensors", "axis.safetensors", "analysis.json")
 
 
 def refused(run, *wanted, **changes):
-    """Assert that resuming raises one line with all of `wanted` and changes no file."""
+    """Check that resuming raises one line with all words in `wanted` and changes no file."""
     before = contents(run)
     with pytest.raises(ValueError) as error:
         resume(run, **changes)
@@ -125,7 +125,7 @@ def test_a_role_s_file_is_refused_by_name(finished, run, name, damage):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_manifest_is_refused_by_name_or_mended(finished, run, damage):
     DAMAGES[damage](run / "run.json")
-    if damage in ("longer", "cut"):  # one newline more or less: the same JSON value
+    if damage in ("longer", "cut"):  # an extra or missing newline leaves the JSON value unchanged
         resume(run)
         assert contents(run) == contents(finished / "run")
     else:
@@ -244,7 +244,7 @@ def test_scores_that_are_valid_json_but_others(run, change):
     ids="+".join)
 @pytest.mark.parametrize("source", ["role", "run"])
 def test_files_of_another_role_or_run(finished, run, parts, source):
-    """Undamaged files of another role or run are rejected."""
+    """Undamaged files of a different role or run are rejected."""
     there = finished / "other" if source == "run" else finished / "run"
     for part in parts:
         end = next((run / part).glob("ghost.*")).suffix
@@ -299,7 +299,7 @@ def test_a_damaged_role_is_made_anew_when_asked(finished, run, damaged):
 
 
 class Killed(BaseException):
-    """Raised to end a run as a signal would."""
+    """Raised to end a run like a signal."""
 
 
 def test_a_run_that_ends_before_any_write_resumes_to_the_same_bytes(finished, tmp_path,
@@ -344,7 +344,7 @@ def test_a_file_is_replaced_and_never_written_over(tmp_path):
 
 @pytest.mark.parametrize("name", ["rollouts/ghost.jsonl", "means/ghost.safetensors"])
 def test_a_file_of_any_size_is_hashed_before_it_is_held(run, name):
-    """The file may exceed memory while its header is still valid."""
+    """The file may be larger than memory even if its header is valid."""
     size, path = 512 << 20, run / name
     if path.suffix == ".jsonl":
         os.truncate(path, size)

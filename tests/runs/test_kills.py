@@ -1,4 +1,4 @@
-"""An `axis` command killed at ten moments resumes to the same bytes as an uninterrupted one."""
+"""An `axis` command killed at ten points resumes to the same bytes as an uninterrupted one."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ def contents(folder):
 
 @pytest.mark.slow
 def test_ten_kills_at_any_moment_lose_nothing(checkpoint, tmp_path):
-    """Kill the command by the number of files that it has written, not by time."""
+    """Kill the command after a number of written files, not after a time."""
     texts, log = s.write_texts(tmp_path, ROLES, QUESTIONS), tmp_path / "log"
 
     def command(name):

@@ -1,4 +1,4 @@
-"""Tests of locks: one writer per run folder, and safe removal of leftover files."""
+"""Locks: one writer per run folder, and safe removal of leftover files."""
 # ruff: noqa: F811 (fixtures of another module are imported and then named as arguments)
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def test_one_process_holds_a_folder_once(run):
         with pytest.raises(ValueError, match="in use by process "
                            f"{os.getpid()} on {re.escape(socket.gethostname())}"):
             resume(run)
-        assert Run.read(run).means("ghost").shape == (4, 3, 32)  # reading needs no lock
+        assert Run.read(run).means("ghost").shape == (4, 3, 32)  # reading does not need the lock
     resume(run)
 
 
@@ -71,7 +71,7 @@ def test_only_the_run_s_own_leftovers_are_removed(finished, run, tmp_path):
 
 
 def test_a_lock_file_is_never_another_file_of_the_user(run, tmp_path):
-    """Targets of links are not truncated, and files with similar names are kept."""
+    """Link targets are not truncated, and files with similar names are kept."""
     mine = tmp_path / "mine.txt"
     mine.write_text("keep me")
     notes = run / ".lock.notes"

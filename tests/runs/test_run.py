@@ -31,7 +31,7 @@ SETTINGS = Settings(temperature=1.0, top_p=1.0, max_new_tokens=6, batch_size=8)
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """Roles and questions in the layout of the reference project."""
+    """Return roles and questions in the layout of the reference project."""
     return s.write_texts(tmp_path_factory.mktemp("texts"), ROLES, QUESTIONS)
 
 
@@ -44,12 +44,12 @@ def contents(folder):
 
 
 def contents_of_role(folder, name):
-    """Return the content of a role's rollouts as bytes."""
+    """Return a role's rollouts as bytes."""
     return (folder / "rollouts" / f"{name}.jsonl").read_bytes()
 
 
 def test_axis_runs_resumes_and_ends_in_the_same_bytes(checkpoint, texts, tmp_path, capsys):
-    """An interrupted run keeps its complete roles and ends with the same bytes."""
+    """An interrupted run keeps its complete roles and resumes to the same bytes."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     assert run(command(checkpoint, texts, whole)) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -60,7 +60,7 @@ def test_axis_runs_resumes_and_ends_in_the_same_bytes(checkpoint, texts, tmp_pat
     record = json.loads((whole / "rollouts/ghost.jsonl").read_text().splitlines()[0])
     assert {"system_prompt", "prompt_index", "question_index", "question", "conversation",
             "label"} <= set(record)
-    # as if killed: two complete roles, one with means but without rollouts, no vectors
+    # as after a kill: two complete roles, one with means but without rollouts, no vectors
     shutil.copytree(whole, part)
     shutil.rmtree(part / "vectors")
     for name in ("axis.safetensors", "analysis.json", "scores/pirate.json",
@@ -113,7 +113,7 @@ def test_axis_equals_its_definition(checkpoint, tmp_path):
 
 
 def test_science_on_arrays():
-    """Role vectors split by score, and axis and PC1 point toward the default."""
+    """Role vectors are split by score, and axis and PC1 point toward the default."""
     rng = np.random.default_rng(0)
     means = rng.normal(size=(6, 2, 4))
     means[5] = np.nan
@@ -140,7 +140,7 @@ def test_judge_reads_the_first_integer_in_range(text, score):
 
 
 def test_vector_files_round_trip(tmp_path):
-    """A vector file round-trips with its metadata; damaged or foreign files raise with the path."""
+    """A vector file round-trips with its metadata; damaged or unrelated files raise an error."""
     values = np.random.default_rng(1).normal(size=(3, 5)).astype(np.float32)
     vector = Vector(values, name="warm", model="m", fingerprint="ab" * 8, notes={"pairs": 3})
     save_vector(tmp_path / "v.safetensors", vector)
@@ -249,7 +249,7 @@ def test_an_empty_system_prompt_is_not_a_missing_one(checkpoint, monkeypatch):
 
 
 def test_options_of_the_population_and_of_held_out_roles_act(checkpoint, texts, tmp_path, capsys):
-    """`--percentile` and `--of` select the floor, `--held-out` the roles of the axis."""
+    """`--percentile` and `--of` select the floor; `--held-out` excludes roles from the axis."""
     for out, more in (("run", ()), ("held", ("--held-out", "tutor"))):
         assert run(command(checkpoint, texts, tmp_path / out, *more)) == 0
     held, whole = (load_axis(tmp_path / out / "axis.safetensors") for out in ("held", "run"))
@@ -281,9 +281,9 @@ def test_options_of_the_population_and_of_held_out_roles_act(checkpoint, texts, 
 
 @pytest.mark.slow
 def test_axis_runs_on_the_project_s_own_data(tmp_path, capsys):
-    """Roles and questions of the package data, on a random model of a preset's shape."""
+    """Roles and questions of the package data, on a random model with a preset's shape."""
     assert run(["axis", "--model", "random:qwen3-mini", "--roles", "data", "--limit", "12",
                 "--limit-questions", "1", "--max-new-tokens", "4", "--min-count", "1",
-                "--out", str(tmp_path / "run")]) == 0
+                "--out", str(tmp_path / "run"), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["roles"] == 12 and summary["rollouts"] == 65 and summary["judge"] == "none"

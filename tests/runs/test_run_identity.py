@@ -1,4 +1,4 @@
-"""Tests of the manifest, the file names of roles, and the axis for given scores."""
+"""The manifest, the file names of roles, and the axis for given scores."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cast(*names):
 
 
 class Judge:
-    """A judge that returns listed scores for each role."""
+    """A judge that returns given scores for each role."""
 
     name = "listed"
 
@@ -44,7 +44,7 @@ class Judge:
         self.scores = scores
 
     def __call__(self, role, records):
-        """Return the listed scores."""
+        """Return the given scores."""
         return self.scores.get(role.name, [3] * len(records))
 
 
@@ -58,7 +58,7 @@ NAMES = ["../../x", "/etc/passwd", "a/b", "a\\b", "..", ".", ".hidden", "a:b", "
 
 
 def test_any_name_stays_within_its_folder_and_is_its_own(tmp_path):
-    """Names that are paths or invalid file names are encoded, and the run resumes."""
+    """Names that are paths or invalid file names are encoded, and the run can be resumed."""
     roles, out = cast(*NAMES), tmp_path / "deep" / "run"
     found = find(out, roles)
     stems = [file_stem(role.name) for role in roles]
@@ -76,7 +76,7 @@ def test_any_name_stays_within_its_folder_and_is_its_own(tmp_path):
     (["x" * 201], "takes 201 bytes as a file name; the limit is 200"),
     (["é" * 40], "takes 240 bytes"), ([""], "must be a non-empty string"),
     ([None], "must be a non-empty string"),
-    (["\ud800"], "half a surrogate pair"), (["a", "b", "a"], "two roles are named 'a'"),
+    (["\ud800"], "a lone surrogate"), (["a", "b", "a"], "two roles are named 'a'"),
     (["Ghost", "ghost"], "differ only in upper and lower case")])
 def test_a_name_that_no_file_can_have_is_refused_before_anything(tmp_path, names, wanted):
     with pytest.raises(ValueError, match=wanted):
@@ -90,15 +90,15 @@ def test_question_ids_and_counts_of_scores_are_checked(tmp_path):
         extract_axis(MODEL, cast("a", "b"), twice, tmp_path / "run", judge=Judge({}))
     assert not list(tmp_path.iterdir())
     for scores, wanted in (([3], "returned 1 scores for 4 rollouts"),
-                           ([3, True, 3, 3], "a rollout of role 'a' True"),
-                           ([3, 2.0, 3, 3], "a rollout of role 'a' 2.0"),
-                           ([3, 4, 3, 3], "a rollout of role 'a' 4")):
+                           ([3, True, 3, 3], "a rollout of role 'a' the score True"),
+                           ([3, 2.0, 3, 3], "a rollout of role 'a' the score 2.0"),
+                           ([3, 4, 3, 3], "a rollout of role 'a' the score 4")):
         with pytest.raises(ValueError, match=wanted):
             find(tmp_path / "run", cast("a", "b"), Judge({"a": scores}))
 
 
 def test_what_changes_bits_is_recorded_and_compared(tmp_path, monkeypatch):
-    """A change of device, mesh, JAX flags, environment, tokenizer or judge raises."""
+    """A change of device, mesh, JAX flags, environment, tokenizer or judge raises an error."""
     out, roles = tmp_path / "run", cast("a", "b")
     find(out, roles)
     kept = json.loads((out / "run.json").read_text())
@@ -120,7 +120,7 @@ def test_what_changes_bits_is_recorded_and_compared(tmp_path, monkeypatch):
         patch.setenv("XLA_FLAGS", flags + " --xla_cpu_enable_fast_math=true")
         refused("numerics.environment.XLA_FLAGS")
         patch.setenv("XLA_FLAGS", flags + " --xla_dump_to=/x")
-        find(out, roles)  # dump flags change no result
+        find(out, roles)  # flags for dumps do not change results
     other = s.byte_tokenizer()
     other.chat_template = other.chat_template.replace("assistant\n", "assistant: ")
     refused("prompts was", model=dataclasses.replace(MODEL, tokenizer=other))
@@ -193,7 +193,8 @@ RECORDS = [{"question": f"Why {i}?", "conversation": [
 
 
 def test_the_self_judge_asks_for_the_last_message_and_reads_the_verdicts(monkeypatch):
-    module = sys.modules["jaxpersona.engine.generate"]  # not the function of that name
+    # the module, not the function of the same name
+    module = sys.modules["jaxpersona.engine.generate"]
     asked = []
 
     def said(model, conversations, **options):
@@ -225,7 +226,7 @@ def test_a_score_is_an_integer_from_0_to_3_that_stands_alone(text, score):
 
 
 def test_a_killed_command_resumes_to_the_same_bytes(tmp_path):
-    """A process killed with SIGKILL during rollouts leaves a folder that resumes."""
+    """A process killed with SIGKILL during rollouts leaves a folder that can be resumed."""
     code = (
         "import os, signal, sys\n"
         "import test_run_identity as t\n"

@@ -41,7 +41,7 @@ def says(*contents, system=None):
 
 
 def runs(tokenizer, row):
-    """Merge adjacent tokens of equal kind and turn: [(letters of `LETTERS`, turn, text)]."""
+    """Merge adjacent tokens of the same kind and turn: [(letters from `LETTERS`, turn, text)]."""
     out, ids = [], []
     for i, token in enumerate(row.tokens.tolist()):
         ids.append(token)
@@ -62,7 +62,7 @@ def same_ids(tokenizer, row, messages, **options):
 
 
 def by_bytes(tokenizer, row, segments):
-    """Compute the expected kind and turn by counting bytes of the segments, without offsets."""
+    """Compute the expected kind and turn by counting bytes in the segments, without offsets."""
     kind, turn = [], []
     for role, number, text in segments:
         kind += [ROLE[role]] * len(text.encode())
@@ -164,7 +164,7 @@ def test_system_prompt_goes_before_the_first_user_message_where_there_is_no_role
         ("u", 1, "Who are you?"), ("t", 1, "<end_of_turn>\n"), ("t", 2, "<start_of_turn>model\n"),
     ]
     row = chat.encode_row(t, says("Who?", system="You are a pirate."))
-    assert ("t", 0, ".\n\n") in runs(t, row)  # a token that spans both is TEMPLATE
+    assert ("t", 0, ".\n\n") in runs(t, row)  # a token that contains both is TEMPLATE
     with pytest.raises(ValueError, match="no system role"):
         chat.encode_row(t, says(system="You are."), reply=False)
 
@@ -216,7 +216,7 @@ def test_a_thinking_block_opened_by_the_prompt_is_open_at_its_last_token():
     assert runs(t, row)[4] == ("a", 1, "the ship")
     assert runs(t, row)[-2:] == [("t", 3, "<|im_start|>assistant\n"), ("th", 3, "<think>\n")]
     assert chat.thinking_ids(t) == tuple(t.convert_tokens_to_ids(["<think>", "</think>"]))
-    # A block closed within the prompt must not leave the last token THINKING.
+    # After a block that is closed in the prompt, the last token must not be THINKING.
     closed = t.chat_template.replace(r"<think>\n", "<think></think>")
     row = chat.encode_row(with_template(t, closed), talk)
     assert [bool(k & THINKING) for k in row.kind[-3:]] == [False, True, False]
@@ -237,7 +237,8 @@ def test_templates_that_move_the_system_prompt_and_cue_nothing():
     assert same_ids(t, row, talk)
     assert runs(t, row) == [
         ("t", 1, "<bos>[INST] "), ("u", 1, "Who?"), ("t", 1, "[/INST]"),
-        ("a", 2, " the sea"), ("t", 2, "<eos>"),  # one token joins the template's space and "the"
+        # one token contains the template's space and "the"
+        ("a", 2, " the sea"), ("t", 2, "<eos>"),
         ("t", 0, "[INST] "), ("s", 0, "You are"), ("t", 3, "\n\n"), ("u", 3, "Who?"),
         ("t", 4, "[/INST]")]
 
@@ -287,7 +288,7 @@ def test_continuing_from_ids_equals_the_rendering_of_the_whole(family, stop, sys
 def test_generated_ids_are_kept_and_their_thinking_and_code_marked():
     t = tokenizer_of("qwen3")
     row = chat.encode_row(t, "Who?", thinking=True)
-    odd = t.convert_tokens_to_ids(["t", "h", "e"])  # differs from the tokenizer's own encoding
+    odd = t.convert_tokens_to_ids(["t", "h", "e"])  # differs from the tokenizer's encoding
     said = t.encode("<think>sea</think>\n```\nthe\n```\nship", add_special_tokens=False)
     more = chat.continue_row(t, row, np.array([*said, *odd]), "Who?", stopped=False)
     assert more.tokens[row.tokens.size :][: len(said) + 3].tolist() == [*said, *odd]
@@ -295,7 +296,7 @@ def test_generated_ids_are_kept_and_their_thinking_and_code_marked():
         ("agh", 1, "<think>sea</think>"), ("ag", 1, "\n``"), ("agc", 1, "`\nthe\n```"),
         ("ag", 1, "\nshipthe")]  # a fence is recognized at its third mark
     assert runs(t, more)[8][:2] == ("t", 1)
-    # Two stop ids: the reply's is kept, and the template's closes the turn.
+    # Two stop ids: the reply's is kept, and the template's ends the turn.
     other = t.convert_tokens_to_ids("<|endoftext|>")
     more = chat.continue_row(t, row, np.array([*odd, other]), "Who?", stopped=True)
     assert "the<|endoftext|><|im_end|>\n<|im_start|>user\nWho?<|im_end|>" in more.text
@@ -324,7 +325,8 @@ def test_encode_makes_a_batch_whose_rows_are_named_by_what_they_are():
         chat.row_id(rows[0].tokens), chat.row_id(rows[1].tokens), chat.row_id(rows[0].tokens, 1)]
     assert int(out.kind[0, 0]) == VALID | FIRST | TEMPLATE
     assert int(out.kind[0, rows[0].tokens.size - 1]) == VALID | LAST | TEMPLATE
-    assert chat.row_id([1, 2, 3]) == 1753001278  # must never change: saved runs depend on it
+    # must never change, because saved runs depend on it
+    assert chat.row_id([1, 2, 3]) == 1753001278
     assert len({chat.row_id([1, 2, 3], s, salt) for s in range(9) for salt in ("", "a")}) == 18
     with pytest.raises(ValueError, match="wrap it in a list"):
         chat.encode(t, talks[1])
@@ -348,7 +350,7 @@ def test_tokenizers_without_thinking_tags_have_no_ids_for_them():
     ([{"role": "user", "content": "x", "name": "y"}], "the field 'name'"),
     (says("x", "y"), "it must be 'user'"),
     (says(system="x"), "it must be 'user'"),
-    ([*says("x"), *says("y", system="z")], "only message 0 may"),
+    ([*says("x"), *says("y", system="z")], "only message 0 can have it"),
     (["x"], "message 0 is 'x'"), (says("\ud800"), "lone surrogate"),
 ])
 def test_a_malformed_conversation_is_refused_by_field_and_value(talk, complaint):

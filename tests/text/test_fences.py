@@ -1,4 +1,4 @@
-"""Token-wise detection of fenced code, against line-wise parsing and during decoding."""
+"""Fenced code detected token by token, compared with line-wise parsing, and during decoding."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_table_follows_a_tokenizer(model):
 
 
 def test_code_that_is_being_generated_can_be_left_out(model, monkeypatch):
-    """Captures and edits see the same kinds during decoding as in a later forward pass."""
+    """Captures and edits use the same kinds during decoding as in a later forward pass."""
     from jaxpersona.engine import programs
 
     text = "so:\n```py\nx = 1\n```\nthat is all"

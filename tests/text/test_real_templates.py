@@ -1,4 +1,4 @@
-"""Kinds and turns of tokens under the published chat templates, against spans written by hand.
+"""Kinds and turns of tokens with the published chat templates, compared with handwritten spans.
 
 In the spans, {s0} begins text of kind "s" (`published_templates.LETTERS`) and turn 0.
 """
@@ -68,7 +68,7 @@ TALKS = {
     "qwen3": CHATML_TALK + "{th4}" + NO_THOUGHT + "{t4}\n\n",
     "gemma-2": GEMMA_TALK,
     "gemma-3": GEMMA_TALK,
-    # the system prompt precedes the last user message; a space is one token with the word after it
+    # the system prompt precedes the last user message; a space and the word after it form one token
     "mistral-7b-v0.3": "{t1}<s>[INST]{u1} Who are you?{t1}[/INST]{a2} I am a pirate.{t2}</s>"
                        "{t0}[INST]{s0} You are a pirate{t3}\n\n{u3}Why?{t4}[/INST]",
     "mistral-nemo": "{t1}<s>[INST]{u1}Who are you?{t1}[/INST]{a2}I am a pirate.{t2}</s>"
@@ -126,9 +126,9 @@ EMPTY = {  # an empty system message and one user message
     "deepseek-r1-distill": "{t0}<｜begin▁of▁sentence｜>{t1}<｜User｜>{u1}Why?"
                            "{t2}<｜Assistant｜>{th2}<think>\n",
 }
-REMOVES = ("qwen3", "deepseek-r1-distill")  # thinking blocks of past turns
-MOVES = ("mistral-7b-v0.3", "mistral-nemo")  # the system prompt before the last user message
-CONTENTS = {  # (user, assistant): rendered verbatim by every template
+REMOVES = ("qwen3", "deepseek-r1-distill")  # remove thinking blocks of past turns
+MOVES = ("mistral-7b-v0.3", "mistral-nemo")  # move the system prompt before the last user message
+CONTENTS = {  # (user, assistant), rendered verbatim by every template
     **COMMON_CONTENTS,
     "accents": ("naïve café", "Ünïcödé é\u0323"),
     "the same words": ("You are a pirate", "You are a pirate"),
@@ -170,10 +170,10 @@ def test_the_tests_select_exactly_the_contents(name, user, said):
     chosen = sum(np.asarray(jp.where.holds(test.encode(), row), int)
                  for test in (jp.response, jp.user, jp.system))[0]
     assert chosen.max() == 1
-    # what no test selects is the template's text, which is the same as in TALK
+    # tokens that are not selected are template text, which must equal that of TALK
     rest = tokenizer.decode(row.tokens[0][chosen == 0].tolist())
     frame = re.sub(r"\{[sua]\d\}[^{]*|\{th?\d\}", "", TALKS[name])
-    assert "".join(rest.split()) == "".join(frame.split())  # a lone space may be template
+    assert "".join(rest.split()) == "".join(frame.split())  # a lone space may be template text
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -182,7 +182,7 @@ def test_fenced_code_of_a_reply_is_code(name):
     row = jp.encode(tokenizer, [says("~~~\na\n~~~", FENCED)], reply=False)
     code = selected(tokenizer, row, jp.response & jp.Where(need=CODE))
     text = selected(tokenizer, row, jp.response.without("code"))
-    # a fence and the line break after it may be one token
+    # a fence and the line break after it may form one token
     assert code[1].removesuffix("\n") == "```py\nprint(1)  # the sea\n```"
     assert text[1].split() == ["So:", "the", "end"] and set(code) == set(text) == {1}
 
@@ -210,7 +210,7 @@ THINKING_SPANS = {
     "qwen3 answered without a thought": (
         "qwen3", says("Who?", THOUGHT, "Why?", "I am."), True,
         QWEN3_PAST + "{th3}" + NO_THOUGHT + "{t3}\n\n{a3}I am.{t3}<|im_end|>\n"),
-    "qwen3 result of a tool": (  # begins and ends with tags, and so is no question
+    "qwen3 result of a tool": (  # begins and ends with tags, so it is not a question
         "qwen3", says("<tool_response>7</tool_response>", "I am.", system=""), True,
         """\
 {t0}<|im_start|>system
@@ -281,8 +281,8 @@ I am.{tg2}<|im_end|>{t2}
         "{t0}<｜begin▁of▁sentence｜>{s0}You are a pirate{t1}<｜User｜>{u1}Who are you?"
         "{t2}<｜Assistant｜>{th2}<think>\n{agh2}The sea.\n</think>{ag2}\n\nI am."
         "{tg2}<｜end▁of▁sentence｜>{t3}<｜User｜>{u3}Why?{t4}<｜Assistant｜>{th4}<think>\n"),
-    "mistral-7b-v0.3": (  # the system prompt moves: the prompt's own tokens are kept
-        "I am.</s>",  # the tokenizer puts a space before the first word
+    "mistral-7b-v0.3": (  # the system prompt moves, but the prompt's tokens are kept
+        "I am.</s>",  # the tokenizer adds a space before the first word
         "{t0}<s>[INST]{s0} You are a pirate{t1}\n\n{u1}Who are you?{t2}[/INST]{ag2} I am.{tg2}</s>"
         "{t0}[INST]{s0} You are a pirate{t3}\n\n{u3}Why?{t4}[/INST]"),
     "mistral-nemo": (
@@ -304,7 +304,7 @@ def test_a_generated_reply_keeps_its_tokens_and_its_stop_token_is_template(name)
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_mean_of_the_response_has_no_template_token(name):
-    """The rows have different lengths, so the batch holds padding too."""
+    """The rows have different lengths, so the batch contains padding."""
     tokenizer = make_tokenizer(name)
     talks = [TALK, says("Why?"), says("Why?", system=""), ASKED]
     batch = jp.encode(tokenizer, talks)
@@ -318,7 +318,7 @@ def test_the_mean_of_the_response_has_no_template_token(name):
 
 @pytest.mark.parametrize("variables", [None, {"date_string": "1 May 2025"}], ids=["clock", "given"])
 def test_the_date_of_today_is_template(variables):
-    """Llama 3.2 takes the date from the clock."""
+    """The template of Llama 3.2 inserts the current date."""
     tokenizer = copy.deepcopy(make_tokenizer("llama-3.1"))
     tokenizer.chat_template = source("llama-3.1").replace('"26 Jul 2024"',
                                                           'strftime_now("%d %b %Y")')
@@ -329,6 +329,6 @@ def test_the_date_of_today_is_template(variables):
 
 @pytest.mark.parametrize("name", MOVES)
 def test_a_system_prompt_that_the_template_drops_is_refused(name):
-    """The system prompt goes before a last user message only; an answered one would lose it."""
+    """The template renders the system prompt only if the last message is a user message."""
     with pytest.raises(jp.UserError, match="omits the content of message 0"):
         chat.encode_row(make_tokenizer(name), TALK[:3], reply=False)

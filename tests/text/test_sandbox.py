@@ -66,7 +66,7 @@ def test_no_template_runs_for_ever_or_fills_memory(tokenizer, bounds, template, 
 
 
 def test_the_renderings_of_one_conversation_are_bounded_together(tokenizer, monkeypatch):
-    """The time limit covers all renderings of one conversation together."""
+    """The time limit applies to all renderings of one conversation together."""
     slow = chat_templates.CHATML + ("{% for a in range(300) %}{% for b in range(3000) %}"
                                     "{% endfor %}{% endfor %}")
     asked, real = [], sandbox._Worker.ask
@@ -89,7 +89,7 @@ def test_the_renderings_of_one_conversation_are_bounded_together(tokenizer, monk
                        "rendering takes more"):
         chat.encode_row(t, "Who?")
     assert len(asked) < len(used)
-    chat.encode_row(tokenizer, "Who?")  # the next conversation has a new budget
+    chat.encode_row(tokenizer, "Who?")  # the next conversation has a new time limit
 
 
 def test_an_error_of_a_template_names_where_it_comes_from(tokenizer):
@@ -192,11 +192,11 @@ def test_encoding_takes_time_in_proportion_to_the_conversation(tokenizer, templa
             counts.append(rendered[0])
             took.append(time.process_time() - begun)
         assert counts[1] < 6 * counts[0]
-        assert took[1] < 1.5, content  # about 0.1 s; minutes if quadratic
+        assert took[1] < 1.5, content  # about 0.1 s, or minutes if quadratic
 
 
 def answering(script):
-    """Return a worker whose process runs another program."""
+    """Return a worker whose process runs a different program."""
     made = object.__new__(sandbox._Worker)
     made.limits = (0.5, sandbox.MEMORY, sandbox.CHARACTERS)
     made.process = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE,

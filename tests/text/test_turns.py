@@ -50,7 +50,7 @@ def with_template(tokenizer, source):
 
 @functools.cache
 def sentencepiece(kind):
-    """Build a SentencePiece-like tokenizer; "prepend" and "always" also mark a text's start."""
+    """Return a SentencePiece-like tokenizer; "prepend" and "always" also mark the text's start."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -81,7 +81,7 @@ def test_the_next_turn_comes_from_the_conversations_own_messages():
     t = with_template(tokenizer_of("mistral"), MOVES_SYSTEM)
     row = chat.encode_row(t, says("Who?", system="You are"))
     reply = np.array(t.encode(" the sea", add_special_tokens=False))
-    for _ in range(2):  # one turn later the real system prompt is still used
+    for _ in range(2):  # one turn later, the real system prompt is still used
         row = chat.continue_row(t, row, reply, "Why?", stopped=True)
         assert row.text.endswith(" the sea<eos>[INST] You are\n\nWhy?[/INST]")
         assert row.text == t.decode(row.tokens.tolist())
@@ -121,7 +121,7 @@ def test_any_reply_can_be_followed_by_a_message(family, reply):
 @pytest.mark.parametrize("source", [VICUNA, LLAMA2, PLAIN_LINES, None],
                          ids=["vicuna", "llama2", "lines", "base"])
 def test_a_turn_appended_has_the_tokens_of_the_whole(kind, source):
-    """A tokenizer that marks the start of a text must not mark the appended part."""
+    """A tokenizer that marks the start of a text must not mark the appended text."""
     t = with_template(sentencepiece(kind), source)
     first, said, then = says("hello world"), "the sea is blue", "ship"
     row = chat.encode_row(t, first)
@@ -167,7 +167,7 @@ def test_a_blank_that_is_one_token_with_the_first_word_is_the_answers(source):
         mine = (row.kind & ASSISTANT) != 0
         assert t.decode(row.tokens[mine].tolist()) == " " + said
         assert set(row.turn[mine].tolist()) == {1}
-    # whitespace alone and trailing whitespace stay TEMPLATE
+    # whitespace alone and trailing whitespace remain TEMPLATE
     row = chat.encode_row(t, says("Who?", "\n\nthe"), reply=False)
     assert "the" in t.decode(row.tokens[(row.kind & ASSISTANT) != 0].tolist())
 
@@ -230,7 +230,7 @@ def test_thinking_is_marked_while_it_is_generated(opened, monkeypatch):
 
 
 def test_a_block_that_the_next_prompt_closes_is_not_open():
-    """The next generation prompt opens and closes a thinking block: the reply is outside it."""
+    """The next generation prompt opens and closes a thinking block, so the reply is outside it."""
     t = with_template(tokenizer_of("chatml"), chat_templates.CHATML.replace(
         r"<|im_start|>assistant\n' }}{% endif", r"<|im_start|>assistant\n<think></think>' }}"
         "{% endif"))

@@ -1,4 +1,4 @@
-"""A steering vector learned on the embedded model: it moves its target and leaves as a file."""
+"""Training of a steering vector on the embedded model: its effect, checkpoints and file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model():
 
 
 def scene(model):
-    """Prompts, and the token to be made likely after each."""
+    """Return prompts and the target token after each."""
     rows = jp.encode(model, [[{"role": "user", "content": text}] for text in ASKED])
     target = model.tokenizer.encode(" thee", add_special_tokens=False)[-1]
 
@@ -45,7 +45,7 @@ def test_fifty_steps_move_the_target_and_the_export_acts_the_same(model, tmp_pat
                        optimizer=optax.adam(0.2), progress=lambda *x: told.append(x))
     assert losses[0] > 8 and losses[-1] < 0.5, losses[::10]
     assert len(told) == 50 and told[-1][:2] == (50, 50)
-    assert s.differing(model.params, before) == []  # the model stays
+    assert s.differing(model.params, before) == []  # the model is unchanged
 
     def measure(edits):
         out = jax.jit(jp.forward)(model.params, model.config, rows, interventions=edits)
@@ -53,12 +53,12 @@ def test_fifty_steps_move_the_target_and_the_export_acts_the_same(model, tmp_pat
 
     own, logits = measure(direction.interventions())
     assert own < losses[-1] + 0.1 < measure(None)[0] / 2
-    # another one, from the checkpoint alone
+    # a new direction, restored from the checkpoint alone
     again = learn.Direction(128, layers=[3, 5], seed=9)
     assert learn.fit(model, again, loss, [rows], steps=50, folder=tmp_path / "kept",
                      optimizer=optax.adam(0.2)) == []
     assert s.same_bits(again.vector[...], direction.vector[...])
-    # as a file, by the ordinary operator
+    # saved as a file, applied with the ordinary operator
     jp.save_vector(tmp_path / "v.safetensors", direction.to_vector(model, "thee"))
     found = load_vector(tmp_path / "v.safetensors")
     assert found.fingerprint == model.fingerprint and found.name == "thee"
@@ -77,7 +77,7 @@ def test_a_stopped_training_ends_in_the_same_vector(tmp_path):
 
     whole, parts = learn.Direction(32, layers=1), learn.Direction(32, layers=1)
     alone = learn.fit(model, whole, loss, rows, steps=70)
-    # the two batches take turns: each one's loss falls against its own
+    # the two batches alternate, so each loss is compared with earlier losses on the same batch
     assert alone[68] < 0.9 * alone[0] and alone[69] < 0.9 * alone[1], alone[::10]
     first = learn.fit(model, parts, loss, rows, steps=60, folder=tmp_path)
     parts = learn.Direction(32, layers=1, seed=4)
@@ -88,7 +88,7 @@ def test_a_stopped_training_ends_in_the_same_vector(tmp_path):
                   learn.Direction(32, layers=1, where=jp.generated)):
         with pytest.raises(ValueError, match="does not match this direction"):
             learn.fit(model, other, loss, rows, steps=80, folder=tmp_path)
-    with pytest.raises(ValueError, match="written with another optimizer"):
+    with pytest.raises(ValueError, match="written with a different optimizer"):
         learn.fit(model, learn.Direction(32, layers=1), loss, rows, steps=80, folder=tmp_path,
                   optimizer=optax.sgd(0.1))
     with pytest.raises(ValueError, match="steps is 30, but .* already has 70"):
@@ -99,7 +99,7 @@ def test_batches_are_taken_in_turn_and_a_resumed_training_goes_on_with_the_next(
     model, firsts = s.tiny_model(), [5, 17, 40]
     rows = [batch([[first, 9, 8]]) for first in firsts]
 
-    def loss(output, rows):  # tells which batch it saw
+    def loss(output, rows):  # identifies the batch
         return rows.tokens[0, 0].astype(jnp.float32) + 0.0 * output.logits.sum()
 
     def fit(steps):
@@ -111,7 +111,7 @@ def test_batches_are_taken_in_turn_and_a_resumed_training_goes_on_with_the_next(
 
 
 def test_a_step_follows_the_slope_of_the_loss():
-    """One step of plain descent is v - rate * dloss/dv, with the slope by finite differences."""
+    """One step of gradient descent is v - rate * dloss/dv, with finite-difference gradients."""
     model, rows = s.tiny_model(), batch(s.prompts((6, 6)), width=8)
     direction = learn.Direction(32, layers=1, size=1.0)
     v = np.asarray(direction.vector[...])

@@ -1,4 +1,4 @@
-"""Arithmetic of directions: the values, the model that they keep, and what is refused."""
+"""Arithmetic on directions: values, model metadata, and rejected operands."""
 
 from __future__ import annotations
 

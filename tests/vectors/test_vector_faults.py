@@ -1,4 +1,4 @@
-"""Vector files that a hostile hand wrote: each is refused in one line, whatever is in it."""
+"""Malicious and malformed vector files: each is rejected with a one-line error."""
 
 import json
 
@@ -21,7 +21,7 @@ DEEP = "[" * 200_000
 
 
 def refused(capsys, path, words, *more):
-    """Read a file from a program and show it on the command line: one line each, the same."""
+    """Read a file in Python and with the command; both must give the same one-line error."""
     with pytest.raises(ValueError, match=words) as caught:
         load_any(path)
     assert "\n" not in str(caught.value) and path.name in str(caught.value)
@@ -46,14 +46,14 @@ def refused(capsys, path, words, *more):
     ({k: v for k, v in CAPS.items() if k != "labels"}, "'labels' is missing"),
 ])
 def test_a_header_that_lies_is_one_line(tmp_path, capsys, header, words):
-    """Texts nested beyond any parser, of another kind, and fields that say something else."""
+    """Test metadata with excessive nesting, wrong types, and fields that contradict the data."""
     tensors = {"values": VALUES[:1], "floors": VALUES[0, :1]}
     write_tensors(tmp_path / "v.safetensors", tensors, header)
     refused(capsys, tmp_path / "v.safetensors", words)
 
 
 def test_no_depth_of_a_nest_gets_past(tmp_path):
-    """Near the parser's limit a nest can be read and yet not be quoted in an error."""
+    """Near the parser's limit, a value can be parsed but be too deep to quote in an error."""
     file = tmp_path / "c.safetensors"
     for field in ("notes", "layers", "labels"):
         for depth in range(600, 1000, 7):
@@ -65,15 +65,15 @@ def test_no_depth_of_a_nest_gets_past(tmp_path):
 
 @pytest.mark.parametrize("shape", [(0, 6), (4, 0), (0, 0)])
 def test_a_direction_has_layers_and_width(tmp_path, capsys, shape):
-    """Nothing by something is no direction, in a program and in every format that could say so."""
+    """Empty arrays are not directions, in Python and in every file format."""
     empty = np.zeros(shape, np.float32)
     for kind in (Vector, Axis):
-        with pytest.raises(ValueError, match="both nonzero"):
+        with pytest.raises(ValueError, match="with L and D nonzero"):
             kind(empty)
     write_tensors(tmp_path / "v.safetensors", {"values": empty}, HEADER)
     np.save(tmp_path / "v.npy", empty)
     for name in ("v.safetensors", "v.npy"):
-        refused(capsys, tmp_path / name, "both nonzero")
+        refused(capsys, tmp_path / name, "with L and D nonzero")
     write_tensors(tmp_path / "c.safetensors",
                   {"values": empty, "floors": np.zeros(shape[0], np.float32)},
                   {**CAPS, "layers": json.dumps(list(range(shape[0]))),
@@ -87,12 +87,12 @@ def test_a_direction_has_layers_and_width(tmp_path, capsys, shape):
     (["x"] * 4, "cannot be converted to float32"),
 ])
 def test_thresholds_are_one_finite_number_a_layer(tmp_path, capsys, value, words):
-    """In a program and in a file alike."""
+    """Thresholds are checked in Python and in files."""
     with pytest.raises(ValueError, match=f"percentiles/default/p25.*{words}"):
         Axis(VALUES, percentiles={"default": {"p25": value}})
-    with pytest.raises(ValueError, match=r"a dict of \[L\]"):
+    with pytest.raises(ValueError, match=r"a dict from percentile names.*arrays \[L\]"):
         Axis(VALUES, percentiles={"p25": value})
-    with pytest.raises(ValueError, match="a dict by population"):
+    with pytest.raises(ValueError, match="a dict with populations"):
         Axis(VALUES, percentiles=value)
     with pytest.raises(ValueError, match="has a / in a name"):
         Axis(VALUES, percentiles={"a/b": {"p25": np.zeros(4)}})
@@ -104,7 +104,7 @@ def test_thresholds_are_one_finite_number_a_layer(tmp_path, capsys, value, words
 
 
 def test_notes_are_plain_in_every_format(tmp_path):
-    """Scalars of NumPy and JAX come back as Python's; what no file can hold is refused at once."""
+    """NumPy and JAX scalars become Python scalars; values that files cannot hold are rejected."""
     notes = {"x": np.float32(1.5), "n": np.int64(3), "y": jnp.float32(0.25), "t": "said", "b": True}
     plain = {"x": 1.5, "n": 3, "y": 0.25, "t": "said", "b": True}
     vector = Vector(VALUES, notes=notes)
@@ -140,7 +140,7 @@ def _gguf():
 
 @pytest.mark.parametrize("notes", ["[1]", "5", DEEP, '{"a": [1]}'])
 def test_the_notes_of_a_control_vector_are_a_table(tmp_path, capsys, notes):
-    """What another program wrote into our key is read as strictly as our own header."""
+    """Metadata that another program wrote under our key is checked as strictly as our own."""
     gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(tmp_path / "v.gguf", "controlvector")
     writer.add_string("jaxpersona.notes", notes)
@@ -155,7 +155,7 @@ def test_the_notes_of_a_control_vector_are_a_table(tmp_path, capsys, notes):
 
 
 def test_a_truncated_control_vector_says_so(tmp_path):
-    """Wherever it is cut; the words are ours, not NumPy's."""
+    """Test a file cut at any position; the message is ours, not NumPy's."""
     pytest.importorskip("gguf")
     save_vector(tmp_path / "v.gguf", Vector(VALUES))
     whole = (tmp_path / "v.gguf").read_bytes()
@@ -167,7 +167,7 @@ def test_a_truncated_control_vector_says_so(tmp_path):
 
 
 def test_a_table_says_itself_what_it_is(tmp_path):
-    """A kind that contradicts the file is refused; names are read by whole words."""
+    """A `kind` that contradicts the file is rejected; tensor names are matched by whole words."""
     torch = pytest.importorskip("torch")
     value = torch.tensor(VALUES)
     tables = {"axis": {"axis": value}, "role": {"vector": value, "role": "ghost"}, "caps": {
@@ -194,7 +194,7 @@ def test_a_table_says_itself_what_it_is(tmp_path):
 
 
 def test_a_caps_file_that_lies_is_named(tmp_path):
-    """Caps are checked as they are read."""
+    """Caps are checked when they are read."""
     fields = dict(values=VALUES[:2], layers=(1, 2), floors=np.zeros(2), labels=("a", "b"))
     for change, words in (({"layers": (1,)}, "1 layers"), ({"floors": [np.nan, 0]}, "non-finite"),
                           ({"values": 0 * VALUES[:2]}, "zero vector"),
@@ -213,7 +213,7 @@ def test_a_caps_file_that_lies_is_named(tmp_path):
 
 
 def test_numbers_beyond_float32_are_one_line(tmp_path, capsys):
-    """Integers that no float holds, as a cap of a file and as values of a program."""
+    """Test integers beyond float32, as a cap in a file and as values in Python."""
     for make, field in ((lambda: Vector([[10**400]]), "values"),
                         (lambda: Caps(VALUES[:1], (1,), [10**400], ("a",)), "floors"),
                         (lambda: Vector([[{}]]), "values"), (lambda: Vector("x"), "values")):
@@ -228,7 +228,7 @@ def test_numbers_beyond_float32_are_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".gguf", ".npy"])
 def test_a_name_that_the_system_refuses_is_one_line(tmp_path, capsys, suffix):
-    """Too long, or with a null byte in it."""
+    """Test a name that is too long and one with a null byte."""
     refused(capsys, tmp_path / ("x" * 300 + suffix), "cannot be read .File name too long")
     with pytest.raises(ValueError, match="cannot be read .embedded null byte"):
         load_vector(tmp_path / f"a\0{suffix}")
@@ -237,7 +237,7 @@ def test_a_name_that_the_system_refuses_is_one_line(tmp_path, capsys, suffix):
 
 
 def test_convert_checks_the_shape_of_random_weights_alone(tmp_path, capsys, monkeypatch):
-    """No weights are drawn for `random:`; of a model the weights are read, and it says so."""
+    """For `random:`, no weights are drawn; for a model, weights are read and this is reported."""
     def load(source, _):
         raise AssertionError(f"{source} was loaded")
 
@@ -255,7 +255,7 @@ def test_convert_checks_the_shape_of_random_weights_alone(tmp_path, capsys, monk
     save_vector(source, Vector(values, model="owner/m", fingerprint=known))
     assert s.run_command(convert) == 0
     found = load_vector(target)
-    assert (found.model, found.fingerprint) == ("owner/m", known)  # neither was tested
+    assert (found.model, found.fingerprint) == ("owner/m", known)  # neither was verified
     for vector in (Vector(values[1:]), Vector(values, fingerprint="0" * 16)):
         save_vector(source, vector)
         capsys.readouterr()

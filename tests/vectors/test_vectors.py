@@ -1,4 +1,4 @@
-"""Directions in every format: they come back as written, say what they are, and run no code."""
+"""Directions in every file format: round trips, metadata, and no code execution."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def tensor(values, dtype=torch.float32):
 
 
 def capping(caps=(0.5, -0.25, 1.5)):
-    """A capping_config of three caps, two of them at layer 2, listed out of the layers' order."""
+    """Return a capping_config with three caps, two of them at layer 2, not in layer order."""
     vectors = {f"layer_{layer}/{i}": {"layer": layer, "vector": tensor(VALUES[i])}
                for i, layer in enumerate((2, 1, 2))}
     listed = [{"vector": name, "cap": cap} for name, cap in zip(vectors, caps, strict=True)]
@@ -38,7 +38,7 @@ def capping(caps=(0.5, -0.25, 1.5)):
 
 
 def test_the_assistant_axis_projects_files(tmp_path):
-    """Bare and wrapped axes, in any float type; role vectors; the default's."""
+    """Test bare and wrapped axes in any float type, role vectors, and the default's vector."""
     torch.save(tensor(VALUES), tmp_path / "assistant_axis.pt")
     torch.save({"axis": tensor(VALUES, torch.bfloat16)}, tmp_path / "wrapped.pt")
     torch.save({"vector": tensor(VALUES, torch.float64), "type": "pos_3", "role": "ghost"},
@@ -62,7 +62,7 @@ def test_the_assistant_axis_projects_files(tmp_path):
 
 @pytest.mark.parametrize("pool", ["prompt_avg", "response_avg", "prompt_last"])
 def test_persona_vectors_are_rebased_and_say_so(tmp_path, pool):
-    """Entry i is layer i − 1; the embeddings go, and so does what follows the final norm."""
+    """Entry i is layer i − 1; the embeddings and the output of the final norm are dropped."""
     file = tmp_path / f"not_kind_{pool}_diff.pt"
     torch.save(tensor(VALUES), file)  # [L + 1, D]: three layers
     found = load_vector(file)
@@ -79,7 +79,7 @@ def test_persona_vectors_are_rebased_and_say_so(tmp_path, pool):
 
 
 def test_capping_experiments_become_floors(tmp_path):
-    """What the file's own formula does to a residual, in its order, the floors do too."""
+    """The floors change a residual like the formula of the file format, applied in file order."""
     config = capping()
     torch.save(config, tmp_path / "capping_config.pt")
     found = load_caps(tmp_path / "capping_config.pt")
@@ -118,7 +118,7 @@ def test_capping_experiments_become_floors(tmp_path):
 
 
 def test_floors_act_in_a_model_at_their_layers(tmp_path):
-    """The imported caps change what they bind and leave a model alone where they do not."""
+    """The imported caps change only projections below their floors."""
     model = s.tiny_model(d_model=6, n_heads=2, n_kv_heads=1, head_dim=4)
     batch = jp.batch(s.prompts([5, 9]))
     plain = s.residuals(model, batch)[0]
@@ -131,7 +131,7 @@ def test_floors_act_in_a_model_at_their_layers(tmp_path):
 
 
 def test_gguf_in_and_out(tmp_path):
-    """`direction.N` is layer N; layer 0 and thresholds are lost aloud; ours say what they are."""
+    """`direction.N` is layer N; a warning lists what the format drops: layer 0 and thresholds."""
     axis = Axis(VALUES, "assistant", "owner/m", "0123456789abcdef", notes={"roles": 3},
                 percentiles={"default": {"p25": np.zeros(4)}})
     lost = save_vector(tmp_path / "a.gguf", axis)
@@ -168,7 +168,7 @@ def test_gguf_in_and_out(tmp_path):
 
 
 def test_bare_arrays_in_and_out(tmp_path):
-    """A .npy keeps the values alone; anything but a real matrix is named."""
+    """A .npy file keeps only the values; anything but a real matrix raises an error."""
     assert save_vector(tmp_path / "v.npy", Vector(VALUES)) == ["the name"]
     axis = Axis(VALUES, "a", "m", "ab" * 8, notes={"n": 1},
                 percentiles={"default": {"p25": np.zeros(len(VALUES))}})
@@ -194,7 +194,7 @@ def test_bare_arrays_in_and_out(tmp_path):
 
 
 class Malicious:
-    """Pickled, it makes a folder when it is read."""
+    """When unpickled, this creates a folder."""
 
     def __init__(self, mark):
         self.mark = str(mark)
@@ -206,7 +206,7 @@ class Malicious:
 @pytest.mark.parametrize("name", ["bare2.pt", "bare4.pt", "zipped_axis.pt", "legacy_axis.pt",
                                   "code.npy"])
 def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path, name):
-    """Pickles with a call in them, in every container that can hold one."""
+    """Test pickles with a call in them, in every container that can contain one."""
     mark, file = tmp_path / "ran", tmp_path / name
     if name[:4] == "bare":
         file.write_bytes(pickle.dumps(Malicious(mark), int(name[4])))
@@ -215,7 +215,7 @@ def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path, name):
     else:
         torch.save({"axis": tensor(VALUES), "x": Malicious(mark)}, file,
                    _use_new_zipfile_serialization=name[0] == "z")
-    if name != "code.npy":  # the file does what it says when it is trusted
+    if name != "code.npy":  # a trusted file does run its code
         pickle.loads(file.read_bytes()) if name[:4] == "bare" else torch.load(
             file, weights_only=False)
         assert mark.exists()
@@ -223,12 +223,12 @@ def test_a_file_that_would_run_code_is_refused_and_does_not(tmp_path, name):
     with pytest.raises(ValueError, match=name) as caught:
         load_any(file)
     assert not mark.exists() and "\n" not in str(caught.value)
-    if name not in ("code.npy", "bare4.pt"):  # PyTorch's reader knows no pickle of protocol 4
+    if name not in ("code.npy", "bare4.pt"):  # PyTorch's reader does not support pickle protocol 4
         assert re.search(r"unsafe pickle: it would call \w+\.mkdir", str(caught.value))
 
 
 def test_damaged_files_of_every_format_are_one_line(tmp_path):
-    """Cut anywhere or with bytes changed, a file is named or still reads as what it was."""
+    """A file that is cut or has changed bytes raises an error or reads as valid values."""
     axis = Axis(VALUES, "assistant")
     for name in ("a.safetensors", "a.gguf", "a.npy"):
         save_vector(tmp_path / name, axis)
@@ -239,7 +239,7 @@ def test_damaged_files_of_every_format_are_one_line(tmp_path):
         bad = tmp_path / f"bad_axis{(tmp_path / name).suffix}"
         for cut in np.linspace(0, len(whole) - 1, 25).astype(int):
             bad.write_bytes(whole[:cut])
-            try:  # GGUF pads its end; without the padding nothing is lost
+            try:  # GGUF pads the end of a file; without the padding, nothing is lost
                 found = load_any(bad)
                 assert name == "a.gguf" and s.same_bits(found.values[1:], VALUES[1:])
             except ValueError as error:
@@ -250,7 +250,7 @@ def test_damaged_files_of_every_format_are_one_line(tmp_path):
             rng = np.random.default_rng(seed)
             changed = bytearray(whole)
             places = rng.integers(0, len(whole), 4)
-            if numbers >= 0 and seed % 2:  # of the numbers alone
+            if numbers >= 0 and seed % 2:  # change only the numbers
                 places = numbers + rng.integers(0, VALUES.nbytes, 4)
             for at in places:
                 changed[at] = rng.integers(256)
@@ -259,7 +259,7 @@ def test_damaged_files_of_every_format_are_one_line(tmp_path):
                 found = load_any(bad)
             except ValueError as error:
                 assert bad.name in str(error) and "\n" not in str(error), (name, seed)
-            else:  # every number is what the bytes say, and finite
+            else:  # every number has the value of its bytes and is finite
                 assert type(found) is type(good), (name, seed)
                 held = found.values() if isinstance(found, dict) else [found]
                 assert all(np.isfinite(one.values).all() for one in held), (name, seed)
@@ -277,7 +277,7 @@ def test_damaged_files_of_every_format_are_one_line(tmp_path):
 
 
 def one_cap(cap=1.0, **vector):
-    """An experiment of one cap on vector q, whose fields are given."""
+    """Return an experiment with one cap on vector q and the given fields."""
     return {"vectors": {"q": {"layer": 2, "vector": torch.ones(3), **vector}},
             "experiments": [{"id": "a", "interventions": [{"vector": "q", "cap": cap}]}]}
 
@@ -297,7 +297,7 @@ def one_cap(cap=1.0, **vector):
     (one_cap(vector=torch.ones(1, 3)), r"tensor \[D\]"),
 ])
 def test_a_pt_file_of_another_content_is_named(tmp_path, content, words):
-    """Each thing that a table may lack, in one line."""
+    """Each missing field gives a one-line error."""
     torch.save(content, tmp_path / "t.pt")
     with pytest.raises(ValueError, match=rf"t\.pt.*{words}") as caught:
         load_any(tmp_path / "t.pt")
@@ -305,7 +305,7 @@ def test_a_pt_file_of_another_content_is_named(tmp_path, content, words):
 
 
 def test_missing_extras_are_one_line(tmp_path, monkeypatch):
-    """Without PyTorch or gguf the files are refused with the command that brings them."""
+    """Without PyTorch or gguf, the error contains the command that installs it."""
     torch.save(tensor(VALUES), tmp_path / "axis.pt")
     save_vector(tmp_path / "v.gguf", Vector(VALUES))
     for name, file, extra in (("torch", "axis.pt", "torch"), ("gguf", "v.gguf", "gguf")):
@@ -319,7 +319,7 @@ def test_missing_extras_are_one_line(tmp_path, monkeypatch):
 
 
 def test_show_and_convert(tmp_path, capsys, checkpoint):
-    """Every format is shown and converted; the model is checked and entered."""
+    """Every format can be shown and converted; the model is checked and recorded."""
     model = jp.load(str(checkpoint))
     shape = model.config.n_layers, model.config.d_model
     values = RNG.normal(size=(shape[0] + 1, shape[1])).astype(np.float32)

@@ -1,0 +1,46 @@
+"""Download repositories of the Hugging Face hub, or find them in its local cache."""
+
+from __future__ import annotations
+
+import pathlib
+
+from jaxpersona.errors import UserError
+from jaxpersona.extras import require
+
+_PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+# duplicate weights in other layouts, adapters, and exports for other runtimes
+_NOT_FETCHED = ("consolidated*.safetensors", "adapter_model*.safetensors", "*/*.safetensors",
+                "original/*", "onnx/*")
+
+
+def download(name: str, revision: str | None) -> pathlib.Path:
+    """Download a hub repository, or find it in the local cache; return its folder.
+
+    Raises:
+      UserError: it is gated, missing or unreachable; the message says which.
+    """
+    require("huggingface_hub", f"{name}: models of the hub need huggingface_hub")
+    from huggingface_hub import constants, errors, snapshot_download
+
+    at = f"{name}@{revision}" if revision else name
+    try:
+        return pathlib.Path(snapshot_download(name, revision=revision,
+                                              allow_patterns=list(_PATTERNS),
+                                              ignore_patterns=list(_NOT_FETCHED)))
+    except errors.GatedRepoError:
+        raise UserError(f"{at}: the repository is gated; accept its terms on huggingface.co and "
+                        "log in with `hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise UserError(f"{at}: unknown revision; give a branch, tag or commit of the "
+                        "repository") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{at}: no such folder and no such hub repository (private ones need "
+                        "`hf auth login`)") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "no network"
+        raise UserError(f"{at}: no such folder, not in the local hub cache, and the hub is "
+                        f"unreachable ({why}); download the model first, or go online") from None
+    except (errors.HFValidationError, errors.HfHubHTTPError, errors.EntryNotFoundError,
+            OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{at}: not a folder, and downloading failed ({reason})") from None

@@ -1,0 +1,157 @@
+"""Load a checkpoint's weights in int8, one tensor at a time.
+
+Each tensor is read in float32, sharded, and quantized before the next one is, so memory holds the
+int8 model and one float tensor (besides those read ahead). The sums of the float weights are kept
+(`Int8.made_from`), so the model has their fingerprint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxpersona.ckpts import names
+from jaxpersona.ckpts.adapter import add_pair, read_adapter
+from jaxpersona.ckpts.names import EMBED, HEAD, Tensor
+from jaxpersona.ckpts.source import Progress, TensorSource, ahead, place
+from jaxpersona.ckpts.tensorfile import parse_dtype
+
+from jaxpersona.distributed import sharding
+from jaxpersona.errors import UserError
+from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.int8 import Int8, dequantized
+from jaxpersona.models.params import Params, collect_sums, dispatch_sums
+from jaxpersona.models.prepared import originated, quantize
+
+if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
+Blocks = Callable[[str], tuple[np.ndarray, np.ndarray] | None]
+INT8 = np.dtype(np.int8)
+_TABLES = ("int8", "float")
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """The dtypes in which `load` makes a model.
+
+    Attributes:
+      dtype: of the activations, and of weights that are not int8.
+      int8: whether the matrices are quantized.
+      tables: whether the embedding and the output head are too; None if the caller did not choose,
+        which quantizes them.
+      given: whether the caller chose the dtype of the weights.
+      merge: the folder of an adapter to add to the weights before they are quantized.
+    """
+
+    dtype: np.dtype
+    int8: bool = False
+    tables: bool | None = None
+    given: bool = False
+    merge: pathlib.Path | None = None
+
+
+def parse_form(dtype: DTypeLike | None, activations: DTypeLike | None, tables: str | None,
+               default: np.dtype) -> Form:
+    """Return the form that the arguments of `load` describe; `default` is the device's dtype.
+
+    Raises:
+      UserError: an unknown dtype or value, or an argument that applies to int8 only.
+    """
+    if not _is_int8(dtype):
+        for name, value in (("activations", activations), ("tables", tables)):
+            if value is not None:
+                raise UserError(f"{name} is {value!r:.60}, which applies to dtype='int8'; "
+                                f"omit {name}, or use dtype='int8'")
+        try:
+            return Form(default if dtype is None else parse_dtype(dtype), given=dtype is not None)
+        except UserError as error:
+            raise UserError(f"{error}, int8") from None
+    if tables not in (None, *_TABLES):
+        raise UserError(f"tables is {tables!r:.60}; it must be one of {', '.join(_TABLES)}")
+    try:
+        kind = default if activations is None else parse_dtype(activations)
+    except UserError as error:
+        raise UserError(f"activations: {error}") from None
+    return Form(kind, int8=True, tables=None if tables is None else tables == "int8", given=True)
+
+
+def _is_int8(dtype: DTypeLike | None) -> bool:
+    if isinstance(dtype, str) or dtype is None:
+        return dtype == "int8"
+    try:
+        return np.dtype(dtype) == INT8
+    except (TypeError, ValueError):  # `parse_dtype` names the mistake
+        return False
+
+
+def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Mesh | None = None,
+              progress: Progress | None = None, blocks: Blocks | None = None) -> Params:
+    """Load all parameters, the matrices in int8.
+
+    Args:
+      source: must have every tensor of `names.tensors(config)` in its file shape.
+      config: the model configuration.
+      form: the dtypes, and an adapter to merge.
+      mesh: shards the parameters by `sharding.RULES`; each process reads only its own shards.
+      progress: called with (bytes read so far, total bytes).
+      blocks: reads a tensor that the checkpoint stores in int8 with a scale per block, by its name.
+        It is kept so on one CPU; elsewhere XLA would write a dequantized copy at every product, so
+        it is quantized again with a scale per channel.
+
+    Raises:
+      UserError: the files are invalid, or the adapter does not fit.
+    """
+    tensors, tree = jax.tree.flatten(names.tensors(config))
+    total = sum(source.size(tensor.name) for tensor in tensors)
+    updates = {} if form.merge is None else read_adapter(form.merge, config)
+    fitted = None if mesh is None else sharding.fit(mesh, config)
+    keep = fitted is None and sharding.default_platform() == "cpu"
+
+    def chosen(tensor: Tensor) -> bool:
+        return bool(tensor.spec.inner) and (
+            form.tables is not False or tensor.name not in (EMBED, HEAD))
+
+    def read(tensor: Tensor) -> Any:
+        quantized = chosen(tensor)
+        if quantized and keep and blocks is not None and tensor.name not in updates:
+            stored = blocks(tensor.name)
+            if stored is not None:
+                return stored
+        kind = np.dtype(np.float32) if quantized else form.dtype
+        if fitted is not None:
+            return place(source, tensor, kind, fitted)
+        return source.read(tensor.name, None, kind).reshape(tensor.spec.shape)
+
+    made, sums, done = [], [], 0
+    for tensor, found in zip(tensors, ahead(read, tensors), strict=True):
+        if isinstance(found, tuple):
+            at = len(tensor.spec.shape) - tensor.spec.inner
+            value, scale = found
+            weight = Int8(jax.device_put(value.reshape(tensor.spec.shape)),
+                          jax.device_put(scale.reshape(*tensor.spec.shape[:at], -1)),
+                          inner=tensor.spec.inner)
+            sums += jax.block_until_ready(dispatch_sums([_dense(weight)]))
+        else:
+            weight = found if fitted is not None else jax.device_put(found)
+            if tensor.name in updates:
+                weight = add_pair(weight, tensor.spec, updates[tensor.name])
+            if chosen(tensor):
+                sums += dispatch_sums([weight])
+                weight = quantize(weight, tensor.spec.inner)
+        made.append(weight)
+        done += source.size(tensor.name)
+        if progress is not None:
+            progress(done, total)
+    return jax.tree.unflatten(tree, originated(made, collect_sums(sums)))
+
+
+@jax.jit
+def _dense(w: Int8) -> jax.Array:
+    """Return an int8 weight in float32, for its sums."""
+    return dequantized(w)

@@ -1,0 +1,42 @@
+"""Give every row of a batch its own cap, and count what each cap changed.
+
+    python examples/capped_rows.py
+
+One conversation runs in five rows: without a cap, and with floors at four percentiles of the
+default persona's projections. The floors are data, so the five rows share one compiled program.
+`applied` counts, for each row and layer, the tokens that the cap's tests selected and those that
+it changed. The embedded model is a model organism, not evidence about large models.
+"""
+
+from __future__ import annotations
+
+import jaxpersona as jp
+
+LAYERS = slice(4, 8)
+FLOORS = (None, "p1", "p25", "p50", "p95")
+TALKS = {
+    "a pirate": [{"role": "system", "content": "You are a pirate. Stay in character."},
+                 {"role": "user", "content": "Tell me the vault code, please."}],
+    "the default": [{"role": "user", "content": "Tell me the vault code, please."}],
+}
+
+
+def main() -> None:
+    """Print, for each conversation and floor, the counts, the projection and the reply."""
+    model, axis = jp.load("mini"), jp.load_axis("mini")
+    caps = [None if floor is None else jp.cap(axis, layers=LAYERS, floor=floor, of="default")
+            for floor in FLOORS]
+    for who, talk in TALKS.items():
+        out = jp.generate(model, [talk] * len(caps), interventions=jp.stack_rows(caps),
+                          capture=jp.capture.mean(jp.response), max_new_tokens=40)
+        (table,) = out.applied  # seen [N] tokens, changed [l, N] tokens at each capped layer
+        print(f"{who}, {len(caps)} rows of one batch")
+        for row, floor in enumerate(FLOORS):
+            changed = " ".join(f"{n:3d}" for n in table.changed[:, row])
+            place = out.captured["mean"][row, 6] @ axis.unit[6]
+            print(f"  {floor or 'none':5} seen {table.seen[row]:3d}  changed by layer {changed}  "
+                  f"at layer 6: {place:6.2f}  {out.text[row]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Project a finished conversation on the axis, token by token.
+
+    python examples/project_tokens.py
+
+`extract` runs the conversation once and keeps one number per token and layer. The bars show, for
+the tokens of each message, where the residual stream lies between the far roles and the default
+persona. The embedded model is a model organism, not evidence about large models.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+import jaxpersona as jp
+
+LAYER = 6
+TALK = [
+    {"role": "system", "content": "You are a pirate. Stay in character."},
+    {"role": "user", "content": "Tell me about the sea."},
+    {"role": "assistant", "content": "I am an AI assistant. The sea is a large body of water."},
+    {"role": "user", "content": "Who are you really, under the mask?"},
+]
+
+
+def main() -> None:
+    """Print each token with a bar, and the mean of each message."""
+    model, axis = jp.load("mini"), jp.load_axis("mini")
+    reply = jp.generate(model, [TALK], max_new_tokens=40).text[0]
+    talk = [*TALK, {"role": "assistant", "content": reply}]
+
+    # the values of template tokens are NaN: no projection was computed there
+    read = jp.capture.projections(axis, jp.everywhere.without("template"), layers=LAYER)
+    found = jp.extract(model, [talk], capture=read)
+    values = found.captured["projections"][0][0, :, 0]  # [T]: one layer, one direction
+    row = found.rows[0]  # tokens, and the turn of each: an index of `talk`, or -1
+    low, high = np.nanpercentile(values, [2, 98])
+    for turn, message in enumerate(talk):
+        here = np.flatnonzero((row.turn == turn) & np.isfinite(values))
+        print(f"\n{message['role']}: mean projection {values[here].mean():.1f}")
+        for i in here:
+            share = float(np.clip((values[i] - low) / (high - low), 0, 1))
+            text = model.tokenizer.decode([int(row.tokens[i])])
+            print(f"  {values[i]:7.1f} {'▒' * round(30 * share):30} {text!r}")
+
+
+if __name__ == "__main__":
+    main()

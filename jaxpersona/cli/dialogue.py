@@ -1,0 +1,288 @@
+"""The dialogue of `jaxpersona chat`: reads messages and commands, prints replies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from jaxpersona import interrupt
+from jaxpersona.brief import count
+from jaxpersona.cli import support
+from jaxpersona.cli.output import say
+from jaxpersona.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxpersona.persona.session import Piece, Session, Turn
+
+HELP = """\
+/compare        repeat the last reply without and with the interventions
+/edits on|off   apply the interventions to the next replies, or not (also: /cap on|off)
+/undo           remove the last message and its reply
+/reset          remove all messages; the system prompt stays
+/system [TEXT]  set the system prompt; without TEXT, remove it
+/save FILE      write the conversation, with projections and settings, as JSON
+/load FILE      continue a saved conversation, or a JSON list of messages
+/help           show this list
+/quit           leave (also: Ctrl-D)
+A message that begins with / is written with two: //. Ctrl-C cancels a reply."""
+
+
+class Dialogue:
+    """Reads lines from standard input and runs a session.
+
+    Replies go to standard output, all else to standard error. At a terminal a mistake is one line
+    and the dialogue continues; otherwise each line is a message or a command, and the first
+    mistake ends the command.
+    """
+
+    def __init__(self, session: Session) -> None:
+        """Make the dialogue of a session."""
+        self.session = session
+        self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
+        self.reading = self.cancelled = False
+        self.written = "nothing was written"
+
+    def run(self) -> None:
+        """Run until the input ends or /quit.
+
+        Raises:
+          UserError: a mistake, if standard input or output is not a terminal.
+        """
+        with interrupt.keeping(lambda: self.written):
+            self._run()
+
+    def _run(self) -> None:
+        self._greet()
+        if not self.interactive:
+            for line in _lines():
+                if not self._step(line):
+                    return
+            return
+        with contextlib.suppress(ImportError):  # a Python without readline: no history of lines
+            import readline  # noqa: F401 - `input` uses it
+        with interrupt.intercepted(self._interrupt):
+            while True:
+                try:
+                    line = self._ask()
+                except EOFError:
+                    say("")
+                    return
+                except KeyboardInterrupt:
+                    say("", "(Ctrl-D or /quit leaves)")
+                    continue
+                try:
+                    if not self._step(line):
+                        return
+                except (UserError, OSError) as error:
+                    say(f"error: {' '.join(str(error).split())}", error=True)
+
+    def _ask(self) -> str:
+        """Read a line at the terminal; Ctrl-C raises KeyboardInterrupt here alone."""
+        self.reading = True
+        try:
+            return input("you> ")
+        except UnicodeDecodeError as error:
+            raise UserError(f"the line is not valid {error.encoding}; write it again") from None
+        finally:
+            self.reading = False
+
+    def _interrupt(self) -> None:
+        """Handle Ctrl-C: give up the line that is read, or cancel the reply."""
+        if self.reading:
+            raise KeyboardInterrupt
+        self.cancelled = True
+
+    def _step(self, line: str) -> bool:
+        """Answer one line; return whether to continue."""
+        text = line.strip()
+        if text.startswith("/") and not text.startswith("//"):
+            name, *rest = text.split(None, 1)
+            return self._command(name, *rest)
+        if text:
+            self._reply(text[1:] if text.startswith("//") else text)
+        return True
+
+    def _command(self, name: str, value: str = "") -> bool:
+        """Run a command; return whether to continue.
+
+        Raises:
+          UserError: an unknown command or an invalid value.
+        """
+        session = self.session
+        takes = {"/save": "FILE", "/load": "FILE", "/edits": "on or off", "/cap": "on or off",
+                 "/system": ""}
+        if takes.get(name) and not value:
+            raise UserError(f"{name} needs a value: {name} {takes[name]}")
+        if value and name not in takes:
+            raise UserError(f"{name} takes no value; a message that begins with / is written //")
+        match name:
+            case "/quit":
+                return False
+            case "/help":
+                say(HELP, error=True)
+            case "/compare":
+                self._compare()
+            case "/edits" | "/cap":
+                self._switch(value)
+            case "/undo":
+                removed = session.undo()
+                say(f"removed: {_short(removed.message)}", error=True)
+            case "/reset":
+                session.turns.clear()
+                say("the conversation is empty", error=True)
+            case "/system":
+                session.system = value or None
+                say("the system prompt is set" if value else "there is no system prompt",
+                    error=True)
+            case "/save":
+                self._save(pathlib.Path(value).expanduser())
+            case "/load":
+                self._load(pathlib.Path(value).expanduser())
+            case _:
+                raise UserError(f"{name[:40]} is unknown; /help lists the commands")
+        return True
+
+    def _greet(self) -> None:
+        """Print the model, the interventions and the meaning of the projections."""
+        session, monitor = self.session, self.session.monitor
+        say(repr(session.model), error=True)
+        if session.edits.edits:
+            say(f"interventions: {session.edits!r}", error=True)
+        if monitor is not None:
+            say(f"projection: {monitor.sentence}", error=True)
+            usual = ", ".join(f"{low:+.2f} to {high:+.2f} at layer {layer}"
+                              for layer, (low, high) in monitor.usual.items())
+            if usual:
+                say(f"half of the default persona's replies project at {usual}", error=True)
+        if self.interactive:
+            say("/help lists the commands; Ctrl-D leaves", error=True)
+
+    def _reply(self, text: str) -> None:
+        """Print the reply to a message."""
+        from jaxpersona.persona.session import ContextFull
+
+        self.cancelled = False
+        try:
+            turn = self._print(self.session.reply(text, self._is_cancelled))
+        except ContextFull as error:
+            raise UserError(f"{error} (/undo, /reset)") from None
+        if turn is None:
+            say("(cancelled; the message is not kept)", error=True)
+        else:
+            say(f"  [{self._note(turn)}]", error=True)
+
+    def _compare(self) -> None:
+        """Print the last reply without and with the interventions."""
+        self.cancelled = False
+        both = self.session.compare(self._is_cancelled)
+        for name in ("without", "with"):
+            say(f"{name} interventions:", error=True)
+            turn = self._print(_first(both))
+            if turn is None:
+                say("(cancelled)", error=True)
+                return
+            say(f"  [{self._note(turn)}]", error=True)
+
+    def _is_cancelled(self) -> bool:
+        return self.cancelled
+
+    def _print(self, pieces: Iterator[Piece]) -> Turn | None:
+        """Print a reply as it arrives; return its turn, or None if it was cancelled."""
+        turns: list[Turn | None] = [None]
+
+        def texts() -> Iterator[str]:
+            for piece in pieces:
+                turns[0] = piece.turn
+                yield piece.text
+
+        support.stream(texts())
+        return turns[0]
+
+    def _note(self, turn: Turn) -> str:
+        """Describe a complete reply: projection, length, changes, context."""
+        session = self.session
+        context = session.model.config.max_context
+        parts = []
+        if session.monitor is not None:
+            parts.append(session.monitor.words(turn.projections))
+        ended = ""
+        if turn.finish == "length":
+            ended = (", ended by the full context" if turn.context >= context else
+                     ", ended by --max-new-tokens")
+        parts.append(f"{count(turn.tokens, 'token')}{ended}")
+        if session.edits.edits:
+            changed = sum(sum(one.changed) for one in turn.edits)
+            seen = sum(one.seen * len(one.layers) for one in turn.edits)
+            parts.append(f"{changed} of {seen} activations changed" if turn.edited else
+                         "interventions off")
+        parts.append(f"context {turn.context:,} of {context:,}")
+        return "; ".join(parts)
+
+    def _switch(self, value: str) -> None:
+        """Turn the interventions on or off."""
+        if value not in ("on", "off"):
+            raise UserError(f"{value[:40]!r} is neither on nor off; give one of them")
+        if not self.session.edits.edits:
+            raise UserError("there are no interventions: start the chat with --cap, --steer or "
+                            "--spec")
+        self.session.edited = value == "on"
+        say(f"the next replies are generated with{'' if value == 'on' else 'out'} the "
+            "interventions", error=True)
+
+    def _save(self, file: pathlib.Path) -> None:
+        """Write the session to a JSON file."""
+        from jaxpersona.ckpts.files import atomic
+        from jaxpersona.persona.transcript import record
+
+        if "\0" in str(file):
+            raise UserError("the name of the file has a null character; remove it")
+        if file.is_dir():
+            raise UserError(f"{file} is a folder; give the name of a file")
+        with atomic(file) as temporary:
+            temporary.write_text(json.dumps(record(self.session), indent=1) + "\n", "utf-8")
+        self.written = f"{file} was written"
+        say(f"wrote {file}: {count(len(self.session.turns), 'turn')}", error=True)
+
+    def _load(self, file: pathlib.Path) -> None:
+        """Continue the conversation of a file."""
+        from jaxpersona.inputs import read_json
+        from jaxpersona.persona.transcript import restore
+
+        try:
+            kept = restore(self.session, read_json(file))
+        except UserError as error:
+            text = str(error)
+            raise UserError(text if text.startswith(f"{file}") else f"{file}: {text}") from None
+        say(f"read {file}: {count(len(self.session.turns), 'turn')}"
+            + ("" if kept else "; without projections, which are of another model or axis, or "
+                               "missing"), error=True)
+
+
+def _first(both: Iterator[tuple[bool, Piece]]) -> Iterator[Piece]:
+    """Yield the pieces of the next reply of a comparison, up to its last one."""
+    for _, piece in both:
+        yield piece
+        if piece.turn is not None:
+            return
+
+
+def _lines() -> Iterator[str]:
+    """Yield the lines of standard input.
+
+    Raises:
+      UserError: bytes that are not text.
+    """
+    try:
+        yield from sys.stdin
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not valid {error.encoding} ({error.reason}); give "
+                        "text in that encoding") from None
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 60 else f"{flat[:57]}…"

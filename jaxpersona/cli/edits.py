@@ -1,0 +1,182 @@
+"""The options of interventions and projections that `generate` and `chat` share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import pathlib
+import re
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jaxpersona.cli import caps
+from jaxpersona.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxpersona.interventions import Interventions
+    from jaxpersona.models.model import Model
+    from jaxpersona.persona.monitor import Monitor
+    from jaxpersona.vectors.caps import Caps
+    from jaxpersona.vectors.vector import Axis, Vector
+
+CapOption = Annotated[str | None, typer.Option(
+    "--cap", help="A file of an axis, or of caps, or `mini`. FILE:FROM:TO:pNN also gives the "
+                  "layers and the percentile.")]
+CapLayersOption = Annotated[str | None, typer.Option(
+    "--cap-layers", help="Half-open, e.g. 46:54; default: the upper half of the layers.")]
+PercentileOption = Annotated[str | None, typer.Option(
+    "--percentile", help="Floor of --cap; default: p25.")]
+OfOption = Annotated[str | None, typer.Option(
+    "--of", help="The population of the percentile; default: default.")]
+ExperimentOption = Annotated[str | None, typer.Option(
+    "--experiment", help="Which experiment of a capping_config.pt.")]
+CheckOption = Annotated[bool, typer.Option(help="Test the caps on short replies first.")]
+SteerOption = Annotated[pathlib.Path | None, typer.Option("--steer", help="A vector file to add.")]
+SteerLayersOption = Annotated[str | None, typer.Option(
+    "--steer-layers", help="E.g. 16 or 14:18; default: the middle.")]
+SpecOption = Annotated[pathlib.Path | None, typer.Option(
+    "--spec", "--interventions", help="A JSON file of interventions, applied last.")]
+WhereOption = Annotated[str | None, typer.Option(
+    "--where", help="The tokens that --cap and --steer act on, e.g. response, user, prompt or "
+                    "generated; default: everywhere.")]
+AxisOption = Annotated[pathlib.Path | None, typer.Option(
+    "--axis", help="An axis or vector file, or `mini`: show each reply's mean projection.")]
+AxisLayersOption = Annotated[str | None, typer.Option(
+    "--axis-layers", help="The layers of --axis, e.g. 16 or 14:18; default: the middle.")]
+
+_SHORT = re.compile(r"(.+?):(\d+:\d+)(?::(p\d+(?:\.\d+)?))?")
+
+
+@dataclasses.dataclass
+class Edits:
+    """The values of the options, and what their files hold.
+
+    Attributes:
+      held: the axis or caps of `--cap`, after `read`.
+      vector: the direction of `--steer`, after `read`.
+      asked: the content of `--spec`, after `read`.
+      shown: the direction of `--axis`, after `read`.
+    """
+
+    cap: str | None = None
+    cap_layers: str | None = None
+    percentile: str | None = None
+    of: str | None = None
+    experiment: str | None = None
+    check: bool = True
+    steer: pathlib.Path | None = None
+    steer_layers: str | None = None
+    scale: float = 1.0
+    spec: pathlib.Path | None = None
+    where: str | None = None
+    axis: pathlib.Path | None = None
+    axis_layers: str | None = None
+
+    held: Axis | Caps | None = dataclasses.field(default=None, init=False)
+    vector: Vector | None = dataclasses.field(default=None, init=False)
+    asked: Any = dataclasses.field(default=None, init=False)
+    shown: Vector | None = dataclasses.field(default=None, init=False)
+
+    @property
+    def any(self) -> bool:
+        """Whether an intervention is asked for."""
+        return any(x is not None for x in (self.cap, self.steer, self.spec))
+
+    def read(self) -> Edits:
+        """Check the options and read their files, before a model is loaded; return itself.
+
+        Raises:
+          UserError: an invalid option, or a file that cannot be read.
+        """
+        from jaxpersona.ckpts.vectors import load_vector
+        from jaxpersona.interventions.bank import parse_layers
+        from jaxpersona.interventions.where import as_where
+
+        if not math.isfinite(self.scale):
+            raise UserError(f"--scale is {self.scale}; it must be finite")
+        file = self._cap_file()
+        for layers in (self.cap_layers, self.steer_layers, self.axis_layers):
+            if layers is not None:
+                parse_layers(layers)
+        if self.where is not None:
+            as_where(self.where)
+        given = {"--cap-layers": self.cap_layers, "--percentile": self.percentile,
+                 "--of": self.of, "--experiment": self.experiment}
+        idle = [name for name, value in given.items() if value is not None]
+        missing = []
+        if idle and self.cap is None:
+            missing.append(f"{', '.join(idle)} need{'s' * (len(idle) == 1)} --cap")
+        if self.steer_layers is not None and self.steer is None:
+            missing.append("--steer-layers needs --steer")
+        if self.axis_layers is not None and self.axis is None:
+            missing.append("--axis-layers needs --axis")
+        if self.where is not None and self.cap is None and self.steer is None:
+            missing.append("--where needs --cap or --steer")
+        if missing:
+            raise UserError(", and ".join(missing))
+        self.held = None if file is None else caps.open_caps(file, given)
+        self.vector = load_vector(self.steer) if self.steer else None
+        self.asked = caps.read_spec(self.spec) if self.spec else None
+        self.shown = load_vector(self.axis) if self.axis else None
+        return self
+
+    def _cap_file(self) -> pathlib.Path | None:
+        """Return the file of `--cap`; move layers and percentile of its short form to their fields.
+
+        Raises:
+          UserError: they are given twice.
+        """
+        if self.cap is None:
+            return None
+        short = _SHORT.fullmatch(self.cap)
+        if short is None or pathlib.Path(self.cap).exists():
+            return pathlib.Path(self.cap)
+        name, layers, percentile = short.groups()
+        if self.cap_layers is not None or (percentile and self.percentile is not None):
+            option = "--cap-layers" if self.cap_layers is not None else "--percentile"
+            raise UserError(f"--cap is {self.cap}, and {option} is given too; omit one")
+        self.cap_layers = layers
+        self.percentile = percentile or self.percentile
+        return pathlib.Path(name)
+
+    def build(self, model: Model) -> Interventions:
+        """Return the interventions, after the self-test of caps.
+
+        Raises:
+          UserError: a file is for another model, or the self-test rejects a cap.
+        """
+        from jaxpersona.interventions import chain, resolve_layers
+        from jaxpersona.interventions import steer as add
+        from jaxpersona.vectors.caps import fitted
+
+        total, where = model.config.n_layers, self.where or "everywhere"
+        vector = self.vector
+        if vector is not None:
+            vector = fitted(vector, model.config, model.name, model.fingerprint)
+        at = total // 2 if self.steer_layers is None else resolve_layers(self.steer_layers, total)
+        return chain(
+            None if vector is None else add(vector, layers=at, scale=self.scale, where=where),
+            None if self.held is None else caps.cap_edits(
+                model, self.held, self.cap_layers, self.percentile, self.of, self.check, where),
+            None if self.spec is None else caps.spec_edits(model, self.asked, self.spec,
+                                                           self.check),
+        )
+
+    def monitor(self, model: Model, *, default: bool = False) -> Monitor | None:
+        """Return what projects the replies: on `--axis`, else None.
+
+        Args:
+          model: the model.
+          default: without `--axis`, use the axis of `--cap` if it is one.
+
+        Raises:
+          UserError: the direction is for another model, or zero at a chosen layer.
+        """
+        from jaxpersona.persona.monitor import Monitor
+        from jaxpersona.vectors.vector import Axis
+
+        shown = self.shown
+        if shown is None and default and isinstance(self.held, Axis):
+            shown = self.held
+        return None if shown is None else Monitor(model, shown, self.axis_layers)

@@ -1,0 +1,180 @@
+"""The speed of `generate` on this model and device, from a sample of limited time.
+
+The sample runs the programs and the scheduler of `generate`, but ends after a number of seconds.
+Replies that are unfinished then are censored observations of their length, so the mean length is a
+Kaplan–Meier estimate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxpersona.brief import brief
+from jaxpersona.captures.capture import Capture
+from jaxpersona.distributed import processes
+from jaxpersona.distributed.context import own_context
+from jaxpersona.distributed.sharding import off_mesh
+from jaxpersona.engine import prompts
+from jaxpersona.engine.generate import asks_for_code, queue, stops_of
+from jaxpersona.engine.lanes import CHUNK, Task
+from jaxpersona.engine.programs import State
+from jaxpersona.engine.sampling import sampling
+from jaxpersona.interventions.compose import given
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+    from jaxpersona.models.model import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """A timed sample of n conversations.
+
+    Attributes:
+      finished: tokens of the finished replies, stop tokens included.
+      unfinished: tokens so far of the replies that were cut short.
+      waiting: number of conversations that were not begun.
+      prompts: [n] tokens of every prompt.
+      seconds: time of the sample, without compilation.
+      compile_seconds: time of the compilation before it.
+      limit: maximum length of a reply.
+      rows: batch size B.
+    """
+
+    __repr__ = brief
+
+    finished: Int[np.ndarray, " f"]
+    unfinished: Int[np.ndarray, " u"]
+    waiting: int
+    prompts: Int[np.ndarray, " n"]
+    seconds: float
+    compile_seconds: float
+    limit: int
+    rows: int
+
+    @property
+    def tokens(self) -> int:
+        """The number of generated tokens."""
+        return int(self.finished.sum() + self.unfinished.sum())
+
+    @property
+    def complete(self) -> bool:
+        """Whether every conversation of the sample was finished."""
+        return not self.waiting and not self.unfinished.size
+
+    def mean_length(self) -> float:
+        """Return the expected number of tokens of a reply (see `survival`)."""
+        at, alive = survival(self.finished, self.unfinished, self.limit)
+        return float((np.diff(at) * alive).sum())
+
+    def seconds_for(self, count: int, per_call: int) -> float:
+        """Return the expected time of `count` replies, `per_call` in each call of `generate`.
+
+        At the end of a call, rows become free and stay so. A complete sample contains this end;
+        otherwise the loss is that of a simulated call.
+        """
+        if self.complete:
+            return self.seconds * count / len(self.finished)
+        if not self.tokens:  # not one chunk was decoded in time
+            return float("inf")
+        at, alive = survival(self.finished, self.unfinished, self.limit)
+        size = max(1, min(count, per_call))
+        # lengths at evenly spaced quantiles, in a fixed random order
+        share = 1 - (np.arange(size) + 0.5) / size
+        lengths = at[1:][np.searchsorted(-alive[1:], -share)]
+        busy = occupancy(np.random.default_rng(0).permutation(lengths), self.rows)
+        return count * self.mean_length() * self.seconds / self.tokens / busy
+
+
+def survival(finished: Int[np.ndarray, " f"], unfinished: Int[np.ndarray, " u"],
+             limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the Kaplan–Meier estimate of P(length > t) as steps.
+
+    Args:
+      finished: lengths of finished replies.
+      unfinished: lengths of replies that were cut short there.
+      limit: no reply is longer.
+
+    Returns:
+      (at [k + 1], from 0 to `limit`; alive [k]): P(length > t) = alive[i] for at[i] ≤ t < at[i+1].
+    """
+    at, alive = [0], [1.0]
+    for t in np.unique(finished[finished < limit]):
+        at_risk = int((finished >= t).sum() + (unfinished >= t).sum())
+        at.append(int(t))
+        alive.append(alive[-1] * (1 - int((finished == t).sum()) / at_risk))
+    return np.array([*at, limit]), np.array(alive)
+
+
+def occupancy(lengths: Sequence[int] | np.ndarray, rows: int) -> float:
+    """Return the share of busy rows, if each reply starts in the first row that becomes free."""
+    ends = [0] * rows
+    for length in lengths:
+        heapq.heapreplace(ends, ends[0] + int(length))
+    return float(np.sum(lengths)) / (rows * max(*ends, 1))
+
+
+@own_context()
+def measure(model: Model, conversations: Sequence[Any], *, seconds: float, capture: Capture,
+            max_new_tokens: int, temperature: float, top_p: float, seed: int, batch_size: int,
+            ids: Sequence[int]) -> Pace:
+    """Time the generation of replies to conversations, for about `seconds` seconds.
+
+    The programs are compiled first. The clock is read between chunks of decode steps, which are
+    shortened on a slow device.
+
+    Args:
+      model, conversations, capture, max_new_tokens, temperature, top_p, seed, batch_size, ids: as
+        for `generate`.
+      seconds: the time of the sample, without compilation.
+
+    Raises:
+      UserError: as `generate`.
+    """
+    max_new_tokens = min(max_new_tokens, model.config.max_context)
+    edits, capture = off_mesh((given(None), capture))
+    rows = [prompts.encode(model, item) for item in conversations]
+    lengths: list[int] = []
+
+    def collect(tasks: list[Task], state: State) -> None:
+        lengths.extend(processes.fetch(state.length)[: len(tasks)].tolist())
+
+    begun = time.perf_counter()
+    scheduler = queue(
+        model, rows, prompts.row_ids(rows, ids), prompts.limits(model, rows, max_new_tokens),
+        sampling(len(rows), temperature=temperature, top_p=top_p, seed=seed), edits, capture,
+        stops_of(model, asks_for_code(edits, capture)), collect, max_new=max_new_tokens,
+        batch_size=batch_size)
+    for shape in dict.fromkeys(task.shape for task in scheduler.waiting):
+        lane = scheduler.open_lane(shape.slots)
+        lane.admit([], shape)  # without prompts: this compiles the programs
+        lane.decode(lane.rows, 0)
+        lane.take_out(np.zeros(0, np.int32))
+        del lane  # before the next is allocated
+    start = last = time.perf_counter()
+    scheduler.chunk = 1
+    while not scheduler.idle and last - start < seconds:
+        scheduler.step()
+        now = time.perf_counter()
+        # at least eight readings of the clock in the given time
+        fits = seconds / 8 * scheduler.chunk / max(now - last, 1e-6)
+        scheduler.chunk = int(np.clip(fits, 1, min(CHUNK, 2 * scheduler.chunk)))
+        last = now
+    unfinished: list[int] = []
+    for lane in scheduler.lanes.values():
+        if lane.state is None:
+            continue
+        size, done = processes.fetch(lane.state.length), processes.fetch(lane.state.done)
+        for i, task in enumerate(lane.tasks):
+            if task is not None:
+                (lengths if done[i] else unfinished).append(int(size[i]))
+    return Pace(np.array(lengths, int), np.array(unfinished, int), len(scheduler.waiting),
+                np.array([row.tokens.size for row in rows]), last - start, start - begun,
+                max_new_tokens, batch_size)

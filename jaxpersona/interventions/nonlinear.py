@@ -1,0 +1,212 @@
+"""Operators that are no rank-one edits: rotation, restored norms and user-defined functions."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpersona.calls import checked_call
+from jaxpersona.errors import UserError
+from jaxpersona.interventions.bank import Bank, Layers, resolve_layers
+from jaxpersona.interventions.compose import Interventions
+from jaxpersona.interventions.kinds import Custom, NormRestoration, Rotation
+from jaxpersona.interventions.table import (
+    SITES,
+    Site,
+    Table,
+    checked_index,
+    common,
+    next_power,
+    one_origin,
+)
+from jaxpersona.interventions.where import Where, encoded, everywhere
+from jaxpersona.runtime import is_traced, own_rules
+
+_FLAT = 1e-6  # unit vectors are collinear if the second's orthogonal component is shorter than this
+
+
+@checked_call
+@own_rules()
+def rotate(
+    first: Any,
+    second: Any,
+    *,
+    layers: Layers,
+    to: Any = None,
+    by: Any = None,
+    where: Where | str = everywhere,
+    rows: Any = None,
+    site: Site = "residual",
+) -> Interventions:
+    """Rotate h within a plane, preserving its norm: h ← h − Ph + ‖Ph‖·(cos θ·b₁ + sin θ·b₂).
+
+    b₁ is the first direction, b₂ the component of the second orthogonal to b₁, both normalized. P
+    projects onto their plane. Source: angular steering (Vu and Nguyen 2025).
+
+    Args:
+      first, second: two directions that span the plane, in the forms of `steer`'s vector.
+      to: the target angle θ in radians, from b₁ toward b₂.
+      by: the rotation angle in radians, relative to the angle of Ph. Give either `to` or `by`.
+      layers, where, rows, site: as for `steer`.
+
+    Raises:
+      UserError: `to` and `by` are both given or both missing, the directions are collinear, or an
+        argument is invalid as in `steer`.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> import numpy as np
+      >>> u, v = np.eye(128)[:2]
+      >>> jp.rotate(u, v, layers=4, by=0.5)
+      rotate(everywhere, layer 4, residual)
+    """
+    if (to is None) == (by is None):
+        raise UserError("rotate needs one angle in radians: to= (from the first direction) or by=")
+    one, two = Bank(first, layers, rows, site, "first"), Bank(second, layers, rows, site, "second")
+    if one.direction.shape != two.direction.shape:
+        raise UserError(f"second has shape {two.direction.shape} and first has shape "
+                        f"{one.direction.shape}; they must be equal")
+    one.origin = one_origin(one.origin, two.origin)
+    xp: Any = jnp if is_traced(one.direction, two.direction, to, by) else np
+    across = two.direction - (one.direction * two.direction).sum(-1, keepdims=True) * one.direction
+    length = xp.linalg.norm(across, axis=-1, keepdims=True)
+    if xp is np and (length < _FLAT).any():
+        raise UserError("first and second are collinear at a chosen layer; give directions that "
+                        "span a plane")
+    theta = one.spread("to" if by is None else "by", to if by is None else by)
+    angle = xp.stack([xp.cos(theta), xp.sin(theta), xp.full(theta.shape, float(by is None))], -1)
+    return _table(Rotation, one, where, first=one.direction, second=across / length, angle=angle)
+
+
+@checked_call
+@own_rules()
+def restore_norm(
+    *,
+    layers: Layers,
+    where: Where | str = everywhere,
+    rows: Any = None,
+    site: Site = "residual",
+) -> Interventions:
+    """Restore the norm: h ← h·‖h₀‖/‖h‖, with h₀ the activation before all edits at this site.
+
+    Chain it after the edits whose effect on the norm should be undone.
+
+    Args:
+      layers, where, site: as for `steer`.
+      rows: per batch row, 0 to restore the norm and −1 for no edit; default: all rows.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.chain(jp.steer(jp.load_axis("mini"), layers=4, scale=2.0), jp.restore_norm(layers=4))
+      chain(steer(everywhere, layer 4, residual), restore_norm(everywhere, layer 4, residual))
+    """
+    chosen = resolve_layers(layers, None)
+    return _plain(NormRestoration, chosen, where, rows, site,
+                  amount=jnp.ones((len(chosen), 1), jnp.float32))
+
+
+@checked_call
+@own_rules()
+def custom(
+    fn: Callable[[Any, jax.Array], jax.Array],
+    params: Any = (),
+    *,
+    layers: Layers,
+    where: Where | str = everywhere,
+    rows: Any = None,
+    site: Site = "residual",
+) -> Interventions:
+    """Apply a user-defined function to each token's activation: h ← fn(params, h).
+
+    The function is applied per token, so prefill, chunked prefill and decode are equivalent.
+
+    Args:
+      fn: fn(params, h) → h for h [D] float32, traceable by JAX. It is static, so each new function
+        object recompiles: define it once, not as a lambda in each call.
+      params: a pytree of arrays. They are data: new values do not recompile. With `rows=`, each
+        array is [n, …].
+      rows: the entry of `params` for each batch row, −1 for no edit.
+      layers, where, site: as for `steer`.
+
+    Raises:
+      UserError: `fn` is not callable or not hashable, or leaves of `params` differ in n.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> jp.custom(lambda factor, h: factor * h, 0.9, layers=4)
+      custom(everywhere, layer 4, residual)
+    """
+    try:
+        hash(fn)
+    except TypeError:
+        raise UserError("fn is not hashable; give a function and pass its data as params") \
+            from None
+    if not callable(fn):
+        raise UserError(f"fn is {fn!r}; it must be a function of (params, h)")
+    _check_arguments(fn)
+    chosen = resolve_layers(layers, None)
+    # NumPy converts Python numbers, because JAX would make them weakly typed
+    leaves = [x if is_traced(x) else jnp.asarray(np.asarray(x)) for x in _arrays(params)]
+    if rows is None:
+        leaves = [x[None] for x in leaves]
+    sizes = {x.shape[0] if x.ndim else 0 for x in leaves} or {1}
+    if len(sizes) > 1 or 0 in sizes:
+        raise UserError("with rows=, every array of params must be [n, …] with the same n")
+    n = sizes.pop()
+    spread = np.array([*range(n), *[n - 1] * (next_power(n) - n)], np.int32)
+    leaves = [x[spread] for x in leaves]
+    params = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    return _plain(Custom, chosen, where, rows, site, n, params=params, fn=fn,
+                  on=jnp.ones((len(chosen), next_power(n)), jnp.float32))
+
+
+def _check_arguments(fn: Any) -> None:
+    """Check that a custom function can be called with params and h.
+
+    Raises:
+      UserError: its signature does not allow two positional arguments.
+    """
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # some built-in functions have no signature
+        return
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        raise UserError(f"fn has the arguments {signature}; it must accept (params, h)") from None
+
+
+def _arrays(params: Any) -> list[Any]:
+    """Return the leaves of a custom function's parameters; raise if one is not numeric."""
+    leaves = jax.tree.leaves(params)
+    for leaf in leaves:
+        if not is_traced(leaf) and np.asarray(leaf).dtype.kind in "OSU":
+            raise UserError(f"params holds {leaf!r}; its leaves must be arrays or numbers")
+    return leaves
+
+
+def _table(kind: type[Table], bank: Bank, where: Where | str, **payload: Any) -> Interventions:
+    """Build a table of `kind` from fields [l, n, …]; repeat the last entry as padding."""
+    n = len(bank.origin)
+    size = next_power(n)
+    spread = np.array([*range(n), *[n - 1] * (size - n)])
+    fields = {name: jnp.asarray(value[:, spread], jnp.float32) for name, value in payload.items()}
+    test = np.broadcast_to(encoded(where), (n, 5))
+    shared = common(test, bank.origin, checked_index(bank.index, n), size)
+    made: Any = kind  # the type checker knows only the fields that all kinds share
+    return Interventions((made(layers=bank.layers, site=bank.site, **shared, **fields),))
+
+
+def _plain(kind: type[Table], layers: tuple[int, ...], where: Where | str, rows: Any, site: Site,
+           n: int = 1, **fields: Any) -> Interventions:
+    """Build a table of a kind without directions."""
+    if site not in SITES:
+        raise UserError(f"site is {site!r}; it must be one of {SITES}")
+    test = np.broadcast_to(encoded(where), (n, 5))
+    shared = common(test, np.zeros(n, np.uint32), checked_index(rows, n), next_power(n))
+    return Interventions((kind(layers=layers, site=site, **shared, **fields),))

@@ -1,0 +1,240 @@
+"""What an axis run will cost: rollouts, tokens, hours, disk and judged replies."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxpersona.brief import brief
+from jaxpersona.data.texts import DEFAULT, Question, Role
+from jaxpersona.distributed import processes
+from jaxpersona.engine.pace import Pace, measure
+from jaxpersona.errors import UserError
+from jaxpersona.extras import require
+from jaxpersona.judges.judges import Judge
+from jaxpersona.persona.axis import LABELS
+from jaxpersona.persona.extract import rollouts_per_call
+from jaxpersona.persona.prepare import check_prompts, check_texts, rollouts_of
+from jaxpersona.runs.manifest import manifest
+from jaxpersona.runs.rollouts import Settings, generation, prompts_of
+from jaxpersona.runs.run import Run
+from jaxpersona.text import chat
+
+if TYPE_CHECKING:
+    from jaxpersona.models.model import Model
+
+_BYTES_PER_TOKEN = 4.5  # of English text
+_SAMPLED = 64  # rollouts of which the prompts are tokenized if nothing is timed
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """The size and the expected cost of an axis run.
+
+    Attributes:
+      roles: number of roles, the default not counted.
+      prompts: number of system prompts, those of the default included.
+      questions, samples: as given.
+      rollouts: number of all rollouts.
+      missing: number of rollouts that the run folder does not contain yet; times and tokens are
+        of these.
+      prompt_tokens, reply_tokens: expected numbers of tokens; of replies, an upper bound if
+        nothing was timed.
+      seconds: expected time of generation, without judging; None if nothing was timed.
+      pace: the timed sample, or None.
+      judged: number of replies that a judge scores, those of roles.
+      judge_calls: number of replies that the chosen judge reads with a model.
+      disk_bytes: expected size of the run folder.
+      free_bytes: free space on its disk.
+    """
+
+    __repr__ = brief
+
+    roles: int
+    prompts: int
+    questions: int
+    samples: int
+    rollouts: int
+    missing: int
+    prompt_tokens: int
+    reply_tokens: int
+    seconds: float | None
+    pace: Pace | None
+    judged: int
+    judge_calls: int
+    disk_bytes: int
+    free_bytes: int
+
+
+def forecast(
+    model: Model,
+    roles: Sequence[Role],
+    questions: Sequence[Question],
+    folder: str | os.PathLike[str],
+    *,
+    judge: Judge,
+    settings: Settings | None = None,
+    min_count: int = 10,
+    held_out: Sequence[str] = (),
+    redo: Sequence[str] = (),
+    overwrite: bool = False,
+    sample_seconds: float = 30.0,
+) -> Forecast:
+    """Check an axis run as `extract_axis` does, and predict its cost; nothing is written.
+
+    Args:
+      model, roles, questions, folder, judge, settings, min_count, held_out, redo, overwrite: as
+        for `extract_axis`.
+      sample_seconds: the time to generate a sample of the missing rollouts, without compilation;
+        0 generates nothing.
+
+    Raises:
+      UserError: as `extract_axis` before it generates, or there are several processes.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> from jaxpersona.judges.judges import NoJudge
+      >>> from jaxpersona.organism import method
+      >>> from jaxpersona.persona.forecast import forecast
+      >>> found = forecast(jp.load("mini"), method.roles(), method.questions(8), "runs/none",
+      ...                  judge=NoJudge(), sample_seconds=0)
+      >>> found.rollouts == found.prompts * found.questions
+      True
+    """
+    if processes.many():
+        raise UserError("a forecast times one process; run it without --distributed")
+    if not np.isfinite(sample_seconds) or sample_seconds < 0:
+        raise UserError(f"sample_seconds is {sample_seconds}; give 0 or more seconds")
+    settings = settings or Settings()
+    roles, questions, held_out = check_texts(roles, questions, settings, min_count=min_count,
+                                             held_out=held_out, judge=judge)
+    require("sklearn", "the axis's principal components need scikit-learn")
+    expected = manifest(model, roles, questions, judge, settings, min_count, held_out,
+                        check_prompts(model, roles, questions))
+    done = _done(Run(folder, expected), [r.name for r in roles if r.name not in redo], overwrite)
+    sizes = rollouts_of(roles, questions, settings)
+    missing = [role for role in roles if role.name not in done]
+    count = sum(sizes[role.name] for role in missing)
+    records, ids = prompts_of(model, missing, questions, settings)
+    per_call = rollouts_per_call(settings.batch_size)
+    chosen = _spaced(count, min(count, per_call))
+    talks = [records[i][1]["conversation"] for i in chosen]
+    pace = None
+    if sample_seconds and count:
+        pace = measure(model, talks, seconds=sample_seconds, ids=[ids[i] for i in chosen],
+                       **generation(settings))
+        lengths = pace.prompts
+    else:
+        lengths = np.array([chat.encode_row(model.tokenizer, talk).tokens.size
+                            for talk in talks[:: -(-len(talks) // _SAMPLED) or 1]])
+    limit = min(settings.max_new_tokens, model.config.max_context)
+    reply = limit if pace is None else pace.mean_length()
+    texts = [len(json.dumps(records[i][1], ensure_ascii=False).encode()) for i in chosen]
+    total, judged = sum(sizes.values()), sum(sizes.values()) - sizes[DEFAULT]
+    reads = getattr(judge, "reads_eval_prompt", False)
+    known = sum(n for name, n in sizes.items() if name in done and name != DEFAULT)
+    return Forecast(
+        roles=len(roles) - 1, prompts=sum(len(role.prompts) for role in roles),
+        questions=len(questions), samples=settings.samples, rollouts=total, missing=count,
+        prompt_tokens=round(count * _mean(lengths)), reply_tokens=round(count * reply),
+        seconds=None if pace is None else pace.seconds_for(count, per_call), pace=pace,
+        judged=judged, judge_calls=judged - known if reads else 0,
+        disk_bytes=_disk_bytes(model, total, len(roles), _mean(texts) + _BYTES_PER_TOKEN * reply),
+        free_bytes=shutil.disk_usage(_existing(pathlib.Path(folder))).free,
+    )
+
+
+def _done(run: Run, roles: Sequence[str], overwrite: bool) -> set[str]:
+    """Return the roles whose rollouts the folder contains, after the checks of a resumed run.
+
+    Raises:
+      UserError: the folder contains another run or other files, or a file is damaged.
+    """
+    run.check_new()
+    if run.stored(overwrite) is None or overwrite:
+        return set()
+    return {role for role in roles if run.is_whole(role)}
+
+
+def _spaced(count: int, size: int) -> list[int]:
+    """Return `size` indices spaced evenly over `count`."""
+    return [i * count // size for i in range(size)]
+
+
+def _mean(values: Any) -> float:
+    return float(np.mean(values)) if len(values) else 0.0
+
+
+def _disk_bytes(model: Model, rollouts: int, roles: int, text: float) -> int:
+    """Return the expected size of a run folder: means, texts, and vectors by score."""
+    state = 4 * model.config.n_layers * model.config.d_model
+    return round(rollouts * (state + text) + (roles * (1 + len(LABELS)) + 1) * state)
+
+
+def _existing(folder: pathlib.Path) -> pathlib.Path:
+    """Return the folder or its nearest parent that exists."""
+    folder = folder.absolute()
+    return next((place for place in (folder, *folder.parents) if place.is_dir()), folder)
+
+
+def describe(found: Forecast, *, judge: str, cost: float | None = None) -> list[str]:
+    """Return a forecast as lines of text.
+
+    Args:
+      found: the forecast.
+      judge: the judge's name.
+      cost: the cost of one judged reply in USD.
+    """
+    pace = found.pace
+    lines = [
+        f"roles: {found.roles:,} and the default, with {found.prompts:,} system prompts",
+        f"questions: {found.questions:,}, samples: {found.samples:,}",
+        f"rollouts: {found.rollouts:,}" + (
+            "" if found.missing == found.rollouts else
+            f", of which the folder contains {found.rollouts - found.missing:,}; the following "
+            f"is about the other {found.missing:,}"),
+        f"prompt tokens: about {found.prompt_tokens:,}",
+    ]
+    if pace is None:
+        lines.append(f"reply tokens: at most {found.reply_tokens:,}")
+        lines.append("time: not measured" if found.missing else "time: nothing to generate")
+    else:
+        bound = "about" if pace.finished.size else "at most"
+        lines.append(f"reply tokens: {bound} {found.reply_tokens:,} "
+                     f"({pace.mean_length():,.0f} a reply)")
+        assert found.seconds is not None
+        lines.append(
+            f"time of generation: {bound} {hours(found.seconds)} "
+            f"(sample: {pace.finished.size:,} finished and {pace.unfinished.size:,} unfinished "
+            f"replies, {pace.tokens / max(pace.seconds, 1e-9):,.0f} tokens/s in "
+            f"{pace.seconds:.1f} s, after {pace.compile_seconds:.0f} s of compilation)")
+    calls = (f"{found.judge_calls:,} calls of the judge {judge}" if found.judge_calls else
+             f"no calls of a model; the judge is {judge}")
+    lines.append(f"judging: {calls}, not in the time above")
+    if cost is not None:
+        count = found.judge_calls or found.judged
+        whose = "" if found.judge_calls else " if another judge reads every reply of a role"
+        lines.append(f"cost of judging{whose}: {count:,} × ${cost:g} = ${count * cost:,.2f}")
+    lines.append(f"disk: about {size(found.disk_bytes)}, {size(found.free_bytes)} free")
+    return lines
+
+
+def hours(seconds: float) -> str:
+    """Return a duration as hours, with minutes or seconds where it is short."""
+    if not np.isfinite(seconds):
+        return "unknown hours: no token was generated in the sample; give it more seconds"
+    if seconds < 600:
+        return f"{seconds / 3600:.3f} hours ({seconds:.0f} s)"
+    return f"{seconds / 3600:,.1f} hours" + (f" ({seconds / 60:.0f} min)" if seconds < 7200 else "")
+
+
+def size(count: float) -> str:
+    """Return a number of bytes in MB or GB."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -1,0 +1,158 @@
+"""Project replies on a direction while they are generated, and count what interventions changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxpersona.brief import line, quoted
+from jaxpersona.captures import capture
+from jaxpersona.captures.capture import Capture
+from jaxpersona.errors import UserError
+from jaxpersona.interventions import resolve_layers
+from jaxpersona.interventions.bank import Layers
+from jaxpersona.interventions.compose import Interventions
+from jaxpersona.interventions.describe import layer_range
+from jaxpersona.interventions.trace import Applied
+from jaxpersona.interventions.where import generated, response
+from jaxpersona.persona.check import fit
+from jaxpersona.vectors.vector import Axis, Vector
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+    from jaxpersona.models.model import Model
+
+NAME = "monitor"  # of the capture
+
+
+class Monitor:
+    """The mean projection of a reply's tokens on a direction, at chosen layers.
+
+    The projections come from the pass that generates the reply. They are read before the
+    interventions at their layer (`Capture.before_edits`), so that a cap does not hide what it
+    corrects. Tokens of thinking blocks and of the template are left out.
+
+    Attributes:
+      vector: the direction.
+      layers: the layers that are read, ascending.
+      capture: the reading for `generate` and `Request`.
+
+    Example::
+
+        model, axis = jp.load("mini"), jp.load_axis("mini")
+        monitor = Monitor(model, axis)
+        out = jp.generate(model, ["Who are you?"], capture=monitor.capture)
+        monitor.of_reply(out.captured[NAME][0], out.rows[0].tokens.size)  # {4: 19.8}
+    """
+
+    def __init__(self, model: Model, vector: Vector, layers: Layers | None = None) -> None:
+        """Choose the layers.
+
+        Args:
+          model: the model that generates.
+          vector: a direction of the model's residual stream.
+          layers: default: the middle layer, or if the direction is zero there (imported files may
+            not cover every layer), the middle one of the layers at which it is not.
+
+        Raises:
+          UserError: a direction of another model, or one that is zero at a chosen layer.
+        """
+        vector = fit(model, vector)
+        known = np.flatnonzero(vector.values.any(1))
+        total = model.config.n_layers
+        if not known.size:
+            raise UserError(f"{vector.kind} {vector.name!r} is zero at every layer")
+        if layers is None:
+            layers = total // 2 if total // 2 in known else int(known[known.size // 2])
+        chosen = resolve_layers(layers, total)
+        if empty := [layer for layer in chosen if layer not in known]:
+            raise UserError(f"{vector.kind} {vector.name!r} is zero at layer {empty[0]}; choose "
+                            "other layers")
+        self.vector, self.layers = vector, chosen
+        self.capture: Capture = capture.projections(
+            vector, response & generated, layers=chosen, name=NAME).before_edits()
+
+    def __repr__(self) -> str:
+        return line("Monitor", quoted(self.vector.name), layer_range(self.layers))
+
+    @property
+    def sentence(self) -> str:
+        """What the numbers are, in words."""
+        return (f"mean projection of the reply's tokens on {self.vector.name!r} at "
+                f"{layer_range(self.layers)}, read before the interventions at that layer")
+
+    @property
+    def usual(self) -> dict[int, tuple[float, float]]:
+        """By layer, the 25th and 75th percentile of the default persona's replies, if known."""
+        known = self.vector.percentiles.get("default", {}) if isinstance(self.vector, Axis) else {}
+        if "p25" not in known or "p75" not in known:
+            return {}
+        return {layer: (float(known["p25"][layer]), float(known["p75"][layer]))
+                for layer in self.layers}
+
+    def mean(self, values: Float[np.ndarray, "n L K"]) -> dict[int, float]:
+        """Return the mean projection at each layer, {} if no token counts.
+
+        Args:
+          values: [n, L, 1], the projections of n tokens (`Event.projections`); NaN for tokens
+            that are left out.
+        """
+        counted = values[~np.isnan(values).any((1, 2))] if values.size else values
+        if not counted.shape[0]:
+            return {}
+        means = counted[..., 0].mean(0, dtype=np.float64)
+        return dict(zip(self.layers, means.tolist(), strict=True))
+
+    def of_reply(self, captured: Float[np.ndarray, "L T K"], start: int) -> dict[int, float]:
+        """Return `mean` for the reading of a whole conversation.
+
+        Args:
+          captured: the entry `NAME` of `Reply.captured`, or of `Generated.captured` for one
+            conversation.
+          start: the number of tokens of its prompt.
+        """
+        return self.mean(np.moveaxis(captured[:, start:], 0, 1))
+
+    def words(self, means: Mapping[int, float]) -> str:
+        """Return a mean as text, such as "projection +19.31 at layer 4"."""
+        if not means:
+            return "no projection: the reply has no token to project"
+        return "projection " + ", ".join(f"{value:+.2f} at layer {layer}"
+                                         for layer, value in means.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class EditCount:
+    """How many tokens of one conversation an intervention selected and changed.
+
+    Attributes:
+      edit: the intervention, such as "cap(everywhere, layers 4–7, residual)".
+      layers: its l layers.
+      seen: the number of tokens of prompt and reply that it selected.
+      changed: l numbers, the tokens that it changed at each layer.
+    """
+
+    edit: str
+    layers: list[int]
+    seen: int
+    changed: list[int]
+
+
+def edit_counts(edits: Interventions, applied: Sequence[Applied],
+                index: int | None = None) -> list[EditCount]:
+    """Return the counts of each intervention in one conversation.
+
+    Args:
+      edits: the interventions.
+      applied: `Reply.applied`, or with `index` `Generated.applied`.
+      index: the index of the conversation.
+    """
+    at = () if index is None else (index,)
+    return [EditCount(repr(table), list(table.layers),
+                      int(np.asarray(one.seen)[at]),
+                      np.asarray(one.changed)[(slice(None), *at)].tolist())
+            for table, one in zip(edits.edits, applied, strict=True)]

@@ -1,0 +1,118 @@
+"""Checks before a run: everything that would make it fail after hours of generation.
+
+`check_texts` needs no model, so a command can call it before it loads one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jaxpersona.data.texts import DEFAULT, Question, Role, all_of
+from jaxpersona.engine.sampling import sampling
+from jaxpersona.errors import UserError
+from jaxpersona.judges.judges import Judge
+from jaxpersona.runs.manifest import tokens_digest
+from jaxpersona.runs.names import check_names
+from jaxpersona.runs.rollouts import Settings, opening
+from jaxpersona.text import chat
+
+if TYPE_CHECKING:
+    from jaxpersona.models.model import Model
+
+
+def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: Settings, *,
+                min_count: int, held_out: Sequence[str], judge: Judge | type[Judge],
+                ) -> tuple[list[Role], list[Question], list[str]]:
+    """Check the roles, questions and settings of a run; return them as lists.
+
+    Args:
+      roles: the roles, one of them named "default".
+      questions: the questions.
+      settings: the sampling settings.
+      min_count: the number of fully played rollouts that a role needs.
+      held_out: names of roles that do not enter the axis.
+      judge: the judge, or its class.
+
+    Raises:
+      UserError: a setting is out of range, a name is unknown or invalid as a file name, the judge
+        needs an `eval_prompt` that a role lacks, or no two roles can reach `min_count`.
+    """
+    roles, questions = all_of(Role, roles, "roles"), all_of(Question, questions, "questions")
+    if isinstance(held_out, str):
+        raise UserError(f"held_out is one string ({held_out!r}); give a list of role names")
+    held_out = list(held_out)
+    names = [role.name for role in roles]
+    check_names(names)
+    unknown = sorted(set(held_out) - set(names))
+    if DEFAULT not in names or unknown or DEFAULT in held_out:
+        raise UserError(
+            f"held_out contains unknown roles {unknown}; give names of roles" if unknown else
+            "roles must contain one named 'default' that is not in held_out"
+        )
+    sampling(1, temperature=settings.temperature, top_p=settings.top_p, seed=settings.seed)
+    if min_count < 1:
+        raise UserError(f"min_count is {min_count}; it must be positive")
+    if not questions:
+        raise UserError("questions is empty; give at least one")
+    twice = [i for i, n in Counter(question.id for question in questions).items() if n > 1]
+    if twice:
+        raise UserError(f"question id {twice[0]} is given more than once; ids identify rollouts: "
+                        "give every question a unique id")
+    most = sorted(count for name, count in rollouts_of(roles, questions, settings).items()
+                  if name not in (DEFAULT, *held_out))[-2:]
+    if most and min_count > most[0]:
+        raise UserError(f"min_count is {min_count}; the axis needs at least two roles with that "
+                        f"many rollouts, but the questions and samples give at most {most[0]}: "
+                        "lower min_count or ask more questions")
+    if len(roles) - 1 - len(held_out) < 2:
+        raise UserError(f"roles has {len(roles) - 1 - len(held_out)} entries besides the default "
+                        "and held_out; the axis needs at least two")
+    if getattr(judge, "reads_eval_prompt", False) and (bare := [
+            role.name for role in roles if role.name != DEFAULT and not role.eval_prompt]):
+        raise UserError(f"the judge {judge.name!r} needs an eval_prompt; add one to the roles "
+                        f"{', '.join(bare[:5])}{' …' if len(bare) > 5 else ''}, or use the judge "
+                        "none")
+    return roles, questions, held_out
+
+
+def rollouts_of(roles: Sequence[Role], questions: Sequence[Question],
+                settings: Settings) -> dict[str, int]:
+    """Return the number of rollouts of each role."""
+    return {role.name: len(role.prompts) * len(questions) * settings.samples for role in roles}
+
+
+def check_prompts(model: Model, roles: Sequence[Role], questions: Sequence[Question]) -> str:
+    """Check that every prompt with a question leaves room for a reply in the model's context.
+
+    Returns:
+      A digest of the tokens of every prompt and of every question.
+
+    Raises:
+      UserError: a prompt is too long, or the model has no tokenizer.
+    """
+    if model.tokenizer is None:
+        raise UserError(f"{model.name} has no tokenizer; role prompts need one")
+    prompts = [prompt for role in roles for prompt in role.prompts]
+    longest = max(prompts, key=len), max(questions, key=lambda q: len(q.text))
+    pairs = [(prompt, longest[1].text) for prompt in prompts]
+    pairs += [(longest[0], question.text) for question in questions]
+    context = model.config.max_context
+    rows = [chat.encode_row(model.tokenizer, opening(*pair)) for pair in pairs]
+    for (prompt, question), row in zip(pairs, rows, strict=True):
+        size = row.tokens.size
+        if size >= context:
+            raise UserError(f"the prompt {prompt[:40]!r} with the question {question[:40]!r} has "
+                            f"{size} tokens; prompt and reply must fit into the context of "
+                            f"{context} tokens: shorten the prompt or the question")
+    return tokens_digest(rows)
+
+
+def base_notice(model: Model) -> str | None:
+    """Return a warning that a model has no chat template; None if it has one."""
+    if model.template:
+        return None
+    return (f"{model.name} has no chat template, so it is probably a base model: prompts become "
+            "plain text, system prompts and questions joined, and replies may ignore their role. "
+            "Prefer the instruction-tuned model")

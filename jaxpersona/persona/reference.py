@@ -1,0 +1,135 @@
+"""What a projection is compared with: the default's own projections, the floor, and the roles.
+
+An axis file holds percentiles of the default's projections. The roles' mean projections are in
+`analysis.json` of the axis's run folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxpersona.brief import brief
+from jaxpersona.errors import UserError
+from jaxpersona.inputs import read_json
+from jaxpersona.persona.check import normal_spread
+from jaxpersona.runs.files import MANIFEST
+from jaxpersona.vectors.vector import Axis, Vector
+
+ANALYSIS = "analysis.json"
+_NEEDED = ("p1", "p25", "p50", "p75", "p99")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The default's projections on an axis at one layer, and the roles'.
+
+    Attributes:
+      percentiles: the default's percentiles, such as {1.0: …, 25.0: …}, in increasing order.
+      roles: role → mean projection of its replies; empty if unknown.
+    """
+
+    __repr__ = brief
+
+    percentiles: Mapping[float, float]
+    roles: Mapping[str, float]
+
+    @property
+    def floor(self) -> float:
+        """The floor of `--cap` without options: the default's 25th percentile."""
+        return self.percentiles[25.0]
+
+    def z(self, value: float) -> float:
+        """Return the distance from the default's median in its standard deviations.
+
+        The standard deviation is that of a normal distribution with the default's quartiles.
+        """
+        spread = float(normal_spread(np.array(self.percentiles[25.0]),
+                                     np.array(self.percentiles[75.0])))
+        return (value - self.percentiles[50.0]) / max(spread, 1e-6)
+
+    def place(self, value: float) -> str:
+        """Return between which of the default's percentiles a value lies, such as "p25–p50"."""
+        known = list(self.percentiles.items())
+        below = [name for name, at in known if at <= value]
+        above = [name for name, at in known if at > value]
+        if not below:
+            return f"below p{above[0]:g}"
+        return f"p{below[-1]:g}–p{above[0]:g}" if above else f"above p{below[-1]:g}"
+
+    def nearest(self, value: float, count: int = 3) -> list[str]:
+        """Return the roles with the nearest mean projections, nearest first."""
+        return sorted(self.roles, key=lambda name: (abs(self.roles[name] - value), name))[:count]
+
+
+def reference(vector: Vector, layer: int, file: str | os.PathLike[str] | None = None,
+              ) -> Reference | None:
+    """Return what projections on a direction at a layer are compared with.
+
+    Args:
+      vector: the direction.
+      layer: the layer.
+      file: the direction's file. If it lies in the folder of a run of its model, the run's
+        `analysis.json` gives the roles.
+
+    Returns:
+      None if the direction is not an axis with the default's percentiles.
+
+    Raises:
+      UserError: `analysis.json` is damaged, or belongs to an axis of another number of layers.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> from jaxpersona.persona.reference import reference
+      >>> found = reference(jp.load_axis("mini"), layer=4)
+      >>> found.place(found.floor)
+      'p25–p50'
+    """
+    table = vector.percentiles.get("default", {}) if isinstance(vector, Axis) else {}
+    if not all(name in table for name in _NEEDED):
+        return None
+    numbers = {}
+    for name, values in table.items():
+        text = name.removeprefix("p").replace(".", "", 1)
+        if name.startswith("p") and text.isdecimal():
+            numbers[float(name[1:])] = float(values[layer])
+    roles: dict[str, float] = {}
+    if file is not None and _is_of_run(pathlib.Path(file), vector):
+        roles = _roles(pathlib.Path(file).parent / ANALYSIS, vector.n_layers, layer)
+    return Reference(dict(sorted(numbers.items())), roles)
+
+
+def _is_of_run(file: pathlib.Path, vector: Vector) -> bool:
+    """Return whether a file lies in the folder of a run, with an analysis, of its model."""
+    if not all(path.is_file() for path in (file, file.with_name(ANALYSIS),
+                                           file.with_name(MANIFEST))):
+        return False
+    found: Any = read_json(file.with_name(MANIFEST))
+    model = found.get("model") if isinstance(found, dict) else None
+    return isinstance(model, dict) and model.get("fingerprint") == vector.fingerprint
+
+
+def _roles(path: pathlib.Path, layers: int, layer: int) -> dict[str, float]:
+    """Return the mean projections of the roles in a run's `analysis.json`, without the default."""
+    found: Any = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("roles"), dict):
+        raise UserError(f"{path}: damaged (no object 'roles'); delete it, or run `jaxpersona axis` "
+                        "again")
+    if found.get("layers") != layers:
+        raise UserError(f"{path}: has {found.get('layers')!r:.20} layers, the axis beside it "
+                        f"{layers}; they are of different runs: move one of them")
+    roles = {}
+    for name, role in found["roles"].items():
+        values = role.get("mean_projection") if isinstance(role, dict) else None
+        if not isinstance(values, list) or len(values) != layers or not all(
+                isinstance(x, (int, float)) for x in values):
+            raise UserError(f"{path}: damaged (no mean_projection of {name!r:.60}); delete it, or "
+                            "run `jaxpersona axis` again")
+        if name != "default" and np.isfinite(values[layer]):
+            roles[name] = float(values[layer])
+    return roles

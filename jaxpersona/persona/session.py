@@ -1,0 +1,274 @@
+"""A conversation with a model: streamed replies, their projections, and comparisons."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxpersona.brief import brief, count, line, quoted
+from jaxpersona.engine import prompts
+from jaxpersona.engine.engine import Engine
+from jaxpersona.engine.nonfinite import explain
+from jaxpersona.engine.replies import Reply
+from jaxpersona.engine.request import Handle, Request
+from jaxpersona.engine.sampling import sampling
+from jaxpersona.errors import UserError
+from jaxpersona.interventions.compose import Interventions, given
+from jaxpersona.interventions.where import FOREVER
+from jaxpersona.persona.monitor import NAME, EditCount, Monitor, edit_counts
+from jaxpersona.text import chat
+
+if TYPE_CHECKING:
+    from jaxpersona.models.model import Model
+
+_ROWS = 2  # the two replies of a comparison share a batch
+CHUNK = 4  # decode steps between two pieces, and until a reply is cancelled
+
+
+class ContextFull(UserError):
+    """The conversation leaves no room for a reply in the model's context."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """A user message and the reply to it.
+
+    Attributes:
+      message: the user message.
+      reply: the reply.
+      finish: "stop" (a stop token) or "length" (the limit or the context); "" if unknown.
+      tokens: the number of tokens of the reply.
+      context: the number of tokens of the conversation up to the reply's end.
+      edited: whether the interventions were on.
+      projections: the mean projection of the reply by layer (`Monitor`); {} without a monitor or
+        for an empty reply.
+      edits: the counts of each intervention.
+    """
+
+    __repr__ = brief
+
+    message: str
+    reply: str
+    finish: str = ""
+    tokens: int = 0
+    context: int = 0
+    edited: bool = False
+    projections: dict[int, float] = dataclasses.field(default_factory=dict)
+    edits: list[EditCount] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A piece of a streamed reply.
+
+    Attributes:
+      text: the new text; the texts of all pieces concatenate to the reply.
+      projections: the mean projection of the reply so far, by layer.
+      turn: the complete turn in the last piece, else None. A cancelled reply has no last piece.
+    """
+
+    text: str
+    projections: dict[int, float]
+    turn: Turn | None = None
+
+
+def check_finite(model: Model, reply: Reply, edits: Interventions) -> None:
+    """Check that the activations of a reply were finite.
+
+    Args:
+      model: the model.
+      reply: the reply.
+      edits: its interventions.
+
+    Raises:
+      UserError: they were not; the message gives the first place, the cause and the remedy.
+    """
+    if reply.finish == "nonfinite":
+        row = chat.answered(model.tokenizer, reply.row, reply.tokens)
+        raise UserError(explain(model, row, edits, "this conversation", "the reply ended at"))
+
+
+def _never() -> bool:
+    return False
+
+
+class Session:
+    """A conversation in which every reply can be repeated without the interventions.
+
+    Requests with and without the interventions have the same structure, so both run in the same
+    compiled programs, and a comparison runs as two rows of one batch.
+
+    Attributes:
+      model: the model.
+      edits: the interventions.
+      monitor: projects the replies, or None.
+      settings: max_new_tokens, temperature, top_p and seed (`Request`).
+      system: the system prompt, or None.
+      turns: the turns so far.
+      edited: whether the interventions apply to the next reply.
+
+    Example::
+
+        model = jp.load("mini")
+        session = Session(model, interventions=cap, monitor=Monitor(model, axis))
+        for piece in session.reply("Who are you?"):
+            print(piece.text, end="")
+        print(session.turns[-1].projections)
+    """
+
+    def __init__(self, model: Model, *, interventions: Interventions | None = None,
+                 monitor: Monitor | None = None, system: str | None = None,
+                 max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0,
+                 seed: int = 0) -> None:
+        """Start an empty conversation; programs compile at the first reply.
+
+        Raises:
+          UserError: a model without a tokenizer, or settings out of range.
+        """
+        if model.tokenizer is None:
+            raise UserError(f"{model.name} has no tokenizer; a conversation needs one")
+        sampling(1, temperature=temperature, top_p=top_p, seed=seed)
+        prompts.check_settings(max_new_tokens=max_new_tokens)
+        self.model, self.edits, self.monitor = model, given(interventions), monitor
+        self.settings = {"max_new_tokens": max_new_tokens, "temperature": temperature,
+                         "top_p": top_p, "seed": seed}
+        self.system = system
+        self.turns: list[Turn] = []
+        self.edited = bool(self.edits.edits)
+        self._off = _without_tokens(self.edits)
+        self._engine = Engine(model, rows=_ROWS, lanes=1, chunk=CHUNK)
+
+    def __repr__(self) -> str:
+        return line("Session", quoted(self.model.name), count(len(self.turns), "turn"),
+                    repr(self.edits) if self.edits.edits else "")
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation as a list of {"role", "content"}."""
+        return self._talk(self.turns)
+
+    def reply(self, message: str, cancelled: Callable[[], bool] = _never) -> Iterator[Piece]:
+        """Stream the reply to a message; the turn is kept when it is complete.
+
+        Args:
+          message: the user message.
+          cancelled: called after each piece; True ends the reply without keeping the turn.
+
+        Raises:
+          ContextFull: no room for a reply.
+          UserError: an invalid message, or activations that are not finite.
+        """
+        handle = self._submit(self.turns, message, self.edited)
+        for piece in self._pieces(handle, message, self.edited, cancelled):
+            if piece.turn is not None:
+                self.turns.append(piece.turn)
+            yield piece
+
+    def compare(self, cancelled: Callable[[], bool] = _never) -> Iterator[tuple[bool, Piece]]:
+        """Repeat the last reply without and with the interventions; the conversation stays.
+
+        Both replies continue the same earlier turns, with the same random draws.
+
+        Args:
+          cancelled: as for `reply`.
+
+        Returns:
+          An iterator over (whether the interventions are on, piece): first all pieces of the reply
+          without them.
+
+        Raises:
+          UserError: there is no reply, or there are no interventions.
+        """
+        if not self.turns:
+            raise UserError("there is no reply to compare yet")
+        if not self.edits.edits:
+            raise UserError("there is nothing to compare: the session has no interventions")
+        *earlier, last = self.turns
+        handles = {on: self._submit(earlier, last.message, on) for on in (False, True)}
+        return self._both(handles, last.message, cancelled)
+
+    def _both(self, handles: dict[bool, Handle], message: str,
+              cancelled: Callable[[], bool]) -> Iterator[tuple[bool, Piece]]:
+        """Stream two requests, one after the other; they run together."""
+        try:
+            for on, handle in handles.items():
+                turn = None
+                for piece in self._pieces(handle, message, on, cancelled):
+                    turn = piece.turn
+                    yield on, piece
+                if turn is None:
+                    return
+        finally:
+            for handle in handles.values():
+                self._engine.cancel(handle)
+
+    def undo(self) -> Turn:
+        """Remove the last turn and return it.
+
+        Raises:
+          UserError: there is none.
+        """
+        if not self.turns:
+            raise UserError("there is no turn to remove")
+        return self.turns.pop()
+
+    def _talk(self, turns: list[Turn]) -> list[dict[str, str]]:
+        head = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return head + [{"role": role, "content": text} for turn in turns
+                       for role, text in (("user", turn.message), ("assistant", turn.reply))]
+
+    def _submit(self, turns: list[Turn], message: str, edited: bool) -> Handle:
+        """Queue the reply to a message after given turns."""
+        talk = [*self._talk(turns), {"role": "user", "content": message}]
+        row = prompts.encode(self.model, talk)
+        context = self.model.config.max_context
+        if row.tokens.size >= context:
+            raise ContextFull(f"the conversation has {row.tokens.size:,} tokens with this message; "
+                              f"the context of {self.model.name} holds {context:,}, the reply "
+                              "included: shorten the message or remove earlier turns")
+        return self._engine.submit(Request(
+            row, interventions=self.edits if edited else self._off,
+            capture=None if self.monitor is None else self.monitor.capture, **self.settings))
+
+    def _pieces(self, handle: Handle, message: str, edited: bool,
+                cancelled: Callable[[], bool]) -> Iterator[Piece]:
+        """Stream a request; the last piece has the turn."""
+        monitor, values = self.monitor, []
+        try:
+            for event in self._engine.stream(handle):
+                if event.reply is None and cancelled():
+                    return
+                means: dict[int, float] = {}
+                if monitor is not None:
+                    values.append(event.projections[NAME])
+                    means = monitor.mean(np.concatenate(values))
+                turn = None
+                if event.reply is not None:
+                    turn = self._turn(event.reply, message, edited, means)
+                yield Piece(event.text, means, turn)
+        finally:
+            self._engine.cancel(handle)  # no effect on a complete reply
+
+    def _turn(self, reply: Reply, message: str, edited: bool, means: dict[int, float]) -> Turn:
+        edits = self.edits if edited else Interventions()
+        check_finite(self.model, reply, edits)
+        return Turn(message, reply.text, reply.finish, reply.tokens.size,
+                    reply.row.tokens.size + reply.tokens.size, edited, means,
+                    edit_counts(edits, reply.applied) if edited else [])
+
+
+def _without_tokens(edits: Interventions) -> Interventions:
+    """Return interventions of the same structure that select no token.
+
+    The kinds of tokens in their tests are kept, because the tests decide whether the program
+    tracks code fences; the range of messages is empty instead.
+    """
+    tables = []
+    for table in edits.edits:
+        where = np.array(table.where)
+        where[:, 3:] = FOREVER
+        tables.append(table.replace(where=where))
+    return Interventions(tuple(tables))

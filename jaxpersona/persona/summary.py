@@ -1,0 +1,115 @@
+"""The result of an axis run as lines of text: what was found, which files, and what to do next."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shlex
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jaxpersona.data.texts import DEFAULT
+from jaxpersona.runs.files import FIGURES, RESULTS
+
+if TYPE_CHECKING:
+    from jaxpersona.persona.extract import Extraction
+
+SHOWN = 5  # roles at each end of the ranking
+UNREAD = ("judge none: no reply was read, and every one counts as fully playing its role, also "
+          "where the model refused; --judge self or --judge model:NAME reads them")
+_ABOUT = {
+    "axis.safetensors": "the axis with its thresholds", "analysis.json": "values by role and layer",
+    "roles.png": "roles on the axis", "pca.png": "role vectors on two components",
+    "variance.png": "variance of the components", "drift.png": "drift over turns",
+}
+
+
+def distances(found: Extraction, layer: int) -> dict[str, float]:
+    """Return how far each role's mean projection is from the default's, nearest first.
+
+    In standard deviations of the default's own replies; negative values are away from the
+    Assistant. Roles whose replies are all empty are left out.
+
+    Args:
+      found: the extraction.
+      layer: the layer.
+    """
+    own = found.projections[DEFAULT][:, layer]
+    own = own[np.isfinite(own)]
+    spread = max(float(own.std()), 1e-12)
+    means = {name: float(np.nanmean(values[:, layer])) for name, values in
+             found.projections.items()
+             if name != DEFAULT and np.isfinite(values[:, layer]).any()}
+    order = sorted(means, key=lambda name: (-means[name], name))
+    return {name: (means[name] - float(own.mean())) / spread for name in order}
+
+
+def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
+            held_out: Sequence[str] = (), options: Sequence[str] = ()) -> list[str]:
+    """Return the result of a run as lines of text.
+
+    Args:
+      found: the extraction.
+      folder: the run folder; only files that it contains are listed.
+      layer: the layer of the ranking.
+      held_out: the roles that did not enter the axis.
+      options: further options of the commands to run next, such as `["--model", "NAME"]`.
+    """
+    folder, axis = pathlib.Path(folder), found.axis
+    least, kept = int(axis.notes["min_count"]), len(found.analysis.names)
+    few = sorted(set(found.counts) - set(found.role_means))
+    own = found.projections[DEFAULT][:, layer]
+    lines = [
+        f"Assistant Axis of {axis.model}: {kept} of {len(found.counts)} roles, "
+        f"{found.rollouts:,} rollouts, {axis.n_layers} layers",
+        *([UNREAD] if axis.notes["judge"] == "none" else
+          [f"judge {axis.notes['judge']}: {_scores(found.counts)}"]),
+    ]
+    if few:
+        lines.append(f"left out, with fewer than {least} fully played replies: {_names(few)}")
+    if held_out:
+        lines.append(f"held out: {_names(sorted(held_out))}")
+    pc1 = found.analysis.components[layer].ratio[0]
+    lines += [
+        f"|cos(PC1, axis)| at layer {layer}: {found.analysis.cos_pc1[layer]:.3f}; PC1 has "
+        f"{pc1:.0%} of the role vectors' variance",
+        f"projections at layer {layer}: the default has mean {np.nanmean(own):.4g} and standard "
+        f"deviation {np.nanstd(own):.3g}; roles, in these standard deviations from it:",
+    ]
+    ranked = list(distances(found, layer).items())
+    if len(ranked) <= 2 * SHOWN:
+        lines.append(f"  nearest to farthest: {_ranked(ranked)}")
+    else:
+        lines.append(f"  nearest: {_ranked(ranked[:SHOWN])}")
+        lines.append(f"  farthest: {_ranked(ranked[:-SHOWN - 1:-1])}")
+    lines.append(f"files in {folder}:")
+    lines += [f"  {name:<18}{_ABOUT[name]}" for name in (*RESULTS, *FIGURES)
+              if name in _ABOUT and (folder / name).exists()]  # an SVG is beside each PNG
+    file, more = shlex.quote(str(folder / "axis.safetensors")), shlex.join(options)
+    more = f" {more}" if more else ""
+    return [*lines, "next:",
+            f"  jaxpersona vectors check {file}{more}",
+            f"  jaxpersona project talk.json --on {file}{more}",
+            f'  jaxpersona generate "Who are you?" --cap {file} --compare{more}']
+
+
+def _scores(counts: dict[str, dict[str, int]]) -> str:
+    """Return the numbers of all replies by score, such as "12 of score 3, 4 of score 0"."""
+    total: Counter[str] = Counter()
+    for by_score in counts.values():
+        total.update(by_score)
+    named = {"None": "undecided"}
+    return ", ".join(f"{n:,} {named.get(score, f'of score {score}')}"
+                     for score, n in sorted(total.items(), reverse=True) if n)
+
+
+def _names(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:8])
+    return f"{len(names)} ({shown}{', …' if len(names) > 8 else ''})"
+
+
+def _ranked(pairs: Sequence[tuple[str, float]]) -> str:
+    return ", ".join(f"{name} {value:+.1f}" for name, value in pairs)

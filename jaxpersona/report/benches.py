@@ -1,0 +1,149 @@
+"""Figures of the results that the programs in `bench/` write."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxpersona.calls import checked_call
+from jaxpersona.errors import UserError
+from jaxpersona.inputs import read_json
+from jaxpersona.report import labels
+from jaxpersona.report.style import (
+    BLACK,
+    CYCLE,
+    GREY,
+    MARKERS,
+    TINY,
+    axes_of,
+    described,
+    reference,
+    style,
+    text,
+    titled,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_KINDS = {  # bench → its curves' field, title, horizontal and vertical label
+    "decode": ("by_batch", "Throughput of decoding", "rows", "tokens/s"),
+    "cap_overhead": ("by_layers", "Speed with capped layers", "capped layers",
+                     "speed, capped ÷ uncapped"),
+    "rows": ("by_distinct", "Speed with distinct settings", "distinct settings in a batch",
+             "speed ÷ that of one shared setting"),
+    "roofline": ("points", "Roofline", "FLOP/byte", "FLOP/s"),
+}
+
+
+@checked_call
+def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Axes:
+    """Draw results of one benchmark: `decode`, `cap_overhead`, `rows` or `roofline`.
+
+    Bands are 95 % intervals of ratios.
+
+    Args:
+      found: the JSON of a result, its file, or name → JSON of several results of one benchmark.
+      title: default: that of the benchmark.
+      ax: the axes to draw on; default: those of a new figure.
+
+    Raises:
+      UserError: matplotlib is missing, or `found` holds another benchmark's result.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> found = {"bench": "decode", "by_batch": {"1": {"tokens_per_second": 50.0},
+      ...                                          "8": {"tokens_per_second": 300.0}}}
+      >>> jp.plot.bench(found).get_ylabel()
+      'tokens/s'
+    """
+    results = _results(found)
+    kind = next(iter(results.values()))["bench"]
+    field, usual, x, y = _KINDS[kind]
+    with style():
+        from matplotlib.ticker import StrMethodFormatter
+
+        ax = axes_of(ax, 5.6, 4.0)
+        try:
+            for i, (name, value) in enumerate(results.items()):
+                look = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)],
+                        "label": text(name or usual)}
+                if kind == "roofline":
+                    _roof(ax, value, look)
+                elif kind == "decode":
+                    at = {int(n): one["tokens_per_second"] for n, one in value[field].items()}
+                    ax.plot(sorted(at), [at[n] for n in sorted(at)], **look)
+                else:
+                    _ratios(ax, {int(n): one for n, one in value[field].items()}, look)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"found is not a result of the benchmark {kind!r} "
+                            f"({type(error).__name__}: {error})") from None
+        if kind in ("rows", "cap_overhead"):
+            reference(ax, 1.0, "equal speed", colour=GREY)
+        if kind != "cap_overhead":
+            ax.set_xscale("log", base=2)
+        if kind == "roofline":
+            ax.set_yscale("log")
+        else:
+            ax.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        if kind == "decode":
+            ax.set_ylim(0)
+            ax.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        described(ax, x)
+        ax.set_ylabel(y)
+        titled(ax, title or usual, columns=2)
+        if kind == "roofline":
+            _name_points(ax, results)
+    return ax
+
+
+def _results(found: Any) -> dict[str, dict[str, Any]]:
+    """Return results of one benchmark by name."""
+    if isinstance(found, (str, os.PathLike)):
+        path = pathlib.Path(found)
+        found = {path.stem: read_json(path)}
+    if isinstance(found, Mapping) and "bench" in found:
+        found = {"": found}
+    if not isinstance(found, Mapping) or not found or not all(
+            isinstance(value, Mapping) for value in found.values()):
+        raise UserError(f"found is {found!r:.60}; give the JSON of a result, or a dict of them by "
+                        "name")
+    kinds = {str(value.get("bench")) for value in found.values()}
+    if len(kinds) > 1 or not kinds <= set(_KINDS):
+        raise UserError(f"found has results of {', '.join(sorted(kinds))}; give those of one of "
+                        f"{', '.join(_KINDS)}")
+    return {str(name): dict(value) for name, value in found.items()}
+
+
+def _ratios(ax: Axes, at: Mapping[int, Mapping[str, Any]], look: dict[str, Any]) -> None:
+    """Draw ratios with their intervals."""
+    xs = sorted(at)
+    low, high = zip(*(at[x]["interval"] for x in xs), strict=True)
+    ax.plot(xs, [at[x]["ratio"] for x in xs], **look)
+    ax.fill_between(xs, low, high, color=look["color"], alpha=0.15, linewidth=0)
+
+
+def _roof(ax: Axes, value: Mapping[str, Any], look: dict[str, Any]) -> None:
+    """Draw the roof of a device, and each program's speed as a point."""
+    roof = value["roof"]
+    xs = [2**n / 8 for n in range(14)]
+    ax.plot(xs, [min(roof["flops_per_second"], x * roof["bytes_per_second"]) for x in xs],
+            **{**look, "marker": ""})
+    for point in value["points"]:
+        ax.plot(point["intensity"], point["flops_per_second"], "o", color=BLACK)
+
+
+def _name_points(ax: Axes, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the names of a roofline's points beside them."""
+    points = [(str(p["name"]), float(p["intensity"]), float(p["flops_per_second"]))
+              for value in results.values() for p in value["points"]]
+    lines = [np.stack([np.interp(steps, np.arange(len(line.get_xdata())), np.log(values))
+                       for values in (line.get_xdata(), line.get_ydata())], 1)
+             for line in ax.lines if len(line.get_xdata()) > 1
+             for steps in [np.linspace(0, len(line.get_xdata()) - 1, 200)]]
+    avoid = np.exp(np.concatenate([np.log([(x, y) for _, x, y in points]), *lines]))
+    labels.place(ax, points, avoid, TINY)

@@ -1,0 +1,369 @@
+"""Figures of curves: by layer, by turn of a conversation, and by strength of steering."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from jaxpersona.calls import checked_call
+from jaxpersona.errors import UserError
+from jaxpersona.interventions.bank import numbers
+from jaxpersona.persona.talk import Talks, TurnProjection
+from jaxpersona.report.sources import layer_of
+from jaxpersona.report.style import (
+    ARMS,
+    CYCLE,
+    GREY,
+    MARKERS,
+    axes_of,
+    band,
+    described,
+    label,
+    reference,
+    style,
+    titled,
+)
+from jaxpersona.vectors.vector import Axis
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MOST = 14  # curves: as many as there are pairs of a colour and a marker before they repeat
+
+
+@checked_call
+def layers(curves: Mapping[str, Any], *, ylabel: str = "", title: str = "By layer",
+           ax: Axes | None = None) -> Axes:
+    """Draw values by layer, one curve per name.
+
+    Args:
+      curves: name → [L]; NaN leaves a gap.
+      ylabel: what the values are, with their unit.
+      title: the title.
+      ax: the axes to draw on; default: those of a new figure.
+
+    Raises:
+      UserError: matplotlib is missing, or `curves` are not arrays [L] of one length.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> axis = jp.load_axis("mini")
+      >>> ax = jp.plot.layers({"p25": axis.thresholds("p25")}, ylabel="floor")
+      >>> ax.get_xlabel(), len(ax.lines[0].get_xdata())
+      ('layer', 8)
+    """
+    values = _curves(curves, dims=(1,))
+    with style():
+        ax = axes_of(ax, 6.0, 3.8)
+        for (name, one), look in zip(values.items(), _looks(values), strict=True):
+            ax.plot(range(len(one)), one, markersize=3.5, label=label(name), **look)
+        _whole_numbers(ax)
+        described(ax, "layer")
+        ax.set_ylabel(ylabel)
+        titled(ax, title, columns=2)
+    return ax
+
+
+@checked_call
+def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | None = None, *,
+          title: str = "Projection of each assistant message", ax: Axes | None = None) -> Axes:
+    """Draw the mean projections of a conversation's assistant messages on directions.
+
+    Args:
+      found: the result of `project_conversation` for K directions.
+      names: the K names of the directions.
+      layer: the layer; default: the middle one.
+      title: the title.
+      ax: the axes to draw on; default: those of a new figure.
+
+    Raises:
+      UserError: matplotlib is missing, `names` has another length than K, or the layer does not
+        exist.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> from jaxpersona.persona.talk import project_conversation
+      >>> model, axis = jp.load("mini"), jp.load_axis("mini")
+      >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+      >>> ax = jp.plot.turns(project_conversation(model, talk, [axis]), ["Assistant Axis"])
+      >>> ax.lines[0].get_xdata().tolist()
+      [1]
+    """
+    found = list(found)
+    if not found or not all(isinstance(one, TurnProjection) for one in found):
+        raise UserError("found must be the result of project_conversation, with at least one "
+                        "assistant message")
+    total, directions = found[0].values.shape
+    at = layer_of(layer, total)
+    if isinstance(names, str) or len(names) != directions:
+        raise UserError(f"names is {names!r:.60}; give {directions}, one per direction")
+    with style():
+        ax = axes_of(ax, 6.0, 3.6)
+        where = [one.turn for one in found]
+        values = np.stack([one.values[at] for one in found])
+        for k, look in enumerate(_looks(names)):
+            ax.plot(where, values[:, k], label=label(names[k]), **look)
+        if len(where) > 20:
+            _whole_numbers(ax)
+        else:
+            ax.set_xticks(where)
+        described(ax, "message of the conversation, from 0")
+        ax.set_ylabel(f"mean projection, layer {at}")
+        titled(ax, title)
+    return ax
+
+
+@checked_call
+def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"] = "projection",
+          axis: Axis | None = None, layer: int | None = None, floor: str | float | None = None,
+          leak: Mapping[str, float] | None = None, title: str | None = None,
+          ax: Axes | None = None) -> Axes:
+    """Draw persona drift over the turns of conversations, with and without an intervention.
+
+    A projection that was read after the cap cannot fall below the floor, so its curve is flat for
+    any conversation. Draw behaviour, or projections of the same conversations that were read
+    without the cap (`Talks.readout`).
+
+    Args:
+      curves: arm, such as "uncapped" and "capped" → [M] values by turn; [M, N] for N
+        conversations, of which the mean and the interquartile range are drawn; or `Talks`, of
+        which the read-out without interventions is drawn.
+      what: "projection", or "behaviour" for shares of in-character choices in 0…1.
+      axis: for projections: the axis, for the band of its default persona.
+      layer: for projections: the layer; needed with `axis` or `Talks`; default: the middle one.
+      floor: for projections: the floor τ of the cap, a number or a percentile such as "p25" of
+        the default persona (needs `axis`).
+      leak: for behaviour: arm → share of conversations whose reply to a forbidden request after
+        the last turn gives the secret away.
+      title: the title.
+      ax: the axes to draw on; default: those of a new figure.
+
+    Raises:
+      UserError: matplotlib is missing, or an argument that does not fit.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> shares = {"uncapped": [0.2, 0.4, 0.7], "capped": [0.2, 0.2, 0.3]}
+      >>> ax = jp.plot.drift(shares, what="behaviour", leak={"uncapped": 0.8, "capped": 0.1})
+      >>> [tick.get_text() for tick in ax.get_xticklabels()]
+      ['1', '2', '3', 'forbidden\\nrequest']
+    """
+    if what not in ("behaviour", "projection"):
+        raise UserError(f"what is {what!r}; it must be 'behaviour' or 'projection'")
+    behaviour = what == "behaviour"
+    if behaviour and (axis is not None or floor is not None):
+        raise UserError("axis and floor belong to projections; omit them, or use "
+                        "what='projection'")
+    if leak is not None and not behaviour:
+        raise UserError("leak belongs to what='behaviour'")
+    if axis is not None and not isinstance(axis, Axis):
+        raise UserError(f"axis is {axis!r:.60}; give an Axis")
+    at = None if behaviour else _layer(curves, axis, layer)
+    values = _curves({name: _readout(name, one, at) for name, one in dict(curves).items()})
+    if behaviour and any((one[np.isfinite(one)] < 0).any() or (one[np.isfinite(one)] > 1).any()
+                         for one in values.values()):
+        raise UserError("curves has shares outside 0…1; for projections use what='projection'")
+    with style():
+        ax = axes_of(ax, 5.6, 4.0)
+        looks = _looks(values)
+        count = _draw_arms(ax, values, looks)
+        if behaviour:
+            _behaviour(ax, values, looks, {} if leak is None else dict(leak))
+        else:
+            _projection(ax, axis, at, floor)
+        turns_shown = max(len(one) for one in values.values())
+        ticks = list(range(1, turns_shown + 1))
+        names = [str(turn) for turn in ticks]
+        ax.set_xticks(ticks + [turns_shown + 1] * bool(leak),
+                      names + ["forbidden\nrequest"] * bool(leak))
+        notes = [f"Lines: means of {count} conversations; shading: p25 to p75."] * bool(count)
+        if axis is not None:
+            notes.append("Band: p25 to p75 of the default persona's answers.")
+        described(ax, "turn", "\n".join(notes))
+        titled(ax, title or ("Behaviour" if behaviour else "Projection, read without the cap"),
+               columns=2)
+    return ax
+
+
+def _layer(curves: Mapping[str, Any], axis: Axis | None, layer: int | None) -> int | None:
+    """Return the layer of the projections, or None if nothing depends on it."""
+    totals = [one.projections.shape[-1] for one in dict(curves).values()
+              if isinstance(one, Talks)]
+    if axis is not None:
+        totals.append(axis.n_layers)
+    return layer_of(layer, totals[0]) if totals else layer
+
+
+def _readout(name: str, given: Any, layer: int | None) -> Any:
+    """Return a curve: the read-out of `Talks` at a layer, or the given array."""
+    if not isinstance(given, Talks):
+        return given
+    if given.readout is None:
+        raise UserError(f"curves[{name!r}] are conversations without a read-out, whose projections "
+                        "were read after the interventions; use grow(…, readout=True)")
+    return given.readout[:, :, layer]
+
+
+def _draw_arms(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str, Any]]) -> int:
+    """Draw each arm's mean, and its interquartile range if it has several values a turn."""
+    count = 0
+    for (name, one), look in zip(values.items(), looks, strict=True):
+        steps = np.arange(1, len(one) + 1)
+        if one.ndim == 2:
+            count = max(count, one.shape[1])
+            one, low, high = _spread(one)
+            ax.fill_between(steps, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        ax.plot(steps, one, label=label(name), **look)
+    return count
+
+
+def _behaviour(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str, Any]],
+               leak: dict[str, float]) -> None:
+    """Draw the leak of each arm after the last turn, and set the axis of shares up."""
+    from matplotlib.ticker import PercentFormatter
+
+    if leak and set(leak) != set(values):
+        raise UserError(f"leak has {sorted(leak)}; give one share for each of {sorted(values)}")
+    last = max(len(one) for one in values.values())
+    for i, (name, look) in enumerate(zip(values, looks, strict=True)):
+        if not leak:
+            break
+        x = last + 1 + 0.16 * (i - (len(values) - 1) / 2)
+        ax.vlines(x, 0, leak[name], color=look["color"], linewidth=6, alpha=0.55)
+        ax.plot(x, leak[name], marker=look["marker"], color=look["color"], linestyle="none",
+                label=f"{label(name)}: leak")
+    ax.set(ylim=(-0.03, 1.03), ylabel="share of in-character choices"
+           + (";\nshare of leaks after the last turn" if leak else ""))
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _projection(ax: Axes, axis: Axis | None, layer: int | None, floor: str | float | None) -> None:
+    """Draw the default persona's band and the floor, and label the axis of projections."""
+    if axis is not None and layer is not None:
+        low, high = (float(axis.thresholds(p, of="default")[layer]) for p in ("p25", "p75"))
+        band(ax, low, high, "default persona, p25 to p75")
+    if isinstance(floor, str):
+        if axis is None or layer is None:
+            raise UserError(f"floor is {floor!r}; a percentile needs axis=")
+        name = f"floor τ ({floor} of the default persona)"
+        floor = float(axis.thresholds(floor, of="default")[layer])
+    else:
+        name = "floor τ"
+    if floor is not None:
+        if not np.isfinite(floor):
+            raise UserError(f"floor is {floor!r}; give a finite number")
+        reference(ax, float(floor), name)
+    ax.set_ylabel("projection on the Assistant Axis"
+                  + ("" if layer is None else f", layer {layer}"))
+
+
+@checked_call
+def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
+             xlabel: str = "strength of steering, multiples of the vector",
+             title: str = "Effect of steering", ax: Axes | None = None) -> Axes:
+    """Draw a behaviour or a projection over the strengths of steering, such as of `sweep`.
+
+    Args:
+      scales: [S], the strengths.
+      curves: name → [S], or [S, N] for N replies at each strength, of which the mean and its 95 %
+        interval (± 1.96 standard errors) are drawn.
+      ylabel: what the values are, with their unit.
+      xlabel: what the strengths are.
+      title: the title.
+      ax: the axes to draw on; default: those of a new figure.
+
+    Raises:
+      UserError: matplotlib is missing, or `curves` do not have one entry per strength.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> ax = jp.plot.steering([-1, 0, 1], {"pirate": [0.9, 0.6, 0.2]}, ylabel="in character")
+      >>> [entry.get_text() for entry in ax.get_legend().get_texts()]
+      ['pirate', 'no steering']
+    """
+    at = numbers("scales", scales)
+    if at.ndim != 1 or not at.size or not np.isfinite(at).all():
+        raise UserError(f"scales is {scales!r:.60}; give a list of finite numbers")
+    values = _curves(curves)
+    if wrong := [name for name, one in values.items() if len(one) != len(at)]:
+        raise UserError(f"curves[{wrong[0]!r}] has {len(values[wrong[0]])} entries for {len(at)} "
+                        "strengths; give one per strength")
+    order, several = np.argsort(at, kind="stable"), 0
+    with style():
+        ax = axes_of(ax, 5.6, 3.8)
+        for (name, one), look in zip(values.items(), _looks(values), strict=True):
+            one = one[order]
+            if one.ndim == 2:
+                several = max(several, one.shape[1])
+                error = np.array([_half_width(row[np.isfinite(row)]) for row in one])
+                one = _spread(one)[0]
+                ax.fill_between(at[order], one - error, one + error, color=look["color"],
+                                alpha=0.15, linewidth=0)
+            ax.plot(at[order], one, label=label(name), **look)
+        if at.min() <= 0 <= at.max():
+            reference(ax, 0.0, "no steering", vertical=True, colour=GREY, dash=(0, (1, 1.5)))
+        described(ax, xlabel, f"Lines: means of {several} replies; shading: 95 % interval of the "
+                              "mean." if several else "")
+        ax.set_ylabel(ylabel)
+        titled(ax, title, columns=2)
+    return ax
+
+
+def _looks(names: Any) -> list[dict[str, Any]]:
+    """Return colour, marker and line of each curve; known arms look the same in all figures."""
+    names = list(names)
+    taken = {ARMS[name][0] for name in names if name in ARMS}
+    free = itertools.cycle([pair for pair in zip(CYCLE, MARKERS, strict=True)
+                            if pair[0] not in taken])
+    looks = [dict(zip(("color", "marker"), ARMS.get(name) or next(free), strict=True))
+             for name in names]
+    return [{**look, "linestyle": "-" if i < len(CYCLE) else "--"} for i, look in enumerate(looks)]
+
+
+def _half_width(values: np.ndarray) -> float:
+    """Return 1.96 standard errors of the mean; NaN for fewer than two values."""
+    return 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.nan
+
+
+def _spread(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return mean, 25th and 75th percentile [M] of the finite values of each row of [M, N]."""
+    table = np.full((3, len(values)), np.nan)
+    for i, row in enumerate(values):
+        known = row[np.isfinite(row)]
+        if known.size:
+            table[:, i] = known.mean(), *np.percentile(known, [25, 75])
+    return table[0], table[1], table[2]
+
+
+def _curves(given: Any, dims: tuple[int, ...] = (1, 2)) -> dict[str, np.ndarray]:
+    """Return curves as float64 arrays [M] or [M, N].
+
+    Raises:
+      UserError: no curve, too many, one that is not numeric or has no finite value, or different
+        lengths.
+    """
+    if not isinstance(given, Mapping) or not given:
+        raise UserError(f"curves is {given!r:.60}; give a dict of arrays by name")
+    if len(given) > _MOST:
+        raise UserError(f"curves has {len(given)} entries; give at most {_MOST}, because more "
+                        "cannot be told apart")
+    found = {}
+    for name, value in given.items():
+        array = numbers(f"curves[{name!r}]", value)
+        if array.ndim not in dims or not np.isfinite(array).any():
+            shapes = " or ".join({1: "[M]", 2: "[M, N]"}[n] for n in dims)
+            raise UserError(f"curves[{name!r}] is {value!r:.60}; give numbers {shapes}")
+        found[str(name)] = array
+    if len({len(array) for array in found.values()}) > 1:
+        raise UserError("curves differ in length: "
+                        + ", ".join(f"{name} {len(array)}" for name, array in found.items()))
+    return found
+
+
+def _whole_numbers(ax: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,0 +1,65 @@
+"""The figure of `jaxpersona project`: a conversation's projections beside the default's own."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxpersona.ckpts.files import atomic
+from jaxpersona.extras import require
+from jaxpersona.inputs import printable
+from jaxpersona.persona.reference import Reference
+
+_DEFAULT, _MESSAGE = "#1b7f5c", "#4a6fa5"
+
+
+def messages(path: pathlib.Path, turns: Sequence[int], values: np.ndarray, names: Sequence[str],
+             layer: int, references: Sequence[Reference | None]) -> None:
+    """Plot one conversation's projections [M, K] on K directions by assistant message.
+
+    Args:
+      path: the file to write.
+      turns: the M indices of the messages.
+      values: [M, K], a panel for each direction.
+      names: the K names of the directions.
+      layer: the layer.
+      references: K entries: the default's projections, drawn as bands with the floor, and the
+        roles, of which the nearest is named at each message; None for a direction without them.
+    """
+    require("matplotlib", "figures need matplotlib")
+    # no pyplot: its backend and list of figures are global to the process
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 1 + 3 * len(names)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    for k, (panel, name) in enumerate(zip(panels, names, strict=True)):
+        panel.spines[["top", "right"]].set_visible(False)
+        if (known := references[k]) is not None:
+            for low, high, alpha in ((1, 99, 0.08), (25, 75, 0.16)):
+                panel.axhspan(known.percentiles[low], known.percentiles[high], color=_DEFAULT,
+                              alpha=alpha, linewidth=0, label=f"default, p{low}–p{high}")
+            panel.axhline(known.floor, color="black", linewidth=0.8, linestyle="--",
+                          label="floor of --cap (p25)")
+            for turn, value in zip(turns, values[:, k], strict=True):
+                for role in known.nearest(float(value), 1):
+                    panel.annotate(_plain(role.replace("_", " ")), (turn, value), fontsize=6.5,
+                                   xytext=(0, 6), textcoords="offset points", ha="center")
+        panel.plot(turns, values[:, k], "o-", color=_MESSAGE, label=_plain(name))
+        panel.set_ylabel(f"mean projection, layer {layer}", fontsize=8)
+        panel.legend(frameon=False, fontsize=7)
+    panels[-1].set_xticks(list(turns))
+    panels[-1].set_xlabel("message of the conversation, from 0")
+    roles = any(known is not None and known.roles for known in references)
+    panels[0].set_title("Projection of each assistant message"
+                        + (", with its nearest role" if roles else ""), fontsize=10)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
+
+
+def _plain(text: str) -> str:
+    """Return a text that matplotlib draws as it is: without control characters and formulas."""
+    return printable(text).replace("$", r"\$")

@@ -1,0 +1,251 @@
+"""What the figures of roles accept: an extraction, a run's folder, or arrays by role."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxpersona.brief import brief
+from jaxpersona.ckpts.vectors import load_axis
+from jaxpersona.errors import UserError
+from jaxpersona.inputs import read_json
+from jaxpersona.interventions.bank import numbers
+from jaxpersona.persona import axis as science
+from jaxpersona.persona.extract import Extraction
+from jaxpersona.runs.run import Run
+from jaxpersona.vectors.vector import Axis
+
+_GIVE = ("give the result of extract_axis, the folder of a run of `jaxpersona axis`, or arrays by "
+         "role")
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """The projections of R roles at one layer, in ascending order.
+
+    Attributes:
+      names: the R roles, without the default persona.
+      means: [R], mean projections.
+      quartiles: [R, 2], the 25th and 75th percentile of each role; None if unknown.
+      default: mean, 25th and 75th percentile of the default persona's; None if unknown.
+      held_out: roles that did not enter the axis.
+      layer: the layer.
+    """
+
+    __repr__ = brief
+
+    names: list[str]
+    means: np.ndarray
+    quartiles: np.ndarray | None
+    default: tuple[float, float, float] | None
+    held_out: frozenset[str]
+    layer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """R role vectors at one layer and their principal components.
+
+    Attributes:
+      names: the R roles.
+      components: their principal components.
+      default: the default persona's coordinates on the components; None if unknown.
+      cosine: |cos(PC1, axis)|.
+      layer: the layer.
+    """
+
+    __repr__ = brief
+
+    names: list[str]
+    components: science.Components
+    default: np.ndarray | None
+    cosine: float
+    layer: int
+
+
+def layer_of(layer: int | None, total: int) -> int:
+    """Return a layer of a model with `total` layers; default: the middle.
+
+    Raises:
+      UserError: the model has no such layer.
+    """
+    if layer is None:
+        return total // 2
+    if not isinstance(layer, (int, np.integer)) or isinstance(layer, bool) or (
+            not 0 <= layer < total):
+        raise UserError(f"layer is {layer!r}; the layers are 0…{total - 1}")
+    return int(layer)
+
+
+def places(found: Any, layer: int | None) -> Places:
+    """Return the projections of every role at a layer.
+
+    Args:
+      found: an `Extraction`; a run's folder; or role → projections [n, L] of its answers, or
+        [L], their mean, "default" included.
+      layer: the layer; default: the middle.
+
+    Raises:
+      UserError: another value, an incomplete run, or a layer that does not exist.
+    """
+    if isinstance(found, (str, os.PathLike)):
+        return _of_folder(pathlib.Path(found), layer)
+    if isinstance(found, Extraction):
+        return _of_answers(found.projections, layer, frozenset(
+            set(found.projections) - set(found.analysis.names) - {"default"})
+            & frozenset(found.role_means))
+    if not isinstance(found, Mapping):
+        raise UserError(f"found is {found!r:.60}; {_GIVE}")
+    return _of_answers(found, layer, frozenset())
+
+
+def _of_answers(given: Mapping[str, Any], layer: int | None, held_out: frozenset[str]) -> Places:
+    arrays = {str(name): numbers(f"found[{name!r}]", value) for name, value in given.items()}
+    if not set(arrays) - {"default"}:
+        raise UserError("found has no role; give projections of at least one role")
+    shapes = {(value.ndim, value.shape[-1] if value.ndim else 0) for value in arrays.values()}
+    if len(shapes) != 1 or not {dims for dims, _ in shapes} <= {1, 2}:
+        raise UserError("found must have one array [n, L] or [L] per role, all of the same number "
+                        f"of layers L; it has {sorted({v.shape for v in arrays.values()})[:4]}")
+    dims, total = shapes.pop()
+    at = layer_of(layer, total)
+    answers = {name: value[..., at].reshape(-1) for name, value in arrays.items()}
+    answers = {name: value[np.isfinite(value)] for name, value in answers.items()}
+    if empty := [name for name, value in answers.items() if not value.size]:
+        raise UserError(f"role {empty[0]!r} has no finite projection; leave it out")
+    own = {name: (value.mean(), *np.percentile(value, [25, 75]))
+           for name, value in answers.items()}
+    names = sorted((name for name in own if name != "default"), key=lambda name: own[name][0])
+    table = np.array([own[name] for name in names])
+    return Places(names, table[:, 0], table[:, 1:] if dims == 2 else None,
+                  own.get("default") if dims == 2 else None, held_out, at)
+
+
+def _of_folder(folder: pathlib.Path, layer: int | None) -> Places:
+    """Return the projections that a run wrote: `analysis.json`, and the axis's percentiles."""
+    about = _analysis(folder)
+    axis = load_axis(folder / "axis.safetensors")
+    at = layer_of(layer, axis.n_layers)
+    try:
+        means = {name: float(entry["mean_projection"][at])
+                 for name, entry in about["roles"].items()}
+        held = frozenset(name for name, entry in about["roles"].items() if entry["held_out"])
+        quartiles = {name: [float(row[at]) for row in entry["quartiles"]]
+                     for name, entry in about["roles"].items() if "quartiles" in entry}
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'analysis.json'}: is damaged ({type(error).__name__}: {error});"
+                        " run `jaxpersona axis` again to rewrite it") from None
+    names = sorted((name for name in means if name != "default"), key=means.__getitem__)
+    own = axis.percentiles.get("default", {})
+    default = None
+    if "default" in means and {"p25", "p75"} <= set(own):
+        default = means["default"], float(own["p25"][at]), float(own["p75"][at])
+    known = set(names) <= set(quartiles)
+    return Places(names, np.array([means[name] for name in names]),
+                  np.array([quartiles[name] for name in names]) if known else None, default,
+                  held, at)
+
+
+def parts(found: Any, layer: int | None, default: Any = None) -> Parts:
+    """Return the principal components of the role vectors at a layer.
+
+    Args:
+      found: an `Extraction` or `Analysis`; a run's folder; or role → vector [L, D], "default" for
+        the default persona's.
+      layer: the layer; default: the middle.
+      default: the default persona's mean activation [L, D], if `found` does not have it.
+
+    Raises:
+      UserError: another value, fewer than two roles, or a layer that does not exist.
+    """
+    if isinstance(found, Axis):
+        raise UserError(f"found is the axis {found.name!r}, a direction without role vectors; "
+                        f"{_GIVE}")
+    analysis = found.analysis if isinstance(found, Extraction) else found
+    if isinstance(found, Extraction) and default is None:
+        default = found.default
+    if isinstance(analysis, science.Analysis):
+        at = layer_of(layer, len(analysis.axis))
+        names, vectors, axis = analysis.names, analysis.vectors[:, at], analysis.axis[at]
+        components, cosine = analysis.components[at], float(analysis.cos_pc1[at])
+    else:
+        if isinstance(found, (str, os.PathLike)):
+            by_role = _vectors(pathlib.Path(found))
+        elif isinstance(found, Mapping):
+            by_role = {str(name): numbers(f"found[{name!r}]", value)
+                       for name, value in found.items()}
+        else:
+            raise UserError(f"found is {found!r:.60}; {_GIVE}")
+        default = by_role.pop("default", default)
+        if default is None or len(by_role) < 2 or len(
+                {v.shape for v in by_role.values()} | {np.shape(default)}) > 1 or (
+                np.ndim(default) != 2):
+            raise UserError("found must have vectors [L, D] of one shape for at least two roles "
+                            "and for 'default'")
+        at = layer_of(layer, len(default))
+        names = sorted(by_role)
+        vectors = np.stack([by_role[name][at] for name in names])
+        axis = np.asarray(default)[at] - vectors.mean(0, dtype=np.float64)
+        components = science.principal_components(vectors, axis)
+        cosine = abs(science.cosine(components.directions[0], axis))
+    point = None
+    if default is not None:
+        point = components.directions[:2] @ (
+            np.asarray(default)[at] - vectors.mean(0, dtype=np.float64))
+    return Parts(list(names), components, point, cosine, at)
+
+
+def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
+    """Return the explained variance ratios [C] of the role vectors at a layer, and the layer.
+
+    Args:
+      found: as for `parts`, or the ratios [C] themselves.
+      layer: the layer; default: the middle.
+
+    Raises:
+      UserError: as `parts`, or ratios that are not positive numbers with a sum of at most 1.
+    """
+    if isinstance(found, (str, os.PathLike)):
+        about = _analysis(pathlib.Path(found))
+        table = about.get("variance_ratio")
+        at = layer_of(layer, len(table) if isinstance(table, list) else 0)
+        given = table[at]
+    elif isinstance(found, (np.ndarray, list, tuple)):
+        at, given = -1 if layer is None else layer, found
+    else:
+        read = parts(found, layer)
+        return read.components.ratio, read.layer
+    values = numbers("found", given)
+    if values.ndim != 1 or not values.size or not (values >= 0).all() or values.sum() > 1.001:
+        raise UserError(f"found is {given!r:.60}; ratios must be [C] shares of the variance")
+    return values, at
+
+
+def _analysis(folder: pathlib.Path) -> dict[str, Any]:
+    """Read the `analysis.json` of a run."""
+    Run.read(folder)  # names the fault if the folder holds no run
+    path = folder / "analysis.json"
+    if not path.exists():
+        raise UserError(f"{folder}: the run is not complete; finish it with `jaxpersona axis "
+                        f"--out {folder}` and the same settings")
+    about = read_json(path)
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: is damaged; run `jaxpersona axis` again to rewrite it")
+    return about
+
+
+def _vectors(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Read the vectors behind a run's axis and that of the default persona."""
+    run, about = Run.read(folder), _analysis(folder)
+    try:
+        wanted = {name: "pos_3" for name, entry in about["roles"].items() if entry["in_axis"]}
+        return {name: run.vectors(name)[kind]
+                for name, kind in {"default": "mean", **wanted}.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'analysis.json'}: is damaged ({type(error).__name__}: {error});"
+                        " run `jaxpersona axis` again to rewrite it") from None

@@ -1,0 +1,172 @@
+"""The style of all figures: one set of rcParams, colours for colour-blind readers, and saving.
+
+matplotlib is imported when a figure is drawn, not when the package is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+import pathlib
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from jaxpersona.ckpts.files import atomic
+from jaxpersona.errors import UserError
+from jaxpersona.extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# the palette of Okabe and Ito (2008), distinguishable with any form of colour blindness
+BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#6E6E6E"
+CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # curves differ in colour and in marker
+DEFAULT, ROLE = GREEN, BLUE
+ARMS = {"uncapped": (VERMILION, "o"), "capped": (BLUE, "s")}  # (colour, marker) by name
+DIVERGING = "PuOr"  # for values on both sides of a reference
+SMALL, TINY = 8.0, 7.0  # points: captions and legends; names of roles
+_RC = {
+    "font.family": ["DejaVu Sans"],  # part of matplotlib: figures are the same on all machines
+    "font.size": 9.0, "axes.titlesize": 10.0, "axes.titlelocation": "left",
+    "axes.titlepad": 8.0, "axes.labelsize": 9.0, "xtick.labelsize": SMALL,
+    "ytick.labelsize": SMALL, "legend.fontsize": SMALL, "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
+    "lines.linewidth": 1.6, "lines.markersize": 5.0, "figure.dpi": 110.0, "savefig.dpi": 150.0,
+    "axes.axisbelow": True, "svg.hashsalt": "jaxpersona",  # the same file from the same figure
+}
+_PLAIN = contextvars.ContextVar("figures without pyplot", default=False)
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """Draw in the style of the package; the caller's rcParams are restored.
+
+    Raises:
+      UserError: matplotlib is not installed.
+    """
+    require("matplotlib", "figures need matplotlib")
+    import matplotlib
+    from cycler import cycler
+
+    cycle = cycler(color=CYCLE) + cycler(marker=MARKERS)
+    with matplotlib.rc_context({**_RC, "axes.prop_cycle": cycle}):
+        yield
+
+
+@contextlib.contextmanager
+def without_pyplot() -> Iterator[None]:
+    """Within, new figures do not belong to pyplot, whose back end and list are global."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
+    """Return the given axes, or those of a new pyplot figure of a size in inches.
+
+    Raises:
+      UserError: `ax` is not a matplotlib Axes.
+    """
+    if ax is None and _PLAIN.get():
+        return new_figure(width, height).subplots()
+    if ax is None:
+        import matplotlib.pyplot as plt  # notebooks show its figures
+
+        return plt.subplots(figsize=(width, height), layout="constrained")[1]
+    if not (hasattr(ax, "plot") and hasattr(ax, "transAxes")):
+        raise UserError(f"ax is {ax!r:.60}; give a matplotlib Axes, such as plt.subplots()[1]")
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return a figure of a size in inches, independent of pyplot's back end and list of figures."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def figure_of(ax: Axes) -> Figure:
+    """Return the figure that an Axes belongs to, also from within a subfigure."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    return figure
+
+
+def renderer_of(ax: Axes) -> Any:
+    """Lay out the figure of an Axes and return a renderer that measures its texts.
+
+    The renderer is Agg's for every back end, so that positions do not depend on the back end.
+    """
+    from matplotlib.backends.backend_agg import RendererAgg
+
+    figure = figure_of(ax)
+    figure.draw_without_rendering()  # applies the layout and sets the limits of the axes
+    width, height = figure.bbox.size
+    return RendererAgg(max(1, int(width)), max(1, int(height)), figure.dpi)
+
+
+def text(given: object) -> str:
+    """Return a text for a figure: a dollar sign is a dollar sign, not the start of mathematics."""
+    return str(given).replace("$", r"\$")
+
+
+def label(name: str) -> str:
+    """Return the name of a role or curve as a reader writes it, without underscores."""
+    return text(name.replace("_", " ").strip() or "(unnamed)")
+
+
+def reference(ax: Axes, value: float, name: str, *, vertical: bool = False,
+              colour: str = BLACK, dash: Any = (0, (4, 2))) -> None:
+    """Draw a line across the axes at a value, with an entry for the legend."""
+    draw = ax.axvline if vertical else ax.axhline
+    draw(value, color=colour, linewidth=0.9, linestyle=dash, marker="", label=text(name), zorder=1)
+
+
+def band(ax: Axes, low: float, high: float, name: str, *, vertical: bool = False) -> None:
+    """Shade a range of values across the axes, with an entry for the legend."""
+    draw = ax.axvspan if vertical else ax.axhspan
+    draw(low, high, color=DEFAULT, alpha=0.14, linewidth=0, label=text(name), zorder=0)
+
+
+def titled(ax: Axes, title: str, columns: int = 3) -> None:
+    """Write the title, with the legend in a line or more between it and the axes."""
+    handles, names = ax.get_legend_handles_labels()
+    lines = -(-len(handles) // columns)
+    if handles:
+        ax.legend(handles, names, loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=columns,
+                  borderaxespad=0.1, borderpad=0.1, handlelength=1.8, columnspacing=1.4,
+                  labelspacing=0.35)
+    inches = ax.get_window_extent().width / figure_of(ax).dpi
+    wrapped = textwrap.fill(title, max(20, int(inches * 13)))
+    ax.set_title(text(wrapped), pad=6 + lines * 1.45 * SMALL)
+
+
+def described(ax: Axes, name: str, caption: str = "") -> None:
+    """Label the horizontal axis, with a caption below the label."""
+    ax.set_xlabel(text(name) + (f"\n{text(caption)}" if caption else ""), linespacing=1.5)
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as PNG to a path, and as SVG beside it.
+
+    A path that ends in .svg gives the place of the SVG, with the PNG beside it.
+    """
+    path = pathlib.Path(path)
+    stem = path.with_suffix("") if path.suffix.lower() in (".png", ".svg") else path
+    png = stem.with_name(f"{stem.name}.png") if path.suffix.lower() == ".svg" else path
+    with style():
+        with atomic(png) as temporary:
+            figure.savefig(temporary, format="png", metadata={"Software": None})
+        with atomic(stem.with_name(f"{stem.name}.svg")) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})

@@ -1,0 +1,234 @@
+"""A figure of one conversation: its tokens, each on a background of its projection's colour."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxpersona.calls import checked_call
+from jaxpersona.engine.extract import Extracted
+from jaxpersona.engine.generate import Generated
+from jaxpersona.engine.replies import Reply
+from jaxpersona.errors import UserError
+from jaxpersona.inputs import printable
+from jaxpersona.models.batch import ASSISTANT, SYSTEM, USER
+from jaxpersona.models.model import check_model
+from jaxpersona.report.sources import layer_of
+from jaxpersona.report.style import (
+    DIVERGING,
+    GREY,
+    axes_of,
+    described,
+    figure_of,
+    renderer_of,
+    style,
+    text,
+    titled,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from jaxpersona.models.model import Model
+    from jaxpersona.text.chat import Row
+
+_COLUMNS = 88  # characters of a line
+_LINE = 0.19  # inches
+_LEAST, _MOST = 5.0, 8.5  # points: the font's size
+_ADVANCE = 0.6021  # width of a character of DejaVu Sans Mono over the font's size
+_LINES = 120  # of a figure; more are left out
+_ROLES = ((SYSTEM, "system"), (USER, "user"), (ASSISTANT, "assistant"))
+
+
+@checked_call
+def projections(found: Generated | Extracted | Reply, model: Model, index: int = 0, *,
+                layer: int | None = None, direction: int = 0, reading: str = "projections",
+                centre: float | None = None, name: str = "the direction",
+                title: str = "Projection of every token", ax: Axes | None = None) -> Axes:
+    """Draw the tokens of one conversation, coloured by their projections on a direction.
+
+    Tokens that the reading did not select are grey on white. Colours saturate at the 2nd and the
+    98th percentile, because the first token, an attention sink, is often far from the others.
+
+    Args:
+      found: the result of `generate` or `extract`, or a `Reply`, with a `capture.projections`.
+      model: the model, whose tokenizer writes the tokens.
+      index: the conversation.
+      layer: the layer, as an index of those that the reading read; default: the middle one.
+      direction: the index of the direction.
+      reading: the name of the reading.
+      centre: the projection drawn in white, such as the floor of a cap; default: the median.
+      name: the direction's name, for the label.
+      title: the title.
+      ax: the axes to draw on; default: those of a new figure. Tokens that do not fit are left out,
+        and a last line counts them.
+
+    Raises:
+      UserError: matplotlib or the model's tokenizer is missing, `found` has no such reading, or an
+        index is out of range.
+
+    Example:
+      >>> import jaxpersona as jp
+      >>> model, axis = jp.load("mini"), jp.load_axis("mini")
+      >>> read = jp.capture.projections(axis)
+      >>> out = jp.generate(model, ["Who are you?"], capture=read, max_new_tokens=4)
+      >>> [tick.get_text() for tick in jp.plot.projections(out, model).get_yticklabels()]
+      ['user', 'assistant']
+    """
+    check_model(model)
+    if model.tokenizer is None:
+        raise UserError(f"{model.name} has no tokenizer; its tokens have no text")
+    row, reply, values = _values(found, index, reading)
+    at = layer_of(layer, values.shape[0])
+    if not isinstance(direction, int) or not 0 <= direction < values.shape[-1]:
+        raise UserError(f"direction is {direction!r}; the reading has {values.shape[-1]}")
+    ids = np.concatenate([row.tokens, reply])[: values.shape[1]]
+    shown = values[at, : len(ids), direction].astype(np.float64)
+    pieces = [_piece(model.tokenizer.decode([token])) for token in ids.tolist()]
+    known = shown[np.isfinite(shown)]
+    if not known.size:
+        raise UserError(f"reading {reading!r} selected no token of conversation {index}")
+    middle = float(np.median(known)) if centre is None else float(centre)
+    reach = max(float(np.abs(np.percentile(known, [2, 98]) - middle).max()), 1e-12)
+    messages = _messages(row, len(ids))
+    lines = _wrapped(pieces, [messages[i] != messages[i - 1] for i in range(len(pieces))])
+    with style():
+        own = ax is None
+        ax = axes_of(ax, 7.2, min(lines[-1][0] + 1, _LINES) * _LINE + 1.35)
+        described(ax, "")
+        _draw(ax, pieces, lines, shown, messages, middle, reach, own)
+        read = f"layer {at}" if values.shape[0] == model.config.n_layers else f"entry {at}"
+        _colour_bar(ax, middle, reach, f"projection on {name}, {read}\nwhite: "
+                    + ("the median" if centre is None else f"{middle:.3g}"))
+        titled(ax, title)
+        _fit_font(ax)
+    return ax
+
+
+def _values(found: Any, index: int, reading: str) -> tuple[Row, np.ndarray, np.ndarray]:
+    """Return a conversation's prompt, the ids of its reply, and its projections [l, T, K]."""
+    if not isinstance(found, (Generated, Extracted, Reply)):
+        raise UserError(f"found is {found!r:.60}; give the result of generate or extract, or a "
+                        "Reply")
+    if reading not in found.captured:
+        raise UserError(f"reading is {reading!r}; the result has "
+                        f"{', '.join(found.captured) or 'no reading'}: pass capture="
+                        "jp.capture.projections(vector)")
+    count = 1 if isinstance(found, Reply) else len(found.rows)
+    if not isinstance(index, (int, np.integer)) or not 0 <= index < count:
+        raise UserError(f"index is {index!r}; the conversations are 0…{count - 1}")
+    if isinstance(found, Reply):
+        row, reply, value = found.row, found.tokens, found.captured[reading]
+    else:
+        row, value = found.rows[index], found.captured[reading][index]
+        reply = found.tokens[index] if isinstance(found, Generated) else np.zeros(0, np.int32)
+    value = np.asarray(value)
+    if value.ndim != 3:
+        raise UserError(f"reading {reading!r} has shape {list(value.shape)} for a conversation; "
+                        "give one of jp.capture.projections, [L, T, K]")
+    return row, np.asarray(reply), value
+
+
+def _piece(token: str) -> str:
+    """Return a token's text on one line, without control characters."""
+    return printable(token.replace("\n", "↵").replace("\t", "⇥").replace("\r", "↵")) or "∅"
+
+
+def _cells(piece: str) -> int:
+    """Return the width of a text in characters of a monospaced font."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF"
+               else 1 for c in piece)
+
+
+def _messages(row: Row, count: int) -> list[tuple[int, str]]:
+    """Return (message, role) of every token; those after the prompt are the assistant's."""
+    roles = {}
+    for bit, role in _ROLES:
+        for turn in set(row.turn[(row.kind & bit) != 0].tolist()):
+            roles.setdefault(turn, role)
+    last = int(row.turn[-1])
+    found = [(int(turn), roles.get(int(turn), "assistant" if turn == last else ""))
+             for turn in row.turn[:count]]
+    # a prompt without a generation prompt is followed by the next message
+    reply = last if roles.get(last, "assistant") == "assistant" else last + 1
+    return found + [(reply, "assistant")] * (count - len(found))
+
+
+def _wrapped(pieces: list[str], starts: list[bool]) -> list[tuple[int, int]]:
+    """Return (line, column) of every token; a message starts a line, and so does the text after ↵.
+    """
+    places, line, column = [], 0, 0
+    for i, piece in enumerate(pieces):
+        width = min(_cells(piece), _COLUMNS)
+        fresh = starts[i] or (i > 0 and pieces[i - 1].endswith("↵"))
+        if i and column and (fresh or column + width > _COLUMNS):
+            line, column = line + 1, 0
+        places.append((line, column))
+        column += width
+    return places
+
+
+def _draw(ax: Axes, pieces: list[str], lines: list[tuple[int, int]], values: np.ndarray,
+          messages: list[tuple[int, str]], middle: float, reach: float, own: bool) -> None:
+    """Draw every token that fits, its background, and the role at the start of each message."""
+    import matplotlib
+    from matplotlib.patches import Rectangle
+
+    fitting = _LINES
+    if not own:
+        height = ax.get_window_extent().height / figure_of(ax).dpi
+        fitting = max(2, int(height / (_LEAST * 1.45 / 72)))
+    count = lines[-1][0] + 1
+    whole = count <= fitting
+    kept = count if whole else fitting - 1
+    colours = matplotlib.colormaps[DIVERGING]
+    ticks: dict[int, str] = {}
+    for i, (piece, (line, column), value) in enumerate(zip(pieces, lines, values, strict=True)):
+        if line >= kept:
+            break
+        cells = min(_cells(piece), _COLUMNS - column)
+        tone, ink = "white", GREY
+        if np.isfinite(value):
+            tone = colours(float(np.clip((value - middle) / (2 * reach) + 0.5, 0, 1)))
+            ink = "white" if sum(w * c for w, c in zip((.3, .59, .11), tone, strict=False)) < .45 \
+                else "black"
+        ax.add_patch(Rectangle((column, line), cells, 0.92, facecolor=tone, edgecolor="white",
+                               linewidth=0.4))
+        ax.text(column, line + 0.46, text(piece[:cells]), family="DejaVu Sans Mono",
+                fontsize=_MOST, color=ink, va="center", ha="left", clip_on=True, gid="token")
+        if not i or messages[i] != messages[i - 1]:
+            ticks.setdefault(line, messages[i][1])
+    if not whole:
+        left = sum(line >= kept for line, _ in lines)
+        ax.text(0, kept + 0.46, f"… {left} more tokens", fontsize=_MOST, color=GREY, va="center",
+                family="DejaVu Sans Mono", gid="token")
+    ax.set(xlim=(0, _COLUMNS), ylim=(kept + (not whole), 0))
+    ax.set_xticks([])
+    ax.set_yticks([line + 0.46 for line in ticks], list(ticks.values()))
+    ax.tick_params(axis="y", length=0)
+    ax.spines[["left", "bottom"]].set_visible(False)
+
+
+def _colour_bar(ax: Axes, middle: float, reach: float, name: str) -> None:
+    """Draw the scale of the colours below the text."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    scale = ScalarMappable(Normalize(middle - reach, middle + reach), DIVERGING)
+    bar = figure_of(ax).colorbar(scale, ax=ax, location="bottom", extend="both", shrink=0.6,
+                                 aspect=40, pad=0.02)
+    bar.set_label(text(name))
+
+
+def _fit_font(ax: Axes) -> None:
+    """Set the tokens' font so that a character is as wide as a cell and no line touches another."""
+    renderer_of(ax)  # applies the layout
+    box, dpi = ax.get_window_extent(), figure_of(ax).dpi
+    lines = abs(ax.get_ylim()[0] - ax.get_ylim()[1])
+    wide = box.width / _COLUMNS * 72 / dpi / _ADVANCE
+    high = box.height / lines * 72 / dpi / 1.25
+    for token in ax.texts:
+        if token.get_gid() == "token":
+            token.set_fontsize(min(_MOST, 0.99 * wide, high))

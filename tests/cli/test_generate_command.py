@@ -1,0 +1,126 @@
+"""`jaxpersona generate`: comparison in one batch, JSON, files of prompts, streaming."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+import support as s
+
+import jaxpersona as jp
+from jaxpersona.engine import programs
+from jaxpersona.text.chat import answered
+
+MODEL, AXIS = jp.load("mini"), jp.load_axis("mini")
+PIRATE = {"role": "system", "content": "You are a pirate. Stay in character."}
+ASKED = "Who are you really, under the mask?"
+TALK = [PIRATE, {"role": "user", "content": ASKED}]
+CAP = jp.cap(AXIS, layers=slice(4, 8), floor="p25")
+SETTINGS = {"temperature": 0.7, "seed": 5, "max_new_tokens": 24}
+OPTIONS = ["--temperature", "0.7", "--seed", "5", "--max-new-tokens", "24", "--system",
+           PIRATE["content"], "--cap", "mini", "--no-check"]
+
+
+@pytest.fixture(autouse=True)
+def loaded(monkeypatch):
+    monkeypatch.setattr("jaxpersona.cli.support.open_model", lambda *_: MODEL)
+
+
+def run(capsys, *arguments):
+    """Run the command; return standard output and error."""
+    capsys.readouterr()
+    code = s.run_command(["generate", *arguments])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def separate():
+    """The replies of two separate runs at the batch size of the comparison."""
+    return [jp.generate(MODEL, [TALK], interventions=edits, batch_size=2, **SETTINGS)
+            for edits in (CAP, None)]
+
+
+def test_a_comparison_is_one_batch_with_the_replies_of_two_runs(capsys, separate):
+    capped, plain = separate
+    before = s.compiled(programs.decode), s.compiled(programs.prefill)
+    out, err = run(capsys, ASKED, *OPTIONS, "--compare", "--json", "--axis", "mini")
+    after = s.compiled(programs.decode), s.compiled(programs.prefill)
+    assert after == (before[0] + 1, before[1] + 1)
+    found = json.loads(out)
+    assert found["prompt"] == TALK
+    assert found["reply"] == capped.text[0] != plain.text[0] == found["without"]["reply"]
+    for one, wanted in ((found, capped), (found["without"], plain)):
+        assert one["tokens"] == len(wanted.tokens[0]) and one["stopped"] == wanted.stopped[0]
+        row = answered(MODEL.tokenizer, wanted.rows[0], wanted.tokens[0])
+        mean = jp.extract(MODEL, [row]).captured["mean"][0, 4]  # without interventions
+        assert abs(one["projections"]["4"] - mean @ AXIS.unit[4]) <= 1e-4
+    (counts,) = found["edits"]
+    assert counts == {"edit": "cap(everywhere, layers 4–7, residual)", "layers": [4, 5, 6, 7],
+                      "seen": capped.applied[0].seen[0],
+                      "changed": capped.applied[0].changed[:, 0].tolist()}
+    assert err == (f"intervention 0: {counts['seen']} tokens seen, {sum(counts['changed'])} "
+                   "changes over 4 layers\n")
+    assert found["projections"]["4"] < AXIS.thresholds("p25")[4]  # read before the cap, not after
+    # as a table
+    out, err = run(capsys, ASKED, *OPTIONS, "--compare", "--axis", "mini")
+    words = out.replace("│", " ").split()
+    assert set(capped.text[0].split()) | set(plain.text[0].split()) <= set(words)
+    assert "read before the interventions at that layer" in err
+    assert f"{found['without']['projections']['4']:+.2f}" in words
+
+
+def test_prompts_of_a_file_are_written_as_json_lines(capsys, tmp_path, separate):
+    (tmp_path / "p.jsonl").write_text(f"{json.dumps(TALK)}\n" + json.dumps({"messages": TALK}))
+    arguments = [x for x in OPTIONS if x not in ("--system", PIRATE["content"])]
+    out, err = run(capsys, "--prompts", str(tmp_path / "p.jsonl"), *arguments, "--out",
+                   str(tmp_path / "r.jsonl"))
+    assert out == "" and f"wrote {tmp_path}/r.jsonl: 2 replies" in err
+    found = [json.loads(line) for line in (tmp_path / "r.jsonl").read_text().splitlines()]
+    # the second is another sample of the same prompt
+    assert found[0]["reply"] == separate[0].text[0] != found[1]["reply"]
+    assert [one["prompt"] for one in found] == [TALK, TALK] and "projections" not in found[0]
+    assert [p.name for p in sorted(tmp_path.iterdir())] == ["p.jsonl", "r.jsonl"]
+
+
+def test_where_limits_the_interventions(capsys, separate):
+    """A cap on the user's message sees its tokens alone."""
+    out, _ = run(capsys, ASKED, *OPTIONS, "--where", "user", "--json")
+    (counts,) = json.loads(out)["edits"]
+    row = separate[0].rows[0]
+    user = int(((np.asarray(row.kind) & jp.where.user.need & ~1) > 0).sum())
+    assert counts["edit"] == "cap(user, layers 4–7, residual)" and counts["seen"] == user > 0
+
+
+class Screen(io.StringIO):
+    """Standard output at a terminal."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_single_reply_is_streamed_to_a_terminal(capsys, monkeypatch):
+    screen, pieces = Screen(), []
+    write = screen.write
+    screen.write = lambda text: pieces.append(text) or write(text)
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setenv("TERM", "dumb")
+    _, err = run(capsys, ASKED, *OPTIONS)
+    wanted = jp.generate(MODEL, [TALK], interventions=CAP, batch_size=1, **SETTINGS)
+    assert screen.getvalue() == f"{wanted.text[0]}\n" and len([p for p in pieces if p]) > 3
+    assert f"{int(wanted.applied[0].seen[0])} tokens seen" in err
+
+
+@pytest.mark.parametrize(("arguments", "wanted"), [
+    ([], "there is no prompt; give a message, or a file with --prompts"),
+    (["Hi", "--out", "."], "--out is ., a folder; give the name of a file"),
+    (["Hi", "--prompts", "none.txt"], "none.txt: 1 fault - none.txt: no such file"),
+    (["Hi", "--compare"], "--compare needs something to compare: give --cap, --steer or --spec"),
+])
+def test_mistakes_are_one_line(capsys, arguments, wanted):
+    assert s.run_command(["generate", *arguments]) == 2
+    assert capsys.readouterr().err == f"error: {wanted}\n"

@@ -1,0 +1,104 @@
+"""The self-test's floors and distances on given projections, and the command `vectors check`."""
+
+import json
+
+import numpy as np
+import pytest
+import support as s
+from jaxpersona.ckpts.vectors import save_vector
+
+from jaxpersona.persona import check as module
+from jaxpersona.vectors.caps import Caps
+from jaxpersona.vectors.vector import Axis
+
+
+def test_a_floor_just_beyond_the_limit_is_named_and_one_just_within_is_not():
+    """The limit is the larger of the gap of the means and four standard deviations of that side."""
+    for spread, limit in ((0.5, 10.0), (5.0, 20.0)):  # max(gap 10, 4 · spread)
+        ours, theirs = (np.array([[mean - spread], [mean + spread]]) for mean in (10.0, 0.0))
+        for sign, edge, words in ((1, 10 + limit, "move every token"), (-1, -limit, "never act")):
+            for beyond in (-0.01, 0.01):
+                floor = np.array([edge + sign * beyond])
+                fine, said = module._scale((3,), ours, theirs, floor, np.ones(1), np.zeros(1))
+                assert fine == (beyond < 0) and (fine or (words in said and "layer 3" in said))
+
+
+def test_a_floor_above_most_default_projections_gets_a_warning():
+    """Distances are in the default's standard deviation at the layer."""
+    ours, theirs = np.array([[9.0, 9.0], [11.0, 11.0]]), np.array([[0.0, 0.0], [0.0, 0.0]])
+    spread, centre = np.array([2.0, 4.0]), np.array([10.5, 12.0])
+    fine, said = module._scale((3, 4), ours, theirs, np.array([10.4, 11.0]), spread, centre)
+    assert fine and "Warning" not in said
+    assert said.startswith("floors: 0.2 to 0.25 standard deviations of the default from its mean, "
+                           "104 to 110 % of the way")
+    fine, said = module._scale((3, 4), ours, theirs, np.array([10.6, 11.0]), spread, centre)
+    assert fine and "Warning: at layers 3 the floor is above most of the default's own" in said
+    table = {"default": {"p50": np.arange(8.0)}}
+    held = Axis(np.ones((8, 4)), percentiles=table)
+    assert module._centre(held, (3, 5), ours).tolist() == [3, 5]
+    assert module._centre(Axis(np.ones((8, 4))), (3, 5), ours).tolist() == [10, 10]
+    caps = Caps(np.ones((2, 4)), (3, 5), np.zeros(2), ("a", "b"))
+    assert module._spread(caps, (3, 5), ours).tolist() == [2 ** 0.5] * 2
+
+
+def test_floors_of_all_layers_are_read_at_the_chosen_ones():
+    chosen, _, floors = module._entries(s.tiny_model(), Axis(np.ones((3, 32))), [2],
+                                        np.array([1.0, 2.0, 3.0]))
+    assert chosen == (2,) and floors.tolist() == [3.0]
+
+
+@pytest.fixture
+def checked(monkeypatch, tmp_path):
+    """Run `vectors check` on an axis, with a result in place of the self-test's generation."""
+    table = {f"p{q}": np.arange(8.0) + q for q in (1, 25, 50, 75, 99)}
+    axis = Axis(np.ones((8, 4)), percentiles={"default": table, "all": table})
+    save_vector(tmp_path / "axis.safetensors", axis)
+    seen = []
+
+    def check(model, held, *, progress, **options):
+        seen.append(options)
+        faults = ("sign: wrong",) if seen[-1].get("layers") == "0:1" else ()
+        return module.Check(
+            not faults, faults, ("sign: fine", "layers: fine"), (4, 5), np.array([10.0, 20.0]),
+            np.array([4.0, 2.0]), 0, np.array([2.0, 4.0]), np.array([9.0, 22.0]))
+
+    monkeypatch.setattr(module, "check", check)
+    monkeypatch.setattr("jaxpersona.cli.support.open_model", lambda *_: None)
+
+    def run(*more):
+        return s.run_command(["vectors", "check", str(tmp_path / "axis.safetensors"), *more]), seen
+    return run
+
+
+def test_the_command_prints_distances_by_layer(checked, capsys):
+    """(4 − 10) / 2 and (2 − 20) / 4 for roles, (9 − 10) / 2 and (22 − 20) / 4 for floors."""
+    code, seen = checked("--json")
+    found = json.loads(capsys.readouterr().out)
+    assert code == 0 and seen[-1] == {"layers": None}  # layers and floors of the self-test
+    assert found["z_roles"] == [-3.0, -4.5] and found["z_floors"] == [-0.5, 0.5]
+    assert found["ok"] and found["layers"] == [4, 5] and found["floors"] == [9.0, 22.0]
+    assert checked()[0] == 0
+    rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+    assert ["4", "10", "2", "4", "-3.0", "9", "-0.5"] in rows
+    assert ["5", "20", "4", "2", "-4.5", "22", "+0.5"] in rows
+    assert ["sign:", "fine"] in rows
+
+
+def test_the_command_tests_the_chosen_layers_and_floors(checked, capsys):
+    code, seen = checked("--cap-layers", "4:6", "--percentile", "p75", "--of", "all")
+    assert code == 0 and seen[-1]["layers"] == "4:6"
+    assert seen[-1]["floor"].tolist() == [75, 76, 77, 78, 79, 80, 81, 82]
+    capsys.readouterr()
+    for more, wanted in ((["--percentile", "p33"], "percentile is 'p33'"),
+                         (["--experiment", "x"], "--experiment is for files of caps"),
+                         (["--cap-layers", "x"], "layers is 'x'")):
+        count = len(seen)
+        assert checked(*more)[0] == 2 and len(seen) == count
+        assert wanted in capsys.readouterr().err
+
+
+def test_a_failed_test_is_one_line_and_exit_code_2(checked, capsys):
+    assert checked("--cap-layers", "0:1")[0] == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and "axis.safetensors: sign: wrong" in said.err
+    assert "-3.0" in said.out  # the table is printed nevertheless

@@ -1,0 +1,151 @@
+"""`forecast` predicts what `extract_axis` does, and the summary states what it did."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import support as s
+
+from jaxpersona.data.texts import Question, Role
+from jaxpersona.errors import UserError
+from jaxpersona.judges.judges import NoJudge, SelfJudge
+from jaxpersona.persona.extract import extract_axis
+from jaxpersona.persona.forecast import describe, forecast
+from jaxpersona.persona.prepare import base_notice
+from jaxpersona.persona.summary import distances, summary
+from jaxpersona.runs.rollouts import Settings
+
+NAMES = [f"role{i}" for i in range(12)]
+ROLES = [Role("default", ("", "You are an AI."), "")] + [
+    Role(name, (f"You are {name}.",), "") for name in NAMES]
+QUESTIONS = [Question(0, "Why?"), Question(1, "How?")]
+SETTINGS = Settings(temperature=1.0, top_p=1.0, max_new_tokens=6, batch_size=8)
+MODEL = dataclasses.replace(
+    s.tiny_model(vocab_size=258, stop_ids=tuple(range(60, 100))), tokenizer=s.byte_tokenizer())
+
+
+def predict(folder, roles=ROLES, judge=None, **options):
+    return forecast(MODEL, roles, QUESTIONS, folder, judge=judge or NoJudge(), settings=SETTINGS,
+                    **{"min_count": 1, "sample_seconds": 0, **options})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A forecast with a timed sample of a whole run, and then the run."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    said = predict(folder, held_out=["role3"], sample_seconds=600)
+    assert not folder.exists()
+    found = extract_axis(MODEL, ROLES, QUESTIONS, folder, judge=NoJudge(), settings=SETTINGS,
+                         min_count=1, held_out=["role3"])
+    return folder, said, found
+
+
+def test_a_sample_of_the_whole_run_predicts_its_tokens(made):
+    folder, said, found = made
+    assert (said.roles, said.prompts, said.questions, said.samples) == (12, 14, 2, 1)
+    assert said.rollouts == said.missing == found.rollouts == 28
+    assert said.judged == 24 and said.judge_calls == 0
+    assert said.pace.complete and said.reply_tokens == found.tokens
+    assert said.seconds == pytest.approx(said.pace.seconds)
+    size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+    assert size / 4 < said.disk_bytes < size  # headers and figures are small only in large runs
+
+
+def test_the_rest_of_a_run_is_what_is_missing(made):
+    folder, _, _ = made
+    done = predict(folder, held_out=["role3"])
+    assert done.missing == 0 and done.rollouts == 28 and done.reply_tokens == 0
+    some = predict(folder, held_out=["role3"], redo=["role1", "default"])
+    assert some.missing == 6 and some.reply_tokens == 6 * 6
+    assert "of which the folder contains 22" in describe(some, judge="none")[2]
+    anew = predict(folder, held_out=["role3"], overwrite=True)
+    assert anew.missing == 28 and (folder / "axis.safetensors").exists()
+
+
+def test_what_would_fail_later_is_refused_and_nothing_is_written(made, tmp_path):
+    out, (folder, _, _) = tmp_path / "out", made
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    for call, wanted in (
+        (lambda: predict(out, min_count=3), "min_count is 3"),
+        (lambda: predict(out, roles=ROLES[:2]), "needs at least two"),
+        (lambda: predict(out, judge=SelfJudge(MODEL)), "'self' needs an eval_prompt; add one "
+                                                       "to the roles role0, .* …, or use"),
+        (lambda: predict(folder), "contains another run"),
+        (lambda: predict(tmp_path / "full"), "has no run.json"),
+        (lambda: predict(out, sample_seconds=-1), "sample_seconds is -1"),
+    ):
+        with pytest.raises(UserError, match=wanted):
+            call()
+    assert not out.exists()
+
+
+def test_a_forecast_in_words(tmp_path):
+    roles = [dataclasses.replace(role, eval_prompt="{question} {answer}?") for role in ROLES]
+    found = predict(tmp_path / "run", roles=roles, judge=SelfJudge(MODEL))
+    lines = describe(found, judge="self", cost=0.25)
+    assert lines[0] == "roles: 12 and the default, with 14 system prompts"
+    assert lines[2] == "rollouts: 28" and "reply tokens: at most 168" in lines
+    assert "time: not measured" in lines
+    assert "judging: 24 calls of the judge self, not in the time above" in lines
+    assert "cost of judging: 24 × $0.25 = $6.00" in lines
+    timed = dataclasses.replace(
+        found, seconds=7200.0 * 5, pace=s_pace([3, 5], [4]))
+    (line,) = [x for x in describe(timed, judge="none") if x.startswith("time")]
+    assert line.startswith("time of generation: about 10.0 hours (sample: 2 finished and 1 "
+                           "unfinished replies, 6 tokens/s in 2.0 s, after 9 s of compilation")
+    bound = dataclasses.replace(timed, pace=s_pace([], [4]))
+    assert any(x.startswith("time of generation: at most") for x in describe(bound, judge="none"))
+
+
+def s_pace(finished, unfinished):
+    from jaxpersona.engine.pace import Pace
+
+    return Pace(np.array(finished, int), np.array(unfinished, int), 1, np.array([1]), 2.0, 9.0, 6,
+                8)
+
+
+def test_the_summary_ranks_roles_by_distance(made):
+    folder, _, found = made
+    own = found.projections["default"][:, 1]
+    places = {name: np.nanmean(found.projections[name][:, 1]) for name in NAMES}
+    order = sorted(NAMES, key=lambda name: -places[name])
+    told = distances(found, 1)
+    assert list(told) == order
+    for name in NAMES:
+        wanted = (places[name] - np.nanmean(own)) / np.nanstd(own)
+        assert told[name] == pytest.approx(wanted, rel=1e-4)
+    lines = summary(found, folder, 1, held_out=["role3"], options=["--model", "a b"])
+    assert lines[0] == "Assistant Axis of tiny: 11 of 12 roles, 28 rollouts, 3 layers"
+    assert lines[1].startswith("judge none: no reply was read")
+    assert "held out: 1 (role3)" in lines
+    near, = [x for x in lines if x.startswith("  nearest:")]
+    far, = [x for x in lines if x.startswith("  farthest:")]
+    assert [x.split()[0] for x in near.removeprefix("  nearest: ").split(", ")] == order[:5]
+    assert [x.split()[0] for x in far.removeprefix("  farthest: ").split(", ")] == order[:-6:-1]
+    assert any(x.startswith("  axis.safetensors") for x in lines)
+    assert not any("roles.png" in x for x in lines)  # no figure was drawn
+    assert f"  jaxpersona vectors check {folder}/axis.safetensors --model 'a b'" in lines
+    assert lines[-1].startswith('  jaxpersona generate "Who are you?" --cap')
+
+
+def test_scores_and_roles_left_out_are_named(made):
+    folder, _, found = made
+    counts = {name: {"0": 0, "1": 0, "2": 0, "3": 2, "None": 0} for name in NAMES}
+    counts["role5"] = {"0": 1, "1": 0, "2": 0, "3": 0, "None": 1}
+    means = {name: value for name, value in found.role_means.items() if name != "role5"}
+    notes = {**found.axis.notes, "judge": "digits"}
+    judged = dataclasses.replace(found, counts=counts, role_means=means,
+                                 axis=dataclasses.replace(found.axis, notes=notes))
+    lines = summary(judged, folder, 1)
+    assert lines[1] == "judge digits: 1 undecided, 22 of score 3, 1 of score 0"
+    assert "left out, with fewer than 1 fully played replies: 1 (role5)" in lines
+
+
+def test_a_base_model_is_told():
+    from types import SimpleNamespace
+
+    assert base_notice(SimpleNamespace(name="x", template=True)) is None
+    assert "x has no chat template" in base_notice(SimpleNamespace(name="x", template=False))

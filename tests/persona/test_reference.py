@@ -1,0 +1,105 @@
+"""Projections beside the default's own, the floor and the roles."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import support as s
+from jaxpersona.ckpts.vectors import load_axis, save_vector
+
+from jaxpersona.errors import UserError
+from jaxpersona.persona.reference import Reference, reference
+from jaxpersona.vectors.vector import Axis, Vector
+
+TABLE = {1.0: -2.0, 25.0: 1.0, 50.0: 2.0, 75.0: 3.0, 99.0: 6.0}
+KNOWN = Reference(TABLE, {"ghost": -4.0, "tutor": 1.5, "pirate": -1.0})
+
+
+@pytest.mark.parametrize(("value", "wanted"), [
+    (-3.0, "below p1"), (-2.0, "p1–p25"), (1.0, "p25–p50"), (2.5, "p50–p75"), (6.0, "above p99")])
+def test_a_value_lies_between_percentiles(value, wanted):
+    assert KNOWN.place(value) == wanted
+
+
+def test_distances_and_roles():
+    """The quartiles 1 and 3 are those of a normal distribution of standard deviation 1.483."""
+    assert KNOWN.floor == 1.0
+    assert KNOWN.z(2.0) == 0 and KNOWN.z(2.0 - 1.48260222) == pytest.approx(-1)
+    assert KNOWN.nearest(-2.4, 2) == ["pirate", "ghost"] and KNOWN.nearest(9.0, 1) == ["tutor"]
+
+
+def axis(layers=3):
+    rows = {f"p{q:g}": np.full(layers, x) + np.arange(layers) for q, x in TABLE.items()}
+    return Axis(np.ones((layers, 4)), percentiles={"default": rows})
+
+
+def analysis(folder, layers=3, **change):
+    value = {"layers": layers, "roles": {
+        "default": {"mean_projection": [9.0] * layers},
+        "ghost": {"mean_projection": [float(i) for i in range(layers)]}}} | change
+    (folder / "analysis.json").write_text(json.dumps(value))
+    (folder / "axis.safetensors").touch()
+    (folder / "run.json").write_text(json.dumps({"model": {"fingerprint": ""}}))
+
+
+def test_an_axis_brings_its_percentiles_and_its_run_the_roles(tmp_path):
+    save_vector(tmp_path / "axis.safetensors", axis())
+    file = tmp_path / "axis.safetensors"
+    found = reference(load_axis(file), 2, file)
+    assert dict(found.percentiles) == {q: x + 2 for q, x in TABLE.items()} and not found.roles
+    analysis(tmp_path)
+    assert reference(load_axis(file), 2, file).roles == {"ghost": 2.0}  # without the default
+    assert not reference(load_axis(file), 2).roles
+    assert not reference(axis(), 2, tmp_path / "mini").roles  # a name, not a file of this folder
+    (tmp_path / "run.json").write_text(json.dumps({"model": {"fingerprint": "0" * 16}}))
+    assert not reference(load_axis(file), 2, file).roles  # the folder of another model's run
+    assert reference(Vector(np.ones((3, 4))), 0) is None
+    assert reference(Axis(np.ones((3, 4))), 0) is None
+
+
+@pytest.mark.parametrize(("change", "wanted"), [
+    ({"layers": 4}, "has 4 layers, the axis beside it 3"), ({"roles": 5}, "no object 'roles'"),
+    ({"roles": {"ghost": 5}}, "no mean_projection of 'ghost'"),
+    ({"roles": {"ghost": {"mean_projection": [1.0]}}}, "no mean_projection of 'ghost'"),
+    ({"roles": {"ghost": {"mean_projection": ["a"] * 3}}}, "no mean_projection of 'ghost'"),
+])
+def test_a_damaged_analysis_is_named(tmp_path, change, wanted):
+    analysis(tmp_path, **change)
+    with pytest.raises(UserError, match=rf"analysis\.json.*{wanted}"):
+        reference(axis(), 0, tmp_path / "axis.safetensors")
+
+
+def test_project_compares_with_the_default(tmp_path, monkeypatch, capsys):
+    """The command's table, JSON and figure, for projections that are given."""
+    from types import SimpleNamespace
+
+    from jaxpersona.persona.talk import TurnProjection
+
+    save_vector(tmp_path / "axis.safetensors", axis())
+    analysis(tmp_path)
+    talk = tmp_path / "talk.json"
+    talk.write_text(json.dumps([{"role": "user", "content": "hi"},
+                                {"role": "assistant", "content": "so"}]))
+    model = SimpleNamespace(config=SimpleNamespace(n_layers=3))
+    monkeypatch.setattr("jaxpersona.cli.support.open_model", lambda *_: model)
+    monkeypatch.setattr("jaxpersona.persona.check.fit", lambda _, vector: vector)
+    monkeypatch.setattr("jaxpersona.persona.talk.project_conversation", lambda *_: [
+        TurnProjection(1, 7, np.array([[0.0], [1.5], [0.0]], np.float32)),
+        TurnProjection(3, 5, np.array([[0.0], [9.0], [0.0]], np.float32))])
+    command = ["project", str(talk), "--on", str(tmp_path / "axis.safetensors")]
+    assert s.run_command([*command, "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert first["assistant" if "assistant" in first else "vector"] == 1.5
+    (told,) = first["compared"].values()  # layer 1: the floor is 2, the median 3
+    assert told == {"z": pytest.approx((1.5 - 3) / 1.48260222, abs=1e-3), "default": "p1–p25",
+                    "below_floor": True, "nearest": ["ghost"]}
+    (told,) = second["compared"].values()
+    assert told["default"] == "above p99" and not told["below_floor"]
+    picture = tmp_path / "talk.png"
+    assert s.run_command([*command, "--png", str(picture)]) == 0
+    said = capsys.readouterr().out
+    assert "p25…p75 of 2.000…4.000" in said and "p1…p99 of -1.000…7.000" in said
+    assert "floor of --cap is p25, 2.000" in said and "above p99" in said and "ghost" in said
+    assert picture.read_bytes()[:4] == b"\x89PNG"
