@@ -140,7 +140,8 @@ def axis(
     if not joining.first():
         return
     middle = loaded.config.n_layers // 2
-    support.draw_run(out, found, middle, named)
+    with interrupt.keeping(lambda: kept_of(out)):
+        support.draw_run(out, found, middle, named)
     if as_json:
         print(json.dumps({
             "run": str(out), "model": loaded.name, "roles": len(found.analysis.names),

@@ -14,7 +14,6 @@ from jaxpersona.cli import support
 from jaxpersona.cli.output import cell, console, say
 from jaxpersona.cli.support import ModelOption, check_folder, kept_of, progress
 from jaxpersona.errors import UserError
-from jaxpersona.extras import installed
 
 if TYPE_CHECKING:
     from jaxpersona.organism.demo import Demo
@@ -42,11 +41,11 @@ def demo(
     with interrupt.keeping(lambda: kept_of(out)), progress(log=True) as report:
         done = run_demo(loaded, out, seed=seed, report=report)
     middle = loaded.config.n_layers // 2
-    support.draw_run(out, done.extraction, middle, held_out())
-    if installed("matplotlib"):  # otherwise draw_run has printed the reason
-        figures.drift(out / "drift.png", done.talks, done.extraction.axis, middle,
-                      behaviour=done.styles,
-                      leak={name: done.figures[f"drift_leak_{name}"] for name in done.talks})
+    with interrupt.keeping(lambda: kept_of(out)):
+        if support.draw_run(out, done.extraction, middle, held_out()):
+            figures.drift(out / "drift.png", done.talks, done.extraction.axis, middle,
+                          behaviour=done.styles,
+                          leak={name: done.figures[f"drift_leak_{name}"] for name in done.talks})
     _show(done)
     say(f"axis, vectors and figures: {out}", error=True)
     head = {"run": str(out), "model": loaded.name,

@@ -74,6 +74,9 @@ class Dialogue:
                 except KeyboardInterrupt:
                     say("", "(Ctrl-D or /quit leaves)")
                     continue
+                except UserError as error:
+                    say(f"error: {error}", error=True)
+                    continue
                 try:
                     if not self._step(line):
                         return

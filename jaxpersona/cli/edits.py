@@ -109,7 +109,7 @@ class Edits:
             missing.append(f"{', '.join(idle)} need{'s' * (len(idle) == 1)} --cap")
         if self.steer_layers is not None and self.steer is None:
             missing.append("--steer-layers needs --steer")
-        if self.axis_layers is not None and self.axis is None:
+        if self.axis_layers is not None and self.axis is None and self.cap is None:
             missing.append("--axis-layers needs --axis")
         if self.where is not None and self.cap is None and self.steer is None:
             missing.append("--where needs --cap or --steer")
@@ -179,4 +179,6 @@ class Edits:
         shown = self.shown
         if shown is None and default and isinstance(self.held, Axis):
             shown = self.held
+        if shown is None and self.axis_layers is not None:
+            raise UserError("--axis-layers needs --axis")
         return None if shown is None else Monitor(model, shown, self.axis_layers)

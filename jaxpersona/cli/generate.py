@@ -14,7 +14,13 @@ from jaxpersona.brief import count
 from jaxpersona.cli import edits as options
 from jaxpersona.cli import support
 from jaxpersona.cli.output import cell, console, say
-from jaxpersona.cli.support import AdapterOption, DtypeOption, ModelOption, progress
+from jaxpersona.cli.support import (
+    AdapterOption,
+    DtypeOption,
+    ModelOption,
+    check_output,
+    progress,
+)
 from jaxpersona.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,8 +73,8 @@ def generate(
     sampling(1, temperature=temperature, top_p=top_p, seed=seed)
     check_settings(max_new_tokens=max_new_tokens)
     talks = _conversations(prompt or [], prompts, system)
-    if out is not None and out.is_dir():
-        raise UserError(f"--out is {out}, a folder; give the name of a file")
+    if out is not None:
+        check_output("--out", out)
     asked = options.Edits(cap, cap_layers, percentile, of, experiment, check, steer, steer_layers,
                           scale, spec, where, axis, axis_layers).read()
     if compare and not asked.any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 import sys
 import threading
@@ -14,7 +15,6 @@ import typer
 
 from jaxpersona.cli.output import console, say, write
 from jaxpersona.errors import UserError
-from jaxpersona.extras import MissingPackage
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
@@ -161,6 +161,24 @@ def check_folder(option: str, folder: pathlib.Path) -> None:
         raise UserError(f"{option} is {folder}, a file; give a folder")
 
 
+def check_output(option: str, file: pathlib.Path) -> None:
+    """Check that a file can be written, before anything is computed for it.
+
+    Raises:
+      UserError: it is a folder or no regular file, or its folder cannot be written.
+    """
+    from jaxpersona.ckpts.files import atomic
+
+    if file.is_dir():
+        raise UserError(f"{option} is {file}, a folder; give the name of a file")
+    if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
+        raise UserError(f"{option} is {file}, not a regular file; give another name")
+    if not file.exists():  # as `atomic` will write it
+        with atomic(file) as temporary:
+            temporary.touch()
+        file.unlink()
+
+
 def kept_of(folder: pathlib.Path) -> str:
     """Describe the files of a run folder, for the line that an interrupted command prints."""
     if not (folder / "run.json").exists():
@@ -174,13 +192,15 @@ def kept_of(folder: pathlib.Path) -> str:
 
 
 def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
-             held_out: Sequence[str]) -> None:
-    """Draw the figures of an extraction into its folder."""
+             held_out: Sequence[str]) -> bool:
+    """Draw the figures of an extraction into its folder; return whether they were drawn."""
     from jaxpersona.report import figures
 
     try:
         figures.roles_on_axis(folder / "roles.png", extraction.projections, middle, held_out)
         figures.components(folder / "pca.png", extraction.analysis, middle, extraction.default)
         figures.variance(folder / "variance.png", extraction.analysis, middle)
-    except MissingPackage as error:  # the axis is complete without them
+    except UserError as error:  # such as a missing package; the axis is complete without them
         say(f"no figures were drawn: {error}", error=True)
+        return False
+    return True

@@ -107,7 +107,7 @@ class QueueFull(RuntimeError):
       ...     engine.submit(jp.Request("Who are you?"))
       ... except jp.QueueFull as error:
       ...     print(error)
-      1 requests are queued; submit again later, or make the engine with a longer queue
+      1 requests are queued; submit again later, or create the engine with a larger queue
     """
 
 

@@ -50,8 +50,8 @@ class Forecast:
       seconds: expected time of generation, without judging; None if nothing was timed.
       pace: the timed sample, or None.
       judged: number of replies that a judge scores, those of roles.
-      judge_calls: number of replies that the chosen judge reads with a model.
-      disk_bytes: expected size of the run folder.
+      judge_calls: number of replies that the chosen judge still has to read with a model.
+      disk_bytes: expected size of the files that are not yet in the run folder.
       free_bytes: free space on its disk.
     """
 
@@ -118,7 +118,10 @@ def forecast(
     require("sklearn", "the axis's principal components need scikit-learn")
     expected = manifest(model, roles, questions, judge, settings, min_count, held_out,
                         check_prompts(model, roles, questions))
-    done = _done(Run(folder, expected), [r.name for r in roles if r.name not in redo], overwrite)
+    if unknown := sorted(set(redo) - {role.name for role in roles}):
+        raise UserError(f"redo contains unknown roles {unknown}; give names of roles")
+    done, scored = _done(Run(folder, expected), [r.name for r in roles if r.name not in redo],
+                         overwrite)
     sizes = rollouts_of(roles, questions, settings)
     missing = [role for role in roles if role.name not in done]
     count = sum(sizes[role.name] for role in missing)
@@ -139,28 +142,29 @@ def forecast(
     texts = [len(json.dumps(records[i][1], ensure_ascii=False).encode()) for i in chosen]
     total, judged = sum(sizes.values()), sum(sizes.values()) - sizes[DEFAULT]
     reads = getattr(judge, "reads_eval_prompt", False)
-    known = sum(n for name, n in sizes.items() if name in done and name != DEFAULT)
+    known = sum(n for name, n in sizes.items() if name in scored and name != DEFAULT)
     return Forecast(
         roles=len(roles) - 1, prompts=sum(len(role.prompts) for role in roles),
         questions=len(questions), samples=settings.samples, rollouts=total, missing=count,
         prompt_tokens=round(count * _mean(lengths)), reply_tokens=round(count * reply),
         seconds=None if pace is None else pace.seconds_for(count, per_call), pace=pace,
         judged=judged, judge_calls=judged - known if reads else 0,
-        disk_bytes=_disk_bytes(model, total, len(roles), _mean(texts) + _BYTES_PER_TOKEN * reply),
+        disk_bytes=_disk_bytes(model, count, len(roles), _mean(texts) + _BYTES_PER_TOKEN * reply),
         free_bytes=shutil.disk_usage(_existing(pathlib.Path(folder))).free,
     )
 
 
-def _done(run: Run, roles: Sequence[str], overwrite: bool) -> set[str]:
-    """Return the roles whose rollouts the folder contains, after the checks of a resumed run.
+def _done(run: Run, roles: Sequence[str], overwrite: bool) -> tuple[set[str], set[str]]:
+    """Check a folder as a resumed run does; return the roles with rollouts, and with scores.
 
     Raises:
       UserError: the folder contains another run or other files, or a file is damaged.
     """
     run.check_new()
     if run.stored(overwrite) is None or overwrite:
-        return set()
-    return {role for role in roles if run.is_whole(role)}
+        return set(), set()
+    done = {role for role in roles if run.is_whole(role)}
+    return done, {role for role in done if run.path("scores", role).exists()}
 
 
 def _spaced(count: int, size: int) -> list[int]:
@@ -173,7 +177,7 @@ def _mean(values: Any) -> float:
 
 
 def _disk_bytes(model: Model, rollouts: int, roles: int, text: float) -> int:
-    """Return the expected size of a run folder: means, texts, and vectors by score."""
+    """Return the expected size of means and texts of `rollouts`, and of all vectors by score."""
     state = 4 * model.config.n_layers * model.config.d_model
     return round(rollouts * (state + text) + (roles * (1 + len(LABELS)) + 1) * state)
 

@@ -115,9 +115,11 @@ def _of_answers(given: Mapping[str, Any], layer: int | None, held_out: frozenset
     dims, total = shapes.pop()
     at = layer_of(layer, total)
     answers = {name: value[..., at].reshape(-1) for name, value in arrays.items()}
-    answers = {name: value[np.isfinite(value)] for name, value in answers.items()}
-    if empty := [name for name, value in answers.items() if not value.size]:
-        raise UserError(f"role {empty[0]!r} has no finite projection; leave it out")
+    finite = {name: value[np.isfinite(value)] for name, value in answers.items()}
+    answers = {name: value for name, value in finite.items() if value.size}
+    if not set(answers) - {"default"}:
+        raise UserError(f"found has no finite projection of a role at layer {at}; give another "
+                        "layer")
     own = {name: (value.mean(), *np.percentile(value, [25, 75]))
            for name, value in answers.items()}
     names = sorted((name for name in own if name != "default"), key=lambda name: own[name][0])
@@ -140,6 +142,7 @@ def _of_folder(folder: pathlib.Path, layer: int | None) -> Places:
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{folder / 'analysis.json'}: is damaged ({type(error).__name__}: {error});"
                         " run `jaxpersona axis` again to rewrite it") from None
+    means = {name: mean for name, mean in means.items() if np.isfinite(mean)}
     names = sorted((name for name in means if name != "default"), key=means.__getitem__)
     own = axis.percentiles.get("default", {})
     default = None
