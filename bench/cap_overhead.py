@@ -57,7 +57,7 @@ def main() -> None:
     slope = (every - half) / (total - total // 2)
     report(
         "cap_overhead", model, args, capped_layers=named,
-        dtype=str(model.params.embed_vd.dtype),
+        dtype=str(model.params.like.dtype),
         capped_over_uncapped=found["capped"]["ratio"], interval=found["capped"]["interval"],
         unresolved=found["capped"]["unresolved"], idle_over_uncapped=found["idle"]["ratio"],
         idle_interval=found["idle"]["interval"], idle_unresolved=found["idle"]["unresolved"],

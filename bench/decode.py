@@ -45,7 +45,7 @@ def main() -> None:
             "captured_interval": found["captured"]["interval"],
             "captured_unresolved": found["captured"]["unresolved"],
         }
-    report("decode", model, args, dtype=str(model.params.embed_vd.dtype),
+    report("decode", model, args, dtype=str(model.params.like.dtype),
            gigabytes_per_second=round(speed / 1e9, 2), **by_batch[str(args.batch[-1])],
            by_batch=by_batch)
 

@@ -122,7 +122,7 @@ def one_side(args: argparse.Namespace) -> dict[str, Any]:
     bare = None if args.without_plain else least(
         lambda: jp.extract(model, rows, capture=plain, batch_tokens=args.batch_tokens),
         args.repeats)
-    peak = peak_flops(model.params.embed_vd.dtype)
+    peak = peak_flops(model.params.like.dtype)
     jax.block_until_ready(model.params.embed_vd)
     return found | {"capture_over_plain": bare and round(bare / found["seconds"], 4),
                     "mfu": round(flops / found["seconds"] / peak, 4)}

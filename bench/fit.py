@@ -48,7 +48,7 @@ def main() -> None:
     chip, _ = chips.parse(args.chip)
     report(
         "fit", model, args, capped_layers=layers, prompt_tokens=setting.prompt,
-        dtype=str(model.params.embed_vd.dtype), bytes=peak.above, planned_bytes=planned,
+        dtype=str(model.params.like.dtype), bytes=peak.above, planned_bytes=planned,
         planned=estimate["bytes_per_chip"], planned_over_measured=round(planned / peak.above, 4),
         ms_per_step=round(1000 * step, 3),
         tokens_per_second=round(args.batch / step, 1),

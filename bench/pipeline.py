@@ -75,7 +75,7 @@ def main() -> None:
                      "refill": lambda: clocked(lambda: run.geometric(True))}, "static",
                     pairs=args.pairs, budget=args.budget)
     report(
-        "pipeline", model, args, dtype=str(model.params.embed_vd.dtype),
+        "pipeline", model, args, dtype=str(model.params.like.dtype),
         one_pass_over_two_pass=found["one"]["ratio"], interval=found["one"]["interval"],
         unresolved=found["one"]["unresolved"], predicted=round(1 + forward / generate, 4),
         seconds_generate=round(generate, 3), seconds_forward=round(forward, 3),

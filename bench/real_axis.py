@@ -81,7 +81,7 @@ def axis_stage(args: argparse.Namespace) -> dict[str, Any]:
         "roles": len(roles) - 1, "prompts": args.prompts, "questions": len(questions),
         "rollouts": found.rollouts, "tokens": found.tokens, "seconds": round(seconds, 1),
         "tokens_per_second": round(found.tokens / seconds, 1) if found.tokens else None,
-        "settings": dataclasses.asdict(settings), "dtype": str(model.params.embed_vd.dtype),
+        "settings": dataclasses.asdict(settings), "dtype": str(model.params.like.dtype),
         **analysis(found.default, found.analysis),
         "norm": [round(float(x), 2) for x in np.linalg.norm(found.default, axis=-1)],
         "auc": auc(means, halves), **reliability(means, halves),

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--dtype", default=None)
     args = parser.parse_args()
     model = jp.load(args.model, dtype=args.dtype)
-    config, dtype = model.config, model.params.embed_vd.dtype
+    config, dtype = model.config, model.params.like.dtype
     roof = {"bytes_per_second": bandwidth(), "flops_per_second": peak_flops(dtype)}
     points = []
 

@@ -46,7 +46,7 @@ def main() -> None:
                    pairs=args.pairs, budget=args.budget)
     most = found[str(args.batch)]
     report(
-        "rows", model, args, dtype=str(model.params.embed_vd.dtype),
+        "rows", model, args, dtype=str(model.params.like.dtype),
         capped_layers=f"{layers.start}:{layers.stop}", distinct_over_shared=most["ratio"],
         interval=most["interval"], unresolved=most["unresolved"], pairs=most["pairs"],
         tokens_per_second=round(args.batch * args.steps / found["shared"]["seconds"], 1),

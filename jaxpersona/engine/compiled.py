@@ -98,8 +98,8 @@ class Program:
     """A jitted function with one `jax.jit` object per combination of argument shapes.
 
     The platform of the first argument's first array is part of the key, so that CPU and GPU arrays
-    of one shape do not share a trace. `jax.jit` itself distinguishes everything that the key
-    omits, so an omission costs memory but never correctness.
+    of one shape do not share a trace. `jax.jit` and `stored.Stored` distinguish everything
+    that the key omits, so an omission costs memory but never correctness.
     """
 
     def __init__(self, function: Callable, static: tuple[str, ...], donate: tuple[str, ...],

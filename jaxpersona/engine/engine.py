@@ -77,6 +77,8 @@ class Engine:
             shards, or the capacity does not match the model.
         """
         check_model(model)
+        if sizes is not None and not (isinstance(sizes, (list, tuple)) and sizes):
+            raise UserError(f"sizes is {sizes!r:.60}; give a list of sizes, such as [256, 1024]")
         numbers = {"rows": rows, "lanes": lanes, "chunk": chunk, "queue": queue}
         numbers |= {f"sizes[{i}]": size for i, size in enumerate(() if sizes is None else sizes)}
         for name, value in numbers.items():
@@ -227,12 +229,10 @@ class Engine:
             without a capture or stop strings, for every cache size and prompt width of `sizes`.
 
         Raises:
-          UserError: the engine has requests, an example is invalid, or there are neither examples
-            nor `sizes`.
+          UserError: the engine has requests or no `sizes`, or an example is invalid.
         """
         if requests is None and self.sizes is None:
-            raise UserError("the engine has no sizes, so its programs are not known in advance; "
-                            "create it with Engine(sizes=…), or give warm_up example requests")
+            raise UserError("it has no sizes; use Engine(sizes=…), or give warm_up examples")
         with self._device, own_context():
             if self._handles:
                 raise UserError("the engine has requests; call warm_up before the first submit")
@@ -314,7 +314,7 @@ class Engine:
                 self._look()
             except BaseException as error:  # even after an interrupt, the lanes may be inconsistent
                 self._scheduler.lanes.clear()
-                self._fail([task for _, task in self._handles.values()], error)
+                self._fail([task for _, task in list(self._handles.values())], error)
                 raise
             finally:
                 with self._changed:
@@ -371,6 +371,7 @@ class Engine:
     def _fail(self, tasks: list[Task], error: BaseException) -> None:
         """Complete the tasks' handles with an error."""
         for task in tasks:
+            task.cancelled = True  # it may be queued
             with self._changed:
                 entry = self._handles.pop(task.number, None)
             if entry is not None:

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import pathlib
+import secrets
 import stat
 from collections.abc import Iterator
 
@@ -107,7 +108,7 @@ class OwnFolder:
         if (reason := private(self.path)) is not None:
             _LOG.warning("%s: not written (%s)", name, reason)
             return
-        temporary = f"{name}.{os.getpid()}{_TEMPORARY}"
+        temporary = f"{name}.{secrets.token_hex(8)}{_TEMPORARY}"
         try:
             with _opened(self.path) as folder:
                 file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW,
@@ -116,8 +117,9 @@ class OwnFolder:
                     with open(file, "wb") as opened:
                         opened.write(_MAGIC + _digest(name, content) + content)
                     os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-                except OSError:
-                    os.unlink(temporary, dir_fd=folder)
+                except BaseException:
+                    with contextlib.suppress(FileNotFoundError):
+                        os.unlink(temporary, dir_fd=folder)
                     raise
                 self._prune(folder)
         except OSError as error:
@@ -126,13 +128,17 @@ class OwnFolder:
     def _prune(self, folder: int) -> None:
         """Remove the least recently used files until the others are within the limit."""
         with os.scandir(folder) as entries:
-            held = [(entry.stat(follow_symlinks=False), entry.name) for entry in entries
-                    if entry.is_file(follow_symlinks=False)]
+            held = []
+            for entry in entries:
+                with contextlib.suppress(FileNotFoundError):  # another process removed it
+                    if entry.is_file(follow_symlinks=False):
+                        held.append((entry.stat(follow_symlinks=False), entry.name))
         total = sum(found.st_size for found, _ in held)
         for found, name in sorted(held, key=lambda x: x[0].st_mtime_ns):
             if total <= self.limit:
                 return
-            os.unlink(name, dir_fd=folder)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=folder)
             total -= found.st_size
 
 

@@ -214,7 +214,8 @@ def row_ids(rows: list[chat.Row], ids: Iterable[int] | None) -> np.ndarray:
         if len(ids) != len(rows):
             raise UserError(f"ids has {len(ids)} entries for {len(rows)} conversations")
         given = np.asarray(ids)
-        if not np.issubdtype(given.dtype, np.integer) or given.min() < 0 or given.max() >= 2**32:
+        whole = given.ndim == 1 and np.issubdtype(given.dtype, np.integer)
+        if not whole or given.min() < 0 or given.max() >= 2**32:
             raise UserError(f"ids begins with {list(ids)[:4]}; ids must be integers in 0…2³²−1")
         return given.astype(np.uint32)
     seen: Counter[bytes] = Counter()

@@ -99,8 +99,11 @@ class Scheduler:
             self.waiting.popleft()
         if not self.waiting:
             return []
-        first = self.waiting[0]
-        lane = self.lane_of(first.lane)
+        first, lane = self.waiting[0], None
+        with self._contained(first.lane, [first]):
+            lane = self.lane_of(first.lane)
+        if first.cancelled:  # its lane could not be opened
+            return self._admit()
         if lane is None or (_busy(lane) and not self.refill and not lane.filling):
             return []
         if lane.together == lane.rows and _busy(lane):  # prefill would replace all rows
@@ -132,8 +135,9 @@ class Scheduler:
         except Exception as error:
             if self.failed is None:
                 raise
-            lane = self.lanes.pop(key)
-            self.failed([*chosen, *(task for task in lane.tasks if task is not None)], error)
+            lane = self.lanes.pop(key, None)
+            held = [] if lane is None else [task for task in lane.tasks if task is not None]
+            self.failed([*chosen, *held], error)
 
     def _decode(self, key: Any, lane: Lane) -> None:
         """Run one chunk of a lane and collect its finished prompts."""
@@ -142,8 +146,10 @@ class Scheduler:
         early = self.refill and bool(self.waiting) and self.waiting[0].lane == key
         done = lane.decode(lane.free + enough if early else lane.rows, self.chunk)
         if done.size >= enough:
-            for tasks, state in lane.take_out(np.asarray(done)):
-                self.collect(tasks, state)
+            before = [task for task in lane.tasks if task is not None]
+            with self._contained(key, before):
+                for tasks, state in lane.take_out(np.asarray(done)):
+                    self.collect(tasks, state)
 
 
 def _busy(lane: Lane) -> bool:

@@ -43,7 +43,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jaxpersona")
 
 
 class Stored:
-    """A function compiled for one set of argument shapes, from its stored trace if there is one.
+    """A function compiled from its stored trace, if there is one.
 
     Calls whose arguments are traced, or are not whole arrays on JAX's default device, use
     `jax.jit`.
@@ -65,14 +65,14 @@ class Stored:
         self._signature = inspect.signature(function)
         self._static, self._donate, self._result = set(static), set(donate), result
         self._folder, self._lock = folder, threading.Lock()
-        # the compiled function and the structure of its result, by JAX's settings
-        self._made: list[tuple[list[Any], tuple[Callable, Any] | None]] = []
+        # the compiled function and the structure of its result, by JAX's settings and the arguments
+        self._made: list[tuple[Any, tuple[Callable, Any] | None]] = []
 
     def __call__(self, *args: Any, **named: Any) -> Any:
         arrays, static = self._bound(args, named)
-        leaves, made = jax.tree.leaves(arrays), None
+        (leaves, tree), made = jax.tree.flatten(arrays), None
         if not setting("jax_disable_jit") and _on_one(default_device(), leaves):
-            made = self._get(arrays, static)
+            made = self._get(arrays, static, tree, leaves)
         if made is None:
             return self._jitted(*args, **named)
         call, structure = made
@@ -89,17 +89,23 @@ class Stored:
         arrays = {k: v for k, v in bound.arguments.items() if k not in self._static}
         return arrays, {k: v for k, v in bound.arguments.items() if k in self._static}
 
-    def _get(self, arrays: dict[str, Any], static: dict) -> tuple[Callable, Any] | None:
+    def _get(self, arrays: dict[str, Any], static: dict, tree: Any,
+             leaves: list[Any]) -> tuple[Callable, Any] | None:
         """Return the compiled function of leaves, and the structure of its result.
 
-        None if the program cannot be stored.
+        One object serves arguments that differ in their structure, such as states with other
+        readings, so everything that `jax.jit` distinguishes is compared.
+
+        Returns:
+          None if the program cannot be stored.
         """
-        settings = thread_settings()
+        kinds = [(x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves]
+        asked = tree, kinds, static, thread_settings()
         with self._lock:
             for of, made in self._made:
-                if of == settings:
+                if of == asked:
                     return made
-            self._made.append((settings, self._make(arrays, static)))
+            self._made.append((asked, self._make(arrays, static)))
             return self._made[-1][1]
 
     def _make(self, arrays: dict[str, Any], static: dict) -> tuple[Callable, Any] | None:
@@ -177,8 +183,11 @@ class Stored:
     def _name(self, arrays: dict[str, Any], static: dict) -> str:
         """Return the file name: a hash of everything that the trace and its result depend on."""
         device = default_device()
+        if device.platform not in ("cpu", "tpu"):
+            raise Unknown("a trace for a GPU contains the choice of an attention kernel, which "
+                          "depends on the installed cuDNN")
         described = (
-            _source(), [importlib.metadata.version(name) for name in _PACKAGES],
+            _source(), _VERSIONS,
             device.platform, device.device_kind, get_backend(device.platform).platform_version,
             tracing_settings(), f"{self._function.__module__}.{self._function.__qualname__}",
             described_value(arrays), described_value(static), sorted(self._donate))
@@ -259,3 +268,7 @@ def _source() -> str:
         for path in sorted(root.rglob("*.py")):
             total.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
     return total.hexdigest()
+
+
+_source()  # now, because a later update of the files does not change the imported code
+_VERSIONS = [importlib.metadata.version(name) for name in _PACKAGES]
