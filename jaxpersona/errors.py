@@ -15,5 +15,5 @@ class UserError(ValueError):
       ...     jp.load("mini", dtype="int4")
       ... except jp.UserError as error:
       ...     print(error)
-      dtype is 'int4'; it must be one of float32, bfloat16, float16
+      dtype is 'int4'; it must be one of float32, bfloat16, float16, int8
     """

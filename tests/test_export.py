@@ -45,7 +45,8 @@ def extraction():
 
 
 CHECK = jp.Check(False, ("sign: " + EVIL,), ("sign: " + EVIL, "layers: fine"), (4, 5),
-                 np.array([3.0, 4.0], np.float32), np.array([1.0, 6.0], np.float32), None)
+                 np.array([3.0, 4.0], np.float32), np.array([1.0, 6.0], np.float32), None,
+                 np.ones(2, np.float32), None)
 SCORED = jp.Scored([row(count=4), row(count=1)],
                    [np.log(np.array([0.5, 0.25, 0.125], np.float32)), np.zeros(0, np.float32)])
 RESULTS = {

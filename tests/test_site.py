@@ -76,11 +76,13 @@ def test_the_reference_has_every_public_name_once():
         assert resolved(name).__doc__, name
     selectors = {name for name in jp.__all__ if isinstance(getattr(jp, name), jp.Where)}
     assert all(f"`jp.{name}`" in text for name in selectors)
-    modules = {"capture", "where"}
+    modules = {"capture", "plot", "where"}
     assert {name for name in jp.__all__} == (
         {name for name in entries if "." not in name} | selectors | modules)
     assert {f"capture.{name}" for name in jp.capture.__all__ if name != "chosen_layers"} == {
         name for name in entries if name.startswith("capture.")}
+    assert {f"plot.{name}" for name in jp.plot.__all__} == {
+        name for name in entries if name.startswith("plot.")}
 
 
 @pytest.mark.parametrize(("text", "folder", "page", "wanted"), [

@@ -340,10 +340,10 @@ def test_heads_that_do_not_divide_the_mesh_are_held_by_groups():
     (dict(data=3, model=3), {}, "data=3 × model=3 needs 9 devices; there are 8"),
     (dict(model=0), {}, "every axis must be at least 1"),
     (dict(data=2, fsdp=8), {}, "fsdp=8 × model=1 needs 16 devices; there are 8"),
-    (dict(model=4), dict(n_kv_heads=6, n_heads=12), "n_kv_heads is 6; .* use model=3"),
-    (dict(model=8), dict(n_kv_heads=4, n_heads=4), "n_heads / n_kv_heads is 1; .*use model=4"),
-    (dict(model=8), dict(d_ff=36, n_heads=8, n_kv_heads=8), "d_ff is 36; .* use model=6"),
-    (dict(fsdp=8), dict(d_model=36), "d_model is 36; .* use fsdp=6"),
+    (dict(model=4), dict(n_kv_heads=6, n_heads=12), "n_kv_heads is 6, .* use model=3"),
+    (dict(model=8), dict(n_kv_heads=4, n_heads=4), "n_heads / n_kv_heads is 1, .*use model=4"),
+    (dict(model=8), dict(d_ff=36, n_heads=8, n_kv_heads=8), "d_ff is 36, .* use model=6"),
+    (dict(fsdp=8), dict(d_model=36), "d_model is 36, .* use fsdp=6"),
 ])
 def test_wrong_meshes_are_refused_in_one_line_with_the_mend(mesh, fields, wanted):
     with pytest.raises(ValueError, match=wanted) as caught:

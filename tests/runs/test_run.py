@@ -238,7 +238,7 @@ def test_an_empty_system_prompt_is_not_a_missing_one(checkpoint, monkeypatch):
     talks, real = [], module.generate
 
     def told(model, given, **more):
-        talks.append([[m["role"] for m in talk] for talk in given])
+        talks.append([[m["role"] for m in row.messages] for row in given])
         return real(model, given, **more)
 
     monkeypatch.setattr(module, "generate", told)
