@@ -94,7 +94,7 @@ def test_every_import_of_such_a_package_is_preceded_by_require():
                         if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "require"
                         and isinstance(n.args[0], ast.Constant)}
             if re.search(r"^from jaxpersona\.report(\.style)? import .*", path.read_text(), re.M):
-                required.add("matplotlib")  # figures are made and drawn by `style`, which requires it
+                required.add("matplotlib")  # `style` requires it
             for node in ast.walk(tree):
                 if id(node) in typed or not isinstance(node, (ast.Import, ast.ImportFrom)):
                     continue
