@@ -97,7 +97,8 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
       folder: the folder given to `save`.
       dtype: cast to float32, bfloat16 or float16; None keeps each array's dtype. Int8 weights stay
         int8.
-      mesh: shards the parameters by `sharding.RULES`, independent of the sharding when saved.
+      mesh: the mesh over which to shard the parameters by `sharding.RULES`; it may differ from the
+        mesh at the time of saving.
 
     Returns:
       The parameters and their configuration.

@@ -1,4 +1,4 @@
-"""Warnings about captures with NaN values because no token is selected."""
+"""Warnings about captures that are NaN because no token was selected."""
 
 from __future__ import annotations
 

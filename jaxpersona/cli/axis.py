@@ -186,7 +186,7 @@ def _judge_class(judge: str, own: bool) -> type[Judge]:
     """Return the class of the judge that `--judge` names.
 
     Raises:
-      UserError: there is none, or it does not know the roles.
+      UserError: the judge is unknown, or is "rules" with roles other than mini's own.
     """
     from jaxpersona.judges.digits import DigitJudge
     from jaxpersona.judges.judges import NoJudge, SelfJudge

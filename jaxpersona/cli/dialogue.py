@@ -266,7 +266,7 @@ class Dialogue:
 
 
 def _first(both: Iterator[tuple[bool, Piece]]) -> Iterator[Piece]:
-    """Yield the pieces of the next reply of a comparison, up to its last one."""
+    """Yield pieces of a comparison until its next reply is complete."""
     for _, piece in both:
         yield piece
         if piece.turn is not None:

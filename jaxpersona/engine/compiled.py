@@ -88,8 +88,8 @@ def program(*, static: tuple[str, ...] = (), donate: tuple[str, ...] = (),
 
     Args:
       static, donate: argument names, as `static_argnames` and `donate_argnames` of `jax.jit`.
-      result: returns a pytree with the structure of the result from the arguments, without running
-        the function. With it, the traces are stored on disk where that is enabled (`stored`).
+      result: maps the arguments to a pytree with the structure of the function's result, without
+        running the function. If given, traces are stored on disk when that is enabled (`stored`).
     """
     return lambda function: Program(function, static, donate, result)
 

@@ -232,7 +232,7 @@ class Engine:
           UserError: the engine has requests or no `sizes`, or an example is invalid.
         """
         if requests is None and self.sizes is None:
-            raise UserError("it has no sizes; use Engine(sizes=…), or give warm_up examples")
+            raise UserError("Engine has no sizes; use Engine(sizes=…), or give warm_up requests")
         with self._device, own_context():
             if self._handles:
                 raise UserError("the engine has requests; call warm_up before the first submit")

@@ -237,7 +237,7 @@ def queue(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
       collect: called with finished tasks and a state; the state's first rows belong to the tasks,
         and a task's `number` is the index of its prompt.
       max_new: the maximum number of tokens in any reply.
-      batch_size: B.
+      batch_size: B, the number of rows in the compiled programs.
       share_prefix, refill: as in `generate`.
     """
     greedy = bool((np.asarray(settings.temperature) == 0).all())

@@ -153,13 +153,13 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
     """Run the prompts and choose each row's first token.
 
     Args:
-      batch: B prompts of T tokens, or what follows their prefixes; an empty row is a free row.
+      batch: B prompts of T tokens, or with `prefix` their remaining tokens; an empty row is free.
       edits: the interventions of the B rows.
       capture: the readings.
       sampling: the sampling settings of the B rows.
       stops: the tokens that end a row.
       limit: [B] int32, the maximum number of tokens of each reply.
-      slots: S of the new cache.
+      slots: S, the number of slots in the new cache.
       max_new: M, the number of tokens that `State.tokens` can hold.
       greedy: whether every temperature is 0.
       prefix: the carry of `prefill_prefix` for B rows, with a cache of S slots, or None.

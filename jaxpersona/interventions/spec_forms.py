@@ -63,7 +63,7 @@ def _layers_form(value: Any) -> Any:
             return value
     elif whole and all(isinstance(x, int) and not isinstance(x, bool) for x in whole):
         return value
-    raise UserError("must be a number, a list of them, or text: "
+    raise UserError("must be an integer, a list of integers, or a string: "
                     "\"46:54\" (half-open), \"16\" or \"3,5\"")
 
 

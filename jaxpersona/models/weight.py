@@ -39,7 +39,7 @@ class Weight(flax.struct.PyTreeNode):
 
     @abc.abstractmethod
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
-        """Multiply x [..., *in] with the weight in float32 accumulation: [..., *out] of `dtype`.
+        """Multiply x [..., *in] with the weight accumulating in float32: [..., *out] of `dtype`.
 
         `axes` are the logical axes of the result, needed where JAX cannot infer its sharding.
         """
@@ -133,7 +133,7 @@ class Joined(Weight):
 
 def dot(x: jax.Array, w: jax.Array | Weight, *, inner: int = 1, axes: Axes | None = None,
         dtype: Any = None) -> jax.Array:
-    """Multiply activations with a weight, in float32 accumulation.
+    """Multiply activations with a weight, accumulating in float32.
 
     Args:
       x: [..., *in].
@@ -201,7 +201,7 @@ def across_devices(x: jax.Array, w: jax.Array, inner: int, axes: Axes | None,
 
 
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Contract x [R, I] with w [O, I] on one device in float32 accumulation: [R, O]."""
+    """Contract x [R, I] with w [O, I] on one device accumulating in float32: [R, O]."""
     if x.shape[0] == 1 and x.dtype == jnp.bfloat16 and on_cpu(w):
         # XLA's CPU backend has a fast bfloat16 product for two rows, but not for one
         return jnp.einsum("ri,oi->ro", jnp.concatenate([x, x]), w, preferred_element_type=F32)[:1]

@@ -99,8 +99,8 @@ def contrast(
     if (bad := np.flatnonzero(~np.isfinite(values).all((1, 2)))).size:
         i = int(bad[0])
         argument, index = ("positive", i) if i < count else ("negative", i - count)
-        raise UserError(f"{argument}[{index}] has no token of pool={chosen!r}"
-                        + ("; it has no assistant message: give one, or use pool='last'"
+        raise UserError(f"{argument}[{index}] has no token that pool={chosen!r} selects"
+                        + ("; give an assistant message with content, or use pool='last'"
                            if chosen == "response" else ""))
     wide = values.astype(np.float64)
     delta = wide[:count].mean(0) - wide[count:].mean(0)  # [l, D]

@@ -105,8 +105,8 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
     shapes = Shapes.of(batch, context)
     devices = chips.tpu_devices(topology) if chip.name in chips.TPUS else None
     if devices is not None and len(devices) != count:
-        raise UserError(f"topology {topology!r} has {len(devices)} devices for {count} chips; "
-                        f"use one of {', '.join(chips.TPUS)}")
+        raise UserError(f"libtpu lists {len(devices)} devices for the {count} chips of topology "
+                        f"{topology!r}; plan needs one device per chip: use another topology")
     placed = _mesh(sizes, devices, config)
     ways = sharding.ways(placed, "batch")
     if batch % ways:

@@ -1,4 +1,4 @@
-"""Figures of curves: by layer, by turn of a conversation, and by strength of steering."""
+"""Line plots over layers, conversation turns and steering strengths."""
 
 from __future__ import annotations
 
@@ -202,8 +202,8 @@ def _readout(name: str, given: Any, layer: int | None) -> Any:
     if not isinstance(given, Talks):
         return given
     if given.readout is None:
-        raise UserError(f"curves[{name!r}] are conversations without a read-out, whose projections "
-                        "were read after the interventions; use grow(…, readout=True)")
+        raise UserError(f"curves[{name!r}] has no read-out, and its projections were read after "
+                        "the interventions; use grow(…, readout=True)")
     return given.readout[:, :, layer]
 
 

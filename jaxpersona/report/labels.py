@@ -39,7 +39,7 @@ def place(ax: Axes, points: Sequence[tuple[str, float, float]], markers: np.ndar
         return []
     renderer = renderer_of(ax)
     scale = renderer.dpi / 72
-    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # no longer adjusted to what is drawn
+    ax.set(xlim=ax.get_xlim(), ylim=ax.get_ylim())  # fix the limits: autoscaling stops here
     pixels = ax.transData.transform(np.asarray(markers, float).reshape(-1, 2))
     frame = np.array([ax.bbox.x0, ax.bbox.y0, ax.bbox.x1, ax.bbox.y1])
     offsets = _offsets()
