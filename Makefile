@@ -71,4 +71,4 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs .jax_cache
+	rm -rf $(VENV) build *.egg-info runs

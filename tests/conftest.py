@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import signal
 import sys
-
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 if "jax" in sys.modules:
     raise RuntimeError("jax was imported before the tests could request 8 CPU devices")
@@ -17,10 +14,6 @@ os.environ["XLA_FLAGS"] = (
 os.environ["HF_HUB_OFFLINE"] = os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["JAXPERSONA_COMPILE_CACHE"] = "0"
-# JAX's own cache: a program that another worker, a child process or an earlier run compiled is read
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # shells start background jobs with SIGINT ignored, and child processes inherit this
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
