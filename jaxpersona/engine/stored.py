@@ -271,4 +271,4 @@ def _source() -> str:
 
 
 _source()  # now, because a later update of the files does not change the imported code
-_VERSIONS = [importlib.metadata.version(name) for name in _PACKAGES]
+_VERSIONS = tuple(importlib.metadata.version(name) for name in _PACKAGES)

@@ -126,7 +126,7 @@ def test_shapes_and_static_values_have_their_own_traces(counted):
 def test_another_version_source_setting_or_device_traces_anew(counted, monkeypatch):
     assert counted() == 1
     changes = (
-        (stored, "_VERSIONS", ["0.0"]),
+        (stored, "_VERSIONS", ("0.0",)),
         (stored, "_source", lambda: "x"),
         (stored, "tracing_settings", lambda: (("jax_enable_x64", "True"),)),
         (stored, "get_backend", lambda _: type("Backend", (), {"platform_version": "x"})),
