@@ -22,11 +22,14 @@ def one_model():
     """Examples load `mini` each; here they share it, and its compiled programs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jp, "load", functools.cache(jp.load))
-        logging.getLogger("jaxpersona").setLevel(logging.ERROR)
+        logger = logging.getLogger("jaxpersona")
+        before = logger.level
+        logger.setLevel(logging.ERROR)
         from jaxpersona.report import style
 
         with style.without_pyplot():
             yield
+        logger.setLevel(before)
 
 
 @pytest.mark.parametrize("name", [*NAMES, *FUNCTIONS])

@@ -9,8 +9,8 @@ import support as s
 from jaxpersona.kernels import attention as kernel
 
 import jaxpersona as jp
+from jaxpersona.models import blocks, nn
 from jaxpersona.models import forward as model_module
-from jaxpersona.models import nn
 
 FITS = dict(platform="gpu", dtype=jnp.bfloat16, tokens=2048, fresh=True, capability=9.0)
 BIG = s.tiny_config(head_dim=128)
@@ -142,7 +142,7 @@ def pretend(monkeypatch):
         return kernel.flash(*arrays, **options, implementation="xla")
 
     monkeypatch.setattr(model_module, "choose", chosen)
-    monkeypatch.setattr(model_module, "flash", flash)
+    monkeypatch.setattr(blocks, "flash", flash)
     return chosen
 
 
@@ -193,7 +193,7 @@ def test_cudnn_s_cache_is_written_layer_by_layer(monkeypatch, slots, barriers):
     from jaxpersona.models import forward as engine
 
     monkeypatch.setattr(engine, "choose", lambda *_, **__: "cudnn")
-    monkeypatch.setattr(engine, "flash", lambda q, *_, **__: q)  # cuDNN is not available here
+    monkeypatch.setattr(blocks, "flash", lambda q, *_, **__: q)  # cuDNN is not available here
     model = s.tiny_model(dtype=jnp.bfloat16, head_dim=16)
     text = jax.make_jaxpr(lambda params, batch: jp.forward(
         params, model.config, batch, slots=slots, logits="last"))(
