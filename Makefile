@@ -2,7 +2,7 @@
 # make demo: install and run the whole method on the embedded model.
 # make test: run the tests but those marked `slow`.  make test-all: run these too.
 # make test-real: fetch released checkpoints (1.5 GB) and compare with transformers.
-# make docs: build the documentation into build/site.  make notebooks: execute the tutorials anew.
+# make docs: build the documentation into build/site.  make notebooks: execute the tutorials again.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -219,7 +219,7 @@ def _random(name: str, form: Form, mesh: Mesh | None) -> Model:
 
 
 def _quantized(params: Params, config: ModelConfig, form: Form) -> Params:
-    """Return loaded parameters in int8 if `form` says so, with its adapter."""
+    """Return loaded parameters, merged with the adapter and quantized if `form` is int8."""
     if not form.int8:
         return params
     if form.merge is not None:

@@ -13,10 +13,13 @@ import matplotlib
 matplotlib.use("svg")
 import numpy as np
 from jaxpersona.report import figures
+from jaxpersona.report.messages import messages
 assert "matplotlib.axes" not in sys.modules
-figures.conversation({str(tmp_path / "a.png")!r}, [1, 3], np.ones((2, 1)), ["v"], 4)
+figures.by_layer({str(tmp_path / "a.png")!r}, {{"v": np.ones(2)}}, "title")
+messages({str(tmp_path / "b.png")!r}, [1, 3], np.ones((2, 1)), ["v"], 4, [None])
 print(matplotlib.get_backend(), "matplotlib.pyplot" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.stdout.split() == ["svg", "False"], done
-    assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("a.png", "b.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"

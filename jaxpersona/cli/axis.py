@@ -63,7 +63,7 @@ def axis(
         help="Generate this role again, e.g. after its files were damaged; repeatable.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=(
-        "Delete the run that --out contains, and start anew; other files stay."))] = False,
+        "Delete the run that --out contains, and start a new one; other files stay."))] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=(
         "Check everything, time a sample of the generation, print the cost, write nothing."))
     ] = False,
@@ -133,14 +133,14 @@ def axis(
         if cost.disk_bytes > cost.free_bytes:
             raise UserError(f"--out is {out}; its disk has too little space for the run")
         return
-    with interrupt.keeping(lambda: kept_of(out)), progress(log=True) as report:
-        found = extract_axis(loaded, cast, asked, out, judge=judged, settings=settings,
-                             min_count=min_count, held_out=named, redo=redo or [],
-                             overwrite=overwrite, report=report)
-    if not joining.first():
-        return
-    middle = loaded.config.n_layers // 2
     with interrupt.keeping(lambda: kept_of(out)):
+        with progress(log=True) as report:
+            found = extract_axis(loaded, cast, asked, out, judge=judged, settings=settings,
+                                 min_count=min_count, held_out=named, redo=redo or [],
+                                 overwrite=overwrite, report=report)
+        if not joining.first():
+            return
+        middle = loaded.config.n_layers // 2
         support.draw_run(out, found, middle, named)
     if as_json:
         print(json.dumps({

@@ -38,10 +38,10 @@ def demo(
                         "for other models use `jaxpersona axis`")
     check_folder("--out", out)
     loaded = support.open_model(model, None)
-    with interrupt.keeping(lambda: kept_of(out)), progress(log=True) as report:
-        done = run_demo(loaded, out, seed=seed, report=report)
     middle = loaded.config.n_layers // 2
     with interrupt.keeping(lambda: kept_of(out)):
+        with progress(log=True) as report:
+            done = run_demo(loaded, out, seed=seed, report=report)
         if support.draw_run(out, done.extraction, middle, held_out()):
             figures.drift(out / "drift.png", done.talks, done.extraction.axis, middle,
                           behaviour=done.styles,

@@ -249,12 +249,10 @@ class Engine:
                     take_row(lane.state.carry.captured[name].values, np.int32(0))
 
     def _compile(self, kind: Any, shape: Shape) -> Lane:
-        """Compile the programs of a lane by running them without an active row."""
+        """Compile the programs of a lane, including the one that ends cancelled requests."""
         lane = self._scheduler.lane_of(kind)
         assert lane is not None
-        lane.admit([], shape)
-        lane.decode(lane.rows, 0)
-        lane.take_out(np.zeros(0, np.int32))
+        lane.compile(shape)
         lane.end([])
         return lane
 

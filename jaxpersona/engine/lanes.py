@@ -163,8 +163,8 @@ def shape_within(row: Row, limit: int, sizes: Sequence[int]) -> tuple[Shape, int
     width = bucket(row.tokens.size)
     if width >= sizes[-1]:
         raise UserError(f"the conversation has {row.tokens.size} tokens, padded to {width}; "
-                        f"the engine's largest cache holds {sizes[-1]}, the reply "
-                        "included: shorten it, or make the engine with larger sizes")
+                        f"the engine's largest cache holds {sizes[-1]}, including the "
+                        "reply: shorten it, or create the engine with larger sizes")
     limit = min(limit, sizes[-1] - width)
     return Shape(0, width, next(x for x in sizes if x >= width + limit)), limit
 
@@ -223,6 +223,12 @@ class Lane:
     def free(self) -> int:
         """The number of free rows."""
         return self.tasks.count(None)
+
+    def compile(self, shape: Shape) -> None:
+        """Compile the programs of the lane for a shape by running them without an active row."""
+        self.admit([], shape)
+        self.decode(self.rows, 0)
+        self.take_out(np.zeros(0, np.int32))
 
     def admit(self, chosen: list[Task], shape: Shape) -> None:
         """Prefill at most `together` prompts of one shape and assign each to a free row.

@@ -79,7 +79,7 @@ class Scheduler:
             return
         for key, lane in list(self.lanes.items()):
             if _busy(lane):
-                with self._contained(key, []):
+                with self._contained(key, _active(lane)):
                     self._decode(key, lane)
 
     def lane_of(self, key: Any) -> Lane | None:
@@ -122,22 +122,21 @@ class Scheduler:
                 chosen.append(self.waiting.popleft())
             else:
                 break
-        with self._contained(first.lane, chosen):
+        with self._contained(first.lane, [*chosen, *_active(lane)]):
             lane.admit(chosen, first.shape)
             lane.filling = True
         return chosen
 
     @contextlib.contextmanager
-    def _contained(self, key: Any, chosen: list[Task]) -> Iterator[None]:
-        """Confine an error to one lane: its prompts fail, and the lane is dropped."""
+    def _contained(self, key: Any, tasks: list[Task]) -> Iterator[None]:
+        """Confine an error to one lane: the given prompts fail, and the lane is dropped."""
         try:
             yield
         except Exception as error:
             if self.failed is None:
                 raise
-            lane = self.lanes.pop(key, None)
-            held = [] if lane is None else [task for task in lane.tasks if task is not None]
-            self.failed([*chosen, *held], error)
+            self.lanes.pop(key, None)
+            self.failed(tasks, error)
 
     def _decode(self, key: Any, lane: Lane) -> None:
         """Run one chunk of a lane and collect its finished prompts."""
@@ -146,10 +145,13 @@ class Scheduler:
         early = self.refill and bool(self.waiting) and self.waiting[0].lane == key
         done = lane.decode(lane.free + enough if early else lane.rows, self.chunk)
         if done.size >= enough:
-            before = [task for task in lane.tasks if task is not None]
-            with self._contained(key, before):
-                for tasks, state in lane.take_out(np.asarray(done)):
-                    self.collect(tasks, state)
+            for tasks, state in lane.take_out(np.asarray(done)):
+                self.collect(tasks, state)
+
+
+def _active(lane: Lane) -> list[Task]:
+    """Return the prompts in the rows of a lane."""
+    return [task for task in lane.tasks if task is not None]
 
 
 def _busy(lane: Lane) -> bool:

@@ -26,7 +26,7 @@ from jaxpersona.extras import require
 from jaxpersona.judges.judges import Judge
 from jaxpersona.models.int8 import weights_note
 from jaxpersona.persona import axis as science
-from jaxpersona.persona.prepare import check_prompts, check_texts
+from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts
 from jaxpersona.runs.damage import Damaged, remedy
 from jaxpersona.runs.manifest import manifest
 from jaxpersona.runs.rollouts import Settings, play
@@ -125,7 +125,7 @@ def extract_axis(
       min_count: minimum number of rollouts with score 3 for a role to enter the axis.
       held_out: roles that are played and judged but enter neither axis nor thresholds.
       redo: roles whose files are deleted and regenerated, e.g. damaged ones.
-      overwrite: delete the run that the folder contains, this one or another, and start anew.
+      overwrite: delete the run that the folder contains, this one or another, and start a new one.
       report: called with (step, done, total, tokens).
 
     Raises:
@@ -136,11 +136,7 @@ def extract_axis(
     settings = settings or Settings()
     roles, questions, held_out = check_texts(roles, questions, settings, min_count=min_count,
                                              held_out=held_out, judge=judge)
-    unknown = sorted(set(redo) - {role.name for role in roles})
-    if unknown:
-        names = [role.name for role in roles]
-        raise UserError(f"redo contains unknown roles {unknown}; the roles are {names[:8]}"
-                        + (" …" if len(names) > 8 else ""))
+    check_redo(redo, roles)
     require("sklearn", "the axis's principal components need scikit-learn")  # used at the end
     prompts = check_prompts(model, roles, questions)
     expected = manifest(model, roles, questions, judge, settings, min_count, held_out, prompts)

@@ -21,7 +21,7 @@ from jaxpersona.extras import require
 from jaxpersona.judges.judges import Judge
 from jaxpersona.persona.axis import LABELS
 from jaxpersona.persona.extract import rollouts_per_call
-from jaxpersona.persona.prepare import check_prompts, check_texts, rollouts_of
+from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts, rollouts_of
 from jaxpersona.runs.manifest import manifest
 from jaxpersona.runs.rollouts import Settings, generation, prompts_of
 from jaxpersona.runs.run import Run
@@ -118,8 +118,7 @@ def forecast(
     require("sklearn", "the axis's principal components need scikit-learn")
     expected = manifest(model, roles, questions, judge, settings, min_count, held_out,
                         check_prompts(model, roles, questions))
-    if unknown := sorted(set(redo) - {role.name for role in roles}):
-        raise UserError(f"redo contains unknown roles {unknown}; give names of roles")
+    check_redo(redo, roles)
     done, scored = _done(Run(folder, expected), [r.name for r in roles if r.name not in redo],
                          overwrite)
     sizes = rollouts_of(roles, questions, settings)

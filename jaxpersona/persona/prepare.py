@@ -77,6 +77,18 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
     return roles, questions, held_out
 
 
+def check_redo(redo: Sequence[str], roles: Sequence[Role]) -> None:
+    """Check that the roles to regenerate are roles of the run.
+
+    Raises:
+      UserError: a name is unknown.
+    """
+    names = [role.name for role in roles]
+    if unknown := sorted(set(redo) - set(names)):
+        raise UserError(f"redo contains unknown roles {unknown}; the roles are {names[:8]}"
+                        + (" …" if len(names) > 8 else ""))
+
+
 def rollouts_of(roles: Sequence[Role], questions: Sequence[Question],
                 settings: Settings) -> dict[str, int]:
     """Return the number of rollouts of each role."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxpersona.persona.axis import Analysis
-from jaxpersona.persona.talk import Talks, TurnProjection
+from jaxpersona.persona.talk import Talks
 from jaxpersona.report import plot
 from jaxpersona.report.style import figure_of, new_figure, save, style, text, without_pyplot
 from jaxpersona.vectors.vector import Axis
@@ -69,25 +69,6 @@ def drift(path: Path, talks: Mapping[str, Talks], axis: Axis, layer: int, *,
         figure.suptitle(text(f"Persona drift over {turns} turns, {count} conversations per arm"),
                         x=0.01, ha="left", fontsize=11)
     save(figure, path)
-
-
-def conversation(path: Path, turns: Sequence[int], values: np.ndarray, names: Sequence[str],
-                 layer: int) -> None:
-    """Write `plot.turns` of one conversation.
-
-    Args:
-      path: the PNG file; the SVG is written beside it.
-      turns: M indices of assistant messages.
-      values: [M, K], their mean projections on K directions at the layer.
-      names: K names.
-      layer: the layer.
-    """
-    found = []
-    for turn, row in zip(turns, values, strict=True):
-        table = np.full((layer + 1, len(row)), np.nan, np.float32)
-        table[layer] = row
-        found.append(TurnProjection(int(turn), 0, table))
-    _write(path, plot.turns, found, names, layer)
 
 
 def _write(path: Path, draw: Callable[..., Axes], *args: Any, **named: Any) -> None:

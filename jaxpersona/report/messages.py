@@ -11,6 +11,7 @@ from jaxpersona.ckpts.files import atomic
 from jaxpersona.extras import require
 from jaxpersona.inputs import printable
 from jaxpersona.persona.reference import Reference
+from jaxpersona.report.style import new_figure, text
 
 _DEFAULT, _MESSAGE = "#1b7f5c", "#4a6fa5"
 
@@ -29,12 +30,7 @@ def messages(path: pathlib.Path, turns: Sequence[int], values: np.ndarray, names
         roles, of which the nearest is named at each message; None for a direction without them.
     """
     require("matplotlib", "figures need matplotlib")
-    # no pyplot: its backend and list of figures are global to the process
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 1 + 3 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.5, 1 + 3 * len(names))
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for k, (panel, name) in enumerate(zip(panels, names, strict=True)):
         panel.spines[["top", "right"]].set_visible(False)
@@ -60,6 +56,6 @@ def messages(path: pathlib.Path, turns: Sequence[int], values: np.ndarray, names
         figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
 
 
-def _plain(text: str) -> str:
-    """Return a text that matplotlib draws as it is: without control characters and formulas."""
-    return printable(text).replace("$", r"\$")
+def _plain(name: str) -> str:
+    """Return a name from a file for a figure: without control characters and formulas."""
+    return text(printable(name))

@@ -140,8 +140,7 @@ def _of_folder(folder: pathlib.Path, layer: int | None) -> Places:
         quartiles = {name: [float(row[at]) for row in entry["quartiles"]]
                      for name, entry in about["roles"].items() if "quartiles" in entry}
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{folder / 'analysis.json'}: is damaged ({type(error).__name__}: {error});"
-                        " run `jaxpersona axis` again to rewrite it") from None
+        raise _damaged(folder, f" ({type(error).__name__}: {error})") from None
     means = {name: mean for name, mean in means.items() if np.isfinite(mean)}
     names = sorted((name for name in means if name != "default"), key=means.__getitem__)
     own = axis.percentiles.get("default", {})
@@ -238,8 +237,14 @@ def _analysis(folder: pathlib.Path) -> dict[str, Any]:
                         f"--out {folder}` and the same settings")
     about = read_json(path)
     if not isinstance(about, dict):
-        raise UserError(f"{path}: is damaged; run `jaxpersona axis` again to rewrite it")
+        raise _damaged(folder)
     return about
+
+
+def _damaged(folder: pathlib.Path, why: str = "") -> UserError:
+    """Return the error for an invalid `analysis.json`."""
+    return UserError(f"{folder / 'analysis.json'}: is damaged{why}; run `jaxpersona axis` again to "
+                     "rewrite it")
 
 
 def _vectors(folder: pathlib.Path) -> dict[str, np.ndarray]:
@@ -250,5 +255,4 @@ def _vectors(folder: pathlib.Path) -> dict[str, np.ndarray]:
         return {name: run.vectors(name)[kind]
                 for name, kind in {"default": "mean", **wanted}.items()}
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'analysis.json'}: is damaged ({type(error).__name__}: {error});"
-                        " run `jaxpersona axis` again to rewrite it") from None
+        raise _damaged(folder, f" ({type(error).__name__}: {error})") from None

@@ -85,8 +85,8 @@ class Run:
           folder: a new or empty folder, or one with an equal manifest.
           manifest: a JSON value with everything that the run's files depend on.
           worker: index of this process in the run; process 0 must open first.
-          overwrite: delete the files of the run in the folder, this one or another, and start
-            anew. Files that no run wrote stay.
+          overwrite: delete the files of the run in the folder, this one or another, and start a
+            new run. Files that no run wrote stay.
 
         Raises:
           UserError: the folder belongs to another run (the message lists the differing fields),

@@ -247,6 +247,25 @@ def test_a_request_that_fails_fails_alone(model, monkeypatch):
     assert engine.result(engine.submit(bad.request)).captured["mean"].shape == (LAYERS, D)
 
 
+@pytest.mark.parametrize("place", ["open_lane", "collect"])
+def test_an_error_outside_the_programs_ends_its_requests_and_not_the_engine(model, place):
+    """Test an error where a lane is opened, and one after rows are taken out of it."""
+    engine = make(model)
+    working = getattr(engine._scheduler, place)
+
+    def broken(*_):
+        raise RuntimeError("no memory")
+
+    setattr(engine._scheduler, place, broken)
+    bad = [engine.submit(Request([5, 6], max_new_tokens=n)) for n in (2, 3)]
+    for handle in bad:
+        with pytest.raises(RuntimeError, match="no memory"):
+            engine.result(handle)
+    setattr(engine._scheduler, place, working)
+    assert engine.result(engine.submit(bad[0].request)).finish == "length"
+    assert not engine.step() and not engine._handles
+
+
 def test_the_queue_is_bounded(model):
     engine = make(model, queue=3)
     handles = [engine.submit(Request([5 + i], max_new_tokens=2)) for i in range(3)]

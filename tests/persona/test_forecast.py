@@ -60,8 +60,8 @@ def test_the_rest_of_a_run_is_what_is_missing(made):
     some = predict(folder, held_out=["role3"], redo=["role1", "default"])
     assert some.missing == 6 and some.reply_tokens == 6 * 6
     assert "of which the folder contains 22" in describe(some, judge="none")[2]
-    anew = predict(folder, held_out=["role3"], overwrite=True)
-    assert anew.missing == 28 and (folder / "axis.safetensors").exists()
+    again = predict(folder, held_out=["role3"], overwrite=True)
+    assert again.missing == 28 and (folder / "axis.safetensors").exists()
 
 
 def test_what_would_fail_later_is_refused_and_nothing_is_written(made, tmp_path):
