@@ -95,6 +95,23 @@ def test_where_limits_the_interventions(capsys, separate):
     assert counts["edit"] == "cap(user, layers 4–7, residual)" and counts["seen"] == user > 0
 
 
+def test_a_cap_holds_after_the_steering_and_a_spec_comes_last(capsys, tmp_path):
+    jp.save_vector(tmp_path / "v.safetensors", AXIS)
+    (tmp_path / "spec.json").write_text(json.dumps({
+        "operator": "scale", "vector": "v.safetensors", "layers": [4], "factor": 1.01}))
+    out, _ = run(capsys, ASKED, *OPTIONS, "--cap-layers", "4:5", "--steer",
+                 str(tmp_path / "v.safetensors"), "--steer-layers", "4", "--scale", "-3", "--spec",
+                 str(tmp_path / "spec.json"), "--json")
+    found = json.loads(out)
+    assert [one["edit"].split("(")[0] for one in found["edits"]] == ["steer", "cap", "scale"]
+    wanted = jp.generate(MODEL, [TALK], batch_size=1, **SETTINGS, interventions=jp.chain(
+        jp.steer(AXIS, layers=4, scale=-3.0), jp.cap(AXIS, layers=4, floor="p25"),
+        jp.scale(AXIS, 1.01, layers=4)))
+    assert found["reply"] == wanted.text[0]
+    seen = found["edits"][1]["seen"]
+    assert found["edits"][1]["changed"] == [seen]  # the steering moves every token below the floor
+
+
 class Screen(io.StringIO):
     """Standard output at a terminal."""
 

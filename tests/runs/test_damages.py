@@ -12,7 +12,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import support as s
-from jaxpersona.ckpts import files
+from jaxpersona.ckpts import files, tensorfile
 from jaxpersona.ckpts.files import read_tensors, write_tensors
 
 from jaxpersona.data.texts import Question, Role
@@ -326,6 +326,35 @@ def test_a_run_that_ends_before_any_write_resumes_to_the_same_bytes(finished, tm
         assert contents(folder) == expected, writes
     left[0] = len(expected)
     resume(tmp_path / "whole")  # one write per file
+
+
+def test_a_file_is_on_its_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """After a power cut, the name is that of a whole file, the old or the new one."""
+    done, fsync, replace = [], os.fsync, os.replace
+
+    def note(what, place):
+        found = os.stat(place)
+        done.append((what, found.st_ino, found.st_size))
+
+    def flushed(handle):
+        fsync(handle)
+        note("flushed", handle)
+
+    def renamed(source, target):
+        note("renamed", source)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    files.write_json(tmp_path / "x.json", list(range(1000)))
+    files.write_tensors(tmp_path / "x.safetensors", {"a": np.ones(1000, np.float32)}, {})
+    tensorfile.replace_files(tmp_path, {"a": [b"12", b"3"], "b": [b"45"]})
+    assert [what for what, *_ in done] == ["flushed", "renamed"] * 2 + ["flushed"] * 2 + [
+        "renamed"] * 2
+    for name in ("x.json", "x.safetensors", "a", "b"):
+        found = (tmp_path / name).stat()
+        own = [what for what, *file in done if file == [found.st_ino, found.st_size]]
+        assert own == ["flushed", "renamed"]
 
 
 def test_a_file_is_replaced_and_never_written_over(tmp_path):
