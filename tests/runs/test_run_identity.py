@@ -20,7 +20,7 @@ from jaxpersona.persona import axis as science
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.runs.manifest import numerics, tokens_digest
 from jaxpersona.runs.names import file_stem
-from jaxpersona.runs.rollouts import Settings
+from jaxpersona.runs.rollouts import Settings, prompts_of
 from jaxpersona.runs.run import Run
 from jaxpersona.text.chat import Row
 
@@ -108,9 +108,9 @@ def test_what_changes_bits_is_recorded_and_compared(tmp_path, monkeypatch):
     flags = kept["numerics"]["environment"]["XLA_FLAGS"]
     assert "--xla_force_host_platform_device_count=8" in flags
 
-    def refused(wanted, *, model=MODEL, judge=None):
+    def refused(wanted, *, model=MODEL, judge=None, questions=QUESTIONS):
         with pytest.raises(ValueError, match=wanted):
-            extract_axis(model, roles, QUESTIONS, out, judge=judge or Judge({}), settings=SETTINGS,
+            extract_axis(model, roles, questions, out, judge=judge or Judge({}), settings=SETTINGS,
                          min_count=1)
 
     with jax.default_matmul_precision("bfloat16"):
@@ -124,11 +124,25 @@ def test_what_changes_bits_is_recorded_and_compared(tmp_path, monkeypatch):
     other = s.byte_tokenizer()
     other.chat_template = other.chat_template.replace("assistant\n", "assistant: ")
     refused("prompts was", model=dataclasses.replace(MODEL, tokenizer=other))
+    # the ids name the rollouts and seed their draws
+    refused("questions was", questions=[QUESTIONS[0], Question(2, QUESTIONS[1].text)])
     refused("model.stop_ids", model=dataclasses.replace(MODEL, stop_ids=(257, 9)))
     judge = Judge({})
     judge.settings = {"batch_size": 3}
     refused("arguments.judge_settings.batch_size was absent, now 3", judge=judge)
     assert SelfJudge(MODEL, batch_size=5).settings == {"batch_size": 5}
+
+
+def test_every_rollout_has_draws_of_its_own():
+    """They depend on the model, the role, the prompt, the question and the sample."""
+    settings = dataclasses.replace(SETTINGS, samples=3)
+    records, ids = prompts_of(MODEL, cast("a", "b"), QUESTIONS, settings)
+    assert len(records) == len(set(ids)) == 3 * 2 * 2 * 3
+    others = dataclasses.replace(MODEL, fingerprint="0" * 16)
+    assert not set(ids) & set(prompts_of(others, cast("a", "b"), QUESTIONS, settings)[1])
+    assert prompts_of(MODEL, cast("b"), QUESTIONS[1:], SETTINGS)[1] == [
+        i for (role, r), i in zip(records, ids, strict=True)
+        if role in ("default", "b") and r["question_index"] == 1 and r["sample"] == 0]
 
 
 def test_a_mesh_is_recorded(checkpoint):
