@@ -11,6 +11,7 @@ import pytest
 import support as s
 
 import jaxpersona as jp
+from jaxpersona.cli.support import check_output
 from jaxpersona.engine import programs
 from jaxpersona.text.chat import answered
 
@@ -84,6 +85,16 @@ def test_prompts_of_a_file_are_written_as_json_lines(capsys, tmp_path, separate)
     assert found[0]["reply"] == separate[0].text[0] != found[1]["reply"]
     assert [one["prompt"] for one in found] == [TALK, TALK] and "projections" not in found[0]
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["p.jsonl", "r.jsonl"]
+
+
+def test_the_check_of_an_output_leaves_nothing_and_changes_nothing(tmp_path):
+    check_output("--out", tmp_path / "new" / "r.jsonl")
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    (tmp_path / "r.jsonl").write_text("kept")
+    check_output("--out", tmp_path / "r.jsonl")
+    assert (tmp_path / "r.jsonl").read_text() == "kept"
+    with pytest.raises(jp.UserError, match="a folder; give the name of a file"):
+        check_output("--out", tmp_path)
 
 
 def test_where_limits_the_interventions(capsys, separate):
