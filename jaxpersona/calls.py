@@ -56,7 +56,7 @@ _ADVICE = {
 def checked_call(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function so that a call with wrong arguments raises a `UserError` with a fix.
 
-    Python's own TypeError names the wrong argument but does not suggest the correct one.
+    Python's TypeError names the wrong argument but does not suggest the correct one.
     """
     signature = inspect.signature(function)
 
@@ -95,7 +95,7 @@ def _explain(name: str, signature: inspect.Signature, args: tuple[Any, ...],
 
 
 def _remedy(given: str, known: list[str]) -> str:
-    """Suggest the argument that was probably meant; if none is similar, list all arguments."""
+    """Return advice for an unknown argument: a similar name, or else a list of all arguments."""
     if given in _ADVICE and given not in known:
         return _ADVICE[given]
     for right in _NAMES.get(given.lower(), ()):
