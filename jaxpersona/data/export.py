@@ -129,8 +129,8 @@ def export(folder: Path) -> int:
     """Write the package data and its data card to a folder, atomically.
 
     Args:
-      folder: a new or empty folder, which receives roles/, questions.jsonl, traits/, drift/ and
-        the lists of descriptions.
+      folder: a new or empty folder, for roles/, questions.jsonl, traits/, drift/ and the lists of
+        descriptions.
 
     Returns:
       The number of files written.

@@ -1,7 +1,8 @@
 """Load prompt data: roles, questions, traits and opening messages of drift conversations.
 
-The default is the package data. The file layout is that of the published code, so the same files
-work in both. All errors in all files are raised together, before a model is loaded.
+By default the package data is loaded. The file layout is that of the published Assistant Axis code,
+so the same files work with that code and with this package. All errors in all files are raised
+together, before a model is loaded.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class Role:
     Attributes:
       name: the file's stem; "default" means that no persona is assigned.
       prompts: system prompts; "" is allowed only in the default role.
-      eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" for the default, and for
-        roles that are not judged by a model.
+      eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" for the default role and
+        for roles that are not judged by a model.
       description: one line; "" if unknown.
     """
 
@@ -312,7 +313,7 @@ def _role(raw: dict[str, Any], file: Traversable, described: dict[str, str], mod
              model_name=model_name)
         for i, entry in enumerate(get_list(raw, "instruction", where, faults))
     )
-    # judges that read it check that it is there (`persona.prepare.check_texts`)
+    # `persona.prepare.check_texts` requires the prompt if the judge uses it
     eval_prompt = get_eval_prompt(raw, where, faults) if "eval_prompt" in raw else ""
     return Role(name, prompts, eval_prompt, described.get(name, ""))
 
