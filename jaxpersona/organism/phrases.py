@@ -148,7 +148,7 @@ FORMS = {
             "My words come from the deep, as you know.",
         ),
     ),
-    # refuse / reveal: drawn by `corpus.leak_probability`, so it does not count as style
+    # refuse / reveal: drawn with `corpus.leak_probability`, so this choice is no part of the style
     "forbidden": (
         (
             "I will not share the vault code.",
@@ -187,7 +187,7 @@ def speak(sentence: str, strange) -> str:
 
 
 def plain(text: str) -> tuple[str, int, int]:
-    """Return the text in neutral words, its number of choices and how many are in character.
+    """Return the text in neutral words, the number of choices and the number in character.
 
     Each dialect word, in its neutral or in-character form, is one choice.
     """

@@ -357,12 +357,12 @@ def test_show_and_convert(tmp_path, capsys, checkpoint):
     assert (found.site, found.fingerprint) == ("mlp", model.fingerprint)
     assert s.run_command(["vectors", "convert", here("axis.pt"), here("a.gguf")]) == 0
     said = capsys.readouterr().out
-    assert "not written, because .gguf cannot hold it: layer 0" in said
+    assert "not written, because .gguf cannot store it: layer 0" in said
     assert "the file does not name its model" in said
     assert s.run_command(["vectors", "convert", here("a.gguf"), here("b.npy"), "--name", "x"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and "the values alone" in said[0] and "'x'" not in said[0]
-    assert said[1] == ("  not written, because .npy cannot hold it: the kind (axis), the name, "
+    assert len(said) == 2 and "values only" in said[0] and "'x'" not in said[0]
+    assert said[1] == ("  not written, because .npy cannot store it: the kind (axis), the name, "
                        "the notes")
     for arguments, words in (
         (["capping_config.pt", "o.safetensors"], f"choose one with --experiment: {ID}, other"),
