@@ -73,7 +73,7 @@ def mapped(path: pathlib.Path) -> Iterator[mmap.mmap]:
 
 
 class HeaderReader:
-    """A sequential reader of a header, which never reads beyond the end of the file.
+    """A sequential reader of a header that never reads beyond the end of the file.
 
     Every method raises `struct.error` if the header declares more data than the file contains.
 
@@ -162,7 +162,7 @@ class HeaderReader:
         return infos
 
     def _array(self, keep: bool) -> Any:
-        """Read an array; return numbers as a NumPy array, strings as a list or None if not kept."""
+        """Read an array: numbers as a NumPy array, strings as a list, or as None if not kept."""
         kind, count = self._number("I"), self._number("Q")
         if count > self._max_elements:
             raise UserError(f"an array declares {count} elements; the limit is "
