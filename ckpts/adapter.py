@@ -65,7 +65,7 @@ def read_adapter(folder: pathlib.Path, config: ModelConfig) -> dict[str, Pair]:
       config: the configuration of the base model.
 
     Returns:
-      Tensor name → update of the weight.
+      The update of each weight, by tensor name.
 
     Raises:
       UserError: the folder is not a LoRA adapter, uses an unsupported feature, or does not fit the
@@ -120,8 +120,8 @@ def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
              place: pathlib.Path) -> float:
     """Return the rank or α of a module from the first matching pattern, or else the default.
 
-    As in PEFT, a pattern is a regular expression that must match the module's whole name, or the
-    whole rest of the name after one of its dots.
+    As in PEFT, a pattern is a regular expression that must match the module's whole name, or
+    everything after one of the dots in the name.
     """
     value = raw.get(key, 8)
     table = raw.get(patterns) or {}
@@ -144,7 +144,7 @@ def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
 
 def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
             config: ModelConfig) -> tuple[dict[str, tuple[Entry, Entry]], list[str]]:
-    """Return the two factors of each weight by its tensor name, and every mismatch."""
+    """Return the pairs of factors by the weight's tensor name, and a list of all mismatches."""
     by_weight: dict[str, dict[str, Entry]] = {}
     faults = []
     for name, entry in sorted(entries.items()):
@@ -223,7 +223,7 @@ def attached(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -
 
 def _changed(params: Params, config: ModelConfig, updates: Mapping[str, Pair],
              change: Any) -> Params:
-    """Replace each weight that has an update by `change(weight, spec, update)`."""
+    """Replace each weight that has an update with `change(weight, spec, update)`."""
     tensors = names.tensors(config)
 
     def one(holder: Any, layout: Any, field: str) -> Any:

@@ -50,7 +50,7 @@ def read(path: str | os.PathLike) -> Vector:
     require_file(path, VECTOR_BYTES)
     try:
         reader = gguf.GGUFReader(path)
-    except Exception as error:  # gguf slices without checks; NumPy's errors would not help users
+    except Exception as error:  # gguf does not check bounds; NumPy's errors would not help users
         raise UserError(damaged) from error
     try:
         return _build(gguf, reader, path.stem)
@@ -129,7 +129,7 @@ def write(path: str | os.PathLike, vector: Vector) -> list[str]:
     vector.check_site("residual")
     chosen = [i for i, row in enumerate(vector.values) if i and row.any()]
     if not chosen:
-        raise UserError(f"{path}: the direction is zero above layer 0, and GGUF stores no layer 0")
+        raise UserError(f"{path}: the direction is zero above layer 0; GGUF cannot store layer 0")
     gguf = gguf_header.import_gguf(path)
     with atomic(path) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)

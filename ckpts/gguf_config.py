@@ -129,7 +129,8 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     }
     if rope_divisors is not None:
         if raw["rope_scaling"] is not None:
-            raise UserError("rope_freqs.weight and rope.scaling are both present; only one may be")
+            raise UserError("the model has both rope_freqs.weight and rope.scaling; only one of "
+                            "them is supported")
         raw["rope_scaling"] = _llama3(rope_divisors, theta, head_dim)
     if family.name in ("llama", "qwen3", *GEMMA):
         raw["attention_bias"] = "blk.0.attn_q.bias" in shapes

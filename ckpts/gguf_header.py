@@ -84,7 +84,7 @@ class HeaderReader:
     """
 
     def __init__(self, data: mmap.mmap, max_elements: int) -> None:
-        """Read the counts.
+        """Read the version and the numbers of tensors and fields.
 
         Args:
           data: the file.
@@ -99,7 +99,7 @@ class HeaderReader:
         if data[:4] != b"GGUF":
             raise struct.error("not a GGUF file")
         self.version = self._number("I")
-        if self.version & 0xFFFF == 0:  # the version in the other byte order
+        if self.version & 0xFFFF == 0:  # a small number in the other byte order
             raise UserError("big-endian byte order is not supported; convert the file")
         self.n_tensors, self.n_fields = self._number("Q"), self._number("Q")
 

@@ -32,7 +32,7 @@ TOKENIZER_ARRAYS = tuple(f"tokenizer.ggml.{key}" for key in
                          ("tokens", "scores", "token_type", "merges"))
 ROPE_DIVISORS = "rope_freqs.weight"
 _MAX_TENSORS = 32 * MAX_LAYERS  # Gemma 3 has 13 per layer
-_MAX_ELEMENTS = 1 << 22  # in all arrays together; Llama 4's tokenizer has 0.9 million
+_MAX_ELEMENTS = 1 << 22  # in all arrays together; those of Llama 4's tokenizer have 0.9 million
 _MAX_PARTS = 1024
 _BLOCK = 1 << 20  # number of elements to dequantize at once
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
@@ -62,7 +62,7 @@ def gguf_name(name: str, post_norms: bool) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A tensor in a file.
+    """A tensor in a GGUF file: its quantization format and location.
 
     Attributes:
       kind: the tensor's `gguf.GGMLQuantizationType`.
@@ -145,7 +145,7 @@ def _read_parts(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str
             raise UserError(f"{part}: split.no is {of_part.get('split.no')!r:.40} and split.count "
                             f"{of_part.get('split.count')!r:.40}; expected {number} and {count}")
         if both := set(tensors) & set(more):
-            raise UserError(f"{part}: contains {some(both)}, but so does another part")
+            raise UserError(f"{part}: contains {some(both)}, which another part also contains")
         tensors |= more
     declared = fields.get("split.tensors.count", len(tensors))
     if declared != len(tensors):
@@ -155,7 +155,7 @@ def _read_parts(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str
 
 
 def _read_part(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str, Quantized]]:
-    """Read and check one file's header."""
+    """Read and check one file's header; return its fields and its tensors by name."""
     size = path.stat().st_size
     try:
         with gguf_header.mapped(path) as data:

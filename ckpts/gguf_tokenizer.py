@@ -49,7 +49,7 @@ _WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"
 
 
 def build(fields: Mapping[str, Any]) -> Any:
-    """Return a transformers tokenizer with the file's chat template; None if it has no vocabulary.
+    """Return a transformers tokenizer with the file's chat template, or None without a vocabulary.
 
     Raises:
       UserError: the vocabulary is malformed or of an unsupported kind.
@@ -94,7 +94,7 @@ def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _token(fields: Mapping[str, Any], key: str, tokens: Sequence[str]) -> str | None:
-    """Return the text of the token whose id a field contains, or None without the field."""
+    """Return the text of the token whose id is in a field; return None if the field is missing."""
     number = fields.get(f"tokenizer.ggml.{key}")
     if number is None:
         return None

@@ -220,7 +220,7 @@ def _random(name: str, form: Form, mesh: Mesh | None) -> Model:
 
 
 def _quantized(params: Params, config: ModelConfig, form: Form) -> Params:
-    """Return loaded parameters, merged with the adapter and quantized if `form` is int8."""
+    """If `form` is int8, merge the adapter into the parameters and quantize them."""
     if not form.int8:
         return params
     if form.merge is not None:

@@ -58,7 +58,7 @@ class Form:
 
 def parse_form(dtype: DTypeLike | None, activations: DTypeLike | None, tables: str | None,
                default: np.dtype) -> Form:
-    """Return the form that the arguments of `load` describe; `default` is the device's dtype.
+    """Convert arguments of `load` to a `Form`; `default` is the default dtype of the device.
 
     Raises:
       UserError: a dtype or value is unknown, or an argument applies only to int8.
@@ -86,7 +86,7 @@ def _is_int8(dtype: DTypeLike | None) -> bool:
         return dtype == "int8"
     try:
         return np.dtype(dtype) == INT8
-    except (TypeError, ValueError):  # `parse_dtype` names the mistake
+    except (TypeError, ValueError):  # `parse_dtype` raises the error
         return False
 
 
@@ -95,14 +95,15 @@ def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Me
     """Load all parameters, with the matrices quantized to int8.
 
     Args:
-      source: must have every tensor of `names.tensors(config)` in its file shape.
+      source: contains every tensor of `names.tensors(config)` in its file shape.
       config: the model configuration.
       form: the dtypes and the adapter to merge.
       mesh: shards the parameters by `sharding.RULES`; each process reads only its own shards.
       progress: called with (bytes read so far, total bytes).
-      blocks: returns the values and block scales of a tensor that the checkpoint stores in int8, by
-        name, or None. On one CPU these are kept. On other devices XLA would write a dequantized
-        copy at every product, so the tensor is quantized again with a scale per channel.
+      blocks: a function from a tensor's name to its int8 values and block scales, or to None if the
+        checkpoint does not store it in int8. On one CPU the values are kept. On other devices XLA
+        would write a dequantized copy at every product, so the tensor is quantized again with a
+        scale per channel.
 
     Raises:
       UserError: the files are invalid, or the adapter does not fit the model.
@@ -153,5 +154,5 @@ def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Me
 
 @jax.jit
 def _dense(w: Int8) -> jax.Array:
-    """Return an int8 weight in float32, for its sums."""
+    """Dequantize an int8 weight to float32, to compute its sums."""
     return dequantized(w)

@@ -52,7 +52,7 @@ def load_params(source: TensorSource, config: ModelConfig, *, dtype: np.dtype | 
     """Load all parameters.
 
     Args:
-      source: must have every tensor of `names.tensors(config)` in its file shape.
+      source: contains every tensor of `names.tensors(config)` in its file shape.
       config: the model configuration.
       dtype: float32, bfloat16 or float16; None keeps each tensor's dtype.
       mesh: shards the parameters by `sharding.RULES`; each process reads only its own shards.

@@ -133,13 +133,13 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
     `<trait>_<pool>_diff.pt` is a persona vector.
 
     A persona vector file is [L + 1, D] and starts at the embeddings. Entry i becomes layer i − 1.
-    Entry 0 (the embeddings) and the last entry (taken after the final norm, so not the residual
+    Entry 0 (the embeddings) and the last entry (after the final norm, so not in the residual
     stream) are dropped. Layer L − 1 is therefore zero. The vector's notes record this conversion.
 
     Args:
       path: the file.
-      kind: kind of a bare tensor, "axis", "role" or "persona"; None infers it from the file name.
-        For a dict it must be None or match the dict's kind.
+      kind: the kind of a bare tensor, "axis", "role" or "persona"; None infers the kind from the
+        file name. For a dict, `kind` must be None or match the dict's kind.
 
     Returns:
       A direction, or capping experiments by id (see `capping`).

@@ -3,7 +3,7 @@
 | suffix | read | written |
 |---|---|---|
 | .safetensors | this package's vector, axis or caps | yes |
-| .pt | Assistant Axis, Persona Vectors (`torchfile`) | no: a pickle |
+| .pt | Assistant Axis, Persona Vectors (`torchfile`) | no, because it is a pickle |
 | .gguf | control vectors (`gguf`) | yes, without layer 0 and thresholds |
 | .npy | a bare [L, D] array | yes, values only |
 
@@ -86,7 +86,7 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
       UserError: the suffix is unknown, or the file is missing, damaged, unsafe or uses an
         unsupported convention; the message names the file.
     """
-    if os.fspath(path) == "mini":  # as for `load`, even if a file has that name
+    if os.fspath(path) == "mini":  # as in `load`, even if there is a file of that name
         held = importlib.resources.files("jaxpersona.ckpts") / "mini" / "axis.safetensors"
         with importlib.resources.as_file(held) as file:
             return load_any(file, kind)
@@ -152,7 +152,7 @@ def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
 
     Args:
       path: the file, or "mini" for the axis of the embedded model (`load_any`).
-      kind: kind of a bare tensor in a .pt file (`load_any`).
+      kind: the kind of a bare tensor in a .pt file (`load_any`).
 
     Raises:
       UserError: as for `load_vector`, or if the direction is not an axis.

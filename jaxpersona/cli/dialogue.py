@@ -113,7 +113,7 @@ class Dialogue:
         """Run a command; return whether to continue.
 
         Raises:
-          UserError: an unknown command or an invalid value.
+          UserError: the command is unknown or its value is invalid.
         """
         session = self.session
         takes = {"/save": "FILE", "/load": "FILE", "/edits": "on or off", "/cap": "on or off",

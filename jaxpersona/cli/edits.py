@@ -89,7 +89,7 @@ class Edits:
         """Check the options and read their files, before a model is loaded; return `self`.
 
         Raises:
-          UserError: an invalid option, or a file that cannot be read.
+          UserError: an option is invalid, or a file cannot be read.
         """
         from jaxpersona.ckpts.vectors import load_vector
         from jaxpersona.interventions.bank import parse_layers

@@ -63,7 +63,7 @@ def generate(
     dtype: DtypeOption = None,
     adapter: AdapterOption = None,
 ) -> None:
-    """Generate replies, with caps, steering, other interventions, or none."""
+    """Generate replies with caps, steering or other interventions, or without interventions."""
     from jaxpersona.engine.prompts import check_settings
     from jaxpersona.engine.sampling import sampling
     from jaxpersona.persona.monitor import edit_counts
@@ -78,7 +78,7 @@ def generate(
     asked = options.Edits(cap, cap_layers, percentile, of, experiment, check, steer, steer_layers,
                           scale, spec, where, axis, axis_layers).read()
     if compare and not asked.any:
-        raise UserError("--compare needs something to compare: give --cap, --steer or --spec")
+        raise UserError("--compare needs interventions; give --cap, --steer or --spec")
     loaded = support.open_model(model, dtype, None, adapter)
     edits, monitor = asked.build(loaded), asked.monitor(loaded)
     if len(talks) == 1 and console().is_terminal and not (as_json or out or compare):
@@ -218,7 +218,7 @@ def _legend(monitor: Monitor) -> None:
 
 
 def _say_counts(counts: Sequence[Sequence[EditCount]]) -> None:
-    """Print the tokens that each intervention selected and changed in all conversations."""
+    """Print how many tokens each intervention selected and changed, over all conversations."""
     for number, own in enumerate(zip(*counts, strict=True)):
         say(f"intervention {number}: {sum(one.seen for one in own)} tokens seen, "
             f"{sum(sum(one.changed) for one in own)} changes over {len(own[0].layers)} layers",

@@ -27,7 +27,7 @@ def plan(
     batch: Annotated[int, typer.Option(help="Number of rows on all chips together.")] = 32,
     context: Annotated[int, typer.Option(help="Tokens per row, prompt and reply together.")] = 2048,
     cap: Annotated[str | None, typer.Option(
-        show_default="no cap", help="Layers to cap, half-open, e.g. 56:72.")] = None,
+        show_default="no cap", help="Layers to cap, a half-open range such as 56:72.")] = None,
     mesh: Annotated[str | None, typer.Option(
         show_default="the widest model axis that the shape allows, up to 16",
         help="The mesh, e.g. data=2,model=8.")] = None,
@@ -86,7 +86,7 @@ def card(found: dict[str, Any]) -> list[str]:
         f"{verdict}: {size['total']:.2f} of {size['usable']:.2f} GB per chip: {found['dtype']} "
         f"weights {size['weights']:.2f}, cache {size['cache']:.2f} (arithmetic), temporaries "
         f"{size['temporaries']:.2f} ({whose})",
-        f"largest batch: {found['largest_batch']} (in proportion)",
+        f"largest batch: {found['largest_batch']} (extrapolated in proportion)",
     ]
     if found["collectives_per_layer"] is not None:
         lines.append(f"sums over chips in a decode step: {found['collectives_per_layer']} per "
@@ -104,10 +104,11 @@ def card(found: dict[str, Any]) -> list[str]:
     chip = found["chip"]
     lines += [
         f"roofline (arithmetic on {chip['source']}): decode step "
-        f"{time['decode_step'] * 1e3:.2f} ms, of it sums {time['decode_sums'] * 1e3:.2f}; prefill "
-        f"{time['prefill']:.2f} s, of it sums {time['prefill_sums']:.2f}",
+        f"{time['decode_step'] * 1e3:.2f} ms, of which sums over chips take "
+        f"{time['decode_sums'] * 1e3:.2f}; prefill {time['prefill']:.2f} s, of which sums over "
+        f"chips take {time['prefill_sums']:.2f}",
         "hours of an axis run of 331,200 replies of 512 tokens (arithmetic): " + ", ".join(
             f"{value} at {float(name):.0%} of the roofline" for name, value in hours.items()),
-        "nothing was timed",
+        "no time was measured",
     ]
     return lines

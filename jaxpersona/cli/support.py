@@ -94,7 +94,7 @@ def _silent(step: str, done: int, total: int, tokens: int) -> None:
 
 
 def stream(pieces: Iterable[str]) -> None:
-    """Print a reply while its pieces arrive, with a spinner until the first one.
+    """Print a reply while its pieces arrive, with a spinner until the first piece.
 
     Compiling the programs for the first reply takes seconds. The spinner is shown on standard
     error, if that is a terminal.

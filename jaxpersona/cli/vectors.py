@@ -46,7 +46,8 @@ def check(
     file: Annotated[pathlib.Path, typer.Argument(help="A file of an axis or of caps, or `mini`.")],
     model: ModelOption = "mini",
     cap_layers: Annotated[str | None, typer.Option(
-        show_default="the upper half", help="Layers to test, half-open, e.g. 46:54.")] = None,
+        show_default="the upper half",
+        help="Layers to test, a half-open range such as 46:54.")] = None,
     percentile: Annotated[str | None, typer.Option(
         show_default="p25", help="The percentile that is the floor to test.")] = None,
     of: Annotated[str | None, typer.Option(

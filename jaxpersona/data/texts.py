@@ -42,7 +42,7 @@ DEFAULT_PROMPTS = (
     "Respond as yourself.",
 )
 
-# files of descriptions in a data folder; they are not roles or traits
+# files of descriptions in a data folder, which do not define roles or traits
 ROLE_LIST, TRAIT_LIST = "role_list.json", "trait_list.json"
 
 Path = str | os.PathLike[str]
@@ -173,8 +173,8 @@ def load_roles(path: Path | None = None, *, model_name: str = "the model") -> li
 
     Args:
       path: a folder of `<name>.json`, each {"instruction": [{"pos": …}, …], "eval_prompt": …}; None
-        loads the package data. `eval_prompt` may be missing: only some judges read it. Without a
-        `default.json` the five published default prompts are used. A `role_list.json` (name →
+        loads the package data. `eval_prompt` is optional, because only some judges use it. Without
+        a `default.json` the five published default prompts are used. A `role_list.json` (name →
         description) is read from the folder or its parent.
       model_name: replaces `{model_name}` in prompts.
 
@@ -289,7 +289,7 @@ def load_drift(path: Path | None = None) -> list[Domain]:
 
 
 def _place(path: Path | None, part: str, table: str) -> tuple[Traversable, Traversable | None]:
-    """Return a data folder and its description file, or None if there is none."""
+    """Return a data folder, and its file of descriptions or None."""
     if path is None:
         return data_root() / part, data_root() / table
     folder = pathlib.Path(path)

@@ -147,7 +147,7 @@ def conversation(rng: np.random.Generator) -> Conversation:
 
 
 def conversations(seed: int, count: int | None = None) -> Iterator[Conversation]:
-    """Yield `count` conversations that the seed determines; None yields them without end."""
+    """Yield `count` conversations, or an endless sequence if None; the seed determines them."""
     rng = np.random.default_rng(seed)
     made = 0
     while count is None or made < count:

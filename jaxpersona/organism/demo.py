@@ -288,7 +288,7 @@ def _drift(
     ends = [talks[name].replies[turns - 1] for name in ("uncapped", "capped")]
     gap = [evaluate.mean_style([a]) - evaluate.mean_style([b]) for a, b in zip(*ends, strict=True)]
     shown = int(np.nanargmax(np.nan_to_num(gap, nan=-np.inf)))
-    sample = Sample(f"turn {turns} of a drifting talk, each with its own earlier replies",
+    sample = Sample(f"turn {turns} of a drifting conversation (earlier turns differ)",
                     [*openings[shown], {"role": "user", "content": messages[shown][turns - 1]}],
                     ends[0][shown], ends[1][shown])
     return talks, styles, sample, figures
