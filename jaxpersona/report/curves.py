@@ -268,7 +268,7 @@ def _projection(ax: Axes, axis: Axis | None, layer: int | None, floor: str | flo
 def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
              xlabel: str = "strength of steering, multiples of the vector",
              title: str = "Effect of steering", ax: Axes | None = None) -> Axes:
-    """Draw a behaviour or a projection by steering strength, for example for the rows of `sweep`.
+    """Draw a behaviour or a projection against the steering strength, for example of `sweep`.
 
     Args:
       scales: the steering strengths [S].

@@ -52,7 +52,7 @@ def place(ax: Axes, points: Sequence[tuple[str, float, float]], markers: np.ndar
     for (name, x, y), size in zip(points, each, strict=True):
         probe.set(text=text(name), fontsize=size)
         extent = probe.get_window_extent(renderer)
-        middle = ax.transData.transform((x, y)) + offsets * scale  # anchors of the name
+        middle = ax.transData.transform((x, y)) + offsets * scale  # candidate positions
         left = middle[:, 0] + (side - 1) / 2 * extent.width
         low = middle[:, 1] - extent.height / 2
         boxes = np.stack([left, low, left + extent.width, low + extent.height], 1)

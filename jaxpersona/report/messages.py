@@ -27,8 +27,8 @@ def messages(path: pathlib.Path, turns: Sequence[int], values: np.ndarray, names
       names: the K names of the directions.
       layer: the layer.
       references: for each direction, the projections of the default persona and of the roles, or
-        None. The default's percentiles are drawn as bands, its floor as a line, and the nearest
-        role is named at each message.
+        None. The default persona's percentiles are drawn as bands and the cap's floor as a line.
+        The nearest role is named at each message.
     """
     require("matplotlib", "figures need matplotlib")
     figure = new_figure(6.5, 1 + 3 * len(names))

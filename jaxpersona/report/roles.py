@@ -95,7 +95,7 @@ def _rows(total: int, ends: int, whole: bool) -> np.ndarray:
 
 
 def _draw_rows(ax: Axes, at: sources.Places, heights: np.ndarray, held_out: frozenset[str]) -> None:
-    """Draw each role on its line, roles that share a line as ticks, and the default on top."""
+    """Draw each role on its line (as ticks on the shared line) and the default persona on top."""
     shared = np.array([int((heights == height).sum()) > 1 for height in heights])
     names = {}
     drawn = False

@@ -226,7 +226,7 @@ def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
         return read.components.ratio, read.layer
     values = numbers("found", given)
     if values.ndim != 1 or not values.size or not (values >= 0).all() or values.sum() > 1.001:
-        raise UserError(f"found is {given!r:.60}; ratios must be [C] shares of the variance")
+        raise UserError(f"found is {given!r:.60}; give explained shares of the variance [C]")
     return values, at
 
 

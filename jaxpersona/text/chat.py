@@ -6,7 +6,7 @@ The rendered text is tokenized once. The tokenizer's character offsets map the s
 Token kinds:
 - Message content is SYSTEM, USER or ASSISTANT. Text from the template, including a default system
   prompt, is TEMPLATE. A token that contains both is TEMPLATE, unless it consists of template
-  whitespace and the start of the content's first word. Such a token is content, as in a reply.
+  whitespace and the start of the content's first word. Such a token is labelled as content.
 - A thinking block in an assistant message, including its tags, is ASSISTANT | THINKING. A thinking
   block that the template adds is TEMPLATE | THINKING. The last prompt token is THINKING if and only
   if the reply starts inside an open thinking block.
