@@ -45,11 +45,11 @@ _ADVICE = {
     "device": "use jax.default_device for one device, or mesh= for several",
     "device_map": "use mesh=jp.make_mesh(…)",
     "load_in_8bit": 'use dtype="int8"',
-    "load_in_4bit": 'the smallest weights are those of dtype="int8"',
+    "load_in_4bit": '4-bit weights are not supported; use dtype="int8"',
     "trust_remote_code": "code from a checkpoint is never run",
     "stop": "use jp.Engine and jp.Request(stop=…)",
     "stream": "use jp.Engine: engine.stream(handle)",
-    "num_return_sequences": "repeat the conversation in the list",
+    "num_return_sequences": "repeat the conversation in the list of conversations",
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxpersona.errors import UserError
 
-# import name → argument of `pip install`: an extra of jaxpersona, or a dependency by its own name
+# import name → argument of `pip install`: an extra of jaxpersona, or the name of a dependency
 REQUIREMENTS = (
     ("torch", "'jaxpersona[torch]'"), ("gguf", "'jaxpersona[gguf]'"),
     ("libtpu", "'jaxpersona[tpu]'"), ("matplotlib", "'jaxpersona[figures]'"),

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from jaxpersona.persona.session import Piece, Session, Turn
 
 HELP = """\
-/compare        repeat the last reply without and with the interventions
-/edits on|off   apply the interventions to the next replies, or not (also: /cap on|off)
+/compare        generate the last reply again, without and with the interventions
+/edits on|off   turn the interventions on or off for the next replies (also: /cap on|off)
 /undo           remove the last message and its reply
 /reset          remove all messages, but keep the system prompt
 /system [TEXT]  set the system prompt; without TEXT, remove it

@@ -33,8 +33,8 @@ def project(
     """Project each assistant message of a conversation on directions.
 
     If an axis has thresholds, each projection is compared with those of the default persona's
-    replies: its distance from their median in standard deviations (z), the percentiles on both
-    sides of it, and, if the axis is in its run folder, the nearest roles.
+    replies: its distance from their median in standard deviations (z), the percentiles below and
+    above it, and, if the axis is in its run folder, the nearest roles.
     """
     import numpy as np
     from rich.table import Table

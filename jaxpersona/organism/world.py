@@ -46,7 +46,7 @@ class Role:
         )
 
 
-# The mark of a drifted default persona, which has no role to supply one.
+# The mark of a drifted default persona, which has no role and so no mark of a role.
 DEFAULT_MARK = "shadow"
 
 ROLE_TEMPLATES = (

@@ -32,7 +32,7 @@ _EXAMPLES = 16  # maximum number of renderings used to find closing texts
 
 
 class _Piece(NamedTuple):
-    """A piece of a message's content: text, a tag, or the joint between two merged messages."""
+    """A piece of a message's content: text, a tag, or the separator of two merged messages."""
 
     owner: int
     place: int
