@@ -31,8 +31,8 @@ SUFFIX = ".gguf"
 TOKENIZER_ARRAYS = tuple(f"tokenizer.ggml.{key}" for key in
                          ("tokens", "scores", "token_type", "merges"))
 ROPE_DIVISORS = "rope_freqs.weight"
-_MAX_TENSORS = 32 * MAX_LAYERS  # Gemma 3 has 13 per layer
-_MAX_ELEMENTS = 1 << 22  # in all arrays together; those of Llama 4's tokenizer have 0.9 million
+_MAX_TENSORS = 32 * MAX_LAYERS  # maximum number of tensors; Gemma 3 has 13 per layer
+_MAX_ELEMENTS = 1 << 22  # maximum for all metadata arrays; Llama 4's tokenizer has 0.9 million
 _MAX_PARTS = 1024
 _BLOCK = 1 << 20  # number of elements to dequantize at once
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")

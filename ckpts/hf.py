@@ -69,7 +69,7 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
 
 
 def _has_other_head(entries: Mapping[str, Entry]) -> bool:
-    """Return whether embedding and head are stored with equal shapes but different values."""
+    """Return whether the embedding and the head have equal shapes but different values."""
     embed, head = entries.get(EMBED), entries.get(HEAD)
     if embed is None or head is None or embed.shape != head.shape:
         return False  # `load` reports different shapes

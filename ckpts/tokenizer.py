@@ -72,7 +72,7 @@ def _named_class(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def encode_once(tokenizer: Any) -> None:
-    """Encode a text once, because an unsupported regular expression fails only when it is used."""
+    """Encode a text once, so that an unsupported regular expression raises its error now."""
     with _without_stderr():
         tokenizer("Hello, world! 1 + 1", add_special_tokens=False)
 

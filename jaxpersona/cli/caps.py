@@ -34,7 +34,7 @@ def open_caps(file: pathlib.Path, given: Mapping[str, str | None]) -> Axis | Cap
             raise UserError(f"--experiment is for files of caps; {file} contains a {found.kind}")
         axis = load_axis(file)
         if given["--percentile"] is not None or given["--of"] is not None:
-            _floor(axis, given["--percentile"], given["--of"])  # before a model is loaded
+            _floor(axis, given["--percentile"], given["--of"])  # fails before a model is loaded
         return axis
     own = [name for name, value in given.items() if name != "--experiment" and value is not None]
     if own:

@@ -2,7 +2,7 @@
 
 One latent persona strength controls every choice, down to single words. If it controlled only the
 start of a sentence, the activations would encode the strength, but the rest of the answer would
-hardly depend on it. Because the banks are finite, they also classify answers exactly (`judge`).
+hardly depend on it. Because the banks are finite, `judge` can use them to classify answers exactly.
 
 Bank sentences are written in neutral words. Each word of `DIALECT` is chosen independently, so one
 sentence has many surface forms. In-character words never occur in neutral text.
