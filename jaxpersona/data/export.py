@@ -87,7 +87,7 @@ def show(kind: str, name: str | None = None) -> str:
       name: name of a role, trait or drift domain, or id of a question; None lists all.
 
     Raises:
-      UserError: unknown `kind` or `name`.
+      UserError: `kind` or `name` is unknown.
     """
     shown = _catalogue(kind)
     if name is None:

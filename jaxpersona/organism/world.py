@@ -23,7 +23,7 @@ class Role:
     Attributes:
       likeness: ground-truth similarity to the Assistant, from 0 to 1 (most similar).
       mark: the noun that fills `{mark}` in the role's in-character sentences.
-      habit: completes "who ..." in the role's prompts.
+      habit: the text after "who" in the role's prompts.
       held_out: whether the role is only trained, and never used to build or tune an axis.
     """
 
