@@ -241,4 +241,4 @@ def test_from_the_command_line(tmp_path, capsys):
 def test_a_file_that_holds_null_is_refused(tmp_path, capsys):
     (tmp_path / "spec.json").write_text("null")
     assert s.run_command(["generate", "hi", "--spec", str(tmp_path / "spec.json")]) == 2
-    assert f"{tmp_path / 'spec.json'}: holds null" in capsys.readouterr().err
+    assert f"{tmp_path / 'spec.json'}: contains null" in capsys.readouterr().err

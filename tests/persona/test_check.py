@@ -151,7 +151,7 @@ def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
     assert code == 0 and "check" not in said.err and "tokens seen" in said.err
     for name, more, words in (
         ("caps.safetensors", ("--percentile", "p1"), "omit --percentile"),
-        ("caps.safetensors", ("--experiment", "x"), "choose one with --experiment: e"),
+        ("caps.safetensors", ("--experiment", "x"), "choose an experiment with --experiment: e"),
         ("good.safetensors", ("--experiment", "x"), "for files of caps"),
     ):
         code, said = command(name, *more)
