@@ -1,4 +1,4 @@
-"""The `sweep` constructor: one direction at several strengths, one per row."""
+"""The `sweep` constructor, which steers each batch row with its own strength."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sweep(
       layers, where, site: as for `steer`.
 
     Raises:
-      UserError: `scales` is not a list of finite numbers, or as for `steer`.
+      UserError: `scales` is not a list of finite numbers, or an argument is invalid as in `steer`.
 
     Example:
       >>> import jaxpersona as jp

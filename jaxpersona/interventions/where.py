@@ -1,7 +1,7 @@
 """Token tests, which select tokens for interventions and captures by kind and turn.
 
-A token test is encoded as five integers. It is data, so batch rows may have different tests, and
-changing a test does not recompile.
+A token test is encoded as five integers. The integers are data, so batch rows may have different
+tests, and changing a test does not recompile.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Where:
     """A test on a token's kind and turn.
 
     A token passes if its kind has all bits of `need`, at least one bit of `any` (unless that is 0)
-    and no bit of `none`, and lo ≤ turn < hi. `a & b` requires both tests; `a.without("first", …)`
-    excludes tokens of the named kinds.
+    and no bit of `none`, and if lo ≤ turn < hi. A token passes `a & b` if it passes both tests.
+    `a.without("first", …)` excludes tokens of the named kinds.
 
     Example:
       >>> import jaxpersona as jp
@@ -65,7 +65,7 @@ class Where:
         return dataclasses.replace(self, none=self.none | _bits(kinds))
 
     def within(self, lo: int, hi: int = FOREVER) -> Where:
-        """Restrict the test to messages lo ≤ turn < hi.
+        """Restrict the test to messages with lo ≤ turn < hi.
 
         Raises:
           UserError: the range is empty.
@@ -123,7 +123,7 @@ NAMED = {
 
 
 def as_where(where: Where | str) -> Where:
-    """Convert a `where` argument, a token test or a name in `NAMED`, to a token test.
+    """Convert a `where` argument (a token test or a name in `NAMED`) to a token test.
 
     Raises:
       UserError: the name is unknown, or the argument has the wrong type.
@@ -137,7 +137,7 @@ def as_where(where: Where | str) -> Where:
 
 
 def encoded(where: Where | str) -> np.ndarray:
-    """Encode a `where` argument, a token test or a name in `NAMED`, as [5] int32.
+    """Encode a `where` argument (a token test or a name in `NAMED`) as [5] int32.
 
     Raises:
       UserError: the name is unknown, or the argument has the wrong type.

@@ -206,7 +206,7 @@ REFUSED = {
         steer(np.ones((3, 32)), layers=[1], rows=[0, 1, 2]), np.ones((4, 32)), layer=0, above=0),
     "where selects generated tokens": lambda: gate(EDIT, C, layer=0, above=0, where=generated),
     "contains no message": lambda: everywhere.within(3, 1),
-    "gates has the tables": lambda: forward(
+    "gates has states for the tables": lambda: forward(
         MODEL.params, MODEL.config, batch(ROWS), interventions=gate(EDIT, C, layer=0, above=0),
         carry=Carry(gates={"7": 1})),
     "the gate has 3 directions": lambda: gate(

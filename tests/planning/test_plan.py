@@ -210,7 +210,7 @@ def test_what_a_tpu_cannot_hold_is_measured_not_an_error(monkeypatch):
      "batch (--batch) is 3; the mesh shards rows over 8 chips: use a multiple of 8"),
     (("--topology", "h200:8", "--context", "1"), "context is 1; they must be at least 1 and 2"),
     (("--topology", "h200:8", "--context", "9999999"), "the maximum of random:llama-3.3-70b is"),
-    (("--topology", "h200:8", "--cap", "70:90"), "out of range; they must be in 0…79"),
+    (("--topology", "h200:8", "--cap", "70:90"), "out of range; layers must be in 0…79"),
 ])
 def test_mistakes_are_one_line(capsys, arguments, wanted):
     code, _, said = run(capsys, *arguments)
