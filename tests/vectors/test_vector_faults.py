@@ -41,8 +41,8 @@ def refused(capsys, path, words, *more):
     ({**CAPS, "layers": DEEP}, "layers cannot be parsed"),
     ({**CAPS, "labels": DEEP}, "labels cannot be parsed"),
     ({**CAPS, "layers": "[1e999]"}, "layers is"), ({**CAPS, "layers": "{}"}, "must be a list"),
-    ({**CAPS, "labels": '[{"a": 1}]'}, "labels is .* each must be a string"),
-    ({**CAPS, "labels": "[null]"}, "each must be a string"),
+    ({**CAPS, "labels": '[{"a": 1}]'}, "labels is .* each label must be a string"),
+    ({**CAPS, "labels": "[null]"}, "each label must be a string"),
     ({k: v for k, v in CAPS.items() if k != "labels"}, "'labels' is missing"),
 ])
 def test_a_header_that_lies_is_one_line(tmp_path, capsys, header, words):
