@@ -78,11 +78,11 @@ def tpu_devices(topology: str) -> list[Device] | None:
     """
     if not installed("libtpu"):
         return None
-    # without these, libtpu queries the network for this machine's TPU
+    # without these variables, libtpu queries the network for this machine's TPU
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is opened
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # safe, because no TPU is opened
     from jax.experimental import topologies
 
     try:
