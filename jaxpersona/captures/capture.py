@@ -107,7 +107,7 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None,
             one.check_site(site)
             if one.n_layers != several[0].n_layers:
                 raise UserError(f"the directions have {several[0].n_layers} and {one.n_layers} "
-                                "layers; use directions of one model")
+                                "layers; use directions of the same model")
         value: Any = np.stack([one.at_layers(chosen) for one in several], 1)
         origin, picked = one_origin(*([one.origin] for one in several)), chosen
     else:
@@ -169,8 +169,9 @@ def _pick(layers: Layers | None) -> tuple[int, ...] | None:
 @own_rules()
 def mean(where: Where | str = response, *, layers: Layers | None = None, site: Site = "residual",
          turns: int | None = None, name: str = "mean") -> Capture:
-    """Average activations over tokens; with `turns=M`, separately in each of the first M messages.
+    """Average activations over the selected tokens.
 
+    With `turns=M`, each of the first M messages has its own average.
     The result is [B, L, D], or [B, L, M, D] with `turns`.
     """
     if turns is not None and (not isinstance(turns, int) or turns < 1):

@@ -49,7 +49,7 @@ class OnDirections(Reading, kw_only=True, repr=False):
         check_sets("directions", self.directions, layers)
         if self.directions.shape[-1] != width:
             raise UserError(f"directions have width {self.directions.shape[-1]}; the model's "
-                            f"residual stream has {width}")
+                            f"residual stream has width {width}")
 
     def project(self, h: jax.Array, index: int) -> jax.Array:
         """Project h [B, T, D] of one layer on the layer's directions: [B, T, K]."""

@@ -55,7 +55,7 @@ class State(flax.struct.PyTreeNode):
 
     @property
     def value(self) -> Any:
-        """The result [B, …]; a warning is logged that names the rows in `empty`."""
+        """The result [B, …]; if rows are `empty`, a warning that names them is logged."""
         warn_of_empty(self.label, self.empty)
         return self.result()
 

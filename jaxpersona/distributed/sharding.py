@@ -46,7 +46,7 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
       model: the number of shards of heads, feed-forward width and vocabulary (tensor parallelism).
       fsdp: the number of shards of both batch rows and weights; weights are all-gathered before
         every use.
-      devices: the devices to use; default: all.
+      devices: the devices to use; default: all devices.
 
     Raises:
       UserError: there are fewer devices than data·fsdp·model, or an axis is smaller than 1.
@@ -157,7 +157,7 @@ def spec(axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
 
 def weight_sharding(axes: Axes, shape: tuple[int, ...],
                     mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Return a parameter's sharding; a vocabulary that the mesh does not divide is replicated."""
+    """Return a parameter's sharding; a vocabulary axis that is not divisible is replicated."""
     placed = NamedSharding(mesh, spec(axes, mesh))
     try:
         placed.shard_shape(shape)
@@ -167,9 +167,9 @@ def weight_sharding(axes: Axes, shape: tuple[int, ...],
 
 
 def mesh_of(*operands: Any) -> Mesh | AbstractMesh | None:
-    """Return the mesh of the first operand that has one, or None."""
+    """Return the mesh of the first operand that is on a mesh, or None."""
     for operand in operands:
-        # outside jit, operations need concrete devices, which the mesh of an array's type lacks
+        # outside jit, operations need a mesh with devices; the mesh in an array's type is abstract
         concrete = isinstance(operand, jax.Array) and not is_traced(operand)
         placed = operand.sharding if concrete else jax.typeof(operand).sharding
         if isinstance(placed, NamedSharding) and not placed.mesh.empty:
@@ -256,7 +256,7 @@ def check_set_mesh(like: jax.Array) -> None:
     """Check that a mesh set by `jax.set_mesh` is the mesh of an array.
 
     Raises:
-      UserError: the meshes differ; the message names both.
+      UserError: the meshes differ; the message names both meshes.
     """
     current, mesh = jax.sharding.get_abstract_mesh(), mesh_of(like)
     if current.empty or (mesh is not None and _same_shape(current, mesh)):

@@ -170,7 +170,7 @@ def normalised(value: Any) -> tuple[Any, Any]:
         _, power = np.frexp(np.abs(value).max(-1, keepdims=True, initial=0))
         near = np.ldexp(value, -power)
         norm = np.linalg.norm(near, axis=-1, keepdims=True)
-        with np.errstate(over="ignore"):  # an overflow results in infinity, rejected later
+        with np.errstate(over="ignore"):  # an overflow results in infinity, which is rejected later
             length = np.ldexp(norm.astype(np.float64), power)
         return near / np.where(norm == 0, 1, norm), length[..., 0]
     greatest = jax.lax.stop_gradient(jnp.abs(value).max(-1, keepdims=True))
@@ -185,7 +185,7 @@ def normalised(value: Any) -> tuple[Any, Any]:
 
 
 def numbers(name: str, value: Any) -> Any:
-    """Convert numbers to a float64 array, or float32 if they are traced.
+    """Convert numbers to a float64 array, or to a float32 array if they are traced.
 
     Raises:
       UserError: the values are not real numbers.

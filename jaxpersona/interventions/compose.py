@@ -78,7 +78,8 @@ class Interventions(flax.struct.PyTreeNode):
         """Check the interventions against a model's layers and width D and a batch's rows.
 
         Raises:
-          UserError: they do not match; the message names the field, its value and the fix.
+          UserError: the interventions do not match; the message names the field, its value and the
+            fix.
         """
         for edit in self.edits:
             gate = edit.gate
@@ -182,7 +183,8 @@ def chain(*interventions: Interventions | None) -> Interventions:
 def _check_type(interventions: Sequence[Any]) -> None:
     for one in interventions:
         if one is not None and not isinstance(one, Interventions):
-            fix = ("combine its items with jp.chain(a, b, …), or with jp.stack_rows for one per row"
+            fix = ("combine its items with jp.chain(a, b, …), or give each row one of them with "
+                   "jp.stack_rows"
                    if isinstance(one, (list, tuple)) else
                    "give the result of jp.steer, jp.cap, …, or None")
             raise UserError(f"interventions is a {type(one).__name__}; {fix}")
@@ -242,7 +244,7 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
 
     Tables of the same kind and site are merged, so the cost depends on the longest chain, not on
     the number of different rows. Tables with equal content share an entry. At a layer that a row
-    does not edit, its entry leaves h unchanged.
+    does not edit, the row's entry leaves h unchanged.
 
     Args:
       interventions: one item per row: interventions made without `rows=`, or None for no edits.
@@ -268,7 +270,7 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
     for row, own in enumerate(interventions):
         if own is not None and own.rows is not None:
             raise UserError(f"the interventions of row {row} were made with rows=; stack "
-                            "interventions made without it")
+                            "interventions made without rows=")
     if into is not None and into.rows != count:
         raise UserError(f"into is for {into.rows} rows, but {count} interventions were given")
     fixed = into.edits if into is not None else ()

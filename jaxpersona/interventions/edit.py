@@ -141,7 +141,7 @@ def table(
     index: np.ndarray | None,
     push: jax.Array | np.ndarray | None = None,
 ) -> Edit:
-    """Build an `Edit` of strongly typed arrays, padded to a power of two of entries.
+    """Build an `Edit` of strongly typed arrays, padded so that n is a power of two.
 
     The padding entries leave h unchanged.
 

@@ -33,7 +33,8 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
       where: encoded token tests [n, 5] int32 that select the measured tokens.
       origin: [n] uint32, as in `Table`.
       layer, site: the layer and the site at which the projection is measured.
-      over: "prompt" to test the mean projection over the prompt, "token" to test each token's.
+      over: "prompt" to test the mean projection over the prompt, "token" to test every token's
+        projection.
       within: whether a prompt gate also applies to all tokens of the prompt itself.
     """
 
@@ -87,7 +88,7 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
         """Measure the projections of h [B, T, D] and evaluate the gate.
 
         Returns:
-          [B, T] bool, True where the gate is open, and the updated state.
+          [B, T] bool, True for tokens at which the gate is open, and the updated state.
         """
         wide = h.astype(jnp.float32)
         p = jnp.einsum("btd,btd->bt", wide, jnp.broadcast_to(self.direction[:, None], h.shape),
@@ -108,7 +109,7 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
 
 
 class GateState(flax.struct.PyTreeNode):
-    """The sum and the number of the measured prompt projections of each row, [B] float32."""
+    """The sum and the number of each row's measured prompt projections, each [B] float32."""
 
     total: Float[Array, " B"]
     count: Float[Array, " B"]

@@ -69,7 +69,7 @@ def gate(
         raise UserError("within is only for over='prompt'; omit it, because a token gate always "
                         "applies to the prompt's tokens")
     if not interventions.edits:
-        raise UserError("interventions is empty; there is nothing to gate")
+        raise UserError("interventions is empty; give interventions to gate")
     if where is None:
         where = (prompt if over == "prompt" else everywhere).without("first")
     where = as_where(where)
@@ -84,7 +84,7 @@ def gate(
 
 def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: np.ndarray,
            site: Site, over: Over, within: bool) -> Table:
-    """Return a table with a gate."""
+    """Return a copy of a table with a gate."""
     if table.gate is not None:
         raise UserError("interventions already have a gate; apply gate once to each intervention, "
                         "then chain the results")

@@ -51,7 +51,7 @@ def rotate(
     Nguyen 2025).
 
     Args:
-      first, second: two directions that span the plane, each in a form of `steer`'s `vector`.
+      first, second: two directions that span the plane, each in a form that `steer` accepts.
       to: the target angle θ in radians, from b₁ toward b₂.
       by: the rotation angle in radians, relative to the angle of Ph. Give either `to` or `by`.
       layers, where, rows, site: as for `steer`.
@@ -73,7 +73,7 @@ def rotate(
     one, two = Bank(first, layers, rows, site, "first"), Bank(second, layers, rows, site, "second")
     if one.direction.shape != two.direction.shape:
         raise UserError(f"second has shape {two.direction.shape} and first has shape "
-                        f"{one.direction.shape}; they must be equal")
+                        f"{one.direction.shape}; the shapes must be equal")
     one.origin = one_origin(one.origin, two.origin)
     xp: Any = jnp if is_traced(one.direction, two.direction, to, by) else np
     across = two.direction - (one.direction * two.direction).sum(-1, keepdims=True) * one.direction
@@ -97,7 +97,7 @@ def restore_norm(
 ) -> Interventions:
     """Restore the norm: h ← h·‖h₀‖/‖h‖, where h₀ is the activation before all edits at this site.
 
-    Chain it after the edits whose effect on the norm should be undone.
+    Chain the result after the edits whose effect on the norm should be undone.
 
     Args:
       layers, where, site: as for `steer`.
@@ -135,7 +135,7 @@ def custom(
         in each call.
       params: a pytree of arrays, whose values can change without recompiling. With `rows=`, each
         array is [n, …].
-      rows: the entry of `params` for each batch row, −1 for no edit.
+      rows: the index of each batch row's entry in `params`, or −1 for no edit.
       layers, where, site: as for `steer`.
 
     Raises:

@@ -1,8 +1,9 @@
 """Rank-one operators: functions that create interventions on the projection of h on a direction.
 
-The equations are in h, v̂ = v/‖v‖ and p = ⟨h, v̂⟩. `bank` describes the accepted forms of
-directions, strengths and rows. The operators differ only in their coefficients (s, c, lo, hi), so
-each row's operator is data. `nonlinear` contains the operators that are not rank-one edits.
+In the equations, h is an activation, v̂ = v/‖v‖ a unit direction and p = ⟨h, v̂⟩ the projection.
+`bank` describes the accepted forms of directions, strengths and rows. The operators differ only in
+their coefficients (s, c, lo, hi), so each row's operator is data. `nonlinear` contains the
+operators that are not rank-one edits.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def cap(
     along = None if push is None else Bank(push, layers, rows, site, "push")
     if along is not None and along.direction.shape != bank.direction.shape:
         raise UserError(f"push has shape {along.direction.shape} and vector has shape "
-                        f"{bank.direction.shape}; they must be equal")
+                        f"{bank.direction.shape}; the shapes must be equal")
     if along is not None:
         bank.origin = one_origin(bank.origin, along.origin)
     return _rank_one(bank, where, lo=lo, hi=hi, push=None if along is None else along.direction)

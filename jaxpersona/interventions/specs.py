@@ -99,7 +99,7 @@ def _build(item: Any, model: Model, folder: pathlib.Path) -> Interventions:
             if item.of is not None and not any(isinstance(x, str)
                                                for x in (item.floor, item.ceiling)):
                 raise UserError("of selects the population of a percentile, but floor and ceiling "
-                                "are numbers; omit it")
+                                "are numbers; omit of")
             return ops.cap(vector, floor=_bound(vector, "floor", item.floor, item.of),
                            ceiling=_bound(vector, "ceiling", item.ceiling, item.of), **options)
         case forms.Ablate():
@@ -128,9 +128,9 @@ def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture
     on = item.reading in ("projections", "moments", "histogram")
     for field, wanted in (("directions", on), ("edges", item.reading == "histogram")):
         if (getattr(item, field) is not None) != wanted:
-            raise UserError(f"{item.reading} {'needs' if wanted else 'does not take'} {field}")
+            raise UserError(f"{item.reading} {'requires' if wanted else 'does not accept'} {field}")
     if item.turns is not None and item.reading != "mean":
-        raise UserError(f"{item.reading} does not take turns")
+        raise UserError(f"{item.reading} does not accept turns")
     make = getattr(readings, item.reading)
     if not on:
         return make(**options, **({"turns": item.turns} if item.reading == "mean" else {}))
@@ -164,6 +164,6 @@ def _bound(vector: Any, name: str, value: Any, of: str | None) -> Any:
     if not isinstance(vector, Axis):
         raise UserError(f"{name} is {value!r}, but only an axis has percentiles; give a number")
     if of is None:
-        raise UserError(f"{name} is {value!r}; give its population: \"of\": \"default\" or "
-                        "\"all\"")
+        raise UserError(f"{name} is {value!r}; give the population of the percentile: \"of\": "
+                        "\"default\" or \"all\"")
     return vector.thresholds(value, of=of)

@@ -31,7 +31,7 @@ def sweep(
 
     Args:
       vector: one direction, as for `steer`.
-      scales: B strengths, one per row; a row with 0 is unchanged.
+      scales: B strengths, one per row; a row with strength 0 is unchanged.
       layers, where, site: as for `steer`.
 
     Raises:

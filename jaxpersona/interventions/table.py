@@ -1,8 +1,9 @@
 """The base classes of intervention tables: `Table`, and `Prepared`, which `forward` applies.
 
-A `Table` has n entries of one kind for one site and a set of layers. The entry of each batch row is
-data, so rows may use different entries, and changing them does not recompile. The static structure
-is the kind, the site, the layers, the number of entries and whether there is a gate.
+A `Table` has n entries, which are edits of one kind, for one site (a point in a block) and a set of
+layers. The entry of each batch row is data, so rows may use different entries, and changing them
+does not recompile. The static structure is the kind, the site, the layers, the number of entries
+and whether there is a gate.
 
 `Table.prepare` gathers the entries by row, shards them, and returns a `Prepared` table, which edits
 activations. A decode loop prepares its tables once, before the first step.

@@ -49,8 +49,8 @@ class Batch(flax.struct.PyTreeNode):
       position: [B, T] int32, the rotary position; 0 at padding.
       kind: [B, T] uint16, a bit mask of `KINDS`; 0 at padding.
       turn: [B, T] int32, the index of the token's message, from 0.
-      row_id: [B] uint32, an ID that seeds the row's random draws; it does not depend on the row's
-        index in the batch.
+      row_id: [B] uint32, an ID that seeds the row's random draws; the row's index in the batch has
+        no effect on them.
       chunk: whether the batch is one chunk of a longer prompt (static).
 
     Example:
@@ -189,7 +189,7 @@ def check_ids(ids: np.ndarray, vocabulary: int | None, what: str, tokenizer: Any
       ids: integers of any shape.
       vocabulary: the number of rows of the embedding; None allows any nonnegative int32.
       what: the source of the ids, for the error message.
-      tokenizer: if given, the message also shows the token's text.
+      tokenizer: a tokenizer that adds the text of the token to the error message, or None.
 
     Raises:
       UserError: an id is negative or not less than `vocabulary`; the message shows the first such

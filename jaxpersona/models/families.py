@@ -65,7 +65,10 @@ def _mistral(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _qwen_windows(raw: Mapping[str, Any]) -> tuple:
-    """Return each layer's window; `use_sliding_window` sets layers from `max_window_layers` on."""
+    """Return each layer's sliding window.
+
+    If `use_sliding_window` is true, layers from `max_window_layers` on have a sliding window.
+    """
     window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
     first = raw.get("max_window_layers", 28)
     return _layer_windows({**raw, "sliding_window": window},
@@ -222,7 +225,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
 
     Raises:
       UserError: the architecture is unknown, or fields are missing, malformed or unsupported; the
-        message names them.
+        message names the architecture or the fields.
 
     Example:
       >>> import jaxpersona as jp

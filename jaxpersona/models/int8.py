@@ -39,7 +39,7 @@ _PIECE = 1 << 20  # bytes of a converted piece on a CPU, which fits in the cache
 
 
 class Int8(Weight):
-    """An int8 weight, symmetric: w ≈ value · scale.
+    """A weight quantized to int8, symmetric around zero: w ≈ value · scale.
 
     Attributes:
       value: [*out, *in] int8, in −127…127.
@@ -144,7 +144,7 @@ def scheme(params: Params) -> str:
 
 
 def weights_note(params: Params) -> dict[str, str]:
-    """Return the metadata {"weights": scheme} of quantized parameters, {} of other parameters."""
+    """Return the metadata {"weights": `scheme`} for quantized parameters, {} for others."""
     found = scheme(params)
     return {"weights": found} if found else {}
 
@@ -175,7 +175,7 @@ def _in_pieces(x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
     size = min(max(_PIECE // (4 * width), 8), channels)
     count = -(-channels // size)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # not necessary inside a loop
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # prevent_cse is not needed in a loop
     def piece(start: jax.Array, x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
         part = jax.lax.dynamic_slice_in_dim(value, start, size)
         own = jax.lax.dynamic_slice_in_dim(scale, start, size)

@@ -63,7 +63,7 @@ class Model:
         if marked is not None:
             abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
             mark = "" if abstract or is_traced(leaves) else fingerprint(
-                self.config, jax.tree.map(jnp.asarray, self.params))  # they may be NumPy arrays
+                self.config, jax.tree.map(jnp.asarray, self.params))  # converts NumPy arrays
             object.__setattr__(self, "fingerprint", mark)
         object.__setattr__(self, "marked", (self.config, leaves))
 

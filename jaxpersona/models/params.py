@@ -35,7 +35,7 @@ class Layer(flax.struct.PyTreeNode):
     """The parameters of one block; None for arrays that the family does not have.
 
     Each weight is an array or a prepared `weight.Weight`. If `joined_qkv` or `joined_gate_up` is
-    set, the weights that it contains are None.
+    set, the fields of the weights that it contains are None.
     """
 
     __repr__ = brief

@@ -98,7 +98,7 @@ def in_out(params: Params) -> Params:
 def with_joined(params: Params) -> Params:
     """Join copies of the q, k and v weights, and copies of the gate and up weights (`Joined`).
 
-    A GPU reads one large weight at a higher bandwidth than several small ones. The other weights
+    A GPU reads one large weight at a higher bandwidth than several small weights. The other weights
     are shared with `params`.
     """
     return params.replace(layers=tuple(_joined(layer, Dense) for layer in params.layers))
@@ -123,7 +123,7 @@ def _joined(layer: Layer, form: Callable[[jax.Array], Weight]) -> Layer:
 def in_int8(params: Params, *, join: bool = False, tables: bool = True) -> Params:
     """Quantize the weights of all matrix products to int8 (`Int8`).
 
-    The result has the fingerprint of `params`, except with `join`. Norms and biases keep their
+    Without `join`, the result has the same fingerprint as `params`. Norms and biases keep their
     dtype.
 
     Args:

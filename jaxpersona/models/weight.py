@@ -186,8 +186,8 @@ def across_devices(x: jax.Array, w: jax.Array, inner: int, axes: Axes | None,
                    finish: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Contract the last `inner` axes of x and w on w's mesh.
 
-    `finish` maps the float32 result to the output. It is applied before the sum over devices, so
-    that the devices exchange a 16-bit result in half the bytes.
+    `finish` maps the float32 result to the output. It is applied before the sum over devices, which
+    halves the communicated bytes if the output has a 16-bit dtype.
     """
     w = gather_weight(w)
     letters = iter("abcdefghijklmnop")

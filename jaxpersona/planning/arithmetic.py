@@ -116,9 +116,9 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
             chip: chips.Chip, dtype: Weights = "bfloat16") -> dict[str, float]:
     """Return roofline times of a decode step and a prefill in seconds.
 
-    A decode step reads all weights and every row's keys and values, for a length that is on average
-    the prompt and half the reply. A prefill is compute bound. All-reduces over the model axis are
-    assumed to be rings that move 2·(n − 1)/n of the bytes over the links without overlapping with
+    A decode step reads all weights and the keys and values of every row, which are on average those
+    of the prompt and half the reply. A prefill is compute bound. All-reduces over the model axis
+    are assumed to be rings that move 2·(n − 1)/n of the bytes over the links, without overlap with
     compute.
     """
     split, ways = sharding.ways(mesh, "ff"), sharding.ways(mesh, "batch")

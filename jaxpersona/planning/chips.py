@@ -23,7 +23,7 @@ class Chip:
       bandwidth: memory bandwidth in bytes/s.
       peak: peak dense bfloat16 FLOP/s.
       link: interconnect bandwidth per chip in bytes/s, over all links, in one direction.
-      source: the publication.
+      source: the publication that contains these specifications.
     """
 
     name: str
@@ -93,6 +93,6 @@ def tpu_devices(topology: str) -> list[Device] | None:
                                                    chips_per_host_bounds=bounds)
     except Exception as error:  # libtpu raises errors of various types
         reason = str(error).split(": ", 1)[-1].splitlines()[0].rstrip(".")
-        raise UserError(f"topology is {topology!r}; libtpu rejects it ({reason}): try "
+        raise UserError(f"topology is {topology!r}; libtpu does not support it ({reason}): use "
                         f"{EXAMPLES}") from error
     return list(description.devices)

@@ -79,7 +79,8 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
       topology: the topology in the form chip:extents, such as v5e:4x4 or h200:8.
       name: the model's name in the result.
       batch: the number of rows B over all chips.
-      context: cache slots per row; a quarter of them, at most 512, is reserved for the reply.
+      context: the number of cache slots per row; a quarter of the slots, at most 512, is reserved
+        for the reply.
       cap_layers: the layers to cap; the capped program is compared with the uncapped program.
       mesh: the sizes of the axes "data", "fsdp" and "model". By default, the model axis is the
         largest, up to 16, that fits the model, and the data axis has the remaining chips.
@@ -99,9 +100,11 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
     if not isinstance(batch, int) or not isinstance(context, int):
         raise UserError(f"batch is {batch!r:.60}, context is {context!r:.60}; give integers")
     if batch < 1 or context < 2:
-        raise UserError(f"batch is {batch}, context is {context}; they must be at least 1 and 2")
+        raise UserError(f"batch is {batch}, context is {context}; batch must be at least 1 and "
+                        "context at least 2")
     if context > config.max_context:
-        raise UserError(f"context is {context}; the model supports at most {config.max_context}")
+        raise UserError(f"context is {context}; the model supports at most {config.max_context} "
+                        "tokens")
     sizes = choose_mesh(config, count) if mesh is None else _checked(mesh, count)
     shapes = Shapes.of(batch, context)
     devices = chips.tpu_devices(topology) if chip.name in chips.TPUS else None
@@ -178,7 +181,7 @@ def _mesh(sizes: Mapping[str, int], devices: Sequence[Device] | None,
 
 def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
                 cap_layers: Sequence[int], dtype: Weights = "bfloat16") -> dict[str, Compiled]:
-    """Compile prefill and decode without a cap and, if `cap_layers` is given, with one.
+    """Compile prefill and decode without a cap and, if `cap_layers` is given, with a cap.
 
     Prefill temporaries are linear in the number of layers, so prefill is compiled at the two
     `DEPTHS` and extrapolated. Decode is compiled at full depth.

@@ -131,8 +131,9 @@ def fit(
     Raises:
       UserError: an argument has the wrong type; there are no batches or steps; the direction does
         not match the model or the checkpoint; the checkpoint has more steps than `steps`; the loss
-        is not a scalar; the loss or its gradient is not finite (the direction then keeps its value
-        from before that step); or this process was forked from a process that had used JAX.
+        is not a scalar; the loss or its gradient is not finite; or this process was forked from a
+        process that had used JAX. If the loss or its gradient is not finite, the direction keeps
+        the value from before that step.
     """
     check_process()
     if isinstance(batches, Batch):

@@ -36,7 +36,7 @@ def float32(values: Any, field: str) -> np.ndarray:
 
 
 def check_names(found: Any) -> None:
-    """Check the text metadata of a direction or of caps; convert its notes to Python values."""
+    """Check the text metadata of a direction or of caps; convert the notes to Python values."""
     for field in ("name", "model", "fingerprint"):
         value = getattr(found, field)
         if not isinstance(value, str):
@@ -52,7 +52,7 @@ def check_names(found: Any) -> None:
 
 
 def _plain(notes: Any) -> dict[str, Any]:
-    """Convert NumPy and JAX scalars in notes to Python scalars, which all formats support."""
+    """Convert NumPy and JAX scalars in notes to Python scalars, which all file formats support."""
     if not isinstance(notes, Mapping):
         raise UserError(f"notes is a {type(notes).__name__}; it must be a dict")
     plain = {}
@@ -60,7 +60,7 @@ def _plain(notes: Any) -> dict[str, Any]:
         value = value.item() if getattr(value, "ndim", None) == 0 else value
         if not isinstance(name, str) or not isinstance(value, (str, int, float)):
             raise UserError(f"notes[{str(name)[:40]!r}] is a {type(value).__name__}; keys must be "
-                            "strings and values strings or numbers")
+                            "strings, and values must be strings or numbers")
         plain[name] = value
     return plain
 
@@ -77,9 +77,9 @@ class Vector(Table):
       fingerprint: the model's fingerprint (sixteen hexadecimal digits), or "" if unknown.
       site: the site in the block at which the direction was measured.
       notes: further metadata (strings and numbers), saved in the vector's file.
-      fingerprint_scheme: the version of the fingerprint (`params.SCHEME`). Of an older version,
+      fingerprint_scheme: the version of the fingerprint (`params.SCHEME`). If the version is older,
         only the half that depends on the configuration is compared with the model's fingerprint;
-        of a newer version, nothing (`caps.fitted`).
+        if it is newer, nothing is compared (`caps.fitted`).
 
     Raises:
       UserError: the values are not [L, D] or not finite, or a field has an invalid type.
@@ -281,7 +281,7 @@ class Axis(Vector):
                     f"percentiles: {known}" if known else "no thresholds")
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one record per layer: the layer, the norm and each percentile ("default p25")."""
+        """Return one record per layer: its index, norm and percentiles, such as "default p25"."""
         return [{**row, **{f"{of} {name}": float(values[row["layer"]])
                            for of, table in self.percentiles.items()
                            for name, values in sorted(table.items(), key=lambda x: _by_number(x[0]))

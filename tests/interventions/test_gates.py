@@ -194,7 +194,7 @@ REFUSED = {
     "needs a bound": lambda: gate(EDIT, C, layer=0),
     "over is 'row'": lambda: gate(EDIT, C, layer=0, above=0, over="row"),
     "within is only for": lambda: gate(EDIT, C, layer=0, above=0, over="token", within=True),
-    "nothing to gate": lambda: gate(chain(), C, layer=0, above=0),
+    "interventions to gate": lambda: gate(chain(), C, layer=0, above=0),
     "already have a gate": lambda: gate(gate(EDIT, C, layer=0, above=0), C, layer=0, above=0),
     "above is greater": lambda: gate(EDIT, C, layer=0, above=2, below=1),
     "layer 1 \\(residual\\) is not before": lambda: gate(EDIT, C, layer=1, above=0),

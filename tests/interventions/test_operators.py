@@ -162,7 +162,7 @@ def test_layers():
     assert resolve_layers(slice(0, 1024), None) == tuple(range(1024))
     for layers, total, words in (
         ([True], None, "True"),
-        (slice(9, None), 4, "they must be in 0…3"), (slice(4, None), 4, "selects no layer"),
+        (slice(9, None), 4, "layers must be in 0…3"), (slice(4, None), 4, "selects no layer"),
         (slice(0, 5), 4, "must be in 0…3"), (slice(-5, 2), 4, "must be in 0…3"),
         (slice(3, 0, -1), 4, "the step of a slice must be at least 1"),
         ([0, 1, 2, 3, 6, 99], 9, r"4, 5, 6, 99\], which is out of range; layers must be in 0…8"),

@@ -133,7 +133,7 @@ REFUSED = [
     ({"operator": "rotate", "plane": [A], "to": 1, "layers": 1}, "plane"),
     ({"operator": "cap", "vector": A, "layers": 1, "floor": "p25"}, "only an axis has percentiles"),
     ({"operator": "cap", "vector": "axis.safetensors", "layers": 1, "floor": "p25"},
-     "give its population"),
+     "give the population of the percentile"),
     ("cap", "interventions is 'cap'"),
     ([steer(scal=1), steer(scale="x")], r"\[0\].scal.*\[1\].scale"),  # all errors at once
 ]
@@ -146,10 +146,10 @@ def test_refused_before_anything_compiles(spec, message, folder):
 
 
 @pytest.mark.parametrize(("spec", "message"), [
-    ({"reading": "mean", "edges": [1]}, "mean does not take edges"),
-    ({"reading": "histogram", "directions": [A]}, "histogram needs edges"),
-    ({"reading": "projections"}, "projections needs directions"),
-    ({"reading": "last", "turns": 2}, "last does not take turns"),
+    ({"reading": "mean", "edges": [1]}, "mean does not accept edges"),
+    ({"reading": "histogram", "directions": [A]}, "histogram requires edges"),
+    ({"reading": "projections"}, "projections requires directions"),
+    ({"reading": "last", "turns": 2}, "last does not accept turns"),
     ({"reading": "mean", "layers": 7}, "out of range|reads layer 7"),
     ({"reading": "mean", "laers": 1}, "did you mean 'layers'"),
     ([{"reading": "mean"}, {"reading": "mean"}], "two captures"),
