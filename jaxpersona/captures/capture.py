@@ -99,7 +99,7 @@ def chosen_layers(reading: Reading, config: ModelConfig) -> tuple[int, ...]:
 
 def _directions(directions: Any, where: Where | str, layers: Layers | None,
                 site: Site) -> dict[str, Any]:
-    """Return the arguments of `projections.OnDirections`."""
+    """Return keyword arguments for `projections.OnDirections`."""
     several = list(directions) if isinstance(directions, (list, tuple)) else [directions]
     if several and all(hasattr(one, "at_layers") for one in several):
         chosen = resolve_layers(slice(None) if layers is None else layers, several[0].n_layers)
@@ -157,7 +157,7 @@ def _site(site: Site) -> Site:
 
 
 def _common(where: Where | str, layers: Layers | None, site: Site) -> dict[str, Any]:
-    """Return the arguments of `reading.Reading`."""
+    """Return keyword arguments for `reading.Reading`."""
     return {"where": _test(where), "layers": _pick(layers), "site": _site(site)}
 
 

@@ -19,7 +19,7 @@ def warn_of_empty(name: str, empty: Any) -> None:
 
     Args:
       name: the capture's name.
-      empty: [B] bool.
+      empty: [B] bool, True for rows in which the capture has no token to read.
     """
     values = host_array(empty)
     if values is not None and (rows := np.flatnonzero(values)).size:

@@ -93,7 +93,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         """Return the state before the first token.
 
         Args:
-          layers, rows, slots, width: L, B, S and D.
+          layers, rows, slots, width: the numbers L, B, S and D.
         """
         raise NotImplementedError
 

@@ -167,7 +167,7 @@ def in_turn(act: Callable[[], T]) -> T:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit immediately with `code`, without waiting for other processes as JAX's shutdown does."""
+    """Exit with `code` immediately, because JAX's shutdown would wait for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -213,7 +213,7 @@ def running_on(where: str) -> Iterator[None]:
 
 
 def in_program() -> bool:
-    """Return whether the caller is inside `running_on`, that is, a program is being traced."""
+    """Return whether the caller is inside `running_on`, that is, inside a program's trace."""
     return _PLATFORM.get() is not None
 
 

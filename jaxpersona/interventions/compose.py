@@ -262,7 +262,8 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
       3
     """
     if isinstance(interventions, Interventions) or not isinstance(interventions, Sequence):
-        raise UserError("interventions must be a list with one Interventions or None per row")
+        raise UserError("interventions must be a list with an Interventions object or None for "
+                        "each row")
     _check_type(interventions)
     if not interventions:
         raise UserError("interventions is an empty list; stack_rows needs at least one row")

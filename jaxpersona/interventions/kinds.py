@@ -20,7 +20,7 @@ F32 = jnp.float32
 
 
 class Rotation(Table, kw_only=True, repr=False):
-    """Rotations in a plane. They preserve ‖h‖ and the component of h orthogonal to the plane.
+    """Rotations in a plane, which preserve ‖h‖ and the component of h orthogonal to the plane.
 
     Attributes:
       first, second: orthonormal b₁, b₂ [l, n, D] float32.
@@ -72,7 +72,7 @@ class PreparedRotation(Prepared, kw_only=True):
         one, two = (jnp.broadcast_to(b[slot][:, None], h.shape) for b in (self.first, self.second))
         p, q = (jnp.einsum("btd,btd->bt", wide, b, precision="highest") for b in (one, two))
         inside = p * p + q * q
-        positive = inside > 0  # the square root has no gradient at 0
+        positive = inside > 0  # the square root is not differentiable at 0
         radius = jnp.where(positive, jnp.sqrt(jnp.where(positive, inside, 1.0)), 0.0)
         x, y = jnp.where(to > 0, radius, p), jnp.where(to > 0, 0.0, q)
         dp, dq = x * cos - y * sin - p, x * sin + y * cos - q

@@ -63,9 +63,9 @@ class Prepared(flax.struct.PyTreeNode, kw_only=True):
 
         Args:
           layer: the layer's index.
-          h: the activation after the preceding tables.
-          active: [B, T] bool, the tokens to edit.
-          before: the activation at this site before any table.
+          h: the activation after the edits of the preceding tables.
+          active: [B, T] bool, True for tokens to edit.
+          before: the activation at this site before the edits of any table.
 
         Returns:
           The edited h, bitwise equal to `h` at unchanged tokens, and a mask [B, T] of the changed
@@ -232,7 +232,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         """Return entries [l, n, …] that leave h unchanged, for the fields with a layer axis.
 
         Args:
-          layers, size: l and n.
+          layers, size: the number of layers l and the number of entries n.
         """
         raise NotImplementedError
 

@@ -36,7 +36,7 @@ NOWHERE = (-1, 0, 0, 0, 0)  # an encoded test that no token passes, because it r
 class Where:
     """A test on a token's kind and turn.
 
-    A token passes if its kind has all bits of `need`, at least one bit of `any` (unless that is 0)
+    A token passes if its kind has all bits of `need`, at least one bit of `any` (unless it is 0)
     and no bit of `none`, and if lo ≤ turn < hi. A token passes `a & b` if it passes both tests.
     `a.without("first", …)` excludes tokens of the named kinds.
 
@@ -157,7 +157,7 @@ def turns(role: str) -> Where:
       role: "system", "user" or "assistant".
 
     Raises:
-      UserError: the role is none of these.
+      UserError: the role has another value.
 
     Example:
       >>> import jaxpersona as jp
@@ -173,11 +173,11 @@ def holds(code: jax.Array, batch: Batch) -> jax.Array:
     """Evaluate encoded token tests on a batch.
 
     Args:
-      code: [5] or [B, 5] int32.
-      batch: B rows of T tokens.
+      code: the encoded tests: [5] int32, one test for all rows, or [B, 5], one test per row.
+      batch: a batch of B rows of T tokens.
 
     Returns:
-      [B, T] bool.
+      [B, T] bool, True for tokens that pass the test.
     """
     code = code.reshape(-1, WIDTH)  # one test for all rows, or one per row
     need, any_of, none, lo, hi = (code[:, i, None] for i in range(WIDTH))

@@ -19,7 +19,7 @@ class Carry(flax.struct.PyTreeNode):
     """The state of B rows between two calls of `forward`.
 
     `forward` returns a `Carry` with every field set, except that `cache` is None if no cache was
-    allocated. In an input of `forward`, None stands for the initial state of a field:
+    allocated. In the input of `forward`, a field that is None starts from its initial state:
     `Carry(cache=cache)` continues only the cache, and `carry.replace(captured=None)` restarts the
     readings.
 

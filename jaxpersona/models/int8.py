@@ -131,7 +131,7 @@ def dequantized(w: Int8, dtype: Any = F32) -> jax.Array:
 
 
 def scheme(params: Params) -> str:
-    """Return the quantization of the weights, such as "int8 per channel", or "" if none is."""
+    """Return the quantization of the weights, such as "int8 per channel", or "" if unquantized."""
     def is_int8(x: Any) -> bool:
         return isinstance(x, Int8)
 

@@ -305,8 +305,8 @@ def _spread(x: jax.Array) -> NamedSharding | None:
 def _weights(x: jax.Array) -> list[Any]:
     """Return the odd factors of an array's two sums: two row factors, then two column factors.
 
-    Row factors have the array's shape without its last dimension; column factors are [C], the size
-    of the last dimension. In each sum, a value is multiplied by its row and its column factor.
+    Row factors have the array's shape without its last dimension. Column factors are [C], where C
+    is the last dimension. In each sum, a value is multiplied by its row and its column factor.
     """
     placed = _spread(x)
     rows, column = x.shape[:-1], x.shape[-1:]

@@ -110,7 +110,7 @@ class Joined(Weight):
     """Several weights with the same input, concatenated along their outputs for one product.
 
     Attributes:
-      value: a prepared weight with one output dimension, whose size is the sum of all outputs.
+      value: a prepared weight with one output dimension, the concatenated outputs.
       outs: the output dimensions of each weight.
     """
 
@@ -120,11 +120,11 @@ class Joined(Weight):
     outs: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False)
 
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
-        """Multiply x with all weights: [..., sum of outputs] (see `Weight.dot`)."""
+        """Multiply x with all weights; the result concatenates the outputs (see `Weight.dot`)."""
         return self.value.dot(x, axes, dtype)
 
     def split(self, y: jax.Array) -> list[jax.Array]:
-        """Split the result [..., sum of outputs] of `dot` into one array [..., *out] per weight."""
+        """Split the result of `dot` into one array [..., *out] per weight."""
         sizes = [math.prod(out) for out in self.outs]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return [jax.lax.slice_in_dim(y, start, start + size, axis=-1).reshape(*y.shape[:-1], *out)

@@ -70,7 +70,7 @@ def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh,
 
 
 def step_bytes(config: ModelConfig, dtype: Weights) -> int:
-    """Return the weight bytes read by one decode step: all except an untied embedding."""
+    """Return the bytes of weights that a decode step reads: all except an untied embedding."""
     if dtype == "bfloat16":
         return config.step_bytes(ITEM)
     whole = int8_layout(config)
@@ -92,8 +92,8 @@ def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Sha
 
     On a GPU the estimate is the larger of the MLP's and the attention's bytes. The MLP has the gate
     and up projections, the residual stream, the normalized residual stream and the block's output.
-    Attention has two copies of the queries and, without cuDNN, the float32 scores of one query
-    chunk and their bfloat16 softmax. `bench/ahead.py` compares the estimate with XLA's on an H200.
+    Attention has two copies of the queries and, without cuDNN, the float32 scores of a query chunk
+    and their bfloat16 softmax. `bench/ahead.py` compares the estimate with XLA's on an H200.
 
     On a TPU without libtpu, the estimate is the sum of the residual stream, the normalized residual
     stream, the MLP and two copies of the scores, mostly in float32.

@@ -183,8 +183,8 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
                 cap_layers: Sequence[int], dtype: Weights = "bfloat16") -> dict[str, Compiled]:
     """Compile prefill and decode without a cap and, if `cap_layers` is given, with a cap.
 
-    Prefill temporaries are linear in the number of layers, so prefill is compiled at the two
-    `DEPTHS` and extrapolated. Decode is compiled at full depth.
+    The temporary memory of prefill is linear in the number of layers. Prefill is therefore compiled
+    with the two numbers of layers in `DEPTHS` and extrapolated; decode is compiled at full depth.
     """
     shallow, deep = (min(depth, config.n_layers) for depth in DEPTHS)
     arms: dict[str, tuple[int, ...]] = {"plain": ()}
@@ -242,7 +242,7 @@ def lowered(params: Params, config: ModelConfig, shapes: Shapes,
 
 
 def _compile(lowered: Lowered) -> tuple[jax.stages.Compiled | None, int]:
-    """Compile a program; return it, or None if device memory is too small, and its temporaries."""
+    """Return the compiled program (None if it exceeds device memory) and its temporary bytes."""
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -262,8 +262,8 @@ def compare(compiled: Mapping[str, Compiled] | None,
 
     `added_fusions_per_layer` is the median number of kernels added per capped layer, and
     `added_fusions_once` is the number of other added kernels. `temporaries_ratio` is the ratio of
-    temporary memory with and without the cap, for the larger of prefill and decode;
-    `temporaries_by_program` has the ratio of each.
+    temporary memory with the cap to that without it, for the larger of prefill and decode;
+    `temporaries_by_program` contains this ratio for each of the two programs.
     """
     names = ("collectives_per_layer", "added_collectives", "added_fusions_per_layer",
              "added_fusions_once", "added_bytes", "temporaries_ratio", "temporaries_by_program")
