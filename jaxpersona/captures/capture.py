@@ -171,8 +171,8 @@ def mean(where: Where | str = response, *, layers: Layers | None = None, site: S
          turns: int | None = None, name: str = "mean") -> Capture:
     """Average activations over the selected tokens.
 
-    With `turns=M`, each of the first M messages has its own average.
-    The result is [B, L, D], or [B, L, M, D] with `turns`.
+    The result is [B, L, D]. With `turns=M`, each of the first M messages is averaged separately,
+    and the result is [B, L, M, D].
     """
     if turns is not None and (not isinstance(turns, int) or turns < 1):
         raise UserError(f"turns is {turns!r}; it must be a positive integer")

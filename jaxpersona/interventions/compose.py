@@ -183,7 +183,7 @@ def chain(*interventions: Interventions | None) -> Interventions:
 def _check_type(interventions: Sequence[Any]) -> None:
     for one in interventions:
         if one is not None and not isinstance(one, Interventions):
-            fix = ("combine its items with jp.chain(a, b, …), or give each row one of them with "
+            fix = ("chain its items with jp.chain(a, b, …), or apply one item per row with "
                    "jp.stack_rows"
                    if isinstance(one, (list, tuple)) else
                    "give the result of jp.steer, jp.cap, …, or None")

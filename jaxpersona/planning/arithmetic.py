@@ -90,10 +90,11 @@ def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Sha
                      chip: chips.Chip) -> int:
     """Estimate the temporary bytes of a prefill per chip, without a compiler.
 
-    On a GPU the estimate is the larger of the MLP's and the attention's bytes. The MLP has the gate
-    and up projections, the residual stream, the normalized residual stream and the block's output.
-    Attention has two copies of the queries and, without cuDNN, the float32 scores of a query chunk
-    and their bfloat16 softmax. `bench/ahead.py` compares the estimate with XLA's on an H200.
+    On a GPU, the estimate is the larger of two sums. The sum for the MLP includes the gate and up
+    projections, the residual stream, the normalized residual stream and the block's output. The sum
+    for attention includes two copies of the queries and, without cuDNN, the float32 scores of one
+    query chunk and their bfloat16 softmax. `bench/ahead.py` compares the estimate with XLA's value
+    on an H200.
 
     On a TPU without libtpu, the estimate is the sum of the residual stream, the normalized residual
     stream, the MLP and two copies of the scores, mostly in float32.
