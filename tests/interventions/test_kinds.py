@@ -141,7 +141,7 @@ MIXED = [Vector(np.eye(8)[:2] + i, fingerprint=f"{i}" * 16) for i in (1, 2)]
     ("rows is 0", lambda u: reserve(0, 8, [1])),
     ("width is 2.5", lambda u: reserve(1, 2.5, [1])),
     ("site is 'head'", lambda u: reserve(1, 8, [1], site="head")),
-    ("interventions is a list; join them", lambda u: chain([steer(u, layers=1)])),
+    ("interventions is a list; chain its items", lambda u: chain([steer(u, layers=1)])),
     ("interventions must be a list", lambda u: stack_rows(steer(u, layers=1))),
     ("where is 'anywhere'; give a test .* everywhere, prompt, generated",
      lambda u: steer(u, layers=1, where="anywhere")),
