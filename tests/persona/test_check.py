@@ -178,7 +178,7 @@ def test_layers_are_the_model_s_and_a_vector_of_another_is_refused(mini, axis, t
         code, said = command(option, name)
         assert code == 2 and "is for 6 layers" in said and "made for another model" in said
     code, said = command("--steer", "fits", "--steer-layers", "9")
-    assert code == 2 and "layers is '9', out of range; they must be in 0…7" in said
+    assert code == 2 and "layers is '9', which is out of range; layers must be in 0…7" in said
     spec = tmp_path / "spec.json"
     spec.write_text('{"operator": "steer", "vector": "short.safetensors", "layers": "0:2"}')
     for more in (("--cap", str(tmp_path / "axis.safetensors"), "--cap-layers", "2:4", "--no-check"),

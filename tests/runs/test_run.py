@@ -190,7 +190,7 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, texts, tmp_path, ca
         "no run.json": command(checkpoint, texts, texts),
         "width 7": [*ask, "--cap", str(tmp_path / "wide.safetensors")],
         "another model": [*ask, "--cap", str(tmp_path / "other.safetensors")],
-        "out of range; they must be in 0": [
+        "out of range; layers must be in 0": [
             *ask, "--cap", str(tmp_path / "fits.safetensors"), "--cap-layers", "1:9"],
         "context": ["generate", "long " * 300, "--model", str(checkpoint)],
         "preset": ["generate", "hi", "--model", "random:nothing"],

@@ -41,8 +41,8 @@ def refused(capsys, path, words, *more):
     ({**CAPS, "layers": DEEP}, "layers cannot be parsed"),
     ({**CAPS, "labels": DEEP}, "labels cannot be parsed"),
     ({**CAPS, "layers": "[1e999]"}, "layers is"), ({**CAPS, "layers": "{}"}, "must be a list"),
-    ({**CAPS, "labels": '[{"a": 1}]'}, "labels is .* each must be a string"),
-    ({**CAPS, "labels": "[null]"}, "each must be a string"),
+    ({**CAPS, "labels": '[{"a": 1}]'}, "labels is .* each label must be a string"),
+    ({**CAPS, "labels": "[null]"}, "each label must be a string"),
     ({k: v for k, v in CAPS.items() if k != "labels"}, "'labels' is missing"),
 ])
 def test_a_header_that_lies_is_one_line(tmp_path, capsys, header, words):
@@ -78,7 +78,7 @@ def test_a_direction_has_layers_and_width(tmp_path, capsys, shape):
                   {"values": empty, "floors": np.zeros(shape[0], np.float32)},
                   {**CAPS, "layers": json.dumps(list(range(shape[0]))),
                    "labels": json.dumps(["a"] * shape[0])})
-    refused(capsys, tmp_path / "c.safetensors", "they must be|zero vector")
+    refused(capsys, tmp_path / "c.safetensors", "n caps need|zero vector")
 
 
 @pytest.mark.parametrize(("value", "words"), [
