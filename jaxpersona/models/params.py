@@ -256,15 +256,15 @@ def begin_fingerprint(config: ModelConfig, params: Params) -> Callable[[], str]:
     sent = dispatch_sums(counted)
 
     def finish() -> str:
-        own, known = iter(collect_sums(sent)), iter(jax.device_get(made_from))
-        sums = []
+        own, sums = iter(collect_sums(sent)), []
+        known: Any = iter(jax.device_get(made_from))
         for x in leaves:
             if not isinstance(x, Int8):
                 sums.append(next(own))
                 continue
             parts, before = np.stack([next(own), next(own)]), next(known)
             unchanged = before is not None and np.array_equal(before[1:], parts)
-            sums += list(before)[:1] if unchanged else list(parts)
+            sums += list(before[:1] if unchanged else parts)
         return config.hash() + hashlib.sha256(np.stack(sums).tobytes()).hexdigest()[:8]
 
     return finish
