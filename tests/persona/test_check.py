@@ -52,7 +52,7 @@ def test_an_axis_of_the_model_passes(mini, axis):
     np.testing.assert_allclose(found.spread, (quartiles[1] - quartiles[0]) / 1.34898, rtol=1e-4)
     np.testing.assert_allclose(found.z_roles, (found.roles - found.default) / found.spread)
     np.testing.assert_allclose(found.floors, quartiles[0])
-    told = re.search(r"by ([\d.]+) to ([\d.]+) of its standard", found.sentences[0]).groups()
+    told = re.search(r"by ([\d.]+) to ([\d.]+) of the default", found.sentences[0]).groups()
     assert [float(x) for x in told] == pytest.approx(
         [-found.z_roles.max(), -found.z_roles.min()], rel=6e-3)  # three digits
     one = jp.check(mini, axis, layers=[5], floor=float(axis.thresholds("p25", of="default")[5]))
