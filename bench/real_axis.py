@@ -11,8 +11,8 @@ resumes after an interruption. `bench/real_page.py` writes a page of the results
 
 The package's 275 roles and the default persona answer the package's first questions, with one
 rollout per system prompt and question. `axis` counts every answer as fully played (judge `none`);
-`judge` scores a sample of roles by another model's digit probabilities (`judges.digits`) and
-computes the axis from the answers with score 3.
+`judge` scores the answers of a sample of roles by another model's digit probabilities
+(`judges.digits`) and computes the axis from the answers with score 3.
 """
 
 from __future__ import annotations
