@@ -53,7 +53,7 @@ class Steps:
     def timer(self, name: str) -> Callable[[], float]:
         """Return a function that runs one arm's steps and returns the elapsed seconds."""
         program = self.programs[name]
-        params, _, state, *rest = self.given[name]  # the configuration is compiled in
+        params, _, state, *rest = self.given[name]  # the configuration is part of the program
 
         def once() -> float:
             fresh = jax.block_until_ready(jax.tree.map(jnp.copy, state))

@@ -166,8 +166,8 @@ def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
     sample = [names[i] for i in order[: args.judged]]
     judge = DigitJudge(jp.load(args.judge, dtype=args.judge_dtype))
     begun, counts, played, masses, examples = time.perf_counter(), {}, 0, [], []
-    vectors: dict[str, np.ndarray] = {}  # of answers with score 3
-    unjudged: dict[str, np.ndarray] = {}  # of all answers of the same roles
+    vectors: dict[str, np.ndarray] = {}  # means of answers with score 3
+    unjudged: dict[str, np.ndarray] = {}  # means of all answers of the same roles
     total = 0
     for name in sample:
         records = [held[name][i] for i in spaced(len(held[name]), args.judged_each)]

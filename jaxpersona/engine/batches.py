@@ -43,7 +43,7 @@ def batches(rows: list[chat.Row], tokens: int,
     for i, row in enumerate(rows):
         groups.setdefault(width_of(row.tokens.size), []).append(i)
     out = []
-    for width, members in sorted(groups.items(), reverse=True):  # largest memory use first
+    for width, members in sorted(groups.items(), reverse=True):  # largest batches first
         size = max(1, tokens // (width * ways)) * ways  # a multiple of `ways`
         out += [(members[at : at + size], width, size) for at in range(0, len(members), size)]
     return out

@@ -19,7 +19,7 @@ from jaxpersona.runtime import default_setting, setting
 
 SWITCH = "JAXPERSONA_COMPILE_CACHE"
 TRACES, EXECUTABLES = 2**28, 2**32  # the maximum sizes of the folders in bytes
-_SHORTEST = 0.05  # seconds; executables that compile faster are not stored
+_SHORTEST = 0.05  # seconds; executables that were compiled faster are not stored
 _LOG = logging.getLogger("jaxpersona")
 
 

@@ -22,7 +22,7 @@ from jaxpersona.engine.compile_cache import traces
 from jaxpersona.engine.stored import Stored
 from jaxpersona.errors import UserError
 
-LIMIT = 64  # programs; prompts of eight widths, with and without a cap, need about 64
+LIMIT = 64  # maximum number; prompts of eight widths with and without a cap need about 64 programs
 SWITCH = "JAXPERSONA_PROGRAMS"
 _LOG = logging.getLogger("jaxpersona")
 

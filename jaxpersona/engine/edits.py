@@ -23,7 +23,7 @@ class SharedEdits:
 
     def __init__(self, edits: Interventions) -> None:
         self.edits = edits
-        self.indexed = jax.device_get(edits)  # host copy for `key`
+        self.indexed = jax.device_get(edits)  # a copy on the host, for `key`
 
     def structure(self, rows: int) -> Interventions:
         """Return the call's interventions; their structure is the same for any number of rows."""
