@@ -167,7 +167,7 @@ class Stored:
         return exported
 
     def _read(self, name: str, shapes: list) -> jax.export.Exported | None:
-        """Return the stored trace; None if there is none, or if it does not fit the arguments."""
+        """Return the stored trace, or None if it is missing or does not fit the arguments."""
         content = self._folder.read(name)
         if content is None:
             return None

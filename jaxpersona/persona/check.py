@@ -77,12 +77,12 @@ class Check(Table):
 
     @property
     def z_roles(self) -> np.ndarray:
-        """[l], distance of the roles' mean from the default's in `spread`; expected: negative."""
+        """[l], the roles' means minus the default's, in units of `spread`; expected to be negative."""
         return (self.roles - self.default) / self.spread
 
     @property
     def z_floors(self) -> np.ndarray | None:
-        """[l], distance of the floors from the default's mean in `spread`; None without floors."""
+        """[l], the floors minus the default's means, in units of `spread`; None without floors."""
         return None if self.floors is None else (self.floors - self.default) / self.spread
 
     def __repr__(self) -> str:
