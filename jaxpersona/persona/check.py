@@ -77,7 +77,7 @@ class Check(Table):
 
     @property
     def z_roles(self) -> np.ndarray:
-        """[l], the roles' means minus the default's, in units of `spread`; expected to be negative."""
+        """[l], the roles' means minus the default's in units of `spread`; normally negative."""
         return (self.roles - self.default) / self.spread
 
     @property
