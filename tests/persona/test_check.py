@@ -101,7 +101,7 @@ def test_what_cannot_be_checked_is_refused(mini, axis):
         (dataclasses.replace(axis, fingerprint=mini.config.hash() + "0" * 8), {}, "not for mini"),
         (Axis(gap), {}, "zero at layer 6"), (axis, {"floor": np.zeros(3)}, "floor has shape"),
         (Caps(axis.values[:1], (9,), np.zeros(1), ("a",)), {}, "made for another model"),
-        (Caps(axis.values[:1], (0,), np.zeros(1), ("a",)), {"floor": 0}, "of their own"),
+        (Caps(axis.values[:1], (0,), np.zeros(1), ("a",)), {"floor": 0}, "already contain"),
         (axis, {"floor": float("nan")}, "floor is nan"), (axis, {"floor": "p25"}, "floor is 'p25'"),
         (axis, {"floor": [1, 2, 3, np.nan]}, "none of them NaN"),
         (Vector(axis.values), {}, r"a Vector; the check needs an Axis or Caps"),
