@@ -232,7 +232,7 @@ def test_a_switch_needs_interventions(monkeypatch):
 
 def test_a_full_context_is_one_line(monkeypatch, session):
     session.turns = [Turn("Tell me more. " * 300, "Yes.")]
-    with pytest.raises(jp.UserError, match=r"the context of mini holds 1,024.*\(/undo, /reset\)"):
+    with pytest.raises(jp.UserError, match=r"mini is limited to 1,024.*\(/undo, /reset\)"):
         run(monkeypatch, session, "Hi.")
     assert len(session.turns) == 1
 

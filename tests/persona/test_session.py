@@ -142,7 +142,7 @@ def broken(change):
 
 
 @pytest.mark.parametrize(("value", "wanted"), [
-    (5, "must hold a list of messages"), ({}, "must hold a list of messages"),
+    (5, "must contain a list of messages"), ({}, "must contain a list of messages"),
     ([{"role": "user"}], "message 0 has no 'content'"),
     ([{"role": "user", "content": "Hi."}], "must alternate"),
     ([{"role": "assistant", "content": "Hi."}], "must alternate"),
