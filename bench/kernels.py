@@ -121,16 +121,18 @@ def attention(config: ModelConfig, mesh: Any, widths: list[int]) -> dict[str, An
     return out
 
 
-def residual(config: ModelConfig, mesh: Any, rows: int, width: int) -> dict[str, Any]:
+def residual(config: ModelConfig, mesh: Any, rows: int, width: int, programs: list[str],
+             readings: bool) -> dict[str, Any]:
     """Compile a decode step and a prefill with every layer capped, with both implementations."""
     layers, rng = config.n_layers, np.random.default_rng(0)
     cap = jp.cap(rng.normal(size=config.d_model), layers=range(layers), floor=0.0)
     read = jp.capture.projections(rng.normal(size=(READ, config.d_model)))
     arms = {"plain": ("xla", None, None), "capped xla": ("xla", cap, None),
-            "capped pallas": ("pallas", cap, None), "read xla": ("xla", cap, read),
-            "read pallas": ("pallas", cap, read)}
+            "capped pallas": ("pallas", cap, None)}
+    if readings:
+        arms |= {"read xla": ("xla", cap, read), "read pallas": ("pallas", cap, read)}
     out: dict[str, Any] = {}
-    for program in ("decode", "prefill"):
+    for program in programs:
         for arm, (form, edits, capture) in arms.items():
             options = dict(residual=form, interventions=edits, capture=capture)
             made = (decode(config, mesh, rows, width, **options) if program == "decode" else
@@ -151,7 +153,11 @@ def main() -> None:
     parser.add_argument("part", choices=("attention", "residual"))
     parser.add_argument("--model", default="llama-3.1-8b", help="name of a preset")
     parser.add_argument("--chip", default="v5e", choices=chips.TPUS)
-    parser.add_argument("--layers", type=int, default=2, help="layers of the compiled programs")
+    parser.add_argument("--layers", type=int, default=3, help="layers of the compiled programs")
+    parser.add_argument("--programs", nargs="+", default=["decode", "prefill"],
+                        choices=("decode", "prefill"), help="the programs of `residual`")
+    parser.add_argument("--readings", action="store_true",
+                        help=f"also compile `residual` with {READ} projections at every layer")
     parser.add_argument("--widths", type=int, nargs="+", default=[2048, 4096, 8192],
                         help="tokens of the prompts of `attention`")
     parser.add_argument("--rows", type=int, default=32, help="rows of the decode step")
@@ -164,7 +170,7 @@ def main() -> None:
         parser.error("libtpu is not installed: pip install 'jaxpersona[tpu]'")
     mesh = plan._mesh({"data": 1, "model": 1}, devices, config)
     found = (attention(config, mesh, args.widths) if args.part == "attention" else
-             residual(config, mesh, args.rows, args.width))
+             residual(config, mesh, args.rows, args.width, args.programs, args.readings))
     report(f"kernels {args.part}", args.model, args,
            target=f"one {args.chip} chip, compiled and not run", layers=args.layers, **found)
 
