@@ -24,7 +24,7 @@ from jaxpersona.errors import UserError
 Implementation = Literal["xla", "cudnn", "splash"]
 Asked = Literal["auto", "xla", "cudnn", "splash"]
 LONG = 127  # "auto" uses XLA up to this width; from 128 tokens on, cuDNN was faster on an H100
-# "auto" uses XLA up to this width on a TPU; no TPU was timed (`bench/kernels.py` compiles)
+# "auto" uses XLA up to this width on a TPU; no TPU was timed (`bench/tpu_kernels.py` compiles)
 LONG_TPU = 2047
 _KERNELS: dict[str, Implementation] = {"gpu": "cudnn", "tpu": "splash"}  # of "auto", by platform
 _NAMES = {"cudnn": "cuDNN's", "splash": "splash attention"}
