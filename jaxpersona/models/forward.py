@@ -309,7 +309,7 @@ def _finite(x: jax.Array, batch: Batch) -> jax.Array:
 def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
     """Return the token embeddings [B, T, D], multiplied by `config.embed_scale`."""
     table, tokens = params.embed_vd, batch.tokens
-    # the first norm (`_project`) turns clipped ids into NaN without an extra kernel
+    # the first norm (`blocks.attend`) turns clipped ids into NaN without an extra kernel
     if isinstance(table, Int8):
         x = table.take(tokens, params.like.dtype)
     else:

@@ -36,15 +36,13 @@ def mesh(chip):
 
 @pytest.mark.parametrize("chip", ["v5e", pytest.param("v6e", marks=pytest.mark.slow)])
 def test_a_cap_adds_at_most_one_kernel_per_layer(bench, chip):
-    """A decode step with all layers capped, each row's own cap, and projections to be read."""
+    """A decode step with all layers capped, each row with its own cap."""
     rng = np.random.default_rng(0)
     cap = jp.cap(rng.normal(size=(8, 256)), layers=range(3), floor=0.0, rows=range(8))
-    read = jp.capture.projections(rng.normal(size=(2, 256)))
     count = {}
-    for name, form, edits, capture in (("plain", "xla", None, None), ("xla", "xla", cap, read),
-                                       ("pallas", "pallas", cap, read)):
-        program = bench.decode(SMALL, mesh(chip), 8, 256, interventions=edits, capture=capture,
-                               residual=form)
+    for name, form, edits in (("plain", "xla", None), ("xla", "xla", cap),
+                              ("pallas", "pallas", cap)):
+        program = bench.decode(SMALL, mesh(chip), 8, 256, interventions=edits, residual=form)
         count[name] = bench.per_layer(program, 3)
         calls = [op for op in hlo.by_layer(hlo.operations(program.as_text()), 1)
                  if op.kind == "custom-call" and "residual_site" in op.scope]
@@ -60,5 +58,4 @@ def test_splash_attention_writes_no_scores(bench, chip):
     written = {name: bench.score_bytes(program, SMALL, 2048) for name, program in programs.items()}
     assert written["xla"] >= 2 * 4 * 2048 * 2048  # at least one array of scores in bfloat16
     assert written["splash"] == written["auto"] == 0
-    temporaries = {name: bench.sizes(program)["temporaries"] for name, program in programs.items()}
-    assert temporaries["splash"] == temporaries["auto"] < temporaries["xla"]
+    assert bench.sizes(programs["splash"]) == bench.sizes(programs["auto"])
