@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,14 +24,15 @@ from jaxpersona.distributed import processes
 from jaxpersona.errors import UserError
 from jaxpersona.export import Table
 from jaxpersona.extras import require
-from jaxpersona.judges.judges import Judge
+from jaxpersona.judges.protocol import Judge, Verdict, arranged
 from jaxpersona.models.int8 import weights_note
 from jaxpersona.persona import axis as science
-from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts
+from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts, rollouts_of
+from jaxpersona.persona.verdicts import items_of
 from jaxpersona.runs.damage import Damaged, remedy
 from jaxpersona.runs.manifest import manifest
 from jaxpersona.runs.rollouts import Settings, play
-from jaxpersona.runs.run import Run, rollout_key
+from jaxpersona.runs.run import Run
 from jaxpersona.vectors.vector import Axis
 
 if TYPE_CHECKING:
@@ -158,13 +160,26 @@ def _extract(model: Model, run: Run, roles: Sequence[Role], questions: Sequence[
         if name in redo and processes.owns(i):
             run.discard(name)
     tokens = _play_missing(model, run, roles, questions, settings, report)
-    scores = {}
+    scores: dict[str, list[int | None]] = {}
+    errors: list[str] = []
+    sizes = rollouts_of(roles, questions, settings)
+    judged, total = 0, sum(sizes.values())
     for i, role in enumerate(roles):
-        if report is not None:
-            report("judging", i, len(roles), 0)
-        scores[role.name] = _judge(run, role, judge, processes.owns(i))
+        def watched(verdicts: Iterator[Verdict], done: int = judged) -> Iterator[Verdict]:
+            for n, verdict in enumerate(verdicts, done + 1):
+                if report is not None:
+                    report("judging", n, total, 0)
+                yield verdict
+
+        verdicts = _judge(run, role, judge, processes.owns(i), watched)
+        judged += len(verdicts)
+        scores[role.name] = [verdict.score for verdict in verdicts]
+        errors += [verdict.error for verdict in verdicts if verdict.error]
     if report is not None:
-        report("judging", len(roles), len(roles), 0)
+        report("judging", total, total, 0)
+    if errors and processes.first():
+        warnings.warn(f"{len(errors):,} replies were not scored ({errors[0]}); they enter no "
+                      "vector, and the same command judges them again", stacklevel=2)
     vectors: dict[str, dict[str, tuple[np.ndarray, int]]] = {}
     means: dict[str, np.ndarray] = {}
     for i, role in enumerate(roles):
@@ -278,31 +293,29 @@ def _in_order(owned: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     return {name: merged[name] for name in names}
 
 
-def _judge(run: Run, role: Role, judge: Judge, owned: bool) -> list[int | None]:
-    """Return a role's scores in the order of its rollouts; those of "default" are None.
+def _judge(run: Run, role: Role, judge: Judge, owned: bool,
+           watched: Callable[[Iterator[Verdict]], Iterator[Verdict]]) -> list[Verdict]:
+    """Return a role's verdicts in the order of its rollouts; those of "default" have no score.
 
     The process that owns the role's files reads them. Judges with `together` run on all processes,
-    other judges only on the owning process.
+    other judges only on the owning process. A role with an error has no scores file, so that the
+    next run judges it again.
     """
     files = {"records": run.rollouts(role.name) or [], "stored": run.scores(role.name)}\
         if owned else {}
     merged = processes.merge(files)
-    records: Any = merged["records"]
+    items = items_of(role, merged["records"])
     stored: Any = merged["stored"]
     if role.name == "default":
-        return [None] * len(records)
-    if stored is None:
-        together = getattr(judge, "together", False)
-        scores = judge(role, records) if owned or together else None
-        given: Any = processes.merge({"scores": scores} if owned else {})["scores"]
-        if len(given) != len(records):
-            raise UserError(f"the judge {judge.name!r} returned {len(given)} scores for "
-                            f"{len(records)} rollouts of role {role.name!r}; it must return one "
-                            "per rollout")
-        stored = {rollout_key(r): score for r, score in zip(records, given, strict=True)}
-        if owned:
-            run.save_scores(role.name, stored)
-    return [stored[rollout_key(record)] for record in records]
+        return [Verdict(item.key) for item in items]
+    if stored is not None:
+        return [Verdict(item.key, stored[item.key]) for item in items]
+    scores = arranged(judge, items, watched(judge.score(items))) if owned or getattr(
+        judge, "together", False) else None
+    given: Any = processes.merge({"verdicts": scores} if owned else {})["verdicts"]
+    if owned and not any(verdict.error for verdict in given):
+        run.save_scores(role.name, {verdict.key: verdict.score for verdict in given})
+    return given
 
 
 def _count(scores: Sequence[int | None]) -> dict[str, int]:

@@ -18,7 +18,7 @@ from jaxpersona.distributed import processes
 from jaxpersona.engine.pace import Pace, measure
 from jaxpersona.errors import UserError
 from jaxpersona.extras import require
-from jaxpersona.judges.judges import Judge
+from jaxpersona.judges.protocol import Judge
 from jaxpersona.persona.axis import LABELS
 from jaxpersona.persona.extract import rollouts_per_call
 from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts, rollouts_of

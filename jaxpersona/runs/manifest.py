@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxpersona.data.texts import Question, Role
 from jaxpersona.engine.sampling import PRNG
-from jaxpersona.judges.judges import Judge
+from jaxpersona.judges.protocol import Judge
 from jaxpersona.models.int8 import weights_note
 from jaxpersona.models.params import SCHEME
 from jaxpersona.runs.rollouts import Settings
@@ -51,7 +51,6 @@ def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question],
                   **weights_note(model.params),
                   "stop_ids": sorted(int(i) for i in model.stop_ids)},
         "arguments": {**dataclasses.asdict(settings), "judge": judge.name,
-                      "judge_settings": dict(getattr(judge, "settings", {})),
                       "min_count": min_count, "held_out": sorted(held_out)},
         "roles": {role.name: digest([list(role.prompts), role.eval_prompt]) for role in roles},
         "questions": digest([[q.id, q.text] for q in questions]),
