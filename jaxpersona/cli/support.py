@@ -45,8 +45,11 @@ def open_model(source: str, dtype: str | None, mesh: str | None = None,
 
 
 @contextlib.contextmanager
-def progress(log: bool = False) -> Iterator[Callable[[str, int, int, int], None]]:
+def progress(log: bool = False, note: Callable[[], str] | None = None,
+             ) -> Iterator[Callable[[str, int, int, int], None]]:
     """Show steps with their rate and time left; yield report(step, done, total, tokens).
+
+    The step "judging" shows `note()` too, such as the cost so far.
 
     Where standard error is no terminal, `log` selects a line every `LOG_SECONDS`; else nothing is
     written. Processes other than the first write nothing.
@@ -58,7 +61,7 @@ def progress(log: bool = False) -> Iterator[Callable[[str, int, int, int], None]
         yield lambda step, done, total, tokens: None
         return
     if not shown.is_interactive:
-        with _logged() as report:
+        with _logged(note) as report:
             yield report
         return
     from rich.progress import (
@@ -84,6 +87,8 @@ def progress(log: bool = False) -> Iterator[Callable[[str, int, int, int], None]
             rate = f"{tokens / spent:,.0f} tok/s" if tokens else ""
             if step == "load":
                 rate = f"{done / spent / 1e9:.2f} GB/s"
+            if step == "judging" and note is not None:
+                rate = note()
             bar.update(tasks[step], completed=done, total=total, rate=rate)
 
         yield report
@@ -112,7 +117,7 @@ def stream(pieces: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def _logged() -> Iterator[Callable[[str, int, int, int], None]]:
+def _logged(note: Callable[[], str] | None) -> Iterator[Callable[[str, int, int, int], None]]:
     """Write the last reported state as a line on standard error every `LOG_SECONDS`."""
     begun: dict[str, tuple[float, int]] = {}  # time and `done` at the first report of each step
     state: list[tuple[str, int, int, int]] = []
@@ -131,6 +136,7 @@ def _logged() -> Iterator[Callable[[str, int, int, int], None]]:
             spent, now = time.perf_counter() - start, done - first
             say(f"{step} {done:,}/{total:,}"
                 + (f", {tokens / spent:,.0f} tokens/s" if tokens else "")
+                + (f", {said}" if step == "judging" and note and (said := note()) else "")
                 + (f", about {_duration(spent / now * (total - done))} left" if now else ""),
                 error=True)
             sys.stderr.flush()

@@ -119,8 +119,8 @@ def arranged(judge: Judge, items: Sequence[Item], verdicts: Iterable[Verdict]) -
     for verdict in verdicts:
         check_verdict(judge, verdict)
         if verdict.key not in place or place[verdict.key] in found:
-            raise UserError(f"the judge {judge.name!r} gave a verdict on {verdict.key!r:.80}, which "
-                            "is unknown or has one; it must give one per item")
+            raise UserError(f"the judge {judge.name!r} gave a verdict on {verdict.key!r:.80}, "
+                            "which is unknown or has one; it must give one per item")
         found[place[verdict.key]] = verdict
     if len(found) != len(items) or len(place) != len(items):
         raise UserError(f"the judge {judge.name!r} gave {len(found)} verdicts on {len(items)} "

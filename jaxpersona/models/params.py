@@ -208,6 +208,11 @@ class Derived:
                 self._held = held = make, structure, leaves, make(tree)
             return held[3]
 
+    def clear(self) -> None:
+        """Drop the value."""
+        with self._lock:
+            self._held = None
+
 
 def same_arrays(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """Return whether two lists hold identical array objects, in order."""

@@ -16,8 +16,10 @@ from jaxpersona.distributed import processes
 from jaxpersona.engine.replies import Reply
 from jaxpersona.engine.stream import Stream
 from jaxpersona.errors import UserError
-from jaxpersona.persona.judging import Found, Judging, items_of
+from jaxpersona.judges.protocol import Item, Judge
+from jaxpersona.persona.judging import Found, Judging
 from jaxpersona.persona.reread import reply_ids, reread
+from jaxpersona.persona.verdicts import items_of
 from jaxpersona.runs.closing import State, close, needed, state_of
 from jaxpersona.runs.damage import Damaged, remedy
 from jaxpersona.runs.rollouts import Settings, draw_id, generation, planned, rollout_key
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 Report = Callable[[str, int, int, int], None]
 AWAITED = 8  # roles that wait for verdicts; with more, generation waits, because means take space
 _AHEAD = 2048  # items that the judge's thread holds of roles that were played before
+_TOGETHER = 64  # replies of a role that the judge's thread gets at once, but for the last
 
 
 class _Found(NamedTuple):
@@ -58,14 +61,14 @@ class Collection:
     """
 
     def __init__(self, model: Model, run: Run, roles: Sequence[Role],
-                 questions: Sequence[Question], judge: Any, settings: Settings, *,
+                 questions: Sequence[Question], judge: Judge, settings: Settings, *,
                  keep: int | None, report: Report | None = None) -> None:
         """Read the folder's state.
 
         Args:
           model, roles, questions, settings: as for `extract_axis`.
           run: the open run.
-          judge: the judge, with the protocol of `judges.protocol`.
+          judge: the judge.
           keep: number of single means to keep of each role; None keeps all.
           report: called with (step, done, total, tokens).
 
@@ -79,6 +82,7 @@ class Collection:
         self._owned = {role.name: processes.owns(i) for i, role in enumerate(roles)}
         self._states: dict[str, State] = {}
         self._awaited: dict[str, int] = {}  # role → verdicts that the judge's thread owes
+        self._fresh: dict[str, list[str]] = {}  # role → rollouts that it has not been given yet
         self._report = report
         size = {role.name: len(role.prompts) * len(questions) * settings.samples
                 for role in roles}
@@ -123,7 +127,11 @@ class Collection:
             if self._owned[name]:
                 self._put(judging, name, self._state(name).unjudged(name))
         while not stream.done or self._ready or self._awaited:
-            while self._ready and (judging.whole or judging.left < _AHEAD):
+            if judging.after and stream.done:
+                for name in self._ready:
+                    self._recover(name)
+                judging.after = False
+            while self._ready and judging.left < _AHEAD and not judging.after:
                 self._played_all(judging, self._ready.popleft())
             waiting = sum(not self._left[name] for name in self._awaited)
             idle = stream.done or waiting > AWAITED
@@ -133,8 +141,13 @@ class Collection:
                 for (name, record), reply in finished:
                     self._played(judging, name, record, reply)
                 for name in dict.fromkeys(name for (name, _), _ in finished):
+                    keys = self._fresh.get(name, ())
+                    if keys and (len(keys) >= _TOGETHER or not self._left[name]):
+                        self._put(judging, name, self._fresh.pop(name))
                     if not self._left[name] and name not in self._awaited:
-                        self._played_all(judging, name)
+                        self._ready.append(name)
+                        if judging.after:  # its texts are not needed before the judge's turn
+                            self._states.pop(name, None)
             self._judged(judging.take(0.2 if idle and not self._ready else 0.0))
             self._tell()
             self.status.update()
@@ -160,12 +173,27 @@ class Collection:
         state.live.add(record, reply.captured["mean"])
         state.records[key] = record
         if not judging.whole and name != DEFAULT and key not in state.verdicts:
-            self._put(judging, name, [key])
+            self._fresh.setdefault(name, []).append(key)
 
     def _put(self, judging: Judging, name: str, keys: Sequence[str]) -> None:
         if keys:
-            judging.put(items_of(self.roles[name], self._state(name).records, keys))
+            judging.put(self._items(name, keys))
             self._awaited[name] = self._awaited.get(name, 0) + len(keys)
+
+    def _items(self, name: str, keys: Sequence[str]) -> list[Item]:
+        records = self._state(name).records
+        return items_of(self.roles[name], [records[key] for key in keys])
+
+    def _recover(self, name: str) -> None:
+        """Read the means again that only the run's model can give, before it is released."""
+        state = self._state(name) if self._owned[name] else None
+        lost: Any = processes.merge({} if state is None else {"lost": [
+            record for key, record in state.records.items() if not state.live.has_mean(key)
+            and (state.sums is None or key not in state.sums.groups)]})["lost"]
+        for record, mean in zip(lost, reread(self.model, lost), strict=True):
+            if state is not None:
+                state.live.add(record, mean)
+        self._states.pop(name, None)
 
     def _played_all(self, judging: Judging, name: str) -> None:
         """Continue with a role that has all its rollouts: judge what is not judged, or close it.
@@ -179,7 +207,7 @@ class Collection:
             if not keys:
                 self._close(name)
             return
-        items = [] if state is None else items_of(self.roles[name], state.records, keys)
+        items = [] if state is None else self._items(name, keys)
         given: Any = processes.merge({"items": items} if state is not None else {})["items"]
         if given and (state is not None or getattr(self.judge, "together", False)):
             for found in judging.now(given):

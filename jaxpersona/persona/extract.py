@@ -23,7 +23,6 @@ from jaxpersona.models.int8 import weights_note
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.collect import Collection, Report, verdict_counts
 from jaxpersona.persona.extraction import Extraction, save_analysis
-from jaxpersona.persona.judging import judge_of
 from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts
 from jaxpersona.persona.thresholds import percentiles_of
 from jaxpersona.runs.manifest import manifest
@@ -87,7 +86,9 @@ def extract_axis(
     settings = settings or Settings()
     roles, questions, held_out = check_texts(roles, questions, settings, min_count=min_count,
                                              held_out=held_out, judge=judge)
-    judge = judge_of(judge)
+    if not (isinstance(getattr(judge, "name", None), str) and hasattr(judge, "score")):
+        raise UserError(f"judge is {judge!r:.60}; give an object with name, scale and "
+                        "score(items), such as NoJudge()")
     check_redo(redo, roles)
     check_keep(keep_means)
     require("sklearn", "the axis's principal components need scikit-learn")  # used at the end

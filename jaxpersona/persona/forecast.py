@@ -21,7 +21,6 @@ from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 from jaxpersona.persona.axis import LABELS
 from jaxpersona.persona.collect import rubric_of
-from jaxpersona.persona.judging import judge_of
 from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts, rollouts_of
 from jaxpersona.runs.closing import state_of
 from jaxpersona.runs.manifest import manifest
@@ -126,7 +125,6 @@ def forecast(
     roles, questions, held_out = check_texts(roles, questions, settings, min_count=min_count,
                                              held_out=held_out, judge=judge)
     require("sklearn", "the axis's principal components need scikit-learn")
-    judge = judge_of(judge)
     expected = manifest(model, roles, questions, judge.name, settings,
                         check_prompts(model, roles, questions), min_count=min_count,
                         held_out=sorted(held_out), keep_means=keep_means)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxpersona.data.texts import DEFAULT, Question, Role, all_of
 from jaxpersona.engine.sampling import sampling
@@ -24,7 +24,7 @@ _PROBE = "Who are you?"  # the question with which the prompts of a role are tok
 
 
 def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: Settings, *,
-                min_count: int, held_out: Sequence[str], judge: Any,
+                min_count: int, held_out: Sequence[str], judge: object,
                 ) -> tuple[list[Role], list[Question], list[str]]:
     """Check the roles, questions and settings of a run; return them as lists.
 
@@ -34,7 +34,7 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
       settings: the sampling settings.
       min_count: the number of fully played rollouts that a role needs.
       held_out: names of roles that do not enter the axis.
-      judge: the judge, or its class.
+      judge: the judge, or another object with its `reads_eval_prompt`.
 
     Raises:
       UserError: a setting is out of range, a name is unknown or invalid as a file name, the judge
@@ -72,11 +72,9 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
                         "and held_out; the axis needs at least two")
     if getattr(judge, "reads_eval_prompt", False) and (bare := [
             role.name for role in roles if role.name != DEFAULT and not role.eval_prompt]):
-        name = getattr(judge, "name", "")
-        name = name if isinstance(name, str) and name else getattr(judge, "__name__", "model")
-        raise UserError(f"the judge {name!r} needs an eval_prompt; add one to the roles "
-                        f"{', '.join(bare[:5])}{' …' if len(bare) > 5 else ''}, or use the judge "
-                        "none")
+        raise UserError("the judge needs an eval_prompt; add one to the roles "
+                        f"{', '.join(bare[:5])}{' …' if len(bare) > 5 else ''}, give one rubric "
+                        "for all of them (--judge-rubric), or use the judge none")
     return roles, questions, held_out
 
 
