@@ -114,7 +114,8 @@ class Collection:
             self._work(judging)
         except BaseException:
             with contextlib.suppress(UserError):  # the first error is being raised
-                self._judged(judging.take())
+                for found in judging.take():
+                    self._verdict(found[0], self._state(found[0]), [found])
                 self.status.write("stopped")
             raise
         finally:

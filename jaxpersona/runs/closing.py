@@ -117,11 +117,7 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
     run.save_rollouts(role, text)
     scores: dict[str, int | None] = dict.fromkeys(records)
     if role != DEFAULT:
-        ordered = {key: state.verdicts[key] for key in records if key in state.verdicts}
-        run.save_verdicts(role, judge, rubric, {k: v["score"] for k, v in ordered.items()},
-                          {k: {n: x for n, x in v.items() if n != "score" and x != PLAIN.get(n)}
-                           for k, v in ordered.items()})
-        scores = _scores(ordered)
+        scores = save_verdicts(run, role, state, judge, rubric)
     sums = _usable(state.sums, scores)
     again = reread(needed(state, role))
     for key in [key for key in records if key in scores and key not in sums.groups]:
@@ -142,6 +138,15 @@ def needed(state: State, role: str) -> list[dict[str, Any]]:
 def _usable(sums: Sums | None, scores: Mapping[str, int | None]) -> Sums:
     """Return sums, or empty ones if there are none or they are of other scores."""
     return sums if sums is not None and sums.agrees(scores) else Sums({}, {})
+
+
+def save_verdicts(run: Run, role: str, state: State, judge: str, rubric: str) -> dict[str, Any]:
+    """Write the verdicts on a role's rollouts in the folder; return those that did not fail."""
+    ordered = {key: state.verdicts[key] for key in state.records if key in state.verdicts}
+    run.save_verdicts(role, judge, rubric, {k: v["score"] for k, v in ordered.items()},
+                      {k: {n: x for n, x in v.items() if n != "score" and x != PLAIN.get(n)}
+                       for k, v in ordered.items()})
+    return _scores(ordered)
 
 
 def _scores(verdicts: Mapping[str, Mapping[str, Any]]) -> dict[str, int | None]:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxpersona.ckpts.files import atomic
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import require_file
 from jaxpersona.runs.names import file_stem
@@ -87,6 +88,18 @@ class Live:
                                       for key, verdict in verdicts.items()))
         self.verdicts.setdefault(judge, {}).update(
             {key: dict(verdict) for key, verdict in verdicts.items()})
+
+    def forget(self, judge: str) -> None:
+        """Remove the verdicts of a judge."""
+        self.verdicts.pop(judge, None)
+        if not self.verdicts:
+            self._judged.unlink(missing_ok=True)
+            return
+        with atomic(self._judged) as temporary:
+            temporary.write_bytes(b"".join([_line(self._head, b""), *(
+                _line({"judge": name, "key": key, "verdict": verdict}, b"")
+                for name, verdicts in self.verdicts.items()
+                for key, verdict in verdicts.items())]))
 
     def has_mean(self, key: str) -> bool:
         """Return whether the mean of a rollout is in the files."""

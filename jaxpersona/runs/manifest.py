@@ -47,12 +47,14 @@ def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question],
       model, settings: of the run.
       roles, questions: of this call; those of earlier calls are added (`Run.open`).
       judge: name of the judge.
-      tokens: digest of the tokens of each role's prompts and of each question (`tokens_of`).
+      tokens: digest of the tokens of each role's prompts and of each question
+        (`prepare.check_prompts`).
       last: further arguments to record.
     """
     return {
         "model": {"fingerprint": model.fingerprint, "fingerprint_scheme": SCHEME,
                   "dtype": str(model.params.like.dtype), **weights_note(model.params),
+                  "layers": model.config.n_layers, "width": model.config.d_model,
                   "stop_ids": sorted(int(i) for i in model.stop_ids)},
         "arguments": dataclasses.asdict(settings),
         "roles": {role.name: digest([list(role.prompts), tokens[f"role {role.name}"]])

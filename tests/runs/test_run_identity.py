@@ -35,17 +35,12 @@ def cast(*names):
         Role(name, ("You are one.", "Act as one."), "{question} {answer}") for name in names]
 
 
-class Judge:
-    """A judge that returns given scores for each role."""
+PLACE = {"pos_p0_q0": 0, "pos_p1_q0": 1, "pos_p0_q1": 2, "pos_p1_q1": 3}
 
-    name = "listed"
 
-    def __init__(self, scores):
-        self.scores = scores
-
-    def __call__(self, role, records):
-        """Return the given scores."""
-        return self.scores.get(role.name, [3] * len(records))
+def Judge(scores, name="listed"):  # noqa: N802
+    """Return a judge with given scores for each role, in the order of its rollouts."""
+    return s.Scored(lambda role, key: scores.get(role, [3] * 4)[PLACE[key]], name)
 
 
 def find(folder, roles, judge=None, **options):
@@ -89,16 +84,33 @@ def test_question_ids_and_counts_of_scores_are_checked(tmp_path):
     with pytest.raises(ValueError, match="question id 0 is given more than once"):
         extract_axis(MODEL, cast("a", "b"), twice, tmp_path / "run", judge=Judge({}))
     assert not list(tmp_path.iterdir())
-    for scores, wanted in (([3], "returned 1 scores for 4 rollouts"),
-                           ([3, True, 3, 3], "a rollout of role 'a' the score True"),
-                           ([3, 2.0, 3, 3], "a rollout of role 'a' the score 2.0"),
-                           ([3, 4, 3, 3], "a rollout of role 'a' the score 4")):
+    for scores, wanted in (([3, True, 3, 3], "gave 'pos_p1_q0' the score True"),
+                           ([3, 2.0, 3, 3], "gave 'pos_p1_q0' the score 2.0"),
+                           ([3, 4, 3, 3], "gave 'pos_p1_q0' the score 4; it must be None or an")):
         with pytest.raises(ValueError, match=wanted):
             find(tmp_path / "run", cast("a", "b"), Judge({"a": scores}))
 
+    class Few(s.Scored):
+        def score(self, items):
+            """Leave out the first item."""
+            return super().score(items[1:])
+
+    class Twice(s.Scored):
+        def score(self, items):
+            """Give the first item's verdict twice."""
+            yield from [*super().score(items[:1]), *super().score(items)]
+
+    with pytest.raises(ValueError, match="gave no verdict on 1 of 4 replies of role 'a'"):
+        find(tmp_path / "few", cast("a", "b"), Few())
+    with pytest.raises(ValueError, match="a verdict on 'pos_p0_q0', which is unknown or has one"):
+        find(tmp_path / "few", cast("a", "b"), Twice())
+    with pytest.raises(ValueError, match="judge is <function"):
+        find(tmp_path / "few", cast("a", "b"), find)
+    assert not find(tmp_path / "few", cast("a", "b")).tokens  # every rollout was kept
+
 
 def test_what_changes_bits_is_recorded_and_compared(tmp_path, monkeypatch):
-    """A change of device, mesh, JAX flags, environment, tokenizer or judge raises an error."""
+    """A change of device, mesh, JAX flags, environment or tokenizer raises an error."""
     out, roles = tmp_path / "run", cast("a", "b")
     find(out, roles)
     kept = json.loads((out / "run.json").read_text())
@@ -108,9 +120,9 @@ def test_what_changes_bits_is_recorded_and_compared(tmp_path, monkeypatch):
     flags = kept["numerics"]["environment"]["XLA_FLAGS"]
     assert "--xla_force_host_platform_device_count=8" in flags
 
-    def refused(wanted, *, model=MODEL, judge=None):
+    def refused(wanted, *, model=MODEL):
         with pytest.raises(ValueError, match=wanted):
-            extract_axis(model, roles, QUESTIONS, out, judge=judge or Judge({}), settings=SETTINGS,
+            extract_axis(model, roles, QUESTIONS, out, judge=Judge({}), settings=SETTINGS,
                          min_count=1)
 
     with jax.default_matmul_precision("bfloat16"):
@@ -123,12 +135,8 @@ def test_what_changes_bits_is_recorded_and_compared(tmp_path, monkeypatch):
         find(out, roles)  # flags for dumps do not change results
     other = s.byte_tokenizer()
     other.chat_template = other.chat_template.replace("assistant\n", "assistant: ")
-    refused("prompts was", model=dataclasses.replace(MODEL, tokenizer=other))
+    refused("roles.a was .*; roles.b was", model=dataclasses.replace(MODEL, tokenizer=other))
     refused("model.stop_ids", model=dataclasses.replace(MODEL, stop_ids=(257, 9)))
-    judge = Judge({})
-    judge.settings = {"batch_size": 3}
-    refused("arguments.judge_settings.batch_size was absent, now 3", judge=judge)
-    assert SelfJudge(MODEL, batch_size=5).settings == {"batch_size": 5}
 
 
 def test_a_mesh_is_recorded(checkpoint):
