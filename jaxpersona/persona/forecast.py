@@ -140,7 +140,7 @@ def forecast(
     reply = limit if pace is None else pace.mean_length()
     texts = [len(json.dumps(records[i][1], ensure_ascii=False).encode()) for i in chosen]
     total, judged = sum(sizes.values()), sum(sizes.values()) - sizes[DEFAULT]
-    reads = getattr(judge, "reads_eval_prompt", False)
+    reads = hasattr(judge, "rubric")  # of a judge that is a model
     known = sum(n for name, n in sizes.items() if name in scored and name != DEFAULT)
     return Forecast(
         roles=len(roles) - 1, prompts=sum(len(role.prompts) for role in roles),
