@@ -28,6 +28,7 @@ from jaxpersona.cli.judges import (
     TpmOption,
     UrlOption,
     choose,
+    closed,
     of_model,
     opened,
     rubric_of,
@@ -181,7 +182,7 @@ def axis(
         if cost.disk_bytes + cost.live_bytes > cost.free_bytes:
             raise UserError(f"--out is {out}; its disk has too little space for the run")
         return
-    with interrupt.keeping(lambda: kept_of(out)):
+    with interrupt.keeping(lambda: kept_of(out)), closed(judged):
         with progress(log=True, note=getattr(judged, "note", None)) as report:
             found = extract_axis(loaded, cast, asked, out, judge=judged, settings=settings,
                                  min_count=min_count, held_out=named, keep_means=kept,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -227,6 +228,16 @@ def of_model(choice: Choice, load: Callable[[], Model], target: Callable[[], Mod
     judge.identify(checked)
     release(checked)
     return judge
+
+
+@contextlib.contextmanager
+def closed(judge: Judge) -> Iterator[None]:
+    """Close a judge's files and connections at the end of the block."""
+    try:
+        yield
+    finally:
+        if close := getattr(judge, "close", None):
+            close()
 
 
 def _part(rate: float | None, share: int) -> float | None:

@@ -19,7 +19,7 @@ from jaxpersona.extras import require
 from jaxpersona.inputs import printable
 
 OPENAI = "https://api.openai.com/v1"
-_AGAIN = {408, 409, 429}  # and 500 and above: the same request may succeed later
+_AGAIN = frozenset((408, 409, 429))  # and 500 and above: the same request may succeed later
 _NEVER = {401: "the endpoint refuses the API key", 402: "the endpoint asks for a payment",
           404: "the endpoint does not know the model or the address"}
 _SHOWN = 160  # characters of an endpoint's message

@@ -42,7 +42,7 @@ class HttpJudge:
       budget: the most that all runs with this journal may spend, or None.
       price: USD per million tokens of prompts and of answers, or None. A cost that the endpoint
         states has precedence.
-      backoff: seconds before the first repetition of a failed request.
+      backoff: seconds before the first repetition of a failed request; default: 0.5.
 
     Raises:
       UserError: a setting is out of range, or the budget is in USD and there is no price.
@@ -58,7 +58,7 @@ class HttpJudge:
     def __init__(self, endpoint: Endpoint, journal: str | os.PathLike[str], *,
                  rubric: Rubric = ROLES, concurrency: int = 8, rpm: float | None = None,
                  tpm: float | None = None, budget: Budget | None = None,
-                 price: tuple[float, float] | None = None, backoff: float = _BACKOFF) -> None:
+                 price: tuple[float, float] | None = None, backoff: float | None = None) -> None:
         if concurrency < 1 or concurrency > 1024:
             raise UserError(f"concurrency is {concurrency}; give 1 to 1024")
         if budget is not None and budget.usd is not None and price is None:
@@ -71,7 +71,8 @@ class HttpJudge:
         self.failed = 0  # items without a verdict, in this process
         self._path, self._journal = journal, None
         self._concurrency, self._budget, self._price = concurrency, budget or Budget(), price
-        self._pace, self._backoff = Pace(rpm, tpm), backoff
+        self._pace = Pace(rpm, tpm)
+        self._backoff = _BACKOFF if backoff is None else backoff
         self._turn = threading.Condition()
         self._flying = self._row = 0
         self._per_byte = 0.5  # tokens per byte of a prompt; the largest value seen, after one

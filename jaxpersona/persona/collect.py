@@ -260,8 +260,9 @@ class Collection:
             self._states[name] = self._read(name)
         return self._states[name]
 
-    def _read(self, name: str) -> State:
-        return state_of(self.run, name, self.judge.name, rubric_of(self.roles[name]), self._shape)
+    def _read(self, name: str, texts: bool = True) -> State:
+        return state_of(self.run, name, self.judge.name, rubric_of(self.roles[name]), self._shape,
+                        texts=texts)
 
     def _scan(self) -> dict[str, _Found]:
         """Verify all files; return what the run has of each role.
@@ -274,7 +275,7 @@ class Collection:
             if not self._owned[name]:
                 continue
             try:
-                state = self._read(name)
+                state = self._read(name, texts=False)
             except Damaged as error:
                 found[name] = error.fault
                 continue

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ def extract_axis(
       redo: roles whose files are deleted and regenerated, e.g. damaged ones.
       overwrite: delete the run that the folder contains, this one or another, and start a new one.
       report: called with (step, done, total, tokens).
-      notice: called with lines of text about an extended run and about failed verdicts.
+      notice: called with lines of text about an extended run.
 
     Raises:
       UserError: `roles` has no "default", `held_out` or `redo` contains unknown roles, a role name
@@ -109,9 +110,10 @@ def extract_axis(
         work = Collection(model, run, roles, questions, judge, settings, keep=keep_means,
                           report=report)
         work.work()
-        if work.status.failed:
-            tell(f"{work.status.failed:,} replies have no verdict, because the judge failed "
-                 f"({work.failures[:120]}); the same command tries them again")
+        if work.status.failed and processes.first():
+            text = (f"{work.status.failed:,} replies were not scored ({work.failures[:120]}); they "
+                    "enter no vector, and the same command judges them again")
+            warnings.warn(text, stacklevel=2)
         found = _axis_of(model, run, roles, judge, min_count, held_out, work.status.tokens)
         work.status.write("complete")
         return found

@@ -152,7 +152,7 @@ def forecast(
     reply = limit if pace is None else pace.mean_length()
     texts = [len(json.dumps(missing[i][1], ensure_ascii=False).encode()) for i in chosen]
     total, judged = sum(sizes.values()), sum(sizes.values()) - sizes[DEFAULT]
-    reads = getattr(judge, "reads_eval_prompt", False)
+    reads = hasattr(judge, "rubric")  # of a judge that is a model
     more = Counter(name for name, _ in missing)
     return Forecast(
         roles=len(roles) - 1, prompts=sum(len(role.prompts) for role in roles),
@@ -179,7 +179,8 @@ def _done(run: Run, roles: Sequence[Role], judge: str, shape: tuple[int, int], o
         return {}, 0
     have, judged = {}, 0
     for role in roles:
-        state = state_of(run, role.name, judge, rubric_of(role), shape, repair=False)
+        state = state_of(run, role.name, judge, rubric_of(role), shape, texts=False,
+                         repair=False)
         have[role.name] = set(state.records)
         judged += len(state.records) - len(state.unjudged(role.name)) if (
             role.name != DEFAULT) else 0

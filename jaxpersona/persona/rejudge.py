@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxpersona.data.texts import DEFAULT, Role
 from jaxpersona.errors import UserError
 from jaxpersona.persona.collect import rubric_of, verdict_counts
 from jaxpersona.persona.judging import Judging
 from jaxpersona.persona.verdicts import items_of
-from jaxpersona.runs.closing import save_verdicts, state_of
+from jaxpersona.runs.closing import State, save_verdicts, state_of
 from jaxpersona.runs.run import Run
 
 if TYPE_CHECKING:
@@ -60,10 +60,10 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
     shape = (about["layers"], about["width"])
     manifest = {**found.manifest, "judges": {**found.manifest["judges"], judge.name: {}}}
     with Run.open(folder, manifest) as run:
-        states = {name: len(_state(run, known[name], judge, shape).unjudged(name))
-                  for name in names}
+        left = [len(_state(run, known[name], judge, shape, texts=False).unjudged(name))
+                for name in names]
         judging = Judging(judge, alone=False)
-        done, total, cost = 0, sum(states.values()), 0.0
+        done, total, cost = 0, sum(left), 0.0
         for name in names:
             role, state = known[name], _state(run, known[name], judge, shape)
             keys, rubric = state.unjudged(name), rubric_of(role)
@@ -80,5 +80,6 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
         return {name: verdict_counts(run.verdicts(name, judge.name)) for name in names}, cost
 
 
-def _state(run: Run, role: Role, judge: Judge, shape: tuple[int, int]) -> Any:
-    return state_of(run, role.name, judge.name, rubric_of(role), shape)
+def _state(run: Run, role: Role, judge: Judge, shape: tuple[int, int],
+           texts: bool = True) -> State:
+    return state_of(run, role.name, judge.name, rubric_of(role), shape, texts=texts)

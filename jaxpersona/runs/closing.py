@@ -36,7 +36,7 @@ class State:
       verdicts: key → verdict of the judge, as JSON values (`PLAIN`); without those that failed in
         an earlier call.
       sums: the sums by the judge's scores, or None.
-      closed: whether the files of all records are written; the records are then not parsed.
+      closed: whether the files of all records are written.
     """
 
     __repr__ = brief
@@ -53,7 +53,7 @@ class State:
 
 
 def state_of(run: Run, role: str, judge: str, rubric: str, shape: tuple[int, int], *,
-             repair: bool = True) -> State:
+             texts: bool = True, repair: bool = True) -> State:
     """Read and verify all files of a role.
 
     Args:
@@ -62,6 +62,7 @@ def state_of(run: Run, role: str, judge: str, rubric: str, shape: tuple[int, int
       judge: name of the judge.
       rubric: digest of what the judge reads besides the rollouts.
       shape: (L, D) of a mean.
+      texts: whether the records of a closed role are needed; otherwise they are empty.
       repair: whether files may be changed: scores by another rubric are deleted, and the invalid
         end of a live file; otherwise both are ignored.
 
@@ -79,16 +80,17 @@ def state_of(run: Run, role: str, judge: str, rubric: str, shape: tuple[int, int
         for key, score in stored["scores"].items()}
     verdicts |= live.verdicts.get(f"{judge}/{rubric}", {})
     verdicts = {k: verdict for k, verdict in verdicts.items() if verdict.get("error") is None}
+    closed = False
     if data is not None and sums is not None and not live.records and not live.verdicts:
-        # the usual state of a finished run, for which the texts are not parsed
         known = list(sums.groups if role == DEFAULT else verdicts)
-        if data.count(b"\n") == len(known) == len(sums.groups) and (
-                role == DEFAULT or sums.agrees(_scores(verdicts))):
+        closed = data.count(b"\n") == len(known) == len(sums.groups) and (
+            role == DEFAULT or sums.agrees(_scores(verdicts)))
+        if closed and not texts:
             return State({key: {} for key in known}, live, verdicts, sums, True)
     kept = [] if data is None else run.parsed(data)
     records = {rollout_key(record): record for record in [*kept, *live.records.values()]}
     records = dict(sorted(records.items(), key=lambda item: place_of(item[1])))
-    return State(records, live, verdicts, sums, False)
+    return State(records, live, verdicts, sums, closed)
 
 
 def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: int | None,

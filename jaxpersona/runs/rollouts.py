@@ -7,6 +7,7 @@ higher ids therefore come after those that a run contains already.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,14 @@ def rollout_key(record: Mapping[str, Any]) -> str:
 def place_of(record: Mapping[str, Any]) -> tuple[int, int, int]:
     """Return a key that sorts a role's rollouts into their order."""
     return record["question_index"], record["prompt_index"], record.get("sample", 0)
+
+
+def place_of_key(key: str) -> tuple[int, int, int]:
+    """Return `place_of` a rollout from its key."""
+    found = re.search(r"_p(\d+)_q(\d+)(?:_s(\d+))?$", key)
+    assert found is not None, key
+    prompt, question, sample = (int(x or 0) for x in found.groups())
+    return question, prompt, sample
 
 
 def draw_id(model: Model, role: str, record: Mapping[str, Any]) -> int:

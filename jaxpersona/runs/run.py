@@ -63,6 +63,7 @@ from jaxpersona.runs.files import (
     remove_leftovers,
 )
 from jaxpersona.runs.lock import is_lock, locked
+from jaxpersona.runs.rollouts import place_of_key
 from jaxpersona.runs.seal import (
     digest,
     read_sealed,
@@ -281,6 +282,8 @@ class Run:
         found = read_sealed_json(path, role, self.binding(role))
         if not isinstance(found.get("scores"), dict) or not isinstance(found.get("details"), dict):
             raise Damaged(role, path, "no objects 'scores' and 'details'")
+        found["scores"] = dict(sorted(found["scores"].items(),
+                                      key=lambda item: place_of_key(item[0])))
         return found
 
     def scores(self, role: str, judge: str | None = None) -> dict[str, int | None] | None:
@@ -293,8 +296,10 @@ class Run:
 
     def save_rollouts(self, role: str, text: str) -> None:
         """Write a role's rollouts; `save_sample` has recorded their digest."""
-        with atomic(self.path("rollouts", role)) as temporary:
-            temporary.write_bytes(text.encode("utf-8", "surrogatepass"))
+        path, data = self.path("rollouts", role), text.encode("utf-8", "surrogatepass")
+        if not path.exists() or path.read_bytes() != data:
+            with atomic(path) as temporary:
+                temporary.write_bytes(data)
 
     def save_sample(self, role: str, sample: Sample, text: str) -> None:
         """Write a role's sample, with the digest of the rollouts that are written next."""

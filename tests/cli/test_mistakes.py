@@ -46,7 +46,7 @@ def test_any_separator_in_a_text_survives_and_leftovers_do_not_block(checkpoint,
     run = Run(out, json.loads((out / "run.json").read_text()))
     assert run.rollouts("ghost")[0]["question"] == STRANGE
     capsys.readouterr()
-    for name, text, wanted in (("scores/ghost.json", "5", "damaged"),
+    for name, text, wanted in (("scores/none/ghost.json", "5", "damaged"),
                                ("rollouts/ghost.jsonl", "5\n", "damaged")):
         kept = (out / name).read_text()
         (out / name).write_text(text)

@@ -155,16 +155,15 @@ def test_failed_verdicts_are_counted_and_asked_for_again(tmp_path):
         asked.append((role, key))
         return OSError("busy") if key.endswith("q1") else 3
 
-    found, said = extend(tmp_path / "run", judge=s.Scored(busy), min_count=1)
+    with pytest.warns(UserWarning, match=r"6 replies were not scored \(busy\)"):
+        found, _ = extend(tmp_path / "run", judge=s.Scored(busy), min_count=1)
     assert found.counts["ghost"]["failed"] == 2 and found.counts["ghost"]["3"] == 2
-    assert any("6 replies have no verdict, because the judge failed (busy)" in x for x in said)
     assert len(asked) == 12
     state = json.loads((tmp_path / "run" / "status.json").read_text())
     assert state["verdicts_failed"] == 6 and state["verdicts"] == 6
     del asked[:]
-    found, said = extend(tmp_path / "run", min_count=1)
+    found, _ = extend(tmp_path / "run", min_count=1)  # warnings are errors in tests
     assert found.counts["ghost"] == {"0": 0, "1": 0, "2": 1, "3": 3, "None": 0}
-    assert not any("no verdict" in x for x in said)
     assert not [p for p in (tmp_path / "run" / "live").iterdir()]
     found, _ = extend(tmp_path / "run", judge=s.Scored(busy), min_count=1)
     assert not asked  # every reply has a verdict

@@ -85,7 +85,8 @@ def test_an_extension_that_ends_at_any_change_is_the_same(tmp_path, monkeypatch,
 
     def begun(folder):
         ends.left = 10**9
-        resume(folder, judge=failing)
+        with pytest.warns(UserWarning, match="3 replies were not scored"):
+            resume(folder, judge=failing)
         return folder
 
     count = changes(ends, begun(tmp_path / "whole"), judge=judge)

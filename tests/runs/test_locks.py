@@ -59,8 +59,8 @@ def test_only_the_run_s_own_leftovers_are_removed(finished, run, tmp_path):
             "sums/.default.safetensors.5.tmp", ".status.json.8.tmp",
             ".axis.safetensors.7.tmp", ".roles.png.999999999.tmp"]
     kept = [".notes.tmp", "rollouts/.draft.5.tmp", "rollouts/.nobody.jsonl.5.tmp", ".x.y.5.tmp",
-            f".pca.png.{os.getpid()}.tmp", "sub/.ghost.jsonl.5.tmp", "scores/test/.ghost.jsonl.5.tmp",
-            "scores/mine/.ghost.json.5.tmp"]
+            f".pca.png.{os.getpid()}.tmp", "sub/.ghost.jsonl.5.tmp",
+            "scores/test/.ghost.jsonl.5.tmp", "scores/mine/.ghost.json.5.tmp"]
     for name in (*mine, *kept):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("x")

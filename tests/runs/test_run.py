@@ -13,7 +13,7 @@ from jaxpersona.ckpts.files import write_tensors
 from jaxpersona.ckpts.vectors import load_axis, load_vector, save_vector
 
 from jaxpersona.data.texts import Question, Role
-from jaxpersona.judges.judges import NoJudge, read_score
+from jaxpersona.judges.judges import NoJudge
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.runs.rollouts import Settings
@@ -136,13 +136,6 @@ def test_science_on_arrays():
         np.linalg.norm(means[0, 0]), rel=1e-6)
     with pytest.raises(ValueError, match="two"):
         science.principal_components(line[:1, 0], analysis.axis[0])
-
-
-@pytest.mark.parametrize(("text", "score"), [
-    ("3", 3), ("Score: 2.", 2), ("7", None), ("none", None), ("10 or 1", 1), ("0", 0),
-    ("4", None), ("4, not 3", 3), ("-2", 2), ("1.5", None)])
-def test_judge_reads_the_first_integer_in_range(text, score):
-    assert read_score(text) == score
 
 
 def test_vector_files_round_trip(tmp_path):

@@ -15,7 +15,8 @@ import support as s
 from jaxpersona.ckpts.vectors import load_axis
 
 from jaxpersona.data.texts import Question, Role
-from jaxpersona.judges.judges import SelfJudge, read_score
+from jaxpersona.judges.judges import SelfJudge
+from jaxpersona.judges.protocol import Item
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.runs.manifest import numerics, tokens_digest
@@ -172,7 +173,7 @@ def test_both_populations_have_their_own_values(tmp_path):
     unit = found.axis.values / np.linalg.norm(found.axis.values, axis=1, keepdims=True)
 
     def places(*names):
-        means = np.concatenate([run.means(name) for name in names]).astype(np.float64)
+        means = np.concatenate([run.sample(name).means for name in names]).astype(np.float64)
         return np.einsum("nld,ld->nl", means, unit)[np.isfinite(means).all((1, 2))]
 
     kept = load_axis(out / "axis.safetensors")
@@ -195,12 +196,11 @@ def test_coordinates_are_centred():
         found.ratio[0] * np.var(vectors, axis=0).sum())
 
 
-RECORDS = [{"question": f"Why {i}?", "conversation": [
-    {"role": "system", "content": "a system prompt"}, {"role": "user", "content": f"Why {i}?"},
-    {"role": "assistant", "content": f"Reply {i}."}]} for i in range(4)]
+GHOST = Role("ghost", ("You are a ghost.",), "Q: {question} A: {answer} Rate it 0 to 3.")
+ITEMS = [Item(f"k{i}", GHOST, f"Why {i}?", f"Reply {i}.") for i in range(4)]
 
 
-def test_the_self_judge_asks_for_the_last_message_and_reads_the_verdicts(monkeypatch):
+def test_the_self_judge_asks_for_the_reply_and_reads_the_verdicts(monkeypatch):
     # the module, not the function of the same name
     module = sys.modules["jaxpersona.engine.generate"]
     asked = []
@@ -212,25 +212,17 @@ def test_the_self_judge_asks_for_the_last_message_and_reads_the_verdicts(monkeyp
                                 ["length"] * 4)
 
     monkeypatch.setattr(module, "generate", said)
-    role = Role("ghost", ("You are a ghost.",), "Q: {question} A: {answer} Rate it 0 to 3.")
-    assert SelfJudge(MODEL, batch_size=2)(role, RECORDS) == [3, 1, None, None]
+    found = list(SelfJudge(MODEL, batch_size=2).score(ITEMS))
+    assert [verdict.score for verdict in found] == [3, 1, None, None]
     assert asked == [f"Q: Why {i}? A: Reply {i}. Rate it 0 to 3." for i in range(4)]
 
 
-def test_the_self_judge_judges_with_the_model_itself(tmp_path):
-    """The self judge runs on a real model, and its scores are saved."""
-    role = Role("ghost", ("You are a ghost.",), "{question} {answer}?")
-    scores = SelfJudge(MODEL, batch_size=4)(role, RECORDS)
+def test_the_self_judge_judges_with_the_model_itself():
+    """The self judge runs on a real model."""
+    scores = [verdict.score for verdict in SelfJudge(MODEL, batch_size=4).score(ITEMS)]
     assert len(scores) == 4 and set(scores) <= {0, 1, 2, 3, None}
     with pytest.raises(ValueError, match="has no eval_prompt"):
-        SelfJudge(MODEL)(Role("bare", ("x",), ""), RECORDS)
-
-
-@pytest.mark.parametrize(("text", "score"), [
-    ("4", None), ("4 or 3", 3), ("-1", 1), ("3/3", 3), ("1.5", None), ("2.", 2), ("12", None),
-    ("x2", 2), ("", None), ("0\n3", 0)])
-def test_a_score_is_an_integer_from_0_to_3_that_stands_alone(text, score):
-    assert read_score(text) == score
+        list(SelfJudge(MODEL).score([Item("a", Role("bare", ("x",), ""), "Why?", "So.")]))
 
 
 def test_a_killed_command_resumes_to_the_same_bytes(tmp_path):
@@ -238,8 +230,6 @@ def test_a_killed_command_resumes_to_the_same_bytes(tmp_path):
     code = (
         "import os, signal, sys\n"
         "import test_run_identity as t\n"
-        "from jaxpersona.persona import extract\n"
-        "extract._ROLLOUTS_PER_CALL = 1\n"
         "from jaxpersona.runs.run import Run\n"
         "save = Run.save_rollouts\n"
         "def killed(self, role, *rest):\n"
@@ -259,6 +249,7 @@ def test_a_killed_command_resumes_to_the_same_bytes(tmp_path):
     for name in ("part", "whole"):
         find(tmp_path / name, cast("a", "b"))
     part, whole = ({str(p.relative_to(tmp_path / name)): p.read_bytes()
-                    for p in (tmp_path / name).rglob("*") if p.is_file()}
+                    for p in (tmp_path / name).rglob("*")
+                    if p.is_file() and p.name != "status.json"}
                    for name in ("part", "whole"))
     assert part == whole
