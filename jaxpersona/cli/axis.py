@@ -85,6 +85,8 @@ def axis(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=(
         "Delete the run that --out contains, and start a new one; other files stay."))] = False,
+    take_from: Annotated[pathlib.Path | None, typer.Option(show_default="none", help=(
+        "The run folder of an older version whose replies are taken over."))] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=(
         "Check everything, time a sample of the generation, print the cost, write nothing."))
     ] = False,
@@ -186,7 +188,8 @@ def axis(
         with progress(log=True, note=getattr(judged, "note", None)) as report:
             found = extract_axis(loaded, cast, asked, out, judge=judged, settings=settings,
                                  min_count=min_count, held_out=named, keep_means=kept,
-                                 redo=redo or [], overwrite=overwrite, report=report,
+                                 redo=redo or [], overwrite=overwrite,
+                                 take_from=take_from, report=report,
                                  notice=lambda line: say(line, error=True))
         if not joining.first():
             return

@@ -20,8 +20,9 @@ from jaxpersona.judges.protocol import Item, Judge
 from jaxpersona.persona.judging import Found, Judging
 from jaxpersona.persona.reread import reply_ids, reread
 from jaxpersona.persona.verdicts import items_of
-from jaxpersona.runs.closing import State, close, needed, state_of
+from jaxpersona.runs.closing import PLAIN, State, close, needed, state_of
 from jaxpersona.runs.damage import Damaged, remedy
+from jaxpersona.runs.older import Older, same
 from jaxpersona.runs.rollouts import Settings, draw_id, generation, planned, rollout_key
 from jaxpersona.runs.run import Run
 from jaxpersona.runs.seal import digest
@@ -62,7 +63,8 @@ class Collection:
 
     def __init__(self, model: Model, run: Run, roles: Sequence[Role],
                  questions: Sequence[Question], judge: Judge, settings: Settings, *,
-                 keep: int | None, report: Report | None = None) -> None:
+                 keep: int | None, older: Older | None = None,
+                 report: Report | None = None) -> None:
         """Read the folder's state.
 
         Args:
@@ -70,11 +72,13 @@ class Collection:
           run: the open run.
           judge: the judge.
           keep: number of single means to keep of each role; None keeps all.
+          older: a run of an older version, whose rollouts are taken over.
           report: called with (step, done, total, tokens).
 
         Raises:
           UserError: files of any process are damaged; the message lists all of them.
         """
+        self._older = older
         self.model, self.run, self.questions, self.settings = model, run, questions, settings
         self.judge, self.keep, self.failures = judge, keep, ""
         self.roles = {role.name: role for role in roles}
@@ -122,6 +126,13 @@ class Collection:
             judging.close()
 
     def _work(self, judging: Judging) -> None:
+        for name in list(self._have) if self._older is not None else ():
+            self._take_over(name, self._older)
+            if not self._left[name]:
+                self._played_all(judging, name)
+            while len(self._awaited) > AWAITED:
+                self._judged(judging.take(0.2))
+            self._tell()
         stream = Stream(self.model, self._asked(), **generation(self.settings))
         begun = [name for name, have in self._have.items() if have]
         for name in () if judging.whole else begun:  # verdicts that an earlier call did not get
@@ -152,6 +163,26 @@ class Collection:
             self._judged(judging.take(0.2 if idle and not self._ready else 0.0))
             self._tell()
             self.status.update()
+
+    def _take_over(self, name: str, older: Older) -> None:
+        """Append the rollouts of an older run that a role lacks, and the same judge's scores."""
+        role, taken = self.roles[name], frozenset()
+        if self._owned[name]:
+            state, scores = self._state(name), older.scores(name)
+            wanted = {rollout_key(r): r for r in planned(role, self.questions, self.settings)}
+            for record, mean in older.rollouts(name):
+                key = rollout_key(record)
+                if key in state.records or not same(record, wanted.get(key, {})):
+                    continue
+                state.live.add(record, mean)
+                state.records[key] = record
+                if older.judge == self.judge.name and key in scores and name != DEFAULT:
+                    self._verdict(name, state, [(name, key, {**PLAIN, "score": scores[key]}, 0.0)])
+            taken = frozenset(state.records) & frozenset(wanted)
+        taken = processes.merge({"taken": taken} if self._owned[name] else {})["taken"]
+        self.status.done += len(taken) - len(self._have[name])
+        self._left[name] -= len(taken) - len(self._have[name])
+        self._have[name] = taken
 
     def _asked(self) -> Iterator[tuple[tuple[str, dict[str, Any]], Any, int]]:
         """Yield every missing rollout, role by role."""

@@ -27,6 +27,7 @@ from jaxpersona.persona.extraction import Extraction, save_analysis
 from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts
 from jaxpersona.persona.thresholds import percentiles_of
 from jaxpersona.runs.manifest import manifest
+from jaxpersona.runs.older import Older
 from jaxpersona.runs.rollouts import Settings
 from jaxpersona.runs.run import Run
 from jaxpersona.runs.sample import KEEP, check_keep
@@ -54,6 +55,7 @@ def extract_axis(
     keep_means: int | None = KEEP,
     redo: Sequence[str] = (),
     overwrite: bool = False,
+    take_from: str | os.PathLike[str] | None = None,
     report: Report | None = None,
     notice: Notice | None = None,
 ) -> Extraction:
@@ -76,6 +78,8 @@ def extract_axis(
         None keeps all. All of the default persona's are kept.
       redo: roles whose files are deleted and regenerated, e.g. damaged ones.
       overwrite: delete the run that the folder contains, this one or another, and start a new one.
+      take_from: the folder of a run of an older version (format 2) with the same model, settings
+        and device, whose rollouts are taken over instead of generated. It is not changed.
       report: called with (step, done, total, tokens).
       notice: called with lines of text about an extended run.
 
@@ -96,6 +100,9 @@ def extract_axis(
     expected = manifest(model, roles, questions, judge.name, settings,
                         check_prompts(model, roles, questions), min_count=min_count,
                         held_out=sorted(held_out), keep_means=keep_means)
+    older = None if take_from is None else Older(take_from)
+    if older is not None:
+        older.check(expected)
     processes.warn_of_deadlock()
     with contextlib.ExitStack() as stack:
         run = processes.in_turn(
@@ -108,7 +115,7 @@ def extract_axis(
             if role.name in redo and processes.owns(i):
                 run.discard(role.name)
         work = Collection(model, run, roles, questions, judge, settings, keep=keep_means,
-                          report=report)
+                          older=older, report=report)
         work.work()
         if work.status.failed and processes.first():
             text = (f"{work.status.failed:,} replies were not scored ({work.failures[:120]}); they "

@@ -14,7 +14,7 @@ import numpy as np
 from jaxpersona.errors import UserError
 from jaxpersona.persona.axis import PERCENTILES
 
-DRAWS = 400
+DRAWS = 200
 LEVEL = 95  # percent of an interval
 Intervals = dict[str, tuple[np.ndarray, np.ndarray]]
 
@@ -46,9 +46,9 @@ def _of_sorted(values: np.ndarray, weights: np.ndarray, at: Sequence[float]) -> 
         place = np.asarray(at, np.float64) / 100 * max(total - 1, 0)
         low = np.floor(place)
         last = len(values) - 1
-        one, two = (np.minimum(np.searchsorted(upper[:, layer], x * (1 + 1e-12), "right"), last)
-                    for x in (low, np.minimum(low + 1, max(total - 1, 0))))
-        first, second = values[one, layer].astype(np.float64), values[two, layer]
+        both = np.concatenate([low, np.minimum(low + 1, max(total - 1, 0))])
+        found = upper[:, layer].searchsorted(both * (1 + 1e-12), "right")
+        first, second = values[np.minimum(found, last), layer].reshape(2, -1).astype(np.float64)
         out[:, layer] = first + (place - low) * (second - first)
     return out
 

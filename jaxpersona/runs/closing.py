@@ -31,7 +31,7 @@ class State:
     """What the folder contains of a role.
 
     Attributes:
-      records: all rollouts by key, in their order.
+      records: all rollouts by key; `close` sorts them into their order.
       live: the role's appended files.
       verdicts: key → verdict of the judge, as JSON values (`PLAIN`); without those that failed in
         an earlier call.
@@ -107,7 +107,10 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
     Returns:
       The sums.
     """
-    records, live = state.records, state.live
+    # rollouts were added in the order in which they finished
+    records = state.records = dict(sorted(state.records.items(),
+                                          key=lambda item: place_of(item[1])))
+    live = state.live
     text = "".join(json.dumps(record, ensure_ascii=False, sort_keys=True) + "\n"
                    for record in records.values())
     before = run.sample(role) if run.path("samples", role).exists() else None
@@ -133,7 +136,8 @@ def needed(state: State, role: str) -> list[dict[str, Any]]:
     """Return the rollouts that the sums lack and whose means are no longer in the folder."""
     scores = dict.fromkeys(state.records) if role == DEFAULT else _scores(state.verdicts)
     sums = _usable(state.sums, scores)
-    return [record for key, record in state.records.items()
+    records = sorted(state.records.items(), key=lambda item: place_of(item[1]))
+    return [record for key, record in records
             if key in scores and key not in sums.groups and not state.live.has_mean(key)]
 
 

@@ -34,7 +34,11 @@ def manifest_of(folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]
     stored = read_json(path)
     version = stored.get("format") if isinstance(stored, dict) else None
     older = isinstance(version, str) and version.startswith("jaxpersona-run ")
-    if older and version != FORMAT and not (overwrite and version == OLDER):
+    if version == OLDER and not overwrite:
+        raise UserError(f"{folder}: run.json has format {OLDER!r} of an older version; choose "
+                        "another folder, and take the rollouts over with take_from "
+                        f"(--take-from {folder})")
+    if older and version not in (FORMAT, OLDER):
         raise UserError(f"{folder}: run.json has format {version!r}, but this version writes "
                         f"{FORMAT!r}; resume with the version that started the run, or choose "
                         "another folder")

@@ -66,6 +66,9 @@ def delete_run(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]
     remove_leftovers(folder, roles, judges)
     count = sum(delete(folder / name) for name in (*RESULTS, *FIGURES, STATUS))
     count += sum(delete_role(folder, role, judges) for role in roles)
+    for role in roles:  # of format 2
+        count += sum(delete(folder / place) for place in (
+            f"means/{file_stem(role)}.safetensors", f"scores/{file_stem(role)}.json"))
     # the folders, if nothing else is in them
     for _, place in (*folders_of(folder, judges), ("", folder / live.FOLDER)):
         with contextlib.suppress(OSError):

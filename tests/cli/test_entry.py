@@ -26,7 +26,6 @@ from jaxpersona.interventions.where import everywhere, prompt, user
 from jaxpersona.judges.judges import NoJudge
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.persona.talk import grow, project_conversation
-
 from jaxpersona.text import chat
 from jaxpersona.text.chat import Row
 from jaxpersona.training import learn

@@ -66,7 +66,7 @@ def test_more_questions_give_the_bytes_of_a_run_with_all_of_them(run, tmp_path, 
     for role in ROLES:  # only the base of the stored differences is another one
         a, b = (Run.read(folder).sample(role.name) for folder in (run, tmp_path / "whole"))
         assert a.keys == b.keys
-        np.testing.assert_allclose(a.means, b.means, atol=0.02)
+        np.testing.assert_allclose(a.means, b.means, atol=0.04)  # two roundings to 8 bits
     del played[:]
     extend(run, questions=MORE[:1])  # fewer questions: what is there stays and is used
     assert not played and len(Run.read(run).rollouts("ghost")) == 8
