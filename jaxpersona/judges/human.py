@@ -112,7 +112,9 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, str]]) 
       UserError: the file cannot be written.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    # all quoted: the module leaves a lone carriage return unquoted, which ends a row for readers
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n",
+                            quoting=csv.QUOTE_ALL)
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, "\ufeff" + text.getvalue())  # the mark tells spreadsheets that it is UTF-8

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -28,6 +31,17 @@ def made(checkpoint, tmp_path_factory):
     command = s.axis_command(checkpoint, texts, folder / "run")
     assert s.run_command(command) == 0
     return folder / "run", texts, command
+
+
+def fill(path, score):
+    """Enter `score(row)` in every row of a person's file."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.DictReader(file))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(row | {"score": score(row)} for row in rows)
+    path.write_bytes(text.getvalue().encode())
 
 
 def test_the_status_of_a_finished_run(made, capsys):
@@ -86,10 +100,6 @@ def test_a_status_that_cannot_be_read_is_one_line(made, tmp_path, capsys, name, 
 
 def test_a_person_s_verdicts_are_stored_beside_the_others(made, tmp_path, capsys):
     """`judge RUN` leaves the axis; `axis` with the judge uses the verdicts."""
-    import csv
-    import io
-    import shutil
-
     run, texts, command = made
     out, mine = tmp_path / "run", tmp_path / "mine.csv"
     shutil.copytree(run, out)
@@ -97,13 +107,8 @@ def test_a_person_s_verdicts_are_stored_beside_the_others(made, tmp_path, capsys
     judge = ["judge", str(out), "--judge", f"human:{mine}", "--roles", str(texts / "roles")]
     assert s.run_command(judge) == 0
     assert "12 without a verdict" in capsys.readouterr().out
-    rows = list(csv.DictReader(io.StringIO(mine.read_text("utf-8-sig"), newline="")))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]))
-    writer.writeheader()
     # the second question of each role is not scored yet
-    writer.writerows(row | {"score": "" if row["item"].endswith("q1") else "3"} for row in rows)
-    mine.write_text(text.getvalue())
+    fill(mine, lambda row: "" if row["item"].endswith("q1") else "3")
     assert s.run_command([*judge, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["scores"] == {"0": 0, "1": 0, "2": 0, "3": 8, "None": 0, "failed": 4}
@@ -114,7 +119,7 @@ def test_a_person_s_verdicts_are_stored_beside_the_others(made, tmp_path, capsys
     assert set(Run.read(out).scores("ghost", name).values()) == {3}
     assert len(Run.read(out).scores("ghost", name)) == 4
     assert len(Run.read(out).scores("ghost")) == 6  # of the judge none, still the axis's
-    mine.write_text(mine.read_text().replace(",,", ",2,"))
+    fill(mine, lambda row: row["score"] or "2")
     again = command[:command.index("--out") + 1] + [str(out)] + command[
         command.index("--out") + 2:] + ["--judge", f"human:{mine}"]
     assert s.run_command(again) == 0
