@@ -224,6 +224,28 @@ def test_requests_run_at_the_same_time_and_an_abandoned_run_keeps_its_answers(tm
     assert not [t for t in threading.enumerate() if t.name == "judge"]
 
 
+def test_closing_from_another_thread_waits_for_the_answers_under_way(tmp_path):
+    """As an interrupted run does, whose judge works in a thread."""
+    with fake.serving() as server:
+        server.pause = 0.3
+        judge, found = judge_of(server, tmp_path / "v.jsonl", timeout=5), []
+        worker = threading.Thread(target=lambda: found.extend(until_stopped(judge, items(40))))
+        worker.start()
+        while len(server.times) < 8:
+            time.sleep(0.005)
+        judge.close()
+        worker.join(5)
+        assert not worker.is_alive() and "was closed" in found[1]
+        sold = sum(server.sold.values())
+        assert 8 <= sold <= 16
+        with pytest.raises(jp.UserError, match="was closed"):
+            in_order(judge, items(40))
+        again = judge_of(server, tmp_path / "v.jsonl", timeout=5)
+        assert len(in_order(again, items(40))) == 40
+        again.close()
+    assert set(server.sold.values()) == {1}
+
+
 def test_a_model_that_wants_another_name_of_the_limit_gets_it(tmp_path, monkeypatch):
     seen = []
 
