@@ -10,6 +10,7 @@ import os
 import queue
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -73,7 +74,9 @@ class HttpJudge:
         self._concurrency, self._budget, self._price = concurrency, budget or Budget(), price
         self._pace = Pace(rpm, tpm)
         self._backoff = _BACKOFF if backoff is None else backoff
-        self._turn = threading.Condition()
+        self._turn = threading.Condition()  # its lock may be taken again by its owner
+        self._under_way: dict[threading.Event, list[threading.Thread]] = {}
+        self._closed = False
         self._flying = self._row = 0
         self._per_byte = 0.5  # tokens per byte of a prompt; the largest value seen, after one
         self._why = ""  # why the judge cannot go on
@@ -83,10 +86,17 @@ class HttpJudge:
 
     @property
     def journal(self) -> Journal:
-        """The journal, opened at the first use."""
-        if self._journal is None:
-            self._journal = Journal(self._path)
-        return self._journal
+        """The journal, opened at the first use.
+
+        Raises:
+          UserError: the file cannot be used, or the judge was closed.
+        """
+        with self._turn:
+            if self._closed:
+                raise UserError(f"the judge {self.endpoint.model} was closed; make a new one")
+            if self._journal is None:
+                self._journal = Journal(self._path)
+            return self._journal
 
     def note(self) -> str:
         """Return the requests and the cost so far, over all runs with this journal, as a text."""
@@ -100,10 +110,18 @@ class HttpJudge:
         return ", ".join(parts)
 
     def close(self) -> None:
-        """Close the journal and the connections."""
-        if self._journal is not None:
-            self._journal.close()
-            self._journal = None
+        """Send nothing more, wait up to ten seconds for answers under way, and close the files."""
+        with self._turn:
+            under_way = list(self._under_way.items())
+        for stopped, _ in under_way:
+            stopped.set()
+        with self._turn:
+            self._turn.notify_all()
+        _wait([thread for _, threads in under_way for thread in threads])
+        with self._turn:
+            self._closed = True
+            if self._journal is not None:
+                self._journal.close()
         self.endpoint.close()
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
@@ -159,10 +177,12 @@ class HttpJudge:
 
         threads = [threading.Thread(target=work, daemon=True, name="judge")
                    for _ in range(min(self._concurrency, left))]
+        with self._turn:
+            self._under_way[stopped] = threads
         for thread in threads:
             thread.start()
         try:
-            running = len(threads)
+            running, judged = len(threads), 0
             while running:
                 found = done.get()
                 if found is None:
@@ -171,16 +191,19 @@ class HttpJudge:
                     raise found
                 else:
                     key, outcome = found
+                    judged += 1
                     yield from self._outcome(groups[key][1], outcome)
         finally:
             stopped.set()
             with self._turn:
                 self._turn.notify_all()
-            for thread in threads:
-                thread.join(_GRACE / len(threads))
-        if self._why:
-            raise JudgeStopped(f"the judge {self.endpoint.model} stopped: {self._why}; all "
-                               f"verdicts are kept in {self.journal.path}")
+            _wait(threads)
+            with self._turn:
+                self._under_way.pop(stopped, None)
+        if self._why or judged < left:
+            why = self._why or "it was closed before it had judged everything"
+            raise JudgeStopped(f"the judge {self.endpoint.model} stopped: {why}; all verdicts are "
+                               f"kept in {self._path}")
 
     def _outcome(self, members: list[Item], outcome: tuple[str, float] | str) -> Iterator[Verdict]:
         if isinstance(outcome, str):
@@ -301,6 +324,13 @@ class HttpJudge:
         if reply.prompt_tokens is None:
             return bound
         return self._usd(reply.prompt_tokens, reply.reply_tokens or 0)
+
+
+def _wait(threads: Sequence[threading.Thread]) -> None:
+    """Wait for threads, in all at most `_GRACE` seconds."""
+    end = time.monotonic() + _GRACE
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
 
 
 class _Halt(Exception):

@@ -95,6 +95,11 @@ class Journal:
                 os.close(self._file)  # this also unlocks it
                 self._file = -1
 
+    def __del__(self) -> None:
+        if getattr(self, "_file", -1) >= 0:
+            os.close(self._file)
+            self._file = -1
+
     def _append(self, value: dict[str, Any]) -> None:
         """Write one line with one call, so that a killed process leaves whole lines."""
         line = json.dumps(value, ensure_ascii=True).encode() + b"\n"

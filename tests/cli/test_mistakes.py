@@ -213,7 +213,8 @@ def no_load(*_, **__):
     (["demo", "--out", "file"], "--out is file, a file; give a folder"),
     (["axis", "--max-new-tokens", "0"], "max_new_tokens is 0; it must be positive"),
     (["axis", "--min-count", "0"], "min_count is 0; it must be a positive integer"),
-    (["axis", "--judge", "gpt4"], "judge is 'gpt4'; choose rules, self, model:NAME, http:MODEL, human:FILE.csv or none"),
+    (["axis", "--judge", "gpt4"], "judge is 'gpt4'; choose rules, self, model:NAME, http:MODEL, "
+                                  "human:FILE.csv or none"),
     (["axis", "--roles", "data", "--judge", "gpt4"],
      "judge is 'gpt4'; choose self, model:NAME, http:MODEL, human:FILE.csv or none"),
     (["project", "talk.json", "--on", "a.npy", "--png", "no/drift.png"],

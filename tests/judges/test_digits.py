@@ -252,21 +252,20 @@ def test_the_judge_self_reads_what_the_model_writes(model, monkeypatch):
     assert judge.name.startswith(f"self {model.fingerprint}") and in_order(judge, []) == []
 
 
-def test_the_command_judges_with_another_model(tmp_path, monkeypatch, checkpoint):
-    """`axis --judge model:mini` stores the same scores beside the target and after it."""
+@pytest.mark.parametrize("more", [
+    ["--judge-after"], pytest.param([], marks=pytest.mark.slow)], ids=["after", "beside"])
+def test_the_command_judges_with_another_model(tmp_path, monkeypatch, checkpoint, more):
+    """`axis --judge model:mini` stores the scores that the judge gives to the run's rollouts."""
     monkeypatch.setattr(digits, "LEAST_MASS", 0.0)
     roles = [Role("default", ("",), ""), *(Role(name, (f"You are a {name}.",), "")
                                            for name in ("ghost", "baker"))]
     texts = s.write_texts(tmp_path, roles, [Question(i, f"Who {i}?") for i in range(3)])
-    judge = DigitJudge(jp.load("mini"))
-    for name, more in (("beside", []), ("after", ["--judge-after"])):
-        out = tmp_path / name
-        command = s.axis_command(checkpoint, texts, out, "--judge", "model:mini", *more)
-        assert s.run_command(command) in (0, 2)  # 2, if by chance too few replies have score 3
-        run = Run.read(out)
-        assert run.judge == judge.name
-        for one in ("ghost", "baker"):
-            records = run.rollouts(one)
-            found = judge.read([f"{r['question']} {r['conversation'][-1]['content']}?"
-                                for r in records])
-            assert list(run.scores(one).values()) == found.scores
+    out = tmp_path / "out"
+    command = s.axis_command(checkpoint, texts, out, "--judge", "model:mini", *more)
+    assert s.run_command(command) in (0, 2)  # 2, if by chance too few replies have score 3
+    run, judge = Run.read(out), DigitJudge(jp.load("mini"))
+    assert run.judge == judge.name
+    for name in ("ghost", "baker"):
+        found = judge.read([f"{r['question']} {r['conversation'][-1]['content']}?"
+                            for r in run.rollouts(name)])
+        assert list(run.scores(name).values()) == found.scores

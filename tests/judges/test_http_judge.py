@@ -109,7 +109,9 @@ def test_too_many_failures_in_a_row_stop_the_run_and_keep_everything(tmp_path):
     asked = items(200)
     with fake.serving() as server:
         server.fault = lambda *_: "500" if sum(server.sold.values()) >= 30 else ""
-        found, why = until_stopped(judge_of(server, tmp_path / "v.jsonl"), asked)
+        judge = judge_of(server, tmp_path / "v.jsonl")
+        found, why = until_stopped(judge, asked)
+        judge.close()
         good = [v for v in found if v.error is None]
         bad = [v for v in found if v.error is not None]
         assert 30 <= len(good) <= 38 and http.IN_A_ROW <= len(bad) <= http.IN_A_ROW + 8
@@ -180,10 +182,8 @@ def test_the_rate_of_requests_is_kept_also_by_repeated_ones(tmp_path):
         server.after = "0.001"
         in_order(judge_of(server, tmp_path / "v.jsonl", rpm=1500), items(24))
         at = sorted(server.times)
-    assert len(at) > 24
+    assert len(at) > 28
     assert at[-1] - at[0] >= (len(at) - 1) * 0.04 - 0.05
-    for i in range(len(at) - 10):  # no window of ten requests is shorter than allowed
-        assert at[i + 10] - at[i] >= 10 * 0.04 - 0.05
 
 
 def test_equal_texts_are_paid_once_and_the_model_and_settings_matter(tmp_path):
@@ -222,6 +222,28 @@ def test_requests_run_at_the_same_time_and_an_abandoned_run_keeps_its_answers(tm
         again.close()
     assert max(server.sold.values()) == 1
     assert not [t for t in threading.enumerate() if t.name == "judge"]
+
+
+def test_closing_from_another_thread_waits_for_the_answers_under_way(tmp_path):
+    """As an interrupted run does, whose judge works in a thread."""
+    with fake.serving() as server:
+        server.pause = 0.3
+        judge, found = judge_of(server, tmp_path / "v.jsonl", timeout=5), []
+        worker = threading.Thread(target=lambda: found.extend(until_stopped(judge, items(40))))
+        worker.start()
+        while len(server.times) < 8:
+            time.sleep(0.005)
+        judge.close()
+        worker.join(5)
+        assert not worker.is_alive() and "was closed" in found[1]
+        sold = sum(server.sold.values())
+        assert 8 <= sold <= 16
+        with pytest.raises(jp.UserError, match="was closed"):
+            in_order(judge, items(40))
+        again = judge_of(server, tmp_path / "v.jsonl", timeout=5)
+        assert len(in_order(again, items(40))) == 40
+        again.close()
+    assert set(server.sold.values()) == {1}
 
 
 def test_a_model_that_wants_another_name_of_the_limit_gets_it(tmp_path, monkeypatch):
