@@ -27,6 +27,7 @@ from jaxpersona.cli.judges import (
     TpmOption,
     UrlOption,
     choose,
+    closed,
     of_model,
     opened,
     rubric_of,
@@ -99,7 +100,7 @@ def run(
     if chosen is None:
         other = support.open_model(choice.argument, dtype)
         chosen = of_model(choice, lambda: other, lambda: other)
-    with interrupt.keeping(lambda: kept_of(folder)), progress(
+    with interrupt.keeping(lambda: kept_of(folder)), closed(chosen), progress(
             log=True, note=getattr(chosen, "note", None)) as report:
         counts, cost = judge_run(folder, cast, chosen, report=report)
     total: Counter[str] = Counter()

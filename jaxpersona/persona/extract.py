@@ -121,9 +121,8 @@ def extract_axis(
             text = (f"{work.status.failed:,} replies were not scored ({work.failures[:120]}); they "
                     "enter no vector, and the same command judges them again")
             warnings.warn(text, stacklevel=2)
-        found = _axis_of(model, run, roles, judge, min_count, held_out, work.status.tokens)
         work.status.write("complete")
-        return found
+        return _axis_of(model, run, roles, judge, min_count, held_out, work.status.tokens)
 
 
 def _axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_count: int,
