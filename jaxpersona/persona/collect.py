@@ -134,7 +134,7 @@ class Collection:
                 self._judged(judging.take(0.2))
             self._tell()
         stream = Stream(self.model, self._asked(), **generation(self.settings))
-        begun = [name for name, have in self._have.items() if have]
+        begun = [name for name, have in self._have.items() if have and self._left[name]]
         for name in () if judging.whole else begun:  # verdicts that an earlier call did not get
             if self._owned[name]:
                 self._put(judging, name, self._state(name).unjudged(name))
