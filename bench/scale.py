@@ -33,6 +33,7 @@ from jaxpersona.persona.extract import extract_axis
 from jaxpersona.runs.rollouts import Settings
 
 QWEN = (64, 5120)  # layers and width of Qwen3-32B
+SKIP = False  # whether prompts are not tokenized
 
 
 class Drawn:
@@ -49,7 +50,7 @@ class Drawn:
         """Return as many replies as there are rows."""
         found = []
         for tag, conversation, _ in self.asked:
-            row = prompts.encode(self.model, conversation)
+            row: Any = None if SKIP else prompts.encode(self.model, conversation)
             count = int(self.rng.integers(self.longest // 2, self.longest))
             tokens = self.rng.integers(300, 1000, count).astype(np.int32)
             self.tokens += count
@@ -93,7 +94,11 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=240)
     parser.add_argument("--new", type=int, default=512)
     parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--skip-encoding", action="store_true", help=(
+        "do not tokenize the prompts, which takes most of the time"))
     args = parser.parse_args()
+    global SKIP
+    SKIP = args.skip_encoding
     shutil.rmtree(args.out, ignore_errors=True)
     mini = jp.load("mini")
     model = narrow(mini)
