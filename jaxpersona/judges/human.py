@@ -85,7 +85,8 @@ def row_of(item: Item) -> dict[str, str]:
     cells = {"item": identity(item), "role": item.role.name, "description": item.role.description,
              "system_prompt": item.system_prompt, "question": item.question,
              "answer": item.answer, "score": "", "digest": digest_of(item)}
-    return {name: f"'{text}" if text.startswith(_FORMULA) else text for name, text in cells.items()}
+    return {name: (f"'{text}" if text.startswith(_FORMULA) else text)
+            .encode("utf-8", "replace").decode() for name, text in cells.items()}  # half a pair
 
 
 def score_of(row: Mapping[str, str], scale: Sequence[int], path: pathlib.Path) -> int | str | None:
@@ -112,7 +113,9 @@ def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, str]]) 
       UserError: the file cannot be written.
     """
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    # all quoted: the module leaves a lone carriage return unquoted, which ends a row for readers
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n",
+                            quoting=csv.QUOTE_ALL)
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, "\ufeff" + text.getvalue())  # the mark tells spreadsheets that it is UTF-8
