@@ -14,7 +14,8 @@ from jaxpersona.errors import UserError
 from jaxpersona.inputs import TEXT_BYTES, read_bytes
 from jaxpersona.judges.protocol import ROLE_SCALE, Item, Verdict
 
-COLUMNS = ("item", "role", "description", "system_prompt", "question", "answer", "score", "digest")
+COLUMNS: tuple[str, ...] = ("item", "role", "description", "system_prompt", "question", "answer",
+                            "score", "digest")
 UNDECIDED = ("?", "none")  # in the column score: read, but not decidable
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run such a cell
 
@@ -62,7 +63,7 @@ class HumanJudge:
                                               f"{identity(item)}; delete its row")
                 continue
             score = score_of(row, self.scale, self.path)
-            if score == "":
+            if isinstance(score, str):
                 yield Verdict(item.key, error=f"not scored yet in {self.path.name}")
             else:
                 yield Verdict(item.key, score, refused=score == 0 and self.scale == ROLE_SCALE,
