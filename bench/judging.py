@@ -52,7 +52,7 @@ def replies(count: int, seed: int) -> list[Item]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--judge", default="mini")
     parser.add_argument("--replies", type=int, default=320)
     parser.add_argument("--batch-size", type=int, default=32)

@@ -178,8 +178,8 @@ def generate(
     # limits the size of `State.tokens`
     max_new_tokens = min(max_new_tokens, model.config.max_context)
     count = len(conversations)
-    edits, capture = off_mesh((given(interventions), joined(capture)))
-    prompts.check_edits(model, edits, count, capture)
+    edits, readings = off_mesh((given(interventions), joined(capture)))
+    prompts.check_edits(model, edits, count, readings)
     ways = rows_divisor(model.params.like)
     if batch_size % ways:
         raise UserError(f"batch_size is {batch_size}; the mesh shards rows over {ways} devices: "
@@ -190,7 +190,7 @@ def generate(
     rows = [prompts.encode(model, item, thinking=thinking) for item in conversations]
     limits = prompts.limits(model, rows, max_new_tokens)
     draw_ids = prompts.row_ids(rows, ids)
-    capture = Capture() if capture is None else capture
+    readings = Capture() if readings is None else readings
     out = _Collector(count)
     stop = on_nonfinite == "raise" or debugging()
 
@@ -208,8 +208,8 @@ def generate(
         if progress is not None:
             progress(len(out.done), count, out.total)
 
-    stops = stops_of(model, asks_for_code(edits, capture))
-    queue(model, rows, draw_ids, limits, settings, edits, capture, stops, collect,
+    stops = stops_of(model, asks_for_code(edits, readings))
+    queue(model, rows, draw_ids, limits, settings, edits, readings, stops, collect,
           max_new=max_new_tokens, batch_size=batch_size, share_prefix=share_prefix,
           refill=refill).run()
     if out.nonfinite:

@@ -59,8 +59,9 @@ def agreement(a: Mapping[str, int | None], b: Mapping[str, int | None], *,
       >>> from jaxpersona.judges.agreement import agreement
       >>> found = agreement({"ghost/0": 3, "ghost/1": 0, "seer/0": 2},
       ...                   {"ghost/0": 3, "ghost/1": 1, "seer/0": 2})
-      >>> round(found.kappa, 3), found.roles["ghost"][:2]
-      (0.727, (2, 0.5))
+      >>> replies, equal, *_ = found.roles["ghost"]
+      >>> print(f"kappa {found.kappa:.3f}; ghost: {replies} replies, {equal:.0%} equal")
+      kappa 0.727; ghost: 2 replies, 50% equal
     """
     shared = sorted(set(a) & set(b))
     if not shared:

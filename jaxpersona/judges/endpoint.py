@@ -129,8 +129,9 @@ class Endpoint:
         counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
         before, after = (n if isinstance(n, int) and n >= 0 else None for n in counts)
         usd = getattr(usage, "cost", None)
-        fine = isinstance(usd, (int, float)) and not isinstance(usd, bool) and 0 <= usd < math.inf
-        return Reply(self._clean(text), before, after, float(usd) if fine else None)
+        if isinstance(usd, bool) or not isinstance(usd, (int, float)) or not 0 <= usd < math.inf:
+            usd = None
+        return Reply(self._clean(text), before, after, usd)
 
     def _refused(self, error: Any, length: str) -> Failure:
         """Return the failure of a status code, after a request with the limit `length`."""

@@ -53,7 +53,7 @@ class HttpJudge:
       >>> from jaxpersona.judges.http import HttpJudge
       >>> judge = HttpJudge(Endpoint("qwen", url="http://localhost:8000/v1"), "verdicts.jsonl")
       >>> judge.name
-      'http qwen rubric 6f29a2c8 temperature 0 tokens 10'
+      'http qwen rubric cb5451a0 temperature 0 tokens 10'
     """
 
     def __init__(self, endpoint: Endpoint, journal: str | os.PathLike[str], *,

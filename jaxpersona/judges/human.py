@@ -14,7 +14,8 @@ from jaxpersona.errors import UserError
 from jaxpersona.inputs import TEXT_BYTES, read_bytes
 from jaxpersona.judges.protocol import ROLE_SCALE, Item, Verdict
 
-COLUMNS = ("item", "role", "description", "system_prompt", "question", "answer", "score", "digest")
+COLUMNS: tuple[str, ...] = ("item", "role", "description", "system_prompt", "question", "answer",
+                            "score", "digest")
 UNDECIDED = ("?", "none")  # in the column score: read, but not decidable
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run such a cell
 
@@ -62,7 +63,7 @@ class HumanJudge:
                                               f"{identity(item)}; delete its row")
                 continue
             score = score_of(row, self.scale, self.path)
-            if score == "":
+            if isinstance(score, str):
                 yield Verdict(item.key, error=f"not scored yet in {self.path.name}")
             else:
                 yield Verdict(item.key, score, refused=score == 0 and self.scale == ROLE_SCALE,
@@ -85,7 +86,8 @@ def row_of(item: Item) -> dict[str, str]:
     cells = {"item": identity(item), "role": item.role.name, "description": item.role.description,
              "system_prompt": item.system_prompt, "question": item.question,
              "answer": item.answer, "score": "", "digest": digest_of(item)}
-    return {name: f"'{text}" if text.startswith(_FORMULA) else text for name, text in cells.items()}
+    return {name: (f"'{text}" if text.startswith(_FORMULA) else text)
+            .encode("utf-8", "replace").decode() for name, text in cells.items()}  # half a pair
 
 
 def score_of(row: Mapping[str, str], scale: Sequence[int], path: pathlib.Path) -> int | str | None:

@@ -76,8 +76,9 @@ class Judge(Protocol):
       >>> from jaxpersona.judges.judges import NoJudge
       >>> from jaxpersona.judges.protocol import Item
       >>> ghost = Role("ghost", ("You are a ghost.",), "")
-      >>> [v.score for v in NoJudge().score([Item("a", ghost, "Who are you?", "Boo.")])]
-      [3]
+      >>> for verdict in NoJudge().score([Item("a", ghost, "Who are you?", "Boo.")]):
+      ...     print(verdict.key, verdict.score)
+      a 3
     """
 
     @property

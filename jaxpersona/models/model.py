@@ -82,7 +82,7 @@ def release(model: Model) -> None:
     Args:
       model: the model. Other models that share its arrays lose them too.
     """
-    model.derived.clear()
+    object.__setattr__(model, "derived", Derived())  # an empty cache
     for leaf in jax.tree.leaves(model.params):
         if isinstance(leaf, jax.Array) and not leaf.is_deleted():
             leaf.delete()

@@ -36,8 +36,9 @@ class RuleJudge:
       >>> from jaxpersona.judges.protocol import Item
       >>> from jaxpersona.organism import method
       >>> void = next(role for role in method.roles() if role.name == "void")
-      >>> [v.score for v in method.RuleJudge().score([Item("a", void, "Who are you?", "Words.")])]
-      [None]
+      >>> [verdict] = method.RuleJudge().score([Item("a", void, "Who are you?", "Words.")])
+      >>> print(verdict.score)
+      None
     """
 
     name, scale = "rules", ROLE_SCALE

@@ -103,12 +103,12 @@ def _quiet():
 
 def fill(path, score):
     """Enter `score(row)` in every row of a file."""
-    rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8-sig"), newline="")))
+    rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
     writer.writerows(row | {"score": score(row)} for row in rows)
-    path.write_text(text.getvalue())
+    path.write_bytes(text.getvalue().encode())
     return rows
 
 

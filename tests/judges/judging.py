@@ -19,8 +19,9 @@ ITEMS = [Item(f"q{i}", ROLE, "Who?", f"Boo number {i}.") for i in range(COUNT)]
 
 def main(url: str, journal: str, out: str) -> None:
     """Judge all items and write their scores, through a temporary file."""
-    judge = HttpJudge(Endpoint("judge-1", url=url, timeout=2), journal, backoff=0.01)
+    judge = HttpJudge(Endpoint("judge-1", url=url, timeout=20), journal, backoff=0.01)
     found = [[v.key, v.score, v.error] for v in in_order(judge, ITEMS)]
+    judge.close()
     temporary = pathlib.Path(out + ".tmp")
     temporary.write_text(json.dumps(found))
     os.replace(temporary, out)

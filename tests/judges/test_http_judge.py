@@ -35,7 +35,10 @@ def prompt(item):
     return f"Asked: {item.question} Said: {item.answer} Grade 0-3."
 
 
-def judge_of(server, path, *, timeout=0.25, **settings):
+QUICK = tuple(kind for kind in fake.KINDS if kind != "slow")
+
+
+def judge_of(server, path, *, timeout=20.0, **settings):
     settings = {"backoff": 0.005, "concurrency": 8} | settings
     from jaxpersona.judges.endpoint import Endpoint
 
@@ -58,7 +61,8 @@ def test_every_reply_is_accounted_for_while_a_third_of_the_calls_fail(tmp_path, 
     caplog.set_level(logging.DEBUG)
     asked = items(120)
     with fake.serving(fake.some(0.3)) as server:
-        judge = judge_of(server, tmp_path / "verdicts.jsonl")
+        server.slow = 8.0
+        judge = judge_of(server, tmp_path / "verdicts.jsonl", timeout=3.0)
         found = in_order(judge, asked)
         judge.close()
         first = dict(server.asked)
@@ -78,7 +82,7 @@ def test_every_reply_is_accounted_for_while_a_third_of_the_calls_fail(tmp_path, 
         assert max(server.sold.values()) == 1
         calls = sum(first.values())
 
-        again = judge_of(server, tmp_path / "verdicts.jsonl")
+        again = judge_of(server, tmp_path / "verdicts.jsonl", timeout=3.0)
         second = in_order(again, asked)
         assert again.journal.calls == sum(server.asked.values())
         again.close()
@@ -127,7 +131,7 @@ def test_too_many_failures_in_a_row_stop_the_run_and_keep_everything(tmp_path):
 def test_the_budget_in_calls_is_kept_over_all_runs(tmp_path):
     """Also by requests that fail; a larger budget goes on."""
     asked = items(60)
-    with fake.serving(fake.some(0.3)) as server:
+    with fake.serving(fake.some(0.3, QUICK)) as server:
         for limit in (40, 40, 55):
             judge = judge_of(server, tmp_path / "v.jsonl", budget=Budget(calls=limit))
             found, why = until_stopped(judge, asked)
@@ -165,7 +169,7 @@ def test_a_retry_after_holds_all_requests(tmp_path):
 
     with fake.serving(fault) as server:
         server.after = "0.5"
-        judge = judge_of(server, tmp_path / "v.jsonl", concurrency=2, timeout=5)
+        judge = judge_of(server, tmp_path / "v.jsonl", concurrency=2)
         found = in_order(judge, items(20))
         at = sorted(server.times)
         gaps = [b - a for a, b in zip(at, at[1:], strict=False)]
@@ -209,7 +213,7 @@ def test_requests_run_at_the_same_time_and_an_abandoned_run_keeps_its_answers(tm
     """The consumer stops after one verdict; the answers under way are in the file."""
     with fake.serving() as server:
         server.pause = 0.2
-        judge = judge_of(server, tmp_path / "v.jsonl", timeout=5)
+        judge = judge_of(server, tmp_path / "v.jsonl")
         begun = time.monotonic()
         for _ in judge.score(items(40)):
             break
@@ -217,7 +221,7 @@ def test_requests_run_at_the_same_time_and_an_abandoned_run_keeps_its_answers(tm
         judge.close()
         sold = sum(server.sold.values())
         assert 8 <= sold <= 24
-        again = judge_of(server, tmp_path / "v.jsonl", timeout=5)
+        again = judge_of(server, tmp_path / "v.jsonl")
         assert len(in_order(again, items(40))) == 40
         again.close()
     assert max(server.sold.values()) == 1
@@ -228,7 +232,7 @@ def test_closing_from_another_thread_waits_for_the_answers_under_way(tmp_path):
     """As an interrupted run does, whose judge works in a thread."""
     with fake.serving() as server:
         server.pause = 0.3
-        judge, found = judge_of(server, tmp_path / "v.jsonl", timeout=5), []
+        judge, found = judge_of(server, tmp_path / "v.jsonl"), []
         worker = threading.Thread(target=lambda: found.extend(until_stopped(judge, items(40))))
         worker.start()
         while len(server.times) < 8:
@@ -240,7 +244,7 @@ def test_closing_from_another_thread_waits_for_the_answers_under_way(tmp_path):
         assert 8 <= sold <= 16
         with pytest.raises(jp.UserError, match="was closed"):
             in_order(judge, items(40))
-        again = judge_of(server, tmp_path / "v.jsonl", timeout=5)
+        again = judge_of(server, tmp_path / "v.jsonl")
         assert len(in_order(again, items(40))) == 40
         again.close()
     assert set(server.sold.values()) == {1}
@@ -265,7 +269,7 @@ def test_a_model_that_wants_another_name_of_the_limit_gets_it(tmp_path, monkeypa
     monkeypatch.setattr(fake._Handler, "do_POST", post)
     monkeypatch.setattr(fake._Handler, "protocol_version", "HTTP/1.0")
     with fake.serving() as server:
-        found = in_order(judge_of(server, tmp_path / "v.jsonl", timeout=5), items(20))
+        found = in_order(judge_of(server, tmp_path / "v.jsonl"), items(20))
     assert all(v.error is None for v in found) and 1 <= sum(seen) <= 8
 
 
@@ -279,7 +283,7 @@ def test_an_answer_without_text_is_no_score(tmp_path):
 
     with fake.serving() as server, pytest.MonkeyPatch.context() as patch:
         patch.setattr(fake._Handler, "do_POST", post)
-        [verdict] = in_order(judge_of(server, tmp_path / "v.jsonl", timeout=5), items(1))
+        [verdict] = in_order(judge_of(server, tmp_path / "v.jsonl"), items(1))
     assert "--judge-max-tokens" in verdict.error and len(server.times) == 1
 
 

@@ -16,13 +16,13 @@ from jaxpersona.judges.human import HumanJudge, read_rows
 from jaxpersona.judges.protocol import Item, in_order
 
 GHOST = Role("ghost", ("Be one.",), "", "lingers")
-TEXTS = ["Boo.", "Two\nlines, \"quoted\"; and é\u2028.", "=HYPERLINK(1)", "-1", "last"]
+TEXTS = ["Boo.", "Two\nlines, \"quoted\"; and é\u2028.", "=HYPERLINK(1)", "a\rb\0\ud800", "last"]
 ITEMS = [Item(f"q{i}", GHOST, "Who?", text, "Be one.") for i, text in enumerate(TEXTS)]
 
 
 def fill(path, scores, delimiter=",", **replaced):
     """Enter scores as a person with a spreadsheet does, which may change separator and mark."""
-    rows = list(csv.DictReader(io.StringIO(path.read_text("utf-8-sig"), newline="")))
+    rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
     for row in rows:
         row["score"] = scores.get(row["item"], row["score"])
         row.update(replaced)
@@ -43,6 +43,7 @@ def test_a_file_is_written_filled_in_and_read_back(tmp_path, delimiter):
     assert path.read_bytes() == before
     assert read_rows(path)["ghost/q1"]["answer"] == TEXTS[1]
     assert read_rows(path)["ghost/q2"]["answer"] == "'=HYPERLINK(1)"  # no formula
+    assert read_rows(path)["ghost/q3"]["answer"] == "a\rb\0?"
     fill(path, {"ghost/q0": "3", "ghost/q1": "0.0", "ghost/q2": " ? "}, delimiter)
     found = in_order(judge, ITEMS)
     assert [v.score for v in found] == [3, 0, None, None, None]
