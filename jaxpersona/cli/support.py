@@ -49,10 +49,9 @@ def progress(log: bool = False, note: Callable[[], str] | None = None,
              ) -> Iterator[Callable[[str, int, int, int], None]]:
     """Show the rate and remaining time of steps; yield report(step, done, total, tokens).
 
-    The step "judging" shows `note()` too, such as the cost so far.
-
     If standard error is not a terminal, a line is written every `LOG_SECONDS` if `log` is set, and
-    otherwise nothing. Only the first process writes.
+    otherwise nothing. Only the first process writes. The step "judging" also shows `note()`, such
+    as the cost so far.
     """
     from jaxpersona.distributed import processes
 
