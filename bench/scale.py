@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from common import report
+from jaxpersona.ckpts.files import read_entries
 
 import jaxpersona as jp
 from jaxpersona.data import texts
@@ -136,9 +137,9 @@ def main() -> None:
     late = [memory for _, done, memory in seen if done >= 0.9 * count] or [seen[-1][2]]
     layers, width = model.config.n_layers, model.config.d_model
     scale = QWEN[0] * QWEN[1] / (layers * width)
-    arrays = size(args.out, "samples", "sums", "vectors") + size(args.out) - size(
-        args.out, "rollouts", "scores", "samples", "sums", "vectors")
-    words = size(args.out, "rollouts", "scores")
+    arrays = sum(entry.size for path in args.out.rglob("*.safetensors")
+                 for entry in read_entries(path)[0].values())
+    words = size(args.out) - arrays  # texts and headers, which do not grow with the model
     store = count * QWEN[0] * QWEN[1] * 4
     report(
         "scale", model, args, rollouts=count, roles=len(cast), seconds=round(seconds, 1),
@@ -151,7 +152,7 @@ def main() -> None:
         bytes_rollouts=size(args.out, "rollouts"), bytes_scores=size(args.out, "scores"),
         bytes_samples=size(args.out, "samples"), bytes_sums=size(args.out, "sums"),
         bytes_vectors=size(args.out, "vectors"), bytes_all=size(args.out),
-        text_bytes_per_rollout=round(words / count, 1),
+        text_bytes_per_rollout=round(size(args.out, "rollouts") / count, 1),
         qwen3_32b_store_gb=round(store / 1e9, 1),
         qwen3_32b_gb=round((words + arrays * scale) / 1e9, 2),
         qwen3_32b_share=round((words + arrays * scale) / store, 5),
