@@ -19,6 +19,7 @@ from jaxpersona.errors import UserError
 REQUIREMENTS = (
     ("torch", "'jaxpersona[torch]'"), ("gguf", "'jaxpersona[gguf]'"),
     ("libtpu", "'jaxpersona[tpu]'"), ("matplotlib", "'jaxpersona[figures]'"),
+    ("openai", "'jaxpersona[http]'"),
     ("pandas", "'jaxpersona[frames]'"), ("sklearn", "scikit-learn"), ("scipy", "scipy"),
     ("orbax", "orbax-checkpoint"), ("transformers", "transformers"),
     ("huggingface_hub", "huggingface_hub"),

@@ -74,6 +74,20 @@ class Model:
                     "" if self.mesh is None else f"mesh {dict(self.mesh.shape)}")
 
 
+def release(model: Model) -> None:
+    """Delete a model's weights from its devices, to load another model in their place.
+
+    Its configuration, name and fingerprint stay; every later use of the weights raises an error.
+
+    Args:
+      model: the model. Other models that share its arrays lose them too.
+    """
+    object.__setattr__(model, "derived", Derived())  # an empty cache
+    for leaf in jax.tree.leaves(model.params):
+        if isinstance(leaf, jax.Array) and not leaf.is_deleted():
+            leaf.delete()
+
+
 def check_model(model: Any) -> None:
     """Check that a caller's `model` argument is a model.
 
