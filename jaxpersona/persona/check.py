@@ -155,8 +155,8 @@ def check(
         raise UserError(
             f"{model.name} has no tokenizer; the check needs one to encode prompts"
             if model.tokenizer is None else
-            f"{model.name} has no chat template (a base model), so it cannot be asked as the "
-            "default persona and in roles; use the instruction-tuned model that the axis belongs "
+            f"{model.name} has no chat template (a base model), so it cannot be prompted as "
+            "the default persona or in a role; use the instruction-tuned model that the axis belongs "
             "to")
     chosen, directions, floors = _entries(model, axis, layers, floor)
     default, roles = _replies(model, max_new_tokens, progress)

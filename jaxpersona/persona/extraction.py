@@ -67,8 +67,9 @@ class Extraction(Table):
     def ranking(self, layer: int) -> list[dict[str, Any]]:
         """Return one record per role, "default" included, the most Assistant-like first.
 
-        Its keys are role, projection (the mean over its answers at the layer), p25, p75, answers
-        (their number), in_axis, and scores (how many answers got 0, 1, 2, 3, and no score).
+        The keys of a record are role; projection (the mean over the role's rollouts at the layer);
+        p25; p75; answers (the number of rollouts); in_axis (whether the role's vector enters the
+        axis); and scores (the numbers of rollouts with score 0, 1, 2, 3 and without a score).
         """
         found = []
         for name, values in self.projections.items():

@@ -1,6 +1,6 @@
 """Checks before a run: everything that would make it fail after hours of generation.
 
-`check_texts` needs no model, so a command can call it before it loads one.
+`check_texts` needs no model, so a command can call it before loading the model.
 """
 
 from __future__ import annotations

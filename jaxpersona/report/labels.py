@@ -1,6 +1,6 @@
 """Place names beside points so that no two names overlap.
 
-At most a few dozen points are named, so a greedy search over fixed offsets is sufficient. Unlike an
+At most a few dozen points are labelled, so a greedy search over fixed offsets is sufficient. Unlike an
 iterative solver, such as the package adjustText, it always produces the same figure for the same
 data.
 """
