@@ -156,8 +156,8 @@ def check(
             f"{model.name} has no tokenizer; the check needs one to encode prompts"
             if model.tokenizer is None else
             f"{model.name} has no chat template (a base model), so it cannot be prompted as "
-            "the default persona or in a role; use the instruction-tuned model that the axis belongs "
-            "to")
+            "the default persona or in a role; use the instruction-tuned model that the axis "
+            "belongs to")
     chosen, directions, floors = _entries(model, axis, layers, floor)
     default, roles = _replies(model, max_new_tokens, progress)
     unit, _ = normalised(directions)
