@@ -75,12 +75,18 @@ def axis(
     held_out: Annotated[str, typer.Option(
         show_default="nine for mini, else none",
         help="Roles to leave out of the axis, a,b,…")] = "",
+    keep_means: Annotated[str, typer.Option(help=(
+        "Replies per role whose own mean activations are kept, for thresholds; or `all`."))] = "16",
+    share_prefix: Annotated[bool, typer.Option("--share-prefix", help=(
+        "Compute a system prompt once for all its questions."))] = False,
     redo: Annotated[list[str] | None, typer.Option(
         show_default="none",
         help="Generate this role again, e.g. after its files were damaged; repeatable.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=(
         "Delete the run that --out contains, and start a new one; other files stay."))] = False,
+    take_from: Annotated[pathlib.Path | None, typer.Option(show_default="none", help=(
+        "The run folder of an older version whose replies are taken over."))] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=(
         "Check everything, time a sample of the generation, print the cost, write nothing."))
     ] = False,
@@ -142,7 +148,8 @@ def axis(
                     timeout=judge_timeout, temperature=judge_temperature,
                     max_tokens=judge_max_tokens, cache=judge_cache)
     length = max_new_tokens if max_new_tokens is not None else 64 if model == "mini" else 512
-    settings = Settings(temperature, top_p, length, samples, batch_size, seed)
+    settings = Settings(temperature, top_p, length, samples, batch_size, seed, share_prefix)
+    kept = _kept(keep_means)
     cast, asked, named = _texts(model, roles, questions, limit, limit_questions, held_out, own)
     prepare.check_texts(cast, asked, settings, min_count=min_count, held_out=named, judge=choice)
     if joining.many() and mesh is None:
@@ -167,20 +174,23 @@ def axis(
         if sample_seconds and not as_json:
             say(f"timing a sample of about {sample_seconds:g} s", error=True)
         cost = forecast.forecast(loaded, cast, asked, out, judge=judged, settings=settings,
-                                 min_count=min_count, held_out=named, redo=redo or [],
-                                 overwrite=overwrite, sample_seconds=sample_seconds)
+                                 min_count=min_count, held_out=named, keep_means=kept,
+                                 redo=redo or [], overwrite=overwrite,
+                                 sample_seconds=sample_seconds)
         if as_json:
             print(json.dumps(_of_forecast(cost, judge_cost)))
         else:
             say(*forecast.describe(cost, judge=judge, cost=judge_cost))
-        if cost.disk_bytes > cost.free_bytes:
+        if cost.disk_bytes + cost.live_bytes > cost.free_bytes:
             raise UserError(f"--out is {out}; its disk has too little space for the run")
         return
     with interrupt.keeping(lambda: kept_of(out)), closed(judged):
         with progress(log=True, note=getattr(judged, "note", None)) as report:
             found = extract_axis(loaded, cast, asked, out, judge=judged, settings=settings,
-                                 min_count=min_count, held_out=named, redo=redo or [],
-                                 overwrite=overwrite, report=report)
+                                 min_count=min_count, held_out=named, keep_means=kept,
+                                 redo=redo or [], overwrite=overwrite,
+                                 take_from=take_from, report=report,
+                                 notice=lambda line: say(line, error=True))
         if not joining.first():
             return
         middle = loaded.config.n_layers // 2
@@ -223,6 +233,22 @@ def _texts(model: str, roles: str | None, questions: str | None, limit: int | No
         if own and not held_out:
             named = [name for name in named if name in {role.name for role in kept}]
     return cast, asked if limit_questions is None else asked[: max(limit_questions, 1)], named
+
+
+def _kept(text: str) -> int | None:
+    """Return the value of `--keep-means`; None is `all`.
+
+    Raises:
+      UserError: it is neither a number nor `all`.
+    """
+    from jaxpersona.runs.sample import check_keep
+
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise UserError(f"--keep-means is {text!r}; give a number of replies, or all")
+    check_keep(int(text))
+    return int(text)
 
 
 def _of_forecast(found: Forecast, judge_cost: float | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jaxpersona.errors import UserError
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
-    from jaxpersona.persona.extract import Extraction
+    from jaxpersona.persona.extraction import Extraction
 
 LOG_SECONDS = 30.0  # interval between lines of progress if standard error is not a terminal
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, a .gguf file, `mini`, "
@@ -190,14 +190,18 @@ def check_output(option: str, file: pathlib.Path) -> None:
 
 def kept_of(folder: pathlib.Path) -> str:
     """Describe the files of a run folder, for the line that an interrupted command prints."""
+    from jaxpersona.runs.status import kept
+
     if not (folder / "run.json").exists():
         return "nothing was written"
-    steps = {"rollouts": "*.jsonl", "scores": "*.json", "vectors": "*.safetensors"}
-    counts = {step: len([p for p in (folder / step).glob(form) if p.name[0] != "."])
-              for step, form in steps.items()}
-    held = ", ".join(f"{step} of {n} roles" for step, n in counts.items() if n)
+    rollouts, verdicts, roles = kept(folder)
+    held = f"{rollouts:,} rollouts" if rollouts else "its settings"
+    if verdicts:
+        held += f" and {verdicts:,} verdicts"
+    if roles:
+        held += f" ({roles:,} roles are complete)"
     axis = " and the axis" if (folder / "axis.safetensors").exists() else ""
-    return f"{folder} contains {held or 'its settings'}{axis}; the same command resumes from here"
+    return f"{folder} contains {held}{axis}; the same command resumes from here"
 
 
 def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
@@ -206,7 +210,7 @@ def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
     from jaxpersona.report import figures
 
     try:
-        figures.roles_on_axis(folder / "roles.png", extraction.projections, middle, held_out)
+        figures.roles_on_axis(folder / "roles.png", extraction, middle, held_out)
         figures.components(folder / "pca.png", extraction.analysis, middle, extraction.default)
         figures.variance(folder / "variance.png", extraction.analysis, middle)
     except UserError as error:  # e.g. a missing package; the axis is complete without figures

@@ -13,11 +13,12 @@ from jaxpersona.data.texts import DEFAULT, Role
 from jaxpersona.errors import UserError
 from jaxpersona.judges.human import read_rows, score_of
 from jaxpersona.judges.protocol import ROLE_SCALE, Item
-from jaxpersona.runs.run import Run, rollout_key
+from jaxpersona.runs.rollouts import rollout_key
+from jaxpersona.runs.run import Run
 
 
 def items_of(role: Role, records: Sequence[Mapping[str, Any]]) -> list[Item]:
-    """Return a role's rollouts (`runs.rollouts.play`) as items, in their order.
+    """Return a role's rollouts (`runs.rollouts.planned`) as items, in their order.
 
     Only the first reply of a conversation is judged (Lu et al. 2026).
     """

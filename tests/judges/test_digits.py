@@ -264,7 +264,7 @@ def test_the_command_judges_with_another_model(tmp_path, monkeypatch, checkpoint
     command = s.axis_command(checkpoint, texts, out, "--judge", "model:mini", *more)
     assert s.run_command(command) in (0, 2)  # 2, if by chance too few replies have score 3
     run, judge = Run.read(out), DigitJudge(jp.load("mini"))
-    assert run.manifest["arguments"]["judge"] == judge.name
+    assert run.judge == judge.name
     for name in ("ghost", "baker"):
         found = judge.read([f"{r['question']} {r['conversation'][-1]['content']}?"
                             for r in run.rollouts(name)])
