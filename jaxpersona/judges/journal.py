@@ -58,13 +58,13 @@ class Journal:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            os.close(self._file)
+            self._release()
             raise UserError(f"{self.path}: is in use by another process; wait until it ends, or "
                             "choose another file") from None
         try:
             self._read()
         except BaseException:
-            os.close(self._file)
+            self._release()
             raise
 
     def get(self, key: str) -> tuple[str, float] | None:
@@ -92,13 +92,16 @@ class Journal:
         with self._lock:
             if self._file >= 0:
                 os.fsync(self._file)
-                os.close(self._file)  # this also unlocks it
-                self._file = -1
+                self._release()
 
     def __del__(self) -> None:
         if getattr(self, "_file", -1) >= 0:
-            os.close(self._file)
-            self._file = -1
+            self._release()
+
+    def _release(self) -> None:
+        """Close the file, which also unlocks it; a number is closed once."""
+        file, self._file = self._file, -1
+        os.close(file)
 
     def _append(self, value: dict[str, Any]) -> None:
         """Write one line with one call, so that a killed process leaves whole lines."""
