@@ -34,7 +34,7 @@ class MissingPackage(UserError):
 def pip_line(package: str) -> str:
     """Return the command that installs a package listed in `REQUIREMENTS`.
 
-    Example:
+    Examples:
       >>> from jaxpersona.extras import pip_line
       >>> pip_line("sklearn")
       'pip install scikit-learn'
@@ -61,7 +61,7 @@ def require(module: str, purpose: str, otherwise: str = "") -> Any:
     Raises:
       MissingPackage: the package is not installed, or its import fails.
 
-    Example:
+    Examples:
       >>> from jaxpersona.extras import require
       >>> require("matplotlib.figure", "figures need matplotlib").Figure.__name__
       'Figure'

@@ -51,7 +51,7 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
     Raises:
       UserError: there are fewer devices than data·fsdp·model, or an axis is smaller than 1.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> import jax
       >>> jp.make_mesh(data=1, model=1, devices=jax.devices()[:1]).axis_names

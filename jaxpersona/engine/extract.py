@@ -63,7 +63,7 @@ class Extracted(Table):
       tokens, padded: the number of tokens without and with padding.
       nonfinite: [N] bool, True if a residual was NaN or infinite; discard these readings.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
       >>> jp.extract(jp.load("mini"), [talk])
@@ -131,7 +131,7 @@ def extract(
         `on_nonfinite="raise"`. If a reading selects no
         token in only some conversations, their values are NaN and a logged warning lists them.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
       >>> found = jp.extract(jp.load("mini"), [talk], capture=jp.capture.mean(jp.response))

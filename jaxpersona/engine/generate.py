@@ -76,7 +76,7 @@ class Generated(Table):
       finish: why each reply ended: "stop" (a stop token), "length" (the limit), or "nonfinite" (a
         residual or a logit was NaN or infinite; discard the captures).
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.generate(jp.load("mini"), ["Who are you?"], max_new_tokens=2)
       Generated(1 reply, 2 tokens)
@@ -165,7 +165,7 @@ def generate(
         the interventions belong to a different model or number of rows, or activations are not
         finite with `on_nonfinite="raise"`. The message names the argument, its value and the fix.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> out = jp.generate(jp.load("mini"), ["Who are you?"], max_new_tokens=2)
       >>> len(out.text), len(out.tokens[0]), out.finish

@@ -46,7 +46,7 @@ class Stream:
     Attributes:
       tokens: the number of tokens generated so far, stop tokens included.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> from jaxpersona.engine.stream import Stream
       >>> asked = ((i, "Who are you?", i) for i in range(3))

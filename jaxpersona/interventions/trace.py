@@ -40,7 +40,7 @@ class Applied(flax.struct.PyTreeNode):
       changed: [l, B] int32, the number of tokens changed at each layer. For a rank-one edit, a
         token is counted if δ ≠ 0, even if rounding to the model's dtype leaves h unchanged.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
       >>> cap = jp.cap(jp.load_axis("mini"), layers=4, floor="p25")

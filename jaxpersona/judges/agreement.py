@@ -55,7 +55,7 @@ def agreement(a: Mapping[str, int | None], b: Mapping[str, int | None], *,
     Raises:
       UserError: no reply was read by both.
 
-    Example:
+    Examples:
       >>> from jaxpersona.judges.agreement import agreement
       >>> found = agreement({"ghost/0": 3, "ghost/1": 0, "seer/0": 2},
       ...                   {"ghost/0": 3, "ghost/1": 1, "seer/0": 2})

@@ -79,7 +79,7 @@ class DigitJudge:
     Raises:
       UserError: the model has no tokenizer, or its tokenizer has no token for a digit.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> from jaxpersona.data.texts import Role
       >>> from jaxpersona.judges.digits import DigitJudge

@@ -48,7 +48,7 @@ class HttpJudge:
     Raises:
       UserError: a setting is out of range, or the budget is in USD and there is no price.
 
-    Example:
+    Examples:
       >>> from jaxpersona.judges.endpoint import Endpoint
       >>> from jaxpersona.judges.http import HttpJudge
       >>> judge = HttpJudge(Endpoint("qwen", url="http://localhost:8000/v1"), "verdicts.jsonl")

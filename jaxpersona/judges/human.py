@@ -28,7 +28,7 @@ class HumanJudge:
         integer of the scale, or "?" if it cannot be decided.
       scale: the allowed integers.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> from jaxpersona.data.texts import Role
       >>> from jaxpersona.judges.human import HumanJudge

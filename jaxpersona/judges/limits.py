@@ -20,7 +20,7 @@ class Budget:
       calls: the number of requests, also of repeated ones; None: no limit.
       usd: the cost; None: no limit.
 
-    Example:
+    Examples:
       >>> from jaxpersona.judges.limits import Budget
       >>> Budget.parse("500calls")
       Budget(calls=500, usd=None)

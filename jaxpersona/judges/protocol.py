@@ -71,7 +71,7 @@ class Judge(Protocol):
         rubric. Equal names mean that equal items get verdicts of the same judge.
       scale: the integers that `score` may give.
 
-    Example:
+    Examples:
       >>> from jaxpersona.data.texts import Role
       >>> from jaxpersona.judges.judges import NoJudge
       >>> from jaxpersona.judges.protocol import Item

@@ -33,7 +33,7 @@ class Rubric:
         the `eval_prompt` of each item's role.
       refusal: a word by which the model says that the reply refuses; "" if score 0 says it.
 
-    Example:
+    Examples:
       >>> from jaxpersona.data.texts import Role
       >>> from jaxpersona.judges.protocol import Item
       >>> from jaxpersona.judges.rubric import Rubric

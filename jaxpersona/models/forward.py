@@ -55,7 +55,7 @@ class Output(flax.struct.PyTreeNode):
       logits: [B, T, V], [B, V] or None, float32.
       carry: the state after this call; pass it to the next call to continue.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> import jax
       >>> model = jp.load("mini")
@@ -149,7 +149,7 @@ def forward(
         has a cache; a kernel does not support the call; or the mesh set by `jax.set_mesh` differs
         from the parameters' mesh.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> import jax
       >>> model = jp.load("mini")

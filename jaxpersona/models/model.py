@@ -34,7 +34,7 @@ class Model:
       marked: the configuration and arrays from which `fingerprint` was computed.
       derived: a cache of arrays derived from the parameters; empty in a copy.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> model = jp.load("mini")
       >>> model

@@ -32,7 +32,7 @@ def questions(count: int | None = None) -> list[Question]:
 class RuleJudge:
     """A judge that scores answers by their grammar, which is exact for the embedded model only.
 
-    Example:
+    Examples:
       >>> from jaxpersona.judges.protocol import Item
       >>> from jaxpersona.organism import method
       >>> void = next(role for role in method.roles() if role.name == "void")

@@ -58,7 +58,7 @@ class Check(Table):
         the quartiles in the axis or, without these, from the replies of the check.
       floors: [l] float32, the floors; None if there are none.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> found = jp.check(jp.load("mini"), jp.load_axis("mini"))
       >>> found.ok, found.shift
@@ -140,7 +140,7 @@ def check(
       UserError: `axis` is neither an Axis nor Caps, belongs to another model, or is zero at a
         layer; `floor` is not numeric; or the model has no tokenizer or no chat template.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> found = jp.check(jp.load("mini"), jp.load_axis("mini"))
       >>> found

@@ -68,7 +68,7 @@ def contrast(
         some texts end with a reply; the groups differ in size with method="pca"; both groups have
         the same activations; or an argument is invalid.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> model = jp.load("mini")
       >>> vector = jp.contrast(model, ["I love it!", "What joy!"], ["I hate it.", "How sad."])

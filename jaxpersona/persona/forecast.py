@@ -107,7 +107,7 @@ def forecast(
     Raises:
       UserError: as `extract_axis` before it generates, or there are several processes.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> from jaxpersona.judges.judges import NoJudge
       >>> from jaxpersona.organism import method

@@ -39,7 +39,7 @@ def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judg
       UserError: the folder contains no run or is in use, a role is missing, a file is damaged, or
         the judge cannot go on; verdicts are kept.
 
-    Example:
+    Examples:
       >>> import tempfile
       >>> from jaxpersona.judges.judges import NoJudge
       >>> from jaxpersona.persona.rejudge import judge_run

@@ -112,7 +112,7 @@ class Session:
       turns: the turns so far.
       edited: whether the interventions apply to the next reply.
 
-    Example::
+    Examples::
 
         model = jp.load("mini")
         session = Session(model, interventions=cap, monitor=Monitor(model, axis))
