@@ -1,8 +1,8 @@
-"""Batches of complete conversations or prompts for passes without a cache.
+"""Batches of complete conversations or prompts for forward passes without a cache.
 
-Conversations are sorted by length into batches with about the same number of tokens. The padded
-width depends only on a conversation's length, and the number of rows only on the width. A
-conversation's results are therefore bit-identical in any batch.
+Conversations are sorted by length into batches with about the same number of tokens. For given
+arguments of `batches`, the padded width depends only on a conversation's length, and the number of
+rows only on the width. A conversation's results are therefore bit-identical in any batch.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jaxpersona.text import chat
 def width_of(tokens: int) -> int:
     """Return the padded length of a conversation of `tokens` tokens.
 
-    This is `tokens` rounded up to a multiple of max(32, p / 8), where p is the largest power of two
-    below `tokens`.
+    The padded length is `tokens` rounded up to a multiple of max(32, p / 8), where p is the largest
+    power of two below `tokens`.
     """
     step = max(32, (1 << (tokens - 1).bit_length()) // 16)
     return -(-tokens // step) * step
@@ -43,14 +43,14 @@ def batches(rows: list[chat.Row], tokens: int,
     for i, row in enumerate(rows):
         groups.setdefault(width_of(row.tokens.size), []).append(i)
     out = []
-    for width, members in sorted(groups.items(), reverse=True):  # largest batches first
+    for width, members in sorted(groups.items(), reverse=True):  # widest batches first
         size = max(1, tokens // (width * ways)) * ways  # a multiple of `ways`
         out += [(members[at : at + size], width, size) for at in range(0, len(members), size)]
     return out
 
 
 def pad(rows: list[chat.Row], width: int, size: int) -> Batch:
-    """Pad the conversations to a batch of `size` rows of `width` tokens; added rows are empty."""
+    """Return a batch of `size` rows of `width` tokens; additional rows contain only padding."""
     real = make_batch([r.tokens for r in rows], kind=[r.kind for r in rows],
                       turn=[r.turn for r in rows], width=width)
     extra = size - len(rows)

@@ -1,7 +1,7 @@
-"""Caches of compiled programs on disk, so that a second process neither traces nor compiles.
+"""On-disk caches of compiled programs, so that later processes need not compile them again.
 
-JAX's compilation cache stores executables, and `stored` stores traces. Both use subfolders of one
-folder with mode 0700 in the user's cache folder (`own_folder`).
+JAX's compilation cache stores executables, and the module `stored` stores traces. By default, both
+use subfolders of one folder with mode 0700 in the user's cache folder (`own_folder`).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from jaxpersona.runtime import default_setting, setting
 
 SWITCH = "JAXPERSONA_COMPILE_CACHE"
 TRACES, EXECUTABLES = 2**28, 2**32  # the maximum sizes of the folders in bytes
-_SHORTEST = 0.05  # seconds; executables that were compiled faster are not stored
+_SHORTEST = 0.05  # seconds; an executable with a shorter compilation time is not stored
 _LOG = logging.getLogger("jaxpersona")
 
 
 def use_compile_cache() -> str | None:
     """Enable JAX's compilation cache in the user's cache folder, unless another folder is set.
 
-    `JAXPERSONA_COMPILE_CACHE=0` disables this; `JAX_COMPILATION_CACHE_DIR` or
-    `jax_compilation_cache_dir` sets another folder. If the folder belongs to another user, is a
-    symbolic link or may be written by others, it is not used, and a warning is logged.
+    `JAXPERSONA_COMPILE_CACHE=0` disables this function; `JAX_COMPILATION_CACHE_DIR` or
+    `jax_compilation_cache_dir` sets another folder. If the user's cache folder belongs to another
+    user, is a symbolic link or is writable by others, it is not used, and a warning is logged.
 
     Returns:
-      The folder of JAX's compilation cache, or None if there is none. This is the case if caching
-      is disabled, the user has no home folder, or the cache folder is not private to the user.
+      The folder of JAX's compilation cache. None if the cache is disabled, if the user has no home
+      folder, or if the cache folder is not private to the user.
     """
     configured = setting("jax_compilation_cache_dir")
     if configured or os.environ.get(SWITCH, "1") == "0":
@@ -40,7 +40,7 @@ def use_compile_cache() -> str | None:
     folder = _own()
     if folder is None:
         return None
-    # a separate folder, because JAX cannot limit the size of a cache that was filled without limit
+    # a new folder, because JAX cannot limit the size of a cache that was filled without a limit
     folder = folder / "executables"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     for name, value, default in (
@@ -52,9 +52,9 @@ def use_compile_cache() -> str | None:
 
 
 def traces() -> OwnFolder | None:
-    """Return the folder of traces, or None if there is none (see `use_compile_cache`).
+    """Return the folder in which traces are stored, or None if no traces are stored.
 
-    Traces save time only together with cached executables, so they are not stored if JAX's
+    Traces save time only together with cached executables, so no traces are stored if JAX's
     compilation cache is disabled.
     """
     if os.environ.get(SWITCH, "1") == "0" or not setting("jax_compilation_cache_dir"):
@@ -64,7 +64,7 @@ def traces() -> OwnFolder | None:
 
 
 def _own() -> pathlib.Path | None:
-    """Return the user's cache folder for this processor, creating it if missing.
+    """Return the package's cache folder for this user and processor; create it if necessary.
 
     Returns:
       None if the user has no home folder, or if the folder is not private to the user.
@@ -82,9 +82,10 @@ def _own() -> pathlib.Path | None:
 
 
 def _processor(cpuinfo: str = "/proc/cpuinfo") -> str:
-    """Return a name for the processor's instruction set.
+    """Return a folder name that identifies the processor's instruction set.
 
-    A program compiled for one processor may not run on another that shares the folder.
+    A program compiled for one processor may not run on another. Different processors that share a
+    home folder therefore use different subfolders.
     """
     try:
         lines = pathlib.Path(cpuinfo).read_text("utf-8", "replace").splitlines()

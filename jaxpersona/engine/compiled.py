@@ -1,8 +1,9 @@
 """A least-recently-used cache of compiled programs.
 
-`jax.jit` never frees a program. For a small model, each pair of prompt width and cache size takes
-about 20 MB of host memory. Here each combination of argument shapes has its own `jax.jit` object.
-If there are too many, the least recently used one is dropped, which frees its trace and executable.
+A `jax.jit` object keeps every program that it has compiled. For a small model, the programs for one
+prompt width and cache size take about 20 MB of host memory. Here each combination of argument
+shapes has its own `jax.jit` object. If there are more objects than a limit, the least recently used
+one is dropped, which frees its trace and executable.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jaxpersona.engine.compile_cache import traces
 from jaxpersona.engine.stored import Stored
 from jaxpersona.errors import UserError
 
-LIMIT = 64  # maximum number; prompts of eight widths with and without a cap need about 64 programs
+LIMIT = 64  # programs: enough for prompts of eight widths, with and without interventions
 SWITCH = "JAXPERSONA_PROGRAMS"
 _LOG = logging.getLogger("jaxpersona")
 
@@ -31,9 +32,9 @@ class Kept:
     """The compiled programs of a process; the least recently used one is dropped first.
 
     Attributes:
-      limit: the maximum number of programs. If None, `JAXPERSONA_PROGRAMS` is read when the first
-        program is requested, so that an invalid value raises an error in that call and not at
-        import.
+      limit: the maximum number of programs. If None, the environment variable `JAXPERSONA_PROGRAMS`
+        is read when the first program is requested. An invalid value therefore raises an error in
+        that call and not at import.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -45,7 +46,7 @@ class Kept:
         return len(self._held)
 
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return the program for a key, creating it on first use; drop programs over the limit."""
+        """Return the program for a key; create it on first use and drop programs over the limit."""
         with self._lock:
             if self.limit is None:
                 self.limit = _limit()
@@ -67,10 +68,10 @@ class Kept:
 
 
 def _limit() -> int:
-    """Return the limit set by the environment, or `LIMIT`.
+    """Return the value of the environment variable `JAXPERSONA_PROGRAMS`, or `LIMIT` if not set.
 
     Raises:
-      UserError: the variable is not a positive integer.
+      UserError: the value is not a positive integer.
     """
     value = os.environ.get(SWITCH, "")
     if not value:
@@ -89,9 +90,9 @@ def program(*, static: tuple[str, ...] = (), donate: tuple[str, ...] = (),
 
     Args:
       static, donate: argument names, as for `static_argnames` and `donate_argnames` of `jax.jit`.
-      result: a function that maps the arguments to a pytree with the structure of the result,
-        without computing the result. If it is given and the disk cache is enabled, traces are
-        stored on disk (`stored`).
+      result: a function that takes the same arguments and returns a pytree with the structure of
+        the result, without computing the result. With this function, and if the cache on disk is
+        enabled, traces are stored on disk (`stored`).
     """
     return lambda function: Program(function, static, donate, result)
 
@@ -100,8 +101,8 @@ class Program:
     """A jitted function with one `jax.jit` object per combination of argument shapes.
 
     The platform of the first argument's first array is part of the key, so that CPU and GPU arrays
-    of one shape do not share a trace. `jax.jit` and `stored.Stored` distinguish everything
-    that the key omits, so an omission costs memory but cannot select a wrong program.
+    of the same shape do not share a trace. The key omits other properties, such as the sharding.
+    `jax.jit` and `stored.Stored` distinguish these, so that the correct program is always selected.
     """
 
     def __init__(self, function: Callable, static: tuple[str, ...], donate: tuple[str, ...],
@@ -116,7 +117,7 @@ class Program:
             return jitted(*args, **named)
 
     def lower(self, *args: Any, **named: Any) -> Any:
-        """Trace and lower for arguments or their shapes, as `jax.jit(…).lower` does."""
+        """Trace and lower the program for arguments or their shapes, like `jax.jit(…).lower`."""
         jitted, target = self._of(args, named)
         with running_on(target):
             return jitted.lower(*args, **named)

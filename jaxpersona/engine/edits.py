@@ -1,4 +1,4 @@
-"""The interventions on a lane's rows: selected from the tables of a call, or stored per row."""
+"""Interventions on the rows of a lane, either selected from a call's tables or stored per row."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from jaxpersona.interventions.where import NOWHERE
 
 
 class SharedEdits:
-    """The interventions on all prompts of a call; a row selects its entry by the prompt's index.
+    """The interventions on all prompts of a call; a row selects an entry by its prompt's index.
 
-    The entries stay on the device. When rows are assigned to prompts, only the indices change.
+    The entries stay on the device. When prompts are assigned to rows, only the indices change.
     """
 
     def __init__(self, edits: Interventions) -> None:
@@ -35,7 +35,7 @@ class SharedEdits:
         return self.edits.take(np.array(numbers + [-1] * (rows - len(numbers)), np.int32))
 
     def assign(self, edits: Interventions, rows: np.ndarray) -> None:
-        """Do nothing, because `of_rows` selects the entries at each step."""
+        """Do nothing, because `of_rows` selects the entries of the current tasks in each call."""
 
     def of_rows(self, tasks: Sequence[Task | None]) -> Interventions:
         """Return the interventions on all rows of the lane."""
@@ -74,7 +74,7 @@ class RowEdits:
         return side_by_side(tuple(single), axes=self.axes) if self.axes else self.neutral
 
     def assign(self, edits: Interventions, rows: np.ndarray) -> None:
-        """Write interventions on n rows to the lane's rows with indices [n]; index B is ignored."""
+        """Write interventions on n rows to the lane's rows [n]; a row index of B is ignored."""
         if not self.axes:
             return
         if row_count(edits, self.axes) == row_count(self.table, self.axes):
@@ -96,7 +96,7 @@ def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> 
 
     Args:
       edits: interventions without `rows=`, or None.
-      capacity: the result of `reserve`, for any number of rows, or None.
+      capacity: the result of `reserve`, with any number of rows, or None.
 
     Raises:
       UserError: the interventions have `rows=`, or exceed the capacity.
@@ -120,7 +120,7 @@ def neutral_row(edits: Interventions) -> Interventions:
 
 
 def _per_row(table: Any) -> Any:
-    """Return a table of one entry without its index, so that entry b applies to row b."""
+    """Remove the index of a table with one entry; without an index, entry b applies to row b."""
     return table.replace(index=None)
 
 
@@ -135,7 +135,7 @@ def row_count(edits: Interventions, axes: tuple[int, ...]) -> int:
 
 
 def _repeated(edits: Interventions, rows: int) -> Interventions:
-    """Repeat interventions on one row for `rows` rows."""
+    """Return interventions on `rows` rows that repeat the given interventions on one row."""
     def repeated(table: Any) -> Any:
         axes = {"where": 0, "origin": 0, "gate": 0, **table.PAYLOAD}
         return table.replace(**{

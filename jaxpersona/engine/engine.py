@@ -1,9 +1,9 @@
 """An inference engine: concurrent requests with individual settings and few compiled programs.
 
-The rows of a lane share their programs: one cache size, one structure of interventions, one capture
-and one set of stop strings. A request's interventions are written to the lane's tables, so new
-interventions within the capacity need no compilation. For a given number of rows, capacity and
-cache size, a request's tokens and captures are bit-identical whether it runs alone or with others.
+The rows of a lane use the same programs, because they have the same cache size, structure of
+interventions, capture and stop strings. A request's interventions are written to the lane's tables,
+so new interventions within the capacity need no compilation. For a given number of rows, capacity
+and cache size, a request's tokens and captures do not depend on concurrent requests, bit for bit.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """Runs requests on a model.
+    """Generates replies to concurrent requests with one model.
 
-    `stream` and `result` run the engine in the caller's thread, unless it runs in a background
-    thread (`running`). All methods are thread-safe.
+    `stream` and `result` run the engine in the caller's thread, unless the engine runs in a
+    background thread (`running`). All methods are thread-safe.
 
     Examples:
       >>> import jaxpersona as jp
@@ -59,15 +59,15 @@ class Engine:
     def __init__(self, model: Model, *, rows: int = 32, capacity: Interventions | None = None,
                  sizes: Sequence[int] | None = None, lanes: int = 4, chunk: int = 16,
                  queue: int = 4096) -> None:
-        """Prepare the weights; programs compile on first use, or in `warm_up`.
+        """Prepare the weights; programs are compiled on first use, or by `warm_up`.
 
         Args:
           model: the result of `load`.
-          rows: B, the number of rows in a lane. The rounding of results depends on it.
-          capacity: the result of `reserve`, for any number of rows. It limits the layers and the
-            number of rank-one interventions in a request, so that all requests share programs.
-            None: every structure of interventions has its own programs and lanes.
-          sizes: the cache sizes, in tokens of prompt and reply; default: `lanes.cache_size`.
+          rows: B, the number of rows in a lane. The rounding of results depends on B.
+          capacity: the result of `reserve`, with any number of rows. It limits the layers and the
+            number of rank-one interventions of a request, so that their structure is always the
+            same. None: each structure of interventions has its own programs and lanes.
+          sizes: cache sizes, in tokens of prompt plus reply; default: `lanes.cache_size`.
           lanes: the maximum number of lanes; each has its own cache.
           chunk: the maximum number of decode steps between two transfers to the host.
           queue: the maximum number of queued requests.
@@ -110,11 +110,11 @@ class Engine:
         return line("Engine", quoted(self.model.name), count(self.rows, "row"))
 
     def submit(self, request: Request) -> Handle:
-        """Check a request and append it to the queue.
+        """Check a request, append it to the queue and return its handle.
 
         Raises:
           UserError: the request does not match the model, or exceeds the capacity or the cache
-            sizes. Other requests are not affected.
+            sizes. An error in one request does not affect other requests.
           QueueFull: the queue already holds `queue` requests.
         """
         if not isinstance(request, Request):
@@ -134,7 +134,7 @@ class Engine:
         return handle
 
     def step(self) -> bool:
-        """Admit queued requests and run one chunk of every lane.
+        """Admit queued requests and run one chunk of decode steps in every lane.
 
         Returns:
           Whether any request is unfinished.
@@ -143,10 +143,10 @@ class Engine:
             return self._step()
 
     def result(self, handle: Handle) -> Reply:
-        """Wait until a request is complete and return the reply.
+        """Wait until the reply to a request is complete, and return the reply.
 
         Raises:
-          BaseException: the error with which the request failed.
+          BaseException: the error that ended the request.
         """
         while not handle.done:
             self._advance(handle)
@@ -157,10 +157,10 @@ class Engine:
         return reply
 
     def stream(self, handle: Handle) -> Iterator[Event]:
-        """Yield a reply in pieces as it is generated; the last event has the whole reply.
+        """Yield a reply in events as it is generated; the last event has the complete reply.
 
         Raises:
-          BaseException: the error with which the request failed.
+          BaseException: the error that ended the request.
         """
         request = handle.request
         handle._streamed = True
@@ -183,7 +183,7 @@ class Engine:
             self._advance(handle, tokens.size)
 
     def cancel(self, handle: Handle) -> None:
-        """Cancel a request, unless it is done; its row becomes free after the current step."""
+        """Cancel a request that is not done; its row becomes free at the start of the next step."""
         with self._changed:
             if (entry := self._handles.pop(handle.number, None)) is None:
                 return
@@ -226,7 +226,7 @@ class Engine:
           requests: one example of each kind of request. Kinds differ in prompt length, cache size,
             capture, stop strings, greedy or sampled decoding and, without a capacity, structure of
             interventions. None: greedy and sampled requests with interventions within the capacity,
-            without a capture or stop strings, for every cache size and prompt width of `sizes`.
+            without a capture or stop strings, for each size in `sizes` and each prompt width.
 
         Raises:
           UserError: the engine has requests or no `sizes`, or an example is invalid.
@@ -257,7 +257,7 @@ class Engine:
         return lane
 
     def _task(self, request: Request) -> Task:
-        """Encode and check a request."""
+        """Check a request and return it as a task with an encoded prompt."""
         model = self.model
         row = prompts.encode(model, request.conversation, thinking=request.thinking)
         most = request.max_new_tokens
@@ -284,13 +284,13 @@ class Engine:
         return Task(-1, row, row_id, limit, settings, shape, kind, own)
 
     def _shape(self, row: Row, limit: int) -> tuple[Shape, int]:
-        """Return the static sizes for a request, and its reply limit in the largest cache."""
+        """Return a request's static sizes and its reply limit, limited by the largest cache."""
         if self.sizes is not None:
             return shape_within(row, limit, self.sizes)
         return shape_of(row, limit, False, self.model.config.max_context, self.rows), limit
 
     def _streams(self, tasks: Sequence[Task]) -> bool:
-        """Return whether a task is streamed; its first token is then read before it decodes."""
+        """Return whether any task is streamed, so that its first token is sent before decoding."""
         held = [self._handles.get(task.number) for task in tasks]
         return any(entry is not None and entry[0]._streamed for entry in held)
 
@@ -310,7 +310,7 @@ class Engine:
             try:
                 self._scheduler.step()
                 self._look()
-            except BaseException as error:  # even after an interrupt, the lanes may be inconsistent
+            except BaseException as error:  # also an interrupt: the lanes may be inconsistent
                 self._scheduler.lanes.clear()
                 self._fail([task for _, task in list(self._handles.values())], error)
                 raise
@@ -342,11 +342,11 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception:  # `result` and `stream` raise it for the affected requests
+            except Exception:  # `result` and `stream` raise the error
                 continue
 
     def _collect(self, tasks: list[Task], state: State) -> None:
-        """Complete the handles of finished tasks, which are the first rows of a state."""
+        """Set the replies of finished tasks, whose results are the first rows of a state."""
         accepting = self._scheduler.lanes[tasks[0].lane].setting.stops.accepting
         for task, finished in zip(tasks, unpack(state, tasks, accepting), strict=True):
             reply = self._reply(task, finished)
@@ -367,16 +367,16 @@ class Engine:
                      task.row, finished.captured, finished.applied)
 
     def _fail(self, tasks: list[Task], error: BaseException) -> None:
-        """Complete the tasks' handles with an error."""
+        """Set an error as the result of the tasks' requests."""
         for task in tasks:
-            task.cancelled = True  # it may be queued
+            task.cancelled = True  # the task may still be in the queue
             with self._changed:
                 entry = self._handles.pop(task.number, None)
             if entry is not None:
                 entry[0]._finish(None, error)
 
     def _look(self) -> None:
-        """Copy the tokens of streamed requests to their handles."""
+        """Copy the new tokens and projections of streamed requests to their handles."""
         for lane in self._scheduler.lanes.values():
             streamed = []
             for i, task in enumerate(lane.tasks):

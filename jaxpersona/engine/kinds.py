@@ -34,7 +34,7 @@ def plain_kinds(slots: int, capacity: Interventions | None) -> tuple[Kind, Kind]
 
 
 class Kind:
-    """A kind of request, compared by value; requests of the same kind share a lane.
+    """The kind of a request, compared by value; requests of the same kind share a lane.
 
     Attributes:
       slots: the number of cache slots S.
@@ -63,7 +63,7 @@ class Kind:
         return isinstance(other, Kind) and self.key == other.key
 
     def setting(self, model: Model) -> Setting:
-        """Return the settings of a lane for this kind; replies are limited by the cache size."""
+        """Return the settings of a lane for requests of this kind."""
         stops = stops_of(model, self.code)
         if self.strings:
             table = stopping.table(model.tokenizer, model.config.vocab_size, self.strings)

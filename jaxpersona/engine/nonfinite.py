@@ -1,7 +1,8 @@
 """Diagnosis of non-finite activations: the first affected site, the cause and the fix.
 
 A compiled program reports only the affected rows (`Carry.finite`). To find the first affected
-layer, one of these rows is run again, and the norms of its activations are captured at every site.
+layer, the model runs on one of these rows again and captures the norms of its activations at every
+site.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _forward = program(static=("logits",))(forward)
 
 
 class NonfiniteWarning(RuntimeWarning):
-    """Activations or logits were NaN or infinite; the message names the site and the fix."""
+    """Activations or logits were NaN or infinite; the message states where, and suggests a fix."""
 
 
 def check_choice(value: Any) -> None:
@@ -50,13 +51,13 @@ def check_choice(value: Any) -> None:
 
 
 def explain(model: Model, row: Row, edits: Interventions, name: str, summary: str) -> str:
-    """Return a one-line message with a row's first non-finite site, the cause and the fix.
+    """Return a one-line message: a row's first non-finite site, the probable cause and a fix.
 
     Args:
       model: the model.
-      row: the row's tokens, including those of its reply.
+      row: the row's tokens, including the tokens of the reply.
       edits: the interventions on the row, for one row or without `rows=`.
-      name: the name of the row, such as "conversation 3".
+      name: a description of the row for the message, such as "conversation 3".
       summary: the beginning of the message, which describes all affected rows, such as "2 of 16
         replies ended at".
     """
@@ -100,7 +101,7 @@ def damaged_parameter(params: Params) -> str | None:
 
 
 def _cause(model: Model, row: Row, edits: Interventions) -> str:
-    """Return the cause and the fix, for the message."""
+    """Return the probable cause and a fix, for the message."""
     damaged = damaged_parameter(model.params)
     if damaged is not None:
         return (f"the parameter {damaged} of {model.name} has non-finite values; download or "

@@ -1,7 +1,7 @@
-"""A folder of bounded size whose files only their owner may read or write.
+"""A folder of limited size whose files can be read and written only by their owner.
 
-The content of these files determines which machine code runs. A folder or file that another user
-could have written is therefore not read.
+The content of these files determines which machine code runs. Files that another user could have
+modified are therefore not read.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 def private(path: pathlib.Path) -> str | None:
     """Create a folder with mode 0700, or check an existing folder.
 
-    If others may read, but not write, an existing folder of this user, its mode is set to 0700.
+    An existing folder must belong to this user and must not be writable by others. Its mode is then
+    set to 0700.
 
     Returns:
       None if the folder is private to this user; otherwise the reason why it is not.
@@ -40,10 +41,10 @@ def private(path: pathlib.Path) -> str | None:
 
 @contextlib.contextmanager
 def _opened(path: pathlib.Path) -> Iterator[int]:
-    """Open a folder and yield its file descriptor, so that later accesses cannot be redirected.
+    """Open a folder and yield its file descriptor, so that its path is not resolved again.
 
     Raises:
-      OSError: the folder is a symbolic link, belongs to another user, or may be written by others.
+      OSError: the folder is missing, a symbolic link, of another user, or writable by others.
     """
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -64,8 +65,8 @@ def _check(found: os.stat_result, what: str) -> None:
 class OwnFolder:
     """Named files in a folder with mode 0700; the least recently used files are removed.
 
-    Each file contains the SHA-256 of its name and content, which detects damaged and swapped files.
-    The hash is no protection against the user, who can write any file in the folder.
+    Each file contains a SHA-256 hash of its name and content, which detects damaged and swapped
+    files. The hash does not protect against deliberate changes by the folder's owner.
 
     Attributes:
       path: the folder, created when the first file is written.
@@ -101,9 +102,9 @@ class OwnFolder:
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file, and remove the least recently used files beyond the limit.
+        """Write a file; remove the least recently used files if the folder exceeds its limit.
 
-        A failure, such as a full disk, is logged and raises no error.
+        A failure, such as a full disk, is logged as a warning and raises no error.
         """
         if (reason := private(self.path)) is not None:
             _LOG.warning("%s: not written (%s)", name, reason)

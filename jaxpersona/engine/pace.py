@@ -1,7 +1,7 @@
 """The speed of `generate` for a model on a device, estimated from a sample of limited duration.
 
-The sample runs the programs and the scheduler of `generate`, but ends after a number of seconds.
-For replies that are unfinished at that time, only a lower bound of the length is known (censored
+The sample uses the programs and the scheduler of `generate`, but stops after a given time. For
+replies that are unfinished at that time, only a lower bound of the length is known (censored
 observations), so the mean length is a Kaplan–Meier estimate.
 """
 
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """A timed sample of n conversations.
+    """The result of generating replies to n conversations for a limited time.
 
     Attributes:
       finished: [f] lengths of the finished replies in tokens, including stop tokens.
-      unfinished: [u] numbers of tokens generated so far for the unfinished replies.
-      waiting: number of conversations that were not started.
+      unfinished: [u] numbers of tokens that were generated for the unfinished replies.
+      waiting: number of conversations whose replies were not started.
       prompts: [n] lengths of the prompts in tokens.
-      seconds: duration of the sample, without compilation.
-      compile_seconds: duration of the compilation before the sample.
+      seconds: duration of the generation, without compilation.
+      compile_seconds: duration of the compilation before the generation.
       limit: maximum length of a reply in tokens.
       rows: batch size B.
     """
@@ -61,12 +61,12 @@ class Pace:
 
     @property
     def tokens(self) -> int:
-        """The number of generated tokens."""
+        """The total number of generated tokens."""
         return int(self.finished.sum() + self.unfinished.sum())
 
     @property
     def complete(self) -> bool:
-        """Whether every conversation of the sample was finished."""
+        """Whether the replies to all conversations were finished."""
         return not self.waiting and not self.unfinished.size
 
     def mean_length(self) -> float:
@@ -75,14 +75,14 @@ class Pace:
         return float((np.diff(at) * alive).sum())
 
     def seconds_for(self, count: int, per_call: int) -> float:
-        """Return the expected time of `count` replies, `per_call` in each call of `generate`.
+        """Return the expected seconds to generate `count` replies, `per_call` per `generate` call.
 
         Near the end of a call, rows become free and remain unused. A complete sample includes this
         idle time; otherwise the idle time is estimated by simulating a call.
         """
         if self.complete:
             return self.seconds * count / len(self.finished)
-        if not self.tokens:  # no chunk was decoded in time
+        if not self.tokens:  # no token was generated in the time
             return float("inf")
         at, alive = survival(self.finished, self.unfinished, self.limit)
         size = max(1, min(count, per_call))
@@ -99,7 +99,7 @@ def survival(finished: Int[np.ndarray, " f"], unfinished: Int[np.ndarray, " u"],
 
     Args:
       finished: lengths of finished replies.
-      unfinished: numbers of tokens generated so far for unfinished replies.
+      unfinished: numbers of tokens that were generated for unfinished replies.
       limit: maximum length of a reply.
 
     Returns:
@@ -114,7 +114,12 @@ def survival(finished: Int[np.ndarray, " f"], unfinished: Int[np.ndarray, " u"],
 
 
 def occupancy(lengths: Sequence[int] | np.ndarray, rows: int) -> float:
-    """Return the share of busy rows, if each reply starts in the first row that becomes free."""
+    """Return the mean fraction of busy rows if each reply starts in the first row to become free.
+
+    Args:
+      lengths: the lengths of the replies in tokens, in order.
+      rows: the number of rows.
+    """
     ends = [0] * rows
     for length in lengths:
         heapq.heapreplace(ends, ends[0] + int(length))
@@ -125,15 +130,15 @@ def occupancy(lengths: Sequence[int] | np.ndarray, rows: int) -> float:
 def measure(model: Model, conversations: Sequence[Any], *, seconds: float, capture: Capture,
             max_new_tokens: int, temperature: float, top_p: float, seed: int, batch_size: int,
             ids: Sequence[int]) -> Pace:
-    """Time the generation of replies to conversations, for about `seconds` seconds.
+    """Generate replies to conversations for about `seconds` seconds and measure the speed.
 
-    The programs are compiled first. The clock is read between chunks of decode steps, which are
-    shortened on a slow device.
+    The programs are compiled first. The time is checked between chunks of decode steps; the chunks
+    are shorter on a slow device.
 
     Args:
       model, conversations, capture, max_new_tokens, temperature, top_p, seed, batch_size, ids: as
         for `generate`.
-      seconds: the time of the sample, without compilation.
+      seconds: the time for the generation, without compilation.
 
     Raises:
       UserError: as `generate`.
@@ -161,7 +166,7 @@ def measure(model: Model, conversations: Sequence[Any], *, seconds: float, captu
     while not scheduler.idle and last - start < seconds:
         scheduler.step()
         now = time.perf_counter()
-        # read the clock at least eight times in the given time
+        # check the time at least eight times within `seconds`
         fits = seconds / 8 * scheduler.chunk / max(now - last, 1e-6)
         scheduler.chunk = int(np.clip(fits, 1, min(CHUNK, 2 * scheduler.chunk)))
         last = now

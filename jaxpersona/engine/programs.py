@@ -1,7 +1,7 @@
-"""Prefill and decode as two compiled programs; decoding is one loop on the device.
+"""The compiled programs of generation: prefill and decode. Decoding is one loop on the device.
 
-The loop's state is a pytree that contains the cache, the captures and the counts. The maximum
-number of steps is data, so decoding in chunks needs no further program.
+The loop's state is a pytree that contains the cache, the captures and the token counts. The maximum
+number of steps is an array, so chunks of any length use the same program.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Array, Bool, Int, UInt8, UInt32
 
-TRACES: Counter[str] = Counter()  # the number of traces per program, for tests and benchmarks
+TRACES: Counter[str] = Counter()  # how often each program was traced, for tests and benchmarks
 
 
 class State(flax.struct.PyTreeNode):
@@ -41,20 +41,21 @@ class State(flax.struct.PyTreeNode):
 
     Attributes:
       carry: the state of `forward` after all tokens except `token`. `carry.finite` also covers the
-        logits. A row with non-finite logits ends, and the token chosen from them is dropped.
-      token: [B] int32, the chosen token that has not run yet.
+        logits. A row with non-finite logits ends, and the token selected from them is discarded.
+      token: [B] int32, the last selected token, which has not yet been passed through the model (so
+        it is not in the cache).
       position: [B] int32, the position of `token`.
       turn: [B] int32, the index of the message that is generated.
       row_id: [B] uint32, seeds the random draws.
       done: [B] bool, True for finished and for free rows.
       thinking: [B] bool, True inside a thinking block.
       limit: [B] int32, the maximum number of tokens of the reply.
-      length: [B] int32, the number of chosen tokens, including a stop token.
-      tokens: [B, M] int32, the chosen tokens; −1 from `length` on.
-      step: [] int32, the number of steps taken.
-      fence: [B] int32, the state of the automaton of code fences (`fences`); None if no token test
-        selects code.
-      matched: [B] int32, the state of the automaton of stop strings; None without stop strings.
+      length: [B] int32, the number of selected tokens, including a stop token.
+      tokens: [B, M] int32, the selected tokens, followed by −1.
+      step: [] int32, the number of decode steps since the prefill.
+      fence: [B] int32, the state of the code-fence automaton (`fences`); None if no intervention or
+        capture distinguishes code.
+      matched: [B] int32, the state of the stop-string automaton; None without stop strings.
     """
 
     carry: Carry
@@ -73,13 +74,13 @@ class State(flax.struct.PyTreeNode):
 
 
 class Stops(flax.struct.PyTreeNode):
-    """The tokens that end a row or mark text, as data.
+    """The stop tokens, thinking tags and transition tables, as arrays.
 
     Attributes:
-      ids: [n] int32, stop tokens (−1: none).
-      think: [2] int32, the opening and closing ids of a thinking block (−1: none).
-      fences: [V, states] uint8, the transitions of `fences.table`; None if no token test selects
-        code.
+      ids: [n] int32, the ids of the stop tokens (−1: none).
+      think: [2] int32, the ids of the opening and closing thinking tags (−1: none).
+      fences: [V, states] uint8, the transitions of `fences.table`; None if no intervention or
+        capture distinguishes code.
       strings: [V, states] uint8, the transitions of `stopping.table`; None without stop strings.
     """
 
@@ -90,21 +91,21 @@ class Stops(flax.struct.PyTreeNode):
 
     @property
     def accepting(self) -> int | None:
-        """The automaton's accepting state, its last one; None without stop strings."""
+        """The last state of the stop-string automaton, which accepts; None without stop strings."""
         return None if self.strings is None else self.strings.shape[1] - 1
 
 
 def free_rows(config: ModelConfig, params: Params, edits: Interventions, capture: Capture,
               stops: Stops, *, rows: int, slots: int, max_new: int) -> State:
-    """Return the state of rows that are all free, with the structure of every state.
+    """Return a state in which every row is free; its structure is that of `prefill`'s result.
 
     Args:
       config, params: the model.
-      edits: interventions of `rows` rows.
+      edits: the interventions on the B rows.
       capture: the readings.
-      stops: the tokens that end a row.
-      rows: B.
-      slots: S of the cache.
+      stops: the stop tokens, thinking tags and transition tables.
+      rows: the number of rows B.
+      slots: S, the number of slots in the cache.
       max_new: M, the number of tokens that `State.tokens` can hold.
     """
     zeros = jnp.zeros((rows,), jnp.int32)
@@ -140,7 +141,7 @@ def _filled(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
 @program(static=("config", "slots"))
 def prefill_prefix(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
                    capture: Capture, *, slots: int) -> Carry:
-    """Run the first tokens of prompts into a new cache, without logits."""
+    """Run the model on the first tokens of prompts with a new cache, without computing logits."""
     TRACES["prefix"] += 1
     return forward(params, config, batch.replace(chunk=True), interventions=edits, capture=capture,
                    slots=slots, logits=None, attention="auto").carry
@@ -150,19 +151,20 @@ def prefill_prefix(params: Params, config: ModelConfig, batch: Batch, edits: Int
 def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
             capture: Capture, sampling: Sampling, stops: Stops, limit: jax.Array, *, slots: int,
             max_new: int, greedy: bool, prefix: Carry | None = None) -> State:
-    """Run the prompts and choose each row's first token.
+    """Run the model on the prompts and select the first token of each reply.
 
     Args:
-      batch: B prompts of T tokens, or with `prefix` their remaining tokens; an empty row is free.
-      edits: the interventions of the B rows.
+      batch: B prompts of T tokens. With `prefix`, only the tokens after the prefix. A row without
+        tokens is free.
+      edits: the interventions on the B rows.
       capture: the readings.
       sampling: the sampling settings of the B rows.
-      stops: the tokens that end a row.
+      stops: the stop tokens, thinking tags and transition tables.
       limit: [B] int32, the maximum number of tokens of each reply.
       slots: S, the number of slots in the new cache.
       max_new: M, the number of tokens that `State.tokens` can hold.
       greedy: whether every temperature is 0.
-      prefix: the carry of `prefill_prefix` for B rows, with a cache of S slots, or None.
+      prefix: the result of `prefill_prefix` for B rows, with a cache of S slots, or None.
     """
     TRACES["prefill"] += 1
     rows = batch.tokens.shape[0]
@@ -177,7 +179,7 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
     length = batch.length
     at = jnp.maximum(length - 1, 0)
     kind = of_each(batch.kind.astype(jnp.int32), at)
-    # a template's last tokens belong to the reply's turn; a prompt without template precedes it
+    # a generation prompt already has the reply's turn; without one, the reply is the next turn
     begins = ((kind & TEMPLATE) == 0).astype(jnp.int32)
     state = State(
         carry=out.carry,
@@ -201,17 +203,17 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
 def decode(params: Params, config: ModelConfig, state: State, edits: Interventions,
            capture: Capture, sampling: Sampling, stops: Stops, until: jax.Array,
            most_done: jax.Array | None = None, *, greedy: bool) -> State:
-    """Run steps until `most_done` rows are done or `until` steps were taken.
+    """Run decode steps until `most_done` rows are done or `State.step` reaches `until`.
 
-    A step runs the pending token of each row and chooses the next. The last token before the length
-    limit runs too, so that its activations are captured.
+    A step passes each row's pending token through the model and selects the next one. A token that
+    reaches the length limit is also passed through the model, so that its activations are captured.
 
     Args:
       state: the state of B rows (donated).
-      edits: the interventions of the B rows.
+      edits: the interventions on the B rows.
       capture: the readings.
       sampling: the sampling settings of the B rows.
-      stops: the tokens that end a row.
+      stops: the stop tokens, thinking tags and transition tables.
       until: [] int32, the value of `State.step` at which the loop stops.
       most_done: [] int32, the number of done rows at which the loop stops; None: all rows.
       greedy: whether every temperature is 0.
@@ -240,7 +242,7 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
         opened = state.thinking | (state.token == stops.think[0])
         thinking = opened & (state.token != stops.think[1])
         advanced = state.replace(
-            # the logits' check in `_choose_next` covers this step, so XLA removes forward's own
+            # `_choose_next` checks this step's logits, so XLA removes the check in `forward`
             carry=out.carry.replace(finite=state.carry.finite),
             done=state.done | (state.length >= state.limit),
             thinking=jnp.where(state.done, state.thinking, thinking),
@@ -254,17 +256,17 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
 
 def _choose_next(state: State, logits: jax.Array, sampling: Sampling, stops: Stops, greedy: bool, *,
                  ran: jax.Array) -> State:
-    """Choose the next token of every row that is not done, and mark the rows that it ends.
+    """Select the next token of each row that is not done; mark a row as done if this token ends it.
 
-    A row with non-finite logits ends without a token. The check covers every row in `ran` [B] bool,
-    also those at their length limit, because their last activations are captured too.
+    A row with non-finite logits ends without a token. The check covers every row on which the model
+    ran (`ran`, [B] bool), including rows at their length limit, whose last token is also captured.
     """
     position = state.position + 1
     if greedy:
         token = most_likely(logits)
     else:
         token = choose(logits, sampling, state.row_id, position)
-    # NaN and infinity in a residual reach its logits (`forward.head`)
+    # a non-finite residual stream gives non-finite logits (`forward.head`)
     assert state.carry.finite is not None
     valid = state.carry.finite & (finite(logits, token if greedy else None) | ~ran)
     live = valid & ~state.done

@@ -1,4 +1,4 @@
-"""Finished replies on the host: `Finished`, a row of a lane's state, and `Reply`, the result."""
+"""Finished replies: `Finished`, a row copied from a lane, and `Reply`, the result of a request."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Finished:
 
     Attributes:
       tokens: [n] int32, the generated ids, including the stop token if there is one.
-      captured: the result of each reading: [L, …], or [L, T, …] for per-token readings, over the
-        tokens of prompt and reply on which the model ran.
+      captured: the result of each reading by name: [L, …], or [L, T, …] for per-token readings,
+        where T counts the tokens of prompt and reply that were passed through the model.
       per_token: the names of the per-token readings.
       empty: the names of the readings that selected no token.
       applied: one `Applied` per intervention table, with fields seen [] and changed [l].
@@ -57,11 +57,11 @@ class Reply(Table):
       tokens: [n] int32, the generated ids without the stop token. The last id may complete a stop
         string.
       finish: "stop" (a stop token or a stop string), "length" (the limit), "cancelled", or
-        "nonfinite" (an activation was NaN or infinite; discard the captures).
+        "nonfinite" (an activation or a logit was NaN or infinite; discard the captures).
       row: the encoded prompt.
       captured: the result of each reading by name: [L, …], or [L, T, …] for per-token readings,
-        over the tokens of prompt and reply. The model does not run on a stop token or on a token
-        that completes a stop string, so these are not captured. Empty for a cancelled request.
+        over the tokens of prompt and reply. A stop token, or a token that completes a stop string,
+        is not passed through the model and not captured. Empty for a cancelled request.
       applied: one `Applied` per intervention table, with fields seen [] and changed [l].
 
     Examples:
@@ -133,7 +133,7 @@ def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) ->
     per_token = frozenset(name for name, reading in captured.items() if reading.per_token)
     out = []
     for row in range(len(tasks)):
-        ran = int(used[row])  # excludes a stop token, on which the model does not run
+        ran = int(used[row])  # excludes a stop token
         own = {name: jax.tree.map(operator.itemgetter(row), value)
                for name, value in values.items()}
         out.append(Finished(

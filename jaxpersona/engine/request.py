@@ -1,4 +1,4 @@
-"""Requests to an engine, and the handles and events that it returns for them."""
+"""Requests to an engine, and the handles and events that the engine returns."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A conversation to reply to, and its settings.
+    """A request for the reply to a conversation, with its settings.
 
     Attributes:
       conversation: a list of {"role", "content"}, a string (one user message), a `chat.Row`, or
         token ids.
-      interventions: edits of the activations, without `rows=`.
-      capture: readings of the activations, or a list of them.
+      interventions: the edits of the activations, without `rows=`.
+      capture: the readings of the activations, or a list of captures.
       max_new_tokens: the maximum number of tokens in the reply; the model's context and the
         engine's largest cache limit it further.
       temperature, top_p, top_k, seed: the sampling settings (`sampling.Sampling`).
@@ -62,7 +62,7 @@ class Request:
 
 
 def projected(request: Request) -> list[str]:
-    """Return the names of a request's projection readings; events contain their values."""
+    """Return the names of a request's projection readings, whose values are streamed."""
     readings = {} if request.capture is None else request.capture.readings
     return [name for name, reading in readings.items() if isinstance(reading, Projections)]
 
@@ -75,7 +75,7 @@ class Event:
       text: the new text; the texts of all events concatenate to `Reply.text`.
       tokens: [n] int32, the new ids.
       projections: for each projection reading, the values [n, L, K] at `tokens`.
-      reply: the whole reply in the last event, else None.
+      reply: the complete reply in the last event, otherwise None.
 
     Examples:
       >>> import jaxpersona as jp
@@ -116,7 +116,7 @@ class Handle:
 
     Attributes:
       request: the request.
-      number: its index in the order of submission.
+      number: the request's index in the order of submission.
 
     Examples:
       >>> import jaxpersona as jp
@@ -137,7 +137,7 @@ class Handle:
 
     @property
     def done(self) -> bool:
-        """Whether the reply is complete, was cancelled, or has failed."""
+        """Whether the request is complete, cancelled or failed."""
         with self._lock:
             return self._reply is not None or self._error is not None
 
@@ -150,7 +150,7 @@ class Handle:
             self._tokens, self._projections = tokens, projections
 
     def _finish(self, reply: Reply | None, error: BaseException | None = None) -> bool:
-        """Set the reply or the error, unless one is set; return whether it was set."""
+        """Set the reply or the error, unless one is already set; return whether a value was set."""
         with self._lock:
             if self._reply is not None or self._error is not None:
                 return False

@@ -1,4 +1,4 @@
-"""Programs that write, join and read batch rows of pytrees; each leaf has its own row axis."""
+"""Programs that write, join and read the rows of pytrees; the row axis can differ by leaf."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def axis_of_rows(one: Any, two: Any) -> int:
     """Return the index of a leaf's batch axis, or −1 if it has none.
 
     Args:
-      one, two: the leaf (any object with a `shape`) for one row and for two rows.
+      one, two: the leaf for a batch of one row and for a batch of two rows; only `shape` is used.
     """
     sizes = enumerate(zip(one.shape, two.shape, strict=True))
     return next((axis for axis, (a, b) in sizes if a != b), -1)

@@ -1,8 +1,8 @@
-"""Choice of the next token: greedy, or inverse-CDF sampling with one uniform draw per row.
+"""Selection of the next token: greedy, or inverse-CDF sampling with one uniform draw per row.
 
 The vocabulary is never sorted. The nucleus (the tokens that top-p keeps) is computed among the
-`CANDIDATES` most probable tokens, or, if it is larger, by bisection of its probability threshold.
-The method is selected per row, so a row's draws do not depend on other rows.
+`CANDIDATES` most probable tokens. A larger nucleus is computed by bisection of its probability
+threshold. The method depends only on the row, so a row's tokens do not depend on other rows.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ class Sampling(flax.struct.PyTreeNode):
     """Sampling settings per row. All are arrays, so new values do not trigger recompilation.
 
     Attributes:
-      temperature: [B] float32; 0 is greedy.
-      top_p: [B] float32 in (0, 1]; the smallest set of most probable tokens with this mass is kept.
-        If this set has more than `CANDIDATES` tokens, ties at its threshold are also kept.
-      top_k: [B] int32; 0 keeps all tokens, else the k most probable (at most `CANDIDATES`).
-      seed: [B] uint32.
+      temperature: [B] float32; 0 selects the most probable token (greedy).
+      top_p: [B] float32 in (0, 1]; keeps the smallest set of the most probable tokens whose total
+        probability is at least this value. If the set has more than `CANDIDATES` tokens, tokens as
+        probable as its last token are also kept.
+      top_k: [B] int32; keeps the k most probable tokens (at most `CANDIDATES`), or all tokens if 0.
+      seed: [B] uint32, seeds the random draws.
     """
 
     temperature: Float32[Array | np.ndarray, " B"]
@@ -114,7 +115,7 @@ def _threefry(key: tuple[jax.Array, jax.Array],
 
 def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
            position: jax.Array) -> jax.Array:
-    """Choose one token per row.
+    """Select one token per row.
 
     Args:
       logits: [B, V] float32.
@@ -123,7 +124,7 @@ def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
       position: [B] int32, the position of the new token.
 
     Returns:
-      [B] int32; at temperature 0, the index of the first largest logit.
+      [B] int32, the selected tokens; at temperature 0, the index of the first largest logit.
     """
     logits = place(logits, ("batch", None))  # candidates are ranked over the whole vocabulary
     greedy = most_likely(logits)
@@ -171,8 +172,8 @@ def finite(logits: jax.Array, token: jax.Array | None = None) -> jax.Array:
 
     Args:
       logits: [B, V] float32.
-      token: [B] int32, the result of `most_likely` for these logits. If None, it is recomputed;
-        the compiler merges this with the `most_likely` in `choose`.
+      token: [B] int32, the result of `most_likely` for these logits. If None, it is computed here;
+        the compiler merges the computation with that in `choose`.
     """
     if mesh_of(logits) is None:
         return jnp.isfinite(of_each(logits, most_likely(logits) if token is None else token))
@@ -180,7 +181,7 @@ def finite(logits: jax.Array, token: jax.Array | None = None) -> jax.Array:
 
 
 def _inverse(weights: jax.Array, draw: jax.Array) -> jax.Array:
-    """Return the first index with weight > 0 whose cumulative weight exceeds draw · total: [B]."""
+    """Return [B]: the first index with weight > 0 and a cumulative weight above draw · total."""
     cumulative = jnp.cumsum(weights, -1)
     target = draw[:, None] * cumulative[:, -1:]
     return jnp.argmax((cumulative > target) & (weights > 0), -1).astype(jnp.int32)
@@ -190,7 +191,7 @@ def _wide(probability: jax.Array, top_p: jax.Array, draw: jax.Array) -> jax.Arra
     """Sample from a nucleus of any size: bisect its threshold, then use a two-level inverse CDF."""
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds  # the mass above `low` reaches top_p; the mass above `high` does not
+        low, high = bounds  # the tokens above `low` reach top_p in total, those above `high` do not
         middle = (low + high) / 2
         mass = jnp.where(probability >= middle[:, None], probability, 0.0).sum(-1)
         enough = mass >= top_p

@@ -1,6 +1,6 @@
-"""Scheduling of prompts: a queue from which the oldest prompts are assigned to free lane rows.
+"""Scheduling of prompts: the oldest prompts in a queue are assigned to the free rows of lanes.
 
-`generate` runs a scheduler until it is empty; `Engine` runs it step by step.
+`generate` runs a scheduler until all prompts are finished; `Engine` runs a scheduler step by step.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ Failed = Callable[[list[Task], BaseException], None]
 class Scheduler:
     """Assigns queued prompts to rows, in order, and runs the lanes.
 
-    Only the oldest queued prompt is admitted, together with the next ones that share its program.
-    If its lane has no free row, or no lane can be opened, the whole queue waits, so no prompt
-    starves.
+    The oldest queued prompt is admitted together with the prompts directly after it that use the
+    same program. If the lane of the oldest prompt has no free row, or cannot be opened, the whole
+    queue waits. Prompts are therefore admitted in the order of the queue.
 
     Attributes:
       waiting: the queued prompts, oldest first.
@@ -38,17 +38,19 @@ class Scheduler:
         """Create a scheduler with an empty queue and no lanes.
 
         Args:
-          open_lane: returns a new lane for a key.
-          collect: called with finished tasks and a state whose first rows belong to them.
+          open_lane: a function that returns a new lane for a key.
+          collect: called with finished tasks and a state whose first rows belong to these tasks.
           lanes: the maximum number of open lanes.
-          batched: wait until enough rows are free or done to fill a program (throughput); False:
-            admit and collect each prompt as soon as possible (latency).
-          refill: admit prompts while other rows decode; False: only into an empty lane.
+          batched: whether to wait until enough rows are free or done for a full prefill batch, for
+            high throughput. False: admit and collect each prompt as soon as possible, for low
+            latency.
+          refill: whether to admit prompts to a lane while its other rows decode. False: admit
+            prompts only to an empty lane.
           chunk: the maximum number of decode steps between two transfers to the host.
-          failed: called with the error and the tasks of the lane in which it was raised; the lane
+          failed: called with the affected tasks and the error if a lane raises an error; this lane
             is dropped. None: the error is raised.
-          pause: called with the prompts that a step admitted; if it returns True, the step ends
-            before it decodes. None: never.
+          pause: called with the prompts that a step admitted. If the result is True, the step ends
+            without decoding. None: every step decodes.
         """
         self.open_lane, self.collect = open_lane, collect
         self.most, self.batched, self.refill, self.chunk = lanes, batched, refill, chunk
@@ -67,7 +69,7 @@ class Scheduler:
             self.step()
 
     def step(self) -> None:
-        """Remove cancelled prompts, admit queued ones, and run one chunk of every lane."""
+        """Remove cancelled prompts, admit queued prompts, and decode one chunk in every lane."""
         for lane in self.lanes.values():
             if (cancelled := [i for i, task in enumerate(lane.tasks)
                          if task is not None and task.cancelled]):
@@ -83,7 +85,7 @@ class Scheduler:
                     self._decode(key, lane)
 
     def lane_of(self, key: Any) -> Lane | None:
-        """Return the lane for a key, opened on first use; None if too many lanes are open."""
+        """Return the lane for a key, opened on first use; None if no further lane can be opened."""
         if key not in self.lanes:
             for other, lane in list(self.lanes.items()):
                 if len(self.lanes) >= self.most and not _busy(lane):
@@ -94,7 +96,7 @@ class Scheduler:
         return self.lanes[key]
 
     def _admit(self) -> list[Task]:
-        """Admit the oldest queued prompts that share a program, and return them."""
+        """Admit the oldest queued prompts that use the same program, and return these prompts."""
         while self.waiting and self.waiting[0].cancelled:
             self.waiting.popleft()
         if not self.waiting:
@@ -139,7 +141,7 @@ class Scheduler:
             self.failed(tasks, error)
 
     def _decode(self, key: Any, lane: Lane) -> None:
-        """Run one chunk of a lane and collect its finished prompts."""
+        """Decode one chunk in a lane and collect the lane's finished prompts."""
         lane.filling = False
         enough = min(lane.together, lane.rows - lane.free) if self.batched else 1
         early = self.refill and bool(self.waiting) and self.waiting[0].lane == key

@@ -1,8 +1,8 @@
 """Stop strings: an automaton over the vocabulary, and the text of a streamed reply.
 
-A stop string may begin and end inside tokens. The Aho–Corasick automaton (1975) runs over bytes.
-The bytes of a token map each state to its next state, so the decode loop needs only a transition
-table [V, states].
+A stop string may begin and end in the middle of a token, so the automaton (Aho and Corasick 1975)
+runs over bytes. The bytes of a token map each state to a next state, so the decode loop needs only
+a transition table [V, states].
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STATES = 255  # the maximum number of states, because the table is uint8
 
 
 def checked(stop: Any) -> tuple[str, ...]:
-    """Return stop strings as a sorted tuple without duplicates.
+    """Check stop strings and return them as a sorted tuple without duplicates.
 
     Args:
       stop: a string, a list of strings, or None.
@@ -39,7 +39,7 @@ def checked(stop: Any) -> tuple[str, ...]:
 
 
 def automaton(strings: Sequence[str]) -> np.ndarray:
-    """Return the byte transitions, [states, 256] uint8; the last state is accepting and final."""
+    """Return the next state per state and byte, [states, 256] uint8; the last state accepts."""
     tree: list[dict[int, int]] = [{}]
     ends: set[int] = set()
     for text in strings:
@@ -54,7 +54,7 @@ def automaton(strings: Sequence[str]) -> np.ndarray:
     step = np.zeros((match + 1, 256), np.int32)
     fail = [0] * match
     order = [0]
-    for state in order:  # breadth first: the state of a failure link is complete before its source
+    for state in order:  # breadth first, so that the targets of failure links are completed first
         for byte in range(256):
             if byte in tree[state]:
                 step[state, byte] = child = tree[state][byte]
@@ -70,7 +70,7 @@ def automaton(strings: Sequence[str]) -> np.ndarray:
 
 
 def token_bytes(tokenizer: Any, size: int) -> list[bytes]:
-    """Return the bytes that each of the first `size` ids decodes to; b"" for special tokens."""
+    """Return the decoded bytes of each of the first `size` token ids; b"" for special tokens."""
     count = min(len(tokenizer), size)
     names = tokenizer.convert_ids_to_tokens(range(count))
     special = set(tokenizer.all_special_ids)
@@ -107,7 +107,7 @@ def _byte_level() -> dict[str, int]:
 
 @functools.lru_cache(maxsize=8)
 def table(tokenizer: Any, size: int, strings: tuple[str, ...]) -> np.ndarray:
-    """Return the token transitions, [size, states] uint8; the last state is accepting and final.
+    """Return the next state per token and state, [size, states] uint8; the last state accepts.
 
     Args:
       tokenizer: a transformers tokenizer.
@@ -139,10 +139,10 @@ def cut(text: str, strings: Sequence[str]) -> str:
 
 
 class Written:
-    """The text of a streamed reply, in pieces that concatenate to the whole text.
+    """Splits the text of a streamed reply into pieces that concatenate to the complete text.
 
-    Text that may still change is withheld: an incomplete character, trailing whitespace, and a
-    prefix of a stop string.
+    Text at the end that later tokens may change is withheld: an incomplete character, trailing
+    whitespace, or the beginning of a stop string.
     """
 
     def __init__(self, tokenizer: Any, strings: Sequence[str] = ()) -> None:
@@ -164,14 +164,14 @@ class Written:
         return self._new(whole)
 
     def _new(self, text: str) -> str:
-        if not text.startswith(self.sent):  # more tokens changed the decoded text
+        if not text.startswith(self.sent):  # a later token changed the earlier text
             return ""
         piece, self.sent = text[len(self.sent):], text
         return piece
 
 
 def text_of(tokenizer: Any, tokens: np.ndarray, strings: Sequence[str] = ()) -> str:
-    """Decode ids without special tokens, up to the first stop string; "" without a tokenizer."""
+    """Decode token ids, without special tokens, up to a stop string; "" without a tokenizer."""
     if tokenizer is None:
         return ""
     return cut(tokenizer.decode(tokens.tolist(), skip_special_tokens=True), strings)

@@ -1,12 +1,12 @@
-"""Programs that are traced once per machine: their traces are stored in a folder of the user.
+"""Programs whose traces are stored on disk, so that later processes need not trace them again.
 
-`jax.export` turns a traced program into StableHLO bytes. These contain no Python objects, so
-`pickle` is not used. A later process reads the bytes instead of tracing, and JAX's compilation
-cache returns the executable for them. If there is no file, the program is first exported and
-written, so that both processes compile the same bytes and get the same executable.
+`jax.export` converts a traced program to StableHLO bytes. The bytes contain no Python objects, so
+`pickle` is not used. A later process reads the bytes instead of tracing the program, and JAX's
+compilation cache returns the executable for these bytes. The first process also compiles the
+exported bytes, so that all processes use the same executable.
 
 A program that cannot be exported, or whose key cannot be computed exactly, is compiled by `jax.jit`
-without these steps.
+as usual.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jaxpersona")
 
 
 class Stored:
-    """A function compiled from its stored trace, if there is one.
+    """A function whose traces are stored on disk and compiled from there.
 
-    Calls whose arguments are traced, or are not whole arrays on JAX's default device, use
-    `jax.jit`.
+    Calls with traced arguments, or with JAX arrays that are sharded or on another device than JAX's
+    default device, use `jax.jit` instead.
     """
 
     def __init__(self, function: Callable, jitted: Any, *, static: Iterable[str],
                  donate: Iterable[str], result: Callable[..., Any], folder: OwnFolder) -> None:
-        """Store the description of a program; nothing is traced or read yet.
+        """Set up the function; nothing is traced or read from disk yet.
 
         Args:
-          function: the function, whose arguments can all be given by name.
-          jitted: the result of `jax.jit` for the function, used by the other calls.
+          function: the function; all of its arguments can be given by name.
+          jitted: the result of `jax.jit` for the function, for calls without a stored trace.
           static, donate: argument names.
           result: a function of the same arguments that returns a pytree with the structure of the
             result, without running the function.
@@ -65,7 +65,7 @@ class Stored:
         self._signature = inspect.signature(function)
         self._static, self._donate, self._result = set(static), set(donate), result
         self._folder, self._lock = folder, threading.Lock()
-        # (arguments and JAX's settings, compiled function and structure of its result)
+        # pairs: (arguments and JAX's settings), (compiled function and structure of its result)
         self._made: list[tuple[Any, tuple[Callable, Any] | None]] = []
 
     def __call__(self, *args: Any, **named: Any) -> Any:
@@ -93,8 +93,8 @@ class Stored:
              leaves: list[Any]) -> tuple[Callable, Any] | None:
         """Return the compiled function, which takes leaves, and the structure of its result.
 
-        One object is called with arguments of different structures, such as states with different
-        readings, so everything that `jax.jit` distinguishes is compared.
+        A `Stored` object may be called with arguments of different structures, such as states with
+        different readings, so everything that `jax.jit` distinguishes is compared.
 
         Returns:
           None if the program cannot be stored.
@@ -156,7 +156,7 @@ class Stored:
                                          disabled_checks=_UNSTABLE)(*shapes)
         except UserError:
             raise
-        except (ValueError, NotImplementedError) as error:  # an operation without a stable form
+        except (ValueError, NotImplementedError) as error:  # not exportable
             _LOG.info("%s is traced in every process: %s", self._function.__name__,
                       str(error).split("\n", 1)[0])
             return None
@@ -176,7 +176,7 @@ class Stored:
             wanted = [(x.shape, x.dtype) for x in shapes]
             if [(x.shape, x.dtype) for x in exported.in_avals] == wanted:
                 return exported
-        except Exception as error:  # the parser of another version raises many types
+        except Exception as error:  # the parser raises errors of many types
             _LOG.warning("%s: the trace cannot be read (%s) and is made again", name, error)
         return None
 
@@ -195,7 +195,7 @@ class Stored:
 
 
 class Unknown(Exception):
-    """Raised if a value has no exact description."""
+    """Raised if a value cannot be described exactly."""
 
 
 def described_value(value: Any) -> Any:
@@ -205,8 +205,8 @@ def described_value(value: Any) -> Any:
     Equal descriptions therefore imply equal traces.
 
     Raises:
-      Unknown: the content of a value may not determine its behaviour. An example is an object of a
-        class outside this package, whose source may change.
+      Unknown: the content of a value may not determine how it behaves in a trace. An example is an
+        object of a class outside this package, because the source of the class may change.
     """
     if value is None or type(value) in (bool, int, float, str, bytes):
         return type(value).__name__, repr(value)
@@ -235,7 +235,7 @@ def described_value(value: Any) -> Any:
 
 
 def _ours(kind: type) -> str:
-    """Return the name of a class whose source is part of `_source`.
+    """Return the name of a class whose source is included in the hash of `_source`.
 
     Raises:
       Unknown: the class belongs to another package or was defined inside a function.
@@ -247,7 +247,7 @@ def _ours(kind: type) -> str:
 
 
 def _on_one(device: Any, leaves: list[Any]) -> bool:
-    """Return whether all leaves are untraced arrays on the host or whole arrays on `device`."""
+    """Return whether all leaves are untraced: NumPy arrays, or unsharded arrays on `device`."""
     only = {device}
     return not is_traced(leaves) and all(
         isinstance(x, np.ndarray) or (
