@@ -1,1 +1,1 @@
-"""Kernels: the rank-one edit and flash attention."""
+"""Kernels for rank-one edits of the residual stream and for attention."""

@@ -1,10 +1,10 @@
 """Selection of the attention implementation for prefill, and cuDNN's flash attention.
 
 The XLA implementation (`nn.attention`) is the reference and supports every case. cuDNN on GPUs and
-splash attention on TPUs do not write the scores to memory, so they are faster for long prompts, but
-they support only some shapes and attend only to the tokens of the current call. The selection
-happens at trace time. A requested implementation is never replaced by another; where "auto" falls
-back to XLA on a long prompt, a warning gives the reason.
+splash attention on TPUs do not write the scores to memory, so these kernels are faster for long
+prompts. But they support only some shapes and dtypes, and attend only to the tokens of the current
+call. The selection happens at trace time. A requested implementation is never replaced by another;
+if "auto" uses XLA for a long prompt, a warning gives the reason.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Asked = Literal["auto", "xla", "cudnn", "splash"]
 LONG = 127  # "auto" uses XLA up to this width; from 128 tokens on, cuDNN was faster on an H100
 # "auto" uses XLA up to this width on a TPU; no TPU was timed (`bench/tpu_kernels.py` compiles)
 LONG_TPU = 2047
-_KERNELS: dict[str, Implementation] = {"gpu": "cudnn", "tpu": "splash"}  # of "auto", by platform
+_KERNELS: dict[str, Implementation] = {"gpu": "cudnn", "tpu": "splash"}  # the kernel of "auto"
 _NAMES = {"cudnn": "cuDNN's", "splash": "splash attention"}
 
 
@@ -110,9 +110,9 @@ def _against_splash(config: Any, platform: str, dtype: Any, fresh: bool) -> list
 
 def choose(config: Any, asked: Asked, *, dtype: Any, tokens: int, fresh: bool, sharded: bool,
            platform: str) -> Implementation:
-    """Choose the attention implementation for the arrays' platform; warn about a fallback to XLA.
+    """Choose the attention implementation for a platform; warn if "auto" uses XLA for long prompts.
 
-    Before its first use, a kernel is tested (`cudnn_fault`, `splash_fault`).
+    A kernel is tested before its first use (`cudnn_fault`, `splash_fault`).
 
     Raises:
       UserError: a kernel is requested, but is not supported or fails its test.
@@ -141,7 +141,7 @@ def choose(config: Any, asked: Asked, *, dtype: Any, tokens: int, fresh: bool, s
 
 
 def _gpu() -> Any:
-    """Return this process's first GPU or None; it may differ from JAX's default device."""
+    """Return this process's first GPU, which may not be JAX's default device, or None."""
     try:
         return jax.local_devices(backend="gpu")[0]
     except RuntimeError:  # a program can be compiled for a GPU on a machine without one
@@ -157,8 +157,8 @@ def _say_once(text: str) -> None:
 def cudnn_fault(dtype: str, head_dim: int, groups: int, windowed: bool) -> str | None:
     """Compare cuDNN's attention with NumPy on a small input; return a description of the error.
 
-    The result is None if they agree. The arguments are the properties by which cuDNN selects a
-    kernel; each combination is tested once.
+    The result is None if both agree. The arguments are properties by which cuDNN selects a kernel;
+    each combination is tested once.
     """
     return fault("cuDNN's attention", flash, dtype=dtype, head_dim=head_dim, groups=groups,
                  window=16 if windowed else None, softcap=None, device=_gpu())

@@ -1,10 +1,10 @@
 """One pass over the residual stream: residual add, rank-one edits, counts, readings and norm.
 
-At the end of a block, XLA adds the block's output to the residual stream, projects the sum on a
-direction, edits it, projects it again for each reading and computes the next norm: several kernels
-that each read the residual. The Pallas kernel reads both summands once, keeps a block of tokens in
-on-chip memory, and writes the edited residual and its norm once. `reference` is the same function
-in plain JAX.
+At the end of a layer, XLA adds the MLP's output to the residual stream, projects the sum on the
+directions of edits and readings, applies the edits and computes the next norm, in several kernels
+that each read the residual stream. The Pallas kernel reads both summands once, keeps a block of
+tokens in on-chip memory, and writes the edited residual stream and its norm once. `reference` is
+the same function in plain JAX.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from jaxpersona.errors import UserError
 Implementation = Literal["xla", "pallas", "interpret"]
 F32 = jnp.float32
 MEMORY = 10 * 2**20  # bytes of on-chip memory for the blocks of one step; a TPU core has 16 MiB
-_BY_SUMS = 8  # more directions are read by a matrix product
-_TOKENS = (256, 128, 64, 32, 16, 8)  # sizes of a block
+_BY_SUMS = 8  # maximum number of projections computed by sums; more use a matrix product
+_TOKENS = (256, 128, 64, 32, 16, 8)  # possible sizes of a block, in tokens
 
 
 class SiteEdit(NamedTuple):
-    """A rank-one edit of a site, for B rows or one for all (`reference.rank_one_edit`).
+    """A rank-one edit at a site, per row or the same for all rows (`reference.rank_one_edit`).
 
     Attributes:
       direction: v̂ [B or 1, D] float32, unit length.
@@ -43,7 +43,7 @@ class SiteEdit(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """The RMS norm that follows: its weight [D], and ε and offset as in `nn.rms_norm`."""
+    """The RMS norm after a site: its weight [D], and ε and offset as in `nn.rms_norm`."""
 
     weight: jax.Array
     eps: float
@@ -51,13 +51,13 @@ class Norm(NamedTuple):
 
 
 class Site(NamedTuple):
-    """The result of a site.
+    """The result of `site`.
 
     Attributes:
-      h: the edited residual [B, T, D], in its own dtype.
+      h: the edited residual stream [B, T, D], with the dtype of the input.
       changed: [n, B] int32, the number of tokens that each edit changed.
-      read: [B, T, K] float32, the projections on the directions to be read; None without any.
-      normed: the norm of h [B, T, D], or None without a norm.
+      read: [B, T, K] float32, the projections on the K directions, or None without directions.
+      normed: h after the norm, [B, T, D], or None without a norm.
     """
 
     h: jax.Array
@@ -69,7 +69,7 @@ class Site(NamedTuple):
 def reference(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
               directions: jax.Array | None = None, before: int = 0,
               norm: Norm | None = None) -> Site:
-    """Compute `site` in plain JAX; the arguments are the same."""
+    """Compute the result of `site` in plain JAX, with the same arguments."""
     h = unedited = round_residual(x + added)
     counts = []
     for edit in edits:
@@ -89,20 +89,21 @@ def reference(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
 def site(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
          directions: jax.Array | None = None, before: int = 0, norm: Norm | None = None,
          implementation: Implementation = "xla") -> Site:
-    """Add a block's output to the residual stream; edit it, read it and compute its norm.
+    """Add the MLP's output to the residual stream; apply edits, readings and a norm to the sum.
 
     Args:
       x: the residual stream [B, T, D].
-      added: the output of the block [B, T, D].
+      added: the output of the MLP [B, T, D].
       edits: n rank-one edits, applied in order.
-      directions: [K, D] float32, the directions to be read, or None.
-      before: how many of `directions` are read before the edits; the first ones.
+      directions: [K, D] float32, the directions of projection readings, or None.
+      before: the number of directions, from the first one, that are read before the edits; the
+        others are read after the edits.
       norm: the norm to compute, or None.
       implementation: "xla", the reference; "pallas", one kernel on a TPU; "interpret", this kernel
         emulated with JAX operations on any device, for tests. The kernel is not differentiable.
 
     Raises:
-      UserError: the implementation is unknown, or the kernel's blocks exceed its memory.
+      UserError: the implementation is unknown, or the smallest block exceeds the on-chip memory.
     """
     if implementation == "xla":
         return reference(x, added, edits, directions=directions, before=before, norm=norm)
@@ -126,8 +127,8 @@ def refusal(platform: str, width: int, entries: int, directions: int) -> str | N
     Args:
       platform: "cpu", "gpu" or "tpu".
       width: D.
-      entries: the number of vectors [D] of the edits of a site.
-      directions: K.
+      entries: the number of vectors [D] in the edits of a site.
+      directions: the number K of directions.
     """
     if platform != "tpu":
         return f"the platform is {platform}, and the kernel is written for TPUs"
@@ -144,15 +145,15 @@ def _no_counts(x: jax.Array) -> jax.Array:
 
 
 def _normed(h: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.Array:
-    """Return the RMS norm of h [..., D] float32; `weight` has h's rank."""
+    """Apply RMSNorm to h [..., D] float32; `weight` has as many dimensions as h."""
     return h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + eps) * (weight + offset)
 
 
 def _block(width: int, itemsize: int, entries: int, directions: int, by_token: bool) -> int | None:
-    """Return the number of tokens of a block, or None if even the smallest exceeds the memory.
+    """Return the number of tokens in a block, or None if even the smallest exceeds the memory.
 
     The pipeline holds two blocks of each of the four arrays [T, D], and the kernel about three
-    float32 values per number.
+    float32 arrays of the size of a block.
     """
     for tokens in _TOKENS:
         vectors = entries * 4 * width * (tokens if by_token else 8)
@@ -164,7 +165,7 @@ def _block(width: int, itemsize: int, entries: int, directions: int, by_token: b
 
 def _run(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit], directions: jax.Array | None,
          before: int, norm: Norm | None, by_token: bool, interpret: bool) -> Site:
-    """Run the kernel on x [G, R, D]: G rows of R tokens or, `by_token`, one group of R rows."""
+    """Run the kernel on x [G, R, D]: G rows of R tokens or, if `by_token`, R rows of one token."""
     from jax.experimental import pallas as pl
 
     groups, count, width = x.shape
@@ -184,7 +185,7 @@ def _run(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit], directions: 
         return array, pl.BlockSpec(array.shape, lambda g, t: (0,) * array.ndim)
 
     def per_row(array: jax.Array) -> tuple[jax.Array, Any]:
-        """An array [B or 1, …] of the rows: of the group, of the block's tokens, or of all."""
+        """Return an array [B or 1, …] of per-row values and its block specification."""
         last = array.shape[-1]
         if array.shape[0] == 1:
             return whole(array)
@@ -239,7 +240,7 @@ def _run(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit], directions: 
 
 def _kernel(*refs: Any, pushed: tuple[bool, ...], reads: int, before: int, by_token: bool,
             norm: tuple[float, float] | None) -> None:
-    """Compute one block of tokens; the references are in the order of `_run`."""
+    """Compute one block of tokens; `refs` are the inputs and outputs in the order of `_run`."""
     left = iter(refs)
     x, added = next(left), next(left)
     active = next(left) if pushed else None

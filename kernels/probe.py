@@ -1,4 +1,4 @@
-"""The start-up test of an attention kernel: a small input, compared with NumPy."""
+"""A test of an attention kernel before its first use, on a small input compared with NumPy."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ def fault(name: str, attend: Callable[..., jax.Array], *, dtype: str, head_dim: 
     """Run an attention function on a small input and compare it with `definition`.
 
     Args:
-      name: the name of the kernel, for the result.
-      attend: a function with the arguments of `flash`, and `softcap` if that is not None.
-      dtype, head_dim, groups: of the input; `groups` query heads share a key/value head.
-      window: sliding-window size, or None.
+      name: the name of the kernel, for the returned message.
+      attend: a function with the arguments of `attention.flash` and, if `softcap` is not None,
+        also `softcap`.
+      dtype, head_dim: the dtype and the head dimension of the input.
+      groups: the number of query heads per key/value head.
+      window: sliding-window size in tokens, including the query itself, or None.
       softcap: the soft-cap of the scores, or None.
       device: the device to run on.
 
     Returns:
-      None if the results agree, else a description of the error.
+      None if the kernel and NumPy agree, otherwise a description of the error.
     """
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=(2, 64, n, head_dim)).astype(np.float32) for n in (2 * groups, 2, 2)]
@@ -40,13 +42,13 @@ def fault(name: str, attend: Callable[..., jax.Array], *, dtype: str, head_dim: 
         return f"{name} failed its test ({type(error).__name__}: {text})"
     want = definition(q, np.repeat(k, groups, 2), np.repeat(v, groups, 2), length, window, softcap)
     worst = float(np.abs(got - want).max())
-    # outputs are of order 1 and have at least eight bits of precision
+    # the outputs are of order 1, with a precision of at least eight bits
     return None if worst < 0.05 else f"{name} failed its test (max error {worst:.3g})"
 
 
 def definition(q: np.ndarray, k: np.ndarray, v: np.ndarray, length: np.ndarray,
                window: int | None, softcap: float | None = None) -> np.ndarray:
-    """Compute softmax(q·kᵀ/√H)·v [B, T, N, H] in NumPy, with the masks of `flash`."""
+    """Compute softmax(q·kᵀ/√H)·v [B, T, N, H] in NumPy, with the masks of `attention.flash`."""
     at = np.arange(q.shape[1])
     seen = (at <= at[:, None]) & (at[:, None] - at < (window or at.size))
     inside = at < length[:, None]

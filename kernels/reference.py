@@ -32,9 +32,9 @@ def rank_one_edit(
       direction: v̂, unit vectors [B, D] or [1, D] float32.
       coefficients: s, c, lo and hi, each [B] or [1] float32.
       active: [B, T] bool, the tokens that the edit applies to.
-      push: û, in the shape of `direction`, to move h along û instead of v̂; None for v̂.
-      columns: `twice(direction)`, if already computed.
-      implementation: "xla", the only one available.
+      push: û, with the shape of `direction`: h moves along û instead of v̂. None: along v̂.
+      columns: `twice(direction)` if it is already computed, otherwise None.
+      implementation: "xla", the only implementation available.
 
     Returns:
       The edited h in its own dtype, and [B, T] bool: True where the edit is active and δ ≠ 0.
@@ -59,8 +59,8 @@ def rank_one_edit(
 def round_residual(x: jax.Array) -> jax.Array:
     """Round x to the precision of its dtype, even inside a fusion.
 
-    XLA may keep a bfloat16 sum in float32 inside a fusion. An edit that follows would then change
-    the rounding of values that it does not edit.
+    XLA may keep a bfloat16 sum in float32 inside a fusion. Without this rounding, values that an
+    edit does not change could then differ in precision from a program without the edit.
     """
     if x.dtype == jnp.bfloat16:
         return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
@@ -81,8 +81,8 @@ def project(h: jax.Array, direction: jax.Array) -> jax.Array:
 def twice(direction: jax.Array) -> jax.Array:
     """Stack two copies of v̂ [B, D] to [B, 2, D], for products on a CPU.
 
-    XLA compiles a product with one column to three kernels (multiply and reduce), but a product
-    with two equal columns to a single kernel.
+    XLA compiles a product with a single column to three kernels (multiply and reduce), but a
+    product with two columns to a single kernel.
     """
     return jnp.stack([direction, direction], 1)
 

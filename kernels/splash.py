@@ -1,8 +1,8 @@
-"""Attention of long prompts on TPUs: JAX's splash attention kernel.
+"""Attention for long prompts on TPUs: JAX's splash attention kernel.
 
-The kernel computes the scores of a block of queries and keys in on-chip memory and never writes
-them out. It skips blocks that the causal mask or a sliding window hides. The XLA form
-(`nn.attention`) is the reference.
+The kernel computes the scores of a block of queries and keys in on-chip memory, without writing the
+scores to the device memory. Blocks that are fully masked by the causal mask or by a sliding window
+are skipped. The XLA implementation (`nn.attention`) is the reference.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def splash(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, length: jax.
            interpret: bool = False) -> jax.Array:
     """Compute causal attention among the tokens of each row with `splash_attention`.
 
-    The tokens are padded to a multiple of 128. Padding has another segment than the valid tokens,
-    so no valid token attends to it. Queries are multiplied by `scale` before the product and
-    rounded to their dtype, where the reference multiplies the float32 scores. The function is
-    differentiable.
+    The tokens are padded to a multiple of 128. Padding has a different segment id from the valid
+    tokens, so no valid token attends to padding. Queries are multiplied by `scale` and rounded to
+    their dtype before the product, whereas the reference multiplies the float32 scores by `scale`.
+    The function is differentiable.
 
     Args:
       q_btnh: queries [B, T, N, H].
@@ -67,7 +67,7 @@ def splash(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, length: jax.
 
 
 def missing() -> str | None:
-    """Return the reason why this version of JAX has no splash attention; None if it has."""
+    """Return None if this version of JAX has splash attention, otherwise an error message."""
     try:
         importlib.import_module(_MODULE)
     except ImportError as error:
@@ -80,9 +80,9 @@ def splash_fault(dtype: str, head_dim: int, groups: int, windowed: bool,
                  softcapped: bool) -> str | None:
     """Compare the kernel with NumPy on a small input; return a description of the error.
 
-    The result is None if they agree, or if this process has no TPU: then the program is compiled
-    for another machine and does not run here. The arguments are the properties that change the
-    kernel; each combination is tested once.
+    The result is None if both agree, or if this process has no TPU, because the program is then
+    compiled for another machine and does not run here. The arguments are the properties on which
+    the kernel depends; each combination is tested once.
     """
     device = tpu()
     if device is None:
@@ -93,7 +93,7 @@ def splash_fault(dtype: str, head_dim: int, groups: int, windowed: bool,
 
 
 def tpu() -> Any:
-    """Return this process's first TPU or None; it may differ from JAX's default device."""
+    """Return this process's first TPU, which may not be JAX's default device, or None."""
     try:
         return jax.local_devices(backend="tpu")[0]
     except RuntimeError:  # a program can be compiled for a TPU on a machine without one

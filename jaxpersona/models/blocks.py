@@ -1,8 +1,9 @@
-"""The two parts of a block between the sites of interventions: attention, and the MLP.
+"""The two parts of a transformer block: attention and the MLP.
 
-The layers of a model differ in their arrays, not in their operations. While a program of the engine
-is traced, each part is therefore a nested `jax.jit`: JAX traces and lowers it once and calls it for
-every layer. XLA inlines the calls before it optimizes, so the compiled program is the same.
+Most layers of a model have the same operations and differ only in their parameters. While a program
+of the engine is traced, each part is therefore a nested `jax.jit` function, so that layers with the
+same operations share one trace. XLA inlines the calls before it optimizes, so the compiled program
+does not change.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ Held = tuple[jax.Array, jax.Array]  # one layer's keys and values in the cache, 
 
 
 class Parts(NamedTuple):
-    """The functions of one forward pass.
+    """The two parts of a block as functions for one forward pass.
 
     Attributes:
-      attend: `attend`, with the configuration and the implementation of attention.
-      transform: `transform`, with the configuration.
+      attend: the function `attend` with `config` and `attention` bound.
+      transform: the function `transform` with `config` bound.
     """
 
     attend: Callable[..., tuple[jax.Array, Held | None]]
@@ -46,10 +47,10 @@ class Parts(NamedTuple):
 
 
 def parts(config: ModelConfig, attention: Implementation) -> Parts:
-    """Return the parts of a block; nested programs while a program of the engine is traced.
+    """Return the parts of a block, as nested `jax.jit` functions while the engine traces a program.
 
-    The nested programs are made for one forward pass and freed with it. They are not used for
-    single operations outside `jax.jit`, where each call would compile them again.
+    The nested functions are created for one forward pass and freed afterwards. Otherwise, plain
+    functions are returned, because outside `jax.jit` each forward pass would compile them again.
 
     Args:
       config: the model configuration.
@@ -76,12 +77,12 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
       x: the residual stream [B, T, D].
       angle: the rotary cosines and sines of the tokens (`nn.rotary`).
       batch: the tokens.
-      positions: [B, S] int32, the position of each key; −1 for none.
+      positions: [B, S] int32, the position of each key; −1 at padding and in empty slots.
       slots: [B, T] int32, the cache slot of each token.
       held: the block's keys and values in the cache; None without a cache.
-      known: [B, T] bool; where it is False, the result is NaN. None: everywhere True.
-      normed: the block's first norm of x, if it is already computed (`Trace.finish`); then `known`
-        is not used.
+      known: [B, T] bool, False at tokens whose result must be NaN; None if there are no such
+        tokens. Not used if `normed` is given.
+      normed: x after the block's first norm, if already computed (`Trace.finish`), or None.
       window: the size of the sliding window, or None.
 
     Returns:
@@ -142,8 +143,8 @@ def _project(layer: Layer, config: ModelConfig, normed: jax.Array,
 
 
 def _kept(x: jax.Array, buffer: jax.Array) -> jax.Array:
-    """Round x to its own precision before it is stored in a buffer of a wider dtype.
+    """Round x to the precision of its dtype if it is stored in a buffer of a wider dtype.
 
-    Without this, XLA may keep extra precision from a fusion.
+    Without the rounding, XLA may store values that have the extra precision of a fusion.
     """
     return x if x.dtype == buffer.dtype else nn.round_residual(x)

@@ -1,8 +1,8 @@
-"""The key/value cache: one pair of arrays per layer, and the index of each row's next free slot.
+"""The key/value cache: keys and values per layer, and the index of each row's next free slot.
 
 The valid tokens of a row fill consecutive slots. Padding uses no slots, so a row's cache does not
-depend on the other rows. The cache also stores the rotary position of each slot's token; attention
-computes its mask from these positions.
+depend on the other rows. The cache also stores the rotary position of the token in each slot;
+attention computes its mask from these positions.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Cache(flax.struct.PyTreeNode):
 
     Attributes:
       k, v: one array [B, K, S, H] per layer.
-      position: [B, S] int32, the rotary position of each slot's token; −1 in empty slots.
-      next: [B] int32, the next free slot.
+      position: [B, S] int32, the rotary position of the token in each slot; −1 in empty slots.
+      next: [B] int32, the index of each row's next free slot.
 
     Examples:
       >>> import jaxpersona as jp
@@ -62,9 +62,10 @@ class Cache(flax.struct.PyTreeNode):
 def kept_dtype(like: jax.Array) -> DTypeLike:
     """Return the fastest cache dtype for a model with parameters like `like`.
 
-    This is the dtype of `like`, except on a single CPU, where it is float32 (values are still
-    rounded to the dtype of `like`). On a CPU, XLA would convert a whole 16-bit cache to float32 and
-    back for every token written. A float32 cache takes twice the memory of a 16-bit one.
+    The result is the dtype of `like`, except on a single CPU, where the result is float32 (values
+    are still rounded to the dtype of `like`). On a CPU, XLA would convert a whole 16-bit cache to
+    float32 and back for every token written. A float32 cache takes twice the memory of a 16-bit
+    cache.
     """
     return jnp.float32 if on_cpu(like) else like.dtype
 
@@ -91,7 +92,7 @@ def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = "f
 
 
 def assign_slots(cache: Cache | None, batch: Batch) -> jax.Array:
-    """Return each token's slot [B, T]; padding gets the out-of-range slot S and is dropped.
+    """Return each token's slot [B, T]; padding has the out-of-range slot S and is not stored.
 
     A row's valid tokens come before its padding and fill its next free slots in order.
     """
@@ -103,7 +104,7 @@ def assign_slots(cache: Cache | None, batch: Batch) -> jax.Array:
 
 
 def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
-    """Store the positions of a batch's tokens; `write` stores the keys and values of a layer."""
+    """Add a batch's tokens to `position` and `next`; `write` stores the keys and values."""
     return cache.replace(
         position=set_lines(cache.position, batch.position, slots, lines=1),
         next=cache.next + batch.length,
@@ -113,7 +114,7 @@ def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
 def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
     """Write values [B, T, K, H] into the slots [B, T] of a [B, K, S, H] buffer.
 
-    A scatter (`set_lines`) writes one token per row, and a gather (`by_slot`) writes several.
+    One token per row is written by a scatter (`set_lines`), several tokens by a gather (`by_slot`).
     """
     values = values.astype(buffer.dtype)
     if values.shape[1] == 1:
@@ -126,8 +127,8 @@ def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
 def set_lines(buffer: jax.Array, values: jax.Array, slots: jax.Array, lines: int) -> jax.Array:
     """Scatter values into the slots of a buffer whose axis S follows `lines` leading axes.
 
-    Values whose slot is S or larger are dropped. The scatter is mapped over every leading axis, so
-    each head has its own index. If the heads of a row shared one index, XLA would transpose the
+    Values whose slot is S or larger are ignored. The scatter is mapped over every leading axis, so
+    that each head has its own index. With one index for all heads of a row, XLA would transpose the
     buffer before and after a decode loop on TPUs, and copy a one-row buffer three times per step on
     CPUs.
     """
@@ -142,8 +143,8 @@ def set_lines(buffer: jax.Array, values: jax.Array, slots: jax.Array, lines: int
 def by_slot(values: jax.Array, slots: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Reorder per-token values [B, T, …] by slot, given the tokens' slots [B, T].
 
-    Each slot gathers its token, because some backends execute a scatter one token at a time. A
-    row's valid tokens must come first and have consecutive slots.
+    The values are gathered, because some backends execute a scatter one token at a time. A row's
+    valid tokens must come before its padding and have consecutive slots.
 
     Returns:
       moved: [B, S, …] with S = `count`; arbitrary values in slots without a token.

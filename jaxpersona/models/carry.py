@@ -19,14 +19,14 @@ class Carry(flax.struct.PyTreeNode):
     """The state of B rows between two calls of `forward`.
 
     `forward` returns a `Carry` with every field set, except that `cache` is None if no cache was
-    allocated. In the input of `forward`, a field that is None starts from its initial state:
-    `Carry(cache=cache)` continues only the cache, and `carry.replace(captured=None)` restarts the
-    readings.
+    allocated. If a field of the `Carry` passed to `forward` is None, `forward` starts with the
+    initial value of this field: `Carry(cache=cache)` continues only the cache, and
+    `carry.replace(captured=None)` restarts the readings.
 
     Attributes:
       cache: the keys and values of the tokens processed so far, or None.
       captured: the state of each reading by name; the state's `value` is the result.
-      applied: one `Applied` per intervention table, summed over the calls.
+      applied: one `Applied` per intervention table, with counts summed over the calls.
       gates: the state of each prompt gate, by the index of its table.
       finite: [B] bool, whether the residual stream after the last computed block, and its sum of
         squares, were finite in float32 at every valid token of all calls.

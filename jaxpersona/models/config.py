@@ -17,8 +17,8 @@ from jaxpersona.brief import line
 from jaxpersona.errors import UserError
 
 Activation = Literal["silu", "gelu_tanh"]
-# Version 1 of the fields that `ModelConfig.hash` covers. Hashes are stored in files, so this list
-# must not change. A field added later is hashed only if its value differs from the default.
+# The fields that `ModelConfig.hash` always covers. Hashes are stored in files, so this list must
+# not change. A field added later is hashed only if its value differs from its default.
 _HASHED = {
     "ModelConfig": frozenset("""
         family vocab_size d_model n_layers n_heads n_kv_heads head_dim d_ff norm_eps max_context
@@ -29,7 +29,7 @@ _HASHED = {
         theta kind factor low_freq_factor high_freq_factor original_context
     """.split()),
 }
-MAX_LAYERS = 1024  # more than any released model has; a larger number indicates a damaged file
+MAX_LAYERS = 1024  # more layers than any released model; a larger number indicates a damaged file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,15 +52,15 @@ class Rope:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder-only language model.
+    """The configuration of a decoder-only language model.
 
     Attributes:
-      family: the name of the model's entry in `families.FAMILIES`.
+      family: the model family, a key of `families.FAMILIES`.
       d_model, d_ff, n_layers, n_heads, n_kv_heads, head_dim, vocab_size: D, F, L, N, K, H, V.
       attn_scale: the factor applied to q·k (1/√H in most families).
       windows: for each layer, the sliding-window size in positions, or None for full attention.
       rope_local: the rotary embedding of sliding-window layers, or None to use `rope`.
-      norm_offset: 1 if norms multiply by (1 + weight), else 0.
+      norm_offset: 1 if norms multiply by (1 + weight), 0 if they multiply by the weight.
       post_norms: whether attention and MLP outputs are normalized before the residual add.
       max_context: the model's maximum sequence length in tokens.
 
@@ -148,12 +148,12 @@ class ModelConfig:
         return self.parameters * itemsize
 
     def step_bytes(self, itemsize: int = 2) -> int:
-        """Return the bytes of weights that a decode step reads: all except an untied embedding."""
+        """Return the bytes of weights read per decode step: all except an untied embedding."""
         untied = 0 if self.tied_embeddings else self.vocab_size * self.d_model
         return (self.parameters - untied) * itemsize
 
     def cache_bytes(self, length: int, itemsize: int = 2) -> int:
-        """Return the bytes of keys and values that a step reads for a row of `length` tokens."""
+        """Return the bytes of keys and values read per decode step for a row of `length` tokens."""
         seen = sum(min(length, w) if w else length for w in self.windows)
         return 2 * self.n_kv_heads * self.head_dim * itemsize * seen
 
@@ -171,7 +171,7 @@ class ModelConfig:
 
 
 def _hashed(value: Any, kind: str) -> dict[str, Any]:
-    """Return the fields of a dataclass that its hash covers, with their values."""
+    """Return the names and values of the fields that the hash of a dataclass covers."""
     covered = {}
     for field in dataclasses.fields(value):
         item = getattr(value, field.name)

@@ -1,9 +1,9 @@
 """Model families, and conversion of Hugging Face configurations to and from `ModelConfig`.
 
-To add a family, add an entry to `FAMILIES` with its architecture name, the fields of its
-`config.json` and their conversion to `ModelConfig`. An unsupported field that changes the
-computation raises an error, because ignoring it would silently compute a different model. An
-unknown key, such as one added by training code, is ignored with a warning, as in transformers.
+To add a family, add an entry to `FAMILIES` with the architecture name, the fields of `config.json`
+and their conversion to `ModelConfig`. An unsupported field that changes the computation raises an
+error, because without it the model would silently compute different results. An unknown key, such
+as one added by training code, is ignored with a warning, as in transformers.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _COMMON = frozenset("""
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A model family: its Hugging Face names, its configuration fields and their conversion."""
+    """A model family: its names in transformers, and its `config.json` fields and conversion."""
 
     name: str
     architecture: str
@@ -35,7 +35,7 @@ class Family:
     fields: frozenset[str]
     read: Callable[[Mapping[str, Any]], dict[str, Any]]
     default: Mapping[str, Any]
-    float16: bool = True  # whether released models' activations fit in float16 (below 65504)
+    float16: bool = True  # whether activations of released models fit in float16
 
 
 def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> tuple:
@@ -199,7 +199,7 @@ def _rope(raw: Mapping[str, Any], theta: Any = None) -> Rope:
 def _read_rope(raw: Mapping[str, Any], by_layer: bool) -> Rope:
     """Return the rotary embedding of full-attention layers.
 
-    With `by_layer`, `rope_parameters` may contain one dict per layer type.
+    If `by_layer`, `rope_parameters` may contain one dict per layer type.
     """
     theta, scaling = raw.get("rope_theta"), raw.get("rope_scaling")
     whole = parameters = raw.get("rope_parameters")
@@ -225,7 +225,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
 
     Raises:
       UserError: the architecture is unknown, or fields are missing, malformed or unsupported; the
-        message names the architecture or the fields.
+        message contains the architecture or the fields.
 
     Examples:
       >>> import jaxpersona as jp

@@ -1,8 +1,8 @@
 """Checks of the `config.json` keys that a model family does not read.
 
-Such keys are metadata, settings for training code and tools, or fields of other architectures.
-Known metadata is ignored. A field of a different architecture raises an error if it is set, because
-ignoring it would silently compute a different model. Any other key is ignored with a warning.
+Known metadata and known settings of training code are ignored. A known field of another
+architecture raises an error if it is set, because without it the model would silently compute
+different results. Any other key is ignored with a warning.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _IGNORED = frozenset("""
     attn_pdrop embedding_dropout residual_dropout attention_probs_dropout_prob hidden_dropout_prob
 """.split())
 
-# Fields of other architectures and of forks that change the forward pass. Each field maps to its
-# neutral value, with which the forward pass is unchanged, or to None if empty values, 0 and false
-# are neutral. JSON null is neutral for every field.
+# Fields of other architectures that change the forward pass. Each field is mapped to its neutral
+# value, which does not change the forward pass, or to None if empty values, 0 and false are
+# neutral. JSON null is neutral for every field.
 _CHANGES: dict[str, Any] = {key: None for key in """
     quantization_config quantization compression_config sparsity_config bnb_config
     num_experts num_local_experts n_routed_experts num_experts_per_tok num_experts_per_token

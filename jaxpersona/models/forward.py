@@ -1,6 +1,6 @@
 """The forward pass, embed → blocks → head, as a pure function of parameters and data.
 
-One function serves every model family, with or without a cache, interventions and captures. The
+`forward` supports every model family, with or without a cache, interventions and captures. A
 compiled program contains only the requested operations, without hooks or run-time branches.
 """
 
@@ -52,8 +52,8 @@ class Output(flax.struct.PyTreeNode):
     """The result of a forward pass.
 
     Attributes:
-      logits: [B, T, V], [B, V] or None, float32.
-      carry: the state after this call; pass it to the next call to continue.
+      logits: float32 [B, T, V] ("all") or [B, V] ("last"), or None.
+      carry: the state after this call, to be passed to the next call on the same rows.
 
     Examples:
       >>> import jaxpersona as jp
@@ -76,12 +76,12 @@ class Output(flax.struct.PyTreeNode):
 
     @property
     def applied(self) -> tuple[Applied, ...]:
-        """One `Applied` per intervention table, summed over the calls."""
+        """One `Applied` per intervention table, with counts summed over the calls."""
         return self.carry.applied or ()
 
     @property
     def cache(self) -> Cache | None:
-        """The cache, which includes this call's tokens, or None."""
+        """The cache, including the tokens of this call, or None."""
         return self.carry.cache
 
     @property
@@ -91,10 +91,10 @@ class Output(flax.struct.PyTreeNode):
 
     @property
     def finite(self) -> Bool[Array, " B"]:
-        """[B] bool, whether the residual stream was finite (`Carry.finite`).
+        """[B] bool, whether the residual stream was finite after the last block (`Carry.finite`).
 
-        Non-finite values from an earlier block propagate to the last one unless an edit removes
-        them.
+        Non-finite values in an earlier block propagate to the last block, unless an edit removes
+        these values.
         """
         assert self.carry.finite is not None  # every call sets it
         return self.carry.finite
@@ -116,38 +116,38 @@ def forward(
     """Run the model on a batch.
 
     Args:
-      params: the parameters; the dtype of `params.like` is the computation's dtype.
+      params: the parameters; the activations have the dtype of `params.like`.
       config: the model configuration (static).
-      batch: B rows of T tokens, right-padded. With a cache, the tokens are appended to its rows.
+      batch: B rows of T tokens, right-padded. If there is a cache, its rows are extended by these
+        tokens.
       interventions: the edits of the activations, optionally prepared (`Interventions.prepare`).
-      capture: the readings of the activations, or a list of them.
+      capture: the readings of the activations, or a list of captures.
       carry: the state to continue from, returned by the previous call on these rows
         (`Output.carry`), or None.
-      slots: allocate a cache with this many slots (static), in the fastest dtype
-        (`cache.kept_dtype`). Cannot be combined with a carry that has a cache.
-      logits: "all" for every token; "last" for each row's last valid token; None skips the head
-        and, without a cache, all layers above the highest one that is read or edited.
+      slots: the number of slots of a new cache (static), with the dtype `cache.kept_dtype`. None
+        allocates no cache. Cannot be combined with a carry that has a cache.
+      logits: "all" for every token; "last" for each row's last valid token; None to skip the head
+        and, without a cache, all layers above the last layer that is captured or edited.
       attention: "xla", the reference; "cudnn", flash attention on a GPU; "splash", splash attention
         on a TPU; "auto", the platform's kernel for long batches where it is supported
         (`kernels.attention`). Both kernels require that positions increase by one per token, as in
         a batch from `batch`.
-      residual: how a block's output is added to the residual stream, edited at the site "residual",
-        projected for the readings of projections and normalized. "xla", the reference; "pallas",
-        one kernel on a TPU (`kernels.edit`); "interpret", the same kernel emulated on any device,
-        for tests. Edits at other sites and other readings always use XLA. The kernel supports
-        rank-one edits only and is not differentiable.
+      residual: the implementation of the end of each block: the residual add, edits at the site
+        "residual", projection readings and the next norm. "xla", the reference; "pallas", one
+        kernel on a TPU (`kernels.edit`); "interpret", the same kernel emulated on any device, for
+        tests. Edits at other sites and other readings always use XLA. The kernel supports only
+        rank-one edits and is not differentiable.
 
-    Unlike the package's other functions, which disable JAX's debugging flags and transfer guard,
-    this function respects them: with `jax_debug_nans`, a capture that marks tokens with NaN raises
-    an error.
+    Most functions of this package disable JAX's debugging flags and transfer guard; `forward` does
+    not. With `jax_debug_nans`, a capture that marks tokens with NaN therefore raises an error.
 
     Raises:
       UserError: interventions or captures do not match the model or the batch; the batch is wider
         than the cache; a row has more tokens than free slots or an id outside the embedding (under
-        `jax.jit` both give NaN instead); a gate with `within=True` is used on a chunked prompt; the
-        carry belongs to different readings, tables or gates; `slots` is combined with a carry that
-        has a cache; a kernel does not support the call; or the mesh set by `jax.set_mesh` differs
-        from the parameters' mesh.
+        `jax.jit`, both cases give NaN instead); a gate with `within=True` is used on a chunked
+        prompt; the carry belongs to other readings, intervention tables or gates; `slots` is
+        combined with a carry that has a cache; a kernel does not support the arguments; or the mesh
+        set by `jax.set_mesh` differs from the mesh of the parameters.
 
     Examples:
       >>> import jaxpersona as jp
@@ -187,7 +187,7 @@ def forward(
     if slots is None and cache is not None:
         _check_room(cache, batch)
     token_slots = assign_slots(cache, batch)
-    start: Any = None if cache is None else cache.next  # before this call's tokens
+    start: Any = None if cache is None else cache.next  # the first free slot before this call
     state = carry.captured
     if state is None and capture is not None:
         state = capture.init(config, rows, width if cache is None else cache.slots)
@@ -258,8 +258,8 @@ def _check_carry(carry: Carry, edits: PreparedInterventions, rows: int) -> None:
     """Check that a carry matches the interventions and the number of rows.
 
     Raises:
-      UserError: the cache has a different number of rows, or the counts belong to different tables
-        or layers.
+      UserError: the cache has a different number of rows, or `carry.applied` belongs to different
+        intervention tables or layers.
     """
     if carry.cache is not None and carry.cache.next.shape[0] != rows:
         raise UserError(f"the carry's cache has {carry.cache.next.shape[0]} rows; the batch has "
@@ -275,7 +275,7 @@ def _check_carry(carry: Carry, edits: PreparedInterventions, rows: int) -> None:
 
 
 def _check_ids(tokens: Any, config: ModelConfig) -> None:
-    """Raise an error for ids outside the embedding, if their values are known to this process."""
+    """Raise an error for ids outside the embedding, unless the ids are traced or on other hosts."""
     if is_traced(tokens):
         return
     if isinstance(tokens, jax.Array):
@@ -286,7 +286,7 @@ def _check_ids(tokens: Any, config: ModelConfig) -> None:
 
 
 def _check_room(cache: Cache, batch: Batch) -> None:
-    """Raise an error for rows that exceed their free slots, if this process knows the values."""
+    """Raise an error if a row has more tokens than free slots, unless the counts are not known."""
     arrays = cache.next, batch.kind
     if any(is_traced(x) or not getattr(x, "is_fully_addressable", True)
            for x in arrays):
@@ -301,7 +301,7 @@ def _check_room(cache: Cache, batch: Batch) -> None:
 
 
 def _finite(x: jax.Array, batch: Batch) -> jax.Array:
-    """Return [B] bool: whether ‖x‖² of a residual x [B, T, D] is finite at every valid token."""
+    """Return [B] bool: whether ‖x‖² is finite at every valid token, for activations x [B, T, D]."""
     wide = x.astype(jnp.float32)
     return (jnp.isfinite((wide * wide).sum(-1)) | ~batch.valid).all(-1)
 
@@ -309,7 +309,7 @@ def _finite(x: jax.Array, batch: Batch) -> jax.Array:
 def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
     """Return the token embeddings [B, T, D], multiplied by `config.embed_scale`."""
     table, tokens = params.embed_vd, batch.tokens
-    # the first norm (`blocks.attend`) turns clipped ids into NaN without an extra kernel
+    # out-of-range ids are clipped here; the first norm (`blocks.attend`) gives NaN for these tokens
     if isinstance(table, Int8):
         x = table.take(tokens, params.like.dtype)
     else:
@@ -326,17 +326,17 @@ def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
 
 def head(params: Params, config: ModelConfig, x: jax.Array, batch: Batch,
          which: Logits) -> jax.Array | None:
-    """Return float32 logits of the final residual: [B, T, V], or [B, V] at the last tokens.
+    """Return the float32 logits for the final residual stream: [B, T, V], or [B, V] ("last").
 
-    They are NaN where the residual or its sum of squares is not finite, and where a soft-cap would
-    make an infinite logit finite.
+    Logits are NaN where the residual stream or its sum of squares is not finite, and where a
+    soft-cap would make an infinite logit finite.
     """
     if which is None:
         return None
     with jax.named_scope("head"):
         if which == "last":
             x = of_each(x, jnp.maximum(batch.length - 1, 0)[:, None])
-        # otherwise an overflowing sum of squares would give zero logits, and so a valid token
+        # if a sum of squares overflows, the logits would otherwise be zero instead of NaN
         x = nn.rms_norm(x, params.final_norm_d, config.norm_eps, config.norm_offset,
                         overflow_to_nan=True)
         weight = params.embed_vd if params.head_vd is None else params.head_vd

@@ -1,9 +1,10 @@
 """Weights in int8, with a scale per output channel or per block of inputs.
 
-w ≈ value · scale, symmetric around zero. A channel's scale multiplies the product, not the weight,
-so compiled programs for accelerators convert int8 inside the product and write no dequantized copy.
-XLA's CPU backend would write such a copy. On a CPU, a product is therefore computed in pieces of
-output channels, so that the converted values of a piece fit in the processor's cache.
+w ≈ value · scale, symmetric around zero. The scale of a channel multiplies the result of the matrix
+product, not the weight, so programs compiled for accelerators convert int8 values inside the
+product and write no dequantized copy. XLA's CPU backend would write such a copy. On a CPU, a
+product is therefore computed for a few output channels at a time, so that the converted values fit
+in the processor's cache.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ class Int8(Weight):
       value: [*out, *in] int8, in −127…127.
       scale: [*out] float32, one scale per output channel; or [*out, n] float16, one scale per block
         of the flattened inputs, as in GGUF's Q8_0. Blocks are supported only without a mesh.
-      made_from: the sums that `params.fingerprint` computes, in this order, of the weights before
-        quantization, of `value` and of `scale`; None if they are unknown.
+      made_from: the sums that `params.fingerprint` computes for the weights before quantization,
+        for `value` and for `scale`, in this order; None if the first sums are unknown.
       inner: the number of input dimensions.
     """
 
@@ -64,7 +65,7 @@ class Int8(Weight):
 
     @property
     def blocked(self) -> bool:
-        """Whether there is a scale per block of inputs instead of one per output channel."""
+        """Whether there is one scale per block of inputs instead of one per output channel."""
         return self.scale.ndim > self.value.ndim - self.inner
 
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
@@ -111,7 +112,7 @@ class Int8(Weight):
 def quantized(w: jax.Array, inner: int = 1) -> Int8:
     """Return the `Int8` form of an array [*out, *in]: scale = max|w| / 127 per output channel.
 
-    The error of each value is at most half of its channel's scale.
+    The error of each weight is at most half of the scale of its channel.
     """
     axes = tuple(range(w.ndim - inner, w.ndim))
     wide = w.astype(F32)
@@ -167,9 +168,9 @@ def _product(x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def _in_pieces(x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
-    """Compute `_product` in pieces of output channels, so that a converted piece is small.
+    """Compute `_product` for a few output channels at a time, to limit the converted values.
 
-    If the size of a piece does not divide the number of channels, the last two pieces overlap.
+    If the size of such a piece does not divide the number of channels, the last two pieces overlap.
     """
     channels, width = value.shape
     size = min(max(_PIECE // (4 * width), 8), channels)

@@ -23,15 +23,15 @@ class Model:
 
     Attributes:
       config, params: the configuration and the parameters.
-      tokenizer: a transformers tokenizer, or None if the source has no tokenizer.
-      mesh: the mesh that the parameters are sharded over, or None for one device.
+      tokenizer: a transformers tokenizer, or None if the model was loaded without a tokenizer.
+      mesh: the mesh over which the parameters are sharded, or None for a single device.
       name: the name or path from which the model was loaded.
-      fingerprint: sixteen hexadecimal digits that identify configuration and weights
-        (`params.fingerprint`). A copy with different parameters (`dataclasses.replace`) has a new
-        fingerprint. If the parameters are traced or abstract, the fingerprint is "".
+      fingerprint: sixteen hexadecimal digits that identify the configuration and the weights
+        (`params.fingerprint`). A copy with other parameters (`dataclasses.replace`) has a new
+        fingerprint, or "" if these parameters are traced or abstract.
       stop_ids: the token ids that end a reply.
-      template: whether the tokenizer has a chat template; base models have no chat template.
-      marked: the configuration and arrays from which `fingerprint` was computed.
+      template: whether the tokenizer has a chat template; False for most base models.
+      marked: the configuration and the arrays for which `fingerprint` was computed.
       derived: a cache of arrays derived from the parameters; empty in a copy.
 
     Examples:
@@ -75,12 +75,13 @@ class Model:
 
 
 def release(model: Model) -> None:
-    """Delete a model's weights from its devices, to load another model in their place.
+    """Delete a model's weights from the device memory, to make room for another model.
 
-    Its configuration, name and fingerprint stay; every later use of the weights raises an error.
+    The model keeps its configuration, name and fingerprint; every later use of the deleted weights
+    raises an error.
 
     Args:
-      model: the model. Other models that share its arrays lose them too.
+      model: the model. Arrays that it shares with other models are deleted from these models too.
     """
     object.__setattr__(model, "derived", Derived())  # an empty cache
     for leaf in jax.tree.leaves(model.params):
@@ -92,7 +93,7 @@ def check_model(model: Any) -> None:
     """Check that a caller's `model` argument is a model.
 
     Raises:
-      UserError: the argument is something else, such as the name or the parameters of a model.
+      UserError: the argument is not a model, but for example a model's name or parameters.
     """
     if not (hasattr(model, "params") and hasattr(model, "config")):
         shown = " ".join(repr(model).split())

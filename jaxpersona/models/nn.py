@@ -28,12 +28,12 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, *,
     """Apply RMSNorm over the last axis, in float32 (Zhang and Sennrich 2019).
 
     If the mean square overflows float32 (values above 1.8e19), the result is 0, or NaN with
-    `overflow_to_nan`, so that the overflow propagates. The result is also NaN where `known`, which
-    has the shape of x without the last axis, is False.
+    `overflow_to_nan`. The result is also NaN where `known`, which has the shape of x without the
+    last axis, is False.
     """
     y = x.astype(F32)
     factor = jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + eps)
-    if overflow_to_nan:  # testing only the factor keeps this a single kernel
+    if overflow_to_nan:  # only the factor is tested, so that XLA compiles a single kernel
         factor = jnp.where(factor > 0, factor, jnp.nan)
     if known is not None:
         factor = jnp.where(known[..., None], factor, jnp.nan)
@@ -79,7 +79,7 @@ def attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> jax.Array:
-    """Compute causal attention, masked by position, in chunks of `QUERY_CHUNK` queries.
+    """Compute causal attention with a mask from positions, in chunks of `QUERY_CHUNK` queries.
 
     On a mesh, queries and keys must have the same sharding over rows and heads.
 
@@ -87,7 +87,7 @@ def attention(
       q_btnh: queries [B, T, N, H].
       k_bksh, v_bksh: keys and values [B, K, S, H].
       q_position: [B, T] int32.
-      k_position: [B, S] int32; -1 in empty slots.
+      k_position: [B, S] int32; −1 at padding and in empty slots, which are masked.
       scale: the factor applied to q·k.
       softcap: scores become softcap·tanh(scores/softcap) (Gemma 2), or None.
       window: sliding-window size in positions, or None for full attention.
@@ -145,7 +145,7 @@ def _attend(q: jax.Array, k: jax.Array, v: jax.Array, q_position: jax.Array, k_p
 
 
 def _product(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Contract with float32 accumulation; on CPUs, convert 16-bit inputs to float32 first.
+    """Compute an einsum with float32 accumulation; on CPUs, convert 16-bit inputs to float32 first.
 
     XLA's CPU backend does not support batched bfloat16 products with a float32 result.
     """
@@ -165,7 +165,7 @@ def mlp(x: jax.Array, layer: Any, activation: Activation) -> jax.Array:
     """Apply the gated MLP, down(act(gate(x)) · up(x)) (Shazeer 2020), to x [B, T, D]."""
     gate, up = dots(x, layer.gate_up)
     gate, up = add_bias(gate, layer.b_gate_f), add_bias(up, layer.b_up_f)
-    wide = gate.astype(F32)  # so that rounding happens once, after the product
+    wide = gate.astype(F32)  # so that values are rounded only once, after the product
     act = jax.nn.silu(wide) if activation == "silu" else jax.nn.gelu(wide, approximate=True)
     inner = (act * up.astype(F32)).astype(x.dtype)
     out = dot(inner, layer.w_down_df, axes=("batch", None, None))
@@ -178,5 +178,5 @@ def add_bias(x: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 
 def aligned(w: jax.Array, x: jax.Array) -> jax.Array:
-    """Add leading dimensions to w until it has x's rank, to avoid implicit rank promotion."""
+    """Add leading dimensions to w up to the rank of x, because JAX may forbid rank promotion."""
     return jax.lax.expand_dims(w, tuple(range(x.ndim - w.ndim)))

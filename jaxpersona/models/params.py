@@ -34,8 +34,8 @@ from jaxpersona.models.weight import Joined
 class Layer(flax.struct.PyTreeNode):
     """The parameters of one block; None for arrays that the family does not have.
 
-    Each weight is an array or a prepared `weight.Weight`. If `joined_qkv` or `joined_gate_up` is
-    set, the fields of the weights that it contains are None.
+    Each weight is an array or a prepared `weight.Weight`. `joined_qkv` and `joined_gate_up` contain
+    several weights; if one of them is set, the separate fields of these weights are None.
     """
 
     __repr__ = brief
@@ -102,7 +102,7 @@ class Spec:
 
     Attributes:
       shape, axes: the dimensions and their logical axes.
-      inner: the number of input dimensions of a weight, which come last; 0 for norms and biases.
+      inner: the number of trailing dimensions that are inputs of a weight; 0 for norms and biases.
       init: the standard deviation of the normal initializer, or None for a norm weight, which is
         initialized to the identity.
       dtype: the dtype of the array, or None for the dtype of the activations.
@@ -162,7 +162,8 @@ def layout(config: ModelConfig) -> Params:
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = "float32") -> Params:
     """Initialize parameters: normal weights (standard deviation 0.02), identity norms.
 
-    Values are drawn in float32 and then rounded, so the draws of a key are the same in every dtype.
+    Values are drawn in float32 and then rounded to `dtype`, so a key gives the same draws for any
+    dtype.
 
     Examples:
       >>> import jaxpersona as jp
@@ -185,10 +186,10 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = "float32") -> 
 
 
 class Derived:
-    """A thread-safe cache of the last value computed from a pytree of arrays.
+    """A thread-safe cache of the last value that was computed from a pytree of arrays.
 
     The value is reused only if the function, the tree structure and every array (by identity) are
-    the same. A value computed from NumPy arrays is never cached, because they can change in place.
+    the same. Values computed from NumPy arrays are not cached, because NumPy arrays are mutable.
     """
 
     def __init__(self) -> None:
@@ -228,12 +229,12 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
     The first eight digits are `config.hash()`. The others are a hash of two sums per array, modulo
     2³². For these sums, each value is rounded to bfloat16, and its bits are mixed and multiplied by
     an odd factor that depends on the value's position. Odd factors are invertible modulo 2³², so a
-    change of a single value changes both sums. The factors differ by position, so exchanged values
-    are detected. The sums are integers, so they are equal on every mesh, and for a checkpoint
-    loaded in float32 or bfloat16.
+    change of a single value changes both sums. The factors differ by position, so the sums also
+    change if two values are exchanged. Integer sums do not depend on the order of addition, so the
+    fingerprint is the same on every mesh, and for float32 and bfloat16 copies of a checkpoint.
 
-    If an int8 weight has not changed since quantization, its sums are those of the weights before
-    quantization (`Int8.made_from`). Otherwise, they are the sums of its own arrays.
+    For an int8 weight that has not changed since quantization, the sums of the weights before
+    quantization (`Int8.made_from`) are used; for other int8 weights, the sums of their own arrays.
 
     Float16 has a smaller exponent range. A checkpoint loaded in float16 has the same fingerprint
     only if no value overflows, underflows or is rounded twice.
@@ -244,7 +245,7 @@ def fingerprint(config: ModelConfig, params: Params) -> str:
 
 
 def begin_fingerprint(config: ModelConfig, params: Params) -> Callable[[], str]:
-    """Start computing a fingerprint; return a function that waits for the result and returns it.
+    """Start computing a fingerprint; the returned function waits for and returns the fingerprint.
 
     The devices compute the sums while the host continues.
     """
@@ -288,7 +289,7 @@ def collect_sums(parts: Sequence[jax.Array]) -> np.ndarray:
 
 
 def origin(mark: str) -> int:
-    """Return the weights' hash from a fingerprint, as an integer; 0 if the fingerprint is ""."""
+    """Return the last eight digits of a fingerprint as an integer; 0 if the fingerprint is ""."""
     return int(mark[8:], 16) if mark else 0
 
 
@@ -302,7 +303,7 @@ def _spread(x: jax.Array) -> NamedSharding | None:
 
 
 def _weights(x: jax.Array) -> list[Any]:
-    """Return the odd factors of an array's two sums: two row factors, then two column factors.
+    """Return the odd factors for an array's two sums: two arrays of row factors, two of columns.
 
     Row factors have the array's shape without its last dimension. Column factors are [C], where C
     is the last dimension. In each sum, a value is multiplied by its row and its column factor.
@@ -336,8 +337,8 @@ def _odd(count: int, seed: int) -> np.ndarray:
 def _sums(x: jax.Array, *weights: jax.Array, placed: NamedSharding | None) -> jax.Array:
     """Return the two weighted sums of each device's shard of an array, [devices, 2] uint32.
 
-    The devices do not communicate. With several processes, a collective per array would make each
-    program wait for the other processes, and two such programs at the same time deadlock on CPUs.
+    The devices do not communicate. With a collective operation per array, each program would wait
+    for the other processes, and two such programs at the same time deadlock on CPUs.
     """
     if placed is None:
         return _local_sums(x, *weights)[None]
@@ -348,7 +349,7 @@ def _sums(x: jax.Array, *weights: jax.Array, placed: NamedSharding | None) -> ja
 
     def part(*local: jax.Array) -> jax.Array:
         sums = _local_sums(*local)
-        for name in copies:  # count a replicated shard on one device only
+        for name in copies:  # only one device counts a replicated shard
             sums = jnp.where(jax.lax.axis_index(name) == 0, sums, jnp.zeros_like(sums))
         return sums[None]
 

@@ -34,14 +34,14 @@ _LARGEST_COPY = 8e9  # bytes; on a CPU, larger models are not copied
 def fast_params(model: Model, rows: int) -> Params:
     """Return the parameters in the layout with the fastest matrix products on their device.
 
-    The layout depends only on the model, the device and the number of rows, so equal calls give
-    bit-identical results. On a CPU, models up to 8 GB in float32 are copied and transposed
-    (`in_out`) for 8 rows or more. On a GPU, some weights are copied and joined (`with_joined`) if
-    all weights and the copy fit into half of the memory. In all other cases, including meshes, the
-    result is `model.params`.
+    The layout depends only on the model, the device and the number of rows, so repeated runs give
+    bit-identical results. On a CPU, float32 models up to 8 GB are copied and transposed (`in_out`)
+    for 8 rows or more. On a GPU, some weights are copied and joined (`with_joined`) if all weights
+    and the copy fit into half of the memory. In all other cases, including meshes, the result is
+    `model.params`.
 
-    The copy is made once per `Model` and freed with the `Model`. For an object of another class
-    with the same attributes, a copy is made in every call.
+    The copy is made once per `Model` and freed with the `Model`. For an object without the
+    attribute `derived`, a copy is made in every call.
     """
     params, config = model.params, model.config
     device, dtype = platform(params.like), params.like.dtype
@@ -82,10 +82,10 @@ def _memory(params: Params) -> int:
 
 @jax.jit
 def in_out(params: Params) -> Params:
-    """Copy the weights of all matrix products, including a tied head, to [in, out] (`InOut`).
+    """Copy the weights of all matrix products, including a tied head, to [in, out] order (`InOut`).
 
-    On CPUs, XLA's float32 product repacks an [out, in] weight in each call if the batch has several
-    rows; with 8 rows, the product then takes twice as long. With one row, [out, in] is faster.
+    On CPUs, XLA's float32 product reorders an [out, in] weight in each call if the batch has
+    several rows, which doubles the time with 8 rows. With one row, [out, in] order is faster.
     """
     layers = tuple(
         layer.replace(**{name: transposed(getattr(layer, name), inner)
@@ -128,8 +128,8 @@ def in_int8(params: Params, *, join: bool = False, tables: bool = True) -> Param
 
     Args:
       params: parameters that are plain arrays.
-      join: also join weights with the same input (`with_joined`).
-      tables: also quantize the embedding and the output head. A tied embedding stays tied.
+      join: whether to join weights with the same input (`with_joined`).
+      tables: whether to quantize the embedding and the output head too. A tied head stays tied.
     """
     def one(holder: Any, names: Mapping[str, int]) -> Any:
         found = {name: getattr(holder, name) for name in names}
@@ -145,14 +145,14 @@ def in_int8(params: Params, *, join: bool = False, tables: bool = True) -> Param
 def quantize(w: jax.Array, inner: int) -> Int8:
     """Quantize an array, sharded or not, and wait for the result.
 
-    Waiting limits the temporary memory to one array in float32. It also prevents two programs with
-    collectives from running at the same time, which deadlocks on several CPU processes.
+    Waiting limits the temporary memory to one array in float32. Also, two programs with collective
+    operations never run at the same time, which can deadlock with several CPU processes.
     """
     return jax.block_until_ready(_quantize(w, inner))
 
 
 def with_origin(made: Params, floats: Params) -> Params:
-    """Record in int8 weights the sums of the weights before quantization (`Int8.made_from`)."""
+    """Set `Int8.made_from` of the int8 weights in `made`, from the unquantized weights `floats`."""
     whole, tree = jax.tree.flatten(made, is_leaf=_is_int8)
     before = tree.flatten_up_to(floats)
     chosen = [i for i, w in enumerate(whole) if _is_int8(w)]
@@ -161,7 +161,7 @@ def with_origin(made: Params, floats: Params) -> Params:
 
 
 def originated(weights: Sequence[Any], before: np.ndarray) -> list[Any]:
-    """Record the sums of the weights before quantization, [n, 2] uint32, in n int8 weights.
+    """Set `Int8.made_from` of n int8 weights, from the sums before quantization, [n, 2] uint32.
 
     Entries of `weights` that are not int8 are returned unchanged.
     """
@@ -179,7 +179,7 @@ def originated(weights: Sequence[Any], before: np.ndarray) -> list[Any]:
 
 
 def int8_layout(config: ModelConfig, *, tables: bool = True) -> Params:
-    """Return a `Params` with the `Spec` of every array of int8 parameters."""
+    """Return a `Params` with the `Spec` of every array, for a model with int8 weights."""
     def one(holder: Any, names: Iterable[str]) -> Any:
         return holder.replace(**{name: _int8_spec(spec) for name in names
                                  if (spec := getattr(holder, name)) is not None})

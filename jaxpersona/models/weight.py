@@ -1,10 +1,10 @@
-"""Weights of matrix products: dense arrays, and copies prepared for a device.
+"""Weights of matrix products: plain arrays, and classes for other forms of a weight.
 
 A weight maps activations [..., *in] to [..., *out]. A plain array is a dense weight in the order of
 the checkpoint files, [*out, *in]. The classes here store a weight in another order (`InOut`), a
 weight with a low-rank update (`LowRank`), or several weights with the same input in one array
-(`Joined`); `int8.Int8` stores a quantized weight. `dot` and `dots` accept all these classes, so the
-forward pass does not depend on the class.
+(`Joined`); `int8.Int8` stores a quantized weight. `dot` and `dots` accept arrays and all of these
+classes, so the forward pass does not depend on the class.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ F32 = jnp.float32
 
 
 class Weight(flax.struct.PyTreeNode):
-    """The base class of prepared weights."""
+    """The base class of weights that are not plain arrays."""
 
     @abc.abstractmethod
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
@@ -46,7 +46,12 @@ class Weight(flax.struct.PyTreeNode):
 
 
 class Dense(Weight):
-    """An array [*out, *in] in checkpoint order, possibly sharded; `inner` is the rank of *in*."""
+    """A weight [*out, *in] in the order of checkpoint files, possibly sharded.
+
+    Attributes:
+      value: the array.
+      inner: the number of input dimensions.
+    """
 
     __repr__ = brief
 
@@ -186,8 +191,8 @@ def across_devices(x: jax.Array, w: jax.Array, inner: int, axes: Axes | None,
                    finish: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Contract the last `inner` axes of x and w on w's mesh.
 
-    `finish` maps the float32 result to the output. It is applied before the sum over devices, which
-    halves the communicated bytes if the output has a 16-bit dtype.
+    `finish` maps the float32 result to the output. The function is applied before the sum over
+    devices, which halves the communicated bytes if the output has a 16-bit dtype.
     """
     w = gather_weight(w)
     letters = iter("abcdefghijklmnop")

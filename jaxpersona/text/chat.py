@@ -1,20 +1,20 @@
 """Tokenize conversations with the checkpoint's chat template and label every token.
 
-The rendered text is tokenized once. The tokenizer's character offsets map the spans that
-`template.locate` returns to tokens. Generated tokens are never re-encoded.
+The rendered text is tokenized once. Each token is labelled from the kinds of its characters, which
+`template.locate` returns. Generated tokens are never re-encoded.
 
 Token kinds:
 - Message content is SYSTEM, USER or ASSISTANT. Text from the template, including a default system
-  prompt, is TEMPLATE. A token that contains both is TEMPLATE, unless it consists of template
+  prompt, is TEMPLATE. A token that contains both is TEMPLATE, except if it consists of template
   whitespace and the start of the content's first word. Such a token is labelled as content.
 - A thinking block in an assistant message, including its tags, is ASSISTANT | THINKING. A thinking
   block that the template adds is TEMPLATE | THINKING. The last prompt token is THINKING if and only
   if the reply starts inside an open thinking block.
 - Fenced code, including its fences, is CODE.
 
-An empty system message is rendered, not skipped. If the template has no system role, the system
-prompt is prepended to the first user message, separated by a blank line. Its tokens keep the kind
-and turn of the system message. An empty system prompt is then omitted.
+If the template has no system role, the system prompt is prepended to the first user message,
+separated by a blank line. The tokens of the system prompt keep the kind and turn of the system
+message. An empty system message is omitted only in this case; otherwise it is rendered.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Row:
 
     Attributes:
       tokens: [T] int32.
-      kind: [T] int32, bits of `batch.KINDS` (`batch.batch` sets valid, first and last).
+      kind: [T] int32, bits of `batch.KINDS` (`batch.batch` adds valid, first and last).
       turn: [T] int32, the index of each token's message; the generation prompt belongs to the next
         message.
       text: the text that was tokenized.
@@ -77,7 +77,7 @@ def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thin
       conversations: an iterable of B conversations, each a list of {"role", "content"} dicts or a
         string (one user message).
       reply: whether to append the generation prompt.
-      thinking: the template variable `enable_thinking`.
+      thinking: the value of the template variable `enable_thinking`.
       width: pad to this many tokens; default: the longest row.
       variables: additional template variables, such as {"date_string": "26 Jul 2024"}.
 
@@ -115,7 +115,7 @@ def listed(given: Any, name: str = "conversations") -> list[Any]:
       name: the argument's name, for error messages.
 
     Raises:
-      UserError: `given` is empty, or is a single conversation (or message) instead of a list.
+      UserError: `given` is empty, or a single conversation or message instead of a list of them.
     """
     if isinstance(given, (str, bytes)):
         raise UserError(f"{name} is a single string ({given[:40]!r}); wrap it in a list")
@@ -161,17 +161,17 @@ def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, 
     """Append a reply and the next user message to a prompt; return the next prompt.
 
     The token ids of the prompt and the reply are kept, not re-encoded. Only the tokens after the
-    reply come from a rendering of the whole conversation.
+    reply are encoded, from a rendering of the whole conversation.
 
     Args:
       row: the answered prompt, from `encode_row`, `generate` or this function.
       generated: [n] token ids of the reply, with or without the stop token.
       message: the next user message.
       stopped: True if the reply ended at a stop token, False if it ended at the length limit. If
-        the stop token also begins the template's end of turn, it is not repeated.
+        the template's end of turn begins with the same stop token, the token is not repeated.
 
     Raises:
-      UserError: `row` has no messages or its last message is not a user message; see also
+      UserError: `row` has no messages, or the last message of `row` is not a user message; see also
         `encode_row`.
     """
     check_conversation([{"role": "user", "content": message}])
@@ -214,8 +214,8 @@ def _after_reply(template: Template, messages: list[dict[str, str]],
                  ) -> tuple[str, np.ndarray, np.ndarray, int]:
     """Render a conversation; return (text, kind, turn) and the end of the last reply's content.
 
-    If the template changes the reply, a private-use character is rendered instead of the reply,
-    because only the text after the reply is used.
+    If the template changes the reply, so that its end cannot be located, a private-use character is
+    rendered instead of the reply. This is sufficient, because only the text after it is used.
     """
     *before, reply, message = messages
     used = "".join(m["content"] for m in messages)
@@ -235,7 +235,7 @@ def _after_reply(template: Template, messages: list[dict[str, str]],
 
 
 def _decoded_after(tokenizer: Any, before: np.ndarray, ids: np.ndarray) -> str:
-    """Decode ids together with the preceding token; alone, they may lose a leading space."""
+    """Decode ids after the preceding token; decoded alone, the text may lose a leading space."""
     context = before[-1:].tolist()
     head, whole = tokenizer.decode(context), tokenizer.decode([*context, *ids.tolist()])
     return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(ids.tolist())
@@ -258,7 +258,7 @@ def answered(tokenizer: Any, row: Row, reply: np.ndarray) -> Row:
 
 
 def row_id(tokens: Any, sample: int = 0, salt: str = "") -> int:
-    """Return a stable 32-bit hash of a row's tokens, sample number and salt."""
+    """Return a 32-bit hash of a row's tokens, a sample number and a salt, the same in every run."""
     ids = np.ascontiguousarray(tokens, "<i4").reshape(-1)
     head = f"{salt}\0{int(sample)}\0".encode()
     return int.from_bytes(hashlib.sha256(head + ids.tobytes()).digest()[:4], "little")
@@ -276,7 +276,7 @@ def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[st
     """Validate a conversation and return its messages (a string is one user message).
 
     Raises:
-      UserError: the conversation is malformed; the error names the entry and the fix.
+      UserError: the conversation is malformed; the message contains the invalid entry and the fix.
     """
     if isinstance(conversation, str):
         conversation = [{"role": "user", "content": conversation}]
@@ -325,8 +325,8 @@ def _tokenise(template: Template, text: str, kind: np.ndarray, turn: np.ndarray,
     Args:
       text, kind, turn: the rendering, with the kind and turn of each character.
       begin: return only the tokens from this character on. The whole text is tokenized, because
-        the tokenizer may prepend a start-of-text marker to a separate text. If a token crosses
-        `begin`, the rest is tokenized after a guard character instead.
+        the tokenizer may add a start-of-text marker to a part of it. If a token crosses `begin`,
+        a guard character and the text from `begin` on are tokenized instead.
     """
     tokens, start, stop = _spans(template, text)
     at = int(np.searchsorted(start, begin)) if begin else 0
@@ -365,9 +365,9 @@ def _spans(template: Template, text: str, *, lead: bool = True,
            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Tokenize a text; return ids [T] int32 and the start and stop character of each token.
 
-    A token's span starts at the end of the previous one, because tokenizers trim whitespace from
-    their offsets and report the same span for all tokens of a character. For base models, the
-    result begins with the tokens that the tokenizer prepends (such as BOS).
+    The start of a token is moved back to the end of the previous token, because some tokenizers
+    exclude whitespace from the offsets, or report the same offsets for all tokens of a character.
+    For base models, the result begins with the tokens that the tokenizer prepends (such as BOS).
     """
     before = template.lead if lead else []
     size = len(template.lead_text) if before else 0
@@ -388,7 +388,7 @@ def _spans(template: Template, text: str, *, lead: bool = True,
 
 
 def _reply_kinds(tokenizer: Any, row: Row, reply: np.ndarray) -> np.ndarray:
-    """Return the kinds of a reply's tokens, by the same rules as during generation."""
+    """Return the kinds of a reply's tokens, which are the same as during generation."""
     begin, end = thinking_ids(tokenizer)
     inside = bool(row.kind[-1] & THINKING)
     kind = np.full(reply.size, ASSISTANT | GENERATED, np.int32)

@@ -4,10 +4,10 @@ A finite automaton over five character classes (backtick, tilde, newline, space,
 whether the text is inside a Markdown code block. Each token maps a state to the next state, so the
 decode loop only looks up entries of a transition table [V, states].
 
-Limitations: a fence is recognized at its third mark, and three marks also close a longer fence. If
-the opening line contains another backtick (inline code), the text before that backtick is labelled
-as code. Fences after list markers are not recognized. For complete texts, `template.fences` parses
-whole lines instead.
+Limitations: a fence is recognized at its third mark (backtick or tilde), and three marks also close
+a longer fence. If an opening line contains another backtick (inline code), the text between the
+fence and this backtick is labelled as code. Fences after list markers are not recognized. For
+complete texts, `template.fences` parses whole lines instead.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from typing import Any
 import numpy as np
 
 CODE_BIT = 0x80  # flag in table entries: some of the token's text is code
-_LINE, _TEXT = 0, 4  # outside code: at a line start (1 to 3: after that many spaces); in a line
-_INSIDE = 9  # states from here on are inside code
+_LINE, _TEXT = 0, 4  # states outside code: at a line start (1 to 3: after 1 to 3 spaces), in a line
+_INSIDE = 9  # this state and all higher states are inside code
 
 
 def _machine() -> dict[tuple[int, str], int]:
-    """Build the automaton: (state, character) → state."""
+    """Return the transitions of the automaton: (state, character) → next state."""
     step: dict[tuple[int, str], int] = {}
 
     def line(start: int, text: int, marks: str, runs: dict[str, int],
@@ -74,7 +74,7 @@ STATES = 1 + max(state for state, _ in _STEP)
 
 @functools.lru_cache(maxsize=1 << 16)
 def _walk(text: str) -> np.ndarray:
-    """Return the next state for every state, [states] uint8, with `CODE_BIT` if code was seen."""
+    """Return the next state per state, [states] uint8; `CODE_BIT` is set if `text` has code."""
     out = np.zeros(STATES, np.uint8)
     for begin in range(STATES):
         state, code = begin, False
@@ -101,7 +101,7 @@ def _written(token: str) -> str:
 
 
 def walk(texts: list[str]) -> np.ndarray:
-    """Return a bool mask [T] of the T token texts that contain fenced code."""
+    """Return a bool mask [T], True for token texts that contain fenced code."""
     state, out = _LINE, []
     for text in texts:
         entry = int(_walk(_reduced(text))[state])

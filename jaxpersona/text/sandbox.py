@@ -1,9 +1,9 @@
 """Render chat templates in a subprocess with limits on time, memory and size.
 
-One worker process (`sandbox_worker`) serves all tokenizers. It starts on the first rendering and is
-restarted after a template exceeds a limit. Short renderings that depend only on the request are
-cached: `template.locate` renders each conversation several times, and most of these renderings are
-the same for all conversations with the same structure.
+One worker process (`sandbox_worker`) renders the templates of all tokenizers. The process starts on
+the first rendering and is restarted after a template exceeds a limit. Short renderings that depend
+only on the request are cached, because `template.locate` renders each conversation several times,
+and most of these renderings are the same for all conversations with the same structure.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from typing import Any
 
 from jaxpersona.errors import UserError
 
-SECONDS = 10.0  # CPU time limit for each rendering, and for all renderings of a conversation
+SECONDS = 10.0  # CPU time limit of a rendering, and of all renderings of one conversation
 MEMORY = 2 << 30  # bytes of the worker's address space, including the interpreter
 CHARACTERS = 1 << 26  # maximum size of a conversation and of a rendering
 _LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON needs at most 6 bytes per character
 _WAIT = 10  # wall-clock timeout in multiples of SECONDS; large, because machines may be busy
 _START = 120.0  # wall-clock timeout in seconds for the start of the process
 _CACHED = 256  # maximum number of cached renderings
-_CACHED_BYTES = 1 << 15  # maximum size of a cached request (with its template) and of its answer
+_CACHED_BYTES = 1 << 15  # maximum size of a cached request (with the template) and of an answer
 
 
 class Refused(UserError):
-    """Raised if the template rejects the conversation by raising an error."""
+    """Raised if the template raises an error, for example to reject the conversation."""
 
 
 _budget: contextvars.ContextVar[list[float] | None] = contextvars.ContextVar(
@@ -91,8 +91,8 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
 def _answer(request: bytes) -> dict[str, Any]:
     """Return the answer to an encoded request, from the cache if possible; requires `_lock`.
 
-    The cache contains rendered texts and template errors for short requests. Answers that depend
-    on the time or on random numbers ("varies") and errors about limits are not cached.
+    Rendered texts and template errors are cached if the request is short. Answers that depend on
+    the time or on random numbers ("varies"), and errors about limits, are not cached.
     """
     if request in _cache:
         _cache.move_to_end(request)
@@ -180,7 +180,7 @@ class _Worker:
         except (OSError, EOFError, TimeoutError) as error:
             self.end()
             return {"error": self._cause(error), "refused": False}
-        except BaseException:  # e.g. an interrupt; the next request must not read this answer
+        except BaseException:  # e.g. an interrupt: the next request must not read this answer
             self.end()
             raise
         return json.loads(reply.decode("utf-8", "surrogatepass"))
@@ -253,7 +253,7 @@ def _worker() -> _Worker:
 
 
 def _forget() -> None:
-    """Drop the worker after a fork, because it belongs to the parent process."""
+    """Drop the worker in a forked process, because the worker belongs to the parent process."""
     global _current, _lock
     if _current is not None:
         _inherited.append(_current)

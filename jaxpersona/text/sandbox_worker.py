@@ -1,14 +1,14 @@
 """Worker process that renders chat templates; `sandbox` runs this file as a script.
 
-Chat templates are untrusted programs. They run in Jinja's sandbox, in a process with operating
-system limits on memory and CPU time, so a runaway template kills only this process. The Jinja
-environment behaves like that of transformers.
+Chat templates are untrusted programs. This process renders them in Jinja's sandbox, with operating
+system limits on memory and CPU time, so a template that exceeds a limit ends only this process. The
+Jinja environment behaves like that of transformers.
 
-Protocol: a message is its length (8 bytes, little endian) followed by UTF-8 JSON. The first message
-on stdin contains the limits. Each later message is a request; the answer on stdout is {"text": …}
-or {"error": …, "refused": bool}, with two more fields: "seconds" is the CPU time used, and "varies"
-is true if the template used the clock or random numbers, so that equal requests may have different
-answers.
+Protocol: a message consists of its length (8 bytes, little endian) and UTF-8 JSON. The first
+message on stdin contains the limits. Each later message is a request; the answer on stdout is
+{"text": …} or {"error": …, "refused": bool}, with two more fields: "seconds" is the CPU time used,
+and "varies" is true if the template used the clock or random numbers, so that equal requests may
+have different answers.
 
 For a fast start, this file imports only Jinja and the standard library.
 """
@@ -48,7 +48,7 @@ class Generation(jinja2.ext.Extension):
 
 
 class Table:
-    """The template global `dict`, without the class attributes of `dict`."""
+    """The template global `dict`; templates cannot access the other attributes of the class."""
 
     def __call__(self, *args: Any, **fields: Any) -> dict[Any, Any]:
         return dict(*args, **fields)
@@ -174,7 +174,7 @@ def write(stream: BinaryIO, message: Any) -> None:
 def main() -> None:
     """Answer requests until the input ends."""
     global _varies
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the caller handles interrupts
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles interrupts
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     limits = read(source)
     if limits is None:

@@ -1,8 +1,8 @@
 """Locate each message's content in the text that a chat template renders.
 
-The template also renders a twin of the conversation, whose contents are private-use characters.
-In the twin's rendering, these marks are replaced by the real contents, verbatim or trimmed. The
-result must equal the real rendering. A string search for the contents would be ambiguous.
+The template renders the conversation twice: with the real contents, and with private-use characters
+(marks) in their place (the twin). If the marks are replaced by the contents, verbatim or trimmed,
+the second text must equal the first. A string search for the contents would be ambiguous.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from jaxpersona.text.sandbox import Refused
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 OPEN, CLOSE = "<think>", "</think>"
 BLANK_LINE = "\n\n"
-# Templates check contents for these tags, so the twin keeps the tags.
+# Some templates search the contents for these tags, so the twin contains the same tags.
 TAGS = re.compile(r"(</?think>|</?tool_response>|</?tool_call>)")
 FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
 # private-use code points (Unicode planes 15 and 16), which ordinary text does not contain
 PRIVATE = range(0xF0000, 0x10FFFE)
-_EXAMPLES = 16  # maximum number of renderings used to find closing texts
+_EXAMPLES = 16  # maximum number of renderings that determine closing texts
 
 
 class _Piece(NamedTuple):
@@ -107,7 +107,7 @@ def _lead(tokenizer: Any) -> list[int]:
 
 
 def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[str, list[_Piece]]]:
-    """Return (role, pieces) of every message to render; merge an unsupported system message."""
+    """Return (role, pieces) of each message to render; merge a system message if necessary."""
     out = []
     for owner, message in enumerate(messages):
         texts = TAGS.split(message["content"])
@@ -128,11 +128,11 @@ def _pieces(template: Template, messages: list[dict[str, str]]) -> list[tuple[st
 
 def locate(template: Template, messages: list[dict[str, str]], reply: bool,
            ) -> tuple[str, np.ndarray, np.ndarray, dict[int, int]]:
-    """Render a conversation; return text, kind and turn per character, and each content's end."""
+    """Render messages; return text, kind and turn per character, and the end of each content."""
     plan = _pieces(template, messages)
     text = template([{"role": role, "content": "".join(p.text for p in pieces)}
                      for role, pieces in plan], reply)
-    for blanks in ("all", "within", "inside", "none"):  # templates may check for empty contents
+    for blanks in ("all", "within", "inside", "none"):  # templates may test for empty contents
         twin, marks = _twin(plan, text, blanks)
         skeleton = template(twin, reply)
         spans = _match(skeleton, text, marks)
@@ -242,7 +242,7 @@ def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] |
 
 
 def _forms(content: str) -> list[str]:
-    """Return the content verbatim and with the kinds of trimming that templates use."""
+    """Return the content verbatim, and trimmed in each of the ways that templates use."""
     forms = [content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"),
              content.lstrip("\n"), content.rstrip("\n")]
     return list(dict.fromkeys(forms))
@@ -250,10 +250,10 @@ def _forms(content: str) -> list[str]:
 
 def _mark_content(text: str, kind: np.ndarray, role: int, parts: list[_Piece],
                   mine: list[_Found]) -> list[tuple[int, int]]:
-    """Mark one message's pieces, and the tags between and around them if rendered verbatim.
+    """Set the kind of one message's pieces, and of tags next to the pieces if rendered verbatim.
 
-    Return the start and end of every piece. If there are tags before the first or after the last
-    piece, also return an empty span before or after them.
+    Return the start and end of every piece. If there are tags before the first piece or after the
+    last piece, also return an empty span at the outer end of these tags.
     """
     places = [(start, end) for _, start, end in mine]
     for (piece, start, end), after in itertools.zip_longest(mine, mine[1:]):
@@ -280,9 +280,9 @@ def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Pie
            skeleton: str, text: str, found: list[_Found], reply: bool, n: int) -> np.ndarray:
     """Return the message index of every character.
 
-    A message's closing text is the text after its mark if the message is rendered as the last one.
+    The closing text of a message is the text after its content when no other message follows.
     """
-    # a merged system message is part of the user message's twin
+    # in the twin, a merged system message is part of the user message
     places = {piece.owner: m for m, message in enumerate(twin)
               for piece in (marks[c] for c in message["content"] if c in marks)}
     closings = _closings(template, twin, marks, places)
@@ -305,7 +305,7 @@ def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Pie
 
 
 def _manner(twin: list[dict[str, str]], m: int) -> tuple[Any, ...]:
-    """Return the properties that a closing text can depend on: role, tags and previous role."""
+    """Return the properties of a message that its closing text can depend on, as a tuple."""
     content = twin[m]["content"]
     return (twin[m]["role"], bool(content), tuple(sorted(set(TAGS.findall(content)))),
             m == 0 or twin[m - 1]["role"])
@@ -315,8 +315,8 @@ def _closings(template: Template, twin: list[dict[str, str]],
               marks: dict[str, _Piece], places: dict[int, int]) -> dict[tuple[Any, ...], str]:
     """Return the closing text for each `_manner`.
 
-    For each `_manner`, the closing texts of its first two messages are rendered and the second one
-    is returned, because templates may treat a conversation's first message differently. At most
+    For each `_manner`, the closing texts of its first two messages are rendered. The second one is
+    returned, because templates may treat a conversation's first message differently. At most
     `_EXAMPLES` closing texts are rendered.
     """
     seen: dict[tuple[Any, ...], int] = {}
@@ -387,7 +387,7 @@ def _mark_code(text: str, kind: np.ndarray, turn: np.ndarray) -> None:
 
 
 def fences(text: str) -> list[tuple[int, int]]:
-    """Return (start, end) of each fenced block; an unclosed block extends to the end."""
+    """Return (start, end) of each fenced code block; an unclosed block ends with the text."""
     out: list[tuple[int, int]] = []
     fence, begin = "", 0
     for line in FENCE.finditer(text):
