@@ -2,9 +2,9 @@
 
 The XLA implementation (`nn.attention`) is the reference and supports every case. cuDNN on GPUs and
 splash attention on TPUs do not write the scores to memory, so these kernels are faster for long
-prompts. But they support only some shapes and dtypes, and attend only to the tokens of the current
-call. The selection happens at trace time. A requested implementation is never replaced by another;
-if "auto" uses XLA for a long prompt, a warning gives the reason.
+prompts. However, the kernels support only some shapes and dtypes, and attend only to the tokens of
+the current call. The selection happens at trace time. A requested implementation is never replaced
+by another; if "auto" uses XLA for a long prompt, a warning gives the reason.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ def attention_implementation(
       platform: the devices' platform: "cpu", "gpu" or "tpu".
       dtype: the dtype of queries, keys and values.
       tokens: the number of queries per row, including padding.
-      fresh: whether there are no earlier tokens, because there is no cache or it is new.
+      fresh: whether the cache holds no earlier tokens (there is no cache, or a new cache).
       capability: the GPU's compute capability.
       sharded: whether the arrays are sharded over a mesh.
       asked: the requested implementation, or "auto".
 
     Returns:
-      The implementation, and the reason for it.
+      The implementation, and the reason for this choice.
 
     Raises:
       UserError: a kernel is requested but not supported; the message lists every reason.

@@ -32,7 +32,7 @@ class SiteEdit(NamedTuple):
     Attributes:
       direction: v̂ [B or 1, D] float32, unit length.
       coefficients: s, c, lo and hi, each [B or 1] float32.
-      active: [B, T] bool, the tokens that the edit applies to.
+      active: [B, T] bool, True at the tokens to edit.
       push: û [B or 1, D] float32, or None for v̂.
     """
 

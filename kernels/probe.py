@@ -12,7 +12,7 @@ import numpy as np
 
 def fault(name: str, attend: Callable[..., jax.Array], *, dtype: str, head_dim: int, groups: int,
           window: int | None, softcap: float | None, device: Any) -> str | None:
-    """Run an attention function on a small input and compare it with `definition`.
+    """Run an attention function on a small input and compare the result with `definition`.
 
     Args:
       name: the name of the kernel, for the returned message.

@@ -31,7 +31,7 @@ def rank_one_edit(
       h: activations [B, T, D].
       direction: v̂, unit vectors [B, D] or [1, D] float32.
       coefficients: s, c, lo and hi, each [B] or [1] float32.
-      active: [B, T] bool, the tokens that the edit applies to.
+      active: [B, T] bool, True at the tokens to edit.
       push: û, with the shape of `direction`: h moves along û instead of v̂. None: along v̂.
       columns: `twice(direction)` if it is already computed, otherwise None.
       implementation: "xla", the only implementation available.
@@ -48,7 +48,7 @@ def rank_one_edit(
     s, c, lo, hi = (number[:, None] for number in coefficients)
     wide = h.astype(jnp.float32)
     p = project(wide, direction) if columns is None else _by_product(wide, columns)
-    # Like (s − 1)·p, s·p − p is exactly 0 at s = 1, but it prevents XLA from hoisting s − 1.
+    # s·p − p is exactly 0 at s = 1, like (s − 1)·p, but XLA cannot move s − 1 out of a loop.
     delta = jnp.clip(s * p - p + c, lo - p, hi - p)
     changed = active & (delta != 0)
     along = direction if push is None else push

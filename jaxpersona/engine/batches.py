@@ -28,7 +28,7 @@ def width_of(tokens: int) -> int:
 
 def batches(rows: list[chat.Row], tokens: int,
              ways: int) -> list[tuple[list[int], int, int]]:
-    """Sort the conversations by length and divide them into batches.
+    """Divide conversations, sorted by length, into batches.
 
     Args:
       rows: the conversations.
@@ -37,7 +37,7 @@ def batches(rows: list[chat.Row], tokens: int,
         multiple of this number.
 
     Returns:
-      For each batch: the indices of its conversations, its width and its number of rows.
+      For each batch: the indices of the conversations, the padded width and the number of rows.
     """
     groups: dict[int, list[int]] = {}
     for i, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""On-disk caches of compiled programs, so that later processes need not compile them again.
+"""On-disk caches, so that later processes need not trace and compile the same programs again.
 
 JAX's compilation cache stores executables, and the module `stored` stores traces. By default, both
 use subfolders of one folder with mode 0700 in the user's cache folder (`own_folder`).
@@ -18,7 +18,7 @@ from jaxpersona.engine.own_folder import OwnFolder, private
 from jaxpersona.runtime import default_setting, setting
 
 SWITCH = "JAXPERSONA_COMPILE_CACHE"
-TRACES, EXECUTABLES = 2**28, 2**32  # the maximum sizes of the folders in bytes
+TRACES, EXECUTABLES = 2**28, 2**32  # the maximum sizes of the two folders in bytes
 _SHORTEST = 0.05  # seconds; an executable with a shorter compilation time is not stored
 _LOG = logging.getLogger("jaxpersona")
 

@@ -2,8 +2,8 @@
 
 A `jax.jit` object keeps every program that it has compiled. For a small model, the programs for one
 prompt width and cache size take about 20 MB of host memory. Here each combination of argument
-shapes has its own `jax.jit` object. If there are more objects than a limit, the least recently used
-one is dropped, which frees its trace and executable.
+shapes has its own `jax.jit` object. If the number of objects exceeds a limit, the least recently
+used object is dropped, which frees the trace and the executable.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class Program:
     """A jitted function with one `jax.jit` object per combination of argument shapes.
 
     The platform of the first argument's first array is part of the key, so that CPU and GPU arrays
-    of the same shape do not share a trace. The key omits other properties, such as the sharding.
-    `jax.jit` and `stored.Stored` distinguish these, so that the correct program is always selected.
+    of the same shape do not use the same trace. The key omits other properties, such as the
+    sharding, because `jax.jit` and `stored.Stored` already compile a program for each of them.
     """
 
     def __init__(self, function: Callable, static: tuple[str, ...], donate: tuple[str, ...],
@@ -135,7 +135,7 @@ class Program:
         return KEPT.get(key, self._jit), target
 
     def _jit(self) -> Any:
-        # a new function object, because `jax.jit` objects of the same function share their traces
+        # a new function object, because `jax.jit` objects of one function object use the same traces
         @functools.wraps(self._function)
         def function(*args: Any, **named: Any) -> Any:
             return self._function(*args, **named)

@@ -92,7 +92,7 @@ class RowEdits:
 
 
 def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> Interventions:
-    """Return interventions on one row, with the structure of `capacity` if it is given.
+    """Return interventions on one row, with the structure of `capacity` unless this is None.
 
     Args:
       edits: interventions without `rows=`, or None.

@@ -197,7 +197,7 @@ class Engine:
     def running(self) -> Iterator[Engine]:
         """Run the engine in a background thread within a `with` block.
 
-        Requests that are unfinished after the block are kept; `result` and `stream` continue them.
+        Unfinished requests are kept after the block ends; `result` and `stream` continue them.
 
         Raises:
           UserError: the engine already runs in the background.
@@ -223,7 +223,7 @@ class Engine:
         """Compile programs before the first request, without running a request.
 
         Args:
-          requests: one example of each kind of request. Kinds differ in prompt length, cache size,
+          requests: an example of each kind of request. Kinds differ in prompt length, cache size,
             capture, stop strings, greedy or sampled decoding and, without a capacity, structure of
             interventions. None: greedy and sampled requests with interventions within the capacity,
             without a capture or stop strings, for each size in `sizes` and each prompt width.
@@ -322,7 +322,7 @@ class Engine:
             return bool(self._inbox) or not self._scheduler.idle
 
     def _advance(self, handle: Handle, seen: int = 0) -> None:
-        """Run or await one step, unless the handle is done or has more than `seen` tokens."""
+        """Run or wait for a step, unless the handle is done or has more than `seen` tokens."""
         with self._changed:
             version, background = self._version, self._thread is not None
             if background:

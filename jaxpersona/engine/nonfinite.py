@@ -56,7 +56,7 @@ def explain(model: Model, row: Row, edits: Interventions, name: str, summary: st
     Args:
       model: the model.
       row: the row's tokens, including the tokens of the reply.
-      edits: the interventions on the row, for one row or without `rows=`.
+      edits: the interventions on the row, with one row or without `rows=`.
       name: a description of the row for the message, such as "conversation 3".
       summary: the beginning of the message, which describes all affected rows, such as "2 of 16
         replies ended at".

@@ -30,10 +30,10 @@ class Request:
       max_new_tokens: the maximum number of tokens in the reply; the model's context and the
         engine's largest cache limit it further.
       temperature, top_p, top_k, seed: the sampling settings (`sampling.Sampling`).
-      stop: strings that end the reply, even if they span several tokens. `Reply.text` ends before
+      stop: strings that end the reply; a string may span several tokens. `Reply.text` ends before
         the stop string.
-      id: uint32, seeds the request's random draws; default: a hash of its tokens. Two requests with
-        the same tokens, id, seed and settings have the same reply.
+      id: uint32, seeds the random draws together with `seed`; default: a hash of the prompt's
+        tokens. Two requests with the same tokens, id, seed and settings have the same reply.
       thinking: whether the reply may begin with a thinking block.
 
     Examples:

@@ -82,9 +82,10 @@ def sampling(rows: int, *, temperature: Any = 0.0, top_p: Any = 1.0, top_k: Any 
 def uniforms(seed: jax.Array, row_id: jax.Array, position: jax.Array) -> jax.Array:
     """Draw one uniform number in [0, 1) per row from (seed, row id, position): [B] float32.
 
-    The generator is Threefry-2x32 with 20 rounds. It is implemented here so that its bits do not
-    depend on JAX's version or flags (`jax_default_prng_impl`, `jax_threefry_partitionable`). The
-    bits equal those of `jax.random` with the default flags of JAX 0.10.
+    The generator is Threefry-2x32 with 20 rounds. The implementation is part of this package, so
+    that the bits do not depend on JAX's version or flags (`jax_default_prng_impl`,
+    `jax_threefry_partitionable`). The bits equal those of `jax.random` with the default flags of
+    JAX 0.10.
     """
     zero = jnp.zeros_like(seed)
     key = zero, seed

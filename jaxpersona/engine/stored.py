@@ -36,8 +36,8 @@ from jaxpersona.runtime import is_traced, setting, thread_settings, tracing_sett
 
 SUFFIX = ".trace"
 _LOG = logging.getLogger("jaxpersona")
-# `jax.export` does not guarantee that later versions support these operations. A trace is read only
-# by the same versions, because the file's name depends on them.
+# `jax.export` does not guarantee that later versions of JAX support these operations. A trace is
+# read only by the version that wrote it, because the file name depends on the version.
 _UNSTABLE = tuple(map(jax.export.DisabledSafetyCheck.custom_call, ("__cudnn$fmhaSoftmax",)))
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jaxpersona")
 
@@ -167,7 +167,7 @@ class Stored:
         return exported
 
     def _read(self, name: str, shapes: list) -> jax.export.Exported | None:
-        """Return the stored trace, or None if it is missing or does not fit the arguments."""
+        """Return the stored trace; None if there is none, or if it does not match the arguments."""
         content = self._folder.read(name)
         if content is None:
             return None
@@ -201,8 +201,8 @@ class Unknown(Exception):
 def described_value(value: Any) -> Any:
     """Describe an argument exactly, by nested tuples of strings and numbers.
 
-    An array is described by its shape and dtype, any other value by its type and its whole content.
-    Equal descriptions therefore imply equal traces.
+    An array is described by shape and dtype, any other value by type and complete content. Equal
+    descriptions therefore imply equal traces.
 
     Raises:
       Unknown: the content of a value may not determine how it behaves in a trace. An example is an
@@ -269,5 +269,5 @@ def _source() -> str:
     return total.hexdigest()
 
 
-_source()  # at import, because a later update of the files does not change the imported code
+_source()  # at import: a later change of the files would not change the imported code
 _VERSIONS = tuple(importlib.metadata.version(name) for name in _PACKAGES)

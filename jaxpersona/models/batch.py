@@ -192,8 +192,8 @@ def check_ids(ids: np.ndarray, vocabulary: int | None, what: str, tokenizer: Any
       tokenizer: a tokenizer, to add the text of the token to the error message, or None.
 
     Raises:
-      UserError: an id is negative or not less than `vocabulary`; the message shows the first such
-        id.
+      UserError: an id is negative, or not less than `vocabulary`; the message contains the first
+        invalid id.
     """
     most = 2**31 if vocabulary is None else vocabulary
     if not ids.size or (int(ids.min()) >= 0 and int(ids.max()) < most):

@@ -80,13 +80,13 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
       positions: [B, S] int32, the position of each key; −1 at padding and in empty slots.
       slots: [B, T] int32, the cache slot of each token.
       held: the block's keys and values in the cache; None without a cache.
-      known: [B, T] bool, False at tokens whose result must be NaN; None if there are no such
-        tokens. Not used if `normed` is given.
+      known: [B, T] bool, False at tokens whose result must be NaN, or None for all True. Not used
+        if `normed` is given.
       normed: x after the block's first norm, if already computed (`Trace.finish`), or None.
       window: the size of the sliding window, or None.
 
     Returns:
-      The output [B, T, D], before it is added to the residual stream, and the new `held`.
+      The output [B, T, D] to add to the residual stream, and the updated `held`.
     """
     if normed is None:
         normed = nn.rms_norm(x, layer.attn_norm_d, config.norm_eps, config.norm_offset, known=known)
@@ -99,7 +99,7 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
         v = write(held[1], _kept(v, held[1]), slots)
         if attention != "xla":
             # The barrier orders the cache write before attention. A kernel does not read the cache,
-            # so XLA would keep every layer's k and v and write them all at the end.
+            # so without the barrier XLA would keep k and v of every layer until the end.
             k, v, own = jax.lax.optimization_barrier((k, v, own))
         held = k, v
     if attention == "cudnn":
@@ -121,7 +121,7 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
 
 
 def transform(config: ModelConfig, layer: Layer, x: Float[Array, "B T D"]) -> jax.Array:
-    """Compute the MLP of a block, [B, T, D], before it is added to the residual stream."""
+    """Return the MLP output [B, T, D] of a block, to add to the residual stream."""
     eps, offset = config.norm_eps, config.norm_offset
     y = nn.mlp(nn.rms_norm(x, layer.mlp_norm_d, eps, offset), layer, config.activation)
     if config.post_norms:

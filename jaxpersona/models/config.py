@@ -1,7 +1,7 @@
 """Model configuration, with parameter, memory and FLOP counts.
 
 A `ModelConfig` is frozen, hashable and static under `jax.jit`. Model families differ only in the
-values of its fields, so one `forward` serves every family without testing the family's name.
+values of the fields, so the same `forward` supports every family without testing the family's name.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Rope:
 
     The kind "default" uses only `theta`, and "linear" divides every frequency by `factor`. The kind
     "llama3" divides low frequencies by `factor`, leaves high frequencies unchanged, and
-    interpolates between them.
+    interpolates for frequencies in between.
     """
 
     theta: float = 10_000.0

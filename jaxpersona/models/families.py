@@ -2,8 +2,8 @@
 
 To add a family, add an entry to `FAMILIES` with the architecture name, the fields of `config.json`
 and their conversion to `ModelConfig`. An unsupported field that changes the computation raises an
-error, because without it the model would silently compute different results. An unknown key, such
-as one added by training code, is ignored with a warning, as in transformers.
+error, because ignoring the field would silently change the model's outputs. An unknown key, such as
+a key added by training code, is ignored with a warning, as in transformers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Family:
 
 
 def _layer_windows(raw: Mapping[str, Any], fallback: Callable[[int], bool]) -> tuple:
-    """Return each layer's sliding window from `layer_types`, or from `fallback` if it is absent."""
+    """Return each layer's window size, from `layer_types` or, if this is missing, `fallback`."""
     n, window = raw["num_hidden_layers"], raw.get("sliding_window")
     types = raw.get("layer_types")
     if types is None:

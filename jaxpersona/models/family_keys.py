@@ -1,8 +1,8 @@
 """Checks of the `config.json` keys that a model family does not read.
 
 Known metadata and known settings of training code are ignored. A known field of another
-architecture raises an error if it is set, because without it the model would silently compute
-different results. Any other key is ignored with a warning.
+architecture raises an error if the field is set, because ignoring it would silently change the
+model's outputs. Any other key is ignored with a warning.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def check_keys(raw: Mapping[str, Any], family: str, own: frozenset[str], others:
       place: the file's name, for the warning.
 
     Raises:
-      UserError: keys are set that this family does not implement; the message lists them.
+      UserError: keys are set that this family does not support; the message lists these keys.
     """
     unread = sorted(set(raw) - _IGNORED - own)
 

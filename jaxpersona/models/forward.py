@@ -86,7 +86,7 @@ class Output(flax.struct.PyTreeNode):
 
     @property
     def gates(self) -> Gates:
-        """The state of each prompt gate, by the index of its table."""
+        """The state of each prompt gate, by the index of the gate's intervention table."""
         return self.carry.gates or {}
 
     @property
@@ -118,8 +118,8 @@ def forward(
     Args:
       params: the parameters; the activations have the dtype of `params.like`.
       config: the model configuration (static).
-      batch: B rows of T tokens, right-padded. If there is a cache, its rows are extended by these
-        tokens.
+      batch: B rows of T tokens, right-padded. If the carry has a cache, these tokens follow the
+        tokens in the cache.
       interventions: the edits of the activations, optionally prepared (`Interventions.prepare`).
       capture: the readings of the activations, or a list of captures.
       carry: the state to continue from, returned by the previous call on these rows
@@ -275,7 +275,7 @@ def _check_carry(carry: Carry, edits: PreparedInterventions, rows: int) -> None:
 
 
 def _check_ids(tokens: Any, config: ModelConfig) -> None:
-    """Raise an error for ids outside the embedding, unless the ids are traced or on other hosts."""
+    """Check that ids are within the embedding, unless the ids are traced or on other hosts."""
     if is_traced(tokens):
         return
     if isinstance(tokens, jax.Array):

@@ -81,7 +81,7 @@ def release(model: Model) -> None:
     raises an error.
 
     Args:
-      model: the model. Arrays that it shares with other models are deleted from these models too.
+      model: the model. Other models that use the same arrays cannot be used afterwards either.
     """
     object.__setattr__(model, "derived", Derived())  # an empty cache
     for leaf in jax.tree.leaves(model.params):

@@ -32,7 +32,7 @@ from jaxpersona.models.weight import Joined
 
 
 class Layer(flax.struct.PyTreeNode):
-    """The parameters of one block; None for arrays that the family does not have.
+    """The parameters of one block. Fields that the model family does not use are None.
 
     Each weight is an array or a prepared `weight.Weight`. `joined_qkv` and `joined_gate_up` contain
     several weights; if one of them is set, the separate fields of these weights are None.
@@ -216,7 +216,7 @@ def same_arrays(one: Sequence[Any], other: Sequence[Any]) -> bool:
 
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.bfloat16) -> Params:
-    """Return the parameters as `jax.ShapeDtypeStruct`, for ahead-of-time compilation."""
+    """Return the parameters as `jax.ShapeDtypeStruct`s, for ahead-of-time compilation."""
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, dtype), layout(config))
 
 

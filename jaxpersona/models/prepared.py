@@ -32,7 +32,7 @@ _LARGEST_COPY = 8e9  # bytes; on a CPU, larger models are not copied
 
 
 def fast_params(model: Model, rows: int) -> Params:
-    """Return the parameters in the layout with the fastest matrix products on their device.
+    """Return a model's parameters in the layout with the fastest matrix products on its device.
 
     The layout depends only on the model, the device and the number of rows, so repeated runs give
     bit-identical results. On a CPU, float32 models up to 8 GB are copied and transposed (`in_out`)
@@ -145,8 +145,8 @@ def in_int8(params: Params, *, join: bool = False, tables: bool = True) -> Param
 def quantize(w: jax.Array, inner: int) -> Int8:
     """Quantize an array, sharded or not, and wait for the result.
 
-    Waiting limits the temporary memory to one array in float32. Also, two programs with collective
-    operations never run at the same time, which can deadlock with several CPU processes.
+    Waiting limits the temporary memory to one array in float32. Waiting also prevents a deadlock
+    with several CPU processes, where two programs with collective operations must not overlap.
     """
     return jax.block_until_ready(_quantize(w, inner))
 

@@ -41,7 +41,7 @@ class Weight(flax.struct.PyTreeNode):
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
         """Multiply x [..., *in] with the weight, accumulating in float32: [..., *out] in `dtype`.
 
-        `axes` are the logical axes of the result, needed if JAX cannot infer its sharding.
+        `axes` are the logical axes of the result, required if JAX cannot infer the sharding.
         """
 
 
@@ -144,7 +144,7 @@ def dot(x: jax.Array, w: jax.Array | Weight, *, inner: int = 1, axes: Axes | Non
       x: [..., *in].
       w: an array [*out, *in] or a prepared weight.
       inner: the number of input dimensions if `w` is an array; ignored if `w` is a prepared weight.
-      axes: the logical axes of the result, needed if JAX cannot infer its sharding.
+      axes: the logical axes of the result, required if JAX cannot infer the sharding.
       dtype: the dtype of the result; default: the dtype of x.
 
     Returns:
@@ -155,7 +155,7 @@ def dot(x: jax.Array, w: jax.Array | Weight, *, inner: int = 1, axes: Axes | Non
 
 
 def dots(x: jax.Array, weights: Joined | Sequence[jax.Array | Weight]) -> list[jax.Array]:
-    """Multiply activations [..., in] with several weights, or with their `Joined` form."""
+    """Multiply activations [..., in] with several weights, given separately or as `Joined`."""
     if isinstance(weights, Joined):
         return weights.split(weights.dot(x, None, x.dtype))
     return [dot(x, w) for w in weights]

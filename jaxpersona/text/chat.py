@@ -141,7 +141,7 @@ def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinkin
     """Encode one conversation; see `encode` for the arguments.
 
     Raises:
-      UserError: the conversation is malformed, the template rejects it or changes its contents in
+      UserError: the conversation is malformed, the template rejects it or changes the contents in
         an unsupported way, or the tokenizer has no character offsets.
     """
     messages = check_conversation(conversation, reply=reply)
@@ -273,7 +273,7 @@ def thinking_ids(tokenizer: Any) -> tuple[int, int]:
 
 
 def check_conversation(conversation: Any, *, reply: bool = True) -> list[dict[str, str]]:
-    """Validate a conversation and return its messages (a string is one user message).
+    """Check a conversation and return the messages; a string is a single user message.
 
     Raises:
       UserError: the conversation is malformed; the message contains the invalid entry and the fix.
