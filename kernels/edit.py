@@ -27,7 +27,9 @@ _TOKENS = (256, 128, 64, 32, 16, 8)  # possible sizes of a block, in tokens
 
 
 class SiteEdit(NamedTuple):
-    """A rank-one edit at a site, per row or the same for all rows (`reference.rank_one_edit`).
+    """A rank-one edit, with separate values per row or the same values for all rows.
+
+    The equation is in `reference.rank_one_edit`.
 
     Attributes:
       direction: v̂ [B or 1, D] float32, unit length.

@@ -1,8 +1,9 @@
 """Batches of complete conversations or prompts for forward passes without a cache.
 
-Conversations are sorted by length into batches with about the same number of tokens. For given
-arguments of `batches`, the padded width depends only on a conversation's length, and the number of
-rows only on the width. A conversation's results are therefore bit-identical in any batch.
+Conversations are sorted by length into batches with about the same number of tokens. The padded
+width depends only on a conversation's length, and the number of rows only on the width and the
+arguments `tokens` and `ways` of `batches`. A conversation's results are therefore bit-identical
+next to any other conversations.
 """
 
 from __future__ import annotations

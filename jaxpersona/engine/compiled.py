@@ -135,7 +135,7 @@ class Program:
         return KEPT.get(key, self._jit), target
 
     def _jit(self) -> Any:
-        # a new function object, because `jax.jit` objects of one function object use the same traces
+        # a new function object, because `jax.jit` objects of the same function share traces
         @functools.wraps(self._function)
         def function(*args: Any, **named: Any) -> Any:
             return self._function(*args, **named)

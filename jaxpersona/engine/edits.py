@@ -30,7 +30,7 @@ class SharedEdits:
         return self.edits
 
     def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
-        """Return interventions on `rows` rows: first those of `tasks`, then neutral ones."""
+        """Return interventions on `rows` rows: those of `tasks`, then some that change nothing."""
         numbers = [task.number for task in tasks]
         return self.edits.take(np.array(numbers + [-1] * (rows - len(numbers)), np.int32))
 
@@ -69,7 +69,7 @@ class RowEdits:
         return _repeated(self.neutral, rows)
 
     def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
-        """Return interventions on `rows` rows: first those of `tasks`, then neutral ones."""
+        """Return interventions on `rows` rows: those of `tasks`, then some that change nothing."""
         single = [task.edits for task in tasks] + [self.neutral] * (rows - len(tasks))
         return side_by_side(tuple(single), axes=self.axes) if self.axes else self.neutral
 

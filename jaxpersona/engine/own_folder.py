@@ -28,7 +28,7 @@ def private(path: pathlib.Path) -> str | None:
     set to 0700.
 
     Returns:
-      None if the folder is private to this user; otherwise the reason why it is not.
+      None if the folder is private to this user, otherwise the reason why it is not private.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def private(path: pathlib.Path) -> str | None:
 
 @contextlib.contextmanager
 def _opened(path: pathlib.Path) -> Iterator[int]:
-    """Open a folder and yield its file descriptor, so that its path is not resolved again.
+    """Open a folder and yield its file descriptor, with which later accesses do not use the path.
 
     Raises:
       OSError: the folder is missing, a symbolic link, of another user, or writable by others.

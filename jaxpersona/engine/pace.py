@@ -75,10 +75,10 @@ class Pace:
         return float((np.diff(at) * alive).sum())
 
     def seconds_for(self, count: int, per_call: int) -> float:
-        """Return the expected seconds to generate `count` replies, `per_call` per `generate` call.
+        """Return the expected seconds for `count` replies, with `per_call` replies per call.
 
-        Near the end of a call, rows become free and remain unused. A complete sample includes this
-        idle time; otherwise the idle time is estimated by simulating a call.
+        Near the end of a call of `generate`, rows become free and remain unused. A complete sample
+        includes this idle time; otherwise the idle time is estimated by simulating a call.
         """
         if self.complete:
             return self.seconds * count / len(self.finished)

@@ -256,7 +256,7 @@ def decode(params: Params, config: ModelConfig, state: State, edits: Interventio
 
 def _choose_next(state: State, logits: jax.Array, sampling: Sampling, stops: Stops, greedy: bool, *,
                  ran: jax.Array) -> State:
-    """Select the next token of each row that is not done; mark rows that end with this token.
+    """Select the next token of each row that is not done; set `done` if this token ends the row.
 
     A row with non-finite logits ends without a token. The check covers every row on which the model
     ran (`ran`, [B] bool), including rows at their length limit, whose last token is also captured.

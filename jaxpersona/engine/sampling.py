@@ -173,8 +173,8 @@ def finite(logits: jax.Array, token: jax.Array | None = None) -> jax.Array:
 
     Args:
       logits: [B, V] float32.
-      token: [B] int32, the result of `most_likely` for these logits. If None, it is computed here;
-        the compiler merges the computation with that in `choose`.
+      token: [B] int32, the result of `most_likely` for these logits. If None, `most_likely` is
+        called here; the compiler merges this call with the call in `choose`.
     """
     if mesh_of(logits) is None:
         return jnp.isfinite(of_each(logits, most_likely(logits) if token is None else token))

@@ -24,7 +24,7 @@ class Scheduler:
 
     The oldest queued prompt is admitted together with the prompts directly after it that use the
     same program. If the lane of the oldest prompt has no free row, or cannot be opened, the whole
-    queue waits. Prompts are therefore admitted in the order of the queue.
+    queue waits, so prompts are always admitted in the order of the queue.
 
     Attributes:
       waiting: the queued prompts, oldest first.

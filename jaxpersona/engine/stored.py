@@ -91,7 +91,7 @@ class Stored:
 
     def _get(self, arrays: dict[str, Any], static: dict, tree: Any,
              leaves: list[Any]) -> tuple[Callable, Any] | None:
-        """Return the compiled function, which takes leaves, and the structure of its result.
+        """Return a compiled function of the arguments' leaves, and the structure of the result.
 
         A `Stored` object may be called with arguments of different structures, such as states with
         different readings, so everything that `jax.jit` distinguishes is compared.

@@ -303,7 +303,7 @@ def _spread(x: jax.Array) -> NamedSharding | None:
 
 
 def _weights(x: jax.Array) -> list[Any]:
-    """Return the odd factors for an array's two sums: two arrays of row factors, two of columns.
+    """Return an array's odd factors: two arrays of row factors, then two arrays of column factors.
 
     Row factors have the array's shape without its last dimension. Column factors are [C], where C
     is the last dimension. In each sum, a value is multiplied by its row and its column factor.

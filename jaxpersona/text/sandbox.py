@@ -63,7 +63,7 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
     Args:
       template: Jinja source.
       variables: template variables; JSON values.
-      source: the origin of the template, for error messages.
+      source: the name of the tokenizer that the template belongs to, for error messages.
 
     Raises:
       Refused: the template raises an error.
