@@ -24,9 +24,9 @@ from jaxpersona.errors import UserError
 Implementation = Literal["xla", "cudnn", "splash"]
 Asked = Literal["auto", "xla", "cudnn", "splash"]
 LONG = 127  # "auto" uses XLA up to this width; from 128 tokens on, cuDNN was faster on an H100
-# "auto" uses XLA up to this width on a TPU; no TPU was timed (`bench/tpu_kernels.py` compiles)
+# "auto" uses XLA up to this width on a TPU; the value is an estimate, not measured on a TPU
 LONG_TPU = 2047
-_KERNELS: dict[str, Implementation] = {"gpu": "cudnn", "tpu": "splash"}  # the kernel of "auto"
+_KERNELS: dict[str, Implementation] = {"gpu": "cudnn", "tpu": "splash"}  # used by "auto"
 _NAMES = {"cudnn": "cuDNN's", "splash": "splash attention"}
 
 

@@ -40,7 +40,7 @@ def use_compile_cache() -> str | None:
     folder = _own()
     if folder is None:
         return None
-    # a new folder, because JAX cannot limit the size of a cache that was filled without a limit
+    # a separate folder: JAX cannot limit the size of a cache folder that was used without a limit
     folder = folder / "executables"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     for name, value, default in (

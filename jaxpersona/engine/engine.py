@@ -310,7 +310,7 @@ class Engine:
             try:
                 self._scheduler.step()
                 self._look()
-            except BaseException as error:  # also an interrupt: the lanes may be inconsistent
+            except BaseException as error:  # including interrupts: lanes may be inconsistent
                 self._scheduler.lanes.clear()
                 self._fail([task for _, task in list(self._handles.values())], error)
                 raise
@@ -342,7 +342,7 @@ class Engine:
                     return
             try:
                 self.step()
-            except Exception:  # `result` and `stream` raise the error
+            except Exception:  # `result` and `stream` raise this error
                 continue
 
     def _collect(self, tasks: list[Task], state: State) -> None:

@@ -300,7 +300,7 @@ def _turns(template: Template, twin: list[dict[str, str]], marks: dict[str, _Pie
     if reply and not template.base:
         closed = template(twin, False)
         coming = len(skeleton) - len(closed) if skeleton.startswith(closed) else 0
-        turn[max(at, len(text) - coming) if coming else at :] = n  # if 0, all remaining text
+        turn[max(at, len(text) - coming) if coming else at :] = n  # 0: all remaining text
     return turn
 
 
