@@ -30,6 +30,7 @@ from jaxpersona.export import Table, shapes
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.interventions.where import WIDTH, holds
+from jaxpersona.kernels.edit import Implementation as Fused
 from jaxpersona.models.batch import Batch
 from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.models.config import ModelConfig
@@ -62,7 +63,7 @@ class Extracted(Table):
       tokens, padded: the number of tokens without and with padding.
       nonfinite: [N] bool, True if a residual was NaN or infinite; discard these readings.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
       >>> jp.extract(jp.load("mini"), [talk])
@@ -103,6 +104,7 @@ def extract(
     batch_tokens: int | None = None,
     on_nonfinite: OnNonfinite = "warn",
     progress: Callable[[int, int, int], None] | None = None,
+    residual: Fused = "xla",
 ) -> Extracted:
     """Read activations of conversations in as few passes as their lengths allow.
 
@@ -119,14 +121,17 @@ def extract(
         (`Extracted.nonfinite`) and issue one `NonfiniteWarning` that names the first layer and the
         fix; "raise": raise an error. `jax_debug_nans` and `jax_debug_infs` imply "raise".
       progress: called with (conversations done, N, tokens so far).
+      residual: "xla", or "pallas" for one kernel on a TPU that edits, reads projections and
+        normalizes (`forward`).
 
     Raises:
       UserError: there are no conversations, one is longer than the context, a reading such as a
         mean selects no token in any conversation, the capture or the interventions do not match the
-        model, or activations are not finite with `on_nonfinite="raise"`. If a reading selects no
+        model, `residual` does not support them, or activations are not finite with
+        `on_nonfinite="raise"`. If a reading selects no
         token in only some conversations, their values are NaN and a logged warning lists them.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
       >>> found = jp.extract(jp.load("mini"), [talk], capture=jp.capture.mean(jp.response))
@@ -176,7 +181,8 @@ def extract(
     for members, width, size in batches(rows, batch_tokens, ways):
         batch = pad([rows[i] for i in members], width, size)
         index = np.array(members + [-1] * (size - len(members)), np.int32)
-        out = _read(model.params, model.config, batch, edits.take(index), readings)
+        out = _read(model.params, model.config, batch, edits.take(index), readings,
+                    residual=residual)
         if running is not None:
             keep(*running)  # while the device runs the next batch
         running = members, out
@@ -228,10 +234,10 @@ def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
             _LOG.warning("%s", message)
 
 
-@program()
+@program(static=("residual",))
 def _read(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
-          capture: Capture) -> Output:
+          capture: Capture, *, residual: Fused) -> Output:
     """Run one batch and its readings."""
     batch = batch.spread(params.like)
     return forward(params, config, batch, interventions=edits, capture=capture, logits=None,
-                   attention="auto")
+                   attention="auto", residual=residual)
