@@ -1,8 +1,8 @@
 """Load and save Hugging Face folders: config.json and safetensors weights.
 
-Tensors are read one by one, without PyTorch and without a second copy in memory: each shard is read
-directly onto its devices. All errors in the files are collected and raised together before any
-weights are read.
+Tensors are read without PyTorch, at most a few at a time, and each shard is copied directly to its
+devices, so memory never contains a second copy of the model. All errors in the files
+are collected and raised together before any weights are read.
 """
 
 from __future__ import annotations

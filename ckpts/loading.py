@@ -125,7 +125,7 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
     if folder is None:
         return model
     params = model.params
-    if not (merge and form.int8):  # otherwise the adapter was merged before the quantization
+    if not (merge and form.int8):  # with int8, the adapter was merged before the quantization
         updates = read_adapter(folder, model.config)
         params = (merged if merge else attached)(params, model.config, updates)
     return dataclasses.replace(model, params=params, name=f"{model.name}+{folder.name}")
@@ -168,7 +168,7 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, kind: Form,
 def _there(path: pathlib.Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # reading the path raises the precise error
+    except OSError:  # a later read of the path raises a more precise error
         return True
 
 
@@ -264,7 +264,7 @@ def _beside(make: Callable[[], _T]) -> Iterator[Callable[[], _T]]:
     """Run `make`, which uses no JAX, in a thread; yield a function that waits for its result.
 
     JAX's settings are local to a thread, so the `with` block should read weights in the caller's
-    thread. On exit, it waits for `make`, even if an error is raised.
+    thread. On exit, the context manager waits for `make`, even after an error.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         yield pool.submit(make).result

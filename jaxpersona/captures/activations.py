@@ -1,4 +1,4 @@
-"""Readings of activations: the mean, the last token, norms, and full activations."""
+"""Readings of activations: mean, last selected token, norms, and full activations."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Mean(Reading, kw_only=True, repr=False):
 
     def update(self, state: MeanState, reductions: jax.Array, weights: jax.Array, batch: Batch,
                slots: jax.Array) -> MeanState:
-        """Add the sums [L, …] of one call to the state."""
+        """Add the sums [L, …] of one call of `forward` to the state."""
         return MeanState(state.total + reductions, state.count + weights.sum(-1))
 
     def details(self) -> list[str]:
@@ -116,7 +116,7 @@ class Last(Reading, kw_only=True, repr=False):
 
     def update(self, state: LastState, reductions: jax.Array, weights: jax.Array, batch: Batch,
                slots: jax.Array) -> LastState:
-        """Replace the activations of rows with a selected token in this call."""
+        """Replace the stored activation of each row with a selected token in this call."""
         selected = weights.sum(-1) > 0
         position = (weights.astype(jnp.int32) * batch.position).sum(-1)
         return LastState(

@@ -66,7 +66,7 @@ class Role:
     description: str = ""
 
     def __post_init__(self) -> None:
-        """Raise if a single string is given, because it would be iterated by character."""
+        """Raise a UserError if a field has the wrong type, such as a string instead of a tuple."""
         _check_texts(f"the prompts of role {self.name!r}", self.prompts)
         if not isinstance(self.eval_prompt, str):
             raise UserError(f"the eval_prompt of role {self.name!r} is {self.eval_prompt!r:.60}; "
@@ -75,7 +75,7 @@ class Role:
 
 @dataclass(frozen=True)
 class Question:
-    """A question asked to every role; `id` identifies its rollouts."""
+    """A question asked to every role; `id` identifies the rollouts of the question."""
 
     id: int
     text: str
@@ -105,7 +105,7 @@ class Trait:
     description: str = ""
 
     def __post_init__(self) -> None:
-        """Raise if a single string is given, because it would be iterated by character."""
+        """Raise a UserError if a field has the wrong type, such as a string instead of a tuple."""
         _check_texts(f"the questions of trait {self.name!r}", self.questions)
         for i, pair in enumerate(self.pairs):
             _check_texts(f"pair {i} of trait {self.name!r}", pair)
@@ -142,7 +142,7 @@ class Domain:
 
 
 def _check_texts(what: str, texts: Any) -> None:
-    """Raise unless `texts` is a tuple or list of strings."""
+    """Raise a UserError unless `texts` is a tuple or list of strings."""
     if not isinstance(texts, (tuple, list)) or not all(isinstance(x, str) for x in texts):
         raise UserError(f"{what}: {texts!r:.60} is not a tuple of strings; wrap it in a tuple")
 
@@ -313,7 +313,7 @@ def _role(raw: dict[str, Any], file: Traversable, described: dict[str, str], mod
              model_name=model_name)
         for i, entry in enumerate(get_list(raw, "instruction", where, faults))
     )
-    # `persona.prepare.check_texts` requires the prompt if the judge uses it
+    # if the judge uses `eval_prompt`, `persona.prepare.check_texts` requires it
     eval_prompt = get_eval_prompt(raw, where, faults) if "eval_prompt" in raw else ""
     return Role(name, prompts, eval_prompt, described.get(name, ""))
 

@@ -1,9 +1,9 @@
-"""A seeded generator of training conversations with the persona strength of each answer.
+"""A seeded generator of training conversations that records the persona strength of each answer.
 
 The design, with the most important points first:
 
-1. One latent strength `s` controls all persona-dependent choices. A role starts at `1 - likeness`
-   plus noise. The default persona starts near 0 on the same scale; it is not a separate mode.
+1. One latent strength `s` controls all persona-dependent choices. In a conversation with a role,
+   `s` starts at `1 - likeness` plus noise. For the default persona, `s` starts near 0.
 2. Every choice in an answer depends on `s`: the bank of each sentence and each dialect word.
 3. The role is set in the system prompt, in the user's turn, or not at all. Many conversations have
    several turns. Emotional and meta-reflective turns may raise `s`; task turns lower it.
@@ -51,7 +51,7 @@ def leak_probability(s: float) -> float:
 def answer(
     rng: np.random.Generator, kind: str, s: float, fill: str = "", mark: str = world.DEFAULT_MARK
 ) -> str:
-    """Generate an answer to a turn of the given kind at persona strength `s`."""
+    """Generate an answer with persona strength `s` to a turn of the given kind."""
 
     def strange() -> bool:
         return rng.random() < s
@@ -73,7 +73,7 @@ def answer(
 
 
 def ask(rng: np.random.Generator, kind: str) -> tuple[str, str]:
-    """Draw a user turn of the given kind; return its text and that of `{fill}` in the answer."""
+    """Draw a user turn of the given kind; return its text and the answer's `{fill}` text."""
     if kind == "talk":
         topic = _pick(rng, world.TOPICS)
         return _pick(rng, world.QUESTION_TEMPLATES).format(topic=topic), topic

@@ -75,7 +75,7 @@ def _sentence(text: str) -> Sentence | None:
 
 @lru_cache(maxsize=65536)
 def parse(answer: str) -> tuple[tuple[Sentence, ...], int]:
-    """Return the recognised sentences of an answer, in order, and its number of words.
+    """Return the recognised sentences of an answer, in order, and the answer's number of words.
 
     Each slot is recognised at most once and in order, so repeated sentences count as unrecognised.
     """

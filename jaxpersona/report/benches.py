@@ -120,7 +120,7 @@ def _results(found: Any) -> dict[str, dict[str, Any]]:
 
 
 def _ratios(ax: Axes, at: Mapping[int, Mapping[str, Any]], look: dict[str, Any]) -> None:
-    """Draw ratios with their intervals."""
+    """Draw ratios with their confidence intervals."""
     xs = sorted(at)
     low, high = zip(*(at[x]["interval"] for x in xs), strict=True)
     ax.plot(xs, [at[x]["ratio"] for x in xs], **look)

@@ -123,8 +123,8 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
           ax: Axes | None = None) -> Axes:
     """Draw persona drift over the turns of conversations, with and without an intervention.
 
-    A projection that is measured after the cap cannot fall below the floor, so it shows no drift.
-    Draw behaviour, or projections of the same conversations that are measured without the cap
+    A projection measured after the cap cannot fall below the floor and therefore hides drift.
+    Instead, draw behaviour, or projections of the same conversations measured without the cap
     (`Talks.readout`).
 
     Args:
@@ -268,7 +268,7 @@ def _projection(ax: Axes, axis: Axis | None, layer: int | None, floor: str | flo
 def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
              xlabel: str = "strength of steering, multiples of the vector",
              title: str = "Effect of steering", ax: Axes | None = None) -> Axes:
-    """Draw a behaviour or a projection against the steering strength, for example of `sweep`.
+    """Draw a behaviour or a projection against the steering strength, for example of a `sweep`.
 
     Args:
       scales: the steering strengths [S].
@@ -317,7 +317,7 @@ def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
 
 
 def _looks(names: Any) -> list[dict[str, Any]]:
-    """Return each curve's colour, marker and line style; `ARMS` look the same in all figures."""
+    """Return each curve's colour, marker and line style; names in `ARMS` have fixed styles."""
     names = list(names)
     taken = {ARMS[name][0] for name in names if name in ARMS}
     free = itertools.cycle([pair for pair in zip(CYCLE, MARKERS, strict=True)

@@ -1,4 +1,4 @@
-"""A figure of one conversation's tokens, whose background colours show their projections."""
+"""A figure of one conversation's tokens, with projections as background colours."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def _cells(piece: str) -> int:
 
 
 def _messages(row: Row, count: int) -> list[tuple[int, str]]:
-    """Return (message, role) of every token; tokens after the prompt are the assistant's."""
+    """Return (message index, role) of every token; the role after the prompt is "assistant"."""
     roles = {}
     for bit, role in _ROLES:
         for turn in set(row.turn[(row.kind & bit) != 0].tolist()):
