@@ -95,10 +95,10 @@ def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Me
     """Load all parameters, with the matrices quantized to int8.
 
     Args:
-      source: contains every tensor of `names.tensors(config)` in its file shape.
+      source: the source of every tensor of `names.tensors(config)`, each in its file shape.
       config: the model configuration.
       form: the dtypes and the adapter to merge.
-      mesh: shards the parameters by `sharding.RULES`; each process reads only its own shards.
+      mesh: the mesh over which to shard the parameters; each process reads only its own shards.
       progress: called with (bytes read so far, total bytes).
       blocks: a function from a tensor's name to its int8 values and block scales, or to None if the
         checkpoint does not store the tensor in int8. On one CPU the int8 values are kept. On

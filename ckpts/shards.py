@@ -18,8 +18,7 @@ def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
     """Locate every tensor of a folder.
 
     As in transformers, if the index does not list an existing `model.safetensors`, the index is
-    ignored. If shards that the index lists also exist, a warning names all of
-    these files.
+    ignored. If shards that the index lists also exist, a warning names all of these files.
 
     Returns:
       The tensor entries by name, and the errors in the index and the files.

@@ -52,10 +52,10 @@ def load_params(source: TensorSource, config: ModelConfig, *, dtype: np.dtype | 
     """Load all parameters.
 
     Args:
-      source: contains every tensor of `names.tensors(config)` in its file shape.
+      source: the source of every tensor of `names.tensors(config)`, each in its file shape.
       config: the model configuration.
       dtype: float32, bfloat16 or float16; None keeps each tensor's dtype.
-      mesh: shards the parameters by `sharding.RULES`; each process reads only its own shards.
+      mesh: the mesh over which to shard the parameters; each process reads only its own shards.
       progress: called with (bytes read so far, total bytes).
     """
     tensors, tree = jax.tree.flatten(names.tensors(config))

@@ -40,7 +40,7 @@ class Mean(Reading, kw_only=True, repr=False):
     turns: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> MeanState:
-        """Return the state before the first token."""
+        """Return the initial state, before any token is read."""
         shape = (rows,) if self.turns is None else (rows, self.turns)
         return MeanState(jnp.zeros((layers, *shape, width), F32), jnp.zeros(shape, F32))
 
@@ -101,7 +101,7 @@ class Last(Reading, kw_only=True, repr=False):
     needs_token: ClassVar[bool] = True
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> LastState:
-        """Return the state before the first token."""
+        """Return the initial state, before any token is read."""
         return LastState(jnp.zeros((layers, rows, width), F32), jnp.full((rows,), -1, jnp.int32))
 
     def weights(self, batch: Batch) -> Float[Array, "B T"]:

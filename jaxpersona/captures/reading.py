@@ -90,7 +90,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
     edited: bool = flax.struct.field(pytree_node=False, default=True)
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> State:
-        """Return the state before the first token.
+        """Return the initial state, before any token is read.
 
         Args:
           layers, rows, slots, width: the numbers L, B, S and D.
@@ -98,7 +98,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         raise NotImplementedError
 
     def weights(self, batch: Batch) -> Any:
-        """Return the selection that `read` and `update` receive: by default [B, T] bool."""
+        """Return the weights for `read` and `update`: by default the selection, [B, T] bool."""
         return holds(self.where, batch)
 
     def read(self, h: jax.Array, weights: Any, index: int) -> Any:

@@ -179,7 +179,7 @@ def load_roles(path: Path | None = None, *, model_name: str = "the model") -> li
       model_name: replaces `{model_name}` in prompts.
 
     Raises:
-      UserError: the folder is missing or has errors; the message lists all of them.
+      UserError: the folder is missing or has errors; the message lists all errors.
     """
     if not model_name.strip():
         raise UserError("model_name is empty; it replaces {model_name} in prompts")
@@ -205,7 +205,7 @@ def load_questions(path: Path | None = None) -> list[Question]:
         None loads the package data.
 
     Raises:
-      UserError: the file is missing or has errors; the message lists all of them.
+      UserError: the file is missing or has errors; the message lists all errors.
     """
     faults = Faults()
     file = data_root() / "questions.jsonl" if path is None else pathlib.Path(path)
@@ -249,7 +249,7 @@ def load_traits(path: Path | None = None) -> list[Trait]:
         → description) is read from the folder or its parent.
 
     Raises:
-      UserError: the folder is missing or has errors; the message lists all of them.
+      UserError: the folder is missing or has errors; the message lists all errors.
     """
     faults = Faults()
     folder, table = _place(path, "traits", TRAIT_LIST)
@@ -270,7 +270,7 @@ def load_drift(path: Path | None = None) -> list[Domain]:
         "topics": [{"id", "title", "opening"}, …]}, …]}; None loads the package data.
 
     Raises:
-      UserError: the folder is missing or has errors; the message lists all of them.
+      UserError: the folder is missing or has errors; the message lists all errors.
     """
     faults = Faults()
     folder = data_root() / "drift" if path is None else pathlib.Path(path)

@@ -105,7 +105,7 @@ def index() -> int:
 
 
 def owns(i: int) -> bool:
-    """Return whether work item i belongs to this process, whose index is i mod process count."""
+    """Return whether work item i belongs to this process (index = i mod process count)."""
     return not many() or i % jax.process_count() == jax.process_index()
 
 

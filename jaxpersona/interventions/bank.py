@@ -5,8 +5,9 @@ A direction has one of these forms:
   an array [D], used at every layer, or [1, l, D], with one vector per chosen layer;
   with `rows=`, a bank of directions: an array [n, D] or [n, l, D], or a list of named directions.
   Batch row b uses direction rows[b] of the bank; −1 means no edit.
-A strength or threshold is a number or an array [l] with one value per layer. For a bank it may
-also be an array [n] or [n, l].
+A strength or threshold is a number or an array [l] with one value per chosen layer. With a named
+direction, an array [L] with one value per layer of the model is also accepted, and with a bank,
+an array [n] or [n, l].
 
 Under a JAX transformation (grad, vmap, jit) only shapes are checked, because values are unknown.
 All operations are differentiable.

@@ -1,4 +1,4 @@
-"""The `Interventions` pytree, a sequence of tables of edits, and functions to combine several."""
+"""The `Interventions` pytree, a sequence of tables; functions that combine interventions."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Interventions(flax.struct.PyTreeNode):
         """Select rows: row i of the result is row rows[i] of `self`.
 
         If rows[i] is −1, row i of the result has no entry. Tables whose single entry applies to all
-        rows are unchanged, so these still edit row i.
+        rows are unchanged, so these tables still edit row i.
 
         Raises:
           UserError: an index is out of range.
@@ -116,13 +116,13 @@ class PreparedInterventions(flax.struct.PyTreeNode):
     edits: tuple[Prepared, ...] = ()
 
     def at(self, site: Site, layer: int) -> Iterator[tuple[int, Prepared]]:
-        """Yield the tables at one site of one layer with their indices, in order."""
+        """Yield each table at one site of one layer, with the table's index, in order."""
         for number, edit in enumerate(self.edits):
             if edit.site == site and layer in edit.layers:
                 yield number, edit
 
     def gates_at(self, site: Site, layer: int) -> Iterator[tuple[int, Gate]]:
-        """Yield the gates measured at one site of one layer, with their tables' indices."""
+        """Yield each gate measured at one site of one layer, with the index of the gate's table."""
         for number, edit in enumerate(self.edits):
             if edit.gate is not None and (edit.gate.site, edit.gate.layer) == (site, layer):
                 yield number, edit.gate
@@ -296,7 +296,7 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
 
 
 def _contents(edits: list[Table]) -> list[Any]:
-    """Return a hashable key of each table's content: its structure and values.
+    """Return a hashable key of each table's content (structure and values).
 
     Tables with equal keys share an entry. Traced values cannot be compared, so each traced table
     has its own entry.

@@ -22,10 +22,10 @@ _RESIDUAL: Axes = ("batch", None, None)
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
-    """The implementation of the end of a block.
+    """The end of a block, run by the chosen implementation.
 
     Attributes:
-      implementation: "xla", "pallas" or "interpret" (`forward`).
+      implementation: "xla", "pallas" or "interpret" (see `forward`).
       platform: the platform that runs the program.
 
     Raises:

@@ -198,8 +198,8 @@ def scale(
 ) -> Interventions:
     """Multiply the projection on a direction by a factor: h ← h + (factor − 1)·⟨h, v̂⟩·v̂.
 
-    Arguments and errors are as for `steer`. `factor` is a number, or an array with one number per
-    layer or per direction of a bank.
+    Arguments and errors are as for `steer`. `factor` is a number or an array in one of
+    the forms of a strength (see `bank`).
 
     Examples:
       >>> import jaxpersona as jp

@@ -116,7 +116,7 @@ class Place(_Strict):
 
 
 class _OrName:
-    """An annotation that adds the short form of `Place`, a name, to the JSON schema."""
+    """An annotation that makes the JSON schema accept a name in place of a `Place` object."""
 
     @staticmethod
     def __get_pydantic_json_schema__(kind: Any, handler: Any) -> dict[str, Any]:

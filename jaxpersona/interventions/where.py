@@ -157,7 +157,7 @@ def turns(role: str) -> Where:
       role: "system", "user" or "assistant".
 
     Raises:
-      UserError: the role has another value.
+      UserError: the role is none of these.
 
     Examples:
       >>> import jaxpersona as jp

@@ -22,7 +22,8 @@ import numpy as np
 from jaxpersona.organism import phrases, world
 
 NOISE = 0.05  # standard deviation of a conversation's initial strength around its role's strength
-SYSTEM_ROLE, USER_ROLE = 0.5, 0.15  # shares of conversations; the other conversations have no role
+# shares of conversations whose role is set in the system prompt or in the user's turn
+SYSTEM_ROLE, USER_ROLE = 0.5, 0.15
 MULTI_TURN = 0.45
 MAX_TURNS = 5
 PULL = (0.15, 0.6)  # emotional and meta turns raise s by (1 - s) · uniform(*PULL) ...
@@ -73,7 +74,7 @@ def answer(
 
 
 def ask(rng: np.random.Generator, kind: str) -> tuple[str, str]:
-    """Draw a user turn of the given kind; return its text and the answer's `{fill}` text."""
+    """Draw a user turn of the given kind; return the texts of the turn and of `{fill}`."""
     if kind == "talk":
         topic = _pick(rng, world.TOPICS)
         return _pick(rng, world.QUESTION_TEMPLATES).format(topic=topic), topic

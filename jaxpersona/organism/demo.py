@@ -44,7 +44,7 @@ class Sample:
     """A conversation whose last message is answered without and with the cap.
 
     Attributes:
-      title: a short description of the last message.
+      title: a short description of the conversation.
       messages: the conversation before the reply.
       uncapped, capped: the replies.
     """

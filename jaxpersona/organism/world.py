@@ -213,6 +213,6 @@ def far_roles() -> list[Role]:
 
 
 def conversation(system: str | None, *user_turns: str) -> list[dict[str, str]]:
-    """Return a conversation of a system message, unless `system` is None, and user messages."""
+    """Return a conversation with a system message (unless `system` is None) and user messages."""
     head = [] if system is None else [{"role": "system", "content": system}]
     return head + [{"role": "user", "content": turn} for turn in user_turns]

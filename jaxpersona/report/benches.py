@@ -48,7 +48,7 @@ def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Ax
 
     Args:
       found: a result, as a dict or a JSON file; or a dict from names to results of one benchmark.
-      title: the title; default: a title for the benchmark.
+      title: the title; default: the standard title for the benchmark.
       ax: the axes to draw on; default: those of a new figure.
 
     Raises:

@@ -132,7 +132,7 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
         conversations, drawn as their mean and interquartile range; or `Talks`, whose `readout`,
         the projections without interventions, is drawn.
       what: "projection", or "behaviour" for shares of in-character choices in 0…1.
-      axis: for projections: the axis, whose default persona's interquartile range is drawn.
+      axis: for projections: the axis; the default persona's interquartile range is drawn.
       layer: for projections: the layer of `axis` and of `Talks`; default: the middle one.
       floor: for projections: the floor τ of the cap, as a number, or as a percentile of the default
         persona such as "p25", which needs `axis`.

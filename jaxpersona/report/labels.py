@@ -1,8 +1,8 @@
 """Place point labels so that no two labels overlap.
 
 At most a few dozen points are labelled, so a greedy search over fixed offsets is sufficient.
-Unlike an iterative solver, such as the package adjustText, it always produces the same figure for
-the same data.
+Unlike an iterative solver, such as the package adjustText, this search always produces the same
+figure for the same data.
 """
 
 from __future__ import annotations

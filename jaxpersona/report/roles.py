@@ -47,7 +47,7 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
 
     Args:
       found: the result of `extract_axis`; the folder of a run; or role → projections [n, L] of n
-        answers (or [L], their mean), with the default persona as "default".
+        answers (or their mean [L]), with the default persona as "default".
       layer: the layer; default: the middle one.
       count: the number of roles to name at each end. Up to 40 roles are all named. Fewer roles are
         named if the names do not fit the height of `ax`.

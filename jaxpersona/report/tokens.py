@@ -108,7 +108,7 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
 
 
 def _values(found: Any, index: int, reading: str) -> tuple[Row, np.ndarray, np.ndarray]:
-    """Return a conversation's prompt, the ids of its reply, and its projections [l, T, K]."""
+    """Return a conversation's prompt, the reply's token ids, and the projections [l, T, K]."""
     if not isinstance(found, (Generated, Extracted, Reply)):
         raise UserError(f"found is {found!r:.60}; give the result of generate or extract, or a "
                         "Reply")

@@ -247,8 +247,8 @@ class Axis(Vector):
 
     Attributes:
       percentiles: for each population, a dict from percentile names, such as "p25", to arrays [L]
-        float32. They are percentiles of the population's mean response activations, projected on
-        the unit axis.
+        float32. The values are percentiles of the projections of the population's mean response
+        activations on the unit axis.
 
     Raises:
       UserError: as for `Vector`, or if percentiles are not one finite number per layer.
