@@ -60,7 +60,7 @@ class OnDirections(Reading, kw_only=True, repr=False):
         return self.reduce(self.project(h, index), weights, index)
 
     def reduce(self, p: jax.Array, weights: jax.Array, index: int) -> Any:
-        """Reduce the projections p [B, T, K] of one layer; the result is that of `read`."""
+        """Reduce the projections p [B, T, K] of one layer to the result of `read`."""
         raise NotImplementedError
 
     def at(self, index: int) -> jax.Array:

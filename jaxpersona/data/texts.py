@@ -289,7 +289,7 @@ def load_drift(path: Path | None = None) -> list[Domain]:
 
 
 def _place(path: Path | None, part: str, table: str) -> tuple[Traversable, Traversable | None]:
-    """Return a data folder, and its file of descriptions or None."""
+    """Return a data folder, and the file of descriptions, or None if that file is missing."""
     if path is None:
         return data_root() / part, data_root() / table
     folder = pathlib.Path(path)

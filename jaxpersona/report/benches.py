@@ -103,7 +103,7 @@ def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Ax
 
 
 def _results(found: Any) -> dict[str, dict[str, Any]]:
-    """Validate the argument and return its results by name."""
+    """Validate `found` and return the results by name."""
     if isinstance(found, (str, os.PathLike)):
         path = pathlib.Path(found)
         found = {path.stem: read_json(path)}

@@ -1,4 +1,4 @@
-"""Named directions with metadata about the model and the site at which they were measured.
+"""Named directions, and metadata about the model and site at which a direction was measured.
 
 Interventions check the metadata of a `Vector`. A plain array has no metadata, so its use with
 another model or site is not detected.
