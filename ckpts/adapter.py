@@ -41,7 +41,7 @@ _INACTIVE: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []), "use_qalora": (False, None),
     "arrow_config": (None,), "use_bdlora": (None, False),
 }
-_CHANGED_BASE = ("pissa", "olora", "loftq", "corda")  # initializations that change the base weights
+_CHANGED_BASE = ("pissa", "olora", "loftq", "corda")  # initial values that change the base weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def read_adapter(folder: pathlib.Path, config: ModelConfig) -> dict[str, Pair]:
     """Read an adapter.
 
     Args:
-      folder: contains `adapter_config.json` and `adapter_model.safetensors`.
+      folder: a folder with `adapter_config.json` and `adapter_model.safetensors`.
       config: the configuration of the base model.
 
     Returns:

@@ -22,7 +22,7 @@ _TEMPORARY = re.compile(r"\.(.+)\.([0-9]{1,18})\.tmp")
 
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yield a temporary path next to `path`; fsync and rename it if the block succeeds.
+    """Yield a temporary path next to `path`; fsync and rename the file if the block succeeds.
 
     Raises:
       UserError: the folder cannot be written.

@@ -119,7 +119,7 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
 
 
 def write(path: str | os.PathLike, vector: Vector) -> list[str]:
-    """Write a direction as a control vector, atomically; return a list of what GGUF cannot store.
+    """Write a direction as a control vector, atomically; list the parts that GGUF cannot store.
 
     Raises:
       UserError: the package gguf is not installed, the direction was measured at a site other than

@@ -16,8 +16,8 @@ from jaxpersona.models.nn import rope_frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 GEMMA = ("gemma2", "gemma3")
-_27B = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose attention scale uses D/N
-# keys under "<architecture>." that are read or do not affect the computation
+_27B = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models (their attention scale uses D/N)
+# keys under "<architecture>." that are read, are checked, or do not affect the computation
 _KNOWN = frozenset("""
     block_count embedding_length feed_forward_length context_length vocab_size
     attention.head_count attention.head_count_kv attention.key_length attention.value_length
@@ -145,7 +145,8 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
 def _is_mistral(fields: Mapping[str, Any], data: _Metadata) -> bool:
     """Return whether a file of architecture "llama" contains a Mistral model.
 
-    The two families differ only in the sliding window, but the fingerprint includes the family.
+    The families Llama and Mistral differ only in the sliding window, but the family is part of the
+    fingerprint, so this function must distinguish the two.
     """
     if fields["general.architecture"] != "llama":
         return False

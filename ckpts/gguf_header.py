@@ -162,7 +162,7 @@ class HeaderReader:
         return infos
 
     def _array(self, keep: bool) -> Any:
-        """Read an array: numbers as a NumPy array, strings as a list, or as None if not kept."""
+        """Read an array: numbers as a NumPy array, strings as a list (None unless `keep`)."""
         kind, count = self._number("I"), self._number("Q")
         if count > self._max_elements:
             raise UserError(f"an array declares {count} elements; the limit is "

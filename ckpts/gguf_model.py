@@ -69,7 +69,7 @@ class Quantized:
       shape: the shape in elements, in C order.
       block: the number of elements in a quantization block.
       block_bytes: the size of a block in bytes.
-      entry: where the raw bytes are stored, described as a uint8 tensor [rows, bytes per row].
+      entry: the location of the raw bytes, as the entry of a uint8 tensor [rows, bytes per row].
     """
 
     kind: Any

@@ -1,8 +1,8 @@
 """Load and save Hugging Face folders: config.json and safetensors weights.
 
-Tensors are read one by one, without PyTorch and without a second copy in memory: each shard is read
-directly onto its devices. All errors in the files are collected and raised together before any
-weights are read.
+Tensors are read without PyTorch, at most a few at a time, and each shard is copied directly to its
+devices, so memory never contains a second copy of the model. All errors in the files are collected
+and raised together before any weights are read.
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ def load(folder: str | pathlib.Path, config: ModelConfig | None = None, *,
     """Load the parameters of a folder.
 
     Args:
-      folder: contains `model.safetensors`, or shards and their index.
+      folder: a folder with `model.safetensors`, or with shards and their index.
       config: the model configuration; read from the folder if None.
       dtype: float32, bfloat16 or float16; None keeps each tensor's dtype.
-      mesh: shards the parameters by `sharding.RULES`; each process reads only its own shards.
+      mesh: the mesh over which to shard the parameters; each process reads only its own shards.
       progress: called with (bytes read so far, total bytes).
 
     Raises:

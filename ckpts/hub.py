@@ -8,7 +8,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 
 _PATTERNS = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
-# duplicate weights in other layouts, adapters, and exports for other runtimes
+# not downloaded: duplicate weights in other layouts, adapters, and exports for other runtimes
 _NOT_FETCHED = ("consolidated*.safetensors", "adapter_model*.safetensors", "*/*.safetensors",
                 "original/*", "onnx/*")
 

@@ -66,7 +66,7 @@ _UNFOLLOWED = {
     "exponential_decay_length_penalty": None, "watermarking_config": None, "dola_layers": None,
     "remove_invalid_values": False, "renormalize_logits": False, "token_healing": False,
 }
-# settings that matter only if do_sample is true → values with no effect, or the default
+# settings that matter only if do_sample is true → values to ignore: no effect, or the default
 _SAMPLED = {"top_k": (0, 50), "min_p": (0, 0.0), "top_h": ()}
 _MINI_VOCABULARY = 1024
 _T = TypeVar("_T")
@@ -93,9 +93,10 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
         a model accept either mesh; functions that take parameters need `Model.mesh`.
       dtype: "float32", "bfloat16" or "float16". Default: float32 if the parameters are on a CPU
         (by `mesh` or `jax.default_device`), else bfloat16. Gemma 2 and 3 reject float16, because
-        their activations overflow it. "int8" quantizes the matrices with a scale per output channel
-        (`int8.Int8`); norms and biases stay floats. The model keeps the fingerprint of the float
-        weights. On one CPU, tensors of GGUF type Q8_0 keep their block scales.
+        their activations exceed the range of float16. "int8" quantizes the matrices with a scale
+        per output channel (`int8.Int8`); norms and biases stay floats. The int8 model has the
+        fingerprint of the float weights. On one CPU, tensors of GGUF type Q8_0 keep their
+        block scales.
       progress: called with (bytes read so far, total bytes).
       revision: branch, tag or commit of the hub repository; only a commit is immutable.
       adapter: the folder of a LoRA adapter in the format of PEFT for this model.
@@ -125,7 +126,7 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
     if folder is None:
         return model
     params = model.params
-    if not (merge and form.int8):  # otherwise the adapter was merged before the quantization
+    if not (merge and form.int8):  # with int8, the adapter was merged before the quantization
         updates = read_adapter(folder, model.config)
         params = (merged if merge else attached)(params, model.config, updates)
     return dataclasses.replace(model, params=params, name=f"{model.name}+{folder.name}")
@@ -168,7 +169,7 @@ def _load(source: str | os.PathLike[str], mesh: Mesh | None, kind: Form,
 def _there(path: pathlib.Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # reading the path raises the precise error
+    except OSError:  # a later read of the path raises a more precise error
         return True
 
 
@@ -264,7 +265,7 @@ def _beside(make: Callable[[], _T]) -> Iterator[Callable[[], _T]]:
     """Run `make`, which uses no JAX, in a thread; yield a function that waits for its result.
 
     JAX's settings are local to a thread, so the `with` block should read weights in the caller's
-    thread. On exit, it waits for `make`, even if an error is raised.
+    thread. On exit, the context manager waits for `make`, even after an error.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         yield pool.submit(make).result

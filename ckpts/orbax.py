@@ -48,7 +48,7 @@ def check_files(folder: pathlib.Path) -> None:
 
     Raises:
       UserError: an entry is not a regular file (reading a pipe would block), or a metadata file,
-        which Orbax reads whole, is too large; the message names it.
+        which Orbax reads whole, is too large; the message names the entry.
     """
     for path in folder.rglob("*"):
         if not path.is_dir():
@@ -95,8 +95,8 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
 
     Args:
       folder: the folder given to `save`.
-      dtype: cast to float32, bfloat16 or float16; None keeps each array's dtype. Int8 weights stay
-        int8.
+      dtype: the dtype to cast to, float32, bfloat16 or float16; None keeps each
+        array's dtype. Int8 weights stay int8.
       mesh: the mesh over which to shard the parameters by `sharding.RULES`; it may differ from the
         mesh at the time of saving.
 

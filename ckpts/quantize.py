@@ -1,8 +1,8 @@
 """Load a checkpoint's weights in int8, one tensor at a time.
 
 Each tensor is read in float32, sharded and quantized before the next one. Memory therefore contains
-the int8 model, one float tensor and the tensors that are prefetched. The sums of the float weights
-are kept (`Int8.made_from`), so the model has the fingerprint of the float weights.
+the int8 model, one float tensor and the prefetched tensors. The sums of the float weights are
+stored (`Int8.made_from`), so the int8 model has the fingerprint of the float weights.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Form:
     Attributes:
       dtype: the dtype of the activations and of weights that are not int8.
       int8: whether the matrices are quantized.
-      tables: whether the embedding and the output head are also quantized; None: not
-        specified, and both are quantized.
+      tables: whether the embedding and the output head are also quantized. None means that the
+        caller did not specify this, and both are quantized.
       given: whether the caller chose the dtype of the weights.
       merge: the folder of an adapter to add to the weights before they are quantized.
     """
@@ -95,15 +95,15 @@ def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Me
     """Load all parameters, with the matrices quantized to int8.
 
     Args:
-      source: contains every tensor of `names.tensors(config)` in its file shape.
+      source: the source of every tensor of `names.tensors(config)`, each in its file shape.
       config: the model configuration.
       form: the dtypes and the adapter to merge.
-      mesh: shards the parameters by `sharding.RULES`; each process reads only its own shards.
+      mesh: the mesh over which to shard the parameters; each process reads only its own shards.
       progress: called with (bytes read so far, total bytes).
       blocks: a function from a tensor's name to its int8 values and block scales, or to None if the
-        checkpoint does not store it in int8. On one CPU the values are kept. On other devices XLA
-        would write a dequantized copy at every product, so the tensor is quantized again with a
-        scale per channel.
+        checkpoint does not store the tensor in int8. On one CPU the int8 values are kept. On
+        other devices XLA would write a dequantized copy at every product, so the tensor is
+        quantized again with a scale per channel.
 
     Raises:
       UserError: the files are invalid, or the adapter does not fit the model.

@@ -17,8 +17,8 @@ INDEX = "model.safetensors.index.json"
 def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
     """Locate every tensor of a folder.
 
-    As in transformers, `model.safetensors` takes precedence over an index that does not list it. If
-    shards of that index also exist, a warning names both.
+    As in transformers, if the index does not list an existing `model.safetensors`, the index is
+    ignored. If shards that the index lists also exist, a warning names all of these files.
 
     Returns:
       The tensor entries by name, and the errors in the index and the files.

@@ -1,7 +1,7 @@
 """Read a model's parameters from any checkpoint format onto their devices.
 
-Each format implements `TensorSource`. `load_params` reads the tensors one by one, each shard
-directly onto its devices, so memory never contains a second copy of the model.
+Each format implements `TensorSource`. `load_params` reads at most a few tensors at a time and
+copies each shard directly to its devices, so memory never contains a second copy of the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxpersona.distributed import sharding
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Params
 
-READERS = 3  # tensors read concurrently; several, because allocating memory can stall a thread
+READERS = 3  # concurrent reads; more than one, because allocating memory can stall a thread
 Progress = Callable[[int, int], None]
 
 
@@ -52,10 +52,10 @@ def load_params(source: TensorSource, config: ModelConfig, *, dtype: np.dtype | 
     """Load all parameters.
 
     Args:
-      source: contains every tensor of `names.tensors(config)` in its file shape.
+      source: the source of every tensor of `names.tensors(config)`, each in its file shape.
       config: the model configuration.
       dtype: float32, bfloat16 or float16; None keeps each tensor's dtype.
-      mesh: shards the parameters by `sharding.RULES`; each process reads only its own shards.
+      mesh: the mesh over which to shard the parameters; each process reads only its own shards.
       progress: called with (bytes read so far, total bytes).
     """
     tensors, tree = jax.tree.flatten(names.tensors(config))
@@ -91,7 +91,7 @@ def ahead(read: Callable[[Tensor], Any], tensors: Iterable[Tensor]) -> Iterator[
 
 
 def place(source: TensorSource, tensor: Tensor, dtype: np.dtype | None, mesh: Mesh) -> jax.Array:
-    """Read this process's shards of one tensor; each shard is read once, for all of its devices."""
+    """Read this process's shards of one tensor; a shard on several devices is read once."""
     shape, axes = tensor.spec.shape, tensor.spec.axes
     placed = sharding.weight_sharding(axes, shape, mesh)
     holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}

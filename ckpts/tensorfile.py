@@ -290,7 +290,7 @@ def pieces(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
 
 def replace_files(folder: pathlib.Path, files: Mapping[str, Iterable[Any]],
                   stale: Iterable[str] = ()) -> None:
-    """Write all files under temporary names and fsync them, then rename them.
+    """Write and fsync all files under temporary names, then rename all files.
 
     Args:
       folder: created if missing.

@@ -52,9 +52,10 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
 def _named_class(folder: pathlib.Path) -> dict[str, Any]:
     """Return a `config` argument for AutoTokenizer if tokenizer_config.json names the class.
 
-    AutoTokenizer needs `model_type` and `tokenizer_class` of the model's configuration. To read
-    both, it would import the configuration's class. If PyTorch is installed, this also imports
-    PyTorch's distributed tensors, which takes five times as long as reading the tokenizer.
+    AutoTokenizer needs `model_type` and `tokenizer_class` of the model's configuration. Without a
+    `config`, AutoTokenizer imports the configuration's class to read both. If PyTorch is installed,
+    that import also imports PyTorch's distributed tensors, which takes five times as long as
+    reading the tokenizer.
     """
     from transformers import PretrainedConfig
 
@@ -98,8 +99,8 @@ def checked(path: pathlib.Path, make: Callable[[], _T]) -> _T:
 def _without_stderr() -> Iterator[None]:
     """Discard what native code writes to stderr, such as a panic's backtrace.
 
-    A lock prevents concurrent calls: a second call would save the redirected descriptor and restore
-    that descriptor at its end.
+    A lock prevents concurrent calls, because a second call would save the already redirected file
+    descriptor and, at the end, restore the redirection instead of stderr.
     """
     with _STDERR:
         try:

@@ -231,7 +231,7 @@ def _persona(array: np.ndarray, trait: str, pool: str) -> Vector:
 def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
     """Convert capping experiments to floors along the assistant direction.
 
-    The file's unit vectors û point away from the assistant, and its caps bound the projection from
+    The file's unit vectors û point away from the assistant, and the caps bound the projection from
     above: h ← h − û·max(⟨h, û⟩ − τ, 0). With v̂ = −û this is a floor at −τ,
     h ← h + v̂·max(−τ − ⟨h, v̂⟩, 0) (Lu et al. 2026, §5). Percentile p of the file is percentile
     100 − p along v̂.

@@ -1,7 +1,7 @@
 """A JAX engine that reads and steers the persona of chat models in the residual stream.
 
-The model is a pure function. Captures and interventions are pytrees of arrays. They are arguments
-of this function and are compiled into the same program.
+The model is a pure function. Captures and interventions are pytrees of arrays and arguments of
+this function, and their operations are compiled into the model's program.
 """
 
 # imported first so that the CLI handles signals during the slow imports below

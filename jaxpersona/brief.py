@@ -1,4 +1,4 @@
-"""One-line `repr` strings of at most 120 characters; arrays are shown by their shapes."""
+"""One-line `repr` strings of at most 120 characters; arrays are shown as dtype and shape."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Import packages that only some functions need.
 
-`require` imports a package on first use, so `import jaxpersona` imports none of them. If a package
+`require` imports a package on first use, so `import jaxpersona` imports none of these. If a package
 is missing, the error contains the `pip` command that installs it.
 """
 

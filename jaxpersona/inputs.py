@@ -17,7 +17,7 @@ from typing import Any
 
 from jaxpersona.errors import UserError
 
-TEXT_BYTES = 256 << 20  # maximum size of a text file; the largest tokenizer files are 35 MB
+TEXT_BYTES = 256 << 20  # maximum size of a text file; the largest known tokenizer file is 35 MB
 MAX_DEPTH = 500  # maximum JSON nesting: half of Python's recursion limit, because readers recurse
 
 # C0 and C1 controls except tab and newline, and Unicode bidirectional controls

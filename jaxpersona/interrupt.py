@@ -1,4 +1,4 @@
-"""Exit the CLI on SIGINT and SIGTERM with one line that describes the files written.
+"""On SIGINT and SIGTERM, exit the CLI and print one line that states which files were written.
 
 Importing JAX takes seconds and happens before the CLI's `main`. The package therefore imports this
 module first. If the process is the `jaxpersona` command, this module installs handlers for both

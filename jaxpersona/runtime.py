@@ -128,7 +128,9 @@ def default_setting(name: str, value: bool | float | str, *,
 
 
 def check_process() -> None:
-    """Raise if this process was forked from one that has used JAX, because JAX's threads are lost.
+    """Check that this process was not forked from one that has used JAX.
+
+    A forked process has no copy of JAX's threads, so JAX could block forever.
 
     Raises:
       UserError: this process is such a fork.

@@ -1,4 +1,4 @@
-"""Readings of activations: the mean, the last token, norms, and full activations."""
+"""Readings of activations: mean, last selected token, norms, and full activations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Mean(Reading, kw_only=True, repr=False):
     turns: int | None = flax.struct.field(pytree_node=False, default=None)
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> MeanState:
-        """Return the state before the first token."""
+        """Return the initial state, before any token is read."""
         shape = (rows,) if self.turns is None else (rows, self.turns)
         return MeanState(jnp.zeros((layers, *shape, width), F32), jnp.zeros(shape, F32))
 
@@ -59,7 +59,7 @@ class Mean(Reading, kw_only=True, repr=False):
 
     def update(self, state: MeanState, reductions: jax.Array, weights: jax.Array, batch: Batch,
                slots: jax.Array) -> MeanState:
-        """Add the sums [L, …] of one call to the state."""
+        """Add the sums [L, …] of one call of `forward` to the state."""
         return MeanState(state.total + reductions, state.count + weights.sum(-1))
 
     def details(self) -> list[str]:
@@ -101,7 +101,7 @@ class Last(Reading, kw_only=True, repr=False):
     needs_token: ClassVar[bool] = True
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> LastState:
-        """Return the state before the first token."""
+        """Return the initial state, before any token is read."""
         return LastState(jnp.zeros((layers, rows, width), F32), jnp.full((rows,), -1, jnp.int32))
 
     def weights(self, batch: Batch) -> Float[Array, "B T"]:
@@ -116,7 +116,7 @@ class Last(Reading, kw_only=True, repr=False):
 
     def update(self, state: LastState, reductions: jax.Array, weights: jax.Array, batch: Batch,
                slots: jax.Array) -> LastState:
-        """Replace the activations of rows with a selected token in this call."""
+        """Replace the stored activation of each row with a selected token in this call."""
         selected = weights.sum(-1) > 0
         position = (weights.astype(jnp.int32) * batch.position).sum(-1)
         return LastState(

@@ -1,8 +1,9 @@
 """Captures, which read and reduce activations inside the compiled program.
 
-A capture is a pytree of readings (`reading.Reading`), each with a state. Prefill, every chunk and
-every decode step update the states, so a mean over a generated text needs no second pass and no
-`[L, B, T, D]` array. Captures are combined with `|` and share one forward pass.
+A capture is a pytree of readings (`reading.Reading`), each with a state. Every prefill, prompt
+chunk and decode step updates the states. A mean over a generated text therefore requires neither a
+second forward pass nor an `[L, B, T, D]` array. Captures that are combined with `|` share one
+forward pass.
 
 Examples:
   >>> import jaxpersona as jp
@@ -58,8 +59,8 @@ class Capture(flax.struct.PyTreeNode):
         """Return a capture that reads activations before the interventions at the same layer.
 
         Its values at layer l include the effect of interventions at lower layers, but not of
-        interventions at layer l and the same site. A projection read before a cap is the value
-        that the cap compares with its floor. Without interventions, the values do not change.
+        interventions at layer l and the same site. For example, a projection read before the first
+        cap at a layer is the value that the cap compares with its floor.
 
         Examples::
 
@@ -81,7 +82,7 @@ class Capture(flax.struct.PyTreeNode):
 
 
 def chosen_layers(reading: Reading, config: ModelConfig) -> tuple[int, ...]:
-    """Return the layers that a reading reads; default: all.
+    """Return the layers at which a reading is computed (default: all layers).
 
     Raises:
       UserError: a layer does not exist in the model, or the directions have the wrong shape.
@@ -123,7 +124,7 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None,
 
 
 def joined(given: Any) -> Capture | None:
-    """Return a caller's `capture` argument as one capture or None; combine a list with `|`.
+    """Convert a `capture` argument to one capture or None; combine a list of captures with `|`.
 
     Raises:
       UserError: the argument is not a capture, such as `mean` instead of `mean()`, or two captures
@@ -140,7 +141,7 @@ def joined(given: Any) -> Capture | None:
 
 
 def _reject(given: Any) -> NoReturn:
-    """Raise the error for a value that is not a capture."""
+    """Raise a UserError for a value that is not a capture."""
     name = given if isinstance(given, str) else getattr(given, "__name__", "")
     raise UserError(f"capture is {given!r:.60}; give a capture such as "
                     f"jp.capture.{_CALLS.get(name, 'last()')}")
@@ -191,12 +192,12 @@ def last(where: Where | str = everywhere, *, layers: Layers | None = None, site:
 @own_rules()
 def projections(directions: Any, where: Where | str = everywhere, *, layers: Layers | None = None,
                 site: Site = "residual", name: str = "projections") -> Capture:
-    """Project every selected token on directions, which are normalized to unit length.
+    """Project the activation of every selected token on directions of unit length.
 
     Args:
       directions: an array [K, D], used at every layer; an array [l, K, D], with K directions per
         chosen layer; or a named direction (`Axis` or `Vector`) or a list of named directions,
-        whose values at the chosen layers are used.
+        whose values at the chosen layers are used. All directions are normalized.
 
     Returns:
       A capture whose result is [B, L, S, K], with NaN at tokens that are not selected.
@@ -258,7 +259,7 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
 @own_rules()
 def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
           name: str = "norms") -> Capture:
-    """Compute the norm ‖h‖ of every selected token.
+    """Compute the norm ‖h‖ of the activation of every selected token.
 
     The result is [B, L, S], with NaN at other tokens. Lu et al. 2026 give steering strengths in
     units of the mean norm over all tokens except the first.

@@ -13,13 +13,13 @@ _LOG = logging.getLogger("jaxpersona")
 
 
 def warn_of_empty(name: str, empty: Any) -> None:
-    """Log a warning that lists the rows in which a capture has no token to read.
+    """Log a warning that lists the rows in which a capture selected no token.
 
     Nothing is logged while tracing, or if some rows are on devices of other processes.
 
     Args:
       name: the capture's name.
-      empty: [B] bool, True for rows in which the capture has no token to read.
+      empty: [B] bool, True for rows in which the capture selected no token.
     """
     values = host_array(empty)
     if values is not None and (rows := np.flatnonzero(values)).size:
@@ -27,7 +27,7 @@ def warn_of_empty(name: str, empty: Any) -> None:
 
 
 def describe_empty(numbers: Any, total: int, what: str) -> str:
-    """Describe the rows or conversations in which a capture has no token to read, and the fix.
+    """Describe the rows or conversations in which a capture selected no token, and the fix.
 
     Args:
       numbers: the indices of these rows or conversations, at least one.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class OnDirections(Reading, kw_only=True, repr=False):
-    """The base class of readings that project on K directions per layer.
+    """The base class of readings that project activations on K directions per layer.
 
     Attributes:
       directions: [L or 1, K, D] float32, unit length.
@@ -37,7 +37,7 @@ class OnDirections(Reading, kw_only=True, repr=False):
 
     @property
     def origin(self) -> UInt[Array, " 1"]:
-        """[1] uint32, the hash of the weights of the directions' model (0: any model)."""
+        """[1] uint32, the hash of the weights of the directions' model; 0 if unknown."""
         return self.model_origin
 
     def check(self, layers: tuple[int, ...], width: int) -> None:
@@ -60,7 +60,7 @@ class OnDirections(Reading, kw_only=True, repr=False):
         return self.reduce(self.project(h, index), weights, index)
 
     def reduce(self, p: jax.Array, weights: jax.Array, index: int) -> Any:
-        """Reduce the projections p [B, T, K] of one layer; the result is that of `read`."""
+        """Reduce the projections p [B, T, K] of one layer to the result of `read`."""
         raise NotImplementedError
 
     def at(self, index: int) -> jax.Array:
@@ -76,7 +76,7 @@ class OnDirections(Reading, kw_only=True, repr=False):
 def check_sets(name: str, values: Any, layers: tuple[int, ...]) -> None:
     """Check that an array [l, …] has one entry for all layers, or one entry per layer.
 
-    JAX would silently clamp the index of a missing entry to the last entry.
+    Without this check, JAX would silently use the last entry in place of a missing entry.
 
     Raises:
       UserError: the array has another number of entries.
@@ -105,7 +105,10 @@ class Projections(OnDirections, kw_only=True, repr=False):
 
 
 class ProjectionState(TokenState):
-    """The projections on K directions, [L, B, K, S]; S is last because TPUs pad small last axes."""
+    """The projections on K directions, [L, B, K, S].
+
+    S is the last axis because TPUs pad a last axis that is small, such as K.
+    """
 
     __repr__ = brief
 

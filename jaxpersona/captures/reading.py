@@ -37,7 +37,7 @@ class State(flax.struct.PyTreeNode):
     Attributes:
       row_axes: the batch axis of each leaf, in the order of `jax.tree.leaves`.
       per_token: whether the result is [B, L, S, …] with one entry per cache slot.
-      label: the name of the reading in the warning about rows without a token.
+      label: the name of the reading in the warning about rows without a selected token.
     """
 
     __repr__ = brief
@@ -55,7 +55,7 @@ class State(flax.struct.PyTreeNode):
 
     @property
     def value(self) -> Any:
-        """The result [B, …]; if rows are `empty`, a warning that names them is logged."""
+        """The result [B, …]; if it is undefined for some rows, a warning lists these rows."""
         warn_of_empty(self.label, self.empty)
         return self.result()
 
@@ -90,7 +90,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
     edited: bool = flax.struct.field(pytree_node=False, default=True)
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> State:
-        """Return the state before the first token.
+        """Return the initial state, before any token is read.
 
         Args:
           layers, rows, slots, width: the numbers L, B, S and D.
@@ -98,7 +98,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         raise NotImplementedError
 
     def weights(self, batch: Batch) -> Any:
-        """Return the selection that `read` and `update` receive: by default [B, T] bool."""
+        """Return the weights for `read` and `update`: by default the selection, [B, T] bool."""
         return holds(self.where, batch)
 
     def read(self, h: jax.Array, weights: Any, index: int) -> Any:
@@ -118,8 +118,8 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
                slots: jax.Array) -> Any:
         """Add the reductions of one call to the state.
 
-        A call contains a whole batch, a chunk of a prompt, or one generated token per row. The
-        result must not depend on how a text is divided into calls.
+        A call of `forward` processes whole prompts, a chunk of each prompt, or one generated token
+        per row. The result must not depend on how a text is divided into calls.
 
         Args:
           state: the state, of the type that `init` returns.
@@ -132,7 +132,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
 
     @property
     def origin(self) -> UInt[Array, " n"] | np.ndarray:
-        """[n] uint32, the hash of the weights of each direction's model (0: any model)."""
+        """[n] uint32, the hash of the weights of each direction's model; 0 if unknown."""
         return np.zeros(1, np.uint32)
 
     def check(self, layers: tuple[int, ...], width: int) -> None:
@@ -143,7 +143,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         """
 
     def details(self) -> list[str]:
-        """Return further arguments for the representation, such as "turns=2"."""
+        """Return additional arguments for `__repr__` to show, such as "turns=2"."""
         return []
 
     def __repr__(self) -> str:
@@ -183,8 +183,8 @@ def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
                 axis: int = 2) -> jax.Array:
     """Write values [L, B, T, …] into the slots [B, T] of a buffer [L, B, …] with slot axis `axis`.
 
-    Values whose slot is S or higher are dropped. As in `cache.write`, a scatter writes one token
-    per row, and a gather writes several tokens.
+    Values whose slot is S or higher are dropped. As in `cache.write`, this is a scatter for
+    one token per row, and a gather for several tokens per row.
     """
     rows, width = slots.shape
     if width == 1:
@@ -198,7 +198,7 @@ def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
 
 
 def spread_states(states: dict[str, State], like: jax.Array) -> dict[str, State]:
-    """Shard the rows of capture states over the mesh of `like`, if it has one."""
+    """Shard the rows of capture states over the mesh of `like`, if `like` is on a mesh."""
     return {
         name: tree.unflatten([spread_rows(x, at, like)
                               for x, at in zip(leaves, state.row_axes, strict=True)])

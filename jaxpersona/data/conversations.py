@@ -13,7 +13,7 @@ Conversation = list[dict[str, str]]
 
 
 def read_prompts(file: pathlib.Path, system: str | None = None) -> list[Conversation]:
-    """Read the conversations to reply to; blank lines are skipped.
+    """Read conversations, each of which is the prompt of one reply; blank lines are skipped.
 
     In a file named `*.jsonl` each line is a JSON string (one user message), a list of
     {"role", "content"}, or an object with such a list as `messages`, as in OpenAI's request
@@ -48,7 +48,7 @@ def read_prompts(file: pathlib.Path, system: str | None = None) -> list[Conversa
 
 
 def _conversation(value: Any, system: str | None, at: str, faults: Faults) -> Conversation:
-    """Return the messages of one line, and record its errors in `faults`."""
+    """Parse a line's value into messages, and append any errors to `faults`."""
     if isinstance(value, dict):
         if "messages" not in value:
             faults.append(f"{at}: the object has no messages; give {{\"messages\": […]}}")

@@ -23,7 +23,7 @@ from jaxpersona.errors import UserError
 
 KINDS = ("role", "question", "trait", "drift")
 
-# file or folder name of each part → its reader
+# file or folder name of each part → the reader of the part
 PARTS: dict[str, Callable[..., list]] = {
     "roles": load_roles,
     "questions.jsonl": load_questions,

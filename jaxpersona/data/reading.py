@@ -17,7 +17,7 @@ from jaxpersona.inputs import parse_json, read_bytes
 
 
 class Faults(list[str]):
-    """A list of error messages, each with its file and field."""
+    """A list of error messages, each of which names the file and the field."""
 
     def raise_if_any(self, what: object) -> None:
         """Raise all collected errors as one.
@@ -31,7 +31,7 @@ class Faults(list[str]):
 
 
 def folder_files(folder: Traversable, faults: Faults) -> list[Traversable]:
-    """Return a folder's `.json` files sorted by name; record a missing or empty folder."""
+    """Return a folder's `.json` files sorted by name; record an error if there are none."""
     if not folder.is_dir():
         faults.append(f"{folder}: no such folder")
         return []
@@ -59,7 +59,7 @@ def read_text(file: Traversable, faults: Faults) -> str | None:
 
 
 def parse(text: str, where: str, faults: Faults) -> Any:
-    """Parse JSON and record duplicate keys; on a syntax error, record it and return None."""
+    """Parse JSON; record errors, including duplicate keys; return None for invalid JSON."""
 
     def table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)

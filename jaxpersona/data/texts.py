@@ -66,7 +66,7 @@ class Role:
     description: str = ""
 
     def __post_init__(self) -> None:
-        """Raise if a single string is given, because it would be iterated by character."""
+        """Raise a UserError if a field has the wrong type, such as a string instead of a tuple."""
         _check_texts(f"the prompts of role {self.name!r}", self.prompts)
         if not isinstance(self.eval_prompt, str):
             raise UserError(f"the eval_prompt of role {self.name!r} is {self.eval_prompt!r:.60}; "
@@ -75,7 +75,7 @@ class Role:
 
 @dataclass(frozen=True)
 class Question:
-    """A question asked to every role; `id` identifies its rollouts."""
+    """A question asked to every role; `id` identifies the rollouts of the question."""
 
     id: int
     text: str
@@ -105,7 +105,7 @@ class Trait:
     description: str = ""
 
     def __post_init__(self) -> None:
-        """Raise if a single string is given, because it would be iterated by character."""
+        """Raise a UserError if a field has the wrong type, such as a string instead of a tuple."""
         _check_texts(f"the questions of trait {self.name!r}", self.questions)
         for i, pair in enumerate(self.pairs):
             _check_texts(f"pair {i} of trait {self.name!r}", pair)
@@ -142,7 +142,7 @@ class Domain:
 
 
 def _check_texts(what: str, texts: Any) -> None:
-    """Raise unless `texts` is a tuple or list of strings."""
+    """Raise a UserError unless `texts` is a tuple or list of strings."""
     if not isinstance(texts, (tuple, list)) or not all(isinstance(x, str) for x in texts):
         raise UserError(f"{what}: {texts!r:.60} is not a tuple of strings; wrap it in a tuple")
 
@@ -179,7 +179,7 @@ def load_roles(path: Path | None = None, *, model_name: str = "the model") -> li
       model_name: replaces `{model_name}` in prompts.
 
     Raises:
-      UserError: the folder is missing or has errors; the message lists all of them.
+      UserError: the folder is missing or has errors; the message lists all errors.
     """
     if not model_name.strip():
         raise UserError("model_name is empty; it replaces {model_name} in prompts")
@@ -205,7 +205,7 @@ def load_questions(path: Path | None = None) -> list[Question]:
         None loads the package data.
 
     Raises:
-      UserError: the file is missing or has errors; the message lists all of them.
+      UserError: the file is missing or has errors; the message lists all errors.
     """
     faults = Faults()
     file = data_root() / "questions.jsonl" if path is None else pathlib.Path(path)
@@ -249,7 +249,7 @@ def load_traits(path: Path | None = None) -> list[Trait]:
         → description) is read from the folder or its parent.
 
     Raises:
-      UserError: the folder is missing or has errors; the message lists all of them.
+      UserError: the folder is missing or has errors; the message lists all errors.
     """
     faults = Faults()
     folder, table = _place(path, "traits", TRAIT_LIST)
@@ -270,7 +270,7 @@ def load_drift(path: Path | None = None) -> list[Domain]:
         "topics": [{"id", "title", "opening"}, …]}, …]}; None loads the package data.
 
     Raises:
-      UserError: the folder is missing or has errors; the message lists all of them.
+      UserError: the folder is missing or has errors; the message lists all errors.
     """
     faults = Faults()
     folder = data_root() / "drift" if path is None else pathlib.Path(path)
@@ -289,7 +289,7 @@ def load_drift(path: Path | None = None) -> list[Domain]:
 
 
 def _place(path: Path | None, part: str, table: str) -> tuple[Traversable, Traversable | None]:
-    """Return a data folder, and its file of descriptions or None."""
+    """Return a data folder, and the file of descriptions, or None if that file is missing."""
     if path is None:
         return data_root() / part, data_root() / table
     folder = pathlib.Path(path)
@@ -313,7 +313,7 @@ def _role(raw: dict[str, Any], file: Traversable, described: dict[str, str], mod
              model_name=model_name)
         for i, entry in enumerate(get_list(raw, "instruction", where, faults))
     )
-    # `persona.prepare.check_texts` requires the prompt if the judge uses it
+    # if the judge uses `eval_prompt`, `persona.prepare.check_texts` requires it
     eval_prompt = get_eval_prompt(raw, where, faults) if "eval_prompt" in raw else ""
     return Role(name, prompts, eval_prompt, described.get(name, ""))
 

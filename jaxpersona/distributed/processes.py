@@ -1,8 +1,8 @@
 """Multi-process execution: initialization, process index and collectives on the host.
 
-All processes run the same programs in the same order, each on its own devices, and each writes the
-files for its share of the work. With one process, these functions do not communicate. The number
-of processes comes from JAX, so the caller may also initialize `jax.distributed`.
+Every process runs the same programs in the same order on its own devices, and writes the files for
+its share of the work items. With one process, these functions do not communicate. The caller may
+initialize `jax.distributed` directly instead of calling `start`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def start(coordinator: str | None = None, count: int | None = None,
           index: int | None = None) -> None:
     """Initialize `jax.distributed`; call this before creating any array.
 
-    If `jax.distributed` is already initialized, this only checks that the arguments agree with it.
+    If `jax.distributed` is already initialized, `start` only checks that its arguments agree with
+    that initialization.
 
     Args:
       coordinator: the address host:port of process 0. If None, the address is detected, which
@@ -94,7 +95,7 @@ def warn_of_deadlock() -> None:
 
 
 def first() -> bool:
-    """Return whether this is process 0, which prints and writes shared files."""
+    """Return whether this is process 0, which prints output and writes shared files."""
     return not many() or jax.process_index() == 0
 
 
@@ -104,7 +105,7 @@ def index() -> int:
 
 
 def owns(i: int) -> bool:
-    """Return whether work item i is assigned to this process (i modulo the process count)."""
+    """Return whether work item i belongs to this process (index = i mod process count)."""
     return not many() or i % jax.process_count() == jax.process_index()
 
 
@@ -128,8 +129,8 @@ def fetch(tree: Any) -> Any:
 def total(values: np.ndarray) -> np.ndarray:
     """Sum an integer array over all processes; all processes must call this function.
 
-    The sum wraps around at the dtype's limit, so it does not depend on how the terms are
-    distributed over processes.
+    Integer overflow wraps around, so the sum does not depend on how the terms are distributed over
+    processes.
     """
     from jax.experimental import multihost_utils
 
@@ -155,7 +156,7 @@ def merge(items: Mapping[str, T]) -> dict[str, T]:
 
 
 def in_turn(act: Callable[[], T]) -> T:
-    """Call `act` first on process 0, for example to create a shared folder, then on the others."""
+    """Call `act` on process 0, then on the other processes, for example to create a folder."""
     if not many():
         return act()
     if first():

@@ -1,7 +1,7 @@
 """Sharding: logical axes, meshes, and helpers that derive the shardings of arrays.
 
 Model code uses *logical* axes ("heads", "batch"), and `RULES` maps each logical axis to mesh axes.
-Without a mesh, these helpers do nothing, so the same model code runs on one or several devices.
+Without a mesh, no array is sharded, so the same model code runs on one or several devices.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Axes = tuple[str | None, ...]
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "heads": ("model", "group"),
-    "kv_heads": ("model",),  # replicated within a group
+    "kv_heads": ("model",),  # replicated over the devices of a "group"
     "kv_group": ("group",),  # the query heads that share a key/value head
     "ff": ("model", "group"),
     "vocab": ("model", "group"),
@@ -106,7 +106,8 @@ def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
     heads are divided among these devices.
 
     Raises:
-      UserError: a mesh axis is not in `RULES`, or its size does not divide the model's dimension.
+      UserError: a mesh axis is not in `RULES`, or its size does not divide a dimension of the
+        model that it shards.
     """
     known = {name for names in RULES.values() for name in names}
     if unknown := [name for name in mesh.axis_names if name not in known]:
@@ -157,7 +158,7 @@ def spec(axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
 
 def weight_sharding(axes: Axes, shape: tuple[int, ...],
                     mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Return a parameter's sharding; a vocabulary axis that is not divisible is replicated."""
+    """Return a parameter's sharding; a vocabulary axis of indivisible size is replicated."""
     placed = NamedSharding(mesh, spec(axes, mesh))
     try:
         placed.shard_shape(shape)
@@ -213,7 +214,7 @@ def running_on(where: str) -> Iterator[None]:
 
 
 def in_program() -> bool:
-    """Return whether the caller is inside `running_on`, that is, inside a program's trace."""
+    """Return whether this is called inside `running_on`, that is, while a program is traced."""
     return _PLATFORM.get() is not None
 
 
@@ -235,8 +236,8 @@ def default_device() -> Device:
 def unset_mesh() -> contextlib.AbstractContextManager:
     """Return a context without the mesh set by `jax.set_mesh`.
 
-    This package uses the mesh of the parameters. The caller's mesh may differ from it, because
-    `fit` may split an axis, and JAX would place new arrays on the caller's mesh.
+    This package uses the mesh of the parameters. If a mesh is set, JAX places new arrays on that
+    mesh, which may differ from the mesh of the parameters, because `fit` may split an axis.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
@@ -292,7 +293,8 @@ def out_sharding(axes: Axes, *operands: Any) -> NamedSharding | None:
 def place(x: jax.Array, axes: Axes, *operands: Any) -> jax.Array:
     """Shard x by its logical axes over the mesh of the operands (default: the mesh of x).
 
-    On a mesh with Auto axes, this adds a sharding constraint. Without a mesh, x is returned.
+    On a mesh with Auto axes, this adds a sharding constraint. Without a mesh, x is returned
+    unchanged.
     """
     mesh = mesh_of(*(operands or (x,)))
     if mesh is None:
@@ -307,11 +309,12 @@ def by_shard(function: Callable[..., Any], given: Sequence[Axes],
              result: Axes | Sequence[Axes]) -> Callable[..., Any]:
     """Return a function that runs `function` on each device's shards of its arguments.
 
-    A kernel is one operation to XLA, which cannot divide it over a mesh. Without a mesh, the
-    function is called with the whole arrays.
+    This is for kernels, because XLA cannot divide a kernel over the devices of a mesh. Without a
+    mesh, `function` is called with the whole arrays.
 
     Args:
-      function: a function of arrays that needs no other shard.
+      function: a function of arrays that computes each shard of the result from one shard of each
+        argument.
       given: the logical axes of each argument.
       result: the logical axes of the result, or a list for a tuple of results.
     """
@@ -329,7 +332,7 @@ def by_shard(function: Callable[..., Any], given: Sequence[Axes],
 
 
 def spread_rows(x: jax.Array, dimension: int, like: Any) -> jax.Array:
-    """Shard a dimension of x over the mesh of `like`, if it has one, as batch rows are sharded."""
+    """Shard a dimension of x as batch rows are sharded on the mesh of `like`, if there is one."""
     return place(x, tuple("batch" if i == dimension else None for i in range(x.ndim)), like)
 
 
@@ -363,7 +366,7 @@ def ways(mesh: Mesh | AbstractMesh, axis: str) -> int:
 
 
 def gather_weight(w: jax.Array) -> jax.Array:
-    """All-gather a weight over "fsdp" before a product."""
+    """All-gather a weight over the mesh axis "fsdp" before a matrix product."""
     mesh = mesh_of(w)
     if mesh is None or "fsdp" not in mesh.axis_names:
         return w

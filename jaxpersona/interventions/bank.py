@@ -1,12 +1,13 @@
-"""Convert the directions and numbers that operators accept to arrays of a canonical form.
+"""Convert the directions and numbers that operators accept to arrays in one canonical form.
 
 A direction has one of these forms:
   a named direction (`Axis` or `Vector`), whose values at the chosen layers are used;
   an array [D], used at every layer, or [1, l, D], with one vector per chosen layer;
   with `rows=`, a bank of directions: an array [n, D] or [n, l, D], or a list of named directions.
   Batch row b uses direction rows[b] of the bank; −1 means no edit.
-A strength or threshold is a number or an array [l] with one value per layer. For a bank it may
-also be an array [n] or [n, l].
+A strength or threshold is a number or an array [l] with one value per chosen layer. With a named
+direction, an array [L] with one value per layer of the model is also accepted, and with a bank,
+an array [n] or [n, l].
 
 Under a JAX transformation (grad, vmap, jit) only shapes are checked, because values are unknown.
 All operations are differentiable.
@@ -42,8 +43,8 @@ class Bank:
       index: [B], the index of each batch row's direction; None for one direction for all rows.
       direction: unit vectors [l, n, D].
       norm: [l, n], the norms of the vectors before normalization.
-      origin: [n] uint32, for each direction the hash of the weights of its model
-        (`params.origin`); 0 if unknown.
+      origin: [n] uint32, the hash of the weights of each direction's model (`params.origin`); 0 if
+        unknown.
     """
 
     def __init__(self, vector: Any, layers: Layers, rows: Any, site: Site,
@@ -142,7 +143,7 @@ class Bank:
 
 
 def percentile(vector: Any, name: str, bound: Any, of: str) -> Any:
-    """Return the thresholds [L] of a percentile name; return any other bound unchanged."""
+    """Return the thresholds [L] if a bound is a percentile name, else the bound unchanged."""
     if not isinstance(bound, str):
         return bound
     if not hasattr(vector, "thresholds"):
@@ -185,7 +186,7 @@ def normalised(value: Any) -> tuple[Any, Any]:
 
 
 def numbers(name: str, value: Any) -> Any:
-    """Convert numbers to a float64 array, or to a float32 array if they are traced.
+    """Convert numbers to a float64 array, or traced numbers to a float32 array.
 
     Raises:
       UserError: the values are not real numbers.
@@ -211,7 +212,7 @@ def check_finite(name: str, value: np.ndarray) -> None:
     """Check that numbers are finite in float32; a lower bound may be −inf, an upper bound inf.
 
     Raises:
-      UserError: a value is NaN or infinite; the message names the argument.
+      UserError: a value is NaN or an infinity that is not allowed; the message names the argument.
     """
     if np.isnan(value).any():
         raise UserError(f"{name} is NaN; it must be a number")

@@ -1,4 +1,4 @@
-"""The `Interventions` pytree, a sequence of tables of edits, and functions that combine them."""
+"""The `Interventions` pytree, a sequence of tables; functions that combine interventions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jaxpersona.runtime import is_traced, own_rules
 class Interventions(flax.struct.PyTreeNode):
     """The edits of a forward pass, stored as tables (`table.Table`) that are applied in order.
 
-    Layers without a table add no operations to the compiled program.
+    The compiled program contains no additional operations at layers without a table.
 
     Examples:
       >>> import jaxpersona as jp
@@ -39,8 +39,8 @@ class Interventions(flax.struct.PyTreeNode):
     def prepare(self, rows: int, like: Any) -> PreparedInterventions:
         """Prepare the tables once, instead of in every step of a decode loop.
 
-        For each table, this gathers the entries by row, shards them over the mesh of `like`, if it
-        has one, and splits the table by layer (`Table.prepare`).
+        For each table, this gathers the entries by row, shards the gathered entries if `like` is on
+        a mesh, and splits the table by layer (`Table.prepare`).
 
         Args:
           rows: the number of rows B of the batch.
@@ -55,8 +55,8 @@ class Interventions(flax.struct.PyTreeNode):
     def take(self, rows: Any) -> Interventions:
         """Select rows: row i of the result is row rows[i] of `self`.
 
-        If rows[i] is −1, row i of the result has no edits. Tables that all rows share are
-        unchanged.
+        If rows[i] is −1, row i of the result has no entry. Tables whose single entry applies to all
+        rows are unchanged, so these tables still edit row i.
 
         Raises:
           UserError: an index is out of range.
@@ -75,7 +75,7 @@ class Interventions(flax.struct.PyTreeNode):
         return counts.pop() if counts else None
 
     def check(self, *, layers: int, width: int, rows: int) -> None:
-        """Check the interventions against a model's layers and width D and a batch's rows.
+        """Check that the interventions match a model's layers and width and a batch's rows.
 
         Raises:
           UserError: the interventions do not match; the message names the field, its value and the
@@ -116,13 +116,13 @@ class PreparedInterventions(flax.struct.PyTreeNode):
     edits: tuple[Prepared, ...] = ()
 
     def at(self, site: Site, layer: int) -> Iterator[tuple[int, Prepared]]:
-        """Yield the tables at one site of one layer with their indices, in order."""
+        """Yield each table at one site of one layer, with the table's index, in order."""
         for number, edit in enumerate(self.edits):
             if edit.site == site and layer in edit.layers:
                 yield number, edit
 
     def gates_at(self, site: Site, layer: int) -> Iterator[tuple[int, Gate]]:
-        """Yield the gates measured at one site of one layer, with their tables' indices."""
+        """Yield each gate measured at one site of one layer, with the index of the gate's table."""
         for number, edit in enumerate(self.edits):
             if edit.gate is not None and (edit.gate.site, edit.gate.layer) == (site, layer):
                 yield number, edit.gate
@@ -242,15 +242,15 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
                into: Interventions | None = None) -> Interventions:
     """Give each row of a batch its own interventions: item b applies only to row b.
 
-    Tables of the same kind and site are merged, so the cost depends on the longest chain, not on
-    the number of different rows. Tables with equal content share an entry. At a layer that a row
+    Tables of the same kind and site are merged, so the run time depends on the longest chain, not
+    on the number of different rows. Tables with equal content share an entry. At a layer that a row
     does not edit, the row's entry leaves h unchanged.
 
     Args:
       interventions: one item per row: interventions made without `rows=`, or None for no edits.
       into: tables to fill: the result of `reserve` or of an earlier call with `into=`. The new
-        result has the same structure, so the compiled program is reused; earlier edits are
-        removed.
+        result has the same structure, so the compiled program is reused; the edits of the
+        earlier call are removed.
 
     Raises:
       UserError: the list is empty, or interventions were made with `rows=` or do not fit `into`.
@@ -296,7 +296,7 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
 
 
 def _contents(edits: list[Table]) -> list[Any]:
-    """Return a hashable key of each table's content: its structure and values.
+    """Return a hashable key of each table's content (structure and values).
 
     Tables with equal keys share an entry. Traced values cannot be compared, so each traced table
     has its own entry.

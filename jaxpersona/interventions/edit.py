@@ -1,8 +1,7 @@
-"""Tables of rank-one edits. Each row's edit is data, so changing it does not recompile.
+"""Tables of rank-one edits. Edits are data, so new edits do not recompile the program.
 
-With p = ⟨h, v̂⟩ in float32, δ = clip((s − 1)·p + c, lo − p, hi − p) and h ← h + δ·v̂. The
-coefficients (s, c, lo, hi) determine whether the edit steers, caps, ablates, scales or sets the
-projection.
+An edit computes p = ⟨h, v̂⟩ in float32, δ = clip((s − 1)·p + c, lo − p, hi − p) and h ← h + δ·v̂.
+The coefficients (s, c, lo, hi) represent the operator: steer, cap, ablate, scale or set_projection.
 """
 
 from __future__ import annotations
@@ -173,7 +172,7 @@ def table(
 
 
 def _identities(layers: int, size: int, width: int, push: bool) -> dict[str, np.ndarray]:
-    """Return entries [l, n, …] that leave h unchanged, with or without a push."""
+    """Return entries [l, n, …] that leave h unchanged, with or without a push direction."""
     unit = np.zeros((layers, size, width), np.float32)
     unit[..., 0] = 1.0
     numbers = np.broadcast_to(np.array(IDENTITY, np.float32), (layers, size, 4)).copy()

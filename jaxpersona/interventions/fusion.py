@@ -22,10 +22,10 @@ _RESIDUAL: Axes = ("batch", None, None)
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
-    """The implementation of the end of a block.
+    """The end of a block, run by the chosen implementation.
 
     Attributes:
-      implementation: "xla", "pallas" or "interpret" (`forward`).
+      implementation: "xla", "pallas" or "interpret" (see `forward`).
       platform: the platform that runs the program.
 
     Raises:
@@ -49,14 +49,15 @@ class Fusion:
           layer: the block's index.
           x, added: the residual stream and the block's output, [B, T, D].
           edits, active: the tables of the site, and the tokens [B, T] that each of them edits.
-          readings: the readings of the site, each with the layer's position in its layers.
-          norm: the norm to compute, or None.
+          readings: by name, each reading of the site, and the index of `layer` in its `layers`.
+          norm: the next block's first norm, to apply to the result; None after the last block.
 
         Returns:
-          The result, and the projections [B, T, K] of each reading of projections.
+          The kernel's result, and the projections [B, T, K] of each reading on directions.
 
         Raises:
-          UserError: an edit or a reading is not supported, or the platform; the message names it.
+          UserError: the kernel does not support an edit, a reading or the platform; the message
+            names the unsupported part.
         """
         found = [edit.at(layer, where) for edit, where in zip(edits, active, strict=True)
                  if isinstance(edit, PreparedEdit)]
@@ -69,7 +70,7 @@ class Fusion:
         if late:
             self._refuse(f"the reading {late[0]!r} reads layer {layer} before the edits, which the "
                          "kernel supports for projections only")
-        # those before the edits come first
+        # readings before the edits come first
         names = sorted((name for name, (reading, _) in readings.items() if _projects(reading)),
                        key=lambda name: readings[name][0].edited)
         tables = {name: reading.at(index) for name in names
@@ -95,7 +96,7 @@ class Fusion:
 
 
 def _projects(reading: Reading) -> bool:
-    """Return whether a reading only reduces its projections."""
+    """Return whether a reading is computed from its projections alone."""
     return isinstance(reading, OnDirections) and type(reading).read is OnDirections.read
 
 

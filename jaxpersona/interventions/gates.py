@@ -1,4 +1,4 @@
-"""Gates: an intervention applies only if a projection at an earlier layer is within bounds.
+"""Gates: an intervention applies only if a projection at an earlier site is within bounds.
 
 A prompt gate is evaluated once per row, on the mean projection over the prompt, and applies to the
 whole reply. A token gate is evaluated for every token. Bounds and directions are data and may
@@ -29,7 +29,7 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
 
     Attributes:
       direction: v̂ [n, D] float32, unit length.
-      bounds: (lo, hi) [n, 2] float32; the gate is open if lo ≤ ⟨h, v̂⟩ ≤ hi.
+      bounds: (lo, hi) [n, 2] float32; the gate is open if the projection p satisfies lo ≤ p ≤ hi.
       where: encoded token tests [n, 5] int32 that select the measured tokens.
       origin: [n] uint32, as in `Table`.
       layer, site: the layer and the site at which the projection is measured.
@@ -75,8 +75,8 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
 
         Args:
           rows: the number of rows B.
-          before: [B] int32, the number of tokens already in the cache. If a row has cached tokens,
-            which were not measured, its sum starts as NaN and its gate stays closed.
+          before: [B] int32, the number of tokens already in the cache. Cached tokens were not
+            measured, so if a row has cached tokens, the row's gate stays closed (its sum is NaN).
         """
         zero = jnp.zeros((rows,), jnp.float32)
         missing = (zero if before is None else

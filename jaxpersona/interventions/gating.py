@@ -42,11 +42,11 @@ def gate(
       vector: the direction: an array [D] or a named direction. If the interventions have a bank
         (`rows=`), `vector` may also have one direction per edit: an array [n, D] or a list.
       layer, site: the layer and the site at which the projection is measured, after any edit
-        there. They must precede every gated layer.
+        there. The measurement must precede every gated layer.
       above, below: the lower and the upper bound, each a number or, for a bank, an array [n]. At
         least one is required; −inf for `above` and inf for `below` mean no bound.
-      over: "prompt": one gate per row, which measures the mean over the prompt and applies to the
-        prompt's last token and all later tokens. "token": one gate per token.
+      over: "prompt": one gate per row, which tests the mean projection over the prompt and applies
+        to the prompt's last token and all later tokens. "token": one gate per token.
       within: for over="prompt", also edit the prompt itself, which must then be in one call of
         `forward`.
       where: the measured tokens; default: all except the first, which is an attention sink.

@@ -159,7 +159,7 @@ class Custom(Table, kw_only=True, repr=False):
 
 
 class PreparedCustom(Prepared, kw_only=True):
-    """A prepared table of functions; the fields are those of `Custom`, with B or 1 entries."""
+    """A prepared table of custom functions, with the fields of `Custom` and B or 1 entries."""
 
     params: PyTree
     on: Float[Array, "l B"]

@@ -203,7 +203,7 @@ def _table(kind: type[Table], bank: Bank, where: Where | str, **payload: Any) ->
     fields = {name: jnp.asarray(value[:, spread], jnp.float32) for name, value in payload.items()}
     test = np.broadcast_to(encoded(where), (n, 5))
     shared = common(test, bank.origin, checked_index(bank.index, n), size)
-    made: Any = kind  # for the type checker: `Table` declares only the fields of all kinds
+    made: Any = kind  # for the type checker: `Table` declares only the fields that all kinds have
     return Interventions((made(layers=bank.layers, site=bank.site, **shared, **fields),))
 
 

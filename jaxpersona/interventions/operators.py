@@ -1,9 +1,9 @@
-"""Rank-one operators: functions that create interventions on the projection of h on a direction.
+"""Rank-one operators: functions that create interventions on the projection on a direction.
 
 In the equations, h is an activation, v̂ = v/‖v‖ a unit direction and p = ⟨h, v̂⟩ the projection.
-`bank` describes the accepted forms of directions, strengths and rows. The operators differ only in
-their coefficients (s, c, lo, hi), so each row's operator is data. `nonlinear` contains the
-operators that are not rank-one edits.
+The module `bank` describes the accepted forms of directions, strengths and rows. The operators
+differ only in their coefficients (s, c, lo, hi), which are data, so rows may have different
+operators. The module `nonlinear` contains the operators that are not rank-one edits.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def cap(
     """Clamp the projection on a direction; for a floor, h ← h + v̂·max(τ − ⟨h, v̂⟩, 0).
 
     Source: activation capping, Lu et al. 2026, §5. For a ceiling, h ← h − v̂·max(⟨h, v̂⟩ − τ, 0).
-    The component of h orthogonal to v̂ is unchanged.
+    Without `push`, the component of h orthogonal to v̂ is unchanged.
 
     Args:
       vector, layers, where, rows, site: as for `steer`; the norm of `vector` has no effect.
@@ -90,7 +90,7 @@ def cap(
       push: a direction (or bank), in the form of `vector`, along which h is moved instead of v̂.
         Use it as a control: h moves by the same distance as with the cap, but along `push`, so the
         projection on v̂ is not clamped.
-      of: the population of a percentile, "default" or "all".
+      of: the population whose percentile is used, "default" or "all" (`Axis.thresholds`).
 
     Raises:
       UserError: both bounds are missing, the floor is above the ceiling, or an argument is invalid
@@ -196,10 +196,10 @@ def scale(
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Multiply the projection on a direction: h ← h + (factor − 1)·⟨h, v̂⟩·v̂.
+    """Multiply the projection on a direction by a factor: h ← h + (factor − 1)·⟨h, v̂⟩·v̂.
 
-    Arguments and errors are as for `steer`. `factor` is a number, or an array with one number per
-    layer or per direction of a bank.
+    Arguments and errors are as for `steer`. `factor` is a number or an array in one of
+    the forms of a strength (see `bank`).
 
     Examples:
       >>> import jaxpersona as jp

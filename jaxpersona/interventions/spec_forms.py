@@ -100,7 +100,7 @@ class _Strict(pydantic.BaseModel):
 
 
 class Place(_Strict):
-    """A token selection: a named `where`, and optionally excluded kinds and a range of messages."""
+    """A token selection: a named `where`, and optionally kinds to exclude and a range of turns."""
 
     name: Annotated[str, pydantic.WithJsonSchema({"type": "string", "enum": list(NAMED)})] = \
         "everywhere"
@@ -108,7 +108,7 @@ class Place(_Strict):
     turns: list[Index] | None = Field(default=None, min_length=2, max_length=2)
 
     def build(self, first: bool) -> Where:
-        """Return the token test; if `first` is false, it excludes each row's first token."""
+        """Return the token test; if `first` is false, the test excludes each row's first token."""
         if self.name not in NAMED:
             raise UserError(f"where is {self.name!r}; choose from {', '.join(NAMED)}")
         where = NAMED[self.name].without(*self.without, *([] if first else ["first"]))
@@ -116,7 +116,7 @@ class Place(_Strict):
 
 
 class _OrName:
-    """An annotation that adds the short form of `Place`, a name, to the JSON schema."""
+    """An annotation that makes the JSON schema accept a name in place of a `Place` object."""
 
     @staticmethod
     def __get_pydantic_json_schema__(kind: Any, handler: Any) -> dict[str, Any]:
@@ -234,7 +234,7 @@ class Reading(_Strict):
 
 
 def read(spec: Any, kind: Any, name: str) -> tuple[list[Any], list[str]]:
-    """Validate one item or a list; return the parsed items and their names for error messages."""
+    """Validate one item or a list of items; return parsed items and names for error messages."""
     many = isinstance(spec, Sequence) and not isinstance(spec, (str, bytes))
     if many and not spec:
         raise UserError(f"{name} is an empty list; give at least one item")

@@ -1,12 +1,12 @@
 """The base classes of intervention tables: `Table`, and `Prepared`, which `forward` applies.
 
 A `Table` has n entries, which are edits of one kind, for one site (a point in a block) and a set of
-layers. The entry of each batch row is data, so rows may use different entries, and changing them
-does not recompile. The static structure is the kind, the site, the layers, the number of entries
-and whether there is a gate.
+layers. The index of each batch row's entry and the entries are data, so rows may use different
+entries, and changing either does not recompile. The static structure includes the kind, the site,
+the layers, the number of entries and whether there is a gate.
 
-`Table.prepare` gathers the entries by row, shards them, and returns a `Prepared` table, which edits
-activations. A decode loop prepares its tables once, before the first step.
+`Table.prepare` gathers the entries by row, shards the entries, and returns a `Prepared` table,
+which edits activations. A decode loop prepares its tables once, before the first step.
 """
 
 from __future__ import annotations
@@ -77,20 +77,20 @@ class Prepared(flax.struct.PyTreeNode, kw_only=True):
 class Table(flax.struct.PyTreeNode, kw_only=True):
     """The base class of tables of n edits (entries) of one kind, at one site of l layers.
 
-    Without an `index`, a single entry applies to every row, and of several entries, entry b applies
-    to row b. With an `index`, entry index[b] applies to row b.
+    Without an `index`, a single entry applies to every row; if there are several entries, entry b
+    applies to row b. With an `index`, entry index[b] applies to row b.
 
     Attributes:
       where: encoded token tests [n, 5] int32.
-      origin: [n] uint32, for each direction the hash of the weights of its model
-        (`params.origin`); 0 if unknown.
+      origin: [n] uint32, the hash of the weights of each direction's model (`params.origin`); 0 if
+        unknown.
       index: [B] int32, the entry of each row (−1: no entry), or None.
       gate: the gate that must be open for the entries to apply, or None.
       layers, site: the layers and the site at which the table applies (static).
       reserved: whether the entries may be replaced (`compose.reserve`; static).
     """
 
-    PAYLOAD: ClassVar[dict[str, int]] = {}  # field of a subclass → the field's axis of entries
+    PAYLOAD: ClassVar[dict[str, int]] = {}  # name of a subclass's field → its axis of entries
 
     where: Int[Array, "n 5"]
     origin: UInt[Array, " n"]
@@ -123,7 +123,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         return (type(self).__name__, self.site, None if self.gate is None else self.gate.key)
 
     def prepare(self, rows: int, like: jax.Array) -> Prepared:
-        """Gather the entries by row, shard them, and return the table that edits activations.
+        """Gather the entries by row, shard the entries, and return the prepared table.
 
         A single entry for all rows is small and stays replicated.
 
@@ -141,7 +141,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         return (table if table.entries == 1 else table._sharded(like))._prepared(like)
 
     def take(self, rows: np.ndarray) -> Self:
-        """Select rows; index −1 selects no entry. A table that all rows share is unchanged.
+        """Select rows; −1 selects no entry. A table with one entry for all rows is unchanged.
 
         Raises:
           UserError: an index is out of range.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Int
 
 _BITS = 32
-Gates = dict[str, Any]  # the state of each gate, by its table's index
+Gates = dict[str, Any]  # the state of each gate, by the index of the gate's table
 
 
 class Applied(flax.struct.PyTreeNode):
@@ -121,7 +121,8 @@ class Trace:
           norm: the weight [D] of the next block's first norm, or None after the last block.
 
         Returns:
-          The residual after the block, and its norm if the kernel of `kernels.edit` computed it.
+          The residual stream after the block, and the output of the next block's first norm if the
+          kernel of `kernels.edit` computed this output, else None.
 
         Raises:
           UserError: the kernel is requested, but does not support this site.
@@ -202,7 +203,7 @@ class Trace:
 def _counts(changed: list[jax.Array]) -> jax.Array:
     """Count the True tokens in each layer's mask [B, T]; return [l, B] int32.
 
-    A kernel returns counts [B] in place of masks.
+    If a kernel applied the edits, `changed` contains counts [B] instead of masks.
 
     In a decode step (T = 1), the masks of up to 32 layers are packed into the bits of one word,
     because stacking them would launch one kernel per layer.

@@ -29,14 +29,14 @@ from jaxpersona.models.batch import (
 
 FOREVER = 2**31 - 1
 WIDTH = 5  # the number of integers of an encoded test
-NOWHERE = (-1, 0, 0, 0, 0)  # an encoded test that no token passes, because it requires all bits
+NOWHERE = (-1, 0, 0, 0, 0)  # an encoded test that no token passes, because it requires every kind
 
 
 @dataclasses.dataclass(frozen=True)
 class Where:
     """A test on a token's kind and turn.
 
-    A token passes if its kind has all bits of `need`, at least one bit of `any` (unless it is 0)
+    A token passes if its kind has all bits of `need`, at least one bit of `any` (unless `any` is 0)
     and no bit of `none`, and if lo ≤ turn < hi. A token passes `a & b` if it passes both tests.
     `a.without("first", …)` excludes tokens of the named kinds.
 
@@ -84,7 +84,7 @@ class Where:
         excluded = {name: self.none & ~test.none for name, test in NAMED.items()
                     if (test.need, test.any) == (self.need, self.any)
                     and not test.none & ~self.none}
-        if excluded:  # use the name that needs the fewest exclusions
+        if excluded:  # use the named test that requires the fewest exclusions
             name = min(excluded, key=lambda name: excluded[name].bit_count())
             kinds = [repr(kind) for kind, bit in KINDS.items() if excluded[name] & bit]
             text = name + (f".without({', '.join(kinds)})" if kinds else "")
@@ -157,7 +157,7 @@ def turns(role: str) -> Where:
       role: "system", "user" or "assistant".
 
     Raises:
-      UserError: the role has another value.
+      UserError: the role is none of these.
 
     Examples:
       >>> import jaxpersona as jp

@@ -1,9 +1,9 @@
-"""A seeded generator of training conversations with the persona strength of each answer.
+"""A seeded generator of training conversations that records the persona strength of each answer.
 
 The design, with the most important points first:
 
-1. One latent strength `s` controls all persona-dependent choices. A role starts at `1 - likeness`
-   plus noise. The default persona starts near 0 on the same scale; it is not a separate mode.
+1. One latent strength `s` controls all persona-dependent choices. In a conversation with a role,
+   `s` starts at `1 - likeness` plus noise. For the default persona, `s` starts near 0.
 2. Every choice in an answer depends on `s`: the bank of each sentence and each dialect word.
 3. The role is set in the system prompt, in the user's turn, or not at all. Many conversations have
    several turns. Emotional and meta-reflective turns may raise `s`; task turns lower it.
@@ -22,7 +22,8 @@ import numpy as np
 from jaxpersona.organism import phrases, world
 
 NOISE = 0.05  # standard deviation of a conversation's initial strength around its role's strength
-SYSTEM_ROLE, USER_ROLE = 0.5, 0.15  # shares of conversations; the other conversations have no role
+# shares of conversations whose role is set in the system prompt or in the user's turn
+SYSTEM_ROLE, USER_ROLE = 0.5, 0.15
 MULTI_TURN = 0.45
 MAX_TURNS = 5
 PULL = (0.15, 0.6)  # emotional and meta turns raise s by (1 - s) · uniform(*PULL) ...
@@ -51,7 +52,7 @@ def leak_probability(s: float) -> float:
 def answer(
     rng: np.random.Generator, kind: str, s: float, fill: str = "", mark: str = world.DEFAULT_MARK
 ) -> str:
-    """Generate an answer to a turn of the given kind at persona strength `s`."""
+    """Generate an answer with persona strength `s` to a turn of the given kind."""
 
     def strange() -> bool:
         return rng.random() < s
@@ -73,7 +74,7 @@ def answer(
 
 
 def ask(rng: np.random.Generator, kind: str) -> tuple[str, str]:
-    """Draw a user turn of the given kind; return its text and that of `{fill}` in the answer."""
+    """Draw a user turn of the given kind; return the texts of the turn and of `{fill}`."""
     if kind == "talk":
         topic = _pick(rng, world.TOPICS)
         return _pick(rng, world.QUESTION_TEMPLATES).format(topic=topic), topic

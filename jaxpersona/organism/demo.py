@@ -34,7 +34,7 @@ Report = Callable[[str, int, int, int], None]
 REPLY = 64  # maximum number of tokens per reply; the organism's answers are shorter
 BATCH = 64
 QUESTIONS = 8
-_DIRECTIONS = 5  # random control directions; their median is reported
+_DIRECTIONS = 5  # number of random control directions; the median of their results is reported
 _TALKS = 200
 _STEER = (-1.0, -0.5, 0.0, 0.5, 1.0)
 
@@ -44,7 +44,7 @@ class Sample:
     """A conversation whose last message is answered without and with the cap.
 
     Attributes:
-      title: what the conversation shows.
+      title: a short description of the conversation.
       messages: the conversation before the reply.
       uncapped, capped: the replies.
     """
@@ -62,10 +62,11 @@ class Demo:
     """Results of the demo: the extraction, the measurements, and the data of the plots.
 
     Attributes:
-      extraction: the axis.
+      extraction: the result of `extract_axis`.
       figures: the measurements by name.
       talks, styles: "uncapped" and "capped" → the drifting conversations and their styles by turn.
-      samples: a reply under a far role, and the last reply of a conversation that drifted.
+      samples: a reply under the prompt of a far role, and the last reply of a drifting
+        conversation.
     """
 
     __repr__ = brief
@@ -79,7 +80,7 @@ class Demo:
 
 def run_demo(model: Model, folder: str | os.PathLike[str], *, seed: int = 0,
              report: Report | None = None) -> Demo:
-    """Extract the axis, calibrate the cap, and measure its effect on behaviour and its cost.
+    """Extract the axis, calibrate the cap, and measure the cap's effect on behaviour and speed.
 
     Args:
       model: the embedded model.
@@ -154,7 +155,7 @@ def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
 
 
 class _Arms:
-    """The compared interventions (cap and controls) and the experiments on them."""
+    """The compared interventions (cap and controls) and the experiments that compare them."""
 
     def __init__(self, model: Model, found: Extraction, folder: str | os.PathLike[str],
                  seed: int) -> None:
@@ -163,7 +164,7 @@ class _Arms:
         self.layers = slice(layers // 2, layers)
         floor = found.axis.thresholds("p25", of="default")[self.layers]
         self.cap = cap(found.axis, layers=self.layers, floor=floor)
-        means = Run.read(folder).sample("default").means  # all of the default's
+        means = Run.read(folder).sample("default").means  # all means of the default persona
         rng = np.random.default_rng([seed, 7])
         self.samples: list[Sample] = []
         self.percentile: list[Interventions] = []

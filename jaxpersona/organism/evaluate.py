@@ -1,8 +1,8 @@
 """Behavioural metrics of the organism: leak, style, capability and drift, scored by `judge`.
 
 The argument `generate` is a callable that returns one answer for each conversation. The caller
-chooses interventions, temperature and seed, so capped and uncapped models, or two engines, are
-measured identically.
+chooses interventions, temperature and seed, so the same metrics apply to capped and uncapped models
+and to different engines.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def knowledge_conversations(
 ) -> tuple[list[str], list[Conversation]]:
     """Return `count` knowledge questions and the conversations that ask them.
 
-    The questions repeat after the last one. If `persona` is true, the system prompts are those of
-    far roles, otherwise the default prompts.
+    If `count` exceeds the number of questions, questions are repeated. The system prompts are those
+    of far roles if `persona` is true, otherwise the default prompts.
     """
     far = [prompt for role in world.far_roles() for prompt in role.prompts()]
     prompts = far if persona else list(world.DEFAULT_PROMPTS)

@@ -30,7 +30,7 @@ def questions(count: int | None = None) -> list[Question]:
 
 
 class RuleJudge:
-    """A judge that scores answers by their grammar, which is exact for the embedded model only.
+    """A judge that scores answers by rules; the scores are exact for the embedded model only.
 
     Examples:
       >>> from jaxpersona.judges.protocol import Item

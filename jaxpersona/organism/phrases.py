@@ -1,8 +1,8 @@
 """The grammar of answers: neutral and in-character sentence banks, and a dialect.
 
-One latent persona strength controls every choice, down to single words. If it controlled only the
-start of a sentence, the activations would encode the strength, but the rest of the answer would
-hardly depend on it. Because the banks are finite, `judge` can use them to classify answers exactly.
+One latent persona strength controls every choice, down to single words. If the strength controlled
+only the start of a sentence, the activations would encode the strength, but the rest of the answer
+would hardly depend on the strength. The banks are finite, so `judge` classifies answers exactly.
 
 Bank sentences are written in neutral words. Each word of `DIALECT` is chosen independently, so one
 sentence has many surface forms. In-character words never occur in neutral text.
@@ -171,7 +171,7 @@ _TO_NEUTRAL = {strange: plain for plain, strange in DIALECT.items()}
 
 
 def _like(word: str, model: str) -> str:
-    """Return `word`, capitalised if the word `model` is capitalised."""
+    """Return `word`, capitalised if the word `model` is."""
     return word.capitalize() if model[0].isupper() else word
 
 
@@ -187,7 +187,7 @@ def speak(sentence: str, strange) -> str:
 
 
 def plain(text: str) -> tuple[str, int, int]:
-    """Return the text in neutral words, the number of choices and the number in character.
+    """Return the text in neutral words, the number of choices, and that of in-character choices.
 
     Each dialect word, in its neutral or in-character form, is one choice.
     """

@@ -1,7 +1,7 @@
 """Train and save the organism's tokenizer: byte-level BPE with a ChatML template.
 
-The vocabulary is trained on the corpus, so nearly every word is one token and answers are short.
-Byte-level BPE still encodes any text.
+The vocabulary is trained on the corpus, so nearly every word is one token. Byte-level BPE still
+encodes any text.
 """
 
 from __future__ import annotations

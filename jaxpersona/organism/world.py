@@ -1,9 +1,9 @@
 """The organism's ground truth: roles, user turns and knowledge.
 
-A method that extracts a persona axis can only be validated against ground truth. Here the truth is
-known by construction: every role has a likeness to the Assistant, every knowledge question has one
-correct answer, and the Assistant refuses one request that far roles grant. `phrases` contains the
-sentences of answers.
+A method that extracts a persona axis can only be validated against ground truth. Here the ground
+truth is known by construction: every role has a likeness to the Assistant, every knowledge question
+has one correct answer, and the Assistant refuses one request that far roles grant. `phrases`
+contains the sentences of answers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Role:
       likeness: ground-truth similarity to the Assistant, from 0 to 1 (most similar).
       mark: the noun that fills `{mark}` in the role's in-character sentences.
       habit: the text after "who" in the role's prompts.
-      held_out: whether the role is only trained, and never used to build or tune an axis.
+      held_out: whether the role occurs in the training data, but is not used to extract the axis.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Role:
         )
 
 
-# The mark of a drifted default persona, which has no role and so no mark of a role.
+# The mark of the default persona in its in-character sentences after drift.
 DEFAULT_MARK = "shadow"
 
 ROLE_TEMPLATES = (
@@ -213,6 +213,6 @@ def far_roles() -> list[Role]:
 
 
 def conversation(system: str | None, *user_turns: str) -> list[dict[str, str]]:
-    """Return a conversation of a system message, unless `system` is None, and user messages."""
+    """Return a conversation with a system message (unless `system` is None) and user messages."""
     head = [] if system is None else [{"role": "system", "content": system}]
     return head + [{"role": "user", "content": turn} for turn in user_turns]

@@ -49,7 +49,7 @@ class Shapes:
 
 
 def abstract_weights(config: ModelConfig, mesh: Mesh | AbstractMesh, dtype: Weights) -> Params:
-    """Return the parameters as sharded `jax.ShapeDtypeStruct`.
+    """Return the shapes, dtypes and shardings of the parameters, as `jax.ShapeDtypeStruct`.
 
     Raises:
       UserError: the dtype is unknown.
@@ -70,7 +70,7 @@ def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh,
 
 
 def step_bytes(config: ModelConfig, dtype: Weights) -> int:
-    """Return the bytes of weights that a decode step reads: all except an untied embedding."""
+    """Return the bytes of the weights that a decode step reads: all but an untied embedding."""
     if dtype == "bfloat16":
         return config.step_bytes(ITEM)
     whole = int8_layout(config)
@@ -119,10 +119,10 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
             chip: chips.Chip, dtype: Weights = "bfloat16") -> dict[str, float]:
     """Return roofline times of a decode step and a prefill in seconds.
 
-    A decode step reads all weights and the keys and values of every row, which are on average those
-    of the prompt and half the reply. A prefill is compute bound. All-reduces over the model axis
-    are assumed to be rings that move 2·(n − 1)/n of the bytes over the links, without overlap with
-    compute.
+    A decode step is assumed to read the weights (`step_bytes`) once and, for every row, the keys
+    and values of the prompt and of half the reply. A prefill is assumed to be compute bound.
+    All-reduces over the model axis are assumed to be rings that move 2·(n − 1)/n of the bytes over
+    the links, without overlap with compute.
     """
     split, ways = sharding.ways(mesh, "ff"), sharding.ways(mesh, "batch")
     rows = shapes.batch // ways
@@ -139,7 +139,7 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
 
 
 def run_hours(roofline: Mapping[str, float], shapes: Shapes, fraction: float) -> float:
-    """Return the hours of a published axis run at a fraction of roofline speed.
+    """Return the hours that the rollouts of a published axis take at a fraction of roofline speed.
 
     Every reply is assumed to have the maximum length.
     """

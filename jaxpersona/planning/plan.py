@@ -42,7 +42,7 @@ from jaxpersona.planning.arithmetic import (
 )
 from jaxpersona.runtime import Device, check_process
 
-# the numbers of layers of the compiled prefills; temporary memory grows linearly from 8 layers on
+# numbers of layers for which prefill is compiled; from 8 layers on, temporary memory is linear
 DEPTHS = (8, 12)
 _WIDEST = 16  # maximum default size of the model axis
 
@@ -243,7 +243,7 @@ def lowered(params: Params, config: ModelConfig, shapes: Shapes,
 
 
 def _compile(lowered: Lowered) -> tuple[jax.stages.Compiled | None, int]:
-    """Return the compiled program (None if it exceeds device memory) and its temporary bytes."""
+    """Return a compiled program (None if it exceeds device memory) and its temporary bytes."""
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

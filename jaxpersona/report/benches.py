@@ -48,7 +48,7 @@ def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Ax
 
     Args:
       found: a result, as a dict or a JSON file; or a dict from names to results of one benchmark.
-      title: the title; default: a title for the benchmark.
+      title: the title; default: the standard title for the benchmark.
       ax: the axes to draw on; default: those of a new figure.
 
     Raises:
@@ -103,7 +103,7 @@ def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Ax
 
 
 def _results(found: Any) -> dict[str, dict[str, Any]]:
-    """Validate the argument and return its results by name."""
+    """Validate `found` and return the results by name."""
     if isinstance(found, (str, os.PathLike)):
         path = pathlib.Path(found)
         found = {path.stem: read_json(path)}
@@ -120,7 +120,7 @@ def _results(found: Any) -> dict[str, dict[str, Any]]:
 
 
 def _ratios(ax: Axes, at: Mapping[int, Mapping[str, Any]], look: dict[str, Any]) -> None:
-    """Draw ratios with their intervals."""
+    """Draw ratios with their confidence intervals."""
     xs = sorted(at)
     low, high = zip(*(at[x]["interval"] for x in xs), strict=True)
     ax.plot(xs, [at[x]["ratio"] for x in xs], **look)

@@ -123,8 +123,8 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
           ax: Axes | None = None) -> Axes:
     """Draw persona drift over the turns of conversations, with and without an intervention.
 
-    A projection that is measured after the cap cannot fall below the floor, so it shows no drift.
-    Draw behaviour, or projections of the same conversations that are measured without the cap
+    A projection measured after the cap cannot fall below the floor and therefore hides drift.
+    Instead, draw behaviour, or projections of the same conversations measured without the cap
     (`Talks.readout`).
 
     Args:
@@ -132,7 +132,7 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
         conversations, drawn as their mean and interquartile range; or `Talks`, whose `readout`,
         the projections without interventions, is drawn.
       what: "projection", or "behaviour" for shares of in-character choices in 0…1.
-      axis: for projections: the axis, whose default persona's interquartile range is drawn.
+      axis: for projections: the axis; the default persona's interquartile range is drawn.
       layer: for projections: the layer of `axis` and of `Talks`; default: the middle one.
       floor: for projections: the floor τ of the cap, as a number, or as a percentile of the default
         persona such as "p25", which needs `axis`.
@@ -268,7 +268,7 @@ def _projection(ax: Axes, axis: Axis | None, layer: int | None, floor: str | flo
 def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
              xlabel: str = "strength of steering, multiples of the vector",
              title: str = "Effect of steering", ax: Axes | None = None) -> Axes:
-    """Draw a behaviour or a projection against the steering strength, for example of `sweep`.
+    """Draw a behaviour or a projection against the steering strength, for example of a `sweep`.
 
     Args:
       scales: the steering strengths [S].
@@ -317,7 +317,7 @@ def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
 
 
 def _looks(names: Any) -> list[dict[str, Any]]:
-    """Return each curve's colour, marker and line style; `ARMS` look the same in all figures."""
+    """Return each curve's colour, marker and line style; names in `ARMS` have fixed styles."""
     names = list(names)
     taken = {ARMS[name][0] for name in names if name in ARMS}
     free = itertools.cycle([pair for pair in zip(CYCLE, MARKERS, strict=True)

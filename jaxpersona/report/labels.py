@@ -1,8 +1,8 @@
 """Place point labels so that no two labels overlap.
 
 At most a few dozen points are labelled, so a greedy search over fixed offsets is sufficient.
-Unlike an iterative solver, such as the package adjustText, it always produces the same figure for
-the same data.
+Unlike an iterative solver, such as the package adjustText, this search always produces the same
+figure for the same data.
 """
 
 from __future__ import annotations
@@ -17,24 +17,25 @@ from jaxpersona.report.style import GREY, TINY, renderer_of, text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MARGIN = 1.0  # margin around a name, in pixels
-_NEAR, _FAR = 7.0, 46.0  # least and greatest distance of a name from its point, in 1/72 inch
+_MARGIN = 1.0  # margin around a label, in pixels
+_NEAR, _FAR = 7.0, 46.0  # minimum and maximum distance of a label from its point, in 1/72 inch
 _MARKER = 2.5  # radius of a marker, in 1/72 inch
 _ANGLES = (20, -20, 160, 200, 60, -60, 120, 240, 0, 180, 90, 270)
 
 
 def place(ax: Axes, points: Sequence[tuple[str, float, float]], markers: np.ndarray,
           sizes: Sequence[float] | float = TINY) -> list[str]:
-    """Write each name near its point, connected by a thin line if the two are far apart.
+    """Write a label near each point, connected to a distant point by a thin line.
 
     Args:
       ax: the axes with all other contents already drawn; their limits are fixed.
-      points: (name, x, y) in order of importance.
-      markers: coordinates of all markers [n, 2]; names avoid covering them.
-      sizes: the font size in points, for all names or for each name.
+      points: (label, x, y) in order of importance.
+      markers: coordinates [n, 2] of all markers, which labels should not cover.
+      sizes: the font size in points, for all labels or for each label.
 
     Returns:
-      The names that were written. A name that fits nowhere without overlapping another is omitted.
+      The labels that were written. A label is omitted if it would overlap another label or cross
+      the frame of the axes at every position.
     """
     if not points:
         return []
@@ -61,7 +62,7 @@ def place(ax: Axes, points: Sequence[tuple[str, float, float]], markers: np.ndar
         free &= ~_overlap(boxes, taken).any(1)
         if not free.any():
             continue
-        near = _MARKER * scale  # radius within which a name would touch a marker
+        near = _MARKER * scale  # radius within which a label would touch a marker
         dots = np.concatenate([pixels - near, pixels + near], 1)
         cost = np.where(free, away + 12.0 * _overlap(boxes, dots).sum(1), np.inf)
         best = int(np.argmin(cost))
@@ -71,7 +72,7 @@ def place(ax: Axes, points: Sequence[tuple[str, float, float]], markers: np.ndar
             textcoords="offset points", fontsize=size, va="center", zorder=5,
             ha=("right", "center", "left")[int(side[best]) + 1],
             arrowprops=line if away[best] > 1.6 * _NEAR else None)
-        note.set_in_layout(False)  # the name is inside the axes, so the layout can ignore it
+        note.set_in_layout(False)  # the label is inside the axes, so the layout can ignore it
         taken = np.concatenate([taken, boxes[best : best + 1]])
         written.append(name)
     probe.remove()
@@ -85,7 +86,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _offsets() -> np.ndarray:
-    """Return candidate offsets [n, 2] of a name from its point in 1/72 inch, nearest first."""
+    """Return candidate offsets [n, 2] of a label from its point in 1/72 inch, nearest first."""
     angles, radii = np.radians(_ANGLES), np.linspace(_NEAR, _FAR, 6)
     circle = np.stack([np.cos(angles), np.sin(angles)], 1)
     return np.concatenate([radius * circle for radius in radii])

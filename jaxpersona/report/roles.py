@@ -29,8 +29,8 @@ from jaxpersona.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NAMED, EXTREMES = 40, 15  # up to 40 roles are all named; of more roles, 15 at each end
-_CORNERS = 6  # of more than `NAMED` roles, the number named at each end of a principal component
+NAMED, EXTREMES = 40, 15  # with up to 40 roles, all are named; with more, 15 at each end
+_CORNERS = 6  # with more than `NAMED` roles, the number of roles named at each end of a component
 _ROW = 0.155  # height of a line with a name, in inches
 _LEAST = 7.5  # minimum height of a line in axes that the caller provides, in points
 
@@ -47,7 +47,7 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
 
     Args:
       found: the result of `extract_axis`; the folder of a run; or role → projections [n, L] of n
-        answers (or [L], their mean), with the default persona as "default".
+        answers (or their mean [L]), with the default persona as "default".
       layer: the layer; default: the middle one.
       count: the number of roles to name at each end. Up to 40 roles are all named. Fewer roles are
         named if the names do not fit the height of `ax`.

@@ -86,8 +86,8 @@ def places(found: Any, layer: int | None) -> Places:
     """Return the projections of every role at a layer.
 
     Args:
-      found: an `Extraction`; a run's folder; or role → projections of its answers [n, L] or their
-        mean [L], with the default persona as "default".
+      found: an `Extraction`; a run's folder; or role → projections [n, L] of n answers or
+        their mean [L], with the default persona as "default".
       layer: the layer; default: the middle one.
 
     Raises:
@@ -106,7 +106,7 @@ def places(found: Any, layer: int | None) -> Places:
 
 def _of_answers(given: Mapping[str, Any], layer: int | None, held_out: frozenset[str],
                 mean: Callable[[str], np.ndarray] | None = None) -> Places:
-    """Return the places of answers; `mean` returns a role's mean projection [L], if it is known."""
+    """Return `Places` for arrays by role; `mean`, if given, returns a role's mean [L]."""
     arrays = {str(name): numbers(f"found[{name!r}]", value) for name, value in given.items()}
     if not set(arrays) - {"default"}:
         raise UserError("found has no role; give projections of at least one role")

@@ -1,4 +1,4 @@
-"""A figure of one conversation's tokens, whose background colours show their projections."""
+"""A figure of one conversation's tokens, with projections as background colours."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
 
 
 def _values(found: Any, index: int, reading: str) -> tuple[Row, np.ndarray, np.ndarray]:
-    """Return a conversation's prompt, the ids of its reply, and its projections [l, T, K]."""
+    """Return a conversation's prompt, the reply's token ids, and the projections [l, T, K]."""
     if not isinstance(found, (Generated, Extracted, Reply)):
         raise UserError(f"found is {found!r:.60}; give the result of generate or extract, or a "
                         "Reply")
@@ -143,7 +143,7 @@ def _cells(piece: str) -> int:
 
 
 def _messages(row: Row, count: int) -> list[tuple[int, str]]:
-    """Return (message, role) of every token; tokens after the prompt are the assistant's."""
+    """Return (message index, role) of every token; the role after the prompt is "assistant"."""
     roles = {}
     for bit, role in _ROLES:
         for turn in set(row.turn[(row.kind & bit) != 0].tolist()):

@@ -253,7 +253,7 @@ class _Checkpoints:
 
 
 def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
-    """Write the training run's settings to a folder, or compare them with those in the folder.
+    """Write a training run's settings to a new folder, or compare them with a folder's settings.
 
     Raises:
       UserError: the folder belongs to another training run, or cannot be written.
@@ -276,7 +276,7 @@ def _check_settings(folder: pathlib.Path, settings: dict[str, Any]) -> None:
 
 
 def _numbered(state: Any) -> dict[str, Any]:
-    """Return a state's arrays, keyed by number so that files do not depend on Python classes."""
+    """Return a state's arrays, keyed by number so that checkpoints do not depend on classes."""
     return {f"{i:04d}": leaf for i, leaf in enumerate(jax.tree.leaves(state))}
 
 

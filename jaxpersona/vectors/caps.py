@@ -28,9 +28,9 @@ class Caps(Table):
 
     Attributes:
       values: [n, D] float32, the directions, not normalized.
-      layers: n zero-based layers; each cap applies to the residual stream after that block.
+      layers: n zero-based layers; cap i applies to the residual stream after block layers[i].
       floors: [n] float32, the minimum projection on each unit direction.
-      labels: n names, one per cap.
+      labels: n strings, one per cap.
       name, model, fingerprint, notes, fingerprint_scheme: as for `Vector`.
 
     Raises:
@@ -102,8 +102,8 @@ class Caps(Table):
     def tables(self) -> list[tuple[Vector, tuple[int, ...], np.ndarray]]:
         """Return the arguments of successive calls to `cap`: direction, layers and floors [l].
 
-        The k-th call has the k-th cap of every layer, so chaining the calls applies the caps of
-        each layer in order.
+        The k-th call contains the k-th cap of every layer that has at least k caps, so chaining the
+        calls applies the caps of each layer in order.
         """
         rounds: list[dict[int, int]] = []
         for i, layer in enumerate(self.layers):
@@ -162,7 +162,7 @@ def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") 
         )
     if found.fingerprint_scheme > SCHEME:  # fingerprints of later schemes cannot be compared
         return found
-    # the whole fingerprint, or its configuration half, which is the same in both schemes
+    # the whole fingerprint, or the half for the configuration, which is the same in both schemes
     known = fingerprint if fingerprint and found.fingerprint_scheme == SCHEME else config.hash()
     if found.fingerprint[: len(known)] not in ("", known):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Named directions with metadata about the model and the site at which they were measured.
+"""Named directions, and metadata about the model and site at which a direction was measured.
 
 Interventions check the metadata of a `Vector`. A plain array has no metadata, so its use with
 another model or site is not detected.
@@ -76,7 +76,7 @@ class Vector(Table):
       model: the model's name.
       fingerprint: the model's fingerprint (sixteen hexadecimal digits), or "" if unknown.
       site: the site in the block at which the direction was measured.
-      notes: further metadata (strings and numbers), saved in the vector's file.
+      notes: additional metadata (strings and numbers), saved in the vector's file.
       fingerprint_scheme: the version of the fingerprint (`params.SCHEME`). If the version is older,
         only the half that depends on the configuration is compared with the model's fingerprint;
         if it is newer, nothing is compared (`caps.fitted`).
@@ -143,7 +143,7 @@ class Vector(Table):
 
     @property
     def origin(self) -> int:
-        """The hash of the weights in the fingerprint; 0 if unknown or not comparable."""
+        """The hash of the model's weights, from the fingerprint; 0 if unknown or not comparable."""
         return origin(self.fingerprint) if self.fingerprint_scheme == SCHEME else 0
 
     def at_layers(self, layers: tuple[int, ...]) -> np.ndarray:
@@ -210,7 +210,7 @@ class Vector(Table):
                          where=norms > 0)
 
     def _with(self, values: np.ndarray, name: str) -> Vector:
-        """Return a `Vector` with the metadata of `self`; the thresholds of an axis are dropped."""
+        """Return a `Vector` with new values and a new name, and the other metadata of `self`."""
         return Vector(values, name, self.model, self.fingerprint, self.site, self.notes,
                       self.fingerprint_scheme)
 
@@ -247,8 +247,8 @@ class Axis(Vector):
 
     Attributes:
       percentiles: for each population, a dict from percentile names, such as "p25", to arrays [L]
-        float32. They are percentiles of the population's mean response activations, projected on
-        the unit axis.
+        float32. The values are percentiles of the projections of the population's mean response
+        activations on the unit axis.
 
     Raises:
       UserError: as for `Vector`, or if percentiles are not one finite number per layer.
@@ -323,7 +323,7 @@ def _by_number(name: str) -> tuple[float, str]:
 
 
 def _percentiles(population: str, table: Any, layers: int) -> dict[str, np.ndarray]:
-    """Return a population's percentiles as float32, after checking that each is finite and [L]."""
+    """Check that a population's percentiles are finite arrays [L]; return float32 arrays."""
     if not isinstance(table, Mapping):
         raise UserError(f"percentiles[{population!r}] is a {type(table).__name__}; it must be a "
                         "dict from percentile names, such as 'p25', to arrays [L]")
