@@ -26,8 +26,8 @@ class Agreement:
       table: [K, K] numbers of replies, by the labels of A (rows) and B (columns).
       both: the number of replies with a score from both judges.
       equal: the fraction of these replies with equal scores.
-      kappa: Cohen's kappa with linear weights, 1 − d / e: d is the mean of |a − b| over replies, and
-        e its mean over all pairs of a score of A and a score of B. NaN if e is 0.
+      kappa: Cohen's kappa with linear weights, 1 − d / e. d is the mean of |a − b| over replies; e
+        is the mean of |a − b| over all pairs of a score of A and a score of B. NaN if e is 0.
       interval: the 95 % bootstrap interval of kappa, resampled over replies.
       difference: the mean over replies of A's score minus B's score.
       roles: role → (number of replies, fraction of equal scores, kappa, difference).

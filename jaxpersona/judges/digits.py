@@ -66,8 +66,8 @@ class Readings:
 class DigitJudge:
     """Score replies with a model's probabilities of the scale's integers after the rubric's prompt.
 
-    If each integer is one token, as 0 to 3 are, scoring a reply takes one forward pass, and no token
-    is generated (Chen et al. 2025 score traits this way). If the tokenizer splits 57 into 5 and 7,
+    If each integer is one token, as 0 to 3 are, scoring a reply takes one forward pass, without
+    generation (Chen et al. 2025 score traits this way). If the tokenizer splits 57 into 5 and 7,
     p(57) = p(5)·p(7 | 5), and the probability of the score 5 is that of a 5 that no digit follows.
     This takes one further pass for each first digit of probability `LEAST_BRANCH` or more.
 
@@ -107,7 +107,7 @@ class DigitJudge:
 
     @property
     def after(self) -> bool:
-        """Whether the model is not loaded yet; the run's model can be released before it is."""
+        """Whether the judging model is not loaded yet (`Judge`)."""
         return self._model is None
 
     @property
@@ -127,7 +127,7 @@ class DigitJudge:
 
     @property
     def name(self) -> str:
-        """The judge's name. It contains the model's fingerprint, so reading it may load the model."""
+        """The judge's name; as it contains the model's fingerprint, the model may be loaded."""
         if not self._name:
             self.identify(self.model)
         return self._name

@@ -41,8 +41,8 @@ class HttpJudge:
       concurrency: the maximum number of requests in progress at the same time.
       rpm, tpm: the maximum numbers of requests and tokens per minute; None: no limit.
       budget: the limit for all requests in the journal, also those of earlier runs; None: no limit.
-      price: (price of prompts, price of answers) in USD per million tokens, or None. If the endpoint
-        returns the cost of an answer, that cost is used instead.
+      price: (price of prompts, price of answers) in USD per million tokens, or None. If the
+        endpoint returns the cost of an answer, that cost is used instead.
       backoff: seconds to wait before a failed request is sent again the first time; default: 0.5.
 
     Raises:
@@ -127,13 +127,13 @@ class HttpJudge:
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
         """Yield one verdict per item in the order of completion; first those from the journal.
 
-        Items with equal prompts share one request. If all requests for an item fail, its verdict has
-        an `error`.
+        Items with equal prompts share one request. If all requests for an item fail, the item's
+        verdict has an `error`.
 
         Raises:
           JudgeStopped: the budget is used up, the endpoint rejects all requests or asks for a long
-            wait, too many consecutive prompts failed, or the judge was closed. All finished verdicts
-            are yielded first.
+            wait, too many consecutive prompts failed, or the judge was closed. All finished
+            verdicts are yielded first.
           UserError: a role has no `eval_prompt`, or the journal cannot be used.
         """
         groups: dict[str, tuple[str, list[Item]]] = {}

@@ -64,9 +64,9 @@ class Judge(Protocol):
 
     A judge may also have these attributes, which are read with `getattr`. `reads_eval_prompt` is
     True if the judge needs the `eval_prompt` of every role. `together` is True if the judge runs a
-    model that is sharded over the processes of a run, so that all processes must call the judge;
-    other judges are called by one process per role. `after` is True if the judge loads its model
-    later, after the rollouts are generated.
+    model that all processes of a run execute together, so that all processes must call the judge;
+    other judges are called by one process. `after` is True if the judge loads its model only after
+    the rollouts are generated.
 
     Attributes:
       name: identifies the judge in a run. Judges that can give different verdicts on the same item

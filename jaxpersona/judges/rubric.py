@@ -104,6 +104,6 @@ TRAITS = Rubric(TRAIT_SCALE, refusal=REFUSAL)
 
 
 def of_trait(trait: Trait) -> Role:
-    """Return a `Role` for the `Item`s of a trait, whose prompts are the trait's positive prompts."""
+    """Return a trait as a `Role` for `Item`; its prompts are the trait's positive prompts."""
     return Role(trait.name, tuple(positive for positive, _ in trait.pairs), trait.eval_prompt,
                 trait.description)
