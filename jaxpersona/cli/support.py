@@ -50,7 +50,7 @@ def progress(log: bool = False, note: Callable[[], str] | None = None,
     """Context manager that shows the progress, rate and remaining time of steps.
 
     The context manager yields a function report(step, done, total, tokens). Only the first process
-    shows the progress: at a terminal as bars, else, if `log` is True, as a line every `LOG_SECONDS`.
+    shows the progress: bars at a terminal, else, if `log` is True, one line every `LOG_SECONDS`.
     For the step "judging", the text of `note()` is also shown, such as the cost so far.
     """
     from jaxpersona.distributed import processes
