@@ -102,7 +102,7 @@ def _floor(axis: Axis, percentile: str | None, of: str | None) -> np.ndarray:
 
 
 def spec_edits(model: Model, spec: Any, file: pathlib.Path, check: bool) -> Interventions:
-    """Return the interventions of `--spec`, after a self-test of its caps if `check` is True.
+    """Return the interventions of `--spec`, after a self-test of the caps if `check` is True.
 
     Raises:
       UserError: the file contains invalid interventions, or a cap fails the self-test.

@@ -35,8 +35,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line.
 
     If an argument is invalid or a file cannot be read, the program prints one line to standard
-    error and exits with code 2. After SIGINT or SIGTERM, it prints which results were saved and
-    exits with code 128 plus the signal number.
+    error and exits with code 2. After SIGINT or SIGTERM, the program prints which results were
+    saved and exits with code 128 plus the signal number.
 
     Args:
       arguments: the command-line arguments; default: those of the process.

@@ -52,7 +52,7 @@ def console(error: bool = False) -> Console:
 def prepared() -> Iterator[None]:
     """Context manager: print unencodable characters as escapes, and each warning as one line.
 
-    An escape, such as \\u2028, replaces a character that the encoding of the stream cannot represent.
+    An escape, such as \\u2028, replaces a character that the encoding of the stream does not have.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # the caller may have replaced the stream

@@ -11,7 +11,7 @@ from jaxpersona.brief import brief
 from jaxpersona.errors import UserError
 
 _SAMPLES = 2000  # bootstrap samples
-_SHOWN = 12  # highest score up to which the table has one row per score; else one per ten scores
+_SHOWN = 12  # if a score is higher, a row of the table covers ten scores instead of one
 
 
 @dataclasses.dataclass(frozen=True)

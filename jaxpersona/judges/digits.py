@@ -72,8 +72,8 @@ class DigitJudge:
     This takes one further pass for each first digit of probability `LEAST_BRANCH` or more.
 
     Args:
-      model: the judging model, with a tokenizer, or a function without arguments that loads it. The
-        function is called at the first use. The evaluated model may also be the judge.
+      model: the judging model, which needs a tokenizer, or a function without arguments that loads
+        this model at the first use. The evaluated model may also be the judging model.
       rubric: the prompt and the scale; default: each role's `eval_prompt`, scores 0 to 3.
       batch_tokens: the number of tokens per batch (`engine.scoring.next_logprobs`).
 
@@ -285,6 +285,6 @@ def _starts(tokenizer: Any, word: str) -> list[int]:
     for text in (word, f" {word}"):
         ids = list(tokenizer(text, add_special_tokens=False).input_ids)
         tokens = tokenizer.convert_ids_to_tokens(ids)
-        # skip a token of spaces only: any other word may follow it
+        # skip a token that is only a space: any word may follow such a token
         found += [i for i, token in zip(ids, tokens, strict=True) if token.lstrip("Ġ▁")][:1]
     return list(dict.fromkeys(found))

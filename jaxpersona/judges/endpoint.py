@@ -134,7 +134,7 @@ class Endpoint:
         return Reply(self._clean(text), before, after, usd)
 
     def _refused(self, error: Any, length: str) -> Failure:
-        """Return the `Failure` for an HTTP error of a request; `length` is its limit's name."""
+        """Return the `Failure` for an HTTP error; `length` is the request's name of max_tokens."""
         status, message = error.status_code, self._clean(str(error.message))
         if status == 400 and length == "max_tokens" and "max_completion_tokens" in message:
             self._length = "max_completion_tokens"

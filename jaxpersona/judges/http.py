@@ -215,7 +215,7 @@ class HttpJudge:
             yield from self._verdicts(members, *outcome)
 
     def _verdicts(self, members: list[Item], said: str, cost: float) -> Iterator[Verdict]:
-        """Yield one verdict per item from the answer to their prompt; only the first has a cost."""
+        """Yield the verdicts on items with equal prompts; the first verdict has the whole cost."""
         score, refused = self.rubric.read(said)
         known = self._price is not None or cost > 0
         for i, item in enumerate(members):
@@ -269,7 +269,7 @@ class HttpJudge:
         return str(failure)
 
     def _react(self, failure: Failure) -> None:
-        """Stop the judge or delay all requests, if a failure affects requests other than its own.
+        """Stop the judge or delay all requests, if a failure also affects other requests.
 
         Raises:
           _Halt: the judge was stopped.
@@ -289,8 +289,8 @@ class HttpJudge:
     def _reserve(self, key: str, bound: float, stopped: threading.Event) -> None:
         """Wait until the budget allows a request, and write the request to the journal.
 
-        Requests in progress count with the upper bounds of their costs. A further request may fit
-        into a budget in USD once their costs are known.
+        Requests in progress count with the upper bounds of their costs. When the actual costs are
+        known, a further request may fit into a budget in USD.
 
         Raises:
           _Halt: the budget does not allow the request, or the judge was stopped.

@@ -17,7 +17,7 @@ from jaxpersona.judges.protocol import ROLE_SCALE, Item, Verdict
 COLUMNS: tuple[str, ...] = ("item", "role", "description", "system_prompt", "question", "answer",
                             "score", "digest")
 UNDECIDED = ("?", "none")  # entries of the column `score` for a reply that cannot be decided
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a cell that begins so is a formula in spreadsheets
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # spreadsheets run cells that begin with one of these
 
 
 class HumanJudge:
@@ -87,7 +87,7 @@ def row_of(item: Item) -> dict[str, str]:
              "system_prompt": item.system_prompt, "question": item.question,
              "answer": item.answer, "score": "", "digest": digest_of(item)}
     return {name: (f"'{text}" if text.startswith(_FORMULA) else text)
-            .encode("utf-8", "replace").decode() for name, text in cells.items()}  # no surrogates
+            .encode("utf-8", "replace").decode() for name, text in cells.items()}  # surrogates → ?
 
 
 def score_of(row: Mapping[str, str], scale: Sequence[int], path: pathlib.Path) -> int | str | None:

@@ -6,8 +6,8 @@ Each line after the first is a JSON object. `{"sent": key, "cost": c}` is writte
 is sent, where c is an upper bound of its cost in USD. `{"key": key, "said": text, "cost": c, …}`
 records an answer, and `{"failed": key, "error": text, "cost": c}` a failed request. The cost of a
 request without such a line is the upper bound. A key is a digest of the judge's model, settings and
-prompt. If a process is killed, the last line may be incomplete; it is removed when the journal is
-opened again.
+prompt. If a process is killed, the last line may be incomplete; such a line is removed when the
+journal is opened again.
 """
 
 from __future__ import annotations

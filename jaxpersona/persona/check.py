@@ -4,7 +4,7 @@ A cap with the wrong sign, shifted layers or wrong floors raises no error, but p
 has no effect. The check generates short replies as the default persona and in roles far from the
 Assistant, and makes three tests:
 
-    sign     the replies of the default persona project higher on the axis than those in roles
+    sign     the replies of the default persona project higher on the axis than the replies in roles
     layers   the difference between the two mean activations has the highest cosine with the axis
              if the layers of the axis are not shifted
     floors   the floors are neither far above nor far below the projections
@@ -297,8 +297,9 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
     rows = {layer: normalised(row)[0] for layer, row in pairs if row.any()}
     unit, _ = normalised(difference)
     shifts = (-2, -1, 0, 1, 2)
-    # Fix the layer of the difference and shift the direction. The opposite would, for any
-    # direction, favour the layer where roles differ most from the default persona.
+    # Compare the difference at each layer i with the direction of layer i - s. If the layer of the
+    # difference were shifted instead, the layer where roles differ most from the default persona
+    # would fit best for any direction.
     seen = [i for i in range(len(unit)) if all(i - s in rows for s in shifts)]
     if len(seen) < 3:
         return (True, "layers: too few layers to detect a shift of the axis"), None
@@ -318,7 +319,7 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
 
 def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
            floors: np.ndarray, spread: np.ndarray, centre: np.ndarray) -> tuple[bool, str]:
-    """Test the floors: reject those far above the default projections or far below the roles'.
+    """Test the floors: reject floors far above the default or far below the role projections.
 
     A floor above the default persona's median (`centre`) passes with a warning.
     """

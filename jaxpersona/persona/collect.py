@@ -232,7 +232,7 @@ class Collection:
         """Judge the rollouts of a role whose rollouts are all generated, and close the role.
 
         If the judge has its own thread, unjudged rollouts are only sent to it, and `_judged` closes
-        the role later. All processes must call this for the same roles in the same order.
+        the role later. All processes must call this method for the same roles in the same order.
         """
         state = self._state(name) if self._owned[name] else None
         keys = [] if state is None else state.unjudged(name)
@@ -274,10 +274,10 @@ class Collection:
         self.status.failed += len(failed)
 
     def _close(self, name: str) -> None:
-        """Close a role; all processes must call this together."""
+        """Close a role; all processes must call this method for the same roles."""
         state = self._state(name) if self._owned[name] else None
         means: Iterator[Any] | None = None
-        if processes.many():  # all processes run the model
+        if processes.many():  # all processes must run the model together
             again: Any = processes.merge(
                 {} if state is None else {"again": needed(state, name)})["again"]
             means = iter(list(reread(self.model, again)))

@@ -54,7 +54,7 @@ def contrast(
         "last", the activation of the last token of the prompt, which includes the generation
         prompt; "prompt", the mean over the content tokens of system and user messages. Default:
         "response" if all texts end with an assistant message, "last" if none does.
-      layers: the layers of the direction, default all; it is zero at the other layers.
+      layers: the layers of the direction; default: all. The direction is zero at other layers.
       name: the name of the direction.
 
     Returns:

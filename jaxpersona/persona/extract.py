@@ -98,7 +98,7 @@ def extract_axis(
                         "score(items), such as NoJudge()")
     check_redo(redo, roles)
     check_keep(keep_means)
-    require("sklearn", "the axis's principal components need scikit-learn")  # used at the end
+    require("sklearn", "the axis's principal components need scikit-learn")  # fail early
     expected = manifest(model, roles, questions, judge.name, settings,
                         check_prompts(model, roles, questions), min_count=min_count,
                         held_out=sorted(held_out), keep_means=keep_means)

@@ -276,7 +276,7 @@ def describe(found: Forecast, *, judge: str, cost: float | None = None) -> list[
 
 
 def hours(seconds: float) -> str:
-    """Return a duration as text in hours; if it is short, also in minutes or seconds."""
+    """Return a duration as text in hours and, if shorter than two hours, in minutes or seconds."""
     if not np.isfinite(seconds):
         return "unknown hours: no token was generated in the sample; give it more seconds"
     if seconds < 600:

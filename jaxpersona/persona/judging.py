@@ -72,7 +72,7 @@ class Judging:
                 return found
             if isinstance(one, BaseException):
                 if found:
-                    self._done.put(one)  # the next call raises the error
+                    self._done.put(one)  # the next call of `take` raises the error
                     return found
                 raise one
             self._left -= 1

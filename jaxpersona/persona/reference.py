@@ -76,8 +76,8 @@ def reference(vector: Vector, layer: int, file: str | os.PathLike[str] | None = 
     Args:
       vector: the direction.
       layer: the layer.
-      file: the file of the direction. If it is in the folder of a run of the same model, the roles'
-        mean projections are read from the run's `analysis.json`.
+      file: the file of the direction. If this file is in the folder of a run of the same model, the
+        roles' mean projections are read from the run's `analysis.json`.
 
     Returns:
       The reference values, or None if the direction is not an axis with the default persona's

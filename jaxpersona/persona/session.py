@@ -100,8 +100,8 @@ def _never() -> bool:
 class Session:
     """A conversation whose last reply can be repeated with and without the interventions.
 
-    Requests with and without the interventions have the same structure. They therefore use the same
-    compiled programs, and `compare` generates both replies in one batch.
+    Requests with and without the interventions have the same structure, so all replies use the same
+    compiled programs, and `compare` generates two replies in one batch.
 
     Attributes:
       model: the model.

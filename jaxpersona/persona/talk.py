@@ -114,8 +114,8 @@ class Talks:
     Attributes:
       replies: M lists of N replies.
       projections: [M, N, L] float32, the mean projection of each reply, computed during generation
-        and after the interventions; NaN for an empty reply. At a capped layer, the projection is
-        never below the floor, so it does not measure drift.
+        and after the interventions; NaN for an empty reply. At a capped layer, these projections
+        are never below the floor, so they do not measure drift.
       readout: [M, N, L] float32, the mean projection of each reply, computed by a forward pass over
         the finished conversation without interventions; None if not requested.
     """

@@ -149,7 +149,7 @@ def _usable(sums: Sums | None, scores: Mapping[str, int | None]) -> Sums:
 
 
 def save_verdicts(run: Run, role: str, state: State, judge: str, rubric: str) -> dict[str, Any]:
-    """Write the verdicts on a role's rollouts to its scores file.
+    """Write the verdicts on a role's rollouts to the role's scores file.
 
     Returns:
       key → score, for the verdicts that did not fail.

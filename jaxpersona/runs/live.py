@@ -4,9 +4,10 @@
     live/<role>.means            the response means, [n, L, D] float32 without a header
     live/<role>.verdicts.jsonl   one line per verdict of a judge
 
-The first line of a JSONL file contains the role and its binding. Lines are only appended, and every
-line has a checksum. The checksum of a rollout also covers its mean. If a process is killed at any
-time, all complete lines stay valid, and the rest is removed when the files are opened again.
+The first line of a JSONL file contains the role and its binding. Each new rollout or verdict is
+appended as one line with a checksum. The checksum of a rollout also covers its mean. If a process
+is killed at any time, all complete lines stay valid, and an incomplete line is removed when the
+files are opened again.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Live:
           binding: the digest of what determines the role's rollouts (`Run.binding`); files with
             another binding are not valid.
           shape: (L, D), the shape of a response mean.
-          repair: whether to remove invalid data from the files; otherwise they are ignored.
+          repair: whether to remove invalid data from the files; otherwise such data is ignored.
 
         Raises:
           UserError: a file cannot be read or written, or is not a regular file.

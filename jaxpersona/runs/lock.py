@@ -19,7 +19,7 @@ _OF_WORKER = re.compile(r"\.lock(\.[1-9][0-9]{0,8})?")
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, worker: int = 0) -> Iterator[None]:
-    """Hold a folder's lock file; the operating system releases it when the process ends.
+    """Lock a folder; the operating system releases the lock when the process ends.
 
     Args:
       folder: an existing folder.
@@ -27,8 +27,8 @@ def locked(folder: pathlib.Path, worker: int = 0) -> Iterator[None]:
         lock first: it checks that no process of another run holds a lock on the folder.
 
     Raises:
-      UserError: another process holds the lock (the message contains its id and host), the folder
-        cannot be locked, or the lock path is not a regular file.
+      UserError: another process holds the lock (the message contains the process id and the host),
+        the folder cannot be locked, or the lock path is not a regular file.
     """
     path = folder / (NAME if worker == 0 else f"{NAME}.{worker}")
     handle = _take(path)
@@ -85,6 +85,6 @@ def _take(path: pathlib.Path) -> int:
 
 
 def _release(path: pathlib.Path, handle: int) -> None:
-    # remove the file before unlocking: once unlocked, another process may lock it
+    # remove the file before unlocking: an unlocked file may be locked by another process at once
     path.unlink(missing_ok=True)
     os.close(handle)

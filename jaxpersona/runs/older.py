@@ -1,4 +1,4 @@
-"""Reading run folders of format 2: a new run can copy their rollouts, means and scores."""
+"""Read run folders of format 2, so that a new run can copy the rollouts, means and scores."""
 
 from __future__ import annotations
 

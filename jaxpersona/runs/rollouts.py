@@ -32,8 +32,8 @@ class Settings:
 
     Attributes:
       samples: the number of rollouts per prompt and question.
-      batch_size: the number of batch rows. It is the same for the whole run, because it can change
-        the rounding of the results.
+      batch_size: the number of batch rows. It cannot change within a run, because the rounding of
+        results depends on it.
       share_prefix: whether to compute the KV cache of a system prompt once for all questions. The
         rounding of the results then differs from that without sharing.
     """
@@ -90,7 +90,7 @@ def keys_of(role: Role, questions: Sequence[Question], settings: Settings) -> li
 def rollout_key(record: Mapping[str, Any]) -> str:
     """Return the key that identifies a rollout within its role.
 
-    It consists of the label, the indices of prompt and question, and, if not 0, the sample.
+    The key consists of the label, the indices of prompt and question, and, if not 0, the sample.
     """
     key = f"{record['label']}_p{record['prompt_index']}_q{record['question_index']}"
     return f"{key}_s{record['sample']}" if record.get("sample") else key

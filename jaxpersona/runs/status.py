@@ -26,7 +26,7 @@ class Status:
       total: the number of rollouts of the complete run.
       done: the number of rollouts that the folder contains.
       to_judge: the number of rollouts of the complete run that a judge scores.
-      judged: the number of those that have a verdict.
+      judged: the number of rollouts with a verdict that did not fail.
       failed: the number of verdicts that failed.
       tokens: the number of tokens that this call generated.
       cost: the cost of this call's verdicts in USD.

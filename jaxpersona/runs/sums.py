@@ -95,8 +95,8 @@ class Sample:
     """The response means of a sample of a role's rollouts.
 
     A response mean is stored as its bfloat16 difference from a common base. In some channels of the
-    residual stream, values are much larger than their differences between rollouts, so rounding the
-    values themselves to bfloat16 would lose the differences.
+    residual stream, the differences between rollouts are much smaller than the values. Rounding the
+    values to bfloat16 would lose these differences.
 
     Attributes:
       keys: the keys of the k rollouts, in the order of the rollouts.
@@ -125,8 +125,8 @@ def sampled(keys: Iterable[str], before: Sample | None, mean: Callable[[str], np
 
     Args:
       keys: the keys of the rollouts; those without a known mean are omitted.
-      before: an earlier sample or None. Its base is reused, and so are its means.
-      mean: returns the response mean [L, D] of a rollout, or None if it is unknown.
+      before: an earlier sample, whose base and means are reused, or None.
+      mean: returns the response mean [L, D] of a rollout, or None if the mean is unknown.
       shape: (L, D).
     """
     place = {key: i for i, key in enumerate(before.keys)} if before is not None else {}
