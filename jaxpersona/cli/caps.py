@@ -166,5 +166,5 @@ def _test(model: Model, held: Axis | Caps, at: str = "", **options: Any) -> None
 
 
 def _say(what: str) -> None:
-    """Print a line about the self-test."""
+    """Print a line about the self-test to standard error."""
     say(f"check: {what}", error=True)

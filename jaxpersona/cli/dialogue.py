@@ -166,7 +166,7 @@ class Dialogue:
             say("/help lists the commands; press Ctrl-D to leave", error=True)
 
     def _reply(self, text: str) -> None:
-        """Print the reply to a message."""
+        """Generate and print the reply to a message."""
         from jaxpersona.persona.session import ContextFull
 
         self.cancelled = False
@@ -180,7 +180,7 @@ class Dialogue:
             say(f"  [{self._note(turn)}]", error=True)
 
     def _compare(self) -> None:
-        """Print the last reply without and with the interventions."""
+        """Generate the last reply again without and with the interventions, and print both."""
         self.cancelled = False
         both = self.session.compare(self._is_cancelled)
         for name in ("without", "with"):

@@ -198,7 +198,7 @@ def _print(records: Sequence[dict[str, Any]], monitor: Monitor | None, compare: 
 
 def _stream(model: Model, talk: Conversation, edits: Interventions, monitor: Monitor | None,
             settings: dict[str, Any]) -> None:
-    """Print one reply while it is generated."""
+    """Generate one reply and print its text during generation."""
     from jaxpersona.engine.engine import Engine
     from jaxpersona.engine.request import Request
     from jaxpersona.persona.monitor import NAME, edit_counts

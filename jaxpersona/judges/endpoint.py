@@ -111,7 +111,7 @@ class Endpoint:
                           maybe_paid=True) from None
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections to the endpoint."""
         self._client.close()
 
     def _reply(self, found: Any) -> Reply:
@@ -172,7 +172,7 @@ def retry_after(headers: Any, now: float | None = None) -> float | None:
 
 
 def _unconnected(cause: BaseException | None) -> bool:
-    """Return whether a request was never sent."""
+    """Return whether a connection error, by its cause, occurred before the request was sent."""
     return type(cause).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
 
 

@@ -108,7 +108,7 @@ def score_of(row: Mapping[str, str], scale: Sequence[int], path: pathlib.Path) -
 
 
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, str]]) -> None:
-    """Write rows as a CSV file that spreadsheets open.
+    """Write rows (`row_of`) as a CSV file that spreadsheet programs can open.
 
     Raises:
       UserError: the file cannot be written.

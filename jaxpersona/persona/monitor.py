@@ -146,12 +146,12 @@ class EditCount:
 
 def edit_counts(edits: Interventions, applied: Sequence[Applied],
                 index: int | None = None) -> list[EditCount]:
-    """Return the counts of each intervention in one conversation.
+    """Return one `EditCount` per intervention, for one conversation.
 
     Args:
       edits: the interventions.
       applied: `Reply.applied`, or `Generated.applied` if `index` is given.
-      index: the index of the conversation.
+      index: the index of the conversation in `Generated`.
     """
     at = () if index is None else (index,)
     return [EditCount(repr(table), list(table.layers),

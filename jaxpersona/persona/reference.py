@@ -56,7 +56,7 @@ class Reference:
         return (value - self.percentiles[50.0]) / max(spread, 1e-6)
 
     def place(self, value: float) -> str:
-        """Return the default persona's percentiles around a value, such as "p25–p50"."""
+        """Return the default persona's percentiles below and above a value, such as "p25–p50"."""
         known = list(self.percentiles.items())
         below = [name for name, at in known if at <= value]
         above = [name for name, at in known if at > value]

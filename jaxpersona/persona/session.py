@@ -149,7 +149,7 @@ class Session:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The conversation as a list of {"role", "content"}."""
+        """The conversation, with its system prompt, as a list of {"role", "content"}."""
         return self._talk(self.turns)
 
     def reply(self, message: str, cancelled: Callable[[], bool] = _never) -> Iterator[Piece]:

@@ -92,7 +92,7 @@ class Live:
             {key: dict(verdict) for key, verdict in verdicts.items()})
 
     def forget(self, judge: str) -> None:
-        """Remove the verdicts of a judge."""
+        """Remove all verdicts of a judge from the live files."""
         self.verdicts.pop(judge, None)
         if not self.verdicts:
             self._judged.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ class Older:
     """A run folder of format 2, opened read-only."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Read the manifest.
+        """Read the manifest of a run folder.
 
         Raises:
           UserError: the folder contains no run of format 2.
@@ -39,7 +39,7 @@ class Older:
 
     @property
     def judge(self) -> str:
-        """The name of the judge."""
+        """The name of the run's judge, or ""."""
         return str(self.manifest.get("arguments", {}).get("judge", ""))
 
     def check(self, manifest: Mapping[str, Any]) -> None:

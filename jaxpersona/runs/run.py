@@ -204,7 +204,7 @@ class Run:
         return str(self.manifest.get(LAST, {}).get("judge", ""))
 
     def path(self, part: str, role: str, judge: str | None = None) -> pathlib.Path:
-        """Return the path of a role's rollouts, samples, vectors, scores or sums."""
+        """Return the path of a role's file (`files.path_of`); default: the last call's judge."""
         return path_of(self.folder, part, role, self.judge if judge is None else judge)
 
     def live(self, role: str, shape: tuple[int, int], *, repair: bool = True) -> live.Live:
