@@ -1,1 +1,1 @@
-"""The command `jaxpersona`."""
+"""The command-line program `jaxpersona`."""

@@ -1,4 +1,4 @@
-"""`python -m jaxpersona.cli` runs the command."""
+"""Run the command `jaxpersona` with `python -m jaxpersona.cli`."""
 
 from jaxpersona.cli.main import main
 

@@ -212,7 +212,10 @@ def axis(
 def _texts(model: str, roles: str | None, questions: str | None, limit: int | None,
            limit_questions: int | None, held_out: str, own: bool,
            ) -> tuple[list[Role], list[Question], list[str]]:
-    """Return the roles, the questions and the names of the held-out roles."""
+    """Return (roles, questions, names of the held-out roles) from the options.
+
+    `own` is True for the roles of `mini`.
+    """
     from jaxpersona.data import texts
     from jaxpersona.organism import method
 
@@ -236,10 +239,10 @@ def _texts(model: str, roles: str | None, questions: str | None, limit: int | No
 
 
 def _kept(text: str) -> int | None:
-    """Return the value of `--keep-means`; None is `all`.
+    """Parse the value of `--keep-means`; return None for `all`.
 
     Raises:
-      UserError: it is neither a number nor `all`.
+      UserError: the value is neither `all` nor an integer of at least 2.
     """
     from jaxpersona.runs.sample import check_keep
 

@@ -1,4 +1,4 @@
-"""The `--cap` and `--spec` options of `generate` and `chat`, and the self-test of their caps."""
+"""The options `--cap` and `--spec` of `generate` and `chat`, and the self-test of the caps."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 
 
 def open_caps(file: pathlib.Path, given: Mapping[str, str | None]) -> Axis | Caps:
-    """Read the file of `--cap`: an axis, or the caps of an experiment.
+    """Read the file of `--cap`, which contains an axis or the caps of experiments.
+
+    Args:
+      file: the file.
+      given: option, such as "--percentile" → its value, or None if the option was not given.
 
     Raises:
-      UserError: the file contains neither, or an option does not apply to the file.
+      UserError: the file contains no axis or caps, or an option does not apply to the file.
     """
     from jaxpersona.ckpts.vectors import load_any, load_axis
 
@@ -34,7 +38,7 @@ def open_caps(file: pathlib.Path, given: Mapping[str, str | None]) -> Axis | Cap
             raise UserError(f"--experiment is for files of caps; {file} contains a {found.kind}")
         axis = load_axis(file)
         if given["--percentile"] is not None or given["--of"] is not None:
-            _floor(axis, given["--percentile"], given["--of"])  # fails before a model is loaded
+            _floor(axis, given["--percentile"], given["--of"])  # check before a model is loaded
         return axis
     own = [name for name, value in given.items() if name != "--experiment" and value is not None]
     if own:
@@ -46,7 +50,7 @@ def open_caps(file: pathlib.Path, given: Mapping[str, str | None]) -> Axis | Cap
 
 
 def read_spec(file: pathlib.Path) -> Any:
-    """Read a JSON file of interventions.
+    """Read the JSON file of `--spec`.
 
     Raises:
       UserError: the file is missing, is not JSON, or contains null.
@@ -57,19 +61,24 @@ def read_spec(file: pathlib.Path) -> Any:
     text = read_text(file, faults)
     found = None if text is None else parse(text, str(file), faults)
     faults.raise_if_any(file)
-    if found is None:  # the caller uses None for "no file"
+    if found is None:  # None would mean that no file was given
         raise UserError(f"{file}: contains null, not interventions; give at least one")
     return found
 
 
 def cap_edits(model: Model, held: Axis | Caps, layers: str | None, percentile: str | None,
               of: str | None, check: bool, where: str = "everywhere") -> Interventions:
-    """Return the interventions of `--cap`, after a self-test if `check` is set.
+    """Return the interventions of `--cap`, after a self-test if `check` is True.
 
-    `where` selects the tokens that the interventions act on.
+    Args:
+      model: the model.
+      held: the axis or caps of `--cap`.
+      layers, percentile, of: the options `--cap-layers`, `--percentile` and `--of`.
+      check: whether to run the self-test.
+      where: the tokens to cap.
 
     Raises:
-      UserError: the caps are for another model, or the self-test rejects them.
+      UserError: the axis or caps belong to another model, or fail the self-test.
     """
     from jaxpersona.interventions import cap, resolve_layers
     from jaxpersona.vectors.caps import Caps, fitted
@@ -88,16 +97,15 @@ def cap_edits(model: Model, held: Axis | Caps, layers: str | None, percentile: s
 
 
 def _floor(axis: Axis, percentile: str | None, of: str | None) -> np.ndarray:
-    """Return the axis's thresholds at a percentile of a population; default: p25 of "default"."""
+    """Return the thresholds of an axis at a percentile; default: p25 of the default persona."""
     return axis.thresholds(percentile or "p25", of=of or "default")
 
 
 def spec_edits(model: Model, spec: Any, file: pathlib.Path, check: bool) -> Interventions:
-    """Return the interventions of `--spec`, after a self-test of each of its caps on an axis.
+    """Return the interventions of `--spec`, after a self-test of the caps if `check` is True.
 
     Raises:
-      UserError: the spec is invalid, or the self-test rejects one of its caps; the message names
-        the file.
+      UserError: the file contains invalid interventions, or a cap fails the self-test.
     """
     from jaxpersona.interventions import specs
 
@@ -115,7 +123,7 @@ def spec_edits(model: Model, spec: Any, file: pathlib.Path, check: bool) -> Inte
 
 
 def _test_operator(model: Model, item: dict[str, Any], folder: pathlib.Path, at: str) -> None:
-    """Run the self-test on a cap of a spec if its direction is an axis of the residual stream."""
+    """Run the self-test on a cap of `--spec`, if the cap uses an axis of the residual stream."""
     from jaxpersona.ckpts.vectors import load_vector
     from jaxpersona.vectors.vector import Axis
 
@@ -130,7 +138,7 @@ def _test_operator(model: Model, item: dict[str, Any], folder: pathlib.Path, at:
         return
     if isinstance(floor, str):
         floor = axis.thresholds(floor, of=item["of"])
-    if floor is None:  # only a ceiling: the axis's thresholds are not used
+    if floor is None:  # the cap has only a ceiling: skip the floors test
         axis = dataclasses.replace(axis, percentiles={})
     _test(model, axis, at, layers=item["layers"], floor=floor)
 
@@ -139,7 +147,7 @@ def _test(model: Model, held: Axis | Caps, at: str = "", **options: Any) -> None
     """Run the self-test and print its result.
 
     Raises:
-      UserError: the test rejects the cap, or cannot be run.
+      UserError: the cap fails the self-test, or the self-test cannot be run.
     """
     from jaxpersona.persona.check import check
 
@@ -158,5 +166,5 @@ def _test(model: Model, held: Axis | Caps, at: str = "", **options: Any) -> None
 
 
 def _say(what: str) -> None:
-    """Print a line about the self-test."""
+    """Print a line about the self-test to standard error."""
     say(f"check: {what}", error=True)

@@ -1,4 +1,4 @@
-"""The command `jaxpersona demo`: extract the axis of `mini`, calibrate a cap and measure both."""
+"""The command `jaxpersona demo`: extract the axis of `mini`, calibrate a cap, and measure both."""
 
 from __future__ import annotations
 

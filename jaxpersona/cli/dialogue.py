@@ -1,4 +1,4 @@
-"""The dialogue of `jaxpersona chat`: reads messages and commands, prints replies."""
+"""The dialogue of `jaxpersona chat`: read messages and commands, and print replies."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ To send a message that begins with /, type //. Ctrl-C cancels a reply."""
 
 
 class Dialogue:
-    """A loop that reads messages and commands from standard input and runs them in a session.
+    """A loop that reads messages and commands from standard input and prints replies.
 
-    Replies are printed to standard output, and everything else to standard error. At a terminal, an
-    error is printed as one line and the dialogue continues. If standard input or output is not a
-    terminal, the first error ends the command.
+    Replies are printed to standard output, and all other text to standard error. If both standard
+    input and standard output are terminals, an error is printed as one line and the dialogue
+    continues; otherwise, the first error ends the program.
     """
 
     def __init__(self, session: Session) -> None:
-        """Create the dialogue of a session."""
+        """Create a dialogue for a session."""
         self.session = session
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.reading = self.cancelled = False
@@ -62,7 +62,7 @@ class Dialogue:
                 if not self._step(line):
                     return
             return
-        with contextlib.suppress(ImportError):  # without readline, there is no line history
+        with contextlib.suppress(ImportError):  # without readline, `input` has no history
             import readline  # noqa: F401 - `input` uses it
         with interrupt.intercepted(self._interrupt):
             while True:
@@ -84,7 +84,7 @@ class Dialogue:
                     say(f"error: {' '.join(str(error).split())}", error=True)
 
     def _ask(self) -> str:
-        """Read a line at the terminal; only here does Ctrl-C raise KeyboardInterrupt."""
+        """Read a line from the terminal; meanwhile, Ctrl-C raises KeyboardInterrupt."""
         self.reading = True
         try:
             return input("you> ")
@@ -94,13 +94,13 @@ class Dialogue:
             self.reading = False
 
     def _interrupt(self) -> None:
-        """Handle Ctrl-C: discard the line that is being typed, or cancel the reply."""
+        """Handle Ctrl-C: discard the current input line, or cancel the current reply."""
         if self.reading:
             raise KeyboardInterrupt
         self.cancelled = True
 
     def _step(self, line: str) -> bool:
-        """Process one line; return whether to continue."""
+        """Process one line of input; return whether the dialogue continues."""
         text = line.strip()
         if text.startswith("/") and not text.startswith("//"):
             name, *rest = text.split(None, 1)
@@ -110,10 +110,10 @@ class Dialogue:
         return True
 
     def _command(self, name: str, value: str = "") -> bool:
-        """Run a command; return whether to continue.
+        """Run a command such as /save; return whether the dialogue continues.
 
         Raises:
-          UserError: the command is unknown or its value is invalid.
+          UserError: the command is unknown, or its value is invalid.
         """
         session = self.session
         takes = {"/save": "FILE", "/load": "FILE", "/edits": "on or off", "/cap": "on or off",
@@ -150,7 +150,7 @@ class Dialogue:
         return True
 
     def _greet(self) -> None:
-        """Print the model, the interventions and the meaning of the projections."""
+        """Print the model, the interventions and a description of the projections."""
         session, monitor = self.session, self.session.monitor
         say(repr(session.model), error=True)
         if session.edits.edits:
@@ -166,7 +166,7 @@ class Dialogue:
             say("/help lists the commands; press Ctrl-D to leave", error=True)
 
     def _reply(self, text: str) -> None:
-        """Print the reply to a message."""
+        """Generate and print the reply to a message."""
         from jaxpersona.persona.session import ContextFull
 
         self.cancelled = False
@@ -180,7 +180,7 @@ class Dialogue:
             say(f"  [{self._note(turn)}]", error=True)
 
     def _compare(self) -> None:
-        """Print the last reply without and with the interventions."""
+        """Generate the last reply again without and with the interventions, and print both."""
         self.cancelled = False
         both = self.session.compare(self._is_cancelled)
         for name in ("without", "with"):
@@ -195,7 +195,7 @@ class Dialogue:
         return self.cancelled
 
     def _print(self, pieces: Iterator[Piece]) -> Turn | None:
-        """Print a reply as it arrives; return its turn, or None if it was cancelled."""
+        """Print a streamed reply; return the turn, or None if the reply was cancelled."""
         turns: list[Turn | None] = [None]
 
         def texts() -> Iterator[str]:
@@ -207,7 +207,7 @@ class Dialogue:
         return turns[0]
 
     def _note(self, turn: Turn) -> str:
-        """Describe a complete reply: projection, length, changed activations and context."""
+        """Return a description of a reply: projection, length, changed activations, context."""
         session = self.session
         context = session.model.config.max_context
         parts = []
@@ -252,7 +252,7 @@ class Dialogue:
         say(f"wrote {file}: {count(len(self.session.turns), 'turn')}", error=True)
 
     def _load(self, file: pathlib.Path) -> None:
-        """Continue the conversation of a file."""
+        """Replace the conversation with that of a JSON file."""
         from jaxpersona.inputs import read_json
         from jaxpersona.persona.transcript import restore
 
@@ -267,7 +267,7 @@ class Dialogue:
 
 
 def _first(both: Iterator[tuple[bool, Piece]]) -> Iterator[Piece]:
-    """Yield the pieces of a comparison until its next reply is complete."""
+    """Yield the pieces of the next reply of a comparison (`Session.compare`)."""
     for _, piece in both:
         yield piece
         if piece.turn is not None:

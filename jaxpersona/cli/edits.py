@@ -52,13 +52,15 @@ _SHORT = re.compile(r"(.+?):(\d+:\d+)(?::(p\d+(?:\.\d+)?))?")
 
 @dataclasses.dataclass
 class Edits:
-    """The values of the options and the contents of their files.
+    """The values of the options for interventions and projections, and the contents of their files.
+
+    `read` sets the following attributes; they are None before, or if the option was not given.
 
     Attributes:
-      held: the axis or caps of `--cap`, after `read`.
-      vector: the direction of `--steer`, after `read`.
-      asked: the content of `--spec`, after `read`.
-      shown: the direction of `--axis`, after `read`.
+      held: the axis or caps in the file of `--cap`.
+      vector: the direction in the file of `--steer`.
+      asked: the content of the file of `--spec`.
+      shown: the direction in the file of `--axis`.
     """
 
     cap: str | None = None
@@ -82,11 +84,11 @@ class Edits:
 
     @property
     def any(self) -> bool:
-        """Whether an option requests an intervention."""
+        """Whether any of the options `--cap`, `--steer` and `--spec` was given."""
         return any(x is not None for x in (self.cap, self.steer, self.spec))
 
     def read(self) -> Edits:
-        """Check the options and read their files, before a model is loaded; return `self`.
+        """Check the options and read their files; return `self`. No model is needed.
 
         Raises:
           UserError: an option is invalid, or a file cannot be read.
@@ -124,10 +126,10 @@ class Edits:
         return self
 
     def _cap_file(self) -> pathlib.Path | None:
-        """Return the file of `--cap`; store the layers and percentile of its short form in fields.
+        """Return the file of `--cap`; for FILE:FROM:TO:pNN, also set `cap_layers` and `percentile`.
 
         Raises:
-          UserError: another option also sets the layers or the percentile.
+          UserError: the layers or the percentile are also set by another option.
         """
         if self.cap is None:
             return None
@@ -143,10 +145,10 @@ class Edits:
         return pathlib.Path(name)
 
     def build(self, model: Model) -> Interventions:
-        """Return the interventions, after the self-test of caps.
+        """Return the interventions of all options, after the self-test of the caps.
 
         Raises:
-          UserError: a file is for another model, or the self-test rejects a cap.
+          UserError: a file belongs to another model, or a cap fails the self-test.
         """
         from jaxpersona.interventions import chain, resolve_layers
         from jaxpersona.interventions import steer as add
@@ -166,14 +168,14 @@ class Edits:
         )
 
     def monitor(self, model: Model, *, default: bool = False) -> Monitor | None:
-        """Return the monitor that projects replies on `--axis`, or None without this option.
+        """Return a `Monitor` for the direction of `--axis`, or None if there is no direction.
 
         Args:
           model: the model.
-          default: without `--axis`, use the axis of `--cap`, if `--cap` is an axis.
+          default: whether to use the axis of `--cap` if `--axis` was not given.
 
         Raises:
-          UserError: the direction is for another model, or zero at a chosen layer.
+          UserError: the direction belongs to another model, or is zero at one of the layers.
         """
         from jaxpersona.persona.monitor import Monitor
         from jaxpersona.vectors.vector import Axis

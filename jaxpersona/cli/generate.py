@@ -100,10 +100,10 @@ def generate(
 
 def _conversations(prompt: Sequence[str], file: pathlib.Path | None,
                    system: str | None) -> list[Conversation]:
-    """Return the conversations that the arguments and the file of `--prompts` contain.
+    """Return one conversation per prompt on the command line and in the file of `--prompts`.
 
     Raises:
-      UserError: there is no conversation, or a conversation is blank or invalid.
+      UserError: there is no prompt, or a prompt is blank or invalid.
     """
     from jaxpersona.data.conversations import read_prompts
 
@@ -118,10 +118,9 @@ def _conversations(prompt: Sequence[str], file: pathlib.Path | None,
 
 def _run(model: Model, talks: Sequence[Conversation], edits: Interventions,
          monitor: Monitor | None, compare: bool, settings: dict[str, Any]) -> Generated:
-    """Generate all replies; with `compare`, also the replies without interventions after them.
+    """Generate the replies with interventions; if `compare`, then those without interventions.
 
-    The replies with and without interventions are rows of the same batches. Both replies to a
-    conversation use the same random draws.
+    Both replies to a conversation use the same random draws.
     """
     from jaxpersona.engine import prompts
     from jaxpersona.engine.generate import generate as run
@@ -144,10 +143,15 @@ def _run(model: Model, talks: Sequence[Conversation], edits: Interventions,
 
 def _record(talk: Conversation, made: Generated, monitor: Monitor | None, index: int,
             counts: Sequence[EditCount], without: int | None) -> dict[str, Any]:
-    """Return a reply as a JSON object, with the reply without interventions if there is one.
+    """Return a reply as a JSON object.
 
     Args:
-      index, without: the rows of both replies in `made`; `without` may be None.
+      talk: the conversation before the reply.
+      made: all generated replies.
+      monitor: the monitor that projected the replies, or None.
+      index: the index of the reply in `made`.
+      counts: the counts of the interventions.
+      without: the index of the reply without interventions, to be included as well, or None.
     """
     from jaxpersona.persona.monitor import NAME
 
@@ -172,7 +176,7 @@ def _write(file: pathlib.Path, lines: Sequence[str]) -> None:
 
 
 def _print(records: Sequence[dict[str, Any]], monitor: Monitor | None, compare: bool) -> None:
-    """Print the replies, or a table of both replies to each prompt."""
+    """Print the replies; if `compare`, as a table of both replies to each prompt."""
     from rich.table import Table
 
     if monitor is not None:
@@ -194,7 +198,7 @@ def _print(records: Sequence[dict[str, Any]], monitor: Monitor | None, compare: 
 
 def _stream(model: Model, talk: Conversation, edits: Interventions, monitor: Monitor | None,
             settings: dict[str, Any]) -> None:
-    """Print one reply while it is generated."""
+    """Generate one reply and print its text during generation."""
     from jaxpersona.engine.engine import Engine
     from jaxpersona.engine.request import Request
     from jaxpersona.persona.monitor import NAME, edit_counts
@@ -218,7 +222,7 @@ def _legend(monitor: Monitor) -> None:
 
 
 def _say_counts(counts: Sequence[Sequence[EditCount]]) -> None:
-    """Print how many tokens each intervention selected and changed, over all conversations."""
+    """Print the number of selected tokens and of changes for each intervention."""
     for number, own in enumerate(zip(*counts, strict=True)):
         say(f"intervention {number}: {sum(one.seen for one in own)} tokens seen, "
             f"{sum(sum(one.changed) for one in own)} changes over {len(own[0].layers)} layers",

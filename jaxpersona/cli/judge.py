@@ -13,10 +13,10 @@ from jaxpersona.cli.judge_sample import sample
 
 
 class _Group(TyperGroup):
-    """Takes a first argument that is no command as the folder of the command `run`."""
+    """Command group that accepts `judge RUN` as a short form of `judge run RUN`."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Return the command of arguments."""
+        """Return the command for the arguments; insert "run" if the first is not a command."""
         if args and args[0] not in self.commands:
             args = ["run", *args]
         return super().resolve_command(ctx, args)

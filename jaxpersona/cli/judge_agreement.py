@@ -1,4 +1,4 @@
-"""The command `jaxpersona judge agreement`: how far two judges agree."""
+"""The command `jaxpersona judge agreement`: compare the scores of two judges."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def agreement(
 
 
 def lines(found: Agreement) -> list[str]:
-    """Return an agreement as lines of text."""
+    """Return an `Agreement` as lines of text."""
     width = max(6, *(len(label) + 1 for label in found.labels))
     low, high = found.interval
     return [
@@ -59,7 +59,7 @@ def _number(value: float) -> str:
 
 
 def _value(found: Agreement) -> dict[str, object]:
-    """Return an agreement as a JSON value; undefined numbers are null."""
+    """Return an `Agreement` as a JSON object; undefined numbers are null."""
     def known(value: float) -> float | None:
         return None if math.isnan(value) else round(value, 6)
 

@@ -1,4 +1,4 @@
-"""The command `jaxpersona judge sample`: replies by score, to read or to score by hand."""
+"""The command `jaxpersona judge sample`: a sample of replies, to read or to score by hand."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def sample(
     if csv is not None:
         if csv.suffix.lower() != ".csv":
             raise UserError(f"--csv is {csv}; give the name of a .csv file")
-        if csv.exists():  # it may contain a person's work
+        if csv.exists():  # do not overwrite scores that a person entered
             raise UserError(f"--csv is {csv}, which exists; give the name of a new file")
         check_output("--csv", csv)
     replies = verdicts.replies_of(Run.read(run))
@@ -74,10 +74,10 @@ def sample(
 
 
 def _score(text: str | None) -> int | None:
-    """Parse a score.
+    """Parse the value of `--score`; return None for "none" or if the option was not given.
 
     Raises:
-      UserError: it is not 0 to 3 or "none".
+      UserError: the value is not 0, 1, 2, 3 or "none".
     """
     if text is None or text == "none":
         return None

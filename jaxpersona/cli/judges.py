@@ -1,4 +1,4 @@
-"""Options that choose a judge, and the judge that they describe."""
+"""The options that select a judge, and the creation of the selected judge."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ WITH_ARGUMENT = ("model", "http", "human")
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """The judge that a command's options describe, before it is opened.
+    """The values of the options that select a judge.
 
     Attributes:
-      kind: one of `KINDS` and `WITH_ARGUMENT`.
-      argument: the model or file; "" without one.
+      kind: the judge in `--judge`, one of `KINDS` or `WITH_ARGUMENT`.
+      argument: the model or file after the colon in `--judge`, or "".
     """
 
     kind: str
@@ -89,21 +89,21 @@ class Choice:
 
     @property
     def reads_eval_prompt(self) -> bool:
-        """Whether every role needs an `eval_prompt`."""
+        """Whether the judge needs the `eval_prompt` of every role."""
         return self.kind in ("self", "model", "http") and self.rubric is None
 
 
 def choose(judge: str, *, own: bool, **options: object) -> Choice:
-    """Return the choice that `--judge` names.
+    """Check the options that select a judge, and return them as a `Choice`.
 
     Args:
       judge: the value of `--judge`.
       own: whether the roles are those of `mini`.
-      options: the fields of `Choice` by name.
+      options: further fields of `Choice`.
 
     Raises:
-      UserError: the judge is unknown, is "rules" with other roles, or an option does not belong to
-        it.
+      UserError: the judge is unknown, the judge is "rules" but the roles are not those of `mini`,
+        or an option does not apply to the judge.
     """
     kind, colon, argument = judge.partition(":")
     known = (kind in WITH_ARGUMENT and bool(argument)) if colon else kind in KINDS
@@ -125,10 +125,10 @@ def choose(judge: str, *, own: bool, **options: object) -> Choice:
 
 
 def rubric_of(choice: Choice) -> Rubric:
-    """Return the rubric of a choice.
+    """Return the rubric in the file of `--judge-rubric`, or `ROLES` without this option.
 
     Raises:
-      UserError: its file cannot be read, or lacks {question} or {answer}.
+      UserError: the file cannot be read, or lacks {question} or {answer}.
     """
     from jaxpersona.inputs import read_bytes
     from jaxpersona.judges.rubric import ROLES, Rubric
@@ -143,11 +143,11 @@ def rubric_of(choice: Choice) -> Rubric:
 
 
 def opened(choice: Choice, folder: pathlib.Path) -> Judge | None:
-    """Return a judge that needs no model on this machine; None if it needs one.
+    """Return the judge of the kind none, rules, human or http; None for self and model.
 
     Args:
-      choice: the choice.
-      folder: the run folder, which has the cache.
+      choice: the options.
+      folder: the run folder, which contains the journal of an http judge by default.
 
     Raises:
       UserError: an option is invalid, or the judge cannot be used.
@@ -184,7 +184,7 @@ def opened(choice: Choice, folder: pathlib.Path) -> Judge | None:
     if not 0 <= choice.temperature <= 2:
         raise UserError(f"--judge-temperature is {choice.temperature}; give 0 to 2")
     share, index = 1, 0
-    if processes.joined():  # each process has its own cache, and an equal part of the limits
+    if processes.joined():  # each process has its own journal, and an equal part of the limits
         import jax
 
         share, index = jax.process_count(), processes.index()
@@ -202,16 +202,17 @@ def of_model(choice: Choice, load: Callable[[], Model], target: Callable[[], Mod
              ) -> DigitJudge:
     """Return the judge `model:NAME`.
 
-    With `after`, its model is loaded to check it, released, and loaded again at the first use,
-    after the weights of the evaluated model were deleted from its devices.
+    If `choice.after` is True, the judging model is loaded to check it, and released. At the first
+    use of the judge, the evaluated model is released and the judging model is loaded again, so the
+    two models are not in memory at the same time.
 
     Args:
-      choice: the choice.
-      load: returns the judging model.
+      choice: the options.
+      load: loads and returns the judging model.
       target: returns the evaluated model.
 
     Raises:
-      UserError: the model cannot be loaded, or has no digits.
+      UserError: the judging model cannot be loaded, or its tokenizer has no token for a digit.
     """
     from jaxpersona.judges.digits import DigitJudge
     from jaxpersona.models.model import release
@@ -232,7 +233,7 @@ def of_model(choice: Choice, load: Callable[[], Model], target: Callable[[], Mod
 
 @contextlib.contextmanager
 def closed(judge: Judge) -> Iterator[None]:
-    """Close a judge's files and connections at the end of the block."""
+    """Context manager that closes a judge's files and connections at the end of the block."""
     try:
         yield
     finally:
@@ -245,7 +246,7 @@ def _part(rate: float | None, share: int) -> float | None:
 
 
 def _price(text: str | None) -> tuple[float, float] | None:
-    """Parse "IN,OUT".
+    """Parse the value of `--judge-price`, such as "0.4,1.6".
 
     Raises:
       UserError: the text has another form.

@@ -1,4 +1,4 @@
-"""The command `jaxpersona` and its sub-commands."""
+"""The command `jaxpersona`, its subcommands, and its exit codes."""
 
 from __future__ import annotations
 
@@ -32,11 +32,14 @@ for command in (axis, status, generate, chat, project, demo, plan):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command.
+    """Run the command line.
 
-    An invalid argument, or a file that cannot be read, is one line on standard error and exit code
-    2. SIGINT or SIGTERM ends the command with a line about the files that are kept, and exit code
-    128 plus the signal's number.
+    If an argument is invalid or a file cannot be read, the program prints one line to standard
+    error and exits with code 2. After SIGINT or SIGTERM, the program prints which results were
+    saved and exits with code 128 plus the signal number.
+
+    Args:
+      arguments: the command-line arguments; default: those of the process.
     """
     with output.prepared(), interrupt.raised():
         _run(arguments)
@@ -59,7 +62,7 @@ def _run(arguments: list[str] | None) -> None:
         kept = getattr(stop, "kept", "the state of its files is unknown")
         output.say(f"stopped; {kept}", error=True)
         code = getattr(stop, "code", 130)
-        if processes.joined():  # others may be blocked: do not wait for them
+        if processes.joined():  # other processes may be blocked: do not wait for them
             processes.leave(code)
         sys.exit(code)
     except Exception as error:
@@ -78,14 +81,14 @@ def _run(arguments: list[str] | None) -> None:
                    error=True)
         processes.leave(3)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # raised by the Rust library tokenizers
+        if type(error).__name__ != "PanicException":  # an error in the Rust code of `tokenizers`
             raise
         _fail(f"the tokenizer failed on a text ({error}); its tokenizer.json is damaged, or its "
               "regular expression cannot be run")
 
 
 def _fail(message: str) -> NoReturn:
-    """Print an error in one line and exit with code 2."""
+    """Print an error as one line and exit with code 2."""
     from jaxpersona.distributed import processes
 
     output.say(f"error: {' '.join(message.split())}", error=True)

@@ -1,4 +1,4 @@
-"""Print text with escapes for control characters and for characters that the encoding lacks."""
+"""Print text in which control characters and unencodable characters are escaped."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def say(*lines: object, error: bool = False) -> None:
-    """Print lines, with control characters escaped (`inputs.printable`)."""
+    """Print lines of text, with control characters escaped (`inputs.printable`)."""
     for line in lines:
         print(printable(line), file=sys.stderr if error else sys.stdout)
 
@@ -28,21 +28,21 @@ def write(text: str) -> None:
 
 
 def cell(text: object) -> Text:
-    """Return a rich text in which control characters are escaped and markup is not interpreted."""
+    """Return text for a table cell, with control characters escaped and without markup."""
     from rich.text import Text
 
     return Text(printable(text))
 
 
 def heading(text: object) -> str:
-    """Return a text for a table's header, with markup and control characters escaped."""
+    """Return text for a table header, with control characters and markup escaped."""
     from rich.markup import escape
 
     return escape(printable(text))
 
 
 def console(error: bool = False) -> Console:
-    """Return a console on standard output, or on standard error."""
+    """Return a console for standard output or, if `error` is True, for standard error."""
     from rich.console import Console
 
     return Console(stderr=error)
@@ -50,13 +50,13 @@ def console(error: bool = False) -> Console:
 
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
-    """Let standard output and error accept every character, and print each warning as one line.
+    """Context manager: print unencodable characters as escapes, and each warning as one line.
 
-    Characters that the console's encoding lacks are written as escapes, such as \\u2028.
+    An escape, such as \\u2028, replaces a character that the encoding of the stream does not have.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # not if the caller has replaced the stream
-            with contextlib.suppress(ValueError):  # the stream was detached or closed
+        if isinstance(stream, io.TextIOWrapper):  # the caller may have replaced the stream
+            with contextlib.suppress(ValueError):  # the stream may be detached or closed
                 stream.reconfigure(errors="backslashreplace")
     shown = warnings.showwarning
 

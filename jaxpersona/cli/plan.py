@@ -1,4 +1,4 @@
-"""The command `jaxpersona plan`: the memory and time that a model needs on given chips."""
+"""The command `jaxpersona plan`: estimate the memory and time that a model needs on given chips."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def plan(
         raise UserError(f"context is {context}; the maximum of {model} is "
                         f"{config.max_context}")
     layers = () if cap is None else resolve_layers(cap, config.n_layers)
-    with default_setting("jax_platforms", "cpu"):  # otherwise libtpu looks for a local TPU
+    with default_setting("jax_platforms", "cpu"):  # otherwise libtpu searches for a local TPU
         found = make(config, topology, name=model, batch=batch, context=context,
                      cap_layers=layers, mesh=None if mesh is None else parse_mesh(mesh),
                      dtype=cast("Weights", dtype))
@@ -53,7 +53,11 @@ def plan(
 
 
 def read_shape(source: str) -> ModelConfig:
-    """Return the configuration of a preset, of a GGUF file or of a folder's config.json."""
+    """Return the configuration of a preset, a GGUF file or a folder with a config.json.
+
+    Raises:
+      UserError: the source does not exist, or is invalid.
+    """
     from jaxpersona.ckpts import gguf_model, hf
     from jaxpersona.models.presets import preset
 
@@ -69,7 +73,7 @@ def read_shape(source: str) -> ModelConfig:
 
 
 def card(found: dict[str, Any]) -> list[str]:
-    """Return a plan as lines of text, which also state the source of each number."""
+    """Return a plan as lines of text, with the source of each number (compiler or arithmetic)."""
     from jaxpersona.planning import chips
 
     size = {name: n / 1e9 for name, n in found["bytes_per_chip"].items()}

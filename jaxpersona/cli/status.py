@@ -1,4 +1,4 @@
-"""The command `jaxpersona status`: the progress of a run."""
+"""The command `jaxpersona status`: print the progress of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options and helpers that several commands share: loading a model, progress, figures."""
+"""Options and functions that several commands use: load a model, show progress, draw figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
     from jaxpersona.persona.extraction import Extraction
 
-LOG_SECONDS = 30.0  # interval between lines of progress if standard error is not a terminal
+LOG_SECONDS = 30.0  # seconds between progress lines if standard error is not a terminal
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, a .gguf file, `mini`, "
                                                           "`random:<preset>` or a hub name.")]
 AdapterOption = Annotated[pathlib.Path | None, typer.Option("--adapter", show_default="none", help=(
@@ -32,7 +32,7 @@ DtypeOption = Annotated[str | None, typer.Option(
 
 def open_model(source: str, dtype: str | None, mesh: str | None = None,
                adapter: pathlib.Path | None = None) -> Model:
-    """Load a model, with an adapter if one is given, and show a progress bar in bytes."""
+    """Load a model, optionally on a mesh and with a LoRA adapter, and show the progress."""
     from jaxpersona.ckpts.loading import load
     from jaxpersona.distributed import sharding
 
@@ -47,11 +47,11 @@ def open_model(source: str, dtype: str | None, mesh: str | None = None,
 @contextlib.contextmanager
 def progress(log: bool = False, note: Callable[[], str] | None = None,
              ) -> Iterator[Callable[[str, int, int, int], None]]:
-    """Show the rate and remaining time of steps; yield report(step, done, total, tokens).
+    """Context manager that shows the progress, rate and remaining time of steps.
 
-    If standard error is not a terminal, a line is written every `LOG_SECONDS` if `log` is set, and
-    otherwise nothing. Only the first process writes. The step "judging" also shows `note()`, such
-    as the cost so far.
+    The context manager yields a function report(step, done, total, tokens). Only the first process
+    shows the progress: bars at a terminal, else, if `log` is True, one line every `LOG_SECONDS`.
+    For the step "judging", the text of `note()` is also shown, such as the cost so far.
     """
     from jaxpersona.distributed import processes
 
@@ -94,14 +94,14 @@ def progress(log: bool = False, note: Callable[[], str] | None = None,
 
 
 def _silent(step: str, done: int, total: int, tokens: int) -> None:
-    """Report nothing."""
+    """Ignore the progress."""
 
 
 def stream(pieces: Iterable[str]) -> None:
-    """Print a reply while its pieces arrive, with a spinner until the first piece.
+    """Print the pieces of a streamed reply, and a spinner until the first piece arrives.
 
-    Compiling the programs for the first reply takes seconds. The spinner is shown on standard
-    error, if that is a terminal.
+    The first piece may take several seconds, as programs are compiled. The spinner is shown only if
+    standard error is a terminal.
     """
     shown = console(error=True)
     status = shown.status("waiting for the first token") if shown.is_interactive else None
@@ -121,8 +121,8 @@ def stream(pieces: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def _logged(note: Callable[[], str] | None) -> Iterator[Callable[[str, int, int, int], None]]:
-    """Write the last reported state as a line on standard error every `LOG_SECONDS`."""
-    begun: dict[str, tuple[float, int]] = {}  # time and `done` at the first report of each step
+    """Print the progress of the current step to standard error every `LOG_SECONDS`."""
+    begun: dict[str, tuple[float, int]] = {}  # step → (time, `done`) at its first report
     state: list[tuple[str, int, int, int]] = []
     ended = threading.Event()
 
@@ -133,9 +133,9 @@ def _logged(note: Callable[[], str] | None) -> Iterator[Callable[[str, int, int,
     def write() -> None:
         while not ended.wait(LOG_SECONDS):
             step, done, total, tokens = state[0] if state else ("", 0, 0, 0)
-            if done == total:  # nothing was reported, or the step has ended
+            if done == total:  # no step was reported yet, or the step is complete
                 continue
-            start, first = begun[step]  # a resumed run does not start at 0
+            start, first = begun[step]  # `first` is not 0 if a run was resumed
             spent, now = time.perf_counter() - start, done - first
             say(f"{step} {done:,}/{total:,}"
                 + (f", {tokens / spent:,.0f} tokens/s" if tokens else "")
@@ -154,14 +154,14 @@ def _logged(note: Callable[[], str] | None) -> Iterator[Callable[[str, int, int,
 
 
 def _duration(seconds: float) -> str:
-    """Return a duration in the largest fitting unit, such as "3 min"."""
+    """Return a duration as text in seconds, minutes or hours, such as "3 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def check_folder(option: str, folder: pathlib.Path) -> None:
-    """Check that a folder to write to is not an existing file.
+    """Check that the path of an output folder is not an existing file.
 
     Raises:
       UserError: the path is a file.
@@ -171,10 +171,10 @@ def check_folder(option: str, folder: pathlib.Path) -> None:
 
 
 def check_output(option: str, file: pathlib.Path) -> None:
-    """Check that a file can be written, before its content is computed.
+    """Check that an output file can be written, so that an error occurs before the computation.
 
     Raises:
-      UserError: the path is a folder or not a regular file, or its folder is not writable.
+      UserError: the path exists but is not a regular file, or its folder is not writable.
     """
     from jaxpersona.ckpts.files import atomic
 
@@ -182,14 +182,14 @@ def check_output(option: str, file: pathlib.Path) -> None:
         raise UserError(f"{option} is {file}, a folder; give the name of a file")
     if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
         raise UserError(f"{option} is {file}, not a regular file; give another name")
-    if not file.exists():  # try `atomic`, which will write the file
+    if not file.exists():  # create and delete the file, as a test
         with atomic(file) as temporary:
             temporary.touch()
         file.unlink()
 
 
 def kept_of(folder: pathlib.Path) -> str:
-    """Describe the files of a run folder, for the line that an interrupted command prints."""
+    """Return a description of a run folder's contents, which an interrupted command prints."""
     from jaxpersona.runs.status import kept
 
     if not (folder / "run.json").exists():
@@ -206,14 +206,14 @@ def kept_of(folder: pathlib.Path) -> str:
 
 def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
              held_out: Sequence[str]) -> bool:
-    """Draw the figures of an extraction into its folder; return whether they were drawn."""
+    """Write the figures of an extraction to the run folder; return whether they were drawn."""
     from jaxpersona.report import figures
 
     try:
         figures.roles_on_axis(folder / "roles.png", extraction, middle, held_out)
         figures.components(folder / "pca.png", extraction.analysis, middle, extraction.default)
         figures.variance(folder / "variance.png", extraction.analysis, middle)
-    except UserError as error:  # e.g. a missing package; the axis is complete without figures
+    except UserError as error:  # e.g. a missing package; the axis does not need the figures
         say(f"no figures were drawn: {error}", error=True)
         return False
     return True

@@ -1,4 +1,4 @@
-"""The commands of `jaxpersona vectors`: show and convert files of directions."""
+"""The commands of `jaxpersona vectors`: show, check and convert files of directions."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def check(
 
 
 def _of_check(found: Check) -> dict[str, object]:
-    """Return the result of a check as a JSON value."""
+    """Return a `Check` as a JSON object."""
     rows = {"default": found.default, "roles": found.roles, "spread": found.spread,
             "z_roles": found.z_roles, "floors": found.floors, "z_floors": found.z_floors}
     return {"ok": found.ok, "sentences": list(found.sentences), "layers": list(found.layers),
@@ -100,7 +100,7 @@ def _of_check(found: Check) -> dict[str, object]:
 
 
 def _show_check(found: Check) -> None:
-    """Print a check's projections by layer, and one line for each test."""
+    """Print a `Check`: a table of projections by layer, and one line per test."""
     from rich.table import Table
 
     table = Table("layer", "default", "± spread", "roles", "roles, z", "floor", "floor, z")
@@ -169,7 +169,10 @@ def convert(
 
 
 def _belonging(chosen: Found, source: str) -> Found:
-    """Check a direction or caps against a model, and add the model's name and fingerprint."""
+    """Check that a direction or caps fit a model, and add the model's name and fingerprint.
+
+    For `random:<preset>`, only the shape is checked, and no fingerprint is added.
+    """
     from jaxpersona.cli.support import open_model
     from jaxpersona.models.params import SCHEME
     from jaxpersona.models.presets import preset
@@ -223,7 +226,7 @@ def _show_vector(vector: Vector) -> None:
 
 
 def _show_caps(experiments: dict[str, Caps]) -> None:
-    """Print the first experiment in full and the others as one line each."""
+    """Print the first experiment in full, and one line for each other experiment."""
     from rich.table import Table
 
     first = next(iter(experiments.values()))

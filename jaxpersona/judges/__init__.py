@@ -1,1 +1,1 @@
-"""Judges: score how fully a rollout plays its role."""
+"""Judges, which score how fully a reply plays its role."""

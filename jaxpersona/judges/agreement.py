@@ -10,25 +10,28 @@ import numpy as np
 from jaxpersona.brief import brief
 from jaxpersona.errors import UserError
 
-_SAMPLES = 2000  # of the bootstrap
-_SHOWN = 12  # largest scale whose table is by score; larger ones are in tens
+_SAMPLES = 2000  # bootstrap samples
+_SHOWN = 12  # if a score is higher, a row of the table covers ten scores instead of one
 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How far two judges agree on the replies that both read.
+    """The agreement of judges A and B on the replies that both judged.
+
+    `equal`, `kappa`, `interval`, `difference` and `roles` use only replies with a score from both.
 
     Attributes:
-      labels: the scores, or their tens on a long scale; "none" for an undecided reply.
-      table: [K, K] numbers of replies, by the label of judge A (row) and B (column).
-      both: the number of replies that both scored; the following are about these.
-      equal: the share with equal scores.
-      kappa: Cohen's kappa with linear weights: 1 − Σ|a − b| / Σ|a − b| of all pairs of the two
-        judges' scores; NaN if that is undefined, as where both give one score only.
-      interval: 95 % bootstrap interval of kappa over replies.
-      difference: the mean of A's score minus B's.
-      roles: role → (replies that both scored, share of equal scores, kappa, difference).
-      only: the numbers of replies that only A, and only B, has read.
+      labels: the K labels of the table: single scores, or ranges of ten scores on a scale with high
+        scores, and "none" for undecided replies.
+      table: [K, K] numbers of replies, by the labels of A (rows) and B (columns).
+      both: the number of replies with a score from both judges.
+      equal: the fraction of these replies with equal scores.
+      kappa: Cohen's kappa with linear weights, 1 − d / e. d is the mean of |a − b| over replies; e
+        is the mean of |a − b| over all pairs of a score of A and a score of B. NaN if e is 0.
+      interval: the 95 % bootstrap interval of kappa, resampled over replies.
+      difference: the mean over replies of A's score minus B's score.
+      roles: role → (number of replies, fraction of equal scores, kappa, difference).
+      only: the number of replies that only A judged, and of those that only B judged.
     """
 
     __repr__ = brief
@@ -49,11 +52,11 @@ def agreement(a: Mapping[str, int | None], b: Mapping[str, int | None], *,
     """Compare two judges' scores.
 
     Args:
-      a, b: scores by "role/key" of the reply; None is an undecided reply.
-      seed: of the bootstrap.
+      a, b: the scores of judges A and B: "role/key" of a reply → score; None: undecided.
+      seed: seed of the bootstrap.
 
     Raises:
-      UserError: no reply was read by both.
+      UserError: no reply was judged by both judges.
 
     Examples:
       >>> from jaxpersona.judges.agreement import agreement
@@ -88,13 +91,13 @@ def agreement(a: Mapping[str, int | None], b: Mapping[str, int | None], *,
 
 
 def kappa(a: np.ndarray, b: np.ndarray) -> float:
-    """Return Cohen's kappa with linear weights of two arrays [n] of scores; NaN if undefined."""
+    """Return Cohen's kappa with linear weights for two arrays [n] of scores; NaN if undefined."""
     levels, counts = _counts(a, b)
     return float(_kappa(levels, counts))
 
 
 def _counts(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the K different scores of two arrays, and the numbers of their pairs [K, K]."""
+    """Return the K distinct scores in two arrays [n], and the number of each pair, [K, K]."""
     levels, place = np.unique(np.concatenate([a, b]), return_inverse=True)
     counts = np.zeros((len(levels), len(levels)), int)
     np.add.at(counts, (place[: len(a)], place[len(a) :]), 1)
@@ -102,7 +105,7 @@ def _counts(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _kappa(levels: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return kappa [*B] of numbers of pairs [*B, K, K]; NaN where it is undefined."""
+    """Return kappa [*B] from the numbers of score pairs [*B, K, K]; NaN where undefined."""
     far = np.abs(levels[:, None] - levels)
     total = np.maximum(counts.sum((-2, -1)), 1)
     seen = (counts * far).sum((-2, -1)) / total
@@ -111,13 +114,13 @@ def _kappa(levels: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _interval(a: np.ndarray, b: np.ndarray, seed: int) -> tuple[float, float]:
-    """Return the 2.5th and 97.5th percentile of kappa over resampled replies."""
+    """Return the 2.5th and the 97.5th percentile of kappa over bootstrap samples."""
     if len(a) < 2:
         return float("nan"), float("nan")
     rng = np.random.default_rng(seed)
     levels, counts = _counts(a, b)
     chances = counts.ravel() / counts.sum()
-    # resampling replies is a multinomial draw of the table
+    # resampling replies is equivalent to a multinomial draw of the table
     known = [value for _ in range(_SAMPLES) if not np.isnan(value := float(
         _kappa(levels, rng.multinomial(len(a), chances).reshape(counts.shape))))]
     if len(known) < _SAMPLES // 2:

@@ -1,4 +1,4 @@
-"""A judge that reads the score from a model's next-token probabilities of the scale's integers."""
+"""A judge that computes scores from a model's next-token probabilities of the scale's integers."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
     from jaxpersona.text.chat import Row
 
-LEAST_MASS = 0.25  # minimum probability of the scale's integers; below it the score is None
-LEAST_BRANCH = 1e-3  # a number's further digits are read where its first ones are this probable
-_ITEMS = 256  # items per call of `next_logprobs`; their verdicts are yielded together
+LEAST_MASS = 0.25  # if the integers' total probability is lower, the score is None
+LEAST_BRANCH = 1e-3  # minimum probability of a number's first digits to compute its further digits
+_ITEMS = 256  # items that are scored together
 _SPACES = ("", "Ġ", "▁")  # a token may begin with a space, encoded as Ġ or ▁
 
 
 @dataclasses.dataclass(frozen=True)
 class Readings:
-    """A judge's probabilities for n prompts on a scale of S integers.
+    """A judge's probabilities of the S integers of a scale, for n prompts.
 
     Attributes:
-      scale: the integers.
-      probabilities: [n, S], renormalized to a sum of 1.
-      mass: [n], the total probability of the integers as the beginning of the judge's reply.
-      refusal: [n], the probability of the first token of the refusal word; 0 without one.
-      greedy: [n], the integer that greedy decoding among the integers writes.
+      scale: the S integers.
+      probabilities: [n, S], the probability of each integer, normalized to a sum of 1.
+      mass: [n], the probability that the judge's reply begins with an integer of the scale.
+      refusal: [n], the probability of the first token of the rubric's refusal word; 0 if the rubric
+        has no refusal word.
+      greedy: [n], the integer that greedy decoding, restricted to these integers, generates.
     """
 
     __repr__ = brief
@@ -47,17 +48,17 @@ class Readings:
 
     @property
     def expected(self) -> np.ndarray:
-        """[n], Σ s·p(s): the expected score."""
+        """[n], the expected score Σ s·p(s)."""
         return self.probabilities @ np.asarray(self.scale, np.float64)
 
     @property
     def refused(self) -> np.ndarray:
-        """[n], whether the refusal word is more probable than all integers together."""
+        """[n], whether `refusal` is greater than `mass`."""
         return self.refusal > self.mass
 
     @property
     def scores(self) -> list[int | None]:
-        """The greedy integer; None where `mass` is below `LEAST_MASS`, or the word is likelier."""
+        """n scores: `greedy`, or None where `mass` < `LEAST_MASS` or `refused` is True."""
         known = (self.mass >= LEAST_MASS) & ~self.refused
         return [int(s) if fine else None for s, fine in zip(self.greedy, known, strict=True)]
 
@@ -65,15 +66,15 @@ class Readings:
 class DigitJudge:
     """Score replies with a model's probabilities of the scale's integers after the rubric's prompt.
 
-    Scoring a reply takes one forward pass and generates no tokens, if each integer is one token, as
-    0 to 3 are (Chen et al. 2025 score traits this way). Where the tokenizer splits 57 into 5 and 7,
-    p(57) = p(5)·p(7 | 5), and p(5) counts only where no digit follows, in one further pass for each
-    first digit with a probability of at least `LEAST_BRANCH`.
+    If each integer is one token, as 0 to 3 are, scoring a reply takes one forward pass, without
+    generation (Chen et al. 2025 score traits this way). If the tokenizer splits 57 into 5 and 7,
+    p(57) = p(5)·p(7 | 5), and the probability of the score 5 is that of a 5 that no digit follows.
+    This takes one further pass for each first digit of probability `LEAST_BRANCH` or more.
 
     Args:
-      model: the judging model, the evaluated one or another; it needs a tokenizer. Or a function
-        that loads it, which is called at the first use.
-      rubric: the prompt and its scale; default: each role's `eval_prompt`, scores 0 to 3.
+      model: the judging model, which needs a tokenizer, or a function without arguments that loads
+        this model at the first use. The evaluated model may also be the judging model.
+      rubric: the prompt and the scale; default: each role's `eval_prompt`, scores 0 to 3.
       batch_tokens: the number of tokens per batch (`engine.scoring.next_logprobs`).
 
     Raises:
@@ -106,7 +107,7 @@ class DigitJudge:
 
     @property
     def after(self) -> bool:
-        """Whether the model is not loaded yet, so that it takes no memory beside another one."""
+        """Whether the judging model is not loaded yet (`Judge`)."""
         return self._model is None
 
     @property
@@ -114,7 +115,7 @@ class DigitJudge:
         """The judging model, loaded at the first use.
 
         Raises:
-          UserError: it is another one than `identify` was given.
+          UserError: the loaded model differs from the model that was passed to `identify`.
         """
         if self._model is None:
             before, model = self._name, self._load()
@@ -126,13 +127,13 @@ class DigitJudge:
 
     @property
     def name(self) -> str:
-        """The judge's identity; it contains the model's fingerprint, so it may load the model."""
+        """The judge's name; as it contains the model's fingerprint, the model may be loaded."""
         if not self._name:
             self.identify(self.model)
         return self._name
 
     def identify(self, model: Model) -> None:
-        """Set the judge's identity and check its tokenizer, without keeping the model.
+        """Set the judge's name and check the model's tokenizer, without storing the model.
 
         Raises:
           UserError: the model has no tokenizer, or its tokenizer has no token for a digit.
@@ -145,10 +146,10 @@ class DigitJudge:
                       + (f" batch {self.batch_tokens}" if self.batch_tokens else ""))
 
     def read(self, texts: Sequence[str | Row]) -> Readings:
-        """Return the probabilities of the scale's integers as the judge's reply to each prompt.
+        """Return the probabilities that the judge replies to each prompt with each integer.
 
         Raises:
-          UserError: a prompt fills the judge's context.
+          UserError: a prompt fills the context of the judging model.
         """
         model = self.model
         rows = [prompts.encode(model, text) for text in texts]
@@ -156,7 +157,7 @@ class DigitJudge:
         refusal = np.zeros(len(rows))
         greedy = np.full(len(rows), -1)
         place = {value: i for i, value in enumerate(self.scale)}
-        # nodes to read: (row, node, its probability, whether greedy decoding comes here)
+        # nodes of one depth: (row, node, its probability, whether greedy decoding reaches it)
         level = [(i, self._tree, 1.0, True) for i in range(len(rows))]
         while level:
             wanted = sorted({token for _, node, _, _ in level for token in node.next})
@@ -194,9 +195,9 @@ class DigitJudge:
                         greedy)
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield one verdict per item; `raw` has the most probable integers.
+        """Yield one verdict per item; `raw` contains the four most probable integers.
 
-        An item whose prompt fills the judge's context gets an error.
+        The verdict of an item whose prompt fills the model's context has an `error`.
 
         Raises:
           UserError: a role has no `eval_prompt`.
@@ -206,7 +207,7 @@ class DigitJudge:
             rows = [prompts.encode(self.model, self.rubric.prompt(item)) for item in part]
             room = self.model.config.max_context
             for item, row in zip(part, rows, strict=True):
-                if row.tokens.size >= room - 3:  # 3: the tokens of 100
+                if row.tokens.size >= room - 3:  # 3: the longest integer, 100, may take 3 tokens
                     yield Verdict(item.key, error=f"the judge's prompt has {row.tokens.size} "
                                                   f"tokens, and its context {room}")
             fits = [(item, row) for item, row in zip(part, rows, strict=True)
@@ -226,12 +227,12 @@ class DigitJudge:
 
 
 class _Node:
-    """A prefix of the scale's integers in tokens.
+    """A node of the prefix tree of the token sequences that spell the scale's integers.
 
     Attributes:
-      path: the tokens from the root.
-      value: the integer that the path spells, or None.
-      next: the nodes of one more token.
+      path: the tokens on the path from the root to this node.
+      value: the integer that these tokens spell, or None.
+      next: token → child node.
     """
 
     def __init__(self, path: tuple[int, ...] = ()) -> None:
@@ -248,7 +249,7 @@ class _Node:
 
 
 def _tree(model: Any, scale: Sequence[int]) -> _Node:
-    """Return the tree of all spellings of the scale's integers, also after a space.
+    """Return the prefix tree of the scale's integers, with and without a leading space.
 
     Raises:
       UserError: the tokenizer has no token for a digit.
@@ -268,7 +269,7 @@ def _tree(model: Any, scale: Sequence[int]) -> _Node:
 
 
 def _spelling(tokenizer: Any, vocabulary: dict[str, int], number: str) -> list[str]:
-    """Return the tokens of a number without a space before it."""
+    """Return the tokens of a number without a leading space."""
     if len(number) == 1:
         return [number]
     ids = tokenizer(number, add_special_tokens=False).input_ids
@@ -279,11 +280,11 @@ def _spelling(tokenizer: Any, vocabulary: dict[str, int], number: str) -> list[s
 
 
 def _starts(tokenizer: Any, word: str) -> list[int]:
-    """Return the first tokens of a word, with and without a space before it."""
+    """Return the ids of a word's first token, with and without a leading space."""
     found = []
     for text in (word, f" {word}"):
         ids = list(tokenizer(text, add_special_tokens=False).input_ids)
         tokens = tokenizer.convert_ids_to_tokens(ids)
-        # not the token of a space alone, which may precede anything
+        # skip a token that is only a space: any word may follow such a token
         found += [i for i, token in zip(ids, tokens, strict=True) if token.lstrip("Ġ▁")][:1]
     return list(dict.fromkeys(found))

@@ -1,7 +1,7 @@
-"""One request to an OpenAI-compatible endpoint, and the classes of its outcomes.
+"""A client that sends single requests to an OpenAI-compatible endpoint, with classified errors.
 
-The API key is read from the environment, kept only by the client, and removed from every text that
-the endpoint sends.
+The client reads the API key from the environment and removes it from every text that the endpoint
+returns.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from jaxpersona.extras import require
 from jaxpersona.inputs import printable
 
 OPENAI = "https://api.openai.com/v1"
-_AGAIN = frozenset((408, 409, 429))  # and 500 and above: the same request may succeed later
+_AGAIN = frozenset((408, 409, 429))  # after these, and 500 or above, a request is sent again
 _NEVER = {401: "the endpoint refuses the API key", 402: "the endpoint asks for a payment",
           404: "the endpoint does not know the model or the address"}
-_SHOWN = 160  # characters of an endpoint's message
+_SHOWN = 160  # maximum length of a text from the endpoint, in characters
 
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """An answer: its text, its tokens, and its cost if the endpoint states it."""
+    """An answer of the endpoint: text, token counts and cost; None if the endpoint omits one."""
 
     text: str
     prompt_tokens: int | None = None
@@ -36,13 +36,13 @@ class Reply:
 
 
 class Failure(Exception):
-    """A request without a usable answer.
+    """Error of a request that got no usable answer.
 
     Attributes:
       again: whether the same request may succeed later.
-      fatal: whether every other request will fail too.
-      after: the seconds that the endpoint asks to wait, or None.
-      maybe_paid: whether the endpoint may have computed the answer.
+      fatal: whether all other requests will fail too, for example because the API key is wrong.
+      after: the time in seconds to wait before the next request, or None.
+      maybe_paid: whether the endpoint may charge for the request.
     """
 
     def __init__(self, message: str, *, again: bool = False, fatal: bool = False,
@@ -57,15 +57,15 @@ class Endpoint:
     Args:
       model: the model's name at the endpoint.
       url: the base address, such as "http://localhost:8000/v1"; default: that of OpenAI.
-      key_env: the environment variable with the API key. An endpoint other than OpenAI's may need
-        none.
-      timeout: seconds to wait for the endpoint.
-      max_tokens: the maximum length of an answer.
-      temperature: of sampling.
+      key_env: the environment variable with the API key. The key is required for OpenAI's endpoint
+        and optional for others.
+      timeout: the time in seconds after which a request fails.
+      max_tokens: the maximum length of an answer in tokens.
+      temperature: the sampling temperature.
 
     Raises:
       UserError: the address is invalid or contains a password, the key is missing, or the package
-        `openai` is.
+        `openai` is not installed.
     """
 
     def __init__(self, model: str, *, url: str | None = None, key_env: str = "OPENAI_API_KEY",
@@ -78,7 +78,7 @@ class Endpoint:
                             "key, or give the address of another endpoint (--judge-url)")
         self._api: Any = require("openai", "a judge behind an address needs openai")
         self._key, self.model, self.url = key, model, url
-        self._length = "max_tokens"  # newer models of OpenAI want max_completion_tokens
+        self._length = "max_tokens"  # newer OpenAI models require max_completion_tokens
         self.max_tokens, self.temperature = max_tokens, temperature
         self._client = self._api.OpenAI(
             api_key=key or "none", base_url=url, timeout=timeout, max_retries=0)
@@ -90,7 +90,7 @@ class Endpoint:
         """Send one request and return the answer.
 
         Raises:
-          Failure: there is none.
+          Failure: the request got no usable answer.
         """
         api, length = self._api, self._length
         try:
@@ -111,11 +111,11 @@ class Endpoint:
                           maybe_paid=True) from None
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections to the endpoint."""
         self._client.close()
 
     def _reply(self, found: Any) -> Reply:
-        """Return the answer in a response; missing fields raise an exception."""
+        """Return the answer in a response of the client; raise an error if a field is missing."""
         choice = found.choices[0]
         text = choice.message.content
         if text is None:
@@ -134,7 +134,7 @@ class Endpoint:
         return Reply(self._clean(text), before, after, usd)
 
     def _refused(self, error: Any, length: str) -> Failure:
-        """Return the failure of a status code, after a request with the limit `length`."""
+        """Return the `Failure` for an HTTP error; `length` is the request's name of max_tokens."""
         status, message = error.status_code, self._clean(str(error.message))
         if status == 400 and length == "max_tokens" and "max_completion_tokens" in message:
             self._length = "max_completion_tokens"
@@ -146,14 +146,14 @@ class Endpoint:
                        after=retry_after(error.response.headers))
 
     def _clean(self, text: str) -> str:
-        """Return an endpoint's text on one line, cut, and without the key."""
+        """Return a text of the endpoint as one line of limited length, without the API key."""
         if self._key:
             text = text.replace(self._key, "[key]")
         return " ".join(printable(text).split())[:_SHOWN]
 
 
 def retry_after(headers: Any, now: float | None = None) -> float | None:
-    """Return the seconds of a Retry-After header, a number or a date; None if there is none."""
+    """Return the delay in seconds from a Retry-After header; None if missing or invalid."""
     for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         value = headers.get(name)
         if value is None:
@@ -172,7 +172,7 @@ def retry_after(headers: Any, now: float | None = None) -> float | None:
 
 
 def _unconnected(cause: BaseException | None) -> bool:
-    """Return whether a request was never sent."""
+    """Return whether a connection error, by its cause, occurred before the request was sent."""
     return type(cause).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
 
 
@@ -180,7 +180,8 @@ def _check_url(url: str) -> None:
     """Check an endpoint's address.
 
     Raises:
-      UserError: it is no HTTP address, or contains a password or a query.
+      UserError: the address is not an HTTP address, or contains a user, a password, a query or a
+        fragment.
     """
     try:
         parts = urllib.parse.urlsplit(url)

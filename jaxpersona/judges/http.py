@@ -1,7 +1,7 @@
-"""A judge behind an OpenAI-compatible endpoint: concurrent, paced, and within a budget.
+"""A judge at an OpenAI-compatible endpoint, with concurrent requests, rate limits and a budget.
 
-Every request and every answer is in a journal (`journal.Journal`) before anything else happens with
-it, so a killed process loses at most the answers of the requests that were under way.
+Each request is written to a journal (`journal.Journal`) before it is sent, and each answer before
+it is used. A killed process therefore loses at most the answers to requests in progress.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from jaxpersona.judges.limits import Budget, Pace
 from jaxpersona.judges.protocol import Item, JudgeStopped, Verdict
 from jaxpersona.judges.rubric import ROLES, Rubric
 
-ATTEMPTS = 6  # requests per item in one run, if they fail
-IN_A_ROW = 20  # items that fail one after another before the run stops
-LONGEST_WAIT = 600.0  # seconds; an endpoint that asks for more stops the run
-_BACKOFF = 0.5  # seconds before the second request; doubled before each further one
+ATTEMPTS = 6  # maximum number of requests per prompt in one call
+IN_A_ROW = 20  # number of consecutive failed prompts after which the judge stops
+LONGEST_WAIT = 600.0  # seconds; if the endpoint asks to wait longer, the judge stops
+_BACKOFF = 0.5  # seconds before the second request; doubled for each further request
 _LONGEST_BACKOFF = 30.0
-_GRACE = 10.0  # seconds that an interrupted run waits for answers under way
-_AROUND = 64  # tokens that a chat template may add to a prompt, for bounds
+_GRACE = 10.0  # seconds to wait for answers to requests in progress when the judge stops
+_AROUND = 64  # tokens of the chat template, for the upper bound of a request's cost
 
 
 class HttpJudge:
@@ -35,18 +35,18 @@ class HttpJudge:
 
     Args:
       endpoint: the client.
-      journal: the path of the file of all requests and verdicts. Its verdicts are reused, for equal
-        model, settings and prompt.
-      rubric: the prompt and its scale; default: each role's `eval_prompt`, scores 0 to 3.
-      concurrency: the number of requests under way at a time.
-      rpm, tpm: the maximum number of requests and of tokens per minute, or None.
-      budget: the most that all runs with this journal may spend, or None.
-      price: USD per million tokens of prompts and of answers, or None. A cost that the endpoint
-        states has precedence.
-      backoff: seconds before the first repetition of a failed request; default: 0.5.
+      journal: path of the journal, a file of all requests and answers. An answer in the journal is
+        reused for the same model, temperature, maximum length and prompt.
+      rubric: the prompt and the scale; default: each role's `eval_prompt`, scores 0 to 3.
+      concurrency: the maximum number of requests in progress at the same time.
+      rpm, tpm: the maximum numbers of requests and tokens per minute; None: no limit.
+      budget: the limit for all requests in the journal, also those of earlier runs; None: no limit.
+      price: (price of prompts, price of answers) in USD per million tokens, or None. If the
+        endpoint returns the cost of an answer, that cost is used instead.
+      backoff: seconds to wait before a failed request is sent again the first time; default: 0.5.
 
     Raises:
-      UserError: a setting is out of range, or the budget is in USD and there is no price.
+      UserError: a setting is out of range, or `budget` is in USD and `price` is None.
 
     Examples:
       >>> from jaxpersona.judges.endpoint import Endpoint
@@ -69,18 +69,18 @@ class HttpJudge:
         self.reads_eval_prompt = rubric.template is None
         self.name = (f"http {endpoint.model} rubric {rubric.digest} temperature "
                      f"{endpoint.temperature:g} tokens {endpoint.max_tokens}")
-        self.failed = 0  # items without a verdict, in this process
+        self.failed = 0  # number of items that could not be scored
         self._path, self._journal = journal, None
         self._concurrency, self._budget, self._price = concurrency, budget or Budget(), price
         self._pace = Pace(rpm, tpm)
         self._backoff = _BACKOFF if backoff is None else backoff
-        self._turn = threading.Condition()  # its lock may be taken again by its owner
+        self._turn = threading.Condition()  # reentrant lock of all fields below
         self._under_way: dict[threading.Event, list[threading.Thread]] = {}
         self._closed = False
         self._flying = self._row = 0
-        self._per_byte = 0.5  # tokens per byte of a prompt; the largest value seen, after one
-        self._why = ""  # why the judge cannot go on
-        self._seen = False  # whether an answer stated its tokens
+        self._per_byte = 0.5  # tokens per byte of a prompt: first a guess, then the largest seen
+        self._why = ""  # the reason why the judge cannot continue
+        self._seen = False  # whether an answer contained the number of prompt tokens
 
     _journal: Journal | None
 
@@ -89,7 +89,7 @@ class HttpJudge:
         """The journal, opened at the first use.
 
         Raises:
-          UserError: the file cannot be used, or the judge was closed.
+          UserError: the journal cannot be opened, or the judge was closed.
         """
         with self._turn:
             if self._closed:
@@ -99,7 +99,7 @@ class HttpJudge:
             return self._journal
 
     def note(self) -> str:
-        """Return the requests and the cost so far, over all runs with this journal, as a text."""
+        """Return text with the number and the cost of all requests in the journal, and failures."""
         if self._journal is None:
             return ""
         parts = [f"{self._journal.calls:,} calls"]
@@ -110,7 +110,7 @@ class HttpJudge:
         return ", ".join(parts)
 
     def close(self) -> None:
-        """Send nothing more, wait up to ten seconds for answers under way, and close the files."""
+        """Stop sending, wait up to ten seconds for answers, and close the journal and client."""
         with self._turn:
             under_way = list(self._under_way.items())
         for stopped, _ in under_way:
@@ -125,13 +125,15 @@ class HttpJudge:
         self.endpoint.close()
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield one verdict per item as it completes; those of the journal come first.
+        """Yield one verdict per item in the order of completion; first those from the journal.
 
-        Items with equal prompts are sent once. An item whose requests all failed gets an error.
+        Items with equal prompts share one request. If all requests for an item fail, the item's
+        verdict has an `error`.
 
         Raises:
-          JudgeStopped: the budget is used, the endpoint refuses every request, or too many items in
-            a row failed. Finished verdicts were yielded before.
+          JudgeStopped: the budget is used up, the endpoint rejects all requests or asks for a long
+            wait, too many consecutive prompts failed, or the judge was closed. All finished
+            verdicts are yielded first.
           UserError: a role has no `eval_prompt`, or the journal cannot be used.
         """
         groups: dict[str, tuple[str, list[Item]]] = {}
@@ -153,7 +155,7 @@ class HttpJudge:
 
     def _send(self, groups: dict[str, tuple[str, list[Item]]], open_: queue.SimpleQueue[str],
               left: int) -> Iterator[Verdict]:
-        """Send the requests of the keys in `open_` and yield their verdicts."""
+        """Send the requests for the keys in `open_` and yield the verdicts."""
         done: queue.SimpleQueue[Any] = queue.SimpleQueue()
         stopped = threading.Event()
         if self._why:
@@ -213,7 +215,7 @@ class HttpJudge:
             yield from self._verdicts(members, *outcome)
 
     def _verdicts(self, members: list[Item], said: str, cost: float) -> Iterator[Verdict]:
-        """Yield the verdict of one answer on items with equal prompts; the first has its cost."""
+        """Yield the verdicts on items with equal prompts; the first verdict has the whole cost."""
         score, refused = self.rubric.read(said)
         known = self._price is not None or cost > 0
         for i, item in enumerate(members):
@@ -221,7 +223,7 @@ class HttpJudge:
                           cost=(cost if i == 0 else 0.0) if known else None)
 
     def _ask(self, key: str, prompt: str, stopped: threading.Event) -> tuple[str, float] | str:
-        """Return an answer and its cost, or why there is none, after up to `ATTEMPTS` requests."""
+        """Send up to `ATTEMPTS` requests; return (answer, cost), or the last error as text."""
         size = len(prompt.encode("utf-8", "surrogatepass"))
         failure = Failure("")
         for attempt in range(ATTEMPTS):
@@ -267,7 +269,11 @@ class HttpJudge:
         return str(failure)
 
     def _react(self, failure: Failure) -> None:
-        """Stop the run, or hold all requests, if a failure concerns all of them."""
+        """Stop the judge or delay all requests, if a failure also affects other requests.
+
+        Raises:
+          _Halt: the judge was stopped.
+        """
         if failure.fatal:
             with self._turn:
                 self._halt(f"{failure}; then run the same command again")
@@ -281,12 +287,13 @@ class HttpJudge:
             self._pace.hold(failure.after)
 
     def _reserve(self, key: str, bound: float, stopped: threading.Event) -> None:
-        """Record a request that is about to be sent, once the budget allows it.
+        """Wait until the budget allows a request, and write the request to the journal.
 
-        Requests under way count with their bounds, so a budget in USD may have to wait for them.
+        Requests in progress count with the upper bounds of their costs. When the actual costs are
+        known, a further request may fit into a budget in USD.
 
         Raises:
-          _Halt: the budget does not allow it, or the run was stopped.
+          _Halt: the budget does not allow the request, or the judge was stopped.
         """
         with self._turn:
             while not stopped.is_set():
@@ -305,7 +312,7 @@ class HttpJudge:
         raise _Halt
 
     def _landed(self) -> None:
-        """Count one request less under way; the caller holds `_turn`."""
+        """Decrease the number of requests in progress; the caller holds `_turn`."""
         self._flying -= 1
         self._turn.notify_all()
 
@@ -318,7 +325,10 @@ class HttpJudge:
         return (before * self._price[0] + after * self._price[1]) / 1e6
 
     def _cost(self, reply: Reply, bound: float) -> float:
-        """Return the cost of an answer; its bound if the endpoint states no tokens."""
+        """Return the cost of an answer in USD.
+
+        Use the endpoint's cost, else the price of its token counts, else `bound`.
+        """
         if reply.usd is not None:
             return reply.usd
         if reply.prompt_tokens is None:
@@ -327,11 +337,11 @@ class HttpJudge:
 
 
 def _wait(threads: Sequence[threading.Thread]) -> None:
-    """Wait for threads, in all at most `_GRACE` seconds."""
+    """Wait for threads to end, for at most `_GRACE` seconds in total."""
     end = time.monotonic() + _GRACE
     for thread in threads:
         thread.join(max(0.0, end - time.monotonic()))
 
 
 class _Halt(Exception):
-    """Raised in a thread to end it without a verdict."""
+    """Exception that ends a thread of `HttpJudge` without a verdict."""

@@ -1,4 +1,4 @@
-"""A judge that is a person: a CSV file to fill in and to read back."""
+"""A human judge: a CSV file of replies into which a person enters the scores."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from jaxpersona.judges.protocol import ROLE_SCALE, Item, Verdict
 
 COLUMNS: tuple[str, ...] = ("item", "role", "description", "system_prompt", "question", "answer",
                             "score", "digest")
-UNDECIDED = ("?", "none")  # in the column score: read, but not decidable
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run such a cell
+UNDECIDED = ("?", "none")  # entries of the column `score` for a reply that cannot be decided
+_FORMULA = ("=", "+", "-", "@", "\t", "\r")  # spreadsheets run cells that begin with one of these
 
 
 class HumanJudge:
-    """Read the scores that a person entered in a CSV file; add the items that it lacks.
+    """Read the scores that a person entered in a CSV file, and add rows for new items.
 
     Args:
-      path: the file; it is created if it is missing. A person fills in the column `score`, with an
-        integer of the scale, or "?" if it cannot be decided.
+      path: the CSV file; created if missing. The person enters an integer of the scale in the
+        column `score`, or "?" if the reply cannot be decided.
       scale: the allowed integers.
 
     Examples:
@@ -46,10 +46,10 @@ class HumanJudge:
         self.name = f"human {self.path.name} scale {scale[0]}-{scale[-1]}"
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield one verdict per item, with an error for each that has no score yet.
+        """Yield one verdict per item; the verdict of an item without a score has an `error`.
 
         Raises:
-          UserError: the file cannot be read or written, or has an invalid score.
+          UserError: the file cannot be read or written, or contains an invalid score.
         """
         rows = read_rows(self.path) if self.path.exists() else {}
         new = [item for item in items if identity(item) not in rows]
@@ -71,7 +71,7 @@ class HumanJudge:
 
 
 def identity(item: Item) -> str:
-    """Return an item's key with its role, unique in a run."""
+    """Return "role/key", which identifies an item within a run."""
     return f"{item.role.name}/{item.key}"
 
 
@@ -82,21 +82,21 @@ def digest_of(item: Item) -> str:
 
 
 def row_of(item: Item) -> dict[str, str]:
-    """Return an item as a row without a score."""
+    """Return a CSV row for an item, as column → text, with an empty score."""
     cells = {"item": identity(item), "role": item.role.name, "description": item.role.description,
              "system_prompt": item.system_prompt, "question": item.question,
              "answer": item.answer, "score": "", "digest": digest_of(item)}
     return {name: (f"'{text}" if text.startswith(_FORMULA) else text)
-            .encode("utf-8", "replace").decode() for name, text in cells.items()}  # half a pair
+            .encode("utf-8", "replace").decode() for name, text in cells.items()}  # surrogates → ?
 
 
 def score_of(row: Mapping[str, str], scale: Sequence[int], path: pathlib.Path) -> int | str | None:
-    """Return the score of a row; None if it cannot be decided, "" if it is not filled in.
+    """Return the score in a row: an integer, None for an undecided reply, "" for an empty cell.
 
     Raises:
-      UserError: it is something else.
+      UserError: the cell contains anything else.
     """
-    text = (row.get("score") or "").strip().removesuffix(".0")  # as some spreadsheets write it
+    text = (row.get("score") or "").strip().removesuffix(".0")  # some spreadsheets write 3 as 3.0
     if text.lower() in UNDECIDED:
         return None
     if not text:
@@ -108,26 +108,29 @@ def score_of(row: Mapping[str, str], scale: Sequence[int], path: pathlib.Path) -
 
 
 def write_rows(path: str | os.PathLike[str], rows: Sequence[Mapping[str, str]]) -> None:
-    """Write rows as a CSV file that spreadsheets open.
+    """Write rows (`row_of`) as a CSV file that spreadsheet programs can open.
 
     Raises:
       UserError: the file cannot be written.
     """
     text = io.StringIO()
-    # all quoted: the module leaves a lone carriage return unquoted, which ends a row for readers
+    # quote all cells: the csv module does not quote a lone "\r", which readers take as a row's end
     writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n",
                             quoting=csv.QUOTE_ALL)
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, "\ufeff" + text.getvalue())  # the mark tells spreadsheets that it is UTF-8
+    write_text(path, "\ufeff" + text.getvalue())  # spreadsheets detect UTF-8 by this mark
 
 
 def read_rows(path: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
-    """Read a CSV file of `write_rows`, also after a spreadsheet saved it; the keys are items.
+    """Read a CSV file that `write_rows` wrote, and that a spreadsheet may have saved again.
+
+    Returns:
+      item (`identity`) → row, as column → text.
 
     Raises:
-      UserError: the file cannot be read, has no column `item`, `score` or `digest`, or has an item
-        twice.
+      UserError: the file cannot be read, lacks the column `item`, `score` or `digest`, or contains
+        an item twice.
     """
     data = read_bytes(path, TEXT_BYTES)
     try:
@@ -135,7 +138,7 @@ def read_rows(path: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
     except ValueError as error:
         raise UserError(f"{path}: is not UTF-8 ({error}); save it as UTF-8") from None
     head = text.partition("\n")[0]
-    marks = max(",;\t", key=head.count)  # a spreadsheet may save another separator
+    marks = max(",;\t", key=head.count)  # some spreadsheets save with another separator
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=marks)
         found = [{name: value for name, value in row.items() if name and isinstance(value, str)}

@@ -1,10 +1,13 @@
-"""The append-only file of a paid judge: every call and every verdict, so that none is paid twice.
+"""The journal of an endpoint judge: an append-only file of all requests and answers.
 
-Each line is a JSON object. `{"sent": key, "cost": c}` is written before a request is sent, with an
-upper bound of its cost. `{"key": key, "said": text, "cost": c, …}` is its answer, and `{"failed":
-key, "error": text, "cost": c}` a request without one. A key is a digest of the judge's rubric,
-model and prompt. After `kill -9` the last line may be incomplete; it is removed when the file is
-opened. A request without an outcome counts with its bound.
+Answers in the journal are reused, so no answer is paid for twice.
+
+Each line after the first is a JSON object. `{"sent": key, "cost": c}` is written before a request
+is sent, where c is an upper bound of its cost in USD. `{"key": key, "said": text, "cost": c, …}`
+records an answer, and `{"failed": key, "error": text, "cost": c}` a failed request. The cost of a
+request without such a line is the upper bound. A key is a digest of the judge's model, settings and
+prompt. If a process is killed, the last line may be incomplete; such a line is removed when the
+journal is opened again.
 """
 
 from __future__ import annotations
@@ -23,23 +26,23 @@ FORMAT = {"format": "jaxpersona-verdicts 1"}
 
 
 def key_of(identity: str, prompt: str) -> str:
-    """Return 32 hexadecimal digits that identify a judge and a prompt."""
+    """Return 32 hexadecimal digits that identify a prompt and the model and settings `identity`."""
     text = json.dumps([identity, prompt]).encode("utf-8", "surrogatepass")
     return hashlib.sha256(text).hexdigest()[:32]
 
 
 class Journal:
-    """An open journal, locked against other processes; its methods may be called by any thread.
+    """An open journal, locked against other processes; its methods are thread-safe.
 
     Args:
       path: the file; it is created, with its folder, if it is missing.
 
     Attributes:
-      calls: the number of requests that were sent, in this process and before.
-      spent: the cost of all of them in USD.
+      calls: the number of requests in the journal.
+      spent: the total cost of these requests in USD.
 
     Raises:
-      UserError: the file cannot be written, is in use, or is damaged.
+      UserError: the file cannot be written, is used by another process, or is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -50,7 +53,7 @@ class Journal:
         self._open: dict[str, list[float]] = {}  # key → bounds of requests without an outcome
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # O_NOFOLLOW: the code below may cut the file
+            # O_NOFOLLOW: the code below must not truncate the target of a symbolic link
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
                                  | os.O_NOFOLLOW, 0o644)
         except OSError as error:
@@ -68,27 +71,27 @@ class Journal:
             raise
 
     def get(self, key: str) -> tuple[str, float] | None:
-        """Return an answer and what it cost, or None if there is none."""
+        """Return the answer for a key and its cost in USD, or None if there is no answer."""
         with self._lock:
             return self._said.get(key)
 
     def sent(self, key: str, bound: float) -> None:
-        """Record that a request is about to be sent that costs at most `bound` USD."""
+        """Record a request of at most `bound` USD, before it is sent."""
         with self._lock:
             self._append({"sent": key, "cost": bound})
 
     def answered(self, key: str, said: str, cost: float, **about: Any) -> None:
-        """Record the answer to a request that was sent, and its cost in USD."""
+        """Record the answer to a request and its cost in USD."""
         with self._lock:
             self._append({"key": key, "said": said, "cost": cost, **about})
 
     def failed(self, key: str, error: str, cost: float) -> None:
-        """Record a request without an answer, and what it may have cost in USD."""
+        """Record a failed request and its possible cost in USD."""
         with self._lock:
             self._append({"failed": key, "error": error, "cost": cost})
 
     def close(self) -> None:
-        """Write the file to the disk and unlock it."""
+        """Flush the file to disk, close it and unlock it."""
         with self._lock:
             if self._file >= 0:
                 os.fsync(self._file)
@@ -99,12 +102,12 @@ class Journal:
             self._release()
 
     def _release(self) -> None:
-        """Close the file, which also unlocks it; a number is closed once."""
+        """Close the file descriptor, which also unlocks the file."""
         file, self._file = self._file, -1
         os.close(file)
 
     def _append(self, value: dict[str, Any]) -> None:
-        """Write one line with one call, so that a killed process leaves whole lines."""
+        """Append one line with a single `os.write` call, to avoid incomplete lines."""
         line = json.dumps(value, ensure_ascii=True).encode() + b"\n"
         try:
             if os.write(self._file, line) != len(line):
@@ -127,7 +130,7 @@ class Journal:
         self.spent += cost
 
     def _read(self) -> None:
-        """Read the file, and cut an incomplete last line."""
+        """Read the file and remove an incomplete last line; write the first line of a new file."""
         with open(self.path, "rb") as file:
             end = 0
             for number, line in enumerate(file, 1):

@@ -1,4 +1,4 @@
-"""Judges without a model of their own: `none`, and the evaluated model itself."""
+"""Two simple judges: `NoJudge` gives a fixed score, and `SelfJudge` prompts the evaluated model."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class SelfJudge:
     """A judge that prompts the evaluated model with the rubric and decodes greedily.
 
     Args:
-      model: the evaluated model, or any other.
+      model: the judging model, normally the evaluated model.
       batch_size: the number of replies that are scored together.
-      rubric: the prompt and its scale; default: each role's `eval_prompt`, scores 0 to 3.
+      rubric: the prompt and the scale; default: each role's `eval_prompt`, scores 0 to 3.
     """
 
     together = True
@@ -40,7 +40,7 @@ class SelfJudge:
         self.name = f"self {model.fingerprint} rubric {rubric.digest} rows {batch_size}"
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield the first integer of the scale in each judgement of at most 10 tokens, or None."""
+        """Yield one verdict per item, read by `Rubric.read` from at most 10 generated tokens."""
         from jaxpersona.engine.generate import generate
 
         if not items:

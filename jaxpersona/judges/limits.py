@@ -1,4 +1,4 @@
-"""Limits of a paid judge: requests and tokens per minute, and a budget in calls or USD."""
+"""Limits of an endpoint judge: requests and tokens per minute, and a budget in calls or USD."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jaxpersona.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """The most that may be spent, counted over all runs that share a journal.
+    """The maximum number or cost of the requests in a journal.
 
     Attributes:
-      calls: the number of requests, also of repeated ones; None: no limit.
-      usd: the cost; None: no limit.
+      calls: the maximum number of requests, including repeated requests; None: no limit.
+      usd: the maximum cost in USD; None: no limit.
 
     Examples:
       >>> from jaxpersona.judges.limits import Budget
@@ -47,12 +47,12 @@ class Budget:
         raise UserError(f"budget is {text!r:.40}; give calls or USD, such as 500calls or 5usd")
 
     def part(self, share: int) -> Budget:
-        """Return an equal part of the budget, rounded down, for one of `share` processes."""
+        """Return the budget of each of `share` processes: an equal part, in calls rounded down."""
         return Budget(None if self.calls is None else self.calls // share,
                       None if self.usd is None else self.usd / share)
 
     def allows(self, calls: int, usd: float) -> bool:
-        """Return whether totals are within the budget."""
+        """Return whether a total number of calls and a total cost are within the budget."""
         return ((self.calls is None or calls <= self.calls)
                 and (self.usd is None or usd <= self.usd + 1e-12))
 
@@ -61,12 +61,12 @@ class Budget:
 
 
 class Pace:
-    """Spaces requests evenly, so that no minute has more requests or tokens than allowed.
+    """Delays requests so that they stay within a rate of requests and tokens per minute.
 
     Args:
-      requests: requests per minute, or None.
-      tokens: tokens per minute, or None.
-      clock: returns a time in seconds.
+      requests: the maximum number of requests per minute; None: no limit.
+      tokens: the maximum number of tokens per minute; None: no limit.
+      clock: returns the time in seconds.
 
     Raises:
       UserError: a rate is not positive.
@@ -83,7 +83,11 @@ class Pace:
         self._request_at = self._tokens_at = self._held = -math.inf
 
     def wait(self, tokens: float, stopped: threading.Event) -> bool:
-        """Wait until a request of about `tokens` tokens may be sent; return False if stopped."""
+        """Wait until a request of about `tokens` tokens may be sent.
+
+        Returns:
+          True, or False if `stopped` was set.
+        """
         while not stopped.is_set():
             with self._lock:
                 now = self._clock()
@@ -92,15 +96,15 @@ class Pace:
                     self._request_at = now + self._each
                     self._tokens_at = now + tokens * self._token
                     return True
-            stopped.wait(min(at - now, 1.0))  # `settle` and `hold` may change it
+            stopped.wait(min(at - now, 1.0))  # short waits, as `settle` and `hold` may change `at`
         return False
 
     def settle(self, estimated: float, actual: float) -> None:
-        """Correct the tokens of a request that was sent."""
+        """Replace the estimated number of tokens of a sent request by the actual number."""
         with self._lock:
             self._tokens_at += (actual - estimated) * self._token
 
     def hold(self, seconds: float) -> None:
-        """Send no request for a time, such as that of a Retry-After header."""
+        """Delay all requests by at least `seconds`, such as the delay of a Retry-After header."""
         with self._lock:
             self._held = max(self._held, self._clock() + seconds)

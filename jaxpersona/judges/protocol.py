@@ -1,4 +1,4 @@
-"""The protocol of judges: items in, verdicts out, one for each item, in any order."""
+"""The interface of judges: a judge takes items (replies) and yields one verdict for each."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ class Item:
     """A reply to be scored.
 
     Attributes:
-      key: identifies the reply among those of its role (`runs.run.rollout_key`).
-      role: the role that the reply should play; for a trait, a role with the trait's name and
-        `eval_prompt` (`rubric.of_trait`).
+      key: identifies the reply within its role (`runs.rollouts.rollout_key`).
+      role: the role that the reply should play; for a trait, the result of `rubric.of_trait`.
       question: the user's message.
       answer: the reply.
-      system_prompt: the system prompt under which the model replied; only people see it.
+      system_prompt: the system prompt of the reply; only human judges see it.
     """
 
     key: str
@@ -35,18 +34,19 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What a judge says about one item.
+    """The verdict of a judge on one item.
 
     Attributes:
       key: the key of the item.
-      score: an integer of the judge's scale; None if the judge could not decide, or did not score
-        the item (`error`).
-      expected: the expected score, for judges that read probabilities.
-      mass: the total probability of the scale's integers, for judges that read probabilities.
+      score: an integer of the judge's scale; None if the judge could not decide or failed.
+      expected: the expected score, for judges that compute probabilities; else None.
+      mass: the total probability of the scale's integers, for judges that compute probabilities;
+        else None.
       refused: whether the judge says that the reply refuses to answer.
-      error: why the item was not scored; it is to be given to the judge again. None if it was.
-      raw: the judge's own words.
-      cost: the cost of the verdict in USD; None if the judge costs nothing or has no price.
+      error: the reason why the judge failed on this item; None if it did not fail. A later call
+        judges failed items again.
+      raw: the text of the judge's answer.
+      cost: the cost of the verdict in USD; None if the judge is free or its cost is unknown.
     """
 
     key: str
@@ -62,14 +62,16 @@ class Verdict:
 class Judge(Protocol):
     """Interface of a judge.
 
-    Two optional attributes are read with `getattr`: `reads_eval_prompt`, True if every role needs
-    an `eval_prompt`, and `together`, True if the judge runs a model that all processes of a run
-    share, so that all of them must call it; other judges are called by one process.
+    A judge may also have these attributes, which are read with `getattr`. `reads_eval_prompt` is
+    True if the judge needs the `eval_prompt` of every role. `together` is True if the judge runs a
+    model that all processes of a run execute together, so that all processes must call the judge;
+    other judges are called by one process. `after` is True if the judge loads its model only after
+    the rollouts are generated.
 
     Attributes:
-      name: identifies the judge in a run: its kind, its model or fingerprint, and a digest of its
-        rubric. Equal names mean that equal items get verdicts of the same judge.
-      scale: the integers that `score` may give.
+      name: identifies the judge in a run. Judges that can give different verdicts on the same item
+        must have different names, so a name contains, for example, a digest of the rubric.
+      scale: the allowed scores.
 
     Examples:
       >>> from jaxpersona.data.texts import Role
@@ -88,23 +90,24 @@ class Judge(Protocol):
     def scale(self) -> tuple[int, ...]: ...
 
     def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
-        """Yield one verdict per item, as they complete, in any order.
+        """Yield one verdict per item, in any order.
 
         Raises:
-          JudgeStopped: the judge cannot go on; verdicts that were finished were yielded before.
+          JudgeStopped: the judge cannot continue; all finished verdicts are yielded first.
         """
         ...
 
 
 class JudgeStopped(UserError):
-    """Error of a judge that cannot go on, such as at the end of its budget."""
+    """Error of a judge that cannot continue, for example because its budget is used up."""
 
 
 def in_order(judge: Judge, items: Sequence[Item]) -> list[Verdict]:
     """Return a judge's verdicts in the order of the items.
 
     Raises:
-      UserError: the judge does not give exactly one verdict per item, or a score outside its scale.
+      UserError: the judge does not give exactly one verdict per item, or gives a score outside its
+        scale.
     """
     return arranged(judge, items, judge.score(items))
 
@@ -133,7 +136,7 @@ def check_verdict(judge: Judge, verdict: Verdict) -> None:
     """Check that a verdict's score is None or an integer of the judge's scale.
 
     Raises:
-      UserError: it is not.
+      UserError: the score is not None or an integer of the scale.
     """
     score = verdict.score
     if score is not None and (type(score) is not int or score not in judge.scale):

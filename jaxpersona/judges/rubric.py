@@ -1,8 +1,8 @@
-"""Rubrics: the text that a judge reads about a reply, and the parsers of what it says.
+"""Rubrics: the prompts of judges that are models, and the parser of their answers.
 
-Roles are scored from 0 to 3 (Lu et al. 2026): 0 refuses, 1 declines the role but helps, 2
-identifies as an AI with some attributes of the role, 3 fully plays the role. Traits are scored from
-0 to 100, or with the word REFUSAL (Chen et al. 2025).
+Roles are scored from 0 to 3 (Lu et al. 2026). 0: the reply refuses to answer; 1: it declines the
+role but helps; 2: it identifies as an AI, with some attributes of the role; 3: it fully plays the
+role. Traits are scored from 0 to 100, or with the word REFUSAL (Chen et al. 2025).
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from jaxpersona.errors import UserError
 from jaxpersona.judges.protocol import ROLE_SCALE, TRAIT_SCALE, Item
 
 REFUSAL = "REFUSAL"
-# a number that is no part of a decimal; a sign before it is part of it
+# an integer with an optional minus sign; the digits of decimal numbers do not match
 _NUMBER = re.compile(r"(?P<sign>(?<![^\s(:*])[-−])?(?<![\d.])(?<!\d[-,])(?P<digits>\d+)"
                      r"(?![\d.,]*\d)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Rubric:
-    """How replies are presented to a model that judges, and what it may answer.
+    """The prompt and the allowed scores of a judge that is a model.
 
     Attributes:
       scale: the allowed integers, in increasing order.
-      template: the prompt, with `{role}`, `{description}`, `{question}` and `{answer}`; None uses
-        the `eval_prompt` of each item's role.
-      refusal: a word by which the model says that the reply refuses; "" if score 0 says it.
+      template: the prompt, with the placeholders `{question}` and `{answer}` and, optionally,
+        `{role}` and `{description}`. None: the `eval_prompt` of each item's role.
+      refusal: the word with which the judge marks a reply that refuses to answer; "" if score 0
+        marks it.
 
     Examples:
       >>> from jaxpersona.data.texts import Role
@@ -59,15 +60,15 @@ class Rubric:
 
     @property
     def digest(self) -> str:
-        """Return 8 hexadecimal digits that identify template, scale and parser."""
+        """8 hexadecimal digits that identify the template, scale, refusal word and parser."""
         text = json.dumps(["rubric 1", self.template, list(self.scale), self.refusal])
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
     def prompt(self, item: Item) -> str:
-        """Return the prompt about an item.
+        """Return the judge's prompt for an item.
 
         Raises:
-          UserError: the rubric has no template, and the item's role no `eval_prompt`.
+          UserError: the rubric has no template, and the item's role has no `eval_prompt`.
         """
         text = item.role.eval_prompt if self.template is None else self.template
         if not text:
@@ -77,10 +78,13 @@ class Rubric:
                     description=item.role.description)
 
     def read(self, text: str) -> tuple[int | None, bool]:
-        """Return the score in a judge's reply, or None, and whether the reply says refusal.
+        """Parse a judge's answer.
 
-        The score is the first number of the scale. Other numbers, such as 7 on a scale of 0 to 3,
-        are skipped, and so are decimals and negative numbers.
+        The score is the first integer of the scale in the answer. Decimals, negative numbers and
+        integers outside the scale are skipped.
+
+        Returns:
+          (score or None, whether the answer marks a refusal).
         """
         if self.refusal and re.search(rf"\b{re.escape(self.refusal)}\b", text):
             return None, True
@@ -91,7 +95,7 @@ class Rubric:
         return None, False
 
     def refuses(self, score: int | None) -> bool:
-        """Return whether a score says that the reply refuses."""
+        """Return whether a score marks a refusal."""
         return score == 0 and not self.refusal
 
 
@@ -100,6 +104,6 @@ TRAITS = Rubric(TRAIT_SCALE, refusal=REFUSAL)
 
 
 def of_trait(trait: Trait) -> Role:
-    """Return a trait as the role of an `Item`; its prompts are the positive ones."""
+    """Return a trait as a `Role` for `Item`; its prompts are the trait's positive prompts."""
     return Role(trait.name, tuple(positive for positive, _ in trait.pairs), trait.eval_prompt,
                 trait.description)

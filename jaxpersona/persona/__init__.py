@@ -1,1 +1,1 @@
-"""Persona analysis: role vectors, the Assistant Axis, its self-test, projections and drift."""
+"""Persona analysis: role vectors, the Assistant Axis, the self-test, projections and drift."""

@@ -1,7 +1,7 @@
-"""The Assistant Axis: role vectors, the axis, its principal components and thresholds.
+"""The Assistant Axis: role vectors, the axis, principal components and percentiles of projections.
 
-Each function takes NumPy arrays, mostly response means `[n, L, D]` from `runs.rollouts`.
-Formulas: Lu et al. 2026 (arXiv 2601.10387).
+All functions take and return NumPy arrays. A response mean [L, D] is the mean activation over the
+response tokens of one rollout. The formulas are those of Lu et al. 2026 (arXiv 2601.10387).
 """
 
 from __future__ import annotations
@@ -23,18 +23,19 @@ PERCENTILES = (1, 5, 10, 25, 50, 75, 90, 95, 99)
 def role_vectors(
     means: np.ndarray, scores: Sequence[int | None]
 ) -> dict[str, tuple[np.ndarray, int]]:
-    """Average one role's response means by judge score.
+    """Average the response means of one role for each judge score.
 
     Args:
-      means: [n, L, D], one per rollout; all NaN for an empty reply.
+      means: [n, L, D], one response mean per rollout; all NaN for an empty reply.
       scores: n judge scores, 0–3 or None.
 
     Returns:
-      "pos_3" (score 3), "pos_2" (score 2) and "mean" (every non-empty reply) → (vector [L, D]
-      float32, count). Empty groups are omitted.
+      label → (vector [L, D] float32, number of rollouts). The labels are "pos_3" (score 3), "pos_2"
+      (score 2) and "mean" (all non-empty replies); a label without rollouts is omitted.
 
     Raises:
-      UserError: len(scores) differs from n, or a mean is infinite or partly NaN.
+      UserError: len(scores) differs from n, or a response mean has infinite values or is partly
+        NaN.
     """
     if len(scores) != len(means):
         raise UserError(f"scores has {len(scores)} entries for {len(means)} rollouts; give one "
@@ -56,14 +57,14 @@ def role_vectors(
 
 
 def assistant_axis(default: np.ndarray, roles: np.ndarray) -> np.ndarray:
-    """Return axis[l] = default[l] − mean(roles[:, l]), which points toward the Assistant.
+    """Return the axis [L, D], which points toward the Assistant: default − mean over roles.
 
     Args:
       default: the default persona's mean activation [L, D].
-      roles: vectors of fully played roles [R, L, D].
+      roles: the vectors of fully played roles [R, L, D].
 
     Raises:
-      UserError: R = 0.
+      UserError: `roles` is empty.
     """
     if len(roles) == 0:
         raise UserError("roles is empty: no role has enough rollouts with score 3; the axis needs "
@@ -80,7 +81,9 @@ def project(means: np.ndarray, directions: np.ndarray) -> np.ndarray:
 def percentiles(
     projections: np.ndarray, at: Sequence[int] = PERCENTILES
 ) -> dict[str, np.ndarray]:
-    """Return percentiles of projections [n, L] over n, as "p25" → [L]; ignore NaN (empty replies).
+    """Return percentiles of projections [n, L] over the n replies, as "p25" → [L] float32.
+
+    Empty replies, whose projections are NaN, are ignored.
 
     Raises:
       UserError: all replies are empty.
@@ -93,12 +96,12 @@ def percentiles(
 
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """Principal components of mean-centred, unscaled role vectors at one layer.
+    """C principal components of mean-centred, unscaled role vectors at one layer.
 
     Attributes:
-      directions: [C, D], unit length, each with a non-negative cosine to the axis.
-      ratio: [C], explained variance ratios.
-      coordinates: [R, C], the roles' centred coordinates.
+      directions: [C, D], the components, with unit length and non-negative cosine with the axis.
+      ratio: [C], the explained variance ratio of each component.
+      coordinates: [R, C], the coordinates of the R centred role vectors.
     """
 
     __repr__ = brief
@@ -114,7 +117,7 @@ def principal_components(vectors: np.ndarray, axis: np.ndarray) -> Components:
     Each component is signed so that its cosine with the axis [D] is not negative.
 
     Raises:
-      UserError: fewer than two vectors.
+      UserError: there are fewer than two vectors.
     """
     pca_of = require("sklearn.decomposition", "principal components need scikit-learn").PCA
     if len(vectors) < 2:
@@ -134,13 +137,14 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """The axis of a set of role vectors, and their PCA at each layer.
+    """The axis of a set of role vectors, and the PCA of the role vectors at each layer.
 
     Attributes:
-      axis: [L, D].
-      names, vectors: the R roles that define the axis, and their vectors [R, L, D].
-      components: L entries, one per layer.
-      cos_pc1: [L], |cos(PC1, axis)|.
+      axis: [L, D], the axis.
+      names: the names of the R roles that define the axis, sorted.
+      vectors: [R, L, D], the vectors of these roles.
+      components: the principal components at each of the L layers.
+      cos_pc1: [L], |cos(PC1, axis)| at each layer.
     """
 
     __repr__ = brief
@@ -153,7 +157,15 @@ class Analysis:
 
 
 def analyse(default: np.ndarray, roles: Mapping[str, np.ndarray]) -> Analysis:
-    """Compute the axis from the default mean [L, D] and role vectors, and the PCA of each layer."""
+    """Compute the axis and the PCA of the role vectors at each layer.
+
+    Args:
+      default: the default persona's mean activation [L, D].
+      roles: role → vector [L, D].
+
+    Raises:
+      UserError: there are fewer than two roles.
+    """
     names = sorted(roles)
     vectors = np.stack([roles[name] for name in names]) if names else np.zeros((0, *default.shape))
     axis = assistant_axis(default, vectors)

@@ -1,10 +1,13 @@
-"""A self-test of an axis before capping: do its sign, layer numbering and scale fit the model?
+"""A self-test of an axis before capping: do its sign, layer numbering and floors fit the model?
 
-A cap with the wrong sign, shifted layers or floors of another scale produces gibberish or has no
-effect, without an error. The check generates short replies as the default persona and in roles far
-from the Assistant. The default must project higher than the roles, the difference of the two means
-must align best with the axis when layers are not shifted, and the floors must lie near the range of
-the projections.
+A cap with the wrong sign, shifted layers or wrong floors raises no error, but produces gibberish or
+has no effect. The check generates short replies as the default persona and in roles far from the
+Assistant, and makes three tests:
+
+    sign     the replies of the default persona project higher on the axis than the replies in roles
+    layers   the difference between the two mean activations has the highest cosine with the axis
+             if the layers of the axis are not shifted
+    floors   the floors are neither far above nor far below the projections
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ DEFAULTS = ("", "You are an AI assistant.")
 ROLES = ("You are a ghost.", "You are a demon.", "Take the part of a pirate.", "You are an oracle.")
 QUESTIONS = ("Tell me about the sea.", "What does friendship mean to you?",
              "How do you feel about time?")
-_SHIFT_MARGIN = 0.005  # mean cosine: smaller differences between shifts are inconclusive
+_SHIFT_MARGIN = 0.005  # if the mean cosines of two shifts differ by less, the test is inconclusive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +53,13 @@ class Check(Table):
       sentences: one sentence per test (sign, layers, floors), passed or failed. The sentence of a
         passed floors test may contain a warning.
       layers: the l tested layers, one per cap.
-      default, roles: [l] float32, mean projections of default and of role replies on each unit
-        direction.
+      default, roles: [l] float32, the mean projections of the default persona's replies and of the
+        replies in roles, on the unit direction of each tested layer.
       shift: the layer offset at which the axis fits best; 0 if the axis fits its own layers best,
         None if the test is inconclusive.
-      spread: [l] float32, the standard deviation of the default's projections. It is computed from
-        the quartiles in the axis or, without these, from the replies of the check.
-      floors: [l] float32, the floors; None if there are none.
+      spread: [l] float32, the standard deviation of the default persona's projections. It is
+        computed from the quartiles in the axis or, without these, from the replies of the check.
+      floors: [l] float32, the floors; None if the check has no floors.
 
     Examples:
       >>> import jaxpersona as jp
@@ -77,19 +80,19 @@ class Check(Table):
 
     @property
     def z_roles(self) -> np.ndarray:
-        """[l], the roles' means minus the default's in units of `spread`; normally negative."""
+        """[l], (roles − default) / spread; normally negative."""
         return (self.roles - self.default) / self.spread
 
     @property
     def z_floors(self) -> np.ndarray | None:
-        """[l], the floors minus the default's means, in units of `spread`; None without floors."""
+        """[l], (floors − default) / spread; None without floors."""
         return None if self.floors is None else (self.floors - self.default) / self.spread
 
     def __repr__(self) -> str:
         return line("Check", "ok" if self.ok else "; ".join(map(str, self.faults)))
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one record per tested layer: layer, default, roles, and their difference."""
+        """Return one record per tested layer: layer, default, roles, and default − roles."""
         return [{"layer": int(layer), "default": float(ours), "roles": float(theirs),
                  "difference": float(ours - theirs)}
                 for layer, ours, theirs in zip(self.layers, self.default, self.roles, strict=True)]
@@ -102,10 +105,11 @@ class Check(Table):
 
 
 def fit(model: Model, found: Found) -> Found:
-    """Check that a residual-stream vector or caps fit a model, and adapt them to the model.
+    """Check that a vector or caps belong to a model, and return them adapted to the model.
 
     Raises:
-      UserError: the width, number of layers, site or fingerprint differs from the model's.
+      UserError: the width, the number of layers or the fingerprint differs from the model's, or a
+        vector is not of the residual stream.
     """
     if not isinstance(found, (Vector, Caps)):
         raise UserError(f"the direction is {found!r:.60}; give a Vector, an Axis or Caps")
@@ -124,15 +128,15 @@ def check(
     max_new_tokens: int = 16,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Check:
-    """Test an axis or caps on short greedy replies of a model, before the model is capped.
+    """Test whether an axis or caps fit a model, on 18 short greedy replies of the model.
 
     Args:
       model: the model to cap.
       axis: an axis, or the caps of an experiment.
       layers: the layers to cap. Default: the upper half, or the layers of the caps.
-      floor: τ per layer, in any form that `cap` accepts. Default: the default persona's 25th
-        percentile on the axis, or the floors of the caps. Without a floor, the floors test is
-        skipped.
+      floor: the floors τ, in any form that `cap` accepts. Default: the floors of the caps, or the
+        default persona's 25th percentile in the axis; if the axis has no percentiles, the floors
+        test is skipped.
       max_new_tokens: maximum length of each of the 18 greedy replies.
       progress: as for `generate`.
 
@@ -177,10 +181,10 @@ def check(
 
 
 def _spread(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
-    """Return the standard deviation of the default's projections [l].
+    """Return the standard deviation of the default persona's projections [l].
 
-    The value is computed from the quartiles in the axis if it has them, assuming a normal
-    distribution, because six replies of the check are too few for a good estimate.
+    If the axis contains quartiles, they determine the value, assuming a normal distribution. The
+    six replies of the check alone are too few for a good estimate.
     """
     table = axis.percentiles.get("default", {}) if isinstance(axis, Axis) else {}
     spread = ours.std(0, ddof=1) if len(ours) > 1 else np.zeros(len(layers))
@@ -191,24 +195,23 @@ def _spread(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.
 
 
 def _centre(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
-    """Return the median of the default's projections [l], or an estimate of it.
+    """Return the median of the default persona's projections [l].
 
-    The median in the axis is preferred, because the short replies of the check may project lower
-    than the longer replies that the floors were measured on. Without it, the result is the mean
-    projection of the check's replies.
+    If the axis contains no median, return the mean projection of the check's replies. This is less
+    accurate, as short replies may project lower than the replies on which floors are measured.
     """
     table = axis.percentiles.get("default", {}) if isinstance(axis, Axis) else {}
     return table["p50"][list(layers)] if "p50" in table else ours.mean(0)
 
 
 def normal_spread(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Return the standard deviation of a normal distribution with these quartiles."""
+    """Return the standard deviation of a normal distribution with the given quartiles."""
     return (np.asarray(high, np.float64) - low) / 1.3489795
 
 
 def _entries(model: Model, axis: Axis | Caps, layers: Layers | None,
              floor: ArrayLike | None) -> tuple[tuple[int, ...], np.ndarray, np.ndarray | None]:
-    """Return l layers, directions [l, D], and floors [l] or None."""
+    """Return the l layers to test, the directions [l, D], and the floors [l] or None."""
     total = model.config.n_layers
     if isinstance(axis, Caps):
         if layers is not None or floor is not None:
@@ -239,7 +242,13 @@ def _entries(model: Model, axis: Axis | Caps, layers: Layers | None,
 
 def _replies(model: Model, length: int, progress: Callable[[int, int, int], None] | None,
              ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the response means [n, L, D] of non-empty default replies and role replies."""
+    """Return the response means [n, L, D] of the default persona's replies and of role replies.
+
+    Empty replies are omitted.
+
+    Raises:
+      UserError: all replies of one kind are empty, or activations are not finite.
+    """
     def talk(prompt: str, question: str) -> list[dict[str, str]]:
         head = [{"role": "system", "content": prompt}] if prompt else []
         return [*head, {"role": "user", "content": question}]
@@ -274,14 +283,23 @@ def _sign(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray, spread:
 
 
 def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, str], int | None]:
-    """Compare each direction with the replies' mean difference [L, D] at layers up to two away."""
+    """Test the layer numbering: find the shift with the highest cosine.
+
+    Args:
+      axis: the axis or caps.
+      difference: [L, D], the default persona's mean activation minus that of the roles.
+
+    Returns:
+      ((whether the test passed, sentence), shift or None).
+    """
     pairs = zip(axis.layers if isinstance(axis, Caps) else range(axis.n_layers),
                 axis.values.astype(np.float64), strict=True)
     rows = {layer: normalised(row)[0] for layer, row in pairs if row.any()}
     unit, _ = normalised(difference)
     shifts = (-2, -1, 0, 1, 2)
-    # Fix the layer of the replies and vary the direction. Varying the layer of the replies would
-    # always favour the layer with the clearest role signal, for any direction.
+    # Compare the difference at each layer i with the direction of layer i - s. If the layer of the
+    # difference were shifted instead, the layer where roles differ most from the default persona
+    # would fit best for any direction.
     seen = [i for i in range(len(unit)) if all(i - s in rows for s in shifts)]
     if len(seen) < 3:
         return (True, "layers: too few layers to detect a shift of the axis"), None
@@ -301,9 +319,9 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
 
 def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
            floors: np.ndarray, spread: np.ndarray, centre: np.ndarray) -> tuple[bool, str]:
-    """Reject floors far above the default projections or far below the role projections.
+    """Test the floors: reject floors far above the default or far below the role projections.
 
-    A floor above the middle of the default's projections is accepted with a warning.
+    A floor above the default persona's median (`centre`) passes with a warning.
     """
     high, low = ours.mean(0), theirs.mean(0)
     gap = high - low

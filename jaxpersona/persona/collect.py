@@ -1,7 +1,8 @@
-"""Playing and judging a run: one stream of rollouts over all roles, with verdicts beside it.
+"""Generating and judging the rollouts of a run: one stream of rollouts over all roles.
 
-Every rollout is appended to its role's files as it finishes, and so is every verdict. A role is
-closed (`runs.closing`) as soon as it has all of both, and its response means become sums.
+Each rollout and each verdict is appended to the live files of its role as soon as it is finished. A
+role is closed (`runs.closing`) as soon as all its rollouts are generated and judged; its response
+means are then added up.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 Report = Callable[[str, int, int, int], None]
-AWAITED = 8  # roles that wait for verdicts; with more, generation waits, because means take space
-_AHEAD = 2048  # items that the judge's thread holds of roles that were played before
-_TOGETHER = 64  # replies of a role that the judge's thread gets at once, but for the last
+AWAITED = 8  # generation pauses while more roles than this wait for verdicts, to limit disk use
+_AHEAD = 2048  # no further complete role is sent to the judge while more items wait for verdicts
+_TOGETHER = 64  # rollouts of a role are sent to the judge in groups of this size
 
 
 class _Found(NamedTuple):
-    """What a run's folder has of a role when the work begins.
+    """The data of one role in the run folder at the start of a call.
 
     Attributes:
-      have: which of the wanted rollouts there are.
-      closed: whether the files of these, and a verdict on each, are complete.
-      more: number of further rollouts.
-      judged: number of verdicts.
+      have: the keys of the call's rollouts that the folder contains.
+      closed: whether the role is closed and all rollouts in the folder have a verdict.
+      more: the number of other rollouts in the folder, such as those of other questions.
+      judged: the number of rollouts with a verdict.
     """
 
     have: frozenset[str]
@@ -54,29 +55,29 @@ class _Found(NamedTuple):
 
 
 class Collection:
-    """The work on a run until every role is closed.
+    """Generates and judges the missing rollouts of a run, and closes the roles.
 
     Attributes:
-      status: numbers of rollouts, verdicts and tokens.
-      failures: one reason why verdicts failed, or "".
+      status: the progress of the run.
+      failures: the error of one of the failed verdicts, or "".
     """
 
     def __init__(self, model: Model, run: Run, roles: Sequence[Role],
                  questions: Sequence[Question], judge: Judge, settings: Settings, *,
                  keep: int | None, older: Older | None = None,
                  report: Report | None = None) -> None:
-        """Read the folder's state.
+        """Verify the run folder and count what is missing.
 
         Args:
           model, roles, questions, settings: as for `extract_axis`.
           run: the open run.
           judge: the judge.
-          keep: number of single means to keep of each role; None keeps all.
-          older: a run of an older version, whose rollouts are taken over.
+          keep: the number of rollouts per role whose response means are stored; None: all.
+          older: a run of an older version, whose rollouts are copied, or None.
           report: called with (step, done, total, tokens).
 
         Raises:
-          UserError: files of any process are damaged; the message lists all of them.
+          UserError: files are damaged; the message lists all damaged files of all processes.
         """
         self._older = older
         self.model, self.run, self.questions, self.settings = model, run, questions, settings
@@ -85,8 +86,8 @@ class Collection:
         self._shape = (model.config.n_layers, model.config.d_model)
         self._owned = {role.name: processes.owns(i) for i, role in enumerate(roles)}
         self._states: dict[str, State] = {}
-        self._awaited: dict[str, int] = {}  # role → verdicts that the judge's thread owes
-        self._fresh: dict[str, list[str]] = {}  # role → rollouts that it has not been given yet
+        self._awaited: dict[str, int] = {}  # role → number of items sent without a verdict so far
+        self._fresh: dict[str, list[str]] = {}  # role → keys of rollouts not sent to the judge yet
         self._report = report
         size = {role.name: len(role.prompts) * len(questions) * settings.samples
                 for role in roles}
@@ -105,11 +106,11 @@ class Collection:
                                  for name, left in self._left.items())
 
     def work(self) -> None:
-        """Play, judge and close what is missing.
+        """Generate and judge all missing rollouts, and close all roles.
 
         Raises:
-          UserError: activations are not finite, or the judge cannot go on. What has finished
-            is kept.
+          UserError: activations are not finite, or the judge cannot continue. Finished rollouts and
+            verdicts stay in the folder.
         """
         judging = Judging(self.judge, alone=not processes.many())
         self.status.begin()
@@ -117,7 +118,7 @@ class Collection:
         try:
             self._work(judging)
         except BaseException:
-            with contextlib.suppress(UserError):  # the first error is being raised
+            with contextlib.suppress(UserError):  # raise the first error, not a later one
                 for found in judging.take():
                     self._verdict(found[0], self._state(found[0]), [found])
                 self.status.write("stopped")
@@ -135,7 +136,7 @@ class Collection:
             self._tell()
         stream = Stream(self.model, self._asked(), **generation(self.settings))
         begun = [name for name, have in self._have.items() if have and self._left[name]]
-        for name in () if judging.whole else begun:  # verdicts that an earlier call did not get
+        for name in () if judging.whole else begun:  # rollouts that earlier calls did not judge
             if self._owned[name]:
                 self._put(judging, name, self._state(name).unjudged(name))
         while not stream.done or self._ready or self._awaited:
@@ -158,14 +159,14 @@ class Collection:
                         self._put(judging, name, self._fresh.pop(name))
                     if not self._left[name] and name not in self._awaited:
                         self._ready.append(name)
-                        if judging.after:  # its texts are not needed before the judge's turn
+                        if judging.after:  # free memory: the texts are needed only for judging
                             self._states.pop(name, None)
             self._judged(judging.take(0.2 if idle and not self._ready else 0.0))
             self._tell()
             self.status.update()
 
     def _take_over(self, name: str, older: Older) -> None:
-        """Append the rollouts of an older run that a role lacks, and the same judge's scores."""
+        """Copy a role's missing rollouts from an older run, and their scores if by this judge."""
         role, taken = self.roles[name], frozenset()
         if self._owned[name]:
             state, scores = self._state(name), older.scores(name)
@@ -185,15 +186,15 @@ class Collection:
         self._have[name] = taken
 
     def _asked(self) -> Iterator[tuple[tuple[str, dict[str, Any]], Any, int]]:
-        """Yield every missing rollout, role by role."""
+        """Yield every missing rollout as ((role, record), conversation, draw id), role by role."""
         for name, role in self.roles.items():
-            have = self._have.get(name)  # None if nothing is missing
+            have = self._have.get(name)  # None if no rollout is missing
             for record in () if have is None else planned(role, self.questions, self.settings):
                 if rollout_key(record) not in have:
                     yield (name, record), record["conversation"], draw_id(self.model, name, record)
 
     def _played(self, judging: Judging, name: str, record: dict[str, Any], reply: Reply) -> None:
-        """Keep a rollout, and give it to the judge's thread."""
+        """Append a finished rollout to the live files, and mark it for the judge."""
         self._left[name] -= 1
         self.status.done += 1
         if not self._owned[name]:
@@ -217,7 +218,7 @@ class Collection:
         return items_of(self.roles[name], [records[key] for key in keys])
 
     def _recover(self, name: str) -> None:
-        """Read the means again that only the run's model can give, before it is released."""
+        """Recompute missing response means of a role, before the run's model is released."""
         state = self._state(name) if self._owned[name] else None
         lost: Any = processes.merge({} if state is None else {"lost": [
             record for key, record in state.records.items() if not state.live.has_mean(key)
@@ -228,9 +229,10 @@ class Collection:
         self._states.pop(name, None)
 
     def _played_all(self, judging: Judging, name: str) -> None:
-        """Continue with a role that has all its rollouts: judge what is not judged, or close it.
+        """Judge the rollouts of a role whose rollouts are all generated, and close the role.
 
-        Several processes call this for the same roles in the same order.
+        If the judge has its own thread, unjudged rollouts are only sent to it, and `_judged` closes
+        the role later. All processes must call this method for the same roles in the same order.
         """
         state = self._state(name) if self._owned[name] else None
         keys = [] if state is None else state.unjudged(name)
@@ -249,7 +251,7 @@ class Collection:
         self._close(name)
 
     def _judged(self, found: Sequence[Found]) -> None:
-        """Keep verdicts of the judge's thread, and close the roles that have all of theirs."""
+        """Store verdicts from the judge's thread, and close each role that has all its verdicts."""
         by_role: dict[str, list[Found]] = {}
         for one in found:
             by_role.setdefault(one[0], []).append(one)
@@ -272,10 +274,10 @@ class Collection:
         self.status.failed += len(failed)
 
     def _close(self, name: str) -> None:
-        """Write the files of a role."""
+        """Close a role; all processes must call this method for the same roles."""
         state = self._state(name) if self._owned[name] else None
         means: Iterator[Any] | None = None
-        if processes.many():  # all processes run the model
+        if processes.many():  # all processes must run the model together
             again: Any = processes.merge(
                 {} if state is None else {"again": needed(state, name)})["again"]
             means = iter(list(reread(self.model, again)))
@@ -296,10 +298,10 @@ class Collection:
                         texts=texts)
 
     def _scan(self) -> dict[str, _Found]:
-        """Verify all files; return what the run has of each role.
+        """Verify the files of all roles, and return the data found: role → `_Found`.
 
         Raises:
-          UserError: files of any process are damaged; the message lists all of them.
+          UserError: files are damaged; the message lists all damaged files of all processes.
         """
         found: dict[str, Any] = {}
         for name, role in self.roles.items():
@@ -332,12 +334,16 @@ class Collection:
 
 
 def rubric_of(role: Role) -> str:
-    """Return the digest of what a judge reads about a role besides the rollouts."""
+    """Return the digest of a judge's input for a role other than the rollouts: `eval_prompt`."""
     return digest([role.eval_prompt])
 
 
 def verdict_counts(verdicts: Mapping[str, Any] | None) -> dict[str, int]:
-    """Return the number of replies by score, of undecided ("None") and of failed ones."""
+    """Return the number of replies by score, with "None" for undecided and "failed" for failed.
+
+    Args:
+      verdicts: the content of a scores file (`Run.verdicts`), or None.
+    """
     out = {str(score): 0 for score in (0, 1, 2, 3, None)}
     for key, score in ({} if verdicts is None else verdicts["scores"]).items():
         failed = "error" in verdicts["details"].get(key, {})  # type: ignore[index]

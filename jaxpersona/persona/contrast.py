@@ -41,27 +41,26 @@ def contrast(
     layers: Layers | None = None,
     name: str = "contrast",
 ) -> Vector:
-    """Compute a direction that points from negative to positive texts, in one pass over them.
+    """Compute a direction that points from negative to positive texts.
 
     Args:
       model: the result of `load`.
       positive, negative: texts, each a string (one user message), a list of {"role", "content"}, a
         `chat.Row` or token ids.
       method: "mean" computes the difference of the two means (Rimsky et al. 2024). "pca" needs
-        pairs of texts and computes ⟨Δ, u⟩·u, where u is the first principal component of the pairs'
-        differences (not centred) and Δ the mean difference (Zou et al. 2023).
-      pool: the activation that represents a text: "response", the mean over its response tokens;
-        "last", the activation of the last token of the prompt, including the generation prompt;
-        "prompt", the mean over the content of its system and user messages. Default: "response" if
-        all texts end with an assistant message, "last" if none does.
-      layers: the layers at which to compute the direction, which is zero at the other
-        layers; default: all.
+        pairs of texts and computes ⟨Δ, u⟩·u, where u is the first principal component of the
+        uncentred differences within pairs, and Δ is the mean difference (Zou et al. 2023).
+      pool: the activation that represents a text: "response", the mean over the response tokens;
+        "last", the activation of the last token of the prompt, which includes the generation
+        prompt; "prompt", the mean over the content tokens of system and user messages. Default:
+        "response" if all texts end with an assistant message, "last" if none does.
+      layers: the layers of the direction; default: all. The direction is zero at other layers.
       name: the name of the direction.
 
     Returns:
-      A `Vector` [L, D] of the residual stream. Its norm is the distance between the means of the
-      two groups along the direction, so `steer(vector, scale=1)` moves an activation by this
-      distance.
+      A `Vector` [L, D] of the residual stream. At each layer, its norm is the distance between the
+      means of the two groups along the direction, so `steer(vector, scale=1)` moves activations by
+      this distance.
 
     Raises:
       UserError: a group is empty; a text has no token that `pool` selects; `pool` is None and only

@@ -1,8 +1,9 @@
 """Extract the Assistant Axis of a model: rollouts → judge → role vectors → axis → thresholds.
 
-Rollouts, verdicts and sums are saved in a run folder and reused, so an interrupted run resumes and
-produces the same bytes, and a call with other arguments does what is missing. Existing files are
-verified before anything is generated; a damaged file raises UserError.
+Rollouts, verdicts and sums are saved in a run folder. An interrupted run can be resumed and then
+writes the same results as an uninterrupted run. A call with more roles or questions, or with
+another judge, reuses the rollouts in the folder. All existing files are verified before the first
+rollout is generated; a damaged file raises UserError.
 """
 
 from __future__ import annotations
@@ -59,34 +60,35 @@ def extract_axis(
     report: Report | None = None,
     notice: Notice | None = None,
 ) -> Extraction:
-    """Run the steps that are not complete in the run folder, and return the axis.
+    """Extract a model's Assistant Axis, reusing the results in the run folder.
 
-    A folder that contains a run of the same model, settings and device is extended: rollouts and
-    verdicts that are there are reused, whatever the judge, `min_count`, `held_out`, roles and
-    questions of the earlier calls were. With another judge, the response means of the rollouts are
-    read again from their texts in one forward pass.
+    If the folder contains a run of the same model, settings and device, its rollouts and verdicts
+    are reused. Judge, `min_count`, `held_out`, roles and questions may differ from those of earlier
+    calls. For another judge, the response means that are no longer stored are recomputed from the
+    replies, which takes one forward pass per rollout.
 
     Args:
       model: the model to analyse.
       roles: the roles, one of them named "default".
-      questions: asked under every prompt of every role.
+      questions: the questions, which are asked with every prompt of every role.
       folder: the run folder, locked against other runs during the call.
-      judge: scores the rollouts of all roles except "default".
-      min_count: minimum number of rollouts with score 3 for a role to enter the axis.
-      held_out: roles that are played and judged but enter neither axis nor thresholds.
-      keep_means: number of rollouts per role whose own response means are kept, for thresholds;
-        None keeps all. All of the default persona's are kept.
-      redo: roles whose files are deleted and regenerated, e.g. damaged ones.
-      overwrite: delete the run that the folder contains, this one or another, and start a new one.
+      judge: the judge, which scores the rollouts of all roles except "default".
+      min_count: the number of rollouts with score 3 that a role needs to be included in the axis.
+      held_out: names of roles that are generated and judged, but included neither in the axis nor
+        in the thresholds.
+      keep_means: the number of rollouts per role whose response means are stored, to compute the
+        thresholds; None: all. All response means of the default persona are stored.
+      redo: names of roles whose files are deleted and generated again, such as damaged roles.
+      overwrite: whether to delete the run in the folder, whichever run it is, and start a new one.
       take_from: the folder of a run of an older version (format 2) with the same model, settings
-        and device, whose rollouts are taken over instead of generated. It is not changed.
+        and device, whose rollouts are copied instead of generated; it is not changed.
       report: called with (step, done, total, tokens).
-      notice: called with lines of text about an extended run.
+      notice: called with lines of text when a run is extended.
 
     Raises:
       UserError: `roles` has no "default", `held_out` or `redo` contains unknown roles, a role name
-        is invalid as a file name, the folder belongs to another run or is in use, files of a
-        role are damaged, or too few roles have `min_count` rollouts of score 3.
+        is not valid as a file name, the folder belongs to another run or is in use, files of a role
+        are damaged, or fewer than two roles have `min_count` rollouts with score 3.
     """
     settings = settings or Settings()
     roles, questions, held_out = check_texts(roles, questions, settings, min_count=min_count,
@@ -96,7 +98,7 @@ def extract_axis(
                         "score(items), such as NoJudge()")
     check_redo(redo, roles)
     check_keep(keep_means)
-    require("sklearn", "the axis's principal components need scikit-learn")  # used at the end
+    require("sklearn", "the axis's principal components need scikit-learn")  # fail early
     expected = manifest(model, roles, questions, judge.name, settings,
                         check_prompts(model, roles, questions), min_count=min_count,
                         held_out=sorted(held_out), keep_means=keep_means)
@@ -127,11 +129,11 @@ def extract_axis(
 
 def _axis_of(model: Model, run: Run, roles: Sequence[Role], judge: Judge, min_count: int,
              held_out: Sequence[str], tokens: int) -> Extraction:
-    """Compute the axis of a run whose roles are closed, and write it."""
+    """Compute the axis of a run whose roles are all closed, and write its files."""
     names = [role.name for role in roles]
     owned = [name for i, name in enumerate(names) if processes.owns(i)]
     vectors: dict[str, dict[str, tuple[np.ndarray, int]]] = {}
-    sizes: dict[str, tuple[int, int]] = {}  # role → rollouts, and those of them that are not empty
+    sizes: dict[str, tuple[int, int]] = {}  # role → (number of rollouts, number of non-empty ones)
     counts: dict[str, dict[str, int]] = {}
     for name in owned:
         sums = _sums(run, name, judge.name)
@@ -194,6 +196,6 @@ def _sums(run: Run, name: str, judge: str) -> Sums:
 
 
 def _in_order(owned: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Merge all processes' roles in the order of `names`, which fixes the order of summation."""
+    """Merge the entries of all processes, in the order of `names` to make sums reproducible."""
     merged = processes.merge(owned)
     return {name: merged[name] for name in names}

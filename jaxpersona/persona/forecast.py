@@ -1,4 +1,4 @@
-"""What an axis run will cost: rollouts, tokens, hours, disk and judged replies."""
+"""A forecast of the cost of an axis run: rollouts, tokens, time, disk space and judged replies."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from jaxpersona.judges.protocol import Judge
     from jaxpersona.models.model import Model
 
-_BYTES_PER_TOKEN = 4.5  # of English text
-_GROUPS = 3  # scores that a role's replies typically have
-_SAMPLED = 64  # rollouts of which the prompts are tokenized if nothing is timed
-_TIMED = 256  # rollouts in the timed sample at least
+_BYTES_PER_TOKEN = 4.5  # for English text
+_GROUPS = 3  # typical number of different scores of one role
+_SAMPLED = 64  # number of prompts that are tokenized if nothing is timed
+_TIMED = 256  # minimum number of rollouts in the timed sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,22 +44,24 @@ class Forecast:
     """The size and the expected cost of an axis run.
 
     Attributes:
-      roles: number of roles, the default not counted.
-      prompts: number of system prompts, those of the default included.
-      questions, samples: as given.
-      rollouts: number of all rollouts.
-      missing: number of rollouts that the run folder does not contain yet; times and tokens are
-        of these.
-      prompt_tokens, reply_tokens: expected numbers of tokens; of replies, an upper bound if
+      roles: the number of roles, without the default persona.
+      prompts: the number of system prompts, including those of the default persona.
+      questions: the number of questions.
+      samples: the number of rollouts per prompt and question.
+      rollouts: the number of rollouts of the run.
+      missing: the number of rollouts that the run folder does not contain yet.
+      prompt_tokens: the expected number of prompt tokens of the missing rollouts.
+      reply_tokens: the expected number of reply tokens of the missing rollouts; an upper bound if
         nothing was timed.
-      seconds: expected time of generation, without judging; None if nothing was timed.
+      seconds: the expected time to generate the missing rollouts, without judging; None if nothing
+        was timed.
       pace: the timed sample, or None.
-      judged: number of replies that a judge scores, those of roles.
-      judge_calls: number of replies that the chosen judge still has to read with a model.
-      disk_bytes: expected size of the files that are not yet in the run folder.
-      live_bytes: size of the response means of roles that are being played, which the run removes
-        as roles are complete.
-      free_bytes: free space on its disk.
+      judged: the number of replies that a judge scores: all but those of the default persona.
+      judge_calls: the number of these replies that have no verdict yet; 0 if the judge is not a
+        model.
+      disk_bytes: the expected size of the files that the run will add to the folder.
+      live_bytes: the expected size of response means that the run stores temporarily.
+      free_bytes: the free space on the disk of the folder.
     """
 
     __repr__ = brief
@@ -96,16 +98,16 @@ def forecast(
     overwrite: bool = False,
     sample_seconds: float = 30.0,
 ) -> Forecast:
-    """Check an axis run as `extract_axis` does, and predict its cost; nothing is written.
+    """Make the checks of `extract_axis` and predict the cost of a run, without writing files.
 
     Args:
       model, roles, questions, folder, judge, settings, min_count, held_out, keep_means, redo,
         overwrite: as for `extract_axis`.
-      sample_seconds: the time to generate a sample of the missing rollouts, without compilation;
-        0 generates nothing.
+      sample_seconds: how long to generate a sample of the missing rollouts, to measure the speed.
+        The time of compilation is not counted; 0 generates nothing.
 
     Raises:
-      UserError: as `extract_axis` before it generates, or there are several processes.
+      UserError: as for `extract_axis`, or the run has several processes.
 
     Examples:
       >>> import jaxpersona as jp
@@ -152,7 +154,7 @@ def forecast(
     reply = limit if pace is None else pace.mean_length()
     texts = [len(json.dumps(missing[i][1], ensure_ascii=False).encode()) for i in chosen]
     total, judged = sum(sizes.values()), sum(sizes.values()) - sizes[DEFAULT]
-    reads = hasattr(judge, "rubric")  # of a judge that is a model
+    reads = hasattr(judge, "rubric")  # only judges that are models have a rubric
     more = Counter(name for name, _ in missing)
     return Forecast(
         roles=len(roles) - 1, prompts=sum(len(role.prompts) for role in roles),
@@ -169,7 +171,10 @@ def forecast(
 
 def _done(run: Run, roles: Sequence[Role], judge: str, shape: tuple[int, int], overwrite: bool,
           ) -> tuple[dict[str, set[str]], int]:
-    """Check a folder as a resumed run does; return its rollouts by role, and count its verdicts.
+    """Check a folder as when a run is resumed.
+
+    Returns:
+      (role → keys of the rollouts in the folder, number of rollouts with a verdict).
 
     Raises:
       UserError: the folder contains another run or other files, or a file is damaged.
@@ -188,7 +193,7 @@ def _done(run: Run, roles: Sequence[Role], judge: str, shape: tuple[int, int], o
 
 
 def _spaced(count: int, size: int) -> list[int]:
-    """Return `size` indices spaced evenly over `count`."""
+    """Return `size` evenly spaced indices below `count`."""
     return [i * count // size for i in range(size)]
 
 
@@ -197,16 +202,16 @@ def _mean(values: Any) -> float:
 
 
 def _disk_bytes(model: Model, more: Mapping[str, int], keep: int | None, text: float) -> int:
-    """Return the expected size of the texts, sums, samples and vectors of further rollouts.
+    """Return the expected size of the texts, sums, samples and vectors of missing rollouts.
 
     Args:
       model: the model.
-      more: number of further rollouts of each role.
-      keep: number of single means to keep of each role; None keeps all.
-      text: size of the texts.
+      more: role → number of missing rollouts.
+      keep: the number of rollouts per role whose response means are stored; None: all.
+      text: the expected size of the texts in bytes.
     """
     state = model.config.n_layers * model.config.d_model
-    size = text + 4 * state  # and the axis
+    size = text + 4 * state  # 4 * state: the axis
     for name, count in more.items():
         kept = count if keep is None or name == DEFAULT else min(keep, count)
         groups = 1 if name == DEFAULT else min(_GROUPS, count)
@@ -216,13 +221,13 @@ def _disk_bytes(model: Model, more: Mapping[str, int], keep: int | None, text: f
 
 
 def _live_bytes(model: Model, more: Mapping[str, int]) -> int:
-    """Return the size of the means of the two largest roles, which are there for a time."""
+    """Return the size of the response means of the two roles with the most missing rollouts."""
     state = 4 * model.config.n_layers * model.config.d_model
     return state * sum(sorted(more.values())[-2:])
 
 
 def _existing(folder: pathlib.Path) -> pathlib.Path:
-    """Return the folder or its nearest parent that exists."""
+    """Return the folder if it exists, or its nearest existing parent."""
     folder = folder.absolute()
     return next((place for place in (folder, *folder.parents) if place.is_dir()), folder)
 
@@ -271,7 +276,7 @@ def describe(found: Forecast, *, judge: str, cost: float | None = None) -> list[
 
 
 def hours(seconds: float) -> str:
-    """Return a duration as hours, with minutes or seconds where it is short."""
+    """Return a duration as text in hours and, if shorter than two hours, in minutes or seconds."""
     if not np.isfinite(seconds):
         return "unknown hours: no token was generated in the sample; give it more seconds"
     if seconds < 600:
@@ -280,5 +285,5 @@ def hours(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes in MB or GB."""
+    """Return a number of bytes as text in MB or GB."""
     return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"

@@ -1,4 +1,4 @@
-"""Judging while a run generates: items go to the judge as rollouts finish, verdicts come back."""
+"""Judging during generation: finished rollouts are sent to a judge, which returns verdicts."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ Found = tuple[str, str, dict[str, Any], float]
 
 
 class Judging:
-    """A judge's work on a run's rollouts.
+    """Runs a judge on the rollouts of a run.
 
-    A judge that runs a model on the devices of the run (`together`) scores in the thread of the
-    caller, a role at a time; others score in a thread of their own while the caller generates.
+    A judge with `together`, which runs a model on the devices of the run, scores one role at a time
+    in the caller's thread. The same holds for any judge if the run has several processes. Otherwise
+    the judge scores in its own thread while the caller generates.
 
     Attributes:
-      whole: whether the judge is to get whole roles, with `now`.
-      after: whether the judge loads its model at the first use, in place of the run's model.
+      whole: whether the judge scores in the caller's thread, one role at a time (`now`).
+      after: whether judging must wait until all rollouts are generated (`Judge`).
     """
 
     def __init__(self, judge: Judge, *, alone: bool) -> None:
-        """Start the thread, if the judge gets one.
+        """Start the judge's thread, unless the judge scores in the caller's thread.
 
         Args:
           judge: the judge.
-          alone: whether this is the only process of the run.
+          alone: whether the run has only this process.
         """
         self.judge = judge
         self.whole = not alone or bool(getattr(judge, "together", False))
@@ -43,24 +44,24 @@ class Judging:
 
     @property
     def left(self) -> int:
-        """The number of items without a verdict so far."""
+        """The number of items that were sent with `put` and have no verdict yet."""
         return self._left
 
     def put(self, items: Sequence[Item]) -> None:
-        """Give items of one role to the judge's thread."""
+        """Send items of one role to the judge's thread."""
         if items:
             self._left += len(items)
             self._waiting.put(list(items))
 
     def take(self, seconds: float = 0.0) -> list[Found]:
-        """Return the verdicts that have arrived: (role, key, verdict, cost).
+        """Return the new verdicts of the judge's thread as (role, key, verdict, cost).
 
         Args:
-          seconds: how long to wait for the first, if there are items left.
+          seconds: how long to wait for the first verdict, if any item has no verdict yet.
 
         Raises:
-          UserError: the judge cannot go on, or gave a wrong score. Verdicts that arrived before are
-            returned first.
+          UserError: the judge cannot continue, or gave an invalid verdict. Earlier verdicts are
+            returned first; the next call raises the error.
         """
         found: list[Found] = []
         while True:
@@ -71,17 +72,18 @@ class Judging:
                 return found
             if isinstance(one, BaseException):
                 if found:
-                    self._done.put(one)  # raised by the next call
+                    self._done.put(one)  # the next call of `take` raises the error
                     return found
                 raise one
             self._left -= 1
             found.append(one)
 
     def now(self, items: Sequence[Item]) -> Iterator[Found]:
-        """Score items of one role, and yield the verdicts as they arrive.
+        """Score items of one role in this thread, and yield each verdict when it is finished.
 
         Raises:
-          UserError: the judge cannot go on, gave a wrong score, or not one verdict per item.
+          UserError: the judge cannot continue, gave a score outside its scale, or did not give
+            exactly one verdict per item.
         """
         left = {item.key: item for item in items}
         for verdict in self.judge.score(list(items)) if items else ():
@@ -100,12 +102,12 @@ class Judging:
                             "one per item")
 
     def close(self) -> None:
-        """Let the thread end after its current verdict, without waiting for it."""
+        """Stop the judge's thread after its current verdict; do not wait for the thread."""
         self._stopped.set()
         self._waiting.put([])
 
     def _run(self) -> None:
-        """Score what is waiting, until `close`."""
+        """Score the items sent with `put`, until `close` is called."""
         try:
             while not self._stopped.is_set():
                 for found in self.now(self._waiting.get()):

@@ -1,4 +1,4 @@
-"""Project replies on a direction during generation, and count the tokens that edits changed."""
+"""Project replies on a direction during generation, and count the tokens that were changed."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ if TYPE_CHECKING:
 
     from jaxpersona.models.model import Model
 
-NAME = "monitor"  # the name of the reading in the capture
+NAME = "monitor"  # the name of the projections among the captured values
 
 
 class Monitor:
     """The mean projection of a reply's tokens on a direction, at chosen layers.
 
-    The projections come from the pass that generates the reply. They are computed before the
-    interventions at their layer (`Capture.before_edits`), so they show the values that a cap at
-    this layer would correct. Tokens of thinking blocks and of the template are excluded.
+    The projections are computed in the forward passes that generate the reply, before the
+    interventions at the same layer (`Capture.before_edits`). A projection below the floor of a cap
+    at that layer therefore remains visible. Tokens of thinking blocks and of the chat template are
+    excluded.
 
     Attributes:
       vector: the direction.
@@ -54,13 +55,13 @@ class Monitor:
 
         Args:
           model: the model that generates.
-          vector: a direction of the model's residual stream.
-          layers: the layers of the projections. Default: the middle layer. If the direction is zero
-            there (imported files may not cover every layer), the default is the middle one of the
-            layers at which the direction is nonzero.
+          vector: a direction in the model's residual stream.
+          layers: the layers of the projections. Default: the middle layer of the model, or, if the
+            direction is zero at that layer, the middle one of the layers at which the direction is
+            nonzero (imported files may not cover every layer).
 
         Raises:
-          UserError: the direction belongs to another model, or is zero at a chosen layer.
+          UserError: the direction belongs to another model, or is zero at one of the layers.
         """
         vector = fit(model, vector)
         known = np.flatnonzero(vector.values.any(1))
@@ -82,13 +83,13 @@ class Monitor:
 
     @property
     def sentence(self) -> str:
-        """A description of the projections in words."""
+        """A description of the projections as text."""
         return (f"mean projection of the reply's tokens on {self.vector.name!r} at "
                 f"{layer_range(self.layers)}, read before the interventions at that layer")
 
     @property
     def usual(self) -> dict[int, tuple[float, float]]:
-        """The default persona's 25th and 75th percentiles by layer; {} if they are unknown."""
+        """Layer → (25th, 75th) percentile of the default persona's projections; {} if unknown."""
         known = self.vector.percentiles.get("default", {}) if isinstance(self.vector, Axis) else {}
         if "p25" not in known or "p75" not in known:
             return {}
@@ -96,7 +97,7 @@ class Monitor:
                 for layer in self.layers}
 
     def mean(self, values: Float[np.ndarray, "n L K"]) -> dict[int, float]:
-        """Return the mean projection at each layer; {} if all tokens are excluded.
+        """Return layer → mean projection; {} if all tokens are excluded.
 
         Args:
           values: [n, L, 1], the projections of n tokens (`Event.projections`); NaN for excluded
@@ -109,12 +110,12 @@ class Monitor:
         return dict(zip(self.layers, means.tolist(), strict=True))
 
     def of_reply(self, captured: Float[np.ndarray, "L T K"], start: int) -> dict[int, float]:
-        """Return the mean projection of a reply from the projections of the whole conversation.
+        """Return layer → mean projection of a reply.
 
         Args:
-          captured: the entry `NAME` of `Reply.captured`, or of `Generated.captured` for one
-            conversation.
-          start: the number of tokens in the conversation's prompt.
+          captured: [L, T, 1], the projections of the T tokens of prompt and reply: the entry `NAME`
+            of `Reply.captured`, or that of `Generated.captured` for one conversation.
+          start: the number of tokens in the prompt.
         """
         return self.mean(np.moveaxis(captured[:, start:], 0, 1))
 
@@ -134,7 +135,7 @@ class EditCount:
       edit: the intervention, such as "cap(everywhere, layers 4–7, residual)".
       layers: the l layers of the intervention.
       seen: the number of tokens in prompt and reply that the intervention selected.
-      changed: l numbers, the tokens that the intervention changed at each layer.
+      changed: the number of tokens that the intervention changed, for each of the l layers.
     """
 
     edit: str
@@ -145,12 +146,12 @@ class EditCount:
 
 def edit_counts(edits: Interventions, applied: Sequence[Applied],
                 index: int | None = None) -> list[EditCount]:
-    """Return the counts of each intervention in one conversation.
+    """Return one `EditCount` per intervention, for one conversation.
 
     Args:
       edits: the interventions.
       applied: `Reply.applied`, or `Generated.applied` if `index` is given.
-      index: the index of the conversation.
+      index: the index of the conversation in `Generated`.
     """
     at = () if index is None else (index,)
     return [EditCount(repr(table), list(table.layers),

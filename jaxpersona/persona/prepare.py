@@ -1,6 +1,6 @@
-"""Checks before a run: everything that would make it fail after hours of generation.
+"""Checks before a run, to find errors that would otherwise occur after hours of generation.
 
-`check_texts` needs no model, so a command can call it before loading the model.
+`check_texts` needs no model, so a command can call it before it loads the model.
 """
 
 from __future__ import annotations
@@ -20,25 +20,29 @@ from jaxpersona.text import chat
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-_PROBE = "Who are you?"  # the question with which the prompts of a role are tokenized
+_PROBE = "Who are you?"  # the fixed question for the digest of a role's prompts
 
 
 def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: Settings, *,
                 min_count: int, held_out: Sequence[str], judge: object,
                 ) -> tuple[list[Role], list[Question], list[str]]:
-    """Check the roles, questions and settings of a run; return them as lists.
+    """Check the roles, questions and settings of a run.
 
     Args:
       roles: the roles, one of them named "default".
       questions: the questions.
       settings: the sampling settings.
-      min_count: the number of fully played rollouts that a role needs.
-      held_out: names of roles that do not enter the axis.
-      judge: the judge, or another object with its `reads_eval_prompt`.
+      min_count: the number of rollouts with score 3 that a role needs to be included in the axis.
+      held_out: names of roles that are not included in the axis.
+      judge: the judge, or another object with the attribute `reads_eval_prompt`.
+
+    Returns:
+      (roles, questions, held_out) as lists.
 
     Raises:
-      UserError: a setting is out of range, a name is unknown or invalid as a file name, the judge
-        needs an `eval_prompt` that a role lacks, or no two roles can reach `min_count`.
+      UserError: a setting is out of range, a role name is unknown or not valid as a file name, the
+        judge needs an `eval_prompt` that a role lacks, or the roles or rollouts are too few for an
+        axis.
     """
     roles, questions = all_of(Role, roles, "roles"), all_of(Question, questions, "questions")
     if isinstance(held_out, str):
@@ -79,7 +83,7 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
 
 
 def check_redo(redo: Sequence[str], roles: Sequence[Role]) -> None:
-    """Check that the roles to regenerate are roles of the run.
+    """Check that the names in `redo` are names of roles.
 
     Raises:
       UserError: a name is unknown.
@@ -92,17 +96,19 @@ def check_redo(redo: Sequence[str], roles: Sequence[Role]) -> None:
 
 def rollouts_of(roles: Sequence[Role], questions: Sequence[Question],
                 settings: Settings) -> dict[str, int]:
-    """Return the number of rollouts of each role."""
+    """Return role → number of rollouts."""
     return {role.name: len(role.prompts) * len(questions) * settings.samples for role in roles}
 
 
 def check_prompts(model: Model, roles: Sequence[Role], questions: Sequence[Question],
                   ) -> dict[str, str]:
-    """Check that every prompt with a question leaves room for a reply in the model's context.
+    """Check that prompts and questions leave room for a reply in the model's context.
+
+    Each prompt is tokenized with the longest question, and each question with the longest prompt.
 
     Returns:
-      "role NAME" → digest of the tokens of its prompts with a fixed question, and "question ID" →
-      digest of the tokens of the question without a system prompt.
+      "role NAME" → digest of the tokens of the role's prompts with a fixed question, and "question
+      ID" → digest of the tokens of the question without a system prompt.
 
     Raises:
       UserError: a prompt is too long, or the model has no tokenizer.
@@ -134,7 +140,7 @@ def check_prompts(model: Model, roles: Sequence[Role], questions: Sequence[Quest
 
 
 def base_notice(model: Model) -> str | None:
-    """Return a warning that a model has no chat template; None if it has one."""
+    """Return a warning if a model has no chat template, else None."""
     if model.template:
         return None
     return (f"{model.name} has no chat template, so it is probably a base model: prompts become "

@@ -1,7 +1,7 @@
 """Reference values for projections: the default persona's percentiles, and the roles' means.
 
-An axis file contains percentiles of the default persona's projections. The mean projections of the
-roles are in `analysis.json` in the axis's run folder.
+The percentiles are stored in the axis file, and the roles' mean projections in `analysis.json` in
+the run folder.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Reference:
     """Projections of the default persona and of the roles on an axis at one layer.
 
     Attributes:
-      percentiles: percentiles of the default persona's projections, such as {1.0: …, 25.0: …}, in
-        increasing order.
-      roles: the mean projection of each role's replies; empty if unknown.
+      percentiles: percent → percentile of the default persona's projections, such as {1.0: …,
+        25.0: …}, in increasing order.
+      roles: role → mean projection of the role's replies; empty if unknown.
     """
 
     __repr__ = brief
@@ -48,14 +48,15 @@ class Reference:
     def z(self, value: float) -> float:
         """Return a value's distance from the default persona's median, in standard deviations.
 
-        The standard deviation is that of a normal distribution with the default's quartiles.
+        The standard deviation is computed from the default persona's quartiles, assuming a normal
+        distribution.
         """
         spread = float(normal_spread(np.array(self.percentiles[25.0]),
                                      np.array(self.percentiles[75.0])))
         return (value - self.percentiles[50.0]) / max(spread, 1e-6)
 
     def place(self, value: float) -> str:
-        """Return the default persona's percentiles around a value, such as "p25–p50"."""
+        """Return the default persona's percentiles below and above a value, such as "p25–p50"."""
         known = list(self.percentiles.items())
         below = [name for name, at in known if at <= value]
         above = [name for name, at in known if at > value]
@@ -64,7 +65,7 @@ class Reference:
         return f"p{below[-1]:g}–p{above[0]:g}" if above else f"above p{below[-1]:g}"
 
     def nearest(self, value: float, count: int = 3) -> list[str]:
-        """Return the roles with the nearest mean projections, nearest first."""
+        """Return the `count` roles whose mean projections are closest to a value, closest first."""
         return sorted(self.roles, key=lambda name: (abs(self.roles[name] - value), name))[:count]
 
 
@@ -75,8 +76,8 @@ def reference(vector: Vector, layer: int, file: str | os.PathLike[str] | None = 
     Args:
       vector: the direction.
       layer: the layer.
-      file: the direction's file. If this file is in the folder of a run of the same model, the
-        roles' means are read from `analysis.json` of that run.
+      file: the file of the direction. If this file is in the folder of a run of the same model, the
+        roles' mean projections are read from the run's `analysis.json`.
 
     Returns:
       The reference values, or None if the direction is not an axis with the default persona's
@@ -107,7 +108,7 @@ def reference(vector: Vector, layer: int, file: str | os.PathLike[str] | None = 
 
 
 def _is_of_run(file: pathlib.Path, vector: Vector) -> bool:
-    """Return whether a file is in the folder of a run of the vector's model with an analysis."""
+    """Return whether a file is in a run folder with `analysis.json`, of the vector's model."""
     if not all(path.is_file() for path in (file, file.with_name(ANALYSIS),
                                            file.with_name(MANIFEST))):
         return False
@@ -117,7 +118,7 @@ def _is_of_run(file: pathlib.Path, vector: Vector) -> bool:
 
 
 def _roles(path: pathlib.Path, layers: int, layer: int) -> dict[str, float]:
-    """Return the mean projections of the roles in a run's `analysis.json`, without the default."""
+    """Return role → mean projection from a run's `analysis.json`, without the default persona."""
     found: Any = read_json(path)
     if not isinstance(found, dict) or not isinstance(found.get("roles"), dict):
         raise UserError(f"{path}: damaged (no object 'roles'); delete it, or run `jaxpersona axis` "

@@ -1,4 +1,4 @@
-"""Judging the rollouts of a run again: another judge's verdicts beside those that are there."""
+"""Judging the rollouts of a run with a further judge; earlier verdicts are kept."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ if TYPE_CHECKING:
 def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judge, *,
               report: Callable[[str, int, int, int], None] | None = None,
               ) -> tuple[dict[str, dict[str, int]], float]:
-    """Judge the rollouts that a run's folder contains, and store the verdicts beside older ones.
+    """Judge the rollouts in a run folder, and store the verdicts in addition to earlier ones.
 
-    Rollouts with a verdict of this judge are not judged again. The axis does not change:
-    `extract_axis` with the judge and the folder computes that of its verdicts.
+    Rollouts with a verdict of the same judge are not judged again. The axis in the folder does not
+    change; call `extract_axis` with this judge and folder to compute the axis from its verdicts.
 
     Args:
       folder: the run folder, locked against other runs during the call.
-      roles: roles with the texts that the judge reads; all roles of the run but the default.
+      roles: the roles of the run, with the texts that the judge needs; the default persona may be
+        missing.
       judge: the judge.
       report: called with ("judging", done, total, 0).
 
     Returns:
-      (role → score as text, "None" or "failed" → number of replies, cost in USD).
+      (counts, cost): role → score as text, "None" or "failed" → number of replies; the cost in USD.
 
     Raises:
       UserError: the folder contains no run or is in use, a role is missing, a file is damaged, or
-        the judge cannot go on; verdicts are kept.
+        the judge cannot continue. Finished verdicts stay in the folder.
 
     Examples:
       >>> import tempfile

@@ -1,4 +1,4 @@
-"""Response means of rollouts whose texts were kept: one forward pass, without generation."""
+"""Recompute response means from the replies of rollouts, in one forward pass per rollout."""
 
 from __future__ import annotations
 
@@ -20,23 +20,30 @@ _TOGETHER = 64  # rollouts whose means are in memory at once
 
 
 def encoded(model: Model, text: str) -> list[int]:
-    """Return the token ids of a reply's text."""
+    """Return the token ids of a reply's text, without special tokens."""
     return list(model.tokenizer.encode(text, add_special_tokens=False))
 
 
 def reply_ids(model: Model, text: str, tokens: np.ndarray) -> dict[str, Any]:
-    """Return {"reply_ids": ids} if the tokens of a reply are not those of its text, else {}."""
+    """Return {"reply_ids": ids of the tokens} if encoding the text gives other ids; else {}.
+
+    Args:
+      model: the model.
+      text: the text of the reply.
+      tokens: the generated token ids of the reply.
+    """
     ids = tokens.tolist()
     return {} if encoded(model, text) == ids else {"reply_ids": ids}
 
 
 def reread(model: Model, records: Sequence[Mapping[str, Any]]) -> Iterator[np.ndarray]:
-    """Yield the response means [L, D] float32 of rollouts, in their order.
+    """Yield the response mean [L, D] float32 of each rollout, in the order given.
 
-    They differ from those read during generation by rounding. A reply of no token has the mean NaN.
+    The response means equal those computed during generation up to rounding. The response mean of
+    an empty reply is NaN.
 
     Args:
-      model: the model that wrote the replies.
+      model: the model that generated the replies.
       records: the rollouts, with their replies.
     """
     for begin in range(0, len(records), _TOGETHER):

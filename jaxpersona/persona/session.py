@@ -1,4 +1,4 @@
-"""A conversation with a model: streamed replies, projections, and a comparison without edits."""
+"""A conversation with a model: streamed replies, projections, and replies without interventions."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 _ROWS = 2  # the two replies of a comparison share a batch
-CHUNK = 4  # decode steps between two pieces; a reply can be cancelled after each piece
+CHUNK = 4  # decode steps per streamed piece; a reply can be cancelled after each piece
 
 
 class ContextFull(UserError):
-    """The conversation leaves no room for a reply in the model's context."""
+    """Error of a conversation that leaves no room for a reply in the model's context."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +39,14 @@ class Turn:
     Attributes:
       message: the user message.
       reply: the reply.
-      finish: "stop" (a stop token) or "length" (the limit or the context); "" if unknown.
+      finish: why the reply ended: "stop" (a stop token) or "length" (`max_new_tokens` tokens, or
+        the end of the context); "" if unknown.
       tokens: the number of tokens of the reply.
-      context: the number of tokens of the conversation up to the reply's end.
+      context: the number of tokens of the conversation, including the reply.
       edited: whether the interventions were applied.
-      projections: the mean projection of the reply by layer (`Monitor`); {} without a monitor or
-        for an empty reply.
-      edits: one `EditCount` per intervention, with the numbers of tokens that it selected and
-        changed; empty if the interventions were off.
+      projections: layer → mean projection of the reply (`Monitor`); {} without a monitor or for an
+        empty reply.
+      edits: the `EditCount` of each intervention; [] if the interventions were off.
     """
 
     __repr__ = brief
@@ -66,9 +66,9 @@ class Piece:
     """A piece of a streamed reply.
 
     Attributes:
-      text: the new text; the texts of all pieces concatenate to the reply.
-      projections: the mean projection of the reply so far, by layer.
-      turn: the complete turn in the last piece, else None. A cancelled reply has no last piece.
+      text: the new text; all texts, concatenated, are the reply.
+      projections: layer → mean projection of the reply up to this piece.
+      turn: in the last piece, the complete turn; else None. A cancelled reply has no last piece.
     """
 
     text: str
@@ -85,8 +85,8 @@ def check_finite(model: Model, reply: Reply, edits: Interventions) -> None:
       edits: the interventions on the reply.
 
     Raises:
-      UserError: an activation was NaN or infinite; the message gives the first affected site, the
-        cause and the fix.
+      UserError: an activation was NaN or infinite; the message contains the first affected site,
+        the cause and the fix.
     """
     if reply.finish == "nonfinite":
         row = chat.answered(model.tokenizer, reply.row, reply.tokens)
@@ -100,14 +100,14 @@ def _never() -> bool:
 class Session:
     """A conversation whose last reply can be repeated with and without the interventions.
 
-    Requests with and without the interventions have the same structure, so both run in the same
-    compiled programs, and a comparison runs as two rows of one batch.
+    Requests with and without the interventions have the same structure, so all replies use the same
+    compiled programs, and `compare` generates two replies in one batch.
 
     Attributes:
       model: the model.
       edits: the interventions.
       monitor: the `Monitor` that projects the replies, or None.
-      settings: max_new_tokens, temperature, top_p and seed (`Request`).
+      settings: a dictionary with max_new_tokens, temperature, top_p and seed (`Request`).
       system: the system prompt, or None.
       turns: the turns so far.
       edited: whether the interventions apply to the next reply.
@@ -125,7 +125,7 @@ class Session:
                  monitor: Monitor | None = None, system: str | None = None,
                  max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0,
                  seed: int = 0) -> None:
-        """Start an empty conversation; programs are compiled at the first reply.
+        """Start an empty conversation; the first reply compiles the programs.
 
         Raises:
           UserError: the model has no tokenizer, or a setting is out of range.
@@ -149,16 +149,16 @@ class Session:
 
     @property
     def messages(self) -> list[dict[str, str]]:
-        """The conversation as a list of {"role", "content"}."""
+        """The conversation, with its system prompt, as a list of {"role", "content"}."""
         return self._talk(self.turns)
 
     def reply(self, message: str, cancelled: Callable[[], bool] = _never) -> Iterator[Piece]:
-        """Stream the reply to a message; the complete turn is added to the conversation.
+        """Stream the reply to a message, then add the complete turn to the conversation.
 
         Args:
           message: the user message.
-          cancelled: a function that is called after each piece. If it returns True, the reply ends
-            and the turn is not added.
+          cancelled: a function that is called for each piece. If the function returns True, the
+            reply ends and the turn is not added.
 
         Raises:
           ContextFull: the conversation leaves no room for a reply.
@@ -180,11 +180,11 @@ class Session:
           cancelled: as for `reply`.
 
         Returns:
-          An iterator over pairs (whether the interventions are on, piece). All pieces of the reply
+          An iterator over (whether the interventions are on, piece). All pieces of the reply
           without interventions come first.
 
         Raises:
-          UserError: there is no reply, or there are no interventions.
+          UserError: the conversation has no reply, or the session has no interventions.
         """
         if not self.turns:
             raise UserError("there is no reply to compare yet")
@@ -213,7 +213,7 @@ class Session:
         """Remove the last turn and return it.
 
         Raises:
-          UserError: there is no turn.
+          UserError: the conversation has no turn.
         """
         if not self.turns:
             raise UserError("there is no turn to remove")
@@ -225,7 +225,7 @@ class Session:
                        for role, text in (("user", turn.message), ("assistant", turn.reply))]
 
     def _submit(self, turns: list[Turn], message: str, edited: bool) -> Handle:
-        """Submit a request for the reply to a message that follows the given turns."""
+        """Submit a request for the reply to a message after the given turns."""
         talk = [*self._talk(turns), {"role": "user", "content": message}]
         row = prompts.encode(self.model, talk)
         context = self.model.config.max_context
@@ -265,10 +265,10 @@ class Session:
 
 
 def _without_tokens(edits: Interventions) -> Interventions:
-    """Return interventions of the same structure that select no token.
+    """Return interventions of the same structure that select no tokens.
 
-    The token tests keep their kinds of tokens, because these determine whether the program tracks
-    code fences. Instead, the range of messages in each test is made empty.
+    The range of messages in each token test is made empty. The kinds of tokens in the tests stay,
+    as they determine whether the compiled program tracks code fences.
     """
     tables = []
     for table in edits.edits:

@@ -1,4 +1,4 @@
-"""The result of an axis run as lines of text: what was found, which files, and what to do next."""
+"""The result of an axis run as lines of text: measurements, written files and next commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxpersona.runs.files import FIGURES, RESULTS
 if TYPE_CHECKING:
     from jaxpersona.persona.extraction import Extraction
 
-SHOWN = 5  # roles at each end of the ranking
+SHOWN = 5  # number of roles to print from each end of the ranking
 UNREAD = ("judge none: no reply was read, and every one counts as fully playing its role, also "
           "where the model refused; --judge self or --judge model:NAME reads them")
 _ABOUT = {
@@ -28,10 +28,11 @@ _ABOUT = {
 
 
 def distances(found: Extraction, layer: int) -> dict[str, float]:
-    """Return how far each role's mean projection is from the default's, nearest first.
+    """Return role → distance of the role's mean projection from the default persona's.
 
-    In standard deviations of the default's own replies; negative values are away from the
-    Assistant. Roles whose replies are all empty are left out.
+    The unit is the standard deviation of the default persona's projections. Roles that project
+    lower than the default persona have negative distances. The order is descending; roles whose
+    replies are all empty are omitted.
 
     Args:
       found: the extraction.
@@ -52,10 +53,10 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
 
     Args:
       found: the extraction.
-      folder: the run folder; only files that it contains are listed.
+      folder: the run folder; only existing files are listed.
       layer: the layer of the ranking.
-      held_out: the roles that did not enter the axis.
-      options: further options of the commands to run next, such as `["--model", "NAME"]`.
+      held_out: names of the held-out roles.
+      options: further options for the suggested commands, such as `["--model", "NAME"]`.
     """
     folder, axis = pathlib.Path(folder), found.axis
     least, kept = int(axis.notes["min_count"]), len(found.analysis.names)
@@ -87,7 +88,7 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
         lines.append(f"  farthest: {_ranked(ranked[:-SHOWN - 1:-1])}")
     lines.append(f"files in {folder}:")
     lines += [f"  {name:<18}{_ABOUT[name]}" for name in (*RESULTS, *FIGURES)
-              if name in _ABOUT and (folder / name).exists()]  # an SVG is beside each PNG
+              if name in _ABOUT and (folder / name).exists()]  # SVG files are not listed
     file, more = shlex.quote(str(folder / "axis.safetensors")), shlex.join(options)
     more = f" {more}" if more else ""
     return [*lines, "next:",
@@ -97,7 +98,7 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
 
 
 def _scores(counts: dict[str, dict[str, int]]) -> str:
-    """Return the numbers of all replies by score, such as "12 of score 3, 4 of score 0"."""
+    """Return the numbers of replies by score as text, such as "12 of score 3, 4 of score 0"."""
     total: Counter[str] = Counter()
     for by_score in counts.values():
         total.update(by_score)

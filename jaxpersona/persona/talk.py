@@ -1,4 +1,4 @@
-"""Projections of each turn of a given or a generated conversation, to measure persona drift."""
+"""Project each reply of given or generated conversations, to measure persona drift."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ class TurnProjection:
     """The mean projections of one assistant message.
 
     Attributes:
-      turn: index of the message in the conversation, from 0.
-      tokens: number of response tokens.
-      values: [L, K] float32, mean projections of the response tokens on K directions at every
-        layer; NaN at layers where a direction is zero (imported vectors may not cover all layers).
+      turn: the index of the message in the conversation, from 0.
+      tokens: the number of response tokens.
+      values: [L, K] float32, the mean projections of the response tokens on K directions at L
+        layers; NaN at layers where any of the directions is zero (imported vectors may not cover
+        all layers).
     """
 
     __repr__ = brief
@@ -56,8 +57,17 @@ def project_conversation(
 ) -> list[TurnProjection]:
     """Project the assistant messages of a finished conversation on directions.
 
-    Each value is the mean of ⟨h, v̂⟩ over the message's response tokens (Lu et al. 2026, drift).
-    `extract` computes the activations, on one device or on a mesh.
+    Each value is the mean of ⟨h, v̂⟩ over the response tokens of one message, as in the drift
+    measurements of Lu et al. 2026.
+
+    Args:
+      model: the model.
+      conversation: a list of {"role", "content"}.
+      vectors: K directions in the residual stream.
+      interventions: interventions on the forward pass, or None.
+
+    Returns:
+      One `TurnProjection` per assistant message with response tokens.
 
     Raises:
       UserError: the conversation has no assistant message or exceeds the context, activations
@@ -76,7 +86,7 @@ def project_conversation(
 
 def _project(model: Model, rows: Sequence[chat.Row], vectors: Sequence[Vector],
              **settings: Any) -> list[list[TurnProjection]]:
-    """Project the assistant messages of N encoded conversations; settings as for `extract`."""
+    """Project the assistant messages of N encoded conversations; `settings` as for `extract`."""
     directions = np.stack([vector.values for vector in vectors], 1)
     known = [i for i, layer in enumerate(directions) if layer.any(1).all()]
     if not known:
@@ -103,11 +113,11 @@ class Talks:
 
     Attributes:
       replies: M lists of N replies.
-      projections: [M, N, L] float32, mean projection of each reply, computed in the pass that
-        generated it, after the interventions; NaN for an empty reply. At a capped layer, this value
-        is never below the floor, so it does not measure drift.
-      readout: [M, N, L] float32, mean projection of each reply when the model reads the finished
-        conversation without interventions; None if it was not requested.
+      projections: [M, N, L] float32, the mean projection of each reply, computed during generation
+        and after the interventions; NaN for an empty reply. At a capped layer, these projections
+        are never below the floor, so they do not measure drift.
+      readout: [M, N, L] float32, the mean projection of each reply, computed by a forward pass over
+        the finished conversation without interventions; None if not requested.
     """
 
     __repr__ = brief
@@ -117,7 +127,7 @@ class Talks:
     readout: np.ndarray | None = None
 
     def arm(self, start: int, stop: int) -> Talks:
-        """Return conversations start ≤ n < stop, such as one arm of an experiment."""
+        """Return conversations start ≤ n < stop, for example one arm of an experiment."""
         return Talks([replies[start:stop] for replies in self.replies],
                      self.projections[:, start:stop],
                      None if self.readout is None else self.readout[:, start:stop])
@@ -138,18 +148,19 @@ def grow(
 ) -> Talks:
     """Generate multi-turn conversations with scripted user messages and project every reply.
 
-    The generated token ids stay in the conversation; replies are not re-encoded.
+    The prompt of each turn contains the generated token ids of earlier replies; the texts of these
+    replies are not encoded again.
 
     Args:
       openings: N lists with at most one system message each.
       messages: N lists of M user messages each.
       vector: the direction to project on.
+      interventions: interventions during generation, or None.
       seed, settings: as for `generate`; each turn uses different random draws.
-      ids: [N] ids that determine the random draws; default: the conversation's index.
+      ids: N ids that determine the random draws; default: the index of each conversation.
         Conversations with equal ids use the same random draws.
-      readout: whether to run the model on the finished conversations again, without interventions
-        (`Talks.readout`).
-      report: called with (turn, conversations done, tokens in this turn).
+      readout: whether to compute `Talks.readout`.
+      report: called with (turn, number of finished conversations, number of tokens in this turn).
 
     Raises:
       UserError: as for `generate`, or if `vector` belongs to another model or site, or `openings`
@@ -180,9 +191,9 @@ def grow(
         replies.append(out.text)
         rows = list(zip(out.rows, out.tokens, strict=True))
         found = np.full((len(prompts), vector.n_layers), np.nan, np.float32)
-        # only tokens after the prompt, because the prompt contains the earlier replies
+        # only tokens after the prompt, as the prompt contains earlier replies
         for n, (row, read) in enumerate(zip(out.rows, out.captured["projections"], strict=True)):
-            reply = read[:, row.tokens.size :, 0]  # NaN at tokens of a thinking block
+            reply = read[:, row.tokens.size :, 0]  # NaN for tokens of thinking blocks
             if (chosen := np.isfinite(reply).all(0)).any():
                 found[n, known] = reply[:, chosen].mean(1)
         values.append(found)
@@ -214,7 +225,7 @@ def _lists(name: str, given: Any) -> list[list[Any]]:
     """Convert an argument to one list per conversation.
 
     Raises:
-      UserError: there is no conversation, or an entry is not a list.
+      UserError: the argument is empty, or an entry is not a list.
     """
     entries = chat.listed(given, name)
     for i, one in enumerate(entries):

@@ -1,8 +1,8 @@
 """Percentiles of projections from a stratified sample, with bootstrap intervals.
 
-The rollouts of a role whose response means are kept stand for all rollouts of the role: each has
-the weight n / k, where k of the role's n rollouts are kept. With all weights 1 the percentiles are
-NumPy's.
+The response means of k of a role's n rollouts are stored. Each of these rollouts has the weight
+n / k, so that the sample represents all rollouts of the role. With all weights 1, the percentiles
+equal those of `np.percentile`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.persona.axis import PERCENTILES
 
 DRAWS = 200
-LEVEL = 95  # percent of an interval
+LEVEL = 95  # confidence level of the intervals in percent
 Intervals = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -23,12 +23,13 @@ def weighted(values: np.ndarray, weights: np.ndarray, at: Sequence[float] = PERC
              ) -> np.ndarray:
     """Return percentiles of weighted values.
 
-    A value of weight w counts as w equal values, between which NumPy's linear rule interpolates.
+    A value of weight w counts as w equal values. As in `np.percentile`, the result is interpolated
+    linearly between adjacent values.
 
     Args:
-      values: [N, L].
-      weights: [N], at least 0.
-      at: Q percentiles.
+      values: [N, L] values; the percentiles are over N.
+      weights: [N] weights, at least 0.
+      at: Q percentiles from 0 to 100.
 
     Returns:
       [Q, L] float64.
@@ -38,7 +39,7 @@ def weighted(values: np.ndarray, weights: np.ndarray, at: Sequence[float] = PERC
 
 
 def _of_sorted(values: np.ndarray, weights: np.ndarray, at: Sequence[float]) -> np.ndarray:
-    """Return percentiles of sorted values [N, L] with weights [N, L]."""
+    """Return percentiles [Q, L] of sorted values [N, L] with weights [N, L]."""
     upper = np.cumsum(weights, axis=0)
     out = np.empty((len(at), values.shape[1]))
     for layer in range(values.shape[1]):
@@ -56,20 +57,22 @@ def _of_sorted(values: np.ndarray, weights: np.ndarray, at: Sequence[float]) -> 
 def percentiles_of(projections: Mapping[str, np.ndarray], sizes: Mapping[str, int], *,
                    at: Sequence[int] = PERCENTILES, draws: int = DRAWS, seed: int = 0,
                    ) -> tuple[dict[str, np.ndarray], Intervals]:
-    """Return the percentiles of all rollouts of some roles, and their bootstrap intervals.
+    """Return the percentiles of the projections of several roles, with bootstrap intervals.
 
-    A draw resamples the kept rollouts of each role with replacement (a stratified bootstrap).
+    Each bootstrap sample resamples the sampled rollouts of each role with replacement (a stratified
+    bootstrap).
 
     Args:
-      projections: role → projections of its kept rollouts [k, L]; rows that are not finite (empty
-        replies) are left out.
-      sizes: role → number of its non-empty rollouts.
-      at: the percentiles.
-      draws: number of draws.
-      seed: seed of the draws.
+      projections: role → projections [k, L] of the role's sampled rollouts; rows that are not
+        finite (empty replies) are ignored.
+      sizes: role → number of the role's non-empty rollouts.
+      at: the percentiles from 0 to 100.
+      draws: the number of bootstrap samples.
+      seed: seed of the bootstrap.
 
     Returns:
-      ("p25" → [L] float32, "p25" → (low [L], high [L]) float32, the ends of an interval of 95 %).
+      (percentiles, intervals): "p25" → [L] float32, and "p25" → (low [L], high [L]) float32, the
+      ends of the 95 % interval.
 
     Raises:
       UserError: all replies are empty.

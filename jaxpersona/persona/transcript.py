@@ -29,7 +29,7 @@ class _Edit(pydantic.BaseModel):
 
 
 class _Reply(pydantic.BaseModel):
-    """The record of one reply; the texts are in `messages`."""
+    """The record of one reply, without its text, which is in `messages`."""
 
     model_config = pydantic.ConfigDict(strict=True)
 
@@ -43,10 +43,10 @@ class _Reply(pydantic.BaseModel):
 
 
 def record(session: Session) -> dict[str, Any]:
-    """Return a session as a dictionary that can be written as JSON.
+    """Return a session as a JSON object.
 
-    `messages` is a conversation in the form that `jaxpersona project` reads; `replies` has an entry
-    for each assistant message.
+    The field `messages` contains the conversation as a list that `jaxpersona project` can read. The
+    field `replies` has one entry per assistant message.
     """
     replies = [dataclasses.asdict(turn) for turn in session.turns]
     for reply in replies:
@@ -63,9 +63,9 @@ def record(session: Session) -> dict[str, Any]:
 
 
 def restore(session: Session, value: Any) -> bool:
-    """Replace a session's conversation with a record, or with messages from another program.
+    """Replace a session's conversation with a saved session, or with a list of messages.
 
-    The session keeps its own model, interventions and settings.
+    The session's model, interventions and settings do not change.
 
     Args:
       session: the session.
@@ -73,8 +73,8 @@ def restore(session: Session, value: Any) -> bool:
         as `messages` or `conversation`.
 
     Returns:
-      Whether the projections in `value` were kept. The result is False if there are none. They are
-      dropped if they were measured with another model, on another direction, or at other layers.
+      Whether the projections in `value` were restored. False if `value` has no projections, or if
+      they were measured with another model, on another direction or at other layers.
 
     Raises:
       UserError: `value` has another form; the session is then unchanged.
@@ -121,7 +121,8 @@ def _replies(value: Any, wanted: int) -> list[_Reply]:
     """Validate the records of replies.
 
     Raises:
-      UserError: the form or the number of the records is wrong; the message names the first fault.
+      UserError: a record is invalid (the message describes the first fault), or the number of
+        records is not `wanted`.
     """
     try:
         replies = pydantic.TypeAdapter(list[_Reply]).validate_python(value)

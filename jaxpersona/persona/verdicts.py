@@ -1,4 +1,4 @@
-"""The replies of a run as a judge's items, and the scores that a run or a person's file holds."""
+"""Read the replies of a run as `Item`s, and the scores of a run or of a human judge's CSV file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from jaxpersona.runs.run import Run
 
 
 def items_of(role: Role, records: Sequence[Mapping[str, Any]]) -> list[Item]:
-    """Return a role's rollouts (`runs.rollouts.planned`) as items, in their order.
+    """Return a role's rollouts as items, in the order given.
 
-    Only the first reply of a conversation is judged (Lu et al. 2026).
+    An item contains only the first reply of its conversation (Lu et al. 2026).
     """
     found = []
     for record in records:
@@ -31,12 +31,12 @@ def items_of(role: Role, records: Sequence[Mapping[str, Any]]) -> list[Item]:
 
 
 def scores_of(source: str | os.PathLike[str]) -> dict[str, int | None]:
-    """Return scores by "role/key" from a run folder, or from a CSV file of `HumanJudge`.
+    """Return "role/key" → score from a run folder, or from a CSV file of `HumanJudge`.
 
-    Rows of a CSV file without a score are left out; an undecided reply has None.
+    The score of an undecided reply is None. Rows of a CSV file without a score are omitted.
 
     Raises:
-      UserError: the source is neither, holds no score, or is damaged.
+      UserError: the source is not a run folder or a CSV file, has no scores, or is damaged.
     """
     path = pathlib.Path(source)
     if path.suffix.lower() == ".csv":
@@ -56,7 +56,12 @@ def scores_of(source: str | os.PathLike[str]) -> dict[str, int | None]:
 
 
 def replies_of(run: Run, descriptions: Mapping[str, str] | None = None) -> dict[str, Item]:
-    """Return every reply of a run's roles, except the default's, by "role/key"."""
+    """Return "role/key" → reply as `Item`, for all roles of a run except the default persona.
+
+    Args:
+      run: the run.
+      descriptions: role → description, or None.
+    """
     found = {}
     for name in run.manifest["roles"]:
         if name != DEFAULT:
@@ -68,10 +73,10 @@ def replies_of(run: Run, descriptions: Mapping[str, str] | None = None) -> dict[
 
 def sample(replies: Mapping[str, Item], scores: Mapping[str, int | None], count: int, *,
            seed: int = 0) -> list[tuple[Item, int | None]]:
-    """Draw up to `count` replies of each score, spread over the roles.
+    """Draw up to `count` replies of each score, from as many roles as possible.
 
     Returns:
-      (reply, score), the highest score first and undecided replies last.
+      A list of (reply, score) in descending order of score; undecided replies come last.
     """
     rng = np.random.default_rng(seed)
     by_score: dict[int | None, list[str]] = {}
@@ -83,7 +88,7 @@ def sample(replies: Mapping[str, Item], scores: Mapping[str, int | None], count:
         order = [keys[i] for i in rng.permutation(len(keys))]
         turn: dict[str, int] = {}
         rank = {}
-        for key in order:  # a role's second reply comes after every role's first
+        for key in order:  # sort the second reply of each role after the first of all roles
             role = replies[key].role.name
             rank[key] = turn[role] = turn.get(role, -1) + 1
         order.sort(key=lambda key: rank[key])

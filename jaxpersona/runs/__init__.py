@@ -1,1 +1,1 @@
-"""Runs: rollouts, and the run folder with its files, manifest and lock."""
+"""Runs: rollouts and the run folder, which contains a run's files, manifest and lock."""

@@ -1,8 +1,8 @@
-"""Closing a role: its rollouts, sample, scores and sums are written, and its live files removed.
+"""Closing a role: write its rollouts, sample, scores and sums, then remove its live files.
 
 A role may be closed again, with further questions, other verdicts or another judge. Each step
-writes whole files and can be repeated, so a process killed between two steps leaves nothing that a
-later call counts twice: sums name the rollouts that they contain.
+writes whole files and can be repeated. A file of sums lists the rollouts that were added, so no
+rollout is counted twice after a process was killed between two steps.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ PLAIN = {"score": None, "expected": None, "mass": None, "refused": False, "error
 
 @dataclasses.dataclass
 class State:
-    """What the folder contains of a role.
+    """The data of one role in the run folder.
 
     Attributes:
-      records: all rollouts by key; `close` sorts them into their order.
-      live: the role's appended files.
-      verdicts: key → verdict of the judge, as JSON values (`PLAIN`); without those that failed in
-        an earlier call.
-      sums: the sums by the judge's scores, or None.
-      closed: whether the files of all records are written.
+      records: key → rollout; `close` sorts the rollouts by question, prompt and sample.
+      live: the role's live files, to which rollouts and verdicts are appended.
+      verdicts: key → the judge's verdict, as a JSON object with fields of `PLAIN`. Verdicts that
+        failed in an earlier call are omitted.
+      sums: the sums of the response means by the judge's scores, or None.
+      closed: whether the files of a closed role contain all rollouts.
     """
 
     __repr__ = brief
@@ -48,7 +48,7 @@ class State:
     closed: bool
 
     def unjudged(self, role: str) -> list[str]:
-        """Return the rollouts without a verdict; none for the default."""
+        """Return the keys of rollouts without a verdict; [] for the default persona."""
         return [] if role == DEFAULT else [k for k in self.records if k not in self.verdicts]
 
 
@@ -58,16 +58,16 @@ def state_of(run: Run, role: str, judge: str, rubric: str, shape: tuple[int, int
 
     Args:
       run: the open run.
-      role: the role.
-      judge: name of the judge.
-      rubric: digest of what the judge reads besides the rollouts.
-      shape: (L, D) of a mean.
-      texts: whether the records of a closed role are needed; otherwise they are empty.
-      repair: whether files may be changed: scores by another rubric are deleted, and the invalid
-        end of a live file; otherwise both are ignored.
+      role: the name of the role.
+      judge: the name of the judge.
+      rubric: digest of the judge's input other than the rollouts.
+      shape: (L, D), the shape of a response mean.
+      texts: whether to return the texts of a closed role's rollouts; otherwise each record is {}.
+      repair: whether to delete scores by another rubric and the invalid end of live files;
+        otherwise both are ignored.
 
     Raises:
-      Damaged: a file differs from what the run wrote.
+      Damaged: the content of a file is not what the run wrote.
     """
     data, live = run.rollouts_bytes(role), run.live(role, shape, repair=repair)
     stored, sums = run.verdicts(role, judge), run.sums(role, judge)
@@ -95,19 +95,21 @@ def state_of(run: Run, role: str, judge: str, rubric: str, shape: tuple[int, int
 
 def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: int | None,
           seed: int, reread: Reread) -> Sums:
-    """Write the files of a role, all of whose rollouts have a verdict or a failed one.
+    """Write the files of a role whose rollouts have all been judged.
+
+    Rollouts whose verdict failed remain in the live files, for a later call.
 
     Args:
       run, role, judge, rubric: as for `state_of`.
-      state: the role's state; its live files are removed, but for failed verdicts' rollouts.
-      keep: the number of single means to keep; None keeps all.
+      state: the role's state.
+      keep: the number of rollouts whose response means are stored; None: all.
       seed: seed of the sample.
-      reread: returns the means of rollouts whose means are no longer there, in the given order.
+      reread: recomputes the response means that the folder does not contain, in the order given.
 
     Returns:
-      The sums.
+      The sums of the response means by score.
     """
-    # rollouts were added in the order in which they finished
+    # `State.records` is in the order in which the rollouts finished
     records = state.records = dict(sorted(state.records.items(),
                                           key=lambda item: place_of(item[1])))
     live = state.live
@@ -133,7 +135,7 @@ def close(run: Run, role: str, state: State, *, judge: str, rubric: str, keep: i
 
 
 def needed(state: State, role: str) -> list[dict[str, Any]]:
-    """Return the rollouts that the sums lack and whose means are no longer in the folder."""
+    """Return the rollouts that are not in the sums and whose means are not in the live files."""
     scores = dict.fromkeys(state.records) if role == DEFAULT else _scores(state.verdicts)
     sums = _usable(state.sums, scores)
     records = sorted(state.records.items(), key=lambda item: place_of(item[1]))
@@ -142,12 +144,16 @@ def needed(state: State, role: str) -> list[dict[str, Any]]:
 
 
 def _usable(sums: Sums | None, scores: Mapping[str, int | None]) -> Sums:
-    """Return sums, or empty ones if there are none or they are of other scores."""
+    """Return `sums`, or empty sums if `sums` is None or was computed from other scores."""
     return sums if sums is not None and sums.agrees(scores) else Sums({}, {})
 
 
 def save_verdicts(run: Run, role: str, state: State, judge: str, rubric: str) -> dict[str, Any]:
-    """Write the verdicts on a role's rollouts in the folder; return those that did not fail."""
+    """Write the verdicts on a role's rollouts to the role's scores file.
+
+    Returns:
+      key → score, for the verdicts that did not fail.
+    """
     ordered = {key: state.verdicts[key] for key in state.records if key in state.verdicts}
     run.save_verdicts(role, judge, rubric, {k: v["score"] for k, v in ordered.items()},
                       {k: {n: x for n, x in v.items() if n != "score" and x != PLAIN.get(n)}
@@ -156,5 +162,5 @@ def save_verdicts(run: Run, role: str, state: State, judge: str, rubric: str) ->
 
 
 def _scores(verdicts: Mapping[str, Mapping[str, Any]]) -> dict[str, int | None]:
-    """Return the scores of the verdicts that did not fail."""
+    """Return key → score, for the verdicts that did not fail."""
     return {k: v["score"] for k, v in verdicts.items() if v.get("error") is None}

@@ -1,4 +1,4 @@
-"""Comparison of two manifests: what must be equal, and what may grow."""
+"""Comparison of two run manifests: which fields must be equal, and which may get new entries."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from jaxpersona.runs.files import MANIFEST
 from jaxpersona.runs.names import check_names
 
 FORMAT = "jaxpersona-run 3"
-OLDER = "jaxpersona-run 2"  # its rollouts can be read (`runs.older`)
-BOUND = ("model", "arguments", "numerics")  # must be equal
-GROWING = ("roles", "questions", "judges")  # entries may be added
-LAST = "last"  # arguments of the last call, which are not compared
+OLDER = "jaxpersona-run 2"  # an older format; `runs.older` reads its rollouts
+BOUND = ("model", "arguments", "numerics")  # fields that must be equal
+GROWING = ("roles", "questions", "judges")  # fields to which entries may be added
+LAST = "last"  # field with the arguments of the last call; it is not compared
 
 
 def manifest_of(folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]:
@@ -24,10 +24,10 @@ def manifest_of(folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]
 
     Args:
       folder: the run folder.
-      overwrite: whether that of an older format, which is to be deleted, is also accepted.
+      overwrite: whether to accept format `OLDER` too, as the run will be deleted.
 
     Raises:
-      UserError: there is none, or it is not that of a run of this format.
+      UserError: the folder has no manifest, or a manifest of another format.
     """
     path = folder / MANIFEST
     require_file(path)
@@ -51,7 +51,7 @@ def roles_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
     """Return the role names of a manifest.
 
     Raises:
-      UserError: they are not valid.
+      UserError: a role name is not valid.
     """
     roles = manifest.get("roles", {})
     if not isinstance(roles, Mapping):
@@ -61,7 +61,11 @@ def roles_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def judges_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Return the names of the judges of a manifest."""
+    """Return the names of the judges of a manifest.
+
+    Raises:
+      UserError: the field `judges` is not valid.
+    """
     judges = manifest.get("judges", {})
     if not isinstance(judges, Mapping) or not all(isinstance(x, str) and x for x in judges):
         raise UserError(f"{folder / MANIFEST}: damaged (judges is not an object)")
@@ -69,20 +73,23 @@ def judges_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """Return a JSON value as a short text."""
+    """Return a JSON value as text of at most 80 characters."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:79] + "…"
 
 
 def check_same(folder: pathlib.Path, stored: Any, wanted: Mapping[str, Any]) -> None:
-    """Check that two manifests are of one run: equal but for added entries and the last arguments.
+    """Check that two manifests belong to the same run.
+
+    The `GROWING` fields are compared by their common entries, and `LAST` is not compared. All other
+    fields must be equal.
 
     Raises:
       UserError: a field differs, or the stored manifest is damaged.
     """
     def flat(value: Any, prefix: str = "") -> dict[str, str]:
         if not isinstance(value, dict):
-            return {prefix: json.dumps(value)}  # as text: 1 == 1.0 == True in Python
+            return {prefix: json.dumps(value)}  # compare as text, as 1 == 1.0 == True in Python
         pairs = (flat(v, f"{prefix}.{k}" if prefix else k) for k, v in value.items())
         return {key: item for pair in pairs for key, item in pair.items()}
 

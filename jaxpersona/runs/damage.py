@@ -10,11 +10,11 @@ from jaxpersona.errors import UserError
 
 
 class Damaged(UserError):
-    """Error for a role's file that is missing or differs from what the run wrote.
+    """Error for a file of a role that is missing or was changed after the run wrote it.
 
     Attributes:
-      role: name of the role.
-      fault: path of the file and a description of the damage.
+      role: the name of the role.
+      fault: the path of the file and a description of the damage.
     """
 
     def __init__(self, role: str, path: pathlib.Path, why: str) -> None:
@@ -23,6 +23,6 @@ class Damaged(UserError):
 
 
 def remedy(roles: Sequence[str]) -> str:
-    """Return a sentence on how to regenerate damaged roles."""
+    """Return the part of an error message that says how to regenerate damaged roles."""
     options = " ".join(f"--redo {shlex.quote(role)}" for role in roles)
     return f"restore the file, or regenerate the role with redo={list(roles)!r} ({options})"

@@ -1,4 +1,4 @@
-"""Which files a run writes, and how they are deleted: only these, by name."""
+"""The names of the files that a run writes, and their deletion; no other file is deleted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATUS = "status.json"
 MANIFEST = "run.json"
 PARTS = {"rollouts": ".jsonl", "samples": ".safetensors", "vectors": ".safetensors",
          "scores": ".json", "sums": ".safetensors"}
-JUDGED = ("scores", "sums")  # parts with a folder for each judge
+JUDGED = ("scores", "sums")  # parts that have one folder per judge
 
 
 def path_of(folder: pathlib.Path, part: str, role: str, judge: str = "") -> pathlib.Path:
@@ -29,8 +29,9 @@ def path_of(folder: pathlib.Path, part: str, role: str, judge: str = "") -> path
     Args:
       folder: the run folder.
       part: one of `PARTS`.
-      role: the role.
-      judge: the judge, for scores and sums; the default persona's sums do not depend on it.
+      role: the name of the role.
+      judge: the name of the judge, for scores and sums; ignored for the default persona, which is
+        not judged.
     """
     where = folder / part
     if part in JUDGED and role != DEFAULT:
@@ -39,7 +40,7 @@ def path_of(folder: pathlib.Path, part: str, role: str, judge: str = "") -> path
 
 
 def folders_of(folder: pathlib.Path, judges: Iterable[str]) -> Iterator[tuple[str, pathlib.Path]]:
-    """Yield (part, folder) of every folder with files of roles, but for `live`."""
+    """Yield (part, folder) for every folder that contains files of roles, except `live`."""
     judges = list(judges)
     for part in PARTS:
         yield part, folder / part
@@ -49,12 +50,12 @@ def folders_of(folder: pathlib.Path, judges: Iterable[str]) -> Iterator[tuple[st
 
 
 def delete_run(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]) -> int:
-    """Delete the files of a run, but for its manifest; other files in the folder stay.
+    """Delete all files of a run except its manifest; files that no run wrote are not deleted.
 
     Args:
       folder: the run folder, locked by the caller.
-      roles: the roles of the run's manifest.
-      judges: the judges of the run's manifest.
+      roles: the names of the roles in the run's manifest.
+      judges: the names of the judges in the run's manifest.
 
     Returns:
       The number of deleted files.
@@ -66,10 +67,10 @@ def delete_run(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]
     remove_leftovers(folder, roles, judges)
     count = sum(delete(folder / name) for name in (*RESULTS, *FIGURES, STATUS))
     count += sum(delete_role(folder, role, judges) for role in roles)
-    for role in roles:  # of format 2
+    for role in roles:  # files of format 2
         count += sum(delete(folder / place) for place in (
             f"means/{file_stem(role)}.safetensors", f"scores/{file_stem(role)}.json"))
-    # the folders, if nothing else is in them
+    # rmdir deletes a folder only if it is empty
     for _, place in (*folders_of(folder, judges), ("", folder / live.FOLDER)):
         with contextlib.suppress(OSError):
             place.rmdir()
@@ -77,7 +78,7 @@ def delete_run(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]
 
 
 def delete_role(folder: pathlib.Path, role: str, judges: Iterable[str]) -> int:
-    """Delete all files of a role; return their number.
+    """Delete all files of a role and return the number of deleted files.
 
     Raises:
       UserError: a file cannot be deleted.
@@ -90,10 +91,10 @@ def delete_role(folder: pathlib.Path, role: str, judges: Iterable[str]) -> int:
 
 
 def delete(path: pathlib.Path) -> bool:
-    """Delete a file; return whether it existed.
+    """Delete a file and return whether it existed.
 
     Raises:
-      UserError: it cannot be deleted.
+      UserError: the file cannot be deleted.
     """
     try:
         path.unlink()
@@ -105,10 +106,10 @@ def delete(path: pathlib.Path) -> bool:
 
 
 def remove_leftovers(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]) -> None:
-    """Remove a run's temporary files, left by processes killed while writing.
+    """Remove the temporary files of processes that were killed while they wrote a run's files.
 
-    The lock is held, so no process of the run is writing. Figures are drawn without the lock:
-    remove their temporary files only if the process that wrote them has ended.
+    The caller holds the lock, so no other process of the run is writing. Figures are written
+    without the lock, so a temporary file of a figure is removed only if its process has ended.
     """
     stems = {file_stem(role) for role in roles}
     for path, target, process in leftovers(folder):
@@ -121,7 +122,7 @@ def remove_leftovers(folder: pathlib.Path, roles: Iterable[str], judges: Iterabl
 
 
 def alive(process: int) -> bool:
-    """Return whether a process of this machine is running."""
+    """Return whether the process with this id is running on this machine."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

@@ -1,11 +1,13 @@
-"""A role's rollouts, response means and verdicts while it is being played: they are only appended.
+"""Live files: the rollouts, response means and verdicts of a role that is not closed yet.
 
-    live/<role>.jsonl            one line per rollout, in the order in which they finished
-    live/<role>.means            their response means, [n, L, D] float32 without a header
+    live/<role>.jsonl            one line per rollout, in the order in which the rollouts finished
+    live/<role>.means            the response means, [n, L, D] float32 without a header
     live/<role>.verdicts.jsonl   one line per verdict of a judge
 
-Every line has a checksum; that of a rollout covers its mean too. What a process killed at any
-moment leaves is valid up to the last whole line, and the rest is removed when the files are opened.
+The first line of a JSONL file contains the role and its binding. Each new rollout or verdict is
+appended as one line with a checksum. The checksum of a rollout also covers its mean. If a process
+is killed at any time, all complete lines stay valid, and an incomplete line is removed when the
+files are opened again.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ SUFFIXES = (".jsonl", ".means", ".verdicts.jsonl")
 
 
 class Live:
-    """The appended files of one role.
+    """The live files of one role.
 
     Attributes:
-      records: rollouts by key, in the order in which they finished.
-      verdicts: judge → key → verdict, as JSON values.
+      records: key → rollout, in the order in which the rollouts finished.
+      verdicts: judge → key → verdict, as a JSON object.
     """
 
     def __init__(self, folder: pathlib.Path, role: str, binding: str,
@@ -43,11 +45,11 @@ class Live:
 
         Args:
           folder: the run folder.
-          role: the role's name.
-          binding: the digest of what determines the role's rollouts; files with another one are
-            removed.
-          shape: (L, D) of a mean.
-          repair: whether to remove what is not valid; otherwise it is ignored.
+          role: the name of the role.
+          binding: the digest of what determines the role's rollouts (`Run.binding`); files with
+            another binding are not valid.
+          shape: (L, D), the shape of a response mean.
+          repair: whether to remove invalid data from the files; otherwise such data is ignored.
 
         Raises:
           UserError: a file cannot be read or written, or is not a regular file.
@@ -67,20 +69,20 @@ class Live:
                             f"({error.strerror or error})") from None
 
     def add(self, record: Mapping[str, Any], mean: np.ndarray) -> None:
-        """Append a rollout and its mean [L, D], and hand them to the operating system."""
+        """Append a rollout and its response mean [L, D] to the files, without fsync."""
         data = np.ascontiguousarray(mean, np.float32).tobytes()
         if not self.records:
             self._means.parent.mkdir(exist_ok=True)
             _write(self._means, b"", "wb")
             _write(self._lines, _line(self._head, b""), "wb")
-        _write(self._means, data)  # before the line that makes it valid
+        _write(self._means, data)  # first, as the line's checksum covers the mean
         _write(self._lines, _line(record, data))
         key = rollout_key(record)
         self._rows[key] = len(self.records)
         self.records[key] = dict(record)
 
     def judge(self, judge: str, verdicts: Mapping[str, Mapping[str, Any]]) -> None:
-        """Append verdicts of a judge by key."""
+        """Append the verdicts of a judge: key → verdict."""
         if not self._judged.exists():
             self._judged.parent.mkdir(exist_ok=True)
             _write(self._judged, _line(self._head, b""), "wb")
@@ -90,7 +92,7 @@ class Live:
             {key: dict(verdict) for key, verdict in verdicts.items()})
 
     def forget(self, judge: str) -> None:
-        """Remove the verdicts of a judge."""
+        """Remove all verdicts of a judge from the live files."""
         self.verdicts.pop(judge, None)
         if not self.verdicts:
             self._judged.unlink(missing_ok=True)
@@ -102,17 +104,17 @@ class Live:
                 for key, verdict in verdicts.items())]))
 
     def has_mean(self, key: str) -> bool:
-        """Return whether the mean of a rollout is in the files."""
+        """Return whether the files contain the response mean of a rollout."""
         return key in self._rows
 
     def mean(self, key: str) -> np.ndarray:
-        """Return the mean of a rollout, [L, D] float32."""
+        """Return the response mean of a rollout, [L, D] float32."""
         with open(self._means, "rb") as file:
             file.seek(self._rows[key] * self._bytes)
             return np.frombuffer(file.read(self._bytes), np.float32).reshape(self.shape)
 
     def keep_only(self, keys: set[str]) -> None:
-        """Remove all rollouts but some; without any, remove the files."""
+        """Remove all verdicts, and all rollouts except those with the given keys."""
         kept = [(self.records[key], self.mean(key)) for key in self.records if key in keys]
         for path in (self._lines, self._means, self._judged):
             path.unlink(missing_ok=True)
@@ -122,7 +124,7 @@ class Live:
 
     def _read(self, repair: bool) -> None:
         if not self._lines.exists():
-            if repair:  # its lines were removed first
+            if repair:  # `keep_only` deletes the file of lines before the file of means
                 self._means.unlink(missing_ok=True)
         else:
             size, valid, row = require_file(self._lines), 0, -1
@@ -169,19 +171,19 @@ def _write(path: pathlib.Path, data: bytes, mode: str = "ab") -> None:
 
 
 def _line(value: Mapping[str, Any], data: bytes) -> bytes:
-    """Return a line with a value and a checksum of it and of further data."""
+    """Return a line with a JSON value and a checksum of the value and of `data`."""
     text = json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")
     return b"%08x %s\n" % (zlib.crc32(data, zlib.crc32(text)), text)
 
 
 def _values(lines: BinaryIO, means: BinaryIO | None = None,
             size: int = 0) -> Iterator[tuple[bytes, Any]]:
-    """Yield the lines of a file and their values, up to the first that is not valid.
+    """Yield each line of a file with its JSON value, up to the first line that is not valid.
 
     Args:
-      lines: the file.
-      means: the file of the means, one of `size` bytes for each line but the first.
-      size: see `means`.
+      lines: the file of lines.
+      means: the file of response means, with one mean for each line after the first, or None.
+      size: bytes per mean.
     """
     for i, line in enumerate(lines):
         text, data = line[9:-1], means.read(size) if means is not None and i else b""

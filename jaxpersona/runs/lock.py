@@ -19,16 +19,16 @@ _OF_WORKER = re.compile(r"\.lock(\.[1-9][0-9]{0,8})?")
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, worker: int = 0) -> Iterator[None]:
-    """Hold a folder's lock file; the operating system releases it when the process ends.
+    """Lock a folder; the operating system releases the lock when the process ends.
 
     Args:
       folder: an existing folder.
       worker: index of this process in the run. Each process has its own lock file. Process 0 must
-        lock first; it checks that no process of another run holds a lock.
+        lock first: it checks that no process of another run holds a lock on the folder.
 
     Raises:
-      UserError: another process holds the lock (the message names the process), the folder cannot
-        be locked, or the lock path is not a regular file.
+      UserError: another process holds the lock (the message contains the process id and the host),
+        the folder cannot be locked, or the lock path is not a regular file.
     """
     path = folder / (NAME if worker == 0 else f"{NAME}.{worker}")
     handle = _take(path)
@@ -63,7 +63,7 @@ def _take(path: pathlib.Path) -> int:
             os.close(handle)
             raise UserError(f"{folder}: is in use by {owner or 'another process'}; wait until "
                             "it ends, or choose another folder") from None
-        except FileNotFoundError:  # the owner has just removed it: retry
+        except FileNotFoundError:  # the owner has just removed the lock file: retry
             os.close(handle)
             continue
         except OSError as error:
@@ -72,7 +72,7 @@ def _take(path: pathlib.Path) -> int:
                             "folder on a file system that supports file locks") from None
         if (opened.st_dev, opened.st_ino) == (current.st_dev, current.st_ino):
             break
-        os.close(handle)  # another process has replaced the file: retry
+        os.close(handle)  # another process has replaced the lock file: retry
     try:
         if not stat.S_ISREG(opened.st_mode):
             raise OSError(f"it is not a regular file; remove {path.name}")
@@ -85,6 +85,6 @@ def _take(path: pathlib.Path) -> int:
 
 
 def _release(path: pathlib.Path, handle: int) -> None:
-    # remove the file before unlocking it: afterwards it may belong to another process
+    # remove the file before unlocking: an unlocked file may be locked by another process at once
     path.unlink(missing_ok=True)
     os.close(handle)

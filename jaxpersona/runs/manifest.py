@@ -1,4 +1,4 @@
-"""The manifest of a run: what determines its rollouts, which is compared on resume, and more."""
+"""The manifest of a run: a JSON record of everything that determines the run's rollouts."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from jaxpersona.text.chat import Row
 
 _PACKAGES = ("jax", "jaxlib", "jaxpersona", "numpy", "transformers", "tokenizers")
-# JAX settings and environment variables that change rounding
+# JAX settings and environment variables that can change rounding
 _FLAGS = ("jax_enable_x64", "jax_default_matmul_precision", "jax_disable_most_optimizations",
           "jax_disable_jit")
 _VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 _IRRELEVANT = re.compile(r"--xla_dump_\S+")
-# instruction sets that change the code that XLA generates
+# CPU features on which the code that XLA generates depends
 _CPU = re.compile(r"(avx|sse|fma|f16c|amx|asimd|sve|bf16|i8mm)")
 
 
@@ -39,17 +39,17 @@ def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question],
              settings: Settings, tokens: Mapping[str, str], **last: Any) -> dict[str, Any]:
     """Return a run's manifest as a JSON value.
 
-    What determines the rollouts is compared when a run is resumed: the weights, the sampling
-    settings, the batch size, the device, and for each role its prompts with their tokens, which
-    cover the tokenizer and its chat template. The judge and what is in `last` may change.
+    When a run is resumed, `compare.check_same` compares the weights, the sampling settings, the
+    batch size, the device, and the texts and tokens of the prompts and questions. The tokens depend
+    on the tokenizer and the chat template. The judge and the values in `last` may change.
 
     Args:
-      model, settings: of the run.
-      roles, questions: of this call; those of earlier calls are added (`Run.open`).
-      judge: name of the judge.
-      tokens: digest of the tokens of each role's prompts and of each question
+      model, settings: the model and the sampling settings of the run.
+      roles, questions: those of this call; `Run.open` adds those of earlier calls.
+      judge: the name of the judge.
+      tokens: digests of the tokens of each role's prompts and of each question
         (`prepare.check_prompts`).
-      last: further arguments to record.
+      last: further arguments to record; they are not compared.
     """
     return {
         "model": {"fingerprint": model.fingerprint, "fingerprint_scheme": SCHEME,
@@ -68,9 +68,9 @@ def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question],
 
 
 def numerics(model: Model) -> dict[str, Any]:
-    """Return everything besides weights and inputs that changes the bits of a model's results.
+    """Return the settings, other than weights and inputs, that can change the rounding of results.
 
-    The sampler fixes its own PRNG (`sampling.PRNG`), so JAX's PRNG settings are omitted.
+    JAX's PRNG settings are omitted, as the sampler always uses the PRNG `sampling.PRNG`.
     """
     weight = model.params.like
     devices = sorted(weight.devices(), key=lambda d: d.id) if isinstance(weight, jax.Array) else (
@@ -86,17 +86,17 @@ def numerics(model: Model) -> dict[str, Any]:
 
 
 def _flag(name: str) -> bool | int | str | None:
-    """Return a JAX setting as a JSON value; None if it is unset or this JAX version lacks it."""
+    """Return a JAX setting as a JSON value; None if it is not set, or unknown to this JAX."""
     value = setting(name)
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
 
 
 def _kind(device: Device) -> str:
-    """Return a device's kind; for a CPU, its architecture and instruction sets."""
+    """Return the device kind that JAX reports; for a CPU, its architecture and features."""
     if device.platform != "cpu":
         return device.device_kind
     instructions: set[str] = set()
-    if os.path.exists("/proc/cpuinfo"):  # on Linux; elsewhere only the architecture is recorded
+    if os.path.exists("/proc/cpuinfo"):  # Linux; other systems record only the architecture
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
                 key, _, value = line.partition(":")
@@ -107,6 +107,6 @@ def _kind(device: Device) -> str:
 
 
 def tokens_digest(rows: Sequence[Row]) -> str:
-    """Return a digest of the tokens and token kinds of encoded rows (`chat.Row`)."""
+    """Return a digest of the tokens and token kinds of encoded prompts (`chat.Row`)."""
     return digest([[np.asarray(row.tokens).tolist(), np.asarray(row.kind).tolist()]
                    for row in rows])

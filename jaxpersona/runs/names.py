@@ -1,4 +1,4 @@
-"""File names for arbitrary names of roles and judges."""
+"""Safe file names for the names of roles and judges."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from collections.abc import Iterable
 from jaxpersona.errors import UserError
 
 _SAFE = frozenset(string.ascii_letters + string.digits + "_-.")
-_LONGEST = 200  # bytes; file systems allow 255, which leaves room for a suffix or temporary name
+_LONGEST = 200  # bytes; file systems allow 255, and suffixes and temporary names need the rest
 
 
 def file_stem(role: str) -> str:
-    """Return the name of a role's files, without a suffix.
+    """Return the file name of a role, without a suffix.
 
-    ASCII letters and digits, `_`, `-` and non-leading `.` are kept; every other UTF-8 byte becomes
-    `%XX`. File names therefore stay inside the folder, and different roles have different files.
+    ASCII letters, digits, `_`, `-` and `.` are kept. A leading `.` and every other UTF-8 byte are
+    written as `%XX`. File names therefore contain no path separators, and different roles have
+    different file names.
     """
     out = [chr(byte) if chr(byte) in _SAFE else f"%{byte:02X}" for byte in role.encode()]
     return "".join(["%2E" if out[:1] == ["."] else "".join(out[:1]), *out[1:]])
 
 
 def judge_folder(judge: str) -> str:
-    """Return the name of the folder of a judge's scores; a long name ends in a digest."""
+    """Return the folder name of a judge; names of over 100 bytes are cut and end in a digest."""
     stem = file_stem(judge)
     if len(stem) <= 100:
         return stem
@@ -31,11 +32,11 @@ def judge_folder(judge: str) -> str:
 
 
 def check_names(roles: Iterable[str]) -> None:
-    """Check that every role name is valid as a file name.
+    """Check that every role name can be a file name.
 
     Raises:
-      UserError: a name is empty, not a string, not valid UTF-8 or too long, or two names are equal
-        or differ only in case (some file systems ignore case).
+      UserError: a name is empty, not a string, not valid UTF-8 or too long; or two names are equal
+        or differ only in case, which some file systems ignore.
     """
     seen: set[str] = set()
     if not isinstance(roles, Iterable):

@@ -1,4 +1,4 @@
-"""Rollouts, means and scores of run folders of format 2, whose rollouts a new run can take over."""
+"""Read run folders of format 2, so that a new run can copy the rollouts, means and scores."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _LIMIT = 16 << 30  # bytes of a role's texts
 
 
 class Older:
-    """A run folder of format 2, for reading."""
+    """A run folder of format 2, opened read-only."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Read the manifest.
+        """Read the manifest of a run folder.
 
         Raises:
           UserError: the folder contains no run of format 2.
@@ -39,11 +39,11 @@ class Older:
 
     @property
     def judge(self) -> str:
-        """The name of the judge."""
+        """The name of the run's judge, or ""."""
         return str(self.manifest.get("arguments", {}).get("judge", ""))
 
     def check(self, manifest: Mapping[str, Any]) -> None:
-        """Check that a new run with this manifest has the same rollouts.
+        """Check that a run with the given manifest would generate the same rollouts.
 
         Raises:
           UserError: the weights, a setting or the device differs.
@@ -51,7 +51,7 @@ class Older:
         differ = []
         for part in ("model", "arguments", "numerics"):
             old, new = self.manifest.get(part, {}), manifest[part]
-            # fields that older versions did not have keep their defaults
+            # fields that format 2 lacks are not compared here
             differ += [f"{part}.{key} was {old[key]!r}, now {new[key]!r}"
                        for key in sorted(set(old) & set(new)) if old[key] != new[key]]
         if manifest["arguments"].get("share_prefix"):
@@ -61,7 +61,7 @@ class Older:
                             "; give the same arguments, or start without them")
 
     def rollouts(self, role: str) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        """Yield a role's rollouts with their means [L, D]; nothing if it is not complete.
+        """Yield a role's rollouts with their response means [L, D]; nothing if the role has none.
 
         Raises:
           UserError: a file is damaged.
@@ -82,7 +82,7 @@ class Older:
         yield from zip(records, values, strict=True)
 
     def scores(self, role: str) -> dict[str, int | None]:
-        """Return a role's scores by key; {} if there are none.
+        """Return key → score of a role's rollouts; {} if the role was not judged.
 
         Raises:
           UserError: the file is damaged.
@@ -100,6 +100,6 @@ class Older:
 
 
 def same(record: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Return whether a stored rollout answers a planned one with the same key."""
+    """Return whether a stored rollout has the system prompt and question of a planned one."""
     return all(field in wanted and record.get(field) == wanted[field]
                for field in ("system_prompt", "question"))

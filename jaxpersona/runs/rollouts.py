@@ -1,7 +1,7 @@
-"""Rollouts: replies to every pair of prompt and question of a role, and their order and names.
+"""Rollouts: the replies to all pairs of prompt and question of a role, with their order and keys.
 
-The order of a role's rollouts is that of (question id, prompt, sample). Further questions with
-higher ids therefore come after those that a run contains already.
+The rollouts of a role are sorted by (question id, prompt, sample). Rollouts of new questions with
+higher ids therefore come after the existing rollouts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxpersona.text import chat
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-MAX_SAMPLES = 100_000  # Lu et al. 2026 use 1; the texts of a role's rollouts are in memory at once
+MAX_SAMPLES = 100_000  # all texts of a role are in memory at once; Lu et al. 2026 use 1 sample
 MAX_ROWS = 65_536
 
 
@@ -31,10 +31,11 @@ class Settings:
     The defaults of temperature, top_p, max_new_tokens and samples are those of Lu et al. 2026.
 
     Attributes:
-      samples: rollouts per prompt and question.
-      batch_size: the number of batch rows B. A run uses one B throughout, as results depend on it.
-      share_prefix: whether the tokens of a system prompt are computed once for all its questions.
-        Rounding then differs from that of single prompts.
+      samples: the number of rollouts per prompt and question.
+      batch_size: the number of batch rows. It cannot change within a run, because the rounding of
+        results depends on it.
+      share_prefix: whether to compute the KV cache of a system prompt once for all questions. The
+        rounding of the results then differs from that without sharing.
     """
 
     temperature: float = 0.7
@@ -58,7 +59,7 @@ class Settings:
 
 
 def generation(settings: Settings) -> dict[str, Any]:
-    """Return the arguments of `generate` and of `engine.stream.Stream` that a run uses."""
+    """Return the arguments that a run passes to `generate` and `engine.stream.Stream`."""
     return {"capture": capture.mean(response), "max_new_tokens": settings.max_new_tokens,
             "temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed,
             "batch_size": settings.batch_size, "share_prefix": settings.share_prefix}
@@ -66,10 +67,10 @@ def generation(settings: Settings) -> dict[str, Any]:
 
 def planned(role: Role, questions: Sequence[Question], settings: Settings,
             ) -> Iterator[dict[str, Any]]:
-    """Yield the record of each of a role's rollouts, without its reply, in their order.
+    """Yield one record per rollout of a role, without the reply, in the order of the rollouts.
 
-    A record has the fields of the published code (system_prompt, prompt_index, question_index,
-    question, conversation, label) and sample.
+    A record has the field `sample` and the fields of the code that Lu et al. 2026 published:
+    system_prompt, prompt_index, question_index, question, conversation and label.
     """
     label = "default" if role.name == DEFAULT else "pos"
     for question in sorted(questions, key=lambda question: question.id):
@@ -82,23 +83,26 @@ def planned(role: Role, questions: Sequence[Question], settings: Settings,
 
 
 def keys_of(role: Role, questions: Sequence[Question], settings: Settings) -> list[str]:
-    """Return the keys of a role's rollouts (`rollout_key`), in their order."""
+    """Return the keys (`rollout_key`) of a role's rollouts, in the order of the rollouts."""
     return [rollout_key(record) for record in planned(role, questions, settings)]
 
 
 def rollout_key(record: Mapping[str, Any]) -> str:
-    """Return a rollout's key within its role: label, prompt, question and, if not 0, sample."""
+    """Return the key that identifies a rollout within its role.
+
+    The key consists of the label, the indices of prompt and question, and, if not 0, the sample.
+    """
     key = f"{record['label']}_p{record['prompt_index']}_q{record['question_index']}"
     return f"{key}_s{record['sample']}" if record.get("sample") else key
 
 
 def place_of(record: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Return a key that sorts a role's rollouts into their order."""
+    """Return the sort key of a rollout: question id, prompt index, sample."""
     return record["question_index"], record["prompt_index"], record.get("sample", 0)
 
 
 def place_of_key(key: str) -> tuple[int, int, int]:
-    """Return `place_of` a rollout from its key."""
+    """Return the sort key (`place_of`) of the rollout with the given key (`rollout_key`)."""
     found = re.search(r"_p(\d+)_q(\d+)(?:_s(\d+))?$", key)
     assert found is not None, key
     prompt, question, sample = (int(x or 0) for x in found.groups())
@@ -106,12 +110,12 @@ def place_of_key(key: str) -> tuple[int, int, int]:
 
 
 def draw_id(model: Model, role: str, record: Mapping[str, Any]) -> int:
-    """Return the id of a rollout's random draws, which depends on the model and on the rollout."""
+    """Return the id that selects a rollout's random draws; it depends on model and rollout."""
     key = f"{model.fingerprint}/{role}/{record['prompt_index']}/{record['question_index']}"
     return chat.row_id([], record["sample"], key)
 
 
 def opening(prompt: str, question: str) -> list[dict[str, str]]:
-    """Return the conversation before the reply; an empty prompt adds no system message."""
+    """Return the messages before the reply; without a system message if `prompt` is empty."""
     system = [{"role": "system", "content": prompt}] if prompt else []
     return [*system, {"role": "user", "content": question}]

@@ -1,25 +1,27 @@
-"""The run folder: its files, their digests, and the checks on resume.
+"""The run folder: its files, their digests, and the checks when a run is resumed.
 
     run.json                           the manifest (`runs.manifest`)
-    live/<role>.*                      a role that is being played (`runs.live`)
-    rollouts/<role>.jsonl              one conversation per line, in the order of `runs.rollouts`
-    samples/<role>.safetensors         the response means of a sample (`sums.Sample`)
+    live/<role>.*                      a role that is not closed yet (`runs.live`)
+    rollouts/<role>.jsonl              one rollout per line, in the order of `runs.rollouts`
+    samples/<role>.safetensors         the response means of a sample of rollouts (`sums.Sample`)
     scores/<judge>/<role>.json         a judge's verdicts
     sums/<judge>/<role>.safetensors    sums of the response means by score (`sums.Sums`)
-    vectors/<role>.safetensors         means of the response means by score, of the last judge
+    vectors/<role>.safetensors         averages of the response means by the last judge's scores
     axis.safetensors                   the axis with its thresholds
     analysis.json                      cosines, variance ratios and projections
     status.json                        progress, rate and time left (`runs.status`)
-    .lock                              exists while a process writes to the folder
+    .lock                              exists while a process uses the folder
 
-A role is live until all its rollouts and their verdicts are there; `runs.closing` then writes its
-files. Each is written under a temporary name and renamed, and none but status.json contains a time,
-so a run killed at any point resumes and produces the same bytes.
+A role is live until all its rollouts are generated and judged; `runs.closing` then writes the files
+of the closed role. Each file is written under a temporary name and renamed, and only status.json
+contains a time. A run that was killed at any point can therefore be resumed, and its other files
+become the same as those of an uninterrupted run.
 
-Sealed files (`runs.seal`) contain a digest of their content, their role and its binding: the digest
-of what determines the role's rollouts. Samples also contain the digest of the rollouts. The judge,
-min_count, held-out roles, further questions and further roles are not bound: with other ones, a run
-is extended. Vectors, axis and analysis are recomputed whenever a run starts or resumes.
+Sealed files (`runs.seal`) contain a digest of their content, the name of their role, and the role's
+binding: the digest of what determines the role's rollouts. Files of samples also contain the digest
+of the rollouts. A call with another judge or min_count, with other held-out roles or with further
+questions or roles extends the run. Each call that starts or resumes a run recomputes the vectors,
+the axis and the analysis.
 """
 
 from __future__ import annotations
@@ -82,8 +84,8 @@ class Run:
         """Create a handle without reading or writing files.
 
         Attributes:
-          manifest: the value of run.json.
-          notices: how this call differs from the last one on the folder, as lines of text.
+          manifest: the content of run.json.
+          notices: lines of text on the differences between this call and the last one.
         """
         self.folder = pathlib.Path(folder)
         self.manifest = json.loads(json.dumps({"format": FORMAT, **manifest}))
@@ -92,7 +94,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Run:
-        """Return the run in a folder, for reading.
+        """Return the run in a folder, opened read-only.
 
         Raises:
           UserError: the folder contains no run of this format.
@@ -107,11 +109,11 @@ class Run:
         """Start, resume or extend a run, with the folder locked against other runs.
 
         Args:
-          folder: a new or empty folder, or that of a run whose bound fields are equal.
-          manifest: a JSON value: the bound fields, roles, questions, judges, and "last".
-          worker: index of this process in the run; process 0 must open first.
-          overwrite: delete the files of the run in the folder, this one or another, and start a
-            new run. Files that no run wrote stay.
+          folder: a new or empty folder, or a run folder whose manifest has equal `BOUND` fields.
+          manifest: a JSON value with the fields of `runs.manifest.manifest`.
+          worker: index of this process in the run; process 0 must open the folder first.
+          overwrite: whether to delete the run in the folder, whichever run it is, and start a new
+            one. Files that no run wrote are not deleted.
 
         Raises:
           UserError: the folder belongs to another run (the message lists the differing fields),
@@ -149,7 +151,7 @@ class Run:
         """Return the manifest in the folder, or None if it has none.
 
         Raises:
-          UserError: it is not that of a run of this format, or, unless `overwrite`, of another run.
+          UserError: the manifest has another format, or, unless `overwrite`, is of another run.
         """
         if not (self.folder / MANIFEST).exists():
             return None
@@ -161,7 +163,7 @@ class Run:
     def check_new(self) -> None:
         """Check that a folder without a manifest is empty.
 
-        Files of a process killed at its start do not count.
+        Lock, temporary and status files of a process that was killed at its start are ignored.
 
         Raises:
           UserError: the folder has no manifest and contains other files.
@@ -178,7 +180,7 @@ class Run:
                             "folder")
 
     def _extend(self, old: Mapping[str, Any]) -> None:
-        """Merge the roles, questions and judges of an older manifest; note the differences."""
+        """Add the roles, questions and judges of the stored manifest, and fill `notices`."""
         for field in GROWING:
             before, now = old.get(field, {}), self.manifest.get(field, {})
             if (more := sorted(set(now) - set(before))) and field != "judges":
@@ -192,21 +194,21 @@ class Run:
                                     f"{shown(now[field])}; what is there is reused")
 
     def binding(self, role: str) -> str:
-        """Return the digest of what determines a role's rollouts, but for its questions."""
+        """Return the digest of all that determines a role's rollouts except its questions."""
         return digest([self.manifest.get(field) for field in BOUND]
                       + [role, self.manifest["roles"][role]])
 
     @property
     def judge(self) -> str:
-        """The judge of the last axis."""
+        """The name of the judge of the last call."""
         return str(self.manifest.get(LAST, {}).get("judge", ""))
 
     def path(self, part: str, role: str, judge: str | None = None) -> pathlib.Path:
-        """Return the path of a role's rollouts, samples, vectors, scores or sums."""
+        """Return the path of a role's file (`files.path_of`); default: the last call's judge."""
         return path_of(self.folder, part, role, self.judge if judge is None else judge)
 
     def live(self, role: str, shape: tuple[int, int], *, repair: bool = True) -> live.Live:
-        """Return the appended files of a role; `shape` is (L, D)."""
+        """Return the live files of a role; `shape` is (L, D)."""
         return live.Live(self.folder, role, self.binding(role), shape, repair=repair)
 
     def rollouts(self, role: str) -> list[dict[str, Any]] | None:
@@ -220,19 +222,19 @@ class Run:
 
     @staticmethod
     def parsed(data: bytes) -> list[dict[str, Any]]:
-        """Return the rollouts in the bytes of a file."""
-        # split at "\n" only: replies may contain other line separators
+        """Return the rollouts in the content of a rollouts file."""
+        # not splitlines(): replies may contain other line separators, such as U+2028
         return [json.loads(line) for line in data.decode("utf-8", "surrogatepass").split("\n")
                 if line]
 
     def rollouts_bytes(self, role: str) -> bytes | None:
-        """Return the bytes of a role's rollouts after verifying them; as `rollouts`."""
+        """Return the verified content of a role's rollouts file, or None; raises as `rollouts`."""
         path = self.path("rollouts", role)
         if not os.path.lexists(path):
             return None
         try:
             require_file(path)
-            # hashed in chunks: a file that the run did not write may be too large for memory
+            # hash in chunks: a file that the run did not write may not fit in memory
             with open(path, "rb") as file:
                 actual = hashlib.file_digest(file, "sha256").hexdigest()
             if actual not in self._digests(role):
@@ -244,13 +246,13 @@ class Run:
             raise Damaged(role, path, str(error).removeprefix(f"{path}: ")) from None
 
     def _digests(self, role: str) -> tuple[str, str]:
-        """Return the digests of a role's rollouts now and before they were last extended."""
+        """Return the digests of a role's rollouts file: current, and before its last change."""
         if role not in self._known:
             self.sample(role)
         return self._known[role]
 
     def sample(self, role: str) -> Sample:
-        """Return the response means that the run keeps of single rollouts.
+        """Return the sample of a role's response means.
 
         Raises:
           Damaged: the file is missing or differs from what the run wrote.
@@ -260,7 +262,7 @@ class Run:
         return Sample(json.loads(about["keys"]), tensors["base"], tensors["differences"])
 
     def sums(self, role: str, judge: str | None = None) -> Sums | None:
-        """Return the sums of a role's response means by a judge's score, or None.
+        """Return the sums of a role's response means by a judge's scores, or None.
 
         Raises:
           Damaged: the file differs from what the run wrote.
@@ -271,7 +273,9 @@ class Run:
         return Sums.read(*read_sealed(path, role, self.binding(role)))
 
     def verdicts(self, role: str, judge: str | None = None) -> dict[str, Any] | None:
-        """Return a judge's stored verdicts of a role, or None: rubric, scores and details.
+        """Return the content of a judge's scores file of a role, or None if there is no file.
+
+        Its fields include rubric, scores and details.
 
         Raises:
           Damaged: the file differs from what the run wrote, or belongs to another role or run.
@@ -287,7 +291,7 @@ class Run:
         return found
 
     def scores(self, role: str, judge: str | None = None) -> dict[str, int | None] | None:
-        """Return a judge's scores by `rollout_key`, without failed ones, or None if not judged."""
+        """Return `rollout_key` → score, without failed verdicts; None if not judged."""
         found = self.verdicts(role, judge)
         if found is None:
             return None
@@ -295,14 +299,14 @@ class Run:
                 if "error" not in found["details"].get(key, {})}
 
     def save_rollouts(self, role: str, text: str) -> None:
-        """Write a role's rollouts; `save_sample` has recorded their digest."""
+        """Write a role's rollouts; call `save_sample` first, which records their digest."""
         path, data = self.path("rollouts", role), text.encode("utf-8", "surrogatepass")
         if not path.exists() or path.read_bytes() != data:
             with atomic(path) as temporary:
                 temporary.write_bytes(data)
 
     def save_sample(self, role: str, sample: Sample, text: str) -> None:
-        """Write a role's sample, with the digest of the rollouts that are written next."""
+        """Write a role's sample, with the digest of the rollouts `text` (`save_rollouts`)."""
         sealed, before = sha256(text.encode("utf-8", "surrogatepass")), ""
         if os.path.lexists(self.path("samples", role)):
             now, before = self._digests(role)
@@ -315,27 +319,27 @@ class Run:
 
     def save_verdicts(self, role: str, judge: str, rubric: str, scores: Mapping[str, int | None],
                       details: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write a judge's scores of a role's rollouts, and what else it said of each."""
+        """Write a judge's scores of a role's rollouts, and the other fields of its verdicts."""
         write_sealed_json(self.path("scores", role, judge), {
             "role": role, "binding": self.binding(role), "judge": judge, "rubric": rubric,
             "scores": dict(scores), "details": {key: dict(value) for key, value in details.items()
                                                 if value}})
 
     def save_sums(self, role: str, judge: str, sums: Sums) -> None:
-        """Write a role's sums by a judge's scores."""
+        """Write the sums of a role's response means by a judge's scores."""
         tensors, about = sums.stored()
         write_sealed(self.path("sums", role, judge), tensors,
                      {**about, "role": role, "binding": self.binding(role)})
 
     def save_vectors(self, role: str, vectors: Mapping[str, tuple[np.ndarray, int]]) -> None:
-        """Write a role's vectors and the number of rollouts averaged in each."""
+        """Write a role's vectors: label → (vector [L, D], number of averaged rollouts)."""
         write_sealed(self.path("vectors", role),
                      {label: vector for label, (vector, _) in vectors.items()},
                      {"role": role, "binding": self.binding(role),
                       **{f"count_{label}": str(n) for label, (_, n) in vectors.items()}})
 
     def vectors(self, role: str) -> dict[str, np.ndarray]:
-        """Return a role's vectors [L, D] by label.
+        """Return a role's vectors: label → vector [L, D].
 
         Raises:
           Damaged: the file is missing or differs from what the run wrote.
@@ -343,7 +347,7 @@ class Run:
         return read_sealed(self.path("vectors", role), role, self.binding(role))[0]
 
     def discard(self, role: str) -> None:
-        """Delete a role's files, so that they are regenerated.
+        """Delete a role's files, so that the role is generated again.
 
         Raises:
           UserError: a file cannot be deleted.
@@ -352,5 +356,5 @@ class Run:
         delete_role(self.folder, role, self.manifest.get("judges", {}))
 
     def forget(self, role: str, judge: str, part: str) -> None:
-        """Delete a role's scores or sums of a judge."""
+        """Delete a judge's scores or sums of a role; `part` is "scores" or "sums"."""
         delete(self.path(part, role, judge))

@@ -1,9 +1,10 @@
-"""Which rollouts of a role keep their response means: a seeded sample, stratified by prompt.
+"""The choice of the rollouts whose response means are stored: a seeded sample of each role.
 
-Every rollout has a random rank that depends on the seed, the role and the rollout alone. A prompt's
-rollouts of lowest rank are kept, as many of each prompt as possible. The sample therefore does not
-depend on the order in which rollouts finish, and the sample of more questions is contained in the
-sample of the first ones and the further rollouts.
+The sample is stratified by prompt: it has the same number of rollouts of each prompt, as far as
+possible. Every rollout has a random rank that depends only on the seed, the role and the rollout,
+and the rollouts of lowest rank are chosen. The sample therefore does not depend on the order in
+which the rollouts finish. When questions are added, each chosen rollout is either new or was chosen
+before.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ KEEP = 16
 
 
 def check_keep(keep: int | None) -> None:
-    """Check the number of kept means per role; None keeps all.
+    """Check the number of response means to store per role; None stores all.
 
     Raises:
-      UserError: it is no integer of at least 2.
+      UserError: the number is not an integer of at least 2.
     """
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 2):
         raise UserError(f"keep_means is {keep!r}; give at least 2 for each role, or all (None)")
 
 
 def chosen(prompts: Mapping[str, int], keep: int | None, *, seed: int, role: str) -> list[str]:
-    """Return the keys of the rollouts to keep, in the order of `prompts`.
+    """Return the keys of the chosen rollouts, in the order of `prompts`.
 
     Args:
       prompts: key of each rollout → index of its prompt.
-      keep: the number to keep; None: all.
+      keep: the number of rollouts to choose; None: all.
       seed: seed of the sample.
-      role: name of the role.
+      role: the name of the role.
     """
     if keep is None or len(prompts) <= keep:
         return list(prompts)
@@ -45,7 +46,7 @@ def chosen(prompts: Mapping[str, int], keep: int | None, *, seed: int, role: str
         keys.sort(key=lambda key: _rank(seed, role, key))
     kept: set[str] = set()
     depth = 0
-    while len(kept) < keep:  # the lowest of each prompt, then the second of each prompt, …
+    while len(kept) < keep:  # the lowest rank of each prompt, then the second of each prompt, …
         for prompt in sorted(strata, key=lambda p: _rank(seed, role, f"prompt {p}")):
             if depth < len(strata[prompt]) and len(kept) < keep:
                 kept.add(strata[prompt][depth])

@@ -1,8 +1,8 @@
-"""Sealed files: tensors or JSON with a digest of all that they contain.
+"""Sealed files: files of tensors or JSON that contain a digest of their own content.
 
-A sealed file also names its role and the digest of what determines the role's rollouts
-(`Run.binding`). Files that were edited, damaged, or copied from another role or run are therefore
-rejected when they are read.
+A sealed file also contains the name of its role, and the digest of what determines the role's
+rollouts (`Run.binding`). The functions that read sealed files therefore reject files that were
+edited, damaged, or copied from another role or run.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _CHANGED = "differs from what the run wrote"
 
 
 def sha256(data: bytes) -> str:
-    """Return the SHA-256 digest of data in hexadecimal digits."""
+    """Return the SHA-256 digest of bytes as hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
 def digest(value: Any) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 digest of a JSON value."""
+    """Return the first 16 hexadecimal digits of a JSON value's SHA-256 digest."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False)
     return sha256(text.encode("utf-8", "surrogatepass"))[:16]
 
 
 def write_sealed(path: pathlib.Path, tensors: Mapping[str, np.ndarray],
                  about: Mapping[str, str]) -> None:
-    """Write tensors and metadata, which name the role and its binding, with a digest of both."""
+    """Write tensors, metadata, and a digest of both; `about` has the keys role and binding."""
     arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     sealed = _digest(about, {name: (x.dtype, x.shape) for name, x in arrays.items()},
                      lambda name: [arrays[name].reshape(-1).view(np.uint8).data])
@@ -46,12 +46,12 @@ def write_sealed(path: pathlib.Path, tensors: Mapping[str, np.ndarray],
 
 def read_sealed(path: pathlib.Path, role: str, binding: str,
                 ) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read a file that `write_sealed` wrote: its tensors and its metadata.
+    """Return the tensors and the metadata of a file that `write_sealed` wrote.
 
     The digest is verified before any tensor is loaded into memory.
 
     Raises:
-      Damaged: the file is missing, or differs from what was written for this role and binding.
+      Damaged: the file is missing, was changed, or belongs to another role or binding.
     """
     try:
         entries, about = read_entries(path)
@@ -76,15 +76,15 @@ def read_sealed(path: pathlib.Path, role: str, binding: str,
 
 
 def write_sealed_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, which names the role and its binding, with a digest of it."""
+    """Write a JSON object and its digest; the object has the fields role and binding."""
     write_json(path, {**value, "digest": sha256(json_text(dict(value)).encode())})
 
 
 def read_sealed_json(path: pathlib.Path, role: str, binding: str) -> dict[str, Any]:
-    """Read a file that `write_sealed_json` wrote.
+    """Return the JSON object in a file that `write_sealed_json` wrote.
 
     Raises:
-      Damaged: as for `read_sealed`.
+      Damaged: the file is missing, was changed, or belongs to another role or binding.
     """
     try:
         data = read_bytes(path, TEXT_BYTES)

@@ -1,4 +1,4 @@
-"""What a run keeps of a role's response means: sums by judge score, and a sample of the means."""
+"""The response means of a role as a run stores them: sums by score, and a sample of the means."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ EMPTY, UNDECIDED = "empty", "none"
 
 @dataclasses.dataclass
 class Sums:
-    """The sums of a role's response means by judge score.
+    """The sums of a role's response means by the judge's scores.
 
     Attributes:
-      totals: group → sum [L, D] float64, added in the order of the rollouts; a group is a score, or
-        "none" for a reply without a score.
-      groups: key of each summed rollout → its group; "empty" for an empty reply, which has no mean.
+      totals: group → sum [L, D] float64. A group is a score, or "none" for undecided replies.
+      groups: key → group of each rollout that was added. The group of an empty reply, which has no
+        response mean, is "empty".
     """
 
     __repr__ = brief
@@ -36,10 +36,10 @@ class Sums:
         return sum(each == group for each in self.groups.values())
 
     def add(self, key: str, score: int | None, mean: np.ndarray) -> None:
-        """Add the mean [L, D] of a rollout; all NaN for an empty reply.
+        """Add the response mean [L, D] of a rollout; the mean of an empty reply is all NaN.
 
         Raises:
-          UserError: the mean is infinite or partly NaN.
+          UserError: the mean has infinite values, or some but not only NaN values.
         """
         finite = np.isfinite(mean)
         if np.isnan(mean).all():
@@ -55,15 +55,16 @@ class Sums:
         self.groups[key] = group
 
     def agrees(self, scores: Mapping[str, int | None]) -> bool:
-        """Return whether all summed rollouts have the group of their score."""
+        """Return whether each rollout that was added has the group of its score, or "empty"."""
         return all(key in scores and group in (
             EMPTY, UNDECIDED if scores[key] is None else str(scores[key]))
             for key, group in self.groups.items())
 
     def vectors(self, labels: Mapping[int, str]) -> dict[str, tuple[np.ndarray, int]]:
-        """Return the means of groups: label → (vector [L, D] float32, count).
+        """Return the average of each group: label → (vector [L, D] float32, number of rollouts).
 
-        "mean" is that of every non-empty reply. Empty groups are omitted.
+        The label "mean" has the average over all non-empty replies. Scores without rollouts are
+        omitted.
 
         Args:
           labels: score → label, such as {3: "pos_3"}.
@@ -80,12 +81,12 @@ class Sums:
         return out
 
     def stored(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Return the tensors and the metadata of the file."""
+        """Return the tensors and the metadata that `read` accepts."""
         return dict(self.totals), {"groups": json.dumps(self.groups)}
 
     @classmethod
     def read(cls, tensors: Mapping[str, np.ndarray], about: Mapping[str, str]) -> Sums:
-        """Return the sums in a file."""
+        """Return the sums from the tensors and the metadata of a file."""
         return cls(dict(tensors), json.loads(about["groups"]))
 
 
@@ -93,13 +94,14 @@ class Sums:
 class Sample:
     """The response means of a sample of a role's rollouts.
 
-    They are stored as bfloat16 differences from their mean, because a few channels of a residual
-    stream are much larger than their differences.
+    A response mean is stored as its bfloat16 difference from a common base. In some channels of the
+    residual stream, the differences between rollouts are much smaller than the values. Rounding the
+    values to bfloat16 would lose these differences.
 
     Attributes:
-      keys: the k rollouts, in their order.
-      base: [L, D] float32, the mean that the differences are from.
-      differences: [k, L, D] bfloat16; NaN for an empty reply.
+      keys: the keys of the k rollouts, in the order of the rollouts.
+      base: [L, D] float32, the average of the means that were stored first.
+      differences: [k, L, D] bfloat16, each mean minus `base`; NaN for an empty reply.
     """
 
     __repr__ = brief
@@ -110,7 +112,7 @@ class Sample:
 
     @property
     def means(self) -> np.ndarray:
-        """The means [k, L, D] float32."""
+        """The response means, [k, L, D] float32."""
         return self.base + self.differences.astype(np.float32)
 
     def __len__(self) -> int:
@@ -119,16 +121,16 @@ class Sample:
 
 def sampled(keys: Iterable[str], before: Sample | None, mean: Callable[[str], np.ndarray | None],
             shape: tuple[int, int]) -> Sample:
-    """Return a sample of rollouts.
+    """Return the sample of the given rollouts.
 
     Args:
-      keys: the rollouts to keep, in their order; those without a mean are left out.
-      before: a sample from which means are taken first, and whose base stays.
-      mean: returns the mean [L, D] of a rollout, or None if it is no longer known.
+      keys: the keys of the rollouts; those without a known mean are omitted.
+      before: an earlier sample, whose base and means are reused, or None.
+      mean: returns the response mean [L, D] of a rollout, or None if the mean is unknown.
       shape: (L, D).
     """
     place = {key: i for i, key in enumerate(before.keys)} if before is not None else {}
-    # two passes: all means in float32 may be large
+    # two passes, so that the float32 means are never all in memory
     kept = [key for key in keys if key in place or mean(key) is not None]
     base = np.zeros(shape, np.float32) if before is None else before.base
     if before is None:
