@@ -11,7 +11,8 @@ import support as s
 
 import jaxpersona as jp
 from jaxpersona import brief
-from jaxpersona.judges.digits import Verdicts
+from jaxpersona.data.texts import Role
+from jaxpersona.judges.protocol import Item, Verdict
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,10 @@ def session():
         "failed": dataclasses.replace(check, ok=False, faults=("the sign is wrong",) * 20),
         "caps": jp.Caps(np.ones((1, 8)), (1,), np.ones(1), ("a",)), "capture": read, "edits": cap,
         "chain": jp.chain(*[cap] * 40), "where": jp.response.without("first").within(2, 30),
-        "scored": jp.logprobs(model, ["hi"]), "verdicts": Verdicts(np.ones((2, 4)), np.ones(2)),
+        "scored": jp.logprobs(model, ["hi"]),
+        "verdict": Verdict("pos_p0_q0", 3, 2.5, 0.9, raw="3" * 300),
+        "item": Item("pos_p0_q0", Role("ghost", ("x" * 300,), ""), "Why?" * 90,
+                     "So.\n" * 90),
     }
 
 

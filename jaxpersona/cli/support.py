@@ -207,9 +207,11 @@ def kept_of(folder: pathlib.Path) -> str:
 def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
              held_out: Sequence[str]) -> bool:
     """Write the figures of an extraction to the run folder; return whether they were drawn."""
+    from jaxpersona.extras import require
     from jaxpersona.report import figures
 
     try:
+        require("matplotlib", "figures need matplotlib")
         figures.roles_on_axis(folder / "roles.png", extraction, middle, held_out)
         figures.components(folder / "pca.png", extraction.analysis, middle, extraction.default)
         figures.variance(folder / "variance.png", extraction.analysis, middle)

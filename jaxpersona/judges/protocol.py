@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
+from jaxpersona.brief import brief
 from jaxpersona.data.texts import Role
 from jaxpersona.errors import UserError
 
@@ -30,6 +31,8 @@ class Item:
     question: str
     answer: str
     system_prompt: str = ""
+
+    __repr__ = brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,8 @@ class Verdict:
     raw: str = ""
     cost: float | None = None
 
+    __repr__ = brief
+
 
 class Judge(Protocol):
     """Interface of a judge.
@@ -74,7 +79,8 @@ class Judge(Protocol):
       scale: the allowed scores.
 
     Examples:
-      >>> from jaxpersona.data.texts import Role
+      >>> from jaxpersona.brief import brief
+from jaxpersona.data.texts import Role
       >>> from jaxpersona.judges.judges import NoJudge
       >>> from jaxpersona.judges.protocol import Item
       >>> ghost = Role("ghost", ("You are a ghost.",), "")

@@ -7,27 +7,30 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from jaxpersona.ckpts.files import json_text
 from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json, require_file
 from jaxpersona.runs.files import MANIFEST
 from jaxpersona.runs.names import check_names
+from jaxpersona.runs.seal import sha256
 
 FORMAT = "jaxpersona-run 3"
 OLDER = "jaxpersona-run 2"  # an older format; `runs.older` reads its rollouts
 BOUND = ("model", "arguments", "numerics")  # fields that must be equal
 GROWING = ("roles", "questions", "judges")  # fields to which entries may be added
+DIGEST = "digest"  # field with the digest of the other fields
 LAST = "last"  # field with the arguments of the last call; it is not compared
 
 
 def manifest_of(folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]:
-    """Return the manifest in a folder.
+    """Return the manifest in a folder, without its digest, which is verified.
 
     Args:
       folder: the run folder.
       overwrite: whether to accept format `OLDER` too, as the run will be deleted.
 
     Raises:
-      UserError: the folder has no manifest, or a manifest of another format.
+      UserError: the folder has no manifest, or a manifest that is damaged or of another format.
     """
     path = folder / MANIFEST
     require_file(path)
@@ -44,7 +47,16 @@ def manifest_of(folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]
                         "another folder")
     if not older:
         raise UserError(f"{folder}: run.json is not a jaxpersona run; choose another folder")
-    return stored
+    if version == FORMAT and sealed(stored) != stored:
+        raise UserError(f"{path}: damaged (differs from what the run wrote); restore the file, or "
+                        "choose another folder")
+    return {key: value for key, value in stored.items() if key != DIGEST}
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a manifest with a digest of its content, as it is stored in run.json."""
+    content = {key: value for key, value in manifest.items() if key != DIGEST}
+    return {**content, DIGEST: sha256(json_text(content).encode("utf-8", "surrogatepass"))}
 
 
 def roles_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:

@@ -43,6 +43,7 @@ from jaxpersona.inputs import require_file
 from jaxpersona.runs import live
 from jaxpersona.runs.compare import (
     BOUND,
+    DIGEST,
     FORMAT,
     GROWING,
     LAST,
@@ -50,6 +51,7 @@ from jaxpersona.runs.compare import (
     judges_of,
     manifest_of,
     roles_of,
+    sealed,
     shown,
 )
 from jaxpersona.runs.damage import Damaged
@@ -84,11 +86,12 @@ class Run:
         """Create a handle without reading or writing files.
 
         Attributes:
-          manifest: the content of run.json.
+          manifest: the content of run.json, without its digest.
           notices: lines of text on the differences between this call and the last one.
         """
         self.folder = pathlib.Path(folder)
         self.manifest = json.loads(json.dumps({"format": FORMAT, **manifest}))
+        self.manifest.pop(DIGEST, None)
         self.notices: list[str] = []
         self._known: dict[str, tuple[str, str]] = {}  # role → `_digests`, from its sample
 
@@ -143,8 +146,9 @@ class Run:
             if worker == 0:
                 remove_leftovers(folder, roles_of(folder, run.manifest),
                                  judges_of(folder, run.manifest))
-                if not path.exists() or path.read_bytes() != json_text(run.manifest).encode():
-                    write_json(path, run.manifest)
+                stored = sealed(run.manifest)
+                if not path.exists() or path.read_bytes() != json_text(stored).encode():
+                    write_json(path, stored)
             yield run
 
     def stored(self, overwrite: bool = False) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ import support as s
 
 from jaxpersona.data.texts import Question, Role
 from jaxpersona.persona.verdicts import scores_of
+from jaxpersona.runs.compare import FORMAT, sealed
 from jaxpersona.runs.run import Run
 from jaxpersona.runs.status import Status, describe, read_status
 
@@ -59,7 +60,7 @@ def test_the_status_of_a_finished_run(made, capsys):
 def test_the_status_of_a_running_run_has_rate_and_time_left(tmp_path, monkeypatch):
     clock = [1000.0]
     monkeypatch.setattr("jaxpersona.runs.status.time.time", lambda: clock[0])
-    (tmp_path / "run.json").write_text('{"format": "jaxpersona-run 3"}')
+    (tmp_path / "run.json").write_text(json.dumps(sealed({"format": FORMAT})))
     status = Status(tmp_path, total=100, to_judge=80, roles=4)
     status.done, status.judged = 10, 8
     status.begin()

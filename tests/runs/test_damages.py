@@ -17,6 +17,7 @@ from jaxpersona.ckpts.files import read_tensors, write_tensors
 
 from jaxpersona.data.texts import Question, Role
 from jaxpersona.persona.extract import extract_axis
+from jaxpersona.runs.compare import sealed
 from jaxpersona.runs.rollouts import Settings
 from jaxpersona.runs.run import Run
 
@@ -286,7 +287,7 @@ def test_what_determines_the_rollouts_is_compared(run, field, value, wanted):
     for key in field[:-1]:
         table = table[key]
     table[field[-1]] = value
-    (run / "run.json").write_text(json.dumps(manifest))
+    (run / "run.json").write_text(json.dumps(sealed(manifest)))
     refused(run, wanted, str(run))
 
 

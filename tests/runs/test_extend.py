@@ -24,6 +24,7 @@ from jaxpersona.data.texts import Question, Role
 from jaxpersona.engine import stream
 from jaxpersona.errors import UserError
 from jaxpersona.persona.extract import extract_axis
+from jaxpersona.runs.compare import sealed
 from jaxpersona.runs.run import Run
 
 MORE = [*QUESTIONS, Question(2, "What?"), Question(7, "Who?")]
@@ -196,7 +197,7 @@ def test_versions_and_names_may_change(run, played):
     manifest = json.loads((run / "run.json").read_text())
     manifest["last"]["versions"]["numpy"] = "1.0"
     manifest["last"]["model"] = "./elsewhere/tiny"
-    (run / "run.json").write_text(json.dumps(manifest))
+    (run / "run.json").write_text(json.dumps(sealed(manifest)))
     _, said = extend(run)
     assert not played and any(line.startswith("versions was") for line in said)
     assert any(line.startswith('model was "./elsewhere/tiny", now "tiny"') for line in said)
