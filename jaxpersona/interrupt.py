@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_received: list[int] = []  # the number of the signal that `_stop` handled, if any
 Action = Callable[[int, FrameType | None], object]
 Handlers = dict[signal.Signals, Action | int | None]  # int: signal.SIG_DFL or SIG_IGN
 
@@ -54,7 +55,22 @@ def _stop(number: int, _: FrameType | None) -> None:
     for each in _SIGNALS:  # a second signal exits without cleanup
         if signal.getsignal(each) is _stop:
             signal.signal(each, _leave_at_once)
+    _received[:] = [number]
     raise Stopped(number)
+
+
+def check() -> None:
+    """Raise `Stopped` again if a signal arrived.
+
+    Python discards an exception that a signal handler raises during a finalizer or a callback of
+    the garbage collector. Long jobs therefore call this function at every report of progress. In
+    other threads it does nothing.
+
+    Raises:
+      Stopped: a signal arrived during the current `raised` block.
+    """
+    if _received and threading.current_thread() is threading.main_thread():
+        raise Stopped(_received[0])
 
 
 def _leave_at_once(number: int, _: FrameType | None) -> None:
@@ -74,11 +90,13 @@ def _handle(action: Action) -> Handlers:
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Raise `Stopped` on either signal while the block runs."""
+    """Raise `Stopped` on either signal while the block runs, or at its end (see `check`)."""
     before = _handle(_stop)
     try:
         yield
+        check()
     finally:
+        _received.clear()
         for number, old in before.items():
             # the command may have written files, so `_leave`'s message could be wrong
             old = _leave_at_once if old is _leave else old

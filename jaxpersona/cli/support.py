@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jaxpersona import interrupt
 from jaxpersona.cli.output import console, say, write
 from jaxpersona.errors import UserError
 
@@ -79,6 +80,7 @@ def progress(log: bool = False, note: Callable[[], str] | None = None,
     begun: dict[str, float] = {}
     with bar:
         def report(step: str, done: int, total: int, tokens: int) -> None:
+            interrupt.check()
             if step not in tasks:
                 tasks[step] = bar.add_task(step, total=total, rate="")
                 begun[step] = time.perf_counter()
@@ -95,6 +97,7 @@ def progress(log: bool = False, note: Callable[[], str] | None = None,
 
 def _silent(step: str, done: int, total: int, tokens: int) -> None:
     """Ignore the progress."""
+    interrupt.check()
 
 
 def stream(pieces: Iterable[str]) -> None:
@@ -127,6 +130,7 @@ def _logged(note: Callable[[], str] | None) -> Iterator[Callable[[str, int, int,
     ended = threading.Event()
 
     def report(step: str, done: int, total: int, tokens: int) -> None:
+        interrupt.check()
         begun.setdefault(step, (time.perf_counter(), done))
         state[:] = [(step, done, total, tokens)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import support as s
 
 import jaxpersona.interrupt as interrupt
+from jaxpersona.cli import support
 from jaxpersona.data.texts import Question, Role
 
 ROLES = [Role("default", ("", "You are an AI assistant."), ""),
@@ -114,6 +116,30 @@ def test_a_signal_before_anything_is_written_says_so(checkpoint, texts, tmp_path
     monkeypatch.setattr("jaxpersona.cli.support.open_model", load)
     assert s.run_command(s.axis_command(checkpoint, texts, tmp_path / "out")) == 130
     assert capsys.readouterr().err.strip().splitlines()[-1] == "stopped; nothing was written"
+
+
+@pytest.mark.parametrize("log", [True, False])
+def test_a_signal_whose_exception_is_discarded_stops_at_the_next_report(log):
+    """Python discards what a signal handler raises during a finalizer, for example."""
+    reached = []
+    with pytest.raises(interrupt.Stopped) as stop, interrupt.raised(), \
+            support.progress(log=log) as report:
+        with contextlib.suppress(interrupt.Stopped):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        reached.append("before")
+        report("step", 1, 2, 0)
+        reached.append("after")
+    assert reached == ["before"] and stop.value.code == 130
+    with interrupt.raised(), support.progress(log=log) as report:
+        report("step", 1, 2, 0)  # the next command is not affected
+
+
+def test_a_signal_whose_exception_is_discarded_sets_the_exit_code():
+    with pytest.raises(interrupt.Stopped), interrupt.raised(), \
+            contextlib.suppress(interrupt.Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
 
 
 def test_a_killed_command_of_its_own_process_is_one_line(checkpoint, texts, tmp_path):
