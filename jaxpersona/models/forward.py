@@ -123,7 +123,8 @@ def forward(
       slots: allocate a cache with this many slots (static), in the fastest dtype
         (`cache.kept_dtype`). Cannot be combined with a carry that has a cache.
       logits: "all" for every token; "last" for each row's last valid token; None skips the head
-        and, without a cache, all layers above the highest one that is read or edited.
+        and all layers above the highest one that is read or edited, or, with a cache, above those
+        of the cache.
       attention: "xla", the reference; "cudnn", flash attention on a GPU; "auto", cuDNN for long
         batches where it is supported (`kernels.attention`). cuDNN requires that positions increase
         by one per token, as in a batch from `batch`.
@@ -134,11 +135,11 @@ def forward(
 
     Raises:
       UserError: interventions or captures do not match the model or the batch; the batch is wider
-        than the cache; a row has more tokens than free slots or an id outside the embedding (under
-        `jax.jit` both give NaN instead); a gate with `within=True` is used on a chunked prompt; the
-        carry belongs to different readings, tables or gates; `slots` is combined with a carry that
-        has a cache; cuDNN does not support the call; or the mesh set by `jax.set_mesh` differs from
-        the parameters' mesh.
+        than the cache, or the cache has too few layers; a row has more tokens than free slots or an
+        id outside the embedding (under `jax.jit` both give NaN instead); a gate with `within=True`
+        is used on a chunked prompt; the carry belongs to different readings, tables or gates;
+        `slots` is combined with a carry that has a cache; cuDNN does not support the call; or the
+        mesh set by `jax.set_mesh` differs from the parameters' mesh.
 
     Example:
       >>> import jaxpersona as jp
@@ -201,7 +202,11 @@ def forward(
     x = embed(params, config, batch)
     attend, transform = blocks.parts(config, chosen)
     keys, values = [], []
-    needed = config.n_layers if logits is not None or cache is not None else trace.highest + 1
+    needed = config.n_layers if logits is not None else (
+        trace.highest + 1 if cache is None else len(cache.k))
+    if cache is not None and len(cache.k) < max(needed, trace.highest + 1):
+        raise UserError(f"the cache has {len(cache.k)} layers, but this call needs "
+                        f"{max(needed, trace.highest + 1)}; allocate one with `init_cache`")
     for i, layer in enumerate(params.layers[:needed]):
         with jax.named_scope(f"layer{i}"):
             held = None if cache is None else (cache.k[i], cache.v[i])
