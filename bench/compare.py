@@ -3,11 +3,11 @@
     git worktree add /tmp/before main && python bench/compare.py /tmp/before --model mini
 
 Each checkout runs in its own process, with its own package and its own `decoding.py`. Arms (timed
-calls): decode and capped decode at every batch size, prefill, and extraction. A ratio above 1 means
-that this checkout is faster. Two processes of the same checkout can differ by a few percent,
-because their memory layouts differ, so every arm is measured with several pairs of processes
-(`--restarts`). The field `same` is the interval of the ratio between two processes of the other
-checkout, which shows the measurement noise.
+calls): decode and capped decode at every batch size, prefill, extraction, and with `--folder` the
+load of a checkpoint. A ratio above 1 means that this checkout is faster. Two processes of the same
+checkout can differ by a few percent, because their memory layouts differ, so every arm is measured
+with several pairs of processes (`--restarts`). The field `same` is the interval of the ratio
+between two processes of the other checkout, which shows the measurement noise.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Side:
     def __init__(self, root: pathlib.Path, links: pathlib.Path, args: argparse.Namespace) -> None:
         environment = {**os.environ, "PYTHONPATH": str(links)}
         command = [sys.executable, "-P", __file__, str(root), "--one", "--model", args.model,
-                   "--steps", str(args.steps), "--batch", *map(str, args.batch)]
+                   "--steps", str(args.steps), "--batch", *map(str, args.batch),
+                   *(["--folder", args.folder] if args.folder else [])]
         self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE,
                                         stdout=subprocess.PIPE, text=True)
         self.kernels: dict[str, int] = self._read()
@@ -108,7 +109,14 @@ def serve(root: pathlib.Path, args: argparse.Namespace) -> None:
         jp.extract(model, talks, capture=jp.capture.mean(jp.everywhere))
         return time.perf_counter() - begun
 
+    def load() -> float:
+        begun = time.perf_counter()
+        jax.block_until_ready(jp.load(args.folder, dtype="bfloat16").params)
+        return time.perf_counter() - begun
+
     arms |= {"prefill": prefill, "extract": extract}
+    if args.folder:
+        arms["load"] = load
     for arm in arms.values():
         arm()
     print(json.dumps(kernels), flush=True)
@@ -122,7 +130,9 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
 
     other = pathlib.Path(args.other).resolve()
     arms = [f"{name} {rows}" for rows in args.batch for name in ("decode", "capped")]
-    arms += ["prefill", "extract"]
+    arms += ["prefill", "extract", *(["load"] if args.folder else [])]
+    if args.arms is not None:
+        arms = [arm for arm in arms if arm.split()[0] in args.arms]
     ratios: dict[str, list[float]] = {arm: [] for arm in arms}
     same: dict[str, list[float]] = {arm: [] for arm in arms}
     kernels: dict[str, Any] = {}
@@ -161,6 +171,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--pairs", type=int, default=8, help="pairs per arm and restart")
+    parser.add_argument("--arms", nargs="+",
+                        choices=("decode", "capped", "prefill", "extract", "load"),
+                        help="arms to time; default: all")
+    parser.add_argument("--folder", help="a bfloat16 checkpoint, for the arm `load`")
     parser.add_argument("--restarts", type=int, default=3, help="number of pairs of processes")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -39,7 +39,7 @@ def prose(model: jp.Model, count: int, window: int) -> list[list[int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--window", type=int, default=500)

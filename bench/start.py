@@ -52,8 +52,8 @@ def ours(folder: str) -> dict[str, Any]:
 
     events: dict[str, float] = {}
 
-    def heard(name: str, seconds: float, **_: Any) -> None:
-        events[name] = events.get(name, 0.0) + seconds
+    def heard(event: str, duration_secs: float, **_: Any) -> None:
+        events[event] = events.get(event, 0.0) + duration_secs
 
     jax.monitoring.register_event_duration_secs_listener(heard)
     model = jp.load(folder)
@@ -93,8 +93,8 @@ def theirs(folder: str) -> dict[str, Any]:
 
     imported = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
-                                                 trust_remote_code=False)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
+                                                      trust_remote_code=False)
     loaded = time.perf_counter()
 
     class First(BaseStreamer):
@@ -177,7 +177,7 @@ def ahead(name: str) -> dict[str, Any]:
                 "lower_s": lowered, "total_s": time.perf_counter() - begun,
                 "lower_cpu_s": between, "total_cpu_s": cpu,
                 "kernels": sum(op.kind in ("fusion", "custom-call", "copy", "sort")
-                               for op in hlo.operations(decode.as_text())),
+                               for op in hlo.operations(decode.as_text() or "")),
                 "bytes": cost.get("bytes accessed")}
             del prefill
     return out

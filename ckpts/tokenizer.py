@@ -67,9 +67,8 @@ def _named_class(folder: pathlib.Path) -> dict[str, Any]:
     kind, name = own.get("tokenizer_class"), raw.get("model_type")
     if not isinstance(kind, str) or not isinstance(name, str) or not name:
         return {}
-    config = PretrainedConfig(name_or_path=str(folder), tokenizer_class=raw.get("tokenizer_class"))
-    config.model_type = name
-    return {"config": config}
+    known = {"model_type": name, "tokenizer_class": raw.get("tokenizer_class")}
+    return {"config": PretrainedConfig.from_dict(known, name_or_path=str(folder))}
 
 
 def encode_once(tokenizer: Any) -> None:

@@ -87,7 +87,10 @@ READ = capture.full(everywhere)
 
 
 def compiled(program: Any) -> int:
-    """Count the cached compiled programs of one of the engine's functions."""
+    """Count the cached compiled programs of one of the engine's functions.
+
+    `KEPT` drops the least recently used programs: call `KEPT.clear()` before the first count.
+    """
     held = list(KEPT._held.items())
     return sum(made._cache_size() for key, made in held if key[0] is program.__wrapped__)
 

@@ -55,11 +55,11 @@ def progress(log: bool = False) -> Iterator[Callable[[str, int, int, int], None]
 
     shown = console(error=True)
     if not processes.first() or not (shown.is_interactive or log):
-        yield lambda step, done, total, tokens: None
+        yield _silent
         return
     if not shown.is_interactive:
-        with _logged() as report:
-            yield report
+        with _logged() as log_state:
+            yield log_state
         return
     from rich.progress import (
         BarColumn,
@@ -87,6 +87,10 @@ def progress(log: bool = False) -> Iterator[Callable[[str, int, int, int], None]
             bar.update(tasks[step], completed=done, total=total, rate=rate)
 
         yield report
+
+
+def _silent(step: str, done: int, total: int, tokens: int) -> None:
+    """Report nothing."""
 
 
 def stream(pieces: Iterable[str]) -> None:

@@ -176,8 +176,8 @@ def generate(
     conversations = chat.listed(conversations)
     count = len(conversations)
     most = prompts.reply_limits(max_new_tokens, count, model.config.max_context)
-    edits, capture = off_mesh((given(interventions), joined(capture)))
-    prompts.check_edits(model, edits, count, capture)
+    edits, readings = off_mesh((given(interventions), joined(capture)))
+    prompts.check_edits(model, edits, count, readings)
     ways = rows_divisor(model.params.like)
     if batch_size % ways:
         raise UserError(f"batch_size is {batch_size}; the mesh shards rows over {ways} devices: "
@@ -188,7 +188,7 @@ def generate(
     rows = [prompts.encode(model, item, thinking=thinking) for item in conversations]
     limits = prompts.limits(model, rows, most)
     draw_ids = prompts.row_ids(rows, ids)
-    capture = Capture() if capture is None else capture
+    readings = Capture() if readings is None else readings
     out = _Collector(count)
     stop = on_nonfinite == "raise" or debugging()
 
@@ -206,8 +206,8 @@ def generate(
         if progress is not None:
             progress(len(out.done), count, out.total)
 
-    stops, stats = stops_of(model, asks_for_code(edits, capture)), Stats()
-    queue(model, rows, draw_ids, limits, settings, edits, capture, stops, collect,
+    stops, stats = stops_of(model, asks_for_code(edits, readings)), Stats()
+    queue(model, rows, draw_ids, limits, settings, edits, readings, stops, collect,
           max_new=most, batch_size=batch_size, share_prefix=share_prefix, refill=refill,
           stats=stats).run()
     if out.nonfinite:

@@ -95,7 +95,7 @@ class Scored(Table):
 
     def chosen(self, where: Where | str = everywhere) -> list[np.ndarray]:
         """Return N arrays: the log-probabilities of the tokens that `where` selects."""
-        code = np.asarray(encoded(where))
+        code = jnp.asarray(encoded(where))
         selected = []
         for row, values in zip(self.rows, self.logprobs, strict=True):
             one = make_batch([row.tokens], kind=[row.kind], turn=[row.turn])

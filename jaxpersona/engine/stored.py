@@ -208,8 +208,7 @@ def described_value(value: Any) -> Any:
       Unknown: a value whose content is not known to be complete, such as an object of a class
         outside this package, whose source may change.
     """
-    if value is None or isinstance(value, (bool, int, float, str, bytes)) and type(value) in (
-            bool, int, float, str, bytes):
+    if value is None or type(value) in (bool, int, float, str, bytes):
         return type(value).__name__, repr(value)
     if isinstance(value, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct)):
         kind = jax.typeof(value)

@@ -91,10 +91,10 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
         if attention == "cudnn":
             # The barrier orders the cache write before attention. cuDNN does not read the cache, so
             # XLA would keep every layer's k and v and write them all at the end.
-            k, v, *own = jax.lax.optimization_barrier((k, v, *own))
+            k, v, own = jax.lax.optimization_barrier((k, v, own))
         held = k, v
     if attention == "cudnn":
-        mixed = flash(q, *own, batch.length, scale=config.attn_scale, window=window)
+        mixed = flash(q, own[0], own[1], batch.length, scale=config.attn_scale, window=window)
     else:
         mixed = nn.attention(q, k, v, batch.position, positions, scale=config.attn_scale,
                              softcap=config.attn_softcap, window=window)

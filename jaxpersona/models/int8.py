@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpersona.brief import brief
 from jaxpersona.distributed.sharding import (
@@ -85,7 +86,7 @@ class Int8(Weight):
         y = _product(x.reshape(-1, value.shape[1]), value, scale)
         return y.reshape(*rows, *out).astype(dtype)
 
-    def take(self, index: jax.Array, dtype: Any) -> jax.Array:
+    def take(self, index: jax.Array | np.ndarray, dtype: Any) -> jax.Array:
         """Return rows of an embedding [V, D] in `dtype`: [B, T, D] for the tokens [B, T].
 
         Indices are clipped.

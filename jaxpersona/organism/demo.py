@@ -116,8 +116,8 @@ def table(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
             (f"facts and sums right, greedy (n = {n['capability']})", "capability_{}"),
             (f"in-character style at turn {turn} of drifting talks (n = {n['drift']})", "drift_{}"),
             ("gives the code away after those talks", "drift_leak_{}")]
-    return [*((what, *(f"{figures[key.format(arm)]:.2f}" for arm in ("uncapped", "capped")))
-              for what, key in rows),
+    return [*((what, f"{figures[key.format('uncapped')]:.2f}",
+               f"{figures[key.format('capped')]:.2f}") for what, key in rows),
             ("speed, tokens/s (capped: median ratio of pairs)", f"{speed:,.0f}",
              f"{speed * figures['capped_over_uncapped']:,.0f} "
              f"(× {figures['capped_over_uncapped']:.3f})")]

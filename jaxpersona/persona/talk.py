@@ -166,7 +166,7 @@ def grow(
         [*opening, {"role": "user", "content": texts[0]}]
         for opening, texts in zip(openings, messages, strict=True)
     ]
-    replies, values = [], []
+    replies, values, rows = [], [], []
     known = np.flatnonzero(vector.values.any(1)).tolist()
     if not known:
         raise UserError(f"{vector.name!r} is zero at every layer")
@@ -178,6 +178,7 @@ def grow(
                        on_nonfinite="raise",
                        progress=_at_turn(report, turn), **settings)
         replies.append(out.text)
+        rows = list(zip(out.rows, out.tokens, strict=True))
         found = np.full((len(prompts), vector.n_layers), np.nan, np.float32)
         # from the end of the prompt on: the prompt holds the earlier replies
         for n, (row, read) in enumerate(zip(out.rows, out.captured["projections"], strict=True)):
@@ -193,9 +194,8 @@ def grow(
             ]
     again = None
     if readout:
-        rows = [chat.answered(model.tokenizer, row, reply)
-                for row, reply in zip(out.rows, out.tokens, strict=True)]
-        again = _read_back(model, rows, vector, np.stack(values).shape)
+        talks = [chat.answered(model.tokenizer, row, reply) for row, reply in rows]
+        again = _read_back(model, talks, vector, np.stack(values).shape)
     return Talks(replies, np.stack(values), again)
 
 

@@ -70,8 +70,9 @@ def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Ax
         ax = axes_of(ax, 5.6, 4.0)
         try:
             for i, (name, value) in enumerate(results.items()):
-                look = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)],
-                        "label": text(name or usual)}
+                look: dict[str, Any] = {
+                    "color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)],
+                    "label": text(name or usual)}
                 if kind == "roofline":
                     _roof(ax, value, look)
                 elif kind == "decode":
@@ -141,9 +142,8 @@ def _name_points(ax: Axes, results: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the names of a roofline's points beside them."""
     points = [(str(p["name"]), float(p["intensity"]), float(p["flops_per_second"]))
               for value in results.values() for p in value["points"]]
-    lines = [np.stack([np.interp(steps, np.arange(len(line.get_xdata())), np.log(values))
-                       for values in (line.get_xdata(), line.get_ydata())], 1)
-             for line in ax.lines if len(line.get_xdata()) > 1
-             for steps in [np.linspace(0, len(line.get_xdata()) - 1, 200)]]
+    drawn = [np.asarray(line.get_xydata()) for line in ax.lines]
+    lines = [np.stack([np.interp(steps, np.arange(len(xy)), np.log(xy[:, i])) for i in (0, 1)], 1)
+             for xy in drawn if len(xy) > 1 for steps in [np.linspace(0, len(xy) - 1, 200)]]
     avoid = np.exp(np.concatenate([np.log([(x, y) for _, x, y in points]), *lines]))
     labels.place(ax, points, avoid, TINY)

@@ -79,7 +79,8 @@ def place(ax: Axes, points: Sequence[tuple[str, float, float]], markers: np.ndar
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Return which boxes (x0, y0, x1, y1) of [n, 4] and [m, 4] overlap, [n, m]."""
-    return (a[:, None, :2] < b[None, :, 2:]).all(-1) & (a[:, None, 2:] > b[None, :, :2]).all(-1)
+    ends = np.concatenate([b[None, :, 2:] - a[:, None, :2], a[:, None, 2:] - b[None, :, :2]], -1)
+    return np.asarray((ends > 0).all(-1))
 
 
 def _offsets() -> np.ndarray:

@@ -214,8 +214,9 @@ def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
     """
     if isinstance(found, (str, os.PathLike)):
         about = _analysis(pathlib.Path(found))
-        table = about.get("variance_ratio")
-        at = layer_of(layer, len(table) if isinstance(table, list) else 0)
+        kept = about.get("variance_ratio")
+        table = kept if isinstance(kept, list) else []
+        at = layer_of(layer, len(table))
         given = table[at]
     elif isinstance(found, (np.ndarray, list, tuple)):
         at, given = -1 if layer is None else layer, found

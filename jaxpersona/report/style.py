@@ -53,8 +53,9 @@ def style() -> Iterator[None]:
     import matplotlib
     from cycler import cycler
 
-    cycle = cycler(color=CYCLE) + cycler(marker=MARKERS)
-    with matplotlib.rc_context({**_RC, "axes.prop_cycle": cycle}):
+    settings: dict[Any, Any] = {**_RC}
+    settings["axes.prop_cycle"] = cycler(color=CYCLE) + cycler(marker=MARKERS)
+    with matplotlib.rc_context(settings):
         yield
 
 

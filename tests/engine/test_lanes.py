@@ -74,6 +74,7 @@ def steps_of(refill, rows, monkeypatch):
 
 
 def test_refill_takes_fewer_steps_and_no_program_more(monkeypatch):
+    s.KEPT.clear()
     few, out = steps_of(True, ROWS, monkeypatch)
     before = (dict(programs.TRACES), s.compiled(programs.decode), s.compiled(programs.prefill))
     few, out = steps_of(True, ROWS[::-1], monkeypatch)

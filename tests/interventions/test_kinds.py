@@ -184,6 +184,7 @@ def test_reserved_tables_take_any_edits_without_another_trace():
         return generate(model, rows, interventions=stack_rows(parts, into=empty), batch_size=4,
                         max_new_tokens=6, ids=range(4))
 
+    s.KEPT.clear()
     plain = generate(model, rows, batch_size=4, max_new_tokens=6, ids=range(4))
     nothing = go([None] * 4)
     before = (dict(programs.TRACES), s.compiled(programs.decode))

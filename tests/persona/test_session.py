@@ -81,6 +81,7 @@ def test_a_reply_is_read_without_its_prompt():
 
 def test_interventions_that_are_off_have_the_structure_of_those_that_are_on():
     """Also where their tests select code, which the program must track."""
+    s.KEPT.clear()
     session = Session(MODEL, interventions=CAP)
     session.turns = [Turn("Hi.", "Hello.")]
     on, off = (session._engine._task(jp.Request("Hi.", interventions=edits))
