@@ -41,7 +41,6 @@ from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.forward import Output, forward
 from jaxpersona.models.model import check_model
 from jaxpersona.models.params import Params
-from jaxpersona.models.prepared import fast_params
 from jaxpersona.runtime import debugging
 from jaxpersona.text import chat
 
@@ -120,7 +119,7 @@ def extract(
         layer.
       interventions: edits of the activations, without rows or with one row per conversation.
       batch_tokens: the number of tokens in a call, including padding; results depend on it.
-        Default: 128 for a model on a CPU, 1,024 there for readings with one value per token, else
+        Default: 256 for a model on a CPU, 1,024 there for readings with one value per token, else
         16,384.
       on_nonfinite: the response to NaN or infinite activations. "warn": mark the conversation
         (`Extracted.nonfinite`) and issue one `NonfiniteWarning` that names the first layer and the
@@ -255,11 +254,10 @@ def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, capture
                tokens: int | None) -> Iterator[tuple[np.ndarray, Carry | None, int]]:
     """Run conversations in pieces; yield as `_in_batches`, with −1 for rows without a result."""
     together = ROWS if tokens is None else max(1, tokens // PIECE)
-    params = fast_params(model, together)
 
     def run(carry: Carry, batch: Batch, edits: Interventions, begins: jax.Array,
             axes: tuple[int, ...], following: np.ndarray) -> tuple[Carry, None]:
-        return _read_piece(params, model.config, carry, batch, edits, capture, begins,
+        return _read_piece(model.params, model.config, carry, batch, edits, capture, begins,
                            axes=axes), None
 
     layers = [table.layers[-1] for table in edits.edits]

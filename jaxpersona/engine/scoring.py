@@ -38,7 +38,6 @@ from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.forward import forward
 from jaxpersona.models.model import check_model
 from jaxpersona.models.params import Params
-from jaxpersona.models.prepared import fast_params
 from jaxpersona.text import chat
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ def logprobs(
         text, use `model.tokenizer(text).input_ids`).
       interventions: edits of the activations, without rows or with one row per conversation.
       batch_tokens: the number of tokens in a call, including padding; results depend on it.
-        Default: 128 on a CPU, else 4,096.
+        Default: 256 on a CPU, else 4,096.
 
     Raises:
       UserError: there are no conversations, one is longer than the context, the interventions do
@@ -172,7 +171,7 @@ def next_logprobs(
       candidates: C token ids.
       interventions: edits of the activations, without rows or with one row per conversation.
       batch_tokens: the number of tokens in a call, including padding; results depend on it.
-        Default: 128 on a CPU, else 4,096.
+        Default: 256 on a CPU, else 4,096.
 
     Raises:
       UserError: there are no prompts or candidates, an id is outside the vocabulary, a prompt fills
@@ -246,12 +245,11 @@ def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, tokens:
                candidates: jax.Array | None) -> Iterator[Found]:
     """Score texts in pieces; yield as `_in_batches`."""
     together = ROWS if tokens is None else max(1, tokens // PIECE)
-    params = fast_params(model, together)
     parts: dict[int, list[np.ndarray]] = {}
 
     def run(carry: Carry, batch: Batch, edits: Interventions, begins: jax.Array,
             axes: tuple[int, ...], following: np.ndarray) -> tuple[Carry, jax.Array]:
-        return _score_piece(params, model.config, carry, batch, edits, begins, following,
+        return _score_piece(model.params, model.config, carry, batch, edits, begins, following,
                             candidates, axes=axes)
 
     for step in in_pieces(model, rows, edits, Capture(), together=together,

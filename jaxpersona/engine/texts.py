@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
     from jaxpersona.models.model import Model
 
-ROWS = 8  # the default number of rows: with more, a single text would wait longer
+ROWS = 16  # the default number of rows: with fewer, products are less efficient; with more, a
+# single text takes longer
 _LEAST_SLOTS = 128
 
 

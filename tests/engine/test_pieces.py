@@ -259,7 +259,7 @@ def test_extraction_in_pieces_reads_what_one_pass_reads():
         assert s.rowwise(out.captured["mean"][i][None], chosen.mean(1)[None]).max() < 1e-5
         assert s.rowwise(out.captured["last"][i][None], stream[i, :2, n - 1][None]).max() < 1e-5
         assert out.applied[0].seen[i] == (n if i % 3 else 0)
-    assert out.tokens == sum(t.tokens.size for t in TALKS) and out.padded % 128 == 0
+    assert out.tokens == sum(t.tokens.size for t in TALKS) and out.padded % 256 == 0
 
 
 def test_bits_of_an_extraction_do_not_depend_on_the_company():
@@ -288,7 +288,7 @@ def test_an_extraction_computes_no_layer_above_the_highest_that_is_read(monkeypa
     assert s.rowwise(found, whole[:, :1]).max() < 1e-5
     carry = jp.Carry(cache=made[0].cache)
     with pytest.raises(ValueError, match="the cache has 1 layers, but this call needs 2"):
-        jp.forward(MODEL.params, MODEL.config, jp.batch(ROWS[1:2] * 8), carry=carry, logits=None,
+        jp.forward(MODEL.params, MODEL.config, jp.batch(ROWS[1:2] * 16), carry=carry, logits=None,
                    capture=capture.mean(layers=[1]))
 
 
