@@ -71,7 +71,8 @@ class Generated(Table):
       applied: one `Applied` per table, with fields seen [N] and changed [l, N].
       finish: why each reply ended: "stop" (a stop token), "length" (the limit), or "nonfinite" (a
         residual or a logit was NaN or infinite; discard the captures).
-      stats: the decode steps and the tokens with and without padding of the call.
+      stats: the decode steps of the call, the live rows in them, and the tokens of prompts with and
+        without padding.
 
     Example:
       >>> import jaxpersona as jp

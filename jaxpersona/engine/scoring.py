@@ -236,8 +236,8 @@ def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, tokens
     for members, width, size in batches(rows, tokens, rows_divisor(like)):
         index = np.array(members + [-1] * (size - len(members)), np.int32)
         batch = pad([rows[i] for i in members], width, size)
-        given = model.params, model.config, batch, edits.take(index)
-        made = _of_tokens(*given) if candidates is None else _of_candidates(*given, candidates)
+        first = model.params, model.config, batch, edits.take(index)
+        made = _of_tokens(*first) if candidates is None else _of_candidates(*first, candidates)
         yield (members, *processes.fetch(made))
 
 
