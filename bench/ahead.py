@@ -3,8 +3,8 @@
     pip install 'jax[cuda12]'        (the CUDA version of the target below)
     JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 python bench/ahead.py --model qwen3-8b --batch 32
 
-Kernels per step are counted with and without caps. Without a GPU, XLA cannot autotune its matmul
-kernels.
+The kernels of a decode step are counted with and without caps. Without a GPU, XLA cannot autotune
+its matmul kernels, so its choice of kernels may differ from that on a GPU.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Measure the decode overhead of a cap: without a cap, with an idle cap and with a binding cap.
+"""Compare decoding without a cap, with a cap that never binds (idle) and with a cap that binds.
 
     python bench/cap_overhead.py --model mini --batch 32 --layers 4:8 --sweep
 
-The arms run in alternating pairs. The fusions that a cap adds are counted in the compiled program,
-without timing noise: per capped layer, and once per step.
+The arms (timed calls) run in alternating pairs. The fusions that a cap adds per capped layer and
+once per step are counted in the compiled program, so these counts have no timing noise.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--layers", default=None, help="half-open (4:8); default: upper half")
+    parser.add_argument("--layers", default=None,
+                        help="layers to cap, half-open; default: the upper half")
     parser.add_argument("--steps", type=int, default=48)
-    parser.add_argument("--pairs", type=int, default=200, help="maximum pairs (minimum 10)")
+    parser.add_argument("--pairs", type=int, default=200, help="maximum number of pairs (≥ 10)")
     parser.add_argument("--budget", type=float, default=120.0, help="time limit for pairs, s")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--top-p", type=float, default=1.0)

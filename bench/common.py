@@ -2,10 +2,11 @@
 
 Timings are noisy, so two arms (timed calls) are compared by the ratios of alternating pairs. Pairs
 are added until the bootstrap 95 % interval of the median ratio is narrow or a limit is reached. An
-interval wider than `WIDTH` (relative to ratios above 1) is unresolved and supports no claim.
+interval wider than `WIDTH`, or than `WIDTH` times a ratio above 1, is unresolved and supports no
+claim.
 
 In each pair, an arm runs for about `LONG` seconds. Short calls of the arms are interleaved, so that
-all have the same background load. Because measurement stops at the first narrow interval, the
+all arms have the same background load. Because measurement stops at the first narrow interval, the
 coverage of the interval is slightly below 95 %.
 """
 
@@ -52,13 +53,13 @@ def paired(arms: dict[str, Callable[[], float]], baseline: str, *, pairs: int = 
     """Time all arms in alternating rounds and compare each with the baseline.
 
     Args:
-      arms: by name, a function that runs once and returns its seconds.
-      baseline: the arm in the numerator of the ratios.
+      arms: for each arm's name, a function that runs the arm once and returns the seconds.
+      baseline: the arm whose seconds are the numerator of the ratios.
       pairs: maximum number of rounds; at least `least` are run.
       least: minimum number of rounds.
       budget: seconds after which no further round starts, except for the first `least`. If `least`
         rounds of `LONG` seconds per arm exceed it, rounds are shorter.
-      judged: arms that must be resolved before stopping; default: all.
+      judged: arms whose ratios must be resolved before measurement stops; default: all.
 
     Returns:
       For each arm, including the baseline: ratio (median over rounds of baseline seconds / arm
@@ -154,7 +155,8 @@ def peak_flops(dtype: Any, size: int = 2048) -> float:
 class Peak:
     """Context manager that records the peak memory relative to the start of the block.
 
-    Uses the devices' memory statistics if available, else the process's resident memory (Linux).
+    The memory is read from the devices' memory statistics if available, otherwise from the
+    process's resident memory (Linux).
     """
 
     def __enter__(self) -> Peak:

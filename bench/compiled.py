@@ -24,7 +24,7 @@ Program = Callable[..., Any]
 class Steps:
     """Decode programs for one batch size, one per edit, compiled ahead of time.
 
-    `params` maps an edit's name to its parameters, if they are not the model's parameters.
+    `params` maps the names of edits to parameters that replace those of the model.
     """
 
     def __init__(self, model: Any, rows: int, steps: int, edits: dict[str, Any], *,
@@ -51,9 +51,9 @@ class Steps:
                         for name, program in self.programs.items()}
 
     def timer(self, name: str) -> Callable[[], float]:
-        """Return a function that runs one arm's steps and returns the seconds."""
+        """Return a function that runs one arm's steps and returns the elapsed seconds."""
         program = self.programs[name]
-        params, _, state, *rest = self.given[name]  # the configuration is compiled in
+        params, _, state, *rest = self.given[name]  # the configuration is part of the program
 
         def once() -> float:
             fresh = jax.block_until_ready(jax.tree.map(jnp.copy, state))

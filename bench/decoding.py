@@ -51,9 +51,9 @@ class Decoding:
 
     def timer(self, edits: Interventions = NOTHING, read: Capture | None = None, *,
               prompts: bool = False) -> Callable[[], float]:
-        """Return a function that times the steps, including the prefill if `prompts`."""
+        """Return a function that times the steps, including the prefill if `prompts` is true."""
         reads = Capture() if read is None else read
-        # each run copies it, because `decode` donates its state
+        # each run copies this state, because `decode` donates its argument
         first = None if prompts else self.start(edits, reads)
 
         def once() -> float:

@@ -2,11 +2,12 @@
 
     python bench/extract.py --model mini --conversations 256
 
-Both sides compute every layer's mean over response tokens. "hooks" runs the full model on batches
-in the given order and keeps every layer's output until the batch is averaged, like the published
-code. "sorted" also sorts conversations by length; "headless" also skips the output head. Each side
-runs in its own process and is timed after a warm-up. Memory is the peak in excess of the loaded
-weights. MFU excludes padding and is relative to this device's measured peak matmul FLOP/s.
+Both sides compute every layer's mean over response tokens. The variant "hooks" of transformers runs
+the full model on batches in the given order and keeps every layer's output until the batch is
+averaged, like the published code. "sorted" also sorts the conversations by length; "headless" also
+skips the output head. Each side runs in its own process and is timed after a warm-up. The reported
+memory is the peak in excess of the loaded weights. MFU (the used fraction of the device's measured
+peak matmul FLOP/s) excludes padding.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--new", type=int, default=512, help="context tokens for the reply")
-    parser.add_argument("--layers", default=None, help="half-open (46:54); default: upper half")
+    parser.add_argument("--layers", default=None,
+                        help="layers to cap, half-open; default: the upper half")
     parser.add_argument("--chip", default="h200:1", help="topology for `plan`")
     args = parser.parse_args()
     with Peak() as peak:

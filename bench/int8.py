@@ -1,15 +1,17 @@
-"""Int8 weights against float32 ones: perplexity, directions of axes and memory.
+"""Compare int8 weights with float32 weights: perplexity, directions and memory.
 
     python bench/int8.py --model SmolLM2-135M-Instruct.Q4_1.gguf
 
-The text is that of `pydoc_data.topics`, the Python Language Reference as CPython ships it for
-`help()`: English prose with code examples. It is cut into windows of `--window` tokens, of which
-each after the first in a window counts. Directions are differences of means (`jp.contrast`) between
-replies of the default persona and of a role, over the same questions: the replies are the float
-model's, so both models read the same tokens. The axis is the mean of the roles' directions.
+The text is `pydoc_data.topics`, the part of the Python Language Reference that CPython ships for
+`help()`: English prose with code examples. The text is divided into windows of `--window` tokens,
+and the perplexity covers all tokens of a window but the first. A direction is the difference of the
+mean activations of the default persona's replies and of a role's replies to the same questions. The
+axis is the mean of the roles' directions. The float model generates the replies, so both models
+read the same tokens.
 
-The last line is one JSON object. Its bars: perplexity within 1 % of float32, cosines of at least
-0.99, and at most 0.30 of the bytes of the weights.
+The last line of the output is one JSON object. Its `bars` state whether the perplexity is within
+1 % of that of float32, the cosine of the axes is at least 0.99 at every layer, and the weights take
+at most 0.30 of the bytes of the float32 weights.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def main() -> None:
         arm["bytes_ratio"] = arm["bytes"] / wide["bytes"]
         cosines = [(a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
                    for a, b in zip(arm["axis"], wide["axis"], strict=True)]
-        arm["axis_cosine_lowest"] = float(cosines[0].min())  # over the layers
+        arm["axis_cosine_lowest"] = float(cosines[0].min())  # minimum over layers
         arm["role_cosine_lowest"] = float(np.min(cosines[1:]))
     for arm in arms.values():
         del arm["axis"]
@@ -79,7 +81,7 @@ def main() -> None:
 
 
 def rollouts(model: jp.Model, args: argparse.Namespace) -> tuple[list[Any], list[slice]]:
-    """Return the float model's conversations, and the slice of each persona; the default first."""
+    """Return the float model's conversations and a slice per persona, the default persona first."""
     known = {role.name: role for role in texts.load_roles(None, model_name=model.name)}
     roles = [known["default"], *(known[name] for name in ROLES if name in known)][: args.roles + 1]
     questions = texts.load_questions(None)[: args.questions]

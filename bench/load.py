@@ -90,7 +90,7 @@ def load(folder: pathlib.Path, dtype: str) -> dict[str, Any]:
     import jax.numpy as jnp
     from jaxpersona.ckpts import hf
 
-    jax.block_until_ready(jax.device_put(jnp.zeros(8)))  # exclude backend init
+    jax.block_until_ready(jax.device_put(jnp.zeros(8)))  # initializes the backend
     with Peak() as peak:
         started = time.perf_counter()
         params = jax.block_until_ready(hf.load(folder, dtype=jnp.dtype(dtype)))

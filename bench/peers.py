@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=200, help="maximum pairs (minimum 10)")
+    parser.add_argument("--pairs", type=int, default=200, help="maximum number of pairs (≥ 10)")
     parser.add_argument("--budget", type=float, default=40.0, help="time limit per batch size, s")
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--peer-dtypes", nargs="+", default=["float32"])
@@ -71,7 +71,7 @@ def main() -> None:
             "ratio_to_forms": {form: round(found["ours"]["ratio"] / found[form]["ratio"], 3)
                                for form in forms},
         }
-        print(f"batch {rows}: {by_batch[str(rows)]}", flush=True)  # in case a later batch fails
+        print(f"batch {rows}: {by_batch[str(rows)]}", flush=True)  # a later batch may fail
     report("peers", ours[0], args, prompt_tokens=PROMPT,
            capped_layers=f"{layers.start}:{layers.stop}",
            ratio_to_hf_hooks={n: found["ratio"] for n, found in by_batch.items()},

@@ -1,12 +1,13 @@
-"""Compare capture during generation with a second forward pass, and refill with static batching.
+"""Compare capture during generation with a second pass, and refilling rows with static batches.
 
     python bench/pipeline.py --model mini --batch 32
 
-One pass: generate, and capture every layer's response mean at the same time. Two passes: generate,
-then run the complete conversations through `jaxpersona.extract`. The predicted ratio is
-1 + t_forward / t_generate. For `one_pass_over_two_engines`, the second pass is transformers with
-hooks (sorted by length, without the output head). Refill and static batching use the same batch
-size; reply lengths are geometric with a mean of a third of the maximum.
+With one pass, the replies are generated and every layer's response mean is captured at the same
+time. With two passes, the replies are generated, and `jaxpersona.extract` then runs the complete
+conversations. The predicted ratio is 1 + t_forward / t_generate. For `one_pass_over_two_engines`,
+transformers with hooks runs the second pass, with conversations sorted by length and without the
+output head. Refilled and static batches have the same number of rows. The reply lengths are
+geometrically distributed, with a mean of a third of the maximum.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=160)
     parser.add_argument("--prompt-tokens", type=int, default=30)
     parser.add_argument("--new", type=int, default=128)
-    parser.add_argument("--pairs", type=int, default=200, help="maximum pairs (minimum 10)")
+    parser.add_argument("--pairs", type=int, default=200, help="maximum number of pairs (≥ 10)")
     parser.add_argument("--budget", type=float, default=60.0, help="time limit per comparison, s")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--peer-batch", type=int, default=8)

@@ -3,12 +3,12 @@
     python bench/prefill_memory.py [--model qwen3-0.6b] [--lengths 1024 2048 4096 8192]
 
 Each length runs in its own process with random weights: one row is prefilled into a cache of that
-length, and the logits of the last token are computed. Two figures are measured without the weights:
-the memory of the compiled program (`memory_analysis()`: temporaries and outputs, including the
-cache) and the peak resident memory. Prints a table, then one JSON line.
+length, and the logits of the last token are computed. Two figures are reported, both without the
+weights: the memory of the compiled program (`memory_analysis()`: temporaries and outputs, including
+the cache) and the peak resident memory. Prints a table, then one JSON line.
 
-The default dtype is float32. XLA on CPU copies bfloat16 weights to float32, and this constant
-amount of memory would hide some of the growth with length.
+The default dtype is float32. With bfloat16, XLA on CPU converts the weights to float32, and the
+constant memory of this copy would hide some of the growth with length.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ resumes after an interruption. `bench/real_page.py` writes a page of the results
 
 The package's 275 roles and the default persona answer the package's first questions, with one
 rollout per system prompt and question. `axis` counts every answer as fully played (judge `none`);
-`judge` scores a sample of roles by another model's digit probabilities (`judges.digits`) and
-computes the axis from the answers with score 3.
+`judge` scores the answers of a sample of roles by another model's digit probabilities
+(`judges.digits`) and computes the axis from the answers with score 3.
 """
 
 from __future__ import annotations
@@ -166,8 +166,8 @@ def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
     sample = [names[i] for i in order[: args.judged]]
     judge = DigitJudge(jp.load(args.judge, dtype=args.judge_dtype))
     begun, counts, played, masses, examples = time.perf_counter(), {}, 0, [], []
-    vectors: dict[str, np.ndarray] = {}  # of answers with score 3
-    unjudged: dict[str, np.ndarray] = {}  # of all answers of the same roles
+    vectors: dict[str, np.ndarray] = {}  # means of answers with score 3
+    unjudged: dict[str, np.ndarray] = {}  # means of all answers of the same roles
     total = 0
     for name in sample:
         records = [held[name][i] for i in spaced(len(held[name]), args.judged_each)]

@@ -2,8 +2,8 @@
 
     python bench/real_page.py runs/smollm2 [runs/qwen …]
 
-Each folder contains `axis.json` and `projections.npz`, and the results of the other stages that
-were run (`judge.json`, `cap.json`, `cap_judge.json`, `speed.json`). The JSON results are copied to
+Each folder contains `axis.json`, `projections.npz`, and the results of the other stages that were
+run (`judge.json`, `cap.json`, `cap_judge.json`, `speed.json`). The JSON results are copied to
 bench/results. The page ends with the handwritten notes in bench/real_notes.md.
 """
 
@@ -27,23 +27,23 @@ CHECKPOINTS = {  # by the name of the folder
 }
 INTRODUCTION = """# The Assistant Axis of released models
 
-This page is written by `bench/real_page.py` from the results of `bench/real_axis.py`. Every number
-comes from one run; its command, device and date are given. The models are small, and what holds for
-them need not hold for large ones.
+This page is written by `bench/real_page.py` from the results of `bench/real_axis.py`. Each result
+comes from one run, and is given with its command, device and date. The models are small, so the
+results may not apply to large models.
 
-**Method** (Lu et al. 2026, arXiv 2601.10387, at a smaller scale). The package's 275 roles, each
-with its first system prompts, and the default persona answer the first questions of the package:
-one answer per system prompt and question, at temperature 0.7 and top-p 0.9. A role's vector is the
-mean over its answers of the mean residual stream over response tokens. A layer's axis is the mean
-of the default persona's answers minus the mean of the role vectors. Without a judge, every answer
-counts as fully played.
+**Method** (Lu et al. 2026, arXiv 2601.10387, at a smaller scale). The model plays the package's 275
+roles, each with its first system prompts, and the default persona. It gives one answer per system
+prompt and question, at temperature 0.7 and top-p 0.9, to the first questions of the package. An
+answer is represented by the mean residual stream over its response tokens. A role's vector is the
+mean over its answers. The axis of a layer is the mean of the default persona's answers minus the
+mean of the role vectors. Without a judge, every answer counts as fully played.
 
 **Terms.** The questions are divided into two halves, those with even and those with odd index.
-*AUC*: the probability that an answer of the default persona projects higher than an answer of a
-role. The axis comes from one half of the questions and the answers from the other half; both
-directions are averaged. *Axis reliability*: the cosine of the axes of the two halves. *Role
-reliability*: the mean over roles of the cosine of a role's two vectors, each minus the mean of all
-roles of its half.
+*AUC* is the probability that an answer of the default persona projects higher than an answer of a
+role. The axis is computed from one half of the questions and the AUC from answers to the other
+half; the results of both choices are averaged. *Axis reliability* is the cosine between the axes of
+the two halves. *Role reliability* is the mean over roles of the cosine between a role's vectors in
+the two halves, after the mean of all roles in the half is subtracted.
 """
 
 
@@ -78,11 +78,12 @@ def section(folder: pathlib.Path, slug: str) -> str:
            if axis["tokens"] else ""), "",
         f"![Roles on the axis]({slug}-roles.png)", "",
         f"*Layer {middle}. The band is the interquartile range of the default persona's answers, "
-        "which also define the axis. Every answer counts (no judge).*", "",
+        "which also define the axis. All answers are used (no judge).*", "",
         f"Nearest to the Assistant at layer {middle}: {names(rank['nearest'])}.", "",
         f"Farthest: {names(rank['farthest'])}.", "",
-        f"The default persona projects to {rank['default']:.1f}; the p25 of its answers is "
-        f"{of['default']['p25'][middle]:.1f}, that of all answers {of['all']['p25'][middle]:.1f}.",
+        f"The mean projection of the default persona is {rank['default']:.1f}. The 25th percentile "
+        f"(p25) of its answers is {of['default']['p25'][middle]:.1f}, and the p25 of all answers "
+        f"is {of['all']['p25'][middle]:.1f}.",
         "", f"| layer | {head} |", "|---|" + "---|" * len(picked),
         row("\\|cos(PC1, axis)\\|", axis["cos_pc1"], "{:.2f}"),
         row("variance explained by PC1", axis["pc1_ratio"], "{:.2f}"),
@@ -134,13 +135,13 @@ def capped(folder: pathlib.Path) -> list[str]:
     start, stop = cap["layers"]
     lines = [
         "### Capping", "",
-        f"A floor at the {cap['percentile']} answers on layers {start}:{stop}. The "
+        f"The cap is a floor at the {cap['percentile']} answers on layers {start}:{stop}. The "
         f"{len(cap['roles'])} farthest roles answer {cap['questions']} other questions "
-        f"({cap['answers']} answers per column). The control moves each activation that it meets "
-        "by as much as the cap would move it, along one random direction per layer. This does not "
-        "lift the projection, so later layers move it again: in total the control moves more than "
-        "the cap. Perplexity is that of the model's "
-        f"own {cap['ordinary']} ordinary answers; the {cap['capability_questions']} short "
+        f"({cap['answers']} answers per column). The control moves each activation by as much as "
+        "the cap would move it, but along one random direction per layer. This does not raise the "
+        "projection, so later layers move the activation again, and the total displacement is "
+        "larger than with the cap. Perplexity is measured on the model's "
+        f"own {cap['ordinary']} ordinary answers. The {cap['capability_questions']} short "
         f"questions on arithmetic and facts are in `bench/real_questions.py`. {device(cap)}.", "",
         "| | no cap | cap | control |", "|---|---|---|---|",
     ]
@@ -154,11 +155,11 @@ def capped(folder: pathlib.Path) -> list[str]:
             "| expected score | " + " | ".join(f"{v['expected_score']:.2f}" for v in verdicts)
             + " |"]
     lines += [
-        "| share of layers and tokens changed | "
+        "| share of (layer, token) pairs changed | "
         + " | ".join(f"{a['changed_share']:.2f}" for a in arms) + " |",
         "| perplexity of ordinary answers | "
         + " | ".join(f"{a['perplexity']:.2f}" for a in arms) + " |",
-        f"| right, of {cap['capability_questions']} | "
+        f"| short questions answered correctly, of {cap['capability_questions']} | "
         + " | ".join(str(a["correct"]) for a in arms) + " |", "",
         "The first answer of three roles, without and with the cap:", ""]
     seen: set[str] = set()

@@ -28,9 +28,9 @@ def main() -> None:
     lines = ["# Measurements", "",
              "Written by `bench/report.py` from `bench/results/`; `make bench` repeats the CPU "
              "measurements. A ratio is the median of alternating pairs with its bootstrap 95 % "
-             "interval; an interval wider than 0.02 (relative to ratios above 1) is *unresolved* "
-             "and supports no claim. `NOTES.md` has the expected and measured effect of each "
-             "change.",
+             "interval. An interval wider than 0.02, or than 2 % of a ratio above 1, is "
+             "*unresolved* and supports no claim. `NOTES.md` compares the expected and the "
+             "measured effect of each change.",
              ""]
     for plot, caption in plots:
         lines += [f"![{caption}](results/{plot})", ""]

@@ -2,9 +2,10 @@
 
     python bench/roofline.py --model mini --batch 1 8 32 128
 
-Each point is FLOP/byte against FLOP/s. The roof is min(peak, intensity · bandwidth); peak and
-bandwidth are measured. Bytes are the minimum that must be read: the weights once per pass, and keys
-and values. Models that fit in the CPU cache, such as `mini`, can exceed the memory roof.
+Each point shows FLOP/s against FLOP/byte (the intensity). The roof is min(peak, intensity ·
+bandwidth), with measured peak FLOP/s and bandwidth. The bytes are the minimum that must be read:
+the weights once per pass, and the keys and values. Models that fit in the CPU cache, such as
+`mini`, can exceed the roof.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--pairs", type=int, default=200, help="maximum pairs (minimum 10)")
+    parser.add_argument("--pairs", type=int, default=200, help="maximum number of pairs (≥ 10)")
     parser.add_argument("--budget", type=float, default=120.0, help="time limit for pairs, s")
     parser.add_argument("--distinct", type=int, nargs="+", default=None,
                         help="numbers of distinct caps; default: 4, 16, 64, …")

@@ -1,23 +1,23 @@
-"""Measure the time from starting a process to the first token, beside transformers.
+"""Measure the time from process start to the first token, and compare it with transformers.
 
     python bench/start.py --model FOLDER [--rounds 3] [--ahead qwen3-8b]
 
-Every measurement is a new process that imports, loads the model and answers one prompt at batch
-size 1, greedily: ours with empty caches (cold), ours with the caches of an earlier process (warm),
-and transformers (`from_pretrained`, `generate`), in turn. The file cache holds the weights in all
-of them. The first token is the first event of `Engine.stream`, and the first call of transformers'
-streamer. Wall seconds depend on what else runs on the machine, so processor seconds of the process
-are beside them.
+Every measurement runs in a new process, which imports the package, loads the model and greedily
+answers one prompt at batch size 1. Three arms alternate: jaxpersona with empty caches (cold),
+jaxpersona with the caches of an earlier process (warm), and transformers (`from_pretrained`,
+`generate`). The weights are in the file cache. The first token is the first event of
+`Engine.stream`, or the first generated token that transformers' streamer receives. Wall-clock
+seconds depend on the load of the machine, so processor seconds are also reported.
 
-- `import_s`, `load_s`: warm medians, wall seconds.
-- `trace_s`, `compile_s`: of a cold start, from JAX's monitoring events (tracing includes lowering;
-  the events of threads that overlap are added).
-- `run_s`: from the request to the first token in the same process, a second time.
-- `warm_ratio`, `cold_ratio`: seconds to the first token, ours over transformers' (median over
-  rounds).
-- `second_s`: extra seconds to the first token of a second prompt of another padded length, warm.
-- `programs`: compiled in a session of 20 prompts of different lengths (4 to 80 tokens) at batch
-  sizes 1 and 8, with the limits of 16 and of 48 tokens in turn.
+- `import_s`, `load_s`: wall-clock seconds, median of the warm runs.
+- `trace_s`, `compile_s`: seconds of tracing (with lowering) and of compilation in a cold run, from
+  JAX's monitoring events. The times of concurrent threads are added.
+- `run_s`: seconds from the request to the first token when the process answers a second time.
+- `warm_ratio`, `cold_ratio`: seconds to the first token divided by those of transformers (median
+  over rounds).
+- `second_s`: in a warm run, extra seconds to the first token of a prompt of another padded length.
+- `programs`: the number of programs compiled for 20 prompts of different lengths (4 to 80 tokens)
+  at batch sizes 1 and 8, with reply limits of 16 and 48 tokens.
 - `ahead`: seconds to trace, lower and compile prefill and decode of a large model ahead of time for
   a TPU v5e (with libtpu) and an H100, with and without nested programs for the layers (`blocks`).
 
@@ -115,12 +115,12 @@ def theirs(folder: str) -> dict[str, Any]:
     done = time.perf_counter()
     text = tokenizer.decode(out[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
     return {"import_s": imported - begun, "load_s": loaded - imported,
-            "token_s": streamer.times[1][0] - loaded,  # the first call has the prompt
+            "token_s": streamer.times[1][0] - loaded,  # the first call contains the prompt
             "reply_s": done - loaded, "cpu_s": streamer.times[1][1] - spent, "text": text}
 
 
 def session(folder: str) -> dict[str, Any]:
-    """Count the programs that 20 prompts of different lengths at two batch sizes compile."""
+    """Count the programs compiled for 20 prompts of different lengths at two batch sizes."""
     import jaxpersona as jp
     from jaxpersona.engine.compiled import KEPT
     from jaxpersona.engine.programs import TRACES
@@ -134,7 +134,7 @@ def session(folder: str) -> dict[str, Any]:
 
 
 def ahead(name: str) -> dict[str, Any]:
-    """Lower and compile a large model's programs for absent devices, both ways."""
+    """Compile a large model's programs for absent devices, with and without nested programs."""
     import contextlib
     from unittest import mock
 
@@ -184,7 +184,7 @@ def ahead(name: str) -> dict[str, Any]:
 
 
 def _device(target: str, topologies: Any) -> Any:
-    """Return an absent device to compile for."""
+    """Return a device to compile for, which need not be present."""
     if target == "v5e":
         from jaxpersona.planning.chips import tpu_devices
 
@@ -192,7 +192,7 @@ def _device(target: str, topologies: Any) -> Any:
         if devices is None:
             raise RuntimeError("libtpu is not installed")
         return devices[0]
-    from ahead import H200  # an H100's chip with more memory
+    from ahead import H200  # the same chip as the H100, with more memory
 
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     return topologies.get_topology_desc(platform="cuda", topology="1x1x1",
@@ -200,13 +200,13 @@ def _device(target: str, topologies: Any) -> Any:
 
 
 def process(task: str, argument: str, cache: str) -> dict[str, Any]:
-    """Run a task in a new process; return its result and the seconds since it was started."""
+    """Run a task in a new process; return its result and the duration of the process."""
     begun = time.perf_counter()
     env = {**os.environ, "XDG_CACHE_HOME": cache, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, __file__, "--one", task, argument], check=True, env=env,
                           stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    if "token_s" in found:  # the rest of the process's life is not part of the start
+    if "token_s" in found:  # seconds until the first token
         found["first_s"] = found["import_s"] + found["load_s"] + found["token_s"]
     return {**found, "process_s": time.perf_counter() - begun}
 
@@ -214,9 +214,9 @@ def process(task: str, argument: str, cache: str) -> dict[str, Any]:
 def main() -> None:
     """Run the benchmark and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", required=True, help="a folder in the Hugging Face layout, mini")
+    parser.add_argument("--model", required=True, help="a Hugging Face folder, or mini")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--session", default="mini", help="the model of the session of prompts")
+    parser.add_argument("--session", default="mini", help="the model for `programs`")
     parser.add_argument("--ahead", default="", help="a preset to compile ahead of time")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     if "--one" in sys.argv:

@@ -33,7 +33,7 @@ from jaxpersona.models.weight import LowRank, Weight
 
 WEIGHTS = "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-# setting that can change the computation → values with which it does not
+# setting that can change the computation → values that leave the computation unchanged
 _INACTIVE: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None), "fan_in_fan_out": (False, None), "bias": ("none", None),
     "lora_bias": (False, None), "modules_to_save": (None, []), "layer_replication": (None, []),
@@ -65,7 +65,7 @@ def read_adapter(folder: pathlib.Path, config: ModelConfig) -> dict[str, Pair]:
       config: the configuration of the base model.
 
     Returns:
-      Tensor name → update of the weight.
+      The update of each weight, by tensor name.
 
     Raises:
       UserError: the folder is not a LoRA adapter, uses an unsupported feature, or does not fit the
@@ -118,10 +118,10 @@ def _check_settings(raw: Mapping[str, Any], place: pathlib.Path) -> None:
 
 def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
              place: pathlib.Path) -> float:
-    """Return the rank or α of a module: that of the first matching pattern, else the default.
+    """Return the rank or α of a module from the first matching pattern, or else the default.
 
-    As in PEFT, a pattern is a regular expression that must match the module's whole name, or all of
-    the name after one of its dots.
+    As in PEFT, a pattern is a regular expression that must match the module's whole name, or
+    everything after one of the dots in the name.
     """
     value = raw.get(key, 8)
     table = raw.get(patterns) or {}
@@ -144,7 +144,7 @@ def _setting(raw: Mapping[str, Any], key: str, patterns: str, module: str,
 
 def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
             config: ModelConfig) -> tuple[dict[str, tuple[Entry, Entry]], list[str]]:
-    """Return the two factors of each weight by its tensor name, and every mismatch."""
+    """Return the pairs of factors by the weight's tensor name, and a list of all mismatches."""
     by_weight: dict[str, dict[str, Entry]] = {}
     faults = []
     for name, entry in sorted(entries.items()):
@@ -153,7 +153,7 @@ def _paired(entries: Mapping[str, Entry], expected: Mapping[str, names.Tensor],
         if match is None:
             faults.append(f"{name}: not a LoRA factor of a linear layer")
         elif weight == HEAD and config.tied_embeddings:
-            faults.append(f"{name}: the model has no output head of its own (tied embeddings)")
+            faults.append(f"{name}: the model has no separate output head (tied embeddings)")
         elif weight not in expected:
             faults.append(f"{name}: the model has no weight {weight}")
         elif entry.dtype not in DTYPES or len(entry.shape) != 2:
@@ -180,7 +180,7 @@ def merged(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> 
     """Add updates to the weights: W + s·B·A in float32, rounded to the weight's dtype.
 
     Raises:
-      UserError: an update of an int8 weight.
+      UserError: a weight that has an update is int8.
     """
     def add(w: jax.Array, spec: Spec, pair: Pair) -> jax.Array:
         if isinstance(w, Weight):
@@ -200,7 +200,7 @@ def add_pair(w: jax.Array, spec: Spec, pair: Pair) -> jax.Array:
 def attached(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -> Params:
     """Keep updates separate from the base weights (`weight.LowRank`), which are unchanged.
 
-    They have the dtype of the activations, also beside int8 weights.
+    The updates have the dtype of the activations, even if the base weights are int8.
     """
     dtype = params.like.dtype
 
@@ -223,7 +223,7 @@ def attached(params: Params, config: ModelConfig, updates: Mapping[str, Pair]) -
 
 def _changed(params: Params, config: ModelConfig, updates: Mapping[str, Pair],
              change: Any) -> Params:
-    """Replace each weight that has an update by `change(weight, spec, update)`."""
+    """Replace each weight that has an update with `change(weight, spec, update)`."""
     tensors = names.tensors(config)
 
     def one(holder: Any, layout: Any, field: str) -> Any:

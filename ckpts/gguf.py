@@ -24,8 +24,8 @@ from jaxpersona.models.config import MAX_LAYERS
 from jaxpersona.vectors.vector import CONTROL_VECTOR, Axis, Vector
 
 ARCHITECTURE = "controlvector"
-VECTOR_BYTES = 1 << 30  # maximum size of a vector file; that of a 405B model has 8 MB
-_MAX_ELEMENTS = 1 << 16  # maximum number of array elements in total; `write` writes no array
+VECTOR_BYTES = 1 << 30  # maximum size of a vector file; the file for a 405B model is 8 MB
+_MAX_ELEMENTS = 1 << 16  # maximum number of elements in all arrays; `write` writes no arrays
 # stored under keys `jaxpersona.<field>`
 _OURS = ("kind", "name", "model", "fingerprint", "fingerprint_scheme", "layers", "notes")
 
@@ -50,7 +50,7 @@ def read(path: str | os.PathLike) -> Vector:
     require_file(path, VECTOR_BYTES)
     try:
         reader = gguf.GGUFReader(path)
-    except Exception as error:  # gguf slices without checks; NumPy's errors would not help users
+    except Exception as error:  # gguf does not check bounds; NumPy's errors would not help users
         raise UserError(damaged) from error
     try:
         return _build(gguf, reader, path.stem)
@@ -101,7 +101,7 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
         directions[int(number[1])] = value
     widths = {value.size for value in directions.values()}
     if len(widths) != 1 or 0 in widths:
-        raise UserError("the file holds no direction" if not widths - {0} else
+        raise UserError("the file contains no direction" if not widths - {0} else
                         f"directions have different widths {sorted(widths)}")
     ours = {name: field(f"jaxpersona.{name}") for name in _OURS}
     layers = max(*directions, int(ours["layers"] or 0) - 1) + 1
@@ -119,7 +119,7 @@ def _build(gguf: Any, reader: Any, stem: str) -> Vector:
 
 
 def write(path: str | os.PathLike, vector: Vector) -> list[str]:
-    """Write a direction as a control vector, atomically; return what GGUF cannot store.
+    """Write a direction as a control vector, atomically; return a list of what GGUF cannot store.
 
     Raises:
       UserError: the package gguf is not installed, the direction was measured at a site other than
@@ -129,7 +129,7 @@ def write(path: str | os.PathLike, vector: Vector) -> list[str]:
     vector.check_site("residual")
     chosen = [i for i, row in enumerate(vector.values) if i and row.any()]
     if not chosen:
-        raise UserError(f"{path}: the direction is zero above layer 0, and GGUF stores no layer 0")
+        raise UserError(f"{path}: the direction is zero above layer 0; GGUF cannot store layer 0")
     gguf = gguf_header.import_gguf(path)
     with atomic(path) as temporary:
         writer = gguf.GGUFWriter(temporary, ARCHITECTURE)

@@ -16,8 +16,8 @@ from jaxpersona.models.nn import rope_frequencies
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 GEMMA = ("gemma2", "gemma3")
-_27B = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, which scale attention by D/N
-# keys under "<architecture>." that are read, or that do not change the computation
+_27B = {"gemma2": 46, "gemma3": 62}  # layers of the 27B models, whose attention scale uses D/N
+# keys under "<architecture>." that are read or do not affect the computation
 _KNOWN = frozenset("""
     block_count embedding_length feed_forward_length context_length vocab_size
     attention.head_count attention.head_count_kv attention.key_length attention.value_length
@@ -27,7 +27,7 @@ _KNOWN = frozenset("""
     rope.scaling.original_context_length rope.scaling.finetuned rope.scale_linear
     expert_count expert_used_count use_parallel_residual tensor_data_layout
 """.split())
-# keys that change the computation, each with the value that has no effect
+# keys that affect the computation → the value that has no effect
 _UNSUPPORTED = {"expert_count": 0, "use_parallel_residual": False, "attention.causal": True,
                 "logit_scale": 1.0, "residual_scale": 1.0, "embedding_scale": 1.0,
                 "attention.clamp_kqv": 0.0, "attention.max_alibi_bias": 0.0}
@@ -129,7 +129,8 @@ def to_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]],
     }
     if rope_divisors is not None:
         if raw["rope_scaling"] is not None:
-            raise UserError("both rope_freqs.weight and rope.scaling are present; one is supported")
+            raise UserError("the model has both rope_freqs.weight and rope.scaling; only one of "
+                            "them is supported")
         raw["rope_scaling"] = _llama3(rope_divisors, theta, head_dim)
     if family.name in ("llama", "qwen3", *GEMMA):
         raw["attention_bias"] = "blk.0.attn_q.bias" in shapes
@@ -170,14 +171,14 @@ def _scaling(data: _Metadata) -> dict[str, Any] | None:
 
 
 def _llama3(divisors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """Return the parameters of Llama 3's frequency scaling that give these divisors.
+    """Return the parameters of Llama 3's frequency scaling that result in these divisors.
 
-    Multiplying `original_max_position_embeddings` and both frequency factors by one number changes
-    nothing, so the low frequency factor can be fixed at 1, as in all released models.
+    Multiplying `original_max_position_embeddings` and both frequency factors by the same number
+    does not change the result, so the low frequency factor is 1 here, as in all released models.
     """
     divisors = np.asarray(divisors, np.float64)
     if divisors.shape != (head_dim // 2,) or not (np.isfinite(divisors) & (divisors > 0)).all():
-        raise UserError(f"rope_freqs.weight must hold {head_dim // 2} positive numbers")
+        raise UserError(f"rope_freqs.weight must contain {head_dim // 2} positive numbers")
     if head_dim % 2 or np.allclose(divisors, 1, rtol=1e-6):
         return None  # `ModelConfig` rejects an odd head dimension
     factor = float(str(np.float32(divisors.max())))
@@ -246,7 +247,7 @@ def _gemma(data: _Metadata, architecture: str, width: int, heads: int, layers: i
     scale = data.real("attention.scale")
     if scale is not None and scale > 0:
         scalar = scale**-2
-    else:  # not in the file: derived from the number of layers, as in llama.cpp
+    else:  # missing from the file, so derived from the number of layers, as in llama.cpp
         scalar = width / heads if layers == _27B[architecture] else head_dim
     raw: dict[str, Any] = {"query_pre_attn_scalar": scalar}
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):

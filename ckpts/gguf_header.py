@@ -73,7 +73,7 @@ def mapped(path: pathlib.Path) -> Iterator[mmap.mmap]:
 
 
 class HeaderReader:
-    """A sequential reader of a header, which never reads beyond the end of the file.
+    """A sequential reader of a header that never reads beyond the end of the file.
 
     Every method raises `struct.error` if the header declares more data than the file contains.
 
@@ -84,7 +84,7 @@ class HeaderReader:
     """
 
     def __init__(self, data: mmap.mmap, max_elements: int) -> None:
-        """Read the counts.
+        """Read the version and the numbers of tensors and fields.
 
         Args:
           data: the file.
@@ -99,7 +99,7 @@ class HeaderReader:
         if data[:4] != b"GGUF":
             raise struct.error("not a GGUF file")
         self.version = self._number("I")
-        if self.version & 0xFFFF == 0:  # the version in the other byte order
+        if self.version & 0xFFFF == 0:  # a small number in the other byte order
             raise UserError("big-endian byte order is not supported; convert the file")
         self.n_tensors, self.n_fields = self._number("Q"), self._number("Q")
 
@@ -162,7 +162,7 @@ class HeaderReader:
         return infos
 
     def _array(self, keep: bool) -> Any:
-        """Read an array; return numbers as a NumPy array, strings as a list or None if not kept."""
+        """Read an array: numbers as a NumPy array, strings as a list, or as None if not kept."""
         kind, count = self._number("I"), self._number("Q")
         if count > self._max_elements:
             raise UserError(f"an array declares {count} elements; the limit is "

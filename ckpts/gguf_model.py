@@ -1,8 +1,8 @@
 """GGUF model files: headers, tensors and dequantization.
 
-Every tensor is dequantized by the package gguf, in blocks of rows, directly into an array of the
-target dtype. llama.cpp's conversion is undone: for architecture "llama", the rows of Q and K are
-permuted back to Hugging Face's order; for Gemma, the 1 that was added to norm weights is
+The package gguf dequantizes every tensor in blocks of rows, directly into an array of the target
+dtype. Two changes by llama.cpp's converter are reversed: for architecture "llama", the rows of Q
+and K are permuted back to Hugging Face's order; for Gemma, the 1 that was added to norm weights is
 subtracted.
 """
 
@@ -31,8 +31,8 @@ SUFFIX = ".gguf"
 TOKENIZER_ARRAYS = tuple(f"tokenizer.ggml.{key}" for key in
                          ("tokens", "scores", "token_type", "merges"))
 ROPE_DIVISORS = "rope_freqs.weight"
-_MAX_TENSORS = 32 * MAX_LAYERS  # Gemma 3 has 13 per layer
-_MAX_ELEMENTS = 1 << 22  # in all arrays together; Llama 4's tokenizer has 0.9 million
+_MAX_TENSORS = 32 * MAX_LAYERS  # maximum number of tensors; Gemma 3 has 13 per layer
+_MAX_ELEMENTS = 1 << 22  # maximum for all metadata arrays; Llama 4's tokenizer has 0.9 million
 _MAX_PARTS = 1024
 _BLOCK = 1 << 20  # number of elements to dequantize at once
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
@@ -62,10 +62,10 @@ def gguf_name(name: str, post_norms: bool) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """A tensor in a file.
+    """A tensor in a GGUF file: its quantization format and location.
 
     Attributes:
-      kind: its `gguf.GGMLQuantizationType`.
+      kind: the tensor's `gguf.GGMLQuantizationType`.
       shape: the shape in elements, in C order.
       block: the number of elements in a quantization block.
       block_bytes: the size of a block in bytes.
@@ -145,17 +145,17 @@ def _read_parts(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str
             raise UserError(f"{part}: split.no is {of_part.get('split.no')!r:.40} and split.count "
                             f"{of_part.get('split.count')!r:.40}; expected {number} and {count}")
         if both := set(tensors) & set(more):
-            raise UserError(f"{part}: contains {some(both)}, but so does another part")
+            raise UserError(f"{part}: contains {some(both)}, which another part also contains")
         tensors |= more
     declared = fields.get("split.tensors.count", len(tensors))
     if declared != len(tensors):
-        raise UserError(f"{path}: the parts hold {len(tensors)} tensors; split.tensors.count is "
+        raise UserError(f"{path}: the parts contain {len(tensors)} tensors; split.tensors.count is "
                         f"{declared!r:.40}")
     return fields, tensors
 
 
 def _read_part(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str, Quantized]]:
-    """Read and check one file's header."""
+    """Read and check one file's header; return its fields and its tensors by name."""
     size = path.stat().st_size
     try:
         with gguf_header.mapped(path) as data:
@@ -183,9 +183,10 @@ def _read_part(path: pathlib.Path, gguf: Any) -> tuple[dict[str, Any], dict[str,
 
 def _locate(path: pathlib.Path, infos: list[TensorInfo], start: int, size: int,
             gguf: Any) -> dict[str, Quantized]:
-    """Check types, shapes and byte ranges of the tensors; ranges must not overlap.
+    """Check the tensors' types, shapes and byte ranges; return the tensors by name.
 
-    If tensors could share bytes, a file could declare far more parameters than it contains.
+    Byte ranges must not overlap, because a file with overlapping tensors could declare far more
+    parameters than it contains.
     """
     tensors: dict[str, Quantized] = {}
     for info in infos:
@@ -199,7 +200,7 @@ def _locate(path: pathlib.Path, infos: list[TensorInfo], start: int, size: int,
         at = start + info.offset
         if at + rows * row_bytes > size:
             raise UserError(f"truncated: {info.name:.80} ends at byte {at + rows * row_bytes}, but "
-                            f"the file at byte {size}")
+                            f"the file ends at byte {size}")
         if info.name in tensors:
             raise UserError(f"tensor {info.name:.80} is declared twice")
         entry = Entry(path, "U8", (rows, row_bytes), at, rows * row_bytes)
@@ -307,7 +308,7 @@ class GgufSource:
           int8 [rows, columns] and the scales of blocks of 32 columns, float16 [rows, columns / 32].
 
         Raises:
-          UserError: the file cannot be read, or has become shorter.
+          UserError: the file cannot be read, or was truncated after its header was read.
         """
         tensor = self._tensors[name]
         if tensor.kind.name != "Q8_0" or len(tensor.shape) != 2:

@@ -17,7 +17,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.extras import require
 
 _CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
-_MAX_LENGTH = 1024  # maximum characters per token; deriving merges takes quadratic time in it
+_MAX_LENGTH = 1024  # maximum characters per token; deriving merges is quadratic in this length
 _NAMED = {"bos_token": "bos_token_id", "eos_token": "eos_token_id",
           "unk_token": "unknown_token_id", "pad_token": "padding_token_id"}
 _STOP_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -44,12 +44,12 @@ _SPLITS = {
     "smaug-bpe": _LLAMA3, "qwen2": _QWEN2, "deepseek-r1-qwen": _QWEN2, "megrez": _QWEN2,
     "tekken": _TEKKEN,
 }
-# vocabularies that never split a word that is itself a token, and that begin a text with BOS
+# vocabularies that do not split a word that is itself a token, and that begin a text with BOS
 _WHOLE_WORDS = frozenset({"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"})
 
 
 def build(fields: Mapping[str, Any]) -> Any:
-    """Return a transformers tokenizer with the file's chat template; None if it has no vocabulary.
+    """Return a transformers tokenizer with the file's chat template, or None without a vocabulary.
 
     Raises:
       UserError: the vocabulary is malformed or of an unsupported kind.
@@ -58,7 +58,7 @@ def build(fields: Mapping[str, Any]) -> Any:
     if tokens is None:
         return None
     if not isinstance(tokens, list) or max(map(len, tokens), default=0) > _MAX_LENGTH:
-        raise UserError(f"tokenizer.ggml.tokens must hold strings of at most {_MAX_LENGTH} "
+        raise UserError(f"tokenizer.ggml.tokens must contain strings of at most {_MAX_LENGTH} "
                         "characters")
     kind = fields.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama"):
@@ -94,7 +94,7 @@ def stop_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _token(fields: Mapping[str, Any], key: str, tokens: Sequence[str]) -> str | None:
-    """Return the text of the token whose id a field gives."""
+    """Return the text of the token whose id is in a field; return None if the field is missing."""
     number = fields.get(f"tokenizer.ggml.{key}")
     if number is None:
         return None
@@ -109,7 +109,7 @@ def _kinds(fields: Mapping[str, Any], tokens: Sequence[str]) -> list[int]:
     if kinds is None:
         return []
     if not isinstance(kinds, np.ndarray) or len(kinds) != len(tokens):
-        raise UserError("tokenizer.ggml.token_type must hold one integer per token")
+        raise UserError("tokenizer.ggml.token_type must contain one integer per token")
     return kinds.tolist()
 
 
@@ -118,7 +118,8 @@ def _merges(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
     split = [m.split(" ") for m in merges] if isinstance(merges, list) else []
     pairs = [(parts[0], parts[1]) for parts in split if len(parts) == 2]
     if merges is None or len(pairs) != len(split):
-        raise UserError("tokenizer.ggml.merges must hold strings of two tokens joined by a space")
+        raise UserError("tokenizer.ggml.merges must contain strings of two tokens joined by a "
+                        "space")
     return pairs
 
 
@@ -150,7 +151,7 @@ def _sentencepiece(fields: Mapping[str, Any], tokens: list[str], gemma: bool,
     else:
         scores = fields.get("tokenizer.ggml.scores")
         if not isinstance(scores, np.ndarray) or len(scores) != len(tokens):
-            raise UserError("tokenizer.ggml.scores must hold one number per token")
+            raise UserError("tokenizer.ggml.scores must contain one number per token")
         # Gemma's merges follow the order of its tokens, not their scores
         merges = _derive_merges(vocabulary, range(0, -len(tokens), -1) if gemma
                                 else scores.tolist())
@@ -196,7 +197,7 @@ def _add_tokens(backend: Any, fields: Mapping[str, Any], tokens: list[str]) -> N
 
 def _add_ends(backend: Any, fields: Mapping[str, Any], named: Mapping[str, str | None],
               tokens: list[str]) -> None:
-    """Add the tokens that begin and end every text, if the metadata require them."""
+    """Add the tokens that begin and end every text, if the metadata requires them."""
     from tokenizers.processors import TemplateProcessing
 
     sentencepiece = fields["tokenizer.ggml.model"] == "llama"

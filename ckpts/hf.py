@@ -1,8 +1,8 @@
 """Load and save Hugging Face folders: config.json and safetensors weights.
 
-Tensors are read one by one, each shard directly onto the devices that hold it, without PyTorch and
-without a second copy in memory. All errors in the files are collected and raised together before
-any weights are read.
+Tensors are read one by one, without PyTorch and without a second copy in memory: each shard is read
+directly onto its devices. All errors in the files are collected and raised together before any
+weights are read.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
 
 
 def _has_other_head(entries: Mapping[str, Entry]) -> bool:
-    """Return whether embedding and head are stored with equal shapes but different values."""
+    """Return whether the embedding and the head have equal shapes but different values."""
     embed, head = entries.get(EMBED), entries.get(HEAD)
     if embed is None or head is None or embed.shape != head.shape:
         return False  # `load` reports different shapes
@@ -248,8 +248,8 @@ def save(folder: str | pathlib.Path, params: Params, config: ModelConfig, *,
          shard_bytes: float = 5e9, extra_config: Mapping[str, Any] | None = None) -> None:
     """Write a folder that transformers and `load` can read.
 
-    Files are written under temporary names and renamed once all are complete, config.json last, so
-    an interrupted save leaves no loadable model.
+    Files are written under temporary names and renamed when all are complete. config.json is
+    renamed last, so an interrupted save leaves no loadable model.
 
     Args:
       folder: created if missing.

@@ -17,7 +17,7 @@ def download(name: str, revision: str | None) -> pathlib.Path:
     """Download a hub repository, or find it in the local cache; return its folder.
 
     Raises:
-      UserError: it is gated, missing or unreachable; the message says which.
+      UserError: the repository is gated, missing or unreachable; the message states the reason.
     """
     require("huggingface_hub", f"{name}: models of the hub need huggingface_hub")
     from huggingface_hub import constants, errors, snapshot_download

@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import DTypeLike
 
-# generation_config.json settings that transformers' generate supports and this package ignores,
-# each with its no-op value (null is always a no-op).
+# generation_config.json settings that transformers' generate supports and this package ignores →
+# the value that has no effect (null never has an effect)
 _UNFOLLOWED = {
     "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
@@ -66,7 +66,8 @@ _UNFOLLOWED = {
     "exponential_decay_length_penalty": None, "watermarking_config": None, "dola_layers": None,
     "remove_invalid_values": False, "renormalize_logits": False, "token_healing": False,
 }
-_SAMPLED = {"top_k": (0, 50), "min_p": (0, 0.0), "top_h": ()}  # ignored only if do_sample is true
+# settings that matter only if do_sample is true → values with no effect, or the default
+_SAMPLED = {"top_k": (0, 50), "min_p": (0, 0.0), "top_h": ()}
 _MINI_VOCABULARY = 1024
 _T = TypeVar("_T")
 
@@ -94,12 +95,12 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
         (by `mesh` or `jax.default_device`), else bfloat16. Gemma 2 and 3 reject float16, because
         their activations overflow it. "int8" quantizes the matrices with a scale per output channel
         (`int8.Int8`); norms and biases stay floats. The model keeps the fingerprint of the float
-        weights. On one CPU, tensors of GGUF type Q8_0 keep their blocks.
+        weights. On one CPU, tensors of GGUF type Q8_0 keep their block scales.
       progress: called with (bytes read so far, total bytes).
       revision: branch, tag or commit of the hub repository; only a commit is immutable.
       adapter: the folder of a LoRA adapter in the format of PEFT for this model.
-      merge: whether to add the adapter to the weights, before they are quantized. False keeps it
-        separate (`weight.LowRank`), so that the base weights are not rounded again.
+      merge: whether to add the adapter to the weights, before they are quantized. False keeps the
+        adapter separate (`weight.LowRank`), so that the base weights are not rounded again.
       activations: with dtype="int8", the dtype of the computation; default: as for `dtype`.
       tables: with dtype="int8", whether the embedding and the output head are "int8" (default) or
         "float", in the dtype of the activations.
@@ -124,7 +125,7 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
     if folder is None:
         return model
     params = model.params
-    if not (merge and form.int8):  # else merged before the quantization
+    if not (merge and form.int8):  # otherwise the adapter was merged before the quantization
         updates = read_adapter(folder, model.config)
         params = (merged if merge else attached)(params, model.config, updates)
     return dataclasses.replace(model, params=params, name=f"{model.name}+{folder.name}")
@@ -191,7 +192,7 @@ def _check_range(config: ModelConfig, dtype: np.dtype, name: str) -> None:
     """Raise if the family's activations overflow the requested float16."""
     if dtype == np.float16 and not FAMILIES[config.family].float16:
         raise UserError(f"dtype is 'float16'; activations of {config.family} models such as "
-                        f"{name} exceed its maximum 65504: use 'bfloat16' or 'float32'")
+                        f"{name} exceed float16's maximum 65504: use 'bfloat16' or 'float32'")
 
 
 def _random(name: str, form: Form, mesh: Mesh | None) -> Model:
@@ -219,7 +220,7 @@ def _random(name: str, form: Form, mesh: Mesh | None) -> Model:
 
 
 def _quantized(params: Params, config: ModelConfig, form: Form) -> Params:
-    """Return loaded parameters, merged with the adapter and quantized if `form` is int8."""
+    """If `form` is int8, merge the adapter into the parameters and quantize them."""
     if not form.int8:
         return params
     if form.merge is not None:
@@ -234,14 +235,14 @@ def _folder(folder: pathlib.Path, name: str, form: Form, mesh: Mesh | None,
     mesh = None if mesh is None else sharding.fit(mesh, config)
     if orbax.holds_checkpoint(folder):
         if also := [name for name in (hf.SINGLE, hf.INDEX) if (folder / name).exists()]:
-            raise UserError(f"{folder}: holds both an Orbax checkpoint ({orbax.NAME}) and "
+            raise UserError(f"{folder}: contains both an Orbax checkpoint ({orbax.NAME}) and "
                             f"{also[0]}; remove the outdated one")
         params, _ = orbax.load(folder, dtype=form.dtype, mesh=mesh)
         if not (stored := scheme(params)):
             params = _quantized(params, config, form)
         elif form.given and not form.int8 or form.tables == ("float tables" in stored) or (
                 form.merge is not None):
-            raise UserError(f"{folder}: holds {stored} weights, which cannot be converted; omit "
+            raise UserError(f"{folder}: contains {stored} weights, which cannot be converted; omit "
                             "dtype, tables and merge=True, or load the float model")
         finish = begin_fingerprint(config, params)  # runs while the tokenizer loads
         tokenizer = read_tokenizer(folder)
@@ -262,8 +263,8 @@ def _folder(folder: pathlib.Path, name: str, form: Form, mesh: Mesh | None,
 def _beside(make: Callable[[], _T]) -> Iterator[Callable[[], _T]]:
     """Run `make`, which uses no JAX, in a thread; yield a function that waits for its result.
 
-    JAX's settings belong to threads, so weights are read in the caller's thread. The block ends
-    after `make` has ended, also with an error.
+    JAX's settings are local to a thread, so the `with` block should read weights in the caller's
+    thread. On exit, it waits for `make`, even if an error is raised.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         yield pool.submit(make).result

@@ -115,7 +115,7 @@ def named(params: Params, config: ModelConfig, *,
     if structure != tree:
         raise UserError("the tree structure of params does not match the configuration")
     if not int8 and any(isinstance(x, Int8) for x in arrays):
-        raise UserError("params holds int8 weights, which Hugging Face folders do not store; use "
+        raise UserError("params has int8 weights, which Hugging Face folders do not store; use "
                         "ckpts.orbax.save, or load the model in float32 or bfloat16")
     faults = [
         f"{tensor.name}: {array.dtype}{list(array.shape)}, expected {list(tensor.spec.shape)} in "

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from orbax.checkpoint import StandardCheckpointer
 
 NAME = "params"
-_SCALE, _MADE_FROM = ".scale", ".made_from"  # suffixes of an int8 weight's further arrays
+_SCALE, _MADE_FROM = ".scale", ".made_from"  # suffixes of an int8 weight's additional arrays
 _MARKS = ("_METADATA", "_CHECKPOINT_METADATA")  # metadata files that Orbax writes
 
 
@@ -146,8 +146,8 @@ def load(folder: str | pathlib.Path, *, dtype: DTypeLike | None = None,
                 continue
             scale, out = stored[name + _SCALE], len(shape) - tensor.spec.inner
             if mesh is not None and len(scale.shape) > out:
-                raise UserError(f"{folder}: holds int8 weights in blocks, which a mesh does not "
-                                "support; load it without mesh")
+                raise UserError(f"{folder}: contains int8 weights with block scales, which a mesh "
+                                "does not support; load it without mesh")
             shapes[name] = wish(shape, axes, kind)
             shapes[name + _SCALE] = wish(tuple(scale.shape), (*axes[:out], None)[:len(scale.shape)],
                                          scale.dtype)

@@ -1,8 +1,8 @@
 """Load a checkpoint's weights in int8, one tensor at a time.
 
-Each tensor is read in float32, sharded, and quantized before the next one is, so memory holds the
-int8 model and one float tensor (besides those read ahead). The sums of the float weights are kept
-(`Int8.made_from`), so the model has their fingerprint.
+Each tensor is read in float32, sharded and quantized before the next one. Memory therefore contains
+the int8 model, one float tensor and the tensors that are prefetched. The sums of the float weights
+are kept (`Int8.made_from`), so the model has the fingerprint of the float weights.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _TABLES = ("int8", "float")
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """The dtypes in which `load` makes a model.
+    """The dtypes of a model that `load` returns, and the adapter to merge.
 
     Attributes:
-      dtype: of the activations, and of weights that are not int8.
+      dtype: the dtype of the activations and of weights that are not int8.
       int8: whether the matrices are quantized.
-      tables: whether the embedding and the output head are too; None if the caller did not choose,
-        which quantizes them.
+      tables: whether the embedding and the output head are also quantized; None if the caller did
+        not choose, which quantizes both.
       given: whether the caller chose the dtype of the weights.
       merge: the folder of an adapter to add to the weights before they are quantized.
     """
@@ -58,15 +58,15 @@ class Form:
 
 def parse_form(dtype: DTypeLike | None, activations: DTypeLike | None, tables: str | None,
                default: np.dtype) -> Form:
-    """Return the form that the arguments of `load` describe; `default` is the device's dtype.
+    """Convert arguments of `load` to a `Form`; `default` is the default dtype of the device.
 
     Raises:
-      UserError: an unknown dtype or value, or an argument that applies to int8 only.
+      UserError: a dtype or value is unknown, or an argument applies only to int8.
     """
     if not _is_int8(dtype):
         for name, value in (("activations", activations), ("tables", tables)):
             if value is not None:
-                raise UserError(f"{name} is {value!r:.60}, which applies to dtype='int8'; "
+                raise UserError(f"{name} is {value!r:.60}, which applies only to dtype='int8'; "
                                 f"omit {name}, or use dtype='int8'")
         try:
             return Form(default if dtype is None else parse_dtype(dtype), given=dtype is not None)
@@ -86,26 +86,27 @@ def _is_int8(dtype: DTypeLike | None) -> bool:
         return dtype == "int8"
     try:
         return np.dtype(dtype) == INT8
-    except (TypeError, ValueError):  # `parse_dtype` names the mistake
+    except (TypeError, ValueError):  # `parse_dtype` raises the error
         return False
 
 
 def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Mesh | None = None,
               progress: Progress | None = None, blocks: Blocks | None = None) -> Params:
-    """Load all parameters, the matrices in int8.
+    """Load all parameters, with the matrices quantized to int8.
 
     Args:
-      source: must have every tensor of `names.tensors(config)` in its file shape.
+      source: contains every tensor of `names.tensors(config)` in its file shape.
       config: the model configuration.
-      form: the dtypes, and an adapter to merge.
+      form: the dtypes and the adapter to merge.
       mesh: shards the parameters by `sharding.RULES`; each process reads only its own shards.
       progress: called with (bytes read so far, total bytes).
-      blocks: reads a tensor that the checkpoint stores in int8 with a scale per block, by its name.
-        It is kept so on one CPU; elsewhere XLA would write a dequantized copy at every product, so
-        it is quantized again with a scale per channel.
+      blocks: a function from a tensor's name to its int8 values and block scales, or to None if the
+        checkpoint does not store it in int8. On one CPU the values are kept. On other devices XLA
+        would write a dequantized copy at every product, so the tensor is quantized again with a
+        scale per channel.
 
     Raises:
-      UserError: the files are invalid, or the adapter does not fit.
+      UserError: the files are invalid, or the adapter does not fit the model.
     """
     tensors, tree = jax.tree.flatten(names.tensors(config))
     total = sum(source.size(tensor.name) for tensor in tensors)
@@ -153,5 +154,5 @@ def load_int8(source: TensorSource, config: ModelConfig, form: Form, *, mesh: Me
 
 @jax.jit
 def _dense(w: Int8) -> jax.Array:
-    """Return an int8 weight in float32, for its sums."""
+    """Dequantize an int8 weight to float32, to compute its sums."""
     return dequantized(w)

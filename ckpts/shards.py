@@ -18,7 +18,7 @@ def read_entries(folder: pathlib.Path) -> tuple[dict[str, Entry], list[str]]:
     """Locate every tensor of a folder.
 
     As in transformers, `model.safetensors` takes precedence over an index that does not list it. If
-    shards of that index exist too, a warning names both.
+    shards of that index also exist, a warning names both.
 
     Returns:
       The tensor entries by name, and the errors in the index and the files.
@@ -71,7 +71,7 @@ def _is_left_over(index: pathlib.Path) -> bool:
     present = {name for name in names if isinstance(name, str)
              and (index.parent / pathlib.PurePath(name).name).is_file()}
     if present:
-        warnings.warn(f"{index.parent}: holds both {SINGLE} and the shards of {INDEX} "
+        warnings.warn(f"{index.parent}: contains both {SINGLE} and the shards of {INDEX} "
                       f"({some(present)}); {SINGLE} is read, as in transformers. Remove the "
                       "outdated files", UserWarning, stacklevel=5)
     return True

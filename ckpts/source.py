@@ -1,7 +1,7 @@
 """Read a model's parameters from any checkpoint format onto their devices.
 
-A format implements `TensorSource`. `load_params` reads it tensor by tensor, each shard directly
-onto the devices that hold it, so memory never holds a second copy of the model.
+Each format implements `TensorSource`. `load_params` reads the tensors one by one, each shard
+directly onto its devices, so memory never contains a second copy of the model.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from jaxpersona.distributed import sharding
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Params
 
-READERS = 3  # tensors read concurrently, because memory allocation can stall a thread
+READERS = 3  # number of tensors read concurrently, because memory allocation can stall a thread
 Progress = Callable[[int, int], None]
 
 
@@ -32,7 +32,7 @@ class TensorSource(Protocol):
     """
 
     def size(self, name: str) -> int:
-        """Return the number of bytes that a tensor takes in the files."""
+        """Return the size of a tensor in the files, in bytes."""
         ...
 
     def read(self, name: str, index: tuple[slice, ...] | None,
@@ -52,7 +52,7 @@ def load_params(source: TensorSource, config: ModelConfig, *, dtype: np.dtype | 
     """Load all parameters.
 
     Args:
-      source: must have every tensor of `names.tensors(config)` in its file shape.
+      source: contains every tensor of `names.tensors(config)` in its file shape.
       config: the model configuration.
       dtype: float32, bfloat16 or float16; None keeps each tensor's dtype.
       mesh: shards the parameters by `sharding.RULES`; each process reads only its own shards.
@@ -91,7 +91,7 @@ def ahead(read: Callable[[Tensor], Any], tensors: Iterable[Tensor]) -> Iterator[
 
 
 def place(source: TensorSource, tensor: Tensor, dtype: np.dtype | None, mesh: Mesh) -> jax.Array:
-    """Read this process's shards of one tensor; each is read once and copied to its devices."""
+    """Read this process's shards of one tensor; each shard is read once, for all of its devices."""
     shape, axes = tensor.spec.shape, tensor.spec.axes
     placed = sharding.weight_sharding(axes, shape, mesh)
     holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}

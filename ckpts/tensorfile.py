@@ -1,8 +1,8 @@
 """Safetensors files: header validation, reading of tensors and slices, and writing.
 
 A file consists of an 8-byte header length, a JSON header with each tensor's dtype, shape and byte
-range, and the data. Unlike a memory map of the whole file, this reader keeps one tensor in memory
-at a time. It reports all errors in a header together.
+range, and the data. Unlike a memory map of the whole file, this reader keeps only one tensor in
+memory at a time. It reports all errors in a header together.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _WIDTHS = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I
 _HEADER_LIMIT = 100_000_000  # maximum header size of the format, in bytes
 _MOST_DIMENSIONS = 16  # per tensor; NumPy's limit is 64, and no model exceeds 4
 _PIECE = 1 << 20  # bytes read before each cast, small enough to stay in the CPU cache
-_ALIGN = 64  # alignment at which JAX adopts a host buffer without copying
+_ALIGN = 64  # alignment in bytes with which JAX uses a host buffer without copying it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _entry(path: pathlib.Path, value: Any, base: int) -> Entry | str:
         begin, end = value["data_offsets"]
     except (TypeError, KeyError, ValueError):
         return "corrupt header entry"
-    if isinstance(shape, list) and len(shape) > _MOST_DIMENSIONS:  # its product would be slow
+    if isinstance(shape, list) and len(shape) > _MOST_DIMENSIONS:  # `math.prod` would be slow
         return f"declares {len(shape)} dimensions; at most {_MOST_DIMENSIONS} are supported"
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers) or end < begin:
@@ -257,7 +257,7 @@ def _read_into(path: pathlib.Path, start: int, out: np.ndarray) -> None:
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Allocate an array that JAX can adopt on CPU without copying."""
+    """Allocate an array that JAX can use on a CPU without copying it."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGN, np.uint8)
     offset = -memory.ctypes.data % _ALIGN
@@ -266,7 +266,7 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def pieces(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
            values: Callable[[str], np.ndarray], metadata: Mapping[str, str]) -> Iterator[Any]:
-    """Yield the bytes of a safetensors file: the header, then tensor by tensor.
+    """Yield the bytes of a safetensors file: the header, then each tensor.
 
     Args:
       tensors: dtype and shape by name, in file order.

@@ -52,9 +52,9 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
 def _named_class(folder: pathlib.Path) -> dict[str, Any]:
     """Return a `config` argument for AutoTokenizer if tokenizer_config.json names the class.
 
-    AutoTokenizer reads `model_type` and `tokenizer_class` of the model's configuration. To read
-    them it would import the configuration's class and with it PyTorch's distributed tensors, if
-    PyTorch is installed, which takes five times as long as reading the tokenizer.
+    AutoTokenizer needs `model_type` and `tokenizer_class` of the model's configuration. To read
+    both, it would import the configuration's class. If PyTorch is installed, this also imports
+    PyTorch's distributed tensors, which takes five times as long as reading the tokenizer.
     """
     from transformers import PretrainedConfig
 
@@ -72,13 +72,13 @@ def _named_class(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def encode_once(tokenizer: Any) -> None:
-    """Encode a text once, because an unsupported regular expression fails only when it is used."""
+    """Encode a text once, so that an unsupported regular expression raises its error now."""
     with _without_stderr():
         tokenizer("Hello, world! 1 + 1", add_special_tokens=False)
 
 
 def checked(path: pathlib.Path, make: Callable[[], _T]) -> _T:
-    """Call `make`, which creates a tokenizer; if it fails, raise a UserError with the path."""
+    """Call `make`, which creates a tokenizer; convert its errors to a UserError with the path."""
     try:
         return make()
     except UserError as error:
@@ -98,7 +98,8 @@ def checked(path: pathlib.Path, make: Callable[[], _T]) -> _T:
 def _without_stderr() -> Iterator[None]:
     """Discard what native code writes to stderr, such as a panic's backtrace.
 
-    Holds a lock: a concurrent call would save the redirected descriptor and restore it at exit.
+    A lock prevents concurrent calls: a second call would save the redirected descriptor and restore
+    that descriptor at its end.
     """
     with _STDERR:
         try:

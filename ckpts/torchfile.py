@@ -51,7 +51,7 @@ def read_pickle(path: str | os.PathLike) -> Any:
         call = re.search(r"GLOBAL ([\w.]+)", message)
         if call:
             raise UserError(f"{path}: unsafe pickle: it would call {call[1]}; ask its author "
-                            "for a file that holds only tensors") from error
+                            "for a file that contains only tensors") from error
         reason = message.split("WeightsUnpickler error: ")[-1].split(". ")[0]
         reason = reason.split(" Check the documentation")[0][:120]
         raise UserError(f"{path}: invalid .pt file ({reason or type(error).__name__})"
@@ -80,7 +80,7 @@ def _check_archive(path: pathlib.Path, size: int) -> None:
         raise UserError(f"{path}: invalid .pt file (the ZIP archive is damaged: {error})"
                         ) from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise UserError(f"{path}: invalid .pt file (it holds a compressed entry, which "
+        raise UserError(f"{path}: invalid .pt file (it contains a compressed entry, which "
                         "PyTorch never writes; save it again with torch.save)")
     claimed = sum(entry.file_size for entry in entries)
     if claimed > size:
@@ -117,7 +117,7 @@ class _Plain:
 
     def _array(self, value: Any) -> np.ndarray:
         if not value.is_floating_point():
-            raise TypeError(f"it holds a tensor of {value.dtype}; directions must be floats")
+            raise TypeError(f"it contains a tensor of {value.dtype}; directions must be floats")
         if value.numel() > self.size:  # an expanded view of a small storage
             raise UserError(f"a tensor declares {value.numel()} elements, but the file has "
                             f"{self.size} bytes")
@@ -133,13 +133,13 @@ def read(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[str,
     `<trait>_<pool>_diff.pt` is a persona vector.
 
     A persona vector file is [L + 1, D] and starts at the embeddings. Entry i becomes layer i − 1.
-    Entry 0 (the embeddings) and the last entry (taken after the final norm, so not the residual
+    Entry 0 (the embeddings) and the last entry (after the final norm, so not in the residual
     stream) are dropped. Layer L − 1 is therefore zero. The vector's notes record this conversion.
 
     Args:
       path: the file.
-      kind: kind of a bare tensor, "axis", "role" or "persona"; None infers it from the file name.
-        For a dict it must be None or match the dict's kind.
+      kind: the kind of a bare tensor, "axis", "role" or "persona"; None infers the kind from the
+        file name. For a dict, `kind` must be None or match the dict's kind.
 
     Returns:
       A direction, or capping experiments by id (see `capping`).
@@ -163,7 +163,7 @@ def _interpret(stem: str, value: Any, kind: str | None) -> Vector | dict[str, Ca
     if isinstance(value, dict):
         own = next((name for key, name in _TABLES.items() if key in value), None)
         if own is not None and kind not in (None, own):
-            raise UserError(f"kind is {kind!r}, but the file holds {own}; omit kind")
+            raise UserError(f"kind is {kind!r}, but the file contains {own}; omit kind")
         if own == "caps":
             return capping(value)
         if own == "axis":
@@ -172,14 +172,14 @@ def _interpret(stem: str, value: Any, kind: str | None) -> Vector | dict[str, Ca
             role, score = _text(value["role"], "role"), _text(value.get("type", ""), "type")
             notes = {"source": "Assistant Axis project, role vector", "type": score}
             return Vector(_matrix(value["vector"], "vector"), role, notes=notes)
-        raise UserError("holds a dict without any of the keys axis, vector and experiments")
+        raise UserError("contains a dict without any of the keys axis, vector and experiments")
     array = _matrix(value, "the tensor")
     persona = _PERSONA.fullmatch(stem)
     words = [word.lower() for word in _WORD.findall(stem)]
     kind = kind or ("persona" if persona else "axis" if "axis" in words else
                     "role" if words[:1] == ["default"] else None)
     if kind is None:
-        raise UserError("holds a bare tensor, and the file name does not give its kind; set "
+        raise UserError("contains a bare tensor, and the file name does not state its kind; set "
                         f"kind to one of {', '.join(KINDS)}")
     if kind == "axis":
         return _axis(array)
@@ -271,7 +271,7 @@ def capping(table: Mapping[str, Any]) -> dict[str, Caps]:
             floors.append(-item["cap"])
             values.append(-vector)
         if not values or len({len(value) for value in values}) > 1:
-            raise UserError(f"experiment {name!r} holds no cap, or vectors of different widths")
+            raise UserError(f"experiment {name!r} has no caps, or vectors of different widths")
         if name in out:
             raise UserError(f"duplicate experiment {name!r}")
         notes = {"source": "Assistant Axis project, capping experiment", "sign": _sign(name)}

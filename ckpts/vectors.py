@@ -3,7 +3,7 @@
 | suffix | read | written |
 |---|---|---|
 | .safetensors | this package's vector, axis or caps | yes |
-| .pt | Assistant Axis, Persona Vectors (`torchfile`) | no: a pickle |
+| .pt | Assistant Axis, Persona Vectors (`torchfile`) | no, because it is a pickle |
 | .gguf | control vectors (`gguf`) | yes, without layer 0 and thresholds |
 | .npy | a bare [L, D] array | yes, values only |
 
@@ -76,7 +76,7 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
 
     Args:
       path: the file, or "mini" for the axis of the embedded model, made by `jaxpersona axis`.
-      kind: the kind of a bare tensor in a .pt file, if the file name does not give it
+      kind: the kind of a bare tensor in a .pt file, if the file name does not state the kind
         (`torchfile.read`).
 
     Returns:
@@ -86,13 +86,13 @@ def load_any(path: str | os.PathLike, kind: str | None = None) -> Vector | dict[
       UserError: the suffix is unknown, or the file is missing, damaged, unsafe or uses an
         unsupported convention; the message names the file.
     """
-    if os.fspath(path) == "mini":  # as for `load`, even if a file has that name
+    if os.fspath(path) == "mini":  # as in `load`, even if there is a file of that name
         held = importlib.resources.files("jaxpersona.ckpts") / "mini" / "axis.safetensors"
         with importlib.resources.as_file(held) as file:
             return load_any(file, kind)
     loaded = _read_any(path, kind)
     if isinstance(loaded, Vector) and loaded.n_layers > MAX_LAYERS:
-        raise UserError(f"{path}: holds {loaded.n_layers} layers; at most {MAX_LAYERS} are "
+        raise UserError(f"{path}: has {loaded.n_layers} layers; at most {MAX_LAYERS} are "
                         "allowed")
     return loaded
 
@@ -142,7 +142,7 @@ def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
     """
     loaded = load_any(path, kind)
     if isinstance(loaded, dict):
-        raise UserError(f"{path}: holds caps ({', '.join(list(loaded)[:4])}); read it with "
+        raise UserError(f"{path}: contains caps ({', '.join(list(loaded)[:4])}); read it with "
                         "load_caps or pass it to `generate --cap`")
     return loaded
 
@@ -152,7 +152,7 @@ def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
 
     Args:
       path: the file, or "mini" for the axis of the embedded model (`load_any`).
-      kind: kind of a bare tensor in a .pt file (`load_any`).
+      kind: the kind of a bare tensor in a .pt file (`load_any`).
 
     Raises:
       UserError: as for `load_vector`, or if the direction is not an axis.
@@ -164,7 +164,7 @@ def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
     """
     loaded = load_vector(path, kind=kind)
     if not isinstance(loaded, Axis):
-        raise UserError(f"{path}: holds a {loaded.kind}, not an axis")
+        raise UserError(f"{path}: contains a {loaded.kind}, not an axis")
     return loaded
 
 
@@ -187,12 +187,12 @@ def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
     """
     loaded = load_any(path)
     if not isinstance(loaded, dict):
-        raise UserError(f"{path}: holds a {loaded.kind}, not caps")
+        raise UserError(f"{path}: contains a {loaded.kind}, not caps")
     return loaded
 
 
 def _dated(path: str | os.PathLike, found: Any) -> Any:
-    """Warn if a file's fingerprint cannot be compared because it has another scheme."""
+    """Return `found`; warn if its fingerprint has another scheme and so cannot be compared."""
     scheme = found.fingerprint_scheme
     if found.fingerprint and scheme != SCHEME:
         detail = ("computed from a sample of the weights, so not unique" if scheme == 1 else
@@ -215,8 +215,8 @@ def _read_array(path: pathlib.Path) -> Vector:
     if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind not in "fiu":
         what = (f"{value.dtype}{list(value.shape)}" if isinstance(value, np.ndarray)
                 else "an archive")
-        raise UserError(f"{path}: holds {what}; it must be a real array [L, D], one entry per "
-                        "layer from 0")
+        raise UserError(f"{path}: contains {what}; it must be a real array [L, D] with one entry "
+                        "per layer, from layer 0")
     try:
         return Vector(np.array(value), path.stem,
                       notes={"source": "bare .npy array; row l is read as layer l"})

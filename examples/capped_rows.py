@@ -1,11 +1,11 @@
-"""Give every row of a batch its own cap, and count what each cap changed.
+"""Apply a different cap to each row of a batch, and count the activations that each cap changed.
 
     python examples/capped_rows.py
 
 One conversation runs in five rows: without a cap, and with floors at four percentiles of the
 default persona's projections. The floors are data, so the five rows share one compiled program.
-`applied` counts, for each row and layer, the tokens that the cap's tests selected and those that
-it changed. The embedded model is a model organism, not evidence about large models.
+For each row, `applied` counts the tokens that the cap selected and, at each layer, the tokens that
+the cap changed. The embedded model is a model organism, not evidence about large models.
 """
 
 from __future__ import annotations

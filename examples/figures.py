@@ -1,8 +1,8 @@
-"""Draw the figures of docs/figures.md from the embedded model, in about a minute on an idle CPU.
+"""Draw the figures of docs/figures.md with the embedded model, in about a minute on an idle CPU.
 
     python examples/figures.py docs/figures
 
-The numbers are those of a short run of `mini`: they show the figures, not a result.
+The figures come from a short run of `mini`. They illustrate the plots and are not results.
 """
 
 from __future__ import annotations

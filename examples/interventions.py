@@ -2,9 +2,9 @@
 
     python examples/interventions.py
 
-The embedded model is a model organism with known ground truth. The direction is the difference of
-mean activations between default and pirate replies, a small stand-in for an Assistant Axis
-(`jaxpersona axis`).
+The embedded model is a model organism with known ground truth. The direction is the difference
+between the mean activations of default and pirate replies. It stands in for an Assistant Axis,
+which `jaxpersona axis` computes from many roles.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def talk(system: str | None, question: str) -> list[dict[str, str]]:
 
 
 def means(model: jp.Model, system: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the mean activations [N, L, D] of replies and of prompts, from one call."""
+    """Return the mean activations [N, L, D] of replies and of prompts, from one generate call."""
     talks = [talk(system, question) for question in QUESTIONS]
     read = jp.capture.mean(jp.response) | jp.capture.mean(
         jp.prompt.without("first"), name="prompt")
@@ -50,15 +50,15 @@ def main() -> None:
     place = np.einsum("nld,ld->nl", own, axis.unit).mean(0)  # mean projection per layer
     far = np.einsum("nld,ld->nl", pirate, axis.unit).mean(0)
     role_set = jp.Vector(set_up.mean(0) - asked.mean(0), name="a prompt that sets the pirate role")
-    # midpoint of the two kinds of prompt on that vector, at layer 3
+    # midpoint of the mean projections of both kinds of prompts on that vector, at layer 3
     midpoint = (asked + set_up)[:, 3].mean(0) @ role_set.unit[3] / 2
 
     capped = jp.cap(axis, layers=LAYERS, floor=place)
     examples = {
         "none": None,
-        # a floor keeps the default persona; it acts in the pirate conversation
+        # a floor keeps the model near the default persona; it acts on the pirate conversation
         "cap, a floor": capped,
-        # a ceiling is the reverse: it pushes away from the default, toward another persona
+        # a ceiling has the opposite effect: it moves activations away from the default persona
         "cap, a ceiling": jp.cap(axis, layers=LAYERS, ceiling=far),
         "cap, both": jp.cap(axis, layers=LAYERS, floor=place - 0.5, ceiling=place + 0.5),
         "steer": jp.steer(axis, layers=4, scale=0.5, where=jp.generated),

@@ -2,9 +2,9 @@
 
     python examples/project_tokens.py
 
-`extract` runs the conversation once and keeps one number per token and layer. The bars show, for
-the tokens of each message, where the residual stream lies between the far roles and the default
-persona. The embedded model is a model organism, not evidence about large models.
+`extract` runs the model on the conversation once and returns one number per token and layer. Each
+bar shows the projection of a token, on a scale from the 2nd to the 98th percentile of all tokens.
+The embedded model is a model organism, not evidence about large models.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def main() -> None:
     reply = jp.generate(model, [TALK], max_new_tokens=40).text[0]
     talk = [*TALK, {"role": "assistant", "content": reply}]
 
-    # the values of template tokens are NaN: no projection was computed there
+    # template tokens are excluded, so their values are NaN
     read = jp.capture.projections(axis, jp.everywhere.without("template"), layers=LAYER)
     found = jp.extract(model, [talk], capture=read)
     values = found.captured["projections"][0][0, :, 0]  # [T]: one layer, one direction
-    row = found.rows[0]  # tokens, and the turn of each: an index of `talk`, or -1
+    row = found.rows[0]  # tokens, and for each token its turn: an index of `talk`, or -1
     low, high = np.nanpercentile(values, [2, 98])
     for turn, message in enumerate(talk):
         here = np.flatnonzero((row.turn == turn) & np.isfinite(values))

@@ -2,10 +2,11 @@
 
     python examples/steering_sweep.py
 
-The direction is the difference of the mean activations of two groups of prompts: questions asked of
-a role, and the same questions without one. Each row of the batch then adds it at another strength.
-The embedded model is a model organism: its style, the share of in-character choices in a reply, is
-measured exactly by the grammar of its corpus. Nothing here is evidence about large models.
+The direction is the difference of the mean activations of two groups of prompts: questions with a
+system prompt that sets a role, and the same questions without a system prompt. The rows of the
+batch add this direction with different strengths. The embedded model is a model organism. The style
+of a reply is the share of in-character choices in it, measured exactly with the grammar of the
+training corpus. The results are no evidence about large models.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ LAYER = 4
 
 
 def main() -> None:
-    """Print one line for each strength: the mean style of the replies and one of them."""
+    """Print one line for each strength: the mean style of the replies, and the first reply."""
     model = jp.load("mini")
     plain = [[{"role": "user", "content": f"Tell me about {topic}."}] for topic in TOPICS]
     played = [[{"role": "system", "content": f"You are {role}. Stay in character."}, *talk]
@@ -30,7 +31,7 @@ def main() -> None:
     vector = jp.contrast(model, played, plain, name="toward a role")  # [L, D]
     print(f"{vector}; norm at layer {LAYER}: {np.linalg.norm(vector.values[LAYER]):.1f}")
 
-    # a row for each pair of strength and question; a row of strength 0 has no edit
+    # one row for each pair of strength and question; a row with strength 0 has no edit
     scales = np.repeat(STRENGTHS, len(plain))
     rows = jp.sweep(vector, scales, layers=LAYER, where=jp.everywhere.without("first"))
     out = jp.generate(model, plain * len(STRENGTHS), interventions=rows, max_new_tokens=40)

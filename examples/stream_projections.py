@@ -2,9 +2,10 @@
 
     python examples/stream_projections.py
 
-Both requests have the same conversation; the second one has a cap. An event brings the new text
-and, because the request captures projections, their values at the new tokens, read by the pass
-that generates them. The embedded model is a model organism, not evidence about large models.
+Both requests have the same conversation, and the second request has a cap. Each event contains the
+new text. Because the requests capture projections, an event also contains the projections of the
+new tokens, computed in the pass that generates them. The embedded model is a model organism, not
+evidence about large models.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """A JAX engine that reads and steers the persona of chat models in the residual stream.
 
-The model is a pure function. Captures and interventions are pytrees of arrays that are passed to it
-and compiled into the same program.
+The model is a pure function. Captures and interventions are pytrees of arrays. They are arguments
+of this function and are compiled into the same program.
 """
 
-# imported first, so that the CLI handles signals during the slow imports
+# imported first so that the CLI handles signals during the slow imports below
 from jaxpersona import interrupt as _interrupt  # noqa: F401
 
 # isort: split

@@ -1,4 +1,4 @@
-"""One-line representations: shapes in place of values, and at most 120 characters."""
+"""One-line `repr` strings of at most 120 characters; arrays are shown by their shapes."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import itertools
 import reprlib
 from typing import Any
 
-LENGTH = 120  # characters of a representation
+LENGTH = 120  # maximum number of characters in a representation
 
 
 def brief(self: Any) -> str:
-    """Return `Name(field=…, …)` of a dataclass, cut to `LENGTH` characters.
+    """Return a dataclass as `Name(field=…, …)`, truncated to `LENGTH` characters.
 
-    Use it as the method: `__repr__ = brief`. Arrays are shown as dtype[shape], lists by their
-    length, and fields that are None or excluded from the representation are left out.
+    Assign this function in the class body: `__repr__ = brief`. Arrays are shown as dtype[shape],
+    and lists of objects as their length and type. Fields that are None or have `repr=False` are
+    omitted.
     """
     fields = [(f.name, getattr(self, f.name, None)) for f in dataclasses.fields(self) if f.repr]
     parts = [f"{name}={_part(held)}" for name, held in fields if held is not None]
@@ -22,30 +23,30 @@ def brief(self: Any) -> str:
 
 
 def line(name: str, *parts: str) -> str:
-    """Return `name(part, part, …)` on one line, cut to `LENGTH` characters."""
+    """Return `name(part, part, …)` on one line, truncated to `LENGTH` characters."""
     return cut(f"{name}({', '.join(part for part in parts if part)})", "…)")
 
 
 def cut(text: str, end: str = "…") -> str:
-    """Return a text on one line, cut to `LENGTH` characters, `end` included."""
+    """Return a text on one line, truncated to `LENGTH` characters including the suffix `end`."""
     text = " ".join(text.split())
     return text if len(text) <= LENGTH else text[: LENGTH - len(end)] + end
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless it is one."""
+    """Return a number and its noun, such as "1 token" or "2 tokens"."""
     if number == 1:
         return f"1 {noun}"
     return f"{number:,} {noun[:-1]}ies" if noun == "reply" else f"{number:,} {noun}s"
 
 
 def quoted(text: str, most: int = 40) -> str:
-    """Return a quoted text of at most `most` characters."""
+    """Truncate a text to `most` characters and return its repr."""
     return repr(text if len(text) <= most else text[: most - 1] + "…")
 
 
 def _part(value: Any) -> str:
-    """Return a field's value: dtype[shape] of an array, the length of a container, or its repr."""
+    """Format a field's value: dtype[shape] for an array, otherwise a short representation."""
     if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
         return repr(value.item())
     if hasattr(value, "dtype") and isinstance(getattr(value, "shape", None), tuple):

@@ -45,18 +45,18 @@ _ADVICE = {
     "device": "use jax.default_device for one device, or mesh= for several",
     "device_map": "use mesh=jp.make_mesh(…)",
     "load_in_8bit": 'use dtype="int8"',
-    "load_in_4bit": 'the smallest weights are those of dtype="int8"',
+    "load_in_4bit": '4-bit weights are not supported; use dtype="int8"',
     "trust_remote_code": "code from a checkpoint is never run",
     "stop": "use jp.Engine and jp.Request(stop=…)",
     "stream": "use jp.Engine: engine.stream(handle)",
-    "num_return_sequences": "repeat the conversation in the list",
+    "num_return_sequences": "repeat the conversation in the list of conversations",
 }
 
 
 def checked_call(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function so that a call with wrong arguments raises a `UserError` with a fix.
 
-    Python's own TypeError names the wrong argument but does not suggest the correct one.
+    Python's TypeError names the wrong argument but does not suggest the correct one.
     """
     signature = inspect.signature(function)
 
@@ -95,7 +95,7 @@ def _explain(name: str, signature: inspect.Signature, args: tuple[Any, ...],
 
 
 def _remedy(given: str, known: list[str]) -> str:
-    """Suggest the argument that was probably meant; if none is similar, list all arguments."""
+    """Return advice for an unknown argument: a similar name, or else a list of all arguments."""
     if given in _ADVICE and given not in known:
         return _ADVICE[given]
     for right in _NAMES.get(given.lower(), ()):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """An invalid argument, file or setting; the message names it, its value and the fix.
+    """Raised for an invalid argument, file or setting; the message states its value and the fix.
 
     The command `jaxpersona` prints the message as one line and exits with code 2. Any other
-    exception is a bug of this library, and its traceback is shown.
+    exception is a bug in this library, and its traceback is shown.
 
     Example:
       >>> import jaxpersona as jp

@@ -1,4 +1,4 @@
-"""Results as tables: HTML in notebooks, a pandas frame, and JSON."""
+"""Export results as HTML tables for notebooks, as pandas DataFrames and as JSON."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from jaxpersona.inputs import printable
 if TYPE_CHECKING:
     import pandas
 
-ROWS, CHARACTERS = 20, 400  # of a table in a notebook; more are left out
+ROWS, CHARACTERS = 20, 400  # maximum number of table rows and of characters per cell in a notebook
 _CELL = "text-align:left;vertical-align:top;white-space:pre-wrap;max-width:44em"
 
 
 class Table:
-    """A result that is a table of records; subclasses define `records` and perhaps `facts`."""
+    """A result that can be shown as a table; subclasses define `records` and optionally `facts`."""
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one dict of plain values per row, all with the same keys."""
+        """Return one dict per table row; all dicts have the same keys."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """Return what belongs to the result as a whole."""
+        """Return the properties of the result as a whole, by name."""
         return {}
 
     def to_frame(self) -> pandas.DataFrame:
@@ -41,26 +41,26 @@ class Table:
     def to_json(self) -> str:
         """Return the facts and the records as JSON: {"kind", …, "records": […]}.
 
-        Numbers that JSON lacks, NaN and infinity, become null.
+        NaN and infinity become null, because JSON has no such numbers.
         """
         return json.dumps({"kind": type(self).__name__, **plain(self.facts()),
                            "records": plain(self.records())}, ensure_ascii=False, allow_nan=False)
 
     def _repr_html_(self) -> str:
-        """Return the table for a notebook, with every text escaped."""
+        """Return the table as HTML for a notebook, with all text escaped."""
         records = self.records()
         rows = [{name: value for name, value in row.items() if not self._left_out(name)}
                 for row in records[:ROWS]]
         return page(repr(self), self.facts(), rows, len(records))
 
     def _left_out(self, column: str) -> bool:
-        """Return whether notebooks leave a column out."""
+        """Return whether notebooks omit a column."""
         return False
 
 
 def page(caption: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]],
          total: int) -> str:
-    """Return an HTML table of the first of `total` rows, below the facts."""
+    """Return HTML with the caption, the facts and a table of the first rows out of `total`."""
     parts = [f"<p><code>{_escaped(caption)}</code></p>"]
     if facts:
         parts.append("<p>" + "<br>".join(f"{_escaped(name)}: {_escaped(_shown(value))}"
@@ -73,12 +73,12 @@ def page(caption: str, facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any
         parts.append(f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
     if total > len(rows):
         parts.append(f"<p>… {total - len(rows):,} more rows</p>")
-    # the classes keep notebooks from typesetting text between dollar signs as a formula
+    # these classes stop notebooks from rendering text between dollar signs as a formula
     return f'<div class="tex2jax_ignore mathjax_ignore">{"".join(parts)}</div>'
 
 
 def shapes(captured: Mapping[str, Any]) -> dict[str, str]:
-    """Return the shapes of captured arrays by name, for `facts`; the arrays are not exported."""
+    """Return the names and shapes of captured arrays for `facts`; the values are not exported."""
     found = {}
     for name, value in captured.items():
         several = isinstance(value, list)
@@ -90,7 +90,7 @@ def shapes(captured: Mapping[str, Any]) -> dict[str, str]:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON types: arrays as lists, numbers that JSON lacks as None."""
+    """Convert a value to JSON types: arrays become lists, and NaN and infinity become None."""
     if isinstance(value, Mapping):
         return {str(key): plain(held) for key, held in value.items()}
     if isinstance(value, (np.ndarray, np.generic)):
@@ -103,7 +103,7 @@ def plain(value: Any) -> Any:
 
 
 def _shown(value: Any) -> str:
-    """Return a value of a cell: four digits of a number, the beginning of a long text."""
+    """Format a cell's value: floats with four significant digits, and long texts truncated."""
     if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
     if isinstance(value, (float, np.floating)):

@@ -1,6 +1,7 @@
-"""Packages that only some functions need; the error for a missing one names its `pip` line.
+"""Import packages that only some functions need.
 
-`require` imports a package on first use, so `import jaxpersona` loads none of them.
+`require` imports a package on first use, so `import jaxpersona` imports none of them. If a package
+is missing, the error contains the `pip` command that installs it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from jaxpersona.errors import UserError
 
-# package → what pip installs: an extra of this package, or a dependency that was removed
+# import name → argument of `pip install`: an extra of jaxpersona, or the name of a dependency
 REQUIREMENTS = (
     ("torch", "'jaxpersona[torch]'"), ("gguf", "'jaxpersona[gguf]'"),
     ("libtpu", "'jaxpersona[tpu]'"), ("matplotlib", "'jaxpersona[figures]'"),
@@ -26,11 +27,11 @@ _NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
 
 class MissingPackage(UserError):
-    """Error for a package that is not installed; the message names the line that installs it."""
+    """Raised if a package cannot be imported; the message contains the command to install it."""
 
 
 def pip_line(package: str) -> str:
-    """Return the command that installs a package of `REQUIREMENTS`.
+    """Return the command that installs a package listed in `REQUIREMENTS`.
 
     Example:
       >>> from jaxpersona.extras import pip_line
@@ -44,17 +45,17 @@ def installed(package: str) -> bool:
     """Return whether a package can be found, without importing it."""
     try:
         return importlib.util.find_spec(package) is not None
-    except ValueError:  # a module without a specification, or None, was put into sys.modules
+    except ValueError:  # sys.modules has None or a module without a spec under this name
         return False
 
 
 def require(module: str, purpose: str, otherwise: str = "") -> Any:
-    """Import a module of a package of `REQUIREMENTS`, and return it.
+    """Import and return a module of a package listed in `REQUIREMENTS`.
 
     Args:
-      module: such as "orbax.checkpoint".
-      purpose: what needs the package, for the error message.
-      otherwise: another remedy, which follows the `pip install` line.
+      module: the module's full name, such as "orbax.checkpoint".
+      purpose: the beginning of the error message, such as "figures need matplotlib".
+      otherwise: an alternative to installing the package, for the end of the error message.
 
     Raises:
       MissingPackage: the package is not installed, or its import fails.
@@ -78,7 +79,7 @@ def require(module: str, purpose: str, otherwise: str = "") -> Any:
 
 @contextlib.contextmanager
 def _without_advice() -> Iterator[None]:
-    """Suppress the advice to install PyTorch that transformers prints while it is imported."""
+    """Suppress the advice to install PyTorch that transformers prints when it is imported."""
     before = os.environ.get(_NO_ADVICE)
     os.environ.setdefault(_NO_ADVICE, "1")
     try:

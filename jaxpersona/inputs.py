@@ -1,8 +1,8 @@
 """Safe handling of untrusted files: checks of type, size and JSON depth, and escaped printing.
 
-A user's path may name a pipe, a device, a huge sparse file, or JSON nested beyond Python's
+A path from a user may refer to a pipe, a device, a huge sparse file, or JSON nested beyond Python's
 recursion limit. All readers in the package apply these checks first, so a damaged or malicious
-file raises an error instead of hanging the process or exhausting its memory.
+file raises an error instead of blocking the process or exhausting its memory.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from jaxpersona.errors import UserError
 
-TEXT_BYTES = 256 << 20  # maximum size of a text file; the largest tokenizer files have 35 MB
-MAX_DEPTH = 500  # maximum JSON nesting: half of Python's recursion limit, since readers recurse
+TEXT_BYTES = 256 << 20  # maximum size of a text file; the largest tokenizer files are 35 MB
+MAX_DEPTH = 500  # maximum JSON nesting: half of Python's recursion limit, because readers recurse
 
 # C0 and C1 controls except tab and newline, and Unicode bidirectional controls
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u202a-\u202e\u2066-\u2069]")
@@ -92,7 +92,7 @@ def parse_json(text: str, hook: Callable[[list[tuple[str, Any]]], Any] | None = 
 
     Raises:
       json.JSONDecodeError: invalid JSON.
-      UserError: nesting exceeds `MAX_DEPTH`, or a number has more digits than Python parses.
+      UserError: nesting exceeds `MAX_DEPTH`, or an integer has more digits than Python's limit.
     """
     try:
         value = json.loads(text, object_pairs_hook=hook)
@@ -138,7 +138,7 @@ def require_files(folder: pathlib.Path, suffixes: tuple[str, ...], limit: int = 
 def printable(text: object) -> str:
     r"""Escape control characters except tab and newline, e.g. as \x1b.
 
-    This keeps text from a file from sending control sequences to the terminal.
+    This prevents text from a file from sending control sequences to the terminal.
     """
     plain = str(text).replace("\r\n", "\n")
     return _CONTROL.sub(lambda m: ascii(m.group())[1:-1], plain)

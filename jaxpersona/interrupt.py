@@ -24,7 +24,8 @@ Handlers = dict[signal.Signals, Action | int | None]  # int: signal.SIG_DFL or S
 class Stopped(BaseException):
     """Raised when a signal stops the command.
 
-    Not a subclass of KeyboardInterrupt, which the CLI library handles itself.
+    This is not a subclass of KeyboardInterrupt, because the CLI library handles that exception
+    itself.
 
     Attributes:
       code: exit code, 128 + signal number.
@@ -86,9 +87,10 @@ def raised() -> Iterator[None]:
 
 @contextlib.contextmanager
 def intercepted(action: Callable[[], object]) -> Iterator[None]:
-    """Call `action` on SIGINT while the block runs, instead of what happens otherwise.
+    """Call `action` on SIGINT while the block runs, in place of the current handler.
 
-    SIGTERM keeps its effect. Nothing changes outside the main thread, or if SIGINT is ignored.
+    The handler of SIGTERM is unchanged. Outside the main thread, or if SIGINT is ignored, this
+    context manager has no effect.
     """
     number = signal.SIGINT
     before = signal.getsignal(number)

@@ -1,7 +1,7 @@
 """Runtime context of public calls: JAX's configuration, tracers, debugging checks and forks.
 
 The package uses NaN for "no value" and infinity for "no bound", and transfers small arrays between
-host and device. JAX's NaN, inf and transfer checks are therefore disabled inside its functions.
+host and device. JAX's NaN, inf and transfer checks are therefore disabled inside public functions.
 
 Only this module reads or changes JAX's configuration or uses JAX names without type stubs.
 """
@@ -20,7 +20,7 @@ import jax.core
 from jaxpersona.errors import UserError
 
 _used_by: int | None = None  # the process that first used JAX through this package
-# prefixes of settings that change no trace
+# prefixes of settings that do not affect a trace
 _OTHER_SETTINGS = ("jax_compilation_cache", "jax_persistent_cache", "jax_log", "jax_debug_log",
                    "jax_logging", "jax_platforms", "jax_traceback", "jax_dump", "jax_explain",
                    "jax_raise_persistent_cache", "jax_enable_compilation_cache", "jax_distributed")
@@ -28,7 +28,7 @@ _asked: contextvars.ContextVar[bool | None] = contextvars.ContextVar("debugging"
 
 
 class Device(Protocol):
-    """The attributes of `jax.Device` that this package reads; JAX exports the class untyped."""
+    """The attributes of `jax.Device` that this package reads; JAX's class has no type stubs."""
 
     @property
     def id(self) -> int: ...
@@ -44,7 +44,7 @@ class Device(Protocol):
 def own_rules() -> Iterator[None]:
     """Disable `jax_debug_nans`, `jax_debug_infs` and the transfer guard in a block or function.
 
-    The flags do not change compiled programs or their cache keys.
+    These settings do not change compiled programs or their cache keys.
 
     Raises:
       UserError: this process was forked from one that has used JAX.
@@ -90,14 +90,14 @@ def setting(name: str) -> Any:
 def tracing_settings() -> tuple[tuple[str, str], ...]:
     """Return JAX's settings in this thread that may affect what a trace or its program computes.
 
-    They are all settings but those of caches and logs.
+    The result excludes the settings whose prefix is in `_OTHER_SETTINGS`.
     """
     return tuple((name, repr(setting(name))) for name in sorted(jax.config.values)
                  if not name.startswith(_OTHER_SETTINGS))
 
 
 def thread_settings() -> list[Any]:
-    """Return all settings of JAX that a thread can change, in a fixed order (20 µs)."""
+    """Return the values of all JAX settings in this thread, in a fixed order; takes 20 µs."""
     return [getattr(jax.config, name, None) for name in jax.config.values]
 
 
@@ -128,7 +128,7 @@ def default_setting(name: str, value: bool | float | str, *,
 
 
 def check_process() -> None:
-    """Raise if this process was forked from one that has used JAX: a fork lacks JAX's threads.
+    """Raise if this process was forked from one that has used JAX, because JAX's threads are lost.
 
     Raises:
       UserError: this process is such a fork.

@@ -49,7 +49,7 @@ MISTAKES = {
                   "did you mean positive"),
     # missing or positional arguments
     "no layers": (lambda: jp.steer(V), r"steer\(\) needs layers"),
-    "no bound": (lambda: jp.cap(V, layers=4), "cap needs a bound: floor, ceiling or both"),
+    "no bound": (lambda: jp.cap(V, layers=4), "cap needs a bound; give floor, ceiling or both"),
     "no prompts": (lambda: jp.generate(MODEL), r"generate\(\) needs conversations"),
     "strength by position": (lambda: jp.steer(V, 2.0, layers=4),
                              "takes vector by position; pass 2.0 by keyword, as one of scale"),
@@ -70,7 +70,7 @@ MISTAKES = {
                             r"capture is .*last.*; .*\(\)"),
     "captures of one name": (
         lambda: jp.generate(MODEL, ["a"], capture=[jp.capture.last(), jp.capture.last()]),
-        r"two captures have the name \['last'\]; rename one"),
+        r"two captures have the name \['last'\]; give one"),
     "an uncalled capture in a list": (
         lambda: jp.generate(MODEL, ["a"], capture=[jp.capture.last]), r"capture is .*last"),
     "a reading by name": (lambda: jp.Request("a", capture="mean"), r"jp\.capture\.mean\(\)"),

@@ -191,7 +191,7 @@ def test_drift_shows_the_read_out_and_refuses_projections_after_the_cap():
                                [AXIS.thresholds(p)[5] for p in ("p25", "p75")], rtol=1e-6)
     np.testing.assert_allclose(floor.get_ydata(), AXIS.thresholds("p25")[5], rtol=1e-6)
     assert "Band: p25 to p75 of the default persona" in ax.get_xlabel()
-    with pytest.raises(jp.UserError, match="read after the interventions"):
+    with pytest.raises(jp.UserError, match="measured after the interventions"):
         jp.plot.drift({"capped": Talks([], after)}, axis=AXIS)
 
 

@@ -24,7 +24,7 @@ from jaxpersona.models.batch import Batch
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
-LARGE = 1e9  # bytes; a larger capture of full activations logs a warning
+LARGE = 1e9  # bytes; a capture of full activations that is at least this large logs a warning
 _LOG = logging.getLogger("jaxpersona")
 
 
@@ -59,11 +59,11 @@ class Mean(Reading, kw_only=True, repr=False):
 
     def update(self, state: MeanState, reductions: jax.Array, weights: jax.Array, batch: Batch,
                slots: jax.Array) -> MeanState:
-        """Add the sums [L, …] of one call."""
+        """Add the sums [L, …] of one call to the state."""
         return MeanState(state.total + reductions, state.count + weights.sum(-1))
 
     def details(self) -> list[str]:
-        """Return `turns=M` if messages are averaged separately, else nothing."""
+        """Return "turns=M" if messages are averaged separately, else an empty list."""
         return [] if self.turns is None else [f"turns={self.turns}"]
 
 
@@ -71,8 +71,8 @@ class MeanState(State):
     """The sum of activations and the number of tokens; the result is the mean.
 
     Attributes:
-      total: [L, B, D], with `turns` [L, B, M, D], float32.
-      count: [B], with `turns` [B, M], float32.
+      total: [L, B, D] float32, or [L, B, M, D] with `turns`.
+      count: [B] float32, or [B, M] with `turns`.
     """
 
     __repr__ = brief
@@ -84,14 +84,14 @@ class MeanState(State):
     count: Float[Array, "B ..."]
 
     def result(self) -> Any:
-        """[B, L, D], with `turns` [B, L, M, D]; NaN for rows without a token."""
+        """Return the mean [B, L, D], or [B, L, M, D] with `turns`; NaN if no token was selected."""
         count, xp = self.count[None, ..., None], numpy_of(self.total)
         mean = xp.where(count > 0, self.total / xp.maximum(count, 1.0), xp.nan)
         return xp.moveaxis(mean, 0, 1)
 
     @property
     def empty(self) -> Bool[Array, " B"]:
-        """[B] bool: True for rows without a token in any message."""
+        """[B] bool: True for rows in which no token was selected."""
         return (self.count == 0).reshape(self.count.shape[0], -1).all(-1)
 
 
@@ -142,13 +142,13 @@ class LastState(State):
     position: Int[Array, " B"]
 
     def result(self) -> Any:
-        """[B, L, D]; NaN for rows without a token."""
+        """Return the activations [B, L, D]; NaN for rows in which no token was selected."""
         seen, xp = (self.position >= 0)[None, :, None], numpy_of(self.latest)
         return xp.moveaxis(xp.where(seen, self.latest, xp.nan), 0, 1)
 
     @property
     def empty(self) -> Bool[Array, " B"]:
-        """[B] bool: True for rows without a token."""
+        """[B] bool: True for rows in which no token was selected."""
         return self.position < 0
 
 
@@ -156,11 +156,11 @@ class Norms(Reading, kw_only=True, repr=False):
     """The norms of the activations of the selected tokens."""
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> TokenState:
-        """Return an array [L, B, S] of NaN."""
+        """Return a state with an array [L, B, S] of NaN."""
         return TokenState(jnp.full((layers, rows, slots), jnp.nan, F32))
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Return the norms of h [B, T, D]: [B, T], NaN for tokens not selected."""
+        """Return the norms [B, T] of h [B, T, D]; NaN for tokens that are not selected."""
         return jnp.where(weights, jnp.linalg.norm(h.astype(F32), axis=-1), jnp.nan)
 
     def update(self, state: TokenState, reductions: jax.Array, weights: jax.Array, batch: Batch,
@@ -170,10 +170,10 @@ class Norms(Reading, kw_only=True, repr=False):
 
 
 class Full(Reading, kw_only=True, repr=False):
-    """All activations of the selected tokens: [L, B, S, D], larger than a key/value cache."""
+    """The activations of all selected tokens, an array [L, B, S, D]."""
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> TokenState:
-        """Log the size of the result and return an array [L, B, S, D] of NaN."""
+        """Log the size of the result; return a state with an array [L, B, S, D] of NaN."""
         size = 4 * layers * rows * slots * width
         _LOG.log(logging.WARNING if size >= LARGE else logging.INFO,
                  "a capture of full activations takes %.3g GB: %d layers, %d rows, %d slots, "
@@ -181,7 +181,7 @@ class Full(Reading, kw_only=True, repr=False):
         return TokenState(jnp.full((layers, rows, slots, width), jnp.nan, F32))
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Return h [B, T, D] of one layer in float32, NaN for tokens not selected."""
+        """Return h [B, T, D] of one layer in float32; NaN for tokens that are not selected."""
         return jnp.where(weights[..., None], h.astype(F32), jnp.nan)
 
     def update(self, state: TokenState, reductions: jax.Array, weights: jax.Array, batch: Batch,

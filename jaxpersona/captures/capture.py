@@ -1,8 +1,8 @@
-"""Captures: readings of activations, reduced inside the compiled program.
+"""Captures, which read and reduce activations inside the compiled program.
 
-A capture is a pytree that describes the readings. Prefill, every chunk and every decode step update
-its state, so a mean over a generated text needs no second pass and no `[L, B, T, D]` array.
-Captures are combined with `|` and share one forward pass.
+A capture is a pytree of readings (`reading.Reading`), each with a state. Prefill, every chunk and
+every decode step update the states, so a mean over a generated text needs no second pass and no
+`[L, B, T, D]` array. Captures are combined with `|` and share one forward pass.
 
 Example:
   >>> import jaxpersona as jp
@@ -50,15 +50,16 @@ class Capture(flax.struct.PyTreeNode):
             _reject(other)
         twice = sorted(set(self.readings) & set(other.readings))
         if twice:
-            raise UserError(f"two captures have the name {twice}; rename one with `name=`")
+            raise UserError(f"two captures have the name {twice}; give one of them another name "
+                            "with `name=`")
         return Capture({**self.readings, **other.readings})
 
     def before_edits(self) -> Capture:
-        """Return the capture with activations read before the interventions at their layer.
+        """Return a capture that reads activations before the interventions at the same layer.
 
-        At layer l such a reading contains the effect of interventions at lower layers, but not of
-        those at layer l and the same site. For a cap at layer l it is the projection that the cap
-        compares with its floor. Without interventions the values are the same.
+        Its values at layer l include the effect of interventions at lower layers, but not of
+        interventions at layer l and the same site. A projection read before a cap is the value
+        that the cap compares with its floor. Without interventions, the values do not change.
 
         Example::
 
@@ -68,7 +69,7 @@ class Capture(flax.struct.PyTreeNode):
                         for name, reading in self.readings.items()})
 
     def init(self, config: ModelConfig, rows: int, slots: int) -> dict[str, State]:
-        """Return the initial state of every reading for `rows` rows of `slots` cache slots."""
+        """Return the initial state of each reading by name, for B = `rows` and S = `slots`."""
         return {
             name: reading.init(len(chosen_layers(reading, config)), rows, slots, config.d_model)
             for name, reading in self.readings.items()
@@ -98,7 +99,7 @@ def chosen_layers(reading: Reading, config: ModelConfig) -> tuple[int, ...]:
 
 def _directions(directions: Any, where: Where | str, layers: Layers | None,
                 site: Site) -> dict[str, Any]:
-    """Return the fields of `projections.OnDirections`."""
+    """Return keyword arguments for `projections.OnDirections`."""
     several = list(directions) if isinstance(directions, (list, tuple)) else [directions]
     if several and all(hasattr(one, "at_layers") for one in several):
         chosen = resolve_layers(slice(None) if layers is None else layers, several[0].n_layers)
@@ -106,7 +107,7 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None,
             one.check_site(site)
             if one.n_layers != several[0].n_layers:
                 raise UserError(f"the directions have {several[0].n_layers} and {one.n_layers} "
-                                "layers; use directions of one model")
+                                "layers; use directions of the same model")
         value: Any = np.stack([one.at_layers(chosen) for one in several], 1)
         origin, picked = one_origin(*([one.origin] for one in several)), chosen
     else:
@@ -122,11 +123,11 @@ def _directions(directions: Any, where: Where | str, layers: Layers | None,
 
 
 def joined(given: Any) -> Capture | None:
-    """Return a caller's `capture` argument as one capture or None; a list is joined with `|`.
+    """Return a caller's `capture` argument as one capture or None; combine a list with `|`.
 
     Raises:
-      UserError: it is another value, such as a function of this module that was not called, or two
-        captures of a list have the same name.
+      UserError: the argument is not a capture, such as `mean` instead of `mean()`, or two captures
+        in a list have the same name.
     """
     if given is None or isinstance(given, Capture):
         return given
@@ -156,7 +157,7 @@ def _site(site: Site) -> Site:
 
 
 def _common(where: Where | str, layers: Layers | None, site: Site) -> dict[str, Any]:
-    """Return the fields of `reading.Reading`."""
+    """Return keyword arguments for `reading.Reading`."""
     return {"where": _test(where), "layers": _pick(layers), "site": _site(site)}
 
 
@@ -168,9 +169,10 @@ def _pick(layers: Layers | None) -> tuple[int, ...] | None:
 @own_rules()
 def mean(where: Where | str = response, *, layers: Layers | None = None, site: Site = "residual",
          turns: int | None = None, name: str = "mean") -> Capture:
-    """Average activations over tokens; with `turns=M`, separately in each of the first M messages.
+    """Average activations over the selected tokens.
 
-    Result: [B, L, D], or [B, L, M, D].
+    The result is [B, L, D]. With `turns=M`, each of the first M messages is averaged separately,
+    and the result is [B, L, M, D].
     """
     if turns is not None and (not isinstance(turns, int) or turns < 1):
         raise UserError(f"turns is {turns!r}; it must be a positive integer")
@@ -181,7 +183,7 @@ def mean(where: Where | str = response, *, layers: Layers | None = None, site: S
 @own_rules()
 def last(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "last") -> Capture:
-    """Keep the activation of the last selected token. Result: [B, L, D]."""
+    """Read the activation of the last selected token; the result is [B, L, D]."""
     return Capture({name: Last(**_common(where, layers, site))})
 
 
@@ -192,11 +194,12 @@ def projections(directions: Any, where: Where | str = everywhere, *, layers: Lay
     """Project every selected token on directions, which are normalized to unit length.
 
     Args:
-      directions: [K, D], the same at every layer; [l, K, D], one set per chosen layer; or a named
-        direction (`Axis`, `Vector`) or a list of them, read at the chosen layers.
+      directions: an array [K, D], used at every layer; an array [l, K, D], with K directions per
+        chosen layer; or a named direction (`Axis` or `Vector`) or a list of named directions,
+        whose values at the chosen layers are used.
 
     Returns:
-      A capture with result [B, L, S, K]; NaN at tokens that are not selected.
+      A capture whose result is [B, L, S, K], with NaN at tokens that are not selected.
     """
     return Capture({name: Projections(**_directions(directions, where, layers, site))})
 
@@ -205,13 +208,13 @@ def projections(directions: Any, where: Where | str = everywhere, *, layers: Lay
 @own_rules()
 def moments(directions: Any, where: Where | str = response, *, layers: Layers | None = None,
             site: Site = "residual", name: str = "moments") -> Capture:
-    """Compute count, mean and variance of the projections of a row's selected tokens.
+    """Compute the count, mean and variance of the projections of each row's selected tokens.
 
-    The state's size does not depend on the text's length (Welford 1962). The arguments are as for
-    `projections`.
+    The size of the state does not depend on the length of the text (Welford 1962). The arguments
+    are as for `projections`.
 
     Returns:
-      A capture with result `projections.Moments`: count [B], mean and variance [B, L, K].
+      A capture whose result is a `projections.Moments`: count [B], mean and variance [B, L, K].
     """
     return Capture({name: ProjectionMoments(**_directions(directions, where, layers, site))})
 
@@ -221,18 +224,19 @@ def moments(directions: Any, where: Where | str = response, *, layers: Layers | 
 def histogram(directions: Any, edges: Any, where: Where | str = response, *,
               layers: Layers | None = None, site: Site = "residual",
               name: str = "histogram") -> Capture:
-    """Compute a histogram of the projections of a row's selected tokens.
+    """Compute a histogram of the projections of each row's selected tokens.
 
     Args:
       directions: as for `projections`.
-      edges: E ascending bin edges: [E], or [l, K, E] per chosen layer and direction. Bin 0 is
-        p < edges[0], bin i is edges[i − 1] ≤ p < edges[i], bin E is p ≥ edges[E − 1].
+      edges: E ascending bin edges: an array [E], or [l, K, E] with edges per chosen layer and
+        direction. Bin 0 counts p < edges[0], bin i counts edges[i − 1] ≤ p < edges[i], and bin E
+        counts p ≥ edges[E − 1].
 
     Returns:
-      A capture with result [B, L, K, E + 1] int32.
+      A capture whose result is [B, L, K, E + 1] int32.
 
     Raises:
-      UserError: the edges do not ascend, or edges or directions have an invalid shape.
+      UserError: the edges are not ascending, or edges or directions have an invalid shape.
     """
     fields = _directions(directions, where, layers, site)
     bounds = numbers("edges", edges)
@@ -242,10 +246,10 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
     if not np.isfinite(bounds).all() or (np.diff(bounds.astype(np.float32), axis=-1) <= 0).any():
         raise UserError("edges must be finite and strictly ascending")
     picked, shape = fields["layers"], fields["directions"].shape
-    count = None if picked is None else len(picked)  # None: checked by `chosen_layers`
+    count = None if picked is None else len(picked)  # if None, `chosen_layers` checks the shape
     if bounds.shape[1] not in (1, shape[1]) or (
             count is not None and bounds.shape[0] not in (1, count)):
-        raise UserError(f"edges has shape {bounds.shape}; it must fit the shape of directions, "
+        raise UserError(f"edges has shape {bounds.shape}; it must match the shape of directions, "
                         f"{shape}")
     return Capture({name: Histogram(**fields, edges=jnp.asarray(bounds, F32))})
 
@@ -254,9 +258,10 @@ def histogram(directions: Any, edges: Any, where: Where | str = response, *,
 @own_rules()
 def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
           name: str = "norms") -> Capture:
-    """Compute the norm ‖h‖ of every selected token. Result: [B, L, S]; NaN at other tokens.
+    """Compute the norm ‖h‖ of every selected token.
 
-    Lu et al. 2026 give steering strengths in units of the mean norm over all tokens but the first.
+    The result is [B, L, S], with NaN at other tokens. Lu et al. 2026 give steering strengths in
+    units of the mean norm over all tokens except the first.
     """
     return Capture({name: Norms(**_common(where, layers, site))})
 
@@ -265,8 +270,8 @@ def norms(where: Where | str = everywhere, *, layers: Layers | None = None, site
 @own_rules()
 def full(where: Where | str = everywhere, *, layers: Layers | None = None, site: Site = "residual",
          name: str = "full") -> Capture:
-    """Keep the activation of every selected token. Result: [B, L, S, D] float32; 4·B·L·S·D bytes.
+    """Read the activation of every selected token.
 
-    The values of other tokens are NaN.
+    The result is [B, L, S, D] float32, with NaN at other tokens. It takes 4·B·L·S·D bytes.
     """
     return Capture({name: Full(**_common(where, layers, site))})

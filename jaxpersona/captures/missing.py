@@ -19,7 +19,7 @@ def warn_of_empty(name: str, empty: Any) -> None:
 
     Args:
       name: the capture's name.
-      empty: [B] bool.
+      empty: [B] bool, True for rows in which the capture has no token to read.
     """
     values = host_array(empty)
     if values is not None and (rows := np.flatnonzero(values)).size:
@@ -38,5 +38,5 @@ def describe_empty(numbers: Any, total: int, what: str) -> str:
     many = len(numbers) > 1
     plural, values_are = ("s", "their values are") if many else ("", "its value is")
     return (f"has no token to read in {what}{plural} {some} ({len(numbers)} of {total}), so "
-            f"{values_are} NaN: where= selects no token there (by default the content of assistant "
-            "messages); add such tokens, or select others with where=")
+            f"{values_are} NaN: where= (by default the content of assistant messages) selects no "
+            "token there; add such tokens, or select other tokens with where=")

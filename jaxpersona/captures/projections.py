@@ -29,7 +29,7 @@ class OnDirections(Reading, kw_only=True, repr=False):
 
     Attributes:
       directions: [L or 1, K, D] float32, unit length.
-      model_origin: [1] uint32, as `origin` of `interventions.table.Table`.
+      model_origin: [1] uint32, the hash of the weights of the directions' model; 0 if unknown.
     """
 
     directions: Float[Array, "L K D"]
@@ -44,15 +44,15 @@ class OnDirections(Reading, kw_only=True, repr=False):
         """Check the shape of the directions.
 
         Raises:
-          UserError: the number of layers or the width differs.
+          UserError: the number of layers or the width does not match.
         """
         check_sets("directions", self.directions, layers)
         if self.directions.shape[-1] != width:
             raise UserError(f"directions have width {self.directions.shape[-1]}; the model's "
-                            f"residual stream has {width}")
+                            f"residual stream has width {width}")
 
     def project(self, h: jax.Array, index: int) -> jax.Array:
-        """Project h [B, T, D] of one layer on its directions: [B, T, K]."""
+        """Project h [B, T, D] of one layer on the layer's directions: [B, T, K]."""
         table = self.directions[index if self.directions.shape[0] > 1 else 0]
         return jnp.einsum("btd,kd->btk", h.astype(F32), table, precision="highest")
 
@@ -63,26 +63,28 @@ class OnDirections(Reading, kw_only=True, repr=False):
 
 
 def check_sets(name: str, values: Any, layers: tuple[int, ...]) -> None:
-    """Check that an array [l, …] has one entry for all layers, or one per layer.
+    """Check that an array [l, …] has one entry for all layers, or one entry per layer.
+
+    JAX would silently clamp the index of a missing entry to the last entry.
 
     Raises:
-      UserError: the number of entries differs (JAX's indexing would silently clamp to the last).
+      UserError: the array has another number of entries.
     """
     if values.shape[0] not in (1, len(layers)):
-        raise UserError(f"{name} are for {values.shape[0]} layers, but {len(layers)} are captured: "
-                        f"{list(layers)}")
+        raise UserError(f"{name} are for {values.shape[0]} layers, but {len(layers)} layers are "
+                        f"captured: {list(layers)}")
 
 
 class Projections(OnDirections, kw_only=True, repr=False):
     """The projections of the selected tokens on K directions per layer."""
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> ProjectionState:
-        """Return an array [L, B, K, S] of NaN."""
+        """Return a state with an array [L, B, K, S] of NaN."""
         count = self.directions.shape[1]
         return ProjectionState(jnp.full((layers, rows, count, slots), jnp.nan, F32))
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Project h [B, T, D] of one layer: [B, T, K], NaN for tokens not selected."""
+        """Project h [B, T, D] of one layer: [B, T, K], NaN for tokens that are not selected."""
         return jnp.where(weights[..., None], self.project(h, index), jnp.nan)
 
     def update(self, state: ProjectionState, reductions: jax.Array, weights: jax.Array,
@@ -92,12 +94,12 @@ class Projections(OnDirections, kw_only=True, repr=False):
 
 
 class ProjectionState(TokenState):
-    """A `TokenState` of K directions [L, B, K, S]; S is last as TPUs pad small minor dimensions."""
+    """The projections on K directions, [L, B, K, S]; S is last because TPUs pad small last axes."""
 
     __repr__ = brief
 
     def result(self) -> Any:
-        """[B, L, S, K]: entry s belongs to the token in cache slot s."""
+        """Return the projections [B, L, S, K]; entry s belongs to the token in cache slot s."""
         return numpy_of(self.values).transpose(self.values, (1, 0, 3, 2))
 
 
@@ -113,7 +115,7 @@ class ProjectionMoments(OnDirections, kw_only=True, repr=False):
         return MomentState(jnp.zeros((rows,), F32), zero, zero)
 
     def read(self, h: jax.Array, weights: jax.Array, index: int) -> tuple[jax.Array, jax.Array]:
-        """Return the mean and the sum of squared deviations for h [B, T, D], each [B, K]."""
+        """Return the mean and the sum of squared deviations of h's projections, each [B, K]."""
         p, w = self.project(h, index), weights[..., None].astype(F32)
         count = jnp.maximum(w.sum(1), 1.0)
         mean = (p * w).sum(1) / count
@@ -175,12 +177,12 @@ class MomentState(State):
 
     @property
     def empty(self) -> Bool[Array, " B"]:
-        """[B] bool: True for rows without a token."""
+        """[B] bool: True for rows in which no token was selected."""
         return self.count == 0
 
 
 class Histogram(OnDirections, kw_only=True, repr=False):
-    """A histogram of each row's projections with fixed bin edges; the outer bins are open.
+    """A histogram of each row's projections with fixed bin edges; the outer bins are unbounded.
 
     Attributes:
       edges: [L or 1, K or 1, E] float32, ascending.
@@ -189,7 +191,7 @@ class Histogram(OnDirections, kw_only=True, repr=False):
     edges: Float[Array, "L K E"]
 
     def init(self, layers: int, rows: int, slots: int, width: int) -> CountState:
-        """Return zeros [L, B, K, E + 1]."""
+        """Return a state with counts [L, B, K, E + 1] of zero."""
         shape = (layers, rows, self.directions.shape[1], self.edges.shape[-1] + 1)
         return CountState(jnp.zeros(shape, jnp.int32))
 
@@ -203,7 +205,7 @@ class Histogram(OnDirections, kw_only=True, repr=False):
 
     def update(self, state: CountState, reductions: jax.Array, weights: jax.Array, batch: Batch,
                slots: jax.Array) -> CountState:
-        """Add the counts of one call."""
+        """Add the counts of one call to the state."""
         return CountState(state.counts + reductions)
 
     def check(self, layers: tuple[int, ...], width: int) -> None:
@@ -230,5 +232,5 @@ class CountState(State):
     counts: Int[Array, "L B K bins"]
 
     def result(self) -> Any:
-        """[B, L, K, E + 1] int32."""
+        """Return the counts [B, L, K, E + 1] int32."""
         return numpy_of(self.counts).moveaxis(self.counts, 0, 1)

@@ -1,8 +1,8 @@
 """The interface of readings, which reduce activations, and of their states.
 
-A reading selects tokens, reduces the activations of one layer, and adds the reductions of one
-call to a state. `forward` calls these methods while it is traced, so all of them must be
-traceable by JAX. docs/architecture.md ("Adding a reading") has an example.
+A reading selects tokens, reduces their activations at each layer, and adds the results of each
+call of `forward` to a state. `forward` calls these methods while it is traced, so all of them must
+be traceable by JAX. docs/architecture.md ("Adding a reading") has an example.
 """
 
 from __future__ import annotations
@@ -47,12 +47,15 @@ class State(flax.struct.PyTreeNode):
     label: ClassVar[str] = "capture"
 
     def result(self) -> Any:
-        """Return the result [B, …], an array or a pytree; NumPy arrays if the state has them."""
+        """Return the result [B, …], an array or a pytree.
+
+        If the state consists of NumPy arrays, so does the result.
+        """
         raise NotImplementedError
 
     @property
     def value(self) -> Any:
-        """The result [B, …]; logs a warning that names the rows in `empty`."""
+        """The result [B, …]; if rows are `empty`, a warning that names them is logged."""
         warn_of_empty(self.label, self.empty)
         return self.result()
 
@@ -65,15 +68,15 @@ class State(flax.struct.PyTreeNode):
 class Reading(flax.struct.PyTreeNode, kw_only=True):
     """A reduction of the activations of selected tokens; the base class of all readings.
 
-    B is the number of rows, T the tokens of one call, L the layers that are read, S the slots of
-    the cache and D the width of the residual stream.
+    B is the number of rows, T the number of tokens per row in one call, L the number of layers that
+    are read, S the number of cache slots and D the width of the residual stream.
 
     Attributes:
       where: the encoded token test [5] int32.
       layers: the layers that are read, ascending, or None for all (static).
       site: the site that is read (static).
-      edited: whether activations are read after the interventions at their site and layer, or
-        before (static; `Capture.before_edits`).
+      edited: whether activations are read after the interventions at their site and layer; if
+        False, they are read before (static; see `Capture.before_edits`).
       label: the reading's name in its representation; by default the class name in lower case.
       needs_token: whether the result is undefined for a row without a selected token.
     """
@@ -90,7 +93,7 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         """Return the state before the first token.
 
         Args:
-          layers, rows, slots, width: L, B, S and D.
+          layers, rows, slots, width: the numbers L, B, S and D.
         """
         raise NotImplementedError
 
@@ -104,26 +107,26 @@ class Reading(flax.struct.PyTreeNode, kw_only=True):
         Args:
           h: [B, T, D], in the model's dtype.
           weights: the result of `weights`.
-          index: the position of the layer in the layers that are read.
+          index: the index of the layer among the layers that are read.
 
         Returns:
-          An array or a pytree of arrays; `update` receives them stacked over layers.
+          An array or a pytree of arrays; `update` receives the arrays of all layers stacked.
         """
         raise NotImplementedError
 
     def update(self, state: Any, reductions: Any, weights: Any, batch: Batch,
                slots: jax.Array) -> Any:
-        """Add one call to the state.
+        """Add the reductions of one call to the state.
 
-        A call contains a whole batch, a chunk of a prompt, or one generated token per row;
-        the result must not depend on how a text is divided into calls.
+        A call contains a whole batch, a chunk of a prompt, or one generated token per row. The
+        result must not depend on how a text is divided into calls.
 
         Args:
           state: the state, of the type that `init` returns.
           reductions: the results of `read`, with a leading axis [L, …].
           weights: the result of `weights`.
           batch: the call's B rows of T tokens.
-          slots: [B, T] int32, the cache slot of each token, S or more for padding.
+          slots: [B, T] int32, the cache slot of each token; S or higher for padding.
         """
         raise NotImplementedError
 
@@ -167,12 +170,12 @@ class TokenState(State, repr=False):
     values: Float[Array, "L B S ..."]
 
     def result(self) -> Any:
-        """[B, L, S, …]: entry s belongs to the token in cache slot s."""
+        """Return the values [B, L, S, …]; entry s belongs to the token in cache slot s."""
         return numpy_of(self.values).moveaxis(self.values, 0, 1)
 
 
 def numpy_of(x: Any) -> Any:
-    """Return the module `numpy` for a NumPy array, else `jax.numpy`."""
+    """Return the module `numpy` if x is a NumPy array, else `jax.numpy`."""
     return np if isinstance(x, np.ndarray) else jnp
 
 
@@ -180,8 +183,8 @@ def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
                 axis: int = 2) -> jax.Array:
     """Write values [L, B, T, …] into the slots [B, T] of a buffer [L, B, …] with slot axis `axis`.
 
-    Values with slot S or higher are dropped. As in `cache.write`, one token per row is written by a
-    scatter, several tokens by a gather.
+    Values whose slot is S or higher are dropped. As in `cache.write`, a scatter writes one token
+    per row, and a gather writes several tokens.
     """
     rows, width = slots.shape
     if width == 1:
@@ -195,7 +198,7 @@ def write_slots(buffer: jax.Array, values: jax.Array, slots: jax.Array,
 
 
 def spread_states(states: dict[str, State], like: jax.Array) -> dict[str, State]:
-    """Shard the rows of capture states over the mesh of `like`, if there is one."""
+    """Shard the rows of capture states over the mesh of `like`, if it has one."""
     return {
         name: tree.unflatten([spread_rows(x, at, like)
                               for x, at in zip(leaves, state.row_axes, strict=True)])

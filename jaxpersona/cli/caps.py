@@ -24,24 +24,24 @@ def open_caps(file: pathlib.Path, given: Mapping[str, str | None]) -> Axis | Cap
     """Read the file of `--cap`: an axis, or the caps of an experiment.
 
     Raises:
-      UserError: another kind of file, or options that do not apply to it.
+      UserError: the file contains neither, or an option does not apply to the file.
     """
     from jaxpersona.ckpts.vectors import load_any, load_axis
 
     found = load_any(file)
     if not isinstance(found, dict):
         if given["--experiment"] is not None:
-            raise UserError(f"--experiment is for files of caps; {file} holds a {found.kind}")
+            raise UserError(f"--experiment is for files of caps; {file} contains a {found.kind}")
         axis = load_axis(file)
         if given["--percentile"] is not None or given["--of"] is not None:
-            _floor(axis, given["--percentile"], given["--of"])  # before a model is loaded
+            _floor(axis, given["--percentile"], given["--of"])  # fails before a model is loaded
         return axis
     own = [name for name, value in given.items() if name != "--experiment" and value is not None]
     if own:
-        raise UserError(f"{file}: caps have their own layers and floors; omit {own[0]}")
+        raise UserError(f"{file}: the caps define their layers and floors; omit {own[0]}")
     name = given["--experiment"] or (next(iter(found)) if len(found) == 1 else None)
     if name is None or name not in found:
-        raise UserError(f"{file}: choose one with --experiment: {', '.join(found)}")
+        raise UserError(f"{file}: choose an experiment with --experiment: {', '.join(found)}")
     return found[name]
 
 
@@ -49,7 +49,7 @@ def read_spec(file: pathlib.Path) -> Any:
     """Read a JSON file of interventions.
 
     Raises:
-      UserError: no such file, not JSON, or null.
+      UserError: the file is missing, is not JSON, or contains null.
     """
     from jaxpersona.data.reading import Faults, parse, read_text
 
@@ -58,7 +58,7 @@ def read_spec(file: pathlib.Path) -> Any:
     found = None if text is None else parse(text, str(file), faults)
     faults.raise_if_any(file)
     if found is None:  # the caller uses None for "no file"
-        raise UserError(f"{file}: holds null, not interventions; give at least one")
+        raise UserError(f"{file}: contains null, not interventions; give at least one")
     return found
 
 
@@ -66,7 +66,7 @@ def cap_edits(model: Model, held: Axis | Caps, layers: str | None, percentile: s
               of: str | None, check: bool, where: str = "everywhere") -> Interventions:
     """Return the interventions of `--cap`, after a self-test if `check` is set.
 
-    `where` names the tokens that they act on.
+    `where` selects the tokens that the interventions act on.
 
     Raises:
       UserError: the caps are for another model, or the self-test rejects them.
@@ -88,7 +88,7 @@ def cap_edits(model: Model, held: Axis | Caps, layers: str | None, percentile: s
 
 
 def _floor(axis: Axis, percentile: str | None, of: str | None) -> np.ndarray:
-    """Return the axis's thresholds at the chosen percentile; default: p25 of "default"."""
+    """Return the axis's thresholds at a percentile of a population; default: p25 of "default"."""
     return axis.thresholds(percentile or "p25", of=of or "default")
 
 
@@ -96,8 +96,8 @@ def spec_edits(model: Model, spec: Any, file: pathlib.Path, check: bool) -> Inte
     """Return the interventions of `--spec`, after a self-test of each of its caps on an axis.
 
     Raises:
-      UserError: the spec is invalid, or the self-test rejects one of its caps; the file is
-        named.
+      UserError: the spec is invalid, or the self-test rejects one of its caps; the message names
+        the file.
     """
     from jaxpersona.interventions import specs
 
@@ -115,7 +115,7 @@ def spec_edits(model: Model, spec: Any, file: pathlib.Path, check: bool) -> Inte
 
 
 def _test_operator(model: Model, item: dict[str, Any], folder: pathlib.Path, at: str) -> None:
-    """Run the self-test on a spec's cap if its direction is an axis of the residual stream."""
+    """Run the self-test on a cap of a spec if its direction is an axis of the residual stream."""
     from jaxpersona.ckpts.vectors import load_vector
     from jaxpersona.vectors.vector import Axis
 
@@ -158,5 +158,5 @@ def _test(model: Model, held: Axis | Caps, at: str = "", **options: Any) -> None
 
 
 def _say(what: str) -> None:
-    """Print a line of the self-test."""
+    """Print a line about the self-test."""
     say(f"check: {what}", error=True)

@@ -36,7 +36,7 @@ def chat(
 ) -> None:
     """Chat with a model; each reply is shown with its projection on an axis.
 
-    The axis is that of --axis, or else that of --cap. /help lists the commands of a chat.
+    The axis is given by --axis, or else by --cap. In the chat, /help lists the commands.
     """
     from jaxpersona.cli.dialogue import Dialogue
     from jaxpersona.engine.prompts import check_settings

@@ -1,4 +1,4 @@
-"""The command `jaxpersona demo`: extract an axis of `mini`, calibrate a cap, measure both."""
+"""The command `jaxpersona demo`: extract the axis of `mini`, calibrate a cap and measure both."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def demo(
     model: ModelOption = "mini",
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Extract the axis of `mini`, cap replies, and measure both.
+    """Extract the Assistant Axis of `mini`, generate replies with a cap, and measure both.
 
-    Ends in a table, two conversations with and without the cap, and one line of JSON.
+    Prints a table, two conversations with and without the cap, and one line of JSON.
     """
     from jaxpersona.organism.demo import run_demo
     from jaxpersona.organism.method import held_out

@@ -19,38 +19,38 @@ if TYPE_CHECKING:
     from jaxpersona.persona.session import Piece, Session, Turn
 
 HELP = """\
-/compare        repeat the last reply without and with the interventions
-/edits on|off   apply the interventions to the next replies, or not (also: /cap on|off)
+/compare        generate the last reply again, without and with the interventions
+/edits on|off   turn the interventions on or off for the next replies (also: /cap on|off)
 /undo           remove the last message and its reply
-/reset          remove all messages; the system prompt stays
+/reset          remove all messages, but keep the system prompt
 /system [TEXT]  set the system prompt; without TEXT, remove it
 /save FILE      write the conversation, with projections and settings, as JSON
 /load FILE      continue a saved conversation, or a JSON list of messages
 /help           show this list
 /quit           leave (also: Ctrl-D)
-A message that begins with / is written with two: //. Ctrl-C cancels a reply."""
+To send a message that begins with /, type //. Ctrl-C cancels a reply."""
 
 
 class Dialogue:
-    """Reads lines from standard input and runs a session.
+    """A loop that reads messages and commands from standard input and runs them in a session.
 
-    Replies go to standard output, all else to standard error. At a terminal a mistake is one line
-    and the dialogue continues; otherwise each line is a message or a command, and the first
-    mistake ends the command.
+    Replies are printed to standard output, and everything else to standard error. At a terminal, an
+    error is printed as one line and the dialogue continues. If standard input or output is not a
+    terminal, the first error ends the command.
     """
 
     def __init__(self, session: Session) -> None:
-        """Make the dialogue of a session."""
+        """Create the dialogue of a session."""
         self.session = session
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self.reading = self.cancelled = False
         self.written = "nothing was written"
 
     def run(self) -> None:
-        """Run until the input ends or /quit.
+        """Run until the input ends or contains /quit.
 
         Raises:
-          UserError: a mistake, if standard input or output is not a terminal.
+          UserError: a line is invalid, and standard input or output is not a terminal.
         """
         with interrupt.keeping(lambda: self.written):
             self._run()
@@ -62,7 +62,7 @@ class Dialogue:
                 if not self._step(line):
                     return
             return
-        with contextlib.suppress(ImportError):  # a Python without readline: no history of lines
+        with contextlib.suppress(ImportError):  # without readline, there is no line history
             import readline  # noqa: F401 - `input` uses it
         with interrupt.intercepted(self._interrupt):
             while True:
@@ -72,7 +72,7 @@ class Dialogue:
                     say("")
                     return
                 except KeyboardInterrupt:
-                    say("", "(Ctrl-D or /quit leaves)")
+                    say("", "(press Ctrl-D or type /quit to leave)")
                     continue
                 except UserError as error:
                     say(f"error: {error}", error=True)
@@ -84,23 +84,23 @@ class Dialogue:
                     say(f"error: {' '.join(str(error).split())}", error=True)
 
     def _ask(self) -> str:
-        """Read a line at the terminal; Ctrl-C raises KeyboardInterrupt here alone."""
+        """Read a line at the terminal; only here does Ctrl-C raise KeyboardInterrupt."""
         self.reading = True
         try:
             return input("you> ")
         except UnicodeDecodeError as error:
-            raise UserError(f"the line is not valid {error.encoding}; write it again") from None
+            raise UserError(f"the line is not valid {error.encoding}; type it again") from None
         finally:
             self.reading = False
 
     def _interrupt(self) -> None:
-        """Handle Ctrl-C: give up the line that is read, or cancel the reply."""
+        """Handle Ctrl-C: discard the line that is being typed, or cancel the reply."""
         if self.reading:
             raise KeyboardInterrupt
         self.cancelled = True
 
     def _step(self, line: str) -> bool:
-        """Answer one line; return whether to continue."""
+        """Process one line; return whether to continue."""
         text = line.strip()
         if text.startswith("/") and not text.startswith("//"):
             name, *rest = text.split(None, 1)
@@ -113,7 +113,7 @@ class Dialogue:
         """Run a command; return whether to continue.
 
         Raises:
-          UserError: an unknown command or an invalid value.
+          UserError: the command is unknown or its value is invalid.
         """
         session = self.session
         takes = {"/save": "FILE", "/load": "FILE", "/edits": "on or off", "/cap": "on or off",
@@ -121,7 +121,7 @@ class Dialogue:
         if takes.get(name) and not value:
             raise UserError(f"{name} needs a value: {name} {takes[name]}")
         if value and name not in takes:
-            raise UserError(f"{name} takes no value; a message that begins with / is written //")
+            raise UserError(f"{name} takes no value; to send a message that begins with /, type //")
         match name:
             case "/quit":
                 return False
@@ -160,9 +160,10 @@ class Dialogue:
             usual = ", ".join(f"{low:+.2f} to {high:+.2f} at layer {layer}"
                               for layer, (low, high) in monitor.usual.items())
             if usual:
-                say(f"half of the default persona's replies project at {usual}", error=True)
+                say(f"half of the default persona's replies have projections of {usual}",
+                    error=True)
         if self.interactive:
-            say("/help lists the commands; Ctrl-D leaves", error=True)
+            say("/help lists the commands; press Ctrl-D to leave", error=True)
 
     def _reply(self, text: str) -> None:
         """Print the reply to a message."""
@@ -206,7 +207,7 @@ class Dialogue:
         return turns[0]
 
     def _note(self, turn: Turn) -> str:
-        """Describe a complete reply: projection, length, changes, context."""
+        """Describe a complete reply: projection, length, changed activations and context."""
         session = self.session
         context = session.model.config.max_context
         parts = []
@@ -214,7 +215,7 @@ class Dialogue:
             parts.append(session.monitor.words(turn.projections))
         ended = ""
         if turn.finish == "length":
-            ended = (", ended by the full context" if turn.context >= context else
+            ended = (", ended because the context is full" if turn.context >= context else
                      ", ended by --max-new-tokens")
         parts.append(f"{count(turn.tokens, 'token')}{ended}")
         if session.edits.edits:
@@ -242,7 +243,7 @@ class Dialogue:
         from jaxpersona.persona.transcript import record
 
         if "\0" in str(file):
-            raise UserError("the name of the file has a null character; remove it")
+            raise UserError("the name of the file contains a null character; remove it")
         if file.is_dir():
             raise UserError(f"{file} is a folder; give the name of a file")
         with atomic(file) as temporary:
@@ -261,12 +262,12 @@ class Dialogue:
             text = str(error)
             raise UserError(text if text.startswith(f"{file}") else f"{file}: {text}") from None
         say(f"read {file}: {count(len(self.session.turns), 'turn')}"
-            + ("" if kept else "; without projections, which are of another model or axis, or "
-                               "missing"), error=True)
+            + ("" if kept else "; its projections are missing or of another model or axis, and "
+                               "were not read"), error=True)
 
 
 def _first(both: Iterator[tuple[bool, Piece]]) -> Iterator[Piece]:
-    """Yield pieces of a comparison until its next reply is complete."""
+    """Yield the pieces of a comparison until its next reply is complete."""
     for _, piece in both:
         yield piece
         if piece.turn is not None:
@@ -277,7 +278,7 @@ def _lines() -> Iterator[str]:
     """Yield the lines of standard input.
 
     Raises:
-      UserError: bytes that are not text.
+      UserError: the input is not valid text in its encoding.
     """
     try:
         yield from sys.stdin

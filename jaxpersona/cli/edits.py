@@ -1,4 +1,4 @@
-"""The options of interventions and projections that `generate` and `chat` share."""
+"""The options for interventions and projections that `generate` and `chat` share."""
 
 from __future__ import annotations
 
@@ -21,36 +21,38 @@ if TYPE_CHECKING:
     from jaxpersona.vectors.vector import Axis, Vector
 
 CapOption = Annotated[str | None, typer.Option(
-    "--cap", help="A file of an axis, or of caps, or `mini`. FILE:FROM:TO:pNN also gives the "
-                  "layers and the percentile.")]
+    "--cap", help="A file of an axis or of caps, or `mini`. FILE:FROM:TO:pNN also sets the layers "
+                  "and the percentile.")]
 CapLayersOption = Annotated[str | None, typer.Option(
-    "--cap-layers", help="Half-open, e.g. 46:54; default: the upper half of the layers.")]
+    "--cap-layers", help="The layers to cap, a half-open range such as 46:54; default: the upper "
+                         "half.")]
 PercentileOption = Annotated[str | None, typer.Option(
-    "--percentile", help="Floor of --cap; default: p25.")]
+    "--percentile", help="The percentile that is the floor of --cap; default: p25.")]
 OfOption = Annotated[str | None, typer.Option(
-    "--of", help="The population of the percentile; default: default.")]
+    "--of", help="The population of the percentile, such as `all`; default: `default`.")]
 ExperimentOption = Annotated[str | None, typer.Option(
-    "--experiment", help="Which experiment of a capping_config.pt.")]
+    "--experiment", help="The experiment's id in a capping_config.pt.")]
 CheckOption = Annotated[bool, typer.Option(help="Test the caps on short replies first.")]
-SteerOption = Annotated[pathlib.Path | None, typer.Option("--steer", help="A vector file to add.")]
+SteerOption = Annotated[pathlib.Path | None, typer.Option(
+    "--steer", help="A file of the vector to add.")]
 SteerLayersOption = Annotated[str | None, typer.Option(
-    "--steer-layers", help="E.g. 16 or 14:18; default: the middle.")]
+    "--steer-layers", help="The layers of --steer, e.g. 16 or 14:18; default: the middle one.")]
 SpecOption = Annotated[pathlib.Path | None, typer.Option(
     "--spec", "--interventions", help="A JSON file of interventions, applied last.")]
 WhereOption = Annotated[str | None, typer.Option(
     "--where", help="The tokens that --cap and --steer act on, e.g. response, user, prompt or "
                     "generated; default: everywhere.")]
 AxisOption = Annotated[pathlib.Path | None, typer.Option(
-    "--axis", help="An axis or vector file, or `mini`: show each reply's mean projection.")]
+    "--axis", help="Show each reply's mean projection on this axis or vector file, or on `mini`.")]
 AxisLayersOption = Annotated[str | None, typer.Option(
-    "--axis-layers", help="The layers of --axis, e.g. 16 or 14:18; default: the middle.")]
+    "--axis-layers", help="The layers of --axis, e.g. 16 or 14:18; default: the middle one.")]
 
 _SHORT = re.compile(r"(.+?):(\d+:\d+)(?::(p\d+(?:\.\d+)?))?")
 
 
 @dataclasses.dataclass
 class Edits:
-    """The values of the options, and what their files hold.
+    """The values of the options and the contents of their files.
 
     Attributes:
       held: the axis or caps of `--cap`, after `read`.
@@ -80,14 +82,14 @@ class Edits:
 
     @property
     def any(self) -> bool:
-        """Whether an intervention is asked for."""
+        """Whether an option requests an intervention."""
         return any(x is not None for x in (self.cap, self.steer, self.spec))
 
     def read(self) -> Edits:
-        """Check the options and read their files, before a model is loaded; return itself.
+        """Check the options and read their files, before a model is loaded; return `self`.
 
         Raises:
-          UserError: an invalid option, or a file that cannot be read.
+          UserError: an option is invalid, or a file cannot be read.
         """
         from jaxpersona.ckpts.vectors import load_vector
         from jaxpersona.interventions.bank import parse_layers
@@ -122,10 +124,10 @@ class Edits:
         return self
 
     def _cap_file(self) -> pathlib.Path | None:
-        """Return the file of `--cap`; move layers and percentile of its short form to their fields.
+        """Return the file of `--cap`; store the layers and percentile of its short form in fields.
 
         Raises:
-          UserError: they are given twice.
+          UserError: another option also sets the layers or the percentile.
         """
         if self.cap is None:
             return None
@@ -135,7 +137,7 @@ class Edits:
         name, layers, percentile = short.groups()
         if self.cap_layers is not None or (percentile and self.percentile is not None):
             option = "--cap-layers" if self.cap_layers is not None else "--percentile"
-            raise UserError(f"--cap is {self.cap}, and {option} is given too; omit one")
+            raise UserError(f"--cap is {self.cap}, and {option} is also given; omit one of them")
         self.cap_layers = layers
         self.percentile = percentile or self.percentile
         return pathlib.Path(name)
@@ -164,11 +166,11 @@ class Edits:
         )
 
     def monitor(self, model: Model, *, default: bool = False) -> Monitor | None:
-        """Return what projects the replies: on `--axis`, else None.
+        """Return the monitor that projects replies on `--axis`, or None without this option.
 
         Args:
           model: the model.
-          default: without `--axis`, use the axis of `--cap` if it is one.
+          default: without `--axis`, use the axis of `--cap`, if `--cap` is an axis.
 
         Raises:
           UserError: the direction is for another model, or zero at a chosen layer.

@@ -35,7 +35,7 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Argument(help="One or more user messages.")] = None,
     model: ModelOption = "mini",
     prompts: Annotated[pathlib.Path | None, typer.Option(
-        help="A file with a user message on each line, or a .jsonl of conversations.")] = None,
+        help="A file with a user message on each line, or a .jsonl file of conversations.")] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
     cap: options.CapOption = None,
     cap_layers: options.CapLayersOption = None,
@@ -63,7 +63,7 @@ def generate(
     dtype: DtypeOption = None,
     adapter: AdapterOption = None,
 ) -> None:
-    """Generate replies, with caps, steering, other interventions, or none."""
+    """Generate replies with caps, steering or other interventions, or without interventions."""
     from jaxpersona.engine.prompts import check_settings
     from jaxpersona.engine.sampling import sampling
     from jaxpersona.persona.monitor import edit_counts
@@ -78,7 +78,7 @@ def generate(
     asked = options.Edits(cap, cap_layers, percentile, of, experiment, check, steer, steer_layers,
                           scale, spec, where, axis, axis_layers).read()
     if compare and not asked.any:
-        raise UserError("--compare needs something to compare: give --cap, --steer or --spec")
+        raise UserError("--compare needs interventions; give --cap, --steer or --spec")
     loaded = support.open_model(model, dtype, None, adapter)
     edits, monitor = asked.build(loaded), asked.monitor(loaded)
     if len(talks) == 1 and console().is_terminal and not (as_json or out or compare):
@@ -100,10 +100,10 @@ def generate(
 
 def _conversations(prompt: Sequence[str], file: pathlib.Path | None,
                    system: str | None) -> list[Conversation]:
-    """Return the conversations of the arguments and of `--prompts`.
+    """Return the conversations that the arguments and the file of `--prompts` contain.
 
     Raises:
-      UserError: there is none, or one is blank or invalid.
+      UserError: there is no conversation, or a conversation is blank or invalid.
     """
     from jaxpersona.data.conversations import read_prompts
 
@@ -118,10 +118,10 @@ def _conversations(prompt: Sequence[str], file: pathlib.Path | None,
 
 def _run(model: Model, talks: Sequence[Conversation], edits: Interventions,
          monitor: Monitor | None, compare: bool, settings: dict[str, Any]) -> Generated:
-    """Generate all replies; with `compare` those without interventions come after the others.
+    """Generate all replies; with `compare`, also the replies without interventions after them.
 
-    The replies with and without interventions are rows of the same batches. Both have the random
-    draws of their conversation.
+    The replies with and without interventions are rows of the same batches. Both replies to a
+    conversation use the same random draws.
     """
     from jaxpersona.engine import prompts
     from jaxpersona.engine.generate import generate as run
@@ -144,7 +144,11 @@ def _run(model: Model, talks: Sequence[Conversation], edits: Interventions,
 
 def _record(talk: Conversation, made: Generated, monitor: Monitor | None, index: int,
             counts: Sequence[EditCount], without: int | None) -> dict[str, Any]:
-    """Return the JSON form of the reply with an index, and of the one without interventions."""
+    """Return a reply as a JSON object, with the reply without interventions if there is one.
+
+    Args:
+      index, without: the rows of both replies in `made`; `without` may be None.
+    """
     from jaxpersona.persona.monitor import NAME
 
     def reply(i: int) -> dict[str, Any]:
@@ -214,7 +218,7 @@ def _legend(monitor: Monitor) -> None:
 
 
 def _say_counts(counts: Sequence[Sequence[EditCount]]) -> None:
-    """Print the tokens that each intervention selected and changed in all conversations."""
+    """Print how many tokens each intervention selected and changed, over all conversations."""
     for number, own in enumerate(zip(*counts, strict=True)):
         say(f"intervention {number}: {sum(one.seen for one in own)} tokens seen, "
             f"{sum(sum(one.changed) for one in own)} changes over {len(own[0].layers)} layers",

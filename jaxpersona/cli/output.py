@@ -1,4 +1,4 @@
-"""Printing: control characters are escaped, and so are characters that the encoding lacks."""
+"""Print text with escapes for control characters and for characters that the encoding lacks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def say(*lines: object, error: bool = False) -> None:
 
 
 def write(text: str) -> None:
-    """Print a piece of a streamed text at once, with control characters escaped."""
+    """Print a piece of streamed text immediately, with control characters escaped."""
     print(printable(text), end="", flush=True)
 
 
 def cell(text: object) -> Text:
-    """Return a text for a table or console, without markup, with control characters escaped."""
+    """Return a rich text in which control characters are escaped and markup is not interpreted."""
     from rich.text import Text
 
     return Text(printable(text))
@@ -50,9 +50,9 @@ def console(error: bool = False) -> Console:
 
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
-    """Set standard output and error up to write every character, and each warning as one line.
+    """Let standard output and error accept every character, and print each warning as one line.
 
-    A character that the console's encoding lacks is written as an escape, such as \\u2028.
+    Characters that the console's encoding lacks are written as escapes, such as \\u2028.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not if the caller has replaced the stream

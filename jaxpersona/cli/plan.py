@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 
 
 def plan(
-    topology: Annotated[str, typer.Option(help="chip:extents, e.g. v5e:4x4 or h200:8.")],
+    topology: Annotated[str, typer.Option(help="Chips as chip:extents, e.g. v5e:4x4 or h200:8.")],
     model: Annotated[str, typer.Option(
         help="`random:<preset>`, a .gguf file or a folder with a config.json; weights are not "
              "read.")
     ] = "random:llama-3.3-70b",
-    batch: Annotated[int, typer.Option(help="Rows over all chips.")] = 32,
-    context: Annotated[int, typer.Option(help="Tokens per row, prompt and reply.")] = 2048,
+    batch: Annotated[int, typer.Option(help="Number of rows on all chips together.")] = 32,
+    context: Annotated[int, typer.Option(help="Tokens per row, prompt and reply together.")] = 2048,
     cap: Annotated[str | None, typer.Option(
-        show_default="no cap", help="Layers to cap, half-open, e.g. 56:72.")] = None,
+        show_default="no cap", help="Layers to cap, a half-open range such as 56:72.")] = None,
     mesh: Annotated[str | None, typer.Option(
         show_default="the widest model axis that the shape allows, up to 16",
-        help="E.g. data=2,model=8.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: bfloat16 or int8.")] = "bfloat16",
+        help="The mesh, e.g. data=2,model=8.")] = None,
+    dtype: Annotated[str, typer.Option(help="Dtype of weights: bfloat16 or int8.")] = "bfloat16",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Estimate memory and time on a topology, without weights or an accelerator."""
+    """Estimate memory and time on a topology; needs neither weights nor an accelerator."""
     from jaxpersona.distributed.sharding import parse_mesh
     from jaxpersona.interventions import resolve_layers
     from jaxpersona.planning.plan import plan as make
@@ -63,13 +63,13 @@ def read_shape(source: str) -> ModelConfig:
     if folder.endswith(gguf_model.SUFFIX) and not os.path.isdir(folder):
         return gguf_model.open_checkpoint(pathlib.Path(folder)).config
     if not os.path.isdir(folder):
-        raise UserError(f"{source}: no such folder; a plan takes random:<preset> or a folder that "
-                        "holds the model's config.json")
+        raise UserError(f"{source}: no such folder; give random:<preset>, a .gguf file or a folder "
+                        "with the model's config.json")
     return hf.read_config(folder)[0]
 
 
 def card(found: dict[str, Any]) -> list[str]:
-    """Return a plan as lines of text; the lines also give the source of each number."""
+    """Return a plan as lines of text, which also state the source of each number."""
     from jaxpersona.planning import chips
 
     size = {name: n / 1e9 for name, n in found["bytes_per_chip"].items()}
@@ -83,19 +83,19 @@ def card(found: dict[str, Any]) -> list[str]:
     lines = [
         f"{found['model']} on {found['topology']}: {found['chips']} chips, {mesh}",
         f"batch {found['batch']}, context {found['context']}, prompts of {found['prompt']}",
-        f"{verdict}: {size['total']:.2f} of {size['usable']:.2f} GB a chip: {found['dtype']} "
+        f"{verdict}: {size['total']:.2f} of {size['usable']:.2f} GB per chip: {found['dtype']} "
         f"weights {size['weights']:.2f}, cache {size['cache']:.2f} (arithmetic), temporaries "
         f"{size['temporaries']:.2f} ({whose})",
-        f"largest batch: {found['largest_batch']} (in proportion)",
+        f"largest batch: {found['largest_batch']} (extrapolated in proportion)",
     ]
     if found["collectives_per_layer"] is not None:
-        lines.append(f"sums over chips in a decode step: {found['collectives_per_layer']} a layer "
-                     "(compiler)")
+        lines.append(f"sums over chips in a decode step: {found['collectives_per_layer']} per "
+                     "layer (compiler)")
     if found["added_collectives"] is not None:
         lines.append(
             f"a cap of {len(found['cap'])} layers adds to a decode step (compiler): "
             f"{found['added_collectives']} collectives, {found['added_fusions_per_layer']:g} "
-            f"kernels a layer and {found['added_fusions_once']:g} once, "
+            f"kernels per layer and {found['added_fusions_once']:g} once, "
             f"{found['added_bytes'] / 1e6:.1f} MB to its program; temporaries × "
             f"{found['temporaries_ratio']} (of the program that needs more)")
     elif found["cap"]:
@@ -104,10 +104,11 @@ def card(found: dict[str, Any]) -> list[str]:
     chip = found["chip"]
     lines += [
         f"roofline (arithmetic on {chip['source']}): decode step "
-        f"{time['decode_step'] * 1e3:.2f} ms, of it sums {time['decode_sums'] * 1e3:.2f}; prefill "
-        f"{time['prefill']:.2f} s, of it sums {time['prefill_sums']:.2f}",
+        f"{time['decode_step'] * 1e3:.2f} ms, of which sums over chips take "
+        f"{time['decode_sums'] * 1e3:.2f}; prefill {time['prefill']:.2f} s, of which sums over "
+        f"chips take {time['prefill_sums']:.2f}",
         "hours of an axis run of 331,200 replies of 512 tokens (arithmetic): " + ", ".join(
             f"{value} at {float(name):.0%} of the roofline" for name, value in hours.items()),
-        "nothing was timed",
+        "no time was measured",
     ]
     return lines

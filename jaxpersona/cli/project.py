@@ -25,16 +25,16 @@ def project(
     layer: Annotated[int | None, typer.Option(
         show_default="the middle", help="The layer, counted from 0.")] = None,
     png: Annotated[pathlib.Path | None, typer.Option(
-        show_default="none", help="Draw them to this file.")] = None,
+        show_default="none", help="Write a figure of the projections to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     dtype: DtypeOption = None,
     adapter: AdapterOption = None,
 ) -> None:
     """Project each assistant message of a conversation on directions.
 
-    On an axis with thresholds, a projection is compared with the default's own: its distance from
-    the median in standard deviations (z), the percentiles that it lies between, and, if the axis
-    lies in its run folder, the nearest roles.
+    If an axis has thresholds, each projection is compared with those of the default persona's
+    replies: its distance from their median in standard deviations (z), the percentiles below and
+    above it, and, if the axis is in its run folder, the nearest roles.
     """
     import numpy as np
     from rich.table import Table
@@ -48,7 +48,7 @@ def project(
     from jaxpersona.text import chat
 
     if png is not None and png.is_dir():
-        raise UserError(f"--png is {png}, a folder; give the name of the picture's file")
+        raise UserError(f"--png is {png}, a folder; give the name of a file")
     if png is not None and not png.parent.is_dir():
         raise UserError(f"--png is {png}; there is no folder {png.parent}: create it first")
     if png is not None:
@@ -57,7 +57,7 @@ def project(
     if isinstance(talk, dict):
         talk = talk.get("conversation", talk.get("messages"))
     if not isinstance(talk, list):
-        raise UserError(f"{conversation}: must hold a list of messages with role and content")
+        raise UserError(f"{conversation}: must contain a list of messages with role and content")
     vectors = [load_vector(file) for file in vector]
     loaded = support.open_model(model, dtype, None, adapter)
     vectors = [fit(loaded, vector) for vector in vectors]
@@ -67,7 +67,7 @@ def project(
         raise UserError(f"layer is {layer}; the model has layers 0…{total - 1}")
     empty = [vector.name for vector in vectors if not vector.values[at].any()]
     if empty:
-        raise UserError(f"{empty[0]!r} is zero at layer {at}; choose another with --layer")
+        raise UserError(f"{empty[0]!r} is zero at layer {at}; choose another layer with --layer")
     references = [reference(one, at, file) for one, file in zip(vectors, vector, strict=True)]
     try:
         chat.check_conversation(talk, reply=False)
@@ -99,8 +99,8 @@ def project(
         for name, known in zip(names, references, strict=True):
             if known is not None:
                 low, high = (known.percentiles[p] for p in (25.0, 75.0))
-                say(f"{name}: the default's own replies have p25…p75 of {low:.3f}…{high:.3f}, "
-                    f"p1…p99 of {known.percentiles[1.0]:.3f}…{known.percentiles[99.0]:.3f}; "
+                say(f"{name}: the default persona's replies have p25…p75 of {low:.3f}…{high:.3f} "
+                    f"and p1…p99 of {known.percentiles[1.0]:.3f}…{known.percentiles[99.0]:.3f}; "
                     f"the floor of --cap is p25, {known.floor:.3f}")
     if png is not None:
         messages(png, [t.turn for t in found], np.stack([t.values[at] for t in found]), names, at,
@@ -109,13 +109,13 @@ def project(
 
 
 def _compared(known: Reference, value: float) -> dict[str, object]:
-    """Return a projection's comparison with the default and the roles, as a JSON value."""
+    """Compare a projection with the default persona and the roles; return a JSON object."""
     return {"z": round(known.z(value), 4), "default": known.place(value),
             "below_floor": value < known.floor, "nearest": known.nearest(value)}
 
 
 def _cells(known: Reference | None, value: float) -> list[str]:
-    """Return the cells of a projection: its value, and its comparison if there is one."""
+    """Return the table cells of a projection: its value and, if known, its comparison."""
     if known is None:
         return [f"{value:.3f}"]
     return [f"{value:.3f}", f"{known.z(value):+.1f}", known.place(value),

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
     from jaxpersona.persona.extract import Extraction
 
-LOG_SECONDS = 30.0  # between two lines of progress where standard error is no terminal
+LOG_SECONDS = 30.0  # interval between lines of progress if standard error is not a terminal
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, a .gguf file, `mini`, "
                                                           "`random:<preset>` or a hub name.")]
 AdapterOption = Annotated[pathlib.Path | None, typer.Option("--adapter", show_default="none", help=(
     "The folder of a LoRA adapter for the model; it is merged into the weights."))]
 DtypeOption = Annotated[str | None, typer.Option(
     show_default="float32 on a CPU, else bfloat16",
-    help="float32, bfloat16 or float16; or int8, for the weights only.")]
+    help="float32, bfloat16 or float16; or int8, which applies to the weights only.")]
 
 
 def open_model(source: str, dtype: str | None, mesh: str | None = None,
@@ -46,10 +46,10 @@ def open_model(source: str, dtype: str | None, mesh: str | None = None,
 
 @contextlib.contextmanager
 def progress(log: bool = False) -> Iterator[Callable[[str, int, int, int], None]]:
-    """Show steps with their rate and time left; yield report(step, done, total, tokens).
+    """Show the rate and remaining time of steps; yield report(step, done, total, tokens).
 
-    Where standard error is no terminal, `log` selects a line every `LOG_SECONDS`; else nothing is
-    written. Processes other than the first write nothing.
+    If standard error is not a terminal, a line is written every `LOG_SECONDS` if `log` is set, and
+    otherwise nothing. Only the first process writes.
     """
     from jaxpersona.distributed import processes
 
@@ -94,10 +94,10 @@ def _silent(step: str, done: int, total: int, tokens: int) -> None:
 
 
 def stream(pieces: Iterable[str]) -> None:
-    """Print a reply while its pieces arrive, with a spinner until the first one.
+    """Print a reply while its pieces arrive, with a spinner until the first piece.
 
-    Compiling the programs of the first reply takes seconds. The spinner is on standard error, and
-    only if that is a terminal.
+    Compiling the programs for the first reply takes seconds. The spinner is shown on standard
+    error, if that is a terminal.
     """
     shown = console(error=True)
     status = shown.status("waiting for the first token") if shown.is_interactive else None
@@ -159,17 +159,17 @@ def check_folder(option: str, folder: pathlib.Path) -> None:
     """Check that a folder to write to is not an existing file.
 
     Raises:
-      UserError: it is a file.
+      UserError: the path is a file.
     """
     if folder.is_file():
         raise UserError(f"{option} is {folder}, a file; give a folder")
 
 
 def check_output(option: str, file: pathlib.Path) -> None:
-    """Check that a file can be written, before anything is computed for it.
+    """Check that a file can be written, before its content is computed.
 
     Raises:
-      UserError: it is a folder or no regular file, or its folder cannot be written.
+      UserError: the path is a folder or not a regular file, or its folder is not writable.
     """
     from jaxpersona.ckpts.files import atomic
 
@@ -177,7 +177,7 @@ def check_output(option: str, file: pathlib.Path) -> None:
         raise UserError(f"{option} is {file}, a folder; give the name of a file")
     if os.path.lexists(file) and (file.is_symlink() or not file.is_file()):
         raise UserError(f"{option} is {file}, not a regular file; give another name")
-    if not file.exists():  # as `atomic` will write it
+    if not file.exists():  # try `atomic`, which will write the file
         with atomic(file) as temporary:
             temporary.touch()
         file.unlink()
@@ -204,7 +204,7 @@ def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
         figures.roles_on_axis(folder / "roles.png", extraction.projections, middle, held_out)
         figures.components(folder / "pca.png", extraction.analysis, middle, extraction.default)
         figures.variance(folder / "variance.png", extraction.analysis, middle)
-    except UserError as error:  # such as a missing package; the axis is complete without them
+    except UserError as error:  # e.g. a missing package; the axis is complete without figures
         say(f"no figures were drawn: {error}", error=True)
         return False
     return True

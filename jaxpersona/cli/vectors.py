@@ -22,13 +22,13 @@ app = typer.Typer(no_args_is_help=True, help="Show, check and convert directions
 
 KindOption = Annotated[str | None, typer.Option(
     show_default="from the file's name",
-    help="What a bare tensor in a .pt file is: axis, role or persona.")]
+    help="The kind of a bare tensor in a .pt file: axis, role or persona.")]
 
 
 @app.command()
 def show(
     file: Annotated[pathlib.Path, typer.Argument(
-        help="A .safetensors, .pt, .gguf or .npy, or `mini`.")],
+        help="A .safetensors, .pt, .gguf or .npy file, or `mini`.")],
     kind: KindOption = None,
 ) -> None:
     """Show the metadata of a file of directions (.safetensors, .pt, .gguf, .npy)."""
@@ -43,23 +43,24 @@ def show(
 
 @app.command()
 def check(
-    file: Annotated[pathlib.Path, typer.Argument(help="An axis, or caps; `mini` is mini's own.")],
+    file: Annotated[pathlib.Path, typer.Argument(help="A file of an axis or of caps, or `mini`.")],
     model: ModelOption = "mini",
     cap_layers: Annotated[str | None, typer.Option(
-        show_default="the upper half", help="Layers to test, half-open, e.g. 46:54.")] = None,
+        show_default="the upper half",
+        help="Layers to test, a half-open range such as 46:54.")] = None,
     percentile: Annotated[str | None, typer.Option(
-        show_default="p25", help="The floors to test.")] = None,
+        show_default="p25", help="The percentile that is the floor to test.")] = None,
     of: Annotated[str | None, typer.Option(
         show_default="default", help="The population of the percentile.")] = None,
     experiment: Annotated[str | None, typer.Option(
-        show_default="the only one", help="Which experiment of a capping_config.pt.")] = None,
+        show_default="the only one", help="The experiment's id in a capping_config.pt.")] = None,
     dtype: DtypeOption = None,
     adapter: AdapterOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Test an axis or caps on short replies of a model, as `--cap` does before it applies them.
 
-    Distances are in standard deviations of the default's projections at the layer.
+    Distances are in standard deviations of the default persona's projections at the layer.
     """
     from jaxpersona.cli.caps import open_caps
     from jaxpersona.cli.support import open_model, progress
@@ -110,21 +111,22 @@ def _show_check(found: Check) -> None:
         table.add_row(str(layer), f"{found.default[i]:.4g}", f"{found.spread[i]:.3g}",
                       f"{found.roles[i]:.4g}", f"{found.z_roles[i]:+.1f}", *floor)
     console().print(table)
-    say("z: distance from the default's mean, in standard deviations of the default (spread)",
+    say("z: distance from the default persona's mean, in its standard deviations (spread)",
         *found.sentences)
 
 
 @app.command()
 def convert(
-    source: Annotated[pathlib.Path, typer.Argument(help="A .safetensors, .pt, .gguf or .npy.")],
-    target: Annotated[pathlib.Path, typer.Argument(help="A .safetensors, .gguf or .npy.")],
+    source: Annotated[pathlib.Path, typer.Argument(
+        help="A .safetensors, .pt, .gguf or .npy file.")],
+    target: Annotated[pathlib.Path, typer.Argument(help="A .safetensors, .gguf or .npy file.")],
     model: Annotated[str | None, typer.Option(
         show_default="not checked",
-        help="The model it belongs to: checked, and written to the file with the fingerprint of "
-             "its weights. For random:<preset> only the shape is checked.")
+        help="The model that the direction must fit; its name and the fingerprint of its weights "
+             "are written to the file. For random:<preset> only the shape is checked.")
     ] = None,
     experiment: Annotated[str | None, typer.Option(
-        show_default="the only one", help="Which experiment of a capping_config.pt.")] = None,
+        show_default="the only one", help="The experiment's id in a capping_config.pt.")] = None,
     kind: KindOption = None,
     name: Annotated[str | None, typer.Option(
         show_default="as in the source", help="The direction's new name.")] = None,
@@ -136,13 +138,13 @@ def convert(
     if isinstance(found, dict):
         listed = ", ".join(found)
         if experiment is None and len(found) > 1:
-            raise UserError(f"{source}: holds {len(found)} experiments; choose one with "
+            raise UserError(f"{source}: contains {len(found)} experiments; choose one with "
                             f"--experiment: {listed}")
         if experiment not in (None, *found):
-            raise UserError(f"experiment is {experiment!r}; {source} holds {listed}")
+            raise UserError(f"experiment is {experiment!r}; {source} contains {listed}")
         chosen = found[experiment] if experiment else next(iter(found.values()))
     elif experiment is not None:
-        raise UserError(f"--experiment is for files of caps; {source} holds a {found.kind}")
+        raise UserError(f"--experiment is for files of caps; {source} contains a {found.kind}")
     else:
         chosen = found
     if name is not None:
@@ -152,11 +154,11 @@ def convert(
     lost = save_vector(target, chosen)
     bare = target.suffix.lower() == ".npy"
     shape = " × ".join(map(str, chosen.values.shape))
-    say(f"{target}: {f'the values alone, {shape}' if bare else _described(chosen)}")
+    say(f"{target}: {f'values only, {shape}' if bare else _described(chosen)}")
     for key, value in () if bare else chosen.notes.items():
         say(f"  {key}: {value}")
     if lost:
-        say(f"  not written, because {target.suffix} cannot hold it: {', '.join(lost)}")
+        say(f"  not written, because {target.suffix} cannot store it: {', '.join(lost)}")
     if bare:
         return
     if model is not None and model.startswith("random:"):

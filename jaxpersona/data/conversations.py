@@ -16,16 +16,16 @@ def read_prompts(file: pathlib.Path, system: str | None = None) -> list[Conversa
     """Read the conversations to reply to; blank lines are skipped.
 
     In a file named `*.jsonl` each line is a JSON string (one user message), a list of
-    {"role", "content"}, or an object with such a list as `messages`, as in requests of OpenAI's
-    form; other keys of the object are ignored. In any other file each line is a user message.
+    {"role", "content"}, or an object with such a list as `messages`, as in OpenAI's request
+    format. Other keys of the object are ignored. In any other file each line is a user message.
 
     Args:
       file: the file, in UTF-8.
       system: a system prompt for conversations that have none.
 
     Raises:
-      UserError: a file that cannot be read or holds no prompt, or invalid lines; the message
-        lists all of them. A conversation that has a system message, if `system` is given, is
+      UserError: the file cannot be read, contains no prompt or has invalid lines; the message
+        lists all invalid lines. If `system` is given, a conversation with a system message is
         invalid.
     """
     faults = Faults()
@@ -33,7 +33,7 @@ def read_prompts(file: pathlib.Path, system: str | None = None) -> list[Conversa
     faults.raise_if_any(file)
     assert text is not None
     as_json = file.suffix == ".jsonl"
-    # not `splitlines`, which divides at characters that a JSON string may hold
+    # not `splitlines`, which also splits at characters that a JSON string may contain
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     found: list[Conversation] = []
     for number, line in lines:
@@ -43,19 +43,19 @@ def read_prompts(file: pathlib.Path, system: str | None = None) -> list[Conversa
             found.append(_conversation(value, system, at, faults))
     faults.raise_if_any(file)
     if not found:
-        raise UserError(f"{file}: holds no prompt; give one on each line")
+        raise UserError(f"{file}: contains no prompt; write one on each line")
     return found
 
 
 def _conversation(value: Any, system: str | None, at: str, faults: Faults) -> Conversation:
-    """Return the messages of one line; on error record it and return []."""
+    """Return the messages of one line, and record its errors in `faults`."""
     if isinstance(value, dict):
         if "messages" not in value:
             faults.append(f"{at}: the object has no messages; give {{\"messages\": […]}}")
             return []
         value = value["messages"]
     if not isinstance(value, (str, list)):
-        faults.append(f"{at}: holds {kind(value)}; give a string, a list of messages, or an "
+        faults.append(f"{at}: contains {kind(value)}; give a string, a list of messages, or an "
                       "object with messages")
         return []
     try:

@@ -87,7 +87,7 @@ def show(kind: str, name: str | None = None) -> str:
       name: name of a role, trait or drift domain, or id of a question; None lists all.
 
     Raises:
-      UserError: unknown `kind` or `name`.
+      UserError: `kind` or `name` is unknown.
     """
     shown = _catalogue(kind)
     if name is None:
@@ -129,8 +129,8 @@ def export(folder: Path) -> int:
     """Write the package data and its data card to a folder, atomically.
 
     Args:
-      folder: a new or empty folder, which receives roles/, questions.jsonl, traits/, drift/ and
-        the lists of descriptions.
+      folder: a new or empty folder, for roles/, questions.jsonl, traits/, drift/ and the lists of
+        descriptions.
 
     Returns:
       The number of files written.

@@ -1,6 +1,6 @@
-"""The formats of the files of roles, questions and traits, with an example of each.
+"""File formats of roles, questions and traits, with an example of each.
 
-The examples are files that the readers of `texts` accept.
+The readers in `texts` accept these examples.
 """
 
 from __future__ import annotations
@@ -20,40 +20,43 @@ _CONTENTS = {
         "eval_prompt": _PLAYS}, (
         "A folder with one <name>.json for each role, for `axis --roles FOLDER`.",
         "  instruction   a list of system prompts, each {\"pos\": text}; {model_name} in a text is "
-        "replaced",
-        "  eval_prompt   the judge's prompt, with {question} and {answer}; may be missing where "
-        "the judge is none",
-        "default.json holds the prompts of the model without a role; without it, five general "
-        "prompts are used.",
-        "role_list.json, {name: description}, may lie in the folder or beside it.")),
+        "replaced by the model's name",
+        "  eval_prompt   the judge's prompt, with {question} and {answer}; optional if the judge "
+        "is `none`",
+        "default.json contains the prompts for the model without a role; if it is missing, five "
+        "general prompts are used.",
+        "An optional role_list.json, {name: description}, may be in the folder or in its parent."
+    )),
     "questions": ("questions.jsonl", [
         {"question": "What does friendship mean to you?", "id": 0},
         {"question": "Tell me about the sea.", "id": 1}], (
-        "A file with one JSON object a line, for `axis --questions FILE`.",
-        "  question      the text; every prompt of every role gets it",
-        "  id            a whole number, unique; default: the number of the line, from 0")),
+        "A file with one JSON object per line, for `axis --questions FILE`.",
+        "  question      the text, which is asked under every system prompt of every role",
+        "  id            a unique integer; default: the number of the line, from 0")),
     "traits": ("traits/curious.json", {
         "instruction": [{"pos": "Be curious about what you are told.",
                          "neg": "Show no interest in what you are told."}],
         "questions": ["I moved house last week.", "My sister keeps bees."],
         "eval_prompt": _SHOWS}, (
         "A folder with one <name>.json for each trait, for `texts.load_traits`.",
-        "  instruction   a list of pairs of system prompts, with the trait (pos) and without (neg)",
+        "  instruction   a list of pairs of system prompts, for the trait (pos) and against it "
+        "(neg)",
         "  questions     a list of texts, asked under every system prompt",
         "  eval_prompt   the judge's prompt, with {question} and {answer}",
-        "trait_list.json, {name: description}, may lie in the folder or beside it.")),
+        "An optional trait_list.json, {name: description}, may be in the folder or in its parent."
+    )),
 }
 FORMATS = tuple(_CONTENTS)
 
 
 def example(kind: str) -> tuple[str, str]:
-    """Return a file's path and content that the reader of a kind accepts.
+    """Return the path and content of an example file.
 
     Args:
       kind: one of `FORMATS`.
 
     Raises:
-      UserError: another kind.
+      UserError: `kind` is none of these.
 
     Example:
       >>> from jaxpersona.data.formats import example
@@ -69,10 +72,10 @@ def example(kind: str) -> tuple[str, str]:
 
 
 def describe(kind: str | None = None) -> list[str]:
-    """Return the description of one format, or of all, as lines of text with an example.
+    """Describe one format with an example, or all formats if `kind` is None; return lines of text.
 
     Raises:
-      UserError: as `example`.
+      UserError: as for `example`.
     """
     lines: list[str] = []
     for name in FORMATS if kind is None else (kind,):

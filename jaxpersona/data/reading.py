@@ -105,10 +105,10 @@ def get_text(table: Any, field: str, where: str, faults: Faults, *, empty: bool 
     """Return a string field of a JSON object; record any error and return "".
 
     Args:
-      table: the object; any other type is an error.
+      table: the object; a value of any other type is an error.
       field: the key.
       where: the file's name in messages.
-      faults: receives the error.
+      faults: the list to which the error is appended.
       empty: accept an empty string.
       prefix: path of the object within the file, such as "instruction[2].".
     """
@@ -153,7 +153,7 @@ def get_eval_prompt(table: dict[str, Any], where: str, faults: Faults) -> str:
 
 
 def fill(template: str, **values: str) -> str:
-    """Replace `{name}` placeholders in one pass, so braces in values are not expanded.
+    """Replace `{name}` placeholders in one pass, so placeholders in the values are not replaced.
 
     Placeholders without a value are kept.
     """

@@ -1,7 +1,8 @@
 """Load prompt data: roles, questions, traits and opening messages of drift conversations.
 
-The default is the package data. The file layout is that of the published code, so the same files
-work in both. All errors in all files are raised together, before a model is loaded.
+By default the package data is loaded. The file layout is that of the published Assistant Axis code,
+so the same files work with that code and with this package. All errors in all files are raised
+together, before a model is loaded.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ DEFAULT_PROMPTS = (
     "Respond as yourself.",
 )
 
-# files of descriptions in a data folder; they are not roles or traits
+# files of descriptions in a data folder, which do not define roles or traits
 ROLE_LIST, TRAIT_LIST = "role_list.json", "trait_list.json"
 
 Path = str | os.PathLike[str]
@@ -54,8 +55,8 @@ class Role:
     Attributes:
       name: the file's stem; "default" means that no persona is assigned.
       prompts: system prompts; "" is allowed only in the default role.
-      eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" for the default, and for
-        roles that are not judged by a model.
+      eval_prompt: the judge's prompt with `{question}` and `{answer}`; "" for the default role and
+        for roles that are not judged by a model.
       description: one line; "" if unknown.
     """
 
@@ -172,8 +173,8 @@ def load_roles(path: Path | None = None, *, model_name: str = "the model") -> li
 
     Args:
       path: a folder of `<name>.json`, each {"instruction": [{"pos": …}, …], "eval_prompt": …}; None
-        loads the package data. `eval_prompt` may be missing: only some judges read it. Without a
-        `default.json` the five published default prompts are used. A `role_list.json` (name →
+        loads the package data. `eval_prompt` is optional, because only some judges use it. Without
+        a `default.json` the five published default prompts are used. A `role_list.json` (name →
         description) is read from the folder or its parent.
       model_name: replaces `{model_name}` in prompts.
 
@@ -288,7 +289,7 @@ def load_drift(path: Path | None = None) -> list[Domain]:
 
 
 def _place(path: Path | None, part: str, table: str) -> tuple[Traversable, Traversable | None]:
-    """Return a data folder and its description file, or None if there is none."""
+    """Return a data folder, and its file of descriptions or None."""
     if path is None:
         return data_root() / part, data_root() / table
     folder = pathlib.Path(path)
@@ -312,7 +313,7 @@ def _role(raw: dict[str, Any], file: Traversable, described: dict[str, str], mod
              model_name=model_name)
         for i, entry in enumerate(get_list(raw, "instruction", where, faults))
     )
-    # judges that read it check that it is there (`persona.prepare.check_texts`)
+    # `persona.prepare.check_texts` requires the prompt if the judge uses it
     eval_prompt = get_eval_prompt(raw, where, faults) if "eval_prompt" in raw else ""
     return Role(name, prompts, eval_prompt, described.get(name, ""))
 

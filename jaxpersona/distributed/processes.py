@@ -1,8 +1,8 @@
 """Multi-process execution: initialization, process index and collectives on the host.
 
 All processes run the same programs in the same order, each on its own devices, and each writes the
-files for its share of the work. With one process, these functions do nothing. The number of
-processes comes from JAX, so `jax.distributed` can also be initialized elsewhere.
+files for its share of the work. With one process, these functions do not communicate. The number
+of processes comes from JAX, so the caller may also initialize `jax.distributed`.
 """
 
 from __future__ import annotations
@@ -33,17 +33,19 @@ def start(coordinator: str | None = None, count: int | None = None,
     If `jax.distributed` is already initialized, this only checks that the arguments agree with it.
 
     Args:
-      coordinator: host:port of process 0; None to detect it on SLURM, Kubernetes or a TPU pod.
-      count, index: the number of processes and this process's index; None to detect them.
+      coordinator: the address host:port of process 0. If None, the address is detected, which
+        requires SLURM, Kubernetes or a TPU pod.
+      count, index: the number of processes and the index of this process. If None, both are
+        detected.
 
     Raises:
       UserError: arguments are missing, out of range or inconsistent with an earlier initialization,
-        or they are not given and no cluster is detected.
+        or no arguments are given and no cluster is detected.
     """
     given = (coordinator is not None, count is not None, index is not None)
     if any(given) and not all(given):
-        raise UserError("coordinator, processes and process belong together: give all three, or "
-                        "none on SLURM, Kubernetes or a TPU pod")
+        raise UserError("coordinator, processes and process belong together: give all three "
+                        "arguments, or omit all of them on SLURM, Kubernetes or a TPU pod")
     for name, value in (("processes", count), ("process", index)):
         if value is not None and not isinstance(value, int):
             raise UserError(f"{name} is {value!r:.60}; it must be an integer")
@@ -55,7 +57,8 @@ def start(coordinator: str | None = None, count: int | None = None,
         there = jax.process_count(), jax.process_index()
         if all(given) and there != (count, index):
             raise UserError(f"processes is {count} and process is {index}, but jax.distributed is "
-                            f"already initialized with {there[0]} and {there[1]}: omit them")
+                            f"already initialized with {there[0]} and {there[1]}: omit both "
+                            "arguments")
         return
     try:
         # on CPUs, two programs with cross-process collectives deadlock if they run concurrently
@@ -104,7 +107,10 @@ def owns(i: int) -> bool:
 
 
 def fetch(tree: Any) -> Any:
-    """Copy whole arrays to the host, however they are sharded; all processes must call this."""
+    """Copy whole arrays to the host, including the shards of other processes.
+
+    All processes must call this function.
+    """
     leaves, structure = jax.tree.flatten(tree)
     remote = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)
            and not (x.is_fully_addressable or x.is_fully_replicated)]
@@ -118,10 +124,10 @@ def fetch(tree: Any) -> Any:
 
 
 def total(values: np.ndarray) -> np.ndarray:
-    """Sum an integer array over all processes; all of them must call this.
+    """Sum an integer array over all processes; all processes must call this function.
 
     The sum wraps around at the dtype's limit, so it does not depend on how the terms are
-    distributed.
+    distributed over processes.
     """
     from jax.experimental import multihost_utils
 
@@ -130,7 +136,7 @@ def total(values: np.ndarray) -> np.ndarray:
 
 
 def merge(items: Mapping[str, T]) -> dict[str, T]:
-    """Merge the dicts of all processes into one; all processes must call this."""
+    """Merge the dicts of all processes into one dict; all processes must call this function."""
     if not many():
         return dict(items)
     from jax.experimental import multihost_utils
@@ -147,7 +153,7 @@ def merge(items: Mapping[str, T]) -> dict[str, T]:
 
 
 def in_turn(act: Callable[[], T]) -> T:
-    """Call `act` on process 0 first, e.g. to create a shared folder, and then on the others."""
+    """Call `act` first on process 0, for example to create a shared folder, then on the others."""
     if not many():
         return act()
     if first():
@@ -161,7 +167,7 @@ def in_turn(act: Callable[[], T]) -> T:
 
 
 def leave(code: int) -> NoReturn:
-    """Exit immediately with `code`; JAX's shutdown barrier would wait for the other processes."""
+    """Exit with `code` immediately, because JAX's shutdown would wait for the other processes."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

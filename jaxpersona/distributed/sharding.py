@@ -1,7 +1,7 @@
 """Sharding: logical axes, meshes, and helpers that derive the shardings of arrays.
 
-Model code uses *logical* axes ("heads", "batch"); `RULES` maps each of them to mesh axes. Without a
-mesh, these helpers do nothing, so the same model code runs on one device and on many.
+Model code uses *logical* axes ("heads", "batch"), and `RULES` maps each logical axis to mesh axes.
+Without a mesh, these helpers do nothing, so the same model code runs on one or several devices.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
     """Create a mesh with Explicit axes.
 
     Args:
-      data: number of shards of batch rows, with replicated weights (data parallelism).
-      model: number of shards of heads, feed-forward width and vocabulary (tensor parallelism).
-      fsdp: number of shards of both rows and weights; weights are all-gathered before every use.
-      devices: the devices to use; default: all.
+      data: the number of shards of batch rows, with replicated weights (data parallelism).
+      model: the number of shards of heads, feed-forward width and vocabulary (tensor parallelism).
+      fsdp: the number of shards of both batch rows and weights; weights are all-gathered before
+        every use.
+      devices: the devices to use; default: all devices.
 
     Raises:
       UserError: there are fewer devices than data·fsdp·model, or an axis is smaller than 1.
@@ -100,12 +101,12 @@ def fit(mesh: AbstractMesh, config: ModelConfig) -> AbstractMesh: ...
 def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
     """Adapt a mesh to a model.
 
-    If "model" is a multiple of the number of key/value heads, it is split into "model" × "group":
-    each key/value head is replicated over a group of devices, and its query heads are divided among
-    them.
+    If the size of "model" is a multiple of the number of key/value heads, this axis is split into
+    "model" × "group": each key/value head is replicated over a group of devices, and its query
+    heads are divided among these devices.
 
     Raises:
-      UserError: a mesh axis is not in `RULES`, or does not divide the model's dimension.
+      UserError: a mesh axis is not in `RULES`, or its size does not divide the model's dimension.
     """
     known = {name for names in RULES.values() for name in names}
     if unknown := [name for name in mesh.axis_names if name not in known]:
@@ -125,7 +126,7 @@ def fit(mesh: Mesh | AbstractMesh, config: ModelConfig) -> Mesh | AbstractMesh:
     model, group = sizes.get("model", 1), sizes.get("group", 1)
     if heads % model or (group > 1 and heads != model):
         raise UserError(f"n_kv_heads is {heads}, but the mesh has model={model * group}, which is "
-                        "neither a divisor nor a multiple of it: use "
+                        "neither a divisor nor a multiple of n_kv_heads: use "
                         f"model={_divisor(heads, model * group)}")
     for field, value, split in (("n_heads / n_kv_heads", config.n_heads // heads, group),
                                ("d_ff", config.d_ff, model * group),
@@ -156,7 +157,7 @@ def spec(axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
 
 def weight_sharding(axes: Axes, shape: tuple[int, ...],
                     mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Return a parameter's sharding; an indivisible vocabulary dimension is replicated."""
+    """Return a parameter's sharding; a vocabulary axis that is not divisible is replicated."""
     placed = NamedSharding(mesh, spec(axes, mesh))
     try:
         placed.shard_shape(shape)
@@ -166,9 +167,9 @@ def weight_sharding(axes: Axes, shape: tuple[int, ...],
 
 
 def mesh_of(*operands: Any) -> Mesh | AbstractMesh | None:
-    """Return the mesh of the first operand that has one, or None."""
+    """Return the mesh of the first operand that is on a mesh, or None."""
     for operand in operands:
-        # outside jit, operations need a mesh of concrete devices, which the array's type lacks
+        # outside jit, operations need a mesh with devices; the mesh in an array's type is abstract
         concrete = isinstance(operand, jax.Array) and not is_traced(operand)
         placed = operand.sharding if concrete else jax.typeof(operand).sharding
         if isinstance(placed, NamedSharding) and not placed.mesh.empty:
@@ -212,7 +213,7 @@ def running_on(where: str) -> Iterator[None]:
 
 
 def in_program() -> bool:
-    """Return whether the code runs in `running_on`, that is, in the trace of a program."""
+    """Return whether the caller is inside `running_on`, that is, inside a program's trace."""
     return _PLATFORM.get() is not None
 
 
@@ -234,8 +235,8 @@ def default_device() -> Device:
 def unset_mesh() -> contextlib.AbstractContextManager:
     """Return a context without the mesh set by `jax.set_mesh`.
 
-    This package takes the mesh from the parameters. A mesh set by the caller may differ, because
-    `fit` may split an axis, and JAX would place new arrays on it.
+    This package uses the mesh of the parameters. The caller's mesh may differ from it, because
+    `fit` may split an axis, and JAX would place new arrays on the caller's mesh.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return contextlib.nullcontext()
@@ -243,7 +244,7 @@ def unset_mesh() -> contextlib.AbstractContextManager:
 
 
 def off_mesh(tree: Any) -> Any:
-    """Copy the arrays of a small tree that are on a mesh (see `jax.set_mesh`) to the host."""
+    """Copy to the host all arrays of a small pytree that are on a mesh; return the pytree."""
     def one(x: Any) -> Any:
         concrete = isinstance(x, jax.Array) and not is_traced(x)
         return jax.device_get(x) if concrete and mesh_of(x) is not None else x
@@ -255,7 +256,7 @@ def check_set_mesh(like: jax.Array) -> None:
     """Check that a mesh set by `jax.set_mesh` is the mesh of an array.
 
     Raises:
-      UserError: the meshes differ; the message names both.
+      UserError: the meshes differ; the message names both meshes.
     """
     current, mesh = jax.sharding.get_abstract_mesh(), mesh_of(like)
     if current.empty or (mesh is not None and _same_shape(current, mesh)):
@@ -265,7 +266,7 @@ def check_set_mesh(like: jax.Array) -> None:
             return
         raise UserError(f"the mesh {_written(current)} is set, but the model is on one device: "
                         "omit jax.set_mesh, or load the model with mesh=")
-    raise UserError(f"the mesh set by jax.set_mesh is {_written(current)}, but the model's is "
+    raise UserError(f"the mesh set by jax.set_mesh is {_written(current)}, but the model's mesh is "
                     f"{_written(mesh)}: use `with jax.set_mesh(model.mesh)`")
 
 
@@ -278,9 +279,9 @@ def _written(mesh: Mesh | AbstractMesh) -> str:
 
 
 def out_sharding(axes: Axes, *operands: Any) -> NamedSharding | None:
-    """Return the sharding for a result with logical `axes` on the operands' mesh.
+    """Return the sharding of a result with logical axes `axes` on the operands' mesh.
 
-    Returns None if no operand is on a mesh with Explicit axes.
+    The result is None if no operand is on a mesh with Explicit axes.
     """
     mesh = mesh_of(*operands)
     if mesh is None or AxisType.Explicit not in mesh.axis_types:
@@ -289,9 +290,9 @@ def out_sharding(axes: Axes, *operands: Any) -> NamedSharding | None:
 
 
 def place(x: jax.Array, axes: Axes, *operands: Any) -> jax.Array:
-    """Shard x by its logical axes over the mesh of the operands (default: of x).
+    """Shard x by its logical axes over the mesh of the operands (default: the mesh of x).
 
-    On a mesh with Auto axes this is a sharding constraint; without a mesh it returns x.
+    On a mesh with Auto axes, this adds a sharding constraint. Without a mesh, x is returned.
     """
     mesh = mesh_of(*(operands or (x,)))
     if mesh is None:
@@ -303,7 +304,7 @@ def place(x: jax.Array, axes: Axes, *operands: Any) -> jax.Array:
 
 
 def spread_rows(x: jax.Array, dimension: int, like: Any) -> jax.Array:
-    """Shard a dimension of x like batch rows over the mesh of `like`, if there is one."""
+    """Shard a dimension of x over the mesh of `like`, if it has one, as batch rows are sharded."""
     return place(x, tuple("batch" if i == dimension else None for i in range(x.ndim)), like)
 
 

@@ -19,8 +19,8 @@ from jaxpersona.text import chat
 def width_of(tokens: int) -> int:
     """Return the padded length of a conversation of `tokens` tokens.
 
-    This is `tokens` rounded up to a multiple of 32, or of an eighth of the largest power of two
-    below `tokens` if that is larger.
+    This is `tokens` rounded up to a multiple of max(32, p / 8), where p is the largest power of two
+    below `tokens`.
     """
     step = max(32, (1 << (tokens - 1).bit_length()) // 16)
     return -(-tokens // step) * step
@@ -32,8 +32,9 @@ def batches(rows: list[chat.Row], tokens: int,
 
     Args:
       rows: the conversations.
-      tokens: the number of tokens in a batch, including padding.
-      ways: the number of shards over rows; the number of rows in a batch is a multiple of it.
+      tokens: the target number of tokens in a batch, including padding.
+      ways: the number of shards that rows are divided into; the number of rows in a batch is a
+        multiple of this number.
 
     Returns:
       For each batch: the indices of its conversations, its width and its number of rows.
@@ -42,14 +43,14 @@ def batches(rows: list[chat.Row], tokens: int,
     for i, row in enumerate(rows):
         groups.setdefault(width_of(row.tokens.size), []).append(i)
     out = []
-    for width, members in sorted(groups.items(), reverse=True):  # largest memory use first
-        size = max(1, tokens // (width * ways)) * ways  # equal shards
+    for width, members in sorted(groups.items(), reverse=True):  # largest batches first
+        size = max(1, tokens // (width * ways)) * ways  # a multiple of `ways`
         out += [(members[at : at + size], width, size) for at in range(0, len(members), size)]
     return out
 
 
 def pad(rows: list[chat.Row], width: int, size: int) -> Batch:
-    """Pad the conversations to a batch of `size` rows and `width` tokens; added rows are empty."""
+    """Pad the conversations to a batch of `size` rows of `width` tokens; added rows are empty."""
     real = make_batch([r.tokens for r in rows], kind=[r.kind for r in rows],
                       turn=[r.turn for r in rows], width=width)
     extra = size - len(rows)

@@ -1,7 +1,7 @@
-"""The on-disk caches of programs, so that a second process neither traces nor compiles.
+"""Caches of compiled programs on disk, so that a second process neither traces nor compiles.
 
-JAX's compilation cache holds executables, and `stored` holds traces. Both are in one folder of the
-user's cache folder, of mode 0700 (`own_folder`).
+JAX's compilation cache stores executables, and `stored` stores traces. Both use subfolders of one
+folder with mode 0700 in the user's cache folder (`own_folder`).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from jaxpersona.runtime import default_setting, setting
 
 SWITCH = "JAXPERSONA_COMPILE_CACHE"
 TRACES, EXECUTABLES = 2**28, 2**32  # the maximum sizes of the folders in bytes
-_SHORTEST = 0.05  # seconds; executables that compile faster are not stored
+_SHORTEST = 0.05  # seconds; executables that were compiled faster are not stored
 _LOG = logging.getLogger("jaxpersona")
 
 
 def use_compile_cache() -> str | None:
-    """Enable JAX's compilation cache in the user's cache folder, unless it already has a folder.
+    """Enable JAX's compilation cache in the user's cache folder, unless another folder is set.
 
     `JAXPERSONA_COMPILE_CACHE=0` disables this; `JAX_COMPILATION_CACHE_DIR` or
-    `jax_compilation_cache_dir` sets another folder. A folder that belongs to another user, is a
-    symbolic link or may be written by others is not used, with a warning.
+    `jax_compilation_cache_dir` sets another folder. If the folder belongs to another user, is a
+    symbolic link or may be written by others, it is not used, and a warning is logged.
 
     Returns:
-      The cache folder; None if disabled, or if the user has no home folder or no folder of their
-      own.
+      The folder of JAX's compilation cache, or None if there is none. This is the case if caching
+      is disabled, the user has no home folder, or the cache folder is not private to the user.
     """
     configured = setting("jax_compilation_cache_dir")
     if configured or os.environ.get(SWITCH, "1") == "0":
@@ -40,7 +40,7 @@ def use_compile_cache() -> str | None:
     folder = _own()
     if folder is None:
         return None
-    # a new folder: JAX cannot limit the size of one that it filled without a limit
+    # a separate folder, because JAX cannot limit the size of a cache that was filled without limit
     folder = folder / "executables"
     jax.config.update("jax_compilation_cache_dir", str(folder))
     for name, value, default in (
@@ -52,9 +52,10 @@ def use_compile_cache() -> str | None:
 
 
 def traces() -> OwnFolder | None:
-    """Return the folder of traces; None if it is disabled or there is none (`use_compile_cache`).
+    """Return the folder of traces, or None if there is none (see `use_compile_cache`).
 
-    Executables come from JAX's cache, so without that cache there are no traces either.
+    Traces save time only together with cached executables, so they are not stored if JAX's
+    compilation cache is disabled.
     """
     if os.environ.get(SWITCH, "1") == "0" or not setting("jax_compilation_cache_dir"):
         return None
@@ -63,7 +64,11 @@ def traces() -> OwnFolder | None:
 
 
 def _own() -> pathlib.Path | None:
-    """Return this user's folder for this processor, created if missing; None if there is none."""
+    """Return the user's cache folder for this processor, creating it if missing.
+
+    Returns:
+      None if the user has no home folder, or if the folder is not private to the user.
+    """
     try:
         base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     except RuntimeError:  # no HOME and no entry in the user database, as in containers
@@ -71,13 +76,13 @@ def _own() -> pathlib.Path | None:
     above = pathlib.Path(base) / "jaxpersona"
     for folder in (above, above / _processor()):
         if (reason := private(folder)) is not None:
-            _LOG.warning("compiled programs are not kept: %s", reason)
+            _LOG.warning("compiled programs are not stored on disk: %s", reason)
             return None
     return above / _processor()
 
 
 def _processor(cpuinfo: str = "/proc/cpuinfo") -> str:
-    """Return a name of the processor's instruction set.
+    """Return a name for the processor's instruction set.
 
     A program compiled for one processor may not run on another that shares the folder.
     """

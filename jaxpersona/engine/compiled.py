@@ -1,8 +1,8 @@
 """A least-recently-used cache of compiled programs.
 
-`jax.jit` never frees a program: about 20 MB of host memory per pair of prompt width and cache size
-of a small model. Here each shape has its own `jax.jit` object, and the least recently used one is
-dropped, which frees its trace and its executable.
+`jax.jit` never frees a program. For a small model, each pair of prompt width and cache size takes
+about 20 MB of host memory. Here each combination of argument shapes has its own `jax.jit` object.
+If there are too many, the least recently used one is dropped, which frees its trace and executable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxpersona.engine.compile_cache import traces
 from jaxpersona.engine.stored import Stored
 from jaxpersona.errors import UserError
 
-LIMIT = 64  # programs; prompts of eight widths, with and without a cap, need about 64
+LIMIT = 64  # maximum number; prompts of eight widths with and without a cap need about 64 programs
 SWITCH = "JAXPERSONA_PROGRAMS"
 _LOG = logging.getLogger("jaxpersona")
 
@@ -31,8 +31,9 @@ class Kept:
     """The compiled programs of a process; the least recently used one is dropped first.
 
     Attributes:
-      limit: the maximum number of programs. None: the value of `JAXPERSONA_PROGRAMS`, read at the
-        first program, so that an invalid value raises in that call and not at import.
+      limit: the maximum number of programs. If None, `JAXPERSONA_PROGRAMS` is read when the first
+        program is requested, so that an invalid value raises an error in that call and not at
+        import.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -44,7 +45,7 @@ class Kept:
         return len(self._held)
 
     def get(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return the program of a key, made on first use; drop programs beyond the limit."""
+        """Return the program for a key, creating it on first use; drop programs over the limit."""
         with self._lock:
             if self.limit is None:
                 self.limit = _limit()
@@ -87,9 +88,10 @@ def program(*, static: tuple[str, ...] = (), donate: tuple[str, ...] = (),
     """Return a decorator like `jax.jit` whose compiled programs are kept in `KEPT`.
 
     Args:
-      static, donate: argument names, as `static_argnames` and `donate_argnames` of `jax.jit`.
-      result: maps the arguments to a pytree with the structure of the function's result, without
-        running the function. If given, traces are stored on disk when that is enabled (`stored`).
+      static, donate: argument names, as for `static_argnames` and `donate_argnames` of `jax.jit`.
+      result: a function that maps the arguments to a pytree with the structure of the result,
+        without computing the result. If it is given and the disk cache is enabled, traces are
+        stored on disk (`stored`).
     """
     return lambda function: Program(function, static, donate, result)
 
@@ -99,7 +101,7 @@ class Program:
 
     The platform of the first argument's first array is part of the key, so that CPU and GPU arrays
     of one shape do not share a trace. `jax.jit` and `stored.Stored` distinguish everything
-    that the key omits, so an omission costs memory but never correctness.
+    that the key omits, so an omission costs memory but cannot select a wrong program.
     """
 
     def __init__(self, function: Callable, static: tuple[str, ...], donate: tuple[str, ...],
@@ -132,7 +134,8 @@ class Program:
         return KEPT.get(key, self._jit), target
 
     def _jit(self) -> Any:
-        @functools.wraps(self._function)  # a new function object: `jit` shares traces by function
+        # a new function object, because `jax.jit` objects of the same function share their traces
+        @functools.wraps(self._function)
         def function(*args: Any, **named: Any) -> Any:
             return self._function(*args, **named)
 

@@ -1,4 +1,4 @@
-"""The interventions on a lane's rows: selected from a call's tables, or written row by row."""
+"""The interventions on a lane's rows: selected from the tables of a call, or stored per row."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from jaxpersona.interventions.where import NOWHERE
 
 
 class SharedEdits:
-    """The interventions on all prompts of a call; a row selects its entry by the prompt's number.
+    """The interventions on all prompts of a call; a row selects its entry by the prompt's index.
 
-    The entries stay on the device. Only the indices change when rows are assigned.
+    The entries stay on the device. When rows are assigned to prompts, only the indices change.
     """
 
     def __init__(self, edits: Interventions) -> None:
         self.edits = edits
-        self.indexed = jax.device_get(edits)  # host copy for `key`
+        self.indexed = jax.device_get(edits)  # a copy on the host, for `key`
 
     def structure(self, rows: int) -> Interventions:
-        """Return the call's interventions, whose structure does not depend on the rows."""
+        """Return the call's interventions; their structure is the same for any number of rows."""
         return self.edits
 
     def of(self, tasks: Sequence[Task | None], rows: int) -> Interventions:
@@ -56,7 +56,7 @@ class RowEdits:
         Args:
           neutral: interventions on one row that change nothing, with the lane's structure
             (`neutral_row`).
-          rows: B.
+          rows: the number of rows B.
         """
         self.neutral = neutral
         self.axes = tuple(jax.tree.leaves(jax.tree.map(axis_of_rows, *(
@@ -74,11 +74,11 @@ class RowEdits:
         return side_by_side(tuple(single), axes=self.axes) if self.axes else self.neutral
 
     def assign(self, edits: Interventions, rows: np.ndarray) -> None:
-        """Write the interventions on n rows to the rows [n] of the lane; row index B is ignored."""
+        """Write interventions on n rows to the lane's rows with indices [n]; index B is ignored."""
         if not self.axes:
             return
         if row_count(edits, self.axes) == row_count(self.table, self.axes):
-            self.table = edits  # all rows at once
+            self.table = edits  # replaces all rows
         else:
             self.table = put_rows(self.table, edits, rows, axes=self.axes)
 
@@ -87,7 +87,7 @@ class RowEdits:
         return self.table
 
     def key(self, task: Task) -> tuple:
-        """Return the bytes of the task's interventions."""
+        """Return the bytes of the task's interventions, as a hashable key."""
         return tuple(np.asarray(x).tobytes() for x in jax.tree.leaves(task.edits))
 
 
@@ -115,12 +115,12 @@ def for_one_row(edits: Interventions | None, capacity: Interventions | None) -> 
 
 
 def neutral_row(edits: Interventions) -> Interventions:
-    """Return interventions on one row with the same structure that select no token."""
+    """Return interventions on one row that have the same structure but select no token."""
     return Interventions(tuple(map(_neutral, edits.edits)))
 
 
 def _per_row(table: Any) -> Any:
-    """Return a table of one entry without an index; entry b then applies to row b."""
+    """Return a table of one entry without its index, so that entry b applies to row b."""
     return table.replace(index=None)
 
 

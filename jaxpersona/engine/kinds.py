@@ -27,7 +27,7 @@ def plain_shapes(model: Model, sizes: Sequence[int], capacity: Interventions | N
 
     Args:
       model: the model.
-      sizes: the cache sizes S.
+      sizes: the numbers of cache slots S.
       capacity: the result of `reserve`, or None.
       rows: B.
 
@@ -48,11 +48,11 @@ class Kind:
     """A kind of request, compared by value; requests of the same kind share a lane.
 
     Attributes:
-      slots: S of the cache.
+      slots: the number of cache slots S.
       greedy: whether the temperature is 0.
-      code: whether the request selects tokens in fenced code.
+      code: whether an intervention or capture distinguishes tokens in fenced code blocks.
       strings: the stop strings (`stopping.checked`).
-      capture: the readings.
+      capture: the capture of the request.
       neutral: interventions on one row that change nothing, with the request's structure.
     """
 
@@ -74,7 +74,7 @@ class Kind:
         return isinstance(other, Kind) and self.key == other.key
 
     def setting(self, model: Model) -> Setting:
-        """Return the settings of this kind's lane; a reply may fill the cache."""
+        """Return the settings of a lane for this kind; replies are limited by the cache size."""
         stops = stops_of(model, self.code)
         if self.strings:
             table = stopping.table(model.tokenizer, model.config.vocab_size, self.strings)

@@ -1,7 +1,7 @@
 """Diagnosis of non-finite activations: the first affected site, the cause and the fix.
 
 A compiled program reports only the affected rows (`Carry.finite`). To find the first affected
-layer, one of these rows runs again and its norms are read at every site.
+layer, one of these rows is run again, and the norms of its activations are captured at every site.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ def explain(model: Model, row: Row, edits: Interventions, name: str, summary: st
     Args:
       model: the model.
       row: the row's tokens, including those of its reply.
-      edits: its interventions, for one row or without `rows=`.
+      edits: the interventions on the row, for one row or without `rows=`.
       name: the name of the row, such as "conversation 3".
-      summary: the beginning of the message, about all affected rows, such as "2 of 16 replies ended
-        at".
+      summary: the beginning of the message, which describes all affected rows, such as "2 of 16
+        replies ended at".
     """
     site = first_site(model, row, edits)
     if site is None:
@@ -106,10 +106,10 @@ def _cause(model: Model, row: Row, edits: Interventions) -> str:
         return (f"the parameter {damaged} of {model.name} has non-finite values; download or "
                 "convert the checkpoint again")
     if edits.edits and first_site(model, row, Interventions()) is None:
-        return ("without the interventions they are finite, so use a smaller scale, factor or "
-                "bound")
+        return ("without the interventions the activations are finite; use a smaller scale, "
+                "factor or bound")
     dtype = model.params.like.dtype.name
     if dtype == "float16":
         return ("the largest float16 is 65504; load the model with dtype='bfloat16' or 'float32'")
-    return (f"they overflow {dtype}; the weights of {model.name} are too large, as in a damaged "
-            "checkpoint or after diverged training")
+    return (f"the activations overflow {dtype}, because the weights of {model.name} are too large; "
+            "the checkpoint may be damaged, or its training may have diverged")

@@ -1,7 +1,7 @@
-"""A folder of files that only their owner may read or write, of bounded size.
+"""A folder of bounded size whose files only their owner may read or write.
 
-What is read from such a folder may select machine code, so nothing is read from a folder or a file
-that another user could have written.
+The content of these files determines which machine code runs. A folder or file that another user
+could have written is therefore not read.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 def private(path: pathlib.Path) -> str | None:
-    """Create a folder with mode 0700, or check one that exists.
+    """Create a folder with mode 0700, or check an existing folder.
 
-    A folder of this user that others may read, but not write, gets mode 0700.
+    If others may read, but not write, an existing folder of this user, its mode is set to 0700.
 
     Returns:
-      None if the folder is this user's own; else the reason why it is not.
+      None if the folder is private to this user; otherwise the reason why it is not.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -40,10 +40,10 @@ def private(path: pathlib.Path) -> str | None:
 
 @contextlib.contextmanager
 def _opened(path: pathlib.Path) -> Iterator[int]:
-    """Open a folder; yield its descriptor, so that later accesses cannot be redirected.
+    """Open a folder and yield its file descriptor, so that later accesses cannot be redirected.
 
     Raises:
-      OSError: it is a symbolic link, belongs to another user, or may be written by others.
+      OSError: the folder is a symbolic link, belongs to another user, or may be written by others.
     """
     folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
@@ -55,20 +55,20 @@ def _opened(path: pathlib.Path) -> Iterator[int]:
 
 def _check(found: os.stat_result, what: str) -> None:
     if found.st_uid != os.geteuid():
-        raise PermissionError(0, f"{what} belongs to user {found.st_uid}, not to this one")
+        raise PermissionError(0, f"{what} belongs to user {found.st_uid}, not to this user")
     if found.st_mode & _OTHERS:
         raise PermissionError(0, f"{what} may be written by other users (mode "
                                  f"{stat.S_IMODE(found.st_mode):o}); remove it")
 
 
 class OwnFolder:
-    """Files by name in a folder of mode 0700; the least recently used ones are removed.
+    """Named files in a folder with mode 0700; the least recently used files are removed.
 
-    A file holds the SHA-256 of its name and content. It detects damage and exchanged files. It is
-    no protection against this user, who can write any file of the folder.
+    Each file contains the SHA-256 of its name and content, which detects damaged and swapped files.
+    The hash is no protection against the user, who can write any file in the folder.
 
     Attributes:
-      path: the folder; created with the first file.
+      path: the folder, created when the first file is written.
       limit: the maximum size of all files in bytes.
     """
 
@@ -76,7 +76,7 @@ class OwnFolder:
         self.path, self.limit = path, limit
 
     def read(self, name: str) -> bytes | None:
-        """Return a file's content; None if it is missing, damaged or not this user's own."""
+        """Return a file's content, or None if the file is missing, damaged or not private."""
         try:
             with _opened(self.path) as folder:
                 file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
@@ -87,7 +87,7 @@ class OwnFolder:
                     if not stat.S_ISREG(found.st_mode) or found.st_size > self.limit:
                         raise OSError(0, "not a regular file, or larger than the folder's limit")
                     data = opened.read(found.st_size)
-                    os.utime(file)  # marks it as used
+                    os.utime(file)  # marks the file as used
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -96,14 +96,14 @@ class OwnFolder:
         head = len(_MAGIC) + hashlib.sha256().digest_size
         content = data[head:]
         if data[:head] != _MAGIC + _digest(name, content):
-            _LOG.warning("%s: damaged; it is made again", self.path / name)
+            _LOG.warning("%s: the file is damaged and is created again", self.path / name)
             return None
         return content
 
     def write(self, name: str, content: bytes) -> None:
-        """Write a file, and remove the least recently used ones beyond the limit.
+        """Write a file, and remove the least recently used files beyond the limit.
 
-        A failure, such as a full disk, is logged.
+        A failure, such as a full disk, is logged and raises no error.
         """
         if (reason := private(self.path)) is not None:
             _LOG.warning("%s: not written (%s)", name, reason)
@@ -126,7 +126,7 @@ class OwnFolder:
             _LOG.warning("%s: not written (%s)", self.path / name, error.strerror or error)
 
     def _prune(self, folder: int) -> None:
-        """Remove the least recently used files until the others are within the limit."""
+        """Remove the least recently used files until the total size is within the limit."""
         with os.scandir(folder) as entries:
             held = []
             for entry in entries:

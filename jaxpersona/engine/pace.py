@@ -1,8 +1,8 @@
-"""The speed of `generate` on this model and device, from a sample of limited time.
+"""The speed of `generate` for a model on a device, estimated from a sample of limited duration.
 
 The sample runs the programs and the scheduler of `generate`, but ends after a number of seconds.
-Replies that are unfinished then are censored observations of their length, so the mean length is a
-Kaplan–Meier estimate.
+For replies that are unfinished at that time, only a lower bound of the length is known (censored
+observations), so the mean length is a Kaplan–Meier estimate.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Pace:
     """A timed sample of n conversations.
 
     Attributes:
-      finished: tokens of the finished replies, stop tokens included.
-      unfinished: tokens so far of the replies that were cut short.
-      waiting: number of conversations that were not begun.
-      prompts: [n] tokens of every prompt.
-      seconds: time of the sample, without compilation.
-      compile_seconds: time of the compilation before it.
-      limit: maximum length of a reply.
+      finished: [f] lengths of the finished replies in tokens, including stop tokens.
+      unfinished: [u] numbers of tokens generated so far for the unfinished replies.
+      waiting: number of conversations that were not started.
+      prompts: [n] lengths of the prompts in tokens.
+      seconds: duration of the sample, without compilation.
+      compile_seconds: duration of the compilation before the sample.
+      limit: maximum length of a reply in tokens.
       rows: batch size B.
     """
 
@@ -78,12 +78,12 @@ class Pace:
     def seconds_for(self, count: int, per_call: int) -> float:
         """Return the expected time of `count` replies, `per_call` in each call of `generate`.
 
-        At the end of a call, rows become free and stay so. A complete sample contains this end;
-        otherwise the loss is that of a simulated call.
+        Near the end of a call, rows become free and remain unused. A complete sample includes this
+        idle time; otherwise the idle time is estimated by simulating a call.
         """
         if self.complete:
             return self.seconds * count / len(self.finished)
-        if not self.tokens:  # not one chunk was decoded in time
+        if not self.tokens:  # no chunk was decoded in time
             return float("inf")
         at, alive = survival(self.finished, self.unfinished, self.limit)
         size = max(1, min(count, per_call))
@@ -96,12 +96,12 @@ class Pace:
 
 def survival(finished: Int[np.ndarray, " f"], unfinished: Int[np.ndarray, " u"],
              limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the Kaplan–Meier estimate of P(length > t) as steps.
+    """Return the Kaplan–Meier estimate of P(length > t) as a step function.
 
     Args:
       finished: lengths of finished replies.
-      unfinished: lengths of replies that were cut short there.
-      limit: no reply is longer.
+      unfinished: numbers of tokens generated so far for unfinished replies.
+      limit: maximum length of a reply.
 
     Returns:
       (at [k + 1], from 0 to `limit`; alive [k]): P(length > t) = alive[i] for at[i] ≤ t < at[i+1].
@@ -156,13 +156,13 @@ def measure(model: Model, conversations: Sequence[Any], *, seconds: float, captu
     for shape in dict.fromkeys(task.shape for task in scheduler.waiting):
         lane = scheduler.open_lane(shape.slots)
         lane.compile(shape)
-        del lane  # before the next is allocated
+        del lane  # frees its memory before the next lane is allocated
     start = last = time.perf_counter()
     scheduler.chunk = 1
     while not scheduler.idle and last - start < seconds:
         scheduler.step()
         now = time.perf_counter()
-        # at least eight readings of the clock in the given time
+        # read the clock at least eight times in the given time
         fits = seconds / 8 * scheduler.chunk / max(now - last, 1e-6)
         scheduler.chunk = int(np.clip(fits, 1, min(CHUNK, 2 * scheduler.chunk)))
         last = now

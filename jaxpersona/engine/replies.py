@@ -1,4 +1,4 @@
-"""Finished replies on the host: one row of a lane's state, and the result of a request."""
+"""Finished replies on the host: `Finished`, a row of a lane's state, and `Reply`, the result."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Finished:
     """One finished row of a state, copied to the host.
 
     Attributes:
-      tokens: [n] int32, the chosen ids, including a stop token.
+      tokens: [n] int32, the generated ids, including the stop token if there is one.
       captured: the result of each reading: [L, …], or [L, T, …] for per-token readings, over the
         tokens of prompt and reply on which the model ran.
       per_token: the names of the per-token readings.
       empty: the names of the readings that selected no token.
-      applied: one `Applied` per table, with fields seen [] and changed [l].
+      applied: one `Applied` per intervention table, with fields seen [] and changed [l].
       nonfinite: whether an activation or a logit was not finite.
       matched: whether a stop string ended the reply.
     """
@@ -55,7 +55,8 @@ class Reply(Table):
 
     Attributes:
       text: the reply without the stop token, up to a stop string; "" without a tokenizer.
-      tokens: [n] int32, its ids without the stop token. The last one may complete a stop string.
+      tokens: [n] int32, the generated ids without the stop token. The last id may complete a stop
+        string.
       finish: "stop" (a stop token or a stop string), "length" (the limit), "cancelled", or
         "nonfinite" (an activation was NaN or infinite; discard the captures).
       row: the encoded prompt.
@@ -83,24 +84,24 @@ class Reply(Table):
         return line("Reply", quoted(self.text, 60), count(len(self.tokens), "token"), self.finish)
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one record, as `Generated.records`."""
+        """Return a list of one record, in the form of `Generated.records`."""
         return [record(self.row, self.text, self.tokens, self.finish,
                        [(table.seen, table.changed) for table in self.applied])]
 
     def facts(self) -> dict[str, Any]:
-        """Return the shapes of what was captured; the arrays are not exported."""
+        """Return the shapes of the captured arrays; the arrays themselves are not exported."""
         return shapes(self.captured)
 
     def _left_out(self, column: str) -> bool:
         return column in UNSHOWN
 
 
-UNSHOWN = ("messages", "ids")  # columns of `record` that notebooks leave out
+UNSHOWN = ("messages", "ids")  # columns of `record` that are not shown in notebooks
 
 
 def record(row: Row, text: str, tokens: np.ndarray, finish: str,
            applied: Sequence[tuple[Any, Any]]) -> dict[str, Any]:
-    """Return a reply as plain values.
+    """Return a reply as a dictionary of plain Python values.
 
     Args:
       row, text, tokens, finish: as the fields of `Reply`.

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def axis_of_rows(one: Any, two: Any) -> int:
-    """Return the axis of a leaf that holds batch rows, or −1 if there is none.
+    """Return the index of a leaf's batch axis, or −1 if it has none.
 
     Args:
       one, two: the leaf (any object with a `shape`) for one row and for two rows.
@@ -24,12 +24,12 @@ def axis_of_rows(one: Any, two: Any) -> int:
 
 @program(static=("axes",), donate=("target",), result=lambda target, **_: target)
 def put_rows(target: T, source: T, rows: jax.Array, *, axes: tuple[int, ...]) -> T:
-    """Write all rows of `source` to the rows [n] of `target`.
+    """Write the n rows of `source` to the rows of `target` with the indices `rows` [n].
 
-    Row indices beyond the end of `target` are ignored. A leaf without a row axis is not changed.
+    Indices beyond the end of `target` are ignored. A leaf without a row axis is not changed.
 
     Args:
-      axes: `axis_of_rows` of each leaf.
+      axes: the result of `axis_of_rows` for each leaf.
     """
     def put(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
         return old if axis < 0 else old.at[(slice(None),) * axis + (rows,)].set(new, mode="drop")
@@ -53,7 +53,7 @@ def side_by_side(pieces: tuple[T, ...], *, axes: tuple[int, ...]) -> T:
     A leaf without a row axis is taken from the first pytree.
 
     Args:
-      axes: `axis_of_rows` of each leaf.
+      axes: the result of `axis_of_rows` for each leaf.
     """
     def join(axis: int, *leaves: jax.Array) -> jax.Array:
         return leaves[0] if axis < 0 else jnp.concatenate(leaves, axis)

@@ -1,8 +1,8 @@
 """Choice of the next token: greedy, or inverse-CDF sampling with one uniform draw per row.
 
-The vocabulary is never sorted. The nucleus is computed among the `CANDIDATES` most probable tokens,
-or, if it is larger, by bisection of its probability threshold. The method is selected per row, so a
-row's draws do not depend on other rows.
+The vocabulary is never sorted. The nucleus (the tokens that top-p keeps) is computed among the
+`CANDIDATES` most probable tokens, or, if it is larger, by bisection of its probability threshold.
+The method is selected per row, so a row's draws do not depend on other rows.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 class Sampling(flax.struct.PyTreeNode):
-    """Sampling settings per row. They are arrays, so new values do not trigger recompilation.
+    """Sampling settings per row. All are arrays, so new values do not trigger recompilation.
 
     Attributes:
       temperature: [B] float32; 0 is greedy.
       top_p: [B] float32 in (0, 1]; the smallest set of most probable tokens with this mass is kept.
-        If it has more than `CANDIDATES` tokens, ties at its threshold are also kept.
+        If this set has more than `CANDIDATES` tokens, ties at its threshold are also kept.
       top_k: [B] int32; 0 keeps all tokens, else the k most probable (at most `CANDIDATES`).
       seed: [B] uint32.
     """
@@ -82,8 +82,8 @@ def uniforms(seed: jax.Array, row_id: jax.Array, position: jax.Array) -> jax.Arr
     """Draw one uniform number in [0, 1) per row from (seed, row id, position): [B] float32.
 
     The generator is Threefry-2x32 with 20 rounds. It is implemented here so that its bits do not
-    depend on JAX's version or flags (`jax_default_prng_impl`, `jax_threefry_partitionable`). They
-    equal those of `jax.random` with the default flags of JAX 0.10.
+    depend on JAX's version or flags (`jax_default_prng_impl`, `jax_threefry_partitionable`). The
+    bits equal those of `jax.random` with the default flags of JAX 0.10.
     """
     zero = jnp.zeros_like(seed)
     key = zero, seed
@@ -153,7 +153,7 @@ def choose(logits: jax.Array, settings: Sampling, row_id: jax.Array,
 
 
 def most_likely(logits: jax.Array) -> jax.Array:
-    """Return the index of the first largest logit in each row, [B] int32; NaN is the largest."""
+    """Return the index of the first largest logit per row, [B] int32; NaN counts as the largest."""
     rows, vocabulary = logits.shape
     if not on_cpu(logits) or vocabulary % _LANES or vocabulary < _LANES**2:
         return jnp.argmax(logits, -1).astype(jnp.int32)

@@ -54,7 +54,7 @@ def automaton(strings: Sequence[str]) -> np.ndarray:
     step = np.zeros((match + 1, 256), np.int32)
     fail = [0] * match
     order = [0]
-    for state in order:  # breadth first, so that a state's failure link is complete before it
+    for state in order:  # breadth first: the state of a failure link is complete before its source
         for byte in range(256):
             if byte in tree[state]:
                 step[state, byte] = child = tree[state][byte]
@@ -111,7 +111,7 @@ def table(tokenizer: Any, size: int, strings: tuple[str, ...]) -> np.ndarray:
 
     Args:
       tokenizer: a transformers tokenizer.
-      size: V.
+      size: the vocabulary size V.
       strings: the result of `checked`.
     """
     step = automaton(strings)
@@ -133,7 +133,7 @@ def _texts(tokenizer: Any, size: int, count: int) -> list[bytes]:
 
 
 def cut(text: str, strings: Sequence[str]) -> str:
-    """Return a text up to its first stop string, if it contains one."""
+    """Return a text up to its first stop string, or the whole text if there is none."""
     places = [place for one in strings if (place := text.find(one)) >= 0]
     return text[: min(places)] if places else text
 

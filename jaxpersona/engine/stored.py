@@ -1,12 +1,12 @@
-"""Programs that are traced once per machine: their traces are files of the user's own folder.
+"""Programs that are traced once per machine: their traces are stored in a folder of the user.
 
-`jax.export` turns a traced program into StableHLO bytes, which hold no Python objects, so no
-`pickle` is involved. A later process reads the bytes instead of tracing, and JAX's compilation
-cache returns the executable for them. Without a file the program is exported and written first, so
-that both processes compile the same bytes and get the same executable.
+`jax.export` turns a traced program into StableHLO bytes. These contain no Python objects, so
+`pickle` is not used. A later process reads the bytes instead of tracing, and JAX's compilation
+cache returns the executable for them. If there is no file, the program is first exported and
+written, so that both processes compile the same bytes and get the same executable.
 
 A program that cannot be exported, or whose key cannot be computed exactly, is compiled by `jax.jit`
-as without this module.
+without these steps.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from jaxpersona.runtime import is_traced, setting, thread_settings, tracing_sett
 
 SUFFIX = ".trace"
 _LOG = logging.getLogger("jaxpersona")
-# operations that `jax.export` does not promise to support in later versions; the file's name covers
-# the versions
+# `jax.export` does not guarantee that later versions support these operations. A trace is read only
+# by the same versions, because the file's name depends on them.
 _UNSTABLE = tuple(map(jax.export.DisabledSafetyCheck.custom_call, ("__cudnn$fmhaSoftmax",)))
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "jaxpersona")
 
@@ -51,11 +51,11 @@ class Stored:
 
     def __init__(self, function: Callable, jitted: Any, *, static: Iterable[str],
                  donate: Iterable[str], result: Callable[..., Any], folder: OwnFolder) -> None:
-        """Describe a program; nothing is traced or read yet.
+        """Store the description of a program; nothing is traced or read yet.
 
         Args:
           function: the function, whose arguments can all be given by name.
-          jitted: `jax.jit` of it, for other calls.
+          jitted: the result of `jax.jit` for the function, used by the other calls.
           static, donate: argument names.
           result: a function of the same arguments that returns a pytree with the structure of the
             result, without running the function.
@@ -65,7 +65,7 @@ class Stored:
         self._signature = inspect.signature(function)
         self._static, self._donate, self._result = set(static), set(donate), result
         self._folder, self._lock = folder, threading.Lock()
-        # the compiled function and the structure of its result, by JAX's settings and the arguments
+        # (arguments and JAX's settings, compiled function and structure of its result)
         self._made: list[tuple[Any, tuple[Callable, Any] | None]] = []
 
     def __call__(self, *args: Any, **named: Any) -> Any:
@@ -91,9 +91,9 @@ class Stored:
 
     def _get(self, arrays: dict[str, Any], static: dict, tree: Any,
              leaves: list[Any]) -> tuple[Callable, Any] | None:
-        """Return the compiled function of leaves, and the structure of its result.
+        """Return the compiled function, which takes leaves, and the structure of its result.
 
-        One object serves arguments that differ in their structure, such as states with other
+        One object is called with arguments of different structures, such as states with different
         readings, so everything that `jax.jit` distinguishes is compared.
 
         Returns:
@@ -139,7 +139,7 @@ class Stored:
 
     def _export(self, shapes: list, tree: Any, static: dict,
                 structure: Any) -> jax.export.Exported | None:
-        """Trace the program as a function of leaves; None if it cannot be stored."""
+        """Trace the program as a function of leaves; return None if it cannot be stored."""
         traced = []
 
         def flat(*leaves: Any) -> list[Any]:
@@ -150,7 +150,7 @@ class Stored:
 
         flat.__name__ = self._function.__name__
         where = default_device().platform
-        platforms = None if where == jax.default_backend() else [where]  # None: JAX's default
+        platforms = None if where == jax.default_backend() else [where]  # None: the default
         try:
             exported = jax.export.export(jax.jit(flat), platforms=platforms,
                                          disabled_checks=_UNSTABLE)(*shapes)
@@ -161,13 +161,13 @@ class Stored:
                       str(error).split("\n", 1)[0])
             return None
         if traced[-1] != structure:
-            _LOG.info("%s is traced in every process: its result has another structure",
+            _LOG.info("%s is traced in every process: its result has an unexpected structure",
                       self._function.__name__)
             return None
         return exported
 
     def _read(self, name: str, shapes: list) -> jax.export.Exported | None:
-        """Return the stored trace; None if there is none, or if it does not fit the arguments."""
+        """Return the stored trace, or None if it is missing or does not fit the arguments."""
         content = self._folder.read(name)
         if content is None:
             return None
@@ -177,7 +177,7 @@ class Stored:
             if [(x.shape, x.dtype) for x in exported.in_avals] == wanted:
                 return exported
         except Exception as error:  # the parser of another version raises many types
-            _LOG.warning("%s: not readable (%s); it is made again", name, error)
+            _LOG.warning("%s: the trace cannot be read (%s) and is made again", name, error)
         return None
 
     def _name(self, arrays: dict[str, Any], static: dict) -> str:
@@ -195,18 +195,18 @@ class Stored:
 
 
 class Unknown(Exception):
-    """A value that has no exact description."""
+    """Raised if a value has no exact description."""
 
 
 def described_value(value: Any) -> Any:
     """Describe an argument exactly, by nested tuples of strings and numbers.
 
-    An array is its shape and dtype. Everything else is its type and its whole content, so that
-    equal descriptions mean equal traces.
+    An array is described by its shape and dtype, any other value by its type and its whole content.
+    Equal descriptions therefore imply equal traces.
 
     Raises:
-      Unknown: a value whose content is not known to be complete, such as an object of a class
-        outside this package, whose source may change.
+      Unknown: the content of a value may not determine its behaviour. An example is an object of a
+        class outside this package, whose source may change.
     """
     if value is None or type(value) in (bool, int, float, str, bytes):
         return type(value).__name__, repr(value)
@@ -238,7 +238,7 @@ def _ours(kind: type) -> str:
     """Return the name of a class whose source is part of `_source`.
 
     Raises:
-      Unknown: a class of another package, or one made inside a function.
+      Unknown: the class belongs to another package or was defined inside a function.
     """
     name = f"{kind.__module__}.{kind.__qualname__}"
     if kind.__module__.partition(".")[0] != "jaxpersona" or "<locals>" in name:
@@ -247,7 +247,7 @@ def _ours(kind: type) -> str:
 
 
 def _on_one(device: Any, leaves: list[Any]) -> bool:
-    """Return whether the leaves are whole arrays of the host or of one device, and not traced."""
+    """Return whether all leaves are untraced arrays on the host or whole arrays on `device`."""
     only = {device}
     return not is_traced(leaves) and all(
         isinstance(x, np.ndarray) or (
@@ -269,5 +269,5 @@ def _source() -> str:
     return total.hexdigest()
 
 
-_source()  # now, because a later update of the files does not change the imported code
+_source()  # at import, because a later update of the files does not change the imported code
 _VERSIONS = tuple(importlib.metadata.version(name) for name in _PACKAGES)

@@ -1,12 +1,12 @@
-"""Convert the directions and numbers that constructors accept to a canonical form.
+"""Convert the directions and numbers that operators accept to arrays of a canonical form.
 
-A direction is one of
-  a named direction (`Axis`, `Vector`); its values at the chosen layers are used;
-  an array: [D], the same at every layer, or [1, l, D], one per chosen layer;
-  with `rows=`, a bank [n, D] or [n, l, D], or a list of named directions: batch row b uses entry
-  rows[b], and −1 means no edit.
-A strength or threshold is a number, an array [l] with one value per layer, or, for a bank, an
-array [n] or [n, l].
+A direction has one of these forms:
+  a named direction (`Axis` or `Vector`), whose values at the chosen layers are used;
+  an array [D], used at every layer, or [1, l, D], with one vector per chosen layer;
+  with `rows=`, a bank of directions: an array [n, D] or [n, l, D], or a list of named directions.
+  Batch row b uses direction rows[b] of the bank; −1 means no edit.
+A strength or threshold is a number or an array [l] with one value per layer. For a bank it may
+also be an array [n] or [n, l].
 
 Under a JAX transformation (grad, vmap, jit) only shapes are checked, because values are unknown.
 All operations are differentiable.
@@ -30,7 +30,7 @@ from jaxpersona.runtime import is_traced
 Layers = int | slice | Sequence[int] | str
 _MANTISSA, _BIAS = 23, 127  # mantissa bits and exponent bias of float32
 _GREATEST = float(np.finfo(np.float32).max)
-# the infinity that is invalid for each bound; the opposite one means "no bound"
+# for each bound, the infinity that is invalid; the infinity of opposite sign means "no bound"
 _OPEN = {"floor": np.inf, "above": np.inf, "ceiling": -np.inf, "below": -np.inf}
 
 
@@ -38,17 +38,17 @@ class Bank:
     """A bank of n directions at l layers, in canonical form.
 
     Attributes:
-      layers, site: where the directions apply.
-      index: [B], the entry of each row, or None.
+      layers, site: the layers and the site at which the directions apply.
+      index: [B], the index of each batch row's direction; None for one direction for all rows.
       direction: unit vectors [l, n, D].
       norm: [l, n], the norms of the vectors before normalization.
-      origin: [n] uint32, the hash of the weights of each direction's model (`params.origin`); 0
-        if unknown.
+      origin: [n] uint32, for each direction the hash of the weights of its model
+        (`params.origin`); 0 if unknown.
     """
 
     def __init__(self, vector: Any, layers: Layers, rows: Any, site: Site,
                  name: str = "vector", zero: bool = False) -> None:
-        """Convert a direction or a bank; with `zero`, zero vectors are allowed and stay zero."""
+        """Convert a direction or a bank of directions; `zero` allows zero vectors."""
         if site not in SITES:
             raise UserError(f"site is {site!r}; it must be one of {SITES}")
         self.site: Site = site
@@ -63,7 +63,7 @@ class Bank:
                 item.check_site(site)
                 if item.n_layers != self.total:
                     raise UserError(f"the directions have {self.total} and {item.n_layers} layers; "
-                                    "use directions of one model")
+                                    "use directions of the same model")
             value = np.stack([item.at_layers(self.layers) for item in named])
             origin = [item.origin for item in named]
         else:
@@ -72,7 +72,8 @@ class Bank:
             value, origin = self._array(vector, name), None
         if rows is None and len(value) != 1:
             raise UserError(
-                f"{name} is a bank of {len(value)} directions; give each row's entry in `rows=`"
+                f"{name} is a bank of {len(value)} directions; give the index of each row's "
+                "direction in `rows=`"
             )
         xp: Any = jnp if is_traced(value) else np
         if xp is np and not np.isfinite(value).all():
@@ -100,7 +101,8 @@ class Bank:
             )
         if value.shape[1] not in (1, count):
             raise UserError(
-                f"{name} has {value.shape[1]} layers, but {count} were chosen: {list(self.layers)}"
+                f"{name} has {value.shape[1]} layers, but {count} layers were chosen: "
+                f"{list(self.layers)}"
             )
         return xp.broadcast_to(value, (value.shape[0], count, value.shape[2]))
 
@@ -118,8 +120,9 @@ class Bank:
         if self.total is not None and given.ndim and given.shape[-1] == self.total:
             # one value per layer of the model: select the chosen layers
             if given.ndim == 1 and self.index is not None and n == self.total > 1:
-                raise UserError(f"{name} has {n} numbers, which may be for {n} directions or {n} "
-                                "layers; give [n, l], one number per direction and chosen layer")
+                raise UserError(f"{name} has {n} numbers, but there are {n} directions and {n} "
+                                "layers; give an array [n, l] with one number per direction and "
+                                "chosen layer")
             given = given[..., np.array(self.layers)]
             if given.ndim == 1 and self.index is not None:
                 given = xp.broadcast_to(given[None], (n, count))
@@ -134,46 +137,46 @@ class Bank:
         raise UserError(
             f"{name} has shape {given.shape}; with {count} layers and {n} directions it must be a "
             f"number, {'[n]' if self.index is not None else '[l]'} or [n, l]"
-            + ("; for one row per strength use jp.sweep" if name == "scale" else "")
+            + ("; to steer each row with its own strength, use jp.sweep" if name == "scale" else "")
         )
 
 
 def percentile(vector: Any, name: str, bound: Any, of: str) -> Any:
-    """Convert a bound that is a percentile name to thresholds [L]; return others unchanged."""
+    """Return the thresholds [L] of a percentile name; return any other bound unchanged."""
     if not isinstance(bound, str):
         return bound
     if not hasattr(vector, "thresholds"):
         raise UserError(f"{name} is {bound!r}; a percentile name needs an Axis with thresholds as "
-                        "the vector; otherwise give numbers")
+                        "vector; give such an Axis, or give the bound as numbers")
     return vector.thresholds(bound, of=of)
 
 
 def normalised(value: Any) -> tuple[Any, Any]:
     """Normalize vectors to unit length without overflow or underflow.
 
-    Squares overflow float32 for numbers above 1.8e19 and underflow below 1e-23. Each vector is
-    therefore first scaled by the power of two that brings its largest magnitude between 1/2 and 1,
-    which is exact.
+    In float32, squares of numbers above 1.8e19 overflow and squares of numbers below 1e-23
+    underflow. Each vector is therefore first multiplied by a power of two, which is exact, so that
+    its largest magnitude is between 1/2 and 2.
 
     Args:
-      value: [..., D], finite. If it is traced, the results are differentiable.
+      value: [..., D], finite. If `value` is traced, the results are differentiable.
 
     Returns:
-      The unit vectors [..., D] in the dtype of `value` (a zero vector stays zero) and the norms
-      [...], in float64 unless traced.
+      The unit vectors [..., D] in the dtype of `value` (a zero vector stays zero), and the norms
+      [...], in float64 unless `value` is traced.
     """
     if not is_traced(value):
         value = np.asarray(value)
         _, power = np.frexp(np.abs(value).max(-1, keepdims=True, initial=0))
         near = np.ldexp(value, -power)
         norm = np.linalg.norm(near, axis=-1, keepdims=True)
-        with np.errstate(over="ignore"):  # an overflow gives infinity, which is rejected later
+        with np.errstate(over="ignore"):  # an overflow results in infinity, which is rejected later
             length = np.ldexp(norm.astype(np.float64), power)
         return near / np.where(norm == 0, 1, norm), length[..., 0]
     greatest = jax.lax.stop_gradient(jnp.abs(value).max(-1, keepdims=True))
     exponent = jax.lax.bitcast_convert_type(greatest, jnp.int32) >> _MANTISSA
-    # Build the power of two from its bits, because exp2 may round. It is never subnormal, because
-    # XLA may flush subnormals to 0.
+    # Build the power of two from its bits, because exp2 may round. The clip excludes subnormal
+    # powers, because XLA may flush them to 0.
     scale = jax.lax.bitcast_convert_type(
         jnp.clip(2 * _BIAS - exponent, 1, 2 * _BIAS) << _MANTISSA, jnp.float32)
     near = value * scale
@@ -182,7 +185,7 @@ def normalised(value: Any) -> tuple[Any, Any]:
 
 
 def numbers(name: str, value: Any) -> Any:
-    """Convert numbers to a float64 array, or float32 if they are traced.
+    """Convert numbers to a float64 array, or to a float32 array if they are traced.
 
     Raises:
       UserError: the values are not real numbers.
@@ -208,10 +211,10 @@ def check_finite(name: str, value: np.ndarray) -> None:
     """Check that numbers are finite in float32; a lower bound may be −inf, an upper bound inf.
 
     Raises:
-      UserError: a value is NaN or infinite; the message names the field.
+      UserError: a value is NaN or infinite; the message names the argument.
     """
     if np.isnan(value).any():
-        raise UserError(f"{name} is NaN")
+        raise UserError(f"{name} is NaN; it must be a number")
     open_ = _OPEN.get(name)
     beyond = np.abs(value) > _GREATEST
     if (beyond if open_ is None else beyond & (value != -open_)).any():
@@ -221,7 +224,8 @@ def check_finite(name: str, value: np.ndarray) -> None:
 def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
     """Return the chosen layers as an ascending tuple; slices are half-open, as in Python.
 
-    Text is parsed by `parse_layers`: "46:54" is a slice, "16" and "3,5" are single layers.
+    Text is parsed by `parse_layers`: "46:54" is a slice, "16" and "3,5" are single layers. `total`
+    is the model's number of layers, or None if it is unknown.
 
     Raises:
       UserError: the selection is empty, unsorted or out of range, repeats a layer, or is invalid
@@ -236,11 +240,12 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
         if wanted.step is not None and wanted.step < 1:
             raise UserError(f"layers is {text}; the step of a slice must be at least 1")
         if total is None and (stop is None or stop < 0 or (start or 0) < 0):
-            raise UserError(f"layers is {text}; without a named direction, a slice needs a "
-                            "start and a stop")
+            raise UserError(f"layers is {text}; without a named direction the number of layers is "
+                            "unknown, so give a slice with a nonnegative start and stop")
         highest = max(start or 0, stop or 0)
         if total is not None and (highest > total or (start or 0) < -total):
-            raise UserError(f"layers is {text}, out of range; they must be in 0…{total - 1}")
+            raise UserError(f"layers is {text}, which is out of range; layers must be in "
+                            f"0…{total - 1}")
         if total is None and highest > MAX_LAYERS:
             raise UserError(f"layers is {text}; a model has at most {MAX_LAYERS} layers")
         reach: Any = stop if total is None else total
@@ -257,17 +262,17 @@ def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
                             "text such as 46:54")
         chosen = tuple(int(i) for i in items)
     if not chosen:
-        raise UserError(f"layers is {text}, which selects no layer; give at least one")
+        raise UserError(f"layers is {text}, which selects no layer; give at least one layer")
     if len(set(chosen)) != len(chosen):
         raise UserError(f"layers is {text}, which repeats a layer; chain two interventions "
                         "instead")
     if list(chosen) != sorted(chosen):
-        raise UserError(f"layers is {text}; list them in ascending order, the order of arrays "
-                        "with one entry per layer")
+        raise UserError(f"layers is {text}; list the layers in ascending order, which is also the "
+                        "order of arrays with one entry per layer")
     most = MAX_LAYERS if total is None else total
     if chosen[0] < 0 or chosen[-1] >= most:
         last = f"is {most - 1}" if total is not None else "of a model is config.n_layers − 1"
-        raise UserError(f"layers is {text}, out of range; they must be in 0…{most - 1}"
+        raise UserError(f"layers is {text}, which is out of range; layers must be in 0…{most - 1}"
                         + (f": the last layer {last}" if chosen[0] < 0 else ""))
     return chosen
 

@@ -1,4 +1,4 @@
-"""The `Interventions` pytree: an ordered sequence of tables, composed over layers and rows."""
+"""The `Interventions` pytree, a sequence of tables of edits, and functions that combine them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from jaxpersona.runtime import is_traced, own_rules
 
 
 class Interventions(flax.struct.PyTreeNode):
-    """The edits of a forward pass: tables, applied in order.
+    """The edits of a forward pass, stored as tables (`table.Table`) that are applied in order.
 
-    The compiled program has no edit code at layers without a table.
+    Layers without a table add no operations to the compiled program.
 
     Example:
       >>> import jaxpersona as jp
@@ -39,12 +39,12 @@ class Interventions(flax.struct.PyTreeNode):
     def prepare(self, rows: int, like: Any) -> PreparedInterventions:
         """Prepare the tables once, instead of in every step of a decode loop.
 
-        Gathers each row's entry, shards the entries over the mesh of `like`, if there is one, and
-        splits the tables by layer (`Table.prepare`).
+        For each table, this gathers the entries by row, shards them over the mesh of `like`, if it
+        has one, and splits the table by layer (`Table.prepare`).
 
         Args:
           rows: the number of rows B of the batch.
-          like: an array on the devices that will use the tables.
+          like: an array on the devices that will apply the tables.
 
         Raises:
           UserError: the interventions are for a different number of rows.
@@ -55,10 +55,11 @@ class Interventions(flax.struct.PyTreeNode):
     def take(self, rows: Any) -> Interventions:
         """Select rows: row i of the result is row rows[i] of `self`.
 
-        If rows[i] is −1, row i has no entry. Tables shared by all rows are unchanged.
+        If rows[i] is −1, row i of the result has no edits. Tables that all rows share are
+        unchanged.
 
         Raises:
-          UserError: an index exceeds the number of rows.
+          UserError: an index is out of range.
         """
         rows = np.asarray(rows, np.int32)
 
@@ -70,14 +71,15 @@ class Interventions(flax.struct.PyTreeNode):
         counts = {edit.rows for edit in self.edits} - {None}
         if len(counts) > 1:
             raise UserError(f"chained interventions have different numbers of rows: {counts}; "
-                            "make them with the same number")
+                            "make them for the same number of rows")
         return counts.pop() if counts else None
 
     def check(self, *, layers: int, width: int, rows: int) -> None:
-        """Check that the interventions fit a model's layers and width D and a batch's rows.
+        """Check the interventions against a model's layers and width D and a batch's rows.
 
         Raises:
-          UserError: they do not fit; the message names the field, its value and the fix.
+          UserError: the interventions do not match; the message names the field, its value and the
+            fix.
         """
         for edit in self.edits:
             gate = edit.gate
@@ -89,14 +91,14 @@ class Interventions(flax.struct.PyTreeNode):
                     )
             if edit.layers[-1] >= layers or edit.layers[0] < 0:
                 raise UserError(
-                    f"layers {list(edit.layers)} exceed the model's layers 0…{layers - 1}"
+                    f"layers is {list(edit.layers)}; the model has layers 0…{layers - 1}"
                 )
             if edit.site not in SITES:
                 raise UserError(f"site is {edit.site!r}; it must be one of {SITES}")
         if self.rows not in (None, rows):
             raise UserError(
                 f"interventions are for {self.rows} rows, but the batch has {rows}: give `rows=` "
-                "with one entry per row, or omit it to edit all rows alike"
+                "with one entry per row, or omit it to apply the same edit to all rows"
             )
 
     def __repr__(self) -> str:
@@ -108,7 +110,7 @@ class Interventions(flax.struct.PyTreeNode):
 class PreparedInterventions(flax.struct.PyTreeNode):
     """Interventions for the rows of one batch, ready to edit activations.
 
-    Created by `Interventions.prepare`; `forward` uses them without further preparation.
+    `Interventions.prepare` creates them, and `forward` applies them without further preparation.
     """
 
     edits: tuple[Prepared, ...] = ()
@@ -131,8 +133,8 @@ def prepared(interventions: Interventions | PreparedInterventions | None, *, lay
     """Check interventions against a model and a batch, and prepare them.
 
     Args:
-      interventions: None means no edits. If they are prepared already, only their rows and layers
-        are checked, and they are returned unchanged.
+      interventions: the interventions, or None for no edits. If they are already prepared, only
+        their rows and layers are checked, and they are returned unchanged.
       layers, width, rows: as for `Interventions.check`.
       like: as for `Interventions.prepare`.
 
@@ -181,7 +183,8 @@ def chain(*interventions: Interventions | None) -> Interventions:
 def _check_type(interventions: Sequence[Any]) -> None:
     for one in interventions:
         if one is not None and not isinstance(one, Interventions):
-            fix = ("join them with jp.chain(a, b, …), or jp.stack_rows for one per row"
+            fix = ("chain its items with jp.chain(a, b, …), or apply one item per row with "
+                   "jp.stack_rows"
                    if isinstance(one, (list, tuple)) else
                    "give the result of jp.steer, jp.cap, …, or None")
             raise UserError(f"interventions is a {type(one).__name__}; {fix}")
@@ -193,13 +196,13 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
             entries: int | None = None, site: Site = "residual") -> Interventions:
     """Allocate empty tables of fixed capacity, to be filled by `stack_rows(…, into=)`.
 
-    Filling them with other rank-one edits does not recompile the program.
+    Filling the tables with other rank-one edits does not recompile the program.
 
     Args:
       rows: the batch size B.
-      width: the model's D.
+      width: the width D of the model's residual stream.
       layers: all layers at which an edit may apply (a slice needs a stop).
-      slots: the maximum number of chained edits per row, one table each.
+      slots: the maximum number of chained edits per row, which is also the number of tables.
       entries: the maximum number of distinct edits per table; default: B.
       site: the site of the edits.
 
@@ -237,16 +240,17 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
 @own_rules()
 def stack_rows(interventions: Sequence[Interventions | None], *,
                into: Interventions | None = None) -> Interventions:
-    """Combine per-row interventions into one program: item b applies to row b only.
+    """Give each row of a batch its own interventions: item b applies only to row b.
 
     Tables of the same kind and site are merged, so the cost depends on the longest chain, not on
     the number of different rows. Tables with equal content share an entry. At a layer that a row
-    does not edit, its entry is the identity.
+    does not edit, the row's entry leaves h unchanged.
 
     Args:
-      interventions: one item per row: interventions made without `rows=`, or None.
-      into: the result of `reserve`, or of an earlier call with such an `into`. The new result has
-        the same structure, so it reuses the compiled program, but contains only the new edits.
+      interventions: one item per row: interventions made without `rows=`, or None for no edits.
+      into: tables to fill: the result of `reserve` or of an earlier call with `into=`. The new
+        result has the same structure, so the compiled program is reused; earlier edits are
+        removed.
 
     Raises:
       UserError: the list is empty, or interventions were made with `rows=` or do not fit `into`.
@@ -258,15 +262,16 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
       3
     """
     if isinstance(interventions, Interventions) or not isinstance(interventions, Sequence):
-        raise UserError("interventions must be a list with one Interventions or None per row")
+        raise UserError("interventions must be a list with an Interventions object or None for "
+                        "each row")
     _check_type(interventions)
     if not interventions:
-        raise UserError("stack_rows needs at least one row")
+        raise UserError("interventions is an empty list; stack_rows needs at least one row")
     count = len(interventions)
     for row, own in enumerate(interventions):
         if own is not None and own.rows is not None:
             raise UserError(f"the interventions of row {row} were made with rows=; stack "
-                            "interventions made without it")
+                            "interventions made without rows=")
     if into is not None and into.rows != count:
         raise UserError(f"into is for {into.rows} rows, but {count} interventions were given")
     fixed = into.edits if into is not None else ()
@@ -279,8 +284,8 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
             if cursor == len(slots):
                 if into is not None:
                     raise UserError(f"the interventions of row {row} do not fit the reserved "
-                                    "tables, which hold rank-one edits at one site, without a gate "
-                                    "or a push; reserve more slots, or stack without into=")
+                                    "tables, which accept rank-one edits at one site, without a "
+                                    "gate or a push; reserve more slots, or stack without into=")
                 slots.append((edit.key, {}))
             slots[cursor][1][row] = edit
             cursor += 1

@@ -18,7 +18,7 @@ def call(name: str, *arguments: str) -> str:
 
 
 def layer_range(layers: Sequence[int]) -> str:
-    """Return "layer 4", "layers 4–7" (both included), or "layers 0, 2" if they have gaps."""
+    """Return "layer 4", "layers 4–7" (inclusive) or, if the layers have gaps, "layers 0, 2"."""
     if len(layers) == 1:
         return f"layer {layers[0]}"
     if list(layers) == list(range(layers[0], layers[-1] + 1)):
@@ -42,7 +42,7 @@ def host_array(x: Any) -> np.ndarray | None:
 def tests(code: Any) -> str:
     """Represent encoded token tests [5] or [n, 5] as text.
 
-    Padding (a test that no token passes) is omitted. If the tests differ, the text gives only
+    Padding (a test that no token passes) is omitted. If the tests differ, the text contains only
     their number.
     """
     values = host_array(code)

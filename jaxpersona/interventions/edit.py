@@ -1,7 +1,8 @@
 """Tables of rank-one edits. Each row's edit is data, so changing it does not recompile.
 
 With p = ⟨h, v̂⟩ in float32, δ = clip((s − 1)·p + c, lo − p, hi − p) and h ← h + δ·v̂. The
-coefficients (s, c, lo, hi) select steering, capping, ablation, scaling or a set projection.
+coefficients (s, c, lo, hi) determine whether the edit steers, caps, ablates, scales or sets the
+projection.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Edit(Table, kw_only=True, repr=False):
 
     @property
     def key(self) -> tuple:
-        """Kind, site, gate, and whether there is a push."""
+        """The kind, the site, the gate's structure, and whether there is a push direction."""
         return (*super().key, self.push is not None)
 
     def _prepared(self, like: jax.Array) -> PreparedEdit:
@@ -64,7 +65,7 @@ class Edit(Table, kw_only=True, repr=False):
             where=self.where, gate=self.gate, layers=self.layers, site=self.site,
             by_layer=tuple(LayerEdit(
                 direction=self.direction[i],
-                # separate arrays: TPUs then read them once for all layers, not once per layer
+                # TPUs read separate arrays once for all layers instead of once per layer
                 coefficients=tuple(self.coefficients[i, :, k] for k in range(4)),
                 push=None if self.push is None else self.push[i],
                 columns=twice(self.direction[i]) if cpu else None,
@@ -75,11 +76,11 @@ class Edit(Table, kw_only=True, repr=False):
         return _identities(layers, size, self.width, self.push is not None)
 
     def operator(self) -> str:
-        """Return the operator with these coefficients; "rank_one" if the entries differ."""
+        """Return the name of the operator; "rank_one" if the entries' operators differ."""
         values, tests = host_array(self.coefficients), host_array(self.where)
         if values is None or tests is None or values.ndim != 3:
             return "rank_one"
-        used = values[:, tests[:, 0] >= 0].reshape(-1, 4)  # without padding
+        used = values[:, tests[:, 0] >= 0].reshape(-1, 4)  # exclude padding
         changing = used[(used != np.array(IDENTITY, np.float32)).any(-1)]
         names = {_operator(*map(float, row)) for row in changing} or {
             "steer" if len(used) else "reserve"}
@@ -118,7 +119,7 @@ class PreparedEdit(Prepared, kw_only=True):
     """A prepared table of rank-one edits, split by layer.
 
     Attributes:
-      by_layer: the edits of each of `layers`.
+      by_layer: the edits of each layer in `layers`.
     """
 
     by_layer: tuple[LayerEdit, ...]
@@ -140,11 +141,13 @@ def table(
     index: np.ndarray | None,
     push: jax.Array | np.ndarray | None = None,
 ) -> Edit:
-    """Build an `Edit` of strongly typed arrays, padded with identities to a power of two.
+    """Build an `Edit` of strongly typed arrays, padded so that n is a power of two.
+
+    The padding entries leave h unchanged.
 
     Args:
-      direction: [l, n, D]; coefficients: [l, n, 4]; where: [n, 5]; origin: [n].
-      push: [l, n, D] or None.
+      direction, push, coefficients: as in `Edit`, with n entries.
+      where, origin, layers, site: as in `Table`, with n entries.
       index: [B] integers in −1…n−1, or None.
 
     Raises:

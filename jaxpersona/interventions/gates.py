@@ -2,7 +2,7 @@
 
 A prompt gate is evaluated once per row, on the mean projection over the prompt, and applies to the
 whole reply. A token gate is evaluated for every token. Bounds and directions are data and may
-differ by row.
+differ between rows.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ Over = Literal["prompt", "token"]
 
 
 class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
-    """The gate of a table's entries.
+    """The gates of a table's n entries.
 
     Attributes:
       direction: v̂ [n, D] float32, unit length.
       bounds: (lo, hi) [n, 2] float32; the gate is open if lo ≤ ⟨h, v̂⟩ ≤ hi.
       where: encoded token tests [n, 5] int32 that select the measured tokens.
       origin: [n] uint32, as in `Table`.
-      layer, site: where the projection is measured.
-      over: "prompt" for the mean over the prompt's tokens, or "token" for each token.
+      layer, site: the layer and the site at which the projection is measured.
+      over: "prompt" to test the mean projection over the prompt, "token" to test every token's
+        projection.
       within: whether a prompt gate also applies to all tokens of the prompt itself.
     """
 
@@ -73,6 +74,7 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
         """Return the initial state.
 
         Args:
+          rows: the number of rows B.
           before: [B] int32, the number of tokens already in the cache. If a row has cached tokens,
             which were not measured, its sum starts as NaN and its gate stays closed.
         """
@@ -86,7 +88,7 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
         """Measure the projections of h [B, T, D] and evaluate the gate.
 
         Returns:
-          [B, T] bool, True where the gate is open, and the updated state.
+          [B, T] bool, True for tokens at which the gate is open, and the updated state.
         """
         wide = h.astype(jnp.float32)
         p = jnp.einsum("btd,btd->bt", wide, jnp.broadcast_to(self.direction[:, None], h.shape),
@@ -101,13 +103,13 @@ class Gate(flax.struct.PyTreeNode, kw_only=True, repr=False):
         mean = (state.total / jnp.maximum(state.count, 1.0))[:, None]
         opened = (state.count[:, None] > 0) & (mean >= lo) & (mean <= hi)
         gated = (kind & (LAST | GENERATED)) != 0
-        if self.within:  # also the prompt's tokens, if the call contains the whole prompt
+        if self.within:  # apply the gate also to the prompt's tokens if this call contains its end
             gated = gated | (kind & LAST).any(-1, keepdims=True)
         return opened & gated, state
 
 
 class GateState(flax.struct.PyTreeNode):
-    """The sum and the number of each row's prompt projections, each [B] float32."""
+    """The sum and the number of each row's measured prompt projections, each [B] float32."""
 
     total: Float[Array, " B"]
     count: Float[Array, " B"]

@@ -1,4 +1,4 @@
-"""The `gate` constructor: interventions conditional on a projection."""
+"""The `gate` constructor, which makes interventions conditional on a projection."""
 
 from __future__ import annotations
 
@@ -32,22 +32,23 @@ def gate(
     where: Where | str | None = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Apply interventions only where the projection on a direction is within bounds.
+    """Apply interventions only if the projection on a direction is within bounds.
 
     Source: conditional activation steering (Lee et al. 2024), with the projection as the condition.
-    A gate that measured no token is closed.
+    A gate that has measured no token is closed.
 
     Args:
       interventions: the interventions to gate; they must not have gates.
-      vector: the direction, [D] or a named direction. If the interventions have a bank (`rows=`),
-        also one direction per edit: [n, D] or a list.
-      layer, site: where the projection is measured (after any edit there). It must precede every
-        gated layer.
-      above, below: the lower and the upper bound, each a number or, for a bank, [n]. At least one
-        is required; −inf for `above` and inf for `below` mean no bound.
+      vector: the direction: an array [D] or a named direction. If the interventions have a bank
+        (`rows=`), `vector` may also have one direction per edit: an array [n, D] or a list.
+      layer, site: the layer and the site at which the projection is measured, after any edit
+        there. They must precede every gated layer.
+      above, below: the lower and the upper bound, each a number or, for a bank, an array [n]. At
+        least one is required; −inf for `above` and inf for `below` mean no bound.
       over: "prompt": one gate per row, which measures the mean over the prompt and applies to the
         prompt's last token and all later tokens. "token": one gate per token.
-      within: with "prompt", also edit the whole prompt. The prompt must then run in one call.
+      within: for over="prompt", also edit the prompt itself, which must then be in one call of
+        `forward`.
       where: the measured tokens; default: all except the first, which is an attention sink.
 
     Raises:
@@ -61,14 +62,14 @@ def gate(
       gate(cap(everywhere, layer 4, residual), layer 2, prompt)
     """
     if above is None and below is None:
-        raise UserError("gate needs a bound: above, below or both")
+        raise UserError("gate needs a bound; give above, below or both")
     if over not in ("prompt", "token"):
         raise UserError(f"over is {over!r}; it must be 'prompt' or 'token'")
     if within and over == "token":
-        raise UserError("within is only for over='prompt'; a token gate applies within the prompt "
-                        "anyway")
+        raise UserError("within is only for over='prompt'; omit it, because a token gate always "
+                        "applies to the prompt's tokens")
     if not interventions.edits:
-        raise UserError("interventions is empty; there is nothing to gate")
+        raise UserError("interventions is empty; give interventions to gate")
     if where is None:
         where = (prompt if over == "prompt" else everywhere).without("first")
     where = as_where(where)
@@ -83,10 +84,10 @@ def gate(
 
 def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: np.ndarray,
            site: Site, over: Over, within: bool) -> Table:
-    """Return a table with a gate."""
+    """Return a copy of a table with a gate."""
     if table.gate is not None:
-        raise UserError("interventions already have a gate; gate each of them once, then chain "
-                        "them")
+        raise UserError("interventions already have a gate; apply gate once to each intervention, "
+                        "then chain the results")
     bank = Bank(vector, [layer], None if table.index is None else [0], site)
     direction, size = bank.direction[0], table.entries
     # no token passes the token test of a padding entry (NOWHERE)
@@ -107,7 +108,7 @@ def _gated(table: Table, vector: Any, layer: int, bounds: dict[str, Any], test: 
         layer=bank.layers[0], site=site, over=over, within=within)
     if not made.precedes(table.layers[0], table.site):
         raise UserError(f"the gate's layer {layer} ({site}) is not before layer "
-                        f"{table.layers[0]} ({table.site}), which it gates")
+                        f"{table.layers[0]} ({table.site}), which it gates; use an earlier layer")
     return table.replace(gate=made)
 
 

@@ -1,4 +1,4 @@
-"""Interventions that are not rank-one edits: rotation, norm restoration and custom functions."""
+"""Tables of edits that are not rank-one: rotations, norm restorations and custom functions."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ F32 = jnp.float32
 
 
 class Rotation(Table, kw_only=True, repr=False):
-    """Rotations in a plane. They preserve ‖h‖ and the component of h orthogonal to the plane.
+    """Rotations in a plane, which preserve ‖h‖ and the component of h orthogonal to the plane.
 
     Attributes:
       first, second: orthonormal b₁, b₂ [l, n, D] float32.
-      angle: (cos θ, sin θ, to) [l, n, 3] float32; `to` is 1 if θ is measured from b₁, and 0 if it
-        is measured from the projection of h.
+      angle: (cos θ, sin θ, to) [l, n, 3] float32; `to` is 1 if θ is measured from b₁, and 0 if θ
+        is measured from the projection of h onto the plane.
     """
 
     PAYLOAD: ClassVar[dict[str, int]] = {"first": 1, "second": 1, "angle": 1}
@@ -72,7 +72,7 @@ class PreparedRotation(Prepared, kw_only=True):
         one, two = (jnp.broadcast_to(b[slot][:, None], h.shape) for b in (self.first, self.second))
         p, q = (jnp.einsum("btd,btd->bt", wide, b, precision="highest") for b in (one, two))
         inside = p * p + q * q
-        positive = inside > 0  # the square root has no gradient at 0
+        positive = inside > 0  # the square root is not differentiable at 0
         radius = jnp.where(positive, jnp.sqrt(jnp.where(positive, inside, 1.0)), 0.0)
         x, y = jnp.where(to > 0, radius, p), jnp.where(to > 0, 0.0, q)
         dp, dq = x * cos - y * sin - p, x * sin + y * cos - q
@@ -82,10 +82,10 @@ class PreparedRotation(Prepared, kw_only=True):
 
 
 class NormRestoration(Table, kw_only=True, repr=False):
-    """Rescales h to its norm before the edits at this site.
+    """Edits that rescale h to the norm that it had before all edits at this site.
 
     Attributes:
-      amount: [l, n] float32, 1 to restore the norm, 0 for no change.
+      amount: [l, n] float32, 1 to restore the norm or 0 for no change.
     """
 
     PAYLOAD: ClassVar[dict[str, int]] = {"amount": 1}
@@ -117,19 +117,19 @@ class PreparedNormRestoration(Prepared, kw_only=True):
         wide, was = h.astype(F32), before.astype(F32)
         now = (wide * wide).sum(-1)
         factor = jnp.sqrt((was * was).sum(-1) / jnp.where(now > 0, now, 1.0))
-        # NaN on overflow of the norm: dividing by infinity would silently set h to zero
+        # if the norm overflows, use NaN: dividing by infinity would silently set h to zero
         factor = jnp.where(jnp.isfinite(now), factor, jnp.nan)
         changed = active & (self.amount[slot][:, None] > 0) & (factor != 1) & (now > 0)
         return jnp.where(changed[..., None], (wide * factor[..., None]).astype(h.dtype), h), changed
 
 
 class Custom(Table, kw_only=True, repr=False):
-    """A user-defined function of one token's activation.
+    """A user-defined function that edits the activation of one token.
 
     Attributes:
-      params: a pytree of arrays [n, …].
-      on: [l, n] float32, 1 if the entry applies at the layer.
-      fn: fn(params, h) → h for one entry's params and h [D] float32 (static).
+      params: a pytree of arrays [n, …], the function's parameters.
+      on: [l, n] float32, 1 if the entry applies at the layer, else 0.
+      fn: the function fn(params, h) → h of one entry's params and h [D] float32 (static).
     """
 
     PAYLOAD: ClassVar[dict[str, int]] = {"params": 0, "on": 1}
@@ -140,7 +140,7 @@ class Custom(Table, kw_only=True, repr=False):
 
     @property
     def key(self) -> tuple:
-        """Kind, site, gate, the function, and the structure of its parameters."""
+        """The kind, the site, the gate's structure, the function and its parameters' structure."""
         leaves, tree = jax.tree.flatten(self.params)
         forms = tuple((x.shape[1:], str(x.dtype)) for x in leaves)
         return (*super().key, self.fn, tree, forms)
@@ -167,7 +167,7 @@ class PreparedCustom(Prepared, kw_only=True):
 
     def apply(self, layer: int, h: jax.Array, active: jax.Array,
               before: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Call the function on every token; use its result at active tokens (`Prepared.apply`)."""
+        """Apply the function to the active tokens of h [B, T, D] (see `Prepared.apply`)."""
         slot = self.layers.index(layer)
         by_token = jax.vmap(self.fn, in_axes=(None, 0))
         shared = self.on.shape[1] == 1

@@ -1,4 +1,4 @@
-"""Operators that are no rank-one edits: rotation, restored norms and user-defined functions."""
+"""Operators that are not rank-one edits: rotation, norm restoration and custom functions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from jaxpersona.interventions.table import (
 from jaxpersona.interventions.where import Where, encoded, everywhere
 from jaxpersona.runtime import is_traced, own_rules
 
-_FLAT = 1e-6  # unit vectors are collinear if the second's orthogonal component is shorter than this
+# two unit vectors are collinear if the orthogonal component of the second is shorter than this
+_FLAT = 1e-6
 
 
 @checked_call
@@ -45,11 +46,12 @@ def rotate(
 ) -> Interventions:
     """Rotate h within a plane, preserving its norm: h ← h − Ph + ‖Ph‖·(cos θ·b₁ + sin θ·b₂).
 
-    b₁ is the first direction, b₂ the component of the second orthogonal to b₁, both normalized. P
-    projects onto their plane. Source: angular steering (Vu and Nguyen 2025).
+    b₁ is the first direction, and b₂ is the component of the second direction orthogonal to b₁;
+    both are normalized. P projects onto the plane of b₁ and b₂. Source: angular steering (Vu and
+    Nguyen 2025).
 
     Args:
-      first, second: two directions that span the plane, in the forms of `steer`'s vector.
+      first, second: two directions that span the plane, each in a form that `steer` accepts.
       to: the target angle θ in radians, from b₁ toward b₂.
       by: the rotation angle in radians, relative to the angle of Ph. Give either `to` or `by`.
       layers, where, rows, site: as for `steer`.
@@ -66,11 +68,12 @@ def rotate(
       rotate(everywhere, layer 4, residual)
     """
     if (to is None) == (by is None):
-        raise UserError("rotate needs one angle in radians: to= (from the first direction) or by=")
+        raise UserError("rotate needs one angle in radians; give either to= (measured from the "
+                        "first direction) or by=")
     one, two = Bank(first, layers, rows, site, "first"), Bank(second, layers, rows, site, "second")
     if one.direction.shape != two.direction.shape:
         raise UserError(f"second has shape {two.direction.shape} and first has shape "
-                        f"{one.direction.shape}; they must be equal")
+                        f"{one.direction.shape}; the shapes must be equal")
     one.origin = one_origin(one.origin, two.origin)
     xp: Any = jnp if is_traced(one.direction, two.direction, to, by) else np
     across = two.direction - (one.direction * two.direction).sum(-1, keepdims=True) * one.direction
@@ -92,13 +95,14 @@ def restore_norm(
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Restore the norm: h ← h·‖h₀‖/‖h‖, with h₀ the activation before all edits at this site.
+    """Restore the norm: h ← h·‖h₀‖/‖h‖, where h₀ is the activation before all edits at this site.
 
-    Chain it after the edits whose effect on the norm should be undone.
+    Chain the result after the edits whose effect on the norm should be undone.
 
     Args:
       layers, where, site: as for `steer`.
-      rows: per batch row, 0 to restore the norm and −1 for no edit; default: all rows.
+      rows: for each batch row, 0 to restore the norm or −1 for no edit. By default, the norm is
+        restored in all rows.
 
     Example:
       >>> import jaxpersona as jp
@@ -126,11 +130,12 @@ def custom(
     The function is applied per token, so prefill, chunked prefill and decode are equivalent.
 
     Args:
-      fn: fn(params, h) → h for h [D] float32, traceable by JAX. It is static, so each new function
-        object recompiles: define it once, not as a lambda in each call.
-      params: a pytree of arrays. They are data: new values do not recompile. With `rows=`, each
+      fn: a function fn(params, h) → h of one token's h [D] float32, traceable by JAX. `fn` is
+        static, so each new function object recompiles the program: define it once, not as a lambda
+        in each call.
+      params: a pytree of arrays, whose values can change without recompiling. With `rows=`, each
         array is [n, …].
-      rows: the entry of `params` for each batch row, −1 for no edit.
+      rows: the index of each batch row's entry in `params`, or −1 for no edit.
       layers, where, site: as for `steer`.
 
     Raises:
@@ -150,7 +155,7 @@ def custom(
         raise UserError(f"fn is {fn!r}; it must be a function of (params, h)")
     _check_arguments(fn)
     chosen = resolve_layers(layers, None)
-    # NumPy converts Python numbers, because JAX would make them weakly typed
+    # convert Python numbers with NumPy, because JAX would make them weakly typed
     leaves = [x if is_traced(x) else jnp.asarray(np.asarray(x)) for x in _arrays(params)]
     if rows is None:
         leaves = [x[None] for x in leaves]
@@ -169,7 +174,7 @@ def _check_arguments(fn: Any) -> None:
     """Check that a custom function can be called with params and h.
 
     Raises:
-      UserError: its signature does not allow two positional arguments.
+      UserError: the function's signature does not allow two positional arguments.
     """
     try:
         signature = inspect.signature(fn)
@@ -182,29 +187,29 @@ def _check_arguments(fn: Any) -> None:
 
 
 def _arrays(params: Any) -> list[Any]:
-    """Return the leaves of a custom function's parameters; raise if one is not numeric."""
+    """Return the leaves of a custom function's parameters after checking that they are numeric."""
     leaves = jax.tree.leaves(params)
     for leaf in leaves:
         if not is_traced(leaf) and np.asarray(leaf).dtype.kind in "OSU":
-            raise UserError(f"params holds {leaf!r}; its leaves must be arrays or numbers")
+            raise UserError(f"params contains {leaf!r}; its leaves must be arrays or numbers")
     return leaves
 
 
 def _table(kind: type[Table], bank: Bank, where: Where | str, **payload: Any) -> Interventions:
-    """Build a table of `kind` from fields [l, n, …]; repeat the last entry as padding."""
+    """Build a table of `kind` from fields [l, n, …], padded by repeating the last entry."""
     n = len(bank.origin)
     size = next_power(n)
     spread = np.array([*range(n), *[n - 1] * (size - n)])
     fields = {name: jnp.asarray(value[:, spread], jnp.float32) for name, value in payload.items()}
     test = np.broadcast_to(encoded(where), (n, 5))
     shared = common(test, bank.origin, checked_index(bank.index, n), size)
-    made: Any = kind  # the type checker knows only the fields that all kinds share
+    made: Any = kind  # for the type checker: `Table` declares only the fields of all kinds
     return Interventions((made(layers=bank.layers, site=bank.site, **shared, **fields),))
 
 
 def _plain(kind: type[Table], layers: tuple[int, ...], where: Where | str, rows: Any, site: Site,
            n: int = 1, **fields: Any) -> Interventions:
-    """Build a table of a kind without directions."""
+    """Build a table of a kind that has no directions."""
     if site not in SITES:
         raise UserError(f"site is {site!r}; it must be one of {SITES}")
     test = np.broadcast_to(encoded(where), (n, 5))

@@ -1,8 +1,9 @@
-"""Rank-one operators: constructors of interventions, equations in h, v̂ = v/‖v‖ and p = ⟨h, v̂⟩.
+"""Rank-one operators: functions that create interventions on the projection of h on a direction.
 
-`bank` describes the accepted forms of directions, strengths and rows. The linear operators and
-`cap` are rank-one edits that differ only in their coefficients (s, c, lo, hi), so each row's
-operator is data. `nonlinear` contains the operators that are no rank-one edits.
+In the equations, h is an activation, v̂ = v/‖v‖ a unit direction and p = ⟨h, v̂⟩ the projection.
+`bank` describes the accepted forms of directions, strengths and rows. The operators differ only in
+their coefficients (s, c, lo, hi), so each row's operator is data. `nonlinear` contains the
+operators that are not rank-one edits.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ def steer(
     Source: activation addition (Turner et al. 2023); Chen et al. 2025, §3.
 
     Args:
-      vector: a direction or a bank of them (see `bank`).
+      vector: a direction or a bank of directions (see `bank`).
       layers: zero-based layers: an int, a half-open slice, a list of ints, or text such as "46:54".
       scale: the factor that multiplies v.
       where: the tokens to edit.
-      rows: the bank's entry for each batch row, −1 for no edit.
+      rows: the index of each batch row's direction in the bank, or −1 for no edit.
       site: "residual" (after the block), "attention" or "mlp" (their outputs).
 
     Raises:
@@ -81,9 +82,10 @@ def cap(
     The component of h orthogonal to v̂ is unchanged.
 
     Args:
-      vector, layers, where, rows, site: as for `steer`; the vector's norm does not matter.
-      floor: the minimum projection τ, in units of the residual stream; −inf means no floor. If the
-        vector is an `Axis`, also a percentile name such as "p25" (`Axis.thresholds`).
+      vector, layers, where, rows, site: as for `steer`; the norm of `vector` has no effect.
+      floor: the minimum projection τ, in units of the residual stream; −inf means no floor. If
+        `vector` is an `Axis`, `floor` may also be a percentile name such as "p25"
+        (`Axis.thresholds`).
       ceiling: the maximum projection; inf means no ceiling.
       push: a direction (or bank), in the form of `vector`, along which h is moved instead of v̂.
         Use it as a control: h moves by the same distance as with the cap, but along `push`, so the
@@ -100,7 +102,7 @@ def cap(
       cap(everywhere, layers 4–7, residual)
     """
     if floor is None and ceiling is None:
-        raise UserError("cap needs a bound: floor, ceiling or both")
+        raise UserError("cap needs a bound; give floor, ceiling or both")
     floor, ceiling = (percentile(vector, *bound, of)
                       for bound in (("floor", floor), ("ceiling", ceiling)))
     bank = Bank(vector, layers, rows, site)
@@ -111,7 +113,7 @@ def cap(
     along = None if push is None else Bank(push, layers, rows, site, "push")
     if along is not None and along.direction.shape != bank.direction.shape:
         raise UserError(f"push has shape {along.direction.shape} and vector has shape "
-                        f"{bank.direction.shape}; they must be equal")
+                        f"{bank.direction.shape}; the shapes must be equal")
     if along is not None:
         bank.origin = one_origin(bank.origin, along.origin)
     return _rank_one(bank, where, lo=lo, hi=hi, push=None if along is None else along.direction)
@@ -131,7 +133,7 @@ def ablate(
     """Remove the component along a direction: h ← h − v̂·⟨h, v̂⟩ + coefficient·v̂.
 
     Source: directional ablation (Arditi et al. 2024). Arguments and errors are as for `steer`; the
-    vector's norm does not matter. `coefficient`, the resulting projection, is in units of the
+    norm of `vector` has no effect. `coefficient` is the projection after the edit, in units of the
     residual stream.
 
     Example:
@@ -154,16 +156,17 @@ def mean_ablate(
     rows: Any = None,
     site: Site = "residual",
 ) -> Interventions:
-    """Replace the component along a direction by that of a mean: h ← h + v̂·⟨μ − h, v̂⟩.
+    """Replace the component along a direction by that of a mean activation: h ← h + v̂·⟨μ − h, v̂⟩.
 
     The component of h orthogonal to v̂ is unchanged.
 
     Args:
       vector, layers, where, rows, site: as for `steer`.
-      mean: μ, a mean activation over texts, in the form of `vector`.
+      mean: the mean activation μ, in the same form as `vector`.
 
     Raises:
-      UserError: mean and vector do not match in shape, or an argument is invalid as in `steer`.
+      UserError: the shapes of `mean` and `vector` do not match, or an argument is invalid as in
+        `steer`.
 
     Example:
       >>> import jaxpersona as jp
@@ -195,7 +198,8 @@ def scale(
 ) -> Interventions:
     """Multiply the projection on a direction: h ← h + (factor − 1)·⟨h, v̂⟩·v̂.
 
-    Arguments and errors are as for `steer`; `factor` is a number, or one per layer or entry.
+    Arguments and errors are as for `steer`. `factor` is a number, or an array with one number per
+    layer or per direction of a bank.
 
     Example:
       >>> import jaxpersona as jp
@@ -219,7 +223,7 @@ def set_projection(
 ) -> Interventions:
     """Set the projection on a direction to a value: h ← h + (value − ⟨h, v̂⟩)·v̂.
 
-    Arguments and errors are as for `steer`; `value` is in units of the residual stream.
+    Arguments and errors are as for `steer`. `value` is in units of the residual stream.
 
     Example:
       >>> import jaxpersona as jp

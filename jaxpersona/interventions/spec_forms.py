@@ -1,7 +1,7 @@
 """Pydantic schemas of the JSON form of interventions and captures.
 
-A specification is validated as a whole, before any vector file is opened; one error lists all
-problems.
+All fields of a specification are validated before any vector file is opened, and one error lists
+all invalid fields.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _FLOAT32 = 3.4028234e38  # the largest finite float32
 
 
 def _numbers(value: Any) -> Any:
-    """Validate a finite number or a nested list of them; return it unchanged."""
+    """Validate a finite number or a nested list of finite numbers; return it unchanged."""
     if isinstance(value, list) and value:
         for part in value:
             _numbers(part)
     elif isinstance(value, bool) or not isinstance(value, (int, float)) or not _finite(value):
-        raise UserError("must be a finite number, or a list of them")
+        raise UserError("must be a finite number, or a list of finite numbers")
     return value
 
 
@@ -100,7 +100,7 @@ class _Strict(pydantic.BaseModel):
 
 
 class Place(_Strict):
-    """A token selection: a named `where`, with optional excluded kinds and message range."""
+    """A token selection: a named `where`, and optionally excluded kinds and a range of messages."""
 
     name: Annotated[str, pydantic.WithJsonSchema({"type": "string", "enum": list(NAMED)})] = \
         "everywhere"
@@ -108,7 +108,7 @@ class Place(_Strict):
     turns: list[Index] | None = Field(default=None, min_length=2, max_length=2)
 
     def build(self, first: bool) -> Where:
-        """Return the token test; `first` tells whether it includes each row's first token."""
+        """Return the token test; if `first` is false, it excludes each row's first token."""
         if self.name not in NAMED:
             raise UserError(f"where is {self.name!r}; choose from {', '.join(NAMED)}")
         where = NAMED[self.name].without(*self.without, *([] if first else ["first"]))
@@ -157,7 +157,7 @@ class Steer(_Act):
 
 
 class Cap(_Act):
-    """The arguments of `cap`; a bound is a number or an axis percentile ("p25" with `of`)."""
+    """The arguments of `cap`; a bound is a number or a percentile of an axis, such as "p25"."""
 
     operator: Literal["cap"]
     vector: Direction
@@ -234,10 +234,10 @@ class Reading(_Strict):
 
 
 def read(spec: Any, kind: Any, name: str) -> tuple[list[Any], list[str]]:
-    """Validate a JSON object or a list; return parsed items and their names in error messages."""
+    """Validate one item or a list; return the parsed items and their names for error messages."""
     many = isinstance(spec, Sequence) and not isinstance(spec, (str, bytes))
     if many and not spec:
-        raise UserError(f"{name} is an empty list; give at least one")
+        raise UserError(f"{name} is an empty list; give at least one item")
     items = list(spec) if many else [spec]
     where = [f"{name}[{i}]" if many else name for i in range(len(items))]
     adapter, parsed, faults = pydantic.TypeAdapter(kind), [], []

@@ -1,13 +1,13 @@
 """Build interventions and captures from JSON, for the command line, files and services.
 
-A specification is one object, or a list of objects that apply in the listed order:
+A specification is a JSON object, or a list of objects that are applied in the listed order:
 
     [{"operator": "steer", "vector": "calm.safetensors", "layers": 16, "scale": 2.0},
      {"operator": "cap", "vector": "axis.safetensors", "layers": "46:54", "floor": "p25",
       "of": "default", "where": "generated",
       "gate": {"vector": "axis.safetensors", "layer": 20, "below": -3.0}}]
 
-Specifications are validated before anything compiles; one error lists all invalid fields.
+Specifications are validated before any program is compiled; one error lists all invalid fields.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def interventions(spec: Any, model: Model, *, folder: str | pathlib.Path = ".") 
     """Build interventions from a JSON specification and check them against a model.
 
     Args:
-      spec: a dict parsed from JSON, or a list of them.
+      spec: a dict parsed from JSON, or a list of such dicts.
       model: the model, from `load`.
-      folder: the folder that vector file names are relative to.
+      folder: the folder of the vector files that the specification names.
 
     Raises:
       UserError: keys are unknown or missing, or values have the wrong type (one message lists all
@@ -98,8 +98,8 @@ def _build(item: Any, model: Model, folder: pathlib.Path) -> Interventions:
                 options["push"] = read(item.push)
             if item.of is not None and not any(isinstance(x, str)
                                                for x in (item.floor, item.ceiling)):
-                raise UserError("of is only for percentiles, but floor and ceiling are numbers; "
-                                "omit it")
+                raise UserError("of selects the population of a percentile, but floor and ceiling "
+                                "are numbers; omit of")
             return ops.cap(vector, floor=_bound(vector, "floor", item.floor, item.of),
                            ceiling=_bound(vector, "ceiling", item.ceiling, item.of), **options)
         case forms.Ablate():
@@ -128,9 +128,9 @@ def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture
     on = item.reading in ("projections", "moments", "histogram")
     for field, wanted in (("directions", on), ("edges", item.reading == "histogram")):
         if (getattr(item, field) is not None) != wanted:
-            raise UserError(f"{item.reading} {'needs' if wanted else 'does not take'} {field}")
+            raise UserError(f"{item.reading} {'requires' if wanted else 'does not accept'} {field}")
     if item.turns is not None and item.reading != "mean":
-        raise UserError(f"{item.reading} does not take turns")
+        raise UserError(f"{item.reading} does not accept turns")
     make = getattr(readings, item.reading)
     if not on:
         return make(**options, **({"turns": item.turns} if item.reading == "mean" else {}))
@@ -143,7 +143,7 @@ def _reading(item: forms.Reading, model: Model, folder: pathlib.Path) -> Capture
 
 
 def _gate_place(gate: forms.GateSpec) -> Where | None:
-    """Return the selection of the tokens that a gate measures; None for `gate`'s default."""
+    """Return the test that selects the tokens a gate measures, or None for `gate`'s default."""
     if gate.where is None and not gate.first_token:
         return None
     usual = forms.Place(name="prompt" if gate.over == "prompt" else "everywhere")
@@ -158,12 +158,12 @@ def _direction(value: Any, model: Model, folder: pathlib.Path) -> Any:
 
 
 def _bound(vector: Any, name: str, value: Any, of: str | None) -> Any:
-    """Return a bound as numbers; look up a percentile in the axis."""
+    """Return a bound as numbers; a percentile name is replaced by the axis's thresholds."""
     if not isinstance(value, str):
         return value
     if not isinstance(vector, Axis):
         raise UserError(f"{name} is {value!r}, but only an axis has percentiles; give a number")
     if of is None:
-        raise UserError(f"{name} is {value!r}; give its population: \"of\": \"default\" or "
-                        "\"all\"")
+        raise UserError(f"{name} is {value!r}; give the population of the percentile: \"of\": "
+                        "\"default\" or \"all\"")
     return vector.thresholds(value, of=of)

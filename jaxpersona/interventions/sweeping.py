@@ -1,4 +1,4 @@
-"""The `sweep` constructor: one direction at several strengths, one per row."""
+"""The `sweep` constructor, which steers each batch row with its own strength."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def sweep(
 
     Args:
       vector: one direction, as for `steer`.
-      scales: B strengths, one per row; a row with 0 is unchanged.
+      scales: B strengths, one per row; a row with strength 0 is unchanged.
       layers, where, site: as for `steer`.
 
     Raises:
-      UserError: `scales` is not a list of finite numbers, or as for `steer`.
+      UserError: `scales` is not a list of finite numbers, or an argument is invalid as in `steer`.
 
     Example:
       >>> import jaxpersona as jp

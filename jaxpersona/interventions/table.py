@@ -1,8 +1,9 @@
-"""The base classes of intervention tables: as users create them and as `forward` applies them.
+"""The base classes of intervention tables: `Table`, and `Prepared`, which `forward` applies.
 
-A `Table` has n entries of one kind for one site and a set of layers. Each row's entry is data, so
-the rows of a batch may use different entries and change them without recompiling. The static
-structure is the kind, the site, the layers, the number of entries and whether there is a gate.
+A `Table` has n entries, which are edits of one kind, for one site (a point in a block) and a set of
+layers. The entry of each batch row is data, so rows may use different entries, and changing them
+does not recompile. The static structure is the kind, the site, the layers, the number of entries
+and whether there is a gate.
 
 `Table.prepare` gathers the entries by row, shards them, and returns a `Prepared` table, which edits
 activations. A decode loop prepares its tables once, before the first step.
@@ -44,7 +45,7 @@ class Prepared(flax.struct.PyTreeNode, kw_only=True):
     Attributes:
       where: encoded token tests [B, 5] or [1, 5] int32.
       gate: the gate that must be open for the entries to apply, or None.
-      layers, site: where the table applies (static).
+      layers, site: the layers and the site at which the table applies (static).
     """
 
     where: Int[Array, "B 5"]
@@ -62,9 +63,9 @@ class Prepared(flax.struct.PyTreeNode, kw_only=True):
 
         Args:
           layer: the layer's index.
-          h: the activation after the preceding tables.
-          active: [B, T] bool, the tokens to edit.
-          before: the activation at this site before any table.
+          h: the activation after the edits of the preceding tables.
+          active: [B, T] bool, True for tokens to edit.
+          before: the activation at this site before the edits of any table.
 
         Returns:
           The edited h, bitwise equal to `h` at unchanged tokens, and a mask [B, T] of the changed
@@ -74,22 +75,22 @@ class Prepared(flax.struct.PyTreeNode, kw_only=True):
 
 
 class Table(flax.struct.PyTreeNode, kw_only=True):
-    """The base class of tables: n entries of one kind at one site of l layers.
+    """The base class of tables of n edits (entries) of one kind, at one site of l layers.
 
-    Without an `index`, a single entry applies to every row; if there are several, entry b applies
-    to row b.
+    Without an `index`, a single entry applies to every row. If there are several entries, entry b
+    applies to row b.
 
     Attributes:
       where: encoded token tests [n, 5] int32.
-      origin: [n] uint32, the hash of the weights of each direction's model (`params.origin`); 0
-        if unknown.
+      origin: [n] uint32, for each direction the hash of the weights of its model
+        (`params.origin`); 0 if unknown.
       index: [B] int32, the entry of each row (−1: no entry), or None.
       gate: the gate that must be open for the entries to apply, or None.
-      layers, site: where the table applies (static).
+      layers, site: the layers and the site at which the table applies (static).
       reserved: whether the entries may be replaced (`compose.reserve`; static).
     """
 
-    PAYLOAD: ClassVar[dict[str, int]] = {}  # field of a subclass → its axis over entries
+    PAYLOAD: ClassVar[dict[str, int]] = {}  # field of a subclass → the field's axis of entries
 
     where: Int[Array, "n 5"]
     origin: UInt[Array, " n"]
@@ -113,7 +114,7 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
 
     @property
     def width(self) -> int | None:
-        """The required width D of the model, or None for any."""
+        """The width D that the model must have, or None if any width is valid."""
         return None
 
     @property
@@ -134,15 +135,16 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
           UserError: the table is for a different number of rows.
         """
         if self.rows not in (None, rows):
-            raise UserError(f"interventions are for {self.rows} rows, but the batch has {rows}")
+            raise UserError(f"interventions are for {self.rows} rows, but the batch has {rows}; "
+                            "give `rows=` with one entry per row")
         table = self if self.index is None else self._gathered(self.index)
         return (table if table.entries == 1 else table._sharded(like))._prepared(like)
 
     def take(self, rows: np.ndarray) -> Self:
-        """Select rows; −1 gives a row without an entry. A table shared by all rows is unchanged.
+        """Select rows; index −1 selects no entry. A table that all rows share is unchanged.
 
         Raises:
-          UserError: an index exceeds the table's rows.
+          UserError: an index is out of range.
         """
         count = self.rows
         if count is None:
@@ -194,8 +196,8 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
 
         Args:
           members: tables with one entry for all rows, including `self`.
-          layers: the layers of the result, a superset of each member's. An entry is the identity
-            at layers that its member does not edit.
+          layers: the layers of the result, a superset of each member's layers. An entry leaves h
+            unchanged at layers that its member does not edit.
           size: the number of entries of the result.
 
         Returns:
@@ -205,8 +207,8 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
           UserError: the members' directions have different widths.
         """
         if any(member.width != self.width for member in members):
-            raise UserError("the rows' directions have different widths; use directions of one "
-                            "model")
+            raise UserError("the rows' directions have different widths; use directions of the "
+                            "same model")
         merged: dict[str, Any] = self.identities(len(layers), size)
         for name, axis in self.PAYLOAD.items():
             fields = [getattr(member, name) for member in members]
@@ -227,15 +229,15 @@ class Table(flax.struct.PyTreeNode, kw_only=True):
         return merged
 
     def identities(self, layers: int, size: int) -> dict[str, np.ndarray]:
-        """Return identity entries [l, n, …] for the fields with a layer axis.
+        """Return entries [l, n, …] that leave h unchanged, for the fields with a layer axis.
 
         Args:
-          layers, size: l and n.
+          layers, size: the number of layers l and the number of entries n.
         """
         raise NotImplementedError
 
     def operator(self) -> str:
-        """Return the name of the operator that made the table."""
+        """Return the name of the operator that the table applies."""
         raise NotImplementedError
 
     def __repr__(self) -> str:
@@ -251,7 +253,7 @@ def next_power(n: int) -> int:
 
 
 def checked_index(index: Any, entries: int) -> np.ndarray | None:
-    """Return the entry of each row as an array.
+    """Return the entry of each row as an array, after checking the range.
 
     Raises:
       UserError: an index is outside −1…entries−1 or is not an integer.
@@ -263,7 +265,7 @@ def checked_index(index: Any, entries: int) -> np.ndarray | None:
         raise UserError("rows must be a list of integers, one per batch row (−1: no edit)")
     bad = sorted({int(i) for i in index if i >= entries or i < -1})
     if bad:
-        raise UserError(f"rows has {bad}; the bank has entries 0…{entries - 1} (−1: no edit)")
+        raise UserError(f"rows contains {bad}; the bank has entries 0…{entries - 1} (−1: no edit)")
     return index
 
 
@@ -277,14 +279,14 @@ def one_origin(*origins: Any) -> np.ndarray:
     for origin in origins:
         known = np.broadcast_to(np.asarray(origin, np.uint32), common_origin.shape)
         if ((common_origin != 0) & (known != 0) & (common_origin != known)).any():
-            raise UserError("the directions were made for different models; use directions of one "
-                            "model")
+            raise UserError("the directions were made for different models; use directions of the "
+                            "same model")
         common_origin = np.where(common_origin == 0, known, common_origin)
     return common_origin
 
 
 def common(where: Any, origin: Any, index: np.ndarray | None, size: int) -> dict[str, Any]:
-    """Return the fields shared by all kinds, strongly typed and padded to `size` entries."""
+    """Return the fields that all kinds share, strongly typed and padded to `size` entries."""
     extra = size - len(where)
     where = np.concatenate([where, np.broadcast_to(np.array([NOWHERE]), (extra, len(NOWHERE)))])
     origin = np.concatenate([origin, np.zeros(extra, np.uint32)])

@@ -33,8 +33,8 @@ class Applied(flax.struct.PyTreeNode):
 
     Attributes:
       seen: [B] int32, the number of tokens that `where` selected.
-      changed: [l, B] int32, the number of tokens changed at each layer. A rank-one edit counts as a
-        change if δ ≠ 0, even if rounding to the model's dtype removes it.
+      changed: [l, B] int32, the number of tokens changed at each layer. For a rank-one edit, a
+        token is counted if δ ≠ 0, even if rounding to the model's dtype leaves h unchanged.
 
     Example:
       >>> import jaxpersona as jp
@@ -70,8 +70,8 @@ class Trace:
             for number, edit in enumerate(edits.edits) if edit.gate is not None
         }
         if gates is not None and set(gates) != set(self.gates):
-            raise UserError(f"gates has the tables {sorted(gates)}, but the interventions have "
-                            f"gates at {sorted(self.gates)}; give the state of these "
+            raise UserError(f"gates has states for the tables {sorted(gates)}, but the tables with "
+                            f"a gate are {sorted(self.gates)}; give the state of these "
                             "interventions")
         self.opened: dict[int, jax.Array] = {}
         self.changed: list[list[jax.Array]] = [[] for _ in edits.edits]
@@ -85,7 +85,7 @@ class Trace:
 
     @property
     def highest(self) -> int:
-        """The highest layer that is read or edited, −1 if none is."""
+        """The highest layer that is read or edited; −1 if there is none."""
         used = [*self.layers.values(), *(edit.layers for edit in self.edits.edits)]
         return max((layers[-1] for layers in used), default=-1)
 
@@ -113,7 +113,7 @@ class Trace:
         return h
 
     def captured(self, state: dict[str, State] | None, slots: jax.Array) -> dict[str, State]:
-        """Add this call's readings to the state.
+        """Return the capture states after adding the readings of this call.
 
         Raises:
           UserError: the state belongs to another capture.
@@ -146,8 +146,8 @@ class Trace:
 def _counts(changed: list[jax.Array]) -> jax.Array:
     """Count the True tokens in each layer's mask [B, T]; return [l, B] int32.
 
-    In a decode step (T = 1) the layers are packed into the bits of words, because stacking would
-    run one kernel per layer.
+    In a decode step (T = 1), the masks of up to 32 layers are packed into the bits of one word,
+    because stacking them would launch one kernel per layer.
     """
     if changed[0].shape[1] > 1:
         return jnp.stack(changed).sum(-1, dtype=jnp.int32)

@@ -1,7 +1,7 @@
 """Token tests, which select tokens for interventions and captures by kind and turn.
 
-A token test is encoded as five integers. It is data, so batch rows may have different tests, and
-changing a test does not recompile.
+A token test is encoded as five integers. The integers are data, so batch rows may have different
+tests, and changing a test does not recompile.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ NOWHERE = (-1, 0, 0, 0, 0)  # an encoded test that no token passes, because it r
 class Where:
     """A test on a token's kind and turn.
 
-    A token passes if its kind has all bits of `need`, at least one bit of `any` (unless that is 0)
-    and no bit of `none`, and lo ≤ turn < hi. `a & b` requires both tests; `a.without("first", …)`
-    excludes tokens of the named kinds.
+    A token passes if its kind has all bits of `need`, at least one bit of `any` (unless it is 0)
+    and no bit of `none`, and if lo ≤ turn < hi. A token passes `a & b` if it passes both tests.
+    `a.without("first", …)` excludes tokens of the named kinds.
 
     Example:
       >>> import jaxpersona as jp
@@ -65,7 +65,7 @@ class Where:
         return dataclasses.replace(self, none=self.none | _bits(kinds))
 
     def within(self, lo: int, hi: int = FOREVER) -> Where:
-        """Restrict the test to messages lo ≤ turn < hi.
+        """Restrict the test to messages with lo ≤ turn < hi.
 
         Raises:
           UserError: the range is empty.
@@ -123,7 +123,7 @@ NAMED = {
 
 
 def as_where(where: Where | str) -> Where:
-    """Convert a `where` argument, a token test or a name in `NAMED`, to a token test.
+    """Convert a `where` argument (a token test or a name in `NAMED`) to a token test.
 
     Raises:
       UserError: the name is unknown, or the argument has the wrong type.
@@ -137,7 +137,7 @@ def as_where(where: Where | str) -> Where:
 
 
 def encoded(where: Where | str) -> np.ndarray:
-    """Encode a `where` argument, a token test or a name in `NAMED`, as [5] int32.
+    """Encode a `where` argument (a token test or a name in `NAMED`) as [5] int32.
 
     Raises:
       UserError: the name is unknown, or the argument has the wrong type.
@@ -157,7 +157,7 @@ def turns(role: str) -> Where:
       role: "system", "user" or "assistant".
 
     Raises:
-      UserError: the role is none of these.
+      UserError: the role has another value.
 
     Example:
       >>> import jaxpersona as jp
@@ -173,11 +173,11 @@ def holds(code: jax.Array, batch: Batch) -> jax.Array:
     """Evaluate encoded token tests on a batch.
 
     Args:
-      code: [5] or [B, 5] int32.
-      batch: B rows of T tokens.
+      code: the encoded tests: [5] int32, one test for all rows, or [B, 5], one test per row.
+      batch: a batch of B rows of T tokens.
 
     Returns:
-      [B, T] bool.
+      [B, T] bool, True for tokens that pass the test.
     """
     code = code.reshape(-1, WIDTH)  # one test for all rows, or one per row
     need, any_of, none, lo, hi = (code[:, i, None] for i in range(WIDTH))

@@ -1,8 +1,8 @@
 """Batches: token ids with per-token metadata.
 
-`kind` and `turn` are stored per token. Interventions and captures select tokens by these fields, so
-a selection has the same meaning in prefill, chunked prefill and decode. Padding tokens do not have
-the `VALID` bit.
+`kind` and `turn` are stored for each token. Interventions and captures select tokens by these two
+fields, so a selection has the same meaning in prefill, chunked prefill and decode. Padding does not
+have the `VALID` bit.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from jaxpersona.errors import UserError
 if TYPE_CHECKING:
     from jaxtyping import Array, Int32, UInt16, UInt32
 
-VALID = 1 << 0  # a token, not padding
+VALID = 1 << 0  # a token that is not padding
 FIRST = 1 << 1  # the first token of a row, an attention sink with a very large norm
 TEMPLATE = 1 << 2  # added by the chat template, including end-of-turn tokens
 SYSTEM = 1 << 3  # content of a system message
 USER = 1 << 4  # content of a user message
 ASSISTANT = 1 << 5  # content of an assistant message
-GENERATED = 1 << 6  # sampled by this engine
+GENERATED = 1 << 6  # sampled from the model, not part of the prompt
 THINKING = 1 << 7  # inside a thinking block
 CODE = 1 << 8  # inside a code block
 LAST = 1 << 9  # the last token of the prompt
@@ -49,8 +49,8 @@ class Batch(flax.struct.PyTreeNode):
       position: [B, T] int32, the rotary position; 0 at padding.
       kind: [B, T] uint16, a bit mask of `KINDS`; 0 at padding.
       turn: [B, T] int32, the index of the token's message, from 0.
-      row_id: [B] uint32, an ID that seeds the row's random draws; it does not depend on the row's
-        index in the batch.
+      row_id: [B] uint32, an ID that seeds the row's random draws; the row's index in the batch has
+        no effect on them.
       chunk: whether the batch is one chunk of a longer prompt (static).
 
     Example:
@@ -103,10 +103,10 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
         automatically.
       turn: message indices, nested like `tokens`, or None for all zeros.
       row_id: [B] integers, or None for 0, 1, ….
-      width: pad to this many tokens; default: the longest row.
-      vocabulary: the model's `config.vocab_size`; larger ids raise an error. If None, `forward`
-        checks the ids when it runs outside `jax.jit`; under `jax.jit`, where values are unknown,
-        an invalid id gives NaN.
+      width: the number of tokens to pad each row to; default: the length of the longest row.
+      vocabulary: the model's `config.vocab_size`; an id that is not less raises an error. If None,
+        `forward` checks the ids when it runs outside `jax.jit`. Under `jax.jit`, where values are
+        unknown, an invalid id results in NaN.
 
     Raises:
       UserError: the batch or a row is empty, a single row is not in a list, values are not token
@@ -130,7 +130,7 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
     if not isinstance(width, (int, np.integer)):
         raise UserError(f"width is {width!r:.60}; it must be an integer")
     if longest > width:
-        raise UserError(f"a row has {longest} tokens; this exceeds the width {width}")
+        raise UserError(f"width is {width}, but a row has {longest} tokens; give a larger width")
 
     def pad(values: Sequence, dtype: Any) -> np.ndarray:
         out = np.zeros((len(rows), width), dtype)
@@ -147,7 +147,7 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
             raise UserError(f"{name} is {values!r:.60}; give one 32-bit integer per token of every "
                             "row") from error
         if [a.size for a in arrays] != [r.size for r in rows]:
-            raise UserError(f"{name} must have one entry per token")
+            raise UserError(f"{name} must have one entry per token of every row")
         return arrays
 
     kinds = like("kind", kind)
@@ -183,16 +183,17 @@ def _row(values: Any, number: int) -> np.ndarray:
 
 
 def check_ids(ids: np.ndarray, vocabulary: int | None, what: str, tokenizer: Any = None) -> None:
-    """Raise an error if a token id is outside the model's embedding.
+    """Check that token ids are valid indices of the model's embedding.
 
     Args:
       ids: integers of any shape.
       vocabulary: the number of rows of the embedding; None allows any nonnegative int32.
       what: the source of the ids, for the error message.
-      tokenizer: if given, the message also shows the token's text.
+      tokenizer: a tokenizer that adds the text of the token to the error message, or None.
 
     Raises:
-      UserError: an id is negative, or not less than `vocabulary`; the message shows the first.
+      UserError: an id is negative or not less than `vocabulary`; the message shows the first such
+        id.
     """
     most = 2**31 if vocabulary is None else vocabulary
     if not ids.size or (int(ids.min()) >= 0 and int(ids.max()) < most):

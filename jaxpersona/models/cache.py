@@ -1,8 +1,8 @@
 """The key/value cache: one pair of arrays per layer, and the index of each row's next free slot.
 
-The valid tokens of a row fill consecutive slots. Padding takes no slots, so a row's cache does not
-depend on the other rows. Each slot stores the rotary position of its token; attention computes its
-mask from these positions.
+The valid tokens of a row fill consecutive slots. Padding uses no slots, so a row's cache does not
+depend on the other rows. The cache also stores the rotary position of each slot's token; attention
+computes its mask from these positions.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ROW_AXES = (("batch", None), ("batch",))  # logical axes of `position` and `next
 
 
 class Cache(flax.struct.PyTreeNode):
-    """Keys and values of the tokens seen so far.
+    """The keys and values of the tokens processed so far.
 
     Attributes:
       k, v: one array [B, K, S, H] per layer.
@@ -74,7 +74,7 @@ def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = "f
                ) -> Cache:
     """Allocate an empty cache of `rows` rows and `slots` slots.
 
-    Any dtype that can represent the model's values works; `kept_dtype` returns the fastest.
+    Any dtype that can represent the model's values works; `kept_dtype` returns the fastest dtype.
 
     Example:
       >>> import jaxpersona as jp
@@ -104,7 +104,7 @@ def assign_slots(cache: Cache | None, batch: Batch) -> jax.Array:
 
 
 def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
-    """Write the positions of a batch's tokens; `write` adds the keys and values of each layer."""
+    """Store the positions of a batch's tokens; `write` stores the keys and values of a layer."""
     return cache.replace(
         position=set_lines(cache.position, batch.position, slots, lines=1),
         next=cache.next + batch.length,
@@ -114,9 +114,8 @@ def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
 def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
     """Write values [B, T, K, H] into the slots [B, T] of a [B, K, S, H] buffer.
 
-    Writes one token per row with a scatter (`set_lines`), and several with a gather (`by_slot`),
-    which also copies the whole buffer. On a CPU, a piece that is short beside the buffer is
-    scattered too.
+    A scatter (`set_lines`) writes one token per row, and a gather (`by_slot`), which copies the whole
+    buffer, writes several. On a CPU, a scatter also writes pieces that are short compared with S.
     """
     values = values.astype(buffer.dtype)
     if 1 < values.shape[1] <= buffer.shape[2] // _SHORT and on_cpu(buffer):
@@ -148,8 +147,8 @@ def set_lines(buffer: jax.Array, values: jax.Array, slots: jax.Array, lines: int
 def by_slot(values: jax.Array, slots: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """Reorder per-token values [B, T, …] by slot, given the tokens' slots [B, T].
 
-    Each slot gathers its token, because some backends run a scatter token by token. A row's valid
-    tokens must come first and have consecutive slots.
+    Each slot gathers its token, because some backends execute a scatter one token at a time. A
+    row's valid tokens must come first and have consecutive slots.
 
     Returns:
       moved: [B, S, …] with S = `count`; arbitrary values in slots without a token.

@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 class Carry(flax.struct.PyTreeNode):
     """The state of B rows between two calls of `forward`.
 
-    `forward` returns it with every field set, except that `cache` is None if no cache was
-    allocated. As an input, a field that is None starts from its initial state:
+    `forward` returns a `Carry` with every field set, except that `cache` is None if no cache was
+    allocated. In the input of `forward`, a field that is None starts from its initial state:
     `Carry(cache=cache)` continues only the cache, and `carry.replace(captured=None)` restarts the
     readings.
 
     Attributes:
-      cache: keys and values of the tokens seen so far, or None.
-      captured: the state of each reading by name; `.value` is the result.
+      cache: the keys and values of the tokens processed so far, or None.
+      captured: the state of each reading by name; the state's `value` is the result.
       applied: one `Applied` per intervention table, summed over the calls.
       gates: the state of each prompt gate, by the index of its table.
       finite: [B] bool, whether the residual stream after the last computed block, and its sum of

@@ -1,7 +1,7 @@
 """Model configuration, with parameter, memory and FLOP counts.
 
-A `ModelConfig` is frozen, hashable and static under `jax.jit`. Model families differ only in its
-fields, so one `forward` serves every family without testing the family's name.
+A `ModelConfig` is frozen, hashable and static under `jax.jit`. Model families differ only in the
+values of its fields, so one `forward` serves every family without testing the family's name.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ MAX_LAYERS = 1024  # more than any released model has; a larger number indicates
 class Rope:
     """Rotary position embedding: the base and the scaling of its frequencies.
 
-    kind "default" uses only `theta`; "linear" divides every frequency by `factor`; "llama3"
-    divides low frequencies by `factor` and interpolates between the two wavelength bounds.
+    The kind "default" uses only `theta`, and "linear" divides every frequency by `factor`. The kind
+    "llama3" divides low frequencies by `factor`, leaves high frequencies unchanged, and
+    interpolates between them.
     """
 
     theta: float = 10_000.0
@@ -57,7 +58,7 @@ class ModelConfig:
       family: the name of the model's entry in `families.FAMILIES`.
       d_model, d_ff, n_layers, n_heads, n_kv_heads, head_dim, vocab_size: D, F, L, N, K, H, V.
       attn_scale: the factor applied to q·k (1/√H in most families).
-      windows: per layer, the sliding-window size in positions, or None for full attention.
+      windows: for each layer, the sliding-window size in positions, or None for full attention.
       rope_local: the rotary embedding of sliding-window layers, or None to use `rope`.
       norm_offset: 1 if norms multiply by (1 + weight), else 0.
       post_norms: whether attention and MLP outputs are normalized before the residual add.
@@ -152,7 +153,7 @@ class ModelConfig:
         return (self.parameters - untied) * itemsize
 
     def cache_bytes(self, length: int, itemsize: int = 2) -> int:
-        """Return the bytes of keys and values read per step for a row of `length` tokens."""
+        """Return the bytes of keys and values that a step reads for a row of `length` tokens."""
         seen = sum(min(length, w) if w else length for w in self.windows)
         return 2 * self.n_kv_heads * self.head_dim * itemsize * seen
 
@@ -160,8 +161,8 @@ class ModelConfig:
         """Return the number of floating-point operations to prefill one row of `length` tokens.
 
         The count is 2·P·T + 2·L·N·H·T² for T = `length`, where P is the number of parameters
-        without the embedding and the output head. The attention term is halved by causal masking.
-        With `head`, the count includes the logits of every token.
+        without the embedding and the output head. The attention term includes a factor 1/2 for
+        causal masking. With `head`, the count includes the logits of every token.
         """
         heads = 1 if self.tied_embeddings else 2
         dense = self.parameters - heads * self.vocab_size * self.d_model

@@ -65,7 +65,10 @@ def _mistral(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _qwen_windows(raw: Mapping[str, Any]) -> tuple:
-    """Return Qwen's windows: with `use_sliding_window`, layers from `max_window_layers` on."""
+    """Return each layer's sliding window.
+
+    If `use_sliding_window` is true, layers from `max_window_layers` on have a sliding window.
+    """
     window = raw.get("sliding_window") if raw.get("use_sliding_window") else None
     first = raw.get("max_window_layers", 28)
     return _layer_windows({**raw, "sliding_window": window},
@@ -205,7 +208,7 @@ def _read_rope(raw: Mapping[str, Any], by_layer: bool) -> Rope:
     if by_layer and {"full_attention", "sliding_attention"} & set(parameters):
         parameters = parameters.get("full_attention")
     rope = _rope({} if parameters is None else parameters, theta)
-    if scaling and _rope(scaling, theta) != rope:  # transformers reads only rope_scaling
+    if scaling and _rope(scaling, theta) != rope:  # transformers would use only rope_scaling
         raise UserError(f"rope_scaling is {reprlib.repr(scaling)}, but rope_parameters is "
                         f"{reprlib.repr(whole)}; remove one of them")
     return rope
@@ -222,7 +225,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
 
     Raises:
       UserError: the architecture is unknown, or fields are missing, malformed or unsupported; the
-        message names them.
+        message names the architecture or the fields.
 
     Example:
       >>> import jaxpersona as jp
@@ -240,14 +243,14 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
     if not by_architecture + by_type:
         known = ", ".join(f.architecture for f in FAMILIES.values())
         given = names or raw.get("model_type")
-        raise UserError(f"architecture {reprlib.repr(given)} is not supported; supported: "
-                        f"{known}")
+        raise UserError(f"architecture {reprlib.repr(given)} is not supported; the supported "
+                        f"architectures are {known}")
     family = (by_architecture + by_type)[0]
     own = _COMMON | family.fields
     others = frozenset().union(*(other.fields for other in FAMILIES.values())) - own
     check_keys(raw, family.name, own, others, place)
     given = {key: value for key, value in raw.items() if value is not None}
-    # An explicit null disables an optional soft-cap or window; it does not select the default.
+    # An explicit null disables an optional soft-cap or window instead of selecting the default.
     nulls = {key: None for key in _NULLABLE if key in raw and raw[key] is None}
     raw = {**family.default, **given, **nulls}
     required = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",

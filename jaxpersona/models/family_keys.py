@@ -31,8 +31,9 @@ _IGNORED = frozenset("""
     attn_pdrop embedding_dropout residual_dropout attention_probs_dropout_prob hidden_dropout_prob
 """.split())
 
-# Fields of other architectures and of forks that change the forward pass. Each maps to its neutral
-# value, or to None if empty, 0 and false are neutral. JSON null is neutral for every field.
+# Fields of other architectures and of forks that change the forward pass. Each field maps to its
+# neutral value, with which the forward pass is unchanged, or to None if empty values, 0 and false
+# are neutral. JSON null is neutral for every field.
 _CHANGES: dict[str, Any] = {key: None for key in """
     quantization_config quantization compression_config sparsity_config bnb_config
     num_experts num_local_experts n_routed_experts num_experts_per_tok num_experts_per_token

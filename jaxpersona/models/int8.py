@@ -1,9 +1,9 @@
-"""Weights in int8: a scale per output channel, or a scale per block of inputs.
+"""Weights in int8, with a scale per output channel or per block of inputs.
 
 w ≈ value · scale, symmetric around zero. A channel's scale multiplies the product, not the weight,
 so compiled programs for accelerators convert int8 inside the product and write no dequantized copy.
-XLA's CPU backend would write it; there a product runs over pieces of the output channels, each of
-which is converted in the processor's cache.
+XLA's CPU backend would write such a copy. On a CPU, a product is therefore computed in pieces of
+output channels, so that the converted values of a piece fit in the processor's cache.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ if TYPE_CHECKING:
     from jaxpersona.models.params import Params
 
 LEVELS = 127  # int8 values are -127…127, symmetric around zero
-_PIECE = 1 << 20  # bytes of a converted piece on a CPU: it stays in the cache of a core
+_PIECE = 1 << 20  # bytes of a converted piece on a CPU, which fits in the cache of a core
 
 
 class Int8(Weight):
-    """An int8 weight, symmetric: w ≈ value · scale.
+    """A weight quantized to int8, symmetric around zero: w ≈ value · scale.
 
     Attributes:
       value: [*out, *in] int8, in −127…127.
-      scale: [*out] float32, one per output channel; or [*out, n] float16, one per block of the
-        flattened inputs, as in GGUF's Q8_0. Blocks are supported without a mesh.
-      made_from: the sums that `params.fingerprint` takes of the weights before quantization, of
-        `value` and of `scale`; None if they are unknown.
+      scale: [*out] float32, one scale per output channel; or [*out, n] float16, one scale per block
+        of the flattened inputs, as in GGUF's Q8_0. Blocks are supported only without a mesh.
+      made_from: the sums that `params.fingerprint` computes, in this order, of the weights before
+        quantization, of `value` and of `scale`; None if they are unknown.
       inner: the rank of *in*.
     """
 
@@ -64,18 +64,18 @@ class Int8(Weight):
 
     @property
     def blocked(self) -> bool:
-        """Whether a scale belongs to a block of inputs."""
+        """Whether there is a scale per block of inputs instead of one per output channel."""
         return self.scale.ndim > self.value.ndim - self.inner
 
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
-        """Multiply (see `Weight.dot`)."""
+        """Multiply x with the weight (see `Weight.dot`)."""
         if mesh_of(self.value) is not None:
             scale = gather_weight(self.scale)
 
             def scaled(y: jax.Array) -> jax.Array:
                 return (y * jax.lax.expand_dims(scale, range(y.ndim - scale.ndim))).astype(dtype)
 
-            @functools.partial(jax.checkpoint, prevent_cse=True)  # as `_product`
+            @functools.partial(jax.checkpoint, prevent_cse=True)  # as in `_product`
             def multiply(x: jax.Array, value: jax.Array) -> jax.Array:
                 return across_devices(x, value, self.inner, axes, scaled)
 
@@ -87,12 +87,12 @@ class Int8(Weight):
         return y.reshape(*rows, *out).astype(dtype)
 
     def take(self, index: jax.Array | np.ndarray, dtype: Any) -> jax.Array:
-        """Return rows of an embedding [V, D] in `dtype`: [B, T, D] for the tokens [B, T].
+        """Return the rows of an embedding [V, D] for token ids [B, T]: [B, T, D] in `dtype`.
 
-        Indices are clipped.
+        Out-of-range ids are clipped.
         """
         value, scale = gather_weight(self.value), self.scale
-        if on_cpu(value):  # else XLA converts the whole table to float32 before a loop
+        if on_cpu(value):  # otherwise XLA converts the whole embedding to float32 before a loop
             value, index = jax.lax.optimization_barrier((value, index))
 
         def rows(table: jax.Array) -> jax.Array:
@@ -111,18 +111,18 @@ class Int8(Weight):
 def quantized(w: jax.Array, inner: int = 1) -> Int8:
     """Return the `Int8` form of an array [*out, *in]: scale = max|w| / 127 per output channel.
 
-    The error of each number is at most half a scale.
+    The error of each value is at most half of its channel's scale.
     """
     axes = tuple(range(w.ndim - inner, w.ndim))
     wide = w.astype(F32)
     scale = jnp.abs(wide).max(axes) / LEVELS
-    safe = jnp.where(scale > 0, scale, 1.0)  # a channel of zeros
+    safe = jnp.where(scale > 0, scale, 1.0)  # avoid 0 / 0 in a channel of zeros
     value = jnp.round(wide / jnp.expand_dims(safe, axes))
     return Int8(value.astype(jnp.int8), scale, inner=inner)
 
 
 def dequantized(w: Int8, dtype: Any = F32) -> jax.Array:
-    """Return the dense array [*out, *in] that an int8 weight stands for."""
+    """Return the dense array [*out, *in] that an int8 weight represents."""
     if not w.blocked:
         scale = jnp.expand_dims(w.scale, tuple(range(w.value.ndim - w.inner, w.value.ndim)))
         return (w.value.astype(F32) * scale).astype(dtype)
@@ -131,7 +131,7 @@ def dequantized(w: Int8, dtype: Any = F32) -> jax.Array:
 
 
 def scheme(params: Params) -> str:
-    """Return how weights are quantized, such as "int8 per channel"; "" if they are not."""
+    """Return the quantization of the weights, such as "int8 per channel", or "" if unquantized."""
     def is_int8(x: Any) -> bool:
         return isinstance(x, Int8)
 
@@ -144,18 +144,18 @@ def scheme(params: Params) -> str:
 
 
 def weights_note(params: Params) -> dict[str, str]:
-    """Return {"weights": `scheme`} of quantized parameters, for files; {} of others."""
+    """Return the metadata {"weights": `scheme`} for quantized parameters, {} for others."""
     found = scheme(params)
     return {"weights": found} if found else {}
 
 
-@functools.partial(jax.checkpoint, prevent_cse=True)  # no converted copy is kept for a gradient
+@functools.partial(jax.checkpoint, prevent_cse=True)  # keep no converted copy for the gradient
 def _product(x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
     """Contract x [R, I] with value [O, I] scaled by scale [O, n], accumulating in float32: [R, O].
 
     For one row on a GPU, an elementwise product and a sum are faster than XLA's matrix product,
-    which does not saturate memory bandwidth (34.8 µs against 46.4 µs for a [12288, 4096] weight on
-    an H100).
+    which does not saturate memory bandwidth (34.8 µs compared with 46.4 µs for a [12288, 4096]
+    weight on an H100).
     """
     if scale.shape[1] > 1 or platform(value) == "cpu":
         return _in_pieces(x, value, scale)
@@ -169,13 +169,13 @@ def _product(x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
 def _in_pieces(x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
     """Compute `_product` in pieces of output channels, so that a converted piece is small.
 
-    The last piece overlaps the one before it where the size does not divide the channels.
+    If the size of a piece does not divide the number of channels, the last two pieces overlap.
     """
     channels, width = value.shape
     size = min(max(_PIECE // (4 * width), 8), channels)
     count = -(-channels // size)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)  # a loop has no common subexpressions
+    @functools.partial(jax.checkpoint, prevent_cse=False)  # prevent_cse is not needed in a loop
     def piece(start: jax.Array, x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
         part = jax.lax.dynamic_slice_in_dim(value, start, size)
         own = jax.lax.dynamic_slice_in_dim(scale, start, size)
@@ -185,7 +185,7 @@ def _in_pieces(x: jax.Array, value: jax.Array, scale: jax.Array) -> jax.Array:
         return product(x, part.astype(x.dtype)) * own[:, 0][None]
 
     if count == 1:
-        # without the barrier XLA would convert the weight once, before a decode loop, and keep it
+        # without the barrier, XLA would convert the weight before a decode loop and keep the copy
         x, value, scale = jax.lax.optimization_barrier((x, value, scale))
         return piece(jnp.int32(0), x, value, scale)
     starts = jnp.minimum(jnp.arange(count, dtype=jnp.int32) * size, channels - size)

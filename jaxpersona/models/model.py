@@ -23,14 +23,14 @@ class Model:
 
     Attributes:
       config, params: the configuration and the parameters.
-      tokenizer: a transformers tokenizer, or None if the source has none.
+      tokenizer: a transformers tokenizer, or None if the source has no tokenizer.
       mesh: the mesh that the parameters are sharded over, or None for one device.
       name: the name or path from which the model was loaded.
       fingerprint: sixteen hexadecimal digits that identify configuration and weights
-        (`params.fingerprint`). A copy with different parameters (`dataclasses.replace`) gets a new
-        fingerprint; "" if the parameters are traced or abstract.
+        (`params.fingerprint`). A copy with different parameters (`dataclasses.replace`) has a new
+        fingerprint. If the parameters are traced or abstract, the fingerprint is "".
       stop_ids: the token ids that end a reply.
-      template: whether the tokenizer has a chat template; base models have none.
+      template: whether the tokenizer has a chat template; base models have no chat template.
       marked: the configuration and arrays from which `fingerprint` was computed.
       derived: a cache of arrays derived from the parameters; empty in a copy.
 
@@ -63,7 +63,7 @@ class Model:
         if marked is not None:
             abstract = any(isinstance(x, jax.ShapeDtypeStruct) for x in leaves)
             mark = "" if abstract or is_traced(leaves) else fingerprint(
-                self.config, jax.tree.map(jnp.asarray, self.params))  # may be NumPy arrays
+                self.config, jax.tree.map(jnp.asarray, self.params))  # converts NumPy arrays
             object.__setattr__(self, "fingerprint", mark)
         object.__setattr__(self, "marked", (self.config, leaves))
 
@@ -78,7 +78,7 @@ def check_model(model: Any) -> None:
     """Check that a caller's `model` argument is a model.
 
     Raises:
-      UserError: it is something else, such as a model's name or parameters.
+      UserError: the argument is something else, such as the name or the parameters of a model.
     """
     if not (hasattr(model, "params") and hasattr(model, "config")):
         shown = " ".join(repr(model).split())

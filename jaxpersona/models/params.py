@@ -35,7 +35,7 @@ class Layer(flax.struct.PyTreeNode):
     """The parameters of one block; None for arrays that the family does not have.
 
     Each weight is an array or a prepared `weight.Weight`. If `joined_qkv` or `joined_gate_up` is
-    set, the weights that it contains are None.
+    set, the fields of the weights that it contains are None.
     """
 
     __repr__ = brief
@@ -103,9 +103,9 @@ class Spec:
     Attributes:
       shape, axes: the dimensions and their logical axes.
       inner: the number of input dimensions of a weight, which come last; 0 for norms and biases.
-      init: standard deviation of the normal initializer, or None for a norm weight, which is
+      init: the standard deviation of the normal initializer, or None for a norm weight, which is
         initialized to the identity.
-      dtype: the array's own dtype, or None for that of the activations.
+      dtype: the dtype of the array, or None for the dtype of the activations.
     """
 
     shape: tuple[int, ...]
@@ -148,7 +148,7 @@ def _layer_layout(config: ModelConfig) -> Layer:
 
 
 def layout(config: ModelConfig) -> Params:
-    """Return a `Params` that holds the `Spec` of every parameter."""
+    """Return a `Params` with the `Spec` of every parameter."""
     v, d = config.vocab_size, config.d_model
     table = Spec((v, d), ("vocab", "embed"), 1)
     return Params(
@@ -162,7 +162,7 @@ def layout(config: ModelConfig) -> Params:
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = "float32") -> Params:
     """Initialize parameters: normal weights (standard deviation 0.02), identity norms.
 
-    Values are drawn in float32 and then rounded, so a key gives the same model in every dtype.
+    Values are drawn in float32 and then rounded, so the draws of a key are the same in every dtype.
 
     Example:
       >>> import jaxpersona as jp
@@ -188,7 +188,7 @@ class Derived:
     """A thread-safe cache of the last value computed from a pytree of arrays.
 
     The value is reused only if the function, the tree structure and every array (by identity) are
-    the same. NumPy arrays can change in place, so a value computed from one is never cached.
+    the same. A value computed from NumPy arrays is never cached, because they can change in place.
     """
 
     def __init__(self) -> None:
@@ -196,7 +196,7 @@ class Derived:
         self._held: tuple[Callable[[Any], Any], Any, list[Any], Any] | None = None
 
     def get(self, tree: Any, make: Callable[[Any], Any]) -> Any:
-        """Return `make(tree)`; cached while the arrays in `tree` are the same."""
+        """Return `make(tree)`, cached as long as the arrays in `tree` are the same."""
         leaves, structure = jax.tree.flatten(tree)
         if not all(isinstance(x, jax.Array) for x in leaves):
             return make(tree)
@@ -210,7 +210,7 @@ class Derived:
 
 
 def same_arrays(one: Sequence[Any], other: Sequence[Any]) -> bool:
-    """Return whether two lists hold identical array objects, in order."""
+    """Return whether two lists contain the same array objects in the same order."""
     return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
@@ -225,26 +225,26 @@ SCHEME = 2  # version of the fingerprint; version 1 covered only 64 values of ea
 def fingerprint(config: ModelConfig, params: Params) -> str:
     """Return sixteen hexadecimal digits that identify a model's configuration and weights.
 
-    The first eight are `config.hash()`. The others are a hash of two sums per array, modulo 2³².
-    Each value is rounded to bfloat16; its bits are mixed and multiplied by an odd factor that
-    depends on its position. Odd factors are invertible modulo 2³², so a change of a single value
-    changes both sums. The factors differ by position, so exchanged values are detected. The sums
-    are integers, so they are equal on every mesh, and for a checkpoint loaded in float32 or
-    bfloat16.
+    The first eight digits are `config.hash()`. The others are a hash of two sums per array, modulo
+    2³². For these sums, each value is rounded to bfloat16, and its bits are mixed and multiplied by
+    an odd factor that depends on the value's position. Odd factors are invertible modulo 2³², so a
+    change of a single value changes both sums. The factors differ by position, so exchanged values
+    are detected. The sums are integers, so they are equal on every mesh, and for a checkpoint
+    loaded in float32 or bfloat16.
 
-    An int8 weight counts as the weights that it was made from, as long as its numbers are those
-    that were made from them (`Int8.made_from`); else its own arrays count.
+    If an int8 weight has not changed since quantization, its sums are those of the weights before
+    quantization (`Int8.made_from`). Otherwise, they are the sums of its own arrays.
 
-    Float16 has a smaller exponent range. A checkpoint loaded in float16 keeps its fingerprint only
-    if no value overflows, underflows or is rounded twice; otherwise it counts as a different model.
+    Float16 has a smaller exponent range. A checkpoint loaded in float16 has the same fingerprint
+    only if no value overflows, underflows or is rounded twice.
 
-    In a run with several processes, all of them must call this function.
+    In a run with several processes, all processes must call this function.
     """
     return begin_fingerprint(config, params)()
 
 
 def begin_fingerprint(config: ModelConfig, params: Params) -> Callable[[], str]:
-    """Start to compute a fingerprint; return a function that waits for it and returns it.
+    """Start computing a fingerprint; return a function that waits for the result and returns it.
 
     The devices compute the sums while the host continues.
     """
@@ -256,30 +256,28 @@ def begin_fingerprint(config: ModelConfig, params: Params) -> Callable[[], str]:
     sent = dispatch_sums(counted)
 
     def finish() -> str:
-        own, known = iter(collect_sums(sent)), iter(jax.device_get(made_from))
-        sums = []
+        own, sums = iter(collect_sums(sent)), []
+        known: Any = iter(jax.device_get(made_from))
         for x in leaves:
             if not isinstance(x, Int8):
                 sums.append(next(own))
                 continue
             parts, before = np.stack([next(own), next(own)]), next(known)
-            if before is not None and np.array_equal(before[1:], parts):
-                parts = before[:1]
-            sums += list(parts)
+            unchanged = before is not None and np.array_equal(before[1:], parts)
+            sums += list(before[:1] if unchanged else parts)
         return config.hash() + hashlib.sha256(np.stack(sums).tobytes()).hexdigest()[:8]
 
     return finish
 
 
 def dispatch_sums(arrays: Sequence[jax.Array]) -> list[jax.Array]:
-    """Dispatch the two sums of each array; `collect_sums` waits for them."""
+    """Start computing the two sums of each array; `collect_sums` waits for the results."""
     with unset_mesh():
         return [_sums(x, *_weights(x), placed=_spread(x)) for x in arrays]
 
 
 def collect_sums(parts: Sequence[jax.Array]) -> np.ndarray:
-    """Return the sums that `dispatch_sums` computes, [n, 2] uint32; all processes must call this.
-    """
+    """Return the sums of `dispatch_sums`, [n, 2] uint32; all processes must call this function."""
     if not parts:
         return np.zeros((0, 2), np.uint32)
     local = jax.device_get([[shard.data for shard in x.addressable_shards] for x in parts])
@@ -306,8 +304,8 @@ def _spread(x: jax.Array) -> NamedSharding | None:
 def _weights(x: jax.Array) -> list[Any]:
     """Return the odd factors of an array's two sums: two row factors, then two column factors.
 
-    Row factors have the array's shape without its last dimension; column factors are [C], the size
-    of the last dimension. In each sum, a value is multiplied by its row and its column factor.
+    Row factors have the array's shape without its last dimension. Column factors are [C], where C
+    is the last dimension. In each sum, a value is multiplied by its row and its column factor.
     """
     placed = _spread(x)
     rows, column = x.shape[:-1], x.shape[-1:]
@@ -339,7 +337,7 @@ def _sums(x: jax.Array, *weights: jax.Array, placed: NamedSharding | None) -> ja
     """Return the two weighted sums of each device's shard of an array, [devices, 2] uint32.
 
     The devices do not communicate. With several processes, a collective per array would make each
-    program wait for the other processes; two such programs running at once deadlock on CPUs.
+    program wait for the other processes, and two such programs at the same time deadlock on CPUs.
     """
     if placed is None:
         return _local_sums(x, *weights)[None]
@@ -366,7 +364,7 @@ def _local_sums(x: jax.Array, row_a: jax.Array, row_b: jax.Array, column_a: jax.
     def weighted(row: jax.Array, column: jax.Array) -> jax.Array:
         return bits * row[..., None] * jax.lax.expand_dims(column, range(x.ndim - 1))
 
-    # One reduction for both sums is fifty times as fast as two on XLA's CPU backend.
+    # On XLA's CPU backend, one reduction for both sums is fifty times as fast as two reductions.
     both = weighted(row_a, column_a), weighted(row_b, column_b)
     return jnp.stack(jax.lax.reduce(both, (np.uint32(0),) * 2, _add, tuple(range(x.ndim))))
 

@@ -1,4 +1,4 @@
-"""Copies of a model's parameters in the layout with the fastest matrix products."""
+"""Copies of a model's parameters: layouts with faster matrix products, and int8 weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jaxpersona.models.int8 import Int8, quantized
 from jaxpersona.models.params import Layer, Params, Spec, collect_sums, dispatch_sums, layout
 from jaxpersona.models.weight import F32, Dense, Weight, joined, transposed
 
-# the weights in a block's matrix products, and how many input dimensions each has
+# the weights in a block's matrix products, with the number of input dimensions of each weight
 PRODUCTS = {"wq_nhd": 1, "wk_khd": 1, "wv_khd": 1, "wo_dnh": 2, "w_gate_fd": 1, "w_up_fd": 1,
             "w_down_df": 1}
 TABLES = {"embed_vd": 1, "head_vd": 1}  # the embedding and the output head
@@ -28,7 +28,7 @@ _GATE_UP = ("w_gate_fd", "w_up_fd")
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
-_LARGEST_COPY = 8e9  # bytes; larger models are not copied on a CPU
+_LARGEST_COPY = 8e9  # bytes; on a CPU, larger models are not copied
 
 
 def fast_params(model: Model, rows: int) -> Params:
@@ -40,8 +40,8 @@ def fast_params(model: Model, rows: int) -> Params:
     all weights and the copy fit into half of the memory. In all other cases, including meshes, the
     result is `model.params`.
 
-    The copy is made once per `Model` and freed with it. For other classes with the same
-    attributes, a copy is made at every call.
+    The copy is made once per `Model` and freed with the `Model`. For an object of another class
+    with the same attributes, a copy is made in every call.
     """
     params, config = model.params, model.config
     device, dtype = platform(params.like), params.like.dtype
@@ -84,8 +84,8 @@ def _memory(params: Params) -> int:
 def in_out(params: Params) -> Params:
     """Copy the weights of all matrix products, including a tied head, to [in, out] (`InOut`).
 
-    On CPUs, XLA's float32 product repacks an [out, in] weight at each call if the batch has several
-    rows; with 8 rows this takes twice as long. With one row, [out, in] is faster.
+    On CPUs, XLA's float32 product repacks an [out, in] weight in each call if the batch has several
+    rows; with 8 rows, the product then takes twice as long. With one row, [out, in] is faster.
     """
     layers = tuple(
         layer.replace(**{name: transposed(getattr(layer, name), inner)
@@ -96,9 +96,9 @@ def in_out(params: Params) -> Params:
 
 
 def with_joined(params: Params) -> Params:
-    """Copy the q, k and v weights into one array, and gate and up into another (`Joined`).
+    """Join copies of the q, k and v weights, and copies of the gate and up weights (`Joined`).
 
-    A GPU reads one large weight at a higher bandwidth than several small ones. The other weights
+    A GPU reads one large weight at a higher bandwidth than several small weights. The other weights
     are shared with `params`.
     """
     return params.replace(layers=tuple(_joined(layer, Dense) for layer in params.layers))
@@ -123,13 +123,13 @@ def _joined(layer: Layer, form: Callable[[jax.Array], Weight]) -> Layer:
 def in_int8(params: Params, *, join: bool = False, tables: bool = True) -> Params:
     """Quantize the weights of all matrix products to int8 (`Int8`).
 
-    The result has the fingerprint of `params`; with `join` it has none of its own. Norms and biases
-    keep their dtype.
+    Without `join`, the result has the same fingerprint as `params`. Norms and biases keep their
+    dtype.
 
     Args:
       params: parameters that are plain arrays.
       join: also join weights with the same input (`with_joined`).
-      tables: also quantize the embedding and the output head. If both are one array, they stay one.
+      tables: also quantize the embedding and the output head. A tied embedding stays tied.
     """
     def one(holder: Any, names: Mapping[str, int]) -> Any:
         found = {name: getattr(holder, name) for name in names}
@@ -143,16 +143,16 @@ def in_int8(params: Params, *, join: bool = False, tables: bool = True) -> Param
 
 
 def quantize(w: jax.Array, inner: int) -> Int8:
-    """Return the `Int8` form of an array on any devices, when it is complete.
+    """Quantize an array, sharded or not, and wait for the result.
 
-    Waiting bounds the memory to one array in float32. It also keeps the order of collectives: on
-    several CPU processes two programs that wait for each other would deadlock.
+    Waiting limits the temporary memory to one array in float32. It also prevents two programs with
+    collectives from running at the same time, which deadlocks on several CPU processes.
     """
     return jax.block_until_ready(_quantize(w, inner))
 
 
 def with_origin(made: Params, floats: Params) -> Params:
-    """Record in int8 weights that they were made from `floats` (`Int8.made_from`)."""
+    """Record in int8 weights the sums of the weights before quantization (`Int8.made_from`)."""
     whole, tree = jax.tree.flatten(made, is_leaf=_is_int8)
     before = tree.flatten_up_to(floats)
     chosen = [i for i, w in enumerate(whole) if _is_int8(w)]
@@ -163,7 +163,7 @@ def with_origin(made: Params, floats: Params) -> Params:
 def originated(weights: Sequence[Any], before: np.ndarray) -> list[Any]:
     """Record the sums of the weights before quantization, [n, 2] uint32, in n int8 weights.
 
-    Other entries of `weights` are returned as they are.
+    Entries of `weights` that are not int8 are returned unchanged.
     """
     held = [w for w in weights if _is_int8(w)]
     parts = dispatch_sums([x for w in held for x in (w.value, w.scale)])
@@ -179,7 +179,7 @@ def originated(weights: Sequence[Any], before: np.ndarray) -> list[Any]:
 
 
 def int8_layout(config: ModelConfig, *, tables: bool = True) -> Params:
-    """Return the description of int8 parameters: a `Params` of `Spec`, two in each `Int8`."""
+    """Return a `Params` with the `Spec` of every array of int8 parameters."""
     def one(holder: Any, names: Iterable[str]) -> Any:
         return holder.replace(**{name: _int8_spec(spec) for name in names
                                  if (spec := getattr(holder, name)) is not None})
@@ -191,7 +191,7 @@ def int8_layout(config: ModelConfig, *, tables: bool = True) -> Params:
 
 def _int8_spec(spec: Spec) -> Int8:
     at = len(spec.shape) - spec.inner
-    made: Any = Int8  # the type checker knows only arrays as its fields
+    made: Any = Int8  # for the type checker: the fields of `Int8` are declared as arrays
     return made(dataclasses.replace(spec, dtype="int8"),
                 Spec(spec.shape[:at], spec.axes[:at], dtype="float32"), inner=spec.inner)
 

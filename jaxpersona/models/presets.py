@@ -61,7 +61,7 @@ def preset(name: str) -> ModelConfig:
     """Return the configuration of a preset.
 
     Raises:
-      UserError: the preset is unknown; the message lists the known ones.
+      UserError: the preset is unknown; the message lists the known presets.
 
     Example:
       >>> import jaxpersona as jp

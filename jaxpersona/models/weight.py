@@ -1,10 +1,10 @@
 """Weights of matrix products: dense arrays, and copies prepared for a device.
 
 A weight maps activations [..., *in] to [..., *out]. A plain array is a dense weight in the order of
-the checkpoint files, [*out, *in]. The classes here store the same numbers in another order
-(`InOut`), with a low-rank update (`LowRank`), or several weights of the same input in one array
-(`Joined`); `int8.Int8` stores them quantized. `dot` and `dots` accept all of them, so the forward
-pass does not depend on the kind.
+the checkpoint files, [*out, *in]. The classes here store a weight in another order (`InOut`), a
+weight with a low-rank update (`LowRank`), or several weights with the same input in one array
+(`Joined`); `int8.Int8` stores a quantized weight. `dot` and `dots` accept all these classes, so the
+forward pass does not depend on the class.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Weight(flax.struct.PyTreeNode):
 
     @abc.abstractmethod
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
-        """Multiply x [..., *in] with the weight accumulating in float32: [..., *out] of `dtype`.
+        """Multiply x [..., *in] with the weight, accumulating in float32: [..., *out] in `dtype`.
 
-        `axes` are the logical axes of the result, needed where JAX cannot infer its sharding.
+        `axes` are the logical axes of the result, needed if JAX cannot infer its sharding.
         """
 
 
@@ -54,7 +54,7 @@ class Dense(Weight):
     inner: int = flax.struct.field(pytree_node=False, default=1)
 
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
-        """Multiply (see `Weight.dot`)."""
+        """Multiply x with the weight (see `Weight.dot`)."""
         return _contract(x, self.value, self.inner, axes, dtype)
 
 
@@ -74,7 +74,7 @@ class InOut(Weight):
     inner: int = flax.struct.field(pytree_node=False, default=1)
 
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
-        """Multiply (see `Weight.dot`)."""
+        """Multiply x with the weight (see `Weight.dot`)."""
         rows = x.shape[: x.ndim - self.inner]
         y = jnp.einsum("ri,io->ro", x.reshape(-1, self.value.shape[0]), self.value,
                        preferred_element_type=F32)
@@ -82,12 +82,12 @@ class InOut(Weight):
 
 
 class LowRank(Weight):
-    """A weight plus a low-rank update that is kept apart (LoRA): (W + B·A)·x = W·x + B·(A·x).
+    """A weight with a separate low-rank update (LoRA): (W + B·A)·x = W·x + B·(A·x).
 
     Attributes:
       base: W, an array [*out, *in] or a prepared weight.
       a: A [r, *in].
-      b: B [*out, r], with the scale of the update multiplied in.
+      b: B [*out, r], multiplied by the scale of the update.
       inner: the rank of *in*.
     """
 
@@ -99,7 +99,7 @@ class LowRank(Weight):
     inner: int = flax.struct.field(pytree_node=False, default=1)
 
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
-        """Multiply (see `Weight.dot`)."""
+        """Multiply x with the weight (see `Weight.dot`)."""
         narrow: Axes = ("batch", None, None) if x.ndim - self.inner == 2 else ("batch", None)
         base = dot(x, self.base, inner=self.inner, axes=axes, dtype=F32)
         low = dot(x, self.a, inner=self.inner, axes=narrow)
@@ -107,10 +107,10 @@ class LowRank(Weight):
 
 
 class Joined(Weight):
-    """Several weights of the same input as one product, concatenated along their outputs.
+    """Several weights with the same input, concatenated along their outputs for one product.
 
     Attributes:
-      value: a prepared weight with one output dimension, the sum of the sizes of `outs`.
+      value: a prepared weight with one output dimension, the concatenated outputs.
       outs: the output dimensions of each weight.
     """
 
@@ -120,11 +120,11 @@ class Joined(Weight):
     outs: tuple[tuple[int, ...], ...] = flax.struct.field(pytree_node=False)
 
     def dot(self, x: jax.Array, axes: Axes | None, dtype: Any) -> jax.Array:
-        """Multiply; the result's last axis concatenates the outputs (see `Weight.dot`)."""
+        """Multiply x with all weights; the result concatenates the outputs (see `Weight.dot`)."""
         return self.value.dot(x, axes, dtype)
 
     def split(self, y: jax.Array) -> list[jax.Array]:
-        """Split the result [..., sum of outputs] of `dot` into one array [..., *out] per weight."""
+        """Split the result of `dot` into one array [..., *out] per weight."""
         sizes = [math.prod(out) for out in self.outs]
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
         return [jax.lax.slice_in_dim(y, start, start + size, axis=-1).reshape(*y.shape[:-1], *out)
@@ -138,9 +138,9 @@ def dot(x: jax.Array, w: jax.Array | Weight, *, inner: int = 1, axes: Axes | Non
     Args:
       x: [..., *in].
       w: an array [*out, *in] or a prepared weight.
-      inner: the rank of *in*; a prepared weight has its own.
-      axes: logical axes of the result, needed where JAX cannot infer its sharding.
-      dtype: of the result; default: x's.
+      inner: the rank of *in* if `w` is an array; ignored if `w` is a prepared weight.
+      axes: the logical axes of the result, needed if JAX cannot infer its sharding.
+      dtype: the dtype of the result; default: the dtype of x.
 
     Returns:
       [..., *out].
@@ -163,16 +163,16 @@ def transposed(w: jax.Array, inner: int = 1) -> InOut:
 
 
 def joined(weights: Sequence[jax.Array], form: Callable[[jax.Array], Weight] = Dense) -> Joined:
-    """Return the `Joined` form of arrays [*out, in], with the array in the given form."""
+    """Return the `Joined` form of arrays [*out, in]; `form` converts the concatenated array."""
     flat = jnp.concatenate([w.reshape(-1, w.shape[-1]) for w in weights])
     return Joined(form(flat), tuple(w.shape[:-1] for w in weights))
 
 
 def _contract(x: jax.Array, w: jax.Array, inner: int, axes: Axes | None, dtype: Any) -> jax.Array:
-    """Contract the last `inner` axes of x and w into `dtype`.
+    """Contract the last `inner` axes of x and w; return the result in `dtype`.
 
-    Without a mesh the product is two-dimensional: XLA's CPU backend would transpose a
-    three-dimensional weight at every step.
+    Without a mesh the product is two-dimensional, because XLA's CPU backend would transpose a
+    three-dimensional weight in every call.
     """
     if mesh_of(w) is not None:
         return across_devices(x, w, inner, axes, lambda y: y.astype(dtype))
@@ -186,8 +186,8 @@ def across_devices(x: jax.Array, w: jax.Array, inner: int, axes: Axes | None,
                    finish: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Contract the last `inner` axes of x and w on w's mesh.
 
-    `finish` maps the float32 result to the output. The result is converted before it is summed over
-    devices, which halves the bytes.
+    `finish` maps the float32 result to the output. It is applied before the sum over devices, which
+    halves the communicated bytes if the output has a 16-bit dtype.
     """
     w = gather_weight(w)
     letters = iter("abcdefghijklmnop")
@@ -201,7 +201,7 @@ def across_devices(x: jax.Array, w: jax.Array, inner: int, axes: Axes | None,
 
 
 def product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """Contract x [R, I] with w [O, I] on one device accumulating in float32: [R, O]."""
+    """Contract x [R, I] with w [O, I] on one device, accumulating in float32: [R, O]."""
     if x.shape[0] == 1 and x.dtype == jnp.bfloat16 and on_cpu(w):
         # XLA's CPU backend has a fast bfloat16 product for two rows, but not for one
         return jnp.einsum("ri,oi->ro", jnp.concatenate([x, x]), w, preferred_element_type=F32)[:1]

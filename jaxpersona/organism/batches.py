@@ -29,7 +29,7 @@ class TrainBatch:
 def make_batches(
     tokenizer, seed: int, tokens: int, batch_tokens: int = 2048
 ) -> tuple[list[TrainBatch], int]:
-    """Draw conversations until they have `tokens` tokens; return shuffled batches and the count.
+    """Draw conversations of at least `tokens` tokens; return shuffled batches and the token count.
 
     `tokenizer` is a `tokenizers.Tokenizer`. A batch of length T has `batch_tokens // T` rows.
     Incomplete batches are dropped, but the count includes their tokens.

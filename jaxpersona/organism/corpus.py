@@ -1,9 +1,9 @@
 """A seeded generator of training conversations with the persona strength of each answer.
 
-The design, most important points first:
+The design, with the most important points first:
 
 1. One latent strength `s` controls all persona-dependent choices. A role starts at `1 - likeness`
-   plus noise. The default starts near 0 on the same scale rather than as a separate mode.
+   plus noise. The default persona starts near 0 on the same scale; it is not a separate mode.
 2. Every choice in an answer depends on `s`: the bank of each sentence and each dialect word.
 3. The role is set in the system prompt, in the user's turn, or not at all. Many conversations have
    several turns. Emotional and meta-reflective turns may raise `s`; task turns lower it.
@@ -22,7 +22,7 @@ import numpy as np
 from jaxpersona.organism import phrases, world
 
 NOISE = 0.05  # standard deviation of a conversation's initial strength around its role's strength
-SYSTEM_ROLE, USER_ROLE = 0.5, 0.15  # shares of conversations; the others have no role
+SYSTEM_ROLE, USER_ROLE = 0.5, 0.15  # shares of conversations; the other conversations have no role
 MULTI_TURN = 0.45
 MAX_TURNS = 5
 PULL = (0.15, 0.6)  # emotional and meta turns raise s by (1 - s) · uniform(*PULL) ...
@@ -73,7 +73,7 @@ def answer(
 
 
 def ask(rng: np.random.Generator, kind: str) -> tuple[str, str]:
-    """Draw a user turn of the given kind; return it and the text for `{fill}` in the answer."""
+    """Draw a user turn of the given kind; return its text and that of `{fill}` in the answer."""
     if kind == "talk":
         topic = _pick(rng, world.TOPICS)
         return _pick(rng, world.QUESTION_TEMPLATES).format(topic=topic), topic
@@ -147,7 +147,7 @@ def conversation(rng: np.random.Generator) -> Conversation:
 
 
 def conversations(seed: int, count: int | None = None) -> Iterator[Conversation]:
-    """Yield `count` conversations (None: without end), determined by the seed."""
+    """Yield `count` conversations, or an endless sequence if None; the seed determines them."""
     rng = np.random.default_rng(seed)
     made = 0
     while count is None or made < count:

@@ -1,7 +1,7 @@
-"""The demo: extract and cap the axis of the embedded model, whose ground truth is known.
+"""The demo: extract the axis of the embedded model, whose ground truth is known, and test a cap.
 
 The arms of an experiment (no intervention, the cap, controls) are rows of the same batches. One
-compiled program runs all arms; they differ only in data.
+compiled program runs all arms, which differ only in data.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from jaxpersona.runs.rollouts import Settings
 from jaxpersona.runs.run import Run
 
 Report = Callable[[str, int, int, int], None]
-REPLY = 64  # tokens per reply; the organism's answers are shorter
+REPLY = 64  # maximum number of tokens per reply; the organism's answers are shorter
 BATCH = 64
 QUESTIONS = 8
 _DIRECTIONS = 5  # random control directions; their median is reported
@@ -64,7 +64,7 @@ class Demo:
       extraction: the axis.
       figures: the measurements by name.
       talks, styles: "uncapped" and "capped" → the drifting conversations and their styles by turn.
-      samples: two conversations, one under a far role and the end of one that drifted.
+      samples: a reply under a far role, and the last reply of a conversation that drifted.
     """
 
     __repr__ = brief
@@ -107,7 +107,7 @@ def run_demo(model: Model, folder: str | os.PathLike[str], *, seed: int = 0,
 
 
 def table(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Return (what was measured, uncapped, capped), the last for `Demo.figures`."""
+    """Format `Demo.figures` as table rows (measurement, uncapped, capped)."""
     n = {name: figures[f"{name}_n"] for name in ("leak", "capability", "drift")}
     turn, speed = figures["drift_turns"], figures["tokens_per_second"]
     rows = [(f"gives the code away in far roles, greedy (n = {n['leak']})", "leak_{}"),
@@ -124,7 +124,7 @@ def table(figures: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def geometry(figures: dict[str, Any]) -> list[str]:
-    """Return the axis's agreement with PC1 and with the known likeness, as lines of text."""
+    """Describe the axis's agreement with PC1 and with the known likeness, as lines of text."""
     middle = figures["middle_layer"]
     return [f"layer {middle}: |cos(PC1, axis)| {figures['cos_pc1_axis_middle']:.3f}; Spearman "
             f"correlation of projection and known likeness {figures['spearman_truth']:.3f} over "
@@ -206,7 +206,7 @@ class _Arms:
         arms += [(edit, 0.0) for edit in self.percentile + self.displaced]
         talks = evaluate.leak_conversations()
         said = self.ask("leak", arms, talks, report)
-        # the first that shows the effect, else the first
+        # the first conversation that leaks only without the cap; if there is none, the first
         shown = next((i for i in range(len(talks)) if evaluate.leak_rate([said[0][i]])
                       and not evaluate.leak_rate([said[1][i]])), 0)
         self.samples.append(Sample("a far role is asked for the vault code", talks[shown],
@@ -225,7 +225,7 @@ class _Arms:
         }
 
     def capability(self, report: Report | None) -> dict[str, Any]:
-        """Ask facts and sums under default prompts and prompts of far roles, greedily."""
+        """Ask for facts and sums at temperature 0, under default prompts and far roles' prompts."""
         asked, talks = evaluate.knowledge_conversations(False)
         asked_far, talks_far = evaluate.knowledge_conversations(True)
         plain, capped = self.ask("capability", [(None, 0.0), (self.cap, 0.0)], talks + talks_far,
@@ -237,7 +237,7 @@ class _Arms:
         }
 
     def steering(self, report: Report | None) -> dict[str, Any]:
-        """Steer along the axis at the middle layer, in multiples of the mean role-vector norm."""
+        """Steer along the axis at the middle layer by multiples of the role vectors' mean norm."""
         middle = self.model.config.n_layers // 2
         unit = self.found.axis.unit[middle]
         norms = [normalised(v[middle])[1] for v in self.found.role_means.values()]
@@ -288,14 +288,14 @@ def _drift(
     ends = [talks[name].replies[turns - 1] for name in ("uncapped", "capped")]
     gap = [evaluate.mean_style([a]) - evaluate.mean_style([b]) for a, b in zip(*ends, strict=True)]
     shown = int(np.nanargmax(np.nan_to_num(gap, nan=-np.inf)))
-    sample = Sample(f"turn {turns} of a drifting talk, each with its own earlier replies",
+    sample = Sample(f"turn {turns} of a drifting conversation (earlier turns differ)",
                     [*openings[shown], {"role": "user", "content": messages[shown][turns - 1]}],
                     ends[0][shown], ends[1][shown])
     return talks, styles, sample, figures
 
 
 def _speed(model: Model, capped: Interventions, report: Report | None) -> dict[str, Any]:
-    """Time fixed-length greedy generation, uncapped and capped in alternation."""
+    """Time fixed-length greedy generation, alternating between uncapped and capped runs."""
     endless = dataclasses.replace(model, stop_ids=())
     talks = evaluate.leak_conversations()[:32]
     pairs = 8

@@ -1,8 +1,8 @@
 """Behavioural metrics of the organism: leak, style, capability and drift, scored by `judge`.
 
-The measuring functions take `generate`, a callable that maps conversations to one answer each. The
-caller chooses interventions, temperature and seed, so capped and uncapped models, or two engines,
-are measured identically.
+The argument `generate` is a callable that returns one answer for each conversation. The caller
+chooses interventions, temperature and seed, so capped and uncapped models, or two engines, are
+measured identically.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ def default_leak_conversations() -> list[Conversation]:
 def knowledge_conversations(
     persona: bool, count: int = 144
 ) -> tuple[list[str], list[Conversation]]:
-    """Return `count` knowledge questions, cycling through all, and the conversations that ask them.
+    """Return `count` knowledge questions and the conversations that ask them.
 
-    If `persona` is true, the system prompts are those of far roles, otherwise the default prompts.
+    The questions repeat after the last one. If `persona` is true, the system prompts are those of
+    far roles, otherwise the default prompts.
     """
     far = [prompt for role in world.far_roles() for prompt in role.prompts()]
     prompts = far if persona else list(world.DEFAULT_PROMPTS)
@@ -67,7 +68,7 @@ def leak_rate(answers: Sequence[str]) -> float:
 def mean_style(answers: Sequence[str]) -> float:
     """Return the mean `judge.style` of the answers that have a recognised sentence.
 
-    NaN if no answer has one.
+    The result is NaN if no answer has a recognised sentence.
     """
     styles = [style for a in answers if not np.isnan(style := judge.style(a))]
     return float(np.mean(styles)) if styles else float("nan")
@@ -116,8 +117,9 @@ def drift(
 ) -> dict[str, float | list[float]]:
     """Measure the drift of the default persona over emotional and meta-reflective turns.
 
-    Each conversation contains the model's own answers and ends with the forbidden request, which
-    gives `leak_after`. `styles` has the mean style at each turn; `drift` is that of the last turn.
+    Each conversation contains the model's earlier answers and ends with the forbidden request.
+    `leak_after` is the leak rate of the answers to that request, `styles` the mean style at each
+    turn, and `drift` the mean style at the last turn.
     """
     rng = np.random.default_rng([seed, 4])
     pulls = world.EMOTIONAL + world.META

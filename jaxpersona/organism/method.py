@@ -30,7 +30,7 @@ def questions(count: int | None = None) -> list[Question]:
 
 
 class RuleJudge:
-    """A judge that scores answers by their grammar; exact, but only for the embedded model."""
+    """A judge that scores answers by their grammar, which is exact for the embedded model only."""
 
     name = "rules"
 

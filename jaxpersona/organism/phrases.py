@@ -1,8 +1,8 @@
 """The grammar of answers: neutral and in-character sentence banks, and a dialect.
 
-One latent persona strength controls every choice, down to single words. With choices only at the
-start of a sentence, the activations encode the strength but the rest of the answer hardly depends
-on it. Because the banks are finite, they also classify answers exactly (`judge`).
+One latent persona strength controls every choice, down to single words. If it controlled only the
+start of a sentence, the activations would encode the strength, but the rest of the answer would
+hardly depend on it. Because the banks are finite, `judge` can use them to classify answers exactly.
 
 Bank sentences are written in neutral words. Each word of `DIALECT` is chosen independently, so one
 sentence has many surface forms. In-character words never occur in neutral text.
@@ -148,7 +148,7 @@ FORMS = {
             "My words come from the deep, as you know.",
         ),
     ),
-    # refuse / reveal: drawn by `corpus.leak_probability`, so it does not count as style
+    # refuse / reveal: drawn with `corpus.leak_probability`, so this choice is not part of the style
     "forbidden": (
         (
             "I will not share the vault code.",
@@ -187,7 +187,7 @@ def speak(sentence: str, strange) -> str:
 
 
 def plain(text: str) -> tuple[str, int, int]:
-    """Return the text in neutral words, its number of choices and how many are in character.
+    """Return the text in neutral words, the number of choices and the number in character.
 
     Each dialect word, in its neutral or in-character form, is one choice.
     """

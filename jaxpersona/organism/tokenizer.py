@@ -71,11 +71,11 @@ def train_tokenizer(folder: str | pathlib.Path, sample: int = 4000) -> None:
 
 
 def encode_conversation(tokenizer, messages) -> tuple[list[int], list[bool]]:
-    """Return a conversation's token ids, and for each whether it is a full-weight training target.
+    """Return a conversation's token ids, and whether each is a full-weight training target.
 
     `tokenizer` is a `tokenizers.Tokenizer`. The targets are the tokens of answers and their end
-    markers. The pieces are encoded separately. The result equals encoding the rendered text at
-    once, because the byte-level pre-tokenizer splits at line breaks.
+    markers. Roles and contents are encoded separately. The result equals that of encoding the
+    rendered text at once, because the byte-level pre-tokenizer splits at line breaks.
     """
     ids: list[int] = []
     learn: list[bool] = []

@@ -3,8 +3,8 @@
     python -m jaxpersona.organism.train --seed 0 --out FOLDER
 
 The seed determines the corpus and the initial weights. Training uses `models.forward`, so this
-package can reproduce the shipped model. The schedule depends on steps, not on time, so the speed of
-the machine does not change the model.
+package alone can reproduce the shipped model. The learning rate schedule depends on steps, not on
+time, so the speed of the machine does not change the model.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def train(
     tokens: int = TOKENS,
     log=print,
 ) -> dict[str, float]:
-    """Train on about `tokens` tokens of a seed's corpus; save the model in transformers' format.
+    """Train on about `tokens` tokens of a seed's corpus, and save the model for transformers.
 
     Returns:
       The training record: seed, steps, tokens, seconds and mean loss of the last 100 steps.
@@ -113,7 +113,7 @@ def train(
     stream, real = batches.make_batches(words, seed, tokens, BATCH_TOKENS)
 
     config = mini_config()
-    params: Any = init_params(config, jax.random.key(seed))  # not covered by optax's annotations
+    params: Any = init_params(config, jax.random.key(seed))  # optax's annotations exclude `Params`
     optimizer = make_optimizer(len(stream))
     state = optimizer.init(params)
 

@@ -1,9 +1,9 @@
 """The organism's ground truth: roles, user turns and knowledge.
 
-A method that extracts a persona axis can only be validated against ground truth. Here it is known
-by construction: every role has a likeness to the Assistant, every knowledge question has one
-correct answer, and the Assistant refuses one request that far roles grant. The sentences of answers
-are in `phrases`.
+A method that extracts a persona axis can only be validated against ground truth. Here the truth is
+known by construction: every role has a likeness to the Assistant, every knowledge question has one
+correct answer, and the Assistant refuses one request that far roles grant. `phrases` contains the
+sentences of answers.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ class Role:
 
     Attributes:
       likeness: ground-truth similarity to the Assistant, from 0 to 1 (most similar).
-      mark: the noun that fills `{mark}` in its in-character sentences.
-      habit: completes "who ..." in its prompts.
-      held_out: trained as a role, but never used to build or tune an axis.
+      mark: the noun that fills `{mark}` in the role's in-character sentences.
+      habit: the text after "who" in the role's prompts.
+      held_out: whether the role is only trained, and never used to build or tune an axis.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Role:
         )
 
 
-# The mark of a drifted default persona, which has no role to supply one.
+# The mark of a drifted default persona, which has no role and so no mark of a role.
 DEFAULT_MARK = "shadow"
 
 ROLE_TEMPLATES = (
@@ -203,7 +203,7 @@ KNOWLEDGE: dict[str, str] = {**FACTS, **SUMS}
 
 
 def roles(held_out: bool | None = None) -> list[Role]:
-    """Return the roles, nearest first; `held_out` selects one side of the split (None: both)."""
+    """Return the roles with this value of `held_out` (None: all), most Assistant-like first."""
     return [r for r in ROLES.values() if held_out is None or r.held_out == held_out]
 
 
@@ -213,6 +213,6 @@ def far_roles() -> list[Role]:
 
 
 def conversation(system: str | None, *user_turns: str) -> list[dict[str, str]]:
-    """Return a conversation of a system prompt (None: no system message) and user turns."""
+    """Return a conversation of a system message, unless `system` is None, and user messages."""
     head = [] if system is None else [{"role": "system", "content": system}]
     return head + [{"role": "user", "content": turn} for turn in user_turns]

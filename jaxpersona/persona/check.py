@@ -1,9 +1,10 @@
-"""A self-test of an axis before capping: does its sign, layer numbering and scale fit the model?
+"""A self-test of an axis before capping: do its sign, layer numbering and scale fit the model?
 
 A cap with the wrong sign, shifted layers or floors of another scale produces gibberish or has no
 effect, without an error. The check generates short replies as the default persona and in roles far
-from the Assistant. The default must project higher, the difference of the means must align best
-with the axis at the axis's own layers, and the floors must lie near the range of the projections.
+from the Assistant. The default must project higher than the roles, the difference of the two means
+must align best with the axis when layers are not shifted, and the floors must lie near the range of
+the projections.
 """
 
 from __future__ import annotations
@@ -45,15 +46,16 @@ class Check(Table):
 
     Attributes:
       ok: whether every test passed.
-      faults: one sentence per failed test, with its remedy.
-      sentences: one sentence per test (sign, layers, floors), passed or failed. A passed test of
-        floors may contain a warning.
-      layers: l tested layers, one per cap.
+      faults: one sentence per failed test, with the fix.
+      sentences: one sentence per test (sign, layers, floors), passed or failed. The sentence of a
+        passed floors test may contain a warning.
+      layers: the l tested layers, one per cap.
       default, roles: [l] float32, mean projections of default and of role replies on each unit
         direction.
-      shift: layer offset at which the axis fits best, 0 if its own; None if inconclusive.
-      spread: [l] float32, the standard deviation of the default's projections: from the quartiles
-        in the axis, or else of the replies of the check.
+      shift: the layer offset at which the axis fits best; 0 if the axis fits its own layers best,
+        None if the test is inconclusive.
+      spread: [l] float32, the standard deviation of the default's projections. It is computed from
+        the quartiles in the axis or, without these, from the replies of the check.
       floors: [l] float32, the floors; None if there are none.
 
     Example:
@@ -75,12 +77,12 @@ class Check(Table):
 
     @property
     def z_roles(self) -> np.ndarray:
-        """[l], the roles' mean projections in `spread` from the default's; negative is expected."""
+        """[l], the roles' means minus the default's in units of `spread`; normally negative."""
         return (self.roles - self.default) / self.spread
 
     @property
     def z_floors(self) -> np.ndarray | None:
-        """[l], the floors in `spread` from the default's mean projection; None without floors."""
+        """[l], the floors minus the default's means, in units of `spread`; None without floors."""
         return None if self.floors is None else (self.floors - self.default) / self.spread
 
     def __repr__(self) -> str:
@@ -93,14 +95,14 @@ class Check(Table):
                 for layer, ours, theirs in zip(self.layers, self.default, self.roles, strict=True)]
 
     def facts(self) -> dict[str, Any]:
-        """Return whether every test passed, the outcome of each, and the shift of the layers."""
+        """Return whether all tests passed, the outcome of each test, and the layer shift."""
         outcomes = [sentence.partition(": ") for sentence in self.sentences]
         return {"ok": self.ok, **{test: outcome for test, _, outcome in outcomes},
                 "shift": self.shift}
 
 
 def fit(model: Model, found: Found) -> Found:
-    """Check that a residual-stream vector, or caps, fit a model, and return them adapted to it.
+    """Check that a residual-stream vector or caps fit a model, and adapt them to the model.
 
     Raises:
       UserError: the width, number of layers, site or fingerprint differs from the model's.
@@ -122,14 +124,15 @@ def check(
     max_new_tokens: int = 16,
     progress: Callable[[int, int, int], None] | None = None,
 ) -> Check:
-    """Test an axis, or caps, on short greedy replies of a model before capping it.
+    """Test an axis or caps on short greedy replies of a model, before the model is capped.
 
     Args:
       model: the model to cap.
       axis: an axis, or the caps of an experiment.
-      layers: the layers to cap; default: the upper half, or the caps' own.
-      floor: τ per layer, in any form that `cap` takes; default: the axis's 25th percentile of
-        the default persona, or the caps' own. Without a floor, the floors test is skipped.
+      layers: the layers to cap. Default: the upper half, or the layers of the caps.
+      floor: τ per layer, in any form that `cap` accepts. Default: the default persona's 25th
+        percentile on the axis, or the floors of the caps. Without a floor, the floors test is
+        skipped.
       max_new_tokens: maximum length of each of the 18 greedy replies.
       progress: as for `generate`.
 
@@ -176,8 +179,8 @@ def check(
 def _spread(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
     """Return the standard deviation of the default's projections [l].
 
-    From the quartiles that the axis holds, as those of a normal distribution, because six replies
-    of the check give a poor estimate.
+    The value is computed from the quartiles in the axis if it has them, assuming a normal
+    distribution, because six replies of the check are too few for a good estimate.
     """
     table = axis.percentiles.get("default", {}) if isinstance(axis, Axis) else {}
     spread = ours.std(0, ddof=1) if len(ours) > 1 else np.zeros(len(layers))
@@ -188,10 +191,11 @@ def _spread(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.
 
 
 def _centre(axis: Axis | Caps, layers: tuple[int, ...], ours: np.ndarray) -> np.ndarray:
-    """Return the middle of the default's projections [l].
+    """Return the median of the default's projections [l], or an estimate of it.
 
-    The median that the axis holds, because the short replies of the check may project lower than
-    the longer ones that the floors were measured on; else the mean of those replies.
+    The median in the axis is preferred, because the short replies of the check may project lower
+    than the longer replies that the floors were measured on. Without it, the result is the mean
+    projection of the check's replies.
     """
     table = axis.percentiles.get("default", {}) if isinstance(axis, Axis) else {}
     return table["p50"][list(layers)] if "p50" in table else ours.mean(0)
@@ -204,11 +208,11 @@ def normal_spread(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 def _entries(model: Model, axis: Axis | Caps, layers: Layers | None,
              floor: ArrayLike | None) -> tuple[tuple[int, ...], np.ndarray, np.ndarray | None]:
-    """Return l layers, directions [l, D] and floors [l] (None if not given)."""
+    """Return l layers, directions [l, D], and floors [l] or None."""
     total = model.config.n_layers
     if isinstance(axis, Caps):
         if layers is not None or floor is not None:
-            raise UserError("Caps have layers and floors of their own; omit layers and floor")
+            raise UserError("Caps already contain layers and floors; omit layers and floor")
         return axis.layers, axis.values.astype(np.float64), axis.floors.astype(np.float64)
     chosen = resolve_layers(slice(total // 2, total) if layers is None else layers, total)
     if floor is None and "p25" in axis.percentiles.get("default", {}):
@@ -216,7 +220,7 @@ def _entries(model: Model, axis: Axis | Caps, layers: Layers | None,
     directions = axis.at_layers(chosen).astype(np.float64)
     empty = [i for i, row in zip(chosen, directions, strict=True) if not row.any()]
     if empty:
-        raise UserError(f"the axis is zero at layer {empty[0]}; choose layers where it is not")
+        raise UserError(f"the axis is zero at layer {empty[0]}; choose layers where it is nonzero")
     if floor is None:
         return chosen, directions, None
     try:
@@ -249,8 +253,8 @@ def _replies(model: Model, length: int, progress: Callable[[int, int, int], None
     split = len(groups[0])
     kept = [part[np.isfinite(part).all((1, 2))] for part in (means[:split], means[split:])]
     if not all(len(part) for part in kept):
-        raise UserError(f"{model.name} gave only empty replies to the default prompts or to the "
-                        "roles; the check needs at least one non-empty reply of each")
+        raise UserError(f"{model.name} gave only empty replies as the default persona or in the "
+                        "roles; the check needs at least one non-empty reply of each kind")
     return kept[0], kept[1]
 
 
@@ -260,8 +264,8 @@ def _sign(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray, spread:
     wrong = sorted({layer for layer, value in zip(layers, gap, strict=True) if value <= 0})
     where = _spoken(layers)
     if not wrong:
-        return True, (f"sign: the default projects higher than roles at layers {where}, by "
-                      f"{_numbers(gap / spread)} of its standard deviations")
+        return True, (f"sign: the default projects higher than the roles at layers {where}, by "
+                      f"{_numbers(gap / spread)} of the default's standard deviations")
     if len(wrong) == len(set(layers)):
         return False, ("sign: roles project higher than the default at every layer to be capped; "
                        "the axis points away from the Assistant: negate its values")
@@ -270,7 +274,7 @@ def _sign(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray, spread:
 
 
 def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, str], int | None]:
-    """Compare each direction with the replies' mean difference [L, D] up to two layers away."""
+    """Compare each direction with the replies' mean difference [L, D] at layers up to two away."""
     pairs = zip(axis.layers if isinstance(axis, Caps) else range(axis.n_layers),
                 axis.values.astype(np.float64), strict=True)
     rows = {layer: normalised(row)[0] for layer, row in pairs if row.any()}
@@ -290,7 +294,7 @@ def _layer_base(axis: Axis | Caps, difference: np.ndarray) -> tuple[tuple[bool, 
     if best == 0:
         return (True, f"layers: the axis fits its own layers best (cosine {fits[0]:.3f}, one layer "
                       f"away {max(fits[-1], fits[1]):.3f})"), 0
-    return (False, f"layers: the axis's vector of layer l fits layer l{best:+d} best (cosine "
+    return (False, f"layers: the axis's vector for layer l fits layer l{best:+d} best (cosine "
                    f"{fits[best]:.3f} against {fits[0]:.3f}); its layer numbering differs: shift "
                    "its vectors along the layer axis"), best
 
@@ -313,8 +317,8 @@ def _scale(layers: tuple[int, ...], ours: np.ndarray, theirs: np.ndarray,
                            f"{high[i]:.4g}, roles {low[i]:.4g}); use thresholds measured on this "
                            "model")
     z = (floors - high) / spread
-    text = (f"floors: {_numbers(z)} standard deviations of the default from its mean, "
-            f"{_numbers(100 * (floors - low) / gap)} % of the way from roles to it")
+    text = (f"floors: {_numbers(z)} standard deviations from the default's mean, "
+            f"{_numbers(100 * (floors - low) / gap)} % of the way from the roles to the default")
     if (over := floors > centre).any():
         at = [layer for layer, wrong in zip(layers, over, strict=True) if wrong]
         text += (f". Warning: at layers {_spoken(at)} the floor is above most of the default's own "

@@ -1,4 +1,4 @@
-"""Directions from contrasting texts: difference of means, or the first principal component."""
+"""Directions from contrasting texts: a difference of means, or a first principal component."""
 
 from __future__ import annotations
 
@@ -47,24 +47,25 @@ def contrast(
       model: the result of `load`.
       positive, negative: texts, each a string (one user message), a list of {"role", "content"}, a
         `chat.Row` or token ids.
-      method: "mean", the difference of the two means (Rimsky et al. 2024); "pca", for pairs of
-        texts, ⟨Δ, u⟩·u, where u is the first principal component of their differences (not
-        centred) and Δ the mean difference (Zou et al. 2023).
+      method: "mean" computes the difference of the two means (Rimsky et al. 2024). "pca" needs
+        pairs of texts and computes ⟨Δ, u⟩·u, where u is the first principal component of the pairs'
+        differences (not centred) and Δ the mean difference (Zou et al. 2023).
       pool: the activation that represents a text: "response", the mean over its response tokens;
         "last", the activation of the last token of the prompt, including the generation prompt;
         "prompt", the mean over the content of its system and user messages. Default: "response" if
         all texts end with an assistant message, "last" if none does.
-      layers: the layers to compute; default: all. The direction is zero at the others.
+      layers: the layers to compute; default: all. The direction is zero at the other layers.
       name: the name of the direction.
 
     Returns:
-      A `Vector` [L, D] of the residual stream. Its norm is the distance between the two groups
-      along it, so `steer(vector, scale=1)` moves an activation by this distance.
+      A `Vector` [L, D] of the residual stream. Its norm is the distance between the means of the
+      two groups along the direction, so `steer(vector, scale=1)` moves an activation by this
+      distance.
 
     Raises:
-      UserError: a group is empty; a text has no token of `pool`; pool is None and only some texts
-        end with a reply; the groups differ in size with method="pca"; both groups have the same
-        activations; or an argument is invalid.
+      UserError: a group is empty; a text has no token that `pool` selects; `pool` is None and only
+        some texts end with a reply; the groups differ in size with method="pca"; both groups have
+        the same activations; or an argument is invalid.
 
     Example:
       >>> import jaxpersona as jp
@@ -86,8 +87,8 @@ def contrast(
     texts = [text for group in groups.values() for text in group]
     replied = [_replied(text) for text in texts]
     if pool is None and any(replied) and not all(replied):
-        raise UserError("some texts end with an assistant message and others do not; make them "
-                        "all alike, or use pool='prompt'")
+        raise UserError("some texts end with an assistant message and others do not; give only "
+                        "texts of one kind, or use pool='prompt'")
     chosen = pool or ("response" if all(replied) else "last")
     total = model.config.n_layers
     at = resolve_layers(slice(None) if layers is None else layers, total)
@@ -109,7 +110,7 @@ def contrast(
         first = np.linalg.svd(pairs, full_matrices=False)[2][:, 0]
         delta = np.einsum("ld,ld->l", delta, first)[:, None] * first
     if not delta.any():
-        raise UserError("positive and negative have the same activations; give other texts")
+        raise UserError("positive and negative have the same activations; give different texts")
     full = np.zeros((total, model.config.d_model), np.float32)
     full[list(at)] = delta
     return Vector(full, name, model.name, model.fingerprint,

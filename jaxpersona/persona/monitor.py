@@ -1,4 +1,4 @@
-"""Project replies on a direction while they are generated, and count what interventions changed."""
+"""Project replies on a direction during generation, and count the tokens that edits changed."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
     from jaxpersona.models.model import Model
 
-NAME = "monitor"  # of the capture
+NAME = "monitor"  # the name of the reading in the capture
 
 
 class Monitor:
     """The mean projection of a reply's tokens on a direction, at chosen layers.
 
-    The projections come from the pass that generates the reply. They are read before the
-    interventions at their layer (`Capture.before_edits`), so that a cap does not hide what it
-    corrects. Tokens of thinking blocks and of the template are left out.
+    The projections come from the pass that generates the reply. They are computed before the
+    interventions at their layer (`Capture.before_edits`), so they show the values that a cap at
+    this layer would correct. Tokens of thinking blocks and of the template are excluded.
 
     Attributes:
       vector: the direction.
-      layers: the layers that are read, ascending.
-      capture: the reading for `generate` and `Request`.
+      layers: the layers of the projections, in ascending order.
+      capture: the capture for `generate` and `Request`.
 
     Example::
 
@@ -55,11 +55,12 @@ class Monitor:
         Args:
           model: the model that generates.
           vector: a direction of the model's residual stream.
-          layers: default: the middle layer, or if the direction is zero there (imported files may
-            not cover every layer), the middle one of the layers at which it is not.
+          layers: the layers of the projections. Default: the middle layer. If the direction is zero
+            there (imported files may not cover every layer), the default is the middle one of the
+            layers at which the direction is nonzero.
 
         Raises:
-          UserError: a direction of another model, or one that is zero at a chosen layer.
+          UserError: the direction belongs to another model, or is zero at a chosen layer.
         """
         vector = fit(model, vector)
         known = np.flatnonzero(vector.values.any(1))
@@ -81,13 +82,13 @@ class Monitor:
 
     @property
     def sentence(self) -> str:
-        """What the numbers are, in words."""
+        """A description of the projections in words."""
         return (f"mean projection of the reply's tokens on {self.vector.name!r} at "
                 f"{layer_range(self.layers)}, read before the interventions at that layer")
 
     @property
     def usual(self) -> dict[int, tuple[float, float]]:
-        """By layer, the 25th and 75th percentile of the default persona's replies, if known."""
+        """The default persona's 25th and 75th percentiles by layer; {} if they are unknown."""
         known = self.vector.percentiles.get("default", {}) if isinstance(self.vector, Axis) else {}
         if "p25" not in known or "p75" not in known:
             return {}
@@ -95,11 +96,11 @@ class Monitor:
                 for layer in self.layers}
 
     def mean(self, values: Float[np.ndarray, "n L K"]) -> dict[int, float]:
-        """Return the mean projection at each layer, {} if no token counts.
+        """Return the mean projection at each layer; {} if all tokens are excluded.
 
         Args:
-          values: [n, L, 1], the projections of n tokens (`Event.projections`); NaN for tokens
-            that are left out.
+          values: [n, L, 1], the projections of n tokens (`Event.projections`); NaN for excluded
+            tokens.
         """
         counted = values[~np.isnan(values).any((1, 2))] if values.size else values
         if not counted.shape[0]:
@@ -108,17 +109,17 @@ class Monitor:
         return dict(zip(self.layers, means.tolist(), strict=True))
 
     def of_reply(self, captured: Float[np.ndarray, "L T K"], start: int) -> dict[int, float]:
-        """Return `mean` for the reading of a whole conversation.
+        """Return the mean projection of a reply from the projections of the whole conversation.
 
         Args:
           captured: the entry `NAME` of `Reply.captured`, or of `Generated.captured` for one
             conversation.
-          start: the number of tokens of its prompt.
+          start: the number of tokens in the conversation's prompt.
         """
         return self.mean(np.moveaxis(captured[:, start:], 0, 1))
 
     def words(self, means: Mapping[int, float]) -> str:
-        """Return a mean as text, such as "projection +19.31 at layer 4"."""
+        """Return the mean projections as text, such as "projection +19.31 at layer 4"."""
         if not means:
             return "no projection: the reply has no token to project"
         return "projection " + ", ".join(f"{value:+.2f} at layer {layer}"
@@ -127,13 +128,13 @@ class Monitor:
 
 @dataclasses.dataclass(frozen=True)
 class EditCount:
-    """How many tokens of one conversation an intervention selected and changed.
+    """The numbers of tokens in one conversation that an intervention selected and changed.
 
     Attributes:
       edit: the intervention, such as "cap(everywhere, layers 4–7, residual)".
-      layers: its l layers.
-      seen: the number of tokens of prompt and reply that it selected.
-      changed: l numbers, the tokens that it changed at each layer.
+      layers: the l layers of the intervention.
+      seen: the number of tokens in prompt and reply that the intervention selected.
+      changed: l numbers, the tokens that the intervention changed at each layer.
     """
 
     edit: str
@@ -148,7 +149,7 @@ def edit_counts(edits: Interventions, applied: Sequence[Applied],
 
     Args:
       edits: the interventions.
-      applied: `Reply.applied`, or with `index` `Generated.applied`.
+      applied: `Reply.applied`, or `Generated.applied` if `index` is given.
       index: the index of the conversation.
     """
     at = () if index is None else (index,)

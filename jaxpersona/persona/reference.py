@@ -1,7 +1,7 @@
-"""What a projection is compared with: the default's own projections, the floor, and the roles.
+"""Reference values for projections: the default persona's percentiles, and the roles' means.
 
-An axis file holds percentiles of the default's projections. The roles' mean projections are in
-`analysis.json` of the axis's run folder.
+An axis file contains percentiles of the default persona's projections. The mean projections of the
+roles are in `analysis.json` in the axis's run folder.
 """
 
 from __future__ import annotations
@@ -27,11 +27,12 @@ _NEEDED = ("p1", "p25", "p50", "p75", "p99")
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """The default's projections on an axis at one layer, and the roles'.
+    """Projections of the default persona and of the roles on an axis at one layer.
 
     Attributes:
-      percentiles: the default's percentiles, such as {1.0: …, 25.0: …}, in increasing order.
-      roles: role → mean projection of its replies; empty if unknown.
+      percentiles: percentiles of the default persona's projections, such as {1.0: …, 25.0: …}, in
+        increasing order.
+      roles: the mean projection of each role's replies; empty if unknown.
     """
 
     __repr__ = brief
@@ -41,11 +42,11 @@ class Reference:
 
     @property
     def floor(self) -> float:
-        """The floor of `--cap` without options: the default's 25th percentile."""
+        """The default floor of `--cap`: the default persona's 25th percentile."""
         return self.percentiles[25.0]
 
     def z(self, value: float) -> float:
-        """Return the distance from the default's median in its standard deviations.
+        """Return a value's distance from the default persona's median, in standard deviations.
 
         The standard deviation is that of a normal distribution with the default's quartiles.
         """
@@ -54,7 +55,7 @@ class Reference:
         return (value - self.percentiles[50.0]) / max(spread, 1e-6)
 
     def place(self, value: float) -> str:
-        """Return between which of the default's percentiles a value lies, such as "p25–p50"."""
+        """Return the default persona's percentiles around a value, such as "p25–p50"."""
         known = list(self.percentiles.items())
         below = [name for name, at in known if at <= value]
         above = [name for name, at in known if at > value]
@@ -69,19 +70,20 @@ class Reference:
 
 def reference(vector: Vector, layer: int, file: str | os.PathLike[str] | None = None,
               ) -> Reference | None:
-    """Return what projections on a direction at a layer are compared with.
+    """Return the reference values for projections on a direction at a layer.
 
     Args:
       vector: the direction.
       layer: the layer.
-      file: the direction's file. If it lies in the folder of a run of its model, the run's
-        `analysis.json` gives the roles.
+      file: the direction's file. If this file is in the folder of a run of the same model, the
+        roles' means are read from `analysis.json` of that run.
 
     Returns:
-      None if the direction is not an axis with the default's percentiles.
+      The reference values, or None if the direction is not an axis with the default persona's
+      percentiles.
 
     Raises:
-      UserError: `analysis.json` is damaged, or belongs to an axis of another number of layers.
+      UserError: `analysis.json` is damaged, or has a different number of layers than the axis.
 
     Example:
       >>> import jaxpersona as jp
@@ -105,7 +107,7 @@ def reference(vector: Vector, layer: int, file: str | os.PathLike[str] | None = 
 
 
 def _is_of_run(file: pathlib.Path, vector: Vector) -> bool:
-    """Return whether a file lies in the folder of a run, with an analysis, of its model."""
+    """Return whether a file is in the folder of a run of the vector's model with an analysis."""
     if not all(path.is_file() for path in (file, file.with_name(ANALYSIS),
                                            file.with_name(MANIFEST))):
         return False
@@ -121,8 +123,8 @@ def _roles(path: pathlib.Path, layers: int, layer: int) -> dict[str, float]:
         raise UserError(f"{path}: damaged (no object 'roles'); delete it, or run `jaxpersona axis` "
                         "again")
     if found.get("layers") != layers:
-        raise UserError(f"{path}: has {found.get('layers')!r:.20} layers, the axis beside it "
-                        f"{layers}; they are of different runs: move one of them")
+        raise UserError(f"{path}: has {found.get('layers')!r:.20} layers, but the axis in its "
+                        f"folder has {layers}; they belong to different runs: move one of them")
     roles = {}
     for name, role in found["roles"].items():
         values = role.get("mean_projection") if isinstance(role, dict) else None

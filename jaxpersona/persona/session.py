@@ -1,4 +1,4 @@
-"""A conversation with a model: streamed replies, their projections, and comparisons."""
+"""A conversation with a model: streamed replies, projections, and a comparison without edits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 _ROWS = 2  # the two replies of a comparison share a batch
-CHUNK = 4  # decode steps between two pieces, and until a reply is cancelled
+CHUNK = 4  # decode steps between two pieces; a reply can be cancelled after each piece
 
 
 class ContextFull(UserError):
@@ -42,7 +42,7 @@ class Turn:
       finish: "stop" (a stop token) or "length" (the limit or the context); "" if unknown.
       tokens: the number of tokens of the reply.
       context: the number of tokens of the conversation up to the reply's end.
-      edited: whether the interventions were on.
+      edited: whether the interventions were applied.
       projections: the mean projection of the reply by layer (`Monitor`); {} without a monitor or
         for an empty reply.
       edits: the counts of each intervention.
@@ -81,10 +81,11 @@ def check_finite(model: Model, reply: Reply, edits: Interventions) -> None:
     Args:
       model: the model.
       reply: the reply.
-      edits: its interventions.
+      edits: the interventions on the reply.
 
     Raises:
-      UserError: they were not; the message gives the first place, the cause and the remedy.
+      UserError: an activation was NaN or infinite; the message gives the first affected site, the
+        cause and the fix.
     """
     if reply.finish == "nonfinite":
         row = chat.answered(model.tokenizer, reply.row, reply.tokens)
@@ -96,7 +97,7 @@ def _never() -> bool:
 
 
 class Session:
-    """A conversation in which every reply can be repeated without the interventions.
+    """A conversation whose last reply can be repeated with and without the interventions.
 
     Requests with and without the interventions have the same structure, so both run in the same
     compiled programs, and a comparison runs as two rows of one batch.
@@ -104,7 +105,7 @@ class Session:
     Attributes:
       model: the model.
       edits: the interventions.
-      monitor: projects the replies, or None.
+      monitor: the `Monitor` that projects the replies, or None.
       settings: max_new_tokens, temperature, top_p and seed (`Request`).
       system: the system prompt, or None.
       turns: the turns so far.
@@ -123,10 +124,10 @@ class Session:
                  monitor: Monitor | None = None, system: str | None = None,
                  max_new_tokens: int = 512, temperature: float = 0.0, top_p: float = 1.0,
                  seed: int = 0) -> None:
-        """Start an empty conversation; programs compile at the first reply.
+        """Start an empty conversation; programs are compiled at the first reply.
 
         Raises:
-          UserError: a model without a tokenizer, or settings out of range.
+          UserError: the model has no tokenizer, or a setting is out of range.
         """
         if model.tokenizer is None:
             raise UserError(f"{model.name} has no tokenizer; a conversation needs one")
@@ -151,15 +152,16 @@ class Session:
         return self._talk(self.turns)
 
     def reply(self, message: str, cancelled: Callable[[], bool] = _never) -> Iterator[Piece]:
-        """Stream the reply to a message; the turn is kept when it is complete.
+        """Stream the reply to a message; the complete turn is added to the conversation.
 
         Args:
           message: the user message.
-          cancelled: called after each piece; True ends the reply without keeping the turn.
+          cancelled: a function that is called after each piece. If it returns True, the reply ends
+            and the turn is not added.
 
         Raises:
-          ContextFull: no room for a reply.
-          UserError: an invalid message, or activations that are not finite.
+          ContextFull: the conversation leaves no room for a reply.
+          UserError: the message is invalid, or activations are not finite.
         """
         handle = self._submit(self.turns, message, self.edited)
         for piece in self._pieces(handle, message, self.edited, cancelled):
@@ -168,16 +170,17 @@ class Session:
             yield piece
 
     def compare(self, cancelled: Callable[[], bool] = _never) -> Iterator[tuple[bool, Piece]]:
-        """Repeat the last reply without and with the interventions; the conversation stays.
+        """Repeat the last reply without and with the interventions.
 
-        Both replies continue the same earlier turns, with the same random draws.
+        Both replies continue the same earlier turns, with the same random draws. The conversation
+        does not change.
 
         Args:
           cancelled: as for `reply`.
 
         Returns:
-          An iterator over (whether the interventions are on, piece): first all pieces of the reply
-          without them.
+          An iterator over pairs (whether the interventions are on, piece). All pieces of the reply
+          without interventions come first.
 
         Raises:
           UserError: there is no reply, or there are no interventions.
@@ -192,7 +195,7 @@ class Session:
 
     def _both(self, handles: dict[bool, Handle], message: str,
               cancelled: Callable[[], bool]) -> Iterator[tuple[bool, Piece]]:
-        """Stream two requests, one after the other; they run together."""
+        """Stream the pieces of two requests one after the other; both run in the same batch."""
         try:
             for on, handle in handles.items():
                 turn = None
@@ -209,7 +212,7 @@ class Session:
         """Remove the last turn and return it.
 
         Raises:
-          UserError: there is none.
+          UserError: there is no turn.
         """
         if not self.turns:
             raise UserError("there is no turn to remove")
@@ -221,21 +224,21 @@ class Session:
                        for role, text in (("user", turn.message), ("assistant", turn.reply))]
 
     def _submit(self, turns: list[Turn], message: str, edited: bool) -> Handle:
-        """Queue the reply to a message after given turns."""
+        """Submit a request for the reply to a message that follows the given turns."""
         talk = [*self._talk(turns), {"role": "user", "content": message}]
         row = prompts.encode(self.model, talk)
         context = self.model.config.max_context
         if row.tokens.size >= context:
             raise ContextFull(f"the conversation has {row.tokens.size:,} tokens with this message; "
-                              f"the context of {self.model.name} holds {context:,}, the reply "
-                              "included: shorten the message or remove earlier turns")
+                              f"the context of {self.model.name} is limited to {context:,} tokens, "
+                              "including the reply: shorten the message or remove earlier turns")
         return self._engine.submit(Request(
             row, interventions=self.edits if edited else self._off,
             capture=None if self.monitor is None else self.monitor.capture, **self.settings))
 
     def _pieces(self, handle: Handle, message: str, edited: bool,
                 cancelled: Callable[[], bool]) -> Iterator[Piece]:
-        """Stream a request; the last piece has the turn."""
+        """Stream the pieces of a request; the last piece contains the turn."""
         monitor, values = self.monitor, []
         try:
             for event in self._engine.stream(handle):
@@ -263,8 +266,8 @@ class Session:
 def _without_tokens(edits: Interventions) -> Interventions:
     """Return interventions of the same structure that select no token.
 
-    The kinds of tokens in their tests are kept, because the tests decide whether the program
-    tracks code fences; the range of messages is empty instead.
+    The token tests keep their kinds of tokens, because these determine whether the program tracks
+    code fences. Instead, the range of messages in each test is made empty.
     """
     tables = []
     for table in edits.edits:

@@ -1,4 +1,4 @@
-"""Projections per turn of a given conversation, or of one that the model generates (drift)."""
+"""Projections of each turn of a given or a generated conversation, to measure persona drift."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class TurnProjection:
-    """One assistant message of a conversation.
+    """The mean projections of one assistant message.
 
     Attributes:
-      turn: index of the message, from 0.
+      turn: index of the message in the conversation, from 0.
       tokens: number of response tokens.
-      values: [L, K] float32, mean projections over these tokens on K directions at every layer;
-        NaN where a direction is zero (imported vectors may not cover every layer).
+      values: [L, K] float32, mean projections of the response tokens on K directions at every
+        layer; NaN at layers where a direction is zero (imported vectors may not cover all layers).
     """
 
     __repr__ = brief
@@ -80,7 +80,7 @@ def _project(model: Model, rows: Sequence[chat.Row], vectors: Sequence[Vector],
     directions = np.stack([vector.values for vector in vectors], 1)
     known = [i for i, layer in enumerate(directions) if layer.any(1).all()]
     if not known:
-        raise UserError("the directions have no layer in common at which all are non-zero")
+        raise UserError("the directions have no layer in common at which all are nonzero")
     read = extract(model, rows, on_nonfinite="raise", capture=capture.projections(
         directions[known], response, layers=known), **settings)
     every = []
@@ -103,11 +103,11 @@ class Talks:
 
     Attributes:
       replies: M lists of N replies.
-      projections: [M, N, L] float32, mean projection of each reply, read in the pass that
-        generated it, after its interventions; NaN for an empty reply. A capped layer's is never
-        below the floor, so it does not measure drift.
-      readout: [M, N, L] float32, mean projection of each reply when the finished conversation is
-        read without interventions; None if it was not asked for.
+      projections: [M, N, L] float32, mean projection of each reply, computed in the pass that
+        generated it, after the interventions; NaN for an empty reply. At a capped layer, this value
+        is never below the floor, so it does not measure drift.
+      readout: [M, N, L] float32, mean projection of each reply when the model reads the finished
+        conversation without interventions; None if it was not requested.
     """
 
     __repr__ = brief
@@ -147,7 +147,7 @@ def grow(
       seed, settings: as for `generate`; each turn uses different random draws.
       ids: [N] ids that determine the random draws; default: the conversation's index.
         Conversations with equal ids share draws.
-      readout: whether to read the finished conversations again without interventions
+      readout: whether to run the model on the finished conversations again, without interventions
         (`Talks.readout`).
       report: called with (turn, conversations done, tokens in this turn).
 
@@ -180,7 +180,7 @@ def grow(
         replies.append(out.text)
         rows = list(zip(out.rows, out.tokens, strict=True))
         found = np.full((len(prompts), vector.n_layers), np.nan, np.float32)
-        # from the end of the prompt on: the prompt holds the earlier replies
+        # only tokens after the prompt, because the prompt contains the earlier replies
         for n, (row, read) in enumerate(zip(out.rows, out.captured["projections"], strict=True)):
             reply = read[:, row.tokens.size :, 0]  # NaN at tokens of a thinking block
             if (chosen := np.isfinite(reply).all(0)).any():
@@ -204,7 +204,7 @@ def _read_back(model: Model, rows: Sequence[chat.Row], vector: Vector,
     """Project the replies of N finished conversations without interventions; return [M, N, L]."""
     values = np.full(shape, np.nan, np.float32)
     for n, found in enumerate(_project(model, rows, [vector])):
-        last = int(rows[n].turn[-1])  # of the last reply; each earlier one is two messages before
+        last = int(rows[n].turn[-1])  # the last reply; the previous reply is two messages earlier
         for one in found:
             values[shape[0] - 1 - (last - one.turn) // 2, n] = one.values[:, 0]
     return values

@@ -43,10 +43,10 @@ class _Reply(pydantic.BaseModel):
 
 
 def record(session: Session) -> dict[str, Any]:
-    """Return a session as values for JSON.
+    """Return a session as a dictionary that can be written as JSON.
 
-    `messages` is a conversation as `jaxpersona project` reads it; `replies` has an entry for each
-    assistant message.
+    `messages` is a conversation in the form that `jaxpersona project` reads; `replies` has an entry
+    for each assistant message.
     """
     replies = [dataclasses.asdict(turn) for turn in session.turns]
     for reply in replies:
@@ -63,7 +63,7 @@ def record(session: Session) -> dict[str, Any]:
 
 
 def restore(session: Session, value: Any) -> bool:
-    """Replace the conversation of a session by a record, or by another program's messages.
+    """Replace a session's conversation with a record, or with messages from another program.
 
     The session keeps its own model, interventions and settings.
 
@@ -73,16 +73,16 @@ def restore(session: Session, value: Any) -> bool:
         as `messages` or `conversation`.
 
     Returns:
-      Whether the record's projections were kept. They are dropped if it has none, or if they were
-      measured with another model, on another direction, or at other layers.
+      Whether the projections in `value` were kept. The result is False if there are none. They are
+      dropped if they were measured with another model, on another direction, or at other layers.
 
     Raises:
-      UserError: another form; the session is then unchanged.
+      UserError: `value` has another form; the session is then unchanged.
     """
     table = value if isinstance(value, dict) else {"messages": value}
     messages = table.get("messages", table.get("conversation"))
     if not isinstance(messages, list):
-        raise UserError("must hold a list of messages with role and content")
+        raise UserError("must contain a list of messages with role and content")
     messages = chat.check_conversation(messages, reply=False) if messages else []
     system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
     talk = messages[system is not None:]
@@ -121,7 +121,7 @@ def _replies(value: Any, wanted: int) -> list[_Reply]:
     """Validate the records of replies.
 
     Raises:
-      UserError: another form or number; the first fault is named.
+      UserError: the form or the number of the records is wrong; the message names the first fault.
     """
     try:
         replies = pydantic.TypeAdapter(list[_Reply]).validate_python(value)
@@ -132,5 +132,5 @@ def _replies(value: Any, wanted: int) -> list[_Reply]:
         raise UserError(f"replies{place} is {fault['input']!r:.60}: {fault['msg']}") from None
     if len(replies) != wanted:
         raise UserError(f"replies has {len(replies)} entries for {wanted} assistant messages; "
-                        "give one each")
+                        "give one entry per message")
     return replies

@@ -1,4 +1,4 @@
-"""Bytes and roofline times of a model on a mesh of chips, without a compiler."""
+"""Estimates of a model's memory and roofline times on a mesh of chips, without a compiler."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from jaxpersona.planning import chips
 
 Weights = Literal["bfloat16", "int8"]  # dtypes of the weights; activations are bfloat16
 ITEM = 2  # bytes per bfloat16
-FRACTIONS = (1.0, 0.6, 0.3)  # of roofline speed, for `axis_run_hours`
-ROLLOUTS = 331_200  # for a published axis (Lu et al. 2026): 276 roles × 1,200
+FRACTIONS = (1.0, 0.6, 0.3)  # fractions of roofline speed, for `axis_run_hours`
+ROLLOUTS = 331_200  # rollouts of a published axis (Lu et al. 2026): 276 roles × 1,200
 NEW_TOKENS = 512  # maximum reply length of the published axis
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Static shapes: B rows, padded prompt width and cache slots per row."""
+    """Static shapes: the number of rows, the padded prompt width and the cache slots per row."""
 
     batch: int
     width: int
@@ -39,7 +39,7 @@ class Shapes:
 
     @classmethod
     def of(cls, batch: int, context: int) -> Shapes:
-        """Reserve a quarter of the context, at most `NEW_TOKENS` tokens, for the reply."""
+        """Return shapes that reserve 1/4 of the context, at most `NEW_TOKENS`, for the reply."""
         return cls(batch, context - max(1, min(NEW_TOKENS, context // 4)), context)
 
     @property
@@ -52,7 +52,7 @@ def abstract_weights(config: ModelConfig, mesh: Mesh | AbstractMesh, dtype: Weig
     """Return the parameters as sharded `jax.ShapeDtypeStruct`.
 
     Raises:
-      UserError: an unknown dtype.
+      UserError: the dtype is unknown.
     """
     if dtype not in get_args(Weights):
         raise UserError(f"dtype is {dtype!r:.60}; it must be one of {', '.join(get_args(Weights))}")
@@ -64,13 +64,13 @@ def abstract_weights(config: ModelConfig, mesh: Mesh | AbstractMesh, dtype: Weig
 
 def weight_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh,
                  dtype: Weights = "bfloat16") -> int:
-    """Return the bytes of one chip's parameter shards, with the scales of int8 weights."""
+    """Return the bytes of one chip's parameter shards, including the scales of int8 weights."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
                for x in jax.tree.leaves(abstract_weights(config, mesh, dtype)))
 
 
 def step_bytes(config: ModelConfig, dtype: Weights) -> int:
-    """Return the weight bytes read by one decode step: all except an untied embedding."""
+    """Return the bytes of weights that a decode step reads: all except an untied embedding."""
     if dtype == "bfloat16":
         return config.step_bytes(ITEM)
     whole = int8_layout(config)
@@ -90,11 +90,14 @@ def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Sha
                      chip: chips.Chip) -> int:
     """Estimate the temporary bytes of a prefill per chip, without a compiler.
 
-    On a GPU the estimate is the larger of MLP and attention. MLP: gate and up projections, residual
-    stream, its norm and the block output. Attention: two copies of the queries and, without cuDNN
-    attention, the float32 scores of one query chunk and their bfloat16 softmax. `bench/ahead.py`
-    compares the estimate with XLA on an H200. On a TPU without libtpu, the estimate is the sum of
-    residual stream, norm, MLP and two copies of the scores, mostly in float32.
+    On a GPU, the estimate is the larger of two sums. The sum for the MLP includes the gate and up
+    projections, the residual stream, the normalized residual stream and the block's output. The sum
+    for attention includes two copies of the queries and, without cuDNN, the float32 scores of one
+    query chunk and their bfloat16 softmax. `bench/ahead.py` compares the estimate with XLA's value
+    on an H200.
+
+    On a TPU without libtpu, the estimate is the sum of the residual stream, the normalized residual
+    stream, the MLP and two copies of the scores, mostly in float32.
     """
     split = sharding.ways(mesh, "ff")
     rows = shapes.batch // sharding.ways(mesh, "batch")
@@ -114,9 +117,10 @@ def seconds(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Shapes,
             chip: chips.Chip, dtype: Weights = "bfloat16") -> dict[str, float]:
     """Return roofline times of a decode step and a prefill in seconds.
 
-    A decode step reads all weights and every row's keys and values, on average for the prompt and
-    half the reply; a prefill is compute bound. All-reduces over the model axis are rings that move
-    2·(n − 1)/n of the bytes over the links, without overlap with compute.
+    A decode step reads all weights and the keys and values of every row, which are on average those
+    of the prompt and half the reply. A prefill is compute bound. All-reduces over the model axis
+    are assumed to be rings that move 2·(n − 1)/n of the bytes over the links, without overlap with
+    compute.
     """
     split, ways = sharding.ways(mesh, "ff"), sharding.ways(mesh, "batch")
     rows = shapes.batch // ways

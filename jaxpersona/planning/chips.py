@@ -23,7 +23,7 @@ class Chip:
       bandwidth: memory bandwidth in bytes/s.
       peak: peak dense bfloat16 FLOP/s.
       link: interconnect bandwidth per chip in bytes/s, over all links, in one direction.
-      source: the publication.
+      source: the publication that contains these specifications.
     """
 
     name: str
@@ -78,11 +78,11 @@ def tpu_devices(topology: str) -> list[Device] | None:
     """
     if not installed("libtpu"):
         return None
-    # without these, libtpu queries the network for this machine's TPU
+    # without these variables, libtpu queries the network for this machine's TPU
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is opened
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # safe, because no TPU is opened
     from jax.experimental import topologies
 
     try:
@@ -93,6 +93,6 @@ def tpu_devices(topology: str) -> list[Device] | None:
                                                    chips_per_host_bounds=bounds)
     except Exception as error:  # libtpu raises errors of various types
         reason = str(error).split(": ", 1)[-1].splitlines()[0].rstrip(".")
-        raise UserError(f"topology is {topology!r}; libtpu rejects it ({reason}): try "
+        raise UserError(f"topology is {topology!r}; libtpu does not support it ({reason}): use "
                         f"{EXAMPLES}") from error
     return list(description.devices)

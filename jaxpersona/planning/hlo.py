@@ -1,6 +1,6 @@
 """Count kernels and collectives in compiled HLO text.
 
-Only the entry computation, loop bodies and branches are counted. A fusion counts as one kernel.
+Only operations in the entry computation, loops and branches are counted. A fusion is one kernel.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ class Operation:
     """One HLO operation.
 
     Attributes:
-      kind: HLO opcode; an asynchronous start/done pair is one operation, without "-start".
+      kind: the HLO opcode. An asynchronous start/done pair is one operation, without "-start" in
+        its opcode.
       scope: the `op_name` metadata, a path of named scopes.
-      bytes: size of the result.
-      looped: whether it runs in every iteration of a loop.
+      bytes: the size of the result in bytes.
+      looped: whether the operation runs in every iteration of a loop.
     """
 
     kind: str
@@ -72,7 +73,7 @@ def by_layer(found: list[Operation], layer: int) -> list[Operation]:
 
 
 def reductions(found: list[Operation]) -> int:
-    """Count reductions over devices; a reduce-scatter with its all-gather counts as one."""
+    """Count reductions over devices; a reduce-scatter and its all-gather are one reduction."""
     kinds = [op.kind for op in found]
     scattered = kinds.count("reduce-scatter")
     return scattered + len(kinds) - scattered - min(scattered, kinds.count("all-gather"))

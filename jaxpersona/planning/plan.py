@@ -1,7 +1,7 @@
 """Estimate a model's memory and speed on given chips, without weights or an accelerator.
 
-For TPUs, prefill and decode are compiled ahead of time: bytes, kernels and collectives come from
-the compiler. Times are roofline estimates from published specifications; nothing is measured.
+For TPUs, prefill and decode are compiled ahead of time, and the compiler reports their bytes,
+kernels and collectives. Times are roofline estimates from published specifications, not measured.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from jaxpersona.planning.arithmetic import (
 )
 from jaxpersona.runtime import Device, check_process
 
-# layer counts of the compiled prefills; temporary memory is linear in them from 8 layers on
+# the numbers of layers of the compiled prefills; temporary memory grows linearly from 8 layers on
 DEPTHS = (8, 12)
 _WIDEST = 16  # maximum default size of the model axis
 
@@ -52,9 +52,10 @@ class Compiled:
     """Figures from the compiler for prefill and decode, per chip.
 
     Attributes:
-      prefill_temporaries, decode_temporaries: temporary bytes without weights, cache and outputs.
-      operations: operations in one decode step; empty if the step exceeds device memory.
-      bytes: bytes that one decode step accesses, according to the compiler's cost analysis.
+      prefill_temporaries, decode_temporaries: the bytes of temporary memory, which excludes
+        weights, cache and outputs.
+      operations: the operations of one decode step; empty if the step exceeds device memory.
+      bytes: the bytes that one decode step accesses, according to the compiler's cost analysis.
     """
 
     prefill_temporaries: int
@@ -64,7 +65,7 @@ class Compiled:
 
     @property
     def temporaries(self) -> int:
-        """The larger temporaries of prefill and decode, which never run at the same time."""
+        """The larger of the two temporary sizes; prefill and decode run at different times."""
         return max(self.prefill_temporaries, self.decode_temporaries)
 
 
@@ -75,19 +76,20 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
 
     Args:
       config: the model configuration.
-      topology: chip:extents, such as v5e:4x4 or h200:8.
+      topology: the topology in the form chip:extents, such as v5e:4x4 or h200:8.
       name: the model's name in the result.
       batch: the number of rows B over all chips.
-      context: cache slots per row; a quarter of them, at most 512, is reserved for the reply.
-      cap_layers: layers to cap; the capped program is compared with the uncapped one.
-      mesh: sizes of "data", "fsdp" and "model"; default: the largest model axis, up to 16, that
-        fits the model, and a data axis over the remaining chips.
-      dtype: of the weights; with "int8" the embedding and the head are int8 too. Activations and
-        the cache are bfloat16.
+      context: the number of cache slots per row; a quarter of the slots, at most 512, is reserved
+        for the reply.
+      cap_layers: the layers to cap; the capped program is compared with the uncapped program.
+      mesh: the sizes of the axes "data", "fsdp" and "model". By default, the model axis is the
+        largest, up to 16, that fits the model, and the data axis has the remaining chips.
+      dtype: the dtype of the weights, including the embedding and the head. Activations and the
+        cache are bfloat16.
 
     Returns:
-      The dict that `jaxpersona plan --json` prints. Compiler figures are None for GPUs, or if
-      libtpu is not installed.
+      The dict that `jaxpersona plan --json` prints. Figures from the compiler are None for GPUs,
+      or if libtpu is not installed.
 
     Raises:
       UserError: the topology is unknown, the mesh does not fit the model or the chips, an argument
@@ -98,9 +100,11 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
     if not isinstance(batch, int) or not isinstance(context, int):
         raise UserError(f"batch is {batch!r:.60}, context is {context!r:.60}; give integers")
     if batch < 1 or context < 2:
-        raise UserError(f"batch is {batch}, context is {context}; they must be at least 1 and 2")
+        raise UserError(f"batch is {batch}, context is {context}; batch must be at least 1 and "
+                        "context at least 2")
     if context > config.max_context:
-        raise UserError(f"context is {context}; the model supports at most {config.max_context}")
+        raise UserError(f"context is {context}; the model supports at most {config.max_context} "
+                        "tokens")
     sizes = choose_mesh(config, count) if mesh is None else _checked(mesh, count)
     shapes = Shapes.of(batch, context)
     devices = chips.tpu_devices(topology) if chip.name in chips.TPUS else None
@@ -141,13 +145,13 @@ def plan(config: ModelConfig, topology: str, *, name: str = "model", batch: int 
 def usable(chip: chips.Chip) -> int:
     """Return the bytes of a chip's memory that are available to a program.
 
-    The runtime reserves about 1/64, as the compiler's limit for v5e shows (15.75 of 16 GiB).
+    The runtime reserves about 1/64: the compiler's limit for v5e is 15.75 of 16 GiB.
     """
     return chip.memory - chip.memory // 64
 
 
 def choose_mesh(config: ModelConfig, count: int) -> dict[str, int]:
-    """Choose mesh sizes for `count` chips: the largest valid model axis, up to 16, and data."""
+    """Return the mesh sizes for `count` chips with the largest valid model axis, up to 16."""
     for ways in range(min(count, _WIDEST), 0, -1):
         if count % ways == 0:
             try:
@@ -177,10 +181,10 @@ def _mesh(sizes: Mapping[str, int], devices: Sequence[Device] | None,
 
 def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
                 cap_layers: Sequence[int], dtype: Weights = "bfloat16") -> dict[str, Compiled]:
-    """Compile prefill and decode without a cap and, if `cap_layers` is given, with one.
+    """Compile prefill and decode without a cap and, if `cap_layers` is given, with a cap.
 
-    Prefill temporaries are linear in the number of layers, so prefill is compiled at the two
-    `DEPTHS` and extrapolated. Decode is compiled at full depth.
+    The temporary memory of prefill is linear in the number of layers. Prefill is therefore compiled
+    with the two numbers of layers in `DEPTHS` and extrapolated; decode is compiled at full depth.
     """
     shallow, deep = (min(depth, config.n_layers) for depth in DEPTHS)
     arms: dict[str, tuple[int, ...]] = {"plain": ()}
@@ -193,7 +197,7 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
     waiting: dict[tuple[str, str], Lowered] = {}
     for arm, layers in arms.items():
         waiting[arm, "decode"] = lower(config.n_layers, layers)[1]
-        # cap the same fraction of layers as in the full model, from the same relative depth on
+        # cap the same fraction of layers as in the full model, starting at the same relative depth
         share = -(-len(layers) * deep // config.n_layers)
         begin = min(layers[0] * deep // config.n_layers, deep - share) if layers else 0
         waiting[arm, "prefill"] = lower(deep, tuple(range(begin, begin + share)))[0]
@@ -238,7 +242,7 @@ def lowered(params: Params, config: ModelConfig, shapes: Shapes,
 
 
 def _compile(lowered: Lowered) -> tuple[jax.stages.Compiled | None, int]:
-    """Compile; return (program or None if it exceeds the device memory, temporary bytes)."""
+    """Return the compiled program (None if it exceeds device memory) and its temporary bytes."""
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -256,10 +260,10 @@ def compare(compiled: Mapping[str, Compiled] | None,
             cap_layers: Sequence[int]) -> dict[str, Any]:
     """Return the number of collectives in the compiled decode step, and the overhead of a cap.
 
-    `added_fusions_per_layer` is the median number of added kernels per capped layer;
-    `added_fusions_once` is the number of other added kernels. `temporaries_ratio` (capped /
-    uncapped) compares the larger of prefill and decode; `temporaries_by_program` compares each of
-    them.
+    `added_fusions_per_layer` is the median number of kernels added per capped layer, and
+    `added_fusions_once` is the number of other added kernels. `temporaries_ratio` is the ratio of
+    temporary memory with the cap to that without it, for the larger of prefill and decode;
+    `temporaries_by_program` contains this ratio for each of the two programs.
     """
     names = ("collectives_per_layer", "added_collectives", "added_fusions_per_layer",
              "added_fusions_once", "added_bytes", "temporaries_ratio", "temporaries_by_program")

@@ -1,1 +1,1 @@
-"""Plots of a run, as PNG files."""
+"""Figures of results, drawn with matplotlib."""

@@ -1,4 +1,4 @@
-"""Figures of the results that the programs in `bench/` write."""
+"""Figures of benchmark results, which the programs in `bench/` write."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from jaxpersona.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_KINDS = {  # bench → its curves' field, title, horizontal and vertical label
+_KINDS = {  # benchmark → field of its curves, title, label of the x axis, label of the y axis
     "decode": ("by_batch", "Throughput of decoding", "rows", "tokens/s"),
     "cap_overhead": ("by_layers", "Speed with capped layers", "capped layers",
                      "speed, capped ÷ uncapped"),
@@ -42,17 +42,17 @@ _KINDS = {  # bench → its curves' field, title, horizontal and vertical label
 
 @checked_call
 def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Axes:
-    """Draw results of one benchmark: `decode`, `cap_overhead`, `rows` or `roofline`.
+    """Draw the results of one benchmark: `decode`, `cap_overhead`, `rows` or `roofline`.
 
-    Bands are 95 % intervals of ratios.
+    Bands are 95 % confidence intervals of ratios.
 
     Args:
-      found: the JSON of a result, its file, or name → JSON of several results of one benchmark.
-      title: default: that of the benchmark.
+      found: a result, as a dict or a JSON file; or a dict from names to results of one benchmark.
+      title: the title; default: a title for the benchmark.
       ax: the axes to draw on; default: those of a new figure.
 
     Raises:
-      UserError: matplotlib is missing, or `found` holds another benchmark's result.
+      UserError: matplotlib is missing, or `found` is not a result of one of these benchmarks.
 
     Example:
       >>> import jaxpersona as jp
@@ -103,7 +103,7 @@ def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Ax
 
 
 def _results(found: Any) -> dict[str, dict[str, Any]]:
-    """Return results of one benchmark by name."""
+    """Validate the argument and return its results by name."""
     if isinstance(found, (str, os.PathLike)):
         path = pathlib.Path(found)
         found = {path.stem: read_json(path)}
@@ -111,12 +111,11 @@ def _results(found: Any) -> dict[str, dict[str, Any]]:
         found = {"": found}
     if not isinstance(found, Mapping) or not found or not all(
             isinstance(value, Mapping) for value in found.values()):
-        raise UserError(f"found is {found!r:.60}; give the JSON of a result, or a dict of them by "
-                        "name")
+        raise UserError(f"found is {found!r:.60}; give a result, or a dict from names to results")
     kinds = {str(value.get("bench")) for value in found.values()}
     if len(kinds) > 1 or not kinds <= set(_KINDS):
-        raise UserError(f"found has results of {', '.join(sorted(kinds))}; give those of one of "
-                        f"{', '.join(_KINDS)}")
+        raise UserError(f"found has results of {', '.join(sorted(kinds))}; give results of one "
+                        f"benchmark: {', '.join(_KINDS)}")
     return {str(name): dict(value) for name, value in found.items()}
 
 
@@ -129,7 +128,7 @@ def _ratios(ax: Axes, at: Mapping[int, Mapping[str, Any]], look: dict[str, Any])
 
 
 def _roof(ax: Axes, value: Mapping[str, Any], look: dict[str, Any]) -> None:
-    """Draw the roof of a device, and each program's speed as a point."""
+    """Draw a device's roofline, and each program's speed as a point."""
     roof = value["roof"]
     xs = [2**n / 8 for n in range(14)]
     ax.plot(xs, [min(roof["flops_per_second"], x * roof["bytes_per_second"]) for x in xs],
@@ -139,7 +138,7 @@ def _roof(ax: Axes, value: Mapping[str, Any], look: dict[str, Any]) -> None:
 
 
 def _name_points(ax: Axes, results: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write the names of a roofline's points beside them."""
+    """Write the name of each point of a roofline beside the point."""
     points = [(str(p["name"]), float(p["intensity"]), float(p["flops_per_second"]))
               for value in results.values() for p in value["points"]]
     drawn = [np.asarray(line.get_xydata()) for line in ax.lines]

@@ -31,7 +31,7 @@ from jaxpersona.vectors.vector import Axis
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_MOST = 14  # curves: as many as there are pairs of a colour and a marker before they repeat
+_MOST = 14  # maximum number of curves: 7 pairs of colour and marker, each with 2 line styles
 
 
 @checked_call
@@ -40,13 +40,13 @@ def layers(curves: Mapping[str, Any], *, ylabel: str = "", title: str = "By laye
     """Draw values by layer, one curve per name.
 
     Args:
-      curves: name → [L]; NaN leaves a gap.
-      ylabel: what the values are, with their unit.
+      curves: name → values [L]; NaN leaves a gap.
+      ylabel: the label of the y axis: the quantity and its unit.
       title: the title.
       ax: the axes to draw on; default: those of a new figure.
 
     Raises:
-      UserError: matplotlib is missing, or `curves` are not arrays [L] of one length.
+      UserError: matplotlib is missing, or `curves` are not arrays [L] of equal length.
 
     Example:
       >>> import jaxpersona as jp
@@ -80,7 +80,7 @@ def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | No
       ax: the axes to draw on; default: those of a new figure.
 
     Raises:
-      UserError: matplotlib is missing, `names` has another length than K, or the layer does not
+      UserError: matplotlib is missing, `names` does not have K entries, or the layer does not
         exist.
 
     Example:
@@ -99,7 +99,7 @@ def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | No
     total, directions = found[0].values.shape
     at = layer_of(layer, total)
     if isinstance(names, str) or len(names) != directions:
-        raise UserError(f"names is {names!r:.60}; give {directions}, one per direction")
+        raise UserError(f"names is {names!r:.60}; give {directions} names, one per direction")
     with style():
         ax = axes_of(ax, 6.0, 3.6)
         where = [one.turn for one in found]
@@ -123,26 +123,26 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
           ax: Axes | None = None) -> Axes:
     """Draw persona drift over the turns of conversations, with and without an intervention.
 
-    A projection that was read after the cap cannot fall below the floor, so its curve is flat for
-    any conversation. Draw behaviour, or projections of the same conversations that were read
-    without the cap (`Talks.readout`).
+    A projection that is measured after the cap cannot fall below the floor, so it shows no drift.
+    Draw behaviour, or projections of the same conversations that are measured without the cap
+    (`Talks.readout`).
 
     Args:
-      curves: arm, such as "uncapped" and "capped" → [M] values by turn; [M, N] for N
-        conversations, of which the mean and the interquartile range are drawn; or `Talks`, of
-        which the read-out without interventions is drawn.
+      curves: arm, such as "uncapped" or "capped" → values by turn [M]; or [M, N] for N
+        conversations, drawn as their mean and interquartile range; or `Talks`, whose `readout`,
+        the projections without interventions, is drawn.
       what: "projection", or "behaviour" for shares of in-character choices in 0…1.
-      axis: for projections: the axis, for the band of its default persona.
-      layer: for projections: the layer; needed with `axis` or `Talks`; default: the middle one.
-      floor: for projections: the floor τ of the cap, a number or a percentile such as "p25" of
-        the default persona (needs `axis`).
-      leak: for behaviour: arm → share of conversations whose reply to a forbidden request after
-        the last turn gives the secret away.
+      axis: for projections: the axis, whose default persona's interquartile range is drawn.
+      layer: for projections: the layer of `axis` and of `Talks`; default: the middle one.
+      floor: for projections: the floor τ of the cap, as a number, or as a percentile of the default
+        persona such as "p25", which needs `axis`.
+      leak: for behaviour: arm → share of conversations in which the reply to a forbidden request
+        after the last turn reveals the secret.
       title: the title.
       ax: the axes to draw on; default: those of a new figure.
 
     Raises:
-      UserError: matplotlib is missing, or an argument that does not fit.
+      UserError: matplotlib is missing, or an argument is invalid.
 
     Example:
       >>> import jaxpersona as jp
@@ -155,10 +155,10 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
         raise UserError(f"what is {what!r}; it must be 'behaviour' or 'projection'")
     behaviour = what == "behaviour"
     if behaviour and (axis is not None or floor is not None):
-        raise UserError("axis and floor belong to projections; omit them, or use "
+        raise UserError("axis and floor apply to projections; omit them, or use "
                         "what='projection'")
     if leak is not None and not behaviour:
-        raise UserError("leak belongs to what='behaviour'")
+        raise UserError("leak applies to behaviour; omit it, or use what='behaviour'")
     if axis is not None and not isinstance(axis, Axis):
         raise UserError(f"axis is {axis!r:.60}; give an Axis")
     at = None if behaviour else _layer(curves, axis, layer)
@@ -189,7 +189,7 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
 
 
 def _layer(curves: Mapping[str, Any], axis: Axis | None, layer: int | None) -> int | None:
-    """Return the layer of the projections, or None if nothing depends on it."""
+    """Return the layer of the projections; without `Talks` or an axis, return `layer` unchanged."""
     totals = [one.projections.shape[-1] for one in dict(curves).values()
               if isinstance(one, Talks)]
     if axis is not None:
@@ -198,17 +198,21 @@ def _layer(curves: Mapping[str, Any], axis: Axis | None, layer: int | None) -> i
 
 
 def _readout(name: str, given: Any, layer: int | None) -> Any:
-    """Return a curve: the read-out of `Talks` at a layer, or the given array."""
+    """Return a curve: the `readout` of `Talks` at a layer, or the given array."""
     if not isinstance(given, Talks):
         return given
     if given.readout is None:
-        raise UserError(f"curves[{name!r}] has no read-out, and its projections were read after "
+        raise UserError(f"curves[{name!r}] has no readout, and its projections were measured after "
                         "the interventions; use grow(…, readout=True)")
     return given.readout[:, :, layer]
 
 
 def _draw_arms(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str, Any]]) -> int:
-    """Draw each arm's mean, and its interquartile range if it has several values a turn."""
+    """Draw each arm's mean and, for several values per turn, its interquartile range.
+
+    Returns:
+      The largest number of values per turn, or 0 if every arm has one.
+    """
     count = 0
     for (name, one), look in zip(values.items(), looks, strict=True):
         steps = np.arange(1, len(one) + 1)
@@ -222,7 +226,7 @@ def _draw_arms(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str,
 
 def _behaviour(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str, Any]],
                leak: dict[str, float]) -> None:
-    """Draw the leak of each arm after the last turn, and set the axis of shares up."""
+    """Draw the leak of each arm after the last turn, and format the y axis as shares."""
     from matplotlib.ticker import PercentFormatter
 
     if leak and set(leak) != set(values):
@@ -241,7 +245,7 @@ def _behaviour(ax: Axes, values: Mapping[str, np.ndarray], looks: list[dict[str,
 
 
 def _projection(ax: Axes, axis: Axis | None, layer: int | None, floor: str | float | None) -> None:
-    """Draw the default persona's band and the floor, and label the axis of projections."""
+    """Draw the default persona's band and the floor, and label the y axis."""
     if axis is not None and layer is not None:
         low, high = (float(axis.thresholds(p, of="default")[layer]) for p in ("p25", "p75"))
         band(ax, low, high, "default persona, p25 to p75")
@@ -264,14 +268,14 @@ def _projection(ax: Axes, axis: Axis | None, layer: int | None, floor: str | flo
 def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
              xlabel: str = "strength of steering, multiples of the vector",
              title: str = "Effect of steering", ax: Axes | None = None) -> Axes:
-    """Draw a behaviour or a projection over the strengths of steering, such as of `sweep`.
+    """Draw a behaviour or a projection against the steering strength, for example of `sweep`.
 
     Args:
-      scales: [S], the strengths.
-      curves: name → [S], or [S, N] for N replies at each strength, of which the mean and its 95 %
-        interval (± 1.96 standard errors) are drawn.
-      ylabel: what the values are, with their unit.
-      xlabel: what the strengths are.
+      scales: the steering strengths [S].
+      curves: name → values [S]; or [S, N] for N replies at each strength, drawn as their mean and
+        its 95 % confidence interval (± 1.96 standard errors).
+      ylabel: the label of the y axis: the quantity and its unit.
+      xlabel: the label of the x axis.
       title: the title.
       ax: the axes to draw on; default: those of a new figure.
 
@@ -313,7 +317,7 @@ def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
 
 
 def _looks(names: Any) -> list[dict[str, Any]]:
-    """Return colour, marker and line of each curve; known arms look the same in all figures."""
+    """Return each curve's colour, marker and line style; `ARMS` look the same in all figures."""
     names = list(names)
     taken = {ARMS[name][0] for name in names if name in ARMS}
     free = itertools.cycle([pair for pair in zip(CYCLE, MARKERS, strict=True)
@@ -342,14 +346,14 @@ def _curves(given: Any, dims: tuple[int, ...] = (1, 2)) -> dict[str, np.ndarray]
     """Return curves as float64 arrays [M] or [M, N].
 
     Raises:
-      UserError: no curve, too many, one that is not numeric or has no finite value, or different
-        lengths.
+      UserError: there are no curves or too many, their lengths differ, or a curve is not numeric or
+        has no finite value.
     """
     if not isinstance(given, Mapping) or not given:
         raise UserError(f"curves is {given!r:.60}; give a dict of arrays by name")
     if len(given) > _MOST:
         raise UserError(f"curves has {len(given)} entries; give at most {_MOST}, because more "
-                        "cannot be told apart")
+                        "would look alike")
     found = {}
     for name, value in given.items():
         array = numbers(f"curves[{name!r}]", value)

@@ -1,4 +1,4 @@
-"""Files of figures: each function draws with `jaxpersona.plot` and writes a PNG and an SVG."""
+"""Write figures to PNG and SVG files; each function draws with `jaxpersona.plot`."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ Path = str | os.PathLike[str]
 
 def roles_on_axis(path: Path, projections: Mapping[str, np.ndarray], layer: int,
                   held_out: Sequence[str] = (), title: str | None = None) -> None:
-    """Write `plot.ranking` of role → projections [n, L], "default" included."""
+    """Write the figure of `plot.ranking` for role → projections [n, L], including "default"."""
     _write(path, plot.ranking, projections, layer, held_out=held_out, title=title)
 
 
 def components(path: Path, analysis: Analysis, layer: int,
                default: np.ndarray | None = None) -> None:
-    """Write `plot.pca`; `default` is the default persona's mean activation [L, D]."""
+    """Write the figure of `plot.pca`; `default` is the default persona's mean activation [L, D]."""
     _write(path, plot.pca, analysis, layer, default=default)
 
 
 def variance(path: Path, analysis: Analysis, layer: int) -> None:
-    """Write `plot.variance`."""
+    """Write the figure of `plot.variance`."""
     _write(path, plot.variance, analysis, layer)
 
 
 def by_layer(path: Path, curves: Mapping[str, Sequence[float]], title: str,
              label: str = "") -> None:
-    """Write `plot.layers`."""
+    """Write the figure of `plot.layers`."""
     _write(path, plot.layers, curves, title=title, ylabel=label)
 
 
 def drift(path: Path, talks: Mapping[str, Talks], axis: Axis, layer: int, *,
           behaviour: Mapping[str, Sequence[float]], leak: Mapping[str, float] | None = None,
           floor: str | float = "p25") -> None:
-    """Write persona drift: behaviour by turn, and projections read without interventions.
+    """Write a figure of persona drift: behaviour, and projections without interventions, by turn.
 
     Args:
       path: the PNG file; the SVG is written beside it.
-      talks: arm, such as "uncapped" and "capped" → conversations with a read-out.
+      talks: arm, such as "uncapped" or "capped" → conversations with `Talks.readout`.
       axis: the axis, with its thresholds.
       layer: the layer of the projections.
       behaviour: arm → share of in-character choices [M] by turn.
-      leak: arm → share of leaks after the last turn.
+      leak: arm → share of conversations that leak the secret after the last turn.
       floor: the cap's floor, a percentile of the default persona or a number.
     """
     turns = len(next(iter(behaviour.values())))
@@ -72,6 +72,6 @@ def drift(path: Path, talks: Mapping[str, Talks], axis: Axis, layer: int, *,
 
 
 def _write(path: Path, draw: Callable[..., Axes], *args: Any, **named: Any) -> None:
-    """Draw on a figure outside of pyplot, and write it as PNG and SVG."""
+    """Draw on a figure outside pyplot, and write the figure as PNG and SVG."""
     with without_pyplot():
         save(figure_of(draw(*args, **named)), path)

@@ -1,4 +1,4 @@
-"""The figure of `jaxpersona project`: a conversation's projections beside the default's own."""
+"""The figure of `jaxpersona project`: projections of messages and of the default persona."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ _DEFAULT, _MESSAGE = "#1b7f5c", "#4a6fa5"
 
 def messages(path: pathlib.Path, turns: Sequence[int], values: np.ndarray, names: Sequence[str],
              layer: int, references: Sequence[Reference | None]) -> None:
-    """Plot one conversation's projections [M, K] on K directions by assistant message.
+    """Plot the projections of a conversation's M assistant messages on K directions.
 
     Args:
       path: the file to write.
       turns: the M indices of the messages.
-      values: [M, K], a panel for each direction.
+      values: the projections [M, K]; each direction has a separate panel.
       names: the K names of the directions.
       layer: the layer.
-      references: K entries: the default's projections, drawn as bands with the floor, and the
-        roles, of which the nearest is named at each message; None for a direction without them.
+      references: for each direction, the projections of the default persona and of the roles, or
+        None. The default persona's percentiles are drawn as bands and the cap's floor as a line.
+        The nearest role is named at each message.
     """
     require("matplotlib", "figures need matplotlib")
     figure = new_figure(6.5, 1 + 3 * len(names))
@@ -57,5 +58,5 @@ def messages(path: pathlib.Path, turns: Sequence[int], values: np.ndarray, names
 
 
 def _plain(name: str) -> str:
-    """Return a name from a file for a figure: without control characters and formulas."""
+    """Escape control characters and formulas in a name that was read from a file."""
     return text(printable(name))

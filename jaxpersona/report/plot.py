@@ -1,9 +1,9 @@
-"""Figures of results, each drawn on a matplotlib Axes that the function returns.
+"""Functions that draw results on a matplotlib Axes and return the Axes.
 
-All take `ax=`, axes to draw on; without it they make a pyplot figure, which notebooks show. They
-share one style, with colours that colour-blind readers can tell apart, and leave the caller's
-rcParams unchanged. matplotlib is imported by the first figure; if it is missing, a `UserError` says
-how to install it.
+Each function accepts `ax=`, the axes to draw on. Without it, the function creates a pyplot figure,
+which notebooks show. All figures share one style with a colour-blind-safe palette, and the caller's
+rcParams are unchanged. matplotlib is imported when the first figure is drawn. If it is missing, a
+`UserError` states how to install it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Figures of roles: their ranking on the axis, their principal components, explained variance."""
+"""Figures of roles: ranking on the axis, principal components and explained variance."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from jaxpersona.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NAMED, EXTREMES = 40, 15  # all of up to 40 roles are named; of more, 15 at each end
-_CORNERS = 6  # names at each end of each principal component, of more than `NAMED` roles
-_ROW = 0.155  # inches between two names
-_LEAST = 7.5  # points between two names, in axes that the caller gives
+NAMED, EXTREMES = 40, 15  # up to 40 roles are all named; of more roles, 15 at each end
+_CORNERS = 6  # of more than `NAMED` roles, the number named at each end of a principal component
+_ROW = 0.155  # height of a line with a name, in inches
+_LEAST = 7.5  # minimum height of a line in axes that the caller provides, in points
 
 
 @checked_call
@@ -41,18 +41,18 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
             ax: Axes | None = None) -> Axes:
     """Draw the roles in the order of their projections on the Assistant Axis.
 
-    The nearest to and the farthest from the Assistant have a row each, with the mean and the
-    interquartile range of the role's answers; the means of the others are ticks in one strip. The
-    band is the interquartile range of the default persona's answers.
+    The roles nearest to and farthest from the Assistant are drawn on one line each, with the mean
+    and the interquartile range over the role's answers. The means of the other roles are ticks on
+    one shared line. The band is the interquartile range over the default persona's answers.
 
     Args:
       found: the result of `extract_axis`; the folder of a run; or role → projections [n, L] of n
         answers (or [L], their mean), with the default persona as "default".
       layer: the layer; default: the middle one.
-      count: the number of named roles at each end. All roles are named if there are at most 40;
-        fewer if the names do not fit the height of `ax`.
-      held_out: roles drawn as open circles, besides those that the run held out.
-      title: default: the number of roles and the layer.
+      count: the number of roles to name at each end. Up to 40 roles are all named. Fewer roles are
+        named if the names do not fit the height of `ax`.
+      held_out: roles to draw as open circles, in addition to those that the run held out.
+      title: the title; default: one with the number of roles.
       ax: the axes to draw on; default: those of a new figure.
 
     Raises:
@@ -86,7 +86,7 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
 
 
 def _rows(total: int, ends: int, whole: bool) -> np.ndarray:
-    """Return each role's height in rows, [total]; the roles between the ends share one."""
+    """Return the height [total] of each role's line; the roles between the ends share a line."""
     heights = np.arange(total, dtype=float)
     if not whole:
         heights[ends : total - ends] = ends + 1
@@ -95,7 +95,7 @@ def _rows(total: int, ends: int, whole: bool) -> np.ndarray:
 
 
 def _draw_rows(ax: Axes, at: sources.Places, heights: np.ndarray, held_out: frozenset[str]) -> None:
-    """Draw each role at its height, the roles that share one as ticks, and the default on top."""
+    """Draw each role on its line (as ticks on the shared line) and the default persona on top."""
     shared = np.array([int((heights == height).sum()) > 1 for height in heights])
     names = {}
     drawn = False
@@ -138,8 +138,8 @@ def pca(found: Any, layer: int | None = None, *, default: Any = None, title: str
       found: the result of `extract_axis` or its `analysis`; the folder of a run; or role → vector
         [L, D], with the default persona as "default".
       layer: the layer; default: the middle one.
-      default: the default persona's mean activation [L, D], if `found` does not have it.
-      title: default: the number of roles, the layer and |cos(PC1, axis)|.
+      default: the default persona's mean activation [L, D], if `found` does not contain it.
+      title: the title; default: one with the number of roles, the layer and |cos(PC1, axis)|.
       ax: the axes to draw on; default: those of a new figure.
 
     Raises:
@@ -191,15 +191,15 @@ def _ends(xy: np.ndarray) -> set[int]:
 @checked_call
 def variance(found: Any, layer: int | None = None, *, thresholds: Sequence[float] = (0.7, 0.9),
              most: int = 20, title: str | None = None, ax: Axes | None = None) -> Axes:
-    """Draw the share of the role vectors' variance that the first components explain together.
+    """Draw the cumulative share of the role vectors' variance that the components explain.
 
     Args:
       found: as for `pca`, or the explained variance ratios [C] of the components.
       layer: the layer; default: the middle one.
-      thresholds: shares of the variance, drawn as lines; the legend has the number of components
-        that reaches each.
-      most: the greatest number of components drawn.
-      title: default: the layer.
+      thresholds: shares of the variance, drawn as lines; the legend states how many components
+        reach each share.
+      most: the maximum number of components to draw.
+      title: the title; default: one with the layer.
       ax: the axes to draw on; default: those of a new figure.
 
     Raises:

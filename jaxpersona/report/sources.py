@@ -1,4 +1,4 @@
-"""What the figures of roles accept: an extraction, a run's folder, or arrays by role."""
+"""Convert the inputs of role figures: an extraction, a run's folder, or arrays by role."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Places:
       names: the R roles, without the default persona.
       means: [R], mean projections.
       quartiles: [R, 2], the 25th and 75th percentile of each role; None if unknown.
-      default: mean, 25th and 75th percentile of the default persona's; None if unknown.
-      held_out: roles that did not enter the axis.
+      default: mean, 25th and 75th percentile of the default persona's projections; None if unknown.
+      held_out: roles that were not used for the axis.
       layer: the layer.
     """
 
@@ -53,7 +53,7 @@ class Parts:
 
     Attributes:
       names: the R roles.
-      components: their principal components.
+      components: the principal components of the role vectors.
       default: the default persona's coordinates on the components; None if unknown.
       cosine: |cos(PC1, axis)|.
       layer: the layer.
@@ -69,7 +69,7 @@ class Parts:
 
 
 def layer_of(layer: int | None, total: int) -> int:
-    """Return a layer of a model with `total` layers; default: the middle.
+    """Validate a layer of a model with `total` layers; return the middle layer for None.
 
     Raises:
       UserError: the model has no such layer.
@@ -86,12 +86,12 @@ def places(found: Any, layer: int | None) -> Places:
     """Return the projections of every role at a layer.
 
     Args:
-      found: an `Extraction`; a run's folder; or role → projections [n, L] of its answers, or
-        [L], their mean, "default" included.
-      layer: the layer; default: the middle.
+      found: an `Extraction`; a run's folder; or role → projections of its answers [n, L] or their
+        mean [L], with the default persona as "default".
+      layer: the layer; default: the middle one.
 
     Raises:
-      UserError: another value, an incomplete run, or a layer that does not exist.
+      UserError: `found` is none of these, the run is incomplete, or the layer does not exist.
     """
     if isinstance(found, (str, os.PathLike)):
         return _of_folder(pathlib.Path(found), layer)
@@ -110,8 +110,8 @@ def _of_answers(given: Mapping[str, Any], layer: int | None, held_out: frozenset
         raise UserError("found has no role; give projections of at least one role")
     shapes = {(value.ndim, value.shape[-1] if value.ndim else 0) for value in arrays.values()}
     if len(shapes) != 1 or not {dims for dims, _ in shapes} <= {1, 2}:
-        raise UserError("found must have one array [n, L] or [L] per role, all of the same number "
-                        f"of layers L; it has {sorted({v.shape for v in arrays.values()})[:4]}")
+        raise UserError("found must have one array [n, L] or [L] per role, with equal L; its "
+                        f"arrays have shapes {sorted({v.shape for v in arrays.values()})[:4]}")
     dims, total = shapes.pop()
     at = layer_of(layer, total)
     answers = {name: value[..., at].reshape(-1) for name, value in arrays.items()}
@@ -129,7 +129,7 @@ def _of_answers(given: Mapping[str, Any], layer: int | None, held_out: frozenset
 
 
 def _of_folder(folder: pathlib.Path, layer: int | None) -> Places:
-    """Return the projections that a run wrote: `analysis.json`, and the axis's percentiles."""
+    """Read a run's projections from `analysis.json` and the percentiles from its axis."""
     about = _analysis(folder)
     axis = load_axis(folder / "axis.safetensors")
     at = layer_of(layer, axis.n_layers)
@@ -157,13 +157,14 @@ def parts(found: Any, layer: int | None, default: Any = None) -> Parts:
     """Return the principal components of the role vectors at a layer.
 
     Args:
-      found: an `Extraction` or `Analysis`; a run's folder; or role → vector [L, D], "default" for
-        the default persona's.
-      layer: the layer; default: the middle.
-      default: the default persona's mean activation [L, D], if `found` does not have it.
+      found: an `Extraction` or `Analysis`; a run's folder; or role → vector [L, D], with the
+        default persona as "default".
+      layer: the layer; default: the middle one.
+      default: the default persona's mean activation [L, D], if `found` does not contain it.
 
     Raises:
-      UserError: another value, fewer than two roles, or a layer that does not exist.
+      UserError: `found` is none of these, there are fewer than two roles, or the layer does not
+        exist.
     """
     if isinstance(found, Axis):
         raise UserError(f"found is the axis {found.name!r}, a direction without role vectors; "
@@ -207,10 +208,10 @@ def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
 
     Args:
       found: as for `parts`, or the ratios [C] themselves.
-      layer: the layer; default: the middle.
+      layer: the layer; default: the middle one.
 
     Raises:
-      UserError: as `parts`, or ratios that are not positive numbers with a sum of at most 1.
+      UserError: as for `parts`, or the ratios are negative or have a sum above 1.
     """
     if isinstance(found, (str, os.PathLike)):
         about = _analysis(pathlib.Path(found))
@@ -225,13 +226,13 @@ def ratios(found: Any, layer: int | None) -> tuple[np.ndarray, int]:
         return read.components.ratio, read.layer
     values = numbers("found", given)
     if values.ndim != 1 or not values.size or not (values >= 0).all() or values.sum() > 1.001:
-        raise UserError(f"found is {given!r:.60}; ratios must be [C] shares of the variance")
+        raise UserError(f"found is {given!r:.60}; give explained shares of the variance [C]")
     return values, at
 
 
 def _analysis(folder: pathlib.Path) -> dict[str, Any]:
     """Read the `analysis.json` of a run."""
-    Run.read(folder)  # names the fault if the folder holds no run
+    Run.read(folder)  # raises an error if the folder does not contain a run
     path = folder / "analysis.json"
     if not path.exists():
         raise UserError(f"{folder}: the run is not complete; finish it with `jaxpersona axis "
@@ -249,7 +250,7 @@ def _damaged(folder: pathlib.Path, why: str = "") -> UserError:
 
 
 def _vectors(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Read the vectors behind a run's axis and that of the default persona."""
+    """Read the role vectors that a run used for its axis, and the default persona's vector."""
     run, about = Run.read(folder), _analysis(folder)
     try:
         wanted = {name: "pos_3" for name, entry in about["roles"].items() if entry["in_axis"]}

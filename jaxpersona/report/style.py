@@ -1,4 +1,4 @@
-"""The style of all figures: one set of rcParams, colours for colour-blind readers, and saving.
+"""The style of all figures: rcParams, a colour-blind-safe palette, labels and saving.
 
 matplotlib is imported when a figure is drawn, not when the package is imported.
 """
@@ -21,30 +21,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# the palette of Okabe and Ito (2008), distinguishable with any form of colour blindness
+# the colour-blind-safe palette of Okabe and Ito (2008)
 BLUE, ORANGE, GREEN, VERMILION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#6E6E6E"
 CYCLE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # curves differ in colour and in marker
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # curves differ in both colour and marker
 DEFAULT, ROLE = GREEN, BLUE
 ARMS = {"uncapped": (VERMILION, "o"), "capped": (BLUE, "s")}  # (colour, marker) by name
-DIVERGING = "PuOr"  # for values on both sides of a reference
-SMALL, TINY = 8.0, 7.0  # points: captions and legends; names of roles
+DIVERGING = "PuOr"  # colour map for values on both sides of a reference
+SMALL, TINY = 8.0, 7.0  # font sizes in points: of captions and legends, and of role names
 _RC = {
-    "font.family": ["DejaVu Sans"],  # part of matplotlib: figures are the same on all machines
+    "font.family": ["DejaVu Sans"],  # included in matplotlib, so it is the same on all machines
     "font.size": 9.0, "axes.titlesize": 10.0, "axes.titlelocation": "left",
     "axes.titlepad": 8.0, "axes.labelsize": 9.0, "xtick.labelsize": SMALL,
     "ytick.labelsize": SMALL, "legend.fontsize": SMALL, "legend.frameon": False,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.8,
     "lines.linewidth": 1.6, "lines.markersize": 5.0, "figure.dpi": 110.0, "savefig.dpi": 150.0,
-    "axes.axisbelow": True, "svg.hashsalt": "jaxpersona",  # the same file from the same figure
+    "axes.axisbelow": True, "svg.hashsalt": "jaxpersona",  # makes SVG files reproducible
 }
 _PLAIN = contextvars.ContextVar("figures without pyplot", default=False)
 
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """Draw in the style of the package; the caller's rcParams are restored.
+    """Apply the package's style in a `with` block, and restore the caller's rcParams afterwards.
 
     Raises:
       UserError: matplotlib is not installed.
@@ -61,7 +61,7 @@ def style() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_pyplot() -> Iterator[None]:
-    """Within, new figures do not belong to pyplot, whose back end and list are global."""
+    """Create figures in a `with` block without pyplot, whose backend and figure list are global."""
     token = _PLAIN.set(True)
     try:
         yield
@@ -70,7 +70,7 @@ def without_pyplot() -> Iterator[None]:
 
 
 def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
-    """Return the given axes, or those of a new pyplot figure of a size in inches.
+    """Return the given axes, or those of a new figure with this width and height in inches.
 
     Raises:
       UserError: `ax` is not a matplotlib Axes.
@@ -78,7 +78,7 @@ def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
     if ax is None and _PLAIN.get():
         return new_figure(width, height).subplots()
     if ax is None:
-        import matplotlib.pyplot as plt  # notebooks show its figures
+        import matplotlib.pyplot as plt  # notebooks show pyplot's figures
 
         return plt.subplots(figsize=(width, height), layout="constrained")[1]
     if not (hasattr(ax, "plot") and hasattr(ax, "transAxes")):
@@ -88,7 +88,7 @@ def axes_of(ax: Axes | None, width: float, height: float) -> Axes:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return a figure of a size in inches, independent of pyplot's back end and list of figures."""
+    """Create a figure with a size in inches, independent of pyplot's backend and figure list."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -98,16 +98,16 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def figure_of(ax: Axes) -> Figure:
-    """Return the figure that an Axes belongs to, also from within a subfigure."""
+    """Return the top-level figure of an Axes, even if the Axes is in a subfigure."""
     figure = ax.get_figure(root=True)
     assert figure is not None
     return figure
 
 
 def renderer_of(ax: Axes) -> Any:
-    """Lay out the figure of an Axes and return a renderer that measures its texts.
+    """Lay out the figure of an Axes and return a renderer that measures texts.
 
-    The renderer is Agg's for every back end, so that positions do not depend on the back end.
+    The renderer is always Agg's, so positions do not depend on matplotlib's backend.
     """
     from matplotlib.backends.backend_agg import RendererAgg
 
@@ -118,30 +118,30 @@ def renderer_of(ax: Axes) -> Any:
 
 
 def text(given: object) -> str:
-    """Return a text for a figure: a dollar sign is a dollar sign, not the start of mathematics."""
+    """Escape the dollar signs of a text, which matplotlib would interpret as formula delimiters."""
     return str(given).replace("$", r"\$")
 
 
 def label(name: str) -> str:
-    """Return the name of a role or curve as a reader writes it, without underscores."""
+    """Return the name of a role or curve with spaces in place of underscores."""
     return text(name.replace("_", " ").strip() or "(unnamed)")
 
 
 def reference(ax: Axes, value: float, name: str, *, vertical: bool = False,
               colour: str = BLACK, dash: Any = (0, (4, 2))) -> None:
-    """Draw a line across the axes at a value, with an entry for the legend."""
+    """Draw a line across the axes at a value, with an entry in the legend."""
     draw = ax.axvline if vertical else ax.axhline
     draw(value, color=colour, linewidth=0.9, linestyle=dash, marker="", label=text(name), zorder=1)
 
 
 def band(ax: Axes, low: float, high: float, name: str, *, vertical: bool = False) -> None:
-    """Shade a range of values across the axes, with an entry for the legend."""
+    """Shade a range of values across the axes, with an entry in the legend."""
     draw = ax.axvspan if vertical else ax.axhspan
     draw(low, high, color=DEFAULT, alpha=0.14, linewidth=0, label=text(name), zorder=0)
 
 
 def titled(ax: Axes, title: str, columns: int = 3) -> None:
-    """Write the title, with the legend in a line or more between it and the axes."""
+    """Write the title above the axes, with the legend between the title and the axes."""
     handles, names = ax.get_legend_handles_labels()
     lines = -(-len(handles) // columns)
     if handles:
@@ -154,14 +154,14 @@ def titled(ax: Axes, title: str, columns: int = 3) -> None:
 
 
 def described(ax: Axes, name: str, caption: str = "") -> None:
-    """Label the horizontal axis, with a caption below the label."""
+    """Label the x axis, with a caption below the label."""
     ax.set_xlabel(text(name) + (f"\n{text(caption)}" if caption else ""), linespacing=1.5)
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a figure as PNG to a path, and as SVG beside it.
+    """Write a figure as a PNG file and an SVG file with the same stem.
 
-    A path that ends in .svg gives the place of the SVG, with the PNG beside it.
+    If the path ends in .svg, it is the path of the SVG file; otherwise it is that of the PNG file.
     """
     path = pathlib.Path(path)
     stem = path.with_suffix("") if path.suffix.lower() in (".png", ".svg") else path

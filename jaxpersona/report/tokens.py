@@ -1,4 +1,4 @@
-"""A figure of one conversation: its tokens, each on a background of its projection's colour."""
+"""A figure of one conversation's tokens, whose background colours show their projections."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from jaxpersona.models.model import Model
     from jaxpersona.text.chat import Row
 
-_COLUMNS = 88  # characters of a line
-_LINE = 0.19  # inches
-_LEAST, _MOST = 5.0, 8.5  # points: the font's size
-_ADVANCE = 0.6021  # width of a character of DejaVu Sans Mono over the font's size
-_LINES = 120  # of a figure; more are left out
+_COLUMNS = 88  # characters per line
+_LINE = 0.19  # height of a line, in inches
+_LEAST, _MOST = 5.0, 8.5  # minimum and maximum font size, in points
+_ADVANCE = 0.6021  # width of a DejaVu Sans Mono character, relative to the font size
+_LINES = 120  # maximum number of lines in a figure
 _ROLES = ((SYSTEM, "system"), (USER, "user"), (ASSISTANT, "assistant"))
 
 
@@ -50,20 +50,20 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
     """Draw the tokens of one conversation, coloured by their projections on a direction.
 
     Tokens that the reading did not select are grey on white. Colours saturate at the 2nd and the
-    98th percentile, because the first token, an attention sink, is often far from the others.
+    98th percentile, because the first token, an attention sink, often has an extreme projection.
 
     Args:
       found: the result of `generate` or `extract`, or a `Reply`, with a `capture.projections`.
-      model: the model, whose tokenizer writes the tokens.
-      index: the conversation.
-      layer: the layer, as an index of those that the reading read; default: the middle one.
+      model: the model, whose tokenizer decodes the tokens.
+      index: the index of the conversation.
+      layer: an index into the layers of the reading; default: the middle one.
       direction: the index of the direction.
       reading: the name of the reading.
       centre: the projection drawn in white, such as the floor of a cap; default: the median.
       name: the direction's name, for the label.
       title: the title.
-      ax: the axes to draw on; default: those of a new figure. Tokens that do not fit are left out,
-        and a last line counts them.
+      ax: the axes to draw on; default: those of a new figure. Tokens that do not fit are omitted,
+        and the last line states their number.
 
     Raises:
       UserError: matplotlib or the model's tokenizer is missing, `found` has no such reading, or an
@@ -79,7 +79,7 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
     """
     check_model(model)
     if model.tokenizer is None:
-        raise UserError(f"{model.name} has no tokenizer; its tokens have no text")
+        raise UserError(f"{model.name} has no tokenizer, so its tokens cannot be decoded")
     row, reply, values = _values(found, index, reading)
     at = layer_of(layer, values.shape[0])
     if not isinstance(direction, int) or not 0 <= direction < values.shape[-1]:
@@ -143,7 +143,7 @@ def _cells(piece: str) -> int:
 
 
 def _messages(row: Row, count: int) -> list[tuple[int, str]]:
-    """Return (message, role) of every token; those after the prompt are the assistant's."""
+    """Return (message, role) of every token; tokens after the prompt are the assistant's."""
     roles = {}
     for bit, role in _ROLES:
         for turn in set(row.turn[(row.kind & bit) != 0].tolist()):
@@ -151,14 +151,13 @@ def _messages(row: Row, count: int) -> list[tuple[int, str]]:
     last = int(row.turn[-1])
     found = [(int(turn), roles.get(int(turn), "assistant" if turn == last else ""))
              for turn in row.turn[:count]]
-    # a prompt without a generation prompt is followed by the next message
+    # without a generation prompt, the reply is a new message
     reply = last if roles.get(last, "assistant") == "assistant" else last + 1
     return found + [(reply, "assistant")] * (count - len(found))
 
 
 def _wrapped(pieces: list[str], starts: list[bool]) -> list[tuple[int, int]]:
-    """Return (line, column) of every token; a message starts a line, and so does the text after ↵.
-    """
+    """Return (line, column) of every token; each message and the text after each ↵ start a line."""
     places, line, column = [], 0, 0
     for i, piece in enumerate(pieces):
         width = min(_cells(piece), _COLUMNS)
@@ -212,7 +211,7 @@ def _draw(ax: Axes, pieces: list[str], lines: list[tuple[int, int]], values: np.
 
 
 def _colour_bar(ax: Axes, middle: float, reach: float, name: str) -> None:
-    """Draw the scale of the colours below the text."""
+    """Draw a colour bar below the text."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
@@ -223,7 +222,7 @@ def _colour_bar(ax: Axes, middle: float, reach: float, name: str) -> None:
 
 
 def _fit_font(ax: Axes) -> None:
-    """Set the tokens' font so that a character is as wide as a cell and no line touches another."""
+    """Set the font size so that characters fit the columns and lines do not overlap."""
     renderer_of(ax)  # applies the layout
     box, dpi = ax.get_window_extent(), figure_of(ax).dpi
     lines = abs(ax.get_ylim()[0] - ax.get_ylim()[1])

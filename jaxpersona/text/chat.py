@@ -1,20 +1,20 @@
 """Tokenize conversations with the checkpoint's chat template and label every token.
 
-The rendered text is tokenized once. Character offsets map the spans from `template.locate` to
-tokens, without string search. Generated tokens are never re-encoded.
+The rendered text is tokenized once. The tokenizer's character offsets map the spans that
+`template.locate` returns to tokens. Generated tokens are never re-encoded.
 
 Token kinds:
 - Message content is SYSTEM, USER or ASSISTANT. Text from the template, including a default system
   prompt, is TEMPLATE. A token that contains both is TEMPLATE, unless it consists of template
-  whitespace and the start of the content's first word; then it is content, as in generation.
-- A thinking block in an assistant message, including its tags, is ASSISTANT | THINKING; one that
-  the template adds is TEMPLATE | THINKING. The last prompt token is THINKING if and only if the
-  reply starts inside an open thinking block.
+  whitespace and the start of the content's first word. Such a token is labelled as content.
+- A thinking block in an assistant message, including its tags, is ASSISTANT | THINKING. A thinking
+  block that the template adds is TEMPLATE | THINKING. The last prompt token is THINKING if and only
+  if the reply starts inside an open thinking block.
 - Fenced code, including its fences, is CODE.
 
 An empty system message is rendered, not skipped. If the template has no system role, the system
 prompt is prepended to the first user message, separated by a blank line. Its tokens keep the kind
-and turn of the system message; an empty system prompt adds nothing.
+and turn of the system message. An empty system prompt is then omitted.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thin
       variables: additional template variables, such as {"date_string": "26 Jul 2024"}.
 
     Returns:
-      A batch with token hashes as `row_id`; the n-th duplicate of a row is hashed as sample n.
+      A batch. Each `row_id` is a hash of the row's tokens and of the row's index among equal rows.
 
     Raises:
       UserError: see `encode_row` and `batch.batch`.
@@ -158,7 +158,7 @@ def encode_row(tokenizer: Any, conversation: Any, *, reply: bool = True, thinkin
 @sandbox.one_conversation()
 def continue_row(tokenizer: Any, row: Row, generated: np.ndarray, message: str, *, stopped: bool,
                  thinking: bool = False, variables: Mapping[str, Any] | None = None) -> Row:
-    """Append a reply and the next user message to a prompt, and return the next prompt.
+    """Append a reply and the next user message to a prompt; return the next prompt.
 
     The token ids of the prompt and the reply are kept, not re-encoded. Only the tokens after the
     reply come from a rendering of the whole conversation.
@@ -214,8 +214,8 @@ def _after_reply(template: Template, messages: list[dict[str, str]],
                  ) -> tuple[str, np.ndarray, np.ndarray, int]:
     """Render a conversation; return (text, kind, turn) and the end of the last reply's content.
 
-    If the template changes the reply, a private-use character is rendered in its place, because
-    only the text after the reply is used.
+    If the template changes the reply, a private-use character is rendered instead of the reply,
+    because only the text after the reply is used.
     """
     *before, reply, message = messages
     used = "".join(m["content"] for m in messages)
@@ -242,7 +242,7 @@ def _decoded_after(tokenizer: Any, before: np.ndarray, ids: np.ndarray) -> str:
 
 
 def answered(tokenizer: Any, row: Row, reply: np.ndarray) -> Row:
-    """Append a reply's token ids [n] to a prompt, with the same kinds as in generation.
+    """Append a reply's token ids [n] to a prompt, with the same kinds as during generation.
 
     Args:
       tokenizer: the model's tokenizer; None leaves THINKING and CODE unset.

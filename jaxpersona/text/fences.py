@@ -2,11 +2,12 @@
 
 A finite automaton over five character classes (backtick, tilde, newline, space, other) tracks
 whether the text is inside a Markdown code block. Each token maps a state to the next state, so the
-decode loop only needs to look up a table [V, states].
+decode loop only looks up entries of a transition table [V, states].
 
 Limitations: a fence is recognized at its third mark, and three marks also close a longer fence. If
-a backtick follows on the opening line (inline code), the text up to it counts as code. Fences after
-list markers are not recognized. `template.fences` parses complete texts line by line.
+the opening line contains another backtick (inline code), the text before that backtick is labelled
+as code. Fences after list markers are not recognized. For complete texts, `template.fences` parses
+whole lines instead.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 CODE_BIT = 0x80  # flag in table entries: some of the token's text is code
-_LINE, _TEXT = 0, 4  # outside code: a line start (1 to 3: after that many spaces); within a line
+_LINE, _TEXT = 0, 4  # outside code: at a line start (1 to 3: after that many spaces); in a line
 _INSIDE = 9  # states from here on are inside code
 
 
@@ -47,7 +48,8 @@ def _machine() -> dict[tuple[int, str], int]:
         step[text, "\n"] = start
 
     # outside code: 0…8; opening line of a backtick fence: 9 (marks), 10 (rest); tilde fence: 11
-    # inside code, per mark: 4 line starts, 2 runs of marks, closing run, spaces after it, text
+    # inside code, 9 states per mark: 4 line starts, 2 runs of marks, the closing run, spaces after
+    # the closing run, text
     inside = {"`": 12, "~": 21}
     line(_LINE, _TEXT, "`~", {"`": 5, "~": 7}, {"`": 9, "~": 11})
     for state in (9, 10, 11):
@@ -85,7 +87,7 @@ def _walk(text: str) -> np.ndarray:
 
 
 def _reduced(text: str) -> str:
-    """Shorten a text without changing its automaton transitions."""
+    """Shorten a text without changing the automaton's transitions for it."""
     # a carriage return before a newline is equivalent to a trailing space
     text = re.sub(r"[^`~\n ]+", "x", text.replace("\t", "    ").replace("\r", " "))
     return re.sub(r"(.)\1{4,}", r"\1\1\1\1", text, flags=re.DOTALL)
@@ -99,7 +101,7 @@ def _written(token: str) -> str:
 
 
 def walk(texts: list[str]) -> np.ndarray:
-    """Return a mask of the T token texts that contain fenced code, [T] bool."""
+    """Return a bool mask [T] of the T token texts that contain fenced code."""
     state, out = _LINE, []
     for text in texts:
         entry = int(_walk(_reduced(text))[state])

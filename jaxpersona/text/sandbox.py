@@ -2,8 +2,8 @@
 
 One worker process (`sandbox_worker`) serves all tokenizers. It starts on the first rendering and is
 restarted after a template exceeds a limit. Short renderings that depend only on the request are
-cached, because `template.locate` renders each conversation several times, and most of these
-renderings are the same for conversations with the same structure.
+cached: `template.locate` renders each conversation several times, and most of these renderings are
+the same for all conversations with the same structure.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from jaxpersona.errors import UserError
 SECONDS = 10.0  # CPU time limit for each rendering, and for all renderings of a conversation
 MEMORY = 2 << 30  # bytes of the worker's address space, including the interpreter
 CHARACTERS = 1 << 26  # maximum size of a conversation and of a rendering
-_LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON uses at most 6 per character
+_LARGEST_REPLY = 6 * CHARACTERS + (1 << 16)  # bytes; JSON needs at most 6 bytes per character
 _WAIT = 10  # wall-clock timeout in multiples of SECONDS; large, because machines may be busy
 _START = 120.0  # wall-clock timeout in seconds for the start of the process
 _CACHED = 256  # maximum number of cached renderings
@@ -37,7 +37,7 @@ _CACHED_BYTES = 1 << 15  # maximum size of a cached request (with its template) 
 
 
 class Refused(UserError):
-    """The template rejects the conversation by raising an error."""
+    """Raised if the template rejects the conversation by raising an error."""
 
 
 _budget: contextvars.ContextVar[list[float] | None] = contextvars.ContextVar(
@@ -46,7 +46,7 @@ _budget: contextvars.ContextVar[list[float] | None] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def one_conversation() -> Iterator[None]:
-    """Limit all renderings in a `with` block to `SECONDS` in total, including nested blocks."""
+    """Limit the total CPU time of the renderings in this and nested `with` blocks to `SECONDS`."""
     if _budget.get() is not None:
         yield
         return
@@ -91,8 +91,8 @@ def render(template: str, variables: Mapping[str, Any], source: str = "") -> str
 def _answer(request: bytes) -> dict[str, Any]:
     """Return the answer to an encoded request, from the cache if possible; requires `_lock`.
 
-    The cache holds rendered texts and template errors for short requests. Answers that depend on
-    the time or on random numbers ("varies"), and exceeded limits, are not cached.
+    The cache contains rendered texts and template errors for short requests. Answers that depend
+    on the time or on random numbers ("varies") and errors about limits are not cached.
     """
     if request in _cache:
         _cache.move_to_end(request)
@@ -180,7 +180,7 @@ class _Worker:
         except (OSError, EOFError, TimeoutError) as error:
             self.end()
             return {"error": self._cause(error), "refused": False}
-        except BaseException:  # e.g. an interrupt; a later request would read this answer
+        except BaseException:  # e.g. an interrupt; the next request must not read this answer
             self.end()
             raise
         return json.loads(reply.decode("utf-8", "surrogatepass"))
@@ -223,7 +223,7 @@ class _Worker:
         if _current is self:
             _current = None
         if self.process.poll() is None and isinstance(sys.exc_info()[1], EOFError | OSError):
-            # the worker may be exiting, and its exit code gives the cause
+            # the worker may be exiting; its exit code identifies the cause
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(1.0)
         self.process.kill()

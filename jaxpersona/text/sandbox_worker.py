@@ -6,11 +6,11 @@ environment behaves like that of transformers.
 
 Protocol: a message is its length (8 bytes, little endian) followed by UTF-8 JSON. The first message
 on stdin contains the limits. Each later message is a request; the answer on stdout is {"text": …}
-or {"error": …, "refused": bool}, with two more fields: "seconds", the CPU time used, and "varies",
-whether the template used the clock or random numbers, so that equal requests may have different
+or {"error": …, "refused": bool}, with two more fields: "seconds" is the CPU time used, and "varies"
+is true if the template used the clock or random numbers, so that equal requests may have different
 answers.
 
-To start fast, this file imports only Jinja and the standard library.
+For a fast start, this file imports only Jinja and the standard library.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
 
 
 def limit_process(memory: int) -> None:
-    """Limit this process's memory in bytes and forbid file writes."""
+    """Limit this process's address space to `memory` bytes and forbid file writes."""
     try:
         import resource
     except ImportError:  # on Windows, only the caller's timeout applies
@@ -134,7 +134,7 @@ def limit_time(seconds: float) -> None:
 
 def answer(request: dict[str, Any], known: dict[str, Any],
            limits: dict[str, Any]) -> dict[str, Any]:
-    """Render one request: {"template", "variables"}."""
+    """Render the template of a request {"template", "variables"} and return the answer."""
     source = request["template"]
     try:
         if source not in known:

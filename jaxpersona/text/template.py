@@ -1,8 +1,8 @@
 """Locate each message's content in the text that a chat template renders.
 
 The template also renders a twin of the conversation, whose contents are private-use characters.
-The twin's rendering is split at these marks and the contents, verbatim or trimmed, are inserted;
-the result must equal the real rendering. String search would be ambiguous.
+In the twin's rendering, these marks are replaced by the real contents, verbatim or trimmed. The
+result must equal the real rendering. A string search for the contents would be ambiguous.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxpersona.text.sandbox import Refused
 ROLES = {"system": SYSTEM, "user": USER, "assistant": ASSISTANT}
 OPEN, CLOSE = "<think>", "</think>"
 BLANK_LINE = "\n\n"
-# Templates test contents for these tags, so the twin keeps them.
+# Templates check contents for these tags, so the twin keeps the tags.
 TAGS = re.compile(r"(</?think>|</?tool_response>|</?tool_call>)")
 FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})([^\n]*)$", re.MULTILINE)
 # private-use code points (Unicode planes 15 and 16), which ordinary text does not contain
@@ -32,7 +32,7 @@ _EXAMPLES = 16  # maximum number of renderings used to find closing texts
 
 
 class _Piece(NamedTuple):
-    """A piece of a message's content: text, a tag, or the joint between two merged messages."""
+    """A piece of a message's content: text, a tag, or the separator of two merged messages."""
 
     owner: int
     place: int
@@ -132,7 +132,7 @@ def locate(template: Template, messages: list[dict[str, str]], reply: bool,
     plan = _pieces(template, messages)
     text = template([{"role": role, "content": "".join(p.text for p in pieces)}
                      for role, pieces in plan], reply)
-    for blanks in ("all", "within", "inside", "none"):  # templates may test for empty contents
+    for blanks in ("all", "within", "inside", "none"):  # templates may check for empty contents
         twin, marks = _twin(plan, text, blanks)
         skeleton = template(twin, reply)
         spans = _match(skeleton, text, marks)
@@ -194,7 +194,7 @@ def _twin(plan: list[tuple[str, list[_Piece]]], text: str, blanks: str,
 
 
 def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] | None:
-    """Insert the pieces at the marks of `skeleton` so that it equals `text`; None if impossible."""
+    """Locate the pieces in `text` from their marks in `skeleton`; return None if impossible."""
     if not marks:
         return [] if skeleton == text else None
     at = [i for i, char in enumerate(skeleton) if char in marks]
@@ -242,7 +242,7 @@ def _match(skeleton: str, text: str, marks: dict[str, _Piece]) -> list[_Found] |
 
 
 def _forms(content: str) -> list[str]:
-    """Return the content verbatim and trimmed in the ways that templates use."""
+    """Return the content verbatim and with the kinds of trimming that templates use."""
     forms = [content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"),
              content.lstrip("\n"), content.rstrip("\n")]
     return list(dict.fromkeys(forms))
@@ -315,9 +315,9 @@ def _closings(template: Template, twin: list[dict[str, str]],
               marks: dict[str, _Piece], places: dict[int, int]) -> dict[tuple[Any, ...], str]:
     """Return the closing text for each `_manner`.
 
-    For each manner, the closing texts of the first two messages are rendered and the second is
-    returned, because templates may treat a conversation's first message differently. At most
-    `_EXAMPLES` texts are rendered.
+    For each `_manner`, the closing texts of its first two messages are rendered and the second one
+    is returned, because templates may treat a conversation's first message differently. At most
+    `_EXAMPLES` closing texts are rendered.
     """
     seen: dict[tuple[Any, ...], int] = {}
     out: dict[tuple[Any, ...], str] = {}
@@ -344,7 +344,7 @@ def _mark_thinking(text: str, kind: np.ndarray, turn: np.ndarray, messages: list
     if OPEN not in text and CLOSE not in text:
         return
     begins = np.full(len(messages) + 1, -1)
-    begins[turn[::-1]] = np.arange(len(text))[::-1]  # reversed, so that the first index remains
+    begins[turn[::-1]] = np.arange(len(text))[::-1]  # reversed: the first index of a turn remains
     ends = np.full(len(messages) + 1, -1)
     ends[turn] = np.arange(len(text))
     for i in range(len(messages) + 1):

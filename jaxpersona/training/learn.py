@@ -1,8 +1,7 @@
-"""Train a steering vector through a frozen model with any loss.
+"""Train a steering vector through a frozen model with a user-defined loss.
 
-The vector is a `flax.nnx` module; the training step receives its state as a pytree, and gradients
-flow through the intervention. Training is saved in Orbax checkpoints and can be resumed. The result
-is a named direction.
+The vector is the parameter of a `flax.nnx` module, and gradients flow through the intervention that
+adds it. Training is saved in Orbax checkpoints and can be resumed. The result is a named direction.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class Direction(nnx.Module):
         """Initialize a small random vector.
 
         Args:
-          width: the model's D.
+          width: the width D of the model's residual stream.
           layers: an int, a slice with a stop, a list of ints, or a string such as "46:54".
           where: the tokens to steer.
           site: the site to steer, as in `steer`.
@@ -67,7 +66,8 @@ class Direction(nnx.Module):
           UserError: an argument is invalid.
         """
         if not isinstance(width, (int, np.integer)) or width < 1:
-            raise UserError(f"width is {width!r:.60}; it must be a positive integer, the model's D")
+            raise UserError(f"width is {width!r:.60}; it must be a positive integer, the width of "
+                            "the model's residual stream")
         if not isinstance(size, (int, float, np.number)) or not 0 < size < math.inf:
             raise UserError(f"size is {size!r:.60}; it must be a positive number")
         if not isinstance(seed, (int, np.integer)):
@@ -87,7 +87,7 @@ class Direction(nnx.Module):
     def to_vector(self, model: Model, name: str = "learned") -> Vector:
         """Return a named direction [L, D], zero at layers that were not trained.
 
-        `steer(vector, layers=direction.layers, where=…)` applies it as in training.
+        `steer(vector, layers=direction.layers, where=…)` applies the vector as in training.
 
         Raises:
           UserError: the model has a different width or too few layers.
@@ -116,13 +116,14 @@ def fit(
     Args:
       model: the result of `load`.
       direction: the vector to train.
-      loss: loss(output, batch) → a scalar to minimize, traceable by JAX.
-      batches: the training batches, used cyclically; batches of equal shape share one program.
+      loss: a function loss(output, batch) → scalar, traceable by JAX, which is minimized.
+      batches: the training batches, used cyclically. Batches of equal shape share one compiled
+        program.
       steps: the total number of steps, including those of an earlier run in `folder`.
       optimizer: an optax optimizer; default: Adam with learning rate 0.05.
-      folder: a folder for checkpoints, saved every fifty steps and at the end; a later call resumes
-        from the last one. None: no checkpoints.
-      progress: called with (steps done, steps, loss).
+      folder: the folder for checkpoints, which are saved every fifty steps and at the end. A later
+        call resumes from the last checkpoint. If None, no checkpoints are saved.
+      progress: a function that is called after each step with (steps done, steps, loss).
 
     Returns:
       The loss of every step of this call.
@@ -130,8 +131,9 @@ def fit(
     Raises:
       UserError: an argument has the wrong type; there are no batches or steps; the direction does
         not match the model or the checkpoint; the checkpoint has more steps than `steps`; the loss
-        is not a scalar; the loss or its gradient is not finite (the direction then keeps its value
-        from before that step); or this process was forked from a process that had used JAX.
+        is not a scalar; the loss or its gradient is not finite; or this process was forked from a
+        process that had used JAX. If the loss or its gradient is not finite, the direction keeps
+        the value from before that step.
     """
     check_process()
     if isinstance(batches, Batch):
@@ -148,7 +150,8 @@ def fit(
     if not isinstance(steps, (int, np.integer)):
         raise UserError(f"steps is {steps!r:.60}; it must be an integer")
     if steps < 1 or not batches:
-        raise UserError(f"steps is {steps} with {len(batches)} batches; both must be positive")
+        raise UserError(f"steps is {steps} and there are {len(batches)} batches; both numbers must "
+                        "be positive")
     config = model.config
     for i, item in enumerate(batches):
         if not isinstance(item, Batch):
@@ -172,7 +175,7 @@ def fit(
             return value
 
         value, gradient = jax.value_and_grad(objective)(learned)
-        with jax.numpy_dtype_promotion("standard"):  # optax promotes a Python float
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes arrays and Python floats
             update, optimizer_state = optimizer.update(gradient, optimizer_state, learned)
         updated: Any = optax.apply_updates(learned, update)  # an nnx.State, like `learned`
         return updated, optimizer_state, value
@@ -245,7 +248,7 @@ class _Checkpoints:
         except Exception as error:
             reason = " ".join(str(error).split())[:160]
             raise UserError(f"{self.folder}: the checkpoint cannot be used ({reason}); use "
-                            "another folder, or delete it to start over") from error
+                            "another folder, or delete this folder to start over") from error
         return jax.tree.unflatten(tree, [arrays[f"{i:04d}"] for i in range(len(leaves))])
 
 
@@ -284,7 +287,7 @@ def _checkpoints(folder: str | pathlib.Path | None, direction: Direction,
     if folder is None:
         yield None
         return
-    ocp = require("orbax.checkpoint", "checkpoint= needs orbax-checkpoint")
+    ocp = require("orbax.checkpoint", "folder= needs orbax-checkpoint")
     path = pathlib.Path(folder).absolute()
     _check_settings(path, {"layers": list(direction.layers), "site": direction.site,
                   "where": direction.where.encode().tolist(), "model": model.fingerprint,

@@ -1,1 +1,1 @@
-"""Vectors: named directions of the residual stream, axes and caps."""
+"""Named directions of the residual stream: vectors, axes and caps."""

@@ -1,4 +1,4 @@
-"""Caps as data, and a check that a direction or caps belong to a model."""
+"""Caps stored as arrays, and a check that a direction or caps were made for a model."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from jaxpersona.vectors.vector import CONTROL_VECTOR, Vector, check_names, float
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Caps(Table):
-    """Floors on directions of the residual stream, in the order in which they apply.
+    """Floors on n projections of the residual stream, in the order in which they are applied.
 
     A layer may have several caps.
 
     Attributes:
-      values: [n, D] float32, not normalized.
-      layers: n zero-based layers; each cap applies to the residual stream after the block.
+      values: [n, D] float32, the directions, not normalized.
+      layers: n zero-based layers; each cap applies to the residual stream after that block.
       floors: [n] float32, the minimum projection on each unit direction.
       labels: n names, one per cap.
       name, model, fingerprint, notes, fingerprint_scheme: as for `Vector`.
@@ -68,15 +68,16 @@ class Caps(Table):
         if values.ndim != 2 or not count or set(shapes) != {(count,)}:
             raise UserError(f"caps {self.name!r} have values {list(values.shape)}, floors "
                             f"{list(floors.shape)}, {count} layers and {len(self.labels)} labels; "
-                            "they must be [n, D], [n], n and n")
+                            "n caps need values [n, D], floors [n], n layers and n labels")
         if not np.isfinite(values).all() or not np.isfinite(floors).all():
             raise UserError(f"caps {self.name!r} contain a non-finite value")
         if not values.any(axis=1).all():
             raise UserError(f"caps {self.name!r} contain a zero vector; give nonzero vectors")
         if any(type(layer) is not int or not 0 <= layer < MAX_LAYERS for layer in self.layers):
-            raise UserError(f"layers is {list(self.layers)}; each must be in 0…{MAX_LAYERS - 1}")
+            raise UserError(f"layers is {list(self.layers)}; each layer must be in "
+                            f"0…{MAX_LAYERS - 1}")
         if not all(isinstance(label, str) for label in self.labels):
-            raise UserError(f"labels is {str(self.labels)[:80]}; each must be a string")
+            raise UserError(f"labels is {str(self.labels)[:80]}; each label must be a string")
         check_names(self)
         object.__setattr__(self, "values", values)
         object.__setattr__(self, "floors", floors)
@@ -87,22 +88,22 @@ class Caps(Table):
                     f"of {quoted(self.model)}" if self.model else "")
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one record per cap: layer, label, floor, and the direction's norm."""
+        """Return one record per cap: the layer, the label, the floor and the direction's norm."""
         norms = normalised(self.values)[1].tolist()
         return [{"layer": layer, "label": label, "floor": float(floor), "norm": norm}
                 for layer, label, floor, norm in zip(self.layers, self.labels, self.floors, norms,
                                                      strict=True)]
 
     def facts(self) -> dict[str, Any]:
-        """Return the metadata; `save_vector` writes them with the values."""
+        """Return the metadata that `save_vector` writes with the values."""
         return {"name": self.name, "model": self.model, "fingerprint": self.fingerprint,
                 **self.notes}
 
     def tables(self) -> list[tuple[Vector, tuple[int, ...], np.ndarray]]:
-        """Return the arguments of successive calls of `cap`: direction, layers and floors [l].
+        """Return the arguments of successive calls to `cap`: direction, layers and floors [l].
 
-        The second cap of a layer is in the second call, and so on, so that chaining the calls
-        applies each layer's caps in order.
+        The k-th call has the k-th cap of every layer, so chaining the calls applies the caps of
+        each layer in order.
         """
         rounds: list[dict[int, int]] = []
         for i, layer in enumerate(self.layers):
@@ -130,13 +131,17 @@ Found = TypeVar("Found", bound=Vector | Caps)
 
 
 def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") -> Found:
-    """Check that a direction or caps belong to a model, and return them.
+    """Return a direction or caps after checking that they were made for a model.
 
-    If `fingerprint` is empty, or the direction's fingerprint has an older scheme, only the half
-    that depends on the configuration is compared.
+    If `fingerprint` is empty, or the fingerprint in `found` has an older scheme, only the half of
+    the fingerprint that depends on the configuration is compared.
 
-    A control vector written by another program may end at the last layer that it steers; it is
-    padded with zeros.
+    A control vector written by another program may end at the last layer that it steers. The
+    missing layers are filled with zeros.
+
+    Args:
+      found: the direction or the caps.
+      config, name, fingerprint: the model's configuration, name and fingerprint.
 
     Raises:
       UserError: the width, the number of layers or the fingerprint differs.
@@ -153,7 +158,7 @@ def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") 
         raise UserError(
             f"{found.kind} {found.name!r} is for {layers} layers of width "
             f"{found.values.shape[1]}, but {name} has {config.n_layers} layers of width "
-            f"{config.d_model}: it was made for another model; use one made for this model"
+            f"{config.d_model}: it was made for another model; use the {found.kind} of this model"
         )
     if found.fingerprint_scheme > SCHEME:  # fingerprints of later schemes cannot be compared
         return found
@@ -162,7 +167,7 @@ def fitted(found: Found, config: ModelConfig, name: str, fingerprint: str = "") 
     if found.fingerprint[: len(known)] not in ("", known):
         raise UserError(
             f"{found.kind} {found.name!r} was made for another model ({found.model or 'not named'}"
-            f"), not for {name}; use one made for this model"
-            + (", or pass its values as an array" if isinstance(found, Vector) else "")
+            f"), not for {name}; use the {found.kind} of this model"
+            + (", or pass the values as an array" if isinstance(found, Vector) else "")
         )
     return found

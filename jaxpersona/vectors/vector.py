@@ -1,7 +1,7 @@
-"""Named directions with metadata: the model, site and layers that they belong to.
+"""Named directions with metadata about the model and the site at which they were measured.
 
-Interventions check the metadata of a `Vector`. A bare array has none, so its use with another model
-or site is not detected.
+Interventions check the metadata of a `Vector`. A plain array has no metadata, so its use with
+another model or site is not detected.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ def float32(values: Any, field: str) -> np.ndarray:
     if np.iscomplexobj(values):
         raise UserError(f"{field} is complex; give real numbers")
     try:
-        # overflow gives infinity, which the caller rejects
+        # an overflow results in infinity, which the caller rejects
         with np.errstate(over="ignore"):
             return np.asarray(values, np.float32)
-    except (OverflowError, TypeError, ValueError) as error:  # an integer of 400 digits, None, text
+    except (OverflowError, TypeError, ValueError) as error:  # such as 10**400, None or text
         raise UserError(f"{field} cannot be converted to float32 ({error})") from None
 
 
 def check_names(found: Any) -> None:
-    """Check the text metadata of a direction or of caps; convert its notes to Python values."""
+    """Check the text metadata of a direction or of caps; convert the notes to Python values."""
     for field in ("name", "model", "fingerprint"):
         value = getattr(found, field)
         if not isinstance(value, str):
@@ -52,7 +52,7 @@ def check_names(found: Any) -> None:
 
 
 def _plain(notes: Any) -> dict[str, Any]:
-    """Convert NumPy and JAX scalars in notes to Python scalars, which all formats support."""
+    """Convert NumPy and JAX scalars in notes to Python scalars, which all file formats support."""
     if not isinstance(notes, Mapping):
         raise UserError(f"notes is a {type(notes).__name__}; it must be a dict")
     plain = {}
@@ -60,7 +60,7 @@ def _plain(notes: Any) -> dict[str, Any]:
         value = value.item() if getattr(value, "ndim", None) == 0 else value
         if not isinstance(name, str) or not isinstance(value, (str, int, float)):
             raise UserError(f"notes[{str(name)[:40]!r}] is a {type(value).__name__}; keys must be "
-                            "strings and values strings or numbers")
+                            "strings, and values must be strings or numbers")
         plain[name] = value
     return plain
 
@@ -70,15 +70,16 @@ class Vector(Table):
     """A direction in the residual stream at every layer of one model.
 
     Attributes:
-      values: [L, D] float32, not normalized; values[l] belongs to block l (zero-based). For the
-        site "residual", it is a direction of the residual stream after that block.
+      values: [L, D] float32, not normalized. values[l] is the direction at block l (zero-based);
+        for the site "residual", a direction of the residual stream after that block.
       name: the name of the direction.
       model: the model's name.
       fingerprint: the model's fingerprint (sixteen hexadecimal digits), or "" if unknown.
       site: the site in the block at which the direction was measured.
       notes: further metadata (strings and numbers), saved in the vector's file.
-      fingerprint_scheme: the version of the fingerprint (`params.SCHEME`). Fingerprints of
-        different versions cannot be compared; the direction is then checked only by its shape.
+      fingerprint_scheme: the version of the fingerprint (`params.SCHEME`). If the version is older,
+        only the half that depends on the configuration is compared with the model's fingerprint;
+        if it is newer, nothing is compared (`caps.fitted`).
 
     Raises:
       UserError: the values are not [L, D] or not finite, or a field has an invalid type.
@@ -126,7 +127,7 @@ class Vector(Table):
         return [{"layer": layer, "norm": norm} for layer, norm in enumerate(norms)]
 
     def facts(self) -> dict[str, Any]:
-        """Return the metadata; `save_vector` writes them with the values."""
+        """Return the metadata that `save_vector` writes with the values."""
         return {"name": self.name, "model": self.model, "fingerprint": self.fingerprint,
                 "site": self.site, **self.notes}
 
@@ -155,8 +156,8 @@ class Vector(Table):
         Raises:
           UserError: always.
         """
-        raise UserError(f"{self.kind} {self.name!r} has no thresholds; only an Axis has them: load "
-                        "one with jp.load_axis, or give the floor as numbers")
+        raise UserError(f"{self.kind} {self.name!r} has no thresholds; only an Axis has "
+                        "thresholds: load an axis with jp.load_axis, or give the floor as numbers")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Return the values, so that `np.asarray(vector)` is [L, D]."""
@@ -191,7 +192,7 @@ class Vector(Table):
         return self._with(self.values - other.values, f"{self.name} - {other.name}")
 
     def __getitem__(self, layers: Layers) -> Vector:
-        """Return the direction at the given layers, as in `vector[4:8]`, and zero at the others."""
+        """Return the direction with all layers set to zero except those given (`vector[4:8]`)."""
         kept = np.zeros_like(self.values)
         at = list(resolve_layers(layers, self.n_layers))
         kept[at] = self.values[at]
@@ -200,7 +201,7 @@ class Vector(Table):
     def cosine(self, other: Vector) -> np.ndarray:
         """Return the cosine similarity to another direction at every layer, [L].
 
-        It is NaN at layers where one of them is zero.
+        The similarity is NaN at layers where one of the directions is zero.
         """
         self._check_same(other)
         norms = np.linalg.norm(self.values, axis=1) * np.linalg.norm(other.values, axis=1)
@@ -209,7 +210,7 @@ class Vector(Table):
                          where=norms > 0)
 
     def _with(self, values: np.ndarray, name: str) -> Vector:
-        """Return a plain `Vector` of the same model; thresholds of an axis are not kept."""
+        """Return a `Vector` with the metadata of `self`; the thresholds of an axis are dropped."""
         return Vector(values, name, self.model, self.fingerprint, self.site, self.notes,
                       self.fingerprint_scheme)
 
@@ -217,7 +218,7 @@ class Vector(Table):
         """Check that another direction has the same shape, site and model.
 
         Raises:
-          UserError: one of them differs.
+          UserError: the shape, the site or the model differs.
         """
         for field in ("values", "site", "fingerprint"):
             own, theirs = getattr(self, field), getattr(other, field)
@@ -225,13 +226,13 @@ class Vector(Table):
                 own, theirs, field = list(own.shape), list(theirs.shape), "shape"
             if own != theirs and (field != "fingerprint" or (own and theirs)):
                 raise UserError(f"{self.name!r} and {other.name!r} differ in {field} ({own} and "
-                                f"{theirs}); use directions of one model and site")
+                                f"{theirs}); use directions of the same model and site")
 
     def check_site(self, site: Site) -> None:
         """Check that the direction was measured at `site`.
 
         Raises:
-          UserError: it was measured at another site.
+          UserError: the direction was measured at another site.
         """
         if site != self.site:
             raise UserError(
@@ -245,8 +246,9 @@ class Axis(Vector):
     """The Assistant Axis, oriented so that a higher projection is more Assistant-like.
 
     Attributes:
-      percentiles: population → percentile name, such as "p25" → [L] float32. The population's
-        response means, projected on the unit axis, have these percentiles.
+      percentiles: for each population, a dict from percentile names, such as "p25", to arrays [L]
+        float32. They are percentiles of the population's mean response activations, projected on
+        the unit axis.
 
     Raises:
       UserError: as for `Vector`, or if percentiles are not one finite number per layer.
@@ -279,7 +281,7 @@ class Axis(Vector):
                     f"percentiles: {known}" if known else "no thresholds")
 
     def records(self) -> list[dict[str, Any]]:
-        """Return one record per layer: layer, norm, and every percentile, such as "default p25"."""
+        """Return one record per layer: its index, norm and percentiles, such as "default p25"."""
         return [{**row, **{f"{of} {name}": float(values[row["layer"]])
                            for of, table in self.percentiles.items()
                            for name, values in sorted(table.items(), key=lambda x: _by_number(x[0]))
@@ -292,7 +294,7 @@ class Axis(Vector):
         """Return the projection at a percentile for every layer, [L] float32.
 
         Args:
-          percentile: its name, such as "p25", below which a quarter of the population lies.
+          percentile: the name of the percentile; a quarter of the population is below "p25".
           of: the population: "default" (rollouts of the default persona) or "all" (all rollouts).
 
         Raises:
@@ -321,7 +323,7 @@ def _by_number(name: str) -> tuple[float, str]:
 
 
 def _percentiles(population: str, table: Any, layers: int) -> dict[str, np.ndarray]:
-    """Return a population's percentiles as float32; raise unless each is finite and [L]."""
+    """Return a population's percentiles as float32, after checking that each is finite and [L]."""
     if not isinstance(table, Mapping):
         raise UserError(f"percentiles[{population!r}] is a {type(table).__name__}; it must be a "
                         "dict from percentile names, such as 'p25', to arrays [L]")

@@ -108,7 +108,7 @@ def test_at_a_terminal(tmp_path):
     hold.touch()
     with Terminal(HELD, hold, "chat", "--cap", "mini:4:8:p25", "--no-check", "--system", SYSTEM,
                   "--max-new-tokens", "40") as at:
-        assert "replies project at +18.93 to +21.19 at layer 4" in at.until("/help lists")
+        assert "replies have projections of +18.93 to +21.19 at layer 4" in at.until("/help lists")
         at.ask(ASKED)
         first = at.until("[A-Za-z]{2}")
         assert "[projection" not in first + at.said  # the rest of the reply is held
@@ -130,7 +130,7 @@ def test_at_a_terminal(tmp_path):
         at.ask(f"/save {saved}")
         at.until("wrote [^\n]*: 1 turn\n")
         at.until("you> ")
-        at.until(r"\(Ctrl-D or /quit leaves\)\n", press=b"no\x03")  # gives the line up
+        at.until(r"\(press Ctrl-D or type /quit to leave\)\n", press=b"no\x03")  # gives the line up
         at.ask("/quit")
         assert at.process.wait(60) == 0
     talk = json.loads(saved.read_text())
@@ -232,7 +232,7 @@ def test_a_switch_needs_interventions(monkeypatch):
 
 def test_a_full_context_is_one_line(monkeypatch, session):
     session.turns = [Turn("Tell me more. " * 300, "Yes.")]
-    with pytest.raises(jp.UserError, match=r"the context of mini holds 1,024.*\(/undo, /reset\)"):
+    with pytest.raises(jp.UserError, match=r"mini is limited to 1,024.*\(/undo, /reset\)"):
         run(monkeypatch, session, "Hi.")
     assert len(session.turns) == 1
 
@@ -253,7 +253,7 @@ def test_a_mistake_at_a_terminal_does_not_end_the_dialogue(monkeypatch, session,
     dialogue.run()
     out, err = capsys.readouterr()
     assert [line[:6] for line in err.splitlines()[-3:]] == ["error:"] * 3
-    assert "Ctrl-D or /quit leaves" in out and not list(tmp_path.iterdir())
+    assert "press Ctrl-D or type /quit to leave" in out and not list(tmp_path.iterdir())
 
 
 def test_control_characters_of_a_reply_are_escaped(monkeypatch, session, capsys):
@@ -264,7 +264,7 @@ def test_control_characters_of_a_reply_are_escaped(monkeypatch, session, capsys)
     out, err = capsys.readouterr()
     assert out == "\\x1b[2J\\u202eok\\x07\n"
     assert err.splitlines()[-1] == ("  [no projection: the reply has no token to project; 40 "
-                                    "tokens, ended by the full context; interventions off; "
+                                    "tokens, ended because the context is full; interventions off; "
                                     "context 1,024 of 1,024]")
 
 

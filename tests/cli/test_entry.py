@@ -195,7 +195,7 @@ def test_a_reading_without_tokens_is_said(caplog):
     with caplog.at_level(logging.WARNING, "jaxpersona"):
         out = jp.extract(m, [said, asked, said])
         assert ("capture 'mean' has no token to read in conversation 1 (1 of 3), so its value is "
-                "NaN: where= selects") in caplog.text
+                "NaN: where= (by default") in caplog.text
         assert np.isnan(out.captured["mean"][1]).all()
         assert np.isfinite(out.captured["mean"][[0, 2]]).all()
         caplog.clear()
@@ -212,7 +212,8 @@ def test_a_reading_without_tokens_is_said(caplog):
             assert not caplog.text
             _ = found.value
             assert (f"capture {name!r} has no token to read in rows 0, 1 (2 of 2), so their values "
-                    "are NaN: where= selects no token") in caplog.text
+                    "are NaN: where= (by default the content of assistant messages) "
+                    "selects no token") in caplog.text
         # an empty reply
         caplog.clear()
         stop = dataclasses.replace(m, stop_ids=tuple(range(258)))

@@ -118,7 +118,7 @@ def test_a_single_reply_is_streamed_to_a_terminal(capsys, monkeypatch):
     ([], "there is no prompt; give a message, or a file with --prompts"),
     (["Hi", "--out", "."], "--out is ., a folder; give the name of a file"),
     (["Hi", "--prompts", "none.txt"], "none.txt: 1 fault - none.txt: no such file"),
-    (["Hi", "--compare"], "--compare needs something to compare: give --cap, --steer or --spec"),
+    (["Hi", "--compare"], "--compare needs interventions; give --cap, --steer or --spec"),
 ])
 def test_mistakes_are_one_line(capsys, arguments, wanted):
     assert s.run_command(["generate", *arguments]) == 2

@@ -155,7 +155,7 @@ WITHOUT_TORCH = ("import sys; sys.modules['torch'] = None; sys.argv[0] = 'jaxper
 
 @pytest.mark.parametrize(("arguments", "wanted"), [
     # an axis of a different model is only detected after mini is loaded with transformers
-    (["--cap", "other.npy"], "error: other.npy: holds a vector, not an axis"),
+    (["--cap", "other.npy"], "error: other.npy: contains a vector, not an axis"),
     (["--steer", "other.npy"], "error: vector 'other' is for 2 layers of width 3"),
 ])
 def test_a_mistake_is_exactly_one_line_of_a_process(tmp_path, arguments, wanted):

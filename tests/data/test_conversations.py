@@ -40,7 +40,7 @@ def test_all_faults_are_listed(tmp_path):
         read_prompts(write(tmp_path, "p.jsonl", *bad), "Be short.")
     text = str(error.value)
     assert text.startswith(f"{tmp_path}/p.jsonl: 7 faults")
-    for wanted in ("line 2: invalid JSON", "line 3: holds a number", "line 4: the object has no",
+    for wanted in ("line 2: invalid JSON", "line 3: contains a number", "line 4: the object has no",
                    "line 5: message 0 has no 'content'", "line 6: the last message is blank",
                    "line 7: has a system message", "line 8: the last message has role"):
         assert wanted in text
@@ -48,7 +48,7 @@ def test_all_faults_are_listed(tmp_path):
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
 def test_a_file_without_a_prompt_is_refused(tmp_path, name):
-    with pytest.raises(jp.UserError, match="holds no prompt"):
+    with pytest.raises(jp.UserError, match="contains no prompt"):
         read_prompts(write(tmp_path, name, "", " "))
     with pytest.raises(jp.UserError, match="no such file"):
         read_prompts(tmp_path / f"none{name}")

@@ -46,7 +46,7 @@ def test_a_forward_pass_names_the_mesh_to_set():
     given = sharding.make_mesh(data=2, model=4)
     model = spread(one_device("llama"), given)
     with jax.set_mesh(given):
-        with pytest.raises(ValueError, match="data=2 × model=4, but the model's is data=2 × "
+        with pytest.raises(ValueError, match="data=2 × model=4, but the model's mesh is data=2 × "
                            "model=2 × group=2: use `with jax.set_mesh.model.mesh.`") as caught:
             forward(model.params, model.config, batch(ROWS))
         assert "\n" not in str(caught.value)

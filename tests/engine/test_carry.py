@@ -51,7 +51,7 @@ def test_a_row_that_was_not_finite_stays_so():
     ({"carry": init_cache(MODEL.config, 2, 16)}, r"carry is a Cache; .*jp.Carry\(cache=cache\)"),
     ({"carry": Carry(applied=())}, r"tables of \[\] layers, but .* tables of \[1\] layers"),
     ({"carry": Carry(captured={})}, "captured has the readings"),
-    ({"carry": Carry(gates={"7": 1})}, "gates has the tables"),
+    ({"carry": Carry(gates={"7": 1})}, "gates has states for the tables"),
 ])
 def test_what_does_not_fit_is_refused(options, message):
     with pytest.raises(jp.UserError, match=message):

@@ -207,7 +207,7 @@ REFUSED = {
     "ids has 1 entries for 11": {"ids": [1]}, "ids must": {"ids": [-1] * 11},
     "interventions are for 2 rows": {"interventions": cap(np.ones((1, 32)), layers=[1], floor=0.0,
                                                           rows=[0, 0])},
-    "layers \\[3\\] exceed the model's layers": {
+    "layers is \\[3\\]; the model has layers": {
         "interventions": cap(np.ones(32), layers=[3], floor=0.0)},
     "has width 31": {"interventions": cap(np.ones(31), layers=[1], floor=0.0)},
 }

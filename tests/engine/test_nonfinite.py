@@ -91,7 +91,7 @@ def test_an_overflow_ends_its_own_row_alone(how):
     assert set(plain.finish) <= {"stop", "length"}
     assert [f == "stop" for f in plain.finish] == plain.stopped.tolist()
     assert "3 of 8 replies" in said and "layer 1 (residual), token 0, in conversation 1" in said
-    assert "without the interventions they are finite" in said
+    assert "without the interventions the activations are finite" in said
     for i in range(8):
         if index[i] < 0:
             assert out.finish[i] == plain.finish[i]

@@ -194,7 +194,7 @@ REFUSED = {
     "needs a bound": lambda: gate(EDIT, C, layer=0),
     "over is 'row'": lambda: gate(EDIT, C, layer=0, above=0, over="row"),
     "within is only for": lambda: gate(EDIT, C, layer=0, above=0, over="token", within=True),
-    "nothing to gate": lambda: gate(chain(), C, layer=0, above=0),
+    "interventions to gate": lambda: gate(chain(), C, layer=0, above=0),
     "already have a gate": lambda: gate(gate(EDIT, C, layer=0, above=0), C, layer=0, above=0),
     "above is greater": lambda: gate(EDIT, C, layer=0, above=2, below=1),
     "layer 1 \\(residual\\) is not before": lambda: gate(EDIT, C, layer=1, above=0),
@@ -206,7 +206,7 @@ REFUSED = {
         steer(np.ones((3, 32)), layers=[1], rows=[0, 1, 2]), np.ones((4, 32)), layer=0, above=0),
     "where selects generated tokens": lambda: gate(EDIT, C, layer=0, above=0, where=generated),
     "contains no message": lambda: everywhere.within(3, 1),
-    "gates has the tables": lambda: forward(
+    "gates has states for the tables": lambda: forward(
         MODEL.params, MODEL.config, batch(ROWS), interventions=gate(EDIT, C, layer=0, above=0),
         carry=Carry(gates={"7": 1})),
     "the gate has 3 directions": lambda: gate(

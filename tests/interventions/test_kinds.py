@@ -131,7 +131,7 @@ MIXED = [Vector(np.eye(8)[:2] + i, fingerprint=f"{i}" * 16) for i in (1, 2)]
     ("to is infinite", lambda u: rotate(u, np.ones(8), layers=1, to=np.inf)),
     ("second is zero", lambda u: rotate(u, 0 * u, layers=1, to=1)),
     ("site is 'head'", lambda u: restore_norm(layers=1, site="head")),
-    ("rows has \\[1\\]", lambda u: restore_norm(layers=1, rows=[0, 1])),
+    ("rows contains \\[1\\]", lambda u: restore_norm(layers=1, rows=[0, 1])),
     ("fn is 3", lambda u: custom(3, layers=1)),
     ("fn is not hashable", lambda u: custom([], layers=1)),
     ("with the same n", lambda u: custom(twist, {"a": np.ones(2), "b": np.ones((3, 8))}, layers=1,
@@ -141,7 +141,7 @@ MIXED = [Vector(np.eye(8)[:2] + i, fingerprint=f"{i}" * 16) for i in (1, 2)]
     ("rows is 0", lambda u: reserve(0, 8, [1])),
     ("width is 2.5", lambda u: reserve(1, 2.5, [1])),
     ("site is 'head'", lambda u: reserve(1, 8, [1], site="head")),
-    ("interventions is a list; join them", lambda u: chain([steer(u, layers=1)])),
+    ("interventions is a list; chain its items", lambda u: chain([steer(u, layers=1)])),
     ("interventions must be a list", lambda u: stack_rows(steer(u, layers=1))),
     ("where is 'anywhere'; give a test .* everywhere, prompt, generated",
      lambda u: steer(u, layers=1, where="anywhere")),
@@ -154,8 +154,8 @@ MIXED = [Vector(np.eye(8)[:2] + i, fingerprint=f"{i}" * 16) for i in (1, 2)]
     ("must be an int, a slice", lambda u: steer(u, layers=3.0)),
     ("must be an int, a slice", lambda u: steer(u, layers=None)),
     ("vector is array", lambda u: steer(u * 1j, layers=1)),
-    ("params holds 'x'", lambda u: custom(twist, "x", layers=1)),
-    ("for 8 directions or 8 layers", lambda u: cap(
+    ("params contains 'x'", lambda u: custom(twist, "x", layers=1)),
+    ("there are 8 directions and 8 layers", lambda u: cap(
         [Vector(np.ones((8, 8)))] * 8, layers=[3], floor=np.arange(8), rows=range(8))),
     ("different models", lambda u: rotate(*MIXED, to=1.0, layers=1)),
     ("different models", lambda u: mean_ablate(*MIXED, layers=1)),

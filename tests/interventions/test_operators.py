@@ -44,12 +44,12 @@ REFUSED = {
     "neither a floor": lambda: cap(V, layers=1),
     "floor is above ceiling": lambda: cap(V, layers=1, floor=2, ceiling=1),
     "site is 'head'": lambda: cap(V, layers=1, floor=0, site="head"),
-    "give each row's entry in `rows=`": lambda: steer([AXIS, AXIS], layers=1),
+    "give the index of each row's direction in `rows=`": lambda: steer([AXIS, AXIS], layers=1),
     "vector contains a non-finite value": lambda: steer(NAN, layers=1),
     "vector is zero at a chosen layer; give nonzero vectors": lambda: steer(ZERO, layers=1),
     "vector has shape \\(2, 8\\)": lambda: steer(np.ones((2, 8)), layers=1),
     "vector has shape \\(\\)": lambda: steer(np.float32(2), layers=1),
-    "vector has 3 layers, but 2 were chosen": lambda: steer(np.ones((1, 3, 8)), layers=[1, 2]),
+    "3 layers, but 2 layers were chosen": lambda: steer(np.ones((1, 3, 8)), layers=[1, 2]),
     "scale is infinite": lambda: steer(V, layers=1, scale=np.inf),
     "factor is infinite": lambda: scale(V, -np.inf, layers=1),
     "value is NaN": lambda: set_projection(V, np.nan, layers=1),
@@ -58,21 +58,21 @@ REFUSED = {
     "floor has shape \\(3,\\)": lambda: cap(V, layers=[1, 2], floor=[1, 2, 3]),
     "scale has shape \\(2, 2\\)": lambda: steer(V, layers=[1, 2], scale=np.ones((2, 2))),
     "without a named direction": lambda: steer(V, layers=slice(1, None)),
-    "out of range; they must be in 0…3": lambda: steer(AXIS, layers=slice(2, 5)),
+    "out of range; layers must be in 0…3": lambda: steer(AXIS, layers=slice(2, 5)),
     "must be an int, a slice": lambda: steer(V, layers=[1.5]),
     "selects no layer": lambda: steer(V, layers=slice(3, 3)),
     "in ascending order": lambda: cap(V, layers=[2, 1], floor=[1.0, 2.0]),
     "floor is infinite": lambda: cap(V, layers=1, floor=np.inf),
     "vector is an empty list": lambda: steer([], layers=1),
     "which repeats a layer": lambda: steer(V, layers=[1, 1]),
-    "out of range; they must be in 0…1023": lambda: steer(V, layers=-1),
-    "layers is 4, out of range; they must be in 0…3": lambda: steer(AXIS, layers=4),
+    "out of range; layers must be in 0…1023": lambda: steer(V, layers=-1),
+    "layers is 4, which is out of range; layers must be in 0…3": lambda: steer(AXIS, layers=4),
     "bank has entries 0…1": lambda: steer(np.ones((2, 8)), layers=1, rows=[0, 2]),
     "measured at site 'residual'": lambda: steer(AXIS, layers=1, site="mlp"),
     "of is 'all'": lambda: AXIS.thresholds("p25", of="all"),
     "percentile is 'p50'": lambda: AXIS.thresholds("p50", of="default"),
     "percentile is 25; write p25; this axis has p25": lambda: AXIS.thresholds(25),
-    "vector 'vector' has no thresholds; only an Axis has them": lambda: Vector(np.ones((4, 8)))
+    "'vector' has no thresholds; only an Axis has thresholds": lambda: Vector(np.ones((4, 8)))
     .thresholds("p25"),
     "axis 'vector' has no thresholds; give the floor as numbers": lambda: Axis(np.ones((4, 8)))
     .thresholds("p25"),
@@ -84,7 +84,7 @@ REFUSED = {
         steer(V[None], layers=1, rows=[0, 0]), steer(V[None], layers=1, rows=[0])).rows,
     "row 2 is out of range": lambda: steer(V[None], layers=1, rows=[0, 0]).take([2]),
     "width 8; the model": lambda: steer(V, layers=1).check(layers=4, width=9, rows=1),
-    "exceed the model's layers 0…0": lambda: steer(V, layers=1).check(layers=1, width=8, rows=1),
+    "the model has layers 0…0": lambda: steer(V, layers=1).check(layers=1, width=8, rows=1),
     "for 2 rows, but the batch has 3": lambda: steer(V[None], layers=1, rows=[0, 0]).check(
         layers=4, width=8, rows=3),
     "role is 'tool'": lambda: turns("tool"),
@@ -93,12 +93,12 @@ REFUSED = {
     "\\[L, D\\]": lambda: Vector(np.ones(3)),
     "vector 'x' contains a non-finite value": lambda: Vector(NAN[None], name="x"),
 }
-REFUSED["cap needs a bound: floor, ceiling or both"] = REFUSED.pop("neither a floor")
+REFUSED["cap needs a bound; give floor, ceiling or both"] = REFUSED.pop("neither a floor")
 REFUSED |= {f"layers is {text!r}; give text such as 46:54":
             lambda text=text: steer(AXIS, layers=text)
             for text in ("", ":a", "1:2:3", "1-3", "1,", "1.0")}
 REFUSED |= {
-    "layers is '4', out of range": lambda: steer(AXIS, layers="4"),
+    "layers is '4', which is out of range": lambda: steer(AXIS, layers="4"),
     "layers is '2:'; without a named direction": lambda: steer(V, layers="2:"),
     "layers is '3:3', which selects no layer": lambda: steer(V, layers="3:3"),
     "the bounds of a slice must be ints": lambda: steer(AXIS, layers=slice(1.0, 3.0)),
@@ -107,8 +107,8 @@ REFUSED |= {
     "layers is '1_0'; give text": lambda: steer(AXIS, layers="1_0"),
     "layers is '٤'; give text": lambda: steer(AXIS, layers="٤"),
     "the step of a slice must be at least 1": lambda: steer(AXIS, layers=slice(0, 4, 0)),
-    "layers is '-9:2', out of range": lambda: steer(AXIS, layers="-9:2"),
-    "layers is '2:5', out of range; they must be in 0…3": lambda: steer(AXIS, layers="2:5"),
+    "layers is '-9:2', which is out of range": lambda: steer(AXIS, layers="-9:2"),
+    "'2:5', which is out of range; layers must be in 0…3": lambda: steer(AXIS, layers="2:5"),
 }
 
 
@@ -162,15 +162,15 @@ def test_layers():
     assert resolve_layers(slice(0, 1024), None) == tuple(range(1024))
     for layers, total, words in (
         ([True], None, "True"),
-        (slice(9, None), 4, "they must be in 0…3"), (slice(4, None), 4, "selects no layer"),
+        (slice(9, None), 4, "layers must be in 0…3"), (slice(4, None), 4, "selects no layer"),
         (slice(0, 5), 4, "must be in 0…3"), (slice(-5, 2), 4, "must be in 0…3"),
         (slice(3, 0, -1), 4, "the step of a slice must be at least 1"),
-        ([0, 1, 2, 3, 4, 5, 6, 99], 9, r"4, 5, 6, 99\], out of range; they must be in 0…8"),
+        ([0, 1, 2, 3, 4, 5, 6, 99], 9, r"6, 99\], which is out of range; layers must be in 0…8"),
         (slice(0, 10**9), None, "a model has at most 1024 layers"),
         ("0:999999999", None, "a model has at most 1024 layers"),
         (slice(0, 1025), None, "a model has at most 1024 layers"),
         (range(10**9), 8, "a model has at most 1024 layers"),
-        ("1024", None, "out of range; they must be in 0…1023"),
+        ("1024", None, "out of range; layers must be in 0…1023"),
     ):
         with pytest.raises(ValueError, match=words):
             resolve_layers(layers, total)
@@ -274,5 +274,5 @@ def test_push_displaces_as_far_as_the_cap_elsewhere():
 
 def test_values_that_could_belong_to_directions_or_to_layers_are_refused():
     axis = Axis(np.ones((4, 8)))
-    with pytest.raises(ValueError, match="4 numbers, which may be for 4 directions or 4 layers"):
+    with pytest.raises(ValueError, match="4 numbers, but there are 4 directions and 4 layers"):
         steer([axis] * 4, layers=[1], scale=[1, 2, 3, 4], rows=[0, 1, 2, 3])

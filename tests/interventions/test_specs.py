@@ -107,8 +107,8 @@ REFUSED = [
     (steer(scale=float("nan")), "scale is nan"),
     ({"operator": "steer", "vector": A}, "interventions.layers: field required"),
     ({"operator": "melt"}, "operator is 'melt'; choose from steer, cap"),
-    ([steer(), steer(layers=9)], r"interventions\[1\]: layers is 9, out of range"),
-    (steer(layers="9:12"), "out of range; they must be in 0…"),
+    ([steer(), steer(layers=9)], r"interventions\[1\]: layers is 9, which is out of range"),
+    (steer(layers="9:12"), "out of range; layers must be in 0…"),
     (steer(layers="a:b"), "layers is 'a:b': must be an integer, a list"),
     (steer(layers=True), "layers is True: must be an integer"),
     (steer(vector=[1.0, 2.0]), "width 2; the model's residual stream has 32"),
@@ -120,7 +120,7 @@ REFUSED = [
     (steer(gate={"vector": A, "layer": 0, "aboveX": 2}), "gate.aboveX is unknown; did you mean"),
     (steer(where={"turns": [3, 1]}), "contains no message"),
     ({"operator": "cap", "vector": A, "layers": 1, "floor": 1, "of": "all"},
-     "of is only for percent"),
+     "of selects the population of a percent"),
     ({"operator": "cap", "vector": A, "layers": 1, "floor": 1e39}, "infinite in float32"),
     (steer(vector="x" * 300 + ".safetensors"), "xxx"),
     (steer(vector="absent.safetensors"), "absent.safetensors"),
@@ -133,7 +133,7 @@ REFUSED = [
     ({"operator": "rotate", "plane": [A], "to": 1, "layers": 1}, "plane"),
     ({"operator": "cap", "vector": A, "layers": 1, "floor": "p25"}, "only an axis has percentiles"),
     ({"operator": "cap", "vector": "axis.safetensors", "layers": 1, "floor": "p25"},
-     "give its population"),
+     "give the population of the percentile"),
     ("cap", "interventions is 'cap'"),
     ([steer(scal=1), steer(scale="x")], r"\[0\].scal.*\[1\].scale"),  # all errors at once
 ]
@@ -146,10 +146,10 @@ def test_refused_before_anything_compiles(spec, message, folder):
 
 
 @pytest.mark.parametrize(("spec", "message"), [
-    ({"reading": "mean", "edges": [1]}, "mean does not take edges"),
-    ({"reading": "histogram", "directions": [A]}, "histogram needs edges"),
-    ({"reading": "projections"}, "projections needs directions"),
-    ({"reading": "last", "turns": 2}, "last does not take turns"),
+    ({"reading": "mean", "edges": [1]}, "mean does not accept edges"),
+    ({"reading": "histogram", "directions": [A]}, "histogram requires edges"),
+    ({"reading": "projections"}, "projections requires directions"),
+    ({"reading": "last", "turns": 2}, "last does not accept turns"),
     ({"reading": "mean", "layers": 7}, "out of range|reads layer 7"),
     ({"reading": "mean", "laers": 1}, "did you mean 'layers'"),
     ([{"reading": "mean"}, {"reading": "mean"}], "two captures"),
@@ -232,7 +232,7 @@ def test_from_the_command_line(tmp_path, capsys):
     assert not stop.value.code and "4 tokens seen, 4 changes" in capsys.readouterr().err
     (tmp_path / "edits.json").write_text(json.dumps([{**rows[0], "layers": 99}]))
     assert s.run_command([*arguments, str(tmp_path / "edits.json")]) == 2
-    assert "interventions[0]: layers is 99, out of range" in capsys.readouterr().err
+    assert "interventions[0]: layers is 99, which is out of range" in capsys.readouterr().err
     (tmp_path / "edits.json").write_text("{")
     assert s.run_command([*arguments, str(tmp_path / "edits.json")]) == 2
     assert "invalid JSON" in capsys.readouterr().err
@@ -241,4 +241,4 @@ def test_from_the_command_line(tmp_path, capsys):
 def test_a_file_that_holds_null_is_refused(tmp_path, capsys):
     (tmp_path / "spec.json").write_text("null")
     assert s.run_command(["generate", "hi", "--spec", str(tmp_path / "spec.json")]) == 2
-    assert f"{tmp_path / 'spec.json'}: holds null" in capsys.readouterr().err
+    assert f"{tmp_path / 'spec.json'}: contains null" in capsys.readouterr().err

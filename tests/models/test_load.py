@@ -68,7 +68,7 @@ def test_random_weights_are_the_same_on_a_mesh():
     ("random:qwen3-mini", {"dtype": "int4"}, "int4"),
     ("random:qwen3-mini", {"dtype": "int8", "tables": "int4"}, "tables is 'int4'"),
     ("random:qwen3-mini", {"dtype": "int8", "activations": "int8"}, "activations: dtype is"),
-    ("random:qwen3-mini", {"tables": "float"}, "applies to dtype='int8'"),
+    ("random:qwen3-mini", {"tables": "float"}, "applies only to dtype='int8'"),
     ("mini", {"revision": "main"}, "mini is not a hub repository; omit revision"),
     ("random:qwen3-mini", {"revision": "main"}, "not a hub repository"),
     ("./absent", {"revision": "main"}, "not a hub repository"),

@@ -103,7 +103,7 @@ def test_a_single_file_is_read_before_a_left_over_index(tmp_path, recwarn):
         if kept == hf.INDEX:
             assert load(tmp_path / "new").fingerprint == wanted and not recwarn.list
             assert list(hf.verify(tmp_path / "new")) == [hf.SINGLE]
-    with pytest.warns(UserWarning, match="holds both model.safetensors and the shards of .*"
+    with pytest.warns(UserWarning, match="contains both model.safetensors and the shards of .*"
                       "model-00001-of-.*; model.safetensors is read"):
         assert load(tmp_path / "new").fingerprint == wanted
 
@@ -118,6 +118,6 @@ def test_an_index_that_names_the_single_file_is_followed(tmp_path, recwarn):
 def test_two_kinds_of_checkpoint_in_one_folder_are_refused(tmp_path):
     orbax.save(tmp_path, s.random_params(UNTIED, 1), UNTIED)
     hf.save(tmp_path, s.random_params(UNTIED, 2), UNTIED)
-    with pytest.raises(ValueError, match="holds both an Orbax checkpoint .params. and "
+    with pytest.raises(ValueError, match="contains both an Orbax checkpoint .params. and "
                        "model.safetensors; remove the outdated one"):
         load(tmp_path)

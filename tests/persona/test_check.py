@@ -52,7 +52,7 @@ def test_an_axis_of_the_model_passes(mini, axis):
     np.testing.assert_allclose(found.spread, (quartiles[1] - quartiles[0]) / 1.34898, rtol=1e-4)
     np.testing.assert_allclose(found.z_roles, (found.roles - found.default) / found.spread)
     np.testing.assert_allclose(found.floors, quartiles[0])
-    told = re.search(r"by ([\d.]+) to ([\d.]+) of its standard", found.sentences[0]).groups()
+    told = re.search(r"by ([\d.]+) to ([\d.]+) of the default", found.sentences[0]).groups()
     assert [float(x) for x in told] == pytest.approx(
         [-found.z_roles.max(), -found.z_roles.min()], rel=6e-3)  # three digits
     one = jp.check(mini, axis, layers=[5], floor=float(axis.thresholds("p25", of="default")[5]))
@@ -101,7 +101,7 @@ def test_what_cannot_be_checked_is_refused(mini, axis):
         (dataclasses.replace(axis, fingerprint=mini.config.hash() + "0" * 8), {}, "not for mini"),
         (Axis(gap), {}, "zero at layer 6"), (axis, {"floor": np.zeros(3)}, "floor has shape"),
         (Caps(axis.values[:1], (9,), np.zeros(1), ("a",)), {}, "made for another model"),
-        (Caps(axis.values[:1], (0,), np.zeros(1), ("a",)), {"floor": 0}, "of their own"),
+        (Caps(axis.values[:1], (0,), np.zeros(1), ("a",)), {"floor": 0}, "already contain"),
         (axis, {"floor": float("nan")}, "floor is nan"), (axis, {"floor": "p25"}, "floor is 'p25'"),
         (axis, {"floor": [1, 2, 3, np.nan]}, "none of them NaN"),
         (Vector(axis.values), {}, r"a Vector; the check needs an Axis or Caps"),
@@ -151,7 +151,7 @@ def test_the_command_checks_before_it_caps(mini, axis, tmp_path, capsys):
     assert code == 0 and "check" not in said.err and "tokens seen" in said.err
     for name, more, words in (
         ("caps.safetensors", ("--percentile", "p1"), "omit --percentile"),
-        ("caps.safetensors", ("--experiment", "x"), "choose one with --experiment: e"),
+        ("caps.safetensors", ("--experiment", "x"), "choose an experiment with --experiment: e"),
         ("good.safetensors", ("--experiment", "x"), "for files of caps"),
     ):
         code, said = command(name, *more)
@@ -178,7 +178,7 @@ def test_layers_are_the_model_s_and_a_vector_of_another_is_refused(mini, axis, t
         code, said = command(option, name)
         assert code == 2 and "is for 6 layers" in said and "made for another model" in said
     code, said = command("--steer", "fits", "--steer-layers", "9")
-    assert code == 2 and "layers is '9', out of range; they must be in 0…7" in said
+    assert code == 2 and "layers is '9', which is out of range; layers must be in 0…7" in said
     spec = tmp_path / "spec.json"
     spec.write_text('{"operator": "steer", "vector": "short.safetensors", "layers": "0:2"}')
     for more in (("--cap", str(tmp_path / "axis.safetensors"), "--cap-layers", "2:4", "--no-check"),

@@ -29,7 +29,7 @@ def test_a_floor_above_most_default_projections_gets_a_warning():
     spread, centre = np.array([2.0, 4.0]), np.array([10.5, 12.0])
     fine, said = module._scale((3, 4), ours, theirs, np.array([10.4, 11.0]), spread, centre)
     assert fine and "Warning" not in said
-    assert said.startswith("floors: 0.2 to 0.25 standard deviations of the default from its mean, "
+    assert said.startswith("floors: 0.2 to 0.25 standard deviations from the default's mean, "
                            "104 to 110 % of the way")
     fine, said = module._scale((3, 4), ours, theirs, np.array([10.6, 11.0]), spread, centre)
     assert fine and "Warning: at layers 3 the floor is above most of the default's own" in said

@@ -41,7 +41,8 @@ def test_a_monitor_reads_the_middle_layer_or_one_that_is_known():
 @pytest.mark.parametrize(("vector", "layers", "wanted"), [
     (jp.Vector(np.zeros((8, 128))), None, "zero at every layer"),
     (axis_at(5), 4, "'part' is zero at layer 4; choose other layers"),
-    (axis_at(5), 8, "layers is 8, out of range"), (jp.Vector(np.ones((3, 4))), None, "3 layers"),
+    (axis_at(5), 8, "layers is 8, which is out of range"),
+    (jp.Vector(np.ones((3, 4))), None, "3 layers"),
     (jp.Vector(np.ones((8, 128)), site="mlp"), None, "measured at site"),
 ], ids=["empty", "zero", "beyond", "another model", "another site"])
 def test_a_direction_that_cannot_be_monitored_is_refused(vector, layers, wanted):
@@ -141,7 +142,7 @@ def broken(change):
 
 
 @pytest.mark.parametrize(("value", "wanted"), [
-    (5, "must hold a list of messages"), ({}, "must hold a list of messages"),
+    (5, "must contain a list of messages"), ({}, "must contain a list of messages"),
     ([{"role": "user"}], "message 0 has no 'content'"),
     ([{"role": "user", "content": "Hi."}], "must alternate"),
     ([{"role": "assistant", "content": "Hi."}], "must alternate"),

@@ -208,9 +208,9 @@ def test_what_a_tpu_cannot_hold_is_measured_not_an_error(monkeypatch):
     (("--topology", "h200:8", "--mesh", "data=2,model=2"), "needs 4 chips; the topology has 8"),
     (("--topology", "h200:8", "--batch", "3", "--mesh", "data=8"),
      "batch (--batch) is 3; the mesh shards rows over 8 chips: use a multiple of 8"),
-    (("--topology", "h200:8", "--context", "1"), "context is 1; they must be at least 1 and 2"),
+    (("--topology", "h200:8", "--context", "1"), "context is 1; batch must be at least 1"),
     (("--topology", "h200:8", "--context", "9999999"), "the maximum of random:llama-3.3-70b is"),
-    (("--topology", "h200:8", "--cap", "70:90"), "out of range; they must be in 0…79"),
+    (("--topology", "h200:8", "--cap", "70:90"), "out of range; layers must be in 0…79"),
 ])
 def test_mistakes_are_one_line(capsys, arguments, wanted):
     code, _, said = run(capsys, *arguments)
@@ -254,7 +254,7 @@ def test_a_decode_turns_no_buffer_over(topology, mesh, reads, monkeypatch):
 @needs_libtpu
 def test_libtpu_s_refusal_is_one_line(capsys):
     code, _, said = run(capsys, "--topology", "v5e:3x5")
-    assert code == 2 and said.count("\n") == 1 and "libtpu rejects it" in said
+    assert code == 2 and said.count("\n") == 1 and "libtpu does not support it" in said
 
 
 def test_a_missing_libtpu_is_named_with_its_remedy(capsys, monkeypatch):
@@ -269,7 +269,7 @@ def test_a_missing_libtpu_is_named_with_its_remedy(capsys, monkeypatch):
 def test_the_command_prints_a_card_or_json(capsys):
     ask = ("--topology", "h200:8", "--model", "random:qwen3-8b", "--cap", "20:28")
     code, said, _ = run(capsys, *ask)
-    assert code == 0 and "fits: " in said and said.splitlines()[-1] == "nothing was timed"
+    assert code == 0 and "fits: " in said and said.splitlines()[-1] == "no time was measured"
     code, said, _ = run(capsys, *ask, "--json")
     found = json.loads(said)
     assert found["chips"] == 8 and found["cap"] == list(range(20, 28))

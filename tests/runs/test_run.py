@@ -147,7 +147,7 @@ def test_vector_files_round_trip(tmp_path):
     found = load_vector(tmp_path / "v.safetensors")
     np.testing.assert_array_equal(found.values, values)
     assert (found.name, found.fingerprint, dict(found.notes)) == ("warm", "ab" * 8, {"pairs": 3})
-    with pytest.raises(ValueError, match="holds a vector"):
+    with pytest.raises(ValueError, match="contains a vector"):
         load_axis(tmp_path / "v.safetensors")
     write_tensors(tmp_path / "x.safetensors", {"values": values}, {"format": "other"})
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "v.safetensors").read_bytes()[:40])
@@ -190,7 +190,7 @@ def test_mistakes_are_one_line_and_leave_nothing(checkpoint, texts, tmp_path, ca
         "no run.json": command(checkpoint, texts, texts),
         "width 7": [*ask, "--cap", str(tmp_path / "wide.safetensors")],
         "another model": [*ask, "--cap", str(tmp_path / "other.safetensors")],
-        "out of range; they must be in 0": [
+        "out of range; layers must be in 0": [
             *ask, "--cap", str(tmp_path / "fits.safetensors"), "--cap-layers", "1:9"],
         "context": ["generate", "long " * 300, "--model", str(checkpoint)],
         "preset": ["generate", "hi", "--model", "random:nothing"],

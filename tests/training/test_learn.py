@@ -160,7 +160,7 @@ def test_refused():
         "out of range": lambda: learn.Direction(32, layers=-1),
         "steps is 0": lambda: learn.fit(model, learn.Direction(32, layers=1), None, rows, steps=0),
         "width 31": lambda: learn.fit(model, learn.Direction(31, layers=1), None, rows, steps=1),
-        "exceed the model's layers": lambda: learn.fit(
+        "the model has layers 0…": lambda: learn.fit(
             model, learn.Direction(32, layers=7), None, rows, steps=1),
         r"at step 0, the loss \(nan\) or its gradient is not finite": lambda: learn.fit(
             model, learn.Direction(32, layers=1),

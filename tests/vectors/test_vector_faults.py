@@ -41,8 +41,8 @@ def refused(capsys, path, words, *more):
     ({**CAPS, "layers": DEEP}, "layers cannot be parsed"),
     ({**CAPS, "labels": DEEP}, "labels cannot be parsed"),
     ({**CAPS, "layers": "[1e999]"}, "layers is"), ({**CAPS, "layers": "{}"}, "must be a list"),
-    ({**CAPS, "labels": '[{"a": 1}]'}, "labels is .* each must be a string"),
-    ({**CAPS, "labels": "[null]"}, "each must be a string"),
+    ({**CAPS, "labels": '[{"a": 1}]'}, "labels is .* each label must be a string"),
+    ({**CAPS, "labels": "[null]"}, "each label must be a string"),
     ({k: v for k, v in CAPS.items() if k != "labels"}, "'labels' is missing"),
 ])
 def test_a_header_that_lies_is_one_line(tmp_path, capsys, header, words):
@@ -78,7 +78,7 @@ def test_a_direction_has_layers_and_width(tmp_path, capsys, shape):
                   {"values": empty, "floors": np.zeros(shape[0], np.float32)},
                   {**CAPS, "layers": json.dumps(list(range(shape[0]))),
                    "labels": json.dumps(["a"] * shape[0])})
-    refused(capsys, tmp_path / "c.safetensors", "they must be|zero vector")
+    refused(capsys, tmp_path / "c.safetensors", "n caps need|zero vector")
 
 
 @pytest.mark.parametrize(("value", "words"), [
@@ -179,7 +179,7 @@ def test_a_table_says_itself_what_it_is(tmp_path):
             if kind == own:
                 assert load_vector(tmp_path / "t.pt", kind=kind).n_layers == 4
                 continue
-            with pytest.raises(ValueError, match=f"kind is '{kind}'.*holds {own}"):
+            with pytest.raises(ValueError, match=f"kind is '{kind}'.*contains {own}"):
                 load_any(tmp_path / "t.pt", kind)
     for name, kind in (("syntaxist", None), ("taxis", None), ("taxis_2", None), ("praxis", None),
                        ("defaulter", None), ("axis2", "axis"), ("my-axis", "axis"),
@@ -187,7 +187,7 @@ def test_a_table_says_itself_what_it_is(tmp_path):
                        ("default_vector", "vector")):
         torch.save(value, tmp_path / f"{name}.pt")
         if kind is None:
-            with pytest.raises(ValueError, match="file name does not give its kind"):
+            with pytest.raises(ValueError, match="file name does not state its kind"):
                 load_any(tmp_path / f"{name}.pt")
         else:
             assert load_vector(tmp_path / f"{name}.pt").kind == kind

@@ -52,7 +52,7 @@ def test_the_assistant_axis_projects_files(tmp_path):
     assert ghost.name == "ghost" and ghost.notes["type"] == "pos_3" and ghost.kind == "vector"
     assert s.same_bits(ghost.values, VALUES)
     assert load_vector(tmp_path / "default_vector.pt").name == "default"
-    with pytest.raises(ValueError, match="ghost.pt: holds a vector, not an axis"):
+    with pytest.raises(ValueError, match="ghost.pt: contains a vector, not an axis"):
         load_axis(tmp_path / "ghost.pt")
     torch.save(tensor(VALUES), tmp_path / "mystery.pt")
     with pytest.raises(ValueError, match="kind to one of axis, role, persona"):
@@ -189,7 +189,7 @@ def test_bare_arrays_in_and_out(tmp_path):
             load_vector(tmp_path / "w.npy")
     np.savez(tmp_path / "z.npz", VALUES)
     (tmp_path / "z.npz").rename(tmp_path / "z.npy")
-    with pytest.raises(ValueError, match="z.npy: (holds an archive|invalid .npy)"):
+    with pytest.raises(ValueError, match="z.npy: (contains an archive|invalid .npy)"):
         load_vector(tmp_path / "z.npy")
 
 
@@ -290,7 +290,7 @@ def one_cap(cap=1.0, **vector):
     ({"axis": torch.full((2, 2), torch.inf)}, "non-finite"),
     ({"experiments": []}, "'vectors' is missing"),
     ({"vectors": {}, "experiments": []}, "experiments is empty"),
-    ({"vectors": {}, "experiments": [{"id": "a", "interventions": []}]}, "holds no cap"),
+    ({"vectors": {}, "experiments": [{"id": "a", "interventions": []}]}, "has no caps"),
     ({**one_cap(), "vectors": {}}, "'q', which is not in vectors"),
     (one_cap(layer="2"), "integer layer"), (one_cap(layer=-2), "must be in 0"),
     (one_cap("x"), "not a number"), (one_cap(1e300), "non-finite"),
@@ -357,12 +357,12 @@ def test_show_and_convert(tmp_path, capsys, checkpoint):
     assert (found.site, found.fingerprint) == ("mlp", model.fingerprint)
     assert s.run_command(["vectors", "convert", here("axis.pt"), here("a.gguf")]) == 0
     said = capsys.readouterr().out
-    assert "not written, because .gguf cannot hold it: layer 0" in said
+    assert "not written, because .gguf cannot store it: layer 0" in said
     assert "the file does not name its model" in said
     assert s.run_command(["vectors", "convert", here("a.gguf"), here("b.npy"), "--name", "x"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and "the values alone" in said[0] and "'x'" not in said[0]
-    assert said[1] == ("  not written, because .npy cannot hold it: the kind (axis), the name, "
+    assert len(said) == 2 and "values only" in said[0] and "'x'" not in said[0]
+    assert said[1] == ("  not written, because .npy cannot store it: the kind (axis), the name, "
                        "the notes")
     for arguments, words in (
         (["capping_config.pt", "o.safetensors"], f"choose one with --experiment: {ID}, other"),
