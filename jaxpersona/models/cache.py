@@ -114,8 +114,9 @@ def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
 def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
     """Write values [B, T, K, H] into the slots [B, T] of a [B, K, S, H] buffer.
 
-    A scatter (`set_lines`) writes one token per row, and a gather (`by_slot`), which copies the whole
-    buffer, writes several. On a CPU, a scatter also writes pieces that are short compared with S.
+    A scatter (`set_lines`) writes one token per row, and a gather (`by_slot`), which copies the
+    whole buffer, writes several. On a CPU, a scatter also writes a piece that is short compared
+    with S.
     """
     values = values.astype(buffer.dtype)
     if 1 < values.shape[1] <= buffer.shape[2] // _SHORT and on_cpu(buffer):
