@@ -27,8 +27,7 @@ from jaxpersona.engine.batches import batches, pad
 from jaxpersona.engine.compiled import program
 from jaxpersona.engine.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
 from jaxpersona.engine.pieces import reset
-from jaxpersona.engine.tasks import PIECE
-from jaxpersona.engine.texts import ROWS, fits_pieces, in_pieces
+from jaxpersona.engine.texts import PIECE, ROWS, fits_pieces, in_pieces
 from jaxpersona.errors import UserError
 from jaxpersona.export import Table, shapes
 from jaxpersona.interventions.compose import Interventions, given
@@ -119,7 +118,7 @@ def extract(
         layer.
       interventions: edits of the activations, without rows or with one row per conversation.
       batch_tokens: the number of tokens in a call, including padding; results depend on it.
-        Default: 256 for a model on a CPU, 1,024 there for readings with one value per token, else
+        Default: 128 for a model on a CPU, 1,024 there for readings with one value per token, else
         16,384.
       on_nonfinite: the response to NaN or infinite activations. "warn": mark the conversation
         (`Extracted.nonfinite`) and issue one `NonfiniteWarning` that names the first layer and the

@@ -25,8 +25,7 @@ from jaxpersona.engine.batches import batches, pad
 from jaxpersona.engine.compiled import program
 from jaxpersona.engine.nonfinite import explain
 from jaxpersona.engine.pieces import reset
-from jaxpersona.engine.tasks import PIECE
-from jaxpersona.engine.texts import ROWS, fits_pieces, in_pieces
+from jaxpersona.engine.texts import PIECE, ROWS, fits_pieces, in_pieces
 from jaxpersona.errors import UserError
 from jaxpersona.export import Table
 from jaxpersona.interventions.compose import Interventions, given
@@ -131,7 +130,7 @@ def logprobs(
         text, use `model.tokenizer(text).input_ids`).
       interventions: edits of the activations, without rows or with one row per conversation.
       batch_tokens: the number of tokens in a call, including padding; results depend on it.
-        Default: 256 on a CPU, else 4,096.
+        Default: 128 on a CPU, else 4,096.
 
     Raises:
       UserError: there are no conversations, one is longer than the context, the interventions do
@@ -171,7 +170,7 @@ def next_logprobs(
       candidates: C token ids.
       interventions: edits of the activations, without rows or with one row per conversation.
       batch_tokens: the number of tokens in a call, including padding; results depend on it.
-        Default: 256 on a CPU, else 4,096.
+        Default: 128 on a CPU, else 4,096.
 
     Raises:
       UserError: there are no prompts or candidates, an id is outside the vocabulary, a prompt fills

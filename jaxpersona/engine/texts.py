@@ -1,7 +1,7 @@
 """Passes over complete texts of mixed lengths on a CPU, in pieces.
 
-The cache has as many slots as the power of two from 128 on that holds a text, so that texts of up
-to 512 tokens need three programs.
+The cache has as many slots as the power of two from 256 on that holds a text, so that texts of up
+to 512 tokens need three programs: two for pieces, and one that copies finished rows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from jaxpersona.engine.pieces import (
     zero_keys,
 )
 from jaxpersona.engine.rows import axis_of_rows, take_rows
-from jaxpersona.engine.tasks import PIECE, cache_size
+from jaxpersona.engine.tasks import cache_size
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.models.batch import Batch
 from jaxpersona.models.batch import batch as make_batch
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
     from jaxpersona.models.model import Model
 
-ROWS = 16  # the default number of rows: with fewer, products are less efficient; with more, a
-# single text takes longer
-_LEAST_SLOTS = 128
+PIECE = 32  # tokens in a piece
+ROWS = 4  # the default number of rows: with more, a single text would take longer
+_LEAST_SLOTS = 256
 
 
 class Step(NamedTuple):
@@ -50,7 +50,7 @@ class Step(NamedTuple):
       members: [R] the index of the text in each row, −1 for an empty row.
       call: the piece in each row.
       output: what the program returned beside the carry.
-      ended: the carry of the R rows without keys and values, on the host, if a text ends in this
+      ended: the readings, counts and `finite` of the R rows, on the host, if a text ends in this
         call; else None.
     """
 
@@ -101,8 +101,9 @@ def in_pieces(model: Model, rows: Sequence[chat.Row], edits: Interventions, capt
         groups.setdefault(max(slots, PIECE), []).append(i)
     for slots, group in sorted(groups.items(), reverse=True):  # largest memory use first
         carry = blank(together, slots)
-        axes = tuple(jax.tree.leaves(jax.tree.map(axis_of_rows, *(
-            jax.eval_shape(lambda n=n, slots=slots: light(blank(n, slots))) for n in (1, 2)))))
+        of_rows = jax.tree.map(axis_of_rows, *(
+            jax.eval_shape(lambda n=n, slots=slots: light(blank(n, slots))) for n in (1, 2)))
+        axes, found_axes = (tuple(jax.tree.leaves(x)) for x in (of_rows, _found(of_rows)))
         whole: dict[int, Batch] = {}
         for call in schedule([rows[i].tokens.size for i in group], together, PIECE):
             members = np.array([-1 if j < 0 else group[j] for j in call.text], np.int32)
@@ -120,10 +121,15 @@ def in_pieces(model: Model, rows: Sequence[chat.Row], edits: Interventions, capt
             ended = None
             if call.ends.any():
                 ended = processes.fetch(take_rows(
-                    light(carry), np.arange(together, dtype=np.int32), axes=axes))
+                    _found(carry), np.arange(together, dtype=np.int32), axes=found_axes))
                 unclean = call.ends & (may_hide_nonfinite(edits) | ~ended.finite)
                 if unclean.any():
                     carry = zero_keys(carry, jnp.asarray(unclean))
                 for i in members[call.ends]:
                     del whole[i]
             yield Step(members, call, output, ended)
+
+
+def _found(carry: Carry) -> Carry:
+    """Return the readings, counts and `finite` of a carry, whose shapes do not depend on S."""
+    return carry.replace(cache=None, gates=None)
