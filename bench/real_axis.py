@@ -69,10 +69,11 @@ def axis_stage(args: argparse.Namespace) -> dict[str, Any]:
             print(f"{step} {done}/{total}, {tokens} tokens, {last[0] - begun:.0f} s", flush=True)
 
     found = extract_axis(model, roles, questions, args.out / "run", judge=NoJudge(),
-                         settings=settings, min_count=args.questions, report=report)
+                         settings=settings, min_count=args.questions, keep_means=None,
+                         report=report)
     seconds = time.perf_counter() - begun
     run = Run.read(args.out / "run")
-    means = {role.name: run.means(role.name) for role in roles}
+    means = {role.name: run.sample(role.name).means for role in roles}  # of all answers
     halves = {role.name: halves_of(run.rollouts(role.name) or [], questions) for role in roles}
     jp.save_vector(args.out / "axis.safetensors", found.axis)
     layers = model.config.n_layers
@@ -148,11 +149,11 @@ def analysis(default: np.ndarray, found: science.Analysis) -> dict[str, Any]:
 
 def ranking(found: Any, layer: int) -> dict[str, Any]:
     """Return the roles whose mean projections are nearest to and farthest from the Assistant."""
-    order = sorted(((float(np.nanmean(v[:, layer])), name)
-                    for name, v in found.projections.items() if name != "default"), reverse=True)
+    order = sorted(((float(found.mean_projection(name)[layer]), name)
+                    for name in found.projections if name != "default"), reverse=True)
     listed = [[name, round(value, 3)] for value, name in order]
     return {"layer": layer, "default": round(
-        float(np.nanmean(found.projections["default"][:, layer])), 3),
+        float(found.mean_projection("default")[layer]), 3),
         "nearest": listed[:EXTREMES], "farthest": listed[::-1][:EXTREMES],
         "order": [name for name, _ in listed]}
 

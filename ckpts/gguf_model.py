@@ -69,7 +69,7 @@ class Quantized:
       shape: the shape in elements, in C order.
       block: the number of elements in a quantization block.
       block_bytes: the size of a block in bytes.
-      entry: the location of the data, as an array of bytes [rows, bytes per row].
+      entry: where the raw bytes are stored, described as a uint8 tensor [rows, bytes per row].
     """
 
     kind: Any
@@ -261,7 +261,7 @@ class GgufSource:
         self._tensors = {name: tensors[stored[name]] for name in expected}
 
     def size(self, name: str) -> int:
-        """Return a tensor's bytes in the file (see `TensorSource.size`)."""
+        """Return the size of a tensor in the file, in bytes (see `TensorSource.size`)."""
         return self._tensors[name].entry.size
 
     def read(self, name: str, index: tuple[slice, ...] | None,

@@ -62,8 +62,9 @@ def read_config(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]
         raise UserError(f"{folder / 'config.json'}: {error}") from error
     if config.tied_embeddings and _has_other_head(read_entries(folder)[0]):
         warnings.warn(f"{folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBED}; "
-                      "both are used, as in transformers. Set it to false in config.json, or "
-                      f"remove {HEAD}", UserWarning, stacklevel=3)
+                      "both are used, as in transformers. To silence this warning, set "
+                      f"tie_word_embeddings to false in config.json, or remove {HEAD}",
+                      UserWarning, stacklevel=3)
         config = replace(config, tied_embeddings=False)
     return config, raw
 
@@ -72,7 +73,7 @@ def _has_other_head(entries: Mapping[str, Entry]) -> bool:
     """Return whether the embedding and the head have equal shapes but different values."""
     embed, head = entries.get(EMBED), entries.get(HEAD)
     if embed is None or head is None or embed.shape != head.shape:
-        return False  # `load` reports different shapes
+        return False  # `load` reports the mismatch of shapes
     if not {embed.dtype, head.dtype} <= set(DTYPES):
         return False
     pairs = zip(tensorfile.read_pieces(embed), tensorfile.read_pieces(head), strict=True)
@@ -145,7 +146,7 @@ class SafetensorsSource:
         self.entries = entries
 
     def size(self, name: str) -> int:
-        """Return a tensor's bytes (see `TensorSource.size`)."""
+        """Return the size of a tensor in the file, in bytes (see `TensorSource.size`)."""
         return self.entries[name].size
 
     def read(self, name: str, index: tuple[slice, ...] | None,

@@ -109,7 +109,7 @@ def load(source: str | os.PathLike[str], *, mesh: Mesh | None = None,
       UserError: the model or adapter is missing, invalid or unsupported; the message states the
         reason.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.load("mini")
       Model('mini', qwen3, 8 layers × 128, float32)

@@ -43,8 +43,8 @@ class Form:
     Attributes:
       dtype: the dtype of the activations and of weights that are not int8.
       int8: whether the matrices are quantized.
-      tables: whether the embedding and the output head are also quantized; None if the caller did
-        not choose, which quantizes both.
+      tables: whether the embedding and the output head are also quantized; None: not
+        specified, and both are quantized.
       given: whether the caller chose the dtype of the weights.
       merge: the folder of an adapter to add to the weights before they are quantized.
     """

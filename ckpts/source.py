@@ -21,7 +21,7 @@ from jaxpersona.distributed import sharding
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Params
 
-READERS = 3  # number of tensors read concurrently, because memory allocation can stall a thread
+READERS = 3  # tensors read concurrently; several, because allocating memory can stall a thread
 Progress = Callable[[int, int], None]
 
 
@@ -40,7 +40,7 @@ class TensorSource(Protocol):
         """Read a tensor, or a part of it, into new memory.
 
         Args:
-          name: a tensor of the checkpoint.
+          name: the tensor's Hugging Face name.
           index: unit-step slices, one per dimension; None: the whole tensor.
           dtype: the dtype of the result, float32, bfloat16 or float16; None: as stored.
         """

@@ -273,7 +273,7 @@ def pieces(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
       values: returns a tensor's values by name; called just before they are written.
       metadata: strings for the header.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in READABLE.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for name, (dtype, shape) in tensors.items():

@@ -45,7 +45,7 @@ def save_vector(path: str | os.PathLike, vector: Vector | Caps) -> list[str]:
     Raises:
       UserError: the suffix is not supported, or the format cannot store the value.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> import pathlib, tempfile
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "axis.safetensors"
@@ -132,7 +132,7 @@ def load_vector(path: str | os.PathLike, *, kind: str | None = None) -> Vector:
     Raises:
       UserError: as for `load_any`, or if the file contains caps.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> import numpy as np, pathlib, tempfile
       >>> path = pathlib.Path(tempfile.mkdtemp()) / "happy.safetensors"
@@ -157,7 +157,7 @@ def load_axis(path: str | os.PathLike, *, kind: str | None = None) -> Axis:
     Raises:
       UserError: as for `load_vector`, or if the direction is not an axis.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.load_axis("mini")
       Axis('assistant', [8, 128], of 'mini', percentiles: all 9, default 9)
@@ -176,7 +176,7 @@ def load_caps(path: str | os.PathLike) -> dict[str, Caps]:
     Raises:
       UserError: as for `load_any`, or if the file contains no caps.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> import numpy as np, pathlib, tempfile
       >>> caps = jp.Caps(np.ones((1, 128)), layers=(4,), floors=np.ones(1), labels=("a",))

@@ -9,7 +9,7 @@ class UserError(ValueError):
     The command `jaxpersona` prints the message as one line and exits with code 2. Any other
     exception is a bug in this library, and its traceback is shown.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> try:
       ...     jp.load("mini", dtype="int4")

@@ -19,6 +19,7 @@ from jaxpersona.errors import UserError
 REQUIREMENTS = (
     ("torch", "'jaxpersona[torch]'"), ("gguf", "'jaxpersona[gguf]'"),
     ("libtpu", "'jaxpersona[tpu]'"), ("matplotlib", "'jaxpersona[figures]'"),
+    ("openai", "'jaxpersona[http]'"),
     ("pandas", "'jaxpersona[frames]'"), ("sklearn", "scikit-learn"), ("scipy", "scipy"),
     ("orbax", "orbax-checkpoint"), ("transformers", "transformers"),
     ("huggingface_hub", "huggingface_hub"),
@@ -33,7 +34,7 @@ class MissingPackage(UserError):
 def pip_line(package: str) -> str:
     """Return the command that installs a package listed in `REQUIREMENTS`.
 
-    Example:
+    Examples:
       >>> from jaxpersona.extras import pip_line
       >>> pip_line("sklearn")
       'pip install scikit-learn'
@@ -60,7 +61,7 @@ def require(module: str, purpose: str, otherwise: str = "") -> Any:
     Raises:
       MissingPackage: the package is not installed, or its import fails.
 
-    Example:
+    Examples:
       >>> from jaxpersona.extras import require
       >>> require("matplotlib.figure", "figures need matplotlib").Figure.__name__
       'Figure'

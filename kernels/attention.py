@@ -1,26 +1,33 @@
 """Selection of the attention implementation for prefill, and cuDNN's flash attention.
 
-The XLA implementation (`nn.attention`) is the reference and supports every case. cuDNN does not
-write the scores to memory, so it is faster for long prompts, but it supports only some shapes and
-attends only to the tokens of the current call. The selection happens at trace time; a fallback to
-XLA on a GPU issues a warning.
+The XLA implementation (`nn.attention`) is the reference and supports every case. cuDNN on GPUs and
+splash attention on TPUs do not write the scores to memory, so they are faster for long prompts, but
+they support only some shapes and attend only to the tokens of the current call. The selection
+happens at trace time. A requested implementation is never replaced by another; where "auto" falls
+back to XLA on a long prompt, a warning gives the reason.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxpersona.kernels.probe import fault
+from jaxpersona.kernels.splash import missing, splash_fault
 
 from jaxpersona.errors import UserError
 
-Implementation = Literal["xla", "cudnn"]
-Asked = Literal["auto", "xla", "cudnn"]
+Implementation = Literal["xla", "cudnn", "splash"]
+Asked = Literal["auto", "xla", "cudnn", "splash"]
 LONG = 127  # "auto" uses XLA up to this width; from 128 tokens on, cuDNN was faster on an H100
+# "auto" uses XLA up to this width on a TPU; no TPU was timed (`bench/tpu_kernels.py` compiles)
+LONG_TPU = 2047
+_KERNELS: dict[str, Implementation] = {"gpu": "cudnn", "tpu": "splash"}  # of "auto", by platform
+_NAMES = {"cudnn": "cuDNN's", "splash": "splash attention"}
 
 
 def attention_implementation(
@@ -34,7 +41,7 @@ def attention_implementation(
     sharded: bool = False,
     asked: Asked = "auto",
 ) -> tuple[Implementation, str]:
-    """Choose the attention implementation: cuDNN for long batches if it is supported, else XLA.
+    """Choose the attention implementation: the platform's kernel for long batches, else XLA.
 
     Args:
       config: the model configuration (reads `attn_softcap` and `head_dim`).
@@ -50,14 +57,31 @@ def attention_implementation(
       The implementation, and the reason for it.
 
     Raises:
-      UserError: cuDNN is requested but not supported; the message lists every reason.
+      UserError: a kernel is requested but not supported; the message lists every reason.
     """
-    if asked not in ("auto", "xla", "cudnn"):
-        raise UserError(f"attention is {asked!r}; it must be auto, xla or cudnn")
+    if asked not in get_args(Asked):
+        raise UserError(f"attention is {asked!r}; it must be auto, xla, cudnn or splash")
     if asked == "xla":
         return "xla", "it was requested"
+    kernel = _KERNELS.get(platform, "cudnn") if asked == "auto" else asked
+    against = (_against_cudnn(config, platform, dtype, fresh, capability, sharded)
+               if kernel == "cudnn" else _against_splash(config, platform, dtype, fresh))
+    if against and asked != "auto":
+        raise UserError(f"attention is {asked!r}, but {', and '.join(against)}; use 'auto' or "
+                        "'xla'")
+    if against:
+        return "xla", against[0]
+    least = LONG if kernel == "cudnn" else LONG_TPU
+    if tokens <= least and asked == "auto":
+        return "xla", f"the batch has {tokens} tokens per row, at most {least}"
+    return kernel, "it is supported"
+
+
+def _against_cudnn(config: Any, platform: str, dtype: Any, fresh: bool, capability: float,
+                   sharded: bool) -> list[str]:
+    """Return the reasons why cuDNN cannot compute the attention of a call."""
     limit = 256 if capability >= 9 else 128
-    against = [reason for reason, holds in (
+    return [reason for reason, holds in (
         (f"the platform is {platform}", platform != "gpu"),
         (f"compute capability {capability:g} is below 8", platform == "gpu" and capability < 8),
         ("the model soft-caps its attention scores", config.attn_softcap is not None),
@@ -68,23 +92,30 @@ def attention_implementation(
         ("the cache may hold earlier tokens", not fresh),
         ("the arrays are sharded over a mesh", sharded),
     ) if holds]
-    if against and asked == "cudnn":
-        raise UserError(f"attention is 'cudnn', but {', and '.join(against)}; use 'auto' or 'xla'")
-    if against:
-        return "xla", against[0]
-    if tokens <= LONG and asked == "auto":
-        return "xla", f"the batch has {tokens} tokens per row, at most {LONG}"
-    return "cudnn", "it is supported"
+
+
+def _against_splash(config: Any, platform: str, dtype: Any, fresh: bool) -> list[str]:
+    """Return the reasons why splash attention cannot compute the attention of a call."""
+    absent = missing()
+    return [reason for reason, holds in (
+        (f"the platform is {platform}", platform != "tpu"),
+        (absent or "", absent is not None),
+        (f"the dtype is {np.dtype(dtype).name}, not bfloat16 or float32",
+         np.dtype(dtype).name not in ("bfloat16", "float32")),
+        (f"the head dimension {config.head_dim} is not a multiple of 8 up to 256",
+         config.head_dim % 8 != 0 or config.head_dim > 256),
+        ("the cache may hold earlier tokens", not fresh),
+    ) if holds]
 
 
 def choose(config: Any, asked: Asked, *, dtype: Any, tokens: int, fresh: bool, sharded: bool,
            platform: str) -> Implementation:
     """Choose the attention implementation for the arrays' platform; warn about a fallback to XLA.
 
-    Before its first use, cuDNN is tested (`cudnn_fault`).
+    Before its first use, a kernel is tested (`cudnn_fault`, `splash_fault`).
 
     Raises:
-      UserError: cuDNN is requested, but is not supported or fails its test.
+      UserError: a kernel is requested, but is not supported or fails its test.
     """
     capability = 0.0
     if platform == "gpu" and asked != "xla":
@@ -94,15 +125,18 @@ def choose(config: Any, asked: Asked, *, dtype: Any, tokens: int, fresh: bool, s
     chosen, reason = attention_implementation(
         config, platform, dtype=dtype, tokens=tokens, fresh=fresh, capability=capability,
         sharded=sharded, asked=asked)
-    if chosen == "cudnn":
+    if chosen != "xla":
         windowed = any(window is not None for window in config.windows)
-        groups = config.n_heads // config.n_kv_heads
-        fault = cudnn_fault(np.dtype(dtype).name, config.head_dim, groups, windowed)
-        if fault is not None and asked == "cudnn":
-            raise UserError(f"attention is 'cudnn', but {fault}; use 'auto' or 'xla'")
-        chosen, reason = ("cudnn", reason) if fault is None else ("xla", fault)
-    if chosen == "xla" and platform == "gpu" and asked == "auto" and fresh and tokens > LONG:
-        _say_once(f"long prompts use XLA's attention instead of cuDNN's: {reason}")
+        case = np.dtype(dtype).name, config.head_dim, config.n_heads // config.n_kv_heads, windowed
+        found = (cudnn_fault(*case) if chosen == "cudnn" else
+                 splash_fault(*case, config.attn_softcap is not None))
+        if found is not None and asked != "auto":
+            raise UserError(f"attention is {asked!r}, but {found}; use 'auto' or 'xla'")
+        chosen, reason = (chosen, reason) if found is None else ("xla", found)
+    if chosen == "xla" and asked == "auto" and fresh and platform in _KERNELS:
+        kernel = _KERNELS[platform]
+        if tokens > (LONG if kernel == "cudnn" else LONG_TPU):
+            _say_once(f"long prompts use XLA's attention instead of {_NAMES[kernel]}: {reason}")
     return chosen
 
 
@@ -126,42 +160,13 @@ def cudnn_fault(dtype: str, head_dim: int, groups: int, windowed: bool) -> str |
     The result is None if they agree. The arguments are the properties by which cuDNN selects a
     kernel; each combination is tested once.
     """
-    rng = np.random.default_rng(0)
-    arrays = [rng.normal(size=(2, 64, n, head_dim)).astype(np.float32) for n in (2 * groups, 2, 2)]
-    length, window = np.array([64, 37], np.int32), 16 if windowed else None
-    try:
-        # the caller may be tracing, and the default device may be a CPU
-        with jax.ensure_compile_time_eval(), jax.default_device(_gpu()):
-            q, k, v = (jnp.asarray(x, dtype) for x in arrays)
-            got = np.asarray(flash(q, k, v, jnp.asarray(length), scale=head_dim**-0.5,
-                                   window=window), np.float32)
-            q, k, v = (np.asarray(x, np.float32) for x in (q, k, v))
-    except Exception as error:  # compiler and driver errors have many types
-        text = " ".join(str(error).split())[:160]
-        return f"cuDNN's attention failed its test ({type(error).__name__}: {text})"
-    want = _definition(q, np.repeat(k, groups, 2), np.repeat(v, groups, 2), length, window)
-    worst = float(np.abs(got - want).max())
-    # outputs are of order 1 and have at least eight bits of precision
-    return None if worst < 0.05 else f"cuDNN's attention failed its test (max error {worst:.3g})"
-
-
-def _definition(q: np.ndarray, k: np.ndarray, v: np.ndarray, length: np.ndarray,
-                window: int | None) -> np.ndarray:
-    """Compute softmax(q·kᵀ/√H)·v [B, T, N, H] in NumPy, with the masks of `flash`."""
-    at = np.arange(q.shape[1])
-    seen = (at <= at[:, None]) & (at[:, None] - at < (window or at.size))
-    inside = at < length[:, None]
-    scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1])
-    scores = np.where(seen & inside[:, None, None], scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True, initial=-1e30))
-    total = weights.sum(-1, keepdims=True)
-    out = np.einsum("bnts,bsnh->btnh", weights / np.where(total == 0, 1, total), v)
-    return out * inside[:, :, None, None]
+    return fault("cuDNN's attention", flash, dtype=dtype, head_dim=head_dim, groups=groups,
+                 window=16 if windowed else None, softcap=None, device=_gpu())
 
 
 def flash(q_btnh: jax.Array, k_btkh: jax.Array, v_btkh: jax.Array, length: jax.Array, *,
           scale: float, window: int | None = None,
-          implementation: Implementation = "cudnn") -> jax.Array:
+          implementation: Literal["xla", "cudnn"] = "cudnn") -> jax.Array:
     """Compute causal attention among the tokens of each row (FlashAttention, Dao et al. 2022).
 
     Args:

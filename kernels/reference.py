@@ -56,6 +56,19 @@ def rank_one_edit(
     return jnp.where(changed[..., None], edited, h), changed
 
 
+def round_residual(x: jax.Array) -> jax.Array:
+    """Round x to the precision of its dtype, even inside a fusion.
+
+    XLA may keep a bfloat16 sum in float32 inside a fusion. An edit that follows would then change
+    the rounding of values that it does not edit.
+    """
+    if x.dtype == jnp.bfloat16:
+        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    if x.dtype == jnp.float16:
+        return jax.lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)
+    return x
+
+
 def project(h: jax.Array, direction: jax.Array) -> jax.Array:
     """Return projections ⟨h, v̂⟩ [B, T] of h [B, T, D] float32 onto v̂ [B, D] or [1, D]."""
 

@@ -178,6 +178,26 @@ def random_checkpoint(folder: pathlib.Path, kind: Any, config: Any) -> pathlib.P
     return folder
 
 
+class Scored:
+    """A judge whose scores are a function of the role's name and the rollout's key."""
+
+    scale = (0, 1, 2, 3)
+
+    def __init__(self, score: Any = lambda role, key: 3, name: str = "test") -> None:
+        self.name, self._score = name, score
+
+    def score(self, items: Any) -> Any:
+        """Yield the verdicts, the last item first; an exception as a score is a failed verdict."""
+        from jaxpersona.judges.protocol import Verdict
+
+        for item in reversed(list(items)):
+            score = self._score(item.role.name, item.key)
+            if isinstance(score, Exception):
+                yield Verdict(item.key, error=str(score))
+            else:
+                yield Verdict(item.key, score)
+
+
 def write_texts(folder: pathlib.Path, roles: Any, questions: Any) -> pathlib.Path:
     """Write roles and questions in the layout that `jaxpersona axis` reads."""
     (folder / "roles").mkdir()

@@ -17,6 +17,7 @@ from jaxpersona.ckpts import gguf_header, hub, orbax, tokenizer, torchfile
 
 from jaxpersona import extras
 from jaxpersona.errors import UserError
+from jaxpersona.judges.endpoint import Endpoint
 from jaxpersona.persona import axis as science
 from jaxpersona.planning import chips
 from jaxpersona.report import figures
@@ -55,6 +56,7 @@ USES = {
     "sklearn": lambda _: science.principal_components(np.eye(3), np.ones(3)),
     "orbax": _orbax, "transformers": _tokenizer,
     "huggingface_hub": lambda _: hub.download("owner/name", None),
+    "openai": lambda _: Endpoint("m", url="http://localhost:1/v1"),
 }
 
 

@@ -16,9 +16,10 @@ ROOT = pathlib.Path(__file__).parents[1]
 ORDER = (
     "errors", "extras", "brief", "calls", "inputs", "export", "interrupt", "runtime",
     "models.config",
-    "distributed", "kernels", "models", "interventions", "captures", "interventions.trace",
-    "models.forward", "vectors", "text", "engine", "planning", "ckpts", "interventions.specs",
-    "training", "data", "judges", "runs", "persona", "organism", "report", "cli",
+    "distributed", "kernels", "models", "interventions", "captures", "interventions.fusion",
+    "interventions.trace", "models.forward", "vectors", "text", "engine", "planning", "ckpts",
+    "interventions.specs", "training", "data", "judges", "runs", "persona", "organism", "report",
+    "cli",
 )
 NARROW = {  # stricter limits than the order
     "text.sandbox": set(),

@@ -4,7 +4,7 @@ A capture is a pytree of readings (`reading.Reading`), each with a state. Prefil
 every decode step update the states, so a mean over a generated text needs no second pass and no
 `[L, B, T, D]` array. Captures are combined with `|` and share one forward pass.
 
-Example:
+Examples:
   >>> import jaxpersona as jp
   >>> jp.capture.mean(jp.response, layers=[4]) | jp.capture.last()
   mean(response, layer 4) | last(everywhere)
@@ -61,7 +61,7 @@ class Capture(flax.struct.PyTreeNode):
         interventions at layer l and the same site. A projection read before a cap is the value
         that the cap compares with its floor. Without interventions, the values do not change.
 
-        Example::
+        Examples::
 
             capture = jp.capture.projections(axis, jp.response, layers=4).before_edits()
         """

@@ -52,9 +52,20 @@ class OnDirections(Reading, kw_only=True, repr=False):
                             f"residual stream has width {width}")
 
     def project(self, h: jax.Array, index: int) -> jax.Array:
-        """Project h [B, T, D] of one layer on the layer's directions: [B, T, K]."""
-        table = self.directions[index if self.directions.shape[0] > 1 else 0]
-        return jnp.einsum("btd,kd->btk", h.astype(F32), table, precision="highest")
+        """Project h [B, T, D] of one layer on its directions: [B, T, K]."""
+        return jnp.einsum("btd,kd->btk", h.astype(F32), self.at(index), precision="highest")
+
+    def read(self, h: jax.Array, weights: jax.Array, index: int) -> Any:
+        """Project h [B, T, D] of one layer and reduce the projections."""
+        return self.reduce(self.project(h, index), weights, index)
+
+    def reduce(self, p: jax.Array, weights: jax.Array, index: int) -> Any:
+        """Reduce the projections p [B, T, K] of one layer; the result is that of `read`."""
+        raise NotImplementedError
+
+    def at(self, index: int) -> jax.Array:
+        """Return the directions [K, D] of one layer."""
+        return self.directions[index if self.directions.shape[0] > 1 else 0]
 
     def details(self) -> list[str]:
         """Return the number of directions."""
@@ -83,9 +94,9 @@ class Projections(OnDirections, kw_only=True, repr=False):
         count = self.directions.shape[1]
         return ProjectionState(jnp.full((layers, rows, count, slots), jnp.nan, F32))
 
-    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Project h [B, T, D] of one layer: [B, T, K], NaN for tokens that are not selected."""
-        return jnp.where(weights[..., None], self.project(h, index), jnp.nan)
+    def reduce(self, p: jax.Array, weights: jax.Array, index: int) -> jax.Array:
+        """Return the projections p [B, T, K], NaN for tokens not selected."""
+        return jnp.where(weights[..., None], p, jnp.nan)
 
     def update(self, state: ProjectionState, reductions: jax.Array, weights: jax.Array,
                batch: Batch, slots: jax.Array) -> ProjectionState:
@@ -114,9 +125,10 @@ class ProjectionMoments(OnDirections, kw_only=True, repr=False):
         zero = jnp.zeros((layers, rows, self.directions.shape[1]), F32)
         return MomentState(jnp.zeros((rows,), F32), zero, zero)
 
-    def read(self, h: jax.Array, weights: jax.Array, index: int) -> tuple[jax.Array, jax.Array]:
-        """Return the mean and the sum of squared deviations of h's projections, each [B, K]."""
-        p, w = self.project(h, index), weights[..., None].astype(F32)
+    def reduce(self, p: jax.Array, weights: jax.Array,
+               index: int) -> tuple[jax.Array, jax.Array]:
+        """Return the mean and the sum of squared deviations of p [B, T, K], each [B, K]."""
+        w = weights[..., None].astype(F32)
         count = jnp.maximum(w.sum(1), 1.0)
         mean = (p * w).sum(1) / count
         return mean, (w * (p - mean[:, None]) ** 2).sum(1)
@@ -195,10 +207,10 @@ class Histogram(OnDirections, kw_only=True, repr=False):
         shape = (layers, rows, self.directions.shape[1], self.edges.shape[-1] + 1)
         return CountState(jnp.zeros(shape, jnp.int32))
 
-    def read(self, h: jax.Array, weights: jax.Array, index: int) -> jax.Array:
-        """Count the projections of h [B, T, D] per bin: [B, K, E + 1] int32."""
+    def reduce(self, p: jax.Array, weights: jax.Array, index: int) -> jax.Array:
+        """Count the projections p [B, T, K] per bin: [B, K, E + 1] int32."""
         edges = self.edges[index if self.edges.shape[0] > 1 else 0]
-        number = (self.project(h, index)[..., None] >= edges[None, None]).sum(-1, dtype=jnp.int32)
+        number = (p[..., None] >= edges[None, None]).sum(-1, dtype=jnp.int32)
         bins = jnp.arange(edges.shape[-1] + 1, dtype=jnp.int32)
         in_bin = (number[..., None] == bins[None, None, None]) & weights[..., None, None]
         return in_bin.sum(1, dtype=jnp.int32)

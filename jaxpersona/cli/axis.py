@@ -12,6 +12,27 @@ import typer
 
 from jaxpersona import interrupt
 from jaxpersona.cli import support
+from jaxpersona.cli.judges import (
+    AfterOption,
+    BudgetOption,
+    CacheOption,
+    ConcurrencyOption,
+    JudgeOption,
+    KeyOption,
+    PriceOption,
+    RpmOption,
+    RubricOption,
+    TemperatureOption,
+    TimeoutOption,
+    TokensOption,
+    TpmOption,
+    UrlOption,
+    choose,
+    closed,
+    of_model,
+    opened,
+    rubric_of,
+)
 from jaxpersona.cli.output import say
 from jaxpersona.cli.support import (
     AdapterOption,
@@ -25,8 +46,6 @@ from jaxpersona.errors import UserError
 
 if TYPE_CHECKING:
     from jaxpersona.data.texts import Question, Role
-    from jaxpersona.judges.judges import Judge
-    from jaxpersona.models.model import Model
     from jaxpersona.persona.forecast import Forecast
 
 _OWN = "mini's own for mini, else data"
@@ -43,9 +62,7 @@ def axis(
         show_default="all", help="Play at most this many roles.")] = None,
     limit_questions: Annotated[int | None, typer.Option(
         show_default="all", help="Ask at most this many questions.")] = None,
-    judge: Annotated[str | None, typer.Option(show_default="rules for mini, else none", help=(
-        "Scores the replies: `rules` (mini), `self`, `model:NAME` (another model, by the "
-        "probabilities of the digits 0 to 3) or `none` (every reply counts)."))] = None,
+    judge: JudgeOption = None,
     samples: Annotated[int, typer.Option(help="Replies to each prompt and question.")] = 1,
     max_new_tokens: Annotated[int | None, typer.Option(
         show_default="64 for mini, else 512", help="Maximum length of a reply.")] = None,
@@ -58,12 +75,18 @@ def axis(
     held_out: Annotated[str, typer.Option(
         show_default="nine for mini, else none",
         help="Roles to leave out of the axis, a,b,…")] = "",
+    keep_means: Annotated[str, typer.Option(help=(
+        "Replies per role whose own mean activations are kept, for thresholds; or `all`."))] = "16",
+    share_prefix: Annotated[bool, typer.Option("--share-prefix", help=(
+        "Compute a system prompt once for all its questions."))] = False,
     redo: Annotated[list[str] | None, typer.Option(
         show_default="none",
         help="Generate this role again, e.g. after its files were damaged; repeatable.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=(
         "Delete the run that --out contains, and start a new one; other files stay."))] = False,
+    take_from: Annotated[pathlib.Path | None, typer.Option(show_default="none", help=(
+        "The run folder of an older version whose replies are taken over."))] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help=(
         "Check everything, time a sample of the generation, print the cost, write nothing."))
     ] = False,
@@ -71,6 +94,19 @@ def axis(
         help="Length of the sample of --dry-run; 0 times nothing.")] = 30.0,
     judge_cost: Annotated[float | None, typer.Option(
         show_default="not printed", help="USD for each judged reply, for --dry-run.")] = None,
+    judge_rubric: RubricOption = None,
+    judge_after: AfterOption = False,
+    judge_url: UrlOption = None,
+    judge_key_env: KeyOption = "OPENAI_API_KEY",
+    budget: BudgetOption = None,
+    judge_price: PriceOption = None,
+    judge_concurrency: ConcurrencyOption = 8,
+    judge_rpm: RpmOption = None,
+    judge_tpm: TpmOption = None,
+    judge_timeout: TimeoutOption = 60.0,
+    judge_temperature: TemperatureOption = 0.0,
+    judge_max_tokens: TokensOption = 10,
+    judge_cache: CacheOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of a "
                                                          "summary.")] = False,
     dtype: DtypeOption = None,
@@ -90,6 +126,7 @@ def axis(
     from jaxpersona.distributed import processes as joining
     from jaxpersona.engine.prompts import check_settings
     from jaxpersona.engine.sampling import sampling
+    from jaxpersona.judges.judges import SelfJudge
     from jaxpersona.persona import forecast, prepare, summary
     from jaxpersona.persona.extract import extract_axis
     from jaxpersona.runs.rollouts import Settings
@@ -105,39 +142,55 @@ def axis(
                         "--dry-run")
     own = model == "mini" and roles is None
     judge = judge or ("rules" if own else "none")
-    kind = _judge_class(judge, own)
+    choice = choose(judge, own=own, rubric=judge_rubric, after=judge_after, url=judge_url,
+                    key_env=judge_key_env, budget=budget, price=judge_price,
+                    concurrency=judge_concurrency, rpm=judge_rpm, tpm=judge_tpm,
+                    timeout=judge_timeout, temperature=judge_temperature,
+                    max_tokens=judge_max_tokens, cache=judge_cache)
     length = max_new_tokens if max_new_tokens is not None else 64 if model == "mini" else 512
-    settings = Settings(temperature, top_p, length, samples, batch_size, seed)
+    settings = Settings(temperature, top_p, length, samples, batch_size, seed, share_prefix)
+    kept = _kept(keep_means)
     cast, asked, named = _texts(model, roles, questions, limit, limit_questions, held_out, own)
-    prepare.check_texts(cast, asked, settings, min_count=min_count, held_out=named, judge=kind)
+    prepare.check_texts(cast, asked, settings, min_count=min_count, held_out=named, judge=choice)
     if joining.many() and mesh is None:
         raise UserError("several processes share one mesh; give --mesh over all their "
                         "devices together, such as data=2,model=4")
     if judge == "none" and joining.first():
         say(f"warning: {summary.UNREAD}", error=True)
+    judged = opened(choice, out)
+    if choice.kind == "model" and choice.after:
+        judged = of_model(choice, lambda: support.open_model(choice.argument, dtype, mesh),
+                          lambda: loaded)
     loaded = support.open_model(model, dtype, mesh, adapter)
     base = prepare.base_notice(loaded)
     if base and joining.first():
         say(f"warning: {base}", error=True)
-    judged = _judge(judge, kind, loaded, dtype, mesh, batch_size)
+    if judged is None and choice.kind == "self":
+        judged = SelfJudge(loaded, batch_size=batch_size, rubric=rubric_of(choice))
+    if judged is None:
+        judged = of_model(choice, lambda: support.open_model(choice.argument, dtype, mesh),
+                          lambda: loaded)
     if dry_run:
         if sample_seconds and not as_json:
             say(f"timing a sample of about {sample_seconds:g} s", error=True)
         cost = forecast.forecast(loaded, cast, asked, out, judge=judged, settings=settings,
-                                 min_count=min_count, held_out=named, redo=redo or [],
-                                 overwrite=overwrite, sample_seconds=sample_seconds)
+                                 min_count=min_count, held_out=named, keep_means=kept,
+                                 redo=redo or [], overwrite=overwrite,
+                                 sample_seconds=sample_seconds)
         if as_json:
             print(json.dumps(_of_forecast(cost, judge_cost)))
         else:
             say(*forecast.describe(cost, judge=judge, cost=judge_cost))
-        if cost.disk_bytes > cost.free_bytes:
+        if cost.disk_bytes + cost.live_bytes > cost.free_bytes:
             raise UserError(f"--out is {out}; its disk has too little space for the run")
         return
-    with interrupt.keeping(lambda: kept_of(out)):
-        with progress(log=True) as report:
+    with interrupt.keeping(lambda: kept_of(out)), closed(judged):
+        with progress(log=True, note=getattr(judged, "note", None)) as report:
             found = extract_axis(loaded, cast, asked, out, judge=judged, settings=settings,
-                                 min_count=min_count, held_out=named, redo=redo or [],
-                                 overwrite=overwrite, report=report)
+                                 min_count=min_count, held_out=named, keep_means=kept,
+                                 redo=redo or [], overwrite=overwrite,
+                                 take_from=take_from, report=report,
+                                 notice=lambda line: say(line, error=True))
         if not joining.first():
             return
         middle = loaded.config.n_layers // 2
@@ -182,35 +235,20 @@ def _texts(model: str, roles: str | None, questions: str | None, limit: int | No
     return cast, asked if limit_questions is None else asked[: max(limit_questions, 1)], named
 
 
-def _judge_class(judge: str, own: bool) -> type[Judge]:
-    """Return the class of the judge that `--judge` names.
+def _kept(text: str) -> int | None:
+    """Return the value of `--keep-means`; None is `all`.
 
     Raises:
-      UserError: the judge is unknown, or is "rules" with roles other than mini's own.
+      UserError: it is neither a number nor `all`.
     """
-    from jaxpersona.judges.digits import DigitJudge
-    from jaxpersona.judges.judges import NoJudge, SelfJudge
-    from jaxpersona.organism.method import RuleJudge
+    from jaxpersona.runs.sample import check_keep
 
-    if judge.startswith("model:") and judge != "model:":
-        return DigitJudge
-    kinds: dict[str, type[Judge]] = {"rules": RuleJudge, "self": SelfJudge, "none": NoJudge}
-    if judge not in kinds or (judge == "rules" and not own):
-        raise UserError(f"judge is {judge!r}; choose {'rules, self' if own else 'self'}, "
-                        "model:NAME or none"
-                        + (" (rules judges only mini's own roles)" if judge == "rules" else ""))
-    return kinds[judge]
-
-
-def _judge(judge: str, kind: type[Judge], model: Model, dtype: str | None, mesh: str | None,
-           batch_size: int) -> Judge:
-    """Return the judge, after loading its model if it has one of its own."""
-    from jaxpersona.judges.digits import DigitJudge
-    from jaxpersona.judges.judges import SelfJudge
-
-    if kind is DigitJudge:
-        return DigitJudge(support.open_model(judge.removeprefix("model:"), dtype, mesh))
-    return SelfJudge(model, batch_size=batch_size) if kind is SelfJudge else kind()
+    if text == "all":
+        return None
+    if not text.isdecimal():
+        raise UserError(f"--keep-means is {text!r}; give a number of replies, or all")
+    check_keep(int(text))
+    return int(text)
 
 
 def _of_forecast(found: Forecast, judge_cost: float | None) -> dict[str, Any]:

@@ -14,8 +14,10 @@ from jaxpersona.cli.chat import chat
 from jaxpersona.cli.data import app as data_app
 from jaxpersona.cli.demo import demo
 from jaxpersona.cli.generate import generate
+from jaxpersona.cli.judge import app as judge_app
 from jaxpersona.cli.plan import plan
 from jaxpersona.cli.project import project
+from jaxpersona.cli.status import status
 from jaxpersona.cli.vectors import app as vectors_app
 from jaxpersona.errors import UserError
 
@@ -24,7 +26,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
                   help="Measure, steer and cap a language model's persona.")
 app.add_typer(vectors_app, name="vectors")
 app.add_typer(data_app, name="data")
-for command in (axis, generate, chat, project, demo, plan):
+app.add_typer(judge_app, name="judge")
+for command in (axis, status, generate, chat, project, demo, plan):
     app.command()(command)
 
 

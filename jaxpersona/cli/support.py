@@ -18,7 +18,7 @@ from jaxpersona.errors import UserError
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
-    from jaxpersona.persona.extract import Extraction
+    from jaxpersona.persona.extraction import Extraction
 
 LOG_SECONDS = 30.0  # interval between lines of progress if standard error is not a terminal
 ModelOption = Annotated[str, typer.Option("--model", help="A folder, a .gguf file, `mini`, "
@@ -45,11 +45,13 @@ def open_model(source: str, dtype: str | None, mesh: str | None = None,
 
 
 @contextlib.contextmanager
-def progress(log: bool = False) -> Iterator[Callable[[str, int, int, int], None]]:
+def progress(log: bool = False, note: Callable[[], str] | None = None,
+             ) -> Iterator[Callable[[str, int, int, int], None]]:
     """Show the rate and remaining time of steps; yield report(step, done, total, tokens).
 
     If standard error is not a terminal, a line is written every `LOG_SECONDS` if `log` is set, and
-    otherwise nothing. Only the first process writes.
+    otherwise nothing. Only the first process writes. The step "judging" also shows `note()`, such
+    as the cost so far.
     """
     from jaxpersona.distributed import processes
 
@@ -58,7 +60,7 @@ def progress(log: bool = False) -> Iterator[Callable[[str, int, int, int], None]
         yield _silent
         return
     if not shown.is_interactive:
-        with _logged() as log_state:
+        with _logged(note) as log_state:
             yield log_state
         return
     from rich.progress import (
@@ -84,6 +86,8 @@ def progress(log: bool = False) -> Iterator[Callable[[str, int, int, int], None]
             rate = f"{tokens / spent:,.0f} tok/s" if tokens else ""
             if step == "load":
                 rate = f"{done / spent / 1e9:.2f} GB/s"
+            if step == "judging" and note is not None:
+                rate = note()
             bar.update(tasks[step], completed=done, total=total, rate=rate)
 
         yield report
@@ -116,7 +120,7 @@ def stream(pieces: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def _logged() -> Iterator[Callable[[str, int, int, int], None]]:
+def _logged(note: Callable[[], str] | None) -> Iterator[Callable[[str, int, int, int], None]]:
     """Write the last reported state as a line on standard error every `LOG_SECONDS`."""
     begun: dict[str, tuple[float, int]] = {}  # time and `done` at the first report of each step
     state: list[tuple[str, int, int, int]] = []
@@ -135,6 +139,7 @@ def _logged() -> Iterator[Callable[[str, int, int, int], None]]:
             spent, now = time.perf_counter() - start, done - first
             say(f"{step} {done:,}/{total:,}"
                 + (f", {tokens / spent:,.0f} tokens/s" if tokens else "")
+                + (f", {said}" if step == "judging" and note and (said := note()) else "")
                 + (f", about {_duration(spent / now * (total - done))} left" if now else ""),
                 error=True)
             sys.stderr.flush()
@@ -185,14 +190,18 @@ def check_output(option: str, file: pathlib.Path) -> None:
 
 def kept_of(folder: pathlib.Path) -> str:
     """Describe the files of a run folder, for the line that an interrupted command prints."""
+    from jaxpersona.runs.status import kept
+
     if not (folder / "run.json").exists():
         return "nothing was written"
-    steps = {"rollouts": "*.jsonl", "scores": "*.json", "vectors": "*.safetensors"}
-    counts = {step: len([p for p in (folder / step).glob(form) if p.name[0] != "."])
-              for step, form in steps.items()}
-    held = ", ".join(f"{step} of {n} roles" for step, n in counts.items() if n)
+    rollouts, verdicts, roles = kept(folder)
+    held = f"{rollouts:,} rollouts" if rollouts else "its settings"
+    if verdicts:
+        held += f" and {verdicts:,} verdicts"
+    if roles:
+        held += f" ({roles:,} roles are complete)"
     axis = " and the axis" if (folder / "axis.safetensors").exists() else ""
-    return f"{folder} contains {held or 'its settings'}{axis}; the same command resumes from here"
+    return f"{folder} contains {held}{axis}; the same command resumes from here"
 
 
 def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
@@ -201,7 +210,7 @@ def draw_run(folder: pathlib.Path, extraction: Extraction, middle: int,
     from jaxpersona.report import figures
 
     try:
-        figures.roles_on_axis(folder / "roles.png", extraction.projections, middle, held_out)
+        figures.roles_on_axis(folder / "roles.png", extraction, middle, held_out)
         figures.components(folder / "pca.png", extraction.analysis, middle, extraction.default)
         figures.variance(folder / "variance.png", extraction.analysis, middle)
     except UserError as error:  # e.g. a missing package; the axis is complete without figures

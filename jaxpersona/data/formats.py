@@ -58,7 +58,7 @@ def example(kind: str) -> tuple[str, str]:
     Raises:
       UserError: `kind` is none of these.
 
-    Example:
+    Examples:
       >>> from jaxpersona.data.formats import example
       >>> example("questions")[0]
       'questions.jsonl'

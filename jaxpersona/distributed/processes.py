@@ -34,7 +34,8 @@ def start(coordinator: str | None = None, count: int | None = None,
 
     Args:
       coordinator: the address host:port of process 0. If None, the address is detected, which
-        requires SLURM, Kubernetes or a TPU pod.
+        requires an environment that JAX recognizes, such as SLURM, Open MPI, Kubernetes or a
+        TPU pod.
       count, index: the number of processes and the index of this process. If None, both are
         detected.
 
@@ -45,7 +46,8 @@ def start(coordinator: str | None = None, count: int | None = None,
     given = (coordinator is not None, count is not None, index is not None)
     if any(given) and not all(given):
         raise UserError("coordinator, processes and process belong together: give all three "
-                        "arguments, or omit all of them on SLURM, Kubernetes or a TPU pod")
+                        "arguments, or omit them all where JAX detects the processes, such as on "
+                        "SLURM, Open MPI, Kubernetes or a TPU pod")
     for name, value in (("processes", count), ("process", index)):
         if value is not None and not isinstance(value, int):
             raise UserError(f"{name} is {value!r:.60}; it must be an integer")

@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, overload
 
 import jax
@@ -51,7 +51,7 @@ def make_mesh(data: int = 1, model: int = 1, *, fsdp: int = 1,
     Raises:
       UserError: there are fewer devices than data·fsdp·model, or an axis is smaller than 1.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> import jax
       >>> jp.make_mesh(data=1, model=1, devices=jax.devices()[:1]).axis_names
@@ -301,6 +301,31 @@ def place(x: jax.Array, axes: Axes, *operands: Any) -> jax.Array:
     if AxisType.Explicit in mesh.axis_types:
         return jax.sharding.reshard(x, placed)
     return jax.lax.with_sharding_constraint(x, placed)
+
+
+def by_shard(function: Callable[..., Any], given: Sequence[Axes],
+             result: Axes | Sequence[Axes]) -> Callable[..., Any]:
+    """Return a function that runs `function` on each device's shards of its arguments.
+
+    A kernel is one operation to XLA, which cannot divide it over a mesh. Without a mesh, the
+    function is called with the whole arrays.
+
+    Args:
+      function: a function of arrays that needs no other shard.
+      given: the logical axes of each argument.
+      result: the logical axes of the result, or a list for a tuple of results.
+    """
+    def call(*arrays: Any) -> Any:
+        mesh = mesh_of(*arrays)
+        if mesh is None:
+            return function(*arrays)
+        several = isinstance(result, list)
+        out = tuple(spec(axes, mesh) for axes in result) if several else spec(result, mesh)
+        placed = [place(x, axes, *arrays) for x, axes in zip(arrays, given, strict=True)]
+        return jax.shard_map(function, mesh=mesh, check_vma=False, out_specs=out,
+                             in_specs=tuple(spec(axes, mesh) for axes in given))(*placed)
+
+    return call
 
 
 def spread_rows(x: jax.Array, dimension: int, like: Any) -> jax.Array:

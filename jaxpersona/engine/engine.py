@@ -49,7 +49,7 @@ class Engine:
     `stream` and `result` run the engine in the caller's thread, unless it runs in a background
     thread (`running`). All methods are thread-safe.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> engine = jp.Engine(jp.load("mini"), rows=2)
       >>> handle = engine.submit(jp.Request("Who are you?", max_new_tokens=2))

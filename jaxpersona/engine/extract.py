@@ -33,6 +33,7 @@ from jaxpersona.export import Table, shapes
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.interventions.where import WIDTH, holds
+from jaxpersona.kernels.edit import Implementation as Fused
 from jaxpersona.models.batch import Batch
 from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.models.carry import Carry
@@ -66,7 +67,7 @@ class Extracted(Table):
       tokens, padded: the number of tokens without and with padding.
       nonfinite: [N] bool, True if a residual was NaN or infinite; discard these readings.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
       >>> jp.extract(jp.load("mini"), [talk])
@@ -107,6 +108,7 @@ def extract(
     batch_tokens: int | None = None,
     on_nonfinite: OnNonfinite = "warn",
     progress: Callable[[int, int, int], None] | None = None,
+    residual: Fused = "xla",
 ) -> Extracted:
     """Read activations of conversations in as few passes as their lengths allow.
 
@@ -124,14 +126,17 @@ def extract(
         (`Extracted.nonfinite`) and issue one `NonfiniteWarning` that names the first layer and the
         fix; "raise": raise an error. `jax_debug_nans` and `jax_debug_infs` imply "raise".
       progress: called with (conversations done, N, tokens so far).
+      residual: "xla", or "pallas" for one kernel on a TPU that edits, reads projections and
+        normalizes (`forward`).
 
     Raises:
       UserError: there are no conversations, one is longer than the context, a reading such as a
         mean selects no token in any conversation, the capture or the interventions do not match the
-        model, or activations are not finite with `on_nonfinite="raise"`. If a reading selects no
+        model, `residual` does not support them, or activations are not finite with
+        `on_nonfinite="raise"`. If a reading selects no
         token in only some conversations, their values are NaN and a logged warning lists them.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
       >>> found = jp.extract(jp.load("mini"), [talk], capture=jp.capture.mean(jp.response))
@@ -179,8 +184,11 @@ def extract(
         if nonfinite.any() and stop:
             raise UserError(explanation())
 
-    passes = _in_pieces if fits_pieces(model, edits, readings) else _in_batches
-    for members, out, ran in passes(model, rows, edits, readings, batch_tokens):
+    if residual == "xla" and fits_pieces(model, edits, readings):
+        passes = _in_pieces(model, rows, edits, readings, batch_tokens)
+    else:
+        passes = _in_batches(model, rows, edits, readings, batch_tokens, residual)
+    for members, out, ran in passes:
         padded += ran
         if out is not None:
             keep(members, out)
@@ -228,7 +236,8 @@ def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
 
 
 def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, capture: Capture,
-                tokens: int | None) -> Iterator[tuple[list[int], Output | None, int]]:
+                tokens: int | None, residual: Fused,
+                ) -> Iterator[tuple[list[int], Output | None, int]]:
     """Run conversations in batches.
 
     Yields:
@@ -241,7 +250,8 @@ def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, captur
     for members, width, size in batches(rows, tokens, rows_divisor(model.params.like)):
         batch = pad([rows[i] for i in members], width, size)
         index = np.array(members + [-1] * (size - len(members)), np.int32)
-        out = _read(model.params, model.config, batch, edits.take(index), capture)
+        out = _read(model.params, model.config, batch, edits.take(index), capture,
+                    residual=residual)
         if running is not None:
             yield running  # while the device runs the next batch
         running = members, out, width * size
@@ -276,10 +286,10 @@ def _read_piece(params: Params, config: ModelConfig, carry: Carry, batch: Batch,
                    logits=None).carry
 
 
-@program()
+@program(static=("residual",))
 def _read(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
-          capture: Capture) -> Output:
+          capture: Capture, *, residual: Fused) -> Output:
     """Run one batch and its readings."""
     batch = batch.spread(params.like)
     return forward(params, config, batch, interventions=edits, capture=capture, logits=None,
-                   attention="auto")
+                   attention="auto", residual=residual)

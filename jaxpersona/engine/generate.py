@@ -74,7 +74,7 @@ class Generated(Table):
       stats: the decode steps of the call, the live rows in them, and the tokens of prompts with and
         without padding.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.generate(jp.load("mini"), ["Who are you?"], max_new_tokens=2)
       Generated(1 reply, 2 tokens)
@@ -165,7 +165,7 @@ def generate(
         the interventions belong to a different model or number of rows, or activations are not
         finite with `on_nonfinite="raise"`. The message names the argument, its value and the fix.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> out = jp.generate(jp.load("mini"), ["Who are you?"], max_new_tokens=2)
       >>> len(out.text), len(out.tokens[0]), out.finish
@@ -242,18 +242,10 @@ def queue(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
       stats: counts the work, or None.
     """
     greedy = bool((np.asarray(settings.temperature) == 0).all())
-    params, shared = fast_params(model, batch_size), SharedEdits(edits)
-    # On a mesh, all rows are replaced at once: rows are sharded over devices, so a partial write
-    # would need communication.
-    together = max(1, batch_size // 4) if model.mesh is None else batch_size
-    piece = piece_of(model.params.like, edits, batch_size)
-
-    def open_lane(slots: Any) -> Lane:
-        # a reply may fill the cache, so programs do not depend on `max_new`
-        return Lane(model.config, params, Setting(slots, slots, greedy, capture, stops), shared,
-                    batch_size, together, piece, stats)
-
-    scheduler = Scheduler(open_lane, collect, refill=refill)
+    piece, shared = piece_of(model.params.like, edits, batch_size), SharedEdits(edits)
+    scheduler = Scheduler(
+        lane_opener(model, shared, capture, stops, greedy, batch_size, stats), collect,
+        refill=refill)
     shapes = [shape_of(row, int(most), share_prefix, model.config.max_context, batch_size, piece)
               for row, most in zip(rows, max_new, strict=True)]
     tasks = [Task(i, row, int(ids[i]), int(limits[i]), settings.take([i]), shapes[i],
@@ -266,6 +258,29 @@ def queue(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
         order[task.lane], task.shape, prefix_key(task),
         shared.key(task) if task.shape.prefix else (), -task.limit)))
     return scheduler
+
+
+def lane_opener(model: Model, edits: SharedEdits, capture: Capture, stops: Stops, greedy: bool,
+                batch_size: int, stats: Stats | None = None) -> Callable[[Any], Lane]:
+    """Return a function that opens a lane for a number of cache slots, for `Scheduler`.
+
+    Args:
+      model, capture, stops, batch_size, stats: as for `queue`.
+      edits: the interventions on the rows.
+      greedy: whether every temperature is 0.
+    """
+    params = fast_params(model, batch_size)
+    # On a mesh, all rows are replaced at once: rows are sharded over devices, so a partial write
+    # would need communication.
+    together = max(1, batch_size // 4) if model.mesh is None else batch_size
+    piece = piece_of(model.params.like, edits.edits, batch_size)
+
+    def open_lane(slots: Any) -> Lane:
+        # a reply may fill the cache, so programs do not depend on `max_new`
+        return Lane(model.config, params, Setting(slots, slots, greedy, capture, stops), edits,
+                    batch_size, together, piece, stats)
+
+    return open_lane
 
 
 def asks_for_code(edits: Interventions, capture: Capture) -> bool:

@@ -110,6 +110,7 @@ def _cause(model: Model, row: Row, edits: Interventions) -> str:
                 "factor or bound")
     dtype = model.params.like.dtype.name
     if dtype == "float16":
-        return ("the largest float16 is 65504; load the model with dtype='bfloat16' or 'float32'")
+        return ("activations probably exceed the largest float16, 65504; load the model with "
+                "dtype='bfloat16' or 'float32'")
     return (f"the activations overflow {dtype}, because the weights of {model.name} are too large; "
             "the checkpoint may be damaged, or its training may have diverged")

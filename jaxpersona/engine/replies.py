@@ -65,7 +65,7 @@ class Reply(Table):
         that completes a stop string, so these are not captured. Empty for a cancelled request.
       applied: one `Applied` per intervention table, with fields seen [] and changed [l].
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> engine = jp.Engine(jp.load("mini"), rows=2)
       >>> handle = engine.submit(jp.Request("Who are you?", max_new_tokens=2))

@@ -36,7 +36,7 @@ class Request:
         the same tokens, id, seed and settings have the same reply.
       thinking: whether the reply may begin with a thinking block.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> request = jp.Request("Who are you?", max_new_tokens=40, stop=["."])
       >>> request.temperature, request.seed
@@ -77,7 +77,7 @@ class Event:
       projections: for each projection reading, the values [n, L, K] at `tokens`.
       reply: the whole reply in the last event, else None.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> engine = jp.Engine(jp.load("mini"), rows=2)
       >>> handle = engine.submit(jp.Request("Who are you?", max_new_tokens=2))
@@ -99,7 +99,7 @@ class Event:
 class QueueFull(RuntimeError):
     """The engine's queue is full.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> engine = jp.Engine(jp.load("mini"), rows=2, queue=1)
       >>> first = engine.submit(jp.Request("Who are you?"))
@@ -118,7 +118,7 @@ class Handle:
       request: the request.
       number: its index in the order of submission.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> engine = jp.Engine(jp.load("mini"), rows=2)
       >>> handle = engine.submit(jp.Request("Who are you?", max_new_tokens=2))

@@ -58,7 +58,7 @@ class Scored(Table):
       rows: the encoded texts.
       logprobs: N arrays [T−1] float32; entry t is log p(token t+1 | tokens 0…t), in nats.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
       >>> scored = jp.logprobs(jp.load("mini"), [talk])
@@ -136,7 +136,7 @@ def logprobs(
       UserError: there are no conversations, one is longer than the context, the interventions do
         not match the model, or activations are not finite.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> model = jp.load("mini")
       >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -176,7 +176,7 @@ def next_logprobs(
       UserError: there are no prompts or candidates, an id is outside the vocabulary, a prompt fills
         the context, the interventions do not match the model, or activations are not finite.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> model = jp.load("mini")
       >>> yes, no = model.tokenizer.convert_tokens_to_ids(["I", "A"])

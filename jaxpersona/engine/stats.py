@@ -21,7 +21,7 @@ class RunStats:
         once.
       padded_tokens: the number of tokens in the prefill calls, including padding and empty rows.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> stats = jp.generate(jp.load("mini"), ["Who are you?"], max_new_tokens=2).stats
       >>> stats.steps, stats.live_steps, stats.utilisation

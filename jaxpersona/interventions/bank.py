@@ -224,8 +224,8 @@ def check_finite(name: str, value: np.ndarray) -> None:
 def resolve_layers(layers: Layers, total: int | None) -> tuple[int, ...]:
     """Return the chosen layers as an ascending tuple; slices are half-open, as in Python.
 
-    Text is parsed by `parse_layers`: "46:54" is a slice, "16" and "3,5" are single layers. `total`
-    is the model's number of layers, or None if it is unknown.
+    A string is parsed by `parse_layers`: "46:54" is a slice, "16" a layer and "3,5" two layers.
+    `total` is the model's number of layers, or None if it is unknown.
 
     Raises:
       UserError: the selection is empty, unsorted or out of range, repeats a layer, or is invalid

@@ -27,7 +27,7 @@ class Interventions(flax.struct.PyTreeNode):
 
     Layers without a table add no operations to the compiled program.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> axis = jp.load_axis("mini")
       >>> jp.chain(jp.steer(axis, layers=4, scale=0.5), jp.cap(axis, layers=5, floor="p25"))
@@ -169,7 +169,7 @@ def chain(*interventions: Interventions | None) -> Interventions:
     Raises:
       UserError: an argument has the wrong type.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> axis = jp.load_axis("mini")
       >>> jp.chain(jp.steer(axis, layers=4, scale=0.5), None, jp.cap(axis, layers=4, floor=1.0))
@@ -209,7 +209,7 @@ def reserve(rows: int, width: int, layers: Layers, *, slots: int = 1,
     Raises:
       UserError: a size is not positive, or the layers are invalid.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> free = jp.reserve(8, 128, slice(4, 8))
       >>> free
@@ -255,7 +255,7 @@ def stack_rows(interventions: Sequence[Interventions | None], *,
     Raises:
       UserError: the list is empty, or interventions were made with `rows=` or do not fit `into`.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> cap = jp.cap(jp.load_axis("mini"), layers=4, floor="p25")
       >>> jp.stack_rows([cap, None, cap]).rows

@@ -24,6 +24,7 @@ from jaxpersona.interventions.table import (
     common,
     next_power,
 )
+from jaxpersona.kernels.edit import SiteEdit
 from jaxpersona.kernels.reference import rank_one_edit, twice
 from jaxpersona.runtime import is_traced
 
@@ -129,6 +130,11 @@ class PreparedEdit(Prepared, kw_only=True):
         """Edit the active tokens of h [B, T, D] (see `Prepared.apply`)."""
         edit = self.by_layer[self.layers.index(layer)]
         return rank_one_edit(h, edit.direction, edit.coefficients, active, edit.push, edit.columns)
+
+    def at(self, layer: int, active: jax.Array) -> SiteEdit:
+        """Return the edit of one layer with its active tokens [B, T], for `kernels.edit`."""
+        edit = self.by_layer[self.layers.index(layer)]
+        return SiteEdit(edit.direction, edit.coefficients, active, edit.push)
 
 
 def table(

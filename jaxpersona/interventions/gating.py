@@ -55,7 +55,7 @@ def gate(
       UserError: both bounds are missing, the gate's layer is not before the gated layers, the
         interventions already have a gate, or the direction is invalid.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> axis = jp.load_axis("mini")
       >>> jp.gate(jp.cap(axis, layers=4, floor="p25"), axis, layer=2, below=3.0)

@@ -60,7 +60,7 @@ def rotate(
       UserError: `to` and `by` are both given or both missing, the directions are collinear, or an
         argument is invalid as in `steer`.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> import numpy as np
       >>> u, v = np.eye(128)[:2]
@@ -104,7 +104,7 @@ def restore_norm(
       rows: for each batch row, 0 to restore the norm or −1 for no edit. By default, the norm is
         restored in all rows.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.chain(jp.steer(jp.load_axis("mini"), layers=4, scale=2.0), jp.restore_norm(layers=4))
       chain(steer(everywhere, layer 4, residual), restore_norm(everywhere, layer 4, residual))
@@ -141,7 +141,7 @@ def custom(
     Raises:
       UserError: `fn` is not callable or not hashable, or leaves of `params` differ in n.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.custom(lambda factor, h: factor * h, 0.9, layers=4)
       custom(everywhere, layer 4, residual)

@@ -50,7 +50,7 @@ def steer(
       UserError: a direction, strength, layer or row is invalid; the message names the argument,
         its value and the fix.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.steer(jp.load_axis("mini"), layers=4, scale=-2.0, where="generated")
       steer(generated, layer 4, residual)
@@ -96,7 +96,7 @@ def cap(
       UserError: both bounds are missing, the floor is above the ceiling, or an argument is invalid
         as in `steer`.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.cap(jp.load_axis("mini"), layers=slice(4, 8), floor="p25", of="default")
       cap(everywhere, layers 4–7, residual)
@@ -136,7 +136,7 @@ def ablate(
     norm of `vector` has no effect. `coefficient` is the projection after the edit, in units of the
     residual stream.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.ablate(jp.load_axis("mini"), layers=[3, 5])
       ablate(everywhere, layers 3, 5, residual)
@@ -168,7 +168,7 @@ def mean_ablate(
       UserError: the shapes of `mean` and `vector` do not match, or an argument is invalid as in
         `steer`.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> import numpy as np
       >>> jp.mean_ablate(jp.load_axis("mini"), np.zeros(128), layers=4)
@@ -201,7 +201,7 @@ def scale(
     Arguments and errors are as for `steer`. `factor` is a number, or an array with one number per
     layer or per direction of a bank.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.scale(jp.load_axis("mini"), layers=4, factor=0.5)
       scale(everywhere, layer 4, residual)
@@ -225,7 +225,7 @@ def set_projection(
 
     Arguments and errors are as for `steer`. `value` is in units of the residual stream.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.set_projection(jp.load_axis("mini"), layers=4, value=0.0)
       ablate(everywhere, layer 4, residual)

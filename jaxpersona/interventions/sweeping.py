@@ -37,7 +37,7 @@ def sweep(
     Raises:
       UserError: `scales` is not a list of finite numbers, or an argument is invalid as in `steer`.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> model, axis = jp.load("mini"), jp.load_axis("mini")
       >>> rows = jp.sweep(axis, [-2, 0, 2], layers=4)

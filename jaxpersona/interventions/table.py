@@ -77,8 +77,8 @@ class Prepared(flax.struct.PyTreeNode, kw_only=True):
 class Table(flax.struct.PyTreeNode, kw_only=True):
     """The base class of tables of n edits (entries) of one kind, at one site of l layers.
 
-    Without an `index`, a single entry applies to every row. If there are several entries, entry b
-    applies to row b.
+    Without an `index`, a single entry applies to every row, and of several entries, entry b applies
+    to row b. With an `index`, entry index[b] applies to row b.
 
     Attributes:
       where: encoded token tests [n, 5] int32.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import flax.struct
@@ -12,11 +13,14 @@ import numpy as np
 
 from jaxpersona.brief import brief
 from jaxpersona.captures.capture import Capture, chosen_layers
-from jaxpersona.captures.reading import State
+from jaxpersona.captures.projections import OnDirections
+from jaxpersona.captures.reading import Reading, State
 from jaxpersona.distributed.sharding import spread_rows
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import PreparedInterventions
-from jaxpersona.interventions.table import Site
+from jaxpersona.interventions.fusion import Fusion
+from jaxpersona.interventions.table import Prepared, Site
+from jaxpersona.kernels.edit import Norm
 from jaxpersona.models import nn
 from jaxpersona.models.batch import Batch
 from jaxpersona.models.config import ModelConfig
@@ -36,7 +40,7 @@ class Applied(flax.struct.PyTreeNode):
       changed: [l, B] int32, the number of tokens changed at each layer. For a rank-one edit, a
         token is counted if δ ≠ 0, even if rounding to the model's dtype leaves h unchanged.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
       >>> cap = jp.cap(jp.load_axis("mini"), layers=4, floor="p25")
@@ -55,8 +59,10 @@ class Trace:
     """The edits and readings of one forward pass; an instance exists only during tracing."""
 
     def __init__(self, config: ModelConfig, batch: Batch, edits: PreparedInterventions,
-                 capture: Capture, gates: Gates | None, before: jax.Array | None) -> None:
-        self.batch, self.edits, self.capture = batch, edits, capture
+                 capture: Capture, gates: Gates | None, before: jax.Array | None,
+                 fusion: Fusion) -> None:
+        self.config, self.batch, self.edits, self.capture = config, batch, edits, capture
+        self.fusion = fusion
         rows = batch.tokens.shape[0]
         with jax.named_scope("intervention"):
             self.active = [edit.seen(batch) for edit in edits.edits]
@@ -94,23 +100,73 @@ class Trace:
         before = h
         for number, edit in self.edits.at(site, layer):
             with jax.named_scope("intervention"):
-                active = self.active[number]
-                if edit.gate is not None:
-                    active = active & self.opened[number]
-                h, changed = edit.apply(layer, h, active, before)
+                h, changed = edit.apply(layer, h, self._active(number, edit), before)
                 h = nn.round_residual(h)
                 self.changed[number].append(changed)
+        self._measure(site, layer, h)
+        for name, reading in self._readings(site, layer):
+            with jax.named_scope("capture"):
+                index = self.layers[name].index(layer)
+                read = h if reading.edited else before
+                self.reductions[name].append(reading.read(read, self.weights[name], index))
+        return h
+
+    def finish(self, layer: int, x: jax.Array, added: jax.Array,
+               norm: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """Add the MLP's output to the residual stream x, and visit the site "residual".
+
+        Args:
+          layer: the block's index.
+          x, added: [B, T, D].
+          norm: the weight [D] of the next block's first norm, or None after the last block.
+
+        Returns:
+          The residual after the block, and its norm if the kernel of `kernels.edit` computed it.
+
+        Raises:
+          UserError: the kernel is requested, but does not support this site.
+        """
+        if self.fusion.implementation == "xla":
+            return self.visit("residual", layer, nn.round_residual(x + added)), None
+        edits = list(self.edits.at("residual", layer))
+        readings = list(self._readings("residual", layer))
+        active = [self._active(number, edit) for number, edit in edits]
+        following = (None if norm is None else
+                     Norm(norm, self.config.norm_eps, self.config.norm_offset))
+        with jax.named_scope("intervention"):
+            done, projected = self.fusion.run(
+                layer, x, added, [edit for _, edit in edits], active,
+                {name: (reading, self.layers[name].index(layer)) for name, reading in readings},
+                following)
+        for (number, _), changed in zip(edits, done.changed, strict=True):
+            self.changed[number].append(changed)
+        self._measure("residual", layer, done.h)
+        for name, reading in readings:
+            with jax.named_scope("capture"):
+                index, weights = self.layers[name].index(layer), self.weights[name]
+                self.reductions[name].append(
+                    reading.reduce(projected[name], weights, index)
+                    if isinstance(reading, OnDirections) and name in projected
+                    else reading.read(done.h, weights, index))
+        return done.h, done.normed
+
+    def _active(self, number: int, edit: Prepared) -> jax.Array:
+        """Return the tokens [B, T] that a table edits."""
+        active = self.active[number]
+        return active if edit.gate is None else active & self.opened[number]
+
+    def _readings(self, site: Site, layer: int) -> Iterator[tuple[str, Reading]]:
+        """Yield the readings of one site of one layer by name."""
+        for name, reading in self.capture.readings.items():
+            if reading.site == site and layer in self.layers[name]:
+                yield name, reading
+
+    def _measure(self, site: Site, layer: int, h: jax.Array) -> None:
+        """Measure the gates of one site of one layer."""
         for number, gate in self.edits.gates_at(site, layer):
             with jax.named_scope("intervention"):
                 self.opened[number], self.gates[str(number)] = gate.measure(
                     h, self.batch, self.gates[str(number)])
-        for name, reading in self.capture.readings.items():
-            if reading.site == site and layer in self.layers[name]:
-                with jax.named_scope("capture"):
-                    index = self.layers[name].index(layer)
-                    read = h if reading.edited else before
-                    self.reductions[name].append(reading.read(read, self.weights[name], index))
-        return h
 
     def captured(self, state: dict[str, State] | None, slots: jax.Array) -> dict[str, State]:
         """Return the capture states after adding the readings of this call.
@@ -146,9 +202,13 @@ class Trace:
 def _counts(changed: list[jax.Array]) -> jax.Array:
     """Count the True tokens in each layer's mask [B, T]; return [l, B] int32.
 
+    A kernel returns counts [B] in place of masks.
+
     In a decode step (T = 1), the masks of up to 32 layers are packed into the bits of one word,
     because stacking them would launch one kernel per layer.
     """
+    if changed[0].ndim == 1:
+        return jnp.stack(changed)
     if changed[0].shape[1] > 1:
         return jnp.stack(changed).sum(-1, dtype=jnp.int32)
     counts = []

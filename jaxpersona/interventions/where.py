@@ -40,7 +40,7 @@ class Where:
     and no bit of `none`, and if lo ≤ turn < hi. A token passes `a & b` if it passes both tests.
     `a.without("first", …)` excludes tokens of the named kinds.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.response.without("code").within(2, 4)
       response.without('code').within(2, 4)
@@ -159,7 +159,7 @@ def turns(role: str) -> Where:
     Raises:
       UserError: the role has another value.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.turns("user") == jp.user
       True

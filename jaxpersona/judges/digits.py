@@ -1,105 +1,289 @@
-"""A judge that reads the score from the next-token probabilities of the digits 0 to 3."""
+"""A judge that reads the score from a model's next-token probabilities of the scale's integers."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxpersona.brief import brief
-from jaxpersona.data.texts import Role
+from jaxpersona.engine import prompts
 from jaxpersona.engine.scoring import next_logprobs
 from jaxpersona.errors import UserError
-from jaxpersona.judges.judges import asked
+from jaxpersona.judges.protocol import Item, Verdict
+from jaxpersona.judges.rubric import ROLES, Rubric
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
+    from jaxpersona.text.chat import Row
 
-SCORES = (0, 1, 2, 3)
-LEAST_MASS = 0.25  # minimum probability of the four digits; below it the score is None
-_SPACES = ("", "Ġ", "▁")  # a digit token may begin with a space, encoded as Ġ or ▁
+LEAST_MASS = 0.25  # minimum probability of the scale's integers; below it the score is None
+LEAST_BRANCH = 1e-3  # a number's further digits are read where its first ones are this probable
+_ITEMS = 256  # items per call of `next_logprobs`; their verdicts are yielded together
+_SPACES = ("", "Ġ", "▁")  # a token may begin with a space, encoded as Ġ or ▁
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdicts:
-    """The judge's probabilities for n replies.
+class Readings:
+    """A judge's probabilities for n prompts on a scale of S integers.
 
     Attributes:
-      probabilities: [n, 4], of the scores 0 to 3, renormalized to a sum of 1.
-      mass: [n], the total probability of the four digits as the next token.
+      scale: the integers.
+      probabilities: [n, S], renormalized to a sum of 1.
+      mass: [n], the total probability of the integers as the beginning of the judge's reply.
+      refusal: [n], the probability of the first token of the refusal word; 0 without one.
+      greedy: [n], the integer that greedy decoding among the integers writes.
     """
 
     __repr__ = brief
 
+    scale: tuple[int, ...]
     probabilities: np.ndarray
     mass: np.ndarray
+    refusal: np.ndarray
+    greedy: np.ndarray
 
     @property
     def expected(self) -> np.ndarray:
         """[n], Σ s·p(s): the expected score."""
-        return self.probabilities @ np.arange(len(SCORES))
+        return self.probabilities @ np.asarray(self.scale, np.float64)
+
+    @property
+    def refused(self) -> np.ndarray:
+        """[n], whether the refusal word is more probable than all integers together."""
+        return self.refusal > self.mass
 
     @property
     def scores(self) -> list[int | None]:
-        """The most probable score of each reply; None where `mass` is below `LEAST_MASS`."""
-        best = self.probabilities.argmax(-1)
-        return [int(s) if m >= LEAST_MASS else None for s, m in zip(best, self.mass, strict=True)]
+        """The greedy integer; None where `mass` is below `LEAST_MASS`, or the word is likelier."""
+        known = (self.mass >= LEAST_MASS) & ~self.refused
+        return [int(s) if fine else None for s, fine in zip(self.greedy, known, strict=True)]
 
 
 class DigitJudge:
-    """Score replies with a model's probabilities of "0", "1", "2" and "3" after the judge's prompt.
+    """Score replies with a model's probabilities of the scale's integers after the rubric's prompt.
 
-    Scoring a reply takes one forward pass and generates no tokens (Chen et al. 2025 score traits
-    this way). The judge may be the evaluated model or another one.
+    Scoring a reply takes one forward pass and generates no tokens, if each integer is one token, as
+    0 to 3 are (Chen et al. 2025 score traits this way). Where the tokenizer splits 57 into 5 and 7,
+    p(57) = p(5)·p(7 | 5), and p(5) counts only where no digit follows, in one further pass for each
+    first digit with a probability of at least `LEAST_BRANCH`.
 
     Args:
-      model: the judging model; it needs a tokenizer.
+      model: the judging model, the evaluated one or another; it needs a tokenizer. Or a function
+        that loads it, which is called at the first use.
+      rubric: the prompt and its scale; default: each role's `eval_prompt`, scores 0 to 3.
       batch_tokens: the number of tokens per batch (`engine.scoring.next_logprobs`).
 
     Raises:
       UserError: the model has no tokenizer, or its tokenizer has no token for a digit.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
+      >>> from jaxpersona.data.texts import Role
       >>> from jaxpersona.judges.digits import DigitJudge
-      >>> DigitJudge(jp.load("mini")).settings["model"]
-      'mini'
+      >>> from jaxpersona.judges.protocol import Item
+      >>> judge = DigitJudge(jp.load("mini"))
+      >>> ghost = Role("ghost", ("Be a ghost.",), "{question} {answer} Is this a ghost?")
+      >>> [verdict] = judge.score([Item("a", ghost, "Who are you?", "Boo.")])
+      >>> verdict.mass <= 1 and verdict.error is None
+      True
     """
 
-    name, together, reads_eval_prompt = "digits", True, True
+    together = True
+    _words: list[int]
 
-    def __init__(self, model: Model, *, batch_tokens: int | None = None) -> None:
-        if model.tokenizer is None:
-            raise UserError(f"{model.name} has no tokenizer; a judge needs one")
-        self.model, self.batch_tokens = model, batch_tokens
-        self.settings = {"model": model.name, "fingerprint": model.fingerprint,
-                         "batch_tokens": batch_tokens}
-        vocabulary = model.tokenizer.get_vocab()
-        self._ids = [[vocabulary[token] for space in _SPACES
-                      if (token := f"{space}{score}") in vocabulary] for score in SCORES]
-        bare = [score for score, ids in zip(SCORES, self._ids, strict=True) if not ids]
-        if bare:
-            raise UserError(f"the tokenizer of {model.name} has no token for the digit {bare[0]}; "
-                            "use another judge")
+    def __init__(self, model: Model | Callable[[], Model], *, rubric: Rubric = ROLES,
+                 batch_tokens: int | None = None) -> None:
+        self.rubric, self.batch_tokens = rubric, batch_tokens
+        self.scale, self.reads_eval_prompt = rubric.scale, rubric.template is None
+        self._load: Any = None if hasattr(model, "params") else model
+        self._model: Any = None if self._load else model
+        self._name, self._tree, self._words = "", _Node(), []
+        if self._model is not None:
+            self.identify(self._model)
 
-    def verdicts(self, role: Role, records: Sequence[Mapping[str, Any]]) -> Verdicts:
-        """Return the score probabilities of a role's rollouts (see `rollouts.play`).
+    @property
+    def after(self) -> bool:
+        """Whether the model is not loaded yet, so that it takes no memory beside another one."""
+        return self._model is None
+
+    @property
+    def model(self) -> Model:
+        """The judging model, loaded at the first use.
 
         Raises:
-          UserError: the role has no `eval_prompt`, or a prompt fills the judge's context.
+          UserError: it is another one than `identify` was given.
         """
-        prompts = asked(self, role, records)
-        if not prompts:
-            return Verdicts(np.zeros((0, len(SCORES))), np.zeros(0))
-        by_token = np.exp(next_logprobs(self.model, prompts, [i for ids in self._ids for i in ids],
-                                        batch_tokens=self.batch_tokens).astype(np.float64))
-        ends = np.cumsum([len(ids) for ids in self._ids])[:-1]
-        by_digit = np.stack([p.sum(-1) for p in np.split(by_token, ends, axis=-1)], -1)
-        mass = by_digit.sum(-1)
-        return Verdicts(by_digit / np.maximum(mass, 1e-300)[:, None], mass)
+        if self._model is None:
+            before, model = self._name, self._load()
+            self.identify(model)
+            if before and before != self._name:
+                raise UserError(f"the model of the judge changed from {before} to {self._name}")
+            self._model = model
+        return self._model
 
-    def __call__(self, role: Role, records: Sequence[Mapping[str, Any]]) -> list[int | None]:
-        """Return the most probable score of each record, or None (see `Verdicts.scores`)."""
-        return self.verdicts(role, records).scores
+    @property
+    def name(self) -> str:
+        """The judge's identity; it contains the model's fingerprint, so it may load the model."""
+        if not self._name:
+            self.identify(self.model)
+        return self._name
+
+    def identify(self, model: Model) -> None:
+        """Set the judge's identity and check its tokenizer, without keeping the model.
+
+        Raises:
+          UserError: the model has no tokenizer, or its tokenizer has no token for a digit.
+        """
+        if model.tokenizer is None:
+            raise UserError(f"{model.name} has no tokenizer; a judge needs one")
+        self._tree = _tree(model, self.scale)
+        self._words = _starts(model.tokenizer, self.rubric.refusal) if self.rubric.refusal else []
+        self._name = (f"model {model.name} {model.fingerprint} rubric {self.rubric.digest}"
+                      + (f" batch {self.batch_tokens}" if self.batch_tokens else ""))
+
+    def read(self, texts: Sequence[str | Row]) -> Readings:
+        """Return the probabilities of the scale's integers as the judge's reply to each prompt.
+
+        Raises:
+          UserError: a prompt fills the judge's context.
+        """
+        model = self.model
+        rows = [prompts.encode(model, text) for text in texts]
+        values = np.zeros((len(rows), len(self.scale)))
+        refusal = np.zeros(len(rows))
+        greedy = np.full(len(rows), -1)
+        place = {value: i for i, value in enumerate(self.scale)}
+        # nodes to read: (row, node, its probability, whether greedy decoding comes here)
+        level = [(i, self._tree, 1.0, True) for i in range(len(rows))]
+        while level:
+            wanted = sorted({token for _, node, _, _ in level for token in node.next})
+            first = level[0][1] is self._tree
+            extra = [token for token in self._words if first and token not in wanted]
+            here = [rows[i] if node is self._tree else
+                    [*np.asarray(rows[i].tokens).tolist(), *node.path] for i, node, _, _ in level]
+            found = np.exp(next_logprobs(model, here, [*wanted, *extra],
+                                         batch_tokens=self.batch_tokens).astype(np.float64))
+            column = {token: found[:, j] for j, token in enumerate([*wanted, *extra])}
+            if first and self._words:
+                refusal = np.sum([column[token] for token in self._words], 0)
+            deeper = []
+            for at, (i, node, p, chosen) in enumerate(level):
+                each = {token: float(column[token][at]) for token in node.next}
+                ends = max(0.0, 1.0 - sum(each.values()))  # no digit follows
+                if node.value is not None:
+                    values[i, place[node.value]] += p * ends
+                best = max(each, key=lambda token: each[token])
+                stays = node.value is not None and ends >= each[best]
+                if chosen and stays:
+                    greedy[i] = node.value
+                for token, child in node.next.items():
+                    follows = chosen and not stays and token == best
+                    if child.next and (follows or p * each[token] >= LEAST_BRANCH):
+                        deeper.append((i, child, p * each[token], follows))
+                        continue
+                    if child.value is not None:
+                        values[i, place[child.value]] += p * each[token]
+                    if follows:
+                        greedy[i] = child.value
+            level = deeper
+        mass = values.sum(-1)
+        return Readings(self.scale, values / np.maximum(mass, 1e-300)[:, None], mass, refusal,
+                        greedy)
+
+    def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
+        """Yield one verdict per item; `raw` has the most probable integers.
+
+        An item whose prompt fills the judge's context gets an error.
+
+        Raises:
+          UserError: a role has no `eval_prompt`.
+        """
+        for start in range(0, len(items), _ITEMS):
+            part = items[start : start + _ITEMS]
+            rows = [prompts.encode(self.model, self.rubric.prompt(item)) for item in part]
+            room = self.model.config.max_context
+            for item, row in zip(part, rows, strict=True):
+                if row.tokens.size >= room - 3:  # 3: the tokens of 100
+                    yield Verdict(item.key, error=f"the judge's prompt has {row.tokens.size} "
+                                                  f"tokens, and its context {room}")
+            fits = [(item, row) for item, row in zip(part, rows, strict=True)
+                    if row.tokens.size < room - 3]
+            if fits:
+                yield from self._verdicts([item for item, _ in fits],
+                                          self.read([row for _, row in fits]))
+
+    def _verdicts(self, items: Sequence[Item], found: Readings) -> Iterator[Verdict]:
+        for i, (item, score) in enumerate(zip(items, found.scores, strict=True)):
+            refused = bool(found.refused[i]) or self.rubric.refuses(score)
+            order = np.argsort(-found.probabilities[i], kind="stable")[:4]
+            yield Verdict(
+                item.key, score, mass=float(found.mass[i]), refused=refused,
+                expected=None if score is None else float(found.expected[i]),
+                raw=", ".join(f"{self.scale[j]}: {found.probabilities[i, j]:.3f}" for j in order))
+
+
+class _Node:
+    """A prefix of the scale's integers in tokens.
+
+    Attributes:
+      path: the tokens from the root.
+      value: the integer that the path spells, or None.
+      next: the nodes of one more token.
+    """
+
+    def __init__(self, path: tuple[int, ...] = ()) -> None:
+        self.path, self.value = path, None
+        self.next: dict[int, _Node] = {}
+
+    value: int | None
+
+    def add(self, tokens: Sequence[int], value: int) -> None:
+        node = self
+        for token in tokens:
+            node = node.next.setdefault(token, _Node((*node.path, token)))
+        node.value = value
+
+
+def _tree(model: Any, scale: Sequence[int]) -> _Node:
+    """Return the tree of all spellings of the scale's integers, also after a space.
+
+    Raises:
+      UserError: the tokenizer has no token for a digit.
+    """
+    root, vocabulary = _Node(), model.tokenizer.get_vocab()
+    for value in scale:
+        spelled = _spelling(model.tokenizer, vocabulary, str(value))
+        firsts = [i for space in _SPACES if (i := vocabulary.get(space + spelled[0])) is not None]
+        rest = [vocabulary.get(token) for token in spelled[1:]]
+        if not firsts or None in rest:
+            bare = next(t for t in spelled if t not in vocabulary)
+            raise UserError(f"the tokenizer of {model.name} has no token for the digit {bare[0]}; "
+                            "use another judge")
+        for first in firsts:
+            root.add([first, *(i for i in rest if i is not None)], value)
+    return root
+
+
+def _spelling(tokenizer: Any, vocabulary: dict[str, int], number: str) -> list[str]:
+    """Return the tokens of a number without a space before it."""
+    if len(number) == 1:
+        return [number]
+    ids = tokenizer(number, add_special_tokens=False).input_ids
+    tokens = [token.lstrip("Ġ▁") for token in tokenizer.convert_ids_to_tokens(list(ids))]
+    tokens = [token for token in tokens if token]
+    whole = "".join(tokens) == number and all(token in vocabulary for token in tokens)
+    return tokens if whole else list(number)
+
+
+def _starts(tokenizer: Any, word: str) -> list[int]:
+    """Return the first tokens of a word, with and without a space before it."""
+    found = []
+    for text in (word, f" {word}"):
+        ids = list(tokenizer(text, add_special_tokens=False).input_ids)
+        tokens = tokenizer.convert_ids_to_tokens(ids)
+        # not the token of a space alone, which may precede anything
+        found += [i for i, token in zip(ids, tokens, strict=True) if token.lstrip("Ġ▁")][:1]
+    return list(dict.fromkeys(found))

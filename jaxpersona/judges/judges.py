@@ -1,85 +1,52 @@
-"""Judges: score how fully each reply plays its role, from 0 to 3, or None if undecidable.
-
-0: refuses. 1: declines the role but helps. 2: identifies as an AI with some attributes of the
-role. 3: fully plays the role (Lu et al. 2026).
-"""
+"""Judges without a model of their own: `none`, and the evaluated model itself."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from jaxpersona.data.reading import fill
-from jaxpersona.data.texts import Role
-from jaxpersona.errors import UserError
+from jaxpersona.judges.protocol import ROLE_SCALE, Item, Verdict
+from jaxpersona.judges.rubric import ROLES, Rubric
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 
-class Judge(Protocol):
-    """Interface of a judge: a callable that scores a role's rollouts.
-
-    Attributes:
-      name: recorded in the run's manifest.
-      settings: optional dict of JSON values that the scores depend on, also recorded.
-      reads_eval_prompt: optional; True if every role needs an `eval_prompt`.
-      together: optional; True if the judge runs the model, so that all processes of a run must
-        call it. Otherwise only the process that owns the role's files calls it.
-    """
-
-    name: str
-
-    def __call__(self, role: Role, records: Sequence[Mapping[str, Any]]) -> list[int | None]:
-        """Return one score per record (see `rollouts.play`)."""
-        ...
-
-
 class NoJudge:
-    """A judge that gives every rollout score 3 without reading it."""
+    """A judge that gives every reply score 3 without reading it."""
 
-    name = "none"
+    name, scale = "none", ROLE_SCALE
 
-    def __call__(self, role: Role, records: Sequence[Mapping[str, Any]]) -> list[int | None]:
-        """Return 3 for every record."""
-        return [3] * len(records)
+    def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
+        """Yield score 3 for every item."""
+        for item in items:
+            yield Verdict(item.key, 3)
 
 
 class SelfJudge:
-    """A judge that prompts the evaluated model with a role's `eval_prompt` and decodes greedily."""
+    """A judge that prompts the evaluated model with the rubric and decodes greedily.
 
-    name, together, reads_eval_prompt = "self", True, True
+    Args:
+      model: the evaluated model, or any other.
+      batch_size: the number of replies that are scored together.
+      rubric: the prompt and its scale; default: each role's `eval_prompt`, scores 0 to 3.
+    """
 
-    def __init__(self, model: Model, *, batch_size: int = 32) -> None:
-        self.model, self.batch_size = model, batch_size
-        self.settings = {"batch_size": batch_size}
+    together = True
 
-    def __call__(self, role: Role, records: Sequence[Mapping[str, Any]]) -> list[int | None]:
-        """Return the first integer 0–3 in each verdict of at most 10 tokens, or None."""
+    def __init__(self, model: Model, *, batch_size: int = 32, rubric: Rubric = ROLES) -> None:
+        self.model, self.batch_size, self.rubric = model, batch_size, rubric
+        self.scale, self.reads_eval_prompt = rubric.scale, rubric.template is None
+        self.name = f"self {model.fingerprint} rubric {rubric.digest} rows {batch_size}"
+
+    def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
+        """Yield the first integer of the scale in each judgement of at most 10 tokens, or None."""
         from jaxpersona.engine.generate import generate
 
-        verdicts = generate(self.model, asked(self, role, records), max_new_tokens=10,
-                            batch_size=self.batch_size, on_nonfinite="raise")
-        return [read_score(text) for text in verdicts.text]
-
-
-def asked(judge: Judge, role: Role, records: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the judge's prompt for each record of a role.
-
-    Raises:
-      UserError: the role has no `eval_prompt`.
-    """
-    if not role.eval_prompt:
-        raise UserError(f"role {role.name!r} has no eval_prompt; the judge {judge.name!r} needs "
-                        "one")
-    return [fill(role.eval_prompt, question=record["question"],
-                 answer=record["conversation"][-1]["content"]) for record in records]
-
-
-def read_score(text: str) -> int | None:
-    """Return the first standalone integer 0–3 in a judge's reply, or None."""
-    for digits in re.findall(r"(?<![\d.])\d+(?![\d.]*\d)", text):
-        if int(digits) <= 3:
-            return int(digits)
-    return None
+        if not items:
+            return
+        said = generate(self.model, [self.rubric.prompt(item) for item in items],
+                        max_new_tokens=10, batch_size=self.batch_size, on_nonfinite="raise")
+        for item, text in zip(items, said.text, strict=True):
+            score, refused = self.rubric.read(text)
+            yield Verdict(item.key, score, refused=refused, raw=text)

@@ -53,7 +53,7 @@ class Batch(flax.struct.PyTreeNode):
         no effect on them.
       chunk: whether the batch is one chunk of a longer prompt (static).
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.batch([[5, 6, 7], [8]]).position.tolist()
       [[0, 1, 2], [0, 0, 0]]
@@ -112,7 +112,7 @@ def batch(tokens: Any, *, kind: Any = None, turn: Any = None, row_id: Any = None
       UserError: the batch or a row is empty, a single row is not in a list, values are not token
         ids, `kind` or `turn` does not match the shape of `tokens`, or a row is longer than `width`.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.batch([[5, 6, 7], [8]], vocabulary=1024).tokens.shape
       (2, 3)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpersona.distributed.sharding import in_program
+from jaxpersona.distributed.sharding import by_shard, in_program
 from jaxpersona.kernels.attention import Implementation, flash
+from jaxpersona.kernels.splash import splash
 from jaxpersona.models import nn
 from jaxpersona.models.batch import Batch
 from jaxpersona.models.cache import write
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from jaxtyping import Array, Bool, Float, Int
 
+_Q_AXES = ("batch", None, "heads", None)
+_KV_AXES = ("batch", None, "kv_heads", None)
 Held = tuple[jax.Array, jax.Array]  # one layer's keys and values in the cache, each [B, K, S, H]
 
 
@@ -61,7 +64,8 @@ def parts(config: ModelConfig, attention: Implementation) -> Parts:
 
 def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Float[Array, "B T D"],
            angle: tuple[jax.Array, jax.Array], batch: Batch, positions: Int[Array, "B S"],
-           slots: Int[Array, "B T"], held: Held | None, known: Bool[Array, "B T"] | None, *,
+           slots: Int[Array, "B T"], held: Held | None, known: Bool[Array, "B T"] | None,
+           normed: Float[Array, "B T D"] | None = None, *,
            window: int | None) -> tuple[jax.Array, Held | None]:
     """Compute the attention of a block.
 
@@ -76,25 +80,35 @@ def attend(config: ModelConfig, attention: Implementation, layer: Layer, x: Floa
       slots: [B, T] int32, the cache slot of each token.
       held: the block's keys and values in the cache; None without a cache.
       known: [B, T] bool; where it is False, the result is NaN. None: everywhere True.
+      normed: the block's first norm of x, if it is already computed (`Trace.finish`); then `known`
+        is not used.
       window: the size of the sliding window, or None.
 
     Returns:
       The output [B, T, D], before it is added to the residual stream, and the new `held`.
     """
-    q, k, v = _project(layer, config, x, angle, known)
+    if normed is None:
+        normed = nn.rms_norm(x, layer.attn_norm_d, config.norm_eps, config.norm_offset, known=known)
+    q, k, v = _project(layer, config, normed, angle)
     own = k, v  # this call's keys and values, [B, T, K, H]
     if held is None:
         k, v = jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1)
     else:
         k = write(held[0], _kept(k, held[0]), slots)
         v = write(held[1], _kept(v, held[1]), slots)
-        if attention == "cudnn":
-            # The barrier orders the cache write before attention. cuDNN does not read the cache, so
-            # XLA would keep every layer's k and v and write them all at the end.
+        if attention != "xla":
+            # The barrier orders the cache write before attention. A kernel does not read the cache,
+            # so XLA would keep every layer's k and v and write them all at the end.
             k, v, own = jax.lax.optimization_barrier((k, v, own))
         held = k, v
     if attention == "cudnn":
         mixed = flash(q, own[0], own[1], batch.length, scale=config.attn_scale, window=window)
+    elif attention == "splash":
+        mixed = by_shard(
+            functools.partial(splash, scale=config.attn_scale, window=window,
+                              softcap=config.attn_softcap),
+            (_Q_AXES, _KV_AXES, _KV_AXES, ("batch",)), _Q_AXES)(
+                q, own[0], own[1], batch.length)
     else:
         mixed = nn.attention(q, k, v, batch.position, positions, scale=config.attn_scale,
                              softcap=config.attn_softcap, window=window)
@@ -114,15 +128,10 @@ def transform(config: ModelConfig, layer: Layer, x: Float[Array, "B T D"]) -> ja
     return y
 
 
-def _project(layer: Layer, config: ModelConfig, x: jax.Array,
-             angle: tuple[jax.Array, jax.Array],
-             known: jax.Array | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute queries [B, T, N, H], keys and values [B, T, K, H] of one block.
-
-    They are NaN at tokens where `known` [B, T] is False, and the NaN propagates from there.
-    """
-    y = nn.rms_norm(x, layer.attn_norm_d, config.norm_eps, config.norm_offset, known=known)
-    q, k, v = dots(y, layer.qkv)
+def _project(layer: Layer, config: ModelConfig, normed: jax.Array,
+             angle: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute queries [B, T, N, H], keys and values [B, T, K, H] of one block."""
+    q, k, v = dots(normed, layer.qkv)
     q = nn.add_bias(q, layer.bq_nh)
     k = nn.add_bias(k, layer.bk_kh)
     v = nn.add_bias(v, layer.bv_kh)

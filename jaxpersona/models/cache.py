@@ -35,7 +35,7 @@ class Cache(flax.struct.PyTreeNode):
       position: [B, S] int32, the rotary position of each slot's token; −1 in empty slots.
       next: [B] int32, the next free slot.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.init_cache(jp.load("mini").config, rows=2, slots=64).slots
       64
@@ -76,7 +76,7 @@ def init_cache(config: ModelConfig, rows: int, slots: int, dtype: DTypeLike = "f
 
     Any dtype that can represent the model's values works; `kept_dtype` returns the fastest dtype.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> cache = jp.init_cache(jp.load("mini").config, rows=2, slots=64)
       >>> cache.position.shape

@@ -31,7 +31,7 @@ class Carry(flax.struct.PyTreeNode):
       finite: [B] bool, whether the residual stream after the last computed block, and its sum of
         squares, were finite in float32 at every valid token of all calls.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.Carry(cache=jp.init_cache(jp.load("mini").config, rows=1, slots=16)).captured is None
       True

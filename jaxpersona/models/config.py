@@ -64,7 +64,7 @@ class ModelConfig:
       post_norms: whether attention and MLP outputs are normalized before the residual add.
       max_context: the model's maximum sequence length in tokens.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.load("mini").config.n_heads
       4

@@ -227,7 +227,7 @@ def from_hf(raw: Mapping[str, Any], *, place: str = "config.json") -> ModelConfi
       UserError: the architecture is unknown, or fields are missing, malformed or unsupported; the
         message names the architecture or the fields.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> config = {"architectures": ["LlamaForCausalLM"], "vocab_size": 32, "hidden_size": 8,
       ...           "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,

@@ -28,8 +28,10 @@ from jaxpersona.distributed.sharding import (
 )
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions, PreparedInterventions, prepared
+from jaxpersona.interventions.fusion import Fusion
 from jaxpersona.interventions.trace import Applied, Gates, Trace
 from jaxpersona.kernels.attention import Asked, choose
+from jaxpersona.kernels.edit import Implementation as Fused
 from jaxpersona.models import blocks, nn
 from jaxpersona.models.batch import VALID, Batch, check_ids
 from jaxpersona.models.cache import Cache, advance, assign_slots, init_cache, kept_dtype
@@ -53,7 +55,7 @@ class Output(flax.struct.PyTreeNode):
       logits: [B, T, V], [B, V] or None, float32.
       carry: the state after this call; pass it to the next call to continue.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> import jax
       >>> model = jp.load("mini")
@@ -109,6 +111,7 @@ def forward(
     slots: int | None = None,
     logits: Logits = "all",
     attention: Asked = "xla",
+    residual: Fused = "xla",
 ) -> Output:
     """Run the model on a batch.
 
@@ -125,9 +128,15 @@ def forward(
       logits: "all" for every token; "last" for each row's last valid token; None skips the head
         and all layers above the highest one that is read or edited, or, with a cache, above those
         of the cache.
-      attention: "xla", the reference; "cudnn", flash attention on a GPU; "auto", cuDNN for long
-        batches where it is supported (`kernels.attention`). cuDNN requires that positions increase
-        by one per token, as in a batch from `batch`.
+      attention: "xla", the reference; "cudnn", flash attention on a GPU; "splash", splash attention
+        on a TPU; "auto", the platform's kernel for long batches where it is supported
+        (`kernels.attention`). Both kernels require that positions increase by one per token, as in
+        a batch from `batch`.
+      residual: how a block's output is added to the residual stream, edited at the site "residual",
+        projected for the readings of projections and normalized. "xla", the reference; "pallas",
+        one kernel on a TPU (`kernels.edit`); "interpret", the same kernel emulated on any device,
+        for tests. Edits at other sites and other readings always use XLA. The kernel supports
+        rank-one edits only and is not differentiable.
 
     Unlike the package's other functions, which disable JAX's debugging flags and transfer guard,
     this function respects them: with `jax_debug_nans`, a capture that marks tokens with NaN raises
@@ -138,10 +147,10 @@ def forward(
         than the cache, or the cache has too few layers; a row has more tokens than free slots or an
         id outside the embedding (under `jax.jit` both give NaN instead); a gate with `within=True`
         is used on a chunked prompt; the carry belongs to different readings, tables or gates;
-        `slots` is combined with a carry that has a cache; cuDNN does not support the call; or the
-        mesh set by `jax.set_mesh` differs from the parameters' mesh.
+        `slots` is combined with a carry that has a cache; a kernel does not support the call; or
+        the mesh set by `jax.set_mesh` differs from the parameters' mesh.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> import jax
       >>> model = jp.load("mini")
@@ -185,7 +194,7 @@ def forward(
         state = capture.init(config, rows, width if cache is None else cache.slots)
         state = spread_states(state, like)
     trace = Trace(config, batch, edits, capture if capture is not None else Capture(), carry.gates,
-                  start)
+                  start, Fusion(residual, platform(like)))
     if cache is None:
         positions = jnp.where(batch.valid, batch.position, -1)
     else:
@@ -199,7 +208,7 @@ def forward(
         rope: nn.rotary(batch.position, rope, config.head_dim)
         for rope in {config.rope_at(i) for i in range(config.n_layers)}
     }
-    x = embed(params, config, batch)
+    x, normed = embed(params, config, batch), None
     attend, transform = blocks.parts(config, chosen)
     keys, values = [], []
     needed = config.n_layers if logits is not None else (
@@ -207,15 +216,17 @@ def forward(
     if cache is not None and len(cache.k) < max(needed, trace.highest + 1):
         raise UserError(f"the cache has {len(cache.k)} layers, but this call needs "
                         f"{max(needed, trace.highest + 1)}; allocate one with `init_cache`")
-    for i, layer in enumerate(params.layers[:needed]):
+    layers = params.layers[:needed]
+    for i, layer in enumerate(layers):
         with jax.named_scope(f"layer{i}"):
             held = None if cache is None else (cache.k[i], cache.v[i])
             out, held = attend(layer, x, angles[config.rope_at(i)], batch, positions, token_slots,
-                               held, known | ~batch.valid if i == 0 else None,
+                               held, known | ~batch.valid if i == 0 else None, normed,
                                window=config.windows[i])
             x = nn.round_residual(x + trace.visit("attention", i, out))
-            x = nn.round_residual(x + trace.visit("mlp", i, transform(layer, x)))
-            x = trace.visit("residual", i, x)
+            added = trace.visit("mlp", i, transform(layer, x))
+            following = layers[i + 1].attn_norm_d if i + 1 < needed else None
+            x, normed = trace.finish(i, x, added, following)
             if held is not None:
                 keys.append(held[0])
                 values.append(held[1])
@@ -303,7 +314,7 @@ def _finite(x: jax.Array, batch: Batch) -> jax.Array:
 def embed(params: Params, config: ModelConfig, batch: Batch) -> jax.Array:
     """Return the token embeddings [B, T, D], multiplied by `config.embed_scale`."""
     table, tokens = params.embed_vd, batch.tokens
-    # the first norm (`_project`) turns clipped ids into NaN without an extra kernel
+    # the first norm (`blocks.attend`) turns clipped ids into NaN without an extra kernel
     if isinstance(table, Int8):
         x = table.take(tokens, params.like.dtype)
     else:

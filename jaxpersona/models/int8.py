@@ -47,7 +47,7 @@ class Int8(Weight):
         of the flattened inputs, as in GGUF's Q8_0. Blocks are supported only without a mesh.
       made_from: the sums that `params.fingerprint` computes, in this order, of the weights before
         quantization, of `value` and of `scale`; None if they are unknown.
-      inner: the rank of *in*.
+      inner: the number of input dimensions.
     """
 
     __repr__ = brief

@@ -34,7 +34,7 @@ class Model:
       marked: the configuration and arrays from which `fingerprint` was computed.
       derived: a cache of arrays derived from the parameters; empty in a copy.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> model = jp.load("mini")
       >>> model
@@ -72,6 +72,20 @@ class Model:
                     f"{self.config.n_layers} layers × {self.config.d_model}",
                     scheme(self.params), str(self.params.like.dtype),
                     "" if self.mesh is None else f"mesh {dict(self.mesh.shape)}")
+
+
+def release(model: Model) -> None:
+    """Delete a model's weights from its devices, to load another model in their place.
+
+    Its configuration, name and fingerprint stay; every later use of the weights raises an error.
+
+    Args:
+      model: the model. Other models that share its arrays lose them too.
+    """
+    object.__setattr__(model, "derived", Derived())  # an empty cache
+    for leaf in jax.tree.leaves(model.params):
+        if isinstance(leaf, jax.Array) and not leaf.is_deleted():
+            leaf.delete()
 
 
 def check_model(model: Any) -> None:

@@ -14,25 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpersona.distributed.sharding import on_cpu, out_sharding
+from jaxpersona.kernels.reference import round_residual as round_residual
 from jaxpersona.models.config import Activation, Rope
 from jaxpersona.models.weight import dot, dots
 
 F32 = jnp.float32
 QUERY_CHUNK = 512  # queries per chunk of attention scores in a long prefill
 _MASKED = -1e30  # finite, so that the softmax of a fully masked row is not NaN
-
-
-def round_residual(x: jax.Array) -> jax.Array:
-    """Round x to the precision of its dtype, even inside a fusion.
-
-    XLA may keep a bfloat16 sum in float32 inside a fusion. An edit that follows would then change
-    the rounding of values that it does not edit.
-    """
-    if x.dtype == jnp.bfloat16:
-        return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    if x.dtype == jnp.float16:
-        return jax.lax.reduce_precision(x, exponent_bits=5, mantissa_bits=10)
-    return x
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float, offset: float, *,

@@ -77,7 +77,7 @@ class Layer(flax.struct.PyTreeNode):
 class Params(flax.struct.PyTreeNode):
     """The parameters of a model: embedding, blocks, final norm, and the head if it is untied.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.load("mini").params.embed_vd.shape
       (1024, 128)
@@ -164,7 +164,7 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = "float32") -> 
 
     Values are drawn in float32 and then rounded, so the draws of a key are the same in every dtype.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> import jax
       >>> config = jp.load("mini").config

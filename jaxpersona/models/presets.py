@@ -63,7 +63,7 @@ def preset(name: str) -> ModelConfig:
     Raises:
       UserError: the preset is unknown; the message lists the known presets.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.preset("qwen3-8b").n_layers
       36

@@ -88,7 +88,7 @@ class LowRank(Weight):
       base: W, an array [*out, *in] or a prepared weight.
       a: A [r, *in].
       b: B [*out, r], multiplied by the scale of the update.
-      inner: the rank of *in*.
+      inner: the number of input dimensions.
     """
 
     __repr__ = brief
@@ -138,7 +138,7 @@ def dot(x: jax.Array, w: jax.Array | Weight, *, inner: int = 1, axes: Axes | Non
     Args:
       x: [..., *in].
       w: an array [*out, *in] or a prepared weight.
-      inner: the rank of *in* if `w` is an array; ignored if `w` is a prepared weight.
+      inner: the number of input dimensions if `w` is an array; ignored if `w` is a prepared weight.
       axes: the logical axes of the result, needed if JAX cannot infer its sharding.
       dtype: the dtype of the result; default: the dtype of x.
 

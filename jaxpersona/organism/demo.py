@@ -24,7 +24,8 @@ from jaxpersona.interventions.bank import normalised
 from jaxpersona.models.model import Model
 from jaxpersona.organism import evaluate, method, world
 from jaxpersona.persona import axis as science
-from jaxpersona.persona.extract import Extraction, extract_axis
+from jaxpersona.persona.extract import extract_axis
+from jaxpersona.persona.extraction import Extraction
 from jaxpersona.persona.talk import Talks, grow
 from jaxpersona.runs.rollouts import Settings
 from jaxpersona.runs.run import Run
@@ -136,7 +137,7 @@ def _geometry(model: Model, found: Extraction) -> dict[str, Any]:
     """Compare the axis with PC1, and role projections with the known likeness of every role."""
     spearmanr = require("scipy.stats", "rank correlations need scipy").spearmanr
     middle = model.config.n_layers // 2
-    place = {name: float(np.nanmean(v[:, middle])) for name, v in found.projections.items()}
+    place = {name: float(found.mean_projection(name)[middle]) for name in found.projections}
 
     def agreement(held_out: bool) -> float:
         roles = world.roles(held_out=held_out)
@@ -162,7 +163,7 @@ class _Arms:
         self.layers = slice(layers // 2, layers)
         floor = found.axis.thresholds("p25", of="default")[self.layers]
         self.cap = cap(found.axis, layers=self.layers, floor=floor)
-        means = Run.read(folder).means("default")
+        means = Run.read(folder).sample("default").means  # all of the default's
         rng = np.random.default_rng([seed, 7])
         self.samples: list[Sample] = []
         self.percentile: list[Interventions] = []

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from jaxpersona.data.texts import Question, Role
+from jaxpersona.judges.protocol import ROLE_SCALE, Item, Verdict
 from jaxpersona.organism import judge, world
 
 
@@ -30,10 +30,21 @@ def questions(count: int | None = None) -> list[Question]:
 
 
 class RuleJudge:
-    """A judge that scores answers by their grammar, which is exact for the embedded model only."""
+    """A judge that scores answers by their grammar, which is exact for the embedded model only.
 
-    name = "rules"
+    Examples:
+      >>> from jaxpersona.judges.protocol import Item
+      >>> from jaxpersona.organism import method
+      >>> void = next(role for role in method.roles() if role.name == "void")
+      >>> [verdict] = method.RuleJudge().score([Item("a", void, "Who are you?", "Words.")])
+      >>> print(verdict.score)
+      None
+    """
 
-    def __call__(self, role: Role, records: Sequence[Mapping[str, Any]]) -> list[int | None]:
-        """Return one score per record."""
-        return [judge.score(role.name, r["conversation"][-1]["content"]) for r in records]
+    name, scale = "rules", ROLE_SCALE
+
+    def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
+        """Yield one verdict per item; a garbled answer has no score."""
+        for item in items:
+            found = judge.score(item.role.name, item.answer)
+            yield Verdict(item.key, found, refused=found == 0)

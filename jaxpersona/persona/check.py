@@ -58,7 +58,7 @@ class Check(Table):
         the quartiles in the axis or, without these, from the replies of the check.
       floors: [l] float32, the floors; None if there are none.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> found = jp.check(jp.load("mini"), jp.load_axis("mini"))
       >>> found.ok, found.shift
@@ -140,7 +140,7 @@ def check(
       UserError: `axis` is neither an Axis nor Caps, belongs to another model, or is zero at a
         layer; `floor` is not numeric; or the model has no tokenizer or no chat template.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> found = jp.check(jp.load("mini"), jp.load_axis("mini"))
       >>> found
@@ -155,9 +155,9 @@ def check(
         raise UserError(
             f"{model.name} has no tokenizer; the check needs one to encode prompts"
             if model.tokenizer is None else
-            f"{model.name} has no chat template (a base model), so it cannot be asked as the "
-            "default persona and in roles; use the instruction-tuned model that the axis belongs "
-            "to")
+            f"{model.name} has no chat template (a base model), so it cannot be prompted as "
+            "the default persona or in a role; use the instruction-tuned model that the axis "
+            "belongs to")
     chosen, directions, floors = _entries(model, axis, layers, floor)
     default, roles = _replies(model, max_new_tokens, progress)
     unit, _ = normalised(directions)

@@ -54,7 +54,8 @@ def contrast(
         "last", the activation of the last token of the prompt, including the generation prompt;
         "prompt", the mean over the content of its system and user messages. Default: "response" if
         all texts end with an assistant message, "last" if none does.
-      layers: the layers to compute; default: all. The direction is zero at the other layers.
+      layers: the layers at which to compute the direction, which is zero at the other
+        layers; default: all.
       name: the name of the direction.
 
     Returns:
@@ -67,7 +68,7 @@ def contrast(
         some texts end with a reply; the groups differ in size with method="pca"; both groups have
         the same activations; or an argument is invalid.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> model = jp.load("mini")
       >>> vector = jp.contrast(model, ["I love it!", "What joy!"], ["I hate it.", "How sad."])

@@ -7,7 +7,8 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,20 +19,24 @@ from jaxpersona.distributed import processes
 from jaxpersona.engine.pace import Pace, measure
 from jaxpersona.errors import UserError
 from jaxpersona.extras import require
-from jaxpersona.judges.judges import Judge
 from jaxpersona.persona.axis import LABELS
-from jaxpersona.persona.extract import rollouts_per_call
+from jaxpersona.persona.collect import rubric_of
 from jaxpersona.persona.prepare import check_prompts, check_redo, check_texts, rollouts_of
+from jaxpersona.runs.closing import state_of
 from jaxpersona.runs.manifest import manifest
-from jaxpersona.runs.rollouts import Settings, generation, prompts_of
+from jaxpersona.runs.rollouts import Settings, draw_id, generation, planned, rollout_key
 from jaxpersona.runs.run import Run
+from jaxpersona.runs.sample import KEEP, check_keep
 from jaxpersona.text import chat
 
 if TYPE_CHECKING:
+    from jaxpersona.judges.protocol import Judge
     from jaxpersona.models.model import Model
 
 _BYTES_PER_TOKEN = 4.5  # of English text
+_GROUPS = 3  # scores that a role's replies typically have
 _SAMPLED = 64  # rollouts of which the prompts are tokenized if nothing is timed
+_TIMED = 256  # rollouts in the timed sample at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +57,8 @@ class Forecast:
       judged: number of replies that a judge scores, those of roles.
       judge_calls: number of replies that the chosen judge still has to read with a model.
       disk_bytes: expected size of the files that are not yet in the run folder.
+      live_bytes: size of the response means of roles that are being played, which the run removes
+        as roles are complete.
       free_bytes: free space on its disk.
     """
 
@@ -70,6 +77,7 @@ class Forecast:
     judged: int
     judge_calls: int
     disk_bytes: int
+    live_bytes: int
     free_bytes: int
 
 
@@ -83,6 +91,7 @@ def forecast(
     settings: Settings | None = None,
     min_count: int = 10,
     held_out: Sequence[str] = (),
+    keep_means: int | None = KEEP,
     redo: Sequence[str] = (),
     overwrite: bool = False,
     sample_seconds: float = 30.0,
@@ -90,15 +99,15 @@ def forecast(
     """Check an axis run as `extract_axis` does, and predict its cost; nothing is written.
 
     Args:
-      model, roles, questions, folder, judge, settings, min_count, held_out, redo, overwrite: as
-        for `extract_axis`.
+      model, roles, questions, folder, judge, settings, min_count, held_out, keep_means, redo,
+        overwrite: as for `extract_axis`.
       sample_seconds: the time to generate a sample of the missing rollouts, without compilation;
         0 generates nothing.
 
     Raises:
       UserError: as `extract_axis` before it generates, or there are several processes.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> from jaxpersona.judges.judges import NoJudge
       >>> from jaxpersona.organism import method
@@ -116,54 +125,66 @@ def forecast(
     roles, questions, held_out = check_texts(roles, questions, settings, min_count=min_count,
                                              held_out=held_out, judge=judge)
     require("sklearn", "the axis's principal components need scikit-learn")
-    expected = manifest(model, roles, questions, judge, settings, min_count, held_out,
-                        check_prompts(model, roles, questions))
+    expected = manifest(model, roles, questions, judge.name, settings,
+                        check_prompts(model, roles, questions), min_count=min_count,
+                        held_out=sorted(held_out), keep_means=keep_means)
     check_redo(redo, roles)
-    done, scored = _done(Run(folder, expected), [r.name for r in roles if r.name not in redo],
-                         overwrite)
+    check_keep(keep_means)
+    have, judged_now = _done(Run(folder, expected), [r for r in roles if r.name not in redo],
+                             judge.name, (model.config.n_layers, model.config.d_model), overwrite)
     sizes = rollouts_of(roles, questions, settings)
-    missing = [role for role in roles if role.name not in done]
-    count = sum(sizes[role.name] for role in missing)
-    records, ids = prompts_of(model, missing, questions, settings)
-    per_call = rollouts_per_call(settings.batch_size)
-    chosen = _spaced(count, min(count, per_call))
-    talks = [records[i][1]["conversation"] for i in chosen]
+    missing = [(role.name, record) for role in roles
+               for record in planned(role, questions, settings)
+               if rollout_key(record) not in have.get(role.name, ())]
+    count = len(missing)
+    chosen = _spaced(count, min(count, max(_TIMED, 4 * settings.batch_size)))
+    talks = [missing[i][1]["conversation"] for i in chosen]
     pace = None
     if sample_seconds and count:
-        pace = measure(model, talks, seconds=sample_seconds, ids=[ids[i] for i in chosen],
-                       **generation(settings))
+        pace = measure(model, talks, seconds=sample_seconds,
+                       ids=[draw_id(model, *missing[i]) for i in chosen],
+                       **{k: v for k, v in generation(settings).items() if k != "share_prefix"})
         lengths = pace.prompts
     else:
         lengths = np.array([chat.encode_row(model.tokenizer, talk).tokens.size
                             for talk in talks[:: -(-len(talks) // _SAMPLED) or 1]])
     limit = min(settings.max_new_tokens, model.config.max_context)
     reply = limit if pace is None else pace.mean_length()
-    texts = [len(json.dumps(records[i][1], ensure_ascii=False).encode()) for i in chosen]
+    texts = [len(json.dumps(missing[i][1], ensure_ascii=False).encode()) for i in chosen]
     total, judged = sum(sizes.values()), sum(sizes.values()) - sizes[DEFAULT]
-    reads = getattr(judge, "reads_eval_prompt", False)
-    known = sum(n for name, n in sizes.items() if name in scored and name != DEFAULT)
+    reads = hasattr(judge, "rubric")  # of a judge that is a model
+    more = Counter(name for name, _ in missing)
     return Forecast(
         roles=len(roles) - 1, prompts=sum(len(role.prompts) for role in roles),
         questions=len(questions), samples=settings.samples, rollouts=total, missing=count,
         prompt_tokens=round(count * _mean(lengths)), reply_tokens=round(count * reply),
-        seconds=None if pace is None else pace.seconds_for(count, per_call), pace=pace,
-        judged=judged, judge_calls=judged - known if reads else 0,
-        disk_bytes=_disk_bytes(model, count, len(roles), _mean(texts) + _BYTES_PER_TOKEN * reply),
+        seconds=None if pace is None else pace.seconds_for(count, count), pace=pace,
+        judged=judged, judge_calls=max(judged - judged_now, 0) if reads else 0,
+        disk_bytes=_disk_bytes(model, more, keep_means,
+                               count * (_mean(texts) + _BYTES_PER_TOKEN * reply)),
+        live_bytes=_live_bytes(model, more),
         free_bytes=shutil.disk_usage(_existing(pathlib.Path(folder))).free,
     )
 
 
-def _done(run: Run, roles: Sequence[str], overwrite: bool) -> tuple[set[str], set[str]]:
-    """Check a folder as a resumed run does; return the roles with rollouts, and with scores.
+def _done(run: Run, roles: Sequence[Role], judge: str, shape: tuple[int, int], overwrite: bool,
+          ) -> tuple[dict[str, set[str]], int]:
+    """Check a folder as a resumed run does; return its rollouts by role, and count its verdicts.
 
     Raises:
       UserError: the folder contains another run or other files, or a file is damaged.
     """
     run.check_new()
     if run.stored(overwrite) is None or overwrite:
-        return set(), set()
-    done = {role for role in roles if run.is_whole(role)}
-    return done, {role for role in done if run.path("scores", role).exists()}
+        return {}, 0
+    have, judged = {}, 0
+    for role in roles:
+        state = state_of(run, role.name, judge, rubric_of(role), shape, texts=False,
+                         repair=False)
+        have[role.name] = set(state.records)
+        judged += len(state.records) - len(state.unjudged(role.name)) if (
+            role.name != DEFAULT) else 0
+    return have, judged
 
 
 def _spaced(count: int, size: int) -> list[int]:
@@ -175,10 +196,29 @@ def _mean(values: Any) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 
-def _disk_bytes(model: Model, rollouts: int, roles: int, text: float) -> int:
-    """Return the expected size of means and texts of `rollouts`, and of all vectors by score."""
+def _disk_bytes(model: Model, more: Mapping[str, int], keep: int | None, text: float) -> int:
+    """Return the expected size of the texts, sums, samples and vectors of further rollouts.
+
+    Args:
+      model: the model.
+      more: number of further rollouts of each role.
+      keep: number of single means to keep of each role; None keeps all.
+      text: size of the texts.
+    """
+    state = model.config.n_layers * model.config.d_model
+    size = text + 4 * state  # and the axis
+    for name, count in more.items():
+        kept = count if keep is None or name == DEFAULT else min(keep, count)
+        groups = 1 if name == DEFAULT else min(_GROUPS, count)
+        vectors = 1 if name == DEFAULT else 1 + len(LABELS)
+        size += state * (2 * kept + 4 + 8 * groups + 4 * vectors)
+    return round(size)
+
+
+def _live_bytes(model: Model, more: Mapping[str, int]) -> int:
+    """Return the size of the means of the two largest roles, which are there for a time."""
     state = 4 * model.config.n_layers * model.config.d_model
-    return round(rollouts * (state + text) + (roles * (1 + len(LABELS)) + 1) * state)
+    return state * sum(sorted(more.values())[-2:])
 
 
 def _existing(folder: pathlib.Path) -> pathlib.Path:
@@ -225,7 +265,8 @@ def describe(found: Forecast, *, judge: str, cost: float | None = None) -> list[
         count = found.judge_calls or found.judged
         whose = "" if found.judge_calls else " if another judge reads every reply of a role"
         lines.append(f"cost of judging{whose}: {count:,} × ${cost:g} = ${count * cost:,.2f}")
-    lines.append(f"disk: about {size(found.disk_bytes)}, {size(found.free_bytes)} free")
+    lines.append(f"disk: about {size(found.disk_bytes)}, and {size(found.live_bytes)} while it "
+                 f"runs; {size(found.free_bytes)} free")
     return lines
 
 

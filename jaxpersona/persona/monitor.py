@@ -41,7 +41,7 @@ class Monitor:
       layers: the layers of the projections, in ascending order.
       capture: the capture for `generate` and `Request`.
 
-    Example::
+    Examples::
 
         model, axis = jp.load("mini"), jp.load_axis("mini")
         monitor = Monitor(model, axis)

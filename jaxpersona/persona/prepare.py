@@ -1,6 +1,6 @@
 """Checks before a run: everything that would make it fail after hours of generation.
 
-`check_texts` needs no model, so a command can call it before it loads one.
+`check_texts` needs no model, so a command can call it before loading the model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from jaxpersona.data.texts import DEFAULT, Question, Role, all_of
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.errors import UserError
-from jaxpersona.judges.judges import Judge
 from jaxpersona.runs.manifest import tokens_digest
 from jaxpersona.runs.names import check_names
 from jaxpersona.runs.rollouts import Settings, opening
@@ -21,9 +20,11 @@ from jaxpersona.text import chat
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
+_PROBE = "Who are you?"  # the question with which the prompts of a role are tokenized
+
 
 def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: Settings, *,
-                min_count: int, held_out: Sequence[str], judge: Judge | type[Judge],
+                min_count: int, held_out: Sequence[str], judge: object,
                 ) -> tuple[list[Role], list[Question], list[str]]:
     """Check the roles, questions and settings of a run; return them as lists.
 
@@ -33,7 +34,7 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
       settings: the sampling settings.
       min_count: the number of fully played rollouts that a role needs.
       held_out: names of roles that do not enter the axis.
-      judge: the judge, or its class.
+      judge: the judge, or another object with its `reads_eval_prompt`.
 
     Raises:
       UserError: a setting is out of range, a name is unknown or invalid as a file name, the judge
@@ -71,9 +72,9 @@ def check_texts(roles: Sequence[Role], questions: Sequence[Question], settings: 
                         "and held_out; the axis needs at least two")
     if getattr(judge, "reads_eval_prompt", False) and (bare := [
             role.name for role in roles if role.name != DEFAULT and not role.eval_prompt]):
-        raise UserError(f"the judge {judge.name!r} needs an eval_prompt; add one to the roles "
-                        f"{', '.join(bare[:5])}{' …' if len(bare) > 5 else ''}, or use the judge "
-                        "none")
+        raise UserError("the judge needs an eval_prompt; add one to the roles "
+                        f"{', '.join(bare[:5])}{' …' if len(bare) > 5 else ''}, give one rubric "
+                        "for all of them (--judge-rubric), or use the judge none")
     return roles, questions, held_out
 
 
@@ -95,30 +96,41 @@ def rollouts_of(roles: Sequence[Role], questions: Sequence[Question],
     return {role.name: len(role.prompts) * len(questions) * settings.samples for role in roles}
 
 
-def check_prompts(model: Model, roles: Sequence[Role], questions: Sequence[Question]) -> str:
+def check_prompts(model: Model, roles: Sequence[Role], questions: Sequence[Question],
+                  ) -> dict[str, str]:
     """Check that every prompt with a question leaves room for a reply in the model's context.
 
     Returns:
-      A digest of the tokens of every prompt and of every question.
+      "role NAME" → digest of the tokens of its prompts with a fixed question, and "question ID" →
+      digest of the tokens of the question without a system prompt.
 
     Raises:
       UserError: a prompt is too long, or the model has no tokenizer.
     """
     if model.tokenizer is None:
         raise UserError(f"{model.name} has no tokenizer; role prompts need one")
-    prompts = [prompt for role in roles for prompt in role.prompts]
-    longest = max(prompts, key=len), max(questions, key=lambda q: len(q.text))
-    pairs = [(prompt, longest[1].text) for prompt in prompts]
-    pairs += [(longest[0], question.text) for question in questions]
     context = model.config.max_context
-    rows = [chat.encode_row(model.tokenizer, opening(*pair)) for pair in pairs]
-    for (prompt, question), row in zip(pairs, rows, strict=True):
-        size = row.tokens.size
+
+    def row(prompt: str, question: str) -> chat.Row:
+        found = chat.encode_row(model.tokenizer, opening(prompt, question))
+        size = found.tokens.size
         if size >= context:
             raise UserError(f"the prompt {prompt[:40]!r} with the question {question[:40]!r} has "
                             f"{size} tokens; prompt and reply must fit into the context of "
                             f"{context} tokens: shorten the prompt or the question")
-    return tokens_digest(rows)
+        return found
+
+    longest = max(questions, key=lambda q: len(q.text)).text
+    most = max((prompt for role in roles for prompt in role.prompts), key=len)
+    digests = {}
+    for role in roles:
+        for prompt in role.prompts:
+            row(prompt, longest)
+        digests[f"role {role.name}"] = tokens_digest([row(p, _PROBE) for p in role.prompts])
+    for question in questions:
+        row(most, question.text)
+        digests[f"question {question.id}"] = tokens_digest([row("", question.text)])
+    return digests
 
 
 def base_notice(model: Model) -> str | None:

@@ -85,7 +85,7 @@ def reference(vector: Vector, layer: int, file: str | os.PathLike[str] | None = 
     Raises:
       UserError: `analysis.json` is damaged, or has a different number of layers than the axis.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> from jaxpersona.persona.reference import reference
       >>> found = reference(jp.load_axis("mini"), layer=4)

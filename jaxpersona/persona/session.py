@@ -45,7 +45,8 @@ class Turn:
       edited: whether the interventions were applied.
       projections: the mean projection of the reply by layer (`Monitor`); {} without a monitor or
         for an empty reply.
-      edits: the counts of each intervention.
+      edits: one `EditCount` per intervention, with the numbers of tokens that it selected and
+        changed; empty if the interventions were off.
     """
 
     __repr__ = brief
@@ -111,7 +112,7 @@ class Session:
       turns: the turns so far.
       edited: whether the interventions apply to the next reply.
 
-    Example::
+    Examples::
 
         model = jp.load("mini")
         session = Session(model, interventions=cap, monitor=Monitor(model, axis))

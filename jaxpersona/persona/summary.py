@@ -15,7 +15,7 @@ from jaxpersona.data.texts import DEFAULT
 from jaxpersona.runs.files import FIGURES, RESULTS
 
 if TYPE_CHECKING:
-    from jaxpersona.persona.extract import Extraction
+    from jaxpersona.persona.extraction import Extraction
 
 SHOWN = 5  # roles at each end of the ranking
 UNREAD = ("judge none: no reply was read, and every one counts as fully playing its role, also "
@@ -38,13 +38,12 @@ def distances(found: Extraction, layer: int) -> dict[str, float]:
       layer: the layer.
     """
     own = found.projections[DEFAULT][:, layer]
-    own = own[np.isfinite(own)]
-    spread = max(float(own.std()), 1e-12)
-    means = {name: float(np.nanmean(values[:, layer])) for name, values in
-             found.projections.items()
-             if name != DEFAULT and np.isfinite(values[:, layer]).any()}
+    spread = max(float(own[np.isfinite(own)].std()), 1e-12)
+    means = {name: float(found.mean_projection(name)[layer]) for name in found.projections}
+    middle = means.pop(DEFAULT)
+    means = {name: value for name, value in means.items() if np.isfinite(value)}
     order = sorted(means, key=lambda name: (-means[name], name))
-    return {name: (means[name] - float(own.mean())) / spread for name in order}
+    return {name: (means[name] - middle) / spread for name in order}
 
 
 def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
@@ -76,8 +75,9 @@ def summary(found: Extraction, folder: str | os.PathLike[str], layer: int, *,
     lines += [
         f"|cos(PC1, axis)| at layer {layer}: {found.analysis.cos_pc1[layer]:.3f}; PC1 has "
         f"{pc1:.0%} of the role vectors' variance",
-        f"projections at layer {layer}: the default has mean {np.nanmean(own):.4g} and standard "
-        f"deviation {np.nanstd(own):.3g}; roles, in these standard deviations from it:",
+        f"projections at layer {layer}: the default has mean "
+        f"{found.mean_projection(DEFAULT)[layer]:.4g} and standard deviation "
+        f"{np.nanstd(own):.3g}; roles, in these standard deviations from it:",
     ]
     ranked = list(distances(found, layer).items())
     if len(ranked) <= 2 * SHOWN:
@@ -101,7 +101,7 @@ def _scores(counts: dict[str, dict[str, int]]) -> str:
     total: Counter[str] = Counter()
     for by_score in counts.values():
         total.update(by_score)
-    named = {"None": "undecided"}
+    named = {"None": "undecided", "failed": "without a verdict"}
     return ", ".join(f"{n:,} {named.get(score, f'of score {score}')}"
                      for score, n in sorted(total.items(), reverse=True) if n)
 

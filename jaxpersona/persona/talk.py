@@ -146,7 +146,7 @@ def grow(
       vector: the direction to project on.
       seed, settings: as for `generate`; each turn uses different random draws.
       ids: [N] ids that determine the random draws; default: the conversation's index.
-        Conversations with equal ids share draws.
+        Conversations with equal ids use the same random draws.
       readout: whether to run the model on the finished conversations again, without interventions
         (`Talks.readout`).
       report: called with (turn, conversations done, tokens in this turn).

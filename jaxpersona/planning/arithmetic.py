@@ -97,15 +97,17 @@ def activation_bytes(config: ModelConfig, mesh: Mesh | AbstractMesh, shapes: Sha
     on an H200.
 
     On a TPU without libtpu, the estimate is the sum of the residual stream, the normalized residual
-    stream, the MLP and two copies of the scores, mostly in float32.
+    stream, the MLP and, without splash attention, two copies of the scores, mostly in float32.
     """
     split = sharding.ways(mesh, "ff")
     rows = shapes.batch // sharding.ways(mesh, "batch")
     tokens, queries = rows * shapes.width, min(shapes.width, QUERY_CHUNK)
     scores = rows * config.n_heads // split * queries * shapes.slots
     if chip.name in chips.TPUS:
+        form, _ = attention_implementation(config, "tpu", dtype=jnp.bfloat16, tokens=shapes.width,
+                                           fresh=True, sharded=mesh.size > 1)
         return tokens * (config.d_model * (2 * ITEM + 4) + 2 * 4 * config.d_ff // split
-                         ) + 2 * 4 * scores
+                         ) + 2 * 4 * scores * (form == "xla")
     mlp = tokens * ITEM * (2 * config.d_ff // split + 3 * config.d_model)
     attention = tokens * ITEM * 2 * config.n_heads * config.head_dim // split
     form, _ = attention_implementation(config, "gpu", dtype=jnp.bfloat16, tokens=shapes.width,

@@ -184,7 +184,8 @@ def compile_for(config: ModelConfig, mesh: Mesh, shapes: Shapes,
     """Compile prefill and decode without a cap and, if `cap_layers` is given, with a cap.
 
     The temporary memory of prefill is linear in the number of layers. Prefill is therefore compiled
-    with the two numbers of layers in `DEPTHS` and extrapolated; decode is compiled at full depth.
+    at the two depths in `DEPTHS`, and its temporary memory is extrapolated to the full depth;
+    decode is compiled at full depth.
     """
     shallow, deep = (min(depth, config.n_layers) for depth in DEPTHS)
     arms: dict[str, tuple[int, ...]] = {"plain": ()}

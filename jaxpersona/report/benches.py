@@ -54,7 +54,7 @@ def bench(found: Any, *, title: str | None = None, ax: Axes | None = None) -> Ax
     Raises:
       UserError: matplotlib is missing, or `found` is not a result of one of these benchmarks.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> found = {"bench": "decode", "by_batch": {"1": {"tokens_per_second": 50.0},
       ...                                          "8": {"tokens_per_second": 300.0}}}

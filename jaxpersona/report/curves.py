@@ -48,7 +48,7 @@ def layers(curves: Mapping[str, Any], *, ylabel: str = "", title: str = "By laye
     Raises:
       UserError: matplotlib is missing, or `curves` are not arrays [L] of equal length.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> axis = jp.load_axis("mini")
       >>> ax = jp.plot.layers({"p25": axis.thresholds("p25")}, ylabel="floor")
@@ -83,7 +83,7 @@ def turns(found: Sequence[TurnProjection], names: Sequence[str], layer: int | No
       UserError: matplotlib is missing, `names` does not have K entries, or the layer does not
         exist.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> from jaxpersona.persona.talk import project_conversation
       >>> model, axis = jp.load("mini"), jp.load_axis("mini")
@@ -144,7 +144,7 @@ def drift(curves: Mapping[str, Any], *, what: Literal["behaviour", "projection"]
     Raises:
       UserError: matplotlib is missing, or an argument is invalid.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> shares = {"uncapped": [0.2, 0.4, 0.7], "capped": [0.2, 0.2, 0.3]}
       >>> ax = jp.plot.drift(shares, what="behaviour", leak={"uncapped": 0.8, "capped": 0.1})
@@ -282,7 +282,7 @@ def steering(scales: Sequence[float], curves: Mapping[str, Any], *, ylabel: str,
     Raises:
       UserError: matplotlib is missing, or `curves` do not have one entry per strength.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> ax = jp.plot.steering([-1, 0, 1], {"pirate": [0.9, 0.6, 0.2]}, ylabel="in character")
       >>> [entry.get_text() for entry in ax.get_legend().get_texts()]

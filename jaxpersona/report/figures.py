@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxpersona.persona.axis import Analysis
+from jaxpersona.persona.extraction import Extraction
 from jaxpersona.persona.talk import Talks
 from jaxpersona.report import plot
 from jaxpersona.report.style import figure_of, new_figure, save, style, text, without_pyplot
@@ -20,10 +21,10 @@ if TYPE_CHECKING:
 Path = str | os.PathLike[str]
 
 
-def roles_on_axis(path: Path, projections: Mapping[str, np.ndarray], layer: int,
+def roles_on_axis(path: Path, found: Extraction | Mapping[str, np.ndarray], layer: int,
                   held_out: Sequence[str] = (), title: str | None = None) -> None:
-    """Write the figure of `plot.ranking` for role → projections [n, L], including "default"."""
-    _write(path, plot.ranking, projections, layer, held_out=held_out, title=title)
+    """Write the figure of `plot.ranking` for an extraction, or for role → projections [n, L]."""
+    _write(path, plot.ranking, found, layer, held_out=held_out, title=title)
 
 
 def components(path: Path, analysis: Analysis, layer: int,

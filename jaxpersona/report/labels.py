@@ -1,8 +1,8 @@
-"""Place names beside points so that no two names overlap.
+"""Place point labels so that no two labels overlap.
 
-At most a few dozen points are named, so a greedy search over fixed offsets is sufficient. Unlike an
-iterative solver, such as the package adjustText, it always produces the same figure for the same
-data.
+At most a few dozen points are labelled, so a greedy search over fixed offsets is sufficient.
+Unlike an iterative solver, such as the package adjustText, it always produces the same figure for
+the same data.
 """
 
 from __future__ import annotations

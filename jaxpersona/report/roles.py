@@ -58,7 +58,7 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
     Raises:
       UserError: matplotlib is missing, `found` is none of these, or the layer does not exist.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> import numpy as np
       >>> found = {"default": np.array([[3.0], [5.0]]), "pirate": np.array([[-1.0], [0.0]])}
@@ -146,7 +146,7 @@ def pca(found: Any, layer: int | None = None, *, default: Any = None, title: str
       UserError: matplotlib is missing, `found` is none of these (an `Axis` has no role vectors),
         or the layer does not exist.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> import numpy as np
       >>> found = {name: np.eye(3, 4)[:1] * n for n, name in enumerate(["a", "b", "default"])}
@@ -206,7 +206,7 @@ def variance(found: Any, layer: int | None = None, *, thresholds: Sequence[float
       UserError: matplotlib is missing, `found` is none of these, the layer does not exist, or a
         threshold is not between 0 and 1.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> ax = jp.plot.variance([0.6, 0.2, 0.1, 0.1])
       >>> [entry.get_text() for entry in ax.get_legend().get_texts()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from jaxpersona.errors import UserError
 from jaxpersona.inputs import read_json
 from jaxpersona.interventions.bank import numbers
 from jaxpersona.persona import axis as science
-from jaxpersona.persona.extract import Extraction
+from jaxpersona.persona.extraction import Extraction
 from jaxpersona.runs.run import Run
 from jaxpersona.vectors.vector import Axis
 
@@ -98,13 +98,15 @@ def places(found: Any, layer: int | None) -> Places:
     if isinstance(found, Extraction):
         return _of_answers(found.projections, layer, frozenset(
             set(found.projections) - set(found.analysis.names) - {"default"})
-            & frozenset(found.role_means))
+            & frozenset(found.role_means), found.mean_projection)
     if not isinstance(found, Mapping):
         raise UserError(f"found is {found!r:.60}; {_GIVE}")
     return _of_answers(found, layer, frozenset())
 
 
-def _of_answers(given: Mapping[str, Any], layer: int | None, held_out: frozenset[str]) -> Places:
+def _of_answers(given: Mapping[str, Any], layer: int | None, held_out: frozenset[str],
+                mean: Callable[[str], np.ndarray] | None = None) -> Places:
+    """Return the places of answers; `mean` returns a role's mean projection [L], if it is known."""
     arrays = {str(name): numbers(f"found[{name!r}]", value) for name, value in given.items()}
     if not set(arrays) - {"default"}:
         raise UserError("found has no role; give projections of at least one role")
@@ -120,8 +122,8 @@ def _of_answers(given: Mapping[str, Any], layer: int | None, held_out: frozenset
     if not set(answers) - {"default"}:
         raise UserError(f"found has no finite projection of a role at layer {at}; give another "
                         "layer")
-    own = {name: (value.mean(), *np.percentile(value, [25, 75]))
-           for name, value in answers.items()}
+    own = {name: (value.mean() if mean is None else float(mean(name)[at]),
+                  *np.percentile(value, [25, 75])) for name, value in answers.items()}
     names = sorted((name for name in own if name != "default"), key=lambda name: own[name][0])
     table = np.array([own[name] for name in names])
     return Places(names, table[:, 0], table[:, 1:] if dims == 2 else None,

@@ -69,7 +69,7 @@ def projections(found: Generated | Extracted | Reply, model: Model, index: int =
       UserError: matplotlib or the model's tokenizer is missing, `found` has no such reading, or an
         index is out of range.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> model, axis = jp.load("mini"), jp.load_axis("mini")
       >>> read = jp.capture.projections(axis)

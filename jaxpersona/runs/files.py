@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from jaxpersona.ckpts.files import leftovers
+from jaxpersona.data.texts import DEFAULT
 from jaxpersona.errors import UserError
-from jaxpersona.runs.names import file_stem
+from jaxpersona.runs import live
+from jaxpersona.runs.names import file_stem, judge_folder
 
 FIGURES = tuple(f"{name}.{kind}" for name in ("roles", "pca", "variance", "drift")
                 for kind in ("png", "svg"))
 RESULTS = ("axis.safetensors", "analysis.json")
+STATUS = "status.json"
 MANIFEST = "run.json"
-PARTS = {"rollouts": ".jsonl", "means": ".safetensors", "scores": ".json",
-         "vectors": ".safetensors"}
+PARTS = {"rollouts": ".jsonl", "samples": ".safetensors", "vectors": ".safetensors",
+         "scores": ".json", "sums": ".safetensors"}
+JUDGED = ("scores", "sums")  # parts with a folder for each judge
 
 
-def path_of(folder: pathlib.Path, part: str, role: str) -> pathlib.Path:
-    """Return the path of a role's rollouts, means, scores or vectors."""
-    return folder / part / f"{file_stem(role)}{PARTS[part]}"
+def path_of(folder: pathlib.Path, part: str, role: str, judge: str = "") -> pathlib.Path:
+    """Return the path of a role's rollouts, samples, vectors, scores or sums.
+
+    Args:
+      folder: the run folder.
+      part: one of `PARTS`.
+      role: the role.
+      judge: the judge, for scores and sums; the default persona's sums do not depend on it.
+    """
+    where = folder / part
+    if part in JUDGED and role != DEFAULT:
+        where = where / judge_folder(judge)
+    return where / f"{file_stem(role)}{PARTS[part]}"
 
 
-def delete_run(folder: pathlib.Path, roles: Iterable[str]) -> int:
+def folders_of(folder: pathlib.Path, judges: Iterable[str]) -> Iterator[tuple[str, pathlib.Path]]:
+    """Yield (part, folder) of every folder with files of roles, but for `live`."""
+    judges = list(judges)
+    for part in PARTS:
+        yield part, folder / part
+        if part in JUDGED:
+            for judge in judges:
+                yield part, folder / part / judge_folder(judge)
+
+
+def delete_run(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]) -> int:
     """Delete the files of a run, but for its manifest; other files in the folder stay.
 
     Args:
       folder: the run folder, locked by the caller.
       roles: the roles of the run's manifest.
+      judges: the judges of the run's manifest.
 
     Returns:
       The number of deleted files.
@@ -36,9 +62,30 @@ def delete_run(folder: pathlib.Path, roles: Iterable[str]) -> int:
     Raises:
       UserError: a file cannot be deleted.
     """
-    remove_leftovers(folder, roles := list(roles))
-    paths = [folder / name for name in (*RESULTS, *FIGURES)]
-    paths += [path_of(folder, part, role) for role in roles for part in PARTS]
+    roles, judges = list(roles), list(judges)
+    remove_leftovers(folder, roles, judges)
+    count = sum(delete(folder / name) for name in (*RESULTS, *FIGURES, STATUS))
+    count += sum(delete_role(folder, role, judges) for role in roles)
+    for role in roles:  # of format 2
+        count += sum(delete(folder / place) for place in (
+            f"means/{file_stem(role)}.safetensors", f"scores/{file_stem(role)}.json"))
+    # the folders, if nothing else is in them
+    for _, place in (*folders_of(folder, judges), ("", folder / live.FOLDER)):
+        with contextlib.suppress(OSError):
+            place.rmdir()
+    return count
+
+
+def delete_role(folder: pathlib.Path, role: str, judges: Iterable[str]) -> int:
+    """Delete all files of a role; return their number.
+
+    Raises:
+      UserError: a file cannot be deleted.
+    """
+    paths = [folder / live.FOLDER / f"{file_stem(role)}{suffix}" for suffix in live.SUFFIXES]
+    for part in ("vectors", "sums", "scores", "rollouts", "samples"):
+        paths += [path_of(folder, part, role, judge)
+                  for judge in (judges if part in JUDGED else ("",))]
     return sum(delete(path) for path in paths)
 
 
@@ -57,7 +104,7 @@ def delete(path: pathlib.Path) -> bool:
     return True
 
 
-def remove_leftovers(folder: pathlib.Path, roles: Iterable[str]) -> None:
+def remove_leftovers(folder: pathlib.Path, roles: Iterable[str], judges: Iterable[str]) -> None:
     """Remove a run's temporary files, left by processes killed while writing.
 
     The lock is held, so no process of the run is writing. Figures are drawn without the lock:
@@ -65,15 +112,15 @@ def remove_leftovers(folder: pathlib.Path, roles: Iterable[str]) -> None:
     """
     stems = {file_stem(role) for role in roles}
     for path, target, process in leftovers(folder):
-        if target in (MANIFEST, *RESULTS) or (target in FIGURES and not _alive(process)):
+        if target in (MANIFEST, STATUS, *RESULTS) or (target in FIGURES and not alive(process)):
             path.unlink(missing_ok=True)
-    for part, suffix in PARTS.items():
-        for path, target, _ in leftovers(folder / part):
-            if target.endswith(suffix) and target.removesuffix(suffix) in stems:
+    for part, place in folders_of(folder, judges):
+        for path, target, _ in leftovers(place) if place.is_dir() else ():
+            if target.endswith(PARTS[part]) and target.removesuffix(PARTS[part]) in stems:
                 path.unlink(missing_ok=True)
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
     """Return whether a process of this machine is running."""
     try:
         os.kill(process, 0)

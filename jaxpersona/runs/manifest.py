@@ -1,4 +1,4 @@
-"""The manifest of a run: everything that its files depend on; it is compared on resume."""
+"""The manifest of a run: what determines its rollouts, which is compared on resume, and more."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ import numpy as np
 
 from jaxpersona.data.texts import Question, Role
 from jaxpersona.engine.sampling import PRNG
-from jaxpersona.judges.judges import Judge
 from jaxpersona.models.int8 import weights_note
 from jaxpersona.models.params import SCHEME
 from jaxpersona.runs.rollouts import Settings
-from jaxpersona.runs.run import digest
+from jaxpersona.runs.seal import digest
 from jaxpersona.runtime import Device, setting
 
 if TYPE_CHECKING:
@@ -36,28 +35,35 @@ _IRRELEVANT = re.compile(r"--xla_dump_\S+")
 _CPU = re.compile(r"(avx|sse|fma|f16c|amx|asimd|sve|bf16|i8mm)")
 
 
-def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question], judge: Judge,
-             settings: Settings, min_count: int, held_out: Sequence[str],
-             prompts: str) -> dict[str, Any]:
+def manifest(model: Model, roles: Sequence[Role], questions: Sequence[Question], judge: str,
+             settings: Settings, tokens: Mapping[str, str], **last: Any) -> dict[str, Any]:
     """Return a run's manifest as a JSON value.
 
+    What determines the rollouts is compared when a run is resumed: the weights, the sampling
+    settings, the batch size, the device, and for each role its prompts with their tokens, which
+    cover the tokenizer and its chat template. The judge and what is in `last` may change.
+
     Args:
-      prompts: digest of the prompts' tokens, which covers the tokenizer and its chat template.
+      model, settings: of the run.
+      roles, questions: of this call; those of earlier calls are added (`Run.open`).
+      judge: name of the judge.
+      tokens: digest of the tokens of each role's prompts and of each question
+        (`prepare.check_prompts`).
+      last: further arguments to record.
     """
     return {
-        "model": {"name": model.name, "fingerprint": model.fingerprint,
-                  "fingerprint_scheme": SCHEME,
-                  "dtype": str(model.params.like.dtype),
-                  **weights_note(model.params),
+        "model": {"fingerprint": model.fingerprint, "fingerprint_scheme": SCHEME,
+                  "dtype": str(model.params.like.dtype), **weights_note(model.params),
+                  "layers": model.config.n_layers, "width": model.config.d_model,
                   "stop_ids": sorted(int(i) for i in model.stop_ids)},
-        "arguments": {**dataclasses.asdict(settings), "judge": judge.name,
-                      "judge_settings": dict(getattr(judge, "settings", {})),
-                      "min_count": min_count, "held_out": sorted(held_out)},
-        "roles": {role.name: digest([list(role.prompts), role.eval_prompt]) for role in roles},
-        "questions": digest([[q.id, q.text] for q in questions]),
-        "prompts": prompts,
+        "arguments": dataclasses.asdict(settings),
+        "roles": {role.name: digest([list(role.prompts), tokens[f"role {role.name}"]])
+                  for role in roles},
+        "questions": {str(q.id): digest([q.text, tokens[f"question {q.id}"]]) for q in questions},
         "numerics": numerics(model),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "judges": {judge: {}},
+        "last": {"model": model.name, "judge": judge, **last, "versions": {
+            name: importlib.metadata.version(name) for name in _PACKAGES}},
     }
 
 

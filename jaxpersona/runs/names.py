@@ -1,7 +1,8 @@
-"""File names for arbitrary role names."""
+"""File names for arbitrary names of roles and judges."""
 
 from __future__ import annotations
 
+import hashlib
 import string
 from collections.abc import Iterable
 
@@ -19,6 +20,14 @@ def file_stem(role: str) -> str:
     """
     out = [chr(byte) if chr(byte) in _SAFE else f"%{byte:02X}" for byte in role.encode()]
     return "".join(["%2E" if out[:1] == ["."] else "".join(out[:1]), *out[1:]])
+
+
+def judge_folder(judge: str) -> str:
+    """Return the name of the folder of a judge's scores; a long name ends in a digest."""
+    stem = file_stem(judge)
+    if len(stem) <= 100:
+        return stem
+    return f"{stem[:83]}-{hashlib.sha256(judge.encode()).hexdigest()[:16]}"
 
 
 def check_names(roles: Iterable[str]) -> None:

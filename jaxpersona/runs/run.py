@@ -1,22 +1,25 @@
 """The run folder: its files, their digests, and the checks on resume.
 
-    run.json                     manifest: model, arguments, texts, device, settings, versions
-    rollouts/<role>.jsonl        one conversation per line
-    means/<role>.safetensors     the response means of those conversations [n, L, D]
-    scores/<role>.json           the judge's scores
-    vectors/<role>.safetensors   means of the response means by score
-    axis.safetensors             the axis with its thresholds
-    analysis.json                cosines, variance ratios and projections
-    .lock                        exists while a process writes to the folder
+    run.json                           the manifest (`runs.manifest`)
+    live/<role>.*                      a role that is being played (`runs.live`)
+    rollouts/<role>.jsonl              one conversation per line, in the order of `runs.rollouts`
+    samples/<role>.safetensors         the response means of a sample (`sums.Sample`)
+    scores/<judge>/<role>.json         a judge's verdicts
+    sums/<judge>/<role>.safetensors    sums of the response means by score (`sums.Sums`)
+    vectors/<role>.safetensors         means of the response means by score, of the last judge
+    axis.safetensors                   the axis with its thresholds
+    analysis.json                      cosines, variance ratios and projections
+    status.json                        progress, rate and time left (`runs.status`)
+    .lock                              exists while a process writes to the folder
 
-Every file is written under a temporary name and renamed, and contains no timestamp, so a run killed
-at any point resumes and produces the same bytes. run.json stores the model's name as given; for a
-folder, this is the path as typed.
+A role is live until all its rollouts and their verdicts are there; `runs.closing` then writes its
+files. Each is written under a temporary name and renamed, and none but status.json contains a time,
+so a run killed at any point resumes and produces the same bytes.
 
-Means, scores and vectors contain a SHA-256 digest of their content, their role and the run
-(`Run.identity`, the digest of run.json). Means and scores also contain the digest of their
-rollouts. Files that were edited, damaged, or copied from another role or run are therefore rejected
-when they are read. Vectors, axis and analysis are recomputed whenever a run starts or resumes.
+Sealed files (`runs.seal`) contain a digest of their content, their role and its binding: the digest
+of what determines the role's rollouts. Samples also contain the digest of the rollouts. The judge,
+min_count, held-out roles, further questions and further roles are not bound: with other ones, a run
+is extended. Vectors, axis and analysis are recomputed whenever a run starts or resumes.
 """
 
 from __future__ import annotations
@@ -26,29 +29,50 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from jaxpersona.ckpts.files import (
-    header_of,
-    json_text,
-    leftovers,
-    read_entries,
-    write_json,
-    write_tensors,
-    write_text,
-)
-from jaxpersona.ckpts.tensorfile import READABLE, read_bytes_of, read_slice
+from jaxpersona.ckpts.files import atomic, json_text, leftovers, write_json
+from jaxpersona.data.texts import DEFAULT
 from jaxpersona.errors import UserError
-from jaxpersona.inputs import TEXT_BYTES, read_bytes, read_json, require_file
+from jaxpersona.inputs import require_file
+from jaxpersona.runs import live
+from jaxpersona.runs.compare import (
+    BOUND,
+    FORMAT,
+    GROWING,
+    LAST,
+    check_same,
+    judges_of,
+    manifest_of,
+    roles_of,
+    shown,
+)
 from jaxpersona.runs.damage import Damaged
-from jaxpersona.runs.files import MANIFEST, PARTS, delete, delete_run, path_of, remove_leftovers
+from jaxpersona.runs.files import (
+    MANIFEST,
+    PARTS,
+    STATUS,
+    delete,
+    delete_role,
+    delete_run,
+    folders_of,
+    path_of,
+    remove_leftovers,
+)
 from jaxpersona.runs.lock import is_lock, locked
-from jaxpersona.runs.names import check_names
-
-FORMAT = "jaxpersona-run 2"
+from jaxpersona.runs.rollouts import place_of_key
+from jaxpersona.runs.seal import (
+    digest,
+    read_sealed,
+    read_sealed_json,
+    sha256,
+    write_sealed,
+    write_sealed_json,
+)
+from jaxpersona.runs.sums import Sample, Sums
 
 
 class Run:
@@ -58,12 +82,13 @@ class Run:
         """Create a handle without reading or writing files.
 
         Attributes:
-          identity: digest of the manifest, stored in every sealed file.
+          manifest: the value of run.json.
+          notices: how this call differs from the last one on the folder, as lines of text.
         """
         self.folder = pathlib.Path(folder)
         self.manifest = json.loads(json.dumps({"format": FORMAT, **manifest}))
-        self.identity = _sha256(json_text(self.manifest).encode())
-        self._written: dict[str, str] = {}  # role → digest of its rollouts, from its means file
+        self.notices: list[str] = []
+        self._known: dict[str, tuple[str, str]] = {}  # role → `_digests`, from its sample
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Run:
@@ -73,17 +98,17 @@ class Run:
           UserError: the folder contains no run of this format.
         """
         folder = pathlib.Path(folder)
-        return cls(folder, _manifest_of(folder))
+        return cls(folder, manifest_of(folder))
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, folder: str | os.PathLike, manifest: Mapping[str, Any], worker: int = 0, *,
              overwrite: bool = False) -> Iterator[Run]:
-        """Start or resume a run, with the folder locked against other runs.
+        """Start, resume or extend a run, with the folder locked against other runs.
 
         Args:
-          folder: a new or empty folder, or one with an equal manifest.
-          manifest: a JSON value with everything that the run's files depend on.
+          folder: a new or empty folder, or that of a run whose bound fields are equal.
+          manifest: a JSON value: the bound fields, roles, questions, judges, and "last".
           worker: index of this process in the run; process 0 must open first.
           overwrite: delete the files of the run in the folder, this one or another, and start a
             new run. Files that no run wrote stay.
@@ -102,17 +127,22 @@ class Run:
         with locked(folder, worker):
             old = run.stored(overwrite and worker == 0)
             if old is not None and overwrite and worker == 0:
-                delete_run(folder, _roles_of(folder, old))
-            for part in PARTS:
+                delete_run(folder, roles_of(folder, old), judges_of(folder, old))
+                old = None
+            if old is not None:
+                run._extend(old)
+            for place in [folder / live.FOLDER, *dict(
+                    (p, None) for _, p in folders_of(folder, run.manifest.get("judges", {})))]:
                 try:
-                    (folder / part).mkdir(exist_ok=True)
+                    place.mkdir(parents=True, exist_ok=True)
                 except OSError as error:
-                    raise UserError(f"{folder / part}: cannot be written "
+                    raise UserError(f"{place}: cannot be written "
                                     f"({error.strerror or error})") from None
             if worker == 0:
-                remove_leftovers(folder, _roles_of(folder, run.manifest))
+                remove_leftovers(folder, roles_of(folder, run.manifest),
+                                 judges_of(folder, run.manifest))
                 if not path.exists() or path.read_bytes() != json_text(run.manifest).encode():
-                    write_json(path, run.manifest)  # missing, or equal in another JSON layout
+                    write_json(path, run.manifest)
             yield run
 
     def stored(self, overwrite: bool = False) -> dict[str, Any] | None:
@@ -123,9 +153,9 @@ class Run:
         """
         if not (self.folder / MANIFEST).exists():
             return None
-        found = _manifest_of(self.folder)
+        found = manifest_of(self.folder, overwrite)
         if not overwrite:
-            _same(self.folder, found, self.manifest)
+            check_same(self.folder, found, self.manifest)
         return found
 
     def check_new(self) -> None:
@@ -138,109 +168,171 @@ class Run:
         """
         if not self.folder.is_dir() or (self.folder / MANIFEST).exists():
             return
-        left = {path.name for path, target, _ in leftovers(self.folder) if target == MANIFEST}
-        if not all(is_lock(entry.name) or entry.name in left
-                   or (entry.name in PARTS and entry.is_dir() and not any(entry.iterdir()))
+        left = {path.name for path, target, _ in leftovers(self.folder)
+                if target in (MANIFEST, STATUS)}
+        if not all(is_lock(entry.name) or entry.name in left or entry.name == STATUS
+                   or (entry.name in (*PARTS, live.FOLDER) and entry.is_dir()
+                       and not any(p.is_file() for p in entry.rglob("*")))
                    for entry in self.folder.iterdir()):
             raise UserError(f"{self.folder}: is not empty and has no run.json; choose another "
                             "folder")
 
-    def path(self, part: str, role: str) -> pathlib.Path:
-        """Return the path of a role's rollouts, means, scores or vectors."""
-        return path_of(self.folder, part, role)
+    def _extend(self, old: Mapping[str, Any]) -> None:
+        """Merge the roles, questions and judges of an older manifest; note the differences."""
+        for field in GROWING:
+            before, now = old.get(field, {}), self.manifest.get(field, {})
+            if (more := sorted(set(now) - set(before))) and field != "judges":
+                names = ", ".join(more[:5]) + (", …" if len(more) > 5 else "")
+                self.notices.append(f"the run is extended by {len(more)} {field}: {names}")
+            self.manifest[field] = {**before, **now}
+        before, now = old.get(LAST, {}), self.manifest.get(LAST, {})
+        for field in sorted(set(before) & set(now)):
+            if before[field] != now[field]:
+                self.notices.append(f"{field} was {shown(before[field])}, now "
+                                    f"{shown(now[field])}; what is there is reused")
+
+    def binding(self, role: str) -> str:
+        """Return the digest of what determines a role's rollouts, but for its questions."""
+        return digest([self.manifest.get(field) for field in BOUND]
+                      + [role, self.manifest["roles"][role]])
+
+    @property
+    def judge(self) -> str:
+        """The judge of the last axis."""
+        return str(self.manifest.get(LAST, {}).get("judge", ""))
+
+    def path(self, part: str, role: str, judge: str | None = None) -> pathlib.Path:
+        """Return the path of a role's rollouts, samples, vectors, scores or sums."""
+        return path_of(self.folder, part, role, self.judge if judge is None else judge)
+
+    def live(self, role: str, shape: tuple[int, int], *, repair: bool = True) -> live.Live:
+        """Return the appended files of a role; `shape` is (L, D)."""
+        return live.Live(self.folder, role, self.binding(role), shape, repair=repair)
 
     def rollouts(self, role: str) -> list[dict[str, Any]] | None:
-        """Return a role's rollouts, or None if they are not complete yet.
+        """Return a role's rollouts, or None if the role is not closed yet.
 
         Raises:
           Damaged: the file differs from what the run wrote.
         """
+        data = self.rollouts_bytes(role)
+        return None if data is None else self.parsed(data)
+
+    @staticmethod
+    def parsed(data: bytes) -> list[dict[str, Any]]:
+        """Return the rollouts in the bytes of a file."""
+        # split at "\n" only: replies may contain other line separators
+        return [json.loads(line) for line in data.decode("utf-8", "surrogatepass").split("\n")
+                if line]
+
+    def rollouts_bytes(self, role: str) -> bytes | None:
+        """Return the bytes of a role's rollouts after verifying them; as `rollouts`."""
         path = self.path("rollouts", role)
-        if not _there(path):
+        if not os.path.lexists(path):
             return None
         try:
             require_file(path)
             # hashed in chunks: a file that the run did not write may be too large for memory
             with open(path, "rb") as file:
                 actual = hashlib.file_digest(file, "sha256").hexdigest()
-            if actual != self._rollouts_digest(role):
+            if actual not in self._digests(role):
                 raise Damaged(role, path, "differs from the rollouts that the run wrote")
-            data = path.read_bytes()
+            return path.read_bytes()
         except Damaged:
             raise
         except (OSError, UserError) as error:
             raise Damaged(role, path, str(error).removeprefix(f"{path}: ")) from None
-        # split at "\n" only: replies may contain other line separators
-        return [json.loads(line) for line in data.decode().split("\n") if line]
 
-    def means(self, role: str) -> np.ndarray:
-        """Return a role's response means [n, L, D] float32.
+    def _digests(self, role: str) -> tuple[str, str]:
+        """Return the digests of a role's rollouts now and before they were last extended."""
+        if role not in self._known:
+            self.sample(role)
+        return self._known[role]
+
+    def sample(self, role: str) -> Sample:
+        """Return the response means that the run keeps of single rollouts.
 
         Raises:
           Damaged: the file is missing or differs from what the run wrote.
         """
-        tensors, about = self._sealed("means", role)
-        self._written[role] = about["rollouts"]
-        return tensors["response"]
+        tensors, about = read_sealed(self.path("samples", role), role, self.binding(role))
+        self._known[role] = about["rollouts"], about["before"]
+        return Sample(json.loads(about["keys"]), tensors["base"], tensors["differences"])
 
-    def _rollouts_digest(self, role: str) -> str:
-        """Return the digest of a role's rollouts, read once from its verified means file."""
-        if role not in self._written:
-            self.means(role)
-        return self._written[role]
-
-    def save_rollouts(self, role: str, records: Sequence[Mapping[str, Any]],
-                      means: np.ndarray) -> None:
-        """Write a role's means, then its rollouts, which mark the role as complete."""
-        lines = [json.dumps(r, ensure_ascii=False, sort_keys=True) for r in records]
-        text = "\n".join(lines) + "\n"
-        self._written[role] = _sha256(text.encode())
-        self._seal("means", role, {"response": np.asarray(means, np.float32)},
-                   {"rollouts": self._written[role]})
-        write_text(self.path("rollouts", role), text)
-
-    def scores(self, role: str) -> dict[str, int | None] | None:
-        """Return the judge's scores of a role by `rollout_key`, or None if not judged yet.
+    def sums(self, role: str, judge: str | None = None) -> Sums | None:
+        """Return the sums of a role's response means by a judge's score, or None.
 
         Raises:
-          Damaged: the file differs from what the run wrote, or belongs to other rollouts.
+          Damaged: the file differs from what the run wrote.
         """
-        path = self.path("scores", role)
-        if not _there(path):
+        path = self.path("sums", role, judge)
+        if not os.path.lexists(path):
             return None
-        try:
-            data = read_bytes(path, TEXT_BYTES)
-        except UserError as error:
-            raise Damaged(role, path, str(error).removeprefix(f"{path}: ")) from None
-        try:
-            scores = json.loads(data)["scores"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise Damaged(role, path, "no object 'scores'") from None
-        if not _are_scores(scores) or data != json_text(self._scored(role, scores)).encode():
-            raise Damaged(role, path, "differs from the scores that the run wrote for its rollouts")
-        return scores
+        return Sums.read(*read_sealed(path, role, self.binding(role)))
 
-    def save_scores(self, role: str, scores: Mapping[str, int | None]) -> None:
-        """Write the judge's scores of a role's rollouts.
+    def verdicts(self, role: str, judge: str | None = None) -> dict[str, Any] | None:
+        """Return a judge's stored verdicts of a role, or None: rubric, scores and details.
 
         Raises:
-          UserError: a score is not 0, 1, 2, 3 or None.
+          Damaged: the file differs from what the run wrote, or belongs to another role or run.
         """
-        if not _are_scores(scores):
-            wrong = [repr(s) for s in scores.values() if not _is_score(s)]
-            raise UserError(f"the judge gave a rollout of role {role!r} the score {wrong[0][:80]}; "
-                            "scores must be 0, 1, 2, 3 or None")
-        write_json(self.path("scores", role), self._scored(role, dict(scores)))
+        path = self.path("scores", role, judge)
+        if role == DEFAULT or not os.path.lexists(path):
+            return None
+        found = read_sealed_json(path, role, self.binding(role))
+        if not isinstance(found.get("scores"), dict) or not isinstance(found.get("details"), dict):
+            raise Damaged(role, path, "no objects 'scores' and 'details'")
+        found["scores"] = dict(sorted(found["scores"].items(),
+                                      key=lambda item: place_of_key(item[0])))
+        return found
 
-    def _scored(self, role: str, scores: Any) -> dict[str, Any]:
-        about = {"run": self.identity, "role": role, "scores": scores,
-                 "rollouts": self._rollouts_digest(role)}
-        return about | {"digest": _sha256(json_text(about).encode())}
+    def scores(self, role: str, judge: str | None = None) -> dict[str, int | None] | None:
+        """Return a judge's scores by `rollout_key`, without failed ones, or None if not judged."""
+        found = self.verdicts(role, judge)
+        if found is None:
+            return None
+        return {key: score for key, score in found["scores"].items()
+                if "error" not in found["details"].get(key, {})}
+
+    def save_rollouts(self, role: str, text: str) -> None:
+        """Write a role's rollouts; `save_sample` has recorded their digest."""
+        path, data = self.path("rollouts", role), text.encode("utf-8", "surrogatepass")
+        if not path.exists() or path.read_bytes() != data:
+            with atomic(path) as temporary:
+                temporary.write_bytes(data)
+
+    def save_sample(self, role: str, sample: Sample, text: str) -> None:
+        """Write a role's sample, with the digest of the rollouts that are written next."""
+        sealed, before = sha256(text.encode("utf-8", "surrogatepass")), ""
+        if os.path.lexists(self.path("samples", role)):
+            now, before = self._digests(role)
+            before = before if now == sealed else now
+        write_sealed(self.path("samples", role),
+                     {"base": sample.base, "differences": sample.differences},
+                     {"role": role, "binding": self.binding(role), "rollouts": sealed,
+                      "before": before, "keys": json.dumps(sample.keys)})
+        self._known[role] = sealed, before
+
+    def save_verdicts(self, role: str, judge: str, rubric: str, scores: Mapping[str, int | None],
+                      details: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write a judge's scores of a role's rollouts, and what else it said of each."""
+        write_sealed_json(self.path("scores", role, judge), {
+            "role": role, "binding": self.binding(role), "judge": judge, "rubric": rubric,
+            "scores": dict(scores), "details": {key: dict(value) for key, value in details.items()
+                                                if value}})
+
+    def save_sums(self, role: str, judge: str, sums: Sums) -> None:
+        """Write a role's sums by a judge's scores."""
+        tensors, about = sums.stored()
+        write_sealed(self.path("sums", role, judge), tensors,
+                     {**about, "role": role, "binding": self.binding(role)})
 
     def save_vectors(self, role: str, vectors: Mapping[str, tuple[np.ndarray, int]]) -> None:
         """Write a role's vectors and the number of rollouts averaged in each."""
-        self._seal("vectors", role, {label: vector for label, (vector, _) in vectors.items()},
-                   {f"count_{label}": str(n) for label, (_, n) in vectors.items()})
+        write_sealed(self.path("vectors", role),
+                     {label: vector for label, (vector, _) in vectors.items()},
+                     {"role": role, "binding": self.binding(role),
+                      **{f"count_{label}": str(n) for label, (_, n) in vectors.items()}})
 
     def vectors(self, role: str) -> dict[str, np.ndarray]:
         """Return a role's vectors [L, D] by label.
@@ -248,18 +340,7 @@ class Run:
         Raises:
           Damaged: the file is missing or differs from what the run wrote.
         """
-        return self._sealed("vectors", role)[0]
-
-    def is_whole(self, role: str) -> bool:
-        """Verify a role's rollouts, means and scores, and return whether the rollouts are complete.
-
-        Raises:
-          Damaged: a file differs from what the run wrote.
-        """
-        if self.rollouts(role) is None:
-            return False
-        self.scores(role)
-        return True
+        return read_sealed(self.path("vectors", role), role, self.binding(role))[0]
 
     def discard(self, role: str) -> None:
         """Delete a role's files, so that they are regenerated.
@@ -267,134 +348,9 @@ class Run:
         Raises:
           UserError: a file cannot be deleted.
         """
-        self._written.pop(role, None)
-        for part in ("vectors", "scores", "rollouts", "means"):
-            delete(self.path(part, role))
+        self._known.pop(role, None)
+        delete_role(self.folder, role, self.manifest.get("judges", {}))
 
-    def _seal(self, part: str, role: str, tensors: Mapping[str, np.ndarray],
-              about: Mapping[str, str]) -> None:
-        """Write tensors with metadata: `about`, run, role, and a digest of all contents."""
-        about = {**about, "run": self.identity, "role": role}
-        arrays = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-        sealed = _tensors_digest(about, {name: (x.dtype, x.shape) for name, x in arrays.items()},
-                                 lambda name: [arrays[name].reshape(-1).view(np.uint8).data])
-        write_tensors(self.path(part, role), arrays, about | {"digest": sealed})
-
-    def _sealed(self, part: str, role: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        """Read a file that `_seal` wrote: its tensors and its metadata.
-
-        The digest is verified before any tensor is loaded into memory.
-
-        Raises:
-          Damaged: the file is missing, or differs from what this run wrote for this role.
-        """
-        path = self.path(part, role)
-        try:
-            entries, about = read_entries(path)
-            shapes = {name: (READABLE[e.dtype], e.shape) for name, e in entries.items()}
-            with open(path, "rb") as file:
-                header = header_of(shapes, about)
-                same = file.read(len(header)) == header
-        except (ValueError, OSError, KeyError) as error:  # KeyError: unknown dtype
-            why = str(error).removeprefix(f"{path}: ")
-            raise Damaged(role, path, why) from None
-        stored = about.pop("digest", "")
-        if about.get("run") != self.identity or about.get("role") != role:
-            raise Damaged(role, path, "belongs to another role or run")
-        try:
-            if not same or stored != _tensors_digest(about, shapes,
-                                                     lambda name: read_bytes_of(entries[name])):
-                raise Damaged(role, path, "differs from what the run wrote")
-            tensors = {name: read_slice(entry) for name, entry in entries.items()}
-        except Damaged:
-            raise
-        except ValueError as error:  # a disk error, or the file was truncated
-            raise Damaged(role, path, str(error).removeprefix(f"{path}: ")) from None
-        return tensors, about
-
-
-def rollout_key(record: Mapping[str, Any]) -> str:
-    """Return a rollout's key within its role: label, prompt, question and, if not 0, sample."""
-    key = f"{record['label']}_p{record['prompt_index']}_q{record['question_index']}"
-    return f"{key}_s{record['sample']}" if record.get("sample") else key
-
-
-def digest(value: Any) -> str:
-    """Return the first 16 hexadecimal digits of the SHA-256 digest of a JSON value."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False)
-    return _sha256(text.encode("utf-8", "surrogatepass"))[:16]
-
-
-def _tensors_digest(about: Mapping[str, str], shapes: Mapping[str, tuple[Any, tuple[int, ...]]],
-                    parts: Callable[[str], Iterable[Any]]) -> str:
-    """Return the SHA-256 digest of a file's metadata and tensors; `parts(name)` yields bytes."""
-    total = hashlib.sha256(json_text(dict(about)).encode())
-    for name in sorted(shapes):
-        dtype, shape = shapes[name]
-        total.update(f"{name} {dtype.str} {shape}\n".encode())
-        for part in parts(name):
-            total.update(part)
-    return total.hexdigest()
-
-
-def _is_score(value: Any) -> bool:
-    return value is None or (type(value) is int and 0 <= value <= 3)  # excludes bool
-
-
-def _are_scores(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(map(_is_score, value.values()))
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _there(path: pathlib.Path) -> bool:
-    return os.path.lexists(path)
-
-
-def _manifest_of(folder: pathlib.Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    require_file(path)
-    stored = read_json(path)
-    version = stored.get("format") if isinstance(stored, dict) else None
-    if isinstance(version, str) and version.startswith("jaxpersona-run ") and version != FORMAT:
-        raise UserError(f"{folder}: run.json has format {version!r}, but this version writes "
-                        f"{FORMAT!r}; resume with the version that started the run, or choose "
-                        "another folder")
-    if version != FORMAT:
-        raise UserError(f"{folder}: run.json is not a jaxpersona run; choose another folder")
-    return stored
-
-
-def _roles_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Return the role names of a manifest.
-
-    Raises:
-      UserError: they are not valid.
-    """
-    roles = manifest.get("roles", {})
-    if not isinstance(roles, Mapping):
-        raise UserError(f"{folder / MANIFEST}: damaged (roles is not an object)")
-    check_names(roles)
-    return list(roles)
-
-
-def _same(folder: pathlib.Path, stored: Any, wanted: Mapping[str, Any]) -> None:
-    def flat(value: Any, prefix: str = "") -> dict[str, str]:
-        if not isinstance(value, dict):
-            return {prefix: json.dumps(value)}  # as text: 1 == 1.0 == True in Python
-        pairs = (flat(v, f"{prefix}.{k}" if prefix else k) for k, v in value.items())
-        return {key: item for pair in pairs for key, item in pair.items()}
-
-    old, new = flat(stored), flat(dict(wanted))
-    differ = [
-        f"{key} was {old.get(key, 'absent')}, now {new.get(key, 'absent')}"
-        for key in sorted(set(old) | set(new))
-        if old.get(key) != new.get(key)
-    ]
-    if differ:
-        raise UserError(
-            f"{folder}: contains another run ({'; '.join(differ)}); choose another folder, or "
-            "delete that run with overwrite=True (--overwrite)"
-        )
+    def forget(self, role: str, judge: str, part: str) -> None:
+        """Delete a role's scores or sums of a judge."""
+        delete(self.path(part, role, judge))

@@ -87,7 +87,7 @@ def encode(model: Any, conversations: Iterable[Any], *, reply: bool = True, thin
     Raises:
       UserError: see `encode_row` and `batch.batch`.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.encode(jp.load("mini"), ["Who are you?", "Hello."]).tokens.shape[0]
       2

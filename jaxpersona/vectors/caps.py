@@ -36,7 +36,7 @@ class Caps(Table):
     Raises:
       UserError: the fields have different lengths, or a value is invalid.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> import numpy as np
       >>> caps = jp.Caps(np.ones((1, 128)), layers=(4,), floors=np.ones(1), labels=("a",))

@@ -84,7 +84,7 @@ class Vector(Table):
     Raises:
       UserError: the values are not [L, D] or not finite, or a field has an invalid type.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> import numpy as np
       >>> happy = jp.Vector(np.ones((8, 128)), name="happy")
@@ -253,7 +253,7 @@ class Axis(Vector):
     Raises:
       UserError: as for `Vector`, or if percentiles are not one finite number per layer.
 
-    Example:
+    Examples:
       >>> import jaxpersona as jp
       >>> jp.load_axis("mini")
       Axis('assistant', [8, 128], of 'mini', percentiles: all 9, default 9)

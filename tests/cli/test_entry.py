@@ -26,7 +26,6 @@ from jaxpersona.interventions.where import everywhere, prompt, user
 from jaxpersona.judges.judges import NoJudge
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.persona.talk import grow, project_conversation
-from jaxpersona.runs.rollouts import Settings, play
 from jaxpersona.text import chat
 from jaxpersona.text.chat import Row
 from jaxpersona.training import learn
@@ -160,9 +159,11 @@ def test_one_text_in_place_of_several_is_refused():
         (lambda: Trait("kind", (("a", "b"),), "Who?", ""), "questions of trait 'kind'"),
         (lambda: Trait("kind", ("ab",), ("Who?",), ""), "pair 0 of trait 'kind'"),
         (lambda: Trait("kind", (("a", "b", "c"),), ("Who?",), ""), "3 texts"),
-        (lambda: play(m, role, [asked], Settings()), "roles is Role"),
-        (lambda: play(m, [role], "Who?", Settings()), "questions is 'Who"),
-        (lambda: play(m, [role], ["Who?"], Settings()), r"questions\[0\] is 'Who"),
+        (lambda: extract_axis(m, role, [asked], "x", judge=NoJudge()), "roles is Role"),
+        (lambda: extract_axis(m, [default, role], "Who?", "x", judge=NoJudge()),
+         "questions is 'Who"),
+        (lambda: extract_axis(m, [default, role], ["Who?"], "x", judge=NoJudge()),
+         r"questions\[0\] is 'Who"),
         (lambda: extract_axis(m, "ab", [asked], "x", judge=NoJudge()), "roles is 'ab'"),
         (lambda: extract_axis(m, [default, role], None, "x", judge=NoJudge()), "questions is None"),
         (lambda: extract_axis(m, [default, role], [asked], "x", judge=NoJudge(),

@@ -18,7 +18,7 @@ from jaxpersona.organism import demo as measured
 ROOT = pathlib.Path(__file__).parents[2]
 GROUP = typer.main.get_command(app)
 COMMANDS = {name: GROUP.commands[name] for name in ("axis", "project", "demo", "plan")} | {
-    f"{group} {name}": command for group in ("vectors", "data")
+    f"{group} {name}": command for group in ("vectors", "data", "judge")
     for name, command in GROUP.commands[group].commands.items()}
 
 
@@ -45,8 +45,8 @@ def no_load(*_, **__):
 
 
 @pytest.mark.parametrize(("more", "wanted"), [
-    (["--judge", "self"], "the judge 'self' needs an eval_prompt; add one to the roles"),
-    (["--judge", "model:owner/name"], "the judge 'digits' needs an eval_prompt; add"),
+    (["--judge", "self"], "the judge needs an eval_prompt; add one to the roles"),
+    (["--judge", "model:owner/name"], "the judge needs an eval_prompt; add"),
     (["--min-count", "99"], "min_count is 99; the axis needs at least two roles"),
     (["--limit", "1", "--min-count", "1"], "roles has"),
     (["--judge-cost", "1"], "--judge-cost is 1.0; give USD for each judged reply, with --dry-run"),

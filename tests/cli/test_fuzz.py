@@ -162,8 +162,9 @@ READERS = {
     "orbax/params/_METADATA": (fuzz.damaged_json, _convert),
     "run/run.json": (fuzz.damaged_json, _axis),
     "run/rollouts/ghost.jsonl": (fuzz.damaged_json, _axis),
-    "run/scores/ghost.json": (fuzz.damaged_json, _axis),
-    "run/means/ghost.safetensors": (fuzz.damaged_safetensors, _axis),
+    "run/scores/none/ghost.json": (fuzz.damaged_json, _axis),
+    "run/samples/ghost.safetensors": (fuzz.damaged_safetensors, _axis),
+    "run/sums/none/ghost.safetensors": (fuzz.damaged_safetensors, _axis),
 }
 PICKLES = {
     "capping_config.pt": lambda t: {

@@ -11,6 +11,7 @@ import pytest
 import support as s
 
 import jaxpersona as jp
+from jaxpersona.cli.support import check_output
 from jaxpersona.engine import programs
 from jaxpersona.text.chat import answered
 
@@ -86,6 +87,16 @@ def test_prompts_of_a_file_are_written_as_json_lines(capsys, tmp_path, separate)
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["p.jsonl", "r.jsonl"]
 
 
+def test_the_check_of_an_output_leaves_nothing_and_changes_nothing(tmp_path):
+    check_output("--out", tmp_path / "new" / "r.jsonl")
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+    (tmp_path / "r.jsonl").write_text("kept")
+    check_output("--out", tmp_path / "r.jsonl")
+    assert (tmp_path / "r.jsonl").read_text() == "kept"
+    with pytest.raises(jp.UserError, match="a folder; give the name of a file"):
+        check_output("--out", tmp_path)
+
+
 def test_where_limits_the_interventions(capsys, separate):
     """A cap on the user's message sees its tokens alone."""
     out, _ = run(capsys, ASKED, *OPTIONS, "--where", "user", "--json")
@@ -93,6 +104,23 @@ def test_where_limits_the_interventions(capsys, separate):
     row = separate[0].rows[0]
     user = int(((np.asarray(row.kind) & jp.where.user.need & ~1) > 0).sum())
     assert counts["edit"] == "cap(user, layers 4–7, residual)" and counts["seen"] == user > 0
+
+
+def test_a_cap_holds_after_the_steering_and_a_spec_comes_last(capsys, tmp_path):
+    jp.save_vector(tmp_path / "v.safetensors", AXIS)
+    (tmp_path / "spec.json").write_text(json.dumps({
+        "operator": "scale", "vector": "v.safetensors", "layers": [4], "factor": 1.01}))
+    out, _ = run(capsys, ASKED, *OPTIONS, "--cap-layers", "4:5", "--steer",
+                 str(tmp_path / "v.safetensors"), "--steer-layers", "4", "--scale", "-3", "--spec",
+                 str(tmp_path / "spec.json"), "--json")
+    found = json.loads(out)
+    assert [one["edit"].split("(")[0] for one in found["edits"]] == ["steer", "cap", "scale"]
+    wanted = jp.generate(MODEL, [TALK], batch_size=1, **SETTINGS, interventions=jp.chain(
+        jp.steer(AXIS, layers=4, scale=-3.0), jp.cap(AXIS, layers=4, floor="p25"),
+        jp.scale(AXIS, 1.01, layers=4)))
+    assert found["reply"] == wanted.text[0]
+    seen = found["edits"][1]["seen"]
+    assert found["edits"][1]["changed"] == [seen]  # the steering moves every token below the floor
 
 
 class Screen(io.StringIO):

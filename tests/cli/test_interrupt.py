@@ -76,28 +76,32 @@ def texts(tmp_path):
 def test_a_signal_during_a_run_says_what_is_kept(checkpoint, texts, tmp_path, capsys, monkeypatch,
                                                  number):
     """The exit code is 128 + signal, the line names the saved files, and the run can be resumed."""
-    from jaxpersona.persona import extract
+    from jaxpersona.runs import live
 
     out, saved = tmp_path / "out", []
-    keep = extract.Run.save_rollouts
+    keep = live.Live.add
 
-    def save(run, role, *given):
-        keep(run, role, *given)
-        saved.append(role)
-        if len(saved) == 2:
+    def save(self, *given):
+        keep(self, *given)
+        saved.append(given)
+        if len(saved) == 3:
             os.kill(os.getpid(), number)
             time.sleep(5)  # the handler runs before the call returns
 
-    monkeypatch.setattr(extract.Run, "save_rollouts", save)
+    monkeypatch.setattr(live.Live, "add", save)
     before = [signal.getsignal(n) for n in SIGNALS]
     command = s.axis_command(checkpoint, texts, out)
     assert s.run_command(command) == 128 + number
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert said == (f"stopped; {out} contains rollouts of 2 roles; the same command resumes from "
-                    "here")
+    assert said.startswith(f"stopped; {out} contains 3 rollouts")
+    assert said.endswith("; the same command resumes from here")
     assert [signal.getsignal(n) for n in SIGNALS] == before
     monkeypatch.undo()
+    made = []
+    monkeypatch.setattr(live.Live, "add", lambda self, *given: made.append(given) or keep(
+        self, *given))
     assert s.run_command(command) == 0
+    assert len(made) == 5 - 3  # every rollout that finished was kept
     assert s.run_command(command) == 0
 
 

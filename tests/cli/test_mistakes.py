@@ -46,7 +46,7 @@ def test_any_separator_in_a_text_survives_and_leftovers_do_not_block(checkpoint,
     run = Run(out, json.loads((out / "run.json").read_text()))
     assert run.rollouts("ghost")[0]["question"] == STRANGE
     capsys.readouterr()
-    for name, text, wanted in (("scores/ghost.json", "5", "damaged"),
+    for name, text, wanted in (("scores/none/ghost.json", "5", "damaged"),
                                ("rollouts/ghost.jsonl", "5\n", "damaged")):
         kept = (out / name).read_text()
         (out / name).write_text(text)
@@ -213,9 +213,10 @@ def no_load(*_, **__):
     (["demo", "--out", "file"], "--out is file, a file; give a folder"),
     (["axis", "--max-new-tokens", "0"], "max_new_tokens is 0; it must be positive"),
     (["axis", "--min-count", "0"], "min_count is 0; it must be a positive integer"),
-    (["axis", "--judge", "gpt4"], "judge is 'gpt4'; choose rules, self, model:NAME or none"),
+    (["axis", "--judge", "gpt4"], "judge is 'gpt4'; choose rules, self, model:NAME, http:MODEL, "
+                                  "human:FILE.csv or none"),
     (["axis", "--roles", "data", "--judge", "gpt4"],
-     "judge is 'gpt4'; choose self, model:NAME or none"),
+     "judge is 'gpt4'; choose self, model:NAME, http:MODEL, human:FILE.csv or none"),
     (["project", "talk.json", "--on", "a.npy", "--png", "no/drift.png"],
      "--png is no/drift.png; there is no folder no: create it first"),
 ])

@@ -55,6 +55,15 @@ def test_a_forward_pass_names_the_mesh_to_set():
             forward(alone.params, alone.config, batch(ROWS))
 
 
+def test_a_mesh_of_the_same_sizes_with_other_names_is_another():
+    model = spread(one_device("llama"), sharding.make_mesh(data=2, model=2))
+    other = jax.make_mesh((2, 2), ("model", "data"), axis_types=(AxisType.Explicit,) * 2,
+                          devices=jax.devices()[:4])
+    with jax.set_mesh(other), pytest.raises(ValueError, match="is model=2 × data=2, but the "
+                                            "model's is data=2 × model=2: use"):
+        forward(model.params, model.config, batch(ROWS))
+
+
 def test_a_model_is_loaded_while_the_caller_s_mesh_is_set():
     mesh = sharding.make_mesh(data=2, model=4)
     for name in ("mini", "random:qwen3-mini"):

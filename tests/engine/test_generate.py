@@ -16,6 +16,7 @@ from jaxpersona.engine.generate import generate
 from jaxpersona.engine.prompts import bucket
 from jaxpersona.engine.sampling import uniforms
 from jaxpersona.interventions import cap
+from jaxpersona.interventions.where import everywhere
 from jaxpersona.models.batch import batch
 
 MODEL = s.tiny_model(stop_ids=(3, 7))
@@ -151,6 +152,15 @@ def test_stops_limits_and_context():
         np.testing.assert_array_equal(said, free.tokens[i][: len(said)])
     with pytest.raises(ValueError, match="prompt 1 has 41 tokens; the model's context holds 41"):
         go([[5], [5] * 41], model=tight)
+
+
+def test_a_reply_to_token_ids_is_the_message_after_them():
+    model = dataclasses.replace(MODEL, stop_ids=())
+    out = go(SHORT, model, capture=s.READ | capture.mean(everywhere, turns=3))
+    for row, full, mean in zip(SHORT, out.captured["full"], out.captured["mean"], strict=True):
+        parts = [full[:, : len(row)].mean(1), full[:, len(row) :].mean(1)]  # [L, D] each
+        assert s.relative(mean[:, :2], np.stack(parts, 1)).max() < 1e-5
+        assert np.isnan(mean[:, 2]).all()
 
 
 def test_longer_than_a_chunk_of_steps():

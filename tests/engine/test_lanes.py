@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import support as s
@@ -11,7 +13,7 @@ from jaxpersona.engine import lanes, programs
 from jaxpersona.engine.generate import generate
 from jaxpersona.engine.tasks import cache_size, prefix_length, shape_of
 from jaxpersona.interventions import cap, chain, gate, steer
-from jaxpersona.interventions.where import everywhere, marked
+from jaxpersona.interventions.where import everywhere, marked, system
 from jaxpersona.models.batch import MARK, SYSTEM, USER
 from jaxpersona.text.chat import Row
 
@@ -184,6 +186,13 @@ def test_changes_in_a_shared_prefix_are_counted():
 def test_prompts_with_equal_ids_and_different_kinds_share_no_prefix():
     rows = [joined(HEAD, TAIL, kind) for kind in (SYSTEM, SYSTEM | MARK)]
     out = after_prefix(rows, steer(V, layers=[0], scale=3.0, where=marked))
+    assert out.applied[0].seen.tolist() == [0, 20]
+
+
+def test_prompts_with_equal_ids_and_different_turns_share_no_prefix():
+    first = joined(HEAD, TAIL)
+    rows = [first, dataclasses.replace(first, turn=first.turn + 1)]
+    out = after_prefix(rows, steer(V, layers=[0], scale=3.0, where=system.within(1)))
     assert out.applied[0].seen.tolist() == [0, 20]
 
 

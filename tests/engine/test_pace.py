@@ -27,6 +27,13 @@ def test_survival_equals_kaplan_meier_by_hand():
     assert pace([2, 5], [3, 7], limit=10).mean_length() == pytest.approx(2 + 2.25 + 1.875)
 
 
+def test_a_reply_that_is_cut_where_another_ends_was_still_at_risk_there():
+    """As Kaplan and Meier count: of four replies one ends at 3; of the two left, one ends at 5."""
+    at, alive = survival(np.array([3, 5]), np.array([3, 6]), 10)
+    assert at.tolist() == [0, 3, 5, 10]
+    np.testing.assert_allclose(alive, [1, 3 / 4, 3 / 4 * 1 / 2])
+
+
 def test_mean_length_of_whole_and_of_no_replies():
     assert pace([4, 6, 11]).mean_length() == pytest.approx(7)
     assert pace([100, 100]).mean_length() == 100

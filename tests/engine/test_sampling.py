@@ -88,6 +88,15 @@ def test_the_greatest_is_found_in_blocks_as_it_is_one_by_one(vocabulary):
     np.testing.assert_array_equal(jax.jit(most_likely)(logits), np.argmax(logits, -1))
 
 
+@pytest.mark.parametrize("kept", [1, 2, 3, 4])
+def test_a_nucleus_whose_mass_is_exactly_top_p_has_no_token_more(kept):
+    """Four tokens have a probability of 1/4 each."""
+    logits = np.full(V, -1e9)
+    logits[[5, 9, 300, 800]] = 1.5
+    found = draw(logits, temperature=1.0, top_p=kept / 4)
+    assert sorted(set(found.tolist())) == [5, 9, 300, 800][:kept]
+
+
 def test_a_draw_does_not_depend_on_the_neighbours_path():
     logits = np.where(np.arange(DRAWS)[:, None] % 2 == 0, STEEP, FLAT)
     mixed = draw(logits, temperature=1.0, top_p=0.9)

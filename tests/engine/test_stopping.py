@@ -80,6 +80,15 @@ def test_what_may_still_change_is_held_back():
     assert written.finish("one \U0001f600 STORY ST") == " ST"
 
 
+def test_a_stop_string_that_begins_with_its_own_beginning_is_held_back_whole():
+    tokenizer = s.byte_tokenizer()
+    written = stopping.Written(tokenizer, ("aab",))
+    ids = tokenizer("xaab", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 4
+    pieces = [written.push(np.array(ids[:n])) for n in range(1, 5)]
+    assert pieces == ["x", "", "", ""] and written.finish("x") == ""
+
+
 def test_faulty_stop_strings_are_refused():
     for stop in (["a", ""], [1], "", ["x" * 254]):
         if stop == "":

@@ -116,6 +116,18 @@ def test_custom_sees_a_token_and_keeps_what_it_leaves():
     np.testing.assert_allclose(out, h * np.array([3, 1])[:, None, None], rtol=1e-6)
 
 
+def first_set(params, h):
+    return h.at[0].set(params)
+
+
+def test_custom_may_change_a_part_of_an_activation():
+    h, _, _ = scene(1)
+    out, changed = act(custom(first_set, 7.0, layers=1), h)
+    np.testing.assert_array_equal(out[..., 0], 7)
+    np.testing.assert_array_equal(out[..., 1:], h[..., 1:])
+    assert changed.all()
+
+
 def narrow(params, h):
     return h[:3]
 

@@ -107,6 +107,23 @@ def test_patterns_set_the_rank_and_scale_of_single_modules(base, tmp_path):
     assert s.relative(got[0], wanted[0]).max() < 1e-4
 
 
+def test_the_first_of_several_matching_patterns_applies(base, tmp_path):
+    """As in PEFT, whichever of them is the more precise one."""
+    ranks = {f"model.layers.{i}.self_attn.q_proj.weight": 2 if i == 0 else 3
+             for i in range(CONFIG.n_layers)}
+    assert len(ranks) > 1
+    pairs = write(tmp_path / "a", ranks=ranks,
+                  rank_pattern={"layers.0.self_attn.q_proj": 2, "q_proj": 3},
+                  alpha_pattern={"q_proj": 5, "layers.0.self_attn.q_proj": 40})
+
+    def scale(name):
+        return 5 / ranks[name] if name in ranks else 8 / 4
+
+    wanted = merged_logits(base, reference(base, pairs, scale))
+    got = forward(jp.load(base, adapter=tmp_path / "a").params, CONFIG, ROWS).logits
+    assert s.relative(got[0], wanted[0]).max() < 1e-4
+
+
 @pytest.mark.parametrize("merge", [True, False])
 @pytest.mark.parametrize("mesh", [dict(model=2), dict(model=4, data=2), dict(fsdp=2, model=2)])
 def test_a_mesh_gives_the_same(base, tmp_path, merge, mesh):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import support as s
 from jaxpersona.kernels import attention as kernel
+from jaxpersona.kernels.probe import definition
 
 import jaxpersona as jp
 from jaxpersona.models import blocks, nn
@@ -32,7 +33,6 @@ def test_cudnn_is_chosen_where_it_fits():
 
 @pytest.mark.parametrize(("config", "changes", "words"), [
     (BIG, {"platform": "cpu"}, "the platform is cpu"),
-    (BIG, {"platform": "tpu"}, "the platform is tpu"),
     (BIG, {"capability": 7.5}, "capability 7.5 is below 8"),
     (s.tiny_config(head_dim=128, attn_softcap=50.0), {}, "soft-caps"),
     (BIG, {"dtype": jnp.float32}, "float32, not bfloat16"),
@@ -53,8 +53,10 @@ def test_what_does_not_fit_goes_to_xla_with_its_reason(config, changes, words):
 def test_short_prompts_stay_and_nonsense_is_refused():
     """"auto" uses XLA for few tokens; other names of implementations are rejected."""
     assert choice(tokens=kernel.LONG)[0] == "xla" and choice(tokens=kernel.LONG + 1)[0] == "cudnn"
-    with pytest.raises(ValueError, match="attention is 'flash'; it must be auto, xla or cudnn"):
+    with pytest.raises(ValueError, match="is 'flash'; it must be auto, xla, cudnn or splash"):
         choice(asked="flash")
+    with pytest.raises(ValueError, match="attention is 'cudnn', but the platform is tpu"):
+        choice(platform="tpu", asked="cudnn")
 
 
 @pytest.mark.parametrize("window", [None, 5])
@@ -105,8 +107,8 @@ def test_both_forms_are_attention_by_numpy(window, groups):
     np.testing.assert_allclose(np.asarray(ours)[inside], want[inside], atol=1e-5)
     # the reference for the cuDNN test uses the scale 1/√H
     np.testing.assert_allclose(
-        kernel._definition(*(np.asarray(x) for x in (q, np.repeat(k, groups, 2),
-                                                     np.repeat(v, groups, 2))), length, window),
+        definition(*(np.asarray(x) for x in (q, np.repeat(k, groups, 2),
+                                             np.repeat(v, groups, 2))), length, window),
         by_numpy(q, k, v, length, 8**-0.5, window), atol=1e-5)
 
 

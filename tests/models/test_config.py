@@ -3,6 +3,7 @@
 import hf as oracle
 import pytest
 
+from jaxpersona.models.config import replace
 from jaxpersona.models.families import from_hf, to_hf
 from jaxpersona.models.presets import PRESETS, preset
 
@@ -134,6 +135,15 @@ def test_costs_equal_a_count_by_hand(name):
     assert config.bytes(4) == 4 * COSTS[name][0]
     assert config.step_bytes(1) == COSTS[name][1] // 2
     assert config.cache_bytes(1000, 4) == 2 * COSTS[name][2]
+
+
+def test_another_number_of_layers_keeps_the_pattern_of_the_windows():
+    config = preset("gemma-2-2b")
+    assert config.windows == (4096, None) * 13
+    assert replace(config, n_layers=5).windows == (4096, None, 4096, None, 4096)
+    assert replace(config, n_layers=28).windows == (4096, None) * 14
+    assert replace(config, n_layers=2, windows=(8, 9)).windows == (8, 9)
+    assert replace(preset("llama-3.1-8b"), n_layers=70).windows == (None,) * 70
 
 
 BASE = REAL["qwen3-0.6b"]

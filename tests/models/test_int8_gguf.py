@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 
 import gguf_files
 import hf
@@ -12,6 +13,7 @@ import pytest
 import support as s
 from jaxpersona.ckpts import gguf_model, orbax
 from jaxpersona.ckpts.loading import load
+from safetensors.numpy import save_file
 
 from jaxpersona.distributed.sharding import make_mesh
 from jaxpersona.models import int8
@@ -68,6 +70,24 @@ def test_a_mesh_quantizes_blocks_again_per_channel(path):
     w = model.params.layers[0].wo_dnh
     error = np.asarray(dequantized(w)) - np.asarray(plain.params.layers[0].wo_dnh)
     assert (np.abs(error) <= np.asarray(w.scale)[:, None, None] * 0.501).all()
+
+
+def test_a_weight_that_an_adapter_changes_keeps_no_blocks(path, tmp_path):
+    """A merged weight is quantized per channel; the others keep the file's blocks."""
+    rng = np.random.default_rng(0)
+    factors = {"lora_A": rng.normal(size=(2, 64)), "lora_B": rng.normal(size=(64, 2)) * 0.1}
+    save_file({f"base_model.model.model.layers.1.self_attn.q_proj.{name}.weight":
+               x.astype(np.float32) for name, x in factors.items()},
+              tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"]}))
+    plain, model = (load(path, dtype=dtype, adapter=tmp_path) for dtype in ("float32", "int8"))
+    w, wanted = (m.params.layers[1].wq_nhd for m in (model, plain))
+    assert not w.blocked and model.params.layers[0].wq_nhd.blocked
+    error = np.abs(np.asarray(dequantized(w)) - np.asarray(wanted))
+    assert (error <= np.asarray(w.scale)[..., None] * 0.501).all()
+    assert np.abs(wanted - loaded(path, "float32").params.layers[1].wq_nhd).max() > 0.1
+    assert model.fingerprint == plain.fingerprint
 
 
 def test_orbax_stores_blocks(path, tmp_path):

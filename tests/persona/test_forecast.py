@@ -27,8 +27,8 @@ MODEL = dataclasses.replace(
 
 
 def predict(folder, roles=ROLES, judge=None, **options):
-    return forecast(MODEL, roles, QUESTIONS, folder, judge=judge or NoJudge(), settings=SETTINGS,
-                    **{"min_count": 1, "sample_seconds": 0, **options})
+    return forecast(MODEL, roles, QUESTIONS, folder, judge=judge or NoJudge(),
+                    **{"settings": SETTINGS, "min_count": 1, "sample_seconds": 0, **options})
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,7 @@ def test_a_sample_of_the_whole_run_predicts_its_tokens(made):
     assert said.judged == 24 and said.judge_calls == 0
     assert said.pace.complete and said.reply_tokens == found.tokens
     assert said.seconds == pytest.approx(said.pace.seconds)
+    assert said.live_bytes == 6 * 4 * 3 * 32  # the default's four rollouts and a role's two
     size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     assert size / 4 < said.disk_bytes < size  # headers and figures are small only in large runs
 
@@ -71,9 +72,10 @@ def test_what_would_fail_later_is_refused_and_nothing_is_written(made, tmp_path)
     for call, wanted in (
         (lambda: predict(out, min_count=3), "min_count is 3"),
         (lambda: predict(out, roles=ROLES[:2]), "needs at least two"),
-        (lambda: predict(out, judge=SelfJudge(MODEL)), "'self' needs an eval_prompt; add one "
-                                                       "to the roles role0, .* …, or use"),
-        (lambda: predict(folder), "contains another run"),
+        (lambda: predict(out, judge=SelfJudge(MODEL)), "needs an eval_prompt; add one to the "
+                                                       "roles role0, .* …, give one rubric"),
+        (lambda: predict(folder, settings=dataclasses.replace(SETTINGS, seed=1)),
+         "contains another run"),
         (lambda: predict(tmp_path / "full"), "has no run.json"),
         (lambda: predict(out, sample_seconds=-1), "sample_seconds is -1"),
     ):
@@ -110,12 +112,14 @@ def s_pace(finished, unfinished):
 def test_the_summary_ranks_roles_by_distance(made):
     folder, _, found = made
     own = found.projections["default"][:, 1]
-    places = {name: np.nanmean(found.projections[name][:, 1]) for name in NAMES}
+    places = {name: found.mean_projection(name)[1] for name in NAMES}
+    for name in NAMES:  # of two replies, whose means are all kept
+        assert places[name] == pytest.approx(np.nanmean(found.projections[name][:, 1]), abs=0.01)
     order = sorted(NAMES, key=lambda name: -places[name])
     told = distances(found, 1)
     assert list(told) == order
     for name in NAMES:
-        wanted = (places[name] - np.nanmean(own)) / np.nanstd(own)
+        wanted = (places[name] - found.mean_projection("default")[1]) / np.nanstd(own)
         assert told[name] == pytest.approx(wanted, rel=1e-4)
     lines = summary(found, folder, 1, held_out=["role3"], options=["--model", "a b"])
     assert lines[0] == "Assistant Axis of tiny: 11 of 12 roles, 28 rollouts, 3 layers"

@@ -59,6 +59,9 @@ def test_roofline_is_the_formula():
                      "prefill": pytest.approx(prefill), "prefill_sums": 0}
     hours = plan.run_hours(found, shapes, 0.5)
     assert hours == pytest.approx(331_200 / 32 * (prefill + 512 * step) / 0.5 / 3600)
+    # 80 full batches of 4,096 rollouts and one that is not full
+    hours = plan.run_hours(found, plan.Shapes(4096, 1536, 2048), 0.5)
+    assert hours == pytest.approx(81 * (prefill + 512 * step) / 0.5 / 3600)
 
 
 @pytest.mark.parametrize(("sizes", "rows", "model"), [

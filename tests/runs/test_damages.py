@@ -12,11 +12,10 @@ import tracemalloc
 import numpy as np
 import pytest
 import support as s
-from jaxpersona.ckpts import files
+from jaxpersona.ckpts import files, tensorfile
 from jaxpersona.ckpts.files import read_tensors, write_tensors
 
 from jaxpersona.data.texts import Question, Role
-from jaxpersona.persona import extract
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.runs.rollouts import Settings
 from jaxpersona.runs.run import Run
@@ -26,27 +25,24 @@ ROLES = [Role("default", ("", "You are an AI."), "")] + [
     for name in ("ghost", "pirate", "tutor")]
 QUESTIONS = [Question(0, "Why?"), Question(1, "How?")]
 SETTINGS = Settings(temperature=1.0, top_p=1.0, max_new_tokens=4, batch_size=8)
-MODEL = dataclasses.replace(s.tiny_model(vocab_size=258, stop_ids=(257,)),
+# replies of different lengths, which finish out of order
+MODEL = dataclasses.replace(s.tiny_model(vocab_size=258, stop_ids=(*range(60, 100), 257)),
                             tokenizer=s.byte_tokenizer())
 
 
-class Judge:
-    """A judge that gives every fourth rollout score 2 and all others score 3."""
-
-    name = "test"
-
-    def __call__(self, role, records):
-        """Return one score per record."""
-        return [2 if i % 4 == 3 else 3 for i in range(len(records))]
+# every fourth rollout has score 2 and all others score 3
+JUDGE = s.Scored(lambda role, key: 2 if key == "pos_p1_q1" else 3)
 
 
 def resume(folder, **changes):
-    options = {"judge": Judge(), "settings": SETTINGS, "min_count": 2, **changes}
+    options = {"judge": JUDGE, "settings": SETTINGS, "min_count": 2, **changes}
     return extract_axis(MODEL, ROLES, QUESTIONS, folder, **options)
 
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    """Return the files of a run but for status.json, which has times."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
+            if p.is_file() and p.name != "status.json"}
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +94,9 @@ DAMAGES = {
     "not UTF-8": rewrite(lambda data: b"\xff\xfe" + data[2:]),
     "a folder": as_folder, "a dangling link": as_dangling_link,
 }
-SEALED = ("rollouts/ghost.jsonl", "rollouts/default.jsonl", "means/ghost.safetensors",
-          "means/default.safetensors", "scores/ghost.json")
+SEALED = ("rollouts/ghost.jsonl", "rollouts/default.jsonl", "samples/ghost.safetensors",
+          "samples/default.safetensors", "scores/test/ghost.json", "sums/test/ghost.safetensors",
+          "sums/default.safetensors")
 DERIVED = ("vectors/ghost.safetensors", "axis.safetensors", "analysis.json")
 
 
@@ -118,8 +115,8 @@ def refused(run, *wanted, **changes):
 def test_a_role_s_file_is_refused_by_name(finished, run, name, damage):
     """The error names the role and how to regenerate it."""
     DAMAGES[damage](run / name)
-    role = re.split(r"[/.]", name)[1]
-    refused(run, name.split("/")[0] + "/" + role, "damaged", f"--redo {role}")
+    role = re.split(r"[/.]", name)[-2]
+    refused(run, name.rpartition(".")[0], "damaged", f"--redo {role}")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -135,7 +132,7 @@ def test_a_damaged_manifest_is_refused_by_name_or_mended(finished, run, damage):
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", DERIVED)
 def test_what_is_computed_anew_is_recovered(finished, run, name, damage):
-    """Vectors, axis and analysis are recomputed from means and scores."""
+    """Vectors, axis and analysis are recomputed from sums, samples and scores."""
     DAMAGES[damage](run / name)
     if damage == "a folder":
         with pytest.raises(ValueError, match=re.escape(name)):
@@ -146,8 +143,8 @@ def test_what_is_computed_anew_is_recovered(finished, run, name, damage):
 
 
 @pytest.mark.parametrize("name", [
-    "rollouts/ghost.jsonl", "scores/ghost.json", "vectors/ghost.safetensors", "axis.safetensors",
-    "analysis.json", "rollouts", "scores", "vectors"])
+    "rollouts/ghost.jsonl", "scores/test/ghost.json", "vectors/ghost.safetensors",
+    "axis.safetensors", "analysis.json", "rollouts", "scores", "vectors", "status.json"])
 def test_what_is_removed_is_made_anew(finished, run, name):
     path = run / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -155,9 +152,9 @@ def test_what_is_removed_is_made_anew(finished, run, name):
     assert contents(run) == contents(finished / "run")
 
 
-def test_removed_means_and_a_removed_manifest_are_refused(run):
-    (run / "means/ghost.safetensors").unlink()
-    refused(run, "means/ghost.safetensors", "no such file", "--redo ghost")
+def test_a_removed_sample_and_a_removed_manifest_are_refused(run):
+    (run / "samples/ghost.safetensors").unlink()
+    refused(run, "samples/ghost.safetensors", "no such file", "--redo ghost")
     (run / "run.json").unlink()
     refused(run, str(run), "has no run.json")
 
@@ -188,36 +185,49 @@ def test_rollouts_that_are_valid_but_others(run, change):
 
 def change_row(row, value):
     def act(tensors, about):
-        tensors["response"][row] = value
+        tensors["differences"][row] = value
     return act
 
 
 def swap_rows(tensors, about):
-    tensors["response"][[0, 1]] = tensors["response"][[1, 0]]
+    tensors["differences"][[0, 1]] = tensors["differences"][[1, 0]]
 
 
 def drop_row(tensors, about):
-    tensors["response"] = tensors["response"][1:]
+    tensors["differences"] = tensors["differences"][1:]
 
 
 @pytest.mark.parametrize("change", [
     change_row(0, np.nan), change_row(1, np.inf), change_row((0, 0, 0), np.nan),
     change_row((slice(None), 1), 7.0), swap_rows, drop_row,
     lambda tensors, about: tensors.update(extra=np.zeros(2, np.float32)),
-    lambda tensors, about: tensors.pop("response"),
-    lambda tensors, about: tensors.update(response=tensors["response"].astype(np.float16)),
+    lambda tensors, about: tensors.pop("base"),
+    lambda tensors, about: tensors.update(base=tensors["base"].astype(np.float16)),
     lambda tensors, about: about.update(role="pirate"),
     lambda tensors, about: about.update(rollouts="0" * 64),
     lambda tensors, about: about.pop("digest"), lambda tensors, about: about.clear()],
     ids=["NaN row", "Inf row", "NaN number", "a layer overwritten", "swapped rows", "a row less",
          "a tensor more", "no tensor", "another dtype", "another role", "other rollouts",
          "no digest", "no header"])
-def test_means_that_are_valid_but_others(run, change):
-    path = run / "means/ghost.safetensors"
+def test_samples_that_are_valid_but_others(run, change):
+    path = run / "samples/ghost.safetensors"
     tensors, about = read_tensors(path)
     change(tensors, about)
     write_tensors(path, tensors, about)
-    refused(run, "means/ghost.safetensors", "--redo ghost")
+    refused(run, "samples/ghost.safetensors", "--redo ghost")
+
+
+@pytest.mark.parametrize("change", [
+    lambda tensors, about: tensors["3"].__imul__(2), lambda tensors, about: tensors.pop("2"),
+    lambda tensors, about: about.update(groups=about["groups"].replace('"2"', '"3"')),
+    lambda tensors, about: about.update(role="pirate"), lambda tensors, about: about.clear()],
+    ids=["twice the sum", "no sum", "another group", "another role", "no header"])
+def test_sums_that_are_valid_but_others(run, change):
+    path = run / "sums/test/ghost.safetensors"
+    tensors, about = read_tensors(path)
+    change(tensors, about)
+    write_tensors(path, tensors, about)
+    refused(run, "sums/test/ghost.safetensors", "--redo ghost")
 
 
 @pytest.mark.parametrize("change", [
@@ -228,20 +238,20 @@ def test_means_that_are_valid_but_others(run, change):
     lambda t: t["scores"].update({next(iter(t["scores"])): [3]}),
     lambda t: t["scores"].popitem(), lambda t: t["scores"].update(more=3),
     lambda t: t.update(scores=[3, 3, 3, 3]), lambda t: t.update(role="pirate"),
-    lambda t: t.pop("digest"), lambda t: t.update(rollouts="0" * 64), lambda t: t.clear()],
+    lambda t: t.pop("digest"), lambda t: t.update(rubric="0" * 16), lambda t: t.clear()],
     ids=["true", "3.0", "4", "another score", "a list", "one less", "one more", "all a list",
-         "another role", "no digest", "other rollouts", "nothing"])
+         "another role", "no digest", "another rubric", "nothing"])
 def test_scores_that_are_valid_json_but_others(run, change):
-    path = run / "scores/ghost.json"
+    path = run / "scores/test/ghost.json"
     table = json.loads(path.read_text())
     change(table)
     path.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
-    refused(run, "scores/ghost.json", "--redo ghost")
+    refused(run, "scores/test/ghost.json", "--redo ghost")
 
 
 @pytest.mark.parametrize("parts", [
-    ["rollouts"], ["means"], ["scores"], ["rollouts", "means"], ["rollouts", "means", "scores"]],
-    ids="+".join)
+    ["rollouts"], ["samples"], ["scores/test"], ["sums/test"], ["rollouts", "samples"],
+    ["rollouts", "samples", "scores/test", "sums/test"]], ids="+".join)
 @pytest.mark.parametrize("source", ["role", "run"])
 def test_files_of_another_role_or_run(finished, run, parts, source):
     """Undamaged files of a different role or run are rejected."""
@@ -250,8 +260,6 @@ def test_files_of_another_role_or_run(finished, run, parts, source):
         end = next((run / part).glob("ghost.*")).suffix
         name = "ghost" if source == "run" else "pirate"
         shutil.copy(there / part / f"{name}{end}", run / part / f"ghost{end}")
-    if parts == ["scores"] and source == "run":
-        refused(run, "scores/ghost.json", "--redo ghost")
     refused(run, "/ghost.", "--redo ghost")
 
 
@@ -260,8 +268,7 @@ def test_files_of_another_role_or_run(finished, run, parts, source):
     (("model", "dtype"), "bfloat16", "model.dtype"), (("arguments", "seed"), 3, "arguments.seed"),
     (("arguments", "samples"), True, "arguments.samples was true, now 1"),
     (("arguments", "batch_size"), 8.0, "arguments.batch_size"),
-    (("roles", "ghost"), "0" * 16, "roles.ghost"), (("questions",), "0" * 16, "questions"),
-    (("prompts",), "0" * 16, "prompts"), (("versions", "jax"), "0.1", "versions.jax"),
+    (("roles", "ghost"), "0" * 16, "roles.ghost"), (("questions", "1"), "0" * 16, "questions.1"),
     (("numerics", "platform"), "gpu", "numerics.platform"),
     (("numerics", "device"), "NVIDIA H100", "numerics.device"),
     (("numerics", "devices"), 4, "numerics.devices"),
@@ -269,10 +276,11 @@ def test_files_of_another_role_or_run(finished, run, parts, source):
     (("numerics", "prng"), "rbg", "numerics.prng"),
     (("numerics", "jax", "jax_enable_x64"), True, "numerics.jax.jax_enable_x64"),
     (("format",), "jaxpersona-run 1", "resume with the version that started the run"),
+    (("roles",), ["ghost"], "roles is not an object"), (("last",), 5, "last is not an object"),
     (("format",), 5, "is not a jaxpersona run"),
     (("unknown",), 1, "unknown was 1, now absent"),
 ], ids=str)
-def test_every_field_of_the_manifest_is_compared(run, field, value, wanted):
+def test_what_determines_the_rollouts_is_compared(run, field, value, wanted):
     manifest = json.loads((run / "run.json").read_text())
     table = manifest
     for key in field[:-1]:
@@ -283,13 +291,14 @@ def test_every_field_of_the_manifest_is_compared(run, field, value, wanted):
 
 
 @pytest.mark.parametrize("damaged", [
-    ["rollouts/ghost.jsonl"], ["means/ghost.safetensors"], ["scores/ghost.json"],
-    ["rollouts/default.jsonl", "scores/tutor.json"]], ids="+".join)
+    ["rollouts/ghost.jsonl"], ["samples/ghost.safetensors"], ["scores/test/ghost.json"],
+    ["sums/test/ghost.safetensors"], ["rollouts/default.jsonl", "scores/test/tutor.json"]],
+    ids="+".join)
 def test_a_damaged_role_is_made_anew_when_asked(finished, run, damaged):
     """The error names all damaged roles, and `redo` regenerates only these."""
     for name in damaged:
         flip(0.5)(run / name)
-    roles = [re.split(r"[/.]", name)[1] for name in damaged]
+    roles = [re.split(r"[/.]", name)[-2] for name in damaged]
     refused(run, *damaged, *(f"--redo {role}" for role in roles))
     kept = run / "rollouts" / "pirate.jsonl"
     before = kept.stat().st_mtime_ns
@@ -299,33 +308,36 @@ def test_a_damaged_role_is_made_anew_when_asked(finished, run, damaged):
 
 
 class Killed(BaseException):
-    """Raised to end a run like a signal."""
+    """Raised to end a write like a signal."""
 
 
-def test_a_run_that_ends_before_any_write_resumes_to_the_same_bytes(finished, tmp_path,
-                                                                    monkeypatch):
-    """End the run before the n-th rename, for every n, which leaves a temporary file."""
-    expected = contents(finished / "run")
-    replace, left = os.replace, [0]
+def test_a_file_is_on_its_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """After a power cut, the name is that of a whole file, the old or the new one."""
+    done, fsync, replace = [], os.fsync, os.replace
 
-    def counted(source, target):
-        left[0] -= 1
-        if left[0] < 0:
-            os.link(source, target.with_name(f".{target.name}.999999999.tmp"))
-            raise Killed
+    def note(what, place):
+        found = os.stat(place)
+        done.append((what, found.st_ino, found.st_size))
+
+    def flushed(handle):
+        fsync(handle)
+        note("flushed", handle)
+
+    def renamed(source, target):
+        note("renamed", source)
         replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", counted)
-    monkeypatch.setattr(extract, "_ROLLOUTS_PER_CALL", 1)
-    for writes in range(len(expected)):
-        folder, left[0] = tmp_path / str(writes), writes
-        with pytest.raises(Killed):
-            resume(folder)
-        left[0] = 1000
-        resume(folder)
-        assert contents(folder) == expected, writes
-    left[0] = len(expected)
-    resume(tmp_path / "whole")  # one write per file
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    files.write_json(tmp_path / "x.json", list(range(1000)))
+    files.write_tensors(tmp_path / "x.safetensors", {"a": np.ones(1000, np.float32)}, {})
+    tensorfile.replace_files(tmp_path, {"a": [b"12", b"3"], "b": [b"45"]})
+    assert [what for what, *_ in done] == ["flushed", "renamed"] * 2 + ["flushed"] * 2 + [
+        "renamed"] * 2
+    for name in ("x.json", "x.safetensors", "a", "b"):
+        found = (tmp_path / name).stat()
+        own = [what for what, *file in done if file == [found.st_ino, found.st_size]]
+        assert own == ["flushed", "renamed"]
 
 
 def test_a_file_is_replaced_and_never_written_over(tmp_path):
@@ -342,7 +354,7 @@ def test_a_file_is_replaced_and_never_written_over(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
 
 
-@pytest.mark.parametrize("name", ["rollouts/ghost.jsonl", "means/ghost.safetensors"])
+@pytest.mark.parametrize("name", ["rollouts/ghost.jsonl", "samples/ghost.safetensors"])
 def test_a_file_of_any_size_is_hashed_before_it_is_held(run, name):
     """The file may be larger than memory even if its header is valid."""
     size, path = 512 << 20, run / name
@@ -350,7 +362,7 @@ def test_a_file_of_any_size_is_hashed_before_it_is_held(run, name):
         os.truncate(path, size)
     else:
         _, about = read_tensors(path)
-        header = json.dumps({"__metadata__": about, "response": {
+        header = json.dumps({"__metadata__": about, "base": {
             "dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}},
             separators=(",", ":")).encode()
         path.write_bytes(len(header).to_bytes(8, "little") + header)

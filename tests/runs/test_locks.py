@@ -48,16 +48,19 @@ def test_one_process_holds_a_folder_once(run):
         with pytest.raises(ValueError, match="in use by process "
                            f"{os.getpid()} on {re.escape(socket.gethostname())}"):
             resume(run)
-        assert Run.read(run).means("ghost").shape == (4, 3, 32)  # reading does not need the lock
+        # reading does not need the lock
+        assert Run.read(run).sample("ghost").means.shape == (4, 3, 32)
     resume(run)
 
 
 def test_only_the_run_s_own_leftovers_are_removed(finished, run, tmp_path):
     mine = [".run.json.999999999.tmp", "rollouts/.ghost.jsonl.999999999.tmp",
-            "means/.default.safetensors.1.tmp", "scores/.tutor.json.5.tmp",
+            "samples/.default.safetensors.1.tmp", "scores/test/.tutor.json.5.tmp",
+            "sums/.default.safetensors.5.tmp", ".status.json.8.tmp",
             ".axis.safetensors.7.tmp", ".roles.png.999999999.tmp"]
     kept = [".notes.tmp", "rollouts/.draft.5.tmp", "rollouts/.nobody.jsonl.5.tmp", ".x.y.5.tmp",
-            f".pca.png.{os.getpid()}.tmp", "sub/.ghost.jsonl.5.tmp", "scores/.ghost.jsonl.5.tmp"]
+            f".pca.png.{os.getpid()}.tmp", "sub/.ghost.jsonl.5.tmp",
+            "scores/test/.ghost.jsonl.5.tmp", "scores/mine/.ghost.json.5.tmp"]
     for name in (*mine, *kept):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).write_text("x")

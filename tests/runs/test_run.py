@@ -13,7 +13,7 @@ from jaxpersona.ckpts.files import write_tensors
 from jaxpersona.ckpts.vectors import load_axis, load_vector, save_vector
 
 from jaxpersona.data.texts import Question, Role
-from jaxpersona.judges.judges import NoJudge, read_score
+from jaxpersona.judges.judges import NoJudge
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.runs.rollouts import Settings
@@ -39,7 +39,8 @@ command, run = s.axis_command, s.run_command
 
 
 def contents(folder):
-    files = [p for p in folder.rglob("*") if p.is_file()]
+    """Return the files of a run but for figures, and status.json, which has times."""
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name != "status.json"]
     return {str(p.relative_to(folder)): p.read_bytes() for p in files if p.suffix != ".png"}
 
 
@@ -55,16 +56,19 @@ def test_axis_runs_resumes_and_ends_in_the_same_bytes(checkpoint, texts, tmp_pat
     summary = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert summary["roles"] == 3 and summary["rollouts"] == 16
     expected = contents(whole)
-    assert {"run.json", "axis.safetensors", "rollouts/ghost.jsonl", "scores/pirate.json",
+    assert {"run.json", "axis.safetensors", "rollouts/ghost.jsonl", "scores/none/pirate.json",
+            "sums/none/ghost.safetensors", "sums/default.safetensors", "samples/tutor.safetensors",
             "vectors/tutor.safetensors"} <= set(expected)
     record = json.loads((whole / "rollouts/ghost.jsonl").read_text().splitlines()[0])
     assert {"system_prompt", "prompt_index", "question_index", "question", "conversation",
             "label"} <= set(record)
-    # as after a kill: two complete roles, one with means but without rollouts, no vectors
+    # as after a kill: two complete roles, one with its sample but without rollouts, no vectors
     shutil.copytree(whole, part)
     shutil.rmtree(part / "vectors")
-    for name in ("axis.safetensors", "analysis.json", "scores/pirate.json",
-                 "rollouts/pirate.jsonl", "rollouts/tutor.jsonl", "means/tutor.safetensors"):
+    for name in ("axis.safetensors", "analysis.json", "scores/none/pirate.json",
+                 "rollouts/pirate.jsonl", "sums/none/pirate.safetensors", "rollouts/tutor.jsonl",
+                 "samples/tutor.safetensors", "scores/none/tutor.json",
+                 "sums/none/tutor.safetensors"):
         (part / name).unlink()
     kept = part / "rollouts" / "ghost.jsonl"
     before = kept.stat().st_mtime_ns
@@ -74,7 +78,7 @@ def test_axis_runs_resumes_and_ends_in_the_same_bytes(checkpoint, texts, tmp_pat
     assert len({contents_of_role(part, role.name) for role in ROLES}) == len(ROLES)
     records = [json.loads(line) for line in kept.read_text("utf-8").split("\n") if line]
     assert [(r["prompt_index"], r["question_index"]) for r in records] == [
-        (0, 0), (0, 1), (1, 0), (1, 1)]
+        (0, 0), (1, 0), (0, 1), (1, 1)]  # question by question
     assert all(r["system_prompt"] == ROLES[1].prompts[r["prompt_index"]] for r in records)
     capsys.readouterr()
     assert run(command(checkpoint, texts, part)) == 0  # complete: generates and writes nothing
@@ -82,19 +86,21 @@ def test_axis_runs_resumes_and_ends_in_the_same_bytes(checkpoint, texts, tmp_pat
 
 
 def test_axis_equals_its_definition(checkpoint, tmp_path):
-    """Axis, vectors and thresholds equal their definitions on the saved means."""
+    """Axis, vectors and thresholds equal their definitions on the means that are kept."""
     import jaxpersona as jp
     from jaxpersona.runs.run import Run
 
     model = jp.load(str(checkpoint))
     found = extract_axis(model, ROLES, QUESTIONS, tmp_path / "run", judge=NoJudge(),
-                         settings=SETTINGS, min_count=1, held_out=["tutor"])
+                         settings=SETTINGS, min_count=1, held_out=["tutor"], keep_means=None)
     kept = Run.read(tmp_path / "run")
-    means = {role.name: kept.means(role.name) for role in ROLES}
+    means = {role.name: kept.sample(role.name).means for role in ROLES}
+    # the axis is from float32 means and these are stored with 8 bits
+    rough = max(float(np.nanstd(value, 0).max()) for value in means.values()) * 2**-8
     vectors = {name: np.nanmean(value, 0) for name, value in means.items()}
     expected = vectors["default"] - (vectors["ghost"] + vectors["pirate"]) / 2
-    np.testing.assert_allclose(found.axis.values, expected, rtol=0, atol=1e-5)
-    unit = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(found.axis.values, expected, rtol=0, atol=rough)
+    unit = found.axis.values / np.linalg.norm(found.axis.values, axis=1, keepdims=True)
     projected = np.einsum("nld,ld->nl", means["default"], unit)
     projected = projected[np.isfinite(projected).all(1)]
     np.testing.assert_allclose(found.axis.thresholds("p25", of="default"),
@@ -130,13 +136,6 @@ def test_science_on_arrays():
         np.linalg.norm(means[0, 0]), rel=1e-6)
     with pytest.raises(ValueError, match="two"):
         science.principal_components(line[:1, 0], analysis.axis[0])
-
-
-@pytest.mark.parametrize(("text", "score"), [
-    ("3", 3), ("Score: 2.", 2), ("7", None), ("none", None), ("10 or 1", 1), ("0", 0),
-    ("4", None), ("4, not 3", 3), ("-2", 2), ("1.5", None)])
-def test_judge_reads_the_first_integer_in_range(text, score):
-    assert read_score(text) == score
 
 
 def test_vector_files_round_trip(tmp_path):

@@ -15,12 +15,13 @@ import support as s
 from jaxpersona.ckpts.vectors import load_axis
 
 from jaxpersona.data.texts import Question, Role
-from jaxpersona.judges.judges import SelfJudge, read_score
+from jaxpersona.judges.judges import SelfJudge
+from jaxpersona.judges.protocol import Item
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.runs.manifest import numerics, tokens_digest
 from jaxpersona.runs.names import file_stem
-from jaxpersona.runs.rollouts import Settings
+from jaxpersona.runs.rollouts import Settings, draw_id, planned, rollout_key
 from jaxpersona.runs.run import Run
 from jaxpersona.text.chat import Row
 
@@ -35,17 +36,12 @@ def cast(*names):
         Role(name, ("You are one.", "Act as one."), "{question} {answer}") for name in names]
 
 
-class Judge:
-    """A judge that returns given scores for each role."""
+PLACE = {"pos_p0_q0": 0, "pos_p1_q0": 1, "pos_p0_q1": 2, "pos_p1_q1": 3}
 
-    name = "listed"
 
-    def __init__(self, scores):
-        self.scores = scores
-
-    def __call__(self, role, records):
-        """Return the given scores."""
-        return self.scores.get(role.name, [3] * len(records))
+def Judge(scores, name="listed"):  # noqa: N802
+    """Return a judge with given scores for each role, in the order of its rollouts."""
+    return s.Scored(lambda role, key: scores.get(role, [3] * 4)[PLACE[key]], name)
 
 
 def find(folder, roles, judge=None, **options):
@@ -89,16 +85,33 @@ def test_question_ids_and_counts_of_scores_are_checked(tmp_path):
     with pytest.raises(ValueError, match="question id 0 is given more than once"):
         extract_axis(MODEL, cast("a", "b"), twice, tmp_path / "run", judge=Judge({}))
     assert not list(tmp_path.iterdir())
-    for scores, wanted in (([3], "returned 1 scores for 4 rollouts"),
-                           ([3, True, 3, 3], "a rollout of role 'a' the score True"),
-                           ([3, 2.0, 3, 3], "a rollout of role 'a' the score 2.0"),
-                           ([3, 4, 3, 3], "a rollout of role 'a' the score 4")):
+    for scores, wanted in (([3, True, 3, 3], "gave 'pos_p1_q0' the score True"),
+                           ([3, 2.0, 3, 3], "gave 'pos_p1_q0' the score 2.0"),
+                           ([3, 4, 3, 3], "gave 'pos_p1_q0' the score 4; it must be None or an")):
         with pytest.raises(ValueError, match=wanted):
             find(tmp_path / "run", cast("a", "b"), Judge({"a": scores}))
 
+    class Few(s.Scored):
+        def score(self, items):
+            """Leave out the first item."""
+            return super().score(items[1:])
+
+    class Twice(s.Scored):
+        def score(self, items):
+            """Give the first item's verdict twice."""
+            yield from [*super().score(items[:1]), *super().score(items)]
+
+    with pytest.raises(ValueError, match="gave no verdict on 1 of 4 replies of role 'a'"):
+        find(tmp_path / "few", cast("a", "b"), Few())
+    with pytest.raises(ValueError, match="a verdict on 'pos_p0_q0', which is unknown or has one"):
+        find(tmp_path / "few", cast("a", "b"), Twice())
+    with pytest.raises(ValueError, match="judge is <function"):
+        find(tmp_path / "few", cast("a", "b"), find)
+    assert not find(tmp_path / "few", cast("a", "b")).tokens  # every rollout was kept
+
 
 def test_what_changes_bits_is_recorded_and_compared(tmp_path, monkeypatch):
-    """A change of device, mesh, JAX flags, environment, tokenizer or judge raises an error."""
+    """A change of device, mesh, JAX flags, environment or tokenizer raises an error."""
     out, roles = tmp_path / "run", cast("a", "b")
     find(out, roles)
     kept = json.loads((out / "run.json").read_text())
@@ -108,9 +121,9 @@ def test_what_changes_bits_is_recorded_and_compared(tmp_path, monkeypatch):
     flags = kept["numerics"]["environment"]["XLA_FLAGS"]
     assert "--xla_force_host_platform_device_count=8" in flags
 
-    def refused(wanted, *, model=MODEL, judge=None):
+    def refused(wanted, *, model=MODEL):
         with pytest.raises(ValueError, match=wanted):
-            extract_axis(model, roles, QUESTIONS, out, judge=judge or Judge({}), settings=SETTINGS,
+            extract_axis(model, roles, QUESTIONS, out, judge=Judge({}), settings=SETTINGS,
                          min_count=1)
 
     with jax.default_matmul_precision("bfloat16"):
@@ -123,12 +136,25 @@ def test_what_changes_bits_is_recorded_and_compared(tmp_path, monkeypatch):
         find(out, roles)  # flags for dumps do not change results
     other = s.byte_tokenizer()
     other.chat_template = other.chat_template.replace("assistant\n", "assistant: ")
-    refused("prompts was", model=dataclasses.replace(MODEL, tokenizer=other))
+    refused("roles.a was .*; roles.b was", model=dataclasses.replace(MODEL, tokenizer=other))
     refused("model.stop_ids", model=dataclasses.replace(MODEL, stop_ids=(257, 9)))
-    judge = Judge({})
-    judge.settings = {"batch_size": 3}
-    refused("arguments.judge_settings.batch_size was absent, now 3", judge=judge)
-    assert SelfJudge(MODEL, batch_size=5).settings == {"batch_size": 5}
+
+
+def test_every_rollout_has_its_own_draws():
+    """They depend on the model, the role, the prompt, the question and the sample."""
+    settings = dataclasses.replace(SETTINGS, samples=3)
+
+    def draws(model, roles, questions, settings):
+        return {(role.name, rollout_key(record)): draw_id(model, role.name, record)
+                for role in roles for record in planned(role, questions, settings)}
+
+    all_ids = draws(MODEL, cast("a", "b"), QUESTIONS, settings)
+    assert len(all_ids) == len(set(all_ids.values())) == 3 * 2 * 2 * 3
+    other = dataclasses.replace(MODEL, fingerprint="0" * 16)
+    assert not set(all_ids.values()) & set(draws(other, cast("a"), QUESTIONS, settings).values())
+    # other roles, questions and numbers of samples do not change the draws of a rollout
+    fewer = draws(MODEL, cast("b"), QUESTIONS[1:], SETTINGS)
+    assert len(fewer) == 2 * 2 and fewer.items() <= all_ids.items()
 
 
 def test_a_mesh_is_recorded(checkpoint):
@@ -164,7 +190,7 @@ def test_both_populations_have_their_own_values(tmp_path):
     unit = found.axis.values / np.linalg.norm(found.axis.values, axis=1, keepdims=True)
 
     def places(*names):
-        means = np.concatenate([run.means(name) for name in names]).astype(np.float64)
+        means = np.concatenate([run.sample(name).means for name in names]).astype(np.float64)
         return np.einsum("nld,ld->nl", means, unit)[np.isfinite(means).all((1, 2))]
 
     kept = load_axis(out / "axis.safetensors")
@@ -187,12 +213,11 @@ def test_coordinates_are_centred():
         found.ratio[0] * np.var(vectors, axis=0).sum())
 
 
-RECORDS = [{"question": f"Why {i}?", "conversation": [
-    {"role": "system", "content": "a system prompt"}, {"role": "user", "content": f"Why {i}?"},
-    {"role": "assistant", "content": f"Reply {i}."}]} for i in range(4)]
+GHOST = Role("ghost", ("You are a ghost.",), "Q: {question} A: {answer} Rate it 0 to 3.")
+ITEMS = [Item(f"k{i}", GHOST, f"Why {i}?", f"Reply {i}.") for i in range(4)]
 
 
-def test_the_self_judge_asks_for_the_last_message_and_reads_the_verdicts(monkeypatch):
+def test_the_self_judge_asks_for_the_reply_and_reads_the_verdicts(monkeypatch):
     # the module, not the function of the same name
     module = sys.modules["jaxpersona.engine.generate"]
     asked = []
@@ -204,25 +229,17 @@ def test_the_self_judge_asks_for_the_last_message_and_reads_the_verdicts(monkeyp
                                 ["length"] * 4)
 
     monkeypatch.setattr(module, "generate", said)
-    role = Role("ghost", ("You are a ghost.",), "Q: {question} A: {answer} Rate it 0 to 3.")
-    assert SelfJudge(MODEL, batch_size=2)(role, RECORDS) == [3, 1, None, None]
+    found = list(SelfJudge(MODEL, batch_size=2).score(ITEMS))
+    assert [verdict.score for verdict in found] == [3, 1, None, None]
     assert asked == [f"Q: Why {i}? A: Reply {i}. Rate it 0 to 3." for i in range(4)]
 
 
-def test_the_self_judge_judges_with_the_model_itself(tmp_path):
-    """The self judge runs on a real model, and its scores are saved."""
-    role = Role("ghost", ("You are a ghost.",), "{question} {answer}?")
-    scores = SelfJudge(MODEL, batch_size=4)(role, RECORDS)
+def test_the_self_judge_judges_with_the_model_itself():
+    """The self judge runs on a real model."""
+    scores = [verdict.score for verdict in SelfJudge(MODEL, batch_size=4).score(ITEMS)]
     assert len(scores) == 4 and set(scores) <= {0, 1, 2, 3, None}
     with pytest.raises(ValueError, match="has no eval_prompt"):
-        SelfJudge(MODEL)(Role("bare", ("x",), ""), RECORDS)
-
-
-@pytest.mark.parametrize(("text", "score"), [
-    ("4", None), ("4 or 3", 3), ("-1", 1), ("3/3", 3), ("1.5", None), ("2.", 2), ("12", None),
-    ("x2", 2), ("", None), ("0\n3", 0)])
-def test_a_score_is_an_integer_from_0_to_3_that_stands_alone(text, score):
-    assert read_score(text) == score
+        list(SelfJudge(MODEL).score([Item("a", Role("bare", ("x",), ""), "Why?", "So.")]))
 
 
 def test_a_killed_command_resumes_to_the_same_bytes(tmp_path):
@@ -230,8 +247,6 @@ def test_a_killed_command_resumes_to_the_same_bytes(tmp_path):
     code = (
         "import os, signal, sys\n"
         "import test_run_identity as t\n"
-        "from jaxpersona.persona import extract\n"
-        "extract._ROLLOUTS_PER_CALL = 1\n"
         "from jaxpersona.runs.run import Run\n"
         "save = Run.save_rollouts\n"
         "def killed(self, role, *rest):\n"
@@ -251,6 +266,7 @@ def test_a_killed_command_resumes_to_the_same_bytes(tmp_path):
     for name in ("part", "whole"):
         find(tmp_path / name, cast("a", "b"))
     part, whole = ({str(p.relative_to(tmp_path / name)): p.read_bytes()
-                    for p in (tmp_path / name).rglob("*") if p.is_file()}
+                    for p in (tmp_path / name).rglob("*")
+                    if p.is_file() and p.name != "status.json"}
                    for name in ("part", "whole"))
     assert part == whole

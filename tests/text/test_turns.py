@@ -172,6 +172,16 @@ def test_a_blank_that_is_one_token_with_the_first_word_is_the_answers(source):
     assert "the" in t.decode(row.tokens[(row.kind & ASSISTANT) != 0].tolist())
 
 
+def test_a_blank_that_ends_one_message_leaves_the_next_word_to_the_next():
+    """The blank is the closing text of message 0, and one token with the first word of 1."""
+    t = with_template(tokenizer_of("mistral"),
+                      "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}")
+    row = chat.encode_row(t, says("Who?", "the sea"), reply=False)
+    mine = (row.kind & ASSISTANT) != 0
+    assert t.decode(row.tokens[mine].tolist()) == " the sea"
+    assert set(row.turn[mine].tolist()) == {1} and row.turn[0] == 0
+
+
 def test_captures_of_an_answer_hold_its_first_word():
     t = with_template(s.byte_tokenizer(), VICUNA)
     row = chat.encode_row(t, says("hi", "a"), reply=False)

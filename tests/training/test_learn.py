@@ -142,6 +142,21 @@ def test_a_gradient_that_is_not_finite_leaves_the_direction():
     np.testing.assert_array_equal(direction.vector[...], before)
 
 
+def test_a_loss_that_is_not_finite_keeps_the_steps_before_it():
+    model, rows = s.tiny_model(), [batch([[first, 9, 8]]) for first in (5, 17, 40)]
+
+    def loss(output, rows):
+        return jnp.where(rows.tokens[0, 0] == 40, jnp.nan, (output.logits ** 2).mean())
+
+    two, three = (learn.Direction(32, layers=1) for _ in range(2))
+    first = np.asarray(two.vector[...])
+    learn.fit(model, two, loss, rows, steps=2)
+    with pytest.raises(ValueError, match=r"at step 2, the loss .nan. or its gradient"):
+        learn.fit(model, three, loss, rows, steps=3)
+    np.testing.assert_array_equal(three.vector[...], two.vector[...])
+    assert np.abs(np.asarray(two.vector[...]) - first).max() > 1e-3
+
+
 def test_refused():
     model = s.tiny_model()
     rows = [batch(s.prompts((6,)))]

@@ -1,0 +1,118 @@
+"""The command `jaxpersona judge RUN`: judge the replies of a run with another judge."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shlex
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jaxpersona import interrupt
+from jaxpersona.cli import support
+from jaxpersona.cli.judges import (
+    BudgetOption,
+    CacheOption,
+    ConcurrencyOption,
+    JudgeOption,
+    KeyOption,
+    PriceOption,
+    RpmOption,
+    RubricOption,
+    TemperatureOption,
+    TimeoutOption,
+    TokensOption,
+    TpmOption,
+    UrlOption,
+    choose,
+    closed,
+    of_model,
+    opened,
+    rubric_of,
+)
+from jaxpersona.cli.output import say
+from jaxpersona.cli.support import DtypeOption, kept_of, progress
+from jaxpersona.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxpersona.judges.protocol import Judge
+
+
+def run(
+    folder: Annotated[pathlib.Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    judge: JudgeOption = None,
+    roles: Annotated[str | None, typer.Option(
+        show_default="mini's own for mini, else data", help=(
+            "The folder of roles that the run was made with, or `data`."))] = None,
+    model: Annotated[str | None, typer.Option(
+        show_default="as the run recorded it", help="The run's model, for the judge `self`."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Replies that `self` judges together.")] = 32,
+    judge_rubric: RubricOption = None,
+    judge_url: UrlOption = None,
+    judge_key_env: KeyOption = "OPENAI_API_KEY",
+    budget: BudgetOption = None,
+    judge_price: PriceOption = None,
+    judge_concurrency: ConcurrencyOption = 8,
+    judge_rpm: RpmOption = None,
+    judge_tpm: TpmOption = None,
+    judge_timeout: TimeoutOption = 60.0,
+    judge_temperature: TemperatureOption = 0.0,
+    judge_max_tokens: TokensOption = 10,
+    judge_cache: CacheOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON.")] = False,
+    dtype: DtypeOption = None,
+) -> None:
+    """Judge the replies of a run; the verdicts are stored beside those of other judges."""
+    from jaxpersona.data import texts
+    from jaxpersona.organism import method
+    from jaxpersona.persona.rejudge import judge_run
+    from jaxpersona.runs.run import Run
+
+    if judge is None:
+        raise UserError("--judge is missing; give the judge, such as --judge http:MODEL")
+    manifest = Run.read(folder).manifest
+    name = str(model or manifest.get("last", {}).get("model", ""))
+    own = name == "mini" and roles is None
+    choice = choose(judge, own=own, rubric=judge_rubric, url=judge_url, key_env=judge_key_env,
+                    budget=budget, price=judge_price, concurrency=judge_concurrency,
+                    rpm=judge_rpm, tpm=judge_tpm, timeout=judge_timeout,
+                    temperature=judge_temperature, max_tokens=judge_max_tokens, cache=judge_cache)
+    cast = method.roles() if own else texts.load_roles(
+        None if roles in (None, "data") else pathlib.Path(roles))
+    bare = [role.name for role in cast if role.name in manifest["roles"] and not role.eval_prompt
+            and role.name != texts.DEFAULT]
+    if choice.reads_eval_prompt and bare:
+        raise UserError("the judge needs an eval_prompt; add one to the roles "
+                        f"{', '.join(bare[:5])}{' …' if len(bare) > 5 else ''}, or give one rubric "
+                        "for all of them (--judge-rubric)")
+    chosen: Judge | None = opened(choice, folder)
+    if chosen is None and choice.kind == "self":
+        from jaxpersona.judges.judges import SelfJudge
+
+        loaded = support.open_model(name, dtype)
+        if loaded.fingerprint != manifest["model"]["fingerprint"]:
+            raise UserError(f"--model is {name}, which is not the model of {folder}; give the "
+                            "model that wrote the replies, or judge with model:NAME")
+        chosen = SelfJudge(loaded, batch_size=batch_size, rubric=rubric_of(choice))
+    if chosen is None:
+        other = support.open_model(choice.argument, dtype)
+        chosen = of_model(choice, lambda: other, lambda: other)
+    with interrupt.keeping(lambda: kept_of(folder)), closed(chosen), progress(
+            log=True, note=getattr(chosen, "note", None)) as report:
+        counts, cost = judge_run(folder, cast, chosen, report=report)
+    total: Counter[str] = Counter()
+    for by_score in counts.values():
+        total.update(by_score)
+    if as_json:
+        print(json.dumps({"run": str(folder), "judge": chosen.name, "scores": dict(total),
+                          "roles": counts, "cost": cost}))
+        return
+    named = {"None": "undecided", "failed": "without a verdict"}
+    shown = ", ".join(f"{n:,} {named.get(score, f'of score {score}')}"
+                      for score, n in total.items() if n)
+    say(f"judge {chosen.name}: {shown}", *([f"cost: ${cost:,.4f}"] if cost else []),
+        f"the axis of these verdicts: jaxpersona axis --judge {shlex.quote(judge)} with the other "
+        f"options of the run and --out {shlex.quote(str(folder))}")

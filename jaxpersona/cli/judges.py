@@ -1,0 +1,262 @@
+"""Options that choose a judge, and the judge that they describe."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jaxpersona.cli import support
+from jaxpersona.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxpersona.judges.digits import DigitJudge
+    from jaxpersona.judges.protocol import Judge
+    from jaxpersona.judges.rubric import Rubric
+    from jaxpersona.models.model import Model
+
+JudgeOption = Annotated[str | None, typer.Option(
+    "--judge", show_default="rules for mini, else none", help=(
+        "Scores the replies: `rules` (mini), `self`, `model:NAME` (another model, by the "
+        "probabilities of the digits), `http:MODEL` (an OpenAI-compatible endpoint), "
+        "`human:FILE.csv` (a file to fill in) or `none` (every reply counts)."))]
+RubricOption = Annotated[pathlib.Path | None, typer.Option(
+    "--judge-rubric", show_default="each role's eval_prompt", help=(
+        "A text file: the judge's prompt with {role}, {description}, {question} and {answer}."))]
+AfterOption = Annotated[bool, typer.Option("--judge-after", help=(
+    "Load the model of `model:NAME` after the replies are generated, in the memory of the first "
+    "model."))]
+UrlOption = Annotated[str | None, typer.Option(
+    "--judge-url", show_default="OPENAI_BASE_URL, else OpenAI's",
+    help="Address for `http:MODEL`, e.g. http://localhost:8000/v1.")]
+KeyOption = Annotated[str, typer.Option(
+    "--judge-key-env", help="Environment variable with the API key for `http:MODEL`.")]
+BudgetOption = Annotated[str | None, typer.Option(show_default="no limit", help=(
+    "The most that `http:MODEL` may spend in this run folder, with resumed runs: 500calls or "
+    "5usd."))]
+PriceOption = Annotated[str | None, typer.Option(
+    "--judge-price", show_default="unknown",
+    help="USD per million tokens of prompts and of answers, e.g. 0.4,1.6.")]
+ConcurrencyOption = Annotated[int, typer.Option(
+    "--judge-concurrency", help="Requests of `http:MODEL` under way at a time.")]
+RpmOption = Annotated[float | None, typer.Option(
+    "--judge-rpm", show_default="no limit", help="Requests per minute.")]
+TpmOption = Annotated[float | None, typer.Option(
+    "--judge-tpm", show_default="no limit", help="Tokens per minute.")]
+TimeoutOption = Annotated[float, typer.Option(
+    "--judge-timeout", help="Seconds to wait for an answer of `http:MODEL`.")]
+TemperatureOption = Annotated[float, typer.Option(
+    "--judge-temperature", help="Of sampling the answer of `http:MODEL`.")]
+TokensOption = Annotated[int, typer.Option(
+    "--judge-max-tokens", help="Maximum length of an answer of `http:MODEL`.")]
+CacheOption = Annotated[pathlib.Path | None, typer.Option(
+    "--judge-cache", show_default="verdicts.jsonl in the run folder",
+    help="File of all requests and verdicts of `http:MODEL`.")]
+
+KINDS = ("rules", "none", "self")
+WITH_ARGUMENT = ("model", "http", "human")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """The judge that a command's options describe, before it is opened.
+
+    Attributes:
+      kind: one of `KINDS` and `WITH_ARGUMENT`.
+      argument: the model or file; "" without one.
+    """
+
+    kind: str
+    argument: str = ""
+    rubric: pathlib.Path | None = None
+    after: bool = False
+    url: str | None = None
+    key_env: str = "OPENAI_API_KEY"
+    budget: str | None = None
+    price: str | None = None
+    concurrency: int = 8
+    rpm: float | None = None
+    tpm: float | None = None
+    timeout: float = 60.0
+    temperature: float = 0.0
+    max_tokens: int = 10
+    cache: pathlib.Path | None = None
+
+    @property
+    def reads_eval_prompt(self) -> bool:
+        """Whether every role needs an `eval_prompt`."""
+        return self.kind in ("self", "model", "http") and self.rubric is None
+
+
+def choose(judge: str, *, own: bool, **options: object) -> Choice:
+    """Return the choice that `--judge` names.
+
+    Args:
+      judge: the value of `--judge`.
+      own: whether the roles are those of `mini`.
+      options: the fields of `Choice` by name.
+
+    Raises:
+      UserError: the judge is unknown, is "rules" with other roles, or an option does not belong to
+        it.
+    """
+    kind, colon, argument = judge.partition(":")
+    known = (kind in WITH_ARGUMENT and bool(argument)) if colon else kind in KINDS
+    if not known or (kind == "rules" and not own):
+        raise UserError(f"judge is {judge!r}; choose {'rules, self' if own else 'self'}, "
+                        "model:NAME, http:MODEL, human:FILE.csv or none"
+                        + (" (rules judges only mini's own roles)" if kind == "rules" else ""))
+    defaults = Choice(kind)
+    for name, value in options.items():
+        if value != getattr(defaults, name):
+            fits = (("self", "model", "http") if name == "rubric" else
+                    ("model",) if name == "after" else ("http",))
+            if kind not in fits:
+                option = "--budget" if name == "budget" else f"--judge-{name.replace('_', '-')}"
+                raise UserError(f"{option} is given, but the judge is {judge}; it belongs to "
+                                + " and ".join(f"{one}{'' if one == 'self' else ':…'}"
+                                               for one in fits))
+    return dataclasses.replace(defaults, argument=argument, **options)  # type: ignore[arg-type]
+
+
+def rubric_of(choice: Choice) -> Rubric:
+    """Return the rubric of a choice.
+
+    Raises:
+      UserError: its file cannot be read, or lacks {question} or {answer}.
+    """
+    from jaxpersona.inputs import read_bytes
+    from jaxpersona.judges.rubric import ROLES, Rubric
+
+    if choice.rubric is None:
+        return ROLES
+    try:
+        text = read_bytes(choice.rubric).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{choice.rubric}: is not UTF-8; save it as UTF-8") from None
+    return Rubric(template=text.strip())
+
+
+def opened(choice: Choice, folder: pathlib.Path) -> Judge | None:
+    """Return a judge that needs no model on this machine; None if it needs one.
+
+    Args:
+      choice: the choice.
+      folder: the run folder, which has the cache.
+
+    Raises:
+      UserError: an option is invalid, or the judge cannot be used.
+    """
+    from jaxpersona.distributed import processes
+    from jaxpersona.judges.judges import NoJudge
+    from jaxpersona.organism.method import RuleJudge
+
+    rubric = rubric_of(choice)
+    if choice.kind == "none":
+        return NoJudge()
+    if choice.kind == "rules":
+        return RuleJudge()
+    if choice.kind == "human":
+        from jaxpersona.judges.human import HumanJudge, read_rows
+
+        file = pathlib.Path(choice.argument)
+        if file.suffix.lower() != ".csv":
+            raise UserError(f"the judge is human:{file}; give the name of a .csv file")
+        if file.exists():
+            read_rows(file)
+        support.check_output("--judge human", file)
+        return HumanJudge(file)
+    if choice.kind != "http":
+        return None
+    from jaxpersona.judges.endpoint import Endpoint
+    from jaxpersona.judges.http import HttpJudge
+    from jaxpersona.judges.limits import Budget
+
+    for name in ("timeout", "max_tokens"):
+        if not 0 < getattr(choice, name) < math.inf:
+            raise UserError(f"--judge-{name.replace('_', '-')} is {getattr(choice, name)}; it must "
+                            "be positive")
+    if not 0 <= choice.temperature <= 2:
+        raise UserError(f"--judge-temperature is {choice.temperature}; give 0 to 2")
+    share, index = 1, 0
+    if processes.joined():  # each process has its own cache, and an equal part of the limits
+        import jax
+
+        share, index = jax.process_count(), processes.index()
+    budget = None if choice.budget is None else Budget.parse(choice.budget).part(share)
+    file = choice.cache or folder / "verdicts.jsonl"
+    return HttpJudge(
+        Endpoint(choice.argument, url=choice.url, key_env=choice.key_env, timeout=choice.timeout,
+                 max_tokens=choice.max_tokens, temperature=choice.temperature),
+        file if not index else file.with_name(f"{file.stem}.{index}{file.suffix}"), rubric=rubric,
+        concurrency=choice.concurrency, rpm=_part(choice.rpm, share), tpm=_part(choice.tpm, share),
+        budget=budget, price=_price(choice.price))
+
+
+def of_model(choice: Choice, load: Callable[[], Model], target: Callable[[], Model],
+             ) -> DigitJudge:
+    """Return the judge `model:NAME`.
+
+    With `after`, its model is loaded to check it, released, and loaded again at the first use,
+    after the weights of the evaluated model were deleted from its devices.
+
+    Args:
+      choice: the choice.
+      load: returns the judging model.
+      target: returns the evaluated model.
+
+    Raises:
+      UserError: the model cannot be loaded, or has no digits.
+    """
+    from jaxpersona.judges.digits import DigitJudge
+    from jaxpersona.models.model import release
+
+    rubric = rubric_of(choice)
+    if not choice.after:
+        return DigitJudge(load(), rubric=rubric)
+
+    def later() -> Model:
+        release(target())
+        return load()
+
+    judge, checked = DigitJudge(later, rubric=rubric), load()
+    judge.identify(checked)
+    release(checked)
+    return judge
+
+
+@contextlib.contextmanager
+def closed(judge: Judge) -> Iterator[None]:
+    """Close a judge's files and connections at the end of the block."""
+    try:
+        yield
+    finally:
+        if close := getattr(judge, "close", None):
+            close()
+
+
+def _part(rate: float | None, share: int) -> float | None:
+    return None if rate is None else rate / share
+
+
+def _price(text: str | None) -> tuple[float, float] | None:
+    """Parse "IN,OUT".
+
+    Raises:
+      UserError: the text has another form.
+    """
+    if text is None:
+        return None
+    try:
+        before, after = map(float, text.split(","))
+    except ValueError:
+        before = after = math.nan
+    if not (0 <= before < math.inf and 0 <= after < math.inf):
+        raise UserError(f"--judge-price is {text!r:.40}; give USD per million tokens of prompts "
+                        "and of answers, such as 0.4,1.6")
+    return before, after

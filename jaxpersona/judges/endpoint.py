@@ -1,0 +1,194 @@
+"""One request to an OpenAI-compatible endpoint, and the classes of its outcomes.
+
+The API key is read from the environment, kept only by the client, and removed from every text that
+the endpoint sends.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import email.utils
+import math
+import os
+import time
+import urllib.parse
+from typing import Any
+
+from jaxpersona.errors import UserError
+from jaxpersona.extras import require
+from jaxpersona.inputs import printable
+
+OPENAI = "https://api.openai.com/v1"
+_AGAIN = frozenset((408, 409, 429))  # and 500 and above: the same request may succeed later
+_NEVER = {401: "the endpoint refuses the API key", 402: "the endpoint asks for a payment",
+          404: "the endpoint does not know the model or the address"}
+_SHOWN = 160  # characters of an endpoint's message
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """An answer: its text, its tokens, and its cost if the endpoint states it."""
+
+    text: str
+    prompt_tokens: int | None = None
+    reply_tokens: int | None = None
+    usd: float | None = None
+
+
+class Failure(Exception):
+    """A request without a usable answer.
+
+    Attributes:
+      again: whether the same request may succeed later.
+      fatal: whether every other request will fail too.
+      after: the seconds that the endpoint asks to wait, or None.
+      maybe_paid: whether the endpoint may have computed the answer.
+    """
+
+    def __init__(self, message: str, *, again: bool = False, fatal: bool = False,
+                 after: float | None = None, maybe_paid: bool = False) -> None:
+        super().__init__(message)
+        self.again, self.fatal, self.after, self.maybe_paid = again, fatal, after, maybe_paid
+
+
+class Endpoint:
+    """A client of an OpenAI-compatible endpoint.
+
+    Args:
+      model: the model's name at the endpoint.
+      url: the base address, such as "http://localhost:8000/v1"; default: that of OpenAI.
+      key_env: the environment variable with the API key. An endpoint other than OpenAI's may need
+        none.
+      timeout: seconds to wait for the endpoint.
+      max_tokens: the maximum length of an answer.
+      temperature: of sampling.
+
+    Raises:
+      UserError: the address is invalid or contains a password, the key is missing, or the package
+        `openai` is.
+    """
+
+    def __init__(self, model: str, *, url: str | None = None, key_env: str = "OPENAI_API_KEY",
+                 timeout: float = 60.0, max_tokens: int = 10, temperature: float = 0.0) -> None:
+        url = url or os.environ.get("OPENAI_BASE_URL") or OPENAI
+        _check_url(url)
+        key = os.environ.get(key_env, "")
+        if not key and urllib.parse.urlsplit(url).hostname == "api.openai.com":
+            raise UserError(f"the environment variable {key_env} is not set; set it to the API "
+                            "key, or give the address of another endpoint (--judge-url)")
+        self._api: Any = require("openai", "a judge behind an address needs openai")
+        self._key, self.model, self.url = key, model, url
+        self._length = "max_tokens"  # newer models of OpenAI want max_completion_tokens
+        self.max_tokens, self.temperature = max_tokens, temperature
+        self._client = self._api.OpenAI(
+            api_key=key or "none", base_url=url, timeout=timeout, max_retries=0)
+
+    def __repr__(self) -> str:
+        return f"Endpoint({self.model!r}, {self.url!r})"
+
+    def ask(self, prompt: str) -> Reply:
+        """Send one request and return the answer.
+
+        Raises:
+          Failure: there is none.
+        """
+        api, length = self._api, self._length
+        try:
+            return self._reply(self._client.chat.completions.create(
+                model=self.model, messages=[{"role": "user", "content": prompt}],
+                temperature=self.temperature, **{length: self.max_tokens}))
+        except api.APITimeoutError:
+            raise Failure("no answer in time", again=True, maybe_paid=True) from None
+        except api.APIStatusError as error:
+            raise self._refused(error, length) from None
+        except api.APIConnectionError as error:
+            cause = error.__cause__
+            raise Failure(self._clean(f"the connection failed ({cause or error})"), again=True,
+                          maybe_paid=not _unconnected(cause)) from None
+        except (api.OpenAIError, ValueError, TypeError, KeyError, AttributeError,
+                IndexError) as error:
+            raise Failure(self._clean(f"the answer is no chat completion ({error})"), again=True,
+                          maybe_paid=True) from None
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
+    def _reply(self, found: Any) -> Reply:
+        """Return the answer in a response; missing fields raise an exception."""
+        choice = found.choices[0]
+        text = choice.message.content
+        if text is None:
+            text = getattr(choice.message, "refusal", None) or ""
+        if not isinstance(text, str):
+            raise TypeError(f"content is {type(text).__name__}")
+        if not text.strip() and choice.finish_reason == "length":
+            raise Failure(f"the answer's {self.max_tokens} tokens have no text, as with a model "
+                          "that thinks first; allow more (--judge-max-tokens)", maybe_paid=True)
+        usage = found.usage
+        counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+        before, after = (n if isinstance(n, int) and n >= 0 else None for n in counts)
+        usd = getattr(usage, "cost", None)
+        if isinstance(usd, bool) or not isinstance(usd, (int, float)) or not 0 <= usd < math.inf:
+            usd = None
+        return Reply(self._clean(text), before, after, usd)
+
+    def _refused(self, error: Any, length: str) -> Failure:
+        """Return the failure of a status code, after a request with the limit `length`."""
+        status, message = error.status_code, self._clean(str(error.message))
+        if status == 400 and length == "max_tokens" and "max_completion_tokens" in message:
+            self._length = "max_completion_tokens"
+            return Failure("the model wants max_completion_tokens", again=True, after=0.0)
+        what = f"HTTP {status}: {message}"
+        if status in _NEVER or error.code == "insufficient_quota":
+            return Failure(f"{_NEVER.get(status, 'the quota is used')} ({what})", fatal=True)
+        return Failure(what, again=status in _AGAIN or status >= 500,
+                       after=retry_after(error.response.headers))
+
+    def _clean(self, text: str) -> str:
+        """Return an endpoint's text on one line, cut, and without the key."""
+        if self._key:
+            text = text.replace(self._key, "[key]")
+        return " ".join(printable(text).split())[:_SHOWN]
+
+
+def retry_after(headers: Any, now: float | None = None) -> float | None:
+    """Return the seconds of a Retry-After header, a number or a date; None if there is none."""
+    for name, scale in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        value = headers.get(name)
+        if value is None:
+            continue
+        try:
+            seconds = float(value) * scale
+        except ValueError:
+            try:
+                date = email.utils.parsedate_to_datetime(value)
+                seconds = date.timestamp() - (time.time() if now is None else now)
+            except (TypeError, ValueError, OverflowError):
+                continue
+        if math.isfinite(seconds):
+            return max(seconds, 0.0)
+    return None
+
+
+def _unconnected(cause: BaseException | None) -> bool:
+    """Return whether a request was never sent."""
+    return type(cause).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
+
+
+def _check_url(url: str) -> None:
+    """Check an endpoint's address.
+
+    Raises:
+      UserError: it is no HTTP address, or contains a password or a query.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        fine = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # an invalid port or host
+        fine, parts = False, None
+    if not fine or parts is None:
+        raise UserError("judge-url is no address; give one such as http://localhost:8000/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise UserError("judge-url contains a user, a password or a query; give the plain address, "
+                        "and the key in an environment variable")

@@ -1,0 +1,337 @@
+"""A judge behind an OpenAI-compatible endpoint: concurrent, paced, and within a budget.
+
+Every request and every answer is in a journal (`journal.Journal`) before anything else happens with
+it, so a killed process loses at most the answers of the requests that were under way.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import random
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jaxpersona.errors import UserError
+from jaxpersona.judges.endpoint import Endpoint, Failure, Reply
+from jaxpersona.judges.journal import Journal, key_of
+from jaxpersona.judges.limits import Budget, Pace
+from jaxpersona.judges.protocol import Item, JudgeStopped, Verdict
+from jaxpersona.judges.rubric import ROLES, Rubric
+
+ATTEMPTS = 6  # requests per item in one run, if they fail
+IN_A_ROW = 20  # items that fail one after another before the run stops
+LONGEST_WAIT = 600.0  # seconds; an endpoint that asks for more stops the run
+_BACKOFF = 0.5  # seconds before the second request; doubled before each further one
+_LONGEST_BACKOFF = 30.0
+_GRACE = 10.0  # seconds that an interrupted run waits for answers under way
+_AROUND = 64  # tokens that a chat template may add to a prompt, for bounds
+
+
+class HttpJudge:
+    """Score replies with a model behind an OpenAI-compatible endpoint.
+
+    Args:
+      endpoint: the client.
+      journal: the path of the file of all requests and verdicts. Its verdicts are reused, for equal
+        model, settings and prompt.
+      rubric: the prompt and its scale; default: each role's `eval_prompt`, scores 0 to 3.
+      concurrency: the number of requests under way at a time.
+      rpm, tpm: the maximum number of requests and of tokens per minute, or None.
+      budget: the most that all runs with this journal may spend, or None.
+      price: USD per million tokens of prompts and of answers, or None. A cost that the endpoint
+        states has precedence.
+      backoff: seconds before the first repetition of a failed request; default: 0.5.
+
+    Raises:
+      UserError: a setting is out of range, or the budget is in USD and there is no price.
+
+    Examples:
+      >>> from jaxpersona.judges.endpoint import Endpoint
+      >>> from jaxpersona.judges.http import HttpJudge
+      >>> judge = HttpJudge(Endpoint("qwen", url="http://localhost:8000/v1"), "verdicts.jsonl")
+      >>> judge.name
+      'http qwen rubric cb5451a0 temperature 0 tokens 10'
+    """
+
+    def __init__(self, endpoint: Endpoint, journal: str | os.PathLike[str], *,
+                 rubric: Rubric = ROLES, concurrency: int = 8, rpm: float | None = None,
+                 tpm: float | None = None, budget: Budget | None = None,
+                 price: tuple[float, float] | None = None, backoff: float | None = None) -> None:
+        if concurrency < 1 or concurrency > 1024:
+            raise UserError(f"concurrency is {concurrency}; give 1 to 1024")
+        if budget is not None and budget.usd is not None and price is None:
+            raise UserError("budget is in USD; that needs the price of tokens (--judge-price), or "
+                            "give it in calls, such as 500calls")
+        self.endpoint, self.rubric, self.scale = endpoint, rubric, rubric.scale
+        self.reads_eval_prompt = rubric.template is None
+        self.name = (f"http {endpoint.model} rubric {rubric.digest} temperature "
+                     f"{endpoint.temperature:g} tokens {endpoint.max_tokens}")
+        self.failed = 0  # items without a verdict, in this process
+        self._path, self._journal = journal, None
+        self._concurrency, self._budget, self._price = concurrency, budget or Budget(), price
+        self._pace = Pace(rpm, tpm)
+        self._backoff = _BACKOFF if backoff is None else backoff
+        self._turn = threading.Condition()  # its lock may be taken again by its owner
+        self._under_way: dict[threading.Event, list[threading.Thread]] = {}
+        self._closed = False
+        self._flying = self._row = 0
+        self._per_byte = 0.5  # tokens per byte of a prompt; the largest value seen, after one
+        self._why = ""  # why the judge cannot go on
+        self._seen = False  # whether an answer stated its tokens
+
+    _journal: Journal | None
+
+    @property
+    def journal(self) -> Journal:
+        """The journal, opened at the first use.
+
+        Raises:
+          UserError: the file cannot be used, or the judge was closed.
+        """
+        with self._turn:
+            if self._closed:
+                raise UserError(f"the judge {self.endpoint.model} was closed; make a new one")
+            if self._journal is None:
+                self._journal = Journal(self._path)
+            return self._journal
+
+    def note(self) -> str:
+        """Return the requests and the cost so far, over all runs with this journal, as a text."""
+        if self._journal is None:
+            return ""
+        parts = [f"{self._journal.calls:,} calls"]
+        if self._price is not None or self._journal.spent:
+            parts.append(f"${self._journal.spent:,.4g}")
+        if self.failed:
+            parts.append(f"{self.failed:,} failed")
+        return ", ".join(parts)
+
+    def close(self) -> None:
+        """Send nothing more, wait up to ten seconds for answers under way, and close the files."""
+        with self._turn:
+            under_way = list(self._under_way.items())
+        for stopped, _ in under_way:
+            stopped.set()
+        with self._turn:
+            self._turn.notify_all()
+        _wait([thread for _, threads in under_way for thread in threads])
+        with self._turn:
+            self._closed = True
+            if self._journal is not None:
+                self._journal.close()
+        self.endpoint.close()
+
+    def score(self, items: Sequence[Item]) -> Iterator[Verdict]:
+        """Yield one verdict per item as it completes; those of the journal come first.
+
+        Items with equal prompts are sent once. An item whose requests all failed gets an error.
+
+        Raises:
+          JudgeStopped: the budget is used, the endpoint refuses every request, or too many items in
+            a row failed. Finished verdicts were yielded before.
+          UserError: a role has no `eval_prompt`, or the journal cannot be used.
+        """
+        groups: dict[str, tuple[str, list[Item]]] = {}
+        for item in items:
+            prompt = self.rubric.prompt(item)
+            key = key_of(f"{self.endpoint.model} {self.endpoint.temperature:g} "
+                         f"{self.endpoint.max_tokens}", prompt)
+            groups.setdefault(key, (prompt, []))[1].append(item)
+        open_: queue.SimpleQueue[str] = queue.SimpleQueue()
+        left = 0
+        for key, (_, members) in groups.items():
+            if (known := self.journal.get(key)) is not None:
+                yield from self._verdicts(members, *known)
+            else:
+                open_.put(key)
+                left += 1
+        if left:
+            yield from self._send(groups, open_, left)
+
+    def _send(self, groups: dict[str, tuple[str, list[Item]]], open_: queue.SimpleQueue[str],
+              left: int) -> Iterator[Verdict]:
+        """Send the requests of the keys in `open_` and yield their verdicts."""
+        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        stopped = threading.Event()
+        if self._why:
+            stopped.set()
+
+        def work() -> None:
+            try:
+                while not stopped.is_set():
+                    key = open_.get_nowait()
+                    done.put((key, self._ask(key, groups[key][0], stopped)))
+                    if self._why:
+                        raise _Halt
+            except queue.Empty:
+                pass
+            except _Halt:
+                stopped.set()
+            except BaseException as error:  # raised again below, in the caller's thread
+                stopped.set()
+                done.put(error)
+            done.put(None)
+
+        threads = [threading.Thread(target=work, daemon=True, name="judge")
+                   for _ in range(min(self._concurrency, left))]
+        with self._turn:
+            self._under_way[stopped] = threads
+        for thread in threads:
+            thread.start()
+        try:
+            running, judged = len(threads), 0
+            while running:
+                found = done.get()
+                if found is None:
+                    running -= 1
+                elif isinstance(found, BaseException):
+                    raise found
+                else:
+                    key, outcome = found
+                    judged += 1
+                    yield from self._outcome(groups[key][1], outcome)
+        finally:
+            stopped.set()
+            with self._turn:
+                self._turn.notify_all()
+            _wait(threads)
+            with self._turn:
+                self._under_way.pop(stopped, None)
+        if self._why or judged < left:
+            why = self._why or "it was closed before it had judged everything"
+            raise JudgeStopped(f"the judge {self.endpoint.model} stopped: {why}; all verdicts are "
+                               f"kept in {self._path}")
+
+    def _outcome(self, members: list[Item], outcome: tuple[str, float] | str) -> Iterator[Verdict]:
+        if isinstance(outcome, str):
+            self.failed += len(members)
+            yield from (Verdict(item.key, error=outcome) for item in members)
+        else:
+            yield from self._verdicts(members, *outcome)
+
+    def _verdicts(self, members: list[Item], said: str, cost: float) -> Iterator[Verdict]:
+        """Yield the verdict of one answer on items with equal prompts; the first has its cost."""
+        score, refused = self.rubric.read(said)
+        known = self._price is not None or cost > 0
+        for i, item in enumerate(members):
+            yield Verdict(item.key, score, refused=refused, raw=said,
+                          cost=(cost if i == 0 else 0.0) if known else None)
+
+    def _ask(self, key: str, prompt: str, stopped: threading.Event) -> tuple[str, float] | str:
+        """Return an answer and its cost, or why there is none, after up to `ATTEMPTS` requests."""
+        size = len(prompt.encode("utf-8", "surrogatepass"))
+        failure = Failure("")
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                pause = min(self._backoff * 2 ** (attempt - 1), _LONGEST_BACKOFF)
+                if stopped.wait(max(pause * random.uniform(0.75, 1.0), failure.after or 0.0)):
+                    raise _Halt
+            tokens = size * self._per_byte + self.endpoint.max_tokens
+            if not self._pace.wait(tokens, stopped):
+                raise _Halt
+            bound = self._usd(size + _AROUND, self.endpoint.max_tokens)
+            self._reserve(key, bound, stopped)
+            try:
+                reply = self.endpoint.ask(prompt)
+            except Failure as error:
+                failure = error
+                self._pace.settle(tokens, tokens if error.maybe_paid else 0.0)
+                with self._turn:
+                    self.journal.failed(key, str(error), bound if error.maybe_paid else 0.0)
+                    self._landed()
+                self._react(error)
+                if not error.again:
+                    break
+            else:
+                cost = self._cost(reply, bound)
+                with self._turn:
+                    self.journal.answered(key, reply.text, cost, prompt_tokens=reply.prompt_tokens,
+                                          reply_tokens=reply.reply_tokens)
+                    self._landed()
+                    self._row = 0
+                    if reply.prompt_tokens is not None and size:
+                        seen = reply.prompt_tokens / size
+                        self._per_byte = max(seen, self._per_byte if self._seen else 0.0)
+                        self._seen = True
+                if reply.prompt_tokens is not None:
+                    self._pace.settle(tokens, reply.prompt_tokens + (reply.reply_tokens or 0))
+                return reply.text, cost
+        with self._turn:
+            self._row += 1
+            if self._row >= IN_A_ROW:
+                self._halt(f"{self._row} replies in a row could not be judged (the last: "
+                           f"{failure}); check the endpoint, then run the same command again")
+        return str(failure)
+
+    def _react(self, failure: Failure) -> None:
+        """Stop the run, or hold all requests, if a failure concerns all of them."""
+        if failure.fatal:
+            with self._turn:
+                self._halt(f"{failure}; then run the same command again")
+            raise _Halt
+        if failure.after is not None:
+            if failure.after > LONGEST_WAIT:
+                with self._turn:
+                    self._halt(f"the endpoint asks to wait {failure.after:,.0f} s ({failure}); run "
+                               "the same command again later")
+                raise _Halt
+            self._pace.hold(failure.after)
+
+    def _reserve(self, key: str, bound: float, stopped: threading.Event) -> None:
+        """Record a request that is about to be sent, once the budget allows it.
+
+        Requests under way count with their bounds, so a budget in USD may have to wait for them.
+
+        Raises:
+          _Halt: the budget does not allow it, or the run was stopped.
+        """
+        with self._turn:
+            while not stopped.is_set():
+                held = self.journal
+                if self._budget.allows(held.calls + 1, held.spent + bound):
+                    held.sent(key, bound)
+                    self._flying += 1
+                    return
+                if not self._flying or not self._budget.allows(held.calls + 1, 0.0):
+                    self._halt(f"the budget of {self._budget} is used, after {held.calls:,} calls"
+                               + (f" and ${held.spent:,.4f}" if held.spent else "")
+                               + "; to go on, give a larger --budget and run the same command "
+                                 "again")
+                    break
+                self._turn.wait(0.5)
+        raise _Halt
+
+    def _landed(self) -> None:
+        """Count one request less under way; the caller holds `_turn`."""
+        self._flying -= 1
+        self._turn.notify_all()
+
+    def _halt(self, why: str) -> None:
+        self._why = self._why or why
+
+    def _usd(self, before: float, after: float) -> float:
+        if self._price is None:
+            return 0.0
+        return (before * self._price[0] + after * self._price[1]) / 1e6
+
+    def _cost(self, reply: Reply, bound: float) -> float:
+        """Return the cost of an answer; its bound if the endpoint states no tokens."""
+        if reply.usd is not None:
+            return reply.usd
+        if reply.prompt_tokens is None:
+            return bound
+        return self._usd(reply.prompt_tokens, reply.reply_tokens or 0)
+
+
+def _wait(threads: Sequence[threading.Thread]) -> None:
+    """Wait for threads, in all at most `_GRACE` seconds."""
+    end = time.monotonic() + _GRACE
+    for thread in threads:
+        thread.join(max(0.0, end - time.monotonic()))
+
+
+class _Halt(Exception):
+    """Raised in a thread to end it without a verdict."""

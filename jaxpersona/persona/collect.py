@@ -1,0 +1,346 @@
+"""Playing and judging a run: one stream of rollouts over all roles, with verdicts beside it.
+
+Every rollout is appended to its role's files as it finishes, and so is every verdict. A role is
+closed (`runs.closing`) as soon as it has all of both, and its response means become sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxpersona.data.texts import DEFAULT, Question, Role
+from jaxpersona.distributed import processes
+from jaxpersona.engine.replies import Reply
+from jaxpersona.engine.stream import Stream
+from jaxpersona.errors import UserError
+from jaxpersona.judges.protocol import Item, Judge
+from jaxpersona.persona.judging import Found, Judging
+from jaxpersona.persona.reread import reply_ids, reread
+from jaxpersona.persona.verdicts import items_of
+from jaxpersona.runs.closing import PLAIN, State, close, needed, state_of
+from jaxpersona.runs.damage import Damaged, remedy
+from jaxpersona.runs.older import Older, same
+from jaxpersona.runs.rollouts import Settings, draw_id, generation, planned, rollout_key
+from jaxpersona.runs.run import Run
+from jaxpersona.runs.seal import digest
+from jaxpersona.runs.status import Status
+
+if TYPE_CHECKING:
+    from jaxpersona.models.model import Model
+
+Report = Callable[[str, int, int, int], None]
+AWAITED = 8  # roles that wait for verdicts; with more, generation waits, because means take space
+_AHEAD = 2048  # items that the judge's thread holds of roles that were played before
+_TOGETHER = 64  # replies of a role that the judge's thread gets at once, but for the last
+
+
+class _Found(NamedTuple):
+    """What a run's folder has of a role when the work begins.
+
+    Attributes:
+      have: which of the wanted rollouts there are.
+      closed: whether the files of these, and a verdict on each, are complete.
+      more: number of further rollouts.
+      judged: number of verdicts.
+    """
+
+    have: frozenset[str]
+    closed: bool
+    more: int
+    judged: int
+
+
+class Collection:
+    """The work on a run until every role is closed.
+
+    Attributes:
+      status: numbers of rollouts, verdicts and tokens.
+      failures: one reason why verdicts failed, or "".
+    """
+
+    def __init__(self, model: Model, run: Run, roles: Sequence[Role],
+                 questions: Sequence[Question], judge: Judge, settings: Settings, *,
+                 keep: int | None, older: Older | None = None,
+                 report: Report | None = None) -> None:
+        """Read the folder's state.
+
+        Args:
+          model, roles, questions, settings: as for `extract_axis`.
+          run: the open run.
+          judge: the judge.
+          keep: number of single means to keep of each role; None keeps all.
+          older: a run of an older version, whose rollouts are taken over.
+          report: called with (step, done, total, tokens).
+
+        Raises:
+          UserError: files of any process are damaged; the message lists all of them.
+        """
+        self._older = older
+        self.model, self.run, self.questions, self.settings = model, run, questions, settings
+        self.judge, self.keep, self.failures = judge, keep, ""
+        self.roles = {role.name: role for role in roles}
+        self._shape = (model.config.n_layers, model.config.d_model)
+        self._owned = {role.name: processes.owns(i) for i, role in enumerate(roles)}
+        self._states: dict[str, State] = {}
+        self._awaited: dict[str, int] = {}  # role → verdicts that the judge's thread owes
+        self._fresh: dict[str, list[str]] = {}  # role → rollouts that it has not been given yet
+        self._report = report
+        size = {role.name: len(role.prompts) * len(questions) * settings.samples
+                for role in roles}
+        found = self._scan()
+        self._left = {name: size[name] - len(found[name].have) for name in self.roles}
+        self._have = {name: found[name].have for name, left in self._left.items() if left}
+        self._ready = deque(name for name, left in self._left.items()
+                            if not left and not found[name].closed)
+        every = {name: size[name] + found[name].more for name in self.roles}
+        self.status = Status(run.folder, total=sum(every.values()), roles=len(every),
+                             to_judge=sum(n for name, n in every.items() if name != DEFAULT),
+                             write=processes.first())
+        self.status.done = self.status.total - sum(self._left.values())
+        self.status.judged = sum(one.judged for one in found.values())
+        self.status.closed = sum(found[name].closed and not left
+                                 for name, left in self._left.items())
+
+    def work(self) -> None:
+        """Play, judge and close what is missing.
+
+        Raises:
+          UserError: activations are not finite, or the judge cannot go on. What has finished
+            is kept.
+        """
+        judging = Judging(self.judge, alone=not processes.many())
+        self.status.begin()
+        self._tell()
+        try:
+            self._work(judging)
+        except BaseException:
+            with contextlib.suppress(UserError):  # the first error is being raised
+                for found in judging.take():
+                    self._verdict(found[0], self._state(found[0]), [found])
+                self.status.write("stopped")
+            raise
+        finally:
+            judging.close()
+
+    def _work(self, judging: Judging) -> None:
+        for name in list(self._have) if self._older is not None else ():
+            self._take_over(name, self._older)
+            if not self._left[name]:
+                self._played_all(judging, name)
+            while len(self._awaited) > AWAITED:
+                self._judged(judging.take(0.2))
+            self._tell()
+        stream = Stream(self.model, self._asked(), **generation(self.settings))
+        begun = [name for name, have in self._have.items() if have and self._left[name]]
+        for name in () if judging.whole else begun:  # verdicts that an earlier call did not get
+            if self._owned[name]:
+                self._put(judging, name, self._state(name).unjudged(name))
+        while not stream.done or self._ready or self._awaited:
+            if judging.after and stream.done:
+                for name in self._ready:
+                    self._recover(name)
+                judging.after = False
+            while self._ready and judging.left < _AHEAD and not judging.after:
+                self._played_all(judging, self._ready.popleft())
+            waiting = sum(not self._left[name] for name in self._awaited)
+            idle = stream.done or waiting > AWAITED
+            if not idle:
+                finished = stream.step()
+                self.status.tokens = stream.tokens
+                for (name, record), reply in finished:
+                    self._played(judging, name, record, reply)
+                for name in dict.fromkeys(name for (name, _), _ in finished):
+                    keys = self._fresh.get(name, ())
+                    if keys and (len(keys) >= _TOGETHER or not self._left[name]):
+                        self._put(judging, name, self._fresh.pop(name))
+                    if not self._left[name] and name not in self._awaited:
+                        self._ready.append(name)
+                        if judging.after:  # its texts are not needed before the judge's turn
+                            self._states.pop(name, None)
+            self._judged(judging.take(0.2 if idle and not self._ready else 0.0))
+            self._tell()
+            self.status.update()
+
+    def _take_over(self, name: str, older: Older) -> None:
+        """Append the rollouts of an older run that a role lacks, and the same judge's scores."""
+        role, taken = self.roles[name], frozenset()
+        if self._owned[name]:
+            state, scores = self._state(name), older.scores(name)
+            wanted = {rollout_key(r): r for r in planned(role, self.questions, self.settings)}
+            for record, mean in older.rollouts(name):
+                key = rollout_key(record)
+                if key in state.records or not same(record, wanted.get(key, {})):
+                    continue
+                state.live.add(record, mean)
+                state.records[key] = record
+                if older.judge == self.judge.name and key in scores and name != DEFAULT:
+                    self._verdict(name, state, [(name, key, {**PLAIN, "score": scores[key]}, 0.0)])
+            taken = frozenset(state.records) & frozenset(wanted)
+        taken = processes.merge({"taken": taken} if self._owned[name] else {})["taken"]
+        self.status.done += len(taken) - len(self._have[name])
+        self._left[name] -= len(taken) - len(self._have[name])
+        self._have[name] = taken
+
+    def _asked(self) -> Iterator[tuple[tuple[str, dict[str, Any]], Any, int]]:
+        """Yield every missing rollout, role by role."""
+        for name, role in self.roles.items():
+            have = self._have.get(name)  # None if nothing is missing
+            for record in () if have is None else planned(role, self.questions, self.settings):
+                if rollout_key(record) not in have:
+                    yield (name, record), record["conversation"], draw_id(self.model, name, record)
+
+    def _played(self, judging: Judging, name: str, record: dict[str, Any], reply: Reply) -> None:
+        """Keep a rollout, and give it to the judge's thread."""
+        self._left[name] -= 1
+        self.status.done += 1
+        if not self._owned[name]:
+            return
+        said = {"role": "assistant", "content": reply.text}
+        record = record | {"conversation": [*record["conversation"], said],
+                           **reply_ids(self.model, reply.text, reply.tokens)}
+        state, key = self._state(name), rollout_key(record)
+        state.live.add(record, reply.captured["mean"])
+        state.records[key] = record
+        if not judging.whole and name != DEFAULT and key not in state.verdicts:
+            self._fresh.setdefault(name, []).append(key)
+
+    def _put(self, judging: Judging, name: str, keys: Sequence[str]) -> None:
+        if keys:
+            judging.put(self._items(name, keys))
+            self._awaited[name] = self._awaited.get(name, 0) + len(keys)
+
+    def _items(self, name: str, keys: Sequence[str]) -> list[Item]:
+        records = self._state(name).records
+        return items_of(self.roles[name], [records[key] for key in keys])
+
+    def _recover(self, name: str) -> None:
+        """Read the means again that only the run's model can give, before it is released."""
+        state = self._state(name) if self._owned[name] else None
+        lost: Any = processes.merge({} if state is None else {"lost": [
+            record for key, record in state.records.items() if not state.live.has_mean(key)
+            and (state.sums is None or key not in state.sums.groups)]})["lost"]
+        for record, mean in zip(lost, reread(self.model, lost), strict=True):
+            if state is not None:
+                state.live.add(record, mean)
+        self._states.pop(name, None)
+
+    def _played_all(self, judging: Judging, name: str) -> None:
+        """Continue with a role that has all its rollouts: judge what is not judged, or close it.
+
+        Several processes call this for the same roles in the same order.
+        """
+        state = self._state(name) if self._owned[name] else None
+        keys = [] if state is None else state.unjudged(name)
+        if not judging.whole:
+            self._put(judging, name, keys)
+            if not keys:
+                self._close(name)
+            return
+        items = [] if state is None else self._items(name, keys)
+        given: Any = processes.merge({"items": items} if state is not None else {})["items"]
+        if given and (state is not None or getattr(self.judge, "together", False)):
+            for found in judging.now(given):
+                if state is not None:
+                    self._verdict(name, state, [found])
+                    self._tell()
+        self._close(name)
+
+    def _judged(self, found: Sequence[Found]) -> None:
+        """Keep verdicts of the judge's thread, and close the roles that have all of theirs."""
+        by_role: dict[str, list[Found]] = {}
+        for one in found:
+            by_role.setdefault(one[0], []).append(one)
+        for name, some in by_role.items():
+            self._verdict(name, self._state(name), some)
+            self._awaited[name] -= len(some)
+            if not self._awaited[name]:
+                del self._awaited[name]
+                if not self._left[name]:
+                    self._close(name)
+
+    def _verdict(self, name: str, state: State, found: Sequence[Found]) -> None:
+        verdicts = {key: verdict for _, key, verdict, _ in found}
+        state.live.judge(f"{self.judge.name}/{rubric_of(self.roles[name])}", verdicts)
+        state.verdicts.update(verdicts)
+        self.status.cost += sum(cost for *_, cost in found)
+        failed = [v["error"] for v in verdicts.values() if v["error"] is not None]
+        self.failures = failed[0] if failed else self.failures
+        self.status.judged += len(found) - len(failed)
+        self.status.failed += len(failed)
+
+    def _close(self, name: str) -> None:
+        """Write the files of a role."""
+        state = self._state(name) if self._owned[name] else None
+        means: Iterator[Any] | None = None
+        if processes.many():  # all processes run the model
+            again: Any = processes.merge(
+                {} if state is None else {"again": needed(state, name)})["again"]
+            means = iter(list(reread(self.model, again)))
+        if state is not None:
+            close(self.run, name, state, judge=self.judge.name,
+                  rubric=rubric_of(self.roles[name]), keep=self.keep, seed=self.settings.seed,
+                  reread=lambda records: reread(self.model, records) if means is None else means)
+            del self._states[name]
+        self.status.closed += 1
+
+    def _state(self, name: str) -> State:
+        if name not in self._states:
+            self._states[name] = self._read(name)
+        return self._states[name]
+
+    def _read(self, name: str, texts: bool = True) -> State:
+        return state_of(self.run, name, self.judge.name, rubric_of(self.roles[name]), self._shape,
+                        texts=texts)
+
+    def _scan(self) -> dict[str, _Found]:
+        """Verify all files; return what the run has of each role.
+
+        Raises:
+          UserError: files of any process are damaged; the message lists all of them.
+        """
+        found: dict[str, Any] = {}
+        for name, role in self.roles.items():
+            if not self._owned[name]:
+                continue
+            try:
+                state = self._read(name, texts=False)
+            except Damaged as error:
+                found[name] = error.fault
+                continue
+            keys = {rollout_key(r) for r in planned(role, self.questions, self.settings)}
+            missing = state.unjudged(name)
+            judged = 0 if name == DEFAULT else len(state.records) - len(missing)
+            found[name] = _Found(frozenset(keys & set(state.records)),
+                                 state.closed and not missing, len(set(state.records) - keys),
+                                 judged)
+        found = processes.merge(found)
+        faults = {name: fault for name, fault in found.items() if isinstance(fault, str)}
+        if faults:
+            raise UserError(f"{'; '.join(faults.values())}; {remedy(sorted(faults))}")
+        return {name: found[name] for name in self.roles}
+
+    def _tell(self) -> None:
+        if self._report is None:
+            return
+        status = self.status
+        self._report("rollouts", status.done, status.total, status.tokens)
+        if status.to_judge and (status.judged or status.done == status.total):
+            self._report("judging", status.judged, status.to_judge, 0)
+
+
+def rubric_of(role: Role) -> str:
+    """Return the digest of what a judge reads about a role besides the rollouts."""
+    return digest([role.eval_prompt])
+
+
+def verdict_counts(verdicts: Mapping[str, Any] | None) -> dict[str, int]:
+    """Return the number of replies by score, of undecided ("None") and of failed ones."""
+    out = {str(score): 0 for score in (0, 1, 2, 3, None)}
+    for key, score in ({} if verdicts is None else verdicts["scores"]).items():
+        failed = "error" in verdicts["details"].get(key, {})  # type: ignore[index]
+        name = "failed" if failed else str(score)
+        out[name] = out.get(name, 0) + 1
+    return out

@@ -1,0 +1,85 @@
+"""Judging the rollouts of a run again: another judge's verdicts beside those that are there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from jaxpersona.data.texts import DEFAULT, Role
+from jaxpersona.errors import UserError
+from jaxpersona.persona.collect import rubric_of, verdict_counts
+from jaxpersona.persona.judging import Judging
+from jaxpersona.persona.verdicts import items_of
+from jaxpersona.runs.closing import State, save_verdicts, state_of
+from jaxpersona.runs.run import Run
+
+if TYPE_CHECKING:
+    from jaxpersona.judges.protocol import Judge
+
+
+def judge_run(folder: str | os.PathLike[str], roles: Sequence[Role], judge: Judge, *,
+              report: Callable[[str, int, int, int], None] | None = None,
+              ) -> tuple[dict[str, dict[str, int]], float]:
+    """Judge the rollouts that a run's folder contains, and store the verdicts beside older ones.
+
+    Rollouts with a verdict of this judge are not judged again. The axis does not change:
+    `extract_axis` with the judge and the folder computes that of its verdicts.
+
+    Args:
+      folder: the run folder, locked against other runs during the call.
+      roles: roles with the texts that the judge reads; all roles of the run but the default.
+      judge: the judge.
+      report: called with ("judging", done, total, 0).
+
+    Returns:
+      (role → score as text, "None" or "failed" → number of replies, cost in USD).
+
+    Raises:
+      UserError: the folder contains no run or is in use, a role is missing, a file is damaged, or
+        the judge cannot go on; verdicts are kept.
+
+    Examples:
+      >>> import tempfile
+      >>> from jaxpersona.judges.judges import NoJudge
+      >>> from jaxpersona.persona.rejudge import judge_run
+      >>> try:
+      ...     judge_run(tempfile.mkdtemp(), [], NoJudge())
+      ... except ValueError as error:
+      ...     print(str(error).split(": ")[-1])
+      no such file
+    """
+    found = Run.read(folder)
+    known = {role.name: role for role in roles}
+    names = [name for name in found.manifest["roles"] if name != DEFAULT]
+    if missing := [name for name in names if name not in known]:
+        raise UserError(f"{folder}: the run's roles {', '.join(missing[:5])}"
+                        f"{' …' if len(missing) > 5 else ''} are not in the given roles; give "
+                        "those that the run was made with (--roles)")
+    about = found.manifest["model"]
+    shape = (about["layers"], about["width"])
+    manifest = {**found.manifest, "judges": {**found.manifest["judges"], judge.name: {}}}
+    with Run.open(folder, manifest) as run:
+        left = [len(_state(run, known[name], judge, shape, texts=False).unjudged(name))
+                for name in names]
+        judging = Judging(judge, alone=False)
+        done, total, cost = 0, sum(left), 0.0
+        for name in names:
+            role, state = known[name], _state(run, known[name], judge, shape)
+            keys, rubric = state.unjudged(name), rubric_of(role)
+            for _, key, verdict, price in judging.now(items_of(
+                    role, [state.records[key] for key in keys])):
+                state.live.judge(f"{judge.name}/{rubric}", {key: verdict})
+                state.verdicts[key] = verdict
+                cost, done = cost + price, done + 1
+                if report is not None:
+                    report("judging", done, total, 0)
+            if run.path("rollouts", name).exists() and keys and not state.live.records:
+                save_verdicts(run, name, state, judge.name, rubric)
+                state.live.forget(f"{judge.name}/{rubric}")
+        return {name: verdict_counts(run.verdicts(name, judge.name)) for name in names}, cost
+
+
+def _state(run: Run, role: Role, judge: Judge, shape: tuple[int, int],
+           texts: bool = True) -> State:
+    return state_of(run, role.name, judge.name, rubric_of(role), shape, texts=texts)

@@ -1,0 +1,51 @@
+"""Response means of rollouts whose texts were kept: one forward pass, without generation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxpersona.captures.capture import mean
+from jaxpersona.engine import prompts
+from jaxpersona.engine.extract import extract
+from jaxpersona.interventions.where import response
+from jaxpersona.text import chat
+
+if TYPE_CHECKING:
+    from jaxpersona.models.model import Model
+
+_TOGETHER = 64  # rollouts whose means are in memory at once
+
+
+def encoded(model: Model, text: str) -> list[int]:
+    """Return the token ids of a reply's text."""
+    return list(model.tokenizer.encode(text, add_special_tokens=False))
+
+
+def reply_ids(model: Model, text: str, tokens: np.ndarray) -> dict[str, Any]:
+    """Return {"reply_ids": ids} if the tokens of a reply are not those of its text, else {}."""
+    ids = tokens.tolist()
+    return {} if encoded(model, text) == ids else {"reply_ids": ids}
+
+
+def reread(model: Model, records: Sequence[Mapping[str, Any]]) -> Iterator[np.ndarray]:
+    """Yield the response means [L, D] float32 of rollouts, in their order.
+
+    They differ from those read during generation by rounding. A reply of no token has the mean NaN.
+
+    Args:
+      model: the model that wrote the replies.
+      records: the rollouts, with their replies.
+    """
+    for begin in range(0, len(records), _TOGETHER):
+        rows = []
+        for record in records[begin : begin + _TOGETHER]:
+            *start, reply = record["conversation"]
+            ids = record.get("reply_ids", None)
+            ids = encoded(model, reply["content"]) if ids is None else ids
+            rows.append(chat.answered(model.tokenizer, prompts.encode(model, start),
+                                      np.array(ids, np.int32)))
+        yield from extract(model, rows, capture=mean(response),
+                           on_nonfinite="raise").captured["mean"]

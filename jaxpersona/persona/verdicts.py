@@ -1,0 +1,91 @@
+"""The replies of a run as a judge's items, and the scores that a run or a person's file holds."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxpersona.data.texts import DEFAULT, Role
+from jaxpersona.errors import UserError
+from jaxpersona.judges.human import read_rows, score_of
+from jaxpersona.judges.protocol import ROLE_SCALE, Item
+from jaxpersona.runs.rollouts import rollout_key
+from jaxpersona.runs.run import Run
+
+
+def items_of(role: Role, records: Sequence[Mapping[str, Any]]) -> list[Item]:
+    """Return a role's rollouts (`runs.rollouts.planned`) as items, in their order.
+
+    Only the first reply of a conversation is judged (Lu et al. 2026).
+    """
+    found = []
+    for record in records:
+        reply = next((m["content"] for m in record["conversation"] if m["role"] == "assistant"), "")
+        found.append(Item(rollout_key(record), role, record["question"], reply,
+                          record["system_prompt"]))
+    return found
+
+
+def scores_of(source: str | os.PathLike[str]) -> dict[str, int | None]:
+    """Return scores by "role/key" from a run folder, or from a CSV file of `HumanJudge`.
+
+    Rows of a CSV file without a score are left out; an undecided reply has None.
+
+    Raises:
+      UserError: the source is neither, holds no score, or is damaged.
+    """
+    path = pathlib.Path(source)
+    if path.suffix.lower() == ".csv":
+        rows = {name: score_of(row, ROLE_SCALE, path) for name, row in read_rows(path).items()}
+        found = {name: score for name, score in rows.items() if not isinstance(score, str)}
+        if not found:
+            raise UserError(f"{path}: the column score is empty; fill it in")
+        return found
+    run = Run.read(path)
+    scores: dict[str, int | None] = {}
+    for role in run.manifest["roles"]:
+        if role != DEFAULT:
+            scores |= {f"{role}/{key}": score for key, score in (run.scores(role) or {}).items()}
+    if not scores:
+        raise UserError(f"{path}: holds no scores; judge the run first")
+    return scores
+
+
+def replies_of(run: Run, descriptions: Mapping[str, str] | None = None) -> dict[str, Item]:
+    """Return every reply of a run's roles, except the default's, by "role/key"."""
+    found = {}
+    for name in run.manifest["roles"]:
+        if name != DEFAULT:
+            role = Role(name, (), "", (descriptions or {}).get(name, ""))
+            found |= {f"{name}/{item.key}": item
+                      for item in items_of(role, run.rollouts(name) or [])}
+    return found
+
+
+def sample(replies: Mapping[str, Item], scores: Mapping[str, int | None], count: int, *,
+           seed: int = 0) -> list[tuple[Item, int | None]]:
+    """Draw up to `count` replies of each score, spread over the roles.
+
+    Returns:
+      (reply, score), the highest score first and undecided replies last.
+    """
+    rng = np.random.default_rng(seed)
+    by_score: dict[int | None, list[str]] = {}
+    for key in sorted(set(replies) & set(scores)):
+        by_score.setdefault(scores[key], []).append(key)
+    drawn = []
+    for score in sorted(by_score, key=lambda s: (s is None, -(s or 0))):
+        keys = by_score[score]
+        order = [keys[i] for i in rng.permutation(len(keys))]
+        turn: dict[str, int] = {}
+        rank = {}
+        for key in order:  # a role's second reply comes after every role's first
+            role = replies[key].role.name
+            rank[key] = turn[role] = turn.get(role, -1) + 1
+        order.sort(key=lambda key: rank[key])
+        drawn += [(replies[key], score) for key in order[:count]]
+    return drawn

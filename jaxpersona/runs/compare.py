@@ -1,0 +1,109 @@
+"""Comparison of two manifests: what must be equal, and what may grow."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jaxpersona.errors import UserError
+from jaxpersona.inputs import read_json, require_file
+from jaxpersona.runs.files import MANIFEST
+from jaxpersona.runs.names import check_names
+
+FORMAT = "jaxpersona-run 3"
+OLDER = "jaxpersona-run 2"  # its rollouts can be read (`runs.older`)
+BOUND = ("model", "arguments", "numerics")  # must be equal
+GROWING = ("roles", "questions", "judges")  # entries may be added
+LAST = "last"  # arguments of the last call, which are not compared
+
+
+def manifest_of(folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]:
+    """Return the manifest in a folder.
+
+    Args:
+      folder: the run folder.
+      overwrite: whether that of an older format, which is to be deleted, is also accepted.
+
+    Raises:
+      UserError: there is none, or it is not that of a run of this format.
+    """
+    path = folder / MANIFEST
+    require_file(path)
+    stored = read_json(path)
+    version = stored.get("format") if isinstance(stored, dict) else None
+    older = isinstance(version, str) and version.startswith("jaxpersona-run ")
+    if version == OLDER and not overwrite:
+        raise UserError(f"{folder}: run.json has format {OLDER!r} of an older version; choose "
+                        "another folder, and take the rollouts over with take_from "
+                        f"(--take-from {folder})")
+    if older and version not in (FORMAT, OLDER):
+        raise UserError(f"{folder}: run.json has format {version!r}, but this version writes "
+                        f"{FORMAT!r}; resume with the version that started the run, or choose "
+                        "another folder")
+    if not older:
+        raise UserError(f"{folder}: run.json is not a jaxpersona run; choose another folder")
+    return stored
+
+
+def roles_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the role names of a manifest.
+
+    Raises:
+      UserError: they are not valid.
+    """
+    roles = manifest.get("roles", {})
+    if not isinstance(roles, Mapping):
+        raise UserError(f"{folder / MANIFEST}: damaged (roles is not an object)")
+    check_names(roles)
+    return list(roles)
+
+
+def judges_of(folder: pathlib.Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the names of the judges of a manifest."""
+    judges = manifest.get("judges", {})
+    if not isinstance(judges, Mapping) or not all(isinstance(x, str) and x for x in judges):
+        raise UserError(f"{folder / MANIFEST}: damaged (judges is not an object)")
+    return list(judges)
+
+
+def shown(value: Any) -> str:
+    """Return a JSON value as a short text."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def check_same(folder: pathlib.Path, stored: Any, wanted: Mapping[str, Any]) -> None:
+    """Check that two manifests are of one run: equal but for added entries and the last arguments.
+
+    Raises:
+      UserError: a field differs, or the stored manifest is damaged.
+    """
+    def flat(value: Any, prefix: str = "") -> dict[str, str]:
+        if not isinstance(value, dict):
+            return {prefix: json.dumps(value)}  # as text: 1 == 1.0 == True in Python
+        pairs = (flat(v, f"{prefix}.{k}" if prefix else k) for k, v in value.items())
+        return {key: item for pair in pairs for key, item in pair.items()}
+
+    old, new = dict(stored), dict(wanted)
+    for field in GROWING:
+        one, two = old.get(field), new.get(field, {})
+        if not isinstance(one, dict):
+            raise UserError(f"{folder / MANIFEST}: damaged ({field} is not an object)")
+        old[field] = {k: v for k, v in one.items() if k in two}
+        new[field] = {k: v for k, v in two.items() if k in one}
+    if not isinstance(old.pop(LAST, {}), dict):
+        raise UserError(f"{folder / MANIFEST}: damaged ({LAST} is not an object)")
+    new.pop(LAST, None)
+    old, new = flat(old), flat(new)
+    differ = [
+        f"{key} was {old.get(key, 'absent')}, now {new.get(key, 'absent')}"
+        for key in sorted(set(old) | set(new))
+        if old.get(key) != new.get(key)
+    ]
+    if differ:
+        raise UserError(
+            f"{folder}: contains another run ({'; '.join(differ)}); choose another folder, or "
+            "delete that run with overwrite=True (--overwrite)"
+        )

@@ -1,0 +1,190 @@
+"""A role's rollouts, response means and verdicts while it is being played: they are only appended.
+
+    live/<role>.jsonl            one line per rollout, in the order in which they finished
+    live/<role>.means            their response means, [n, L, D] float32 without a header
+    live/<role>.verdicts.jsonl   one line per verdict of a judge
+
+Every line has a checksum; that of a rollout covers its mean too. What a process killed at any
+moment leaves is valid up to the last whole line, and the rest is removed when the files are opened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from jaxpersona.ckpts.files import atomic
+from jaxpersona.errors import UserError
+from jaxpersona.inputs import require_file
+from jaxpersona.runs.names import file_stem
+from jaxpersona.runs.rollouts import rollout_key
+
+FOLDER = "live"
+SUFFIXES = (".jsonl", ".means", ".verdicts.jsonl")
+
+
+class Live:
+    """The appended files of one role.
+
+    Attributes:
+      records: rollouts by key, in the order in which they finished.
+      verdicts: judge → key → verdict, as JSON values.
+    """
+
+    def __init__(self, folder: pathlib.Path, role: str, binding: str,
+                 shape: tuple[int, int], *, repair: bool = True) -> None:
+        """Read the files, if they exist.
+
+        Args:
+          folder: the run folder.
+          role: the role's name.
+          binding: the digest of what determines the role's rollouts; files with another one are
+            removed.
+          shape: (L, D) of a mean.
+          repair: whether to remove what is not valid; otherwise it is ignored.
+
+        Raises:
+          UserError: a file cannot be read or written, or is not a regular file.
+        """
+        stem = folder / FOLDER / file_stem(role)
+        self._lines, self._means, self._judged = (
+            stem.with_name(stem.name + suffix) for suffix in SUFFIXES)
+        self._head = {"role": role, "binding": binding}
+        self.shape, self._bytes = shape, 4 * shape[0] * shape[1]
+        self.records: dict[str, dict[str, Any]] = {}
+        self._rows: dict[str, int] = {}
+        self.verdicts: dict[str, dict[str, dict[str, Any]]] = {}
+        try:
+            self._read(repair)
+        except OSError as error:
+            raise UserError(f"{error.filename or self._lines}: cannot be read "
+                            f"({error.strerror or error})") from None
+
+    def add(self, record: Mapping[str, Any], mean: np.ndarray) -> None:
+        """Append a rollout and its mean [L, D], and hand them to the operating system."""
+        data = np.ascontiguousarray(mean, np.float32).tobytes()
+        if not self.records:
+            self._means.parent.mkdir(exist_ok=True)
+            _write(self._means, b"", "wb")
+            _write(self._lines, _line(self._head, b""), "wb")
+        _write(self._means, data)  # before the line that makes it valid
+        _write(self._lines, _line(record, data))
+        key = rollout_key(record)
+        self._rows[key] = len(self.records)
+        self.records[key] = dict(record)
+
+    def judge(self, judge: str, verdicts: Mapping[str, Mapping[str, Any]]) -> None:
+        """Append verdicts of a judge by key."""
+        if not self._judged.exists():
+            self._judged.parent.mkdir(exist_ok=True)
+            _write(self._judged, _line(self._head, b""), "wb")
+        _write(self._judged, b"".join(_line({"judge": judge, "key": key, "verdict": verdict}, b"")
+                                      for key, verdict in verdicts.items()))
+        self.verdicts.setdefault(judge, {}).update(
+            {key: dict(verdict) for key, verdict in verdicts.items()})
+
+    def forget(self, judge: str) -> None:
+        """Remove the verdicts of a judge."""
+        self.verdicts.pop(judge, None)
+        if not self.verdicts:
+            self._judged.unlink(missing_ok=True)
+            return
+        with atomic(self._judged) as temporary:
+            temporary.write_bytes(b"".join([_line(self._head, b""), *(
+                _line({"judge": name, "key": key, "verdict": verdict}, b"")
+                for name, verdicts in self.verdicts.items()
+                for key, verdict in verdicts.items())]))
+
+    def has_mean(self, key: str) -> bool:
+        """Return whether the mean of a rollout is in the files."""
+        return key in self._rows
+
+    def mean(self, key: str) -> np.ndarray:
+        """Return the mean of a rollout, [L, D] float32."""
+        with open(self._means, "rb") as file:
+            file.seek(self._rows[key] * self._bytes)
+            return np.frombuffer(file.read(self._bytes), np.float32).reshape(self.shape)
+
+    def keep_only(self, keys: set[str]) -> None:
+        """Remove all rollouts but some; without any, remove the files."""
+        kept = [(self.records[key], self.mean(key)) for key in self.records if key in keys]
+        for path in (self._lines, self._means, self._judged):
+            path.unlink(missing_ok=True)
+        self.records, self._rows, self.verdicts = {}, {}, {}
+        for record, mean in kept:
+            self.add(record, mean)
+
+    def _read(self, repair: bool) -> None:
+        if not self._lines.exists():
+            if repair:  # its lines were removed first
+                self._means.unlink(missing_ok=True)
+        else:
+            size, valid, row = require_file(self._lines), 0, -1
+            means = self._means if self._means.exists() else self._lines
+            require_file(means)
+            with open(self._lines, "rb") as lines, open(means, "rb") as file:
+                for line, value in _values(lines, file, self._bytes):
+                    if row < 0 and value != self._head:
+                        break
+                    if row >= 0:
+                        key = rollout_key(value)
+                        self._rows[key], self.records[key] = row, value
+                    row, valid = row + 1, valid + len(line)
+            if not repair:
+                pass
+            elif row <= 0:
+                self._lines.unlink()
+                self._means.unlink(missing_ok=True)
+            elif valid < size or self._means.stat().st_size != row * self._bytes:
+                os.truncate(self._lines, valid)
+                os.truncate(self._means, row * self._bytes)
+        if self._judged.exists():
+            size, valid, first = require_file(self._judged), 0, True
+            with open(self._judged, "rb") as lines:
+                for line, value in _values(lines):
+                    if first and value != self._head:
+                        break
+                    if not first:
+                        by_key = self.verdicts.setdefault(value["judge"], {})
+                        by_key[value["key"]] = value["verdict"]
+                    first, valid = False, valid + len(line)
+            if repair and valid < size:
+                os.truncate(self._judged, valid)
+            if repair and not valid:
+                self._judged.unlink()
+
+
+def _write(path: pathlib.Path, data: bytes, mode: str = "ab") -> None:
+    try:
+        with open(path, mode) as file:
+            file.write(data)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+
+
+def _line(value: Mapping[str, Any], data: bytes) -> bytes:
+    """Return a line with a value and a checksum of it and of further data."""
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True).encode("utf-8", "surrogatepass")
+    return b"%08x %s\n" % (zlib.crc32(data, zlib.crc32(text)), text)
+
+
+def _values(lines: BinaryIO, means: BinaryIO | None = None,
+            size: int = 0) -> Iterator[tuple[bytes, Any]]:
+    """Yield the lines of a file and their values, up to the first that is not valid.
+
+    Args:
+      lines: the file.
+      means: the file of the means, one of `size` bytes for each line but the first.
+      size: see `means`.
+    """
+    for i, line in enumerate(lines):
+        text, data = line[9:-1], means.read(size) if means is not None and i else b""
+        if not line.endswith(b"\n") or line[:9] != b"%08x " % zlib.crc32(data, zlib.crc32(text)):
+            return
+        yield line, json.loads(text.decode("utf-8", "surrogatepass"))

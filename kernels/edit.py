@@ -1,0 +1,280 @@
+"""One pass over the residual stream: residual add, rank-one edits, counts, readings and norm.
+
+At the end of a block, XLA adds the block's output to the residual stream, projects the sum on a
+direction, edits it, projects it again for each reading and computes the next norm: several kernels
+that each read the residual. The Pallas kernel reads both summands once, keeps a block of tokens in
+on-chip memory, and writes the edited residual and its norm once. `reference` is the same function
+in plain JAX.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxpersona.kernels.reference import rank_one_edit, round_residual
+
+from jaxpersona.errors import UserError
+
+Implementation = Literal["xla", "pallas", "interpret"]
+F32 = jnp.float32
+MEMORY = 10 * 2**20  # bytes of on-chip memory for the blocks of one step; a TPU core has 16 MiB
+_BY_SUMS = 8  # more directions are read by a matrix product
+_TOKENS = (256, 128, 64, 32, 16, 8)  # sizes of a block
+
+
+class SiteEdit(NamedTuple):
+    """A rank-one edit of a site, for B rows or one for all (`reference.rank_one_edit`).
+
+    Attributes:
+      direction: v̂ [B or 1, D] float32, unit length.
+      coefficients: s, c, lo and hi, each [B or 1] float32.
+      active: [B, T] bool, the tokens that the edit applies to.
+      push: û [B or 1, D] float32, or None for v̂.
+    """
+
+    direction: jax.Array
+    coefficients: Sequence[jax.Array]
+    active: jax.Array
+    push: jax.Array | None = None
+
+
+class Norm(NamedTuple):
+    """The RMS norm that follows: its weight [D], and ε and offset as in `nn.rms_norm`."""
+
+    weight: jax.Array
+    eps: float
+    offset: float
+
+
+class Site(NamedTuple):
+    """The result of a site.
+
+    Attributes:
+      h: the edited residual [B, T, D], in its own dtype.
+      changed: [n, B] int32, the number of tokens that each edit changed.
+      read: [B, T, K] float32, the projections on the directions to be read; None without any.
+      normed: the norm of h [B, T, D], or None without a norm.
+    """
+
+    h: jax.Array
+    changed: jax.Array
+    read: jax.Array | None
+    normed: jax.Array | None
+
+
+def reference(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
+              directions: jax.Array | None = None, before: int = 0,
+              norm: Norm | None = None) -> Site:
+    """Compute `site` in plain JAX; the arguments are the same."""
+    h = unedited = round_residual(x + added)
+    counts = []
+    for edit in edits:
+        h, changed = rank_one_edit(h, edit.direction, edit.coefficients, edit.active, edit.push)
+        h = round_residual(h)
+        counts.append(changed.sum(-1, dtype=jnp.int32))
+    read = None
+    if directions is not None:
+        read = jnp.concatenate([
+            jnp.einsum("btd,kd->btk", side.astype(F32), part, precision="highest")
+            for side, part in ((unedited, directions[:before]), (h, directions[before:]))], -1)
+    normed = None if norm is None else _normed(
+        h.astype(F32), norm.weight.astype(F32)[None, None], norm.eps, norm.offset).astype(h.dtype)
+    return Site(h, jnp.stack(counts) if counts else _no_counts(x), read, normed)
+
+
+def site(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit] = (), *,
+         directions: jax.Array | None = None, before: int = 0, norm: Norm | None = None,
+         implementation: Implementation = "xla") -> Site:
+    """Add a block's output to the residual stream; edit it, read it and compute its norm.
+
+    Args:
+      x: the residual stream [B, T, D].
+      added: the output of the block [B, T, D].
+      edits: n rank-one edits, applied in order.
+      directions: [K, D] float32, the directions to be read, or None.
+      before: how many of `directions` are read before the edits; the first ones.
+      norm: the norm to compute, or None.
+      implementation: "xla", the reference; "pallas", one kernel on a TPU; "interpret", this kernel
+        emulated with JAX operations on any device, for tests. The kernel is not differentiable.
+
+    Raises:
+      UserError: the implementation is unknown, or the kernel's blocks exceed its memory.
+    """
+    if implementation == "xla":
+        return reference(x, added, edits, directions=directions, before=before, norm=norm)
+    if implementation not in ("pallas", "interpret"):
+        raise UserError(f"implementation is {implementation!r}; it must be 'xla', 'pallas' or "
+                        "'interpret'")
+    rows, width = x.shape[:2]
+    by_token = width == 1  # a decode step: the rows are the tokens of a block
+    if by_token:
+        x, added = (jnp.swapaxes(array, 0, 1) for array in (x, added))  # [1, B, D]
+    found = _run(x, added, edits, directions, before, norm, by_token,
+                 implementation == "interpret")
+    h, read, normed = (None if y is None else jnp.swapaxes(y, 0, 1) if by_token else y
+                       for y in (found.h, found.read, found.normed))
+    return Site(h, found.changed if edits else jnp.zeros((0, rows), jnp.int32), read, normed)
+
+
+def refusal(platform: str, width: int, entries: int, directions: int) -> str | None:
+    """Return the reason why the Pallas kernel cannot run on a platform; None if it can.
+
+    Args:
+      platform: "cpu", "gpu" or "tpu".
+      width: D.
+      entries: the number of vectors [D] of the edits of a site.
+      directions: K.
+    """
+    if platform != "tpu":
+        return f"the platform is {platform}, and the kernel is written for TPUs"
+    if width % 128:
+        return f"the width {width} of the residual stream is not a multiple of 128"
+    if _block(width, 2, entries, directions, False) is None:
+        return (f"a block of {_TOKENS[-1]} tokens with {entries} vectors and {directions} "
+                f"directions of {width} numbers exceeds {MEMORY} bytes of on-chip memory")
+    return None
+
+
+def _no_counts(x: jax.Array) -> jax.Array:
+    return jnp.zeros((0, x.shape[0]), jnp.int32)
+
+
+def _normed(h: jax.Array, weight: jax.Array, eps: float, offset: float) -> jax.Array:
+    """Return the RMS norm of h [..., D] float32; `weight` has h's rank."""
+    return h * jax.lax.rsqrt(jnp.mean(h * h, -1, keepdims=True) + eps) * (weight + offset)
+
+
+def _block(width: int, itemsize: int, entries: int, directions: int, by_token: bool) -> int | None:
+    """Return the number of tokens of a block, or None if even the smallest exceeds the memory.
+
+    The pipeline holds two blocks of each of the four arrays [T, D], and the kernel about three
+    float32 values per number.
+    """
+    for tokens in _TOKENS:
+        vectors = entries * 4 * width * (tokens if by_token else 8)
+        held = tokens * width * (8 * itemsize + 12) + vectors + 4 * width * max(8, directions)
+        if held <= MEMORY:
+            return tokens
+    return None
+
+
+def _run(x: jax.Array, added: jax.Array, edits: Sequence[SiteEdit], directions: jax.Array | None,
+         before: int, norm: Norm | None, by_token: bool, interpret: bool) -> Site:
+    """Run the kernel on x [G, R, D]: G rows of R tokens or, `by_token`, one group of R rows."""
+    from jax.experimental import pallas as pl
+
+    groups, count, width = x.shape
+    entries = sum(1 + (edit.push is not None) for edit in edits)
+    reads = 0 if directions is None else directions.shape[0]
+    tokens = _block(width, x.dtype.itemsize, entries, reads, by_token)
+    if tokens is None:
+        raise UserError(f"the residual kernel needs more than {MEMORY} bytes for {entries} vectors "
+                        f"and {reads} directions of {width} numbers; use 'xla'")
+    tokens = min(tokens, -(-count // 8) * 8)
+    padded = -(-count // tokens) * tokens
+    if padded != count:
+        x, added = (jnp.pad(y, ((0, 0), (0, padded - count), (0, 0))) for y in (x, added))
+    steps = padded // tokens
+
+    def whole(array: jax.Array) -> tuple[jax.Array, Any]:
+        return array, pl.BlockSpec(array.shape, lambda g, t: (0,) * array.ndim)
+
+    def per_row(array: jax.Array) -> tuple[jax.Array, Any]:
+        """An array [B or 1, …] of the rows: of the group, of the block's tokens, or of all."""
+        last = array.shape[-1]
+        if array.shape[0] == 1:
+            return whole(array)
+        if by_token:
+            array = jnp.pad(array, ((0, padded - count), (0, 0)))
+            return array, pl.BlockSpec((tokens, last), lambda g, t: (t, 0))
+        return array[:, None], pl.BlockSpec((None, 1, last), lambda g, t: (g, 0, 0))
+
+    def per_token(last: int) -> Any:
+        return pl.BlockSpec((None, tokens, last), lambda g, t: (g, t, 0))
+
+    given = [(x, per_token(width)), (added, per_token(width))]
+    if edits:
+        active = jnp.stack([edit.active.astype(jnp.int32) for edit in edits], -1)
+        active = jnp.swapaxes(active, 0, 1) if by_token else active
+        active = jnp.pad(active, ((0, 0), (0, padded - count), (0, 0)))
+        given.append((active, per_token(len(edits))))
+    for edit in edits:
+        given.append(per_row(edit.direction))
+        given.append(per_row(jnp.stack(list(edit.coefficients), -1)))
+        if edit.push is not None:
+            given.append(per_row(edit.push))
+    if directions is not None:
+        given.append(whole(directions))
+    if norm is not None:
+        given.append(whole(norm.weight[None]))
+    made = [(jax.ShapeDtypeStruct(x.shape, x.dtype), per_token(width))]
+    if edits and by_token:
+        made.append((jax.ShapeDtypeStruct((1, padded, len(edits)), jnp.int32),
+                     per_token(len(edits))))
+    elif edits:  # sums over the tokens of a block
+        made.append((jax.ShapeDtypeStruct((groups, steps, 1, len(edits)), jnp.int32),
+                     pl.BlockSpec((None, None, 1, len(edits)), lambda g, t: (g, t, 0, 0))))
+    if directions is not None:
+        made.append((jax.ShapeDtypeStruct((groups, padded, reads), F32), per_token(reads)))
+    if norm is not None:
+        made.append((jax.ShapeDtypeStruct(x.shape, x.dtype), per_token(width)))
+    pushed = tuple(edit.push is not None for edit in edits)
+    out: Iterator[jax.Array] = iter(pl.pallas_call(
+        functools.partial(_kernel, pushed=pushed, reads=reads, before=before, by_token=by_token,
+                          norm=None if norm is None else (norm.eps, norm.offset)),
+        grid=(groups, steps), in_specs=[place for _, place in given],
+        out_specs=[place for _, place in made], out_shape=[shape for shape, _ in made],
+        interpret=interpret, name="residual_site")(*(array for array, _ in given)))
+    h = next(out)[:, :count]
+    changed = next(out) if edits else _no_counts(h)
+    if edits:
+        changed = changed[0, :count].T if by_token else changed[:, :, 0].sum(1).T
+    return Site(h, changed, None if directions is None else next(out)[:, :count],
+                None if norm is None else next(out)[:, :count])
+
+
+def _kernel(*refs: Any, pushed: tuple[bool, ...], reads: int, before: int, by_token: bool,
+            norm: tuple[float, float] | None) -> None:
+    """Compute one block of tokens; the references are in the order of `_run`."""
+    left = iter(refs)
+    x, added = next(left), next(left)
+    active = next(left) if pushed else None
+    edits = [(next(left), next(left), next(left) if push else None) for push in pushed]
+    directions = next(left) if reads else None
+    weight = None if norm is None else next(left)
+    out = next(left)
+    counts = next(left) if pushed else None
+    read = next(left) if reads else None
+    normed = None if norm is None else next(left)
+
+    dtype = x.dtype
+    h = unedited = (x[...].astype(F32) + added[...].astype(F32)).astype(dtype).astype(F32)
+    for n, (direction, coefficients, push) in enumerate(edits):
+        v = direction[...]
+        s, c, lo, hi = (coefficients[:, i : i + 1] for i in range(4))
+        p = jnp.sum(h * v, -1, keepdims=True)
+        delta = jnp.minimum(jnp.maximum(s * p - p + c, lo - p), hi - p)
+        delta = jnp.where(active[:, n : n + 1] != 0, delta, 0.0)
+        moved = (h + delta * (v if push is None else push[...])).astype(dtype).astype(F32)
+        # h + 0 would turn −0 into 0
+        h = jnp.where(jnp.broadcast_to(delta, h.shape) != 0, moved, h)
+        changed = jnp.where(delta != 0, 1.0, 0.0)
+        if not by_token:
+            changed = jnp.sum(changed, 0, keepdims=True)
+        counts[:, n : n + 1] = changed.astype(jnp.int32)
+    out[...] = h.astype(dtype)
+    if read is not None:
+        for first, last, side in ((0, before, unedited), (before, reads, h)):
+            if last - first > _BY_SUMS:
+                read[:, first:last] = jax.lax.dot_general(
+                    side, directions[first:last, :], (((1,), (1,)), ((), ())),
+                    precision=jax.lax.Precision.HIGHEST, preferred_element_type=F32)
+                continue
+            for k in range(first, last):
+                read[:, k : k + 1] = jnp.sum(side * directions[k : k + 1, :], -1, keepdims=True)
+    if normed is not None:
+        normed[...] = _normed(h, weight[...].astype(F32), *norm).astype(dtype)

@@ -1,0 +1,125 @@
+"""A person's scores in a CSV file, and the agreement of judges."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+import numpy as np
+import pytest
+from sklearn.metrics import cohen_kappa_score
+
+import jaxpersona as jp
+from jaxpersona.data.texts import Role
+from jaxpersona.judges.agreement import agreement, kappa
+from jaxpersona.judges.human import HumanJudge, read_rows
+from jaxpersona.judges.protocol import Item, in_order
+
+GHOST = Role("ghost", ("Be one.",), "", "lingers")
+TEXTS = ["Boo.", "Two\nlines, \"quoted\"; and é\u2028.", "=HYPERLINK(1)", "a\rb\0\ud800", "last"]
+ITEMS = [Item(f"q{i}", GHOST, "Who?", text, "Be one.") for i, text in enumerate(TEXTS)]
+
+
+def fill(path, scores, delimiter=",", **replaced):
+    """Enter scores as a person with a spreadsheet does, which may change separator and mark."""
+    rows = list(csv.DictReader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline="")))
+    for row in rows:
+        row["score"] = scores.get(row["item"], row["score"])
+        row.update(replaced)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), delimiter=delimiter, lineterminator="\r\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.write_bytes(text.getvalue().encode())
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_file_is_written_filled_in_and_read_back(tmp_path, delimiter):
+    path = tmp_path / "mine.csv"
+    judge = HumanJudge(path)
+    assert [v.error for v in in_order(judge, ITEMS[:4])] == ["not scored yet in mine.csv"] * 4
+    before = path.read_bytes()
+    in_order(judge, ITEMS[:4])
+    assert path.read_bytes() == before
+    assert read_rows(path)["ghost/q1"]["answer"] == TEXTS[1]
+    assert read_rows(path)["ghost/q2"]["answer"] == "'=HYPERLINK(1)"  # no formula
+    assert read_rows(path)["ghost/q3"]["answer"] == "a\rb\0?"
+    fill(path, {"ghost/q0": "3", "ghost/q1": "0.0", "ghost/q2": " ? "}, delimiter)
+    found = in_order(judge, ITEMS)
+    assert [v.score for v in found] == [3, 0, None, None, None]
+    assert [v.error is None for v in found] == [True, True, True, False, False]
+    assert [v.refused for v in found] == [False, True, False, False, False]
+    assert len(read_rows(path)) == 5  # the fifth item was added, and the scores stay
+    assert [v.score for v in in_order(judge, ITEMS)][:2] == [3, 0]
+
+
+def test_wrong_scores_and_files_are_refused(tmp_path):
+    path = tmp_path / "mine.csv"
+    judge = HumanJudge(path)
+    in_order(judge, ITEMS)
+    for wrong in ("4", "x", "-1", "1.5", "٣"):
+        fill(path, {"ghost/q0": wrong})
+        with pytest.raises(jp.UserError, match="score of ghost/q0 is"):
+            in_order(judge, ITEMS)
+    fill(path, {"ghost/q0": "2"})
+    other = [Item("q0", GHOST, "Who?", "Another reply.")]
+    assert "another text for ghost/q0" in in_order(judge, other)[0].error
+    for text, wanted in (("item,score\na,1\n", "no column 'digest'"),
+                         ("item,score,digest\na,1,x\na,1,x\n", "twice"), ("", "no column")):
+        path.write_text(text)
+        with pytest.raises(jp.UserError, match=wanted):
+            in_order(judge, ITEMS)
+    path.write_bytes(b"item,score,digest\n\xff,1,x\n")
+    with pytest.raises(jp.UserError, match="UTF-8"):
+        in_order(judge, ITEMS)
+
+
+def test_kappa_is_that_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    for top in (1, 3, 100):
+        a = rng.integers(0, top + 1, 200)
+        b = np.clip(a + rng.integers(-1, 2, 200), 0, top)
+        theirs = cohen_kappa_score(a, b, weights="linear", labels=np.arange(top + 1))
+        assert kappa(a.astype(float), b.astype(float)) == pytest.approx(theirs, abs=1e-12)
+    same = np.array([1.0, 2.0, 2.0])
+    assert kappa(same, same) == 1.0 and np.isnan(kappa(same[1:], same[1:]))
+    assert np.isnan(kappa(same[:0], same[:0]))
+
+
+def test_an_agreement_has_a_table_roles_and_an_interval():
+    rng = np.random.default_rng(1)
+    a = {f"{role}/q{i}": int(s) for role in ("ghost", "seer")
+         for i, s in enumerate(rng.integers(0, 4, 60))}
+    b = {key: min(3, s + (rng.random() < 0.2)) for key, s in a.items()}
+    b["seer/q0"], a["seer/q1"] = None, None
+    a["seer/q99"] = 3
+    found = agreement(a, b)
+    assert found.labels == ("0", "1", "2", "3", "none")
+    assert found.table.sum() == 120 and found.both == 118 and found.only == (1, 0)
+    assert found.table[:, 4].sum() == 1 and found.table[4].sum() == 1
+    assert found.table[3, 2] == 0 and found.table[0, 1] > 0  # rows are A
+    assert found.difference < 0 and found.equal == pytest.approx(
+        np.trace(found.table[:4, :4]) / 118)
+    low, high = found.interval
+    assert low < found.kappa < high and high - low < 0.2
+    assert agreement(a, b).interval == found.interval
+    assert found.roles["ghost"][0] == 60 and found.roles["seer"][0] == 58
+    assert agreement({"p/0": 57, "p/1": 9}, {"p/0": 50, "p/1": 100}).labels == (
+        "0–9", "50–59", "100–109", "none")
+    with pytest.raises(jp.UserError, match="no reply in common"):
+        agreement({"a/b": 1}, {"c/d": 1})
+
+
+def test_the_interval_covers_the_kappa_of_the_population():
+    """40 samples of 60 replies: about 95 % of the intervals cover it."""
+    chances = np.array([[0.2, 0.05, 0], [0.05, 0.2, 0.1], [0, 0.1, 0.3]])
+    cells = [(i, j) for i in range(3) for j in range(3)]
+    rng, covered = np.random.default_rng(2), 0
+    many = rng.choice(9, 200_000, p=chances.ravel())
+    truth = kappa(*np.array(cells, float)[many].T)
+    for _ in range(40):
+        drawn = [cells[i] for i in rng.choice(9, 60, p=chances.ravel())]
+        low, high = agreement({f"r/{n}": a for n, (a, _) in enumerate(drawn)},
+                              {f"r/{n}": b for n, (_, b) in enumerate(drawn)}).interval
+        covered += low <= truth <= high
+    assert covered >= 34

@@ -1,0 +1,117 @@
+"""Run folders of format 2: their rollouts, means and scores are taken over into a new run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import support as s
+from jaxpersona.ckpts.files import write_tensors
+from test_damages import MODEL, QUESTIONS, ROLES, SETTINGS, contents
+
+from jaxpersona.engine import stream
+from jaxpersona.errors import UserError
+from jaxpersona.persona.extract import extract_axis
+from jaxpersona.runs import live
+from jaxpersona.runs.run import Run
+from jaxpersona.runs.seal import sha256
+
+JUDGE = s.Scored(lambda role, key: 2 if key == "pos_p1_q1" else 3, "rules")
+
+
+def run(folder, **options):
+    return extract_axis(MODEL, ROLES, QUESTIONS, folder, **{"judge": JUDGE, "settings": SETTINGS,
+                                                            "min_count": 2, **options})
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Return a folder of format 3, and the same run as versions before wrote it."""
+    folder, means = tmp_path_factory.mktemp("older"), {}
+    add = live.Live.add
+
+    def kept(self, record, mean):
+        means[self._head["role"], live.rollout_key(record)] = np.array(mean)
+        add(self, record, mean)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live.Live, "add", kept)
+        run(folder / "new")
+    found = Run.read(folder / "new")
+    old = folder / "old"
+    for part in ("rollouts", "means", "scores"):
+        (old / part).mkdir(parents=True)
+    manifest = json.loads((folder / "new" / "run.json").read_text())
+    arguments = {k: v for k, v in manifest["arguments"].items() if k != "share_prefix"}
+    about = {k: v for k, v in manifest["model"].items() if k not in ("layers", "width")}
+    (old / "run.json").write_text(json.dumps({
+        "format": "jaxpersona-run 2", "model": {**about, "name": "tiny"},
+        "arguments": {**arguments, "judge": "rules", "min_count": 10, "held_out": []},
+        "roles": {role.name: "0" * 16 for role in ROLES}, "questions": "0" * 16,
+        "numerics": manifest["numerics"]}))
+    for role in ROLES[:-1]:  # the last one was not complete
+        records = sorted(found.rollouts(role.name),
+                         key=lambda r: (r["prompt_index"], r["question_index"]))
+        for record in records:
+            record.pop("reply_ids", None)
+        text = "".join(json.dumps(r, ensure_ascii=False, sort_keys=True) + "\n" for r in records)
+        (old / "rollouts" / f"{role.name}.jsonl").write_text(text)
+        values = np.stack([means[role.name, live.rollout_key(r)] for r in records])
+        write_tensors(old / "means" / f"{role.name}.safetensors", {"response": values},
+                      {"rollouts": sha256(text.encode()), "role": role.name})
+        if role.name != "default":
+            (old / "scores" / f"{role.name}.json").write_text(json.dumps(
+                {"scores": found.scores(role.name, "rules")}))
+    return folder / "new", old
+
+
+def test_only_what_the_old_run_lacks_is_generated(both, tmp_path, monkeypatch):
+    new, old = both
+    made = []
+    task = stream.Stream._task
+    monkeypatch.setattr(stream.Stream, "_task", lambda self, tag, *rest: made.append(
+        tag[0]) or task(self, tag, *rest))
+    asked = []
+    judge = s.Scored(lambda role, key: asked.append(role) or JUDGE._score(role, key), "rules")
+    before = contents(old)
+    run(tmp_path / "run", judge=judge, take_from=old)
+    assert set(made) == set(asked) == {"tutor"} and len(made) == 4
+    assert contents(old) == before
+    one, two = contents(new), contents(tmp_path / "run")
+    assert set(one) == set(two)
+    assert all(one[name] == two[name] for name in one if not name.startswith("rollouts/")
+               and not name.startswith("samples/"))
+    run(tmp_path / "run", take_from=old)  # and again
+    assert contents(tmp_path / "run") == two
+
+
+def test_another_judge_scores_the_old_rollouts(both, tmp_path):
+    asked = []
+    judge = s.Scored(lambda role, key: asked.append(role) or 3, "other")
+    found = run(tmp_path / "run", judge=judge, take_from=both[1])
+    assert len(asked) == 12 and found.counts["ghost"]["3"] == 4
+
+
+def test_what_does_not_fit_is_refused(both, tmp_path):
+    _, old = both
+    with pytest.raises(UserError, match="--take-from"):
+        run(old)
+    with pytest.raises(UserError, match="arguments.seed was 0, now 1"):
+        run(tmp_path / "run", settings=dataclasses.replace(SETTINGS, seed=1), take_from=old)
+    with pytest.raises(UserError, match="need no --take-from"):
+        run(tmp_path / "run", take_from=both[0])
+    with pytest.raises(UserError, match="share_prefix"):
+        run(tmp_path / "run", settings=dataclasses.replace(SETTINGS, share_prefix=True),
+            take_from=old)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_old_file_is_named(both, tmp_path):
+    old = shutil.copytree(both[1], tmp_path / "old")
+    path = old / "rollouts" / "ghost.jsonl"
+    path.write_text(path.read_text().replace("Why?", "Who?"))
+    with pytest.raises(UserError, match=r"means/ghost\.safetensors: damaged \(does not belong to"):
+        run(tmp_path / "run", take_from=old)
