@@ -89,6 +89,7 @@ def one_side(args: argparse.Namespace) -> dict[str, Any]:
 
     import jaxpersona as jp
     from jaxpersona.engine.batches import width_of
+    from jaxpersona.engine.compiled import KEPT
 
     model = jp.load(args.model, dtype=args.dtype if args.side == "ours" else "float32")
     rows = conversations(args.conversations, model.config.vocab_size, args.mean,
@@ -113,13 +114,14 @@ def one_side(args: argparse.Namespace) -> dict[str, Any]:
     groups: dict[int, list[Any]] = {}
     for row in rows:
         groups.setdefault(width_of(row.tokens.size), []).append(row)
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # compile one program per width
+    KEPT.clear()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:  # where each width has a program
         list(pool.map(lambda group: jp.extract(model, group, batch_tokens=args.batch_tokens),
                       groups.values()))
     out = jp.extract(model, rows, batch_tokens=args.batch_tokens)
     flops = sum(model.config.prefill_flops(row.tokens.size) for row in rows)
     found = timed(work, args, {"tokens": out.tokens, "padded": out.padded,
-                               "programs": len(groups)})
+                               "programs": len(KEPT)})
     bare = None if args.without_plain else least(
         lambda: jp.extract(model, rows, capture=plain, batch_tokens=args.batch_tokens),
         args.repeats)

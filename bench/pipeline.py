@@ -116,8 +116,9 @@ class Run:
                 out[task.number] = tokens[row, : length[row]]
 
         queue(self.model, self.rows, np.arange(count, dtype=np.uint32), lengths.astype(np.int32),
-              sampling(count), Interventions(), read, self.stops, collect, max_new=self.args.new,
-              batch_size=self.args.batch, refill=refill).run()
+              sampling(count), Interventions(), read, self.stops, collect,
+              max_new=np.full(count, self.args.new, np.int32), batch_size=self.args.batch,
+              refill=refill).run()
         if any(len(out[i]) != lengths[i] for i in range(count)):
             raise RuntimeError("a reply does not have the requested length")
         return [out[i] for i in range(count)]

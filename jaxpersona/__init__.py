@@ -18,6 +18,7 @@ from jaxpersona.engine.generate import Generated, generate
 from jaxpersona.engine.replies import Reply
 from jaxpersona.engine.request import Event, Handle, QueueFull, Request
 from jaxpersona.engine.scoring import Scored, logprobs, next_logprobs
+from jaxpersona.engine.stats import RunStats
 from jaxpersona.errors import UserError
 from jaxpersona.interventions import (
     Interventions,
@@ -73,11 +74,11 @@ __version__ = "0.1.0"
 __all__ = [
     "Applied", "Axis", "Batch", "Cache", "Caps", "Carry", "Check", "Engine", "Event", "Extracted",
     "Generated", "Handle", "Interventions", "Model", "ModelConfig", "Output", "Params", "QueueFull",
-    "Reply", "Request", "Scored", "UserError", "Vector", "Where", "ablate", "assistant", "batch",
-    "cap", "capture", "chain", "check", "contrast", "custom", "encode", "everywhere", "extract",
-    "forward", "from_hf", "from_last", "gate", "generate", "generated", "init_cache", "init_params",
-    "last", "load", "load_axis", "load_caps", "load_vector", "logprobs", "make_mesh", "marked",
-    "mean_ablate", "next_logprobs", "plot", "preset", "prompt", "reserve", "response",
+    "Reply", "Request", "RunStats", "Scored", "UserError", "Vector", "Where", "ablate", "assistant",
+    "batch", "cap", "capture", "chain", "check", "contrast", "custom", "encode", "everywhere",
+    "extract", "forward", "from_hf", "from_last", "gate", "generate", "generated", "init_cache",
+    "init_params", "last", "load", "load_axis", "load_caps", "load_vector", "logprobs", "make_mesh",
+    "marked", "mean_ablate", "next_logprobs", "plot", "preset", "prompt", "reserve", "response",
     "restore_norm", "rotate", "save_vector", "scale", "set_projection", "stack_rows", "steer",
     "sweep", "system", "turns", "user", "where",
 ]

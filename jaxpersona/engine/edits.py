@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.engine.lanes import Task
 from jaxpersona.engine.rows import axis_of_rows, put_rows, side_by_side
+from jaxpersona.engine.tasks import Task
 from jaxpersona.interventions.compose import Interventions, reserve, stack_rows
 from jaxpersona.interventions.where import NOWHERE
 
@@ -29,9 +29,9 @@ class SharedEdits:
         """Return the call's interventions; their structure is the same for any number of rows."""
         return self.edits
 
-    def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
+    def of(self, tasks: Sequence[Task | None], rows: int) -> Interventions:
         """Return interventions on `rows` rows: those of `tasks`, then some that change nothing."""
-        numbers = [task.number for task in tasks]
+        numbers = [-1 if task is None else task.number for task in tasks]
         return self.edits.take(np.array(numbers + [-1] * (rows - len(numbers)), np.int32))
 
     def assign(self, edits: Interventions, rows: np.ndarray) -> None:
@@ -39,8 +39,7 @@ class SharedEdits:
 
     def of_rows(self, tasks: Sequence[Task | None]) -> Interventions:
         """Return the interventions on all rows of the lane."""
-        return self.edits.take(np.array([-1 if task is None else task.number for task in tasks],
-                                        np.int32))
+        return self.of(tasks, len(tasks))
 
     def key(self, task: Task) -> tuple:
         """Return the index of the prompt's entry in each table."""
@@ -68,9 +67,10 @@ class RowEdits:
         """Return neutral interventions on `rows` rows."""
         return _repeated(self.neutral, rows)
 
-    def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
+    def of(self, tasks: Sequence[Task | None], rows: int) -> Interventions:
         """Return interventions on `rows` rows: those of `tasks`, then some that change nothing."""
-        single = [task.edits for task in tasks] + [self.neutral] * (rows - len(tasks))
+        single = [self.neutral if task is None else task.edits for task in tasks]
+        single += [self.neutral] * (rows - len(tasks))
         return side_by_side(tuple(single), axes=self.axes) if self.axes else self.neutral
 
     def assign(self, edits: Interventions, rows: np.ndarray) -> None:

@@ -18,20 +18,21 @@ import numpy as np
 
 from jaxpersona.brief import count, line, quoted
 from jaxpersona.captures.capture import Capture
-from jaxpersona.distributed import processes
 from jaxpersona.distributed.context import own_context
 from jaxpersona.distributed.sharding import off_mesh, rows_divisor
 from jaxpersona.engine import prompts, stopping
 from jaxpersona.engine.edits import RowEdits, for_one_row, neutral_row
 from jaxpersona.engine.generate import asks_for_code
-from jaxpersona.engine.kinds import Kind, plain_kinds
-from jaxpersona.engine.lanes import Lane, Shape, Task, shape_of, shape_within
+from jaxpersona.engine.kinds import Kind, plain_shapes
+from jaxpersona.engine.lanes import Lane
 from jaxpersona.engine.programs import State
-from jaxpersona.engine.replies import Finished, Reply, unpack
+from jaxpersona.engine.replies import Finished, Reply, so_far, unpack
 from jaxpersona.engine.request import Event, Handle, QueueFull, Request, projected
 from jaxpersona.engine.rows import take_row
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.engine.scheduler import Scheduler
+from jaxpersona.engine.stats import RunStats, Stats
+from jaxpersona.engine.tasks import Shape, Task, piece_of, shape_of, shape_within
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.models.model import check_model
@@ -63,11 +64,11 @@ class Engine:
 
         Args:
           model: the result of `load`.
-          rows: B, the number of rows in a lane. The rounding of results depends on B.
-          capacity: the result of `reserve`, with any number of rows. It limits the layers and the
-            number of rank-one interventions of a request, so that their structure is always the
-            same. None: each structure of interventions has its own programs and lanes.
-          sizes: cache sizes, in tokens of prompt plus reply; default: `lanes.cache_size`.
+          rows: B, the number of rows in a lane. The rounding of results depends on it.
+          capacity: the result of `reserve`, for any number of rows. It limits the layers and the
+            number of rank-one interventions in a request, so that all requests share programs.
+            None: every structure of interventions has its own programs and lanes.
+          sizes: the cache sizes, in tokens of prompt and reply; default: `tasks.cache_size`.
           lanes: the maximum number of lanes; each has its own cache.
           chunk: the maximum number of decode steps between two transfers to the host.
           queue: the maximum number of queued requests.
@@ -81,9 +82,7 @@ class Engine:
             raise UserError(f"sizes is {sizes!r:.60}; give a list of sizes, such as [256, 1024]")
         numbers = {"rows": rows, "lanes": lanes, "chunk": chunk, "queue": queue}
         numbers |= {f"sizes[{i}]": size for i, size in enumerate(() if sizes is None else sizes)}
-        for name, value in numbers.items():
-            if not isinstance(value, (int, np.integer)) or value < 1:
-                raise UserError(f"{name} is {value!r}; it must be a positive integer")
+        prompts.check_settings(**numbers)
         ways = rows_divisor(model.params.like)
         if rows % ways:
             raise UserError(f"rows is {rows}; the mesh needs a multiple of {ways}")
@@ -96,6 +95,7 @@ class Engine:
         with own_context():
             self._params = fast_params(model, rows)
         self._together = max(1, rows // 4) if model.mesh is None else rows
+        self._stats = Stats()
         self._scheduler = Scheduler(self._open, self._collect, lanes=lanes, batched=False,
                                     chunk=chunk, failed=self._fail, pause=self._streams)
         self._device = threading.RLock()  # guards the scheduler and the device
@@ -108,6 +108,11 @@ class Engine:
 
     def __repr__(self) -> str:
         return line("Engine", quoted(self.model.name), count(self.rows, "row"))
+
+    @property
+    def stats(self) -> RunStats:
+        """The decode steps and the tokens with and without padding of all requests so far."""
+        return self._stats.snapshot()
 
     def submit(self, request: Request) -> Handle:
         """Check a request, append it to the queue and return its handle.
@@ -237,10 +242,8 @@ class Engine:
             if self._handles:
                 raise UserError("the engine has requests; call warm_up before the first submit")
             if requests is None:
-                for slots in self.sizes or ():
-                    for kind in plain_kinds(slots, self.capacity):
-                        for width in prompts.widths(slots, self.model.config.max_context):
-                            self._compile(kind, Shape(0, width, slots))
+                for plain in plain_shapes(self.model, self.sizes or (), self.capacity, self.rows):
+                    self._compile(*plain)
                 return
             for request in requests:
                 task = self._task(request)
@@ -274,7 +277,7 @@ class Engine:
                             top_k=request.top_k, seed=request.seed).take([0])
         row_id = int(prompts.row_ids([row], None if request.id is None else [request.id])[0])
         own = for_one_row(edits, self.capacity)
-        shape, limit = self._shape(row, limit)
+        shape, limit = self._shape(row, limit, own)
         strings = stopping.checked(request.stop)
         if strings and model.tokenizer is None:
             raise UserError(f"stop is {request.stop!r:.60}, but {model.name} has no tokenizer to "
@@ -283,11 +286,13 @@ class Engine:
                     strings, capture, neutral_row(own))
         return Task(-1, row, row_id, limit, settings, shape, kind, own)
 
-    def _shape(self, row: Row, limit: int) -> tuple[Shape, int]:
-        """Return a request's static sizes and its reply limit, limited by the largest cache."""
+    def _shape(self, row: Row, limit: int, edits: Interventions) -> tuple[Shape, int]:
+        """Return the static sizes for a request, and its reply limit in the largest cache."""
+        piece = piece_of(self._params.like, edits, self.rows)
         if self.sizes is not None:
-            return shape_within(row, limit, self.sizes)
-        return shape_of(row, limit, False, self.model.config.max_context, self.rows), limit
+            return shape_within(row, limit, self.sizes, piece)
+        context = self.model.config.max_context
+        return shape_of(row, limit, False, context, self.rows, piece), limit
 
     def _streams(self, tasks: Sequence[Task]) -> bool:
         """Return whether any task is streamed, so that its first token is sent before decoding."""
@@ -297,7 +302,8 @@ class Engine:
     def _open(self, kind: Any) -> Lane:
         """Return a new lane for a kind of request."""
         return Lane(self.model.config, self._params, kind.setting(self.model),
-                    RowEdits(kind.neutral, self.rows), self.rows, self._together)
+                    RowEdits(kind.neutral, self.rows), self.rows, self._together,
+                    piece_of(self._params.like, kind.neutral, self.rows), self._stats)
 
     def _step(self) -> bool:
         """Implement `step`; the caller holds the device lock."""
@@ -378,21 +384,12 @@ class Engine:
     def _look(self) -> None:
         """Copy the new tokens and projections of streamed requests to their handles."""
         for lane in self._scheduler.lanes.values():
-            streamed = []
+            streamed, handles = [], []
             for i, task in enumerate(lane.tasks):
                 entry = None if task is None else self._handles.get(task.number)
                 if task is not None and entry is not None and entry[0]._streamed:
-                    streamed.append((i, task, entry[0]))
-            if not streamed:
-                continue
-            state, carry = lane.state, lane.state.carry
-            tokens, length, used = processes.fetch(
-                (state.tokens, state.length, carry.cache.next))
-            for i, task, handle in streamed:
-                start, count = task.row.tokens.size, int(length[i])
-                projections = {}
-                for name in projected(handle.request):
-                    count = min(count, int(used[i]) - start)  # the last token is not processed yet
-                    values = processes.fetch(take_row(carry.captured[name].values, np.int32(i)))
-                    projections[name] = np.moveaxis(values, 2, 0)[start : start + count]
-                handle._grow(tokens[i, :count], projections)
+                    streamed.append((i, task, projected(entry[0].request)))
+                    handles.append(entry[0])
+            if streamed:
+                for handle, found in zip(handles, so_far(lane.state, streamed), strict=True):
+                    handle._grow(*found)

@@ -1,6 +1,7 @@
 """Read activations of complete conversations; the head and unread upper layers are not computed.
 
-Conversations run in batches of about the same number of tokens (`engine.batches`).
+On a CPU, conversations run in pieces (`engine.texts`). Elsewhere, and for readings with one value
+per token, they run in batches of about the same number of tokens (`engine.batches`).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,7 +17,7 @@ import numpy as np
 
 from jaxpersona.brief import count, line
 from jaxpersona.calls import checked_call
-from jaxpersona.captures.capture import Capture, joined, mean
+from jaxpersona.captures.capture import Capture, chosen_layers, joined, mean
 from jaxpersona.captures.missing import describe_empty
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.context import own_context
@@ -25,6 +26,8 @@ from jaxpersona.engine import prompts
 from jaxpersona.engine.batches import batches, pad
 from jaxpersona.engine.compiled import program
 from jaxpersona.engine.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
+from jaxpersona.engine.pieces import reset
+from jaxpersona.engine.texts import PIECE, ROWS, fits_pieces, in_pieces
 from jaxpersona.errors import UserError
 from jaxpersona.export import Table, shapes
 from jaxpersona.interventions.compose import Interventions, given
@@ -33,6 +36,7 @@ from jaxpersona.interventions.where import WIDTH, holds
 from jaxpersona.kernels.edit import Implementation as Fused
 from jaxpersona.models.batch import Batch
 from jaxpersona.models.batch import batch as make_batch
+from jaxpersona.models.carry import Carry
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.forward import Output, forward
 from jaxpersona.models.model import check_model
@@ -115,8 +119,9 @@ def extract(
       capture: the readings, or a list of them; default: the mean over response tokens at every
         layer.
       interventions: edits of the activations, without rows or with one row per conversation.
-      batch_tokens: the number of tokens in a batch, including padding; default: 1,024 for a model
-        on a CPU, else 16,384.
+      batch_tokens: the number of tokens in a call, including padding; results depend on it.
+        Default: 128 for a model on a CPU, 1,024 there for readings with one value per token, else
+        16,384.
       on_nonfinite: the response to NaN or infinite activations. "warn": mark the conversation
         (`Extracted.nonfinite`) and issue one `NonfiniteWarning` that names the first layer and the
         fix; "raise": raise an error. `jax_debug_nans` and `jax_debug_infs` imply "raise".
@@ -141,9 +146,8 @@ def extract(
     check_model(model)
     check_choice(on_nonfinite)
     conversations = chat.listed(conversations)
-    if batch_tokens is None:
-        batch_tokens = _TOKENS.get(platform(model.params.like), _TOKENS_ELSE)
-    prompts.check_settings(batch_tokens=batch_tokens)
+    if batch_tokens is not None:
+        prompts.check_settings(batch_tokens=batch_tokens)
     capture = mean() if capture is None else joined(capture)
     edits, readings = off_mesh((given(interventions), capture))
     prompts.check_edits(model, edits, len(conversations), readings)
@@ -151,7 +155,7 @@ def extract(
     prompts.check_lengths(model, rows)
     _check_tokens(rows, readings)
     results: dict[int, tuple[dict[str, Any], tuple[Applied, ...]]] = {}
-    done = padded = 0
+    padded, ragged = 0, set[str]()
     nonfinite = np.zeros(len(rows), bool)
     stop = on_nonfinite == "raise" or debugging()
 
@@ -160,44 +164,41 @@ def extract(
         return explain(model, rows[i], edits.take([i]), f"conversation {i}",
                        f"{int(nonfinite.sum())} of {len(rows)} conversations ran into")
 
-    def keep(members: list[int], out: Output) -> None:
+    def keep(members: Sequence[int], out: Output | Carry) -> None:
+        """Store the results of the texts in the given rows; −1 marks a row without one."""
         captured, applied, finite = processes.fetch((out.captured, out.applied, out.finite))
+        ragged.update(name for name, state in captured.items() if state.per_token)
         values = {name: state.result() for name, state in captured.items()}
-        nonfinite[members] = ~finite[: len(members)]
-        if nonfinite.any() and stop:
-            raise UserError(explanation())
         for b, i in enumerate(members):
+            if i < 0:
+                continue
+            nonfinite[i] = not finite[b]
             length = rows[i].tokens.size
             values_of_row = {
-                name: np.array(value[b][:, :length]) if captured[name].per_token
+                name: np.array(value[b][:, :length]) if name in ragged
                 else jax.tree.map(lambda x, b=b: np.array(x[b]), value)
                 for name, value in values.items()
             }
             counts = tuple(Applied(x.seen[b], x.changed[:, b]) for x in applied)
-            results[i] = values_of_row, counts
+            results[int(i)] = values_of_row, counts
+        if nonfinite.any() and stop:
+            raise UserError(explanation())
 
-    running: tuple[list[int], Output] | None = None
-    ways = rows_divisor(model.params.like)
-    for members, width, size in batches(rows, batch_tokens, ways):
-        batch = pad([rows[i] for i in members], width, size)
-        index = np.array(members + [-1] * (size - len(members)), np.int32)
-        out = _read(model.params, model.config, batch, edits.take(index), readings,
-                    residual=residual)
-        if running is not None:
-            keep(*running)  # while the device runs the next batch
-        running = members, out
-        done, padded = done + len(members), padded + width * size
+    if residual == "xla" and fits_pieces(model, edits, readings):
+        passes = _in_pieces(model, rows, edits, readings, batch_tokens)
+    else:
+        passes = _in_batches(model, rows, edits, readings, batch_tokens, residual)
+    for members, out, ran in passes:
+        padded += ran
+        if out is not None:
+            keep(members, out)
         if progress is not None:
-            progress(done, len(rows), padded)
-    if running is not None:
-        keep(*running)
+            progress(len(results), len(rows), padded)
     if nonfinite.any():
         message = explanation()  # runs on all processes
         if processes.first():
             warnings.warn(message, NonfiniteWarning, stacklevel=4)
     order = [results[i] for i in range(len(rows))]
-    ragged = {name for name, state in (running[1].captured if running else {}).items()
-              if state.per_token}
     captured = {
         name: [row_values[name] for row_values, _ in order] if name in ragged
         else jax.tree.map(lambda *x: np.stack(x), *(row_values[name] for row_values, _ in order))
@@ -232,6 +233,57 @@ def _check_tokens(rows: list[chat.Row], capture: Capture) -> None:
             if len(empty) == len(rows):
                 raise UserError(message)
             _LOG.warning("%s", message)
+
+
+def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, capture: Capture,
+                tokens: int | None, residual: Fused,
+                ) -> Iterator[tuple[list[int], Output | None, int]]:
+    """Run conversations in batches.
+
+    Yields:
+      The conversations of a batch, its result, and the number of tokens that ran since the last
+      one, with padding.
+    """
+    if tokens is None:
+        tokens = _TOKENS.get(platform(model.params.like), _TOKENS_ELSE)
+    running: tuple[list[int], Output, int] | None = None
+    for members, width, size in batches(rows, tokens, rows_divisor(model.params.like)):
+        batch = pad([rows[i] for i in members], width, size)
+        index = np.array(members + [-1] * (size - len(members)), np.int32)
+        out = _read(model.params, model.config, batch, edits.take(index), capture,
+                    residual=residual)
+        if running is not None:
+            yield running  # while the device runs the next batch
+        running = members, out, width * size
+    if running is not None:
+        yield running
+
+
+def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, capture: Capture,
+               tokens: int | None) -> Iterator[tuple[np.ndarray, Carry | None, int]]:
+    """Run conversations in pieces; yield as `_in_batches`, with −1 for rows without a result."""
+    together = ROWS if tokens is None else max(1, tokens // PIECE)
+
+    def run(carry: Carry, batch: Batch, edits: Interventions, begins: jax.Array,
+            axes: tuple[int, ...], following: np.ndarray) -> tuple[Carry, None]:
+        return _read_piece(model.params, model.config, carry, batch, edits, capture, begins,
+                           axes=axes), None
+
+    layers = [table.layers[-1] for table in edits.edits]
+    layers += [chosen_layers(reading, model.config)[-1] for reading in capture.readings.values()]
+    for step in in_pieces(model, rows, edits, capture, together=together,
+                          layers=max(layers, default=-1) + 1, run=run):
+        yield np.where(step.call.ends, step.members, -1), step.ended, together * PIECE
+
+
+@program(static=("config", "axes"), donate=("carry",), result=lambda carry, **_: carry)
+def _read_piece(params: Params, config: ModelConfig, carry: Carry, batch: Batch,
+                edits: Interventions, capture: Capture, begins: jax.Array, *,
+                axes: tuple[int, ...]) -> Carry:
+    """Run the next piece of each conversation and its readings."""
+    carry = reset(carry, begins, config, params, edits, capture, axes)
+    return forward(params, config, batch, interventions=edits, capture=capture, carry=carry,
+                   logits=None).carry
 
 
 @program(static=("residual",))

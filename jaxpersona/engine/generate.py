@@ -28,19 +28,15 @@ from jaxpersona.distributed.context import own_context
 from jaxpersona.distributed.sharding import off_mesh, rows_divisor
 from jaxpersona.engine import prompts
 from jaxpersona.engine.edits import SharedEdits
-from jaxpersona.engine.lanes import (
-    Lane,
-    Setting,
-    Task,
-    prefix_key,
-    shape_of,
-)
+from jaxpersona.engine.lanes import Lane
 from jaxpersona.engine.nonfinite import NonfiniteWarning, OnNonfinite, check_choice, explain
 from jaxpersona.engine.programs import State, Stops
 from jaxpersona.engine.replies import UNSHOWN, Finished, record, unpack
 from jaxpersona.engine.sampling import Sampling, sampling
 from jaxpersona.engine.scheduler import Collect, Scheduler
+from jaxpersona.engine.stats import RunStats, Stats
 from jaxpersona.engine.stopping import text_of
+from jaxpersona.engine.tasks import Setting, Task, piece_of, prefix_key, shape_of
 from jaxpersona.errors import UserError
 from jaxpersona.export import Table, shapes
 from jaxpersona.interventions.compose import Interventions, given
@@ -75,6 +71,8 @@ class Generated(Table):
       applied: one `Applied` per table, with fields seen [N] and changed [l, N].
       finish: why each reply ended: "stop" (a stop token), "length" (the limit), or "nonfinite" (a
         residual or a logit was NaN or infinite; discard the captures).
+      stats: the decode steps of the call, the live rows in them, and the tokens of prompts with and
+        without padding.
 
     Examples:
       >>> import jaxpersona as jp
@@ -89,6 +87,7 @@ class Generated(Table):
     captured: dict[str, Any]
     applied: tuple[Applied, ...]
     finish: list[str]
+    stats: RunStats = RunStats()
 
     def __repr__(self) -> str:
         return line("Generated", count(len(self.text), "reply"),
@@ -123,7 +122,7 @@ def generate(
     *,
     interventions: Interventions | None = None,
     capture: Capture | Sequence[Capture] | None = None,
-    max_new_tokens: int = 512,
+    max_new_tokens: Any = 512,
     temperature: Any = 0.0,
     top_p: Any = 1.0,
     top_k: Any = 0,
@@ -144,7 +143,8 @@ def generate(
         (one user message), a `chat.Row`, or token ids.
       interventions: edits of the activations, without rows or with one row per conversation.
       capture: readings of the activations of prompts and replies, or a list of them.
-      max_new_tokens: the maximum number of tokens in a reply, also limited by the model's context.
+      max_new_tokens: the maximum number of tokens in a reply, a number or [N]; also limited by the
+        model's context. With different limits, the longest replies are started first.
       temperature, top_p, top_k, seed: numbers, or [N] (`sampling.Sampling`).
       batch_size: B, the number of rows in the compiled programs.
       ids: [N] uint32, seed each conversation's random draws; default: a hash of its tokens and of
@@ -173,11 +173,10 @@ def generate(
     """
     check_model(model)
     check_choice(on_nonfinite)
-    prompts.check_settings(batch_size=batch_size, max_new_tokens=max_new_tokens)
+    prompts.check_settings(batch_size=batch_size)
     conversations = chat.listed(conversations)
-    # limits the size of `State.tokens`
-    max_new_tokens = min(max_new_tokens, model.config.max_context)
     count = len(conversations)
+    most = prompts.reply_limits(max_new_tokens, count, model.config.max_context)
     edits, readings = off_mesh((given(interventions), joined(capture)))
     prompts.check_edits(model, edits, count, readings)
     ways = rows_divisor(model.params.like)
@@ -188,7 +187,7 @@ def generate(
         raise UserError("share_prefix needs a model on one device; omit it for a model on a mesh")
     settings = sampling(count, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     rows = [prompts.encode(model, item, thinking=thinking) for item in conversations]
-    limits = prompts.limits(model, rows, max_new_tokens)
+    limits = prompts.limits(model, rows, most)
     draw_ids = prompts.row_ids(rows, ids)
     readings = Capture() if readings is None else readings
     out = _Collector(count)
@@ -208,62 +207,65 @@ def generate(
         if progress is not None:
             progress(len(out.done), count, out.total)
 
-    stops = stops_of(model, asks_for_code(edits, readings))
+    stops, stats = stops_of(model, asks_for_code(edits, readings)), Stats()
     queue(model, rows, draw_ids, limits, settings, edits, readings, stops, collect,
-          max_new=max_new_tokens, batch_size=batch_size, share_prefix=share_prefix,
-          refill=refill).run()
+          max_new=most, batch_size=batch_size, share_prefix=share_prefix, refill=refill,
+          stats=stats).run()
     if out.nonfinite:
         message = explanation()  # runs on all processes
         if processes.first():
             warnings.warn(message, NonfiniteWarning, stacklevel=4)
-    return out.finish(model, rows)
+    return out.finish(model, rows, stats.snapshot())
 
 
 def queue(model: Model, rows: list[chat.Row], ids: UInt32[np.ndarray, " N"],
           limits: Int[np.ndarray, " N"], settings: Sampling, edits: Interventions,
-          capture: Capture, stops: Stops, collect: Collect, *, max_new: int, batch_size: int,
-          share_prefix: bool = False, refill: bool = True) -> Scheduler:
+          capture: Capture, stops: Stops, collect: Collect, *, max_new: Int[np.ndarray, " N"],
+          batch_size: int, share_prefix: bool = False, refill: bool = True,
+          stats: Stats | None = None) -> Scheduler:
     """Return a scheduler whose queue holds every prompt.
 
     Args:
       model: the model.
       rows: N encoded prompts.
       ids: [N] uint32, seed the random draws.
-      limits: [N] int32, the maximum number of tokens in each reply; at most `max_new`.
+      limits: [N] int32, the maximum number of tokens in each reply, within the model's context.
       settings: the sampling settings of N rows.
       edits: interventions, without rows or with N rows.
       capture: the readings.
       stops: the tokens that end a row.
       collect: called with finished tasks and a state; the state's first rows belong to the tasks,
         and a task's `number` is the index of its prompt.
-      max_new: the maximum number of tokens in any reply.
+      max_new: [N] the maximum number of tokens in each reply, for the choice of its cache size.
       batch_size: B, the number of rows in the compiled programs.
       share_prefix, refill: as in `generate`.
+      stats: counts the work, or None.
     """
     greedy = bool((np.asarray(settings.temperature) == 0).all())
-    shared = SharedEdits(edits)
-    scheduler = Scheduler(lane_opener(model, shared, capture, stops, greedy, batch_size), collect,
-                          refill=refill)
-    shapes = [shape_of(row, max_new, share_prefix, model.config.max_context, batch_size)
-              for row in rows]
+    piece, shared = piece_of(model.params.like, edits, batch_size), SharedEdits(edits)
+    scheduler = Scheduler(
+        lane_opener(model, shared, capture, stops, greedy, batch_size, stats), collect,
+        refill=refill)
+    shapes = [shape_of(row, int(most), share_prefix, model.config.max_context, batch_size, piece)
+              for row, most in zip(rows, max_new, strict=True)]
     tasks = [Task(i, row, int(ids[i]), int(limits[i]), settings.take([i]), shapes[i],
                   shapes[i].slots)
              for i, row in enumerate(rows)]
     order = {slots: place for place, slots in enumerate(dict.fromkeys(t.lane for t in tasks))}
     # Sort by shape and prefix: prompts of the same shape are prefilled together, and a lane stores
-    # only a few prefixes.
+    # only a few prefixes. The longest replies begin first, so that few rows are free at the end.
     scheduler.waiting.extend(sorted(tasks, key=lambda task: (
         order[task.lane], task.shape, prefix_key(task),
-        shared.key(task) if task.shape.prefix else ())))
+        shared.key(task) if task.shape.prefix else (), -task.limit)))
     return scheduler
 
 
 def lane_opener(model: Model, edits: SharedEdits, capture: Capture, stops: Stops, greedy: bool,
-                batch_size: int) -> Callable[[Any], Lane]:
+                batch_size: int, stats: Stats | None = None) -> Callable[[Any], Lane]:
     """Return a function that opens a lane for a number of cache slots, for `Scheduler`.
 
     Args:
-      model, capture, stops, batch_size: as for `queue`.
+      model, capture, stops, batch_size, stats: as for `queue`.
       edits: the interventions on the rows.
       greedy: whether every temperature is 0.
     """
@@ -271,11 +273,12 @@ def lane_opener(model: Model, edits: SharedEdits, capture: Capture, stops: Stops
     # On a mesh, all rows are replaced at once: rows are sharded over devices, so a partial write
     # would need communication.
     together = max(1, batch_size // 4) if model.mesh is None else batch_size
+    piece = piece_of(model.params.like, edits.edits, batch_size)
 
     def open_lane(slots: Any) -> Lane:
         # a reply may fill the cache, so programs do not depend on `max_new`
         return Lane(model.config, params, Setting(slots, slots, greedy, capture, stops), edits,
-                    batch_size, together)
+                    batch_size, together, piece, stats)
 
     return open_lane
 
@@ -322,7 +325,7 @@ class _Collector:
             if finished.nonfinite:
                 self.nonfinite.append(task.number)
 
-    def finish(self, model: Model, rows: list[chat.Row]) -> Generated:
+    def finish(self, model: Model, rows: list[chat.Row], stats: RunStats) -> Generated:
         """Return the results without stop tokens, in the order of the conversations."""
         done = [self.done[i] for i in range(self.count)]
         for name in done[0].captured:
@@ -343,4 +346,4 @@ class _Collector:
                                 np.stack([x.applied[table].changed for x in done], 1))
                         for table in range(len(done[0].applied)))
         return Generated([text_of(model.tokenizer, t) for t in tokens], tokens, stopped, rows,
-                         captured, applied, finish)
+                         captured, applied, finish, stats)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,25 +13,35 @@ from jaxpersona.captures.capture import Capture
 from jaxpersona.engine import stopping
 from jaxpersona.engine.edits import for_one_row, neutral_row
 from jaxpersona.engine.generate import asks_for_code, stops_of
-from jaxpersona.engine.lanes import Setting
+from jaxpersona.engine.prompts import widths
+from jaxpersona.engine.tasks import Setting, Shape, piece_of
 from jaxpersona.interventions.compose import Interventions
 
 if TYPE_CHECKING:
     from jaxpersona.models.model import Model
 
 
-def plain_kinds(slots: int, capacity: Interventions | None) -> tuple[Kind, Kind]:
-    """Return the kinds of greedy and sampled requests without a capture or stop strings.
+def plain_shapes(model: Model, sizes: Sequence[int], capacity: Interventions | None,
+                 rows: int) -> Iterator[tuple[Kind, Shape]]:
+    """Yield the kinds of greedy and sampled requests without a capture or stop strings.
 
     Args:
-      slots: the number of cache slots S.
+      model: the model.
+      sizes: the numbers of cache slots S.
       capacity: the result of `reserve`, or None.
+      rows: B.
+
+    Yields:
+      A kind and the static sizes of a prompt, for all prompts of every kind.
     """
     edits, capture = for_one_row(None, capacity), Capture()
-    code = asks_for_code(edits, capture)
-    greedy, sampled = (Kind(slots, greedy, code, (), capture, neutral_row(edits))
-                       for greedy in (True, False))
-    return greedy, sampled
+    code, neutral = asks_for_code(edits, capture), neutral_row(edits)
+    piece = piece_of(model.params.like, neutral, rows)
+    for slots in sizes:
+        wide = widths(slots, model.config.max_context) if piece is None else [piece]
+        for greedy in (True, False):
+            for width in wide:
+                yield Kind(slots, greedy, code, (), capture, neutral), Shape(0, width, slots)
 
 
 class Kind:

@@ -5,192 +5,44 @@ finished rows out. The row indices are data, so a lane needs few programs. Each 
 its own next slot, so rows with different numbers of tokens decode together. A prompt's shapes
 depend only on that prompt and on B. Its results are therefore bit-identical next to any other rows,
 in any row and at any time.
+
+With pieces (`tasks.piece_of`), a lane has R further rows in which prompts of any lengths are
+prefilled, one piece of each at a time. A prompt that is complete waits there for a free row.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed import processes
 from jaxpersona.engine.compiled import program
+from jaxpersona.engine.pieces import light, may_hide_nonfinite, zero_keys
 from jaxpersona.engine.programs import (
     State,
-    Stops,
     decode,
     free_rows,
     prefill,
+    prefill_piece,
     prefill_prefix,
+    without_keys,
 )
-from jaxpersona.engine.prompts import FEW_ROWS, bucket, padded
-from jaxpersona.engine.rows import axis_of_rows, put_rows, side_by_side
+from jaxpersona.engine.rows import axis_of_rows, put_rows, side_by_side, take_rows
 from jaxpersona.engine.sampling import Sampling
-from jaxpersona.errors import UserError
+from jaxpersona.engine.stats import Stats
+from jaxpersona.engine.tasks import Edits, Setting, Shape, Task, cut, prefix_key, prefix_length
 from jaxpersona.interventions.compose import Interventions
-from jaxpersona.models.batch import LAST, USER, Batch
-from jaxpersona.models.batch import batch as make_batch
 from jaxpersona.models.carry import Carry
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.params import Params
-from jaxpersona.text.chat import Row
 
 CHUNK = 64  # the maximum number of decode steps between two transfers to the host
-_SHORTEST_PREFIX = 16  # tokens; a shorter common prefix is not prefilled separately
-
-
-class Edits(Protocol):
-    """The interventions on a lane's rows."""
-
-    def structure(self, rows: int) -> Interventions:
-        """Return placeholder interventions on `rows` rows with the lane's structure."""
-        ...
-
-    def of(self, tasks: Sequence[Task], rows: int) -> Interventions:
-        """Return interventions on `rows` rows: first those of `tasks`, then neutral ones."""
-        ...
-
-    def assign(self, edits: Interventions, rows: np.ndarray) -> None:
-        """Assign interventions on n rows to the rows [n] of the lane; row index B is ignored."""
-        ...
-
-    def of_rows(self, tasks: Sequence[Task | None]) -> Interventions:
-        """Return the interventions on all rows of the lane; None marks a free row."""
-        ...
-
-    def key(self, task: Task) -> tuple:
-        """Return a key that is equal for tasks with equal interventions."""
-        ...
-
-
-@dataclasses.dataclass(eq=False)
-class Task:
-    """A prompt that a lane runs.
-
-    Attributes:
-      number: its index among the prompts of a call, or in the order of requests.
-      row: the encoded prompt.
-      row_id: uint32, seeds its random draws.
-      limit: the maximum number of tokens in its reply.
-      sampling: its sampling settings, as arrays of one row.
-      shape: the static sizes for its prefill.
-      lane: the key of its lane.
-      edits: its interventions on one row, for `RowEdits`; None for `SharedEdits`.
-      cancelled: whether it was cancelled and is removed without a result.
-    """
-
-    number: int
-    row: Row
-    row_id: int
-    limit: int
-    sampling: Sampling
-    shape: Shape
-    lane: Hashable
-    edits: Interventions | None = None
-    cancelled: bool = False
-
-
-class Setting(NamedTuple):
-    """The settings that all rows of a lane share.
-
-    Attributes:
-      slots: S of the cache.
-      max_new: the maximum number of tokens in a reply.
-      greedy: whether every temperature is 0.
-      capture: the readings.
-      stops: the tokens that end a row.
-    """
-
-    slots: int
-    max_new: int
-    greedy: bool
-    capture: Capture
-    stops: Stops
-
-
-class Shape(NamedTuple):
-    """The static sizes for a prompt's prefill, which do not depend on other prompts.
-
-    Attributes:
-      prefix: the padded length of the shared prefix; 0 if there is none.
-      width: the padded length of the prompt without the shared prefix.
-      slots: the number of cache slots S.
-    """
-
-    prefix: int
-    width: int
-    slots: int
-
-
-def shape_of(row: Row, max_new: int, share_prefix: bool, context: int, rows: int) -> Shape:
-    """Return the static sizes for a prompt.
-
-    Args:
-      row: the prompt.
-      max_new: the maximum number of tokens in the reply.
-      share_prefix: whether the prefix is computed separately.
-      context: the model's context in tokens.
-      rows: B of the lane.
-    """
-    shared = prefix_length(row) if share_prefix else 0
-    prefix = padded(shared, rows) if shared else 0
-    width = padded(row.tokens.size - shared, rows)
-    if rows > FEW_ROWS:
-        return Shape(prefix, width, cache_size(prefix + width + max_new, context))
-    # padding takes no slots
-    needed = max(prefix + width, row.tokens.size + max_new)
-    return Shape(prefix, width, cache_size(needed, context, least=256, finer=None))
-
-
-def shape_within(row: Row, limit: int, sizes: Sequence[int]) -> tuple[Shape, int]:
-    """Return the lengths of a prompt's programs for given cache sizes, and its reply's limit.
-
-    Args:
-      row: the prompt.
-      limit: the maximum number of tokens of the reply.
-      sizes: the cache sizes, ascending.
-
-    Raises:
-      UserError: the prompt leaves no room in the largest cache.
-    """
-    width = bucket(row.tokens.size)
-    if width >= sizes[-1]:
-        raise UserError(f"the conversation has {row.tokens.size} tokens, padded to {width}; "
-                        f"the engine's largest cache holds {sizes[-1]}, including the "
-                        "reply: shorten it, or create the engine with larger sizes")
-    limit = min(limit, sizes[-1] - width)
-    return Shape(0, width, next(x for x in sizes if x >= width + limit)), limit
-
-
-def cache_size(tokens: int, context: int, *, least: int = 64, finer: int | None = 512) -> int:
-    """Return the number of cache slots for at most `tokens` tokens.
-
-    This is the smallest of 64, 128, 256, 512, 768, 1,024, 1,536, 2,048, … that is at least
-    `tokens`. If that exceeds the model's context, it is `tokens` rounded up to a multiple of 64.
-    There are few sizes so that prompts of different lengths share a lane; with more sizes and
-    lanes, many rows would be free.
-
-    Args:
-      tokens: the number of tokens.
-      context: the model's context in tokens.
-      least, finer: the list of sizes (`bucket`).
-    """
-    size = bucket(tokens, least=least, finer=finer)
-    return size if size <= context else -(-tokens // 64) * 64
-
-
-def prefix_length(row: Row) -> int:
-    """Return the number of tokens before the first user message; 0 if below the minimum."""
-    users = np.flatnonzero(row.kind & USER)
-    length = int(users[0]) if users.size else 0
-    return length if length >= _SHORTEST_PREFIX else 0
 
 
 class Lane:
@@ -200,33 +52,63 @@ class Lane:
 
     Attributes:
       rows: B.
-      together: the number of rows that are prefilled, or copied out, at once.
+      together: R, the number of rows that are prefilled, or copied out, at once.
+      piece: the number of tokens in a piece; None if a prompt runs in one call.
       tasks: the task of each row; None if the row is free.
       filling: whether rows were assigned since the last decode.
       state: the state of the B rows.
       axes: the row axis of each leaf of the state.
       prefixes: the carries of recent prefixes, one row each.
+      staged: the task of each of the R rows that are prefilled in pieces; None if there is none.
+      ran: the number of tokens of each staged prompt that have run.
+      staging: the state of the R rows; None without pieces.
     """
 
     def __init__(self, config: ModelConfig, params: Params, setting: Setting, edits: Edits,
-                 rows: int, together: int) -> None:
+                 rows: int, together: int, piece: int | None = None,
+                 stats: Stats | None = None) -> None:
+        """Allocate the rows, all of them free.
+
+        Args:
+          config, params: the model, in the layout of `prepared.fast_params`.
+          setting: the settings that all rows share.
+          edits: the interventions on the rows.
+          rows, together, piece: as the attributes; with a piece, `together` < `rows`.
+          stats: counts the lane's work, or None.
+        """
         self.config, self.params, self.setting, self.edits = config, params, setting, edits
         self.rows, self.together = rows, together
+        self.piece = None if piece is None else min(piece, setting.slots)
+        self.stats = Stats() if stats is None else stats
         self.tasks: list[Task | None] = [None] * rows
+        self.staged: list[Task | None] = [None] * (0 if piece is None else together)
+        self.ran = [0] * len(self.staged)
         self.filling = False
         self.prefixes: OrderedDict[tuple, Carry] = OrderedDict()
         one, two = (jax.eval_shape(functools.partial(self._blank, n)) for n in (1, 2))
         self.axes: State = jax.tree.map(axis_of_rows, one, two)
         self.state: Any = self._blank(rows) if together < rows else None
+        self.staging: Any = None if piece is None else self._blank(together)
 
     @property
     def free(self) -> int:
         """The number of free rows."""
         return self.tasks.count(None)
 
+    @property
+    def active(self) -> list[Task]:
+        """The tasks of all rows, including those that are prefilled in pieces."""
+        return [task for task in (*self.tasks, *self.staged) if task is not None]
+
     def compile(self, shape: Shape) -> None:
         """Compile the programs of the lane for a shape by running them without an active row."""
-        self.admit([], shape)
+        if self.piece is None:
+            self.admit([], shape)
+        else:
+            self._run_piece()
+            nothing = np.zeros(self.together, bool)
+            self.staging = self.staging.replace(carry=zero_keys(self.staging.carry, nothing))
+            self._place([])
         self.decode(self.rows, 0)
         self.take_out(np.zeros(0, np.int32))
 
@@ -237,16 +119,33 @@ class Lane:
         """
         edits = self.edits.of(chosen, self.together)
         fresh = self._prefill(chosen, shape, edits)
-        free = [i for i, task in enumerate(self.tasks) if task is None][: len(chosen)]
-        at = np.full(self.together, self.rows, np.int32)  # out-of-range rows are ignored
-        at[: len(free)] = free
-        if self.together == self.rows:
-            self.state = fresh
-        else:
-            self.state = put_rows(self.state, fresh, at, axes=_static(self.axes))
-        self.edits.assign(edits, at)
-        for i, task in zip(free, chosen, strict=True):
-            self.tasks[i] = task
+        self._assign(chosen, range(len(chosen)), fresh, edits)
+
+    def stage(self, task: Task) -> None:
+        """Assign a task to one of the R rows, in which its prompt is prefilled in pieces."""
+        row = self.staged.index(None)
+        self.staged[row], self.ran[row] = task, 0
+        if task.shape.prefix:
+            self._put_prefix(task, row)
+
+    def advance(self) -> list[Task]:
+        """Assign staged prompts that are complete to free rows; if there are none, run a piece.
+
+        Returns:
+          The tasks that were assigned; [] after a piece.
+        """
+        complete = sorted((task.number, row) for row, task in enumerate(self.staged)
+                          if task is not None and self.ran[row] == task.row.tokens.size)
+        if complete:
+            return self._place([row for _, row in complete[: self.free]])
+        self._run_piece()
+        return []
+
+    def unstage(self) -> None:
+        """Free the staged rows of cancelled requests."""
+        for row, task in enumerate(self.staged):
+            if task is not None and task.cancelled:
+                self.staged[row], self.ran[row] = None, 0
 
     def decode(self, most_done: int, steps: int) -> np.ndarray:
         """Decode for `steps` steps, or until `most_done` rows, including free ones, are done.
@@ -255,14 +154,19 @@ class Lane:
           The indices of active rows that are done, [n] int.
         """
         setting = self.setting
-        sampling = jax.tree.map(lambda *x: np.concatenate(x), *(
-            _FREE if task is None else task.sampling for task in self.tasks))
+        sampling = _sampling(self.tasks)
+        begun, before = processes.fetch((self.state.step, self.state.carry.cache.next))
         self.state = decode(
             self.params, self.config, self.state, self.edits.of_rows(self.tasks), setting.capture,
-            sampling, setting.stops, jnp.asarray(int(self.state.step) + steps, jnp.int32),
+            sampling, setting.stops, jnp.asarray(int(begun) + steps, jnp.int32),
             jnp.asarray(most_done, jnp.int32), greedy=setting.greedy)
+        done, ended, after = processes.fetch(
+            (self.state.done, self.state.step, self.state.carry.cache.next))
+        # a live row appends one token to the cache at every step
+        self.stats.decoded(int(ended) - int(begun), self.rows,
+                           int(after.sum(dtype=np.int64) - before.sum(dtype=np.int64)))
         active = np.array([task is not None for task in self.tasks])
-        return np.flatnonzero(processes.fetch(self.state.done) & active)
+        return np.flatnonzero(done & active)
 
     def take_out(self, done: np.ndarray) -> list[tuple[list[Task], State]]:
         """Free finished rows and return their tasks and states.
@@ -281,7 +185,8 @@ class Lane:
             if self.together < self.rows:
                 at = np.zeros(self.together, np.int32)
                 at[: rows.size] = rows
-                state = _take_rows(self.state, at, axes=_static(self.axes))
+                state = take_rows(without_keys(self.state), at,
+                                  axes=_static(without_keys(self.axes)))
             tasks = [task for i in rows if (task := self.tasks[i]) is not None]
             out.append((tasks, state))
         for i in done:
@@ -295,6 +200,27 @@ class Lane:
             removed[i], self.tasks[i] = True, None
         self.state = _mark_done(self.state, removed)
 
+    def _assign(self, chosen: Sequence[Task], source: Sequence[int], state: State,
+                edits: Interventions) -> None:
+        """Assign tasks to free rows.
+
+        Args:
+          chosen: n tasks.
+          source: n indices: the row of each task in `state` and `edits`, which have R rows.
+          state: the state after the prompts.
+          edits: the interventions.
+        """
+        free = [i for i, task in enumerate(self.tasks) if task is None][: len(chosen)]
+        at = np.full(self.together, self.rows, np.int32)  # out-of-range rows are ignored
+        at[list(source)] = free
+        if self.together == self.rows:
+            self.state = state
+        else:
+            self.state = put_rows(self.state, state, at, axes=_static(self.axes))
+        self.edits.assign(edits, at)
+        for i, task in zip(free, chosen, strict=True):
+            self.tasks[i] = task
+
     def _prefill(self, chosen: list[Task], shape: Shape, edits: Interventions) -> State:
         """Prefill and return the state of `together` rows; rows without a prompt are free."""
         setting, count = self.setting, self.together
@@ -304,20 +230,72 @@ class Lane:
             carries = [self._prefix(task, shared[i], shape) for i, task in enumerate(chosen)]
             carries += carries[:1] * (count - len(chosen))  # padding
             prefix = side_by_side(tuple(carries), axes=_static(self.axes.carry))
-        batch = _cut(chosen, shared, [task.row.tokens.size for task in chosen], shape.width, count,
-                     shape.prefix > 0)
-        sampling = jax.tree.map(lambda *x: np.concatenate(x), *(
-            task.sampling for task in chosen), *[_FREE] * (count - len(chosen)))
-        limit = np.array([task.limit for task in chosen] + [0] * (count - len(chosen)), np.int32)
-        return prefill(self.params, self.config, batch, edits, setting.capture, sampling,
+        batch = cut(chosen, shared, [task.row.tokens.size for task in chosen], shape.width, count,
+                    shape.prefix > 0)
+        every: list[Task | None] = [*chosen, *[None] * (count - len(chosen))]
+        limit = np.array([0 if task is None else task.limit for task in every], np.int32)
+        self.stats.prefilled(sum(task.row.tokens.size for task in chosen) - sum(shared),
+                             count * shape.width)
+        return prefill(self.params, self.config, batch, edits, setting.capture, _sampling(every),
                        setting.stops, jnp.asarray(limit), slots=setting.slots,
                        max_new=setting.max_new, greedy=setting.greedy, prefix=prefix)
+
+    def _run_piece(self) -> None:
+        """Run the next piece of every staged prompt, none of which is complete."""
+        assert self.piece is not None
+        setting, tasks = self.setting, self.staged
+        size = [0 if task is None else task.row.tokens.size for task in tasks]
+        stop = [min(ran + self.piece, n) for ran, n in zip(self.ran, size, strict=True)]
+        begins = np.array([task is not None and not ran
+                           for task, ran in zip(tasks, self.ran, strict=True)])
+        ends = np.array([task is not None and end == n
+                         for task, end, n in zip(tasks, stop, size, strict=True)])
+        self._clear(begins)
+        self.stats.prefilled(sum(stop) - sum(self.ran), self.together * self.piece)
+        self.staging = prefill_piece(
+            self.params, self.config, self.staging,
+            cut(tasks, self.ran, stop, self.piece, self.together, True),
+            self.edits.of(tasks, self.together), setting.capture, _sampling(tasks), setting.stops,
+            jnp.asarray([0 if task is None else task.limit for task in tasks], jnp.int32),
+            jnp.asarray(begins), jnp.asarray(ends),
+            axes=_static(light(self.axes.carry)), greedy=setting.greedy)
+        self.ran = stop
+
+    def _clear(self, begins: np.ndarray) -> None:
+        """Set the keys and values of rows [R] to zero where they may not be finite.
+
+        Attention multiplies those of masked slots by zero, which has no effect if they are finite.
+        """
+        if not begins.any():
+            return
+        carry = self.staging.carry
+        if (may_hide_nonfinite(self.edits.structure(1))
+                or not processes.fetch(carry.finite)[begins].all()):
+            self.staging = self.staging.replace(carry=zero_keys(carry, begins))
+
+    def _place(self, complete: list[int]) -> list[Task]:
+        """Assign the complete prompts of the given staged rows to free rows."""
+        edits = self.edits.of(self.staged, self.together)
+        chosen = [task for row in complete if (task := self.staged[row]) is not None]
+        self._assign(chosen, complete, self.staging, edits)
+        for row in complete:
+            self.staged[row], self.ran[row] = None, 0
+        return chosen
+
+    def _put_prefix(self, task: Task, row: int) -> None:
+        """Write the carry after a task's prefix to a staged row."""
+        shared = prefix_length(task.row)
+        carry = self._prefix(task, shared, task.shape)
+        carry = put_rows(self.staging.carry, carry, np.array([row], np.int32),
+                         axes=_static(self.axes.carry))
+        self.staging, self.ran[row] = self.staging.replace(carry=carry), shared
 
     def _prefix(self, task: Task, shared: int, shape: Shape) -> Carry:
         """Return the carry after a task's prefix, computed once for all tasks that share it."""
         key = (*prefix_key(task), *self.edits.key(task))
         if key not in self.prefixes:
-            batch = _cut([task], [0], [shared], shape.prefix, 1, True)
+            batch = cut([task], [0], [shared], shape.prefix, 1, True)
+            self.stats.prefilled(shared, shape.prefix)
             self.prefixes[key] = prefill_prefix(
                 self.params, self.config, batch, self.edits.of([task], 1), self.setting.capture,
                 slots=self.setting.slots)
@@ -336,37 +314,10 @@ _FREE = Sampling(*(np.array([value], kind) for value, kind in (
     (0, np.float32), (1, np.float32), (0, np.int32), (0, np.uint32))))
 
 
-def prefix_key(task: Task) -> tuple:
-    """Return a key that is equal for prompts with the same prefix; () without a prefix."""
-    n = prefix_length(task.row) if task.shape.prefix else 0
-    row = task.row
-    return tuple(x[:n].tobytes() for x in (row.tokens, row.kind, row.turn)) if n else ()
-
-
-def _cut(chosen: Sequence[Task], start: Sequence[int], stop: Sequence[int], width: int, size: int,
-         chunk: bool) -> Batch:
-    """Return a batch of `size` rows with tokens start…stop−1 of each prompt; added rows are empty.
-
-    Args:
-      chosen: n ≤ `size` tasks.
-      start, stop: n token indices each.
-      width: T of the batch.
-      size: B of the batch.
-      chunk: whether the tokens are only part of each prompt.
-    """
-    shape = (size, width)
-    tokens, position, turn = (np.zeros(shape, np.int32) for _ in range(3))
-    kind = np.zeros(shape, np.uint16)
-    row_id = np.zeros(size, np.uint32)
-    for b, (task, low, high) in enumerate(zip(chosen, start, stop, strict=True)):
-        row = task.row
-        whole = make_batch([row.tokens], kind=[row.kind & ~LAST], turn=[row.turn])
-        for out, values in ((tokens, whole.tokens), (position, whole.position),
-                            (kind, whole.kind), (turn, whole.turn)):
-            out[b, : high - low] = values[0, low:high]
-        row_id[b] = task.row_id
-    return jax.tree.map(jnp.asarray, Batch(tokens, position, kind, turn, row_id=row_id,
-                                           chunk=chunk))
+def _sampling(tasks: Sequence[Task | None]) -> Sampling:
+    """Return the sampling settings of rows; None marks a free row."""
+    return jax.tree.map(lambda *x: np.concatenate(x), *(
+        _FREE if task is None else task.sampling for task in tasks))
 
 
 def _static(axes: Any) -> tuple[int, ...]:
@@ -378,19 +329,3 @@ def _static(axes: Any) -> tuple[int, ...]:
 def _mark_done(state: State, rows: jax.Array) -> State:
     """Mark the rows that are True in `rows` [B] as done."""
     return state.replace(done=state.done | rows)
-
-
-def _without_keys(state: State, **_: Any) -> State:
-    assert state.carry.cache is not None
-    cache = state.carry.cache.replace(k=(), v=())
-    return state.replace(carry=state.carry.replace(cache=cache))
-
-
-@program(static=("axes",), result=_without_keys)
-def _take_rows(state: State, rows: jax.Array, *, axes: tuple[int, ...]) -> State:
-    """Copy the rows [n] of a state without their keys and values."""
-    def take(value: jax.Array, axis: int) -> jax.Array:
-        return value if axis < 0 else jnp.take(value, rows, axis, mode="clip")
-
-    axis_of = jax.tree.unflatten(jax.tree.structure(state), axes)
-    return jax.tree.map(take, _without_keys(state), _without_keys(axis_of))

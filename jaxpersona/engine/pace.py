@@ -22,9 +22,10 @@ from jaxpersona.distributed.context import own_context
 from jaxpersona.distributed.sharding import off_mesh
 from jaxpersona.engine import prompts
 from jaxpersona.engine.generate import asks_for_code, queue, stops_of
-from jaxpersona.engine.lanes import CHUNK, Task
+from jaxpersona.engine.lanes import CHUNK
 from jaxpersona.engine.programs import State
 from jaxpersona.engine.sampling import sampling
+from jaxpersona.engine.tasks import Task
 from jaxpersona.interventions.compose import given
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def measure(model: Model, conversations: Sequence[Any], *, seconds: float, captu
     Raises:
       UserError: as `generate`.
     """
-    max_new_tokens = min(max_new_tokens, model.config.max_context)
+    max_new = prompts.reply_limits(max_new_tokens, len(conversations), model.config.max_context)
     edits, capture = off_mesh((given(None), capture))
     rows = [prompts.encode(model, item) for item in conversations]
     lengths: list[int] = []
@@ -153,9 +154,9 @@ def measure(model: Model, conversations: Sequence[Any], *, seconds: float, captu
 
     begun = time.perf_counter()
     scheduler = queue(
-        model, rows, prompts.row_ids(rows, ids), prompts.limits(model, rows, max_new_tokens),
+        model, rows, prompts.row_ids(rows, ids), prompts.limits(model, rows, max_new),
         sampling(len(rows), temperature=temperature, top_p=top_p, seed=seed), edits, capture,
-        stops_of(model, asks_for_code(edits, capture)), collect, max_new=max_new_tokens,
+        stops_of(model, asks_for_code(edits, capture)), collect, max_new=max_new,
         batch_size=batch_size)
     for shape in dict.fromkeys(task.shape for task in scheduler.waiting):
         lane = scheduler.open_lane(shape.slots)
@@ -171,13 +172,15 @@ def measure(model: Model, conversations: Sequence[Any], *, seconds: float, captu
         scheduler.chunk = int(np.clip(fits, 1, min(CHUNK, 2 * scheduler.chunk)))
         last = now
     unfinished: list[int] = []
+    waiting = len(scheduler.waiting)
     for lane in scheduler.lanes.values():
+        waiting += sum(task is not None for task in lane.staged)
         if lane.state is None:
             continue
         size, done = processes.fetch(lane.state.length), processes.fetch(lane.state.done)
         for i, task in enumerate(lane.tasks):
             if task is not None:
                 (lengths if done[i] else unfinished).append(int(size[i]))
-    return Pace(np.array(lengths, int), np.array(unfinished, int), len(scheduler.waiting),
+    return Pace(np.array(lengths, int), np.array(unfinished, int), waiting,
                 np.array([row.tokens.size for row in rows]), last - start, start - begun,
-                max_new_tokens, batch_size)
+                int(max_new[0]), batch_size)

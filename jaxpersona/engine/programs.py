@@ -18,14 +18,14 @@ import numpy as np
 from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed.sharding import of_each, place
 from jaxpersona.engine.compiled import program
+from jaxpersona.engine.pieces import blank_carry, light, reset
 from jaxpersona.engine.sampling import Sampling, choose, finite, most_likely
 from jaxpersona.interventions.compose import Interventions
-from jaxpersona.interventions.trace import Applied
 from jaxpersona.models.batch import ASSISTANT, CODE, GENERATED, TEMPLATE, THINKING, VALID, Batch
-from jaxpersona.models.cache import init_cache, kept_dtype, set_lines
+from jaxpersona.models.cache import set_lines
 from jaxpersona.models.carry import Carry
 from jaxpersona.models.config import ModelConfig
-from jaxpersona.models.forward import forward
+from jaxpersona.models.forward import Output, forward
 from jaxpersona.models.params import Params
 from jaxpersona.text.fences import CODE_BIT
 
@@ -109,17 +109,8 @@ def free_rows(config: ModelConfig, params: Params, edits: Interventions, capture
       max_new: M, the number of tokens that `State.tokens` can hold.
     """
     zeros = jnp.zeros((rows,), jnp.int32)
-    carry = Carry(
-        cache=init_cache(config, rows, slots, kept_dtype(params.like)),
-        captured=capture.init(config, rows, slots),
-        applied=tuple(Applied(zeros, jnp.zeros((len(edit.layers), rows), jnp.int32))
-                      for edit in edits.edits),
-        gates={str(number): edit.gate.init(rows)
-               for number, edit in enumerate(edits.edits) if edit.gate is not None},
-        finite=jnp.ones((rows,), bool),
-    )
     blank = State(
-        carry=carry,
+        carry=blank_carry(config, params, edits, capture, rows=rows, slots=slots),
         token=zeros, position=zeros, turn=zeros, row_id=zeros.astype(jnp.uint32),
         done=jnp.ones((rows,), bool), thinking=jnp.zeros((rows,), bool), limit=zeros,
         length=zeros, tokens=jnp.full((rows, max_new), -1, jnp.int32),
@@ -167,7 +158,6 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
       prefix: the result of `prefill_prefix` for B rows, with a cache of S slots, or None.
     """
     TRACES["prefill"] += 1
-    rows = batch.tokens.shape[0]
     batch = batch.spread(params.like)
     if prefix is None:
         out = forward(params, config, batch, interventions=edits, capture=capture,
@@ -175,28 +165,70 @@ def prefill(params: Params, config: ModelConfig, batch: Batch, edits: Interventi
     else:
         out = forward(params, config, batch.replace(chunk=True), interventions=edits,
                       capture=capture, carry=prefix, logits="last")
+    return _first_tokens(out, batch, sampling, stops, limit, batch.length > 0, max_new, greedy)
+
+
+def _first_tokens(out: Output, batch: Batch, sampling: Sampling, stops: Stops, limit: jax.Array,
+                  ends: jax.Array, max_new: int, greedy: bool) -> State:
+    """Return the state after the last tokens of prompts, with the first token of each reply.
+
+    Args:
+      out: the result of `forward` on the batch.
+      batch: the last tokens of B prompts.
+      sampling, stops, limit, max_new, greedy: as for `prefill`.
+      ends: [B] bool, the rows whose prompt ends in this batch; the others get no token.
+    """
     assert out.cache is not None
-    length = batch.length
-    at = jnp.maximum(length - 1, 0)
+    rows = batch.tokens.shape[0]
+    at = jnp.maximum(batch.length - 1, 0)
     kind = of_each(batch.kind.astype(jnp.int32), at)
     # a generation prompt already has the reply's turn; without one, the reply is the next turn
     begins = ((kind & TEMPLATE) == 0).astype(jnp.int32)
+    zeros = jnp.zeros_like(batch.length)
     state = State(
         carry=out.carry,
         token=jnp.zeros((rows,), jnp.int32),
         position=out.cache.next - 1,
         turn=of_each(batch.turn, at) + begins,
         row_id=jnp.asarray(batch.row_id),
-        done=length == 0,
+        done=~ends,
         thinking=(kind & THINKING) != 0,
         limit=limit,
         length=jnp.zeros((rows,), jnp.int32),
         tokens=jnp.full((rows, max_new), -1, jnp.int32),
         step=jnp.zeros((), jnp.int32),
-        fence=None if stops.fences is None else jnp.zeros_like(length),
-        matched=None if stops.strings is None else jnp.zeros_like(length),
+        fence=None if stops.fences is None else zeros,
+        matched=None if stops.strings is None else zeros,
     )
-    return _choose_next(state, out.logits, sampling, stops, greedy, ran=length > 0)
+    return _choose_next(state, out.logits, sampling, stops, greedy, ran=ends)
+
+
+@program(static=("config", "axes", "greedy"), donate=("state",), result=lambda state, **_: state)
+def prefill_piece(params: Params, config: ModelConfig, state: State, batch: Batch,
+                  edits: Interventions, capture: Capture, sampling: Sampling, stops: Stops,
+                  limit: jax.Array, begins: jax.Array, ends: jax.Array, *, axes: tuple[int, ...],
+                  greedy: bool) -> State:
+    """Run the next piece of each prompt, and choose the first token of those that end in it.
+
+    Args:
+      state: the state of B rows after the earlier pieces (donated). Only its carry is used.
+      batch: the next T tokens of each prompt; an empty row is free.
+      edits, capture, sampling, stops, limit, greedy: as for `prefill`.
+      begins: [B] bool, the rows whose prompt begins in this piece. Their state is reset, except
+        keys and values, which the reset positions mask.
+      ends: [B] bool, the rows whose prompt ends in this piece.
+      axes: the row axis of each leaf of the state's carry without keys and values (`light`).
+    """
+    TRACES["prefill"] += 1
+    carry = reset(state.carry, begins, config, params, edits, capture, axes)
+    out = forward(params, config, batch.replace(chunk=True), interventions=edits, capture=capture,
+                  carry=carry, logits="last")
+    return _first_tokens(out, batch, sampling, stops, limit, ends, state.tokens.shape[1], greedy)
+
+
+def without_keys(state: State) -> State:
+    """Return a state without its keys and values."""
+    return state.replace(carry=light(state.carry))
 
 
 @program(static=("config", "greedy"), donate=("state",), result=lambda state, **_: state)

@@ -167,8 +167,35 @@ def _in_float16(model: Model) -> str:
             "fingerprint than in bfloat16 or float32")
 
 
-def limits(model: Model, rows: list[chat.Row], max_new: int) -> np.ndarray:
+def reply_limits(max_new_tokens: Any, count: int, context: int) -> np.ndarray:
+    """Return the maximum length of each of N replies, [N] int32, at most the context.
+
+    Args:
+      max_new_tokens: a positive integer, or N of them.
+      count: N.
+      context: the model's context in tokens.
+
+    Raises:
+      UserError: a limit is not a positive integer, or the number of limits is not N.
+    """
+    if not isinstance(max_new_tokens, (list, tuple)) and getattr(max_new_tokens, "ndim", 0) != 1:
+        check_settings(max_new_tokens=max_new_tokens)
+        return np.full(count, min(max_new_tokens, context), np.int32)
+    given = list(max_new_tokens)
+    if len(given) != count:
+        raise UserError(f"max_new_tokens has {len(given)} entries for {count} conversations")
+    for i, value in enumerate(given):
+        check_settings(**{f"max_new_tokens[{i}]": value})
+    return np.array([min(value, context) for value in given], np.int32)
+
+
+def limits(model: Model, rows: list[chat.Row], max_new: Any) -> np.ndarray:
     """Return the maximum length of each reply, [N] int32: `max_new`, or the rest of the context.
+
+    Args:
+      model: the model.
+      rows: N encoded prompts.
+      max_new: the maximum length of every reply, or [N].
 
     Raises:
       UserError: a prompt fills the context.
@@ -180,7 +207,8 @@ def limits(model: Model, rows: list[chat.Row], max_new: int) -> np.ndarray:
                 f"prompt {i} has {row.tokens.size} tokens; the model's context holds {context}, "
                 "including the reply: shorten it"
             )
-    return np.array([min(max_new, context - row.tokens.size) for row in rows], np.int32)
+    room = np.array([context - row.tokens.size for row in rows], np.int32)
+    return np.minimum(room, max_new).astype(np.int32)
 
 
 def check_lengths(model: Model, rows: list[chat.Row]) -> None:

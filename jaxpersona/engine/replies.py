@@ -12,8 +12,9 @@ import numpy as np
 
 from jaxpersona.brief import brief, count, line, quoted
 from jaxpersona.distributed import processes
-from jaxpersona.engine.lanes import Task
 from jaxpersona.engine.programs import State
+from jaxpersona.engine.rows import take_row
+from jaxpersona.engine.tasks import Task
 from jaxpersona.export import Table, shapes
 from jaxpersona.interventions.trace import Applied
 from jaxpersona.text.chat import Row
@@ -146,4 +147,30 @@ def unpack(state: State, tasks: Sequence[Task], accepting: int | None = None) ->
             nonfinite=not bool(finite[row]),
             matched=accepting is not None and int(progress[row]) == accepting,
         ))
+    return out
+
+
+def so_far(state: State, streamed: Sequence[tuple[int, Task, list[str]]],
+           ) -> list[tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """Copy the tokens of unfinished replies to the host.
+
+    Args:
+      state: the state of a lane.
+      streamed: the row, the task and the names of the projection readings of each reply.
+
+    Returns:
+      For each reply, its tokens [n] and the values [n', L, K] of each reading. n' is n, or n − 1 if
+      the model has not run on the last token yet.
+    """
+    carry = state.carry
+    assert carry.cache is not None
+    tokens, length, used = processes.fetch((state.tokens, state.length, carry.cache.next))
+    out = []
+    for i, task, names in streamed:
+        start, count, values = task.row.tokens.size, int(length[i]), {}
+        for name in names:
+            count = min(count, int(used[i]) - start)
+            read = processes.fetch(take_row(carry.captured[name].values, np.int32(i)))
+            values[name] = np.moveaxis(read, 2, 0)[start : start + count]
+        out.append((tokens[i, :count], values))
     return out

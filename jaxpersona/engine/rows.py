@@ -37,6 +37,15 @@ def put_rows(target: T, source: T, rows: jax.Array, *, axes: tuple[int, ...]) ->
     return jax.tree.map(put, target, source, jax.tree.unflatten(jax.tree.structure(target), axes))
 
 
+@program(static=("axes",), result=lambda source, **_: source)
+def take_rows(source: T, rows: jax.Array, *, axes: tuple[int, ...]) -> T:
+    """Copy the rows [n] of a pytree; `axes` is `axis_of_rows` of each leaf."""
+    def take(value: jax.Array, axis: int) -> jax.Array:
+        return value if axis < 0 else jnp.take(value, rows, axis, mode="clip")
+
+    return jax.tree.map(take, source, jax.tree.unflatten(jax.tree.structure(source), axes))
+
+
 @program(static=("axes",))
 def side_by_side(pieces: tuple[T, ...], *, axes: tuple[int, ...]) -> T:
     """Concatenate the rows of pytrees that have the same structure.

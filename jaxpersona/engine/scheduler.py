@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxpersona.engine.lanes import CHUNK, Lane, Task
+from jaxpersona.engine.lanes import CHUNK, Lane
 from jaxpersona.engine.programs import State
+from jaxpersona.engine.tasks import Task
 
 Collect = Callable[[list[Task], State], None]
 Failed = Callable[[list[Task], BaseException], None]
@@ -74,14 +75,18 @@ class Scheduler:
             if (cancelled := [i for i, task in enumerate(lane.tasks)
                          if task is not None and task.cancelled]):
                 lane.end(cancelled)
+            lane.unstage()
         admitted: list[Task] = []
-        while chosen := self._admit():
-            admitted += chosen
+        before = None
+        while before != (before := (len(admitted), len(self.waiting))):
+            admitted += self._admit()
+            for key, lane in list(self.lanes.items()):
+                admitted += self._admit_pieces(key, lane)
         if admitted and self.pause is not None and self.pause(admitted):
             return
         for key, lane in list(self.lanes.items()):
             if _busy(lane):
-                with self._contained(key, _active(lane)):
+                with self._contained(key, lane.active):
                     self._decode(key, lane)
 
     def lane_of(self, key: Any) -> Lane | None:
@@ -96,7 +101,10 @@ class Scheduler:
         return self.lanes[key]
 
     def _admit(self) -> list[Task]:
-        """Admit the oldest queued prompts that use the same program, and return these prompts."""
+        """Admit the oldest queued prompts that share a program, and return them.
+
+        Prompts of a lane with pieces are admitted by `_admit_pieces`.
+        """
         while self.waiting and self.waiting[0].cancelled:
             self.waiting.popleft()
         if not self.waiting:
@@ -106,7 +114,7 @@ class Scheduler:
             lane = self.lane_of(first.lane)
         if first.cancelled:  # its lane could not be opened
             return self._admit()
-        if lane is None or (_busy(lane) and not self.refill and not lane.filling):
+        if lane is None or lane.piece is not None or self._waits(lane):
             return []
         if lane.together == lane.rows and _busy(lane):  # prefill would replace all rows
             return []
@@ -124,10 +132,36 @@ class Scheduler:
                 chosen.append(self.waiting.popleft())
             else:
                 break
-        with self._contained(first.lane, [*chosen, *_active(lane)]):
+        with self._contained(first.lane, [*chosen, *lane.active]):
             lane.admit(chosen, first.shape)
             lane.filling = True
         return chosen
+
+    def _admit_pieces(self, key: Any, lane: Lane) -> list[Task]:
+        """Prefill prompts in pieces until no row of a lane is free; return those in rows.
+
+        A prompt takes a staged row as soon as one is free. A piece runs only while no staged prompt
+        is complete, so that it has few empty rows.
+        """
+        admitted: list[Task] = []
+        while lane.piece is not None and lane.free and not self._waits(lane):
+            with self._contained(key, tasks := lane.active):
+                while None in lane.staged and self.waiting and (
+                        self.waiting[0].cancelled or self.waiting[0].lane == key):
+                    if not (task := self.waiting.popleft()).cancelled:
+                        tasks.append(task)
+                        lane.stage(task)
+                if not any(lane.staged):
+                    break
+                admitted += lane.advance()
+                lane.filling |= bool(admitted)
+            if key not in self.lanes:  # an error ended it
+                break
+        return admitted
+
+    def _waits(self, lane: Lane) -> bool:
+        """Return whether a lane takes no prompt before all its rows are free."""
+        return not self.refill and lane.free < lane.rows and not lane.filling
 
     @contextlib.contextmanager
     def _contained(self, key: Any, tasks: list[Task]) -> Iterator[None]:
@@ -143,19 +177,17 @@ class Scheduler:
     def _decode(self, key: Any, lane: Lane) -> None:
         """Decode one chunk in a lane and collect the lane's finished prompts."""
         lane.filling = False
-        enough = min(lane.together, lane.rows - lane.free) if self.batched else 1
-        early = self.refill and bool(self.waiting) and self.waiting[0].lane == key
+        # prompts in pieces need no full program, so rows are refilled after an eighth is done
+        most = lane.together if lane.piece is None else max(1, lane.rows // 8)
+        enough = min(most, lane.rows - lane.free) if self.batched else 1
+        more = any(lane.staged) or (bool(self.waiting) and self.waiting[0].lane == key)
+        early = self.refill and more
         done = lane.decode(lane.free + enough if early else lane.rows, self.chunk)
         if done.size >= enough:
             for tasks, state in lane.take_out(np.asarray(done)):
                 self.collect(tasks, state)
 
 
-def _active(lane: Lane) -> list[Task]:
-    """Return the prompts in the rows of a lane."""
-    return [task for task in lane.tasks if task is not None]
-
-
 def _busy(lane: Lane) -> bool:
-    """Return whether any row of a lane is active."""
-    return lane.free < lane.rows
+    """Return whether a lane has a task."""
+    return lane.free < lane.rows or any(lane.staged)

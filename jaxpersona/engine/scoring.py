@@ -1,12 +1,13 @@
 """Log-probabilities of the tokens of a text, and of candidates for the next token.
 
-Both run the model with interventions and without a cache, in the batches of `engine.batches`.
+Both run the model with interventions: on a CPU in pieces (`engine.texts`), elsewhere in the batches
+of `engine.batches`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 
 from jaxpersona.brief import count, line
 from jaxpersona.calls import checked_call
+from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.context import own_context
 from jaxpersona.distributed.sharding import off_mesh, platform, rows_divisor
@@ -22,12 +24,15 @@ from jaxpersona.engine import prompts
 from jaxpersona.engine.batches import batches, pad
 from jaxpersona.engine.compiled import program
 from jaxpersona.engine.nonfinite import explain
+from jaxpersona.engine.pieces import reset
+from jaxpersona.engine.texts import PIECE, ROWS, fits_pieces, in_pieces
 from jaxpersona.errors import UserError
 from jaxpersona.export import Table
 from jaxpersona.interventions.compose import Interventions, given
 from jaxpersona.interventions.where import Where, encoded, everywhere, holds
 from jaxpersona.models.batch import Batch, check_ids
 from jaxpersona.models.batch import batch as make_batch
+from jaxpersona.models.carry import Carry
 from jaxpersona.models.config import ModelConfig
 from jaxpersona.models.forward import forward
 from jaxpersona.models.model import check_model
@@ -124,7 +129,8 @@ def logprobs(
       conversations: N conversations, each a list of messages, a `chat.Row`, or token ids (for plain
         text, use `model.tokenizer(text).input_ids`).
       interventions: edits of the activations, without rows or with one row per conversation.
-      batch_tokens: the number of tokens in a batch; default: 1,024 on a CPU, else 4,096.
+      batch_tokens: the number of tokens in a call, including padding; results depend on it.
+        Default: 128 on a CPU, else 4,096.
 
     Raises:
       UserError: there are no conversations, one is longer than the context, the interventions do
@@ -140,7 +146,7 @@ def logprobs(
     check_model(model)
     conversations = chat.listed(conversations)
     rows = [prompts.encode(model, item, reply=False) for item in conversations]
-    values = _run(model, rows, _of_tokens, interventions, batch_tokens)
+    values = _run(model, rows, interventions, batch_tokens)
     return Scored(rows, [value[: row.tokens.size - 1]
                          for row, value in zip(rows, values, strict=True)])
 
@@ -163,7 +169,8 @@ def next_logprobs(
         or token ids.
       candidates: C token ids.
       interventions: edits of the activations, without rows or with one row per conversation.
-      batch_tokens: the number of tokens in a batch; default: 1,024 on a CPU, else 4,096.
+      batch_tokens: the number of tokens in a call, including padding; results depend on it.
+        Default: 128 on a CPU, else 4,096.
 
     Raises:
       UserError: there are no prompts or candidates, an id is outside the vocabulary, a prompt fills
@@ -185,34 +192,84 @@ def next_logprobs(
     check_ids(wanted, model.config.vocab_size, "candidates", model.tokenizer)
     rows = [prompts.encode(model, item) for item in conversations]
     prompts.limits(model, rows, 1)
-    values = _run(model, rows, _of_candidates, interventions, batch_tokens,
-                  jnp.asarray(wanted, jnp.int32))
+    values = _run(model, rows, interventions, batch_tokens, jnp.asarray(wanted, jnp.int32))
     return np.stack(values)
 
 
-def _run(model: Model, rows: list[chat.Row], score: Any, interventions: Interventions | None,
-         batch_tokens: int | None, *more: Any) -> list[np.ndarray]:
-    """Run a scoring program on batches of `rows`; return one array per row."""
-    like = model.params.like
-    if batch_tokens is None:
-        batch_tokens = _TOKENS.get(platform(like), _TOKENS_ELSE)
-    prompts.check_settings(batch_tokens=batch_tokens)
+def _run(model: Model, rows: list[chat.Row], interventions: Interventions | None,
+         batch_tokens: int | None, candidates: jax.Array | None = None) -> list[np.ndarray]:
+    """Return log-probabilities of each text: of the tokens after the first, or of candidates.
+
+    Args:
+      model: the model.
+      rows: N texts.
+      interventions: without rows or with N rows, or None.
+      batch_tokens: the number of tokens in a call; None: the default.
+      candidates: [C] int32, the candidates for the token after the last one; None: return the
+        log-probabilities of the texts' own tokens.
+    """
+    if batch_tokens is not None:
+        prompts.check_settings(batch_tokens=batch_tokens)
     edits = off_mesh(given(interventions))
     prompts.check_edits(model, edits, len(rows))
     prompts.check_lengths(model, rows)
+    run = _in_pieces if fits_pieces(model, edits, Capture()) else _in_batches
     scores: dict[int, np.ndarray] = {}
-    for members, width, size in batches(rows, batch_tokens, rows_divisor(like)):
+    for members, values, finite in run(model, rows, edits, batch_tokens, candidates):
+        for i, value, valid in zip(members, values, finite, strict=False):  # drops padding rows
+            if not valid:
+                raise UserError(explain(model, rows[i], edits.take([i]), f"conversation {i}",
+                                        "the log-probabilities are undefined:"))
+            scores[i] = np.asarray(value)
+    return [scores[i] for i in range(len(rows))]
+
+
+Found = tuple[Sequence[int], Sequence[np.ndarray], Sequence[bool] | np.ndarray]
+
+
+def _in_batches(model: Model, rows: list[chat.Row], edits: Interventions, tokens: int | None,
+                candidates: jax.Array | None) -> Iterator[Found]:
+    """Score texts in batches; yield the texts, their values and whether they are finite."""
+    like = model.params.like
+    tokens = _TOKENS.get(platform(like), _TOKENS_ELSE) if tokens is None else tokens
+    for members, width, size in batches(rows, tokens, rows_divisor(like)):
         index = np.array(members + [-1] * (size - len(members)), np.int32)
-        values, finite = processes.fetch(score(
-            model.params, model.config, pad([rows[i] for i in members], width, size),
-            edits.take(index), *more))
-        if not finite[: len(members)].all():
-            b = int(np.argmin(finite[: len(members)]))
-            i = members[b]
-            raise UserError(explain(model, rows[i], edits.take([i]), f"conversation {i}",
-                                    "the log-probabilities are undefined:"))
-        scores.update(zip(members, values, strict=False))  # drops padding rows
-    return [np.asarray(scores[i]) for i in range(len(rows))]
+        batch = pad([rows[i] for i in members], width, size)
+        first = model.params, model.config, batch, edits.take(index)
+        made = _of_tokens(*first) if candidates is None else _of_candidates(*first, candidates)
+        yield (members, *processes.fetch(made))
+
+
+def _in_pieces(model: Model, rows: list[chat.Row], edits: Interventions, tokens: int | None,
+               candidates: jax.Array | None) -> Iterator[Found]:
+    """Score texts in pieces; yield as `_in_batches`."""
+    together = ROWS if tokens is None else max(1, tokens // PIECE)
+    parts: dict[int, list[np.ndarray]] = {}
+
+    def run(carry: Carry, batch: Batch, edits: Interventions, begins: jax.Array,
+            axes: tuple[int, ...], following: np.ndarray) -> tuple[Carry, jax.Array]:
+        return _score_piece(model.params, model.config, carry, batch, edits, begins, following,
+                            candidates, axes=axes)
+
+    for step in in_pieces(model, rows, edits, Capture(), together=together,
+                          layers=model.config.n_layers, run=run):
+        call = step.call
+        if candidates is None:
+            values = processes.fetch(step.output)
+            for i, value, low, high in zip(step.members, values, call.start, call.stop,
+                                           strict=True):
+                if i >= 0:
+                    parts.setdefault(int(i), []).append(value[: high - low])
+        if step.ended is None:
+            continue
+        done = np.flatnonzero(call.ends)
+        ended = [int(i) for i in step.members[done]]
+        if candidates is None:  # no token follows the last one
+            found = [np.concatenate(parts.pop(i))[:-1] for i in ended]
+        else:
+            found = list(processes.fetch(step.output)[done])
+        assert step.ended.finite is not None
+        yield ended, found, np.asarray(step.ended.finite)[done]
 
 
 def _logprob(logits: Float[Array, "*B V"],
@@ -249,3 +306,24 @@ def _of_candidates(params: Params, config: ModelConfig, batch: Batch, edits: Int
     out = forward(params, config, batch, interventions=edits, logits="last", attention="auto")
     values = jax.lax.map(lambda token: _logit(out.logits, token), candidates)  # [C, B]
     return values.T - jax.nn.logsumexp(out.logits, axis=-1)[:, None], out.finite
+
+
+@program(static=("config", "axes"), donate=("carry",),
+         result=lambda carry, begins, **_: (carry, begins))
+def _score_piece(params: Params, config: ModelConfig, carry: Carry, batch: Batch,
+                 edits: Interventions, begins: jax.Array, following: jax.Array | np.ndarray,
+                 candidates: Int[Array, " C"] | None, *, axes: tuple[int, ...],
+                 ) -> tuple[Carry, jax.Array]:
+    """Run the next piece of each text.
+
+    Returns:
+      The carry, and log p [B, W] of the tokens `following` [B, W], each after the token of the
+      batch at its place; or, with candidates, their log p [B, C] after each row's last token.
+    """
+    carry = reset(carry, begins, config, params, edits, Capture(), axes)
+    out = forward(params, config, batch, interventions=edits, capture=Capture(), carry=carry,
+                  logits="all" if candidates is None else "last")
+    if candidates is None:
+        return out.carry, _logprob(out.logits, following)
+    values = jax.lax.map(lambda token: _logit(out.logits, token), candidates)  # [C, B]
+    return out.carry, values.T - jax.nn.logsumexp(out.logits, axis=-1)[:, None]

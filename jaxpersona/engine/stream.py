@@ -19,13 +19,13 @@ from jaxpersona.distributed.sharding import off_mesh, rows_divisor
 from jaxpersona.engine import prompts
 from jaxpersona.engine.edits import SharedEdits
 from jaxpersona.engine.generate import asks_for_code, lane_opener, stops_of
-from jaxpersona.engine.lanes import Task, prefix_key, shape_of
 from jaxpersona.engine.nonfinite import explain
 from jaxpersona.engine.programs import State
 from jaxpersona.engine.replies import Reply, unpack
 from jaxpersona.engine.sampling import sampling
 from jaxpersona.engine.scheduler import Scheduler
 from jaxpersona.engine.stopping import text_of
+from jaxpersona.engine.tasks import Task, piece_of, prefix_key, shape_of
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import given
 from jaxpersona.models.model import check_model
@@ -137,7 +137,8 @@ class Stream:
         model = self._model
         row = prompts.encode(model, conversation)
         limit = int(prompts.limits(model, [row], self._max_new)[0])
-        shape = shape_of(row, self._max_new, self._prefix, model.config.max_context, self._rows)
+        shape = shape_of(row, self._max_new, self._prefix, model.config.max_context, self._rows,
+                         piece_of(model.params.like, self._edits.edits, self._rows))
         self._tags[self._count] = tag
         self._count += 1
         return Task(self._count - 1, row, int(row_id), limit, self._settings, shape, shape.slots)

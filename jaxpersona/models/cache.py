@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int32
 
 KV_AXES = ("batch", "kv_heads", None, None)
+_SHORT = 8  # the least ratio of slots to tokens for a scatter on a CPU
 ROW_AXES = (("batch", None), ("batch",))  # logical axes of `position` and `next`
 
 
@@ -114,9 +115,14 @@ def advance(cache: Cache, batch: Batch, slots: jax.Array) -> Cache:
 def write(buffer: jax.Array, values: jax.Array, slots: jax.Array) -> jax.Array:
     """Write values [B, T, K, H] into the slots [B, T] of a [B, K, S, H] buffer.
 
-    One token per row is written by a scatter (`set_lines`), several tokens by a gather (`by_slot`).
+    One token per row is written by a scatter (`set_lines`), and several tokens by a gather
+    (`by_slot`), which copies the whole buffer. On a CPU, a scatter also writes several tokens if
+    they are few compared with S.
     """
     values = values.astype(buffer.dtype)
+    if 1 < values.shape[1] <= buffer.shape[2] // _SHORT and on_cpu(buffer):
+        at = jnp.broadcast_to(slots[:, None], (*buffer.shape[:2], values.shape[1]))
+        return set_lines(buffer, jnp.moveaxis(values, 2, 1), at, lines=2)
     if values.shape[1] == 1:
         slot = place(jnp.broadcast_to(slots, buffer.shape[:2]), KV_AXES[:2], buffer)
         return set_lines(buffer, values[:, 0], slot, lines=2)

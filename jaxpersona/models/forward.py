@@ -127,7 +127,8 @@ def forward(
       slots: the number of slots of a new cache (static), with the dtype `cache.kept_dtype`. None
         allocates no cache. Cannot be combined with a carry that has a cache.
       logits: "all" for every token; "last" for each row's last valid token; None to skip the head
-        and, without a cache, all layers above the last layer that is captured or edited.
+        and all layers above the last layer that is captured or edited or, with a cache, above the
+        layers of the cache.
       attention: "xla", the reference; "cudnn", flash attention on a GPU; "splash", splash attention
         on a TPU; "auto", the platform's kernel for long batches where it is supported
         (`kernels.attention`). Both kernels require that positions increase by one per token, as in
@@ -143,11 +144,12 @@ def forward(
 
     Raises:
       UserError: interventions or captures do not match the model or the batch; the batch is wider
-        than the cache; a row has more tokens than free slots or an id outside the embedding (under
-        `jax.jit`, both cases give NaN instead); a gate with `within=True` is used on a chunked
-        prompt; the carry belongs to other readings, intervention tables or gates; `slots` is
-        combined with a carry that has a cache; a kernel does not support the arguments; or the mesh
-        set by `jax.set_mesh` differs from the mesh of the parameters.
+        than the cache, or the cache has too few layers; a row has more tokens than free slots or an
+        id outside the embedding (under `jax.jit`, both cases give NaN instead); a gate with
+        `within=True` is used on a chunked prompt; the carry belongs to other readings, intervention
+        tables or gates; `slots` is combined with a carry that has a cache; a kernel does not
+        support the arguments; or the mesh set by `jax.set_mesh` differs from the mesh of the
+        parameters.
 
     Examples:
       >>> import jaxpersona as jp
@@ -210,7 +212,11 @@ def forward(
     x, normed = embed(params, config, batch), None
     attend, transform = blocks.parts(config, chosen)
     keys, values = [], []
-    needed = config.n_layers if logits is not None or cache is not None else trace.highest + 1
+    needed = config.n_layers if logits is not None else (
+        trace.highest + 1 if cache is None else len(cache.k))
+    if cache is not None and len(cache.k) < max(needed, trace.highest + 1):
+        raise UserError(f"the cache has {len(cache.k)} layers, but this call needs "
+                        f"{max(needed, trace.highest + 1)}; allocate one with `init_cache`")
     layers = params.layers[:needed]
     for i, layer in enumerate(layers):
         with jax.named_scope(f"layer{i}"):

@@ -14,8 +14,8 @@ import jaxpersona as jp
 from jaxpersona.engine import prompts
 from jaxpersona.engine.compiled import KEPT
 from jaxpersona.engine.generate import generate
-from jaxpersona.engine.lanes import shape_of
 from jaxpersona.engine.programs import TRACES
+from jaxpersona.engine.tasks import shape_of
 from jaxpersona.models import blocks
 from jaxpersona.models.batch import USER
 from jaxpersona.planning import hlo, plan

@@ -11,7 +11,7 @@ import support as s
 from jaxpersona.captures import capture
 from jaxpersona.engine import lanes, programs
 from jaxpersona.engine.generate import generate
-from jaxpersona.engine.lanes import cache_size, prefix_length, shape_of
+from jaxpersona.engine.tasks import cache_size, prefix_length, shape_of
 from jaxpersona.interventions import cap, chain, gate, steer
 from jaxpersona.interventions.where import everywhere, marked, system
 from jaxpersona.models.batch import MARK, SYSTEM, USER

@@ -1,0 +1,170 @@
+"""Texts in pieces: R rows whose texts run through the model W tokens at a time.
+
+Texts of all lengths then share one program, and only the last piece of a text has padding. A row
+whose text ends begins the next one in the next call, next to rows in the middle of theirs. The
+pieces of a text depend only on its length, so its results are the same bits next to any others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpersona.captures.capture import Capture
+from jaxpersona.engine.compiled import program
+from jaxpersona.interventions.compose import Interventions
+from jaxpersona.interventions.kinds import Custom
+from jaxpersona.interventions.trace import Applied
+from jaxpersona.models.batch import Batch
+from jaxpersona.models.cache import init_cache, kept_dtype
+from jaxpersona.models.carry import Carry
+from jaxpersona.models.config import ModelConfig
+from jaxpersona.models.params import Params
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
+
+
+class Call(NamedTuple):
+    """One call: a piece of a text in each row.
+
+    Attributes:
+      text: [R] the index of the text in each row, −1 for an empty row.
+      start, stop: [R] the piece, tokens start…stop−1.
+      ends: [R] whether the text ends in this piece.
+    """
+
+    text: Int[np.ndarray, " R"]
+    start: Int[np.ndarray, " R"]
+    stop: Int[np.ndarray, " R"]
+    ends: Bool[np.ndarray, " R"]
+
+    @property
+    def begins(self) -> Bool[np.ndarray, " R"]:
+        """[R] whether the text begins in this piece."""
+        return (self.text >= 0) & (self.start == 0)
+
+
+def schedule(lengths: Sequence[int], rows: int, piece: int) -> Iterator[Call]:
+    """Yield the calls for texts; the longest begin first, so that few rows are empty at the end.
+
+    Args:
+      lengths: the number of tokens of each text, positive.
+      rows: R.
+      piece: W, the number of tokens in a piece.
+    """
+    queue = sorted(range(len(lengths)), key=lambda i: lengths[i])  # the next one is the last
+    text, start = np.full(rows, -1), np.zeros(rows, int)
+    while True:
+        for row in np.flatnonzero(text < 0)[: len(queue)]:
+            text[row], start[row] = queue.pop(), 0
+        if (text < 0).all():
+            return
+        size = np.array([0 if i < 0 else lengths[i] for i in text])
+        stop = np.minimum(start + piece, size)
+        ends = (text >= 0) & (stop == size)
+        yield Call(text.copy(), start, stop, ends)
+        text[ends], start = -1, np.where(ends, 0, stop)
+
+
+def parts(whole: Sequence[Batch | None], start: Sequence[int], stop: Sequence[int], width: int,
+          size: int) -> Batch:
+    """Return a batch with tokens start…stop−1 of n batches of one row each.
+
+    Args:
+      whole: n ≤ `size` batches; None is an empty row.
+      start, stop: n token indices each.
+      width: T of the result, at least every stop − start.
+      size: B of the result; added rows are empty.
+    """
+    shape = (size, width)
+    tokens, position, turn = (np.zeros(shape, np.int32) for _ in range(3))
+    kind = np.zeros(shape, np.uint16)
+    row_id = np.zeros(size, np.uint32)
+    for b, (one, low, high) in enumerate(zip(whole, start, stop, strict=True)):
+        if one is None:
+            continue
+        for out, values in ((tokens, one.tokens), (position, one.position), (kind, one.kind),
+                            (turn, one.turn)):
+            out[b, : high - low] = values[0, low:high]
+        row_id[b] = one.row_id[0]
+    return jax.tree.map(jnp.asarray, Batch(tokens, position, kind, turn, row_id=row_id))
+
+
+def blank_carry(config: ModelConfig, params: Params, edits: Interventions, capture: Capture, *,
+                rows: int, slots: int, layers: int | None = None) -> Carry:
+    """Return the carry of rows without a token, with every field set.
+
+    Args:
+      config, params: the model.
+      edits: the interventions.
+      capture: the readings.
+      rows, slots: B and S of the cache.
+      layers: the number of layers in the cache; None: all.
+    """
+    zeros = jnp.zeros((rows,), jnp.int32)
+    cache = init_cache(config, rows, slots, kept_dtype(params.like))
+    return Carry(
+        cache=cache.replace(k=cache.k[:layers], v=cache.v[:layers]),
+        captured=capture.init(config, rows, slots),
+        applied=tuple(Applied(zeros, jnp.zeros((len(edit.layers), rows), jnp.int32))
+                      for edit in edits.edits),
+        gates={str(number): edit.gate.init(rows)
+               for number, edit in enumerate(edits.edits) if edit.gate is not None},
+        finite=jnp.ones((rows,), bool),
+    )
+
+
+def light(carry: Carry) -> Carry:
+    """Return a carry without its keys and values."""
+    assert carry.cache is not None
+    return carry.replace(cache=carry.cache.replace(k=(), v=()))
+
+
+def reset(carry: Carry, begins: jax.Array, config: ModelConfig, params: Params,
+          edits: Interventions, capture: Capture, axes: tuple[int, ...]) -> Carry:
+    """Reset the rows in which a text begins, except keys and values, which positions mask.
+
+    Args:
+      carry: the carry of B rows.
+      begins: [B] bool.
+      config, params, edits, capture: as for `blank_carry`.
+      axes: the row axis of each leaf of `light(carry)`, −1 for none.
+    """
+    cache = carry.cache
+    assert cache is not None
+    blank = light(blank_carry(config, params, edits, capture, rows=begins.shape[0],
+                              slots=cache.slots))
+
+    def chosen(old: jax.Array, new: jax.Array, axis: int) -> jax.Array:
+        if axis < 0:
+            return old
+        return jnp.where(begins[(..., *[None] * (old.ndim - axis - 1))], new, old)
+
+    old = light(carry)
+    made = jax.tree.map(chosen, old, blank, jax.tree.unflatten(jax.tree.structure(old), axes))
+    return made.replace(cache=made.cache.replace(k=cache.k, v=cache.v))
+
+
+def may_hide_nonfinite(edits: Interventions) -> bool:
+    """Return whether an edit may replace activations that are not finite by finite ones.
+
+    `Carry.finite` then says nothing about the keys and values of earlier layers.
+    """
+    return any(isinstance(table, Custom) for table in edits.edits)
+
+
+@program(donate=("carry",), result=lambda carry, **_: carry)
+def zero_keys(carry: Carry, rows: jax.Array) -> Carry:
+    """Set keys and values to zero in the rows that are True in `rows` [B].
+
+    Attention multiplies those of masked slots by zero, so only non-finite ones have an effect.
+    """
+    cache = carry.cache
+    assert cache is not None
+    k, v = jax.tree.map(lambda x: jnp.where(rows[:, None, None, None], 0, x), (cache.k, cache.v))
+    return carry.replace(cache=cache.replace(k=k, v=v))

@@ -1,0 +1,76 @@
+"""Counts of the work of a run: decode steps and live rows, tokens with and without padding."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+from jaxpersona.brief import count, line
+
+
+@dataclasses.dataclass(frozen=True)
+class RunStats:
+    """The work of a run and how much of it was for live rows and for tokens.
+
+    Attributes:
+      steps: the number of decode steps.
+      row_steps: the sum of the rows B over the decode steps.
+      live_steps: the sum of the live rows over the decode steps. A live row runs one token of its
+        reply in a step.
+      prompt_tokens: the number of tokens of prompts that were prefilled; a shared prefix counts
+        once.
+      padded_tokens: the number of tokens in the prefill calls, including padding and empty rows.
+
+    Examples:
+      >>> import jaxpersona as jp
+      >>> stats = jp.generate(jp.load("mini"), ["Who are you?"], max_new_tokens=2).stats
+      >>> stats.steps, stats.live_steps, stats.utilisation
+      (2, 2, 0.03125)
+    """
+
+    steps: int = 0
+    row_steps: int = 0
+    live_steps: int = 0
+    prompt_tokens: int = 0
+    padded_tokens: int = 0
+
+    @property
+    def utilisation(self) -> float:
+        """The mean share of rows that are live in a decode step; NaN without a step."""
+        return self.live_steps / self.row_steps if self.row_steps else float("nan")
+
+    @property
+    def prefill_efficiency(self) -> float:
+        """`prompt_tokens` / `padded_tokens`; NaN without a prompt."""
+        return self.prompt_tokens / self.padded_tokens if self.padded_tokens else float("nan")
+
+    def __repr__(self) -> str:
+        return line("RunStats", count(self.steps, "decode step"),
+                    f"utilisation {self.utilisation:.3f}",
+                    f"prefill efficiency {self.prefill_efficiency:.3f}")
+
+
+class Stats:
+    """A thread-safe counter of the work of lanes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts = RunStats()
+
+    def decoded(self, steps: int, rows: int, live: int) -> None:
+        """Count decode steps of `rows` rows, in which `live` tokens ran."""
+        self._add(steps=steps, row_steps=steps * rows, live_steps=live)
+
+    def prefilled(self, tokens: int, padded: int) -> None:
+        """Count the tokens of a prefill call, without and with padding."""
+        self._add(prompt_tokens=tokens, padded_tokens=padded)
+
+    def snapshot(self) -> RunStats:
+        """Return the counts so far."""
+        with self._lock:
+            return self._counts
+
+    def _add(self, **more: int) -> None:
+        with self._lock:
+            self._counts = dataclasses.replace(self._counts, **{
+                name: getattr(self._counts, name) + value for name, value in more.items()})
