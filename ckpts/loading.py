@@ -264,8 +264,8 @@ def _folder(folder: pathlib.Path, name: str, form: Form, mesh: Mesh | None,
 def _beside(make: Callable[[], _T]) -> Iterator[Callable[[], _T]]:
     """Run `make`, which uses no JAX, in a thread; yield a function that waits for its result.
 
-    JAX's settings are local to a thread, so the `with` block should read weights in the caller's
-    thread. On exit, the context manager waits for `make`, even after an error.
+    JAX's settings are thread-local. Read the weights in the body of the `with` block, which runs in
+    the caller's thread, and not in `make`. On exit, the context manager waits for `make`.
     """
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         yield pool.submit(make).result

@@ -1,10 +1,10 @@
 """One pass over the residual stream: residual add, rank-one edits, counts, readings and norm.
 
 At the end of a layer, XLA adds the MLP's output to the residual stream, projects the sum on the
-directions of edits and readings, applies the edits and computes the next norm, in several kernels
-that each read the residual stream. The Pallas kernel reads both summands once, keeps a block of
-tokens in on-chip memory, and writes the edited residual stream and its norm once. `reference` is
-the same function in plain JAX.
+directions of edits and readings, applies the edits and then the next norm, in several kernels
+that each read the residual stream. The Pallas kernel reads the residual stream and the MLP's output
+once, keeps a block of tokens in on-chip memory, and writes the edited residual stream and its
+normalized form once. `reference` is the same function in plain JAX.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def choose(judge: str, *, own: bool, **options: object) -> Choice:
                     ("model",) if name == "after" else ("http",))
             if kind not in fits:
                 option = "--budget" if name == "budget" else f"--judge-{name.replace('_', '-')}"
-                raise UserError(f"{option} is given, but the judge is {judge}; it belongs to "
+                raise UserError(f"{option} is given, but the judge is {judge}; it applies to "
                                 + " and ".join(f"{one}{'' if one == 'self' else ':…'}"
                                                for one in fits))
     return dataclasses.replace(defaults, argument=argument, **options)  # type: ignore[arg-type]

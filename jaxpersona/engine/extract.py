@@ -289,7 +289,7 @@ def _read_piece(params: Params, config: ModelConfig, carry: Carry, batch: Batch,
 @program(static=("residual",))
 def _read(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
           capture: Capture, *, residual: Fused) -> Output:
-    """Run one batch and its readings."""
+    """Run one batch and compute its readings."""
     batch = batch.spread(params.like)
     return forward(params, config, batch, interventions=edits, capture=capture, logits=None,
                    attention="auto", residual=residual)

@@ -205,7 +205,7 @@ def _run(model: Model, rows: list[chat.Row], interventions: Interventions | None
       rows: N texts.
       interventions: without rows or with N rows, or None.
       batch_tokens: the number of tokens in a call; None: the default.
-      candidates: [C] int32, the candidates for the token after the last one; None: return the
+      candidates: [C] int32, the ids of candidates for the next token; None: return the
         log-probabilities of the texts' own tokens.
     """
     if batch_tokens is not None:
@@ -291,7 +291,7 @@ def _logit(logits: Float[Array, "*B V"], token: Any) -> Float[Array, "*B"]:
 @program()
 def _of_tokens(params: Params, config: ModelConfig, batch: Batch, edits: Interventions,
                ) -> tuple[Float[Array, "B T-1"], Bool[Array, " B"]]:
-    """Return log p of every token after the first, and the rows' finiteness (`Output.finite`)."""
+    """Return log p of every token after the first, and which rows are finite (`Output.finite`)."""
     batch = batch.spread(params.like)
     out = forward(params, config, batch, interventions=edits, attention="auto")
     return _logprob(out.logits[:, :-1], batch.tokens[:, 1:]), out.finite

@@ -183,8 +183,9 @@ def shape_within(row: Row, limit: int, sizes: Sequence[int],
 def cache_size(tokens: int, context: int, *, least: int = 64, finer: int | None = 512) -> int:
     """Return the number of cache slots for at most `tokens` tokens.
 
-    This is the smallest of 64, 128, 256, 512, 768, 1,024, 1,536, 2,048, … that is at least
-    `tokens`. If that exceeds the model's context, it is `tokens` rounded up to a multiple of 64.
+    The result is the smallest of 64, 128, 256, 512, 768, 1,024, 1,536, 2,048, … that is at least
+    `tokens`. If this size exceeds the context, the result is `tokens` rounded up to a multiple of
+    64.
     There are few sizes so that prompts of different lengths share a lane; with more sizes and
     lanes, many rows would be free.
 

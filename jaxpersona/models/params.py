@@ -34,8 +34,8 @@ from jaxpersona.models.weight import Joined
 class Layer(flax.struct.PyTreeNode):
     """The parameters of one block. Fields that the model family does not use are None.
 
-    Each weight is an array or a prepared `weight.Weight`. `joined_qkv` and `joined_gate_up` contain
-    several weights; if one of them is set, the separate fields of these weights are None.
+    Each weight is an array or a prepared `weight.Weight`. `joined_qkv` and `joined_gate_up` each
+    contain several weights joined into one; if such a field is set, the separate fields are None.
     """
 
     __repr__ = brief

@@ -59,7 +59,7 @@ class Collection:
 
     Attributes:
       status: the progress of the run.
-      failures: the error of one of the failed verdicts, or "".
+      failures: the error of a failed verdict, as an example; "" if none failed.
     """
 
     def __init__(self, model: Model, run: Run, roles: Sequence[Role],

@@ -122,7 +122,8 @@ def forecast(
     if processes.many():
         raise UserError("a forecast times one process; run it without --distributed")
     if not np.isfinite(sample_seconds) or sample_seconds < 0:
-        raise UserError(f"sample_seconds is {sample_seconds}; give 0 or more seconds")
+        raise UserError(f"sample_seconds is {sample_seconds}; it must be finite and at "
+                        "least 0")
     settings = settings or Settings()
     roles, questions, held_out = check_texts(roles, questions, settings, min_count=min_count,
                                              held_out=held_out, judge=judge)
@@ -238,7 +239,7 @@ def describe(found: Forecast, *, judge: str, cost: float | None = None) -> list[
     Args:
       found: the forecast.
       judge: the judge's name.
-      cost: the cost of one judged reply in USD.
+      cost: the cost of judging one reply, in USD; None: omit the line on cost.
     """
     pace = found.pace
     lines = [

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MARGIN = 1.0  # margin around a label, in pixels
-_NEAR, _FAR = 7.0, 46.0  # minimum and maximum distance of a label from its point, in 1/72 inch
-_MARKER = 2.5  # radius of a marker, in 1/72 inch
+_NEAR, _FAR = 7.0, 46.0  # minimum and maximum distance of a label from its mark, in points
+_MARKER = 2.5  # radius of a marker, in points
 _ANGLES = (20, -20, 160, 200, 60, -60, 120, 240, 0, 180, 90, 270)
 
 
@@ -86,7 +86,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _offsets() -> np.ndarray:
-    """Return candidate offsets [n, 2] of a label from its point in 1/72 inch, nearest first."""
+    """Return candidate offsets [n, 2] of a label from its mark in points, nearest first."""
     angles, radii = np.radians(_ANGLES), np.linspace(_NEAR, _FAR, 6)
     circle = np.stack([np.cos(angles), np.sin(angles)], 1)
     return np.concatenate([radius * circle for radius in radii])

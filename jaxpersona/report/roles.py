@@ -56,7 +56,7 @@ def ranking(found: Any, layer: int | None = None, *, count: int = EXTREMES,
       ax: the axes to draw on; default: those of a new figure.
 
     Raises:
-      UserError: matplotlib is missing, `found` is none of these, or the layer does not exist.
+      UserError: matplotlib is missing, `found` has another type, or the layer does not exist.
 
     Examples:
       >>> import jaxpersona as jp
@@ -143,7 +143,7 @@ def pca(found: Any, layer: int | None = None, *, default: Any = None, title: str
       ax: the axes to draw on; default: those of a new figure.
 
     Raises:
-      UserError: matplotlib is missing, `found` is none of these (an `Axis` has no role vectors),
+      UserError: matplotlib is missing, `found` has another type (an `Axis` has no role vectors),
         or the layer does not exist.
 
     Examples:
@@ -203,7 +203,7 @@ def variance(found: Any, layer: int | None = None, *, thresholds: Sequence[float
       ax: the axes to draw on; default: those of a new figure.
 
     Raises:
-      UserError: matplotlib is missing, `found` is none of these, the layer does not exist, or a
+      UserError: matplotlib is missing, `found` has another type, the layer does not exist, or a
         threshold is not between 0 and 1.
 
     Examples:

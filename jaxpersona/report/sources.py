@@ -91,7 +91,7 @@ def places(found: Any, layer: int | None) -> Places:
       layer: the layer; default: the middle one.
 
     Raises:
-      UserError: `found` is none of these, the run is incomplete, or the layer does not exist.
+      UserError: `found` has another type, the run is incomplete, or the layer does not exist.
     """
     if isinstance(found, (str, os.PathLike)):
         return _of_folder(pathlib.Path(found), layer)
@@ -165,7 +165,7 @@ def parts(found: Any, layer: int | None, default: Any = None) -> Parts:
       default: the default persona's mean activation [L, D], if `found` does not contain it.
 
     Raises:
-      UserError: `found` is none of these, there are fewer than two roles, or the layer does not
+      UserError: `found` has another type, there are fewer than two roles, or the layer does not
         exist.
     """
     if isinstance(found, Axis):

@@ -93,7 +93,7 @@ class Run:
         self.manifest = json.loads(json.dumps({"format": FORMAT, **manifest}))
         self.manifest.pop(DIGEST, None)
         self.notices: list[str] = []
-        self._known: dict[str, tuple[str, str]] = {}  # role → `_digests`, from its sample
+        self._known: dict[str, tuple[str, str]] = {}  # role → its `_digests`, cached
 
     @classmethod
     def read(cls, folder: str | os.PathLike) -> Run:

@@ -51,7 +51,8 @@ def read_sealed(path: pathlib.Path, role: str, binding: str,
     The digest is verified before any tensor is loaded into memory.
 
     Raises:
-      Damaged: the file is missing, was changed, or belongs to another role or binding.
+      Damaged: the file is missing, was changed, or belongs to another role or run (its binding
+        differs).
     """
     try:
         entries, about = read_entries(path)
@@ -84,7 +85,8 @@ def read_sealed_json(path: pathlib.Path, role: str, binding: str) -> dict[str, A
     """Return the JSON object in a file that `write_sealed_json` wrote.
 
     Raises:
-      Damaged: the file is missing, was changed, or belongs to another role or binding.
+      Damaged: the file is missing, was changed, or belongs to another role or run (its binding
+        differs).
     """
     try:
         data = read_bytes(path, TEXT_BYTES)

@@ -45,17 +45,17 @@ class Status:
         self._first: tuple[float, int, int, int] | None = None
 
     def begin(self) -> None:
-        """Write the current numbers; later rates count only what comes after this call."""
+        """Write the progress to status.json; later rates count only what comes after this call."""
         self._first = (time.time(), self.done, self.tokens, self.judged)
         self.write("running")
 
     def update(self) -> None:
-        """Write the current numbers if the last write was at least `SECONDS` ago."""
+        """Write the progress to status.json if the last write was at least `SECONDS` ago."""
         if time.time() - self._last >= SECONDS:
             self.write("running")
 
     def write(self, state: str) -> None:
-        """Write the current numbers; `state` is "running", "stopped" or "complete"."""
+        """Write the progress to status.json; `state` is "running", "stopped" or "complete"."""
         self._last = time.time()
         if self._write:
             write_text(self.folder / STATUS, json.dumps(self.value(state), indent=2) + "\n")

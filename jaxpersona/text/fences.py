@@ -48,8 +48,8 @@ def _machine() -> dict[tuple[int, str], int]:
         step[text, "\n"] = start
 
     # outside code: 0…8; opening line of a backtick fence: 9 (marks), 10 (rest); tilde fence: 11
-    # inside code, 9 states per mark: 4 line starts, 2 runs of marks, the closing run, spaces after
-    # the closing run, text
+    # inside code, 9 states per fence character: 4 line starts, runs of 1 and 2 marks, the closing
+    # run, spaces after the closing run, text
     inside = {"`": 12, "~": 21}
     line(_LINE, _TEXT, "`~", {"`": 5, "~": 7}, {"`": 9, "~": 11})
     for state in (9, 10, 11):
