@@ -23,13 +23,11 @@ from common import paired, report
 import jaxpersona as jp
 from jaxpersona.judges.agreement import agreement
 from jaxpersona.judges.digits import DigitJudge
-from jaxpersona.judges.human import identity
 from jaxpersona.judges.judges import SelfJudge
 from jaxpersona.judges.protocol import Item, in_order
 from jaxpersona.judges.rubric import Rubric
 from jaxpersona.organism import method
-from jaxpersona.persona.verdicts import items_of
-from jaxpersona.runs.rollouts import Settings, play
+from jaxpersona.runs.rollouts import Settings, opening
 
 RUBRIC = Rubric(template=(
     "The role: {role} ({description}). The question: {question}\nThe answer: {answer}\n"
@@ -42,13 +40,15 @@ def replies(count: int, seed: int) -> list[Item]:
     model = jp.load("mini")
     roles = [role for role in method.roles() if role.name != "default"]
     questions = method.questions(max(1, -(-count // (5 * len(roles)))))
-    played = play(model, roles, questions, Settings(max_new_tokens=64, seed=seed))
-    items = []
-    for role in roles:
-        for item in items_of(role, played[role.name][0]):
-            items.append(Item(identity(item), role, item.question, item.answer))
-    order = np.random.default_rng(seed).permutation(len(items))[:count]
-    return [items[i] for i in order]
+    asked = [(role, prompt, question.text) for role in roles for question in questions
+             for prompt in role.prompts]
+    chosen = [asked[i] for i in np.random.default_rng(seed).permutation(len(asked))[:count]]
+    settings = Settings()
+    out = jp.generate(model, [opening(prompt, text) for _, prompt, text in chosen],
+                      max_new_tokens=64, temperature=settings.temperature, top_p=settings.top_p,
+                      seed=seed)
+    return [Item(str(i), role, text, answer)
+            for i, ((role, _, text), answer) in enumerate(zip(chosen, out.text, strict=True))]
 
 
 def main() -> None:

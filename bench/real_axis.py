@@ -33,8 +33,9 @@ from real_stats import auc, halves_of, reliability
 
 import jaxpersona as jp
 from jaxpersona.data import texts
-from jaxpersona.judges.digits import DigitJudge
+from jaxpersona.judges.digits import DigitJudge, Readings
 from jaxpersona.judges.judges import NoJudge
+from jaxpersona.judges.protocol import Item
 from jaxpersona.persona import axis as science
 from jaxpersona.persona.extract import extract_axis
 from jaxpersona.runs.rollouts import Settings, opening
@@ -158,6 +159,13 @@ def ranking(found: Any, layer: int) -> dict[str, Any]:
         "order": [name for name, _ in listed]}
 
 
+def read_scores(judge: DigitJudge, role: texts.Role, records: list[dict[str, Any]]) -> Readings:
+    """Return the judge's probabilities of the scores of answers in a role."""
+    items = [Item(str(i), role, record["question"], record["conversation"][-1]["content"])
+             for i, record in enumerate(records)]
+    return judge.read([judge.rubric.prompt(item) for item in items])
+
+
 def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
     """Score a seeded sample of roles with the judge, and compute the axis of score-3 answers."""
     held, means = answers(args), np.load(args.out / "means.npz")
@@ -172,7 +180,7 @@ def judge_stage(args: argparse.Namespace) -> dict[str, Any]:
     total = 0
     for name in sample:
         records = [held[name][i] for i in spaced(len(held[name]), args.judged_each)]
-        verdicts = judge.verdicts(roles[name], records)
+        verdicts = read_scores(judge, roles[name], records)
         total += len(records)
         counts[name] = [s if s is not None else -1 for s in verdicts.scores]
         masses += verdicts.mass.tolist()
@@ -274,7 +282,7 @@ def cap_judge_stage(args: argparse.Namespace) -> dict[str, Any]:
         for name in made["roles"]:
             records = [{"question": r["question"], "conversation": [{"content": r[arm]}]}
                        for r in made["replies"] if r["role"] == name][: args.judged_each]
-            verdicts = judge.verdicts(roles[name], records)
+            verdicts = read_scores(judge, roles[name], records)
             scores += verdicts.scores
             expected += verdicts.expected.tolist()
         out["arms"][arm] = {"share_played": round(float(np.mean([s == 3 for s in scores])), 4),
