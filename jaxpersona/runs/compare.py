@@ -27,7 +27,8 @@ def manifest_of(folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]
 
     Args:
       folder: the run folder.
-      overwrite: whether to accept format `OLDER` too, as the run will be deleted.
+      overwrite: whether to accept format `OLDER` and a damaged manifest too, as the run will be
+        deleted.
 
     Raises:
       UserError: the folder has no manifest, or a manifest that is damaged or of another format.
@@ -47,7 +48,7 @@ def manifest_of(folder: pathlib.Path, overwrite: bool = False) -> dict[str, Any]
                         "another folder")
     if not older:
         raise UserError(f"{folder}: run.json is not a jaxpersona run; choose another folder")
-    if version == FORMAT and sealed(stored) != stored:
+    if version == FORMAT and not overwrite and sealed(stored) != stored:
         raise UserError(f"{path}: damaged (differs from what the run wrote); restore the file, or "
                         "choose another folder")
     return {key: value for key, value in stored.items() if key != DIGEST}
