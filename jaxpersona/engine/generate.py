@@ -25,7 +25,7 @@ from jaxpersona.captures.capture import Capture, joined
 from jaxpersona.captures.missing import describe_empty
 from jaxpersona.distributed import processes
 from jaxpersona.distributed.context import own_context
-from jaxpersona.distributed.sharding import off_mesh, rows_divisor
+from jaxpersona.distributed.sharding import off_mesh
 from jaxpersona.engine import prompts
 from jaxpersona.engine.edits import SharedEdits
 from jaxpersona.engine.lanes import Lane
@@ -179,12 +179,7 @@ def generate(
     most = prompts.reply_limits(max_new_tokens, count, model.config.max_context)
     edits, readings = off_mesh((given(interventions), joined(capture)))
     prompts.check_edits(model, edits, count, readings)
-    ways = rows_divisor(model.params.like)
-    if batch_size % ways:
-        raise UserError(f"batch_size is {batch_size}; the mesh shards rows over {ways} devices: "
-                        f"use a multiple of {ways}")
-    if share_prefix and model.mesh is not None:
-        raise UserError("share_prefix needs a model on one device; omit it for a model on a mesh")
+    prompts.check_rows(model, batch_size, share_prefix)
     settings = sampling(count, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     rows = [prompts.encode(model, item, thinking=thinking) for item in conversations]
     limits = prompts.limits(model, rows, most)

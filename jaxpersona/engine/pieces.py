@@ -150,6 +150,11 @@ def reset(carry: Carry, begins: jax.Array, config: ModelConfig, params: Params,
     return made.replace(cache=made.cache.replace(k=cache.k, v=cache.v))
 
 
+def needs_whole(edits: Interventions) -> bool:
+    """Return whether a gate measures the whole prompt, so that the prompt must run in one call."""
+    return any(table.gate is not None and table.gate.within for table in edits.edits)
+
+
 def may_hide_nonfinite(edits: Interventions) -> bool:
     """Return whether an edit may replace activations that are not finite by finite ones.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxpersona.captures.capture import Capture
+from jaxpersona.distributed.sharding import rows_divisor
 from jaxpersona.errors import UserError
 from jaxpersona.interventions.compose import Interventions
 from jaxpersona.models.batch import KINDS, check_ids
@@ -126,6 +127,21 @@ def check_settings(**counts: Any) -> None:
         whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
         if not whole or value < 1:
             raise UserError(f"{name} is {value!r}; it must be a positive integer")
+
+
+def check_rows(model: Model, batch_size: int, share_prefix: bool) -> None:
+    """Check that B and a shared prefix fit the mesh of the model.
+
+    Raises:
+      UserError: the mesh cannot shard `batch_size` rows equally, or `share_prefix` is True for a
+        model on a mesh.
+    """
+    ways = rows_divisor(model.params.like)
+    if batch_size % ways:
+        raise UserError(f"batch_size is {batch_size}; the mesh shards rows over {ways} devices: "
+                        f"use a multiple of {ways}")
+    if share_prefix and model.mesh is not None:
+        raise UserError("share_prefix needs a model on one device; omit it for a model on a mesh")
 
 
 def check_edits(model: Model, edits: Interventions, count: int,

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxpersona.captures.capture import Capture, joined
 from jaxpersona.distributed.context import own_context
-from jaxpersona.distributed.sharding import off_mesh, rows_divisor
+from jaxpersona.distributed.sharding import off_mesh
 from jaxpersona.engine import prompts
 from jaxpersona.engine.edits import SharedEdits
 from jaxpersona.engine.generate import asks_for_code, lane_opener, stops_of
@@ -76,13 +76,7 @@ class Stream:
         edits, capture = off_mesh((given(None), joined(capture)))
         self._capture = Capture() if capture is None else capture
         prompts.check_edits(model, edits, 1, self._capture)
-        ways = rows_divisor(model.params.like)
-        if batch_size % ways:
-            raise UserError(f"batch_size is {batch_size}; the mesh shards rows over {ways} "
-                            f"devices: use a multiple of {ways}")
-        if share_prefix and model.mesh is not None:
-            raise UserError("share_prefix needs a model on one device; omit it for a model on a "
-                            "mesh")
+        prompts.check_rows(model, batch_size, share_prefix)
         self._model, self._edits, self._rows = model, SharedEdits(edits), batch_size
         self._max_new = min(max_new_tokens, model.config.max_context)
         self._prefix = share_prefix

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxpersona.captures.capture import Capture
 from jaxpersona.distributed.sharding import on_cpu
-from jaxpersona.engine.pieces import parts
+from jaxpersona.engine.pieces import needs_whole, parts
 from jaxpersona.engine.programs import Stops
 from jaxpersona.engine.prompts import FEW_ROWS, bucket, padded
 from jaxpersona.engine.sampling import Sampling
@@ -127,8 +127,7 @@ def piece_of(like: jax.Array, edits: Interventions, rows: int) -> int | None:
       edits: interventions with the lane's structure.
       rows: B of the lane.
     """
-    whole = any(table.gate is not None and table.gate.within for table in edits.edits)
-    return None if whole or rows <= FEW_ROWS or not on_cpu(like) else PIECE
+    return None if needs_whole(edits) or rows <= FEW_ROWS or not on_cpu(like) else PIECE
 
 
 def shape_of(row: Row, max_new: int, share_prefix: bool, context: int, rows: int,

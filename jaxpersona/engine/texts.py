@@ -21,6 +21,7 @@ from jaxpersona.engine.pieces import (
     blank_carry,
     light,
     may_hide_nonfinite,
+    needs_whole,
     parts,
     schedule,
     zero_keys,
@@ -66,9 +67,7 @@ def fits_pieces(model: Model, edits: Interventions, capture: Capture) -> bool:
     A gate may need the whole prompt in one call. A reading with one value per token has a state of
     the size of the cache, which every piece would copy.
     """
-    if not on_cpu(model.params.like):
-        return False
-    if any(table.gate is not None and table.gate.within for table in edits.edits):
+    if needs_whole(edits) or not on_cpu(model.params.like):
         return False
     states = jax.eval_shape(lambda: capture.init(model.config, 1, 1))
     return not any(state.per_token for state in states.values())

@@ -169,7 +169,7 @@ class HttpJudge:
                     if self._why:
                         raise _Halt
             except queue.Empty:
-                pass
+                pass  # every key has been asked for
             except _Halt:
                 stopped.set()
             except BaseException as error:  # raised again below, in the caller's thread
