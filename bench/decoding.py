@@ -27,7 +27,10 @@ class Decoding:
     """`rows` random prompts of `prompt` tokens and `steps` decode steps, without stop tokens."""
 
     def __init__(self, model: Any, rows: int, steps: int, *, prompt: int = PROMPT,
-                 temperature: float = 0.0, top_p: float = 1.0) -> None:
+                 temperature: float = 0.0, top_p: float = 1.0,
+                 program: Any = decode) -> None:
+        """Prepare the prompts and settings; `program` has the arguments of `decode`."""
+        self.program = program
         self.model, self.rows, self.steps, self.prompt = model, rows, steps, prompt
         self.params = fast_params(model, rows)  # same layout as in `generate`
         self.prompts = np.random.default_rng(1).integers(0, model.config.vocab_size, (rows, prompt))
@@ -61,7 +64,7 @@ class Decoding:
             begun = time.perf_counter()
             state = self.start(edits, reads) if state is None else state
             state = jax.block_until_ready(
-                decode(*self.arguments(state, edits, reads), greedy=self.greedy))
+                self.program(*self.arguments(state, edits, reads), greedy=self.greedy))
             spent = time.perf_counter() - begun
             if int(state.step) != self.steps:
                 raise RuntimeError(f"ran {int(state.step)} steps, expected {self.steps}")
@@ -72,9 +75,9 @@ class Decoding:
     def fusions(self, edits: Interventions = NOTHING) -> int:
         """Count the fusions in the loop body of the compiled decode."""
         state = jax.eval_shape(lambda: self.start(edits, Capture()))  # only shapes are needed
-        program = decode.lower(*self.arguments(state, edits, Capture()),
-                               greedy=self.greedy).compile()
-        return hlo.fusions(hlo.operations(program.as_text()))
+        compiled = self.program.lower(*self.arguments(state, edits, Capture()),
+                                      greedy=self.greedy).compile()
+        return hlo.fusions(hlo.operations(compiled.as_text()))
 
     @property
     def bytes(self) -> int:
